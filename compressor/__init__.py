@@ -1,0 +1,64 @@
+"""Make trained neural networks smaller before deployment, knowing from how they were trained where it may cut.
+
+`import compressor` is light, and enough for transformers to load compressed folders: torch and the stages are imported
+when one of the names below is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import BadInput, CompressorError, QualityGateNotMet
+from compressor.registration import register
+
+if TYPE_CHECKING:
+    from compressor.checkpoint import Checkpoint, open_checkpoint
+    from compressor.evaluation import Evaluation
+    from compressor.pipeline import compress, evaluate, inspect, plan, restore
+    from compressor.planning import Plan
+    from compressor.recipe import TrainingRecipe
+    from compressor.results import Compression, Inspection, Restoration
+
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "Compression": "results",
+    "Evaluation": "evaluation",
+    "Inspection": "results",
+    "Plan": "planning",
+    "Restoration": "results",
+    "TrainingRecipe": "recipe",
+    "compress": "pipeline",
+    "evaluate": "pipeline",
+    "inspect": "pipeline",
+    "open_checkpoint": "checkpoint",
+    "plan": "pipeline",
+    "restore": "pipeline",
+}
+
+__all__ = [
+    "BadInput",
+    "Checkpoint",
+    "Compression",
+    "CompressorError",
+    "Evaluation",
+    "Inspection",
+    "Plan",
+    "QualityGateNotMet",
+    "Restoration",
+    "TrainingRecipe",
+    "compress",
+    "evaluate",
+    "inspect",
+    "open_checkpoint",
+    "plan",
+    "restore",
+]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'compressor' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"compressor.{_HOME[name]}"), name)

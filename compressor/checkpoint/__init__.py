@@ -1,0 +1,49 @@
+"""Files <-> named tensors: lazy and safe reading, atomic writing."""
+
+from __future__ import annotations
+
+from compressor.checkpoint.files import atomic_file, hidden_sibling
+from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name
+from compressor.checkpoint.output import check_output, output_folder, parse_size
+from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
+from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
+from compressor.checkpoint.tensors import TensorInfo
+from compressor.checkpoint.writer import (
+    SafetensorsWriter,
+    Shard,
+    ShardedWriter,
+    plan_shards,
+    safetensors_size,
+    shard_index,
+    write_json,
+    write_state_dict_file,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Kind",
+    "Layer",
+    "SafetensorsWriter",
+    "Shard",
+    "ShardedWriter",
+    "Skeleton",
+    "TensorInfo",
+    "atomic_file",
+    "check_output",
+    "find_layers",
+    "hidden_sibling",
+    "is_weight",
+    "layer_name",
+    "module_skeleton",
+    "open_checkpoint",
+    "output_folder",
+    "parse_size",
+    "plan_shards",
+    "refuse_fp8",
+    "require_finite",
+    "safetensors_size",
+    "shard_index",
+    "transformers_skeleton",
+    "write_json",
+    "write_state_dict_file",
+]

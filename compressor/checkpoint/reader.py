@@ -1,0 +1,333 @@
+"""A checkpoint as named tensors that are read one at a time, whatever kind of file holds them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from compressor.checkpoint.files import (
+    read_at,
+    read_bytes_at,
+    read_json_object,
+    reading,
+    regular_file_size,
+    require_content,
+)
+from compressor.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
+from compressor.checkpoint.tensors import StoredTensor, TensorInfo, TensorInMemory, bytes_of
+from compressor.checkpoint.torch_file import (
+    LEGACY_MAGIC,
+    ZIP_MAGIC,
+    read_torch_file,
+    without_wrapper_prefixes,
+)
+from compressor.errors import BadInput
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
+"""File name endings under which trained weights are kept."""
+
+_INDEX_SUFFIX = ".index.json"
+_STANDARD_NAMES = (  # in the order in which transformers looks for them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+_FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_FP8_SCALE_SUFFIXES = ("_scale_inv", "_scale")
+_DIGEST_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained model's weights by name; opening one reads names, shapes and dtypes, not values."""
+
+    source: Path | None
+    """What was opened, as given; None for a module."""
+    form: Literal["file", "folder", "module"]
+    files: tuple[Path, ...]
+    """The weight files, sorted; none for a module."""
+    folder: Path | None
+    """The model folder that was opened, if it was one."""
+    tensors: Mapping[str, TensorInfo]
+    """Each stored tensor once, in stored order; of tied names the first."""
+    aliases: Mapping[str, str]
+    """Further names of tied tensors -> their name in `tensors`."""
+    metadata: Mapping[str, str]
+    """The text that safetensors files carry in their headers."""
+    config: Mapping[str, Any] | None
+    """The `config.json` of the model folder, or of the folder that a weight file lies in."""
+    _stored: Mapping[str, StoredTensor] = field(repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor's values, in contiguous CPU memory of their own; nothing is kept.
+
+        Args:
+            name: A key of `tensors` or `aliases`.
+
+        Raises:
+            KeyError: the checkpoint has no such tensor.
+            BadInput: the file is gone or has become shorter since it was opened.
+        """
+        return self._stored[self.aliases.get(name, name)].read()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files in bytes; of the tensors for a module."""
+        if self.form == "module":
+            return sum(info.nbytes for info in self.tensors.values())
+        return sum(regular_file_size(path) for path in self.files)
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the weight files one after the other; of names and values for a module.
+
+        For one file it is what `sha256sum` prints.
+        """
+        digest = hashlib.sha256()
+        if self.form == "module":
+            for name, info in self.tensors.items():
+                digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+                digest.update(bytes_of(self.read(name)))
+        buffer = memoryview(bytearray(_DIGEST_BLOCK))
+        for path in self.files:
+            size = regular_file_size(path)
+            for offset in range(0, size, _DIGEST_BLOCK):
+                block = buffer[: min(_DIGEST_BLOCK, size - offset)]
+                read_at(path, offset, block)
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
+    """Open a trained model: a weight file, the index of a sharded one, a model folder, or a module in memory.
+
+    Weight files are safetensors or what `torch.save` wrote; the content decides, not the name. In a folder
+    the file is `model.safetensors`, else its index, else `pytorch_model.bin`, else its index, else the only
+    weight file there is. Values are read when asked for, one tensor at a time (`read_torch_file` says which
+    torch files are loaded whole). Torch files lose the prefixes that DistributedDataParallel and
+    torch.compile put before every name. A module is not copied: reading gives the values that it has then.
+
+    Raises:
+        BadInput: nothing there, a damaged file, no weights, or files that contradict each other; the message
+            says which and what to do.
+    """
+    if isinstance(model, torch.nn.Module):
+        return _open_module(model)
+    source = Path(model)
+    with reading(source):
+        is_folder = stat.S_ISDIR(source.stat().st_mode)
+    folder = source if is_folder else None
+    weights = _weights_in(source) if is_folder else source
+    files: tuple[Path, ...] = (weights,)
+    if weights.name.endswith(_INDEX_SUFFIX):
+        files, content = _read_sharded(weights)
+    else:
+        content = _read_weight_file(weights)
+    stored = content.tensors
+    if content.is_torch:
+        stored = dict(zip(without_wrapper_prefixes(list(stored)), stored.values(), strict=True))
+    if not stored:
+        raise BadInput("holds no tensors", where=source, remedy="give a checkpoint with trained weights")
+    config_file = weights.parent / "config.json"
+    return _checkpoint(
+        stored,
+        source=source,
+        form="folder" if is_folder else "file",
+        files=files,
+        folder=folder,
+        metadata=content.metadata,
+        config=read_json_object(config_file) if config_file.is_file() else None,
+    )
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values, which no factorization survives.
+
+    Raises:
+        BadInput: naming the tensor and counting the values.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    # torch has no isfinite for eight-bit floats.
+    values = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+    if bool(torch.isfinite(values).all()):
+        return
+    nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
+    what = f"holds {nan} NaN and {infinite} infinite values among {tensor.numel()}"
+    remedy = "use a checkpoint from before the training diverged, or exclude this layer"
+    raise BadInput(what, where=f"tensor {name}", remedy=remedy)
+
+
+def refuse_fp8(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with 8-bit floating-point weights: its numbers mean nothing without their scales.
+
+    Raises:
+        BadInput: naming the first such weight and whether its scale is there.
+    """
+    fp8 = {getattr(torch, name) for name in _FP8_DTYPES}
+    for name, info in checkpoint.tensors.items():
+        if info.dtype not in fp8:
+            continue
+        scale = next((name + end for end in _FP8_SCALE_SUFFIXES if name + end in checkpoint.tensors), None)
+        what = f"weight {name} is FP8 ({str(info.dtype).removeprefix('torch.')}) " + (
+            f"scaled by {scale}" if scale else "without its scales"
+        )
+        remedy = "compress the bfloat16 original, or dequantise it first"
+        raise BadInput(what, where=checkpoint.source, remedy=remedy)
+
+
+def is_training_state(path: Path) -> bool:
+    """Whether a file name says optimizer, scheduler or random state of a training run, or its arguments."""
+    return path.name.startswith(_TRAINING_STATE)
+
+
+def _checkpoint(
+    stored: Mapping[str, StoredTensor],
+    *,
+    source: Path | None,
+    form: Literal["file", "folder", "module"],
+    files: tuple[Path, ...],
+    folder: Path | None,
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any] | None,
+) -> Checkpoint:
+    tensors: dict[str, TensorInfo] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[Hashable, str] = {}
+    for name, tensor in stored.items():
+        canonical = first_name.setdefault(tensor.region, name)
+        if canonical == name:
+            tensors[name] = TensorInfo(name, tensor.shape, tensor.dtype)
+        else:
+            aliases[name] = canonical
+    return Checkpoint(
+        source=source,
+        form=form,
+        files=files,
+        folder=folder,
+        tensors=tensors,
+        aliases=aliases,
+        metadata=metadata,
+        config=config,
+        _stored=stored,
+    )
+
+
+def _open_module(module: torch.nn.Module) -> Checkpoint:
+    stored: dict[str, StoredTensor] = {
+        name: TensorInMemory(value)
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, torch.Tensor)
+    }
+    if not stored:
+        what = f"the module {type(module).__name__} has no parameters or buffers"
+        raise BadInput(what, remedy="give a trained module")
+    return _checkpoint(stored, source=None, form="module", files=(), folder=None, metadata={}, config=None)
+
+
+def _weights_in(folder: Path) -> Path:
+    with reading(folder):
+        names = sorted(entry.name for entry in folder.iterdir())
+    for name in _STANDARD_NAMES:
+        if name in names:
+            return folder / name
+    endings = tuple(suffix + _INDEX_SUFFIX for suffix in WEIGHT_SUFFIXES)
+    indices = [name for name in names if name.endswith(endings)]
+    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_training_state(Path(name))]
+    found = indices or weights
+    if not found:
+        remedy = "give the folder that has model.safetensors or pytorch_model.bin, or a weight file"
+        raise BadInput("is a folder without a weight file", where=folder, remedy=remedy)
+    if len(found) > 1:
+        what = f"is a folder with {len(found)} weight files ({', '.join(found[:4])}{', ...' * (len(found) > 4)})"
+        raise BadInput(what, where=folder, remedy="give the one that is meant")
+    return folder / found[0]
+
+
+class _WeightFile(NamedTuple):
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    is_torch: bool
+
+
+def _read_weight_file(path: Path) -> _WeightFile:
+    size = regular_file_size(path)
+    head = read_bytes_at(path, 0, min(size, 256))
+    require_content(path, head)
+    if looks_like_safetensors(head) or (size < 9 and path.suffix == ".safetensors"):
+        tensors, metadata = read_safetensors(path)
+        # The values come from the file that was checked, wherever a link or the working directory goes later.
+        resolved = path.resolve()
+        return _WeightFile({name: replace(t, file=resolved) for name, t in tensors.items()}, metadata, False)
+    if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
+        # The name promises that nothing is unpickled, and torch.load goes by the name too.
+        if path.suffix == ".safetensors":
+            what = "is a torch checkpoint under a safetensors name"
+            raise BadInput(what, where=path, remedy="rename it to .pt, or convert it")
+        return _WeightFile(read_torch_file(path), {}, True)
+    if head.lstrip()[:1] == b"{":
+        raise BadInput("is JSON, not weights", where=path, remedy="give the weight file or the model folder")
+    if head[:1] == b"\x80":
+        remedy = "save `model.state_dict()` with torch.save or as safetensors"
+        raise BadInput("is a bare pickle, which could run any code", where=path, remedy=remedy)
+    what = f"is neither safetensors nor a torch checkpoint (it starts with {head[:8]!r})"
+    raise BadInput(what, where=path, remedy="check that it is a weight file, and download it again if it is")
+
+
+def _read_sharded(index: Path) -> tuple[tuple[Path, ...], _WeightFile]:
+    weight_map = _checked_weight_map(index)
+    shards: dict[str, _WeightFile] = {}
+    for file_name in sorted(set(weight_map.values())):
+        path = index.parent / file_name
+        if not os.path.lexists(path):
+            what = f"the shard {file_name} that {index.name} lists is missing"
+            raise BadInput(what, where=index.parent, remedy="download the whole model")
+        shards[file_name] = _read_weight_file(path)
+    holder = {name: file_name for file_name, shard in shards.items() for name in shard.tensors}
+    for name, file_name in weight_map.items():
+        if name not in shards[file_name].tensors:
+            place = f"in {holder[name]}" if name in holder else "in no shard"
+            raise _contradiction(index, f"puts tensor {name!r} into {file_name}, but it is {place}")
+    for file_name, shard in shards.items():
+        for name in shard.tensors:
+            if weight_map.get(name) != file_name:
+                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise _contradiction(index, f"{listed}, but tensor {name!r} is in {file_name}")
+    whole = _WeightFile(
+        {name: shards[file_name].tensors[name] for name, file_name in weight_map.items()},
+        {key: text for shard in shards.values() for key, text in shard.metadata.items()},
+        all(shard.is_torch for shard in shards.values()),
+    )
+    return tuple(index.parent / file_name for file_name in shards), whole
+
+
+def _checked_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _contradiction(index, "has no weight_map that names a file for each tensor")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not _is_inside(file_name):
+            what = f"puts tensor {name!r} into {str(file_name)[:80]!r}, which is no file of this folder"
+            raise _contradiction(index, what)
+    return weight_map
+
+
+def _is_inside(file_name: str) -> bool:
+    try:
+        os.fsencode(file_name)
+    except UnicodeEncodeError:
+        return False
+    parts = PurePosixPath(file_name)
+    return bool(parts.parts) and not parts.is_absolute() and ".." not in parts.parts and "\0" not in file_name
+
+
+def _contradiction(index: Path, what: str) -> BadInput:
+    return BadInput(what, where=index, remedy="download the index and its shards again, from one place")

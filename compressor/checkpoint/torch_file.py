@@ -1,0 +1,171 @@
+"""State dicts that `torch.save` wrote, read without running anything that they contain."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.checkpoint.files import read_bytes_at, reading
+from compressor.checkpoint.tensors import StoredTensor, TensorInMemory, TensorOnDisk
+from compressor.errors import BadInput
+
+ZIP_MAGIC = b"PK\x03\x04"
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of what `torch.save` wrote before torch 1.6: its magic number, pickled."""
+
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_NESTING_LIMIT = 3  # such as {"model": {"state_dict": ...}}; a damaged file can even contain itself
+_PREFIXES = ("module.", "_orig_mod.")
+_SAVE_STATE_DICT = "save `model.state_dict()` with torch.save or as safetensors"
+
+
+def read_torch_file(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of a torch checkpoint by name, in the order in which they were saved.
+
+    From a zip file (torch 1.6 and later) only the structure is loaded; each tensor is then read from the
+    file by itself. A file in the older format, one written on a machine of the other byte order, or one
+    read by a torch that does not tell where it would find the values (2.6) is loaded whole.
+
+    In a training checkpoint the model's own mapping is taken (`state_dict`, `model_state_dict`, `model` or
+    `module`, the first that holds tensors); optimizer state and scalars are ignored.
+
+    Raises:
+        BadInput: the file is truncated, needs code to be unpickled, or holds no state dict.
+    """
+    with reading(path), path.open("rb") as file:
+        is_zip = file.read(4) == ZIP_MAGIC
+    records = _stored_records(path) if is_zip else None
+    if records is not None:
+        for context, location in _structure_only():
+            with context:
+                state_dict = _state_dict(path, _load(path, location))
+            if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
+                return {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
+    state_dict = _state_dict(path, _load(path, "cpu"))
+    return {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in state_dict.items()}
+
+
+def without_wrapper_prefixes(names: list[str]) -> list[str]:
+    """Names as the bare module knows them: `module.` (DistributedDataParallel) and `_orig_mod.`
+    (torch.compile) are removed where every name starts with them."""
+    for prefix in _PREFIXES * 2:
+        if all(name.startswith(prefix) for name in names):
+            names = [name.removeprefix(prefix) for name in names]
+    return names
+
+
+def _structure_only() -> Iterator[tuple[AbstractContextManager[Any], str]]:
+    # torch.load leaves `_checkpoint_offset` on the storages that it does not fill. Older releases do so under
+    # FakeTensorMode only, which costs two seconds of imports, so it comes second.
+    yield nullcontext(), "meta"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake_mode: Callable[[], AbstractContextManager[Any]] = FakeTensorMode
+    yield fake_mode(), "cpu"
+
+
+def _load(path: Path, location: str) -> object:
+    with reading(path):
+        try:
+            return torch.load(path, map_location=location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            if forbidden := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
+                what = f"is a pickle that needs the Python class {forbidden[1]}, and unpickling could run any code"
+            else:
+                what = "is a pickle of more than tensors, and unpickling it could run any code"
+            raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT) from None
+        except OSError:
+            raise
+        except Exception as error:
+            # A damaged file can make the unpickler raise anything at all.
+            what = f"is damaged or holds no state dict of plain tensors ({str(error)[:120]})"
+            remedy = f"download or copy it again, or {_SAVE_STATE_DICT}"
+            raise BadInput(what, where=path, remedy=remedy) from None
+
+
+def _stored_records(path: Path) -> dict[int, int] | None:
+    # Where the uncompressed records of the zip begin, in bytes -> their size; None where reading the values
+    # as they lie would swap their bytes.
+    records = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith("/constants.pkl"):
+                    raise BadInput("is a TorchScript archive", where=path, remedy=_SAVE_STATE_DICT)
+                if entry.filename.endswith("/byteorder"):
+                    with archive.open(entry) as byteorder:
+                        if byteorder.read(16) != sys.byteorder.encode():
+                            return None
+                if entry.compress_type == zipfile.ZIP_STORED:
+                    local_header = read_bytes_at(path, entry.header_offset, 30)
+                    name_size, extra_size = struct.unpack("<HH", local_header[26:30])
+                    records[entry.header_offset + 30 + name_size + extra_size] = entry.file_size
+    except BadInput:
+        raise
+    except Exception as error:
+        # zipfile raises BadZipFile for most damage, and struct, Unicode or seek errors for the rest.
+        what = f"is a truncated or damaged torch checkpoint ({str(error)[:120]})"
+        raise BadInput(what, where=path, remedy="download or copy the file again") from None
+    return records
+
+
+def _state_dict(path: Path, document: object) -> dict[str, torch.Tensor]:
+    if isinstance(document, torch.Tensor):
+        raise BadInput("holds one tensor without a name", where=path, remedy=_SAVE_STATE_DICT)
+    if not isinstance(document, Mapping):
+        what = f"holds a {type(document).__name__}, not a state dict"
+        raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+    for _ in range(_NESTING_LIMIT):
+        candidates = [document[key] for key in _STATE_DICT_KEYS if isinstance(document.get(key), Mapping)]
+        document = next(
+            (inner for inner in candidates if _tensors(inner) or any(key in inner for key in _STATE_DICT_KEYS)),
+            document,
+        )
+    tensors = _tensors(document)
+    if not tensors:
+        keys = ", ".join(str(key)[:40] for key in list(document)[:8]) or "nothing"
+        what = f"holds no tensors under {', '.join(_STATE_DICT_KEYS)} or at the top (found: {keys})"
+        raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+    return tensors
+
+
+def _tensors(mapping: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in mapping.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+
+
+def _plain(path: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        kind = "quantized" if tensor.is_quantized else "sparse or lazily conjugated"
+        what = f"tensor {name!r} is {kind}"
+        raise BadInput(what, where=path, remedy="save it as an ordinary dense tensor")
+    return tensor
+
+
+def _data_offset(tensor: torch.Tensor) -> int | None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        return 0  # refused by _plain, with its name
+    offset: int | None = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return offset
+
+
+def _placed(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorOnDisk:
+    _plain(path, name, tensor)
+    record = _data_offset(tensor)
+    assert record is not None
+    begin = record + int(tensor.storage_offset()) * tensor.dtype.itemsize
+    placed = TensorOnDisk(path, begin, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    # A torch that loads nothing compares nothing either: the view must lie inside the record it names.
+    end = begin + placed.span * tensor.dtype.itemsize
+    if record not in records or not record <= begin <= end <= record + records[record]:
+        what = f"is damaged: tensor {name!r} lies outside the data stored for it"
+        raise BadInput(what, where=path, remedy="download or copy the file again")
+    return placed

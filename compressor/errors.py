@@ -1,0 +1,28 @@
+"""The three ways in which a request can end badly, each with its exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CompressorError(Exception):
+    """Something failed that neither the request nor its inputs are to blame for."""
+
+    exit_status = 1
+
+
+class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as FileExistsError does not
+    """The request or one of its inputs is bad: says what, where, and what to do about it, in one line."""
+
+    exit_status = 2
+
+    def __init__(self, what: str, *, where: str | Path | None = None, remedy: str) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        line = f"{what}; {remedy}" if where is None else f"{where}: {what}; {remedy}"
+        super().__init__(" ".join(line.split()))
+
+
+class QualityGateNotMet(CompressorError):  # noqa: N818 - the gate's name, not the error's
+    """The best that was found is worse than what was asked for."""
+
+    exit_status = 3

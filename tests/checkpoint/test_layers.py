@@ -1,0 +1,156 @@
+"""What is a matrix: decided by the modules where they are known, by names and shapes where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint, transformers_skeleton
+from compressor.errors import BadInput
+
+
+def layers_of_file(folder: Path, tensors: dict[str, torch.Tensor], **patterns: list[str]) -> dict[str, Layer]:
+    save_file(tensors, folder / "model.safetensors")
+    return {layer.name: layer for layer in find_layers(open_checkpoint(folder / "model.safetensors"), **patterns)}
+
+
+def layers_of_module(module: nn.Module) -> dict[str, Layer]:
+    return {layer.name: layer for layer in find_layers(open_checkpoint(module), module_skeleton(module))}
+
+
+def test_names_and_shapes_of_a_strangers_file(tmp_path: Path) -> None:
+    found = layers_of_file(
+        tmp_path,
+        {
+            "body.0.weight": torch.zeros(6, 4),
+            "body.0.bias": torch.zeros(6),
+            "conv.weight": torch.zeros(8, 3, 5, 5),
+            "line.weight": torch.zeros(8, 3, 5),
+            "volume.weight": torch.zeros(8, 3, 2, 2, 2),
+            "depthwise.weight": torch.zeros(8, 1, 3, 3),
+            "upsample.weight": torch.zeros(8, 3, 4, 4),
+            "upsample.bias": torch.zeros(3),
+            "tok_embeddings.weight": torch.zeros(20, 4),
+            "rnn.weight_ih_l0": torch.zeros(12, 4),
+            "norm.weight": torch.zeros(4),
+            "steps": torch.zeros((), dtype=torch.int64),
+            "quantized.weight": torch.zeros(4, 4, dtype=torch.int8),
+        },
+    )
+    assert set(found) == {
+        "body.0", "conv", "line", "volume", "depthwise", "upsample", "tok_embeddings", "rnn.weight_ih_l0", "quantized"
+    }  # fmt: skip
+    assert {name for name, layer in found.items() if layer.eligible} == {"body.0", "conv", "line", "volume"}
+    assert found["body.0"].shape == (6, 4)
+    assert found["body.0"].bias == "body.0.bias"
+    assert found["conv"].shape == (8, 75)
+    assert found["volume"].shape == (8, 24)
+    assert "depthwise" in (found["depthwise"].skip or "")
+    assert "transposed" in (found["upsample"].skip or "")
+    assert found["tok_embeddings"].kind == "embedding"
+    assert "int8" in (found["quantized"].skip or "")
+
+
+def test_gpt2s_transposed_layers_are_told_by_their_bias_and_square_ones_by_their_company(tmp_path: Path) -> None:
+    found = layers_of_file(
+        tmp_path,
+        {
+            "h.0.attn.c_attn.weight": torch.zeros(8, 24),
+            "h.0.attn.c_attn.bias": torch.zeros(24),
+            "h.0.attn.c_proj.weight": torch.zeros(8, 8),
+            "h.0.attn.c_proj.bias": torch.zeros(8),
+            "head.weight": torch.zeros(8, 8),
+            "head.bias": torch.zeros(8),
+        },
+    )
+    assert found["h.0.attn.c_attn"].shape == (24, 8)
+    assert {name: layer.kind for name, layer in found.items()} == {
+        "h.0.attn.c_attn": "transposed linear",
+        "h.0.attn.c_proj": "transposed linear",
+        "head": "linear",
+    }
+
+
+def test_modules_decide_where_they_are_known() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(9, 4)
+            self.head = nn.Linear(4, 9, bias=False)
+            self.head.weight = self.words.weight
+            self.first = nn.Linear(4, 4)
+            self.again = self.first
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+            self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+            self.dense = nn.Conv2d(4, 4, 3)
+            self.up = nn.ConvTranspose2d(4, 4, 3)
+            self.single = nn.Conv2d(1, 4, 3)
+            self.plain = nn.Linear(4, 5)
+
+    found = layers_of_module(Model())
+    assert {name for name, layer in found.items() if layer.eligible} == {"dense", "single", "plain"}
+    skips = {name: layer.skip or "" for name, layer in found.items()}
+    assert "embedding" in skips["words"]
+    assert "shares its weight with again" in skips["first"]
+    assert "MultiheadAttention" in skips["attention.out_proj"]
+    assert "2 groups" in skips["grouped"]
+    assert "depthwise" in skips["depthwise"]
+    assert "ConvTranspose2d" in skips["up"]
+
+
+def test_a_model_that_is_one_layer_has_the_empty_name() -> None:
+    [layer] = layers_of_module(nn.Linear(5, 3)).values()
+    assert (layer.name, layer.tensor, layer.bias, layer.eligible) == ("", "weight", "bias", True)
+
+
+def test_transformers_names_on_disk_are_mapped_to_modules(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.ViTConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2
+    )
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    skeleton = transformers_skeleton(tmp_path)
+    assert skeleton is not None
+    found = [layer for layer in find_layers(open_checkpoint(tmp_path), skeleton) if layer.eligible]
+    modules = dict(model.named_modules())
+    assert any(layer.name != layer.module for layer in found), "this architecture renames"
+    state = model.state_dict()
+    for layer in found:
+        assert isinstance(modules[layer.module], nn.Linear | nn.Conv2d)
+        torch.testing.assert_close(open_checkpoint(tmp_path).read(layer.tensor), state[f"{layer.module}.weight"])
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_not_touched(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    found = find_layers(open_checkpoint(tmp_path), transformers_skeleton(tmp_path))
+    assert {layer.kind for layer in found if layer.eligible} == {"transposed linear"}
+    assert {layer.name for layer in found if layer.kind == "embedding"} == {"transformer.wte", "transformer.wpe"}
+
+
+def test_an_unknown_architecture_has_no_skeleton(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "made-up", "architectures": ["MadeUp"]}')
+    assert transformers_skeleton(tmp_path) is None
+
+
+def test_patterns_select_layers(tmp_path: Path) -> None:
+    tensors = {f"block.{i}.{part}.weight": torch.zeros(4, 4) for i in range(2) for part in ("up", "down")}
+    only = layers_of_file(tmp_path, tensors, include=["*.up"], exclude=["re:^block\\.1\\."])
+    assert {name for name, layer in only.items() if layer.eligible} == {"block.0.up"}
+
+
+@pytest.mark.parametrize("pattern", ["nothing*", "re:(", "re:nothing"])
+def test_patterns_that_match_nothing_are_named(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        layers_of_file(tmp_path, {"a.weight": torch.zeros(4, 4)}, include=[pattern])
+    assert pattern in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,274 @@
+"""Torch checkpoints against torch.load itself, and against files that would run code."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from compressor.checkpoint import open_checkpoint, torch_file, write_state_dict_file
+from compressor.checkpoint.tensors import TensorInMemory, TensorOnDisk
+from compressor.errors import BadInput
+
+
+def saved(path: Path, document: object, **options: Any) -> Path:
+    torch.save(document, path, **options)
+    return path
+
+
+def state_dict_with_every_kind_of_view() -> dict[str, torch.Tensor]:
+    matrix = torch.randn(6, 4)
+    return {
+        "whole": matrix,
+        "transposed": matrix.t(),
+        "rows": matrix[2:5],
+        "corner": matrix[1:4, 1:3],
+        "every.second": matrix[::2, ::2],
+        "expanded": matrix[0, :1].expand(5),
+        "one": matrix[3:4, 2:3],
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 4),
+        "half": torch.randn(3).bfloat16(),
+        "eight": torch.randn(3).to(torch.float8_e4m3fn),
+        "flags": torch.tensor([True, False]),
+        "complex": torch.randn(3, dtype=torch.complex128),
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("suffix", ["bin", "pt", "pth", "th", "ckpt"])
+def test_values_are_those_of_torch_load(tmp_path: Path, suffix: str, legacy: bool) -> None:
+    path = tmp_path / f"m.{suffix}"
+    tensors = state_dict_with_every_kind_of_view()
+    if legacy:
+        del tensors["eight"]  # torch itself cannot read back what it writes
+    saved(path, tensors, _use_new_zipfile_serialization=not legacy)
+    expected = torch.load(path, weights_only=True)
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.tensors) | set(checkpoint.aliases) == set(expected)
+    for name, tensor in expected.items():
+        read = checkpoint.read(name)
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read.float() if name == "eight" else read, tensor.float() if name == "eight" else tensor)
+        assert read.is_contiguous()
+    assert checkpoint.weight_bytes == path.stat().st_size
+
+
+def test_values_of_a_zip_stay_in_the_file_until_they_are_read(tmp_path: Path) -> None:
+    stored = torch_file.read_torch_file(saved(tmp_path / "m.pt", {"w": torch.randn(2, 3)}))
+    assert isinstance(stored["w"], TensorOnDisk)
+
+
+@pytest.mark.parametrize("lazy_ways", [0, 1])
+def test_every_way_of_loading_gives_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy_ways: int
+) -> None:
+    path = saved(tmp_path / "m.pt", state_dict_with_every_kind_of_view())
+    expected = {name: tensor.read() for name, tensor in torch_file.read_torch_file(path).items()}
+    ways = list(torch_file._structure_only())
+    monkeypatch.setattr(torch_file, "_structure_only", lambda: ways[len(ways) - lazy_ways :])
+    stored = torch_file.read_torch_file(path)
+    assert isinstance(stored["whole"], TensorOnDisk if lazy_ways else TensorInMemory)
+    for name, tensor in stored.items():
+        assert torch.equal(tensor.read().to(torch.complex128), expected[name].to(torch.complex128))
+
+
+def test_a_file_of_the_other_byte_order_is_loaded_by_torch(tmp_path: Path) -> None:
+    other = "big" if sys.byteorder == "little" else "little"
+    plain = saved(tmp_path / "plain.pt", {"w": torch.tensor([1.0, 2.0])})
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "swapped.pt", "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("/byteorder"):
+                content = other.encode()
+            elif "/data/" in entry.filename:
+                content = torch.frombuffer(bytearray(content), dtype=torch.float32).numpy().byteswap().tobytes()
+            target.writestr(entry.filename, content)
+    assert torch.equal(open_checkpoint(tmp_path / "swapped.pt").read("w"), torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+def test_the_model_is_found_inside_a_training_checkpoint(tmp_path: Path, key: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(1, 3)).sum().backward()
+    optimizer.step()
+    document = {
+        "epoch": 3,
+        "optimizer": optimizer.state_dict(),
+        "ema": torch.zeros(2),
+        key: model.state_dict(),
+    }
+    checkpoint = open_checkpoint(saved(tmp_path / "m.pth", document))
+    assert list(checkpoint.tensors) == ["weight", "bias"]
+    nested = open_checkpoint(saved(tmp_path / "nested.pth", {"model": {"state_dict": model.state_dict(), "n": 1}}))
+    assert list(nested.tensors) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_stripped_where_all_names_have_them(tmp_path: Path, prefix: str) -> None:
+    tensors = {f"{prefix}{name}": torch.randn(2) for name in ("a.weight", "module.b")}
+    assert list(open_checkpoint(saved(tmp_path / "m.pt", tensors)).tensors) == ["a.weight", "module.b"]
+    tensors["other"] = torch.randn(2)
+    assert list(open_checkpoint(saved(tmp_path / "m.pt", tensors)).tensors) == list(tensors)
+
+
+def test_tied_tensors_are_listed_once_under_their_first_name(tmp_path: Path) -> None:
+    embedding = nn.Parameter(torch.randn(5, 3))
+    path = saved(
+        tmp_path / "m.pt",
+        OrderedDict(embed=embedding, head=embedding, slice=embedding[:2], none=torch.empty(0)),
+    )
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint.tensors) == ["embed", "slice", "none"]
+    assert checkpoint.aliases == {"head": "embed"}
+    assert torch.equal(checkpoint.read("head"), embedding)
+
+
+def test_a_document_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    document: dict[str, Any] = {"epoch": 3}
+    document["model"] = document
+    with pytest.raises(BadInput, match="holds no tensors"):
+        open_checkpoint(saved(tmp_path / "m.pt", document))
+
+
+class Attack:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}])
+def test_nothing_in_a_file_is_run(tmp_path: Path, options: dict[str, bool]) -> None:
+    path = saved(tmp_path / "m.pt", {"weight": torch.zeros(2), "x": Attack(tmp_path / "ran")}, **options)
+    with pytest.raises(BadInput, match="could run any code") as caught:
+        open_checkpoint(path)
+    assert "state_dict()" in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_module_is_refused_with_the_class_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"torch\.nn\.modules\.linear\.Linear.*save `model\.state_dict\(\)`"):
+        open_checkpoint(saved(tmp_path / "m.pt", nn.Linear(2, 2)))
+    arguments = argparse.Namespace(lr=1)
+    with pytest.raises(BadInput, match=r"argparse\.Namespace"):
+        open_checkpoint(saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, "args": arguments}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_archive_is_refused_by_name(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "m.pt"))
+    with pytest.raises(BadInput, match="TorchScript"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({}, "holds no tensors.*found: nothing"),
+        ({"epoch": 3, "lr": 0.1}, "holds no tensors.*found: epoch, lr"),
+        (torch.zeros(2), "one tensor without a name"),
+        ([torch.zeros(2)], "holds a list"),
+        ({"w": torch.eye(3).to_sparse()}, "'w' is sparse"),
+        ({"w": torch.tensor([1j]).conj()}, "'w' is .*conjugated"),
+    ],
+)
+def test_what_is_no_state_dict_of_plain_tensors_is_refused(tmp_path: Path, document: object, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        open_checkpoint(saved(tmp_path / "m.pt", document))
+
+
+def test_a_truncated_zip_is_refused_wherever_it_was_cut(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "m.pt", {"w": torch.randn(40)}).read_bytes()
+    for size in range(9, len(whole), 37):
+        (tmp_path / "m.pt").write_bytes(whole[:size])
+        with pytest.raises(BadInput, match="truncated or damaged"):
+            open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("document.xml", "<x/>")
+    with pytest.raises(BadInput, match="holds no state dict"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
+def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.bin").write_bytes(pickle.dumps({"w": [1.0]}))
+    with pytest.raises(BadInput, match="bare pickle"):
+        open_checkpoint(tmp_path / "m.bin")
+
+
+ZIP_SEED, LEGACY_SEED = bytearray(), bytearray()
+
+
+def seed_file(folder: Path, legacy: bool) -> bytearray:
+    cache = LEGACY_SEED if legacy else ZIP_SEED
+    if not cache:
+        matrix = torch.arange(12.0).reshape(3, 4)
+        document = {"state_dict": {"a": matrix, "t": matrix.t()[1:], "b": torch.ones(3).half()}, "step": 3}
+        path = saved(folder / "seed.pt", document, _use_new_zipfile_serialization=not legacy)
+        cache.extend(path.read_bytes())
+    return bytearray(cache)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_mutated_files_are_refused_or_give_tensors_of_the_announced_size(
+    tmp_path_factory: pytest.TempPathFactory, legacy: bool, changes: list[tuple[float, int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("mutated")
+    content = seed_file(folder, legacy)
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    (folder / "m.pt").write_bytes(content)
+    try:
+        checkpoint = open_checkpoint(folder / "m.pt")
+        for name, info in checkpoint.tensors.items():
+            # A stride of zero repeats one element as often as the shape says; this is no memory test.
+            if info.nbytes < 1 << 24:
+                tensor = checkpoint.read(name)
+                assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
+    except BadInput:
+        return
+
+
+def test_a_view_outside_its_data_is_refused(tmp_path: Path) -> None:
+    tensor = torch.arange(4.0)
+    path = saved(tmp_path / "m.pt", {"w": tensor})
+    content = path.read_bytes()
+    # The pickled size (4,), `K\x04\x85`, becomes (9,): 36 bytes where 16 are stored.
+    assert content.count(b"K\x04\x85") == 1
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "n.pt", "w") as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry).replace(b"K\x04\x85", b"K\x09\x85"))
+    with pytest.raises(BadInput, match="'w' lies outside the data stored for it"):
+        open_checkpoint(tmp_path / "n.pt")
+
+
+def test_a_written_state_dict_loads_and_keeps_its_ties(tmp_path: Path) -> None:
+    tied = nn.Parameter(torch.randn(3, 2))
+    big = torch.randn(1000)
+    tensors = {"a": tied, "b": tied, "slice": big[:2], "t": torch.arange(6.0).reshape(2, 3).t()}
+    write_state_dict_file(tmp_path / "m.pt", tensors)
+    loaded = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    assert (tmp_path / "m.pt").stat().st_size < 3000
+    write_state_dict_file(tmp_path / "n.pt", tensors)
+    assert (tmp_path / "m.pt").read_bytes() == (tmp_path / "n.pt").read_bytes()
