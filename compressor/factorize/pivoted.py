@@ -1,0 +1,74 @@
+"""Pivoted pairs: a rank-r matrix as r of its own rows and the coefficients of the others in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.factorize.truncated_svd import FactorPair
+
+# A swap of two rows is worth its cost while it enlarges the volume of the chosen rows by more than this factor;
+# afterwards no coefficient is larger.
+LARGEST_COEFFICIENT = 2.0
+
+
+@dataclass(frozen=True)
+class PivotedPair:
+    """`W = concatenate(down, up @ down)[order]`: `r * (d_out + d_in - r)` numbers and the order of the rows.
+
+    `down` is `r x d_in`, `up` is `(d_out - r) x r`, and `order` of `d_out` int32 says where each row of W is found.
+    """
+
+    up: Tensor
+    down: Tensor
+    order: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def product(self) -> Tensor:
+        """The `d_out x d_in` matrix that the pair stands for."""
+        return torch.cat([self.down, self.up @ self.down])[self.order.long()]
+
+
+def pivoted_pair(pair: FactorPair) -> PivotedPair:
+    """The same matrix as `pair.product()`, stored as r of its rows and coefficients, all at most 2 in size.
+
+    The rows are those of (nearly) maximal volume: the pivots of an LU decomposition of an orthonormal basis of the
+    column space, improved by swaps until no coefficient exceeds `LARGEST_COEFFICIENT` (Goreinov, Oseledets,
+    Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", 2010). The storage is that of PIFA (Zhao
+    et al., ICML 2025).
+    """
+    d_out, rank = pair.up.shape
+    basis = torch.linalg.qr(pair.up.to(torch.float64)).Q
+    permutation = torch.linalg.lu_factor(basis).pivots
+    rows = _apply_transpositions(permutation, d_out)
+    coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)
+    while coefficients.numel():
+        flat = int(coefficients.abs().argmax())
+        i, j = divmod(flat, rank)
+        pivot = coefficients[i, j].clone()
+        if pivot.abs() <= LARGEST_COEFFICIENT:
+            break
+        # Exchange chosen row j with left-out row i: a rank-one update of the coefficients (Sherman and Morrison).
+        row, column = coefficients[i].clone(), coefficients[:, j].clone()
+        row[j] -= 1
+        column[i] += 1
+        coefficients.sub_(torch.outer(column, row) / pivot)
+        rows[j], rows[rank + i] = rows[rank + i].clone(), rows[j].clone()
+    # The swaps' rounding is shed by solving once more for the rows they ended at.
+    coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)
+    order = torch.empty(d_out, dtype=torch.int32, device=rows.device)
+    order[rows] = torch.arange(d_out, dtype=torch.int32, device=rows.device)
+    return PivotedPair(up=coefficients, down=pair.up[rows[:rank]] @ pair.down, order=order)
+
+
+def _apply_transpositions(pivots: Tensor, size: int) -> Tensor:
+    """LAPACK's sequence of row swaps (counted from one) as a permutation of `size` rows."""
+    rows = list(range(size))
+    for i, j in enumerate((pivots - 1).tolist()):
+        rows[i], rows[j] = rows[j], rows[i]
+    return torch.tensor(rows, dtype=torch.long, device=pivots.device)

@@ -1,0 +1,43 @@
+"""Truncated SVD of one matrix as a pair of factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.measure.spectrum import smaller_gram
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """`W ~ up @ down`, with `up` of `d_out x r` and `down` of `r x d_in`."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    def product(self) -> Tensor:
+        """The `d_out x d_in` matrix that the pair stands for."""
+        return self.up @ self.down
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
+    """Best rank-`rank` approximation of a `d_out x d_in` matrix in the Frobenius norm, in float64.
+
+    By Eckart and Young (1936) it is the projection on the leading singular vectors of one side: `U_r (U_r^T W)`, with U
+    the eigenvectors of `W W^T`, or `(W V_r) V_r^T` when the right side is the smaller. One factor is orthonormal and
+    nothing is divided by a singular value, so rank-deficient matrices need no special care.
+    """
+    d_out, d_in = matrix.shape
+    if not 1 <= rank <= min(d_out, d_in):
+        raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
+    basis = torch.linalg.eigh(smaller_gram(matrix)).eigenvectors[:, -rank:].flip(1)
+    wide = matrix.to(torch.float64)
+    if d_out <= d_in:
+        return FactorPair(up=basis.contiguous(), down=basis.T @ wide)
+    return FactorPair(up=wide @ basis, down=basis.T.contiguous())

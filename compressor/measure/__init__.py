@@ -1,0 +1,39 @@
+"""Stage 3: spectra and effective ranks, memory windows, what survives of the initialisation."""
+
+from compressor.measure.effective_rank import (
+    EffectiveRanks,
+    Spectrum,
+    effective_ranks,
+    energy_rank,
+    entropy_rank,
+    frobenius_rank,
+    numerical_rank,
+    participation_ratio,
+    stable_rank,
+    truncation_errors,
+)
+from compressor.measure.fresh_weights import initial_standard_deviation
+from compressor.measure.initialisation import SurvivingInitialisation, surviving_initialisation
+from compressor.measure.memory_window import MemoryWindow, memory_window
+from compressor.measure.spectrum import singular_values
+from compressor.measure.uses import uses_per_example
+
+__all__ = [
+    "EffectiveRanks",
+    "MemoryWindow",
+    "Spectrum",
+    "SurvivingInitialisation",
+    "effective_ranks",
+    "energy_rank",
+    "entropy_rank",
+    "frobenius_rank",
+    "initial_standard_deviation",
+    "memory_window",
+    "numerical_rank",
+    "participation_ratio",
+    "singular_values",
+    "stable_rank",
+    "surviving_initialisation",
+    "truncation_errors",
+    "uses_per_example",
+]

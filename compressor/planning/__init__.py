@@ -1,0 +1,20 @@
+"""Stage 4: a budget becomes a rank for every layer, and why."""
+
+from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
+from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
+from compressor.planning.plan import FormRequest, LayerPlan, MeasuredLayer, Plan, apply_edits, read_plan
+
+__all__ = [
+    "SAFE_TOLERANCE",
+    "Budget",
+    "FormRequest",
+    "LayerPlan",
+    "MeasuredLayer",
+    "Plan",
+    "apply_edits",
+    "choose_ranks",
+    "default_budget",
+    "read_plan",
+    "requested_budget",
+    "window_rule_advice",
+]

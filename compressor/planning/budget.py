@@ -1,0 +1,62 @@
+"""What was asked for: how small, or how close."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compressor.errors import BadInput
+
+# The relative Frobenius error per layer when nothing is asked, nothing is known of the training and there is no data.
+SAFE_TOLERANCE = 0.05
+
+# The relative Frobenius error that the window rule allows a layer besides the edge of its surviving initialisation.
+WINDOW_RULE_TOLERANCE = 0.1
+
+BudgetKind = Literal["keep", "max-size", "tolerance", "window-rule", "plan"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One way of saying how much to remove.
+
+    `keep`: the fraction of the eligible layers' parameters that may remain. `max-size`: bytes of the weight files.
+    `tolerance`: relative Frobenius error per layer. `window-rule`: what training wrote above its initialisation, with
+    no value. `plan`: the ranks of a plan made before, with no value.
+    """
+
+    kind: BudgetKind
+    value: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.kind if self.value is None else f"{self.kind} {self.value:g}"
+
+
+def requested_budget(*, keep: float | None, max_size: int | None, tolerance: float | None) -> Budget | None:
+    """The one budget that was asked for, None if none was; BadInput for two, or for a value out of its range."""
+    given: tuple[tuple[BudgetKind, float | None], ...] = (
+        ("keep", keep),
+        ("max-size", max_size),
+        ("tolerance", tolerance),
+    )
+    asked = [Budget(kind, value) for kind, value in given if value is not None]
+    if len(asked) > 1:
+        names = " and ".join(f"--{budget.kind}" for budget in asked)
+        raise BadInput(f"{names} are two budgets", remedy="ask for one of them")
+    if not asked:
+        return None
+    [budget] = asked
+    value = float(budget.value if budget.value is not None else math.nan)
+    in_range = {
+        "keep": 0 < value <= 1,
+        "max-size": value >= 1 and math.isfinite(value),
+        "tolerance": 0 < value < 1,
+    }
+    if not in_range[budget.kind]:
+        ranges = {"keep": "above 0 and at most 1", "max-size": "at least one byte", "tolerance": "between 0 and 1"}
+        raise BadInput(f"--{budget.kind} {value:g} is out of range", remedy=f"give a number {ranges[budget.kind]}")
+    return budget

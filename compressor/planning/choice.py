@@ -1,0 +1,78 @@
+"""From a budget to ranks: which rule applies, and what to say when it cannot be met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from compressor.errors import BadInput
+from compressor.planning.budget import SAFE_TOLERANCE, Budget
+from compressor.planning.plan import (
+    FormRequest,
+    LayerPlan,
+    MeasuredLayer,
+    plan_by_file_size,
+    plan_by_size,
+    plan_by_tolerance,
+    plan_by_window_rule,
+    smallest_size,
+)
+
+OptimizerFamily = Literal["sgd", "adaptive"] | None
+
+
+def default_budget(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> Budget:
+    """What applies when nothing is asked: the window rule where it was validated, else a tolerance that is safe.
+
+    The window rule needs a recipe of the SGD family that says how much of the initialisation survives.
+    """
+    if family == "sgd" and any(m.above_edge is not None for m in measured):
+        return Budget("window-rule")
+    return Budget("tolerance", SAFE_TOLERANCE)
+
+
+def choose_ranks(
+    measured: Sequence[MeasuredLayer],
+    budget: Budget,
+    form: FormRequest,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+) -> tuple[LayerPlan, ...]:
+    """A rank and a form for every layer within the budget; BadInput says the smallest one that can be met.
+
+    `file_bytes` is the size of the weight files that some ranks lead to.
+    """
+    if budget.kind == "window-rule":
+        return plan_by_window_rule(measured, form)
+    assert budget.value is not None, f"{budget.kind} has a value"
+    if budget.kind == "tolerance":
+        return plan_by_tolerance(measured, budget.value, form)
+    if budget.kind == "keep":
+        eligible = sum(m.layer.parameters for m in measured)
+        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters")
+        smallest = f"{smallest_size(measured, form, 'parameters') / eligible + 5e-5:.4f}"
+    else:
+        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes)
+        rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
+        smallest = "" if rank_one is None else f"{file_bytes(rank_one)} bytes"
+    if layers is None:
+        raise BadInput(
+            f"--{budget.kind} {budget.value:g} is below the smallest that low rank reaches here",
+            remedy=f"allow at least {smallest}",
+        )
+    return layers
+
+
+def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamily, form: FormRequest) -> str | None:
+    """What the window rule says where it does not decide by itself; None where it does."""
+    if family is None:
+        return "the optimizer is unknown: a training recipe (--recipe, or --optimizer, --lr ...) may guide the ranks"
+    if not any(m.above_edge is not None for m in measured):
+        return "the recipe does not say how much of the initialisation survives, so the window rule is silent"
+    if family == "sgd":
+        return None
+    layers = plan_by_window_rule(measured, form)
+    kept = sum(layer.parameters for layer in layers) / sum(layer.dense_parameters for layer in layers)
+    return (
+        f"the window rule would keep {kept:.0%} of the eligible parameters; it is validated for the SGD family only,"
+        f" so measure what --keep {kept:.2f} costs before you rely on it"
+    )

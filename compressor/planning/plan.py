@@ -1,0 +1,352 @@
+"""A budget becomes a rank and a form for every layer, with the reason; and the JSON that holds them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from compressor.checkpoint.layers import Layer
+from compressor.errors import BadInput
+from compressor.factorize.form import Form, stored_bytes, stored_parameters
+from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
+from compressor.planning.allocation import Choices, allocate
+from compressor.planning.budget import WINDOW_RULE_TOLERANCE, Budget
+
+PLAN_SCHEMA_VERSION = 1
+
+# `auto` stores every linear layer in whichever pair is smaller at its rank.
+FormRequest = Literal["auto", "plain", "pivoted"]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why."""
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    rank: int | None
+    form: Form
+    parameters: int
+    error: float
+    reason: str
+
+    @property
+    def dense_parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
+
+    `digest` is the sha256 of the checkpoint that was measured (None for a module in memory). `advice` is what else the
+    measurement says, or None.
+    """
+
+    source: str
+    digest: str | None
+    budget: Budget
+    layers: tuple[LayerPlan, ...]
+    advice: str | None = None
+    schema_version: int = PLAN_SCHEMA_VERSION
+
+    @property
+    def eligible_before(self) -> int:
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def eligible_after(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": self.schema_version,
+            "source": self.source,
+            "digest": self.digest,
+            "budget": self.budget.to_dict(),
+            "eligible": {"before": self.eligible_before, "after": self.eligible_after},
+            "advice": self.advice,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """An eligible layer with its singular values and what the window rule needs.
+
+    `itemsize` is the size of one stored number in bytes; `above_edge` counts the singular values above the edge of the
+    surviving initialisation and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown.
+    """
+
+    layer: Layer
+    singular_values: Spectrum
+    itemsize: int
+    above_edge: int | None = None
+    rank_bound: int | None = None
+
+
+def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
+    """The form in which a pair of this rank is stored: the smaller one for linear layers unless one is requested."""
+    if layer.kind == "convolution":
+        return "channel"
+    if request != "auto":
+        return request
+    plain, pivoted = (stored_parameters(layer.shape, form, rank) for form in ("plain", "pivoted"))
+    return "pivoted" if pivoted < plain else "plain"
+
+
+def layer_plan(measured: MeasuredLayer, rank: int, request: FormRequest, reason: str) -> LayerPlan:
+    """The plan for one layer at a rank; dense where the pair would not be smaller."""
+    layer = measured.layer
+    form = form_for(layer, rank, request)
+    parameters = stored_parameters(layer.shape, form, rank)
+    if parameters >= layer.parameters:
+        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be smaller")
+    error = float(truncation_errors(measured.singular_values)[rank])
+    return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
+
+
+def dense_plan(layer: Layer, reason: str) -> LayerPlan:
+    """The plan of a layer that stays as it is."""
+    return LayerPlan(layer.name, layer.shape, layer.kind, None, "dense", layer.parameters, 0.0, reason)
+
+
+def plan_by_tolerance(
+    measured: Sequence[MeasuredLayer], tolerance: float, request: FormRequest
+) -> tuple[LayerPlan, ...]:
+    """Every layer at the smallest rank whose relative Frobenius error is at most `tolerance`."""
+    return tuple(
+        layer_plan(m, max(1, frobenius_rank(m.singular_values, tolerance)), request, f"relative error <= {tolerance:g}")
+        for m in measured
+    )
+
+
+def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
+    """Every layer at the rank that training wrote and the spectrum needs, whichever is smaller.
+
+    The number of singular values above the edge of the surviving initialisation, the Frobenius rank at 0.1, and the
+    memory window's bound where it is not vacuous. A layer for which the first is unknown stays dense.
+    """
+    plans = []
+    for m in measured:
+        if m.above_edge is None:
+            plans.append(dense_plan(m.layer, "how much of its initialisation survives is unknown"))
+            continue
+        ranks = {
+            "singular values above the edge of its initialisation": m.above_edge,
+            f"relative error <= {WINDOW_RULE_TOLERANCE:g}": frobenius_rank(m.singular_values, WINDOW_RULE_TOLERANCE),
+        }
+        if m.rank_bound is not None:
+            ranks["rank bound of the memory window"] = m.rank_bound
+        reason = min(ranks, key=lambda name: ranks[name])
+        plans.append(layer_plan(m, max(1, ranks[reason]), request, f"window rule: {reason}"))
+    return tuple(plans)
+
+
+def plan_by_size(
+    measured: Sequence[MeasuredLayer], budget: int, request: FormRequest, *, unit: Literal["parameters", "bytes"]
+) -> tuple[LayerPlan, ...] | None:
+    """Ranks of least summed squared relative error with at most `budget` stored parameters or bytes.
+
+    None when even rank one everywhere is larger.
+    """
+    tables = [_choices(m, request, unit) for m in measured]
+    chosen = allocate([choices for choices, _ in tables], budget)
+    if chosen is None:
+        return None
+    plans = []
+    for m, (_, ranks), index in zip(measured, tables, chosen, strict=True):
+        rank = ranks[index]
+        if rank is None:
+            plans.append(dense_plan(m.layer, "keeping it dense is worth its size"))
+        else:
+            plans.append(layer_plan(m, rank, request, "its share of the budget at least error"))
+    return tuple(plans)
+
+
+def plan_by_file_size(
+    measured: Sequence[MeasuredLayer],
+    limit: int,
+    request: FormRequest,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+) -> tuple[LayerPlan, ...] | None:
+    """Ranks of least summed squared relative error whose weight files, by `file_bytes`, are at most `limit` bytes.
+
+    What the files hold besides the layers' numbers (other tensors, headers) depends a little on the ranks, so it is
+    found by repetition. None when no plan was found within the limit.
+    """
+
+    def beside(layers: tuple[LayerPlan, ...]) -> int:
+        numbers = sum(
+            stored_bytes(m.layer.shape, layer.form, layer.rank or 0, m.itemsize)
+            for m, layer in zip(measured, layers, strict=True)
+        )
+        return file_bytes(layers) - numbers
+
+    overhead = beside(tuple(dense_plan(m.layer, "") for m in measured))
+    best: tuple[int, tuple[LayerPlan, ...]] | None = None
+    tried: set[int] = set()
+    while overhead not in tried:
+        tried.add(overhead)
+        layers = plan_by_size(measured, limit - overhead, request, unit="bytes")
+        if layers is None:
+            break
+        size = file_bytes(layers)
+        if size <= limit and (best is None or size > best[0]):
+            best = (size, layers)
+        overhead = beside(layers)
+    return best[1] if best else None
+
+
+def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
+    """What the layers would store at rank one: no budget below it can be met."""
+    return sum(int(_choices(m, request, unit)[0].cost.min()) for m in measured)
+
+
+def _choices(
+    m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"]
+) -> tuple[Choices, list[int | None]]:
+    """Every rank whose pair is smaller than the dense layer, and dense (None) last."""
+    errors = truncation_errors(m.singular_values)
+
+    def cost(form: Form, rank: int) -> int:
+        if unit == "parameters":
+            return stored_parameters(m.layer.shape, form, rank)
+        return stored_bytes(m.layer.shape, form, rank, m.itemsize)
+
+    ranks: list[int | None] = []
+    costs, losses = [], []
+    for rank in range(1, len(errors)):
+        form = form_for(m.layer, rank, request)
+        if stored_parameters(m.layer.shape, form, rank) < m.layer.parameters:
+            ranks.append(rank)
+            costs.append(cost(form, rank))
+            losses.append(float(errors[rank]) ** 2)
+    ranks.append(None)
+    costs.append(cost("dense", 0))
+    losses.append(0.0)
+    return Choices(np.array(costs, dtype=np.int64), np.array(losses)), ranks
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from its JSON, as `Plan.to_dict` wrote it, perhaps edited; BadInput says which entry is wrong."""
+    remedy = "write a new one with 'compress plan MODEL -o PLAN.json' and edit its ranks"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(error.strerror or str(error), where=path, remedy="name a plan that can be read") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"not a plan: it is not JSON ({error})", where=path, remedy=remedy) from error
+    if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
+        raise BadInput("not a plan: it has no list of layers", where=path, remedy=remedy)
+    if document.get("schema_version") != PLAN_SCHEMA_VERSION:
+        raise BadInput(
+            f"its schema version is {document.get('schema_version')!r}, not {PLAN_SCHEMA_VERSION}",
+            where=path,
+            remedy=remedy,
+        )
+    layers = tuple(_read_layer(entry, path, remedy) for entry in document["layers"])
+    digest = document.get("digest")
+    return Plan(
+        source=str(document.get("source", path)),
+        digest=digest if isinstance(digest, str) else None,
+        budget=Budget("plan"),
+        layers=layers,
+    )
+
+
+def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise BadInput("a layer of the plan has no name", where=path, remedy=remedy)
+    name, rank, form = entry["name"], entry.get("rank"), entry.get("form", "dense")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise BadInput(
+            f"rank {rank!r} of {name} is not a positive whole number", where=path, remedy="give one, or null for dense"
+        )
+    if form not in get_args(Form):
+        raise BadInput(
+            f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(get_args(Form))}"
+        )
+    return LayerPlan(
+        name=name,
+        shape=_read_shape(entry.get("shape")),
+        kind=str(entry.get("kind", "")),
+        rank=rank,
+        form="dense" if rank is None else form,
+        parameters=0,
+        error=math.nan,
+        reason=str(entry.get("reason", "")),
+    )
+
+
+def _read_shape(shape: object) -> tuple[int, int]:
+    """The shape that a plan states, `(0, 0)` where it states none."""
+    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
+        return (shape[0], shape[1])
+    return (0, 0)
+
+
+def apply_edits(plan: Plan, measured: Sequence[MeasuredLayer], where: str) -> tuple[LayerPlan, ...]:
+    """The plan's ranks and forms checked against the checkpoint, with sizes and errors computed anew.
+
+    Eligible layers that the plan does not name stay dense. BadInput for a layer that does not exist or is not
+    eligible, a rank outside the layer's, or a form that the kind of layer does not have.
+    """
+    known = {m.layer.name: m for m in measured}
+    edited = {layer.name: layer for layer in plan.layers}
+    remedy = "correct it, or write a new plan with 'compress plan MODEL'"
+    for name in edited:
+        if name not in known:
+            raise BadInput(
+                f"the plan names {name}, which is not an eligible layer of this model", where=where, remedy=remedy
+            )
+    if len(edited) < len(plan.layers):
+        raise BadInput("the plan names a layer twice", where=where, remedy=remedy)
+    return tuple(
+        _apply_edit(edited[m.layer.name], m, where, remedy)
+        if m.layer.name in edited
+        else dense_plan(m.layer, "not in the plan")
+        for m in measured
+    )
+
+
+def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> LayerPlan:
+    layer = m.layer
+    if edit.shape not in ((0, 0), layer.shape):
+        raise BadInput(
+            f"the plan's {layer.name} is {edit.shape[0]} x {edit.shape[1]}, "
+            f"the model's {layer.shape[0]} x {layer.shape[1]}",
+            where=where,
+            remedy=remedy,
+        )
+    if edit.rank is None:
+        return dense_plan(layer, edit.reason)
+    if edit.rank > min(layer.shape):
+        raise BadInput(
+            f"rank {edit.rank} of {layer.name} does not exist: its matrix is {layer.shape[0]} x {layer.shape[1]}",
+            where=where,
+            remedy=f"give a rank up to {min(layer.shape)}, or null for dense",
+        )
+    form: Form = edit.form if edit.form != "dense" else form_for(layer, edit.rank, "auto")
+    if (form == "channel") != (layer.kind == "convolution"):
+        raise BadInput(
+            f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer", where=where, remedy=remedy
+        )
+    return replace(
+        edit,
+        shape=layer.shape,
+        kind=layer.kind,
+        form=form,
+        parameters=stored_parameters(layer.shape, form, edit.rank),
+        error=float(truncation_errors(m.singular_values)[edit.rank]),
+    )

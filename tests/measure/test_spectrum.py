@@ -1,0 +1,43 @@
+"""Singular values from the smaller Gram matrix, against LAPACK in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from compressor.measure import singular_values
+from compressor.measure.spectrum import smaller_gram
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (40, 40), (64, 20), (20, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_singular_values_agree_with_lapack(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    matrix = torch.randn(shape).to(dtype)
+    exact = torch.linalg.svdvals(matrix.double()).numpy()
+    np.testing.assert_allclose(singular_values(matrix), exact, rtol=1e-9, atol=2e-8 * exact[0])
+
+
+def test_singular_values_below_the_accuracy_of_the_gram_matrix_are_small_not_wrong() -> None:
+    torch.manual_seed(2)
+    left, right = (torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q for _ in range(2))
+    exact = torch.logspace(0, -14, 30, dtype=torch.float64)
+    measured = singular_values(left @ torch.diag(exact) @ right.T)
+    np.testing.assert_allclose(measured, exact.numpy(), rtol=1e-6, atol=3e-8)
+
+
+def test_rank_deficient_and_zero_matrices_have_the_rank_they_have() -> None:
+    torch.manual_seed(3)
+    product = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 40, dtype=torch.float64)
+    values = singular_values(product)
+    assert int((values > 1e-6 * values[0]).sum()) == 3
+    assert singular_values(torch.zeros(4, 3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_gram_matrix_is_the_same_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    matrix = torch.randn(100, 3000)
+    whole = matrix.double() @ matrix.double().T
+    torch.testing.assert_close(smaller_gram(matrix), whole, rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(smaller_gram(matrix.T), whole, rtol=1e-12, atol=1e-10)
