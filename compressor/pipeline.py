@@ -1,0 +1,584 @@
+"""Walks the stages for a file, a folder or a module; the only place that knows them all."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import (
+    Checkpoint,
+    Layer,
+    Skeleton,
+    TensorInfo,
+    check_output,
+    find_layers,
+    hidden_sibling,
+    module_skeleton,
+    open_checkpoint,
+    output_folder,
+    parse_size,
+    refuse_fp8,
+    require_finite,
+    transformers_skeleton,
+    write_json,
+    write_state_dict_file,
+)
+from compressor.errors import BadInput, QualityGateNotMet
+from compressor.evaluation import (
+    Evaluation,
+    EvaluationData,
+    build_model,
+    compare,
+    load_model,
+    load_preprocessing,
+    open_data,
+    resolve_device,
+)
+from compressor.measure import (
+    effective_ranks,
+    initial_standard_deviation,
+    memory_window,
+    singular_values,
+    surviving_initialisation,
+    uses_per_example,
+)
+from compressor.planning import (
+    Budget,
+    FormRequest,
+    LayerPlan,
+    MeasuredLayer,
+    Plan,
+    apply_edits,
+    choose_ranks,
+    default_budget,
+    read_plan,
+    requested_budget,
+    window_rule_advice,
+)
+from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
+from compressor.results import BeforeAfter, Compression, InspectedLayer, Inspection, Restoration
+from compressor.rewrite import (
+    METADATA_KEY,
+    PLAN_FILE,
+    Rewriting,
+    as_matrix,
+    dense_infos,
+    dense_tensors,
+    describe_folder,
+    file_metadata,
+    file_record,
+    rewritten_infos,
+    rewritten_module,
+    rewritten_tensors,
+    stored_pairs,
+    weight_file_bytes,
+    write_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+Model = str | Path | nn.Module
+Factory = str | Callable[[], nn.Module]
+Split = Literal["train", "validation", "test"]
+
+# Called with the name of the stage, how many layers of it are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def inspect(
+    model: Model,
+    *,
+    recipe: TrainingRecipe | str | Path | None = None,
+    recipe_file: str | Path | None = None,
+    factory: Factory | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    epsilon: float = 0.1,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Inspection:
+    """Measure every matrix of a model: effective ranks, memory window, surviving initialisation.
+
+    `model` is a weight file, a model folder or a module. `recipe` says how it was trained where the files beside it do
+    not, as a `TrainingRecipe` or the path of a file. `factory` builds the model's architecture, for weights that are
+    not a transformers model's. `epsilon` is the share of a matrix that the memory window may leave out.
+
+    Raises `BadInput` for a model, recipe or pattern that cannot be used.
+    """
+    if not 0 < epsilon < 1:
+        raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
+    subject = _open(model, recipe, recipe_file, factory, include, exclude)
+    inspected = _inspect(subject, epsilon, resolve_device(device), progress)
+    return Inspection(
+        source=subject.name,
+        recipe=subject.recipe,
+        layers=inspected,
+        parameters=_elements(subject.checkpoint.tensors.values()),
+        weight_bytes=subject.checkpoint.weight_bytes,
+        advice=window_rule_advice(_measured(subject, inspected), subject.recipe.family, "auto"),
+    )
+
+
+def plan(
+    model: Model,
+    *,
+    keep: float | None = None,
+    max_size: int | str | None = None,
+    tolerance: float | None = None,
+    recipe: TrainingRecipe | str | Path | None = None,
+    recipe_file: str | Path | None = None,
+    factory: Factory | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    form: FormRequest = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Plan:
+    """The ranks that `compress` would choose, and why, without the work; raises what `compress` raises."""
+    return compress(
+        model,
+        keep=keep,
+        max_size=max_size,
+        tolerance=tolerance,
+        recipe=recipe,
+        recipe_file=recipe_file,
+        factory=factory,
+        include=include,
+        exclude=exclude,
+        form=form,
+        device=device,
+        dry_run=True,
+        progress=progress,
+    ).plan
+
+
+def compress(
+    model: Model,
+    *,
+    output: str | Path | None = None,
+    keep: float | None = None,
+    max_size: int | str | None = None,
+    tolerance: float | None = None,
+    plan: Plan | str | Path | None = None,
+    recipe: TrainingRecipe | str | Path | None = None,
+    recipe_file: str | Path | None = None,
+    factory: Factory | None = None,
+    data: str | Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    form: FormRequest = "auto",
+    max_shard_size: int | str = "5GB",
+    device: str = "auto",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Compression:
+    """Make a trained model smaller: measure, plan, factorize, rewrite, and evaluate on `data` where it is given.
+
+    At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `tolerance`
+    (relative error per layer) and `plan`; with none of them the window rule where the recipe is of the SGD family,
+    else a tolerance that is safe without data. A file gives a safetensors file and a folder a folder, at `output` or as
+    `NAME-compressed` beside the input; a module gives `Compression.model` and is itself left as it is. Nothing is
+    written in a `dry_run`. The same input gives the same bytes.
+
+    Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
+    be removed safely; no output is left behind.
+    """
+    started = time.monotonic()
+    budget = _requested(keep, max_size, tolerance, plan)
+    subject = _open(model, recipe, recipe_file, factory, include, exclude)
+    checkpoint = subject.checkpoint
+    target = None if dry_run or checkpoint.source is None else _target(checkpoint, output)
+    if checkpoint.source is None and output is not None:
+        raise BadInput("a module is compressed in memory", remedy="leave out the output, and save Compression.model")
+    if target is not None:
+        check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite)
+    where = resolve_device(device)
+    evaluated = None if data is None or dry_run else _evaluation_data(data, checkpoint, subject.recipe, "test")
+    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+
+    inspected = _inspect(subject, 0.1, where, progress)
+    measured = _measured(subject, inspected)
+    if not measured:
+        raise BadInput(
+            "no layer of this model is eligible",
+            where=subject.name,
+            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
+        )
+    chosen = _plan(subject, measured, budget, plan, form, shard_size)
+    if budget is None and all(layer.rank is None for layer in chosen.layers):
+        raise QualityGateNotMet(
+            f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with --keep 0.8, or for a"
+            " larger --tolerance"
+        )
+
+    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen)
+    infos = rewritten_infos(rewriting)
+    after_bytes = weight_file_bytes(rewriting, shard_size)
+    done = _counted(progress, "factorize", len(rewriting.factorized))
+    compressed, evaluation = None, None
+    if isinstance(model, nn.Module) and not dry_run:
+        compressed = rewritten_module(rewriting, model, where, done)
+        if evaluated is not None:
+            evaluation = compare(model, compressed, evaluated, device=where)
+    if target is not None:
+        check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)
+        tensors = rewritten_tensors(rewriting, where, done)
+        with _staged(target, checkpoint, overwrite) as staged:
+            write_weights(staged, infos, tensors, file_metadata(rewriting), _shards(checkpoint, shard_size))
+            if checkpoint.folder is not None:
+                describe_folder(staged, rewriting)
+            if evaluated is not None:
+                evaluation = _evaluate(model, staged, evaluated, factory, where, progress)
+    return Compression(
+        source=subject.name,
+        output=None if target is None else str(target),
+        recipe=subject.recipe,
+        plan=chosen,
+        parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
+        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
+        evaluation=evaluation,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=_peak_memory_bytes(),
+        spectra={m.layer.name: m.singular_values for m in measured},
+        model=compressed,
+    )
+
+
+def evaluate(
+    model: Model,
+    *,
+    data: str | Path,
+    baseline: Model | None = None,
+    factory: Factory | None = None,
+    split: Split = "test",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
+
+    Without a baseline the model is measured alone. `factory` builds the architecture of weights that are not a
+    transformers model's. Raises `BadInput` for a model or data that cannot be used.
+    """
+    where = resolve_device(device)
+    evaluated = _evaluation_data(data, open_checkpoint(model), TrainingRecipe(), split)
+    return _evaluate(baseline, model, evaluated, factory, where, progress)
+
+
+def restore(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Restoration:
+    """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
+
+    A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
+    .pth, .bin, .th, .ckpt). Raises `BadInput` when the model is not a compressed one, or the output cannot be written.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model)
+    skeleton = _skeleton(checkpoint, None)
+    pairs = stored_pairs(checkpoint, skeleton)
+    if not pairs:
+        raise BadInput(
+            "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
+        )
+    target = _target(checkpoint, output, suffix="-restored", torch_files=True)
+    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    aliases = {
+        alias: name
+        for alias, name in _mapping(file_record(checkpoint).get("aliases")).items()
+        if name in planned and alias not in planned
+    }
+    infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
+    check_output(
+        target,
+        source=checkpoint,
+        form=_form(checkpoint),
+        overwrite=overwrite,
+        needed_bytes=sum(info.nbytes for info in infos),
+    )
+    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    copies: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        copies.setdefault(name, []).append(alias)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
+            yield name, tensor
+            for alias in copies.get(name, ()):
+                yield alias, tensor
+            if progress:
+                progress("restore", done, len(planned))
+
+    metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+    with _staged(target, checkpoint, overwrite) as staged:
+        if checkpoint.folder is not None or target.suffix == ".safetensors":
+            shards = _shards(checkpoint, shard_size)
+            write_weights(staged, infos, tensors(), {"format": "pt"} | metadata, shards)
+        else:
+            write_state_dict_file(staged, dict(tensors()))
+        if checkpoint.folder is not None:
+            config = {key: value for key, value in (checkpoint.config or {}).items() if key != "quantization_config"}
+            write_json(staged / "config.json", config)
+            (staged / PLAN_FILE).unlink(missing_ok=True)
+        after_bytes = open_checkpoint(staged).weight_bytes
+    return Restoration(
+        source=str(checkpoint.source),
+        output=str(target),
+        layers=tuple(pairs),
+        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """An opened model with what is known about it."""
+
+    name: str
+    checkpoint: Checkpoint
+    skeleton: Skeleton | None
+    layers: tuple[Layer, ...]
+    recipe: TrainingRecipe
+
+
+def _open(
+    model: Model,
+    recipe: TrainingRecipe | str | Path | None,
+    recipe_file: str | Path | None,
+    factory: Factory | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> _Subject:
+    checkpoint = open_checkpoint(model)
+    refuse_fp8(checkpoint)
+    if isinstance(recipe, str | Path):
+        recipe, recipe_file = None, recipe
+    if checkpoint.source is not None:
+        known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file)
+    else:
+        known = merge(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
+    skeleton = module_skeleton(model) if isinstance(model, nn.Module) else _skeleton(checkpoint, factory)
+    if stored_pairs(checkpoint, skeleton):
+        raise BadInput(
+            "is compressed already",
+            where=checkpoint.source,
+            remedy="compress the original, or bring it back with 'compress restore MODEL'",
+        )
+    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    return _Subject(name, checkpoint, skeleton, layers, known)
+
+
+def _skeleton(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:
+    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
+    if factory is not None:
+        return module_skeleton(build_model(factory))
+    if checkpoint.config is None or checkpoint.source is None:
+        return None
+    return transformers_skeleton(_folder_of(checkpoint))
+
+
+def _folder_of(checkpoint: Checkpoint) -> Path:
+    assert checkpoint.source is not None
+    return checkpoint.folder or checkpoint.source.parent
+
+
+def _form(checkpoint: Checkpoint) -> Literal["file", "folder"]:
+    return "folder" if checkpoint.folder is not None else "file"
+
+
+def _shards(checkpoint: Checkpoint, shard_size: int) -> int | None:
+    return shard_size if checkpoint.folder is not None else None
+
+
+def _target(
+    checkpoint: Checkpoint, output: str | Path | None, *, suffix: str = "-compressed", torch_files: bool = False
+) -> Path:
+    """Where the result goes: as asked, or beside the input under its name and the suffix."""
+    source = checkpoint.source
+    assert source is not None
+    if checkpoint.folder is not None:
+        return Path(output) if output is not None else source.resolve().with_name(source.resolve().name + suffix)
+    if output is None:
+        stem = source.name.removesuffix(".index.json")
+        return source.with_name(Path(stem).stem + suffix + ".safetensors")
+    allowed = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt") if torch_files else (".safetensors",)
+    if Path(output).suffix not in allowed:
+        raise BadInput("a file is written as safetensors", where=output, remedy=f"name it with {' or '.join(allowed)}")
+    return Path(output)
+
+
+def _requested(
+    keep: float | None, max_size: int | str | None, tolerance: float | None, plan: Plan | str | Path | None
+) -> Budget | None:
+    size = parse_size(max_size) if isinstance(max_size, str) else max_size
+    budget = requested_budget(keep=keep, max_size=size, tolerance=tolerance)
+    if plan is None:
+        return budget
+    if budget is not None:
+        raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
+    return Budget("plan")
+
+
+def _inspect(
+    subject: _Subject, epsilon: float, device: torch.device, progress: Progress | None
+) -> tuple[InspectedLayer, ...]:
+    """Read every eligible layer once, and measure it."""
+    recipe, skeleton = subject.recipe, subject.skeleton
+    folder = None if subject.checkpoint.source is None else _folder_of(subject.checkpoint)
+    uses = uses_per_example(subject.layers, skeleton, folder, recipe.sequence_length)
+    eligible = [layer for layer in subject.layers if layer.eligible]
+    inspected: dict[str, InspectedLayer] = {}
+    for done, layer in enumerate(eligible, start=1):
+        weight = subject.checkpoint.read(layer.tensor)
+        require_finite(layer.tensor, weight)
+        values = singular_values(as_matrix(layer, weight.to(device)))
+        del weight
+        decayed = recipe.decays(layer.tensor) is not False
+        inspected[layer.name] = InspectedLayer(
+            layer=layer,
+            uses=uses[layer.name],
+            ranks=effective_ranks(values),
+            window=memory_window(recipe, shape=layer.shape, uses=uses[layer.name], decayed=decayed, epsilon=epsilon),
+            initialisation=surviving_initialisation(
+                recipe, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton), decayed=decayed
+            ),
+            singular_values=tuple(values.tolist()),
+        )
+        if progress:
+            progress("measure", done, len(eligible))
+    return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+def _measured(subject: _Subject, inspected: Sequence[InspectedLayer]) -> list[MeasuredLayer]:
+    measured = []
+    for each in inspected:
+        if each.singular_values is None or each.window is None or each.initialisation is None:
+            continue
+        window = each.window
+        measured.append(
+            MeasuredLayer(
+                layer=each.layer,
+                singular_values=np.array(each.singular_values),
+                itemsize=subject.checkpoint.tensors[each.layer.tensor].dtype.itemsize,
+                above_edge=each.initialisation.above_edge,
+                rank_bound=window.rank_bound if window.vacuous is False else None,
+            )
+        )
+    return measured
+
+
+def _plan(
+    subject: _Subject,
+    measured: Sequence[MeasuredLayer],
+    budget: Budget | None,
+    given: Plan | str | Path | None,
+    form: FormRequest,
+    shard_size: int,
+) -> Plan:
+    checkpoint = subject.checkpoint
+    digest = checkpoint.digest() if checkpoint.source is not None else None
+    if given is not None:
+        edited = given if isinstance(given, Plan) else read_plan(Path(given))
+        if edited.digest is not None and digest is not None and edited.digest != digest:
+            logger.warning("the plan was made for other weights than those of %s", subject.name)
+        where = "the plan" if isinstance(given, Plan) else str(given)
+        return Plan(subject.name, digest, Budget("plan"), apply_edits(edited, measured, where))
+    chosen = budget or default_budget(measured, subject.recipe.family)
+
+    def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
+        plan = Plan(subject.name, digest, chosen, layers)
+        return weight_file_bytes(Rewriting(checkpoint, subject.recipe, subject.layers, plan), shard_size)
+
+    layers = choose_ranks(measured, chosen, form, file_bytes)
+    advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
+    return Plan(subject.name, digest, chosen, layers, advice)
+
+
+@contextmanager
+def _staged(target: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
+    """A place to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
+    if checkpoint.folder is not None:
+        with output_folder(target, copy_from=checkpoint.folder, overwrite=overwrite) as folder:
+            yield folder
+        return
+    staged = hidden_sibling(target).with_suffix(target.suffix)
+    try:
+        yield staged
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _evaluation_data(
+    data: str | Path,
+    checkpoint: Checkpoint,
+    recipe: TrainingRecipe,
+    split: Split,
+) -> EvaluationData:
+    """The data prepared as the model's folder says, or as it is where the folder says nothing."""
+    if checkpoint.source is None or checkpoint.config is None:
+        return open_data(data, split=split)
+    prepared = load_preprocessing(_folder_of(checkpoint))
+    return open_data(
+        data,
+        split=split,
+        tokenizer=prepared.tokenizer,
+        image_processor=prepared.image_processor,
+        classes=prepared.classes,
+        sequence_length=prepared.sequence_length,
+    )
+
+
+def _evaluate(
+    baseline: Model | None,
+    model: Model,
+    data: EvaluationData,
+    factory: Factory | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> Evaluation:
+    if progress:
+        progress("evaluate", 0, 1)
+    reference = None if baseline is None else load_model(baseline, factory)
+    evaluation = compare(reference, load_model(model, factory), data, device=device)
+    if progress:
+        progress("evaluate", 1, 1)
+    return evaluation
+
+
+def _counted(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """The progress of one stage, to be told how much of it is done."""
+    return lambda done: progress(stage, done, total) if progress else None
+
+
+def _mapping(value: object) -> dict[str, str]:
+    """A mapping of names read from a file, {} if it is none."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in entries if isinstance(key, str) and isinstance(text, str)}
+
+
+def _elements(infos: Iterable[TensorInfo]) -> int:
+    return sum(info.elements for info in infos)
+
+
+def _peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,140 @@
+"""What the pipeline returns: frozen, and as JSON by `to_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from compressor.checkpoint import Layer
+from compressor.evaluation import Evaluation
+from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
+from compressor.planning import Plan
+from compressor.recipe import TrainingRecipe
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """One quantity of the model before and after."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """What was measured of one layer; a skipped layer has nothing but its `layer.skip`."""
+
+    layer: Layer
+    uses: int | None = None
+    ranks: EffectiveRanks | None = None
+    window: MemoryWindow | None = None
+    initialisation: SurvivingInitialisation | None = None
+    singular_values: tuple[float, ...] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        layer = self.layer
+        return {
+            "name": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "parameters": layer.parameters,
+            "skip": layer.skip,
+            "uses": self.uses,
+            "ranks": self.ranks.to_dict() if self.ranks else None,
+            "window": self.window.to_dict() if self.window else None,
+            "initialisation": self.initialisation.to_dict() if self.initialisation else None,
+            "singular_values": list(self.singular_values) if self.singular_values is not None else None,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Effective ranks and memory windows, layer by layer."""
+
+    source: str
+    recipe: TrainingRecipe
+    layers: tuple[InspectedLayer, ...]
+    parameters: int
+    weight_bytes: int
+    advice: str | None
+
+    @property
+    def eligible(self) -> int:
+        return sum(inspected.layer.parameters for inspected in self.layers if inspected.layer.eligible)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "recipe": self.recipe.to_dict(),
+            "parameters": self.parameters,
+            "eligible": self.eligible,
+            "bytes": self.weight_bytes,
+            "advice": self.advice,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
+
+    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the factorized matrices.
+    `spectra` holds the singular values behind the plan. `model` is the compressed module when a module was compressed.
+    """
+
+    source: str
+    output: str | None
+    recipe: TrainingRecipe
+    plan: Plan
+    parameters: BeforeAfter
+    bytes: BeforeAfter
+    evaluation: Evaluation | None
+    seconds: float
+    peak_memory_bytes: int
+    spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        before, after = self.plan.eligible_before, self.plan.eligible_after
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "output": self.output,
+            "parameters": asdict(self.parameters),
+            "bytes": asdict(self.bytes),
+            "eligible": {"before": before, "after": after, "kept": after / before},
+            "budget": self.plan.budget.to_dict(),
+            "advice": self.plan.advice,
+            "layers": [layer.to_dict() for layer in self.plan.layers],
+            "evaluation": self.evaluation.to_dict() if self.evaluation else None,
+            "recipe": self.recipe.to_dict(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """A dense checkpoint multiplied back from a compressed one."""
+
+    source: str
+    output: str
+    layers: tuple[str, ...]
+    bytes: BeforeAfter
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "output": self.output,
+            "layers": list(self.layers),
+            "bytes": asdict(self.bytes),
+            "seconds": self.seconds,
+        }

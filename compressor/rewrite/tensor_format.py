@@ -1,0 +1,211 @@
+"""The file format: which tensors stand for a low-rank layer, written from a dense weight and multiplied back to one.
+
+A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weight` (`d_out x r`), and `X.bias` becomes
+`X.up.bias`. A pivoted pair has `X.up.weight` of `(d_out - r) x r` and `X.order` of `d_out` int32; its bias stays
+`X.bias`. For a convolution `X.down.weight` is `r x d_in x kernel` and `X.up.weight` is `d_out x r x 1 ..`. A zero-size
+`X.weight` stays behind in each, so that a loader that does not know the format stops. Everything else is passed
+through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
+from compressor.errors import BadInput
+from compressor.factorize import FactorPair, PivotedPair, pivoted_pair, truncated_svd
+from compressor.factorize.form import Form
+from compressor.planning import LayerPlan
+
+FORMAT_VERSION = 1
+METADATA_KEY = "lowrank"
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """A low-rank layer found in a checkpoint: where its tensors are and which dense tensor it stands for."""
+
+    name: str
+    form: Form
+    rank: int
+    kind: Kind
+    tensor_shape: tuple[int, ...]
+    has_bias: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.kind == "transposed linear":
+            return (self.tensor_shape[1], self.tensor_shape[0])
+        d_out, *rest = self.tensor_shape
+        return (d_out, int(torch.Size(rest).numel()))
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Role to tensor name, for the tensors that stand for the dense weight and bias."""
+        roles = {"weight": "weight", "down": "down.weight", "up": "up.weight"}
+        if self.form == "pivoted":
+            roles["order"] = "order"
+        if self.has_bias:
+            roles["bias"] = "bias" if self.form == "pivoted" else "up.bias"
+        return {role: join(self.name, tensor) for role, tensor in roles.items()}
+
+
+def join(name: str, tensor: str) -> str:
+    """A tensor's name under a layer's; the layer that is the whole model has an empty one."""
+    return f"{name}.{tensor}" if name else tensor
+
+
+def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorInfo | None) -> list[TensorInfo]:
+    """Names, shapes and dtypes of the tensors that will stand for a layer, before any of them is computed."""
+    assert plan.rank is not None
+    (d_out, d_in), rank = layer.shape, plan.rank
+    name = layer.name
+    kernel = layer.tensor_shape[2:] if layer.kind == "convolution" else ()
+    down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
+    up = (d_out - rank, rank) if plan.form == "pivoted" else (d_out, rank, *(1 for _ in kernel))
+    infos = [
+        TensorInfo(join(name, "weight"), (0,), dtype),
+        TensorInfo(join(name, "down.weight"), down, dtype),
+        TensorInfo(join(name, "up.weight"), up, dtype),
+    ]
+    if plan.form == "pivoted":
+        infos.append(TensorInfo(join(name, "order"), (d_out,), torch.int32))
+    if bias is not None:
+        infos.append(TensorInfo(join(name, "bias" if plan.form == "pivoted" else "up.bias"), bias.shape, bias.dtype))
+    return infos
+
+
+def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
+    """The stored weight as the `d_out x d_in` matrix that it applies to its inputs."""
+    return weight.T if layer.kind == "transposed linear" else weight.reshape(layer.shape)
+
+
+def pair_tensors(layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors that stand for a layer: the arithmetic in float64, the result in the weight's own dtype."""
+    assert plan.rank is not None
+    pair: FactorPair | PivotedPair = truncated_svd(as_matrix(layer, weight), plan.rank)
+    if plan.form == "pivoted":
+        assert isinstance(pair, FactorPair)
+        pair = pivoted_pair(pair)
+    infos = pair_infos(
+        layer, plan, weight.dtype, TensorInfo("", tuple(bias.shape), bias.dtype) if bias is not None else None
+    )
+    values: list[Tensor] = [weight.new_empty(0), pair.down.to(weight.dtype), pair.up.to(weight.dtype)]
+    if isinstance(pair, PivotedPair):
+        values.append(pair.order)
+    if bias is not None:
+        values.append(bias)
+    return {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
+
+
+def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:
+    """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
+
+    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    said = file_record(checkpoint).get("layers")
+    record = said if isinstance(said, dict) else {}
+    pairs = {}
+    for tensor, shape in shapes.items():
+        if shape != (0,) or not is_weight(tensor):
+            continue
+        name = layer_name(tensor)
+        down, up = shapes.get(join(name, "down.weight")), shapes.get(join(name, "up.weight"))
+        if down is None or up is None:
+            continue
+        order = shapes.get(join(name, "order"))
+        form: Form = "pivoted" if order is not None else "channel" if len(down) > 2 else "plain"
+        d_out = order[0] if order is not None and order else up[0]
+        fits = len(down) >= 2 and len(up) == len(down) and up[1] == down[0] and min(down) > 0
+        if not fits or (form == "pivoted" and up[0] + down[0] != d_out):
+            raise BadInput(
+                f"the factors of {name} do not fit together",
+                where=checkpoint.source,
+                remedy="compress the original checkpoint again",
+            )
+        entry = record.get(name)
+        transposed = (
+            entry.get("kind") == "transposed linear"
+            if isinstance(entry, dict)
+            else skeleton is not None and _is_conv1d(skeleton, tensor)
+        )
+        kind: Kind = "convolution" if len(down) > 2 else "transposed linear" if transposed else "linear"
+        dense = (down[1], d_out) if transposed else (d_out, *down[1:])
+        bias = join(name, "bias" if form == "pivoted" else "up.bias")
+        pairs[name] = StoredPair(name, form, down[0], kind, dense, bias in shapes)
+    return pairs
+
+
+def _is_conv1d(skeleton: Skeleton, tensor: str) -> bool:
+    in_model = skeleton.module_name(tensor)
+    modules = dict(skeleton.module.named_modules())
+    owner = modules.get(layer_name(in_model)) if in_model else None
+    return type(owner).__name__ == "Conv1D"
+
+
+def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a compressed file says of itself in its metadata; {} where there is nothing, or nothing that can be read."""
+    with suppress(ValueError, RecursionError):
+        record = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
+    """The dense tensor a pair stands for, multiplied in float64 and rounded to the factors' dtype."""
+    down = checkpoint.read(pair.tensors["down"])
+    up = checkpoint.read(pair.tensors["up"])
+    wide_down = down.to(torch.float64).reshape(pair.rank, -1)
+    wide_up = up.to(torch.float64).reshape(up.shape[0], -1)
+    if pair.form == "pivoted":
+        order = checkpoint.read(pair.tensors["order"]).long()
+        if not torch.equal(order.sort().values, torch.arange(order.numel())):
+            raise BadInput(
+                f"{pair.tensors['order']} is not an order of rows",
+                where=checkpoint.source,
+                remedy="compress the original checkpoint again",
+            )
+        matrix = PivotedPair(up=wide_up, down=wide_down, order=order).product()
+    else:
+        matrix = FactorPair(up=wide_up, down=wide_down).product()
+    if pair.kind == "transposed linear":
+        matrix = matrix.T
+    return matrix.reshape(pair.tensor_shape).to(down.dtype).contiguous()
+
+
+def dense_infos(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict[str, tuple[TensorInfo, str | None]]:
+    """For every tensor of the restored checkpoint its shape and dtype, and the tensor to copy it from.
+
+    The source is None for a weight that has to be multiplied back.
+    """
+    factors: dict[str, tuple[TensorInfo, str | None]] = {}
+    consumed: set[str] = set()
+    for pair in pairs.values():
+        tensors = pair.tensors
+        consumed.update(tensors.values())
+        weight = TensorInfo(tensors["weight"], pair.tensor_shape, checkpoint.tensors[tensors["down"]].dtype)
+        factors[weight.name] = (weight, None)
+        if pair.has_bias:
+            info = checkpoint.tensors[tensors["bias"]]
+            name = join(pair.name, "bias")
+            factors[name] = (TensorInfo(name, info.shape, info.dtype), tensors["bias"])
+    passed = {name: (info, name) for name, info in checkpoint.tensors.items() if name not in consumed}
+    return passed | factors
+
+
+def dense_tensors(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, Tensor]]:
+    """The restored checkpoint, one tensor at a time."""
+    for name, (_, copied_from) in dense_infos(checkpoint, pairs).items():
+        if copied_from is None:
+            yield name, dense_weight(checkpoint, pairs[layer_name(name)])
+        else:
+            yield name, checkpoint.read(copied_from)

@@ -1,0 +1,86 @@
+"""Low-rank layers compute what their dense product computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from compressor import compress
+from compressor.rewrite import LowRankConvolution, LowRankLinear, PivotedLinear, low_rank_layer
+
+CONVOLUTIONS = [
+    (nn.Conv1d(6, 9, 5, stride=2, padding=2), (2, 6, 17)),
+    (nn.Conv1d(6, 9, 3, padding="same", dilation=2, bias=False), (2, 6, 17)),
+    (nn.Conv2d(6, 9, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 6, 12, 14)),
+    (nn.Conv2d(6, 9, 3, padding=1, padding_mode="reflect"), (2, 6, 8, 8)),
+    (nn.Conv2d(6, 9, 3, padding=1, padding_mode="circular"), (2, 6, 8, 8)),
+    (nn.Conv2d(16, 18, 1), (2, 16, 5, 5)),
+    (nn.Conv3d(4, 8, 2, padding=1, padding_mode="replicate"), (1, 4, 5, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(("convolution", "shape"), CONVOLUTIONS)
+def test_a_channel_pair_is_the_convolution_with_the_truncated_kernel(
+    convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    report = compress(convolution, keep=0.7)
+    low_rank = report.model
+    assert isinstance(low_rank, LowRankConvolution)
+    truncated = copy.deepcopy(convolution)
+    left, values, right = torch.linalg.svd(convolution.weight.detach().double().flatten(1), full_matrices=False)
+    rank = low_rank.rank
+    kernel = (left[:, :rank] * values[:rank]) @ right[:rank]
+    truncated.weight.data = kernel.reshape(convolution.weight.shape).float()
+    x = torch.randn(shape)
+    torch.testing.assert_close(low_rank(x), truncated(x), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in low_rank.parameters()) < sum(p.numel() for p in convolution.parameters())
+
+
+@pytest.mark.parametrize("form", ["plain", "pivoted"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sides", [(20, 30), (30, 20)])
+def test_a_linear_pair_is_the_layer_with_the_truncated_weight(form: str, bias: bool, sides: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(*sides, bias=bias)
+    report = compress(dense, tolerance=0.6, form=form)  # type: ignore[arg-type]
+    low_rank = report.model
+    assert isinstance(low_rank, PivotedLinear if form == "pivoted" else LowRankLinear)
+    left, values, right = torch.linalg.svd(dense.weight.detach().double(), full_matrices=False)
+    rank = low_rank.rank
+    weight = ((left[:, :rank] * values[:rank]) @ right[:rank]).float()
+    x = torch.randn(2, 3, sides[0])
+    torch.testing.assert_close(low_rank(x), nn.functional.linear(x, weight, dense.bias), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "pivoted"])
+def test_a_dense_loader_stops_at_a_compressed_state(form: str) -> None:
+    dense = nn.Linear(40, 40)
+    small = compress(dense, keep=0.5, form=form).model  # type: ignore[arg-type]
+    assert small is not None
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        dense.load_state_dict(small.state_dict(), strict=False)
+
+
+def test_flags_dtype_and_gradients_are_those_of_the_dense_layer() -> None:
+    dense = nn.Linear(8, 6).to(torch.bfloat16).eval().requires_grad_(False)
+    layer = low_rank_layer(dense, "plain", 2)
+    assert not layer.training
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.weight.dtype == torch.bfloat16
+
+
+def test_low_rank_layers_train() -> None:
+    small = compress(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)), keep=0.6).model
+    assert small is not None
+    small(torch.randn(5, 20)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_other_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="Bilinear"):
+        low_rank_layer(nn.Bilinear(2, 2, 2), "plain", 1)
