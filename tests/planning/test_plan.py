@@ -1,0 +1,201 @@
+"""Plans: what each budget promises, and that an edited plan is checked before it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.checkpoint import Layer
+from compressor.errors import BadInput
+from compressor.factorize.form import stored_bytes, stored_parameters
+from compressor.measure import truncation_errors
+from compressor.planning import Budget, MeasuredLayer, Plan, apply_edits, choose_ranks, default_budget, read_plan
+from compressor.planning.budget import requested_budget
+from compressor.planning.plan import plan_by_file_size
+
+
+def measured(name: str, d_out: int, d_in: int, decay: float = 0.9, **known: Any) -> MeasuredLayer:
+    layer = Layer(name, name, f"{name}.weight", None, "linear", (d_out, d_in), (d_out, d_in))
+    return MeasuredLayer(layer, decay ** np.arange(min(d_out, d_in)), itemsize=4, **known)
+
+
+def no_files(_: object) -> int:
+    raise AssertionError("the size of files was asked for")
+
+
+def forms_of(request: Any) -> tuple[Any, ...]:
+    return ("plain", "pivoted") if request == "auto" else (request,)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[MeasuredLayer]:
+    sides = st.integers(2, 40)
+    return [
+        measured(str(i), draw(sides), draw(sides), draw(st.floats(0.3, 1.0))) for i in range(draw(st.integers(1, 4)))
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(models(), st.floats(0.05, 1.0), st.sampled_from(["auto", "plain", "pivoted"]))
+def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[MeasuredLayer], keep: float, form: Any) -> None:
+    total = sum(m.layer.parameters for m in layers)
+    try:
+        plans = choose_ranks(layers, Budget("keep", keep), form, no_files)
+    except BadInput:
+        smallest = sum(
+            min(m.layer.parameters, *(stored_parameters(m.layer.shape, f, 1) for f in forms_of(form))) for m in layers
+        )
+        assert smallest > keep * total
+        return
+    after = sum(plan.parameters for plan in plans)
+    assert after <= keep * total
+    for m, plan in zip(layers, plans, strict=True):
+        if plan.rank is None:
+            assert plan.parameters == m.layer.parameters
+            continue
+        assert plan.parameters < m.layer.parameters
+        larger = [
+            size
+            for rank in range(plan.rank + 1, min(m.layer.shape) + 1)
+            for stored in forms_of(form)
+            if (size := stored_parameters(m.layer.shape, stored, rank)) < m.layer.parameters
+        ]
+        cheapest = min([*larger, m.layer.parameters])
+        assert after - plan.parameters + cheapest > keep * total or truncation_errors(m.singular_values)[plan.rank] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(models(), st.floats(0.01, 0.9))
+def test_a_tolerance_holds_in_every_layer_with_the_smallest_rank(layers: list[MeasuredLayer], tolerance: float) -> None:
+    for m, plan in zip(layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", no_files), strict=True):
+        errors = truncation_errors(m.singular_values)
+        if plan.rank is None:
+            assert plan.error == 0
+        else:
+            assert plan.error == errors[plan.rank] <= tolerance
+            assert plan.rank == 1 or errors[plan.rank - 1] > tolerance
+
+
+@settings(max_examples=100, deadline=None)
+@given(models(), st.integers(0, 3000), st.integers(100, 20000))
+def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
+    layers: list[MeasuredLayer], header: int, limit: int
+) -> None:
+    def file_bytes(plans: Any) -> int:
+        numbers = sum(stored_bytes(plan.shape, plan.form, plan.rank or 0, 4) for plan in plans)
+        return header + sum(len(plan.form) + len(str(plan.rank)) for plan in plans) + numbers
+
+    plans = plan_by_file_size(layers, limit, "auto", file_bytes)
+    if plans is not None:
+        assert file_bytes(plans) <= limit
+
+
+def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
+    by_spectrum = measured("spectrum", 60, 60, 0.5, above_edge=50)
+    by_edge = measured("edge", 60, 60, 0.99, above_edge=7)
+    by_bound = measured("bound", 60, 60, 0.99, above_edge=30, rank_bound=5)
+    unknown = measured("unknown", 60, 60)
+    plans = choose_ranks([by_spectrum, by_edge, by_bound, unknown], Budget("window-rule"), "auto", no_files)
+    assert [plan.rank for plan in plans] == [4, 7, 5, None]  # 0.5^k <= 0.1 from k = 4
+    assert "relative error" in plans[0].reason
+    assert "edge" in plans[1].reason
+    assert "memory window" in plans[2].reason
+    assert "unknown" in plans[3].reason
+
+
+def test_what_applies_when_nothing_is_asked() -> None:
+    known, unknown = measured("a", 9, 9, above_edge=3), measured("b", 9, 9)
+    assert default_budget([known], "sgd").kind == "window-rule"
+    assert default_budget([unknown], "sgd").kind == "tolerance"
+    assert default_budget([known], "adaptive").kind == "tolerance"
+    assert default_budget([known], None).kind == "tolerance"
+
+
+def test_a_pair_that_would_not_be_smaller_stays_dense() -> None:
+    [plan] = choose_ranks([measured("a", 10, 10, 1.0)], Budget("tolerance", 0.05), "plain", no_files)
+    assert (plan.rank, plan.form, plan.parameters, plan.error) == (None, "dense", 100, 0.0)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"keep": 0.0},
+        {"keep": -1.0},
+        {"keep": 1.01},
+        {"keep": float("nan")},
+        {"max_size": 0},
+        {"tolerance": 0.0},
+        {"tolerance": 1.0},
+        {"tolerance": float("inf")},
+        {"keep": 0.5, "tolerance": 0.1},
+        {"keep": 0.5, "max_size": 100},
+    ],
+)
+def test_impossible_budgets_are_refused(budget: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"out of range|two budgets"):
+        requested_budget(**{"keep": None, "max_size": None, "tolerance": None, **budget})
+
+
+LAYERS = [measured("a", 20, 30), measured("b", 12, 12)]
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    layers = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", no_files)
+    document = Plan("model", "0" * 64, Budget("keep", 0.5), layers).to_dict()
+    document["layers"][0] |= changes
+    path = folder / "plan.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_plan_survives_its_json(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    applied = apply_edits(read_plan(path), LAYERS, "plan.json")
+    original = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", no_files)
+    assert [(p.name, p.rank, p.form, p.parameters, p.error) for p in applied] == [
+        (p.name, p.rank, p.form, p.parameters, p.error) for p in original
+    ]
+
+
+def test_an_edited_rank_counts_and_is_measured_anew(tmp_path: Path) -> None:
+    [first, _] = apply_edits(read_plan(written(tmp_path, rank=3, form="plain")), LAYERS, "plan.json")
+    assert (first.rank, first.parameters) == (3, 3 * 50)
+    assert first.error == truncation_errors(LAYERS[0].singular_values)[3]
+    [first, _] = apply_edits(read_plan(written(tmp_path, rank=None)), LAYERS, "plan.json")
+    assert (first.rank, first.form) == (None, "dense")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "c"}, "c, which is not an eligible layer"),
+        ({"name": "b"}, "twice"),
+        ({"rank": 21}, "rank 21 of a does not exist"),
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 2.5}, "rank 2.5"),
+        ({"rank": True}, "rank True"),
+        ({"form": "spiral"}, "spiral"),
+        ({"form": "channel", "rank": 2}, "channel"),
+        ({"shape": [30, 20]}, "30 x 20"),
+        ({"name": 7}, "no name"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        apply_edits(read_plan(written(tmp_path, **changes)), LAYERS, "plan.json")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": 3}', "\x00", '{"schema_version": 9, "layers": []}'])
+def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(BadInput):
+        read_plan(tmp_path / "plan.json")
+    with pytest.raises(BadInput):
+        read_plan(tmp_path / "missing.json")
