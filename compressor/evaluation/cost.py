@@ -1,0 +1,260 @@
+"""What a model costs to keep and to run: numbers, bytes, multiply-accumulates, memory, and time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from compressor.errors import BadInput
+from compressor.evaluation.inference import forward_call, prepared, resolve_device
+
+WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th")
+# What trainers leave beside a model's weights under the same endings.
+NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
+WARM_UPS = 3
+FEWEST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 7, 100, 3.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs: stored numbers and their bytes, and multiply-accumulates and peak memory to run.
+
+    `macs` is of one example, `peak_memory_bytes` of one batch (see `count_macs` and `measure_peak_memory`).
+    """
+
+    parameters: int
+    bytes: int
+    macs: int
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward on one batch, in seconds; without a baseline its time and the ratio are None.
+
+    `baseline_seconds` and `compressed_seconds` are medians; `ratio` is the median of compressed over baseline
+    pair by pair, so that a change in the machine's load cancels: below 1 is faster.
+    """
+
+    batch_size: int
+    baseline_seconds: float | None
+    compressed_seconds: float
+    ratio: float | None
+    repeats: int
+
+
+def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield each tensor that a checkpoint of `model` must hold, tied ones once.
+
+    These are the parameters and the persistent buffers: running statistics, the row order of a pivoted pair.
+    """
+    seen: set[int] = set()
+    for value in model.state_dict(keep_vars=True).values():
+        if isinstance(value, Tensor) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count every number that a checkpoint of `model` must hold, tied ones once, buffers included."""
+    return sum(tensor.numel() for tensor in stored_tensors(model))
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Count the bytes of every tensor that a checkpoint of `model` must hold, without any file's header."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model))
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a checkpoint's weight files: of the file itself, or of a folder's.
+
+    In a folder that holds both safetensors and pickled weights only the former count: they are the same
+    numbers twice. Raises `BadInput` where there is no weight file.
+    """
+    if path.is_file():
+        return path.stat().st_size
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in WEIGHT_FORMATS and file.name not in NOT_WEIGHTS]
+        if files:
+            weights = [file for file in files if file.suffix == ".safetensors"] or files
+            return sum(file.stat().st_size for file in weights)
+    raise BadInput("there is no weight file", where=path, remedy=f"pass a checkpoint ({', '.join(WEIGHT_FORMATS)})")
+
+
+def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:
+    """Count the multiply-accumulates of one forward of `model` on `inputs`, from what it really executes.
+
+    Matrix products, convolutions and both products of attention count (causal attention as if it were full);
+    element-wise arithmetic and the reordering of rows do not. It is half of what PyTorch's `FlopCounterMode`
+    counts, with every fused kernel that it does not know (attention and recurrent layers, on the CPU)
+    switched off meanwhile.
+    """
+    with prepared(resolve_device(device), model), _unfused_kernels():
+        call = forward_call(model, inputs)
+        with FlopCounterMode(display=False, custom_mapping=MATRIX_VECTOR_PRODUCTS) as counter:
+            call()
+    return int(counter.get_total_flops()) // 2
+
+
+def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:
+    """Return the peak bytes of weights, inputs and activations while `model` runs once on `inputs`.
+
+    On CUDA what the forward adds is what PyTorch's allocator handed out, kernels' workspaces included. The
+    CPU's allocator keeps no such record, so there it is the peak of the tensors alive between operations:
+    exact and the same every time, but without what a kernel uses inside.
+    """
+    device = resolve_device(device)
+    with prepared(device, model):
+        weights = _storage_bytes(chain(model.parameters(), model.buffers()))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            forward_call(model, inputs)()
+            torch.cuda.synchronize(device)
+            return weights + int(torch.cuda.max_memory_allocated(device)) - before
+        call = forward_call(model, inputs)
+        tensors = _LiveTensors(chain(model.parameters(), model.buffers(), inputs.values()))
+        with tensors:
+            call()
+        return weights + _storage_bytes(inputs.values()) + tensors.peak
+
+
+def measure_cost(
+    model: nn.Module,
+    example: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    device: str | torch.device = "auto",
+) -> Cost:
+    """Measure what `model` costs: its multiply-accumulates on one `example`, its peak memory on a `batch`."""
+    return Cost(
+        parameters=count_parameters(model),
+        bytes=count_bytes(model),
+        macs=count_macs(model, example, device=device),
+        peak_memory_bytes=measure_peak_memory(model, batch, device=device),
+    )
+
+
+def measure_latency(
+    compressed: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    baseline: nn.Module | None = None,
+    device: str | torch.device = "auto",
+) -> Latency:
+    """Time forwards on `inputs` after a warm-up; with a `baseline`, the two models in turn on the device.
+
+    Each repeat runs the two right after each other, the next repeat in the other order.
+    """
+    device = resolve_device(device)
+    models = [compressed] if baseline is None else [compressed, baseline]
+    with prepared(device, *models):
+        calls = [forward_call(model, inputs) for model in models]
+        for call in calls * WARM_UPS:
+            call()
+        repeats: list[list[float]] = []
+        began = time.perf_counter()
+        while len(repeats) < FEWEST_REPEATS or (
+            len(repeats) < MOST_REPEATS and time.perf_counter() - began < ENOUGH_SECONDS
+        ):
+            order = 1 if len(repeats) % 2 == 0 else -1
+            repeats.append([_seconds(call, device) for call in calls[::order]][::order])
+    return Latency(
+        batch_size=len(next(iter(inputs.values()))),
+        baseline_seconds=None if baseline is None else statistics.median(times[1] for times in repeats),
+        compressed_seconds=statistics.median(times[0] for times in repeats),
+        ratio=None if baseline is None else statistics.median(times[0] / times[1] for times in repeats),
+        repeats=len(repeats),
+    )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _matrix_vector_flops(matrix: torch.Size, _vector: torch.Size, **_: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _added_matrix_vector_flops(_added: torch.Size, matrix: torch.Size, _vector: torch.Size, **_: Any) -> int:
+    return 2 * matrix.numel()
+
+
+# `FlopCounterMode` knows the products of two matrices only.
+MATRIX_VECTOR_PRODUCTS: dict[Any, Any] = {
+    torch.ops.aten.mv: _matrix_vector_flops,
+    torch.ops.aten.addmv: _added_matrix_vector_flops,
+}
+
+
+@contextmanager
+def _unfused_kernels() -> Iterator[None]:
+    """Run attention and recurrent layers as the matrix products that they are made of."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            # entering these flags warns, about Intel GPUs, on machines that have none
+            warnings.simplefilter("ignore")
+            with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the memory of the tensors that operations create: bytes alive now, and the most at any time."""
+
+    def __init__(self, existing: Iterator[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.followed = {tensor.untyped_storage().data_ptr() for tensor in existing}
+        self.alive = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(value, Tensor):
+                self._follow(value.untyped_storage())
+        return output
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self.followed:
+            return
+        self.followed.add(address)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._release, address, size).atexit = False
+
+    def _release(self, address: int, size: int) -> None:
+        self.followed.discard(address)
+        self.alive -= size
+
+
+def _storage_bytes(tensors: Any) -> int:
+    """Bytes that `tensors` hold together, memory that they share counted once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

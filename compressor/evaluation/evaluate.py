@@ -1,0 +1,112 @@
+"""A baseline and its compressed version side by side on the same data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from compressor.evaluation.cost import Cost, Latency, measure_cost, measure_latency
+from compressor.evaluation.data import EvaluationData, Task
+from compressor.evaluation.inference import resolve_device
+from compressor.evaluation.metrics import measure_quality, quality_drop
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What compression did to a model, measured on one set of data; without a baseline its fields are None.
+
+    `baseline` and `compressed` are the metric's values (see `Quality`), the losses in nats per prediction,
+    `count` the number of predictions. `drop` is positive where the compressed model is worse: accuracy lost
+    (a fraction), or increase in perplexity. `latency` has one entry for a batch of one example and one for a
+    larger batch; it is empty when it was not asked for.
+    """
+
+    metric: Literal["accuracy", "perplexity"]
+    baseline: float | None
+    compressed: float
+    drop: float | None
+    baseline_loss: float | None
+    compressed_loss: float
+    count: int
+    data: str
+    task: Task
+    device: str
+    baseline_cost: Cost | None
+    compressed_cost: Cost
+    latency: tuple[Latency, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as what JSON can hold: an infinite number as the string "infinity" or "-infinity"."""
+        before = asdict(self.baseline_cost) if self.baseline_cost else {}
+        after = asdict(self.compressed_cost)
+        return {
+            "metric": self.metric,
+            "baseline": _number(self.baseline),
+            "compressed": _number(self.compressed),
+            "drop": _number(self.drop),
+            "loss": {"baseline": _number(self.baseline_loss), "compressed": _number(self.compressed_loss)},
+            "count": self.count,
+            "data": self.data,
+            "task": self.task,
+            "device": self.device,
+            **{name: {"before": before.get(name), "after": after[name]} for name in after},
+            "latency": {f"batch_{timing.batch_size}": asdict(timing) for timing in self.latency} or None,
+        }
+
+
+def compare(
+    baseline: nn.Module | None,
+    compressed: nn.Module,
+    data: EvaluationData,
+    *,
+    device: str | torch.device = "auto",
+    latency: bool = True,
+) -> Evaluation:
+    """Measure both models' quality on all of `data`, and what each costs to keep and to run.
+
+    Quality, multiply-accumulates (one example) and peak memory (one batch) are measured on one model after
+    the other; only the timing, on batches of 1 and of `data.batch_size` examples, needs both on the device.
+    Both models are left as they were found. Raises `BadInput` when a model and the data do not fit, or for a
+    device that is not there.
+    """
+    device = resolve_device(device)
+    example, batch = data.read(range(1)), data.read(range(min(data.batch_size, data.count)))
+    qualities, costs = [], []
+    for model in (compressed,) if baseline is None else (baseline, compressed):
+        qualities.append(measure_quality(model, data, device=device))
+        costs.append(measure_cost(model, example.inputs, batch.inputs, device=device))
+    before, after = (None if baseline is None else qualities[0]), qualities[-1]
+    timed = [example] if len(batch.labels) == 1 else [example, batch]
+    return Evaluation(
+        metric=after.metric,
+        baseline=before.value if before else None,
+        compressed=after.value,
+        drop=quality_drop(before, after) if before else None,
+        baseline_loss=before.loss if before else None,
+        compressed_loss=after.loss,
+        count=after.count,
+        data=data.name,
+        task=data.task,
+        device=_device_name(device),
+        baseline_cost=None if baseline is None else costs[0],
+        compressed_cost=costs[-1],
+        latency=tuple(
+            measure_latency(compressed, each.inputs, baseline=baseline, device=device) for each in timed if latency
+        ),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _number(value: float | None) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return value
+    return "infinity" if value > 0 else "-infinity"

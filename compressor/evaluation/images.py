@@ -1,0 +1,95 @@
+"""Image files as pixels, and pixels as the tensors that a model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from compressor.errors import BadInput
+
+Pixels = numpy.ndarray[Any, numpy.dtype[Any]]
+
+
+def read_images(paths: Sequence[Path], channels: int) -> list[Pixels]:
+    """Read image files as uint8 arrays `(height, width, channels)`: grey for one channel, RGB for three."""
+    images = (_open(path).convert("L" if channels == 1 else "RGB") for path in paths)
+    return [numpy.array(image).reshape(image.height, image.width, channels) for image in images]
+
+
+def channels_of(image_processor: Any, path: Path) -> int:
+    """Return how many channels the processor wants or, where it does not say, the file at `path` has."""
+    wanted = channels_wanted(image_processor)
+    if wanted is not None:
+        return wanted
+    return 1 if _open(path).mode in {"1", "L", "LA"} else 3
+
+
+def channels_wanted(image_processor: Any) -> int | None:
+    """Return how many channels a transformers image processor normalises, None where it does not."""
+    mean = getattr(image_processor, "image_mean", None)
+    normalizes = getattr(image_processor, "do_normalize", False)
+    return len(mean) if normalizes and isinstance(mean, list | tuple) else None
+
+
+def wants_size(image_processor: Any, height: int, width: int) -> bool:
+    """Whether a transformers image processor makes images exactly this size."""
+    size = getattr(image_processor, "size", None)
+    if isinstance(size, Mapping):
+        return (size.get("height"), size.get("width")) == (height, width)
+    return (getattr(size, "height", None), getattr(size, "width", None)) == (height, width)
+
+
+def preprocess(image_processor: Callable[..., Any], images: Sequence[Pixels], where: str, **options: bool) -> Tensor:
+    """Return what a transformers image processor makes of `(height, width, channels)` arrays."""
+    try:
+        pixel_values = image_processor(
+            images=list(images), return_tensors="pt", input_data_format="channels_last", **options
+        )["pixel_values"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"the model's image processor does not take these images: {error}",
+            where=where,
+            remedy="check the model's preprocessor_config.json",
+        ) from error
+    return torch.as_tensor(pixel_values, dtype=torch.float32)
+
+
+def scale(images: Sequence[Pixels], paths: Sequence[Path]) -> Tensor:
+    """Return uint8 `(height, width, channels)` arrays of one size as float32 `(B, C, H, W)` in [0, 1]."""
+    for image, path in zip(images, paths, strict=True):
+        if image.shape != images[0].shape:
+            sizes = [f"{width} x {height}" for height, width, _ in (image.shape, images[0].shape)]
+            raise BadInput(
+                f"the image is of {sizes[0]} pixels, others are of {sizes[1]}",
+                where=path,
+                remedy="make them one size, or add a preprocessor_config.json to the model",
+            )
+    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).to(torch.float32) / 255
+
+
+def _open(path: Path) -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise BadInput(
+            "images are read by Pillow, which is not installed",
+            where=path,
+            remedy="pip install 'lowrank-compressor[data]'",
+        ) from None
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"the image is unreadable: {error}", where=path, remedy="repair or remove it") from None
+    if image.mode[0] in "IF":
+        raise BadInput(
+            f"the image has pixels of mode {image.mode}",
+            where=path,
+            remedy="convert it to 8 bits per channel",
+        )
+    return image

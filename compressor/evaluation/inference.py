@@ -1,0 +1,109 @@
+"""Running a model as a measurement needs it: on one device, in evaluation mode, and then left as found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """Return the device that "auto", "cpu", "cuda" or "cuda:N" names here, a CUDA device with its number.
+
+    "auto" is the current CUDA device where there is one, else the CPU. Raises `BadInput` for any other name
+    and for a CUDA device that this machine does not have.
+    """
+    name = str(name)
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    cuda = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if cuda is None:
+        raise BadInput(f"there is no device {name!r}", remedy="use auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise BadInput(f"the device {name!r} needs CUDA, which is not available here", remedy="use auto or cpu")
+    number = int(cuda[1]) if cuda[1] else torch.cuda.current_device()
+    if number >= torch.cuda.device_count():
+        raise BadInput(
+            f"there is no device {name!r}",
+            remedy=f"use cuda:0 to cuda:{torch.cuda.device_count() - 1}, auto or cpu",
+        )
+    return torch.device("cuda", number)
+
+
+@contextmanager
+def prepared(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Hold `models` on `device`, in evaluation mode and without gradients; then put back what was changed.
+
+    A model that is spread over several devices stays where it is.
+    """
+    training = {module: module.training for model in models for module in model.modules()}
+    # Looked up for all before the first one moves: models may share tensors.
+    homes = [(model, _home(model)) for model in models]
+    moved = [(model, home) for model, home in homes if home not in {None, device}]
+    try:
+        for model, _ in moved:
+            model.to(device)
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for model, home in moved:
+            model.to(home)
+
+
+def _home(model: nn.Module) -> torch.device | None:
+    """The device of all of a model's tensors, None where there are several or none."""
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
+    """Return a call of `model` on `inputs`, already on its device and, if they are floats, in its dtype.
+
+    A transformers model takes its inputs by keyword, a single one under the model's own `main_input_name`;
+    any other module takes one tensor by position. Raises `BadInput` when there are several for such a module.
+    """
+    weight = next(chain(model.parameters(), model.buffers()), None)
+    device = None if weight is None else weight.device
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+    placed = {
+        name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    main_input = getattr(model, "main_input_name", None)
+    if main_input is None:
+        if len(placed) != 1:
+            raise BadInput(
+                f"a plain module takes one tensor, this data has {len(placed)}: {', '.join(placed)}",
+                remedy="use a transformers model, or data with one input",
+            )
+        tensor = next(iter(placed.values()))
+        return lambda: model(tensor)
+    if len(placed) == 1:
+        placed = {str(main_input): next(iter(placed.values()))}
+    return lambda: model(**placed)
+
+
+def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits that `model` gives for `inputs`, on the model's device.
+
+    Raises `BadInput` when the output is neither a tensor nor something with `logits`.
+    """
+    output = forward_call(model, inputs)()
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise BadInput(
+            f"{type(model).__name__} returns {type(output).__name__}, which has no logits",
+            remedy="pass a model with a classification or language-modelling head",
+        )
+    return logits

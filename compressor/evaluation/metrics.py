@@ -1,0 +1,152 @@
+"""How good a model is on some data: accuracy of classifiers, perplexity of causal language models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+from compressor.evaluation.data import Batch, EvaluationData
+from compressor.evaluation.inference import logits_of, prepared, resolve_device
+
+# Logits scored at once in float64: 128 MB, whatever the vocabulary.
+SCORED_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model's score on one set of data.
+
+    `value` is a fraction in [0, 1] for accuracy (higher is better) and at least 1 for perplexity (lower is
+    better). `loss` is the mean cross-entropy in nats per prediction, and `count` the number of predictions:
+    one per example for a classifier, one per token but the first of each window for a language model.
+    A model whose loss is not finite has `loss` (and perplexity) infinity.
+    """
+
+    metric: Literal["accuracy", "perplexity"]
+    value: float
+    loss: float
+    count: int
+
+
+def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> Quality:
+    """Score `model` on every example of `data`; nothing is skipped, whatever it scores.
+
+    Perplexity is `exp` of the mean negative log-likelihood over all scored tokens together, not a mean of
+    means (Jelinek et al. 1977, "Perplexity, a measure of the difficulty of speech recognition tasks"). Losses
+    are taken in float64 from the logits as the model gives them. The model is left as it was found. Raises
+    `BadInput` when model and data do not fit: labels or token ids beyond what the model knows, windows longer
+    than its positions, a model without a fitting head.
+    """
+    total_loss, right, count = 0.0, 0, 0
+    with prepared(resolve_device(device), model):
+        for batch in data:
+            _require_known_tokens(model, batch, data.name)
+            logits = _predictions(model, batch, data, first=count == 0)
+            labels = batch.labels.to(logits.device)
+            loss, correct = _score(logits.flatten(0, -2), labels.flatten())
+            total_loss += loss
+            right += correct
+            count += labels.numel()
+    loss = total_loss / count if math.isfinite(total_loss) else math.inf
+    if data.task == "language-modeling":
+        return Quality("perplexity", _exp(loss), loss, count)
+    return Quality("accuracy", right / count, loss, count)
+
+
+def quality_drop(baseline: Quality, compressed: Quality) -> float:
+    """Return how much worse `compressed` is than `baseline`: positive is worse, negative is better.
+
+    For accuracy it is the accuracy lost, as a fraction (0.01 is one point); for perplexity the increase.
+    Infinity when the compressed model's perplexity is infinite, so that no gate can let it pass.
+    """
+    if not math.isfinite(compressed.value):
+        return math.inf
+    worse = compressed.value - baseline.value
+    return worse if compressed.metric == "perplexity" else -worse
+
+
+def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first: bool) -> Tensor:
+    """The logits that `batch.labels` are to be compared with, one vector of scores for each label."""
+    name = type(model).__name__
+    if data.task == "language-modeling" and name.endswith("ForMaskedLM"):
+        raise BadInput(
+            f"{name} predicts masked tokens, so its perplexity is not defined",
+            where=data.name,
+            remedy="evaluate a causal language model, or a classifier on labelled data",
+        )
+    try:
+        logits = logits_of(model, batch.inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        # A model that took one batch takes them all: what fails later is not the user's choice of data.
+        if not first or isinstance(error, torch.OutOfMemoryError):
+            raise
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in batch.inputs.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(
+            f"{name} does not accept this data ({shapes}): {reason}",
+            where=data.name,
+            remedy="use data of the shape and kind the model was trained on",
+        ) from error
+    if data.task == "language-modeling" and logits.ndim == 3:
+        logits = logits[:, :-1]
+    if logits.shape[:-1] != batch.labels.shape:
+        raise BadInput(
+            f"{name} gives scores of shape {tuple(logits.shape)} for labels of shape {tuple(batch.labels.shape)}",
+            where=data.name,
+            remedy=f"use a model whose head is for {data.task.replace('-', ' ')}",
+        )
+    lowest, highest = int(batch.labels.min()), int(batch.labels.max())
+    if lowest < 0 or highest >= logits.shape[-1]:
+        bad = lowest if lowest < 0 else highest
+        raise BadInput(
+            f"label {bad} is out of the model's range 0 to {logits.shape[-1] - 1}",
+            where=data.name,
+            remedy="use the labels, or the tokenizer, that the model was trained with",
+        )
+    return logits
+
+
+def _score(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Sum of the cross-entropies in nats, and how many of the highest scores are the label's."""
+    rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
+    loss, right = 0.0, 0
+    for scores, targets in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+        loss += float(nn.functional.cross_entropy(scores.double(), targets, reduction="sum"))
+        # `argmax` takes NaN for the highest score, and NaN is no prediction.
+        right += int(((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)).sum())
+    return loss, right
+
+
+def _require_known_tokens(model: nn.Module, batch: Batch, where: str) -> None:
+    """Say what else would be an IndexError on the CPU and on CUDA an assertion that ends the process."""
+    token_ids, config = batch.inputs.get("input_ids"), getattr(model, "config", None)
+    if token_ids is None or config is None:
+        return
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is not None and int(token_ids.max()) >= vocabulary:
+        raise BadInput(
+            f"token id {int(token_ids.max())} is beyond the model's vocabulary of {vocabulary}",
+            where=where,
+            remedy="use the tokenizer that the model was trained with",
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and token_ids.shape[-1] > positions:
+        raise BadInput(
+            f"{token_ids.shape[-1]} tokens are longer than the model's {positions} positions",
+            where=where,
+            remedy=f"use a sequence length of at most {positions}",
+        )
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
