@@ -1,0 +1,74 @@
+"""How much of the random initialisation training has left, and which singular values it may hide.
+
+The share exp(-K) of the initialisation that survives (`compressor.measure.memory_window`) is a random matrix
+of known scale. The largest singular value of a d_out x d_in matrix of independent entries with standard
+deviation sigma is close to sigma * (sqrt(d_out) + sqrt(d_in)) (Bai & Yin 1993; for Gaussian entries its mean
+is below that, Davidson & Szarek 2001, Theorem II.13), so a trained matrix's singular values below that edge,
+scaled by the share, may be initialisation and not learning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import BadInput
+from compressor.measure.memory_window import forgetting_exponent
+from compressor.recipe import TrainingRecipe
+
+
+@dataclass(frozen=True)
+class SurvivingInitialisation:
+    """What is left of the initialisation in a trained matrix.
+
+    `share`: exp(-K), the factor before the initial weights; `forgetting_exponent`: K. `init_std`: sigma, the
+    standard deviation of the initial entries. `edge`: the largest singular value of what is left.
+    `above_edge`: how many singular values are larger. `reason`: why K is unknown, and share, edge and count
+    with it; empty if they are known.
+    """
+
+    share: float | None
+    forgetting_exponent: float | None
+    init_std: float
+    edge: float | None
+    above_edge: int | None
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, in the types of JSON."""
+        return asdict(self)
+
+
+def surviving_initialisation(
+    recipe: TrainingRecipe,
+    shape: tuple[int, int],
+    singular_values: Sequence[float] | np.ndarray[Any, Any],
+    *,
+    init_std: float | None = None,
+    decayed: bool = True,
+) -> SurvivingInitialisation:
+    """How much of its initialisation a trained matrix keeps, and how many singular values stand above that.
+
+    `shape` is (d_out, d_in), a convolution's d_in being channels x kernel positions; `singular_values` are
+    the trained matrix's, in its unit; `decayed` says whether the matrix gets weight decay. `init_std` is the
+    standard deviation of the initial entries, `initializer_range` in most transformers configurations; by
+    default that of `torch.nn.Linear` and `torch.nn.Conv2d`, uniform in +-1/sqrt(d_in): 1/sqrt(3 d_in).
+
+    For a fine-tuned model the start is not random, and this says nothing. Raises `BadInput` for a negative or
+    infinite `init_std`.
+    """
+    d_out, d_in = shape
+    sigma = 1 / math.sqrt(3 * d_in) if init_std is None else float(init_std)
+    if not 0 <= sigma < math.inf:
+        raise BadInput(f"the standard deviation of the initialisation is {sigma}", remedy="pass one that is not")
+    exponent, reason = forgetting_exponent(recipe, decayed=decayed)
+    if exponent is None:
+        return SurvivingInitialisation(None, None, sigma, None, None, reason)
+    share = math.exp(-exponent)
+    edge = share * sigma * (math.sqrt(d_out) + math.sqrt(d_in))
+    above = int(np.count_nonzero(np.asarray(singular_values) > edge))
+    return SurvivingInitialisation(share, exponent, sigma, edge, above, reason)

@@ -1,0 +1,276 @@
+"""How far back the weights remember: what the training hyperparameters say about the rank of a matrix.
+
+Notation: W is d_out x d_in, B the batch size, R how often W is used per example, lr and wd the numbers of
+`torch.optim`, T the steps of the training, G_t the gradient of the mean loss at step t, of rank at most B*R.
+
+As far as an update is linear in the weights W and the momentum buffer b, the state n steps before the end
+enters the final weights through a product of 2x2 matrices,
+
+    W_T = p_n W_{T-n} + q_n b_{T-n} + (a combination of the last n gradients),
+
+exactly, at any learning-rate schedule. Without momentum p_n = prod(1 - lr_t wd) and q_n = 0, which is Galanti
+et al. (2022, arXiv:2206.05794, Lemma 3.2) with their mu*lambda = lr*wd/2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import BadInput
+from compressor.recipe import TrainingRecipe
+
+_CHUNK = 65536
+_MOST_DOUBLINGS = 50
+_NO_CONTRACTION = "weight decay this strong does not contract the weights"
+
+
+@dataclass(frozen=True)
+class MemoryWindow:
+    """What training has forgotten, and the bound on the rank that follows.
+
+    `steps`: n, the steps after which at most `epsilon` of the weights is left; None if there is no such n.
+    `exceeds_training`: whether n is more than the steps taken; None if those, or the window, are unknown.
+    `forgetting_exponent`: K, where exp(-K) of the initialisation is still in the weights; None if unknown.
+    `rank_bound`: B*R*n, which bounds the rank of all of W but `epsilon`; None if no bound holds.
+    `vacuous`: whether the bound says no more than the shape does; None without a bound.
+    `reason`: why something is None, or why the bound is vacuous; empty if there is nothing to explain.
+    """
+
+    steps: int | None
+    exceeds_training: bool | None
+    forgetting_exponent: float | None
+    rank_bound: int | None
+    vacuous: bool | None
+    reason: str
+    epsilon: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, in the types of JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is left of an earlier state: W_T = weights * W_{T-n} + buffer * b_{T-n} + gradients since.
+
+    b is the optimizer's momentum buffer; `buffer` has the unit of a learning rate.
+    """
+
+    weights: float
+    buffer: float
+
+
+def memory_window(
+    recipe: TrainingRecipe,
+    *,
+    shape: tuple[int, int],
+    uses: int | None,
+    decayed: bool = True,
+    epsilon: float = 0.1,
+) -> MemoryWindow:
+    """The steps in which all but `epsilon` of a weight matrix was written, and the bound on its rank.
+
+    `shape` is (d_out, d_in); `uses` is R, None if unknown; `decayed`: whether the matrix gets weight decay.
+    n is the smallest n with |p_n| + |q_n| / lr <= epsilon (module docstring; lr is the peak): what is left of
+    the state n steps before the end is then at most epsilon times the larger of ||W|| and lr * ||b|| there,
+    so the unknown momentum buffer is allowed one step as large as the weights. Without momentum q_n = 0 and
+    the residual is p_n * W_{T-n}: relative to the final weights it is larger if the norm has been falling.
+
+    The last n steps of SGD wrote a matrix of rank at most B*R*n, with momentum too, since the gradients from
+    before the window are in b. Adaptive optimizers with decoupled weight decay have the window (p_n as
+    without momentum), but their updates are not of low rank; with weight decay in the gradient they have
+    none, since each entry forgets at its own rate. If n exceeds T, only W_T - p_T W_0 has rank at most B*R*T.
+
+    Raises `BadInput` for an epsilon outside (0, 1).
+    """
+    if not 0 < epsilon < 1:
+        raise BadInput(f"epsilon = {epsilon!r} is not between 0 and 1", remedy="pass a number such as 0.1")
+    exponent, _ = forgetting_exponent(recipe, decayed=decayed)
+    if _forgets(recipe, decayed):
+        steps, exceeds, reason = _window(recipe, epsilon)
+    else:
+        steps, exceeds, reason = None, None, "no window: without weight decay nothing is forgotten"
+    bound, vacuous = None, None
+    if steps is not None and not reason:
+        if recipe.family != "sgd":
+            reason = f"no rank bound: updates of {recipe.optimizer} are not of low rank"
+        elif recipe.batch_size is None:
+            reason = "no rank bound: the batch size is unknown"
+        elif uses is None:
+            reason = "no rank bound: how often the matrix is used per example is unknown"
+        else:
+            bound = recipe.batch_size * uses * steps
+            vacuous = bound >= min(shape)
+            if vacuous:
+                reason = f"the bound is vacuous: {bound} is not below the full rank, {min(shape)}"
+    return MemoryWindow(steps, exceeds, exponent, bound, vacuous, reason, epsilon)
+
+
+def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tuple[float | None, str]:
+    """K, where exp(-K) of the initialisation is still in the trained weights; else None, and why.
+
+    Exactly -log|p_T| (module docstring): -sum_t log|1 - lr_t wd| without momentum or with decoupled decay,
+    nearly -sum_t log|1 - lr_t wd / (1 - momentum)| with momentum. Infinite if nothing is left.
+    """
+    if not _forgets(recipe, decayed):
+        return 0.0, ""
+    unknown = _unknown_in_update(recipe) or recipe.unknown_in_schedule
+    if unknown:
+        return None, unknown
+    exponent = _exponent(recipe)
+    return (exponent, "") if exponent >= 0 else (None, _NO_CONTRACTION)
+
+
+def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Retention:
+    """How much of the weights and of the momentum buffer `steps` before the end is in the final weights.
+
+    Raises `BadInput` if the recipe leaves it open, or has fewer steps.
+    """
+    recipe = recipe if decayed else replace(recipe, weight_decay=0.0)
+    unknown = _unknown_in_update(recipe) or recipe.unknown_in_schedule
+    if unknown:
+        raise BadInput(f"what training retains is open: {unknown}", remedy="complete the training recipe")
+    if steps > (recipe.total_steps or 0):
+        raise BadInput(f"the training has fewer than {steps} steps", remedy="ask for fewer")
+    p, q, log_scale = 1.0, 0.0, 0.0
+    for _, p, q, log_scale in islice(_walk_back(recipe), steps):  # noqa: B007 - the last one counts
+        pass
+    return Retention(p * math.exp(log_scale), q * math.exp(log_scale))
+
+
+def _forgets(recipe: TrainingRecipe, decayed: bool) -> bool:
+    """False where any optimizer does no more than add to the weights."""
+    return decayed and recipe.weight_decay != 0 and recipe.learning_rate != 0
+
+
+def _unknown_in_update(recipe: TrainingRecipe) -> str:
+    """Why a step of this optimizer is no known linear map of the weights; empty if it is one."""
+    unknown = ""
+    if recipe.weight_decay is None:
+        unknown = "the weight decay is unknown"
+    elif recipe.optimizer is None:
+        unknown = "the optimizer is unknown"
+    elif recipe.family is None:
+        unknown = f"nothing is known about what the optimizer {recipe.optimizer!r} forgets"
+    elif recipe.family == "sgd" and recipe.momentum is None:
+        unknown = "the momentum is unknown"
+    elif recipe.family == "adaptive" and recipe.weight_decay != 0 and not recipe.decoupled_weight_decay:
+        unknown = f"under {recipe.optimizer} with weight decay in the gradient each entry forgets at its own rate"
+    return unknown
+
+
+@dataclass(frozen=True)
+class _Recursion:
+    """The linear part of a step: W' = W - lr * (decay * W + pull * b), b' = feed * W + momentum * b."""
+
+    decay: float
+    pull: float
+    feed: float
+    momentum: float
+
+    def matrix(self, learning_rate: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The 2x2 map of (W, b)."""
+        return np.array(
+            [
+                [1.0 - learning_rate * self.decay, -learning_rate * self.pull],
+                [self.feed, self.momentum],
+            ]
+        )
+
+
+def _recursion(recipe: TrainingRecipe, *, first: bool = False) -> _Recursion:
+    """The recursion of a recipe in which nothing needed is unknown; `first` is that of the run's first step.
+
+    After `torch.optim.SGD`; with decoupled decay after SGDW (Loshchilov & Hutter 2019, arXiv:1711.05101,
+    Algorithm 1), whose part without momentum is also what AdamW and its like do to the weights. A named
+    optimizer has torch's definition where the recipe does not qualify it: no Nesterov momentum, no dampening,
+    and for "sgd" weight decay in the gradient.
+    """
+    decay = recipe.weight_decay or 0.0
+    momentum = (recipe.momentum or 0.0) if recipe.family == "sgd" else 0.0
+    # The first buffer is the gradient itself: torch dampens from the second step on, and only with momentum.
+    undampened = 1.0 if first or momentum == 0 else 1.0 - (recipe.dampening or 0.0)
+    pull = momentum**2 if recipe.nesterov else momentum
+    if recipe.decoupled_weight_decay:
+        return _Recursion(decay, pull, 0.0, momentum)
+    feed = undampened * decay
+    return _Recursion(decay + momentum * feed if recipe.nesterov else feed, pull, feed, momentum)
+
+
+def _walk_back(recipe: TrainingRecipe) -> Iterator[tuple[int, float, float, float]]:
+    """For n = 1 to T: n, and p_n, q_n and the logarithm of a scale that both are to be multiplied by.
+
+    The row (p_n, q_n) is the first one of the product of the last n steps' matrices.
+    """
+    total = recipe.total_steps or 0
+    step = _recursion(recipe)
+    p, q, log_scale, count = 1.0, 0.0, 0.0, 0
+    for stop in range(total, 0, -_CHUNK):
+        rates = recipe.learning_rates(max(0, stop - _CHUNK), stop)
+        for rate in () if rates is None else rates[::-1].tolist():
+            count += 1
+            if count == total:
+                step = _recursion(recipe, first=True)
+            p, q = p - rate * step.decay * p + step.feed * q, step.momentum * q - rate * step.pull * p
+            size = abs(p) + abs(q)
+            if not 1e-100 < size < 1e100 and size > 0:
+                p, q, log_scale = p / size, q / size, log_scale + math.log(size)
+            yield count, p, q, log_scale
+
+
+@lru_cache(maxsize=64)
+def _exponent(recipe: TrainingRecipe) -> float:
+    p, log_scale = 1.0, 0.0
+    for _, p, _, log_scale in _walk_back(recipe):  # noqa: B007 - the last one counts
+        pass
+    return -(math.log(abs(p)) + log_scale) if p else math.inf
+
+
+@lru_cache(maxsize=64)
+def _window(recipe: TrainingRecipe, epsilon: float) -> tuple[int | None, bool | None, str]:
+    """n, whether it exceeds the training, and why there is no n; for a recipe that forgets."""
+    peak, total = recipe.learning_rate, recipe.total_steps
+    unknown = _unknown_in_update(recipe)
+    if not unknown and peak is not None and recipe.schedule == "constant" and total is None:
+        # The end of a constant schedule is the same after any number of steps.
+        steps = _constant_window(_recursion(recipe), peak, epsilon)
+        return steps, None, "" if steps else f"no window: {_NO_CONTRACTION}"
+    unknown = unknown or recipe.unknown_in_schedule
+    if unknown or peak is None or total is None:
+        return None, None, f"no window: {unknown}"
+    for count, p, q, log_scale in _walk_back(recipe):
+        # Training starts with an empty buffer.
+        left = abs(p) + (abs(q) / peak if count < total else 0.0)
+        if left == 0 or math.log(left) + log_scale <= math.log(epsilon):
+            return count, False, ""
+    exponent = _exponent(recipe)
+    if exponent < 0:
+        return None, None, f"no window: {_NO_CONTRACTION}"
+    left_of_start = f"{math.exp(-exponent):.3g} of the start is left"
+    return None, True, f"the window exceeds the training's {total} steps: {left_of_start}"
+
+
+def _constant_window(recursion: _Recursion, learning_rate: float, epsilon: float) -> int | None:
+    """The window at a constant learning rate: doubling the steps until they suffice, then halving."""
+    powers = [recursion.matrix(learning_rate)]
+
+    def left(row: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+        return float(abs(row[0]) + abs(row[1]) / learning_rate)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        while not left(powers[-1][0]) <= epsilon:
+            if len(powers) == _MOST_DOUBLINGS or not np.isfinite(powers[-1]).all():
+                return None
+            powers.append(powers[-1] @ powers[-1])
+    steps, row = 0, np.array([1.0, 0.0])
+    for exponent in reversed(range(len(powers))):
+        if left(row @ powers[exponent]) > epsilon:
+            steps, row = steps + 2**exponent, row @ powers[exponent]
+    return steps + 1

@@ -1,0 +1,81 @@
+"""The list of training hyperparameters on a Hugging Face model card."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from compressor.recipe.documents import read_text
+from compressor.recipe.recipe import TrainingRecipe
+from compressor.recipe.trainer import optimizer_named, warmup
+
+_HEADING = re.compile(r"^#+[ \t]*training hyperparameters[ \t]*$", re.IGNORECASE | re.MULTILINE)
+_NEXT_HEADING = re.compile(r"^#+[ \t]", re.MULTILINE)
+_ITEM = re.compile(r"[-*][ \t]+[*`]*(\w+)[*`]*[ \t]*:[*`]*[ \t]*(.*)")
+_OPTIMIZER = re.compile(
+    r"(?:Use[ \t]+)?(?P<name>[\w.\-]+)(?:.*?(?:args are:|optimizer_args=)(?P<arguments>.*))?", re.DOTALL
+)
+
+
+def has_hyperparameters(text: str) -> bool:
+    """Whether a text has the heading under which a Trainer lists hyperparameters."""
+    return _HEADING.search(text) is not None
+
+
+def read_model_card(path: str | Path) -> TrainingRecipe:
+    """The recipe in the list that `transformers.Trainer` writes under "Training hyperparameters".
+
+    The list may have further lines, named as the fields of `TrainingRecipe`, for what a Trainer leaves out:
+    weight decay, momentum, dataset size, sequence length. Of a card without the list nothing is known. Raises
+    `BadInput` if a value in the list is not what its name says.
+    """
+    path = Path(path)
+    items = _items(read_text(path))
+    values: dict[str, Any] = _trainer_values(items)
+    own = {entry.name for entry in fields(TrainingRecipe)} - {"sources", "optimizer"}
+    values |= {name: value for name, value in items.items() if name in own}
+    return TrainingRecipe.from_dict(values, source=f"{path.name} (model card)")
+
+
+def _items(text: str) -> dict[str, str]:
+    heading = _HEADING.search(text)
+    if heading is None:
+        return {}
+    section = text[heading.end() :]
+    if (end := _NEXT_HEADING.search(section)) is not None:
+        section = section[: end.start()]
+    items: dict[str, str] = {}
+    name = None
+    for line in section.splitlines():
+        if (item := _ITEM.match(line.strip())) is not None:
+            name = item[1]
+            items[name] = item[2].strip()
+        elif not line.strip():
+            name = None
+        elif name is not None:
+            # The arguments of an optimizer that is not Adam are on a line of their own.
+            items[name] += f"\n{line.strip()}"
+    return {key: value for key, value in items.items() if value}
+
+
+def _trainer_values(items: dict[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if (optimizer := _OPTIMIZER.match(items.get("optimizer", ""))) is not None:
+        # Trainers up to 4.46 wrote "Adam with betas=..." for what was AdamW.
+        adamw = items["optimizer"].startswith("Adam with betas=")
+        values = optimizer_named("adamw" if adamw else optimizer["name"], optimizer["arguments"])
+        if optimizer["arguments"] is None and "momentum" in values:
+            del values["momentum"]  # a name alone says nothing about momentum
+    if (schedule := items.get("lr_scheduler_type")) is not None:
+        values["schedule"] = schedule.removeprefix("SchedulerType.").lower()
+        steps, ratio = items.get("lr_scheduler_warmup_steps"), items.get("lr_scheduler_warmup_ratio")
+        # A Trainer lists a warm-up only if there was one.
+        values["warmup_steps"] = warmup(values["schedule"], steps, ratio) or 0
+    values["learning_rate"] = items.get("learning_rate")
+    # The total is listed where it is not the batch size of one process.
+    values["batch_size"] = items.get("total_train_batch_size", items.get("train_batch_size"))
+    values["steps"] = items.get("training_steps")
+    values["epochs"] = items.get("num_epochs")
+    return values

@@ -1,0 +1,202 @@
+"""What `transformers.Trainer` leaves beside a model: `training_args.bin` and `trainer_state.json`.
+
+`training_args.bin` is a pickle, which could run code when it is loaded. Here it is read with every class in
+it replaced by an inert one, and only plain values of known names are taken out.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import BadInput
+from compressor.recipe.documents import product, read_bytes, read_json
+from compressor.recipe.recipe import TrainingRecipe
+
+_MOST_BYTES = 2**24
+_MOST_BYTES_OF_PICKLE = 2**20
+# What `torch.save` writes before the object in its format without a zip archive.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+# The parameters that Trainer.get_decay_parameter_names excludes from weight decay, as globs.
+_UNDECAYED = (
+    "*bias*",
+    "*layernorm*",
+    "*rmsnorm*",
+    "norm",
+    "norm.*",
+    "*.norm",
+    "*.norm.*",
+    "*_norm",
+    "*_norm.*",
+)
+
+
+def read_training_args(path: str | Path) -> TrainingRecipe:
+    """The recipe in a `training_args.bin`; nothing in the file is executed.
+
+    Raises `BadInput` if the file is no pickled object with hyperparameters in it.
+    """
+    path = Path(path)
+    found = _attributes(_saved_object(path))
+    arguments = {name: value for name in found if (value := _scalar(found[name])) is not None}
+    # `trl` calls the length to which examples are cut `max_length`, or `max_seq_length` before.
+    sequence_length = arguments.get("max_length", arguments.get("max_seq_length"))
+    planned = arguments.get("max_steps", -1)
+    by_steps = isinstance(planned, int) and planned > 0
+    schedule = arguments.get("lr_scheduler_type")
+    name = "adafactor" if arguments.get("adafactor") is True else arguments.get("optim")
+    values = {
+        **optimizer_named(name, arguments.get("optim_args")),
+        "learning_rate": arguments.get("learning_rate"),
+        # Arguments of the schedule change its form, so that its name alone does not say what it was.
+        "schedule": None if found.get("lr_scheduler_kwargs") else schedule,
+        "warmup_steps": warmup(schedule, arguments.get("warmup_steps"), arguments.get("warmup_ratio")),
+        "batch_size": _global_batch(found, arguments),
+        "schedule_steps": planned if by_steps else None,
+        "epochs": None if by_steps else arguments.get("num_train_epochs"),
+        "sequence_length": sequence_length,
+    }
+    if "learning_rate" not in arguments and "optim" not in arguments:
+        raise BadInput(
+            "holds no training arguments", where=path, remedy="pass a training_args.bin written by a Trainer"
+        )
+    values.setdefault("weight_decay", arguments.get("weight_decay"))
+    values["undecayed"] = list(_UNDECAYED)
+    return TrainingRecipe.from_dict(values, source=path.name)
+
+
+def read_trainer_state(path: str | Path) -> TrainingRecipe:
+    """The recipe in a `trainer_state.json`: the steps and epochs done, and the steps planned.
+
+    Its batch size is one process's without accumulation, and its learning rates are samples that may miss the
+    peak, so neither is taken. Raises `BadInput` if the file is no JSON object.
+    """
+    path = Path(path)
+    state = read_json(path)
+    values = {
+        "steps": state.get("global_step"),
+        "schedule_steps": state.get("max_steps") or None,
+        "epochs": state.get("epoch") or None,
+    }
+    return TrainingRecipe.from_dict(values, source=path.name)
+
+
+def optimizer_named(name: object, arguments: object = None) -> dict[str, Any]:
+    """The fields that a Trainer's optimizer name, and its `key=value` arguments in text, determine."""
+    fields: dict[str, Any] = {"optimizer": name}
+    if isinstance(name, str) and name.lower().rpartition(".")[2] == "sgd":
+        # The Trainer hands torch.optim.SGD only what is written here; momentum is then torch's 0.
+        fields["momentum"] = 0.0
+        for part in "".join(str(arguments or "").split()).split(","):
+            key, _, value = part.partition("=")
+            if key in ("momentum", "dampening", "nesterov", "weight_decay"):
+                fields[key] = value
+    return fields
+
+
+def warmup(schedule: object, steps: object, ratio: object) -> object:
+    """A Trainer's warm-up: the steps unless they are 0, then the ratio; none in the schedule "constant"."""
+    if schedule == "constant":
+        return 0
+    if steps not in (None, 0, 0.0, "0", "0.0"):
+        return steps
+    return ratio if ratio is not None else steps
+
+
+def _global_batch(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | None:
+    per_device = arguments.get("per_device_train_batch_size")
+    accumulation = arguments.get("gradient_accumulation_steps")
+    processes = _scalar(_attributes(found.get("distributed_state")).get("num_processes"))
+    if processes is None and arguments.get("local_rank") == -1:
+        processes = 1  # written before accelerate: -1 says that training was not distributed
+    # One process drives several GPUs (DataParallel), one GPU, or, with 0, none.
+    devices = arguments.get("_n_gpu") or 1
+    return product(per_device, accumulation, processes, devices)
+
+
+class _Inert:
+    """Stands for an object of any class: keeps what it was made of, and does nothing with it."""
+
+    arguments: tuple[object, ...]
+    attributes: dict[str, Any]
+
+    # Objects are unpickled without a call of __init__.
+    def __new__(cls, *arguments: object, **_: object) -> _Inert:
+        inert = super().__new__(cls)
+        inert.arguments, inert.attributes = arguments, {}
+        return inert
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.attributes = {key: value for key, value in state.items() if isinstance(key, str)}
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Dictionaries of any class fill themselves like this."""
+
+    def append(self, value: object) -> None:
+        """Lists of any class fill themselves like this."""
+
+    def extend(self, values: object) -> None:
+        """Lists of any class fill themselves like this."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, _module: str, _name: str) -> type[_Inert]:
+        # A class of its own each time: a pickle may write to the attributes of a class.
+        return type("Inert", (_Inert,), {})
+
+    def persistent_load(self, _identifier: object) -> _Inert:
+        return _Inert()
+
+
+def _attributes(value: object) -> dict[str, Any]:
+    return value.attributes if isinstance(value, _Inert) else {}
+
+
+def _scalar(value: object) -> str | int | float | bool | None:
+    """A plain value, or the string that an enumeration's member was made of."""
+    if isinstance(value, _Inert) and len(value.arguments) == 1 and isinstance(value.arguments[0], str):
+        return value.arguments[0]
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+def _saved_object(path: Path) -> object:
+    content = read_bytes(path, _MOST_BYTES)
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                entry = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+                with archive.open(entry) as file:
+                    content = file.read(_MOST_BYTES_OF_PICKLE + 1)
+        if len(content) > _MOST_BYTES_OF_PICKLE:
+            raise BadInput("is too large to be training arguments", where=path, remedy="pass another file")
+        stream = io.BytesIO(content)
+        first = _unpickle(stream)
+        if first != _LEGACY_MAGIC:
+            return first
+        _unpickle(stream)  # the format's version
+        _unpickle(stream)  # about the system
+        return _unpickle(stream)
+    except BadInput:
+        raise
+    # A damaged pickle fails in as many ways as its opcodes do, and none of them is of interest here.
+    except Exception as error:
+        raise BadInput(
+            "is not a training_args.bin that can be read", where=path, remedy="pass one written by a Trainer"
+        ) from error
+
+
+def _unpickle(stream: io.BytesIO) -> object:
+    start = stream.tell()
+    for opcode, argument, _ in pickletools.genops(stream):
+        # The unpickler makes room for the highest memo index it meets: one opcode could ask for gigabytes.
+        if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > _MOST_BYTES_OF_PICKLE:
+            raise pickle.UnpicklingError("memo index out of range")
+    stream.seek(start)
+    return _InertUnpickler(stream).load()

@@ -1,0 +1,87 @@
+"""What is left of the initialisation, against matrices that torch initialised and trained."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from compressor.errors import BadInput
+from compressor.measure.initialisation import surviving_initialisation
+from compressor.recipe import TrainingRecipe
+
+RECIPE = TrainingRecipe(
+    optimizer="sgd", momentum=0.5, learning_rate=0.2, weight_decay=0.01, schedule="cosine", steps=200
+)
+
+
+def trained_without_a_signal(weights: torch.Tensor) -> torch.Tensor:
+    """What `RECIPE` makes of weights whose gradients are 0, in float64."""
+    parameter = torch.nn.Parameter(weights.detach().double())
+    optimizer = torch.optim.SGD([parameter], lr=0.2, momentum=0.5, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+    for _ in range(200):
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        schedule.step()
+    return parameter.detach()
+
+
+def test_edge_is_the_largest_singular_value_of_what_is_left() -> None:
+    torch.manual_seed(0)
+    weights = trained_without_a_signal(torch.nn.Linear(400, 250).weight)
+    values = torch.linalg.svdvals(weights)
+    found = surviving_initialisation(RECIPE, (250, 400), values.tolist())
+    assert found.edge is not None
+    # Finite matrices stay below the limit by a share of the order d^(-2/3), here 1.5 % (Tracy & Widom).
+    assert 0.97 * found.edge < values[0] <= found.edge
+    assert found.share is not None
+    assert found.forgetting_exponent is not None
+    assert 0.5 < found.share < 0.9
+    assert found.share == math.exp(-found.forgetting_exponent)
+
+
+@pytest.mark.parametrize("rank", [1, 7])
+def test_singular_values_above_the_edge_are_those_that_were_learned(rank: int) -> None:
+    torch.manual_seed(1)
+    left = trained_without_a_signal(torch.nn.Linear(300, 200).weight)
+    u, v = torch.linalg.qr(torch.randn(200, rank)).Q, torch.linalg.qr(torch.randn(300, rank)).Q
+    edge = surviving_initialisation(RECIPE, (200, 300), []).edge
+    assert edge is not None
+    # A learned direction of twice the edge is far above what Weyl's inequality lets the rest reach.
+    values = torch.linalg.svdvals(left + 2 * edge * (u @ v.T).double())
+    assert surviving_initialisation(RECIPE, (200, 300), values.tolist()).above_edge == rank
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(288, 500), torch.nn.Conv2d(32, 500, 3)])
+def test_default_scale_is_that_of_torch(layer: torch.nn.Linear | torch.nn.Conv2d) -> None:
+    found = surviving_initialisation(RECIPE, (500, 288), [])
+    assert found.init_std == pytest.approx(layer.weight.std().item(), rel=0.01)
+
+
+def test_edge_scales_with_the_initialisation() -> None:
+    narrow = surviving_initialisation(RECIPE, (30, 40), [1.0], init_std=0.02)
+    wide = surviving_initialisation(RECIPE, (30, 40), [1.0], init_std=0.04)
+    assert narrow.edge is not None
+    assert wide.edge == pytest.approx(2 * narrow.edge)
+
+
+def test_without_decay_all_of_it_is_left() -> None:
+    found = surviving_initialisation(RECIPE, (100, 25), [3.1, 2.9], init_std=0.2, decayed=False)
+    assert found.share == 1
+    assert found.edge == pytest.approx(0.2 * (10 + 5))
+    assert found.above_edge == 1
+
+
+def test_unknown_exponent_says_why() -> None:
+    unknown = TrainingRecipe.from_dict(RECIPE.to_dict() | {"steps": None})
+    found = surviving_initialisation(unknown, (30, 40), [1.0])
+    assert (found.share, found.edge, found.above_edge, found.forgetting_exponent) == (None, None, None, None)
+    assert found.reason == "the number of steps is unknown"
+
+
+@pytest.mark.parametrize("scale", [-0.1, math.nan, math.inf])
+def test_scale_of_the_initialisation_is_a_scale(scale: float) -> None:
+    with pytest.raises(BadInput, match="standard deviation"):
+        surviving_initialisation(RECIPE, (3, 4), [1.0], init_std=scale)
