@@ -1,0 +1,292 @@
+"""The commands: each parses its request, calls one function of the public API, and shows the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from compressor.cli import options
+from compressor.cli.terminal import document_text, shown_progress, write_rendered, write_text
+
+if TYPE_CHECKING:
+    from compressor.recipe import TrainingRecipe
+
+# The blank lines keep typer from joining these into one paragraph.
+EXIT_STATUSES = (
+    "[bold]Exit status[/bold]: 0 done; 1 failed; 2 the request or an input is bad; "
+    "3 a quality gate was not met; 130 interrupted."
+)
+MAIN_EPILOG = f"""
+[bold]Other commands[/bold] (each has its own --help):
+
+[cyan]compress inspect MODEL[/cyan]   effective ranks and memory windows, layer by layer
+
+[cyan]compress plan MODEL[/cyan]      the ranks without the work, to edit and apply
+
+[cyan]compress evaluate MODEL[/cyan]  a compressed model beside its baseline, on data
+
+[cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
+
+A model that is named like one of these commands is written ./inspect.
+
+{EXIT_STATUSES}"""
+
+
+def _app() -> typer.Typer:
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+main_command, subcommands = _app(), _app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"compress {version('lowrank-compressor')}")
+        raise typer.Exit
+
+
+@main_command.command("compress", epilog=MAIN_EPILOG)
+@options.with_training_flags
+def compress(
+    model: options.Model,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File or folder to write. Default: NAME-compressed beside MODEL."),
+    ] = None,
+    keep: options.Keep = None,
+    max_size: options.MaxSize = None,
+    tolerance: options.Tolerance = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The ranks of an edited 'compress plan' file.", rich_help_panel=options.BUDGET
+        ),
+    ] = None,
+    recipe_file: options.RecipeFile = None,
+    recipe: TrainingRecipe | None = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Measure what it cost on this: text, jsonl, csv, npz or safetensors file, image folder, "
+            "builtin:digits, builtin:stdlib.",
+        ),
+    ] = None,
+    factory: options.Factory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    form: options.Form = "auto",
+    max_shard_size: options.ShardSize = "5GB",
+    device: options.Device = "auto",
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a one-file report with figures.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write no model.")] = False,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make a trained checkpoint smaller by low-rank factorization, and measure what that cost.
+
+    Without a budget the training recipe decides where it is known to be safe, else a tolerance that is
+    safe without data.
+    """
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import pipeline
+        from compressor.report import check_report_path, compression_text, write_report
+
+        if report is not None:
+            check_report_path(report, overwrite=overwrite)
+        compression = pipeline.compress(
+            model,
+            output=output,
+            keep=keep,
+            max_size=max_size,
+            tolerance=tolerance,
+            plan=plan,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            factory=factory,
+            data=data,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            form=form,
+            max_shard_size=max_shard_size,
+            device=device,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        if report is not None:
+            write_report(compression, report, overwrite=overwrite)
+    if json:
+        write_text(document_text(compression.to_dict()))
+    else:
+        write_rendered(compression_text(compression, report=report))
+
+
+@subcommands.command("inspect", epilog=EXIT_STATUSES)
+@options.with_training_flags
+def inspect(
+    model: options.Model,
+    *,
+    epsilon: Annotated[float, typer.Option(help="Relative residual at which the memory window ends.")] = 0.1,
+    recipe_file: options.RecipeFile = None,
+    recipe: TrainingRecipe | None = None,
+    factory: options.Factory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Show effective ranks and memory windows, layer by layer."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import pipeline
+        from compressor.report import inspection_text
+
+        inspection = pipeline.inspect(
+            model,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            factory=factory,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            epsilon=epsilon,
+            device=device,
+            progress=progress,
+        )
+    if json:
+        write_text(document_text(inspection.to_dict()))
+    else:
+        write_rendered(inspection_text(inspection))
+
+
+@subcommands.command("plan", epilog=EXIT_STATUSES)
+@options.with_training_flags
+def plan(
+    model: options.Model,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the plan, to edit and apply.")
+    ] = None,
+    keep: options.Keep = None,
+    max_size: options.MaxSize = None,
+    tolerance: options.Tolerance = None,
+    recipe_file: options.RecipeFile = None,
+    recipe: TrainingRecipe | None = None,
+    factory: options.Factory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    form: options.Form = "auto",
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Choose the ranks without doing the work; edit the file and apply it with 'compress MODEL --plan FILE'."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import pipeline
+        from compressor.checkpoint.files import atomic_file
+        from compressor.checkpoint.output import check_output
+        from compressor.report import plan_text
+
+        if output is not None:
+            check_output(output, source=Path(model), form="file", overwrite=overwrite)
+        chosen = pipeline.plan(
+            model,
+            keep=keep,
+            max_size=max_size,
+            tolerance=tolerance,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            factory=factory,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            form=form,
+            device=device,
+            progress=progress,
+        )
+        if output is not None:
+            with atomic_file(output) as file:
+                file.write(document_text(chosen.to_dict()).encode())
+    if json:
+        write_text(document_text(chosen.to_dict()))
+    else:
+        write_rendered(plan_text(chosen, output=output))
+
+
+@subcommands.command("evaluate", epilog=EXIT_STATUSES)
+def evaluate(
+    model: options.Model,
+    *,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="Text, jsonl, csv, npz or safetensors file, image folder, builtin:digits, builtin:stdlib.",
+            show_default=False,
+        ),
+    ],
+    baseline: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="The model to compare with.", show_default=False)
+    ] = None,
+    factory: options.Factory = None,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which part of the data.")] = "test",
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure a compressed model beside its baseline: quality, size, arithmetic, memory, latency."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import pipeline
+        from compressor.report import evaluation_text
+        from compressor.results import SCHEMA_VERSION
+
+        evaluation = pipeline.evaluate(
+            model, data=data, baseline=baseline, factory=factory, device=device, split=split, progress=progress
+        )
+    if json:
+        write_text(document_text({"schema_version": SCHEMA_VERSION, "source": model, **evaluation.to_dict()}))
+    else:
+        write_rendered(evaluation_text(evaluation))
+
+
+@subcommands.command("restore", epilog=EXIT_STATUSES)
+def restore(
+    model: options.Model,
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File or folder to write. Default: a name beside MODEL."),
+    ] = None,
+    max_shard_size: options.ShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Multiply factor pairs back to a dense checkpoint that the original code loads."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import pipeline
+        from compressor.report import restoration_text
+
+        restoration = pipeline.restore(
+            model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    if json:
+        write_text(document_text(restoration.to_dict()))
+    else:
+        write_rendered(restoration_text(restoration))

@@ -1,0 +1,68 @@
+"""The console entry point: which command is meant, and what its end means for the shell."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+
+from compressor.cli.commands import main_command, subcommands
+from compressor.cli.terminal import silence_broken_output, write_error
+from compressor.errors import CompressorError
+
+SUBCOMMANDS = frozenset(command.name for command in subcommands.registered_commands)
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def main() -> NoReturn:
+    """Run the command of `sys.argv` and leave with its exit status."""
+    status = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_broken_output()
+    sys.exit(status)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status.
+
+    0 done; 1 failed; 2 bad request or input; 3 quality gate not met; 130 interrupted.
+    The default command gets everything unless the first argument is the name of a subcommand.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A layer may be called anything; a terminal of another encoding shows a question mark for what it lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app = subcommands if arguments and arguments[0] in SUBCOMMANDS else main_command
+    try:
+        # What typer returns is the status of an early exit: --help, --version, Ctrl-C.
+        status = typer.main.get_command(app).main(list(arguments), prog_name="compress", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except Exception as error:
+        return _failed(error, help_of=f"compress {arguments[0]}" if app is subcommands else "compress")
+    if status == INTERRUPTED:
+        write_error("interrupted")
+    return int(status or DONE)
+
+
+def _failed(error: Exception, help_of: str) -> int:
+    """Say in one line what went wrong, and return the exit status that it has."""
+    from compressor.report.wording import one_line
+
+    if isinstance(error, typer.TyperException):
+        write_error(f"error: {one_line(error.format_message()).rstrip('.')}; see '{help_of} --help'")
+        return error.exit_code
+    if isinstance(error, CompressorError):
+        write_error(f"error: {one_line(str(error))}")
+        return error.exit_status
+    if os.environ.get("COMPRESSOR_DEBUG") == "1":
+        write_error("".join(traceback.format_exception(error)))
+    what = one_line(f"{type(error).__name__}: {error}")
+    write_error(f"error: internal error: {what}; set COMPRESSOR_DEBUG=1 to see where")
+    return FAILED

@@ -1,0 +1,120 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from compressor.recipe import TrainingRecipe
+
+BUDGET, TRAINING, LAYERS, RUN = "Budget, one of", "Training recipe", "Layers", "Running"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .safetensors, index, .bin or .pt file, or a Hugging Face folder.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file of an output.", rich_help_panel=RUN)]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:NAME",
+        help="Code that builds an architecture that is not in transformers: package.module:factory or file.py:factory.",
+        show_default=False,
+    ),
+]
+
+Keep = Annotated[
+    float | None, typer.Option(help="Fraction of the eligible layers' parameters to keep.", rich_help_panel=BUDGET)
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Size of the weight files, such as 40MB.", rich_help_panel=BUDGET),
+]
+Tolerance = Annotated[float | None, typer.Option(help="Relative error per layer.", rich_help_panel=BUDGET)]
+
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Only these layers: globs, or re:EXPRESSION.", rich_help_panel=LAYERS),
+]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Not these layers.", rich_help_panel=LAYERS)]
+Form = Annotated[
+    Literal["auto", "plain", "pivoted"],
+    typer.Option(help="How pairs are stored: pivoted is smaller, plain is faster.", rich_help_panel=LAYERS),
+]
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Hyperparameters in YAML or JSON, a card, or a trainer's file. Default: files beside MODEL.",
+        rich_help_panel=TRAINING,
+    ),
+]
+# Field of the recipe: what the flag takes, the flag, its help.
+TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
+    "optimizer": (str, "--optimizer", "sgd, adamw, ..."),
+    "learning_rate": (float, "--lr", "Peak learning rate."),
+    "weight_decay": (float, "--weight-decay", "Weight decay as PyTorch takes it."),
+    "momentum": (float, "--momentum", "Momentum of SGD."),
+    "nesterov": (bool, "--nesterov", "Nesterov momentum."),
+    "batch_size": (int, "--batch-size", "Examples per optimizer step."),
+    "schedule": (str, "--schedule", "constant, linear, cosine or step."),
+    "warmup_steps": (float, "--warmup-steps", "Steps, or a share below 1."),
+    "steps": (int, "--steps", "Optimizer steps."),
+    "epochs": (float, "--epochs", "Passes over the training data."),
+    "dataset_size": (int, "--dataset-size", "Training examples."),
+    "sequence_length": (int, "--sequence-length", "Tokens per example; 1 for vectors."),
+}
+
+
+def with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the training flags in the place of a command's parameter `recipe`, which gets the recipe that they make."""
+    # The recipe's class is imported when a command runs, not before.
+    hints = get_type_hints(command, localns={"TrainingRecipe": object}, include_extras=True)
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name == "recipe":
+            parameters += [_flag_parameter(name) for name in TRAINING_FLAGS]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @wraps(command)
+    def with_flags(**given: Any) -> None:
+        command(recipe=_recipe({name: given.pop(name) for name in TRAINING_FLAGS}), **given)
+
+    with_flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_flags
+
+
+def _flag_parameter(name: str) -> Parameter:
+    kind, flag, description = TRAINING_FLAGS[name]
+    option = typer.Option(flag, help=description, rich_help_panel=TRAINING, show_default=False)
+    annotation: Any = Annotated[kind | None, option]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _recipe(given: Mapping[str, object]) -> TrainingRecipe | None:
+    """What the flags say about the training, each field with its flag as source; None when they say nothing."""
+    from compressor.recipe import TrainingRecipe
+
+    known = {name: value for name, value in given.items() if value is not None}
+    if not known:
+        return None
+    return TrainingRecipe.from_dict({**known, "sources": {name: f"flag {TRAINING_FLAGS[name][1]}" for name in known}})

@@ -1,0 +1,81 @@
+"""Before and after as rows of words: sizes, quality, and what a forward pass costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compressor.report.wording import (
+    change_words,
+    compact,
+    in_bytes,
+    in_seconds,
+    percent,
+    quality_words,
+    thousands,
+)
+
+if TYPE_CHECKING:
+    from compressor.evaluation import Evaluation
+    from compressor.results import Compression
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity before and after and how they compare, in words; what is unknown is empty."""
+
+    label: str
+    before: str
+    after: str
+    compared: str
+
+
+def compared(label: str, words: Callable[[int], str], before: int | None, after: int) -> Comparison:
+    """A quantity whose later value is told as a share of the earlier one."""
+    if before is None:
+        return Comparison(label, "", words(after), "")
+    return Comparison(label, words(before), words(after), percent(after, before))
+
+
+def compression_rows(compression: Compression) -> list[Comparison]:
+    """Sizes, and quality and cost where they were measured."""
+    plan, evaluation = compression.plan, compression.evaluation
+    rows = [
+        compared("parameters", thousands, compression.parameters.before, compression.parameters.after),
+        compared("of them eligible", thousands, plan.eligible_before, plan.eligible_after),
+        compared("weight files", in_bytes, compression.bytes.before, compression.bytes.after),
+    ]
+    return rows if evaluation is None else rows + quality_rows(evaluation)
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
+    """Size, quality and cost of a model beside its baseline, which may be missing."""
+    before, after = evaluation.baseline_cost, evaluation.compressed_cost
+    return [
+        compared("parameters", thousands, before.parameters if before else None, after.parameters),
+        compared("weights", in_bytes, before.bytes if before else None, after.bytes),
+        *quality_rows(evaluation),
+    ]
+
+
+def quality_rows(evaluation: Evaluation) -> list[Comparison]:
+    """The metric, and the arithmetic, memory and time of a forward pass."""
+    metric, before, after = evaluation.metric, evaluation.baseline_cost, evaluation.compressed_cost
+    baseline = "" if evaluation.baseline is None else quality_words(metric, evaluation.baseline)
+    change = "" if evaluation.drop is None else change_words(metric, evaluation.drop)
+    rows = [
+        Comparison(metric, baseline, quality_words(metric, evaluation.compressed), change),
+        compared("multiply-accumulates", compact, before.macs if before else None, after.macs),
+        compared("memory of a batch", in_bytes, before.peak_memory_bytes if before else None, after.peak_memory_bytes),
+    ]
+    for timing in evaluation.latency:
+        rows.append(
+            Comparison(
+                f"latency, batch {timing.batch_size}",
+                "" if timing.baseline_seconds is None else in_seconds(timing.baseline_seconds),
+                in_seconds(timing.compressed_seconds),
+                "" if timing.ratio is None else f"{timing.ratio:.2f} x",
+            )
+        )
+    return rows

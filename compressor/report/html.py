@@ -1,0 +1,111 @@
+"""The report in one HTML file: no script, nothing loaded from elsewhere, the same bytes for the same result."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import BadInput
+from compressor.report.comparison import compression_rows
+from compressor.report.wording import (
+    budget_words,
+    in_bytes,
+    in_seconds,
+    one_line,
+    percent,
+    recipe_words,
+    shape_of,
+)
+
+if TYPE_CHECKING:
+    from compressor.recipe import TrainingRecipe
+    from compressor.results import Compression
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def check_report_path(path: Path, *, overwrite: bool) -> None:
+    """Refuse a report that could not be written, before the work starts.
+
+    Raises `BadInput` when the path is not named .html, exists and `overwrite` is not set, or lies in no writable
+    folder, and when the libraries that draw the report are not installed.
+    """
+    from compressor.checkpoint.output import check_output
+
+    for library in ("jinja2", "matplotlib"):
+        if find_spec(library) is None:
+            raise BadInput(
+                f"a report needs {library}, which is not installed",
+                where=path,
+                remedy="run pip install 'lowrank-compressor[report]'",
+            )
+    # A slip such as --report MODEL --overwrite must not cost anybody a model.
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput("a report is an HTML file", where=path, remedy="give it a name that ends in .html")
+    check_output(path, source=None, form="file", overwrite=overwrite)
+
+
+def write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
+    """Write what a compression did as one HTML file, whole or not at all.
+
+    Raises `BadInput` as `check_report_path` does, and when the disk is full.
+    """
+    from compressor.checkpoint.files import atomic_file
+
+    check_report_path(path, overwrite=overwrite)
+    page = report_page(compression)
+    with atomic_file(path) as file:
+        # A name in a checkpoint may hold half a surrogate pair, which UTF-8 has no bytes for.
+        file.write(page.encode("utf-8", "backslashreplace"))
+
+
+def report_page(compression: Compression) -> str:
+    """The page as text; names from checkpoints and paths are escaped, for anybody may have chosen them."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    from compressor.report.figures import sizes_figure, spectrum_figure
+
+    # Trimmed blocks leave no empty lines where the template decides something.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    plan = compression.plan
+    return template.render(
+        source=one_line(compression.source),
+        output=one_line(compression.output) if compression.output else None,
+        budget=budget_words(plan.budget),
+        advice=plan.advice,
+        effort=f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}",
+        comparisons=compression_rows(compression),
+        evaluation=compression.evaluation,
+        recipe=recipe_words(compression.recipe),
+        hyperparameters=_hyperparameters(compression.recipe),
+        sizes=Markup(sizes_figure(plan.layers)),
+        layers=[
+            {
+                "name": Markup(".<wbr>").join(one_line(layer.name).split(".")),
+                "shape": shape_of(layer.shape),
+                "kind": layer.kind,
+                "rank": "-" if layer.rank is None else layer.rank,
+                "form": layer.form,
+                "kept": percent(layer.parameters, layer.dense_parameters),
+                "error": f"{layer.error:.4f}",
+                "reason": layer.reason,
+                "spectrum": Markup(spectrum_figure(compression.spectra[layer.name], layer.rank, prefix=f"s{number}"))
+                if layer.name in compression.spectra
+                else None,
+            }
+            for number, layer in enumerate(plan.layers)
+        ],
+    )
+
+
+def _hyperparameters(recipe: TrainingRecipe) -> list[dict[str, Any]]:
+    """The fields that are known, with the place each was read from."""
+    return [
+        {"name": entry.name.replace("_", " "), "value": value, "source": recipe.sources.get(entry.name, "")}
+        for entry in fields(recipe)
+        if entry.name != "sources" and (value := getattr(recipe, entry.name)) is not None
+    ]

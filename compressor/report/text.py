@@ -1,0 +1,347 @@
+"""Results as text for a terminal or a log: rich renderables that fit into 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
+from compressor.report.wording import (
+    budget_words,
+    compact,
+    in_bytes,
+    in_seconds,
+    one_line,
+    percent,
+    recipe_sources,
+    recipe_words,
+    shape_of,
+    shortened,
+    thousands,
+)
+
+if TYPE_CHECKING:
+    from compressor.evaluation import Evaluation
+    from compressor.planning import LayerPlan, Plan
+    from compressor.recipe import TrainingRecipe
+    from compressor.results import Compression, InspectedLayer, Inspection, Restoration
+
+NARROWEST_NAME = 8
+PATHS = frozenset({"model", "output", "report", "plan"})
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One row per layer: the name, shortened in the middle where the window is narrow, and its numbers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns = list(zip(*(header.split("\n") for header in self._padded_headers()), strict=True))
+        cells = [*columns, *self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
+        room = options.max_width - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], max(room, NARROWEST_NAME))
+        for row in columns:
+            yield Text(_aligned(row, widths), style="bold", no_wrap=True, overflow="ignore")
+        yield Text("  ".join("─" * width for width in widths), style="dim", no_wrap=True, overflow="ignore")
+        for name, *numbers in self.rows:
+            line = _aligned((shortened(name, widths[0]), *numbers), widths)
+            yield Text(line, no_wrap=True, overflow="ignore")
+
+    def _padded_headers(self) -> Iterator[str]:
+        """Headers of the same number of lines, the last ones at the bottom."""
+        tallest = max(header.count("\n") for header in self.headers)
+        for header in self.headers:
+            yield "\n" * (tallest - header.count("\n")) + header
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return "  ".join([name.strip().ljust(widths[0]), *numbers])
+
+
+def compression_text(compression: Compression, *, report: Path | None = None) -> RenderableType:
+    """What `compress MODEL` did: the request, the layers, sizes and quality before and after, and where it is."""
+    plan = compression.plan
+    effort = f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}"
+    places = [("output", compression.output or "nothing was written")]
+    if report is not None:
+        places.append(("report", str(report)))
+    parts: list[RenderableType] = [
+        _facts(
+            ("model", compression.source),
+            *_recipe_facts(compression.recipe),
+            ("budget", budget_words(plan.budget)),
+        ),
+        *_plan_parts(plan.layers),
+        _side_by_side(compression_rows(compression)),
+    ]
+    if compression.evaluation is not None:
+        parts.append(_measured_on(compression.evaluation))
+    parts.append(_facts(*places, ("took", effort), *_advice(plan.advice)))
+    return _spaced(parts)
+
+
+def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
+    """The ranks of a plan with their reasons, and what they would store."""
+    size = compared("eligible parameters", thousands, plan.eligible_before, plan.eligible_after)
+    facts = [("plan", str(output))] if output is not None else []
+    parts: list[RenderableType] = [
+        _facts(("model", plan.source), ("budget", budget_words(plan.budget))),
+        *_plan_parts(plan.layers),
+        _side_by_side([size]),
+    ]
+    if facts or plan.advice:
+        parts.append(_facts(*facts, *_advice(plan.advice)))
+    return _spaced(parts)
+
+
+def inspection_text(inspection: Inspection) -> RenderableType:
+    """Effective ranks and memory of every eligible layer, the others grouped by why they are skipped."""
+    measured = [layer for layer in inspection.layers if layer.layer.eligible]
+    totals = (
+        f"{inspection.parameters:,} parameters, {in_bytes(inspection.weight_bytes)}; "
+        f"{percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
+    )
+    parts: list[RenderableType] = [
+        _facts(("model", inspection.source), *_recipe_facts(inspection.recipe), ("size", totals))
+    ]
+    if measured:
+        parts += [_ranks(measured), _memory(measured)]
+    else:
+        parts.append(Text("No layer is eligible."))
+    if skipped := _skipped(inspection.layers):
+        parts.append(skipped)
+    if inspection.advice:
+        parts.append(_facts(*_advice(inspection.advice)))
+    return _spaced(parts)
+
+
+def evaluation_text(evaluation: Evaluation) -> RenderableType:
+    """Quality, size, arithmetic, memory and latency of two models side by side."""
+    return _spaced([_side_by_side(evaluation_rows(evaluation), "baseline", "model"), _measured_on(evaluation)])
+
+
+def restoration_text(restoration: Restoration) -> RenderableType:
+    """What `compress restore` brought back, and where it is."""
+    size = compared("weight files", in_bytes, restoration.bytes.before, restoration.bytes.after)
+    layers = f"{len(restoration.layers)} brought back to dense"
+    return _spaced(
+        [
+            _facts(("model", restoration.source), ("layers", layers)),
+            _side_by_side([size]),
+            _facts(("output", restoration.output), ("took", in_seconds(restoration.seconds))),
+        ]
+    )
+
+
+def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
+    """The table of ranks, and the reasons as numbered notes: most are shared by many layers."""
+    reasons = list(dict.fromkeys(one_line(layer.reason) for layer in layers))
+    shared = len(reasons) == 1
+    rows = [
+        (
+            one_line(layer.name),
+            shape_of(layer.shape),
+            "-" if layer.rank is None else str(layer.rank),
+            layer.form,
+            percent(layer.parameters, layer.dense_parameters),
+            f"{layer.error:.3f}",
+            *(() if shared else (str(reasons.index(one_line(layer.reason)) + 1),)),
+        )
+        for layer in layers
+    ]
+    headers = ("layer", "shape", "rank", "form", "kept", "error", *(() if shared else ("why",)))
+    notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
+    return [LayerTable(headers, tuple(rows)), _facts(*notes)]
+
+
+def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
+    headers = (
+        "layer",
+        "shape",
+        "numer-\nical",
+        "Frobe-\nnius",
+        "energy",
+        "en-\ntropy",
+        "partici-\npation",
+        "stable",
+    )
+    rows = []
+    for layer in layers:
+        ranks = layer.ranks
+        numbers = (
+            ("-",) * 6
+            if ranks is None
+            else (
+                str(ranks.numerical),
+                str(ranks.frobenius),
+                str(ranks.energy),
+                f"{ranks.entropy:.1f}",
+                f"{ranks.participation_ratio:.1f}",
+                f"{ranks.stable:.1f}",
+            )
+        )
+        rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *numbers))
+    notes = _facts(
+        ("numerical", "singular values above 0.001 of the largest"),
+        ("Frobenius", "least rank with a relative error of at most 0.1"),
+        ("energy", "least rank with 99 % of the sum of squares"),
+        ("entropy", "effective rank of Roy and Vetterli (2007)"),
+        ("participation", "participation ratio of the squares"),
+        ("stable", "squared Frobenius over squared spectral norm: too small to truncate at"),
+    )
+    return Group(_title("Effective ranks"), LayerTable(headers, tuple(rows)), Text(), notes)
+
+
+def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:
+    window, start = layer.window, layer.initialisation
+    bound, exponent = (window.rank_bound, window.forgetting_exponent) if window else (None, None)
+    share, above = (start.share, start.above_edge) if start else (None, None)
+    return (
+        _number(layer.uses),
+        _number(window.steps if window else None),
+        f"{compact(bound)} vacuous" if window and window.vacuous and bound is not None else _number(bound),
+        "-" if exponent is None else f"{exponent:.3g}",
+        "-" if share is None else _share(share),
+        _number(above),
+    )
+
+
+def _why_unknown(layer: InspectedLayer) -> list[str]:
+    """Why there is no rank bound or no edge, each reason once."""
+    window, start = layer.window, layer.initialisation
+    bound = window.reason if window and window.rank_bound is None else ""
+    edge = start.reason if start and not bound.endswith(start.reason) else ""
+    return [one_line(reason) for reason in (bound, edge) if reason]
+
+
+def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
+    headers: tuple[str, ...] = (
+        "layer",
+        "shape",
+        "uses",
+        "window\nsteps",
+        "rank\nbound",
+        "K",
+        "start\nleft",
+        "above\nedge",
+        "note",
+    )
+    rows: list[tuple[str, ...]] = []
+    reasons: list[str] = []
+    for layer in layers:
+        why = _why_unknown(layer)
+        reasons += [reason for reason in why if reason not in reasons]
+        notes = ",".join(str(reasons.index(reason) + 1) for reason in why)
+        rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *_memory_cells(layer), notes))
+    if not reasons:
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    epsilon = next((layer.window.epsilon for layer in layers if layer.window is not None), 0.1)
+    terms = [
+        ("uses", "how often the matrix is used per example"),
+        ("window", f"all but {epsilon:g} of the matrix was written in the last so many steps"),
+        ("rank bound", "batch x uses x window; vacuous where it is not below the full rank"),
+        ("K", "forgetting exponent: exp(-K) of the initialisation is left ('start left')"),
+        ("above edge", "singular values above what is left of the initialisation"),
+    ]
+    numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
+    explained = [_facts(*numbered), Text()] if numbered else []
+    return Group(
+        _title("Memory of the training"),
+        LayerTable(headers, tuple(rows)),
+        Text(),
+        *explained,
+        _facts(*terms),
+    )
+
+
+def _skipped(layers: Iterable[InspectedLayer]) -> RenderableType | None:
+    by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.layer.skip is not None:
+            by_reason.setdefault(one_line(layer.layer.skip), []).append(one_line(layer.layer.name))
+    if not by_reason:
+        return None
+    lines = []
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        lines.append(Text(f"{shown}: {reason}"))
+    return Group(_title("Skipped"), *lines)
+
+
+def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> RenderableType:
+    rows = [("", before, after, ""), *((c.label, c.before, c.after, c.compared) for c in comparisons)]
+    known = [i for i in range(4) if any(row[i] for row in rows[1:])]
+    cells = [tuple(row[i] for i in known) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [Text(_aligned(row, widths), no_wrap=True, overflow="ignore") for row in cells]
+    lines[0].stylize("bold")
+    return Group(*lines)
+
+
+def _measured_on(evaluation: Evaluation) -> RenderableType:
+    words = f"measured on {evaluation.data}: {evaluation.count:,} predictions, {evaluation.device}"
+    return Text(one_line(words), style="dim")
+
+
+def _recipe_facts(recipe: TrainingRecipe) -> Iterator[tuple[str, str]]:
+    yield "trained", recipe_words(recipe)
+    if recipe.sources:
+        yield "", f"from {recipe_sources(recipe)}"
+
+
+def _advice(advice: str | None) -> Iterator[tuple[str, str]]:
+    if advice:
+        yield "advice", advice
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labelled words, wrapped beside their labels; a path stays whole, to be copied and searched for."""
+
+    facts: tuple[tuple[str, str], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        indent = max((len(label) for label, _ in self.facts), default=0) + 2
+        for label, words in self.facts:
+            width = len(words) if label in PATHS else options.max_width - indent
+            lines = wrap(one_line(words), max(width, 20), break_on_hyphens=False) or [""]
+            for number, line in enumerate(lines):
+                text = Text(no_wrap=True, overflow="ignore")
+                text.append((label if number == 0 else "").ljust(indent), style="dim")
+                yield text.append(line)
+
+
+def _facts(*facts: tuple[str, str]) -> RenderableType:
+    return Facts(facts)
+
+
+def _title(words: str) -> RenderableType:
+    return Padding(Text(words, style="bold"), (0, 0, 1, 0))
+
+
+def _spaced(parts: Sequence[RenderableType]) -> RenderableType:
+    spaced: list[RenderableType] = []
+    for part in parts:
+        spaced += [Text(), part] if spaced else [part]
+    return Group(*spaced)
+
+
+def _number(number: int | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number:,}" if number < 10**6 else compact(number)
+
+
+def _share(share: float) -> str:
+    return percent(share) if share >= 0.0005 else f"{100 * share:.0e} %"

@@ -1,0 +1,401 @@
+"""The command line as a shell sees it: what is parsed, what is printed where, and the exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from compressor import pipeline
+from compressor.checkpoint.writer import SafetensorsWriter
+from compressor.cli.main import SUBCOMMANDS, run
+from compressor.cli.options import TRAINING_FLAGS
+from compressor.errors import BadInput, CompressorError, QualityGateNotMet
+
+COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
+
+Captured = pytest.CaptureFixture[str]
+
+
+class StoppedError(Exception):
+    """Ends a command once what was asked of the library is known."""
+
+
+@pytest.fixture
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The calls that reach the library, which does nothing but note them."""
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def stand_in(name: str) -> Any:
+        def note(*given: Any, **named: Any) -> NoReturn:
+            calls.append((name, given, named))
+            raise StoppedError
+
+        return note
+
+    for name in ("compress", "inspect", "plan", "evaluate", "restore"):
+        monkeypatch.setattr(pipeline, name, stand_in(name))
+    return calls
+
+
+# What the command line asks for
+
+
+def test_every_subcommand_calls_its_function_and_everything_else_the_default(requested: Any) -> None:
+    run(["inspect", "m.bin"])
+    run(["plan", "m.bin"])
+    run(["evaluate", "m.bin", "--data", "text.txt"])
+    run(["restore", "m.bin"])
+    run(["m.bin"])
+    run(["./inspect"])
+    run(["--keep", "0.5", "inspect"])
+    assert [(name, given) for name, given, _ in requested] == [
+        ("inspect", ("m.bin",)),
+        ("plan", ("m.bin",)),
+        ("evaluate", ("m.bin",)),
+        ("restore", ("m.bin",)),
+        ("compress", ("m.bin",)),
+        ("compress", ("./inspect",)),
+        ("compress", ("inspect",)),
+    ]
+
+
+def test_options_may_come_before_or_after_the_model(requested: Any) -> None:
+    options = ["--keep", "0.5", "--include", "a.*", "--include", "re:b", "--lr", "0.1", "--dry-run"]
+    run([*options, "m.bin"])
+    run(["m.bin", *options])
+    before, after = requested
+    assert {**before[2], "progress": None} == {**after[2], "progress": None}
+    assert before[2]["include"] == ("a.*", "re:b")
+
+
+def test_every_option_of_the_main_command_reaches_the_library(requested: Any) -> None:
+    outputs = ["-o", "out.safetensors", "--max-shard-size", "1GB", "--overwrite"]
+    request = ["--max-size", "40MB", "--plan", "p.json", "--recipe", "r.yaml", "--exclude", "c", "--form", "plain"]
+    run(["m.bin", *outputs, *request, "--data", "d.csv", "--model", "a.b:make", "--device", "cpu", "-q"])
+    [(_, _, named)] = requested
+    assert named == {
+        "output": Path("out.safetensors"),
+        "keep": None,
+        "max_size": "40MB",
+        "tolerance": None,
+        "plan": Path("p.json"),
+        "recipe": None,
+        "recipe_file": Path("r.yaml"),
+        "factory": "a.b:make",
+        "data": "d.csv",
+        "include": (),
+        "exclude": ("c",),
+        "form": "plain",
+        "max_shard_size": "1GB",
+        "device": "cpu",
+        "dry_run": False,
+        "overwrite": True,
+        "progress": None,
+    }
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["plan"]])
+@pytest.mark.parametrize("field", TRAINING_FLAGS)
+def test_a_training_flag_sets_its_field_and_is_named_as_its_source(
+    command: list[str], field: str, requested: Any
+) -> None:
+    kind, flag, _ = TRAINING_FLAGS[field]
+    text, value = {str: ("sgd", "sgd"), bool: ("", True), int: ("3", 3), float: ("0.25", 0.25)}[kind]
+    run([*command, "m.bin", flag, *([text] if text else [])])
+    [(_, _, named)] = requested
+    assert getattr(named["recipe"], field) == value
+    assert named["recipe"].sources[field] == f"flag {flag}"
+
+
+# Exit statuses
+
+
+def test_an_error_becomes_its_exit_status_and_one_line_on_standard_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    ends: list[tuple[BaseException, int, str]] = [
+        (CompressorError("the disk\nvanished"), 1, "error: the disk vanished"),
+        (ZeroDivisionError("division\nby zero"), 1, "error: internal error: ZeroDivisionError: division by zero; "),
+        (BadInput("is empty", where="m.bin", remedy="export it again"), 2, "error: m.bin: is empty; export it again"),
+        (QualityGateNotMet("the best is 0.9"), 3, "error: the best is 0.9"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ]
+    for error, status, said in ends:
+
+        def fail(*_: Any, error: BaseException = error, **__: Any) -> NoReturn:
+            raise error
+
+        monkeypatch.setattr(pipeline, "compress", fail)
+        assert run([str(model)]) == status
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(said)
+        assert err.count("\n") == 1
+
+
+def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "restore", fail)
+    monkeypatch.setenv("COMPRESSOR_DEBUG", "1")
+    assert run(["restore", "m.bin"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--no-such-option", "m.bin"],
+        ["m.bin", "n.bin"],
+        ["m.bin", "--keep", "much"],
+        ["m.bin", "--form", "round"],
+        ["m.bin", "--keep"],
+        ["no-such-file.safetensors"],
+        ["m\x1b[2J.bin"],
+        ["inspect"],
+        ["inspect", "no-such-file.bin"],
+        ["evaluate", "m.bin"],
+        ["restore", "no-such-file.bin"],
+    ],
+)
+def test_a_bad_request_is_status_2_and_one_line(arguments: list[str], capsys: Captured) -> None:
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--keep", "0.5", "--tolerance", "0.1"],
+        ["--keep", "0"],
+        ["--keep", "1.5"],
+        ["--keep", "nan"],
+        ["--lr", "-1"],
+        ["--include", "no.such.layer"],
+        ["--report", "report.txt"],
+        ["--report", "no/such/folder/report.html"],
+        ["--plan", "no-such-plan.json"],
+    ],
+)
+def test_a_bad_request_about_a_good_model_leaves_nothing_behind(
+    options: list[str], model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert run([str(model), *options]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in model.parent.iterdir()] == [model.name]
+
+
+def test_nothing_that_is_safe_to_remove_is_a_gate_not_met(incompressible: Path, capsys: Captured) -> None:
+    assert run([str(incompressible)]) == 3
+    assert "--keep" in capsys.readouterr().err
+    assert list(incompressible.parent.iterdir()) == [incompressible]
+
+
+def test_an_interrupt_while_writing_leaves_nothing_behind(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    write = SafetensorsWriter.write
+    written: list[str] = []
+
+    def interrupted(self: SafetensorsWriter, name: str, tensor: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, tensor)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", interrupted)
+    assert run([str(model), "--keep", "0.5"]) == 130
+    assert written
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_existing_outputs_are_replaced_only_on_request(model: Path, capsys: Captured) -> None:
+    output, report, plan = (model.with_name(name) for name in ("out.safetensors", "r.html", "plan.json"))
+    for path in (output, report, plan):
+        path.write_text("mine")
+    whole = [str(model), "--keep", "0.5", "-o"]
+    assert run([*whole, str(output)]) == 2
+    assert run([*whole, str(model.with_name("new.safetensors")), "--report", str(report)]) == 2
+    assert run(["plan", str(model), "-o", str(plan)]) == 2
+    assert [path.read_text() for path in (output, report, plan)] == ["mine"] * 3
+    assert not model.with_name("new.safetensors").exists()
+    assert run([*whole, str(output), "--report", str(report), "--overwrite"]) == 0
+    assert run(["plan", str(model), "-o", str(plan), "--overwrite"]) == 0
+    assert "mine" not in {path.read_bytes()[:4].decode(errors="replace") for path in (output, report, plan)}
+
+
+@pytest.mark.parametrize("command", [["plan"], []])
+def test_the_model_itself_is_never_the_output(command: list[str], model: Path, capsys: Captured) -> None:
+    before = model.read_bytes()
+    assert run([*command, str(model), "-o", str(model), "--overwrite"]) == 2
+    assert model.read_bytes() == before
+
+
+# What is printed
+
+
+def test_json_is_one_document_alone_with_the_documented_keys(model: Path, capsys: Captured) -> None:
+    assert run([str(model), "--keep", "0.5", "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out, parse_constant=pytest.fail)
+    assert err == ""
+    assert document.keys() >= {
+        *("schema_version", "source", "output", "parameters", "bytes", "eligible", "layers", "evaluation"),
+        *("seconds", "peak_memory_bytes", "recipe", "budget", "advice"),
+    }
+    assert document["source"] == str(model)
+    assert document["parameters"].keys() == document["bytes"].keys() == {"before", "after"}
+    assert document["eligible"]["kept"] <= 0.5
+    assert document["bytes"]["after"] == Path(document["output"]).stat().st_size
+    for layer in document["layers"]:
+        assert layer.keys() >= {"name", "shape", "kind", "rank", "form", "parameters", "error", "reason"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_other_json_documents_carry_a_schema_version_and_the_layers(
+    command: str, model: Path, capsys: Captured
+) -> None:
+    assert run([command, str(model), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document["schema_version"] == 1
+    assert len(document["layers"]) >= 7
+
+
+def test_a_plan_is_applied_as_it_was_edited(model: Path, capsys: Captured) -> None:
+    plan = model.with_name("plan.json")
+    assert run(["plan", str(model), "--keep", "0.5", "-o", str(plan)]) == 0
+    document = json.loads(plan.read_text())
+    for layer in document["layers"]:
+        layer["rank"], layer["form"] = 3, "plain"
+    plan.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert run([str(model), "--plan", str(plan), "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert [(layer["rank"], layer["form"]) for layer in layers] == [(3, "plain")] * len(document["layers"])
+
+
+def test_a_restored_model_is_told_with_its_sizes(model: Path, capsys: Captured) -> None:
+    small, dense = model.with_name("small.safetensors"), model.with_name("dense.safetensors")
+    assert run([str(model), "--keep", "0.5", "-o", str(small)]) == 0
+    capsys.readouterr()
+    assert run(["restore", str(small), "-o", str(dense), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["bytes"] == {"before": small.stat().st_size, "after": dense.stat().st_size}
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]])
+def test_tables_fit_80_columns_and_nothing_steers_the_terminal(
+    arguments: list[str], model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert run([*arguments, model.name]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    assert all(line.isprintable() for line in out.splitlines())
+    # Shortened names still say which block and which matrix they are.
+    for block in range(3):
+        for end in ("query", "up"):
+            assert any(re.match(f"…{block}[.…].*{end} ", line) for line in out.splitlines())
+
+
+def test_a_path_is_never_broken_into_lines(model: Path, capsys: Captured) -> None:
+    output = model.with_name("x" * 90 + ".safetensors")
+    assert run([str(model), "--keep", "0.5", "-o", str(output)]) == 0
+    assert f"output  {output}\n" in capsys.readouterr().out
+
+
+def test_quiet_leaves_standard_error_empty(model: Path, capsys: Captured) -> None:
+    assert run([str(model), "--keep", "0.5", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_options_commands_and_exit_statuses(capsys: Captured) -> None:
+    assert run(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for command in SUBCOMMANDS:
+        assert f"compress {command} MODEL" in text
+    options = (
+        "-o --output --keep --max-size --tolerance --plan --recipe --data --model --include --exclude --form "
+        "--max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
+    )
+    for option in [*options.split(), *(flag for _, flag, _ in TRAINING_FLAGS.values())]:
+        assert f"{option} " in text
+    for status in ("0 done", "1 failed", "2 the request", "3 a quality gate", "130 interrupted"):
+        assert status in text
+
+
+@pytest.mark.parametrize("command", sorted(SUBCOMMANDS))
+def test_every_command_has_a_help_of_its_own(command: str, capsys: Captured) -> None:
+    assert run([command, "--help"]) == 0
+    assert f"compress {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_distribution(capsys: Captured) -> None:
+    from importlib.metadata import version
+
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"compress {version('lowrank-compressor')}\n"
+
+
+# What only a process of its own shows
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["--no-such-option"]])
+def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys; from compressor.cli.main import run; run(sys.argv[1:]); "
+        "print('HEAVY', {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY set()"
+
+
+def test_help_takes_less_than_half_a_second() -> None:
+    # Processor time: what others do on the machine does not count.
+    def seconds() -> float:
+        before = os.times()
+        subprocess.run([*COMPRESS, "--help"], capture_output=True, check=True)
+        after = os.times()
+        return (after.children_user + after.children_system) - (before.children_user + before.children_system)
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "MODEL"], ["--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) -> None:
+    command = [*COMPRESS, *(str(model) if word == "MODEL" else word for word in arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() in ((0, 1) if arguments == ["--help"] else (0,))
+    process.stderr.close()
+
+
+def test_a_name_that_the_encoding_lacks_does_not_stop_the_output(model: Path) -> None:
+    done = subprocess.run(
+        [*COMPRESS, "inspect", str(model), "-q"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Effective ranks" in done.stdout

@@ -1,0 +1,97 @@
+"""Progress lines and JSON documents."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.cli.terminal import document_text, progress_lines, shown_progress, write_rendered
+
+finite = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), finite, max_size=3))
+def test_a_finite_document_comes_back_as_it_was(document: dict[str, Any]) -> None:
+    assert json.loads(document_text(document)) == document
+
+
+@given(st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_what_json_has_no_word_for_becomes_null_at_any_depth(value: float) -> None:
+    document = {"a": value, "b": [1.0, {"c": (value,)}]}
+    text = document_text(document)
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.0, {"c": [None]}]}
+
+
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=60))
+def test_progress_lines_are_at_least_ten_seconds_apart(pauses: list[float]) -> None:
+    now, written_at = 0.0, [0.0]
+    progress = progress_lines(lambda _: written_at.append(now), lambda: now)
+    for done, pause in enumerate(pauses, start=1):
+        now += pause
+        progress("measure", done, len(pauses))
+    assert all(later - earlier >= 10 for earlier, later in pairwise(written_at))
+
+
+def test_progress_at_a_steady_pace_tells_the_time_that_is_left() -> None:
+    now, lines = 0.0, list[str]()
+    progress = progress_lines(lines.append, lambda: now)
+    progress("measure", 0, 10)
+    for done in range(1, 11):
+        now += 12
+        progress("measure", done, 10)
+    assert lines[4] == "measure: 5 of 10, about 60 s left"
+    assert len(lines) == 10
+
+
+def test_a_silent_minute_is_broken_even_without_a_tenth_more() -> None:
+    now, lines = 0.0, list[str]()
+    progress = progress_lines(lines.append, lambda: now)
+    for done in range(1, 121):
+        now += 1
+        progress("factorize", done, 10_000)
+    assert lines == ["factorize: 60 of 10000, about 2.7 h left", "factorize: 120 of 10000, about 2.7 h left"]
+
+
+def test_logs_of_the_package_go_to_standard_error_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("compressor.recipe.find")
+    before = list(logging.getLogger("compressor").handlers)
+    with shown_progress(quiet=True) as progress:
+        logger.info("not this")
+        logger.warning("left out:\x1b[2J\nthe card " + "x" * 200)
+    assert progress is None
+    assert capsys.readouterr().err == "warning: left out:\\x1b[2J the card " + "x" * 200 + "\n"
+    assert logging.getLogger("compressor").handlers == before
+
+
+def test_styles_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.text import Text
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    written = {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stdout", stream)
+        write_rendered(Text("ranks", style="bold red"))
+        written[type(stream)] = stream.getvalue()
+    assert written[io.StringIO] == "ranks\n"
+    assert "\x1b[" in written[Terminal]
+    monkeypatch.setenv("NO_COLOR", "1")
+    plain = Terminal()
+    monkeypatch.setattr("sys.stdout", plain)
+    write_rendered(Text("ranks", style="red"))
+    assert "\x1b[31" not in plain.getvalue()
