@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types reference-models clean
+.PHONY: demo test lint types clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/core
+	mkdir -p demo
 	$(BIN)/compress model_cards/digits-mlp/model.safetensors --output demo/digits-mlp-small.safetensors \
 	  --data builtin:digits --model model_cards/digits-mlp/train.py:build_model \
 	  --report demo/report.html --overwrite

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,12 +30,14 @@ from compressor.checkpoint import (
     parse_size,
     refuse_fp8,
     require_finite,
+    skeleton_mismatch,
     transformers_skeleton,
     write_json,
     write_state_dict_file,
 )
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
+    Cost,
     Evaluation,
     EvaluationData,
     build_model,
@@ -43,6 +45,7 @@ from compressor.evaluation import (
     load_model,
     load_preprocessing,
     open_data,
+    require_architecture,
     resolve_device,
 )
 from compressor.measure import (
@@ -85,6 +88,8 @@ from compressor.rewrite import (
     weight_file_bytes,
     write_weights,
 )
+
+CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +201,7 @@ def compress(
     be removed safely; no output is left behind.
     """
     started = time.monotonic()
-    budget = _requested(keep, max_size, tolerance, plan)
+    budget = _requested(keep, max_size, tolerance, plan, form)
     subject = _open(model, recipe, recipe_file, factory, include, exclude)
     checkpoint = subject.checkpoint
     target = None if dry_run or checkpoint.source is None else _target(checkpoint, output)
@@ -204,6 +209,8 @@ def compress(
         raise BadInput("a module is compressed in memory", remedy="leave out the output, and save Compression.model")
     if target is not None:
         check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite)
+    if data is not None and not isinstance(model, nn.Module):
+        require_architecture(checkpoint, factory)
     where = resolve_device(device)
     evaluated = None if data is None or dry_run else _evaluation_data(data, checkpoint, subject.recipe, "test")
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
@@ -226,7 +233,13 @@ def compress(
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen)
     infos = rewritten_infos(rewriting)
     after_bytes = weight_file_bytes(rewriting, shard_size)
-    done = _counted(progress, "factorize", len(rewriting.factorized))
+    errors: dict[str, float] = {}
+
+    def done(name: str, error: float) -> None:
+        errors[name] = error
+        if progress:
+            progress("factorize", len(errors), len(rewriting.factorized))
+
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
         compressed = rewritten_module(rewriting, model, where, done)
@@ -245,12 +258,13 @@ def compress(
         source=subject.name,
         output=None if target is None else str(target),
         recipe=subject.recipe,
-        plan=chosen,
+        plan=replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers)),
         parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
         evaluation=evaluation,
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory_bytes(),
+        skipped=tuple(layer for layer in subject.layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in measured},
         model=compressed,
     )
@@ -374,12 +388,20 @@ def _open(
     else:
         known = merge(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
     skeleton = module_skeleton(model) if isinstance(model, nn.Module) else _skeleton(checkpoint, factory)
+    quantized = (checkpoint.config or {}).get("quantization_config")
+    if quantized is not None and _mapping(quantized).get("quant_method") != METADATA_KEY:
+        raise BadInput(
+            f"is quantized already ({_mapping(quantized).get('quant_method', 'by an unknown method')})",
+            where=checkpoint.source,
+            remedy="compress the original, and quantize the result",
+        )
     if stored_pairs(checkpoint, skeleton):
         raise BadInput(
             "is compressed already",
             where=checkpoint.source,
             remedy="compress the original, or bring it back with 'compress restore MODEL'",
         )
+    skeleton = _fitting(checkpoint, skeleton, factory)
     layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     return _Subject(name, checkpoint, skeleton, layers, known)
@@ -388,10 +410,30 @@ def _open(
 def _skeleton(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:
     """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
     if factory is not None:
-        return module_skeleton(build_model(factory))
+        return module_skeleton(build_model(factory), untrained=True)
     if checkpoint.config is None or checkpoint.source is None:
         return None
     return transformers_skeleton(_folder_of(checkpoint))
+
+
+def _fitting(checkpoint: Checkpoint, skeleton: Skeleton | None, factory: Factory | None) -> Skeleton | None:
+    """The skeleton, if it is that of the checkpoint; BadInput where it ought to be."""
+    if skeleton is None or (mismatch := skeleton_mismatch(checkpoint, skeleton)) is None:
+        return skeleton
+    if factory is not None:
+        raise BadInput(
+            f"the model that --model builds does not fit: {mismatch}",
+            where=checkpoint.source,
+            remedy="use the function that builds the model that was trained",
+        )
+    if checkpoint.folder is not None:
+        raise BadInput(
+            f"config.json does not belong to these weights: {mismatch}",
+            where=checkpoint.source,
+            remedy="put the model's own config.json there",
+        )
+    logger.warning("the config.json beside %s belongs to another model and is not used", checkpoint.source)
+    return None
 
 
 def _folder_of(checkpoint: Checkpoint) -> Path:
@@ -425,12 +467,18 @@ def _target(
 
 
 def _requested(
-    keep: float | None, max_size: int | str | None, tolerance: float | None, plan: Plan | str | Path | None
+    keep: float | None,
+    max_size: int | str | None,
+    tolerance: float | None,
+    plan: Plan | str | Path | None,
+    form: FormRequest,
 ) -> Budget | None:
     size = parse_size(max_size) if isinstance(max_size, str) else max_size
     budget = requested_budget(keep=keep, max_size=size, tolerance=tolerance)
     if plan is None:
         return budget
+    if form != "auto":
+        raise BadInput(f"--plan and --form {form} contradict each other", remedy="state the forms in the plan")
     if budget is not None:
         raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
     return Budget("plan")
@@ -477,7 +525,9 @@ def _measured(subject: _Subject, inspected: Sequence[InspectedLayer]) -> list[Me
                 layer=each.layer,
                 singular_values=np.array(each.singular_values),
                 itemsize=subject.checkpoint.tensors[each.layer.tensor].dtype.itemsize,
+                precision=torch.finfo(subject.checkpoint.tensors[each.layer.tensor].dtype).eps,
                 above_edge=each.initialisation.above_edge,
+                surviving_share=each.initialisation.share,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
             )
         )
@@ -558,14 +608,21 @@ def _evaluate(
         progress("evaluate", 0, 1)
     reference = None if baseline is None else load_model(baseline, factory)
     evaluation = compare(reference, load_model(model, factory), data, device=device)
+    evaluation = replace(
+        evaluation,
+        baseline_cost=_on_disk(evaluation.baseline_cost, baseline),
+        compressed_cost=_on_disk(evaluation.compressed_cost, model),
+    )
     if progress:
         progress("evaluate", 1, 1)
     return evaluation
 
 
-def _counted(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
-    """The progress of one stage, to be told how much of it is done."""
-    return lambda done: progress(stage, done, total) if progress else None
+def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:
+    """The cost with the size of the weight files, where the model came from files."""
+    if cost is None or model is None or isinstance(model, nn.Module):
+        return cost
+    return replace(cost, bytes=open_checkpoint(model).weight_bytes)
 
 
 def _mapping(value: object) -> dict[str, str]:

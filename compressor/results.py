@@ -84,8 +84,9 @@ class Inspection:
 class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
-    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the factorized matrices.
-    `spectra` holds the singular values behind the plan. `model` is the compressed module when a module was compressed.
+    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
+    are the others. `spectra` holds the singular values behind the plan. `model` is the compressed module when a module
+    was compressed.
     """
 
     source: str
@@ -97,6 +98,7 @@ class Compression:
     evaluation: Evaluation | None
     seconds: float
     peak_memory_bytes: int
+    skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
@@ -112,6 +114,10 @@ class Compression:
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
             "layers": [layer.to_dict() for layer in self.plan.layers],
+            "skipped": [
+                {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}
+                for layer in self.skipped
+            ],
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,

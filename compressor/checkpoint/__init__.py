@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.checkpoint.files import atomic_file, hidden_sibling
-from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name
+from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
 from compressor.checkpoint.output import check_output, output_folder, parse_size
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
@@ -43,6 +43,7 @@ __all__ = [
     "require_finite",
     "safetensors_size",
     "shard_index",
+    "skeleton_mismatch",
     "transformers_skeleton",
     "write_json",
     "write_state_dict_file",

@@ -17,8 +17,10 @@ from compressor.errors import BadInput
 
 Kind = Literal["linear", "transposed linear", "convolution", "embedding", "other"]
 
-# Names that embeddings go by where there is no module to ask.
-_EMBEDDING = re.compile(r"(^|[._])(wte|wpe|shared|\w*embed(ding|dings|_tokens|_positions)?)$")
+# What stands in the last part of the names that embeddings go by, where there is no module to ask.
+_EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
+_IMAGE_CHANNELS = (3, 4)
+_LARGEST_KERNEL = 15
 
 
 @dataclass(frozen=True)
@@ -59,47 +61,44 @@ def find_layers(
     With a skeleton its modules decide; without one the shapes and names do. `include` and `exclude` are globs on layer
     names, or regular expressions after `re:`; a pattern that matches no layer is a BadInput.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    matrices = [name for name, shape in shapes.items() if len(shape) >= 2 and min(shape) > 0]
-    modules = dict(skeleton.module.named_modules()) if skeleton else {}
-    shared = _shared_weights(modules)
-    conv1d_file = any(_looks_transposed(name, shapes) for name in matrices)
-    layers = []
-    for name in matrices:
-        if skeleton is None:
-            layers.append(_from_names(name, shapes, conv1d_file))
-            continue
-        in_model = skeleton.module_name(name)
-        owner = modules.get(layer_name(in_model)) if in_model else None
-        if in_model is None or owner is None or not is_weight(in_model):
-            layers.append(_other(name, shapes[name], "no single layer of the model holds it as its weight"))
-        else:
-            module = layer_name(in_model)
-            layer = replace(_from_module(name, shapes, owner), module=module)
-            if layer.eligible and len(shared.get(module, ())) > 1:
-                others = ", ".join(other for other in shared[module] if other != module)
-                layer = replace(layer, skip=f"shares its weight with {others}")
-            layers.append(layer)
-    aliases: dict[str, list[str]] = {}
-    for alias, canonical in checkpoint.aliases.items():
-        aliases.setdefault(canonical, []).append(alias)
-    layers = [
-        replace(layer, skip=f"shares its weight with {', '.join(aliases[layer.tensor])}")
-        if layer.eligible and layer.tensor in aliases
-        else layer
-        for layer in layers
-    ]
-    layers = [
-        replace(layer, skip=f"its numbers are {str(dtype).removeprefix('torch.')}")
-        if layer.eligible and not (dtype := checkpoint.tensors[layer.tensor].dtype).is_floating_point
-        else layer
-        for layer in layers
-    ]
-    layers = [
-        replace(layer, skip="already a factor of a low-rank pair") if _is_factor(layer.name, shapes) else layer
-        for layer in layers
-    ]
+    known = checkpoint.tensors
+    shapes = {name: info.shape for name, info in known.items()}
+    shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
+    matrices = [name for name, info in known.items() if len(info.shape) >= 2 and min(info.shape) > 0]
+    layers = _from_file(matrices, shapes) if skeleton is None else _from_skeleton(matrices, shapes, skeleton)
+    shared = {name: alias for alias, name in checkpoint.aliases.items()}
+    for index, layer in enumerate(layers):
+        skip = layer.skip
+        if layer.tensor in shared:
+            skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
+        if not known[layer.tensor].dtype.is_floating_point:
+            skip = skip or f"its numbers are {str(known[layer.tensor].dtype).removeprefix('torch.')}"
+        if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
+            skip = skip or "the names of its factors are taken"
+        layers[index] = replace(layer, skip=skip)
     return _select(layers, include, exclude)
+
+
+def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
+    """In what the tensors of a checkpoint do not fit a model, in a few words; None where they do.
+
+    They fit when some of them are in the model, and each that is has the shape that it has there.
+    """
+    state = skeleton.module.state_dict()
+    fitting = 0
+    for name, info in checkpoint.tensors.items():
+        in_model = skeleton.module_name(name)
+        if in_model is None or in_model not in state:
+            continue
+        shape = tuple(state[in_model].shape)
+        if info.shape not in (shape, (0,)) and math.prod(shape) > 0:
+            return f"{name} is {_sides(info.shape)} in the file and {_sides(shape)} in the model"
+        fitting += 1
+    return None if fitting else "none of the tensors is in the model"
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
 
 
 def is_weight(tensor: str) -> bool:
@@ -115,9 +114,36 @@ def layer_name(tensor: str) -> str:
     return tensor.removesuffix("weight").removesuffix(".") if is_weight(tensor) else tensor
 
 
-def _other(tensor: str, shape: tuple[int, ...], skip: str) -> Layer:
-    name = layer_name(tensor)
-    return Layer(name, name, tensor, None, "other", shape, (shape[0], math.prod(shape[1:])), skip)
+def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> list[Layer]:
+    """The layers of a model whose modules are known."""
+    modules = dict(skeleton.module.named_modules())
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(weight), []).append(name)
+    layers = []
+    for tensor in matrices:
+        in_model = skeleton.module_name(tensor)
+        owner = modules.get(layer_name(in_model)) if in_model else None
+        if in_model is None or owner is None or not is_weight(in_model):
+            shape, name = shapes[tensor], layer_name(tensor)
+            reason = "no single layer of the model holds it as its weight"
+            layers.append(Layer(name, name, tensor, None, "other", shape, _flattened(shape), reason))
+            continue
+        module = layer_name(in_model)
+        layer = replace(_from_module(tensor, shapes, owner), module=module)
+        others = [name for name in holders.get(id(getattr(owner, "weight", None)), ()) if name != module]
+        parent = modules.get(module.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            layer = replace(layer, skip=layer.skip or "nn.TransformerEncoderLayer reads its weight directly")
+        if others:
+            layer = replace(layer, skip=layer.skip or f"shares its weight with {', '.join(others)}")
+        layers.append(layer)
+    return layers
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:]))
 
 
 def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -128,7 +154,7 @@ def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _from_module(tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> Layer:
     """The layer whose module is known: its class decides."""
     shape, name = shapes[tensor], layer_name(tensor)
-    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, (shape[0], math.prod(shape[1:])))
+    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     if isinstance(owner, nn.Embedding):
         return replace(layer, kind="embedding", skip="an embedding")
     if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -145,50 +171,50 @@ def _from_module(tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.M
     return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
 
 
-def _from_names(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: bool) -> Layer:
-    """The layer of which only names and shapes are known: what a stranger's file allows to say."""
+def _from_file(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
+    """The layers of a stranger's file, of which only names and shapes are known."""
+    transposed = any(_looks_transposed(tensor, shapes) for tensor in matrices)
+    layers = [_from_name(tensor, shapes, transposed) for tensor in matrices]
+    outputs = {layer.shape[0] for layer in layers}
+    for index, layer in enumerate(layers):
+        channels = layer.tensor_shape[1]
+        first = all(earlier.kind != "convolution" for earlier in layers[:index])
+        # A grouped convolution cannot be told from its shape, but its channels seldom are what another layer puts out.
+        if layer.kind == "convolution" and not first and channels not in {*outputs, *_IMAGE_CHANNELS}:
+            reason = f"no layer puts out its {channels} channels, so it may be grouped; --model would tell"
+            layers[index] = replace(layer, skip=layer.skip or reason)
+    return layers
+
+
+def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: bool) -> Layer:
     shape, name = shapes[tensor], layer_name(tensor)
-    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, (shape[0], math.prod(shape[1:])))
+    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     outputs = shapes[layer.bias][0] if layer.bias else None
     if not is_weight(tensor):
         return replace(layer, skip="not the weight of a layer of its own")
     if len(shape) == 2:
-        if _EMBEDDING.search(name):
-            return replace(layer, kind="embedding", skip="an embedding")
+        if _EMBEDDING.search(name.rpartition(".")[2]):
+            return replace(layer, kind="embedding", skip="an embedding, by its name")
         square_among_transposed = conv1d_file and re.search(r"\bc_(attn|proj|fc)$", name)
         if _looks_transposed(tensor, shapes) or square_among_transposed:
             return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))
         if outputs not in (None, shape[0]):
             return replace(layer, skip="its bias fits neither of its sides")
         return replace(layer, kind="linear")
-    if len(shape) > 5:
-        return replace(layer, skip=f"{len(shape)} dimensions")
+    if len(shape) > 5 or max(shape[2:]) > _LARGEST_KERNEL:
+        return replace(layer, skip="neither a matrix nor, by its shape, a convolution; --model would tell")
+    layer = replace(layer, kind="convolution")
     if outputs not in (None, shape[0]):
-        return replace(layer, kind="convolution", skip="a transposed convolution")
+        return replace(layer, skip="a transposed convolution")
     if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
-        return replace(layer, kind="convolution", skip="depthwise, or a single input channel")
-    return replace(layer, kind="convolution")
+        return replace(layer, skip="depthwise, or a single input channel")
+    return layer
 
 
 def _looks_transposed(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """GPT-2's Conv1D stores `d_in x d_out`: its bias has the length of the second side and not of the first."""
     shape, bias = shapes[tensor], _bias(tensor, shapes)
     return len(shape) == 2 and bias is not None and shape[0] != shapes[bias][0] == shape[1]
-
-
-def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """For every module the modules that hold the same weight, itself included."""
-    holders: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            holders.setdefault(id(weight), []).append(name)
-    return {name: names for names in holders.values() for name in names}
-
-
-def _is_factor(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    parent, _, role = name.rpartition(".")
-    return role in ("down", "up") and shapes.get(f"{parent}.weight") == (0,)
 
 
 def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str]) -> tuple[Layer, ...]:

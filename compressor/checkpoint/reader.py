@@ -64,7 +64,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     """The text that safetensors files carry in their headers."""
     config: Mapping[str, Any] | None
-    """The `config.json` of the model folder, or of the folder that a weight file lies in."""
+    """The `config.json` of the model folder, or of the folder that a weight file lies in if it can be read."""
     _stored: Mapping[str, StoredTensor] = field(repr=False)
 
     def read(self, name: str) -> torch.Tensor:
@@ -136,7 +136,6 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         stored = dict(zip(without_wrapper_prefixes(list(stored)), stored.values(), strict=True))
     if not stored:
         raise BadInput("holds no tensors", where=source, remedy="give a checkpoint with trained weights")
-    config_file = weights.parent / "config.json"
     return _checkpoint(
         stored,
         source=source,
@@ -144,8 +143,17 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         files=files,
         folder=folder,
         metadata=content.metadata,
-        config=read_json_object(config_file) if config_file.is_file() else None,
+        config=_config(weights.parent / "config.json", must_be_good=is_folder),
     )
+
+
+def _config(path: Path, *, must_be_good: bool) -> dict[str, Any] | None:
+    try:
+        return read_json_object(path) if path.is_file() else None
+    except BadInput:
+        if must_be_good:
+            raise
+        return None  # what lies beside a file need not belong to it
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> None:
@@ -162,7 +170,7 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
         return
     nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
     what = f"holds {nan} NaN and {infinite} infinite values among {tensor.numel()}"
-    remedy = "use a checkpoint from before the training diverged, or exclude this layer"
+    remedy = "use a checkpoint from before the training diverged"
     raise BadInput(what, where=f"tensor {name}", remedy=remedy)
 
 

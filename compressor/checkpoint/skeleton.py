@@ -19,16 +19,17 @@ class Skeleton:
     """A module tree, and the name in it of every tensor of a checkpoint.
 
     `module_name` maps a tensor's name in the file to its name in the tree; None where the tree assembles the tensor
-    from several (fused experts) or does not have it.
+    from several (fused experts) or does not have it. `untrained` says that its weights are those of a new model.
     """
 
     module: nn.Module
     module_name: Callable[[str], str | None]
+    untrained: bool = False
 
 
-def module_skeleton(module: nn.Module) -> Skeleton:
+def module_skeleton(module: nn.Module, *, untrained: bool = False) -> Skeleton:
     """The skeleton of a module in memory: names in its state dict are names of its modules."""
-    return Skeleton(module, lambda name: name)
+    return Skeleton(module, lambda name: name, untrained)
 
 
 def transformers_skeleton(folder: Path) -> Skeleton | None:

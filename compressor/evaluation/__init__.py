@@ -11,12 +11,11 @@ from compressor.evaluation.cost import (
     measure_cost,
     measure_latency,
     measure_peak_memory,
-    size_on_disk,
 )
 from compressor.evaluation.data import Batch, EvaluationData, open_data
 from compressor.evaluation.evaluate import Evaluation, compare
 from compressor.evaluation.inference import logits_of, prepared, resolve_device
-from compressor.evaluation.load import build_model, load_model
+from compressor.evaluation.load import build_model, load_model, require_architecture
 from compressor.evaluation.metrics import Quality, measure_quality, quality_drop
 from compressor.evaluation.models import (
     Preprocessing,
@@ -52,6 +51,6 @@ __all__ = [
     "open_data",
     "prepared",
     "quality_drop",
+    "require_architecture",
     "resolve_device",
-    "size_on_disk",
 ]

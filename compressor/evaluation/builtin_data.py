@@ -21,9 +21,7 @@ DIGITS_TRAIN, DIGITS_VALIDATION = 0.6, 0.2
 
 # Folders of the standard library that are not its source (what pip installed, compiled files), or that some
 # distributions of Python install and others do not (its test suites, its editor, the tool for Python 2).
-LEFT_OUT_FOLDERS = frozenset(
-    {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"}
-)
+LEFT_OUT_FOLDERS = frozenset({"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"})
 # Written when the interpreter is built, and full of that machine's compiler flags and paths.
 GENERATED = ("_sysconfigdata", "config-")
 
@@ -96,9 +94,7 @@ def _require_split(split: str) -> None:
 def _source_files(library: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(library):
         # pruned in place, so that site-packages, often larger than the library, is not walked
-        subfolders[:] = [
-            name for name in subfolders if name not in LEFT_OUT_FOLDERS and not name.startswith(GENERATED)
-        ]
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS and not name.startswith(GENERATED)]
         for name in names:
             if name.endswith(".py") and not name.startswith(GENERATED):
                 yield Path(folder, name)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.errors import BadInput
 from compressor.evaluation.inference import forward_call, prepared, resolve_device
 
-WEIGHT_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th")
-# What trainers leave beside a model's weights under the same endings.
-NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt"})
 WARM_UPS = 3
 FEWEST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 7, 100, 3.0
 
@@ -77,22 +72,6 @@ def count_parameters(model: nn.Module) -> int:
 def count_bytes(model: nn.Module) -> int:
     """Count the bytes of every tensor that a checkpoint of `model` must hold, without any file's header."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stored_tensors(model))
-
-
-def size_on_disk(path: Path) -> int:
-    """Return the bytes of a checkpoint's weight files: of the file itself, or of a folder's.
-
-    In a folder that holds both safetensors and pickled weights only the former count: they are the same
-    numbers twice. Raises `BadInput` where there is no weight file.
-    """
-    if path.is_file():
-        return path.stat().st_size
-    if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in WEIGHT_FORMATS and file.name not in NOT_WEIGHTS]
-        if files:
-            weights = [file for file in files if file.suffix == ".safetensors"] or files
-            return sum(file.stat().st_size for file in weights)
-    raise BadInput("there is no weight file", where=path, remedy=f"pass a checkpoint ({', '.join(WEIGHT_FORMATS)})")
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:

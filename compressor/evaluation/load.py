@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compressor.checkpoint import module_skeleton, open_checkpoint
+from compressor.checkpoint import Checkpoint, module_skeleton, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
 from compressor.rewrite import low_rank_layer, put_layer, stored_pairs
@@ -18,6 +18,16 @@ def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
     return load_factory(factory)() if isinstance(factory, str) else factory()
 
 
+def require_architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> None:
+    """Raise `BadInput` for weights that cannot be run, because nothing says what model they are of."""
+    if factory is None and (checkpoint.folder is None or checkpoint.config is None):
+        raise BadInput(
+            "running it needs its architecture",
+            where=checkpoint.source,
+            remedy="pass --model file.py:function or package.module:function that builds it, or a model folder",
+        )
+
+
 def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Module] | None = None) -> nn.Module:
     """A module to run: `model` itself, or a checkpoint's weights in the architecture of its folder or of `factory`.
 
@@ -26,13 +36,9 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
     if isinstance(model, nn.Module):
         return model
     checkpoint = open_checkpoint(model)
+    require_architecture(checkpoint, factory)
     if factory is None:
-        if checkpoint.folder is None or checkpoint.config is None:
-            raise BadInput(
-                "running it needs its architecture",
-                where=checkpoint.source,
-                remedy="pass --model file.py:function or package.module:function that builds it, or a model folder",
-            )
+        assert checkpoint.folder is not None
         return load_transformers(checkpoint.folder)
     module = build_model(factory)
     modules = dict(module.named_modules())
@@ -43,6 +49,14 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
                 where=checkpoint.source,
                 remedy="use the function that builds the model that was compressed",
             )
-        module = put_layer(module, pair.name, low_rank_layer(modules[pair.name], pair.form, pair.rank))
+        try:
+            low_rank = low_rank_layer(modules[pair.name], pair.form, pair.rank)
+        except ValueError as error:
+            raise BadInput(
+                f"{pair.name} is no layer that can be low-rank in the model that --model builds: {error}",
+                where=checkpoint.source,
+                remedy="compress again with --model, which tells such layers apart",
+            ) from error
+        module = put_layer(module, pair.name, low_rank)
     load_state(module, {name: checkpoint.read(name) for name in checkpoint.tensors})
     return module

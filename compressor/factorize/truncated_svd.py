@@ -36,7 +36,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     d_out, d_in = matrix.shape
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
-    basis = torch.linalg.eigh(smaller_gram(matrix)).eigenvectors[:, -rank:].flip(1)
+    scale = float(matrix.abs().max()) or 1.0
+    basis = torch.linalg.eigh(smaller_gram(matrix, scale)).eigenvectors[:, -rank:].flip(1)
     wide = matrix.to(torch.float64)
     if d_out <= d_in:
         return FactorPair(up=basis.contiguous(), down=basis.T @ wide)

@@ -7,25 +7,31 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.checkpoint.layers import Layer
 from compressor.checkpoint.skeleton import Skeleton
 
 
 def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed: int = 0) -> float | None:
-    """Root mean square of the layer's weight as its own library initialises it.
+    """Root mean square of the layer's weight as its own code initialises it.
 
-    A fresh copy of the one layer is initialised by its transformers model, or by its own `reset_parameters`. Without a
-    module to ask, PyTorch's default for linear layers and convolutions: uniform with variance 1 / (3 * fan_in). None
-    for a layer that cannot be initialised on its own.
+    A skeleton that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialised by its
+    transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear layers
+    and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialised on its own.
     """
     if skeleton is None:
         fan_in = layer.shape[1]
         return 1 / math.sqrt(3 * fan_in)
     owner = skeleton.module.get_submodule(layer.module)
-    hooks_free = copy.deepcopy(owner) if _on_meta(owner) else copy.deepcopy(owner).to("meta")
-    fresh: Any = hooks_free.to_empty(device="cpu")
+    if skeleton.untrained:
+        return _root_mean_square(owner.weight)
+    # The trained values are not copied: the memo puts unfilled tensors in their place.
+    unfilled = {
+        id(values): torch.empty_like(values, device="cpu") for values in owner.state_dict(keep_vars=True).values()
+    }
+    memo = {key: nn.Parameter(values) if values.is_floating_point() else values for key, values in unfilled.items()}
+    fresh: Any = copy.deepcopy(owner, memo)
     initialise = getattr(skeleton.module, "_init_weights", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -35,9 +41,9 @@ def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed:
             fresh.reset_parameters()
         else:
             return None
-    weight: Tensor = fresh.weight.detach()
-    return float(weight.to(torch.float64).square().mean().sqrt())
+    return _root_mean_square(fresh.weight)
 
 
-def _on_meta(module: torch.nn.Module) -> bool:
-    return all(parameter.device.type == "meta" for parameter in module.parameters())
+def _root_mean_square(weight: Tensor | nn.Module) -> float:
+    assert isinstance(weight, Tensor)
+    return float(weight.detach().to(torch.float64).square().mean().sqrt())

@@ -33,7 +33,7 @@ class SurvivingInitialisation:
 
     share: float | None
     forgetting_exponent: float | None
-    init_std: float
+    init_std: float | None
     edge: float | None
     above_edge: int | None
     reason: str
@@ -48,27 +48,33 @@ def surviving_initialisation(
     shape: tuple[int, int],
     singular_values: Sequence[float] | np.ndarray[Any, Any],
     *,
-    init_std: float | None = None,
+    init_std: float | None,
     decayed: bool = True,
 ) -> SurvivingInitialisation:
     """How much of its initialisation a trained matrix keeps, and how many singular values stand above that.
 
     `shape` is (d_out, d_in), a convolution's d_in being channels x kernel positions; `singular_values` are
     the trained matrix's, in its unit; `decayed` says whether the matrix gets weight decay. `init_std` is the
-    standard deviation of the initial entries, `initializer_range` in most transformers configurations; by
-    default that of `torch.nn.Linear` and `torch.nn.Conv2d`, uniform in +-1/sqrt(d_in): 1/sqrt(3 d_in).
+    standard deviation of the initial entries, None if unknown: `initializer_range` in most transformers
+    configurations, 1/sqrt(3 d_in) for `torch.nn.Linear` and `torch.nn.Conv2d` (uniform in +-1/sqrt(d_in)).
 
-    For a fine-tuned model the start is not random, and this says nothing. Raises `BadInput` for a negative or
-    infinite `init_std`.
+    A model that was trained from another one did not start from random weights, and nothing is known of it. Raises
+    `BadInput` for a negative or infinite `init_std`.
     """
     d_out, d_in = shape
-    sigma = 1 / math.sqrt(3 * d_in) if init_std is None else float(init_std)
-    if not 0 <= sigma < math.inf:
+    sigma = None if init_std is None else float(init_std)
+    if sigma is not None and not 0 <= sigma < math.inf:
         raise BadInput(f"the standard deviation of the initialisation is {sigma}", remedy="pass one that is not")
     exponent, reason = forgetting_exponent(recipe, decayed=decayed)
     if exponent is None:
         return SurvivingInitialisation(None, None, sigma, None, None, reason)
     share = math.exp(-exponent)
+    if recipe.base_model is not None:
+        reason = f"training started from {recipe.base_model}, not from random weights"
+    elif sigma is None:
+        reason = "how the layer is initialised is unknown"
+    if recipe.base_model is not None or sigma is None:
+        return SurvivingInitialisation(share, exponent, sigma, None, None, reason)
     edge = share * sigma * (math.sqrt(d_out) + math.sqrt(d_in))
     above = int(np.count_nonzero(np.asarray(singular_values) > edge))
     return SurvivingInitialisation(share, exponent, sigma, edge, above, reason)

@@ -258,8 +258,14 @@ def _window(recipe: TrainingRecipe, epsilon: float) -> tuple[int | None, bool | 
 
 
 def _constant_window(recursion: _Recursion, learning_rate: float, epsilon: float) -> int | None:
-    """The window at a constant learning rate: doubling the steps until they suffice, then halving."""
+    """The window at a constant learning rate: doubling the steps until they suffice, then halving.
+
+    What is left falls all the time where the roots of the recursion are real and positive. Elsewhere it oscillates,
+    and the steps are walked one by one, up to the number that doubling found.
+    """
     powers = [recursion.matrix(learning_rate)]
+    roots = np.linalg.eigvals(powers[0])
+    oscillates = np.iscomplexobj(roots) or bool((roots < 0).any())
 
     def left(row: np.ndarray[Any, np.dtype[np.float64]]) -> float:
         return float(abs(row[0]) + abs(row[1]) / learning_rate)
@@ -270,6 +276,10 @@ def _constant_window(recursion: _Recursion, learning_rate: float, epsilon: float
                 return None
             powers.append(powers[-1] @ powers[-1])
     steps, row = 0, np.array([1.0, 0.0])
+    if oscillates:
+        while left(row) > epsilon:
+            steps, row = steps + 1, row @ powers[0]
+        return steps
     for exponent in reversed(range(len(powers))):
         if left(row @ powers[exponent]) > epsilon:
             steps, row = steps + 2**exponent, row @ powers[exponent]

@@ -14,6 +14,10 @@ SAFE_TOLERANCE = 0.05
 # The relative Frobenius error that the window rule allows a layer besides the edge of its surviving initialisation.
 WINDOW_RULE_TOLERANCE = 0.1
 
+# The largest share of the initialisation that may survive where the window rule decides: it was validated on plain SGD
+# with forgetting exponents above one half, and did not always hold below.
+LARGEST_SHARE = math.exp(-0.5)
+
 BudgetKind = Literal["keep", "max-size", "tolerance", "window-rule", "plan"]
 
 

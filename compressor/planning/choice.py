@@ -26,7 +26,7 @@ def default_budget(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -
 
     The window rule needs a recipe of the SGD family that says how much of the initialisation survives.
     """
-    if family == "sgd" and any(m.above_edge is not None for m in measured):
+    if family == "sgd" and any(m.window_rule_applies for m in measured):
         return Budget("window-rule")
     return Budget("tolerance", SAFE_TOLERANCE)
 
@@ -66,8 +66,11 @@ def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamil
     """What the window rule says where it does not decide by itself; None where it does."""
     if family is None:
         return "the optimizer is unknown: a training recipe (--recipe, or --optimizer, --lr ...) may guide the ranks"
-    if not any(m.above_edge is not None for m in measured):
-        return "the recipe does not say how much of the initialisation survives, so the window rule is silent"
+    if not any(m.window_rule_applies for m in measured):
+        return (
+            "the window rule is silent: the recipe does not say how much of the initialisation survives, or too much"
+            " does; 'compress inspect MODEL' shows it"
+        )
     if family == "sgd":
         return None
     layers = plan_by_window_rule(measured, form)

@@ -13,10 +13,10 @@ import numpy as np
 
 from compressor.checkpoint.layers import Layer
 from compressor.errors import BadInput
-from compressor.factorize.form import Form, stored_bytes, stored_parameters
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.planning.allocation import Choices, allocate
-from compressor.planning.budget import WINDOW_RULE_TOLERANCE, Budget
+from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
+from compressor.planning.form import Form, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -26,7 +26,10 @@ FormRequest = Literal["auto", "plain", "pivoted"]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why."""
+    """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why.
+
+    The error is Frobenius: that of the truncation in a plan, and that of the stored numbers once they are written.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -84,15 +87,23 @@ class Plan:
 class MeasuredLayer:
     """An eligible layer with its singular values and what the window rule needs.
 
-    `itemsize` is the size of one stored number in bytes; `above_edge` counts the singular values above the edge of the
-    surviving initialisation and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown.
+    `precision` is the relative precision of the stored numbers and `itemsize` their size in bytes. `above_edge` counts
+    the singular values above the edge of what survives of the initialisation, `surviving_share` says how much that is,
+    and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown.
     """
 
     layer: Layer
     singular_values: Spectrum
     itemsize: int
+    precision: float = 0.0
     above_edge: int | None = None
+    surviving_share: float | None = None
     rank_bound: int | None = None
+
+    @property
+    def window_rule_applies(self) -> bool:
+        """Whether enough of the initialisation is forgotten, and something stands above the rest of it."""
+        return bool(self.above_edge) and self.surviving_share is not None and self.surviving_share <= LARGEST_SHARE
 
 
 def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
@@ -124,23 +135,33 @@ def dense_plan(layer: Layer, reason: str) -> LayerPlan:
 def plan_by_tolerance(
     measured: Sequence[MeasuredLayer], tolerance: float, request: FormRequest
 ) -> tuple[LayerPlan, ...]:
-    """Every layer at the smallest rank whose relative Frobenius error is at most `tolerance`."""
-    return tuple(
-        layer_plan(m, max(1, frobenius_rank(m.singular_values, tolerance)), request, f"relative error <= {tolerance:g}")
-        for m in measured
-    )
+    """Every layer at the smallest rank whose relative Frobenius error is at most `tolerance`.
+
+    What rounding the factors to the layer's own dtype may add is allowed for; a layer whose dtype is coarser than the
+    tolerance stays dense.
+    """
+    return tuple(_layer_by_tolerance(m, tolerance, request) for m in measured)
+
+
+def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest) -> LayerPlan:
+    if tolerance <= m.precision:
+        return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
+    truncation = math.sqrt(tolerance**2 - m.precision**2)
+    rank = max(1, frobenius_rank(m.singular_values, truncation))
+    return layer_plan(m, rank, request, f"relative error <= {tolerance:g}")
 
 
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
     """Every layer at the rank that training wrote and the spectrum needs, whichever is smaller.
 
     The number of singular values above the edge of the surviving initialisation, the Frobenius rank at 0.1, and the
-    memory window's bound where it is not vacuous. A layer for which the first is unknown stays dense.
+    memory window's bound where it is not vacuous. A layer of which too little was forgotten, or too little is known,
+    gets the tolerance that is safe without data.
     """
     plans = []
     for m in measured:
-        if m.above_edge is None:
-            plans.append(dense_plan(m.layer, "how much of its initialisation survives is unknown"))
+        if not m.window_rule_applies or m.above_edge is None:
+            plans.append(_layer_by_tolerance(m, SAFE_TOLERANCE, request))
             continue
         ranks = {
             "singular values above the edge of its initialisation": m.above_edge,

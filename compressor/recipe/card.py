@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from compressor.recipe.documents import read_text
 from compressor.recipe.recipe import TrainingRecipe
 from compressor.recipe.trainer import optimizer_named, warmup
@@ -28,15 +30,30 @@ def read_model_card(path: str | Path) -> TrainingRecipe:
     """The recipe in the list that `transformers.Trainer` writes under "Training hyperparameters".
 
     The list may have further lines, named as the fields of `TrainingRecipe`, for what a Trainer leaves out:
-    weight decay, momentum, dataset size, sequence length. Of a card without the list nothing is known. Raises
+    weight decay, momentum, dataset size, sequence length. The base model is that of the front matter. Of a card without
+    either nothing is known. Raises
     `BadInput` if a value in the list is not what its name says.
     """
     path = Path(path)
-    items = _items(read_text(path))
+    text = read_text(path)
+    items = _items(text)
     values: dict[str, Any] = _trainer_values(items)
     own = {entry.name for entry in fields(TrainingRecipe)} - {"sources", "optimizer"}
     values |= {name: value for name, value in items.items() if name in own}
+    values["base_model"] = values.get("base_model") or _base_model(text)
     return TrainingRecipe.from_dict(values, source=f"{path.name} (model card)")
+
+
+def _base_model(text: str) -> str | None:
+    """The model that the front matter names as the one that training started from."""
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        named = yaml.safe_load(front[1]) if front is not None else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    base = named.get("base_model") if isinstance(named, dict) else None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) and base.strip() else None
 
 
 def _items(text: str) -> dict[str, str]:

@@ -24,15 +24,6 @@ _OF_DEEPSPEED = {"train_batch_size", "train_micro_batch_size_per_gpu", "zero_opt
 
 Reader = Callable[[Path], TrainingRecipe]
 
-# The files that tell how a model was trained, the most trusted first.
-_BESIDE_THE_MODEL: tuple[tuple[str, Reader], ...] = (
-    ("training_args.bin", read_training_args),
-    ("trainer_state.json", read_trainer_state),
-    ("args.yaml", read_timm_args),
-    ("ds_config.json", read_deepspeed_config),
-    ("README.md", read_model_card),
-)
-
 
 def read_recipe_file(path: str | Path) -> TrainingRecipe:
     """The recipe in a YAML or JSON file whose keys are the fields of `TrainingRecipe`.
@@ -41,6 +32,18 @@ def read_recipe_file(path: str | Path) -> TrainingRecipe:
     """
     path = Path(path)
     return TrainingRecipe.from_dict(read_yaml(path), source=path.name)
+
+
+# The files that tell how a model was trained, the most trusted first.
+_BESIDE_THE_MODEL: tuple[tuple[str, Reader], ...] = (
+    ("training_args.bin", read_training_args),
+    ("trainer_state.json", read_trainer_state),
+    ("args.yaml", read_timm_args),
+    ("ds_config.json", read_deepspeed_config),
+    ("README.md", read_model_card),
+    ("recipe.yaml", read_recipe_file),
+    ("recipe.json", read_recipe_file),
+)
 
 
 def read_recipe(path: str | Path) -> TrainingRecipe:
@@ -58,8 +61,9 @@ def find_recipe(
     """What is known about how `model` (a folder, or a file in one) was trained.
 
     By order of trust: `flags`, `recipe_file`, and beside the model `training_args.bin`,
-    `trainer_state.json`, timm's `args.yaml`, `ds_config.json` and the card `README.md`. A file that was only
-    found is left out, with a warning in the log, if it is broken or if what is trusted more rules it out.
+    `trainer_state.json`, timm's `args.yaml`, `ds_config.json` the card `README.md`, and a plain `recipe.yaml` or
+    `recipe.json`. A file that was only found is left out, with a warning in the log, if it is broken or if what is
+    trusted more rules it out.
     Raises `BadInput` if `recipe_file` is broken or contradicts `flags`.
     """
     folder = Path(model)

@@ -74,8 +74,8 @@ class TrainingRecipe:
     that the schedule was laid out for, where training stopped before its end. `step_milestones` (steps) and
     `step_factor` are those of `torch.optim.lr_scheduler.MultiStepLR`. `sequence_length` is the positions per
     example at which a linear layer is applied, 1 for vectors. `undecayed` holds globs of the names of
-    parameters without weight decay. `sources` says for each field where it was read; two recipes that differ
-    in nothing else are equal.
+    parameters without weight decay. `base_model` names the model whose weights training started from. `sources` says
+    for each field where it was read; two recipes that differ in nothing else are equal.
 
     Raises `BadInput` for numbers that no training run can have.
     """
@@ -98,11 +98,12 @@ class TrainingRecipe:
     dataset_size: int | None = None
     sequence_length: int | None = None
     undecayed: tuple[str, ...] | None = None
+    base_model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self._set("sources", dict(self.sources))
-        for name in ("optimizer", "schedule"):
+        for name in ("optimizer", "schedule", "base_model"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise self._bad(name, "is not a name")

@@ -28,6 +28,7 @@ from compressor.report.wording import (
 )
 
 if TYPE_CHECKING:
+    from compressor.checkpoint import Layer
     from compressor.evaluation import Evaluation
     from compressor.planning import LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
@@ -87,6 +88,8 @@ def compression_text(compression: Compression, *, report: Path | None = None) ->
     ]
     if compression.evaluation is not None:
         parts.append(_measured_on(compression.evaluation))
+    if skipped := _skipped(compression.skipped):
+        parts.append(skipped)
     parts.append(_facts(*places, ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
 
@@ -119,7 +122,7 @@ def inspection_text(inspection: Inspection) -> RenderableType:
         parts += [_ranks(measured), _memory(measured)]
     else:
         parts.append(Text("No layer is eligible."))
-    if skipped := _skipped(inspection.layers):
+    if skipped := _skipped(each.layer for each in inspection.layers):
         parts.append(skipped)
     if inspection.advice:
         parts.append(_facts(*_advice(inspection.advice)))
@@ -265,11 +268,11 @@ def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
     )
 
 
-def _skipped(layers: Iterable[InspectedLayer]) -> RenderableType | None:
+def _skipped(layers: Iterable[Layer]) -> RenderableType | None:
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.layer.skip is not None:
-            by_reason.setdefault(one_line(layer.layer.skip), []).append(one_line(layer.layer.name))
+        if layer.skip is not None:
+            by_reason.setdefault(one_line(layer.skip), []).append(one_line(layer.name))
     if not by_reason:
         return None
     lines = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.factorize.form import Form
+from compressor.planning.form import Form
 
 _CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: nn.Conv1d,
@@ -102,9 +102,6 @@ class LowRankConvolution(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
-
-
-LOW_RANK_LAYERS = (LowRankLinear, PivotedLinear, LowRankConvolution)
 
 
 def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:

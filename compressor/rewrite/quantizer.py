@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.factorize.form import Form
+from compressor.planning.form import Form
 from compressor.rewrite.modules import low_rank_layer, put_layer
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
 

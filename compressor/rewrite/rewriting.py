@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from compressor.checkpoint import (
     SafetensorsWriter,
     ShardedWriter,
     TensorInfo,
+    is_weight,
     plan_shards,
+    require_finite,
     safetensors_size,
     write_json,
 )
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite.modules import low_rank_layer, put_layer
-from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, pair_infos, pair_tensors
+from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, pair_infos
 
 # What a compressed folder carries besides its weights: the plan and the recipe that made it.
 PLAN_FILE = "compression.json"
@@ -46,59 +48,74 @@ class Rewriting:
         layers = {layer.name: layer for layer in self.layers}
         return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
 
-    def bias(self, layer: Layer) -> str | None:
-        """The bias that moves with a layer's weight; one that is tied to another tensor stays where it is."""
-        return layer.bias if layer.bias in self.checkpoint.tensors else None
-
     @property
     def passed_through(self) -> list[str]:
-        """The tensors that are copied as they are."""
-        moved = {name for layer, _ in self.factorized for name in (layer.tensor, self.bias(layer))}
-        return [name for name in self.checkpoint.tensors if name not in moved]
+        """The tensors that are copied as they are.
+
+        A further name of one that moves is among them: what was tied becomes two tensors of the same values.
+        """
+        moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
+        left = [name for name in self.checkpoint.tensors if name not in moved]
+        return left + [alias for alias, name in self.checkpoint.aliases.items() if name in moved and alias not in moved]
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor of the original checkpoint by any of its names."""
+        return replace(self.checkpoint.tensors[self.checkpoint.aliases.get(name, name)], name=name)
 
 
 def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
     """Name, shape and dtype of every tensor of the compressed checkpoint, before any of them is computed."""
-    known = rewriting.checkpoint.tensors
-    infos = [known[name] for name in rewriting.passed_through]
+    infos = [rewriting.info(name) for name in rewriting.passed_through]
     for layer, plan in rewriting.factorized:
-        bias = rewriting.bias(layer)
-        infos += pair_infos(layer, plan, known[layer.tensor].dtype, None if bias is None else known[bias])
+        bias = None if layer.bias is None else rewriting.info(layer.bias)
+        infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias)
     return infos
 
 
 def rewritten_tensors(
-    rewriting: Rewriting, device: torch.device, done: Callable[[int], None]
+    rewriting: Rewriting, device: torch.device, done: Callable[[str, float], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the compressed checkpoint, read and computed one layer at a time on `device`."""
+    """The tensors of the compressed checkpoint, read and computed one layer at a time on `device`.
+
+    `done` is told the name of each factorized layer and the relative error of what is stored for it.
+    """
     read = rewriting.checkpoint.read
     for name in rewriting.passed_through:
-        yield name, read(name)
-    for count, (layer, plan) in enumerate(rewriting.factorized, start=1):
-        yield from _factors(rewriting, layer, plan, device).items()
-        done(count)
+        tensor = read(name)
+        if is_weight(name) or name.endswith("bias"):
+            require_finite(name, tensor)
+        yield name, tensor
+    for layer, plan in rewriting.factorized:
+        factors = _factors(rewriting, layer, plan, device)
+        yield from factors.tensors.items()
+        done(layer.name, factors.error)
 
 
-def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> dict[str, Tensor]:
-    bias = rewriting.bias(layer)
+def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
     weight = rewriting.checkpoint.read(layer.tensor).to(device)
-    return pair_tensors(layer, plan, weight, None if bias is None else rewriting.checkpoint.read(bias))
+    bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
+    if layer.bias is not None and bias is not None:
+        require_finite(layer.bias, bias)
+    return factorize(layer, plan, weight, bias)
 
 
 def rewritten_module(
-    rewriting: Rewriting, module: nn.Module, device: torch.device, done: Callable[[int], None]
+    rewriting: Rewriting, module: nn.Module, device: torch.device, done: Callable[[str, float], None]
 ) -> nn.Module:
-    """A copy of `module` with low-rank layers; the weights that are factorized are never copied."""
+    """A copy of `module` with low-rank layers; the weights that are factorized are never copied.
+
+    `done` is told what `rewritten_tensors` tells it.
+    """
     dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
     left_out = {id(layer.weight): None for layer in dense.values()}
     compressed = copy.deepcopy(module, left_out)
-    for count, (layer, plan) in enumerate(rewriting.factorized, start=1):
+    for layer, plan in rewriting.factorized:
         low_rank = low_rank_layer(dense[layer.name], plan.form, plan.rank or 0)
         prefix = f"{layer.name}." if layer.name else ""
         factors = _factors(rewriting, layer, plan, device)
-        low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.items()})
+        low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()})
         compressed = put_layer(compressed, layer.module, low_rank)
-        done(count)
+        done(layer.name, factors.error)
     return compressed
 
 

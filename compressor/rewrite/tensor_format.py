@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair, pivoted_pair, truncated_svd
-from compressor.factorize.form import Form
 from compressor.planning import LayerPlan
+from compressor.planning.form import Form
 
 FORMAT_VERSION = 1
 METADATA_KEY = "lowrank"
@@ -38,13 +38,6 @@ class StoredPair:
     kind: Kind
     tensor_shape: tuple[int, ...]
     has_bias: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        if self.kind == "transposed linear":
-            return (self.tensor_shape[1], self.tensor_shape[0])
-        d_out, *rest = self.tensor_shape
-        return (d_out, int(torch.Size(rest).numel()))
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -87,22 +80,36 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
     return weight.T if layer.kind == "transposed linear" else weight.reshape(layer.shape)
 
 
-def pair_tensors(layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """The tensors that stand for a layer: the arithmetic in float64, the result in the weight's own dtype."""
+@dataclass(frozen=True)
+class Factors:
+    """The tensors that stand for a layer, and the relative Frobenius error of the matrix that they give when stored."""
+
+    tensors: dict[str, Tensor]
+    error: float
+
+
+def factorize(layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> Factors:
+    """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype."""
     assert plan.rank is not None
-    pair: FactorPair | PivotedPair = truncated_svd(as_matrix(layer, weight), plan.rank)
+    matrix = as_matrix(layer, weight)
+    pair: FactorPair | PivotedPair = truncated_svd(matrix, plan.rank)
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
         pair = pivoted_pair(pair)
     infos = pair_infos(
         layer, plan, weight.dtype, TensorInfo("", tuple(bias.shape), bias.dtype) if bias is not None else None
     )
-    values: list[Tensor] = [weight.new_empty(0), pair.down.to(weight.dtype), pair.up.to(weight.dtype)]
+    pair = replace(pair, up=pair.up.to(weight.dtype), down=pair.down.to(weight.dtype))
+    values: list[Tensor] = [weight.new_empty(0), pair.down, pair.up]
     if isinstance(pair, PivotedPair):
         values.append(pair.order)
     if bias is not None:
         values.append(bias)
-    return {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
+    tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
+    exact = matrix.to(torch.float64)
+    stored = replace(pair, up=pair.up.to(torch.float64), down=pair.down.to(torch.float64)).product()
+    norm = float(exact.norm())
+    return Factors(tensors, float((exact - stored).norm()) / norm if norm > 0 else 0.0)
 
 
 def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:
@@ -165,7 +172,7 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     down = checkpoint.read(pair.tensors["down"])
     up = checkpoint.read(pair.tensors["up"])
     wide_down = down.to(torch.float64).reshape(pair.rank, -1)
-    wide_up = up.to(torch.float64).reshape(up.shape[0], -1)
+    wide_up = up.to(torch.float64).reshape(up.shape[0], pair.rank)
     if pair.form == "pivoted":
         order = checkpoint.read(pair.tensors["order"]).long()
         if not torch.equal(order.sort().values, torch.arange(order.numel())):

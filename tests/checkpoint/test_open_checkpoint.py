@@ -251,12 +251,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
-def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_config_that_is_no_object_is_refused_in_a_model_folder(tmp_path: Path, text: str) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
-    for model in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(BadInput, match=r"config\.json"):
-            open_checkpoint(model)
+    with pytest.raises(BadInput, match=r"config\.json"):
+        open_checkpoint(tmp_path)
+    # What lies beside a file need not belong to it.
+    assert open_checkpoint(tmp_path / "model.safetensors").config is None
 
 
 def test_the_config_beside_a_file_is_found_or_absent(tmp_path: Path) -> None:

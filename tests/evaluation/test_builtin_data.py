@@ -60,10 +60,7 @@ def test_digits_split_sizes_are_60_20_20_percent() -> None:
 def test_digits_permutation_never_changes() -> None:
     # every reference model was trained on this split: another order would leak test images into training
     labels = bytes(int(label) for split in ("train", "validation", "test") for label in digits(split)[1])
-    assert (
-        hashlib.sha256(labels).hexdigest()
-        == "0f9ffd7948cafb397f7a000b667568d2e6ff757cc70e9e96e7ac289f51898d6f"
-    )
+    assert hashlib.sha256(labels).hexdigest() == "0f9ffd7948cafb397f7a000b667568d2e6ff757cc70e9e96e7ac289f51898d6f"
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +119,7 @@ def test_standard_library_text_is_the_same_in_another_process() -> None:
         text=True,
     )
     here = [
-        hashlib.sha256(standard_library_text(split).encode()).hexdigest()
-        for split in ("train", "validation", "test")
+        hashlib.sha256(standard_library_text(split).encode()).hexdigest() for split in ("train", "validation", "test")
     ]
     assert json.loads(answer.stdout) == here
 

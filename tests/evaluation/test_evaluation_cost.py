@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from compressor.evaluation import (
     measure_latency,
     measure_peak_memory,
     resolve_device,
-    size_on_disk,
 )
 from compressor.rewrite import low_rank_layer
 
@@ -161,20 +159,6 @@ def test_parameters_are_all_stored_numbers_with_tied_ones_once(llama):
     assert count_parameters(llama) == untied - 12 * 16
     batch_norm = nn.BatchNorm1d(4)
     assert count_parameters(batch_norm) == 4 * 4 + 1, "running statistics are stored"
-
-
-def test_size_on_disk_is_that_of_the_weight_files(tmp_path: Path):
-    for name, size in (("a.safetensors", 11), ("b.safetensors", 7), ("pytorch_model.bin", 1000), ("x.json", 99)):
-        (tmp_path / name).write_bytes(bytes(size))
-    assert size_on_disk(tmp_path / "a.safetensors") == 11
-    assert size_on_disk(tmp_path) == 18
-    for name in ("a.safetensors", "b.safetensors"):
-        (tmp_path / name).unlink()
-    (tmp_path / "training_args.bin").write_bytes(bytes(5))
-    assert size_on_disk(tmp_path) == 1000
-    (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(BadInput, match="there is no weight file"):
-        size_on_disk(tmp_path)
 
 
 def test_peak_memory_is_what_is_alive_at_the_worst_moment():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.factorize import FactorPair, pivoted_pair, truncated_svd
-from compressor.factorize.form import stored_bytes, stored_parameters
 from compressor.factorize.pivoted import LARGEST_COEFFICIENT
+from compressor.planning.form import stored_bytes, stored_parameters
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,19 +19,27 @@ def test_singular_values_agree_with_lapack(shape: tuple[int, int], dtype: torch.
     np.testing.assert_allclose(singular_values(matrix), exact, rtol=1e-9, atol=2e-8 * exact[0])
 
 
-def test_singular_values_below_the_accuracy_of_the_gram_matrix_are_small_not_wrong() -> None:
+def test_singular_values_below_the_accuracy_of_the_gram_matrix_are_zero_not_wrong() -> None:
     torch.manual_seed(2)
     left, right = (torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64)).Q for _ in range(2))
     exact = torch.logspace(0, -14, 30, dtype=torch.float64)
     measured = singular_values(left @ torch.diag(exact) @ right.T)
-    np.testing.assert_allclose(measured, exact.numpy(), rtol=1e-6, atol=3e-8)
+    np.testing.assert_allclose(measured, exact.numpy(), rtol=1e-3, atol=1e-7)
+    assert not measured[exact.numpy() < 1e-9].any()
+
+
+@pytest.mark.parametrize("factor", [1e-170, 1e-30, 1e160])
+def test_extreme_scales_neither_vanish_nor_overflow(factor: float) -> None:
+    torch.manual_seed(5)
+    matrix = torch.randn(20, 30, dtype=torch.float64)
+    np.testing.assert_allclose(singular_values(matrix * factor), singular_values(matrix) * factor, rtol=1e-9)
 
 
 def test_rank_deficient_and_zero_matrices_have_the_rank_they_have() -> None:
     torch.manual_seed(3)
     product = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 40, dtype=torch.float64)
     values = singular_values(product)
-    assert int((values > 1e-6 * values[0]).sum()) == 3
+    assert int((values > 0).sum()) == 3
     assert singular_values(torch.zeros(4, 3)).tolist() == [0.0, 0.0, 0.0]
 
 

@@ -47,6 +47,7 @@ def compression(*names: str, **changes: Any) -> Compression:
         evaluation=None,
         seconds=1.5,
         peak_memory_bytes=300_000_000,
+        skipped=(),
         spectra={name: np.geomspace(2.0, 1e-3, 30) for name in names},
     )
     return replace(result, **changes)
