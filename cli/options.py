@@ -13,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
 
-BUDGET, TRAINING, LAYERS, RUN = "Budget, one of", "Training recipe", "Layers", "Running"
+BUDGET, CALIBRATION, TRAINING = "Budget, one of", "Calibration", "Training recipe"
+LAYERS, RUN = "Layers", "Running"
 
 Model = Annotated[
     str,
@@ -38,6 +39,19 @@ Factory = Annotated[
     ),
 ]
 
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="Choose and factorize by what the loss notices, measured on this: the same kinds of data as --data, "
+        "the training split of builtin ones. Wants the model's architecture.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibrationSamples = Annotated[
+    int, typer.Option(min=2, help="Examples, or windows of text, to use of it.", rich_help_panel=CALIBRATION)
+]
+Seed = Annotated[int, typer.Option(help="Of the targets that calibration draws.", rich_help_panel=CALIBRATION)]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the eligible layers' parameters to keep.", rich_help_panel=BUDGET)
 ]

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration import Calibration, calibrate, held_back_divergence
 from compressor.checkpoint import (
     Checkpoint,
     Layer,
@@ -48,6 +49,7 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
+from compressor.factorize import weighted_singular_values
 from compressor.measure import (
     effective_ranks,
     initial_standard_deviation,
@@ -58,6 +60,7 @@ from compressor.measure import (
 )
 from compressor.planning import (
     Budget,
+    CalibrationResult,
     FormRequest,
     LayerPlan,
     MeasuredLayer,
@@ -65,6 +68,7 @@ from compressor.planning import (
     apply_edits,
     choose_ranks,
     default_budget,
+    predicted_loss,
     read_plan,
     requested_budget,
     window_rule_advice,
@@ -95,6 +99,9 @@ logger = logging.getLogger(__name__)
 
 Model = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
+# The exponents of the allocation, of which the one with the least loss on held-back data is kept.
+ALLOCATION_POWERS = (1.0, 0.5, 0.0)
+
 Split = Literal["train", "validation", "test"]
 
 # Called with the name of the stage, how many layers of it are done, and how many there are.
@@ -144,6 +151,9 @@ def plan(
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
+    calibration: str | Path | Iterable[Any] | None = None,
+    calibration_samples: int = 128,
+    seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     form: FormRequest = "auto",
@@ -159,6 +169,9 @@ def plan(
         recipe=recipe,
         recipe_file=recipe_file,
         factory=factory,
+        calibration=calibration,
+        calibration_samples=calibration_samples,
+        seed=seed,
         include=include,
         exclude=exclude,
         form=form,
@@ -180,6 +193,9 @@ def compress(
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
     data: str | Path | None = None,
+    calibration: str | Path | Iterable[Any] | None = None,
+    calibration_samples: int = 128,
+    seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     form: FormRequest = "auto",
@@ -193,9 +209,11 @@ def compress(
 
     At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `tolerance`
     (relative error per layer) and `plan`; with none of them the window rule where the recipe is of the SGD family,
-    else a tolerance that is safe without data. A file gives a safetensors file and a folder a folder, at `output` or as
-    `NAME-compressed` beside the input; a module gives `Compression.model` and is itself left as it is. Nothing is
-    written in a `dry_run`. The same input gives the same bytes.
+    else a tolerance that is safe without data. `calibration` is data, or an iterable of batches, by which ranks and
+    factors are chosen so that the loss notices least: at most `calibration_samples` of its examples, a quarter of them
+    held back to choose between allocations; `seed` draws the targets. A file gives a safetensors file and a folder a
+    folder, at `output` or as `NAME-compressed` beside the input; a module gives `Compression.model` and is itself left
+    as it is. Nothing is written in a `dry_run`. The same input gives the same bytes.
 
     Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
     be removed safely; no output is left behind.
@@ -204,15 +222,12 @@ def compress(
     budget = _requested(keep, max_size, tolerance, plan, form)
     subject = _open(model, recipe, recipe_file, factory, include, exclude)
     checkpoint = subject.checkpoint
-    target = None if dry_run or checkpoint.source is None else _target(checkpoint, output)
-    if checkpoint.source is None and output is not None:
-        raise BadInput("a module is compressed in memory", remedy="leave out the output, and save Compression.model")
-    if target is not None:
-        check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite)
-    if data is not None and not isinstance(model, nn.Module):
+    target = _checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
+    if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
     evaluated = None if data is None or dry_run else _evaluation_data(data, checkpoint, subject.recipe, "test")
+    samples = _calibration_data(calibration, subject, calibration_samples)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
 
     inspected = _inspect(subject, 0.1, where, progress)
@@ -223,14 +238,20 @@ def compress(
             where=subject.name,
             remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
         )
-    chosen = _plan(subject, measured, budget, plan, form, shard_size)
+    calibrated = None
+    if samples is not None:
+        layers = [m.layer for m in measured]
+        calibrated = calibrate(load_model(model, factory), layers, samples, device=where, seed=seed)
+        measured = _weighted(measured, calibrated, subject, where)
+    chosen = _plan(subject, measured, budget, plan, form, shard_size, calibrated, where)
     if budget is None and all(layer.rank is None for layer in chosen.layers):
         raise QualityGateNotMet(
             f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with --keep 0.8, or for a"
             " larger --tolerance"
         )
 
-    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen)
+    metrics = {} if calibrated is None else calibrated.metrics
+    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, metrics)
     infos = rewritten_infos(rewriting)
     after_bytes = weight_file_bytes(rewriting, shard_size)
     errors: dict[str, float] = {}
@@ -445,6 +466,19 @@ def _form(checkpoint: Checkpoint) -> Literal["file", "folder"]:
     return "folder" if checkpoint.folder is not None else "file"
 
 
+def _checked_target(
+    checkpoint: Checkpoint, output: str | Path | None, *, dry_run: bool, overwrite: bool
+) -> Path | None:
+    """Where the result goes, known to be writable before any work is done; None where nothing is written."""
+    if checkpoint.source is None and output is not None:
+        raise BadInput("a module is compressed in memory", remedy="leave out the output, and save Compression.model")
+    if dry_run or checkpoint.source is None:
+        return None
+    target = _target(checkpoint, output)
+    check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite)
+    return target
+
+
 def _shards(checkpoint: Checkpoint, shard_size: int) -> int | None:
     return shard_size if checkpoint.folder is not None else None
 
@@ -541,6 +575,8 @@ def _plan(
     given: Plan | str | Path | None,
     form: FormRequest,
     shard_size: int,
+    calibrated: Calibration | None,
+    device: torch.device,
 ) -> Plan:
     checkpoint = subject.checkpoint
     digest = checkpoint.digest() if checkpoint.source is not None else None
@@ -556,9 +592,52 @@ def _plan(
         plan = Plan(subject.name, digest, chosen, layers)
         return weight_file_bytes(Rewriting(checkpoint, subject.recipe, subject.layers, plan), shard_size)
 
-    layers = choose_ranks(measured, chosen, form, file_bytes)
     advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
-    return Plan(subject.name, digest, chosen, layers, advice)
+    if calibrated is None:
+        layers = choose_ranks(measured, chosen, form, file_bytes)
+        return Plan(subject.name, digest, chosen, layers, advice)
+    best: tuple[float, Plan] | None = None
+    for power in ALLOCATION_POWERS if chosen.kind in ("keep", "max-size") else ALLOCATION_POWERS[:1]:
+        layers = choose_ranks(measured, chosen, form, file_bytes, power)
+        candidate = Plan(subject.name, digest, chosen, layers, advice)
+        rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, candidate, calibrated.metrics)
+        compressed = rewritten_module(rewriting, calibrated.model, device, lambda _name, _error: None)
+        divergence = held_back_divergence(calibrated, compressed, device)
+        logger.info("allocation power %g: %.5f nats per prediction on the data held back", power, divergence)
+        if best is None or divergence < best[0]:
+            result = CalibrationResult(
+                examples=calibrated.examples,
+                held_back=calibrated.held_back_examples,
+                power=power,
+                predicted_loss=predicted_loss(measured, layers),
+                held_back_loss=divergence,
+            )
+            best = (divergence, replace(candidate, calibration=result))
+    assert best is not None
+    return best[1]
+
+
+def _calibration_data(
+    calibration: str | Path | Iterable[Any] | None, subject: _Subject, samples: int
+) -> EvaluationData | Iterable[Any] | None:
+    if not isinstance(calibration, str | Path):
+        return calibration
+    return _evaluation_data(calibration, subject.checkpoint, subject.recipe, "train", samples)
+
+
+def _weighted(
+    measured: Sequence[MeasuredLayer], calibrated: Calibration, subject: _Subject, device: torch.device
+) -> list[MeasuredLayer]:
+    """The layers with their singular values in the metric of the loss; what calibration did not reach stays dense."""
+    weighted = []
+    for m in measured:
+        if m.layer.name not in calibrated.metrics:
+            weighted.append(replace(m, stays_dense="no calibration example reached it"))
+            continue
+        matrix = as_matrix(m.layer, subject.checkpoint.read(m.layer.tensor).to(device))
+        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
+        weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
+    return weighted
 
 
 @contextmanager
@@ -581,10 +660,11 @@ def _evaluation_data(
     checkpoint: Checkpoint,
     recipe: TrainingRecipe,
     split: Split,
+    limit: int | None = None,
 ) -> EvaluationData:
     """The data prepared as the model's folder says, or as it is where the folder says nothing."""
     if checkpoint.source is None or checkpoint.config is None:
-        return open_data(data, split=split)
+        return open_data(data, split=split, limit=limit)
     prepared = load_preprocessing(_folder_of(checkpoint))
     return open_data(
         data,
@@ -593,6 +673,7 @@ def _evaluation_data(
         image_processor=prepared.image_processor,
         classes=prepared.classes,
         sequence_length=prepared.sequence_length,
+        limit=limit,
     )
 
 

@@ -113,6 +113,7 @@ class Compression:
             "eligible": {"before": before, "after": after, "kept": after / before},
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
+            "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}

@@ -2,5 +2,14 @@
 
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
+from compressor.factorize.weighted_svd import Metric, weighted_singular_values, weighted_truncated_svd
 
-__all__ = ["FactorPair", "PivotedPair", "pivoted_pair", "truncated_svd"]
+__all__ = [
+    "FactorPair",
+    "Metric",
+    "PivotedPair",
+    "pivoted_pair",
+    "truncated_svd",
+    "weighted_singular_values",
+    "weighted_truncated_svd",
+]

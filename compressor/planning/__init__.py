@@ -2,11 +2,21 @@
 
 from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
-from compressor.planning.plan import FormRequest, LayerPlan, MeasuredLayer, Plan, apply_edits, read_plan
+from compressor.planning.plan import (
+    CalibrationResult,
+    FormRequest,
+    LayerPlan,
+    MeasuredLayer,
+    Plan,
+    apply_edits,
+    predicted_loss,
+    read_plan,
+)
 
 __all__ = [
     "SAFE_TOLERANCE",
     "Budget",
+    "CalibrationResult",
     "FormRequest",
     "LayerPlan",
     "MeasuredLayer",
@@ -14,6 +24,7 @@ __all__ = [
     "apply_edits",
     "choose_ranks",
     "default_budget",
+    "predicted_loss",
     "read_plan",
     "requested_budget",
     "window_rule_advice",

@@ -36,10 +36,11 @@ def choose_ranks(
     budget: Budget,
     form: FormRequest,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+    power: float = 1.0,
 ) -> tuple[LayerPlan, ...]:
     """A rank and a form for every layer within the budget; BadInput says the smallest one that can be met.
 
-    `file_bytes` is the size of the weight files that some ranks lead to.
+    `file_bytes` is the size of the weight files that some ranks lead to, and `power` that of `plan_by_size`.
     """
     if budget.kind == "window-rule":
         return plan_by_window_rule(measured, form)
@@ -48,10 +49,10 @@ def choose_ranks(
         return plan_by_tolerance(measured, budget.value, form)
     if budget.kind == "keep":
         eligible = sum(m.layer.parameters for m in measured)
-        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters")
+        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", power=power)
         smallest = f"{smallest_size(measured, form, 'parameters') / eligible + 5e-5:.4f}"
     else:
-        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes)
+        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes, power=power)
         rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
         smallest = "" if rank_one is None else f"{file_bytes(rank_one)} bytes"
     if layers is None:

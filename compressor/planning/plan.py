@@ -49,6 +49,22 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class CalibrationResult:
+    """How a calibrated plan was chosen, and what it is expected to cost.
+
+    `predicted_loss` is the increase of loss per prediction to second order, and `held_back_loss` the increase measured
+    on the examples held back, against the dense model's own predictions; both in nats. Where they differ much the
+    second-order estimate no longer holds. `power` is the exponent of the allocation that did best there.
+    """
+
+    examples: int
+    held_back: int
+    power: float
+    predicted_loss: float
+    held_back_loss: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
 
@@ -61,6 +77,7 @@ class Plan:
     budget: Budget
     layers: tuple[LayerPlan, ...]
     advice: str | None = None
+    calibration: CalibrationResult | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
 
     @property
@@ -79,6 +96,7 @@ class Plan:
             "budget": self.budget.to_dict(),
             "eligible": {"before": self.eligible_before, "after": self.eligible_after},
             "advice": self.advice,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -89,7 +107,9 @@ class MeasuredLayer:
 
     `precision` is the relative precision of the stored numbers and `itemsize` their size in bytes. `above_edge` counts
     the singular values above the edge of what survives of the initialisation, `surviving_share` says how much that is,
-    and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown.
+    and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
+    `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
+    layer; `stays_dense` says why a layer is not to be touched.
     """
 
     layer: Layer
@@ -99,6 +119,21 @@ class MeasuredLayer:
     above_edge: int | None = None
     surviving_share: float | None = None
     rank_bound: int | None = None
+    weighted_values: Spectrum | None = None
+    uses: float = 1.0
+    stays_dense: str | None = None
+
+    @property
+    def errors(self) -> Spectrum:
+        """Relative error of the best pair of rank 0, 1, ..: in the metric of the loss if known, else Frobenius."""
+        return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
+
+    @property
+    def total(self) -> float:
+        """What dropping the whole layer costs: loss per prediction to second order; without calibration one."""
+        if self.weighted_values is None:
+            return 1.0
+        return self.uses / 2 * float(np.square(self.weighted_values).sum())
 
     @property
     def window_rule_applies(self) -> bool:
@@ -117,13 +152,15 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
 
 
 def layer_plan(measured: MeasuredLayer, rank: int, request: FormRequest, reason: str) -> LayerPlan:
-    """The plan for one layer at a rank; dense where the pair would not be smaller."""
+    """The plan for one layer at a rank; dense where the pair would not be smaller or the layer is to stay."""
     layer = measured.layer
+    if measured.stays_dense is not None:
+        return dense_plan(layer, measured.stays_dense)
     form = form_for(layer, rank, request)
     parameters = stored_parameters(layer.shape, form, rank)
     if parameters >= layer.parameters:
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be smaller")
-    error = float(truncation_errors(measured.singular_values)[rank])
+    error = float(measured.errors[rank])
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
 
 
@@ -132,10 +169,15 @@ def dense_plan(layer: Layer, reason: str) -> LayerPlan:
     return LayerPlan(layer.name, layer.shape, layer.kind, None, "dense", layer.parameters, 0.0, reason)
 
 
+def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:
+    """Loss per prediction that the ranks of calibrated layers cost to second order, in nats."""
+    return sum(m.total * layer.error**2 for m, layer in zip(measured, layers, strict=True))
+
+
 def plan_by_tolerance(
     measured: Sequence[MeasuredLayer], tolerance: float, request: FormRequest
 ) -> tuple[LayerPlan, ...]:
-    """Every layer at the smallest rank whose relative Frobenius error is at most `tolerance`.
+    """Every layer at the smallest rank whose relative error is at most `tolerance`.
 
     What rounding the factors to the layer's own dtype may add is allowed for; a layer whose dtype is coarser than the
     tolerance stays dense.
@@ -147,7 +189,7 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
     if tolerance <= m.precision:
         return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
     truncation = math.sqrt(tolerance**2 - m.precision**2)
-    rank = max(1, frobenius_rank(m.singular_values, truncation))
+    rank = max(1, int((m.errors[:-1] > truncation).sum()))
     return layer_plan(m, rank, request, f"relative error <= {tolerance:g}")
 
 
@@ -175,13 +217,20 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
 
 
 def plan_by_size(
-    measured: Sequence[MeasuredLayer], budget: int, request: FormRequest, *, unit: Literal["parameters", "bytes"]
+    measured: Sequence[MeasuredLayer],
+    budget: int,
+    request: FormRequest,
+    *,
+    unit: Literal["parameters", "bytes"],
+    power: float = 1.0,
 ) -> tuple[LayerPlan, ...] | None:
-    """Ranks of least summed squared relative error with at most `budget` stored parameters or bytes.
+    """Ranks of least summed `dropped loss / total loss ** power` with at most `budget` stored parameters or bytes.
 
+    A `power` of 0 trusts the second-order loss, which holds while little is removed; 1 is relative to what a layer has
+    to lose, for when the estimate saturates. Without calibration the squared relative Frobenius error takes its place.
     None when even rank one everywhere is larger.
     """
-    tables = [_choices(m, request, unit) for m in measured]
+    tables = [_choices(m, request, unit, power) for m in measured]
     chosen = allocate([choices for choices, _ in tables], budget)
     if chosen is None:
         return None
@@ -189,7 +238,7 @@ def plan_by_size(
     for m, (_, ranks), index in zip(measured, tables, chosen, strict=True):
         rank = ranks[index]
         if rank is None:
-            plans.append(dense_plan(m.layer, "keeping it dense is worth its size"))
+            plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
         else:
             plans.append(layer_plan(m, rank, request, "its share of the budget at least error"))
     return tuple(plans)
@@ -200,6 +249,8 @@ def plan_by_file_size(
     limit: int,
     request: FormRequest,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+    *,
+    power: float = 1.0,
 ) -> tuple[LayerPlan, ...] | None:
     """Ranks of least summed squared relative error whose weight files, by `file_bytes`, are at most `limit` bytes.
 
@@ -219,7 +270,7 @@ def plan_by_file_size(
     tried: set[int] = set()
     while overhead not in tried:
         tried.add(overhead)
-        layers = plan_by_size(measured, limit - overhead, request, unit="bytes")
+        layers = plan_by_size(measured, limit - overhead, request, unit="bytes", power=power)
         if layers is None:
             break
         size = file_bytes(layers)
@@ -235,10 +286,11 @@ def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit:
 
 
 def _choices(
-    m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"]
+    m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
 ) -> tuple[Choices, list[int | None]]:
     """Every rank whose pair is smaller than the dense layer, and dense (None) last."""
-    errors = truncation_errors(m.singular_values)
+    errors = m.errors
+    scale = m.total ** (1 - power) if m.total > 0 else 0.0
 
     def cost(form: Form, rank: int) -> int:
         if unit == "parameters":
@@ -247,12 +299,12 @@ def _choices(
 
     ranks: list[int | None] = []
     costs, losses = [], []
-    for rank in range(1, len(errors)):
+    for rank in range(1, 1 if m.stays_dense is not None else len(errors)):
         form = form_for(m.layer, rank, request)
         if stored_parameters(m.layer.shape, form, rank) < m.layer.parameters:
             ranks.append(rank)
             costs.append(cost(form, rank))
-            losses.append(float(errors[rank]) ** 2)
+            losses.append(scale * float(errors[rank]) ** 2)
     ranks.append(None)
     costs.append(cost("dense", 0))
     losses.append(0.0)
@@ -369,5 +421,5 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> L
         kind=layer.kind,
         form=form,
         parameters=stored_parameters(layer.shape, form, edit.rank),
-        error=float(truncation_errors(m.singular_values)[edit.rank]),
+        error=float(m.errors[edit.rank]),
     )

@@ -82,6 +82,7 @@ def compression_text(compression: Compression, *, report: Path | None = None) ->
             ("model", compression.source),
             *_recipe_facts(compression.recipe),
             ("budget", budget_words(plan.budget)),
+            *_calibration_facts(plan),
         ),
         *_plan_parts(plan.layers),
         _side_by_side(compression_rows(compression)),
@@ -94,12 +95,23 @@ def compression_text(compression: Compression, *, report: Path | None = None) ->
     return _spaced(parts)
 
 
+def _calibration_facts(plan: Plan) -> list[tuple[str, str]]:
+    found = plan.calibration
+    if found is None:
+        return []
+    words = (
+        f"{found.examples} examples; loss increase {found.held_back_loss:.2g} nats per prediction on {found.held_back}"
+        f" held back, {found.predicted_loss:.2g} predicted to second order"
+    )
+    return [("data", words)]
+
+
 def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
     """The ranks of a plan with their reasons, and what they would store."""
     size = compared("eligible parameters", thousands, plan.eligible_before, plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
     parts: list[RenderableType] = [
-        _facts(("model", plan.source), ("budget", budget_words(plan.budget))),
+        _facts(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
         *_plan_parts(plan.layers),
         _side_by_side([size]),
     ]

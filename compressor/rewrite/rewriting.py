@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from compressor.checkpoint import (
     safetensors_size,
     write_json,
 )
+from compressor.factorize import Metric
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite.modules import low_rank_layer, put_layer
@@ -41,6 +42,8 @@ class Rewriting:
     recipe: TrainingRecipe
     layers: tuple[Layer, ...]
     plan: Plan
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    """The metric of the loss for the layers that calibration reached, by name."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -96,7 +99,7 @@ def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.
     bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias)
-    return factorize(layer, plan, weight, bias)
+    return factorize(layer, plan, weight, bias, rewriting.metrics.get(layer.name))
 
 
 def rewritten_module(

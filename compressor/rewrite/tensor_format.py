@@ -20,7 +20,14 @@ from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair, PivotedPair, pivoted_pair, truncated_svd
+from compressor.factorize import (
+    FactorPair,
+    Metric,
+    PivotedPair,
+    pivoted_pair,
+    truncated_svd,
+    weighted_truncated_svd,
+)
 from compressor.planning import LayerPlan
 from compressor.planning.form import Form
 
@@ -82,17 +89,24 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """The tensors that stand for a layer, and the relative Frobenius error of the matrix that they give when stored."""
+    """The tensors that stand for a layer, and the relative error of the matrix that they give when stored."""
 
     tensors: dict[str, Tensor]
     error: float
 
 
-def factorize(layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None) -> Factors:
-    """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype."""
+def factorize(
+    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | None = None
+) -> Factors:
+    """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
+
+    With a metric the pair is the best in it, and so is the error; else both are of the Frobenius norm.
+    """
     assert plan.rank is not None
     matrix = as_matrix(layer, weight)
-    pair: FactorPair | PivotedPair = truncated_svd(matrix, plan.rank)
+    pair: FactorPair | PivotedPair = (
+        truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
+    )
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
         pair = pivoted_pair(pair)
@@ -108,8 +122,15 @@ def factorize(layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
     exact = matrix.to(torch.float64)
     stored = replace(pair, up=pair.up.to(torch.float64), down=pair.down.to(torch.float64)).product()
-    norm = float(exact.norm())
-    return Factors(tensors, float((exact - stored).norm()) / norm if norm > 0 else 0.0)
+    total, left = (_squared_size(each, metric) for each in (exact, exact - stored))
+    return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
+
+
+def _squared_size(matrix: Tensor, metric: Metric | None) -> float:
+    """Of a matrix in the metric, else its squared Frobenius norm."""
+    if metric is None:
+        return float(matrix.square().sum())
+    return max(0.0, float((metric.gradients @ matrix @ metric.inputs * matrix).sum()))
 
 
 def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:

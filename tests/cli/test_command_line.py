@@ -78,7 +78,26 @@ def test_options_may_come_before_or_after_the_model(requested: Any) -> None:
 def test_every_option_of_the_main_command_reaches_the_library(requested: Any) -> None:
     outputs = ["-o", "out.safetensors", "--max-shard-size", "1GB", "--overwrite"]
     request = ["--max-size", "40MB", "--plan", "p.json", "--recipe", "r.yaml", "--exclude", "c", "--form", "plain"]
-    run(["m.bin", *outputs, *request, "--data", "d.csv", "--model", "a.b:make", "--device", "cpu", "-q"])
+    run(
+        [
+            "m.bin",
+            *outputs,
+            *request,
+            "--data",
+            "d.csv",
+            "--model",
+            "a.b:make",
+            "--device",
+            "cpu",
+            "-q",
+            "--calibration",
+            "c.txt",
+            "--calibration-samples",
+            "7",
+            "--seed",
+            "3",
+        ]
+    )
     [(_, _, named)] = requested
     assert named == {
         "output": Path("out.safetensors"),
@@ -90,6 +109,9 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "recipe_file": Path("r.yaml"),
         "factory": "a.b:make",
         "data": "d.csv",
+        "calibration": "c.txt",
+        "calibration_samples": 7,
+        "seed": 3,
         "include": (),
         "exclude": ("c",),
         "form": "plain",

@@ -1,0 +1,69 @@
+"""Truncated SVD in the metric of the loss: the second-order cost of changing a layer, and the pair that costs least.
+
+To second order a change D of a layer's `d_out x d_in` matrix costs `1/2 tr(S_g D S_x D^T)` of loss, where `S_x = E[x
+x^T]` of the layer's inputs and `S_g = E[g g^T]` of the loss gradient at its outputs (Martens and Grosse, "Optimizing
+neural networks with Kronecker-factored approximate curvature", ICML 2015). The best matrix of rank r is the truncated
+SVD of `S_g^(1/2) W S_x^(1/2)` mapped back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressor.factorize.truncated_svd import FactorPair
+from compressor.measure.effective_rank import Spectrum
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Two positive definite matrices in float64: `inputs` of `d_in x d_in` and `gradients` of `d_out x d_out`."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:
+    """Singular values of `S_g^(1/2) W S_x^(1/2)`, descending; the sum of the dropped ones squared is twice the loss."""
+    gram, _ = _weighted_gram(matrix.to(torch.float64), metric)
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min_(0).sqrt_().flip(0)
+    return np.asarray(eigenvalues.cpu().numpy(), dtype=np.float64)
+
+
+def weighted_truncated_svd(matrix: Tensor, rank: int, metric: Metric) -> FactorPair:
+    """The rank-`rank` matrix W' that minimises `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
+
+    With the Cholesky factor L of one side's moment it is a projection of W: `L^-T U_r U_r^T L^T W` for `S_g = L L^T`
+    and U the eigenvectors of `L^T W S_x W^T L`, or its mirror image from the side of the inputs; the smaller side is
+    taken. The rows of `down` carry the size of W', `up` is orthonormal, so that neither loses digits when it is
+    rounded.
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(
+            f"rank {rank} is outside 1 .. {min(matrix.shape)} of a {matrix.shape[0]} x {matrix.shape[1]} matrix"
+        )
+    wide = matrix.to(torch.float64)
+    gram, factor = _weighted_gram(wide, metric)
+    basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    if matrix.shape[0] <= matrix.shape[1]:
+        up = torch.linalg.solve_triangular(factor.T, basis, upper=True)
+        down = (factor @ basis).T @ wide
+    else:
+        up = wide @ (factor @ basis)
+        down = torch.linalg.solve_triangular(factor.T, basis, upper=True).T
+    orthonormal, triangular = torch.linalg.qr(up)
+    return FactorPair(up=orthonormal, down=triangular @ down)
+
+
+def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
+    """`A A^T` or `A^T A` of `A = S_g^(1/2) W S_x^(1/2)`, whichever is smaller, and the Cholesky factor of its side."""
+    if wide.shape[0] <= wide.shape[1]:
+        factor = torch.linalg.cholesky(metric.gradients)
+        half = factor.T @ wide
+        return half @ metric.inputs @ half.T, factor
+    factor = torch.linalg.cholesky(metric.inputs)
+    half = wide @ factor
+    return half.T @ metric.gradients @ half, factor

@@ -1,0 +1,191 @@
+"""Moments against brute force: every position's input and gradient by hand, and the loss they predict."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+from compressor.measure.moments import CalibrationPass, collect_moments, shrunk
+
+CONVOLUTIONS = [
+    nn.Conv1d(3, 4, 3, stride=2, padding=1),
+    nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
+    nn.Conv2d(3, 4, 3, padding="same", padding_mode="reflect"),
+    nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular", bias=False),
+    nn.Conv3d(3, 4, 2, padding=1, padding_mode="replicate"),
+]
+
+
+def gathered(layer: nn.Module, model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """E[x x^T] and E[g g^T] of one layer by an autograd of its own."""
+    moments = collect_moments({"layer": layer}, [CalibrationPass(lambda x=x: model(x)) for x in batches])["layer"]
+    assert moments is not None
+    return {"inputs": moments.inputs, "gradients": moments.gradients}
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_a_convolution_is_its_matrix_times_the_patches_of_the_moment(
+    convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+) -> None:
+    torch.manual_seed(0)
+    spatial = len(convolution.kernel_size)
+    x = torch.randn(2, 3, *(6,) * spatial)
+    model = nn.Sequential(convolution, nn.Flatten(), nn.LazyLinear(5))
+    model(x)
+    moment = gathered(convolution, model, [x])["inputs"]
+    matrix = convolution.weight.detach().double().flatten(1)
+    outputs = convolution(x)
+    if convolution.bias is not None:
+        outputs = outputs - convolution.bias.view(-1, *(1,) * spatial)
+    outputs = outputs.detach().double().movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(matrix @ moment @ matrix.T, outputs.T @ outputs / len(outputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradients_moment_is_the_fisher_of_a_softmax() -> None:
+    # For logits z = W x the gradient of the sampled loss is p - onehot(y), whose second moment is diag(p) - p p^T.
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3)
+    x = torch.randn(1, 4)
+    many = [x.repeat(20_000, 1)]
+    measured = gathered(layer, nn.Sequential(layer), many)["gradients"]
+    p = layer(x).softmax(-1).detach().double().squeeze(0)
+    torch.testing.assert_close(measured, torch.diag(p) - torch.outer(p, p), rtol=0, atol=0.02)
+
+
+def test_the_predicted_loss_is_the_divergence_of_a_small_change() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 5))
+    x = torch.randn(4000, 6)
+    moments = collect_moments({"layer": layer}, [CalibrationPass(lambda: model(x))])["layer"]
+    assert moments is not None
+    ratios = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        change = 0.02 * torch.randn(8, 6)
+        predicted = (
+            moments.uses / 2 * float((moments.gradients @ change.double() @ moments.inputs * change.double()).sum())
+        )
+        with torch.no_grad():
+            before = model(x).double().log_softmax(-1)
+            layer.weight += change
+            after = model(x).double().log_softmax(-1)
+            layer.weight -= change
+        measured = float(nn.functional.kl_div(after, before, log_target=True, reduction="batchmean"))
+        ratios.append(predicted / measured)
+    # Inputs and gradients are taken as independent, which they are not quite: right on average, not in every direction.
+    assert 0.8 < sum(ratios) / len(ratios) < 1.25
+    assert all(0.5 < ratio < 2 for ratio in ratios)
+
+
+def test_positions_and_uses_count_what_the_layer_is_applied_to() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.token(x).mean(1))
+
+    model = Pooled()
+    layers = {"token": model.token, "head": model.head}
+    found = collect_moments(layers, [CalibrationPass(lambda: model(torch.randn(6, 7, 4)))])
+    assert found["token"] is not None
+    assert found["head"] is not None
+    assert (found["token"].positions, found["token"].uses) == (42, 7.0)
+    assert (found["head"].positions, found["head"].uses) == (6, 1.0)
+
+
+def test_padding_is_left_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x = torch.randn(2, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    found = collect_moments({"layer": model}, [CalibrationPass(lambda: model(x), mask)])["layer"]
+    assert found is not None
+    assert found.positions == 7
+    kept = x[mask.bool()].double()
+    torch.testing.assert_close(found.inputs, kept.T @ kept / 7, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_with_one_input_share_its_moment_and_others_do_not() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.q(x) * self.k(x))
+
+    model = Attention()
+    passes = [CalibrationPass(lambda: model(torch.randn(6, 4))) for _ in range(3)]
+    found = collect_moments({"q": model.q, "k": model.k, "out": model.out}, passes)
+    assert all(found.values())
+    assert torch.equal(found["q"].inputs, found["k"].inputs)  # type: ignore[union-attr]
+    assert not torch.equal(found["q"].inputs, found["out"].inputs)  # type: ignore[union-attr]
+
+
+def test_the_same_seed_gives_the_same_moments_and_another_seed_does_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    x = torch.randn(50, 4)
+    first, again, other = (
+        collect_moments({"layer": model}, [CalibrationPass(lambda: model(x))], seed=seed)["layer"] for seed in (1, 1, 2)
+    )
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first.gradients, again.gradients)
+    assert not torch.equal(first.gradients, other.gradients)
+
+
+def test_a_layer_that_nothing_reaches_has_no_moments() -> None:
+    used, unused = nn.Linear(4, 3), nn.Linear(4, 3)
+    found = collect_moments({"used": used, "unused": unused}, [CalibrationPass(lambda: used(torch.randn(2, 4)))])
+    assert found["used"] is not None
+    assert found["unused"] is None
+
+
+def test_bad_calibration_is_named() -> None:
+    layer = nn.Linear(4, 3)
+    with pytest.raises(BadInput, match="yields nothing"):
+        collect_moments({"layer": layer}, [])
+    deep = nn.Sequential(nn.Linear(4, 4), layer)
+    with pytest.raises(BadInput, match="not finite"):
+        collect_moments({"1": layer}, [CalibrationPass(lambda: deep(torch.full((2, 4), 1e38)))])
+
+
+@pytest.mark.parametrize(("samples", "rank"), list(itertools.product((1, 5, 1000), (0, 1, 3, 8))))
+def test_shrinkage_makes_any_moment_positive_definite_and_keeps_its_trace(samples: int, rank: int) -> None:
+    torch.manual_seed(0)
+    factor = torch.randn(8, rank, dtype=torch.float64)
+    moment = factor @ factor.T
+    estimate = shrunk(moment, samples)
+    assert float(torch.linalg.eigvalsh(estimate)[0]) > 0
+    torch.linalg.cholesky(estimate)
+    expected = float(moment.trace()) if rank else 8.0
+    assert float(estimate.trace()) == pytest.approx(expected)
+
+
+def test_shrinkage_is_nearer_to_the_truth_than_the_sample_and_vanishes_with_the_samples() -> None:
+    torch.manual_seed(0)
+    size = 30
+    scales = torch.logspace(0, -2, size, dtype=torch.float64)
+    truth = torch.diag(scales)
+
+    def errors(samples: int) -> tuple[float, float]:
+        data = torch.randn(samples, size, dtype=torch.float64) * scales.sqrt()
+        sample = data.T @ data / samples
+        return float((shrunk(sample, samples) - truth).norm()), float((sample - truth).norm())
+
+    for samples in (10, 30, 60):
+        pairs = [errors(samples) for _ in range(20)]
+        assert sum(shrunken for shrunken, _ in pairs) < sum(plain for _, plain in pairs)
+    data = torch.randn(100_000, size, dtype=torch.float64) * scales.sqrt()
+    sample = data.T @ data / len(data)
+    assert float((shrunk(sample, len(data)) - sample).norm() / sample.norm()) < 1e-3
