@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
@@ -226,7 +227,7 @@ def compress(
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
-    evaluated = None if data is None or dry_run else _evaluation_data(data, checkpoint, subject.recipe, "test")
+    evaluated = None if data is None else _evaluation_data(data, checkpoint, subject.recipe, "test")
     samples = _calibration_data(calibration, subject, calibration_samples)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
 
@@ -420,10 +421,12 @@ def _open(
         raise BadInput(
             "is compressed already",
             where=checkpoint.source,
-            remedy="compress the original, or bring it back with 'compress restore MODEL'",
+            remedy="give the original, or bring it back with 'compress restore MODEL'",
         )
     skeleton = _fitting(checkpoint, skeleton, factory)
     layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
+    if known.optimizer is not None and known.family is None:
+        logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     return _Subject(name, checkpoint, skeleton, layers, known)
 
@@ -490,7 +493,8 @@ def _target(
     source = checkpoint.source
     assert source is not None
     if checkpoint.folder is not None:
-        return Path(output) if output is not None else source.resolve().with_name(source.resolve().name + suffix)
+        place = Path(os.path.abspath(source))  # noqa: PTH100 - a link is not followed, so the output is beside it
+        return Path(output) if output is not None else place.with_name(place.name + suffix)
     if output is None:
         stem = source.name.removesuffix(".index.json")
         return source.with_name(Path(stem).stem + suffix + ".safetensors")
@@ -529,7 +533,7 @@ def _inspect(
     inspected: dict[str, InspectedLayer] = {}
     for done, layer in enumerate(eligible, start=1):
         weight = subject.checkpoint.read(layer.tensor)
-        require_finite(layer.tensor, weight)
+        require_finite(layer.tensor, weight, subject.checkpoint.source)
         values = singular_values(as_matrix(layer, weight.to(device)))
         del weight
         decayed = recipe.decays(layer.tensor) is not False
@@ -562,6 +566,7 @@ def _measured(subject: _Subject, inspected: Sequence[InspectedLayer]) -> list[Me
                 precision=torch.finfo(subject.checkpoint.tensors[each.layer.tensor].dtype).eps,
                 above_edge=each.initialisation.above_edge,
                 surviving_share=each.initialisation.share,
+                unknown_start=each.initialisation.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
             )
         )
@@ -582,10 +587,11 @@ def _plan(
     digest = checkpoint.digest() if checkpoint.source is not None else None
     if given is not None:
         edited = given if isinstance(given, Plan) else read_plan(Path(given))
+        where = "the plan" if isinstance(given, Plan) else str(given)
+        layers = apply_edits(edited, measured, where)
         if edited.digest is not None and digest is not None and edited.digest != digest:
             logger.warning("the plan was made for other weights than those of %s", subject.name)
-        where = "the plan" if isinstance(given, Plan) else str(given)
-        return Plan(subject.name, digest, Budget("plan"), apply_edits(edited, measured, where))
+        return Plan(subject.name, digest, Budget("plan"), layers)
     chosen = budget or default_budget(measured, subject.recipe.family)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -122,6 +123,11 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
     source = Path(model)
+    if not os.path.lexists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        remedy = (
+            f"check the path; a model of the hub is downloaded first: hf download {model} --local-dir {source.name}"
+        )
+        raise BadInput("no such file or folder", where=source, remedy=remedy)
     with reading(source):
         is_folder = stat.S_ISDIR(source.stat().st_mode)
     folder = source if is_folder else None
@@ -156,7 +162,7 @@ def _config(path: Path, *, must_be_good: bool) -> dict[str, Any] | None:
         return None  # what lies beside a file need not belong to it
 
 
-def require_finite(name: str, tensor: torch.Tensor) -> None:
+def require_finite(name: str, tensor: torch.Tensor, source: Path | None = None) -> None:
     """Refuse a tensor with NaN or infinite values, which no factorization survives.
 
     Raises:
@@ -171,7 +177,7 @@ def require_finite(name: str, tensor: torch.Tensor) -> None:
     nan, infinite = int(torch.isnan(values).sum()), int(torch.isinf(values).sum())
     what = f"holds {nan} NaN and {infinite} infinite values among {tensor.numel()}"
     remedy = "use a checkpoint from before the training diverged"
-    raise BadInput(what, where=f"tensor {name}", remedy=remedy)
+    raise BadInput(what, where=f"tensor {name}" if source is None else f"{source}: tensor {name}", remedy=remedy)
 
 
 def refuse_fp8(checkpoint: Checkpoint) -> None:
@@ -292,6 +298,7 @@ def _read_weight_file(path: Path) -> _WeightFile:
 
 def _read_sharded(index: Path) -> tuple[tuple[Path, ...], _WeightFile]:
     weight_map = _checked_weight_map(index)
+    _require_all_shards(index, set(weight_map.values()))
     shards: dict[str, _WeightFile] = {}
     for file_name in sorted(set(weight_map.values())):
         path = index.parent / file_name
@@ -326,6 +333,16 @@ def _checked_weight_map(index: Path) -> dict[str, str]:
             what = f"puts tensor {name!r} into {str(file_name)[:80]!r}, which is no file of this folder"
             raise _contradiction(index, what)
     return weight_map
+
+
+def _require_all_shards(index: Path, listed: set[str]) -> None:
+    """Shards that are numbered `...-00001-of-00005...` must all be listed."""
+    numbered = [match for name in listed if (match := re.search(r"(\d+)-of-(\d+)", name))]
+    for total in {int(match[2]) for match in numbered}:
+        there = {int(match[1]) for match in numbered if int(match[2]) == total}
+        if missing := sorted(set(range(1, total + 1)) - there)[:3]:
+            which = ", ".join(map(str, missing))
+            raise _contradiction(index, f"lists no tensor of shard {which} of {total}")
 
 
 def _is_inside(file_name: str) -> bool:

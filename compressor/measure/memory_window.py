@@ -96,7 +96,11 @@ def memory_window(
     if _forgets(recipe, decayed):
         steps, exceeds, reason = _window(recipe, epsilon)
     else:
-        steps, exceeds, reason = None, None, "no window: without weight decay nothing is forgotten"
+        steps, exceeds, reason = (
+            None,
+            None,
+            "no window: without weight decay, or at a learning rate of 0, nothing is forgotten",
+        )
     bound, vacuous = None, None
     if steps is not None and not reason:
         if recipe.family != "sgd":
@@ -104,7 +108,7 @@ def memory_window(
         elif recipe.batch_size is None:
             reason = "no rank bound: the batch size is unknown"
         elif uses is None:
-            reason = "no rank bound: how often the matrix is used per example is unknown"
+            reason = "no rank bound: uses per example are unknown (--sequence-length, 1 for vectors)"
         else:
             bound = recipe.batch_size * uses * steps
             vacuous = bound >= min(shape)

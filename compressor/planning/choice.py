@@ -50,11 +50,13 @@ def choose_ranks(
     if budget.kind == "keep":
         eligible = sum(m.layer.parameters for m in measured)
         layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", power=power)
-        smallest = f"{smallest_size(measured, form, 'parameters') / eligible + 5e-5:.4f}"
+        least = smallest_size(measured, form, "parameters") / eligible
+        smallest = f"{least + 5e-5:.4f}" if least < 1 else "1: low rank cannot make these layers smaller"
     else:
         layers = plan_by_file_size(measured, int(budget.value), form, file_bytes, power=power)
         rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
-        smallest = "" if rank_one is None else f"{file_bytes(rank_one)} bytes"
+        # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
+        smallest = "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
     if layers is None:
         raise BadInput(
             f"--{budget.kind} {budget.value:g} is below the smallest that low rank reaches here",
@@ -68,9 +70,8 @@ def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamil
     if family is None:
         return "the optimizer is unknown: a training recipe (--recipe, or --optimizer, --lr ...) may guide the ranks"
     if not any(m.window_rule_applies for m in measured):
-        return (
-            "the window rule is silent: the recipe does not say how much of the initialisation survives, or too much"
-            " does; 'compress inspect MODEL' shows it"
+        return "the window rule is silent: " + (
+            measured[0].window_rule_obstacle if measured else "no layer is eligible"
         )
     if family == "sgd":
         return None

@@ -118,6 +118,7 @@ class MeasuredLayer:
     precision: float = 0.0
     above_edge: int | None = None
     surviving_share: float | None = None
+    unknown_start: str = ""
     rank_bound: int | None = None
     weighted_values: Spectrum | None = None
     uses: float = 1.0
@@ -138,7 +139,16 @@ class MeasuredLayer:
     @property
     def window_rule_applies(self) -> bool:
         """Whether enough of the initialisation is forgotten, and something stands above the rest of it."""
-        return bool(self.above_edge) and self.surviving_share is not None and self.surviving_share <= LARGEST_SHARE
+        return not self.window_rule_obstacle
+
+    @property
+    def window_rule_obstacle(self) -> str:
+        """Why the window rule does not apply, in a few words; empty where it does."""
+        if self.above_edge is None or self.surviving_share is None:
+            return self.unknown_start or "how much of the initialisation survives is unknown"
+        if self.surviving_share > LARGEST_SHARE:
+            return f"{self.surviving_share:.0%} of the initialisation survives, which is too much"
+        return "" if self.above_edge else "no singular value stands above what survives of the initialisation"
 
 
 def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
@@ -322,6 +332,8 @@ def read_plan(path: Path) -> Plan:
         raise BadInput(f"not a plan: it is not JSON ({error})", where=path, remedy=remedy) from error
     if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
         raise BadInput("not a plan: it has no list of layers", where=path, remedy=remedy)
+    if not document["layers"]:
+        raise BadInput("it names no layer", where=path, remedy=remedy)
     if document.get("schema_version") != PLAN_SCHEMA_VERSION:
         raise BadInput(
             f"its schema version is {document.get('schema_version')!r}, not {PLAN_SCHEMA_VERSION}",
@@ -341,7 +353,10 @@ def read_plan(path: Path) -> Plan:
 def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise BadInput("a layer of the plan has no name", where=path, remedy=remedy)
-    name, rank, form = entry["name"], entry.get("rank"), entry.get("form", "dense")
+    name, form = entry["name"], entry.get("form", "dense")
+    if "rank" not in entry:
+        raise BadInput(f"{name} has no rank", where=path, remedy="give one, or null for dense")
+    rank = entry["rank"]
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise BadInput(
             f"rank {rank!r} of {name} is not a positive whole number", where=path, remedy="give one, or null for dense"
@@ -350,6 +365,9 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
         raise BadInput(
             f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(get_args(Form))}"
         )
+    if rank is not None and form == "dense":
+        remedy = "set the rank to null for dense, or the form to plain, pivoted or channel"
+        raise BadInput(f"rank {rank} and form 'dense' of {name} contradict each other", where=path, remedy=remedy)
     return LayerPlan(
         name=name,
         shape=_read_shape(entry.get("shape")),
@@ -403,23 +421,25 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> L
             remedy=remedy,
         )
     if edit.rank is None:
-        return dense_plan(layer, edit.reason)
+        return dense_plan(layer, "asked for by the plan")
     if edit.rank > min(layer.shape):
         raise BadInput(
             f"rank {edit.rank} of {layer.name} does not exist: its matrix is {layer.shape[0]} x {layer.shape[1]}",
             where=where,
             remedy=f"give a rank up to {min(layer.shape)}, or null for dense",
         )
-    form: Form = edit.form if edit.form != "dense" else form_for(layer, edit.rank, "auto")
+    form = edit.form
     if (form == "channel") != (layer.kind == "convolution"):
         raise BadInput(
             f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer", where=where, remedy=remedy
         )
+    parameters = stored_parameters(layer.shape, form, edit.rank)
+    larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
     return replace(
         edit,
         shape=layer.shape,
         kind=layer.kind,
-        form=form,
-        parameters=stored_parameters(layer.shape, form, edit.rank),
+        reason=f"asked for by the plan{larger}",
+        parameters=parameters,
         error=float(m.errors[edit.rank]),
     )

@@ -86,7 +86,7 @@ def rewritten_tensors(
     for name in rewriting.passed_through:
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):
-            require_finite(name, tensor)
+            require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
     for layer, plan in rewriting.factorized:
         factors = _factors(rewriting, layer, plan, device)
@@ -98,7 +98,7 @@ def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.
     weight = rewriting.checkpoint.read(layer.tensor).to(device)
     bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
     if layer.bias is not None and bias is not None:
-        require_finite(layer.bias, bias)
+        require_finite(layer.bias, bias, rewriting.checkpoint.source)
     return factorize(layer, plan, weight, bias, rewriting.metrics.get(layer.name))
 
 

@@ -371,3 +371,18 @@ def test_fp8_weights_are_refused_with_and_without_scales(tmp_path: Path) -> None
     with pytest.raises(BadInput, match=r"FP8 \(float8_e4m3fn\) scaled by b\.weight_scale_inv"):
         refuse_fp8(open_checkpoint(tmp_path / "scaled.safetensors"))
     refuse_fp8(open_checkpoint(nn.Linear(2, 2)))
+
+
+def test_an_index_that_leaves_out_a_numbered_shard_is_refused(tmp_path: Path) -> None:
+    names = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    for name, tensor in zip(names, ("a", "b"), strict=True):
+        save_file({tensor: torch.ones(2)}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": names[0]}}))
+    with pytest.raises(BadInput, match="shard 2 of 2"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_hub_id_is_told_how_to_become_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="hf download org/name"):
+        open_checkpoint("org/name")

@@ -201,6 +201,9 @@ def test_an_edited_rank_counts_and_is_measured_anew(tmp_path: Path) -> None:
     [first, _] = apply_edits(read_plan(written(tmp_path, rank=3, form="plain")), LAYERS, "plan.json")
     assert (first.rank, first.parameters) == (3, 3 * 50)
     assert first.error == truncation_errors(LAYERS[0].singular_values)[3]
+    assert first.reason == "asked for by the plan"
+    [first, _] = apply_edits(read_plan(written(tmp_path, rank=20, form="plain")), LAYERS, "plan.json")
+    assert "larger than the layer" in first.reason
     [first, _] = apply_edits(read_plan(written(tmp_path, rank=None)), LAYERS, "plan.json")
     assert (first.rank, first.form) == (None, "dense")
 
@@ -210,6 +213,7 @@ def test_an_edited_rank_counts_and_is_measured_anew(tmp_path: Path) -> None:
     [
         ({"name": "c"}, "c, which is not an eligible layer"),
         ({"name": "b"}, "twice"),
+        ({"rank": 5, "form": "dense"}, "contradict"),
         ({"rank": 21}, "rank 21 of a does not exist"),
         ({"rank": 0}, "rank 0"),
         ({"rank": 2.5}, "rank 2.5"),
