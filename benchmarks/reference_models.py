@@ -35,6 +35,8 @@ MODELS: dict[str, tuple[Path, str, str | None]] = {
     "digits-vit": (CARDS / "digits-vit", "builtin:digits", None),
     "stdlib-llama": (CARDS / "stdlib-llama", "builtin:stdlib", None),
 }
+# The test text is long: this many of its windows, evenly spaced, are enough to tell the models apart.
+SAMPLES = {"stdlib-llama": 512}
 REQUESTS: tuple[dict[str, float], ...] = ({}, {"keep": 0.8}, {"keep": 0.6}, {"keep": 0.4})
 
 
@@ -45,14 +47,23 @@ def run(name: str, request: dict[str, float], folder: Path) -> dict[str, Any]:
     output, dense = (folder / f"{name}-{which}{suffix}" for which in ("small", "dense"))
     row: dict[str, Any] = {"model": name, "request": request}
     try:
-        report = compress(source, output=output, data=data, factory=factory, overwrite=True, **request)
+        report = compress(
+            source,
+            output=output,
+            data=data,
+            data_samples=SAMPLES.get(name),
+            factory=factory,
+            overwrite=True,
+            **request,  # type: ignore[arg-type]
+        )
     except QualityGateNotMet as refused:
         return row | {"refused": str(refused)}
     restore(output, output=dense, overwrite=True)
-    restored = evaluate(dense, data=data, factory=factory)
+    restored = evaluate(dense, data=data, data_samples=SAMPLES.get(name), factory=factory)
     assert report.evaluation is not None
     return row | {
         "budget": report.plan.budget.to_dict(),
+        "predictions": report.evaluation.count,
         "eligible_kept": report.plan.eligible_after / report.plan.eligible_before,
         "parameters": report.to_dict()["parameters"],
         "bytes": report.to_dict()["bytes"],

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from compressor.cli import options
-from compressor.cli.terminal import document_text, shown_progress, write_rendered, write_text
+from compressor.cli.terminal import (
+    document_text,
+    shown_progress,
+    write_rendered,
+    write_text,
+    writing_to_standard_output,
+)
+from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from compressor.recipe import TrainingRecipe
+    from compressor.results import Compression
 
 # The blank lines keep typer from joining these into one paragraph.
 EXIT_STATUSES = (
@@ -34,6 +47,16 @@ A model that is named like one of these commands is written ./inspect.
 {EXIT_STATUSES}"""
 
 
+class _Command(TyperCommand):
+    """A command whose help may be read by `head`, or be sent to a full disk."""
+
+    def get_help(self, ctx: typer.Context) -> NoReturn:
+        # Where the reader has gone rich leaves with SystemExit; and nothing may be printed after it has.
+        with writing_to_standard_output(), suppress(SystemExit):
+            super().get_help(ctx)
+        raise typer.Exit
+
+
 def _app() -> typer.Typer:
     return typer.Typer(
         add_completion=False,
@@ -46,30 +69,58 @@ def _app() -> typer.Typer:
 main_command, subcommands = _app(), _app()
 
 
+def _show(document: Mapping[str, Any], rendered: RenderableType, *, json: bool, written: str | Path | None) -> None:
+    """Write a result to standard output; where that fails the error says what was `written` nevertheless."""
+    try:
+        if json:
+            write_text(document_text(document))
+        else:
+            write_rendered(rendered)
+    except CompressorError as error:
+        if written is None:
+            raise
+        raise CompressorError(f"{written} was written, but {error}") from error
+
+
+def _write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
+    """Write the report last: the model is there, whatever befalls the report, and the error says so."""
+    from compressor.report import write_report
+
+    try:
+        write_report(compression, path, overwrite=overwrite)
+    except (CompressorError, OSError) as error:
+        model = (
+            "no model was to be written"
+            if compression.output is None
+            else f"the model was written to {compression.output}"
+        )
+        raise CompressorError(f"{model}; the report was not: {error}") from error
+
+
 def _print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        typer.echo(f"compress {version('lowrank-compressor')}")
+        write_text(f"compress {version('lowrank-compressor')}\n")
         raise typer.Exit
 
 
-@main_command.command("compress", epilog=MAIN_EPILOG)
+@main_command.command("compress", cls=_Command, epilog=MAIN_EPILOG)
 @options.with_training_flags
 def compress(
     model: options.Model,
     *,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File or folder to write. Default: NAME-compressed beside MODEL."),
-    ] = None,
+    output: options.Output = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
     tolerance: options.Tolerance = None,
     plan: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="The ranks of an edited 'compress plan' file.", rich_help_panel=options.BUDGET
+            metavar="FILE",
+            parser=options.given("--plan"),
+            help="The ranks of an edited 'compress plan' file.",
+            rich_help_panel=options.BUDGET,
         ),
     ] = None,
     recipe_file: options.RecipeFile = None,
@@ -82,6 +133,7 @@ def compress(
             "builtin:digits, builtin:stdlib.",
         ),
     ] = None,
+    data_samples: options.DataSamples = None,
     calibration: options.Calibration = None,
     calibration_samples: options.CalibrationSamples = 128,
     seed: options.Seed = 0,
@@ -92,7 +144,10 @@ def compress(
     max_shard_size: options.ShardSize = "5GB",
     device: options.Device = "auto",
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a one-file report with figures.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", parser=options.given("--report"), help="Write a one-file report with figures."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write no model.")] = False,
     overwrite: options.Overwrite = False,
@@ -109,10 +164,10 @@ def compress(
     """
     with shown_progress(quiet=quiet) as progress:
         from compressor import pipeline
-        from compressor.report import check_report_path, compression_text, write_report
+        from compressor.report import check_report_path, compression_text
 
         if report is not None:
-            check_report_path(report, overwrite=overwrite)
+            check_report_path(report, source=Path(model), overwrite=overwrite)
         compression = pipeline.compress(
             model,
             output=output,
@@ -124,6 +179,7 @@ def compress(
             recipe_file=recipe_file,
             factory=factory,
             data=data,
+            data_samples=data_samples,
             calibration=calibration,
             calibration_samples=calibration_samples,
             seed=seed,
@@ -136,15 +192,14 @@ def compress(
             overwrite=overwrite,
             progress=progress,
         )
-        if report is not None:
-            write_report(compression, report, overwrite=overwrite)
-    if json:
-        write_text(document_text(compression.to_dict()))
-    else:
-        write_rendered(compression_text(compression, report=report))
+    _show(compression.to_dict(), compression_text(compression), json=json, written=compression.output)
+    if report is not None:
+        _write_report(compression, report, overwrite=overwrite)
+        if not json:
+            write_text(f"report  {report}\n")
 
 
-@subcommands.command("inspect", epilog=EXIT_STATUSES)
+@subcommands.command("inspect", cls=_Command, epilog=EXIT_STATUSES)
 @options.with_training_flags
 def inspect(
     model: options.Model,
@@ -175,19 +230,23 @@ def inspect(
             device=device,
             progress=progress,
         )
-    if json:
-        write_text(document_text(inspection.to_dict()))
-    else:
-        write_rendered(inspection_text(inspection))
+    _show(inspection.to_dict(), inspection_text(inspection), json=json, written=None)
 
 
-@subcommands.command("plan", epilog=EXIT_STATUSES)
+@subcommands.command("plan", cls=_Command, epilog=EXIT_STATUSES)
 @options.with_training_flags
 def plan(
     model: options.Model,
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the plan, to edit and apply.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.json",
+            parser=options.given("--output"),
+            help="Write the plan, to edit and apply.",
+        ),
     ] = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
@@ -235,13 +294,10 @@ def plan(
         if output is not None:
             with atomic_file(output) as file:
                 file.write(document_text(chosen.to_dict()).encode())
-    if json:
-        write_text(document_text(chosen.to_dict()))
-    else:
-        write_rendered(plan_text(chosen, output=output))
+    _show(chosen.to_dict(), plan_text(chosen, output=output), json=json, written=output)
 
 
-@subcommands.command("evaluate", epilog=EXIT_STATUSES)
+@subcommands.command("evaluate", cls=_Command, epilog=EXIT_STATUSES)
 def evaluate(
     model: options.Model,
     *,
@@ -254,9 +310,16 @@ def evaluate(
         ),
     ],
     baseline: Annotated[
-        str | None, typer.Option(metavar="ORIGINAL", help="The model to compare with.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            parser=options.given("--baseline", str),
+            help="The model to compare with.",
+            show_default=False,
+        ),
     ] = None,
     factory: options.Factory = None,
+    data_samples: options.DataSamples = None,
     split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Which part of the data.")] = "test",
     device: options.Device = "auto",
     json: options.Json = False,
@@ -269,22 +332,24 @@ def evaluate(
         from compressor.results import SCHEMA_VERSION
 
         evaluation = pipeline.evaluate(
-            model, data=data, baseline=baseline, factory=factory, device=device, split=split, progress=progress
+            model,
+            data=data,
+            baseline=baseline,
+            factory=factory,
+            device=device,
+            split=split,
+            data_samples=data_samples,
+            progress=progress,
         )
-    if json:
-        write_text(document_text({"schema_version": SCHEMA_VERSION, "source": model, **evaluation.to_dict()}))
-    else:
-        write_rendered(evaluation_text(evaluation))
+    document = {"schema_version": SCHEMA_VERSION, "source": model, **evaluation.to_dict()}
+    _show(document, evaluation_text(evaluation), json=json, written=None)
 
 
-@subcommands.command("restore", epilog=EXIT_STATUSES)
+@subcommands.command("restore", cls=_Command, epilog=EXIT_STATUSES)
 def restore(
     model: options.Model,
     *,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File or folder to write. Default: a name beside MODEL."),
-    ] = None,
+    output: options.Output = None,
     max_shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -298,7 +363,4 @@ def restore(
         restoration = pipeline.restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
-    if json:
-        write_text(document_text(restoration.to_dict()))
-    else:
-        write_rendered(restoration_text(restoration))
+    _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)

@@ -1,68 +1,67 @@
-"""The console entry point: which command is meant, and what its end means for the shell."""
+"""The console entry point: light, so that a signal ends the program in one line from the first moment on."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Sequence
+import time
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-import typer
+FAILED = 1
 
-from compressor.cli.commands import main_command, subcommands
-from compressor.cli.terminal import silence_broken_output, write_error
-from compressor.errors import CompressorError
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-SUBCOMMANDS = frozenset(command.name for command in subcommands.registered_commands)
-DONE, FAILED, INTERRUPTED = 0, 1, 130
+# `timeout`, a service manager and a closing terminal send their signal twice; the second must not stop the cleaning up.
+REPEAT_SECONDS = 2.0
+
+
+class Interrupted(BaseException):
+    """A signal asks the program to stop: it unwinds, so that what is half written is removed on the way."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_status = 128 + number
 
 
 def main() -> NoReturn:
-    """Run the command of `sys.argv` and leave with its exit status."""
-    status = run(sys.argv[1:])
+    """Run the command of `sys.argv` and leave with its exit status: 128 and its number after a signal."""
+    # Python leaves a closed stream as None, and the next file that is opened would get its descriptor.
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until the program ends
     try:
-        sys.stdout.flush()
-    except OSError:
-        silence_broken_output()
+        _unwind_on_signals()
+        status = _run()
+    except Interrupted as interrupted:
+        print("interrupted", file=sys.stderr)
+        status = interrupted.exit_status
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(status)
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit status.
+def _run() -> int:
+    if sys.stdout is None:
+        print("error: standard output is closed; send it to a file or to /dev/null", file=sys.stderr)
+        return FAILED
+    from compressor.cli.run import run
 
-    0 done; 1 failed; 2 bad request or input; 3 quality gate not met; 130 interrupted.
-    The default command gets everything unless the first argument is the name of a subcommand.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        # A layer may be called anything; a terminal of another encoding shows a question mark for what it lacks.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    app = subcommands if arguments and arguments[0] in SUBCOMMANDS else main_command
-    try:
-        # What typer returns is the status of an early exit: --help, --version, Ctrl-C.
-        status = typer.main.get_command(app).main(list(arguments), prog_name="compress", standalone_mode=False)
-    except KeyboardInterrupt:
-        status = INTERRUPTED
-    except Exception as error:
-        return _failed(error, help_of=f"compress {arguments[0]}" if app is subcommands else "compress")
-    if status == INTERRUPTED:
-        write_error("interrupted")
-    return int(status or DONE)
+    return run(sys.argv[1:])
 
 
-def _failed(error: Exception, help_of: str) -> int:
-    """Say in one line what went wrong, and return the exit status that it has."""
-    from compressor.report.wording import one_line
+def _unwind_on_signals() -> None:
+    """Turn every signal that asks to stop into `Interrupted`, but for those that the parent has silenced (nohup)."""
+    unwound_at = -REPEAT_SECONDS
 
-    if isinstance(error, typer.TyperException):
-        write_error(f"error: {one_line(error.format_message()).rstrip('.')}; see '{help_of} --help'")
-        return error.exit_code
-    if isinstance(error, CompressorError):
-        write_error(f"error: {one_line(str(error))}")
-        return error.exit_status
-    if os.environ.get("COMPRESSOR_DEBUG") == "1":
-        write_error("".join(traceback.format_exception(error)))
-    what = one_line(f"{type(error).__name__}: {error}")
-    write_error(f"error: internal error: {what}; set COMPRESSOR_DEBUG=1 to see where")
-    return FAILED
+    def unwind(number: int, _: FrameType | None) -> None:
+        nonlocal unwound_at
+        if time.monotonic() - unwound_at < REPEAT_SECONDS:
+            return
+        unwound_at = time.monotonic()
+        raise Interrupted(number)
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, unwind)

@@ -10,8 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from compressor.errors import BadInput
+
 if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
+
+
+def given(what: str, kind: Callable[[str], Any] = Path) -> Callable[[str], Any]:
+    """A parser for the name of a file or folder that refuses the empty one, which would mean the folder one is in."""
+
+    def parse(text: str) -> Any:
+        if not text:
+            raise BadInput(f"{what} is empty", remedy="name a file or folder")
+        return kind(text)
+
+    return parse
+
 
 BUDGET, CALIBRATION, TRAINING = "Budget, one of", "Calibration", "Training recipe"
 LAYERS, RUN = "Layers", "Running"
@@ -20,8 +34,19 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
+        parser=given("MODEL", str),
         help="A .safetensors, index, .bin or .pt file, or a Hugging Face folder.",
         show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="PATH",
+        parser=given("--output"),
+        help="File or folder to write. Default: a name beside MODEL.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -39,6 +64,12 @@ Factory = Annotated[
     ),
 ]
 
+DataSamples = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Examples, or windows of text, to measure on, evenly spaced. Default: all.", show_default=False
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -76,6 +107,7 @@ RecipeFile = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE",
+        parser=given("--recipe"),
         help="Hyperparameters in YAML or JSON, a card, or a trainer's file. Default: files beside MODEL.",
         rich_help_panel=TRAINING,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -43,29 +46,42 @@ def _finite(value: Any) -> Any:
 
 
 def write_rendered(content: RenderableType) -> None:
-    """Write what a person reads to standard output: coloured on a terminal, 80 columns wide elsewhere."""
+    """Write what a person reads to standard output: coloured on a terminal; elsewhere words are wrapped at 80 columns,
+    and tables as wide as they are.
+    """
     from rich.console import Console
 
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 80, highlight=False, emoji=False)
-    with console.capture() as capture:
-        console.print(content, crop=False)
+    # Rendered apart, because rich would leave the program where standard output cannot be written.
+    rendered = io.StringIO()
+    terminal = sys.stdout.isatty()
+    width = None if terminal else 80
+    console = Console(file=rendered, force_terminal=terminal or None, width=width, highlight=False, emoji=False)
+    console.print(content, crop=False)
     # Trailing blanks only wrap in a narrow window.
-    write_text("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    write_text("".join(line.rstrip() + "\n" for line in rendered.getvalue().splitlines()))
 
 
 def write_text(text: str) -> None:
-    """Write to standard output; a reader that has gone, as `head` does, is no failure."""
-    try:
+    """Write to standard output; a reader that has gone, as in `compress inspect MODEL | head`, is no failure.
+
+    Raises `CompressorError` where it cannot be written for another reason, such as a full disk.
+    """
+    with writing_to_standard_output():
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:
-        silence_broken_output()
 
 
-def silence_broken_output() -> None:
-    """Let standard output lead nowhere once its reader has gone, as in `compress inspect MODEL | head`."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@contextmanager
+def writing_to_standard_output() -> Iterator[None]:
+    """Silence a reader that has gone, and turn other failures into `CompressorError`; later output leads nowhere."""
+    try:
+        yield
+    except OSError as error:
+        # What is still buffered would fail again when the program ends.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise CompressorError(f"standard output cannot be written ({error.strerror})") from error
 
 
 @contextmanager
@@ -76,8 +92,6 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
     """
     from rich.console import Console
 
-    # The libraries underneath draw bars of their own.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(file=sys.stderr, highlight=False, emoji=False)
     with _logs_on(console, logging.WARNING if quiet else logging.INFO):
         if quiet:
@@ -107,20 +121,32 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def progress_lines(write: Callable[[str], None], clock: Callable[[], float]) -> Progress:
-    """Progress as plain lines for a log: stage, steps done, and the time left at the pace of the stage so far."""
-    stage_began: dict[str, float] = {}
-    written_at, written_done = clock(), 0
+    """Progress as plain lines for a log: stage, steps done, the time left at the stage's pace; and when it is done.
+
+    What takes less than `LINE_SECONDS` in all writes nothing.
+    """
+    # The first call of a stage may come after its first step, and other work before that, so the pace counts from it.
+    first_calls: dict[str, tuple[float, int]] = {}
+    began = written_at = clock()
+    written_done = 0
 
     def progress(stage: str, done: int, total: int) -> None:
         nonlocal written_at, written_done
         now = clock()
-        if stage not in stage_began:
-            stage_began[stage], written_done = now, 0
+        if stage not in first_calls:
+            first_calls[stage], written_done = (now, done), 0
         waited, a_tenth_more = now - written_at, 10 * (done - written_done) >= total
-        if waited < LINE_SECONDS or (not a_tenth_more and waited < SILENCE_SECONDS):
+        if done >= total:
+            if now - began < LINE_SECONDS:
+                return
+            write(f"{stage}: all {total} done" if total > 1 else f"{stage}: done")
+        elif waited < LINE_SECONDS or (not a_tenth_more and waited < SILENCE_SECONDS):
             return
-        left = f", about {_duration((now - stage_began[stage]) * (total - done) / done)} left" if done else ""
-        write(f"{stage}: {done} of {total}{left}")
+        else:
+            first_at, first_done = first_calls[stage]
+            steps = done - first_done
+            left = f", about {_duration((now - first_at) * (total - done) / steps)} left" if steps > 0 else ""
+            write(f"{stage}: {done} of {total}{left}")
         written_at, written_done = now, done
 
     return progress
@@ -146,7 +172,11 @@ class _ConsoleHandler(logging.Handler):
             from compressor.report.wording import one_line
 
             line = one_line(f"{record.levelname.lower()}: {record.getMessage()}")
-            self.console.print(Text(line), soft_wrap=True)
+            if self.console.is_terminal:
+                self.console.print(Text(line), soft_wrap=True)
+            else:
+                # Where nobody reads it any more rich would leave the program.
+                write_error(line)
 
 
 @contextmanager

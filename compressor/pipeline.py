@@ -194,6 +194,7 @@ def compress(
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
     data: str | Path | None = None,
+    data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     calibration_samples: int = 128,
     seed: int = 0,
@@ -207,6 +208,8 @@ def compress(
     progress: Progress | None = None,
 ) -> Compression:
     """Make a trained model smaller: measure, plan, factorize, rewrite, and evaluate on `data` where it is given.
+
+    Of the data at most `data_samples` examples are used, evenly spaced; all by default.
 
     At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `tolerance`
     (relative error per layer) and `plan`; with none of them the window rule where the recipe is of the SGD family,
@@ -227,7 +230,7 @@ def compress(
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
-    evaluated = None if data is None else _evaluation_data(data, checkpoint, subject.recipe, "test")
+    evaluated = None if data is None else _evaluation_data(data, checkpoint, subject.recipe, "test", data_samples)
     samples = _calibration_data(calibration, subject, calibration_samples)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
 
@@ -296,6 +299,7 @@ def evaluate(
     model: Model,
     *,
     data: str | Path,
+    data_samples: int | None = None,
     baseline: Model | None = None,
     factory: Factory | None = None,
     split: Split = "test",
@@ -304,11 +308,12 @@ def evaluate(
 ) -> Evaluation:
     """Quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
 
-    Without a baseline the model is measured alone. `factory` builds the architecture of weights that are not a
+    At most `data_samples` examples are used, evenly spaced; all by default. Without a baseline the model is measured
+    alone. `factory` builds the architecture of weights that are not a
     transformers model's. Raises `BadInput` for a model or data that cannot be used.
     """
     where = resolve_device(device)
-    evaluated = _evaluation_data(data, open_checkpoint(model), TrainingRecipe(), split)
+    evaluated = _evaluation_data(data, open_checkpoint(model), TrainingRecipe(), split, data_samples)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
 

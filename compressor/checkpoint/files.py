@@ -118,7 +118,7 @@ def full_disk_is_bad_input(path: Path) -> Iterator[None]:
         if error.errno not in _DISK_FULL:
             raise
         what = f"cannot be written in full ({os.strerror(error.errno)})"
-        remedy = "free some space or choose an output on another disk; nothing was left behind"
+        remedy = "free some space or choose an output on another disk; no part of it was left behind"
         raise BadInput(what, where=path, remedy=remedy) from error
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-from compressor.checkpoint.files import full_disk_is_bad_input, hidden_sibling, sync_folder
+from compressor.checkpoint.files import full_disk_is_bad_input, hidden_sibling, reading, sync_folder
 from compressor.checkpoint.reader import WEIGHT_SUFFIXES, Checkpoint
 from compressor.errors import BadInput
 
@@ -59,7 +60,8 @@ def check_output(
         source: What is being read; it must stay untouched.
         form: What will be written at `path`.
         overwrite: Whether something that exists at `path` may be replaced. A folder is replaced only when it
-            looks like a model folder: files without subfolders, weights among them.
+            looks like a model folder: weights among its files, and in subfolders nothing that is not copied
+            from `source` again.
         needed_bytes: What will be written, for the check of free space.
 
     Raises:
@@ -71,11 +73,12 @@ def check_output(
         if not overwrite:
             remedy = "choose another output, or replace it with --overwrite"
             raise BadInput("already exists", where=path, remedy=remedy)
-        _require_replaceable(path, form)
+        folder = source.folder if isinstance(source, Checkpoint) else None
+        _require_replaceable(path, form, set() if folder is None else set(_other_files(folder)[0]))
     _require_writable(path)
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
-        what = f"needs {_megabytes(needed_bytes)}, and the disk has {_megabytes(free)} free"
+        what = f"needs {_size_words(needed_bytes)}, and the disk has {_size_words(free)} free"
         raise BadInput(what, where=path, remedy="free some space or choose an output on another disk")
 
 
@@ -89,13 +92,14 @@ def output_folder(path: Path, *, copy_from: Path | None, overwrite: bool) -> Ite
     Args:
         path: The folder to make.
         copy_from: A model folder whose other files (configuration, tokenizer, card, training arguments) are
-            copied first: regular files at its top, without weights, their indices, and optimizer, scheduler
-            and random states. A symbolic link is followed only inside the folder, or inside the Hugging Face
-            cache that the folder is part of.
+            copied first, without weights, their indices, and optimizer, scheduler and random states. So are
+            its subfolders, unless hidden, of checkpoints of the training (checkpoint-*), or with weights of their
+            own. A link to a file is followed only inside the folder, or inside the Hugging Face cache that the
+            folder is part of; a link to a folder is not followed. What is left out is logged.
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        BadInput: the place is not writable, exists, or the disk is full.
+        BadInput: the place is not writable, exists, or the disk is full; a file of `copy_from` is unreadable.
     """
     path = _located(path)
     partial = hidden_sibling(path)
@@ -139,20 +143,29 @@ def _require_apart(path: Path, source: Checkpoint | Path | None) -> None:
                 raise BadInput(what, where=path, remedy=remedy)
 
 
-def _require_replaceable(path: Path, form: Literal["file", "folder"]) -> None:
+def _require_replaceable(path: Path, form: Literal["file", "folder"], again: Set[Path]) -> None:
+    """Refuse to replace what is no model; `again` are the files, relative to the folder, that its successor has too."""
     if path.is_dir() != (form == "folder"):
         what = f"is a {'folder' if path.is_dir() else 'file'}, and a {form} is to be written there"
         raise BadInput(what, where=path, remedy="choose another output")
     if form == "file" or path.is_symlink():
         return
     entries = list(path.iterdir())
-    if any(entry.is_dir() and not entry.is_symlink() for entry in entries):
-        what = "has subfolders, so it is more than a compressed model and is not replaced"
+    subfolders = [entry for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    if not all(_is_within(subfolder, path, again) for subfolder in subfolders):
+        what = "has subfolders with other files, so it is more than a compressed model and is not replaced"
     elif entries and not any(entry.name.endswith(WEIGHT_SUFFIXES) for entry in entries):
         what = "holds files but no weights, so it is no model and is not replaced"
     else:
         return
     raise BadInput(what, where=path, remedy="choose another output, or remove it yourself")
+
+
+def _is_within(subfolder: Path, root: Path, files: Set[Path]) -> bool:
+    """Whether a subfolder of `root` and all below it are among the files, or lead to some of them."""
+    folders = {folder for file in files for folder in file.parents}
+    entries = itertools.chain([subfolder], subfolder.rglob("*"))
+    return all(entry.relative_to(root) in (folders if entry.is_dir() else files) for entry in entries)
 
 
 def _require_writable(path: Path) -> None:
@@ -174,21 +187,82 @@ def _require_writable(path: Path) -> None:
 
 
 def _copy_other_files(source: Path, target: Path) -> None:
+    files, left_out = _other_files(source)
+    for reason, entries in left_out.items():
+        _LOGGER.warning("not copied from %s: %s (%s)", source, ", ".join(map(str, entries)), reason)
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        # The contents alone: the new file gets the permissions that the umask asks for.
+        with reading(source / file):
+            contents = (source / file).open("rb")
+        with contents, (target / file).open("wb") as copy:
+            # Only a failure to read is the input's fault.
+            while chunk := _read_chunk(contents, source / file):
+                copy.write(chunk)
+
+
+def _read_chunk(contents: BinaryIO, path: Path) -> bytes:
+    with reading(path):
+        return contents.read(2**20)
+
+
+def _other_files(source: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files beside the weights of a model folder, relative to it; and what is left out besides weights, by reason.
+
+    Raises:
+        BadInput: a subfolder cannot be read.
+    """
     inside = source.resolve()
     # huggingface_hub keeps snapshots/REVISION/NAME as links to blobs/HASH of the same repository.
     if inside.parent.name == "snapshots":
         inside = inside.parent.parent
-    for entry in sorted(source.iterdir()):
-        name = entry.name
-        weights = name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHT_SUFFIXES)) and name != _TRAINING_ARGUMENTS
-        index = name.endswith(tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES))
-        if weights or index or not entry.is_file():
-            continue
-        if not entry.resolve().is_relative_to(inside):
-            _LOGGER.warning("%s is a link out of the model folder and was not copied", entry)
-            continue
-        # The contents alone: the new file gets the permissions that the umask asks for.
-        shutil.copyfile(entry, target / name)
+    files: list[Path] = []
+    left_out: dict[str, list[Path]] = {}
+
+    def visit(folder: Path) -> None:
+        for entry in _entries(folder):
+            relative = entry.relative_to(source)
+            if entry.is_dir():
+                if (reason := _why_left_out(entry)) is None:
+                    visit(entry)
+                else:
+                    left_out.setdefault(reason, []).append(relative)
+            elif _holds_weights(entry):
+                continue
+            elif not entry.is_file():
+                left_out.setdefault("a broken link or no regular file", []).append(relative)
+            elif not entry.resolve().is_relative_to(inside):
+                left_out.setdefault("a link out of the model folder", []).append(relative)
+            else:
+                files.append(relative)
+
+    with reading(source):
+        visit(source)
+    return files, left_out
+
+
+def _entries(folder: Path) -> list[Path]:
+    with reading(folder):
+        return sorted(folder.iterdir())
+
+
+def _holds_weights(file: Path) -> bool:
+    if file.name == _TRAINING_ARGUMENTS:
+        return False
+    indices = tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES)
+    return file.name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHT_SUFFIXES, *indices))
+
+
+def _why_left_out(subfolder: Path) -> str | None:
+    if subfolder.is_symlink():
+        return "a link to a folder"
+    if subfolder.name.startswith("."):
+        return "hidden"
+    if subfolder.name.startswith("checkpoint-"):
+        return "checkpoints of the training"
+    if any(_holds_weights(entry) for entry in _entries(subfolder) if not entry.is_dir()):
+        return "with weights of its own"
+    return None
 
 
 def _move_into_place(partial: Path, path: Path, *, overwrite: bool) -> None:
@@ -198,7 +272,7 @@ def _move_into_place(partial: Path, path: Path, *, overwrite: bool) -> None:
     if not overwrite:
         what = "was made by somebody else in the meantime"
         raise BadInput(what, where=path, remedy="choose another output, or replace it with --overwrite")
-    _require_replaceable(path, "folder")
+    _require_replaceable(path, "folder", {file.relative_to(partial) for file in partial.rglob("*") if file.is_file()})
     old = hidden_sibling(path)
     path.rename(old)
     try:
@@ -213,5 +287,5 @@ def _move_into_place(partial: Path, path: Path, *, overwrite: bool) -> None:
             shutil.rmtree(old)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def _size_words(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

@@ -75,7 +75,7 @@ def quality_rows(evaluation: Evaluation) -> list[Comparison]:
                 f"latency, batch {timing.batch_size}",
                 "" if timing.baseline_seconds is None else in_seconds(timing.baseline_seconds),
                 in_seconds(timing.compressed_seconds),
-                "" if timing.ratio is None else f"{timing.ratio:.2f} x",
+                "" if timing.ratio is None else f"{timing.ratio:.2f} x the time",
             )
         )
     return rows

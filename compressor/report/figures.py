@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.report.wording import compact, one_line, shortened
+from compressor.report.wording import compact, one_line, shortened_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
         rows = range(len(layers))
         axes.barh(rows, [layer.dense_parameters for layer in layers], height=0.72, color=BEFORE)
         axes.barh(rows, [layer.parameters for layer in layers], height=0.72, color=AFTER)
-        axes.set_yticks(rows, [shortened(one_line(layer.name), 40) for layer in layers])
+        axes.set_yticks(rows, shortened_apart([one_line(layer.name) for layer in layers], 40))
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -83,6 +83,8 @@ def spectrum_figure(spectrum: Spectrum, rank: int | None, *, prefix: str) -> str
             axes.axvline(rank, color=AFTER, linewidth=1.0, linestyle=(0, (3, 2)))
         axes.set_xlim(0, max(values.size, 1) + 1)
         axes.set_xticks(sorted({rank, values.size} - {None, 0}) if _apart(rank, values.size) else [values.size])
+        # A spectrum that hardly falls has a decade as well, so that it looks flat and its axis has labels.
+        axes.set_ylim(min(0.8 * float(heights.min(initial=1.0)), 0.08), 1.5)
         axes.yaxis.set_major_locator(LogLocator(numticks=4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()

@@ -11,12 +11,16 @@ from compressor.errors import BadInput
 from compressor.report.comparison import compression_rows
 from compressor.report.wording import (
     budget_words,
+    calibration_words,
+    error_words,
     in_bytes,
     in_seconds,
+    large_loss_words,
     one_line,
     percent,
     recipe_words,
     shape_of,
+    unchanged_words,
 )
 
 if TYPE_CHECKING:
@@ -26,11 +30,11 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def check_report_path(path: Path, *, overwrite: bool) -> None:
+def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> None:
     """Refuse a report that could not be written, before the work starts.
 
-    Raises `BadInput` when the path is not named .html, exists and `overwrite` is not set, or lies in no writable
-    folder, and when the libraries that draw the report are not installed.
+    Raises `BadInput` when the path is not named .html, exists and `overwrite` is not set, lies in no writable folder or
+    in the model folder `source`, and when the libraries that draw the report are not installed.
     """
     from compressor.checkpoint.output import check_output
 
@@ -44,7 +48,7 @@ def check_report_path(path: Path, *, overwrite: bool) -> None:
     # A slip such as --report MODEL --overwrite must not cost anybody a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("a report is an HTML file", where=path, remedy="give it a name that ends in .html")
-    check_output(path, source=None, form="file", overwrite=overwrite)
+    check_output(path, source=source, form="file", overwrite=overwrite)
 
 
 def write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
@@ -54,7 +58,8 @@ def write_report(compression: Compression, path: Path, *, overwrite: bool) -> No
     """
     from compressor.checkpoint.files import atomic_file
 
-    check_report_path(path, overwrite=overwrite)
+    source = Path(compression.source) if compression.model is None else None
+    check_report_path(path, source=source, overwrite=overwrite)
     page = report_page(compression)
     with atomic_file(path) as file:
         # A name in a checkpoint may hold half a surrogate pair, which UTF-8 has no bytes for.
@@ -71,15 +76,19 @@ def report_page(compression: Compression) -> str:
     # Trimmed blocks leave no empty lines where the template decides something.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    plan = compression.plan
+    plan, evaluation = compression.plan, compression.evaluation
+    calibrated = plan.calibration is not None
     return template.render(
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,
         budget=budget_words(plan.budget),
         advice=plan.advice,
+        calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
+        unchanged=unchanged_words(plan.layers, written=compression.output is not None),
         effort=f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}",
         comparisons=compression_rows(compression),
-        evaluation=compression.evaluation,
+        evaluation=evaluation,
+        large_loss=None if evaluation is None else large_loss_words(evaluation, calibrated=calibrated),
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
         sizes=Markup(sizes_figure(plan.layers)),
@@ -91,7 +100,7 @@ def report_page(compression: Compression) -> str:
                 "rank": "-" if layer.rank is None else layer.rank,
                 "form": layer.form,
                 "kept": percent(layer.parameters, layer.dense_parameters),
-                "error": f"{layer.error:.4f}",
+                "error": error_words(layer.error, 4),
                 "reason": layer.reason,
                 "spectrum": Markup(spectrum_figure(compression.spectra[layer.name], layer.rank, prefix=f"s{number}"))
                 if layer.name in compression.spectra

@@ -15,16 +15,20 @@ from rich.text import Text
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     budget_words,
+    calibration_words,
     compact,
+    error_words,
     in_bytes,
     in_seconds,
+    large_loss_words,
     one_line,
     percent,
     recipe_sources,
     recipe_words,
     shape_of,
-    shortened,
+    shortened_apart,
     thousands,
+    unchanged_words,
 )
 
 if TYPE_CHECKING:
@@ -35,12 +39,12 @@ if TYPE_CHECKING:
     from compressor.results import Compression, InspectedLayer, Inspection, Restoration
 
 NARROWEST_NAME = 8
-PATHS = frozenset({"model", "output", "report", "plan"})
+PATHS = frozenset({"model", "output", "plan"})
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """One row per layer: the name, shortened in the middle where the window is narrow, and its numbers."""
+    """One row per layer: the name, shortened where a terminal's window is narrow, and its numbers."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -50,12 +54,14 @@ class LayerTable:
         cells = [*columns, *self.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
         room = options.max_width - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = min(widths[0], max(room, NARROWEST_NAME))
+        if console.is_terminal:
+            widths[0] = min(widths[0], max(room, NARROWEST_NAME))
+        names = shortened_apart([name for name, *_ in self.rows], widths[0])
         for row in columns:
             yield Text(_aligned(row, widths), style="bold", no_wrap=True, overflow="ignore")
         yield Text("  ".join("─" * width for width in widths), style="dim", no_wrap=True, overflow="ignore")
-        for name, *numbers in self.rows:
-            line = _aligned((shortened(name, widths[0]), *numbers), widths)
+        for name, (_, *numbers) in zip(names, self.rows, strict=True):
+            line = _aligned((name, *numbers), widths)
             yield Text(line, no_wrap=True, overflow="ignore")
 
     def _padded_headers(self) -> Iterator[str]:
@@ -70,13 +76,10 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([name.strip().ljust(widths[0]), *numbers])
 
 
-def compression_text(compression: Compression, *, report: Path | None = None) -> RenderableType:
+def compression_text(compression: Compression) -> RenderableType:
     """What `compress MODEL` did: the request, the layers, sizes and quality before and after, and where it is."""
     plan = compression.plan
     effort = f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}"
-    places = [("output", compression.output or "nothing was written")]
-    if report is not None:
-        places.append(("report", str(report)))
     parts: list[RenderableType] = [
         _facts(
             ("model", compression.source),
@@ -85,25 +88,22 @@ def compression_text(compression: Compression, *, report: Path | None = None) ->
             *_calibration_facts(plan),
         ),
         *_plan_parts(plan.layers),
-        _side_by_side(compression_rows(compression)),
     ]
+    if (unchanged := unchanged_words(plan.layers, written=compression.output is not None)) is not None:
+        parts.append(Text(unchanged))
+    parts.append(_side_by_side(compression_rows(compression)))
     if compression.evaluation is not None:
-        parts.append(_measured_on(compression.evaluation))
+        parts.append(_measured_on(compression.evaluation, calibrated=plan.calibration is not None))
     if skipped := _skipped(compression.skipped):
         parts.append(skipped)
-    parts.append(_facts(*places, ("took", effort), *_advice(plan.advice)))
+    output = compression.output or "nothing was written"
+    parts.append(_facts(("output", output), ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
 
 
-def _calibration_facts(plan: Plan) -> list[tuple[str, str]]:
-    found = plan.calibration
-    if found is None:
-        return []
-    words = (
-        f"{found.examples} examples; loss increase {found.held_back_loss:.2g} nats per prediction on {found.held_back}"
-        f" held back, {found.predicted_loss:.2g} predicted to second order"
-    )
-    return [("data", words)]
+def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    if plan.calibration is not None:
+        yield "data", calibration_words(plan.calibration)
 
 
 def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
@@ -113,8 +113,10 @@ def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
     parts: list[RenderableType] = [
         _facts(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
         *_plan_parts(plan.layers),
-        _side_by_side([size]),
     ]
+    if (unchanged := unchanged_words(plan.layers, written=False)) is not None:
+        parts.append(Text(unchanged))
+    parts.append(_side_by_side([size]))
     if facts or plan.advice:
         parts.append(_facts(*facts, *_advice(plan.advice)))
     return _spaced(parts)
@@ -143,7 +145,8 @@ def inspection_text(inspection: Inspection) -> RenderableType:
 
 def evaluation_text(evaluation: Evaluation) -> RenderableType:
     """Quality, size, arithmetic, memory and latency of two models side by side."""
-    return _spaced([_side_by_side(evaluation_rows(evaluation), "baseline", "model"), _measured_on(evaluation)])
+    costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
+    return _spaced([costs, _measured_on(evaluation, calibrated=False)])
 
 
 def restoration_text(restoration: Restoration) -> RenderableType:
@@ -170,7 +173,7 @@ def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
             "-" if layer.rank is None else str(layer.rank),
             layer.form,
             percent(layer.parameters, layer.dense_parameters),
-            f"{layer.error:.3f}",
+            error_words(layer.error, 3),
             *(() if shared else (str(reasons.index(one_line(layer.reason)) + 1),)),
         )
         for layer in layers
@@ -295,7 +298,7 @@ def _skipped(layers: Iterable[Layer]) -> RenderableType | None:
 
 
 def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> RenderableType:
-    rows = [("", before, after, ""), *((c.label, c.before, c.after, c.compared) for c in comparisons)]
+    rows = [("", before, after, "compared"), *((c.label, c.before, c.after, c.compared) for c in comparisons)]
     known = [i for i in range(4) if any(row[i] for row in rows[1:])]
     cells = [tuple(row[i] for i in known) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -304,9 +307,14 @@ def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", aft
     return Group(*lines)
 
 
-def _measured_on(evaluation: Evaluation) -> RenderableType:
+def _measured_on(evaluation: Evaluation, *, calibrated: bool) -> RenderableType:
     words = f"measured on {evaluation.data}: {evaluation.count:,} predictions, {evaluation.device}"
-    return Text(one_line(words), style="dim")
+    lines = [Text(one_line(words), style="dim")]
+    if any(timing.ratio is not None for timing in evaluation.latency):
+        lines.append(Text("ratio of the times: median of paired runs", style="dim"))
+    if (warning := large_loss_words(evaluation, calibrated=calibrated)) is not None:
+        lines.append(Text(warning, style="bold"))
+    return Group(*lines)
 
 
 def _recipe_facts(recipe: TrainingRecipe) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from compressor.planning import Budget
+    from compressor.evaluation import Evaluation
+    from compressor.planning import Budget, CalibrationResult, LayerPlan
     from compressor.recipe import TrainingRecipe
 
 
@@ -26,6 +30,43 @@ def shortened(name: str, width: int) -> str:
     head = "…" + block[0][:-1] if block is not None else name[: width // 3]
     tail = width - len(head) - 1
     return head + "…" + name[len(name) - tail :] if tail > 0 else name[:width]
+
+
+def shortened_apart(names: Sequence[str], width: int) -> list[str]:
+    """The names in at most `width` characters each, `shortened` where no two become alike and otherwise told apart.
+
+    First their numbers and ends are tried, then longer and longer beginnings; what is alike even so is numbered. Names
+    that differ stay different down to a width of 8.
+    """
+    short = {name: name for name in names if len(name) <= width}
+    beginnings = (partial(_beginning_and_end, beginning=length) for length in range(1, width))
+    ways: list[Callable[[str, int], str]] = [shortened, _numbers_and_end, *beginnings]
+    for way in ways:
+        waiting = {name: way(name, width) for name in names if name not in short}
+        if not waiting:
+            break
+        taken, count = set(short.values()), Counter(waiting.values())
+        short |= {name: text for name, text in waiting.items() if count[text] == 1 and text not in taken}
+    for name in names:
+        number, text = 0, short.get(name, "")
+        while name not in short:
+            number += 1
+            text = shortened(name, width - len(f"~{number}")) + f"~{number}"
+            if text not in short.values():
+                short[name] = text
+    return [short[name] for name in names]
+
+
+def _numbers_and_end(name: str, width: int) -> str:
+    """The numbers among a name's parts, which tell its blocks apart, and as much of its end as there is room for."""
+    *parts, last = name.split(".")
+    numbers = "".join(f"{part}…" for part in parts if part.isdecimal())
+    room = width - len(numbers) - 1
+    return "…" + numbers + last[max(len(last) - room, 0) :] if room > 0 else shortened(name, width)
+
+
+def _beginning_and_end(name: str, width: int, *, beginning: int) -> str:
+    return name[:beginning] + "…" + name[len(name) - (width - beginning - 1) :]
 
 
 def in_bytes(size: float) -> str:
@@ -55,6 +96,14 @@ def compact(number: int) -> str:
 def percent(part: float, whole: float = 1) -> str:
     """A share in per cent, with one decimal; a dash where there is no whole."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def error_words(error: float, decimals: int) -> str:
+    """A relative error with so many decimals, in which only an error that is zero looks like one."""
+    least = 10.0**-decimals
+    if error == 0:
+        return "0"
+    return f"<{least:.{decimals}f}" if error < least / 2 else f"{error:.{decimals}f}"
 
 
 def in_seconds(seconds: float) -> str:
@@ -123,3 +172,38 @@ def change_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:
     if metric == "accuracy":
         return f"{-100 * drop + 0.0:+.2f} points"
     return f"{drop:+.4g}"
+
+
+def calibration_words(result: CalibrationResult) -> str:
+    """How many examples chose the ranks, and what the loss is expected to rise by."""
+    return (
+        f"{result.examples} examples; loss increase {result.held_back_loss:.2g} nats per prediction on"
+        f" {result.held_back} held back, {result.predicted_loss:.2g} predicted to second order"
+    )
+
+
+def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None:
+    """That every layer stays dense, where it is so; None otherwise."""
+    if any(layer.rank is not None for layer in layers):
+        return None
+    if written:
+        return "no layer was factorized; the output holds the same weights"
+    return "no layer would be factorized; the output would hold the same weights"
+
+
+# What deserves a warning: accuracy lost (a fraction), and the factor by which perplexity grew.
+LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
+
+
+def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
+    """What to do about a large loss of quality; None where there is none, or nothing to compare with."""
+    before, after = evaluation.baseline, evaluation.compressed
+    if before is None:
+        return None
+    if evaluation.metric == "accuracy":
+        large = before - after > LARGE_ACCURACY_DROP
+    else:
+        large = not after <= LARGE_PERPLEXITY_RATIO * before
+    if not large:
+        return None
+    return "this is a large loss: keep more" + ("" if calibrated else ", or pass --calibration")

@@ -12,6 +12,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,9 +274,13 @@ def model_folder(tmp_path: Path) -> Path:
         *("tf_model.h5", "flax_model.msgpack", "model.gguf", "model.onnx", "other.safetensors"),
     ):
         (folder / name).write_text("x")
-    for name in ("checkpoint-500", ".git", "runs"):
+    for name in ("checkpoint-500", ".git", "1_Pooling", "1_Pooling/.cache", "1_Pooling/words", "2_Dense", "onnx"):
         (folder / name).mkdir()
-        (folder / name / "config.json").write_text("{}")
+        (folder / name / "config.json").write_text(f'{{"of": "{name}"}}')
+    save_file({"w": torch.ones(4)}, folder / "2_Dense" / "model.safetensors")
+    (folder / "onnx" / "model.onnx").write_text("x")
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    (folder / "gone.json").symlink_to("nowhere")
     (folder / "latest.json").symlink_to("config.json")
     (folder / "secret.json").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("secret")
@@ -303,11 +308,62 @@ def test_a_folder_gets_everything_but_weights_and_training_state(
         "merges.txt",
         "training_args.bin",
         "trainer_state.json",
+        "latest.json",
+        "1_Pooling/config.json",
+        "1_Pooling/words/config.json",
     }
-    assert {entry.name for entry in (tmp_path / "out").iterdir()} == kept | {"latest.json"}
-    assert not any(entry.is_symlink() for entry in (tmp_path / "out").iterdir())
-    assert "secret.json" in caplog.text
+    written = contents(tmp_path / "out")
+    assert written.keys() == kept
+    assert all(written[name] == before[name] for name in kept - {"config.json"})
+    assert not any(entry.is_symlink() for entry in (tmp_path / "out").rglob("*"))
+    for name in ("secret.json", "gone.json", "again", ".git", "1_Pooling/.cache", "checkpoint-500", "2_Dense", "onnx"):
+        assert name in caplog.text
     assert contents(model_folder) == before
+
+
+def test_a_model_with_subfolders_is_replaced_by_one_with_the_same_and_no_more(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    (model_folder / "model.safetensors.index.json").unlink()
+    source = open_checkpoint(model_folder)
+
+    def write_again() -> None:
+        check_output(tmp_path / "out", source=source, form="folder", overwrite=True)
+        with output_folder(tmp_path / "out", copy_from=model_folder, overwrite=True) as folder:
+            write_safetensors(folder / "model.safetensors")
+
+    write_again()
+    first = contents(tmp_path / "out")
+    write_again()
+    assert contents(tmp_path / "out") == first
+    (tmp_path / "out" / "1_Pooling" / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="subfolders"):
+        write_again()
+    # Nor when it comes after the check.
+    with pytest.raises(BadInput, match="subfolders"), output_folder(tmp_path / "out", copy_from=None, overwrite=True):
+        pass
+    assert (tmp_path / "out" / "1_Pooling" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
+def test_a_companion_that_cannot_be_read_is_bad_input_and_leaves_nothing(
+    tmp_path: Path, model_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable, opened = model_folder / name, Path.open
+
+    def refused(self: Path, *given: Any, **named: Any) -> Any:
+        # Permissions do not stop the superuser.
+        if self == unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *given, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with (
+        pytest.raises(BadInput, match=f"{name}: may not be read"),
+        output_folder(tmp_path / "out", copy_from=model_folder, overwrite=False),
+    ):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"model", "secret"}
 
 
 def test_files_of_a_hugging_face_cache_are_copied_through_their_links(tmp_path: Path) -> None:
@@ -463,6 +519,13 @@ def test_an_unwritable_place_is_refused_before_the_work(tmp_path: Path, place: s
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
         check_output(tmp_path / place, source=None, form="file", overwrite=False)
+
+
+def test_small_sizes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=81_200)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(BadInput, match=r"needs 123\.4 kB, and the disk has 81\.2 kB free"):
+        check_output(tmp_path / "o", source=None, form="file", overwrite=False, needed_bytes=123_400)
 
 
 def test_too_little_space_is_refused_with_both_sizes(tmp_path: Path) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 from compressor import pipeline
+from compressor.checkpoint import open_checkpoint
 from compressor.checkpoint.writer import SafetensorsWriter
-from compressor.cli.main import SUBCOMMANDS, run
 from compressor.cli.options import TRAINING_FLAGS
+from compressor.cli.run import SUBCOMMANDS, run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
 
 COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
@@ -92,6 +96,8 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "-q",
             "--calibration",
             "c.txt",
+            "--data-samples",
+            "9",
             "--calibration-samples",
             "7",
             "--seed",
@@ -109,6 +115,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "recipe_file": Path("r.yaml"),
         "factory": "a.b:make",
         "data": "d.csv",
+        "data_samples": 9,
         "calibration": "c.txt",
         "calibration_samples": 7,
         "seed": 3,
@@ -270,7 +277,101 @@ def test_the_model_itself_is_never_the_output(command: list[str], model: Path, c
     assert model.read_bytes() == before
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_report_is_never_written_into_the_model(model: Path, capsys: Captured) -> None:
+    before = tree(model.parent)
+    assert run([str(model.parent), "--keep", "0.5", "--report", str(model.parent / "report.html")]) == 2
+    assert "inside the input folder" in capsys.readouterr().err
+    assert tree(model.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ([""], "MODEL"),
+        (["inspect", ""], "MODEL"),
+        (["MODEL", "-o", ""], "--output"),
+        (["MODEL", "--output="], "--output"),
+        (["MODEL", "--report", ""], "--report"),
+        (["MODEL", "--plan", ""], "--plan"),
+        (["MODEL", "--recipe", ""], "--recipe"),
+        (["plan", "MODEL", "-o", ""], "--output"),
+        (["restore", "MODEL", "-o", ""], "--output"),
+        (["evaluate", "MODEL", "--data", "builtin:digits", "--baseline", ""], "--baseline"),
+    ],
+)
+def test_an_empty_name_is_refused_by_the_name_of_its_argument(
+    arguments: list[str], what: str, model: Path, capsys: Captured
+) -> None:
+    assert run([str(model) if word == "MODEL" else word for word in arguments]) == 2
+    assert capsys.readouterr() == ("", f"error: {what} is empty; name a file or folder\n")
+    assert list(model.parent.iterdir()) == [model]
+
+
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_a_report_that_fails_does_not_hide_the_model_that_was_written(
+    json_asked: bool, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def full(*_: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output, report = model.with_name("small.safetensors"), model.with_name("report.html")
+    monkeypatch.setattr("compressor.report.html.report_page", lambda _: "x" * 10)
+    monkeypatch.setattr("compressor.checkpoint.files.os.fsync", full_for(".report.html", full))
+    asked = [str(model), "--keep", "0.5", "-q", "-o", str(output), "--report", str(report)]
+    assert run([*asked, *(["--json"] if json_asked else [])]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: the model was written to {output}; the report was not: ")
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+    assert str(output) in out
+    assert "report " not in out
+    if json_asked:
+        assert json.loads(out)["output"] == str(output)
+    assert sorted(path.name for path in model.parent.iterdir()) == [model.name, output.name]
+    open_checkpoint(output)
+
+
+def full_for(prefix: str, fail: Callable[..., NoReturn]) -> Callable[[int], None]:
+    """A stand-in for `os.fsync` that fails for the files of which the name begins so."""
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(prefix):
+            fail()
+
+    return fsync
+
+
 # What is printed
+
+
+def test_an_output_with_the_same_weights_is_called_so(incompressible: Path, capsys: Captured) -> None:
+    said = "no layer was factorized; the output holds the same weights"
+    assert run([str(incompressible), "--keep", "1"]) == 0
+    assert f"\n{said}\n" in capsys.readouterr().out
+    assert run(["plan", str(incompressible), "--keep", "1"]) == 0
+    assert "\nno layer would be factorized; " in capsys.readouterr().out
+
+
+def test_compressed_layers_are_not_called_unchanged(model: Path, capsys: Captured) -> None:
+    assert run([str(model), "--keep", "0.5"]) == 0
+    assert "was factorized" not in capsys.readouterr().out
+
+
+def test_what_was_written_is_said_when_the_result_cannot_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    output = model.with_name("small.safetensors")
+    with Path("/dev/full").open("w") as full, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", full)
+        assert run([str(model), "--keep", "0.5", "-q", "-o", str(output)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {output} was written, but standard output cannot be written (No space left on device)\n"
+    )
+    open_checkpoint(output)
 
 
 def test_json_is_one_document_alone_with_the_documented_keys(model: Path, capsys: Captured) -> None:
@@ -323,11 +424,15 @@ def test_a_restored_model_is_told_with_its_sizes(model: Path, capsys: Captured) 
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]])
-def test_tables_fit_80_columns_and_nothing_steers_the_terminal(
+def test_tables_fit_a_terminal_of_80_columns_and_nothing_steers_it(
     arguments: list[str], model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
-    assert run([*arguments, model.name]) == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        assert run([*arguments, model.name]) == 0
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines()) <= 80
     assert all(line.isprintable() for line in out.splitlines())
@@ -335,6 +440,16 @@ def test_tables_fit_80_columns_and_nothing_steers_the_terminal(
     for block in range(3):
         for end in ("query", "up"):
             assert any(re.match(f"…{block}[.…].*{end} ", line) for line in out.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]])
+def test_a_pipe_gets_whole_names(arguments: list[str], model: Path, capsys: Captured) -> None:
+    assert run([*arguments, str(model)]) == 0
+    out = capsys.readouterr().out
+    for block in range(3):
+        for end in ("attention.query", "feed_forward.up"):
+            assert f"\nencoder.layers.{block}.a_rather_long_block_name.{end} " in out
+    assert "…" not in out
 
 
 def test_a_path_is_never_broken_into_lines(model: Path, capsys: Captured) -> None:
@@ -382,7 +497,7 @@ def test_the_version_is_that_of_the_distribution(capsys: Captured) -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["--no-such-option"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
     script = (
-        "import sys; from compressor.cli.main import run; run(sys.argv[1:]); "
+        "import sys; from compressor.cli.run import run; run(sys.argv[1:]); "
         "print('HEAVY', {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
@@ -400,7 +515,7 @@ def test_help_takes_less_than_half_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "MODEL"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["inspect", "MODEL"], ["--help"], ["plan", "--help"], ["--version"]])
 def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) -> None:
     command = [*COMPRESS, *(str(model) if word == "MODEL" else word for word in arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -408,8 +523,102 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) 
     assert process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait() in ((0, 1) if arguments == ["--help"] else (0,))
+    assert process.wait() == 0
     process.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "MODEL", "-q"]])
+@pytest.mark.parametrize("place", [">&-", ">/dev/full"])
+def test_a_standard_output_that_takes_nothing_is_a_failure_in_one_line(
+    arguments: list[str], place: str, model: Path
+) -> None:
+    words = [str(model) if word == "MODEL" else word for word in arguments]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {place}', "sh", *COMPRESS, *words], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_standard_error_is_no_failure(model: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMPRESS, "inspect", str(model)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, "Effective ranks" in done.stdout) == (0, True)
+
+
+STOP_WHILE_WRITING = """
+import os, sys, time
+from compressor.checkpoint.writer import SafetensorsWriter
+write, number = SafetensorsWriter.write, int(sys.argv.pop(1))
+
+def stopped(self, name, tensor):
+    write(self, name, tensor)
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+SafetensorsWriter.write = stopped
+import pathlib
+unlink = pathlib.Path.unlink
+
+def unlink_at_another_signal(self, *given, **named):
+    os.kill(os.getpid(), number)
+    unlink(self, *given, **named)
+
+pathlib.Path.unlink = unlink_at_another_signal
+from compressor.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_writing_leaves_nothing_behind_even_when_it_is_sent_twice(number: int, model: Path) -> None:
+    command = [sys.executable, "-c", STOP_WHILE_WRITING, str(int(number)), str(model), "--keep", "0.5", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "interrupted\n")
+    assert list(model.parent.iterdir()) == [model]
+
+
+def test_an_interrupt_during_the_imports_is_one_line() -> None:
+    # The first module that the command line imports besides its own.
+    script = (
+        "import builtins, os, signal, sys\n"
+        "import compressor.cli\n"
+        "found = builtins.__import__\n"
+        "def interrupted(name, *given):\n"
+        "    if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return found(name, *given)\n"
+        "assert 'typer' not in sys.modules\n"
+        "builtins.__import__ = interrupted\n"
+        "compressor.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_signal_that_the_parent_silenced_stays_silent() -> None:
+    script = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import compressor.cli.run as command_line\n"
+        "command_line.run = lambda _: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "from compressor.cli.main import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_warnings_of_transformers_stay_off_standard_error() -> None:
+    script = (
+        "from compressor.cli.run import run; run(['--version']); "
+        "from transformers.utils import logging; logging.get_logger('transformers.any').warning('a warning'); "
+        "logging.get_logger('transformers.any').error('an error')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert "a warning" not in done.stderr
+    assert "an error" in done.stderr
 
 
 def test_a_name_that_the_encoding_lacks_does_not_stop_the_output(model: Path) -> None:

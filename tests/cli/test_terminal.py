@@ -35,13 +35,34 @@ def test_what_json_has_no_word_for_becomes_null_at_any_depth(value: float) -> No
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=60))
-def test_progress_lines_are_at_least_ten_seconds_apart(pauses: list[float]) -> None:
-    now, written_at = 0.0, [0.0]
-    progress = progress_lines(lambda _: written_at.append(now), lambda: now)
+def test_progress_lines_are_at_least_ten_seconds_apart_and_a_finished_stage_has_its_line(pauses: list[float]) -> None:
+    now, written = 0.0, [(0.0, "")]
+    progress = progress_lines(lambda line: written.append((now, line)), lambda: now)
     for done, pause in enumerate(pauses, start=1):
         now += pause
         progress("measure", done, len(pauses))
-    assert all(later - earlier >= 10 for earlier, later in pairwise(written_at))
+    ends = [line for _, line in written if line.endswith("done")]
+    assert len(ends) == (now >= 10)
+    underway = [at for at, line in written if line not in ends]
+    assert all(later - earlier >= 10 for earlier, later in pairwise(underway))
+
+
+def test_the_time_left_counts_from_the_start_of_the_stage() -> None:
+    now, lines = 0.0, list[str]()
+    progress = progress_lines(lines.append, lambda: now)
+    progress("measure", 1, 1)
+    # Work that reports nothing, and the first step, come before the first call of the next stage.
+    now = 500.0
+    for done in range(1, 11):
+        progress("factorize", done, 10)
+        now += 20
+    assert lines[:3] == [
+        "factorize: 1 of 10",
+        "factorize: 2 of 10, about 3 min left",
+        "factorize: 3 of 10, about 2 min left",
+    ]
+    assert not any("about 0 s" in line for line in lines)
+    assert lines[-1] == "factorize: all 10 done"
 
 
 def test_progress_at_a_steady_pace_tells_the_time_that_is_left() -> None:
@@ -61,7 +82,7 @@ def test_a_silent_minute_is_broken_even_without_a_tenth_more() -> None:
     for done in range(1, 121):
         now += 1
         progress("factorize", done, 10_000)
-    assert lines == ["factorize: 60 of 10000, about 2.7 h left", "factorize: 120 of 10000, about 2.7 h left"]
+    assert lines == ["factorize: 60 of 10000, about 2.8 h left", "factorize: 120 of 10000, about 2.7 h left"]
 
 
 def test_logs_of_the_package_go_to_standard_error_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

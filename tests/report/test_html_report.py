@@ -13,7 +13,7 @@ import pytest
 
 from compressor.errors import BadInput
 from compressor.evaluation import Cost, Evaluation, Latency
-from compressor.planning import Budget, LayerPlan, Plan
+from compressor.planning import Budget, CalibrationResult, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.report import check_report_path, write_report
 from compressor.report.figures import sizes_figure, spectrum_figure
@@ -131,6 +131,38 @@ def test_the_page_tells_the_numbers_of_the_result() -> None:
         assert words in text
 
 
+def test_every_row_and_every_column_has_a_header() -> None:
+    headers = re.findall(r"<th[^>]*>([^<]*)</th>", report_page(compression("a")))
+    # The corner of "before and after" alone is empty.
+    assert [header for header in headers if not header] == [""]
+    assert "compared" in headers
+
+
+def test_every_layer_and_its_reason_is_in_the_table() -> None:
+    page = report_page(compression("first.dense", "second.dense"))
+    table = page.partition("<h2>Layers</h2>")[2].partition("</table>")[0]
+    rows = [Page(row).text for row in table.split("<tr>")[2:]]
+    assert [row.startswith(name) for row, name in zip(rows, ("first.dense", "second.dense"), strict=True)] == [True] * 2
+    assert all("its share" in row for row in rows)
+
+
+def test_calibration_is_told_where_it_was_done() -> None:
+    plain = compression("a")
+    result = CalibrationResult(examples=96, held_back=32, power=0.5, predicted_loss=0.0123, held_back_loss=0.0341)
+    calibrated = replace(plain, plan=replace(plain.plan, calibration=result))
+    text = " ".join(Page(report_page(calibrated)).text.split())
+    for words in ("96 examples", "32 held back", "0.034", "0.012"):
+        assert words in text
+    assert "held back" not in Page(report_page(plain)).text
+
+
+def test_an_output_that_is_the_input_again_is_called_so() -> None:
+    dense = replace(compression("a"), plan=replace(compression("a").plan, layers=(layer("a", None),)))
+    assert "no layer was factorized; the output holds the same weights" in report_page(dense)
+    assert "no layer would be factorized" in report_page(replace(dense, output=None))
+    assert "factorized" not in Page(report_page(compression("a"))).text
+
+
 def test_the_page_tells_what_it_cost() -> None:
     evaluation = Evaluation(
         metric="accuracy",
@@ -148,8 +180,20 @@ def test_the_page_tells_what_it_cost() -> None:
         latency=(Latency(1, 2e-3, 1e-3, 0.5, 7),),
     )
     text = " ".join(Page(report_page(compression("a", evaluation=evaluation))).text.split())
-    for words in ("97.5 %", "97.0 %", "-0.50 points", "360 predictions", "2 ms", "1 ms", "0.50 x", "builtin:digits"):
+    for words in (
+        "97.5 %",
+        "97.0 %",
+        "-0.50 points",
+        "360 predictions",
+        "2 ms",
+        "1 ms",
+        "0.50 x the time",
+        "builtin:digits",
+    ):
         assert words in text
+    assert "large loss" not in text
+    lost = replace(evaluation, compressed=0.9, drop=0.075)
+    assert "this is a large loss: keep more, or pass --calibration" in report_page(compression("a", evaluation=lost))
     alone = replace(evaluation, baseline=None, drop=None, baseline_loss=None, baseline_cost=None, latency=())
     assert "97.0 %" in Page(report_page(compression("a", evaluation=alone))).text
 
@@ -180,6 +224,30 @@ def test_a_chosen_rank_is_marked_in_the_spectrum_and_a_dense_layer_has_no_mark()
     assert "var(--after)" not in spectrum_figure(spectrum, None, prefix="a")
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.ones(64),
+        np.linspace(1, 0.9, 64),
+        np.geomspace(1, 0.2, 64),
+        np.geomspace(1, 1e-3, 64),
+        np.geomspace(1, 1e-9, 64),
+    ],
+)
+def test_the_height_of_a_spectrum_can_be_read_from_two_labels_or_more(values: np.ndarray[Any, Any]) -> None:
+    # Labels of the index are whole numbers above one.
+    labels = {
+        float(text) for text in re.findall(r">\s*([\d.e-]+)\s*</text>", spectrum_figure(values, None, prefix="a"))
+    }
+    assert len([label for label in labels if label <= 1]) >= 2
+
+
+def test_bars_of_layers_with_long_names_have_labels_of_their_own() -> None:
+    names = [f"encoder.{'x' * 30}.layers.{i}.blocks.{j}.{'y' * 40}" for i in range(2) for j in range(3)]
+    labels = re.findall(r">\s*(…[^<]*?)\s*</text>", sizes_figure([layer(name) for name in names]))
+    assert len(set(labels)) == len(names)
+
+
 @pytest.mark.parametrize("values", [np.zeros(5), np.ones(1), np.array([]), np.geomspace(1, 1e-30, 5000)])
 def test_any_spectrum_has_a_small_figure(values: np.ndarray[Any, Any]) -> None:
     svg = spectrum_figure(values, None, prefix="a")
@@ -193,14 +261,24 @@ def test_a_report_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, m
     existing.write_text("mine")
     for path in (existing, tmp_path / "model.safetensors", tmp_path / "no folder" / "r.html", Path("/proc/r.html")):
         with pytest.raises(BadInput):
-            check_report_path(path, overwrite=False)
+            check_report_path(path, source=None, overwrite=False)
         with pytest.raises(BadInput):
             write_report(compression("a"), path, overwrite=False)
     assert existing.read_text() == "mine"
-    check_report_path(existing, overwrite=True)
+    check_report_path(existing, source=None, overwrite=True)
     write_report(compression("a"), existing, overwrite=True)
     assert existing.read_text().startswith("<!DOCTYPE html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.html"]
     monkeypatch.setattr("compressor.report.html.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'lowrank-compressor\[report\]'"):
-        check_report_path(tmp_path / "new.html", overwrite=False)
+        check_report_path(tmp_path / "new.html", source=None, overwrite=False)
+
+
+def test_a_report_inside_the_model_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    inside = tmp_path / "model" / "r.html"
+    with pytest.raises(BadInput, match="inside the input folder"):
+        check_report_path(inside, source=tmp_path / "model", overwrite=True)
+    with pytest.raises(BadInput, match="inside the input folder"):
+        write_report(compression("a", source=str(tmp_path / "model")), inside, overwrite=True)
+    assert not inside.exists()

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import re
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.evaluation import Cost, Evaluation
 from compressor.planning import Budget
 from compressor.recipe import TrainingRecipe
 from compressor.report.wording import (
     budget_words,
     change_words,
     compact,
+    error_words,
     in_bytes,
     in_seconds,
+    large_loss_words,
     one_line,
     percent,
     recipe_sources,
     recipe_words,
     shortened,
+    shortened_apart,
 )
 
 
@@ -43,6 +51,68 @@ def test_a_shortened_name_keeps_its_block_and_its_end(block: int, width: int) ->
     short = shortened(f"model.decoder.layers.{block}.self_attention.projection", width)
     assert short.startswith(f"…{block}")
     assert short.endswith("tion")
+
+
+layer_names = st.lists(
+    st.lists(st.sampled_from(["layers", "layer", "0", "1", "27", "convolution", "attention"]), min_size=1, max_size=8),
+    max_size=40,
+).map(lambda parts: list(dict.fromkeys(".".join(part) for part in parts)))
+
+
+@given(layer_names | st.lists(st.text(alphabet="a.0…~1", max_size=25), max_size=40, unique=True), st.integers(8, 40))
+def test_different_names_stay_different_when_shortened(names: list[str], width: int) -> None:
+    short = shortened_apart(names, width)
+    assert len(set(short)) == len(names)
+    assert all(len(text) <= width for text in short)
+    assert all(text == name for text, name in zip(short, names, strict=True) if len(name) <= width)
+
+
+@given(st.integers(19, 40))
+def test_blocks_are_told_apart_by_their_numbers(width: int) -> None:
+    names = [
+        f"resnet.encoder.stages.{i}.layers.{j}.layer.{k}.convolution" for i in (0, 1) for j in (0, 1) for k in (0, 1)
+    ]
+    for name, text in zip(names, shortened_apart(names, width), strict=True):
+        assert text.endswith("convolution")
+        assert re.findall(r"\d", name)[-len(re.findall(r"\d", text)) :] == re.findall(r"\d", text)
+
+
+@given(st.floats(0, 2), st.integers(1, 6))
+def test_only_an_error_that_is_zero_looks_like_zero(error: float, decimals: int) -> None:
+    words = error_words(error, decimals)
+    assert (words == "0") == (error == 0)
+    if words.startswith("<"):
+        assert 0 < error < float(words[1:])
+    else:
+        assert float(words) == pytest.approx(error, abs=0.51 * 10.0**-decimals)
+        assert (float(words) == 0) == (error == 0)
+
+
+def evaluation(metric: Literal["accuracy", "perplexity"], baseline: float | None, compressed: float) -> Evaluation:
+    cost = Cost(1, 4, 1, 4)
+    worse = None if baseline is None else compressed - baseline if metric == "perplexity" else baseline - compressed
+    task = "language-modeling" if metric == "perplexity" else "image-classification"
+    return Evaluation(metric, baseline, compressed, worse, None, 1.0, 10, "data", task, "cpu", None, cost, ())
+
+
+@pytest.mark.parametrize(
+    ("measured", "large"),
+    [
+        (evaluation("accuracy", 0.9, 0.84), True),
+        (evaluation("accuracy", 0.9, 0.86), False),
+        (evaluation("accuracy", 0.9, 0.95), False),
+        (evaluation("perplexity", 4.0, 8.1), True),
+        (evaluation("perplexity", 4.0, 7.9), False),
+        (evaluation("perplexity", 4.0, math.inf), True),
+        (evaluation("perplexity", 4.0, math.nan), True),
+        (evaluation("accuracy", None, 0.1), False),
+    ],
+)
+def test_a_large_loss_is_called_so_with_what_is_left_to_try(measured: Evaluation, large: bool) -> None:
+    words = large_loss_words(measured, calibrated=False)
+    assert words == ("this is a large loss: keep more, or pass --calibration" if large else None)
+    words = large_loss_words(measured, calibrated=True)
+    assert words == ("this is a large loss: keep more" if large else None)
 
 
 UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
