@@ -42,8 +42,8 @@ RESULT = ROOT / "benchmarks" / "results" / "quality.json"
 DATA = {"digits-vit": "builtin:digits", "stdlib-llama": "builtin:stdlib"}
 KEEPS = (0.8, 0.6, 0.4, 0.2)
 SEEDS = (0, 1, 2)
-EXAMPLES = {"digits-vit": 256, "stdlib-llama": 128}
-TEST_EXAMPLES = {"digits-vit": None, "stdlib-llama": 256}
+EXAMPLES = {"digits-vit": 128, "stdlib-llama": 64}
+TEST_EXAMPLES = {"digits-vit": None, "stdlib-llama": 128}
 
 
 def main() -> None:
