@@ -47,12 +47,13 @@ TEST_EXAMPLES = {"digits-vit": None, "stdlib-llama": 128}
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(DATA)
-    rows = [row for name in names for row in compare(name)]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for name in sys.argv[1:] or list(DATA):
+        rows += compare(name)
+        RESULT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(table(rows) + "\n")
 
 
