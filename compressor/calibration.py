@@ -7,6 +7,7 @@ Three examples of four give the moments; the fourth is held back, so that what i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from compressor.checkpoint import Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, EvaluationData, logits_of, prepared
 from compressor.factorize import Metric
-from compressor.measure.moments import CalibrationPass, collect_moments, shrunk
+from compressor.measure.moments import CalibrationPass, collect_moments, kept_predictions, shrunk
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,12 @@ def calibrate(
         passes = (CalibrationPass(_run(model, batch), batch.inputs.get("attention_mask")) for batch in fitted)
         moments = collect_moments(modules, passes, seed=seed)
         dense_logits = [logits_of(model, batch.inputs).cpu() for batch in held_back]
-    reached = {name: found for name, found in moments.items() if found is not None}
+    # A layer whose inputs or gradients are all zero is not reached either: nothing is known of what it is for.
+    reached = {
+        name: found
+        for name, found in moments.items()
+        if found is not None and float(found.inputs.trace()) > 0 and float(found.gradients.trace()) > 0
+    }
     for name in moments.keys() - reached.keys():
         logger.warning("no calibration example reached %s, so it stays dense", name)
     return Calibration(
@@ -79,17 +85,20 @@ def calibrate(
 def held_back_divergence(calibration: Calibration, compressed: nn.Module, device: torch.device) -> float:
     """Mean Kullback-Leibler divergence per prediction from the dense model to the compressed one, in nats.
 
-    On the examples held back. It is the increase in loss on targets drawn from the dense model, the quantity that the
-    second-order estimate predicts.
+    On the examples held back; infinite if it is not finite. It is the increase in loss on targets drawn from the dense
+    model, the quantity that the second-order estimate predicts.
     """
     total, count = 0.0, 0
     with prepared(device, compressed):
         for batch, dense in zip(calibration.held_back, calibration.dense_logits, strict=True):
-            before = dense.flatten(0, -2).to(device).double().log_softmax(-1)
-            after = logits_of(compressed, batch.inputs).flatten(0, -2).double().log_softmax(-1)
-            total += float(nn.functional.kl_div(after, before, log_target=True, reduction="sum"))
+            mask = batch.inputs.get("attention_mask")
+            before = kept_predictions(dense.to(device), mask).double().log_softmax(-1)
+            after = kept_predictions(logits_of(compressed, batch.inputs), mask).double().log_softmax(-1)
+            # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
+            terms = torch.where(before > -torch.inf, before.exp() * (before - after), 0.0)
+            total += float(terms.sum())
             count += before.shape[0]
-    return total / count
+    return total / count if math.isfinite(total) else math.inf
 
 
 def _parts(data: EvaluationData | Iterable[Any]) -> tuple[list[Batch], list[Batch]]:
@@ -122,7 +131,7 @@ def _as_batch(given: Any) -> Batch:
         raise BadInput(
             f"the calibration data yields {type(given).__name__}", remedy="yield tensors, pairs, or mappings of tensors"
         )
-    return Batch({name: tensor for name, tensor in inputs.items() if name != "labels"}, torch.empty(0))
+    return Batch({name: tensor.detach() for name, tensor in inputs.items() if name != "labels"}, torch.empty(0))
 
 
 def _examples(batch: Batch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import sys
@@ -229,6 +230,11 @@ def compress(
     target = _checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
+    if calibration is not None and plan is None and (budget is None or budget.kind == "tolerance"):
+        raise BadInput(
+            "calibration shares a size among the layers, and none was asked for",
+            remedy="ask for one with --keep or --max-size, or give a --plan",
+        )
     where = resolve_device(device)
     evaluated = None if data is None else _evaluation_data(data, checkpoint, subject.recipe, "test", data_samples)
     samples = _calibration_data(calibration, subject, calibration_samples)
@@ -596,7 +602,10 @@ def _plan(
         layers = apply_edits(edited, measured, where)
         if edited.digest is not None and digest is not None and edited.digest != digest:
             logger.warning("the plan was made for other weights than those of %s", subject.name)
-        return Plan(subject.name, digest, Budget("plan"), layers)
+        if (edited.calibrated or edited.calibration is not None) and calibrated is None:
+            logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
+        applied = Plan(subject.name, digest, Budget("plan"), layers)
+        return applied if calibrated is None else _measured_plan(subject, measured, applied, calibrated, device)
     chosen = budget or default_budget(measured, subject.recipe.family)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
@@ -607,25 +616,46 @@ def _plan(
     if calibrated is None:
         layers = choose_ranks(measured, chosen, form, file_bytes)
         return Plan(subject.name, digest, chosen, layers, advice)
-    best: tuple[float, Plan] | None = None
-    for power in ALLOCATION_POWERS if chosen.kind in ("keep", "max-size") else ALLOCATION_POWERS[:1]:
+    candidates = []
+    for power in ALLOCATION_POWERS:
         layers = choose_ranks(measured, chosen, form, file_bytes, power)
         candidate = Plan(subject.name, digest, chosen, layers, advice)
-        rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, candidate, calibrated.metrics)
-        compressed = rewritten_module(rewriting, calibrated.model, device, lambda _name, _error: None)
-        divergence = held_back_divergence(calibrated, compressed, device)
-        logger.info("allocation power %g: %.5f nats per prediction on the data held back", power, divergence)
-        if best is None or divergence < best[0]:
-            result = CalibrationResult(
-                examples=calibrated.examples,
-                held_back=calibrated.held_back_examples,
-                power=power,
-                predicted_loss=predicted_loss(measured, layers),
-                held_back_loss=divergence,
-            )
-            best = (divergence, replace(candidate, calibration=result))
-    assert best is not None
-    return best[1]
+        candidates.append(_measured_plan(subject, measured, candidate, calibrated, device, power))
+    return min(candidates, key=_held_back_loss)
+
+
+def _held_back_loss(plan: Plan) -> float:
+    assert plan.calibration is not None
+    return plan.calibration.held_back_loss
+
+
+def _measured_plan(
+    subject: _Subject,
+    measured: Sequence[MeasuredLayer],
+    plan: Plan,
+    calibrated: Calibration,
+    device: torch.device,
+    power: float | None = None,
+) -> Plan:
+    """The plan with what it is predicted to cost, and what it costs on the calibration data held back."""
+    rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, calibrated.metrics)
+    compressed = rewritten_module(rewriting, calibrated.model, device, lambda _name, _error: None)
+    loss = held_back_divergence(calibrated, compressed, device)
+    if not math.isfinite(loss):
+        raise BadInput(
+            "the compressed model's predictions on the calibration data are not finite",
+            where=subject.name,
+            remedy="keep more, or use the model in a wider dtype",
+        )
+    logger.info("allocation power %s: %.5f nats per prediction on the data held back", power, loss)
+    result = CalibrationResult(
+        examples=calibrated.examples,
+        held_back=calibrated.held_back_examples,
+        power=power,
+        predicted_loss=predicted_loss(measured, plan.layers),
+        held_back_loss=loss,
+    )
+    return replace(plan, calibration=result)
 
 
 def _calibration_data(

@@ -149,3 +149,23 @@ def test_bad_calibration_is_one_line(data: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
         compress(build(), keep=0.5, calibration=data)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("request_", [{}, {"tolerance": 0.1}])
+def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Sequential, request_: dict[str, float]) -> None:
+    with pytest.raises(BadInput, match="--keep or --max-size"):
+        compress(trained, calibration=batches(), **request_)  # type: ignore[arg-type]
+
+
+def test_its_plan_is_as_good_when_it_is_applied_with_the_data_and_warns_without(
+    trained: nn.Sequential, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = plan(trained, keep=0.3, calibration=batches())
+    (tmp_path / "plan.json").write_text(json.dumps(chosen.to_dict()))
+    applied = compress(trained, plan=tmp_path / "plan.json", calibration=batches())
+    assert applied.plan.calibration is not None
+    assert chosen.calibration is not None
+    assert applied.plan.calibration.held_back_loss == pytest.approx(chosen.calibration.held_back_loss, rel=1e-3)
+    assert not caplog.messages
+    compress(trained, plan=tmp_path / "plan.json")
+    assert any("calibration data" in message for message in caplog.messages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def collect_moments(
     with torch.enable_grad(), collector:
         for each in passes:
             collector.begin(each.mask)
-            logits = each.logits().flatten(0, -2).float()
+            logits = kept_predictions(each.logits(), each.mask).float()
             if generator is None:
                 generator = torch.Generator(logits.device).manual_seed(seed)
             targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
@@ -64,7 +65,8 @@ def collect_moments(
                     "the model's own loss on the calibration data is not finite",
                     remedy="use the model in a wider dtype, or other data",
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # else the model reached none of the layers
+                loss.backward()  # type: ignore[no-untyped-call]
             predictions += targets.numel()
     if not predictions:
         raise BadInput("the calibration data yields nothing", remedy="give data with at least one batch")
@@ -78,25 +80,26 @@ class _Collector:
         self._layers = layers
         self._inputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._inputs_seen: dict[str, int] = {}
         self._positions: dict[str, int] = {}
-        self._shares: dict[str, str] = {}
-        self._seen: dict[tuple[int, Hashable], tuple[Tensor, str]] = {}
+        # One product for all layers that see one tensor in one state as the same vectors.
+        self._products: dict[tuple[int, int, Hashable], tuple[Tensor, Tensor, int]] = {}
         self._mask: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
         for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._hook(name)))
+            self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._seen.clear()
+        self._products.clear()
 
     def begin(self, mask: Tensor | None) -> None:
         """Start a pass: no tensor of it has been seen yet."""
         self._mask = mask
-        self._seen.clear()
+        self._products.clear()
 
     def moments(self, predictions: int) -> dict[str, Moments | None]:
         """The means of what was added up."""
@@ -106,29 +109,34 @@ class _Collector:
                 found[name] = None
                 continue
             positions = self._positions[name]
-            inputs = self._inputs[self._shares[name]] / positions
+            inputs = self._inputs[name] / self._inputs_seen[name]
             found[name] = Moments(inputs, self._gradients[name] / positions, positions, positions / predictions)
         return found
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x = arguments[0]
-            _, owner = self._seen.setdefault((id(x), _patches(layer)), (x, name))
-            # A layer keeps the company it had in the first pass, so that its share of the sum stays its own.
-            owner = self._shares.setdefault(name, owner)
-            if owner == name:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+            x: Tensor = arguments[0] if arguments else next(iter(named.values()))
+            key = (id(x), x._version, _patches(layer))
+            if key not in self._products:
                 vectors = self._kept(_input_vectors(layer, x.detach()), x)
-                self._add(self._inputs, name, vectors, "activations")
-            if not output.requires_grad:
+                self._products[key] = (x, self._product(vectors, name, "activations"), vectors.shape[0])
+            _, product, count = self._products[key]
+            self._inputs[name] = self._inputs[name] + product if name in self._inputs else product
+            self._inputs_seen[name] = self._inputs_seen.get(name, 0) + count
+            leaf = not output.requires_grad
+            if leaf:
                 output.requires_grad_(True)
             output.register_hook(partial(self._backward, name, layer))  # type: ignore[no-untyped-call]
+            # What follows may work in place, which a leaf does not allow.
+            return output.clone() if leaf else None
 
         return hook
 
     def _backward(self, name: str, layer: nn.Module, gradient: Tensor) -> None:
         vectors = self._kept(_output_vectors(layer, gradient), gradient)
         self._positions[name] = self._positions.get(name, 0) + vectors.shape[0]
-        self._add(self._gradients, name, vectors, "gradients")
+        product = self._product(vectors, name, "gradients")
+        self._gradients[name] = self._gradients[name] + product if name in self._gradients else product
 
     def _kept(self, vectors: Tensor, tensor: Tensor) -> Tensor:
         """The vectors that are not padding."""
@@ -137,7 +145,8 @@ class _Collector:
             return vectors
         return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
 
-    def _add(self, sums: dict[str, Tensor], name: str, vectors: Tensor, what: str) -> None:
+    @staticmethod
+    def _product(vectors: Tensor, name: str, what: str) -> Tensor:
         vectors = vectors.float()
         product = (vectors.T @ vectors).to(torch.float64)
         if not torch.isfinite(product).all():
@@ -145,7 +154,14 @@ class _Collector:
                 f"the {what} of layer {name} are not finite on the calibration data",
                 remedy="use the model in a wider dtype, or leave the layer out with --exclude",
             )
-        sums[name] = sums[name] + product if name in sums else product
+        return product
+
+
+def kept_predictions(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits as one row per prediction, `(predictions, classes)`, without those at padding."""
+    if mask is None or logits.dim() != 3 or logits.shape[:2] != mask.shape:
+        return logits.flatten(0, -2)
+    return logits[mask.to(device=logits.device, dtype=torch.bool)]
 
 
 def _patches(layer: nn.Module) -> Hashable:
@@ -198,6 +214,6 @@ def shrunk(moment: Tensor, samples: int) -> Tensor:
     weight = 1.0
     if spread > 0:
         weight = min(1.0, ((1 - 2 / size) * squares + size**2) / ((samples + 1 - 2 / size) * spread))
-    # Eigenvalues below float64's precision of the largest are noise of the summation.
-    weight = max(weight, torch.finfo(torch.float64).eps * size)
+    # The products are formed in float32: eigenvalues below its precision are noise.
+    weight = max(weight, torch.finfo(torch.float32).eps * size)
     return ((1 - weight) * scaled + weight * identity) * (trace / size)

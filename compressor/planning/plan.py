@@ -28,7 +28,8 @@ FormRequest = Literal["auto", "plain", "pivoted"]
 class LayerPlan:
     """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why.
 
-    The error is Frobenius: that of the truncation in a plan, and that of the stored numbers once they are written.
+    The error is relative, in the Frobenius norm or, with calibration, in the metric of the loss: that of the truncation
+    in a plan, and that of the stored numbers once they are written.
     """
 
     name: str
@@ -54,12 +55,13 @@ class CalibrationResult:
 
     `predicted_loss` is the increase of loss per prediction to second order, and `held_back_loss` the increase measured
     on the examples held back, against the dense model's own predictions; both in nats. Where they differ much the
-    second-order estimate no longer holds. `power` is the exponent of the allocation that did best there.
+    second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
+    loss held back is a little optimistic; None where the ranks were given.
     """
 
     examples: int
     held_back: int
-    power: float
+    power: float | None
     predicted_loss: float
     held_back_loss: float
 
@@ -69,7 +71,7 @@ class Plan:
     """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
 
     `digest` is the sha256 of the checkpoint that was measured (None for a module in memory). `advice` is what else the
-    measurement says, or None.
+    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data.
     """
 
     source: str
@@ -78,6 +80,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     advice: str | None = None
     calibration: CalibrationResult | None = None
+    calibrated: bool = False
     schema_version: int = PLAN_SCHEMA_VERSION
 
     @property
@@ -199,7 +202,7 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
     if tolerance <= m.precision:
         return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
     truncation = math.sqrt(tolerance**2 - m.precision**2)
-    rank = max(1, int((m.errors[:-1] > truncation).sum()))
+    rank = max(1, frobenius_rank(m.singular_values, truncation))
     return layer_plan(m, rank, request, f"relative error <= {tolerance:g}")
 
 
@@ -347,6 +350,7 @@ def read_plan(path: Path) -> Plan:
         digest=digest if isinstance(digest, str) else None,
         budget=Budget("plan"),
         layers=layers,
+        calibrated=document.get("calibration") is not None,
     )
 
 

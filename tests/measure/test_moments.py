@@ -189,3 +189,69 @@ def test_shrinkage_is_nearer_to_the_truth_than_the_sample_and_vanishes_with_the_
     data = torch.randn(100_000, size, dtype=torch.float64) * scales.sqrt()
     sample = data.T @ data / len(data)
     assert float((shrunk(sample, len(data)) - sample).norm() / sample.norm()) < 1e-3
+
+
+class TwoPaths(nn.Module):
+    """One layer used on three tensors, one of them changed in place in between."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU(inplace=inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        x = self.relu(x)
+        return self.b(x) + self.b(input=10 * self.relu(y))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_used_several_times_has_the_moment_of_all_that_it_saw(inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = TwoPaths(inplace=inplace).requires_grad_(False)
+    x = torch.randn(50, 4)
+    seen = torch.cat([x.relu(), 10 * model.a(x).relu()]).detach().double()
+    passes = [CalibrationPass(lambda: model(x.clone()))]
+    found = collect_moments({"a": model.a, "b": model.b}, passes)
+    assert found["a"] is not None
+    assert found["b"] is not None
+    torch.testing.assert_close(found["b"].inputs, seen.T @ seen / 100, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["a"].inputs, x.double().T @ x.double() / 50, rtol=1e-5, atol=1e-5)
+    assert found["b"].uses == 2
+
+
+def test_activations_in_place_after_the_first_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
+    same = nn.Sequential(model[0], nn.ReLU(), model[2])
+    x = torch.randn(20, 4)
+    one, other = (
+        collect_moments({"0": each[0], "2": each[2]}, [CalibrationPass(lambda each=each: each(x))])  # type: ignore[misc]
+        for each in (model, same)
+    )
+    for name in ("0", "2"):
+        assert one[name] is not None
+        assert torch.equal(one[name].inputs, other[name].inputs)  # type: ignore[union-attr]
+        assert torch.equal(one[name].gradients, other[name].gradients)  # type: ignore[union-attr]
+
+
+def test_padding_counts_neither_as_input_nor_as_prediction() -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=30,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 30, (2, 8))
+    padded = torch.cat([ids, torch.zeros(2, 24, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones(2, 8), torch.zeros(2, 24)], 1).long()
+    layers = {"q": model.model.layers[0].self_attn.q_proj, "down": model.model.layers[0].mlp.down_proj}
+    short = collect_moments(layers, [CalibrationPass(lambda: model(input_ids=ids).logits)])
+    long = collect_moments(layers, [CalibrationPass(lambda: model(input_ids=padded, attention_mask=mask).logits, mask)])
+    for name in layers:
+        assert short[name] is not None
+        assert long[name] is not None
+        assert short[name].uses == long[name].uses == 1.0  # type: ignore[union-attr]
+        torch.testing.assert_close(short[name].inputs, long[name].inputs, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
+        torch.testing.assert_close(short[name].gradients, long[name].gradients, rtol=1e-3, atol=1e-6)  # type: ignore[union-attr]
