@@ -4,8 +4,8 @@ Own implementations from the papers: plain truncated SVD; ASVD (Yuan et al. 2023
 the mean absolute activation to the power 1/2); SVD-LLM (Wang et al., ICLR 2025, arXiv 2403.07378: whitening by the
 Cholesky factor of the inputs' second moment), also with its sequential update (the left factor refitted, in forward
 order, to what the dense layer makes of the inputs that it will really get) and in the pivoted storage of PIFA (Zhao et
-al., ICML 2025). Every layer keeps the same fraction of its parameters, as in the papers. tests/benchmarks checks each
-against what its paper states.
+al., ICML 2025). Every layer keeps the same fraction of its parameters (ASVD's search for ranks is left out).
+tests/benchmarks checks each against what its paper states.
 """
 
 from __future__ import annotations
