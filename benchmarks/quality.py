@@ -18,6 +18,8 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +76,26 @@ def opened(name: str, split: Any, limit: int | None) -> EvaluationData:
 
 
 def compare(name: str) -> list[dict[str, Any]]:
-    """All methods, sizes and seeds on one reference model."""
+    """All methods, sizes and seeds on one reference model, each size and seed in a process of its own."""
+    cells = [(name, seed, keep) for seed in SEEDS for keep in KEEPS]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return [row for rows in pool.map(compare_at, *zip(*cells, strict=True)) for row in rows]
+
+
+def compare_at(name: str, seed: int, keep: float) -> list[dict[str, Any]]:
+    """All methods at one size, with the calibration data of one seed."""
+    torch.set_num_threads(1)
     model = load_transformers(ROOT / "model_cards" / name).eval()
     test = opened(name, "test", TEST_EXAMPLES[name])
     dense = measure_quality(model, test).loss
     train = opened(name, "train", None)
+    chosen = torch.randperm(train.count, generator=torch.Generator().manual_seed(seed))[: EXAMPLES[name]].tolist()
+    batches = [train.read(chosen[start : start + 16]).inputs for start in range(0, len(chosen), 16)]
     rows = []
-    for seed in SEEDS:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(train.count, generator=generator)[: EXAMPLES[name]].tolist()
-        batches = [train.read(chosen[start : start + 16]).inputs for start in range(0, len(chosen), 16)]
-        for keep in KEEPS:
-            for method, loss, kept in methods(model, batches, keep, seed, test):
-                row = {"model": name, "keep": keep, "seed": seed, "method": method, "kept": kept, "dense_loss": dense}
-                rows.append(row | {"loss_increase": loss - dense})
-                sys.stderr.write(f"{name} {keep} {seed} {method}: {loss - dense:+.4f} nats, kept {kept:.4f}\n")
+    for method, loss, kept in methods(model, batches, keep, seed, test):
+        row = {"model": name, "keep": keep, "seed": seed, "method": method, "kept": kept, "dense_loss": dense}
+        rows.append(row | {"loss_increase": loss - dense})
+        sys.stderr.write(f"{name} {keep} {seed} {method}: {loss - dense:+.4f} nats, kept {kept:.4f}\n")
     return rows
 
 

@@ -57,7 +57,7 @@ def run(name: str, request: dict[str, float], folder: Path) -> dict[str, Any]:
             **request,  # type: ignore[arg-type]
         )
     except QualityGateNotMet as refused:
-        return row | {"refused": str(refused)}
+        return row | {"refused": str(refused).replace(f"{ROOT}/", "")}
     restore(output, output=dense, overwrite=True)
     restored = evaluate(dense, data=data, data_samples=SAMPLES.get(name), factory=factory)
     assert report.evaluation is not None
