@@ -77,7 +77,7 @@ only gave figures for this card. `metrics.json` holds the same figures unrounded
 python model_cards/{name}/train.py
 ```
 
-trains the model from nothing on two cores in minutes and writes the weights, `metrics.json` and this card. It is
+trains the model from nothing on two cores and writes the weights, `metrics.json` and this card. It is
 seeded: the same machine and the same library versions give the same weights.
 
 ### Training hyperparameters
