@@ -264,7 +264,9 @@ def test_unknown_length_of_a_constant_schedule_does_not_matter(
     values = recipe.to_dict() | {"steps": min(window.steps, 50_000) + 1}
     longer = memory_window(TrainingRecipe.from_dict(values), shape=(4, 4), uses=1, epsilon=epsilon)
     if window.steps > 50_000:
-        assert longer.exceeds_training
+        # All of it may be the window: training starts with an empty buffer, so less is left of the start than of a
+        # state as long ago in the middle.
+        assert longer.exceeds_training or longer.steps == 50_001
     else:
         assert longer.steps is not None
         # Roots off the positive axis make what is left swing: an earlier step may reach epsilon for a moment.
