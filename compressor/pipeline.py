@@ -95,15 +95,15 @@ from compressor.rewrite import (
     write_weights,
 )
 
+# The exponents of the allocation, of which the one with the least loss on held-back data is kept.
+ALLOCATION_POWERS = (1.0, 0.5, 0.0)
+
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
 logger = logging.getLogger(__name__)
 
 Model = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
-# The exponents of the allocation, of which the one with the least loss on held-back data is kept.
-ALLOCATION_POWERS = (1.0, 0.5, 0.0)
-
 Split = Literal["train", "validation", "test"]
 
 # Called with the name of the stage, how many layers of it are done, and how many there are.
@@ -236,9 +236,9 @@ def compress(
             remedy="ask for one with --keep or --max-size, or give a --plan",
         )
     where = resolve_device(device)
-    evaluated = None if data is None else _evaluation_data(data, checkpoint, subject.recipe, "test", data_samples)
+    evaluated = None if data is None else _evaluation_data(data, checkpoint, "test", data_samples)
     samples = _calibration_data(calibration, subject, calibration_samples)
-    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shard_size = _in_bytes(max_shard_size)
 
     inspected = _inspect(subject, 0.1, where, progress)
     measured = _measured(subject, inspected)
@@ -275,7 +275,7 @@ def compress(
     if isinstance(model, nn.Module) and not dry_run:
         compressed = rewritten_module(rewriting, model, where, done)
         if evaluated is not None:
-            evaluation = compare(model, compressed, evaluated, device=where)
+            evaluation = _evaluate(model, compressed, evaluated, factory, where, progress)
     if target is not None:
         check_output(target, source=checkpoint, form=_form(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)
         tensors = rewritten_tensors(rewriting, where, done)
@@ -315,11 +315,11 @@ def evaluate(
     """Quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
 
     At most `data_samples` examples are used, evenly spaced; all by default. Without a baseline the model is measured
-    alone. `factory` builds the architecture of weights that are not a
-    transformers model's. Raises `BadInput` for a model or data that cannot be used.
+    alone. `factory` builds the architecture of weights that are not a transformers model's. Raises `BadInput` for a
+    model or data that cannot be used.
     """
     where = resolve_device(device)
-    evaluated = _evaluation_data(data, open_checkpoint(model), TrainingRecipe(), split, data_samples)
+    evaluated = _evaluation_data(data, open_checkpoint(model), split, data_samples)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
 
@@ -359,7 +359,7 @@ def restore(
         overwrite=overwrite,
         needed_bytes=sum(info.nbytes for info in infos),
     )
-    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shard_size = _in_bytes(max_shard_size)
     copies: dict[str, list[str]] = {}
     for alias, name in aliases.items():
         copies.setdefault(name, []).append(alias)
@@ -522,7 +522,7 @@ def _requested(
     plan: Plan | str | Path | None,
     form: FormRequest,
 ) -> Budget | None:
-    size = parse_size(max_size) if isinstance(max_size, str) else max_size
+    size = None if max_size is None else _in_bytes(max_size)
     budget = requested_budget(keep=keep, max_size=size, tolerance=tolerance)
     if plan is None:
         return budget
@@ -663,7 +663,7 @@ def _calibration_data(
 ) -> EvaluationData | Iterable[Any] | None:
     if not isinstance(calibration, str | Path):
         return calibration
-    return _evaluation_data(calibration, subject.checkpoint, subject.recipe, "train", samples)
+    return _evaluation_data(calibration, subject.checkpoint, "train", samples)
 
 
 def _weighted(
@@ -699,7 +699,6 @@ def _staged(target: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[P
 def _evaluation_data(
     data: str | Path,
     checkpoint: Checkpoint,
-    recipe: TrainingRecipe,
     split: Split,
     limit: int | None = None,
 ) -> EvaluationData:
@@ -745,6 +744,10 @@ def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:
     if cost is None or model is None or isinstance(model, nn.Module):
         return cost
     return replace(cost, bytes=open_checkpoint(model).weight_bytes)
+
+
+def _in_bytes(size: int | str) -> int:
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def _mapping(value: object) -> dict[str, str]:
