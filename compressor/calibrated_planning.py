@@ -1,20 +1,29 @@
-"""From measured layers to a plan, by the weights alone or by what calibration says of the loss."""
+"""From measured layers to a plan and, with calibration, to the factors that lose least."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from compressor.calibration import Calibration, held_back_divergence
+from compressor.calibration import (
+    Calibration,
+    CalibrationData,
+    Compensated,
+    compensate,
+    held_back_loss,
+    recalibrate,
+    split_examples,
+    uncompensated,
+)
 from compressor.errors import BadInput
-from compressor.evaluation import EvaluationData
 from compressor.factorize import weighted_singular_values
+from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel, open_data_for
 from compressor.planning import (
     Budget,
@@ -30,36 +39,38 @@ from compressor.planning import (
     read_plan,
     window_rule_advice,
 )
-from compressor.rewrite import Rewriting, as_matrix, rewritten_module, weight_file_bytes
+from compressor.rewrite import Factors, Rewriting, as_matrix, weight_file_bytes
 
 # The exponents of the allocation, of which the one with the least loss on held-back data is kept.
 ALLOCATION_POWERS = (1.0, 0.5, 0.0)
 
+# How often moments are taken anew at a compressed model, on the way to a budget that the first estimate cannot see.
+STAGES = 1
+
+# Of both losses, predicted and measured: nearer than this factor the second-order estimate is trusted.
+TRUSTED = 1.5
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A plan and, with calibration, what is already computed of it: factors by layer and changed tensors by name."""
+
+    plan: Plan
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def open_calibration_data(
     calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int
-) -> EvaluationData | Iterable[Any] | None:
+) -> CalibrationData | None:
     """At most `samples` examples of the training split where calibration names data; what was given otherwise."""
-    if not isinstance(calibration, str | Path):
-        return calibration
-    return open_data_for(calibration, subject.checkpoint, "train", samples)
-
-
-def weighted_layers(
-    measured: Sequence[MeasuredLayer], calibrated: Calibration, subject: OpenedModel, device: torch.device
-) -> list[MeasuredLayer]:
-    """The layers with their singular values in the metric of the loss; what calibration did not reach stays dense."""
-    weighted = []
-    for m in measured:
-        if m.layer.name not in calibrated.metrics:
-            weighted.append(replace(m, stays_dense="no calibration example reached it"))
-            continue
-        matrix = as_matrix(m.layer, subject.checkpoint.read(m.layer.tensor).to(device))
-        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
-        weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
-    return weighted
+    if calibration is None:
+        return None
+    if isinstance(calibration, str | Path):
+        return split_examples(open_data_for(calibration, subject.checkpoint, "train", samples))
+    return split_examples(calibration)
 
 
 def plan_ranks(
@@ -69,73 +80,129 @@ def plan_ranks(
     given: Plan | str | Path | None,
     form: FormRequest,
     shard_size: int,
-    calibrated: Calibration | None,
-    device: torch.device,
-) -> Plan:
+    calibrated: Calibration | None = None,
+    progress: Progress | None = None,
+) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
-    With calibration the allocation is the one of several that loses least on the data held back. Raises `BadInput` for
-    a plan that does not fit the model and for a budget that cannot be met.
+    With calibration the allocation is the one of several that loses least on the data held back, and compensation and
+    a further stage are kept where they lose less still. Raises `BadInput` for a plan that does not fit the model and
+    for a budget that cannot be met.
     """
     checkpoint = subject.checkpoint
     digest = checkpoint.digest() if checkpoint.source is not None else None
+    chosen = budget or default_budget(measured, subject.recipe.family)
     if given is not None:
         edited = given if isinstance(given, Plan) else read_plan(Path(given))
         where = "the plan" if isinstance(given, Plan) else str(given)
-        layers = apply_edits(edited, measured, where)
         if edited.digest is not None and digest is not None and edited.digest != digest:
             logger.warning("the plan was made for other weights than those of %s", subject.name)
         if (edited.calibrated or edited.calibration is not None) and calibrated is None:
             logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
-        applied = Plan(subject.name, digest, Budget("plan"), layers)
-        return applied if calibrated is None else measured_plan(subject, measured, applied, calibrated, device)
-    chosen = budget or default_budget(measured, subject.recipe.family)
+        chosen = Budget("plan")
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
         plan = Plan(subject.name, digest, chosen, layers)
         return weight_file_bytes(Rewriting(checkpoint, subject.recipe, subject.layers, plan), shard_size)
 
+    def allocated(layers: Sequence[MeasuredLayer], budget: Budget, power: float = 1.0) -> tuple[LayerPlan, ...]:
+        if given is not None:
+            return apply_edits(edited, layers, where)
+        return choose_ranks(layers, budget, form, file_bytes, power)
+
     advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
     if calibrated is None:
-        layers = choose_ranks(measured, chosen, form, file_bytes)
-        return Plan(subject.name, digest, chosen, layers, advice)
-    candidates = []
-    for power in ALLOCATION_POWERS:
-        layers = choose_ranks(measured, chosen, form, file_bytes, power)
-        candidate = Plan(subject.name, digest, chosen, layers, advice)
-        candidates.append(measured_plan(subject, measured, candidate, calibrated, device, power))
-    return min(candidates, key=_held_back_loss)
+        return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
+    powers = ALLOCATION_POWERS if given is None else (None,)
+    best = _best(measured, calibrated, chosen, allocated, powers, progress, subject.name)
+    for _ in range(STAGES if given is None else 0):
+        predicted, found = best.predicted, best.loss
+        if predicted / TRUSTED <= found <= predicted * TRUSTED:
+            break
+        kept = sum(p.parameters for p in best.layers) / sum(p.dense_parameters for p in best.layers)
+        halfway = _best(
+            measured, calibrated, Budget("keep", math.sqrt(kept)), allocated, powers, progress, subject.name
+        )
+        fresh = recalibrate(calibrated, halfway.solution.modules)
+        staged = _best(measured, fresh, chosen, allocated, powers, progress, subject.name)
+        if staged.loss < best.loss:
+            best = staged
+    result = CalibrationResult(
+        examples=calibrated.data.examples,
+        held_back=calibrated.data.held_back_examples,
+        power=best.power,
+        predicted_loss=best.predicted,
+        held_back_loss=best.loss,
+    )
+    plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
+    return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics))
 
 
-def measured_plan(
-    subject: OpenedModel,
+def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changed tensors by their names in the checkpoint instead of the model, and in its dtypes."""
+    found = {}
+    for name, info in subject.checkpoint.tensors.items():
+        in_model = name if subject.skeleton is None else subject.skeleton.module_name(name)
+        if in_model is not None and in_model in statistics:
+            found[name] = statistics[in_model].to(info.dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back."""
+
+    layers: tuple[LayerPlan, ...]
+    power: float | None
+    predicted: float
+    loss: float
+    solution: Compensated
+
+
+def _best(
     measured: Sequence[MeasuredLayer],
-    plan: Plan,
     calibrated: Calibration,
-    device: torch.device,
-    power: float | None = None,
-) -> Plan:
-    """The plan with what it is predicted to cost, and what it costs on the calibration data held back."""
-    rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, calibrated.metrics)
-    compressed = rewritten_module(rewriting, calibrated.model, device, lambda _name, _error: None)
-    loss = held_back_divergence(calibrated, compressed, device)
-    if not math.isfinite(loss):
+    budget: Budget,
+    allocated: Callable[..., tuple[LayerPlan, ...]],
+    powers: Sequence[float | None],
+    progress: Progress | None,
+    name: str,
+) -> _Candidate:
+    """The allocation that loses least on the examples held back, compensated where that loses less."""
+    weighted = weighted_layers(measured, calibrated)
+    best: _Candidate | None = None
+    for power in powers:
+        layers = allocated(weighted, budget) if power is None else allocated(weighted, budget, power)
+        solution = uncompensated(calibrated, layers)
+        loss = held_back_loss(calibrated, solution.modules)
+        logger.info("allocation power %s: %.5f on the data held back", power, loss)
+        if best is None or loss < best.loss:
+            best = _Candidate(layers, power, predicted_loss(weighted, layers), loss, solution)
+    assert best is not None
+    solution = compensate(calibrated, best.layers, progress)
+    loss = held_back_loss(calibrated, solution.modules)
+    logger.info("compensated: %.5f on the data held back", loss)
+    if loss < best.loss:
+        best = replace(best, loss=loss, solution=solution)
+    if not math.isfinite(best.loss):
         raise BadInput(
             "the compressed model's predictions on the calibration data are not finite",
-            where=subject.name,
+            where=name,
             remedy="keep more, or use the model in a wider dtype",
         )
-    logger.info("allocation power %s: %.5f nats per prediction on the data held back", power, loss)
-    result = CalibrationResult(
-        examples=calibrated.examples,
-        held_back=calibrated.held_back_examples,
-        power=power,
-        predicted_loss=predicted_loss(measured, plan.layers),
-        held_back_loss=loss,
-    )
-    return replace(plan, calibration=result)
+    return best
 
 
-def _held_back_loss(plan: Plan) -> float:
-    assert plan.calibration is not None
-    return plan.calibration.held_back_loss
+def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:
+    """The layers with their singular values in the metric of the loss; what calibration did not reach stays dense."""
+    weighted = []
+    for m in measured:
+        if m.layer.name not in calibrated.metrics:
+            weighted.append(replace(m, stays_dense="no calibration example reached it"))
+            continue
+        weight = calibrated.model.get_submodule(m.layer.module).weight
+        assert isinstance(weight, Tensor)
+        matrix = as_matrix(m.layer, weight.detach().to(calibrated.device))
+        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
+        weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
+    return weighted

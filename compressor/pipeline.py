@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compressor.calibrated_planning import open_calibration_data, plan_ranks, weighted_layers
+from compressor.calibrated_planning import open_calibration_data, plan_ranks
 from compressor.calibration import calibrate
 from compressor.checkpoint import (
     TensorInfo,
@@ -206,17 +206,17 @@ def compress(
     calibrated = None
     if samples is not None:
         layers = [m.layer for m in measured]
-        calibrated = calibrate(load_model(model, factory), layers, samples, device=where, seed=seed)
-        measured = weighted_layers(measured, calibrated, subject, where)
-    chosen = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, where)
+        dense = load_model(model, factory)
+        calibrated = calibrate(dense, layers, samples, device=where, seed=seed, progress=progress)
+    planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress)
+    chosen = planned.plan
     if budget is None and all(layer.rank is None for layer in chosen.layers):
         raise QualityGateNotMet(
             f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with --keep 0.8, or for a"
             " larger --tolerance"
         )
 
-    metrics = {} if calibrated is None else calibrated.metrics
-    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, metrics)
+    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
     infos = rewritten_infos(rewriting)
     after_bytes = weight_file_bytes(rewriting, shard_size)
     errors: dict[str, float] = {}

@@ -98,31 +98,46 @@ class Factors:
 def factorize(
     layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | None = None
 ) -> Factors:
-    """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
+    """The factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
 
     With a metric the pair is the best in it, and so is the error; else both are of the Frobenius norm.
     """
+    matrix = as_matrix(layer, weight).to(torch.float64)
+    return factors_of(layer, plan, approximate(layer, plan, matrix, metric), matrix, bias, metric, weight.dtype)
+
+
+def approximate(layer: Layer, plan: LayerPlan, matrix: Tensor, metric: Metric | None) -> FactorPair:
+    """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64."""
     assert plan.rank is not None
-    matrix = as_matrix(layer, weight)
-    pair: FactorPair | PivotedPair = (
-        truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
-    )
-    if plan.form == "pivoted":
-        assert isinstance(pair, FactorPair)
-        pair = pivoted_pair(pair)
-    infos = pair_infos(
-        layer, plan, weight.dtype, TensorInfo("", tuple(bias.shape), bias.dtype) if bias is not None else None
-    )
-    pair = replace(pair, up=pair.up.to(weight.dtype), down=pair.down.to(weight.dtype))
-    values: list[Tensor] = [weight.new_empty(0), pair.down, pair.up]
-    if isinstance(pair, PivotedPair):
-        values.append(pair.order)
+    return truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
+
+
+def factors_of(
+    layer: Layer,
+    plan: LayerPlan,
+    pair: FactorPair,
+    matrix: Tensor,
+    bias: Tensor | None,
+    metric: Metric | None,
+    dtype: torch.dtype,
+) -> Factors:
+    """The tensors by which a pair stands for a layer, in its planned form and in `dtype`.
+
+    Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
+    """
+    stored: FactorPair | PivotedPair = pivoted_pair(pair) if plan.form == "pivoted" else pair
+    stored = replace(stored, up=stored.up.to(dtype), down=stored.down.to(dtype))
+    values: list[Tensor] = [stored.down.new_empty(0), stored.down, stored.up]
+    if isinstance(stored, PivotedPair):
+        values.append(stored.order)
+    change = matrix - replace(stored, up=stored.up.to(torch.float64), down=stored.down.to(torch.float64)).product()
     if bias is not None:
+        if metric is not None and metric.mean is not None:
+            bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
+    infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
-    exact = matrix.to(torch.float64)
-    stored = replace(pair, up=pair.up.to(torch.float64), down=pair.down.to(torch.float64)).product()
-    total, left = (_squared_size(each, metric) for each in (exact, exact - stored))
+    total, left = (_squared_size(each, metric) for each in (matrix, change))
     return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
 
 
