@@ -39,12 +39,23 @@ logger = logging.getLogger(__name__)
 
 
 def open_calibration_data(
-    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int
+    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int, sequence_length: int | None
 ) -> EvaluationData | Iterable[Any] | None:
-    """At most `samples` examples of the training split where calibration names data; what was given otherwise."""
+    """At most `samples` examples of the training split where calibration names data; what was given otherwise.
+
+    Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
+    """
     if not isinstance(calibration, str | Path):
+        if sequence_length is not None:
+            raise BadInput(
+                "calibration_sequence_length cuts texts, and none were given for calibration",
+                remedy="leave it out, or give batches of that length",
+            )
         return calibration
-    return open_data_for(calibration, subject.checkpoint, "train", samples)
+    # One window for the moments and one to hold back.
+    return open_data_for(
+        calibration, subject.checkpoint, "train", samples, sequence_length=sequence_length, least_windows=2
+    )
 
 
 def weighted_layers(
