@@ -113,6 +113,7 @@ def compress(
     output: options.Output = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
     tolerance: options.Tolerance = None,
     plan: Annotated[
         Path | None,
@@ -168,11 +169,13 @@ def compress(
 
         if report is not None:
             check_report_path(report, source=Path(model), overwrite=overwrite)
+        recipe, sequence_length = options.training_and_windows(recipe, calibration)
         compression = pipeline.compress(
             model,
             output=output,
             keep=keep,
             max_size=max_size,
+            max_drop=max_drop,
             tolerance=tolerance,
             plan=plan,
             recipe=recipe,
@@ -182,6 +185,7 @@ def compress(
             data_samples=data_samples,
             calibration=calibration,
             calibration_samples=calibration_samples,
+            calibration_sequence_length=sequence_length,
             seed=seed,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
@@ -250,9 +254,15 @@ def plan(
     ] = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
     tolerance: options.Tolerance = None,
     recipe_file: options.RecipeFile = None,
     recipe: TrainingRecipe | None = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What --max-drop is measured on.", rich_help_panel=options.BUDGET),
+    ] = None,
+    data_samples: options.DataSamples = None,
     calibration: options.Calibration = None,
     calibration_samples: options.CalibrationSamples = 128,
     seed: options.Seed = 0,
@@ -274,16 +284,21 @@ def plan(
 
         if output is not None:
             check_output(output, source=Path(model), form="file", overwrite=overwrite)
+        recipe, sequence_length = options.training_and_windows(recipe, calibration)
         chosen = pipeline.plan(
             model,
             keep=keep,
             max_size=max_size,
+            max_drop=max_drop,
             tolerance=tolerance,
             recipe=recipe,
             recipe_file=recipe_file,
             factory=factory,
+            data=data,
+            data_samples=data_samples,
             calibration=calibration,
             calibration_samples=calibration_samples,
+            calibration_sequence_length=sequence_length,
             seed=seed,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -90,6 +91,14 @@ MaxSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Size of the weight files, such as 40MB.", rich_help_panel=BUDGET),
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="The smallest model that is at most this much worse on --data: accuracy as a fraction "
+        "(0.01 is one point), or increase in perplexity.",
+        rich_help_panel=BUDGET,
+    ),
+]
 Tolerance = Annotated[float | None, typer.Option(help="Relative error per layer.", rich_help_panel=BUDGET)]
 
 Include = Annotated[
@@ -125,7 +134,11 @@ TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
     "steps": (int, "--steps", "Optimizer steps."),
     "epochs": (float, "--epochs", "Passes over the training data."),
     "dataset_size": (int, "--dataset-size", "Training examples."),
-    "sequence_length": (int, "--sequence-length", "Tokens per example; 1 for vectors."),
+    "sequence_length": (
+        int,
+        "--sequence-length",
+        "Tokens per example; 1 for vectors. With --calibration: of the windows that its text is cut into.",
+    ),
 }
 
 
@@ -147,6 +160,20 @@ def with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
     with_flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_flags
+
+
+def training_and_windows(
+    recipe: TrainingRecipe | None, calibration: str | None
+) -> tuple[TrainingRecipe | None, int | None]:
+    """What the flags say about the training, and the length of the windows of calibration.
+
+    With calibration `--sequence-length` is the latter, so that a record of the training says nothing it does not know.
+    """
+    if recipe is None or calibration is None or recipe.sequence_length is None:
+        return recipe, None
+    sources = {name: source for name, source in recipe.sources.items() if name != "sequence_length"}
+    others = replace(recipe, sequence_length=None, sources=sources) if sources else None
+    return others, recipe.sequence_length
 
 
 def _flag_parameter(name: str) -> Parameter:

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from compressor.calibration import (
     Calibration,
-    CalibrationData,
     Compensated,
     compensate,
     held_back_loss,
     recalibrate,
-    split_examples,
     uncompensated,
 )
 from compressor.errors import BadInput
+from compressor.evaluation import EvaluationData
 from compressor.factorize import weighted_singular_values
 from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel, open_data_for
@@ -63,14 +62,23 @@ class PlannedModel:
 
 
 def open_calibration_data(
-    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int
-) -> CalibrationData | None:
-    """At most `samples` examples of the training split where calibration names data; what was given otherwise."""
-    if calibration is None:
-        return None
-    if isinstance(calibration, str | Path):
-        return split_examples(open_data_for(calibration, subject.checkpoint, "train", samples))
-    return split_examples(calibration)
+    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int, sequence_length: int | None
+) -> EvaluationData | Iterable[Any] | None:
+    """At most `samples` examples of the training split where calibration names data; what was given otherwise.
+
+    Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
+    """
+    if not isinstance(calibration, str | Path):
+        if sequence_length is not None:
+            raise BadInput(
+                "calibration_sequence_length cuts texts, and none were given for calibration",
+                remedy="leave it out, or give batches of that length",
+            )
+        return calibration
+    # One window for the moments and one to hold back.
+    return open_data_for(
+        calibration, subject.checkpoint, "train", samples, sequence_length=sequence_length, least_windows=2
+    )
 
 
 def plan_ranks(

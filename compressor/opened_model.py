@@ -22,7 +22,7 @@ from compressor.checkpoint import (
     transformers_skeleton,
 )
 from compressor.errors import BadInput
-from compressor.evaluation import EvaluationData, build_model, load_preprocessing, open_data
+from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
 from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
 from compressor.rewrite import METADATA_KEY, stored_pairs
 
@@ -127,8 +127,14 @@ def open_data_for(
     checkpoint: Checkpoint,
     split: Split,
     limit: int | None = None,
+    *,
+    sequence_length: int | None = None,
+    least_windows: int | None = None,
 ) -> EvaluationData:
-    """The data prepared as the model's folder says, or as it is where the folder says nothing."""
+    """The data prepared as the model's folder says, or as it is where the folder says nothing.
+
+    The other parameters are those of `open_data`.
+    """
     if checkpoint.source is None or checkpoint.config is None:
         return open_data(data, split=split, limit=limit)
     prepared = load_preprocessing(folder_of(checkpoint))
@@ -138,9 +144,23 @@ def open_data_for(
         tokenizer=prepared.tokenizer,
         image_processor=prepared.image_processor,
         classes=prepared.classes,
-        sequence_length=prepared.sequence_length,
+        sequence_length=sequence_length or prepared.sequence_length,
         limit=limit,
+        least_windows=least_windows,
     )
+
+
+def open_search_data(
+    data: str | Path, checkpoint: Checkpoint, limit: int | None
+) -> tuple[EvaluationData, EvaluationData]:
+    """Data to choose a size by, and other data to report the drop on.
+
+    The validation and the test split of built-in data, at most `limit` examples of each; of other data two halves of at
+    most `limit` examples together.
+    """
+    if has_splits(data):
+        return open_data_for(data, checkpoint, "validation", limit), open_data_for(data, checkpoint, "test", limit)
+    return halves(open_data_for(data, checkpoint, "test", limit))
 
 
 def text_mapping(value: object) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibrated_planning import open_calibration_data, plan_ranks
-from compressor.calibration import calibrate
+from compressor.calibration import Calibration, calibrate, split_examples
 from compressor.checkpoint import (
+    Checkpoint,
     TensorInfo,
     check_output,
     open_checkpoint,
@@ -31,15 +33,29 @@ from compressor.evaluation import (
     EvaluationData,
     compare,
     load_model,
+    require_accepted,
+    require_apart,
     require_architecture,
     resolve_device,
 )
 from compressor.inspection import Progress, inspect_layers, measured_layers
-from compressor.opened_model import Factory, Model, Split, open_data_for, open_model, skeleton_of, text_mapping
+from compressor.max_drop import plan_within_drop, require_possible_drop
+from compressor.opened_model import (
+    Factory,
+    Model,
+    Split,
+    open_data_for,
+    open_model,
+    open_search_data,
+    skeleton_of,
+    text_mapping,
+)
 from compressor.planning import (
     Budget,
     FormRequest,
+    MeasuredLayer,
     Plan,
+    holds,
     requested_budget,
     window_rule_advice,
 )
@@ -61,6 +77,8 @@ from compressor.rewrite import (
     weight_file_bytes,
     write_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
@@ -104,12 +122,16 @@ def plan(
     *,
     keep: float | None = None,
     max_size: int | str | None = None,
+    max_drop: float | None = None,
     tolerance: float | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
+    data: str | Path | None = None,
+    data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     calibration_samples: int = 128,
+    calibration_sequence_length: int | None = None,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -117,17 +139,24 @@ def plan(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Plan:
-    """The ranks that `compress` would choose, and why, without the work; raises what `compress` raises."""
+    """The ranks that `compress` would choose, and why, without the work; raises what `compress` raises.
+
+    Only `max_drop` uses the data, and compresses in memory to find them.
+    """
     return compress(
         model,
         keep=keep,
         max_size=max_size,
+        max_drop=max_drop,
         tolerance=tolerance,
         recipe=recipe,
         recipe_file=recipe_file,
         factory=factory,
+        data=data,
+        data_samples=data_samples,
         calibration=calibration,
         calibration_samples=calibration_samples,
+        calibration_sequence_length=calibration_sequence_length,
         seed=seed,
         include=include,
         exclude=exclude,
@@ -144,6 +173,7 @@ def compress(
     output: str | Path | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
+    max_drop: float | None = None,
     tolerance: float | None = None,
     plan: Plan | str | Path | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
@@ -153,6 +183,7 @@ def compress(
     data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
     calibration_samples: int = 128,
+    calibration_sequence_length: int | None = None,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -167,48 +198,51 @@ def compress(
 
     Of the data at most `data_samples` examples are used, evenly spaced; all by default.
 
-    At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `tolerance`
-    (relative error per layer) and `plan`; with none of them the window rule where the recipe is of the SGD family,
-    else a tolerance that is safe without data. `calibration` is data, or an iterable of batches, by which ranks and
-    factors are chosen so that the loss notices least: at most `calibration_samples` of its examples, a quarter of them
-    held back to choose between allocations; `seed` draws the targets. A file gives a safetensors file and a folder a
-    folder, at `output` or as `NAME-compressed` beside the input; a module gives `Compression.model` and is itself left
-    as it is. Nothing is written in a `dry_run`. The same input gives the same bytes.
+    At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `max_drop`
+    (accuracy as a fraction, or increase in perplexity), `tolerance` (relative error per layer) and `plan`; with none of
+    them the window rule where the recipe is of the SGD family, else a tolerance that is safe without data.
+
+    `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that. The validation split
+    of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
+    and the others give it. A drop that is larger there is logged as a warning. `plan.search` tells what was tried.
+
+    `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
+    least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
+    model's own by default), a quarter of them held back to choose what loses least; `seed` draws the targets.
+
+    A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
+    module gives `Compression.model` and is itself left as it is. Nothing is written in a `dry_run`. The same input
+    gives the same bytes.
 
     Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
-    be removed safely; no output is left behind.
+    be removed safely, or when no size was found that `max_drop` allows; no output is left behind.
     """
     started = time.monotonic()
-    budget = _requested(keep, max_size, tolerance, plan, form)
+    budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
+    _require_what_a_budget_needs(budget, data, calibration)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
-    if calibration is not None and plan is None and (budget is None or budget.kind == "tolerance"):
-        raise BadInput(
-            "calibration shares a size among the layers, and none was asked for",
-            remedy="ask for one with --keep or --max-size, or give a --plan",
-        )
     where = resolve_device(device)
-    evaluated = None if data is None else open_data_for(data, checkpoint, "test", data_samples)
-    samples = open_calibration_data(calibration, subject, calibration_samples)
+    deciding, reported = _data_to_measure_on(data, data_samples, checkpoint, max_drop, calibration)
+    samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
     shard_size = _in_bytes(max_shard_size)
 
     inspected = inspect_layers(subject, 0.1, where, progress)
     measured = measured_layers(subject, inspected)
-    if not measured:
-        raise BadInput(
-            "no layer of this model is eligible",
-            where=subject.name,
-            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
-        )
+    _require_some(measured, subject.name)
+    dense = None if samples is None and deciding is None else load_model(model, factory)
     calibrated = None
-    if samples is not None:
-        layers = [m.layer for m in measured]
-        dense = load_model(model, factory)
-        calibrated = calibrate(dense, layers, samples, device=where, seed=seed, progress=progress)
-    planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress)
+    if dense is not None and samples is not None:
+        calibrated = _calibrated(dense, measured, samples, where, seed, progress)
+    if dense is not None and deciding is not None and budget is not None:
+        planned = plan_within_drop(
+            subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress
+        )
+    else:
+        planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress)
     chosen = planned.plan
     if budget is None and all(layer.rank is None for layer in chosen.layers):
         raise QualityGateNotMet(
@@ -226,11 +260,13 @@ def compress(
         if progress:
             progress("factorize", len(errors), len(rewriting.factorized))
 
+    def evaluation_of(small: Model) -> Evaluation | None:
+        return None if reported is None else _evaluate(model, small, reported, factory, where, progress)
+
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
         compressed = rewritten_module(rewriting, model, where, done)
-        if evaluated is not None:
-            evaluation = _evaluate(model, compressed, evaluated, factory, where, progress)
+        evaluation = evaluation_of(compressed)
     if target is not None:
         check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)
         tensors = rewritten_tensors(rewriting, where, done)
@@ -238,8 +274,8 @@ def compress(
             write_weights(staged, infos, tensors, file_metadata(rewriting), shard_limit(checkpoint, shard_size))
             if checkpoint.folder is not None:
                 describe_folder(staged, rewriting)
-            if evaluated is not None:
-                evaluation = _evaluate(model, staged, evaluated, factory, where, progress)
+            evaluation = evaluation_of(staged)
+    _warn_of_a_larger_drop(evaluation, max_drop)
     return Compression(
         source=subject.name,
         output=None if target is None else str(target),
@@ -351,12 +387,13 @@ def restore(
 def _requested(
     keep: float | None,
     max_size: int | str | None,
+    max_drop: float | None,
     tolerance: float | None,
     plan: Plan | str | Path | None,
     form: FormRequest,
 ) -> Budget | None:
     size = None if max_size is None else _in_bytes(max_size)
-    budget = requested_budget(keep=keep, max_size=size, tolerance=tolerance)
+    budget = requested_budget(keep=keep, max_size=size, max_drop=max_drop, tolerance=tolerance)
     if plan is None:
         return budget
     if form != "auto":
@@ -364,6 +401,67 @@ def _requested(
     if budget is not None:
         raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
     return Budget("plan")
+
+
+def _require_what_a_budget_needs(
+    budget: Budget | None, data: str | Path | None, calibration: str | Path | Iterable[Any] | None
+) -> None:
+    if budget is not None and budget.kind == "max-drop" and data is None:
+        raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
+    if calibration is not None and (budget is None or budget.kind == "tolerance"):
+        raise BadInput(
+            "calibration shares a size among the layers, and none was asked for",
+            remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
+        )
+
+
+def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
+    if not measured:
+        raise BadInput(
+            "no layer of this model is eligible",
+            where=name,
+            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
+        )
+
+
+def _data_to_measure_on(
+    data: str | Path | None,
+    limit: int | None,
+    checkpoint: Checkpoint,
+    max_drop: float | None,
+    calibration: str | Path | Iterable[Any] | None,
+) -> tuple[EvaluationData | None, EvaluationData | None]:
+    """Data that decide about the size, where a drop does, and data for the report."""
+    if data is None:
+        return None, None
+    if isinstance(calibration, str | Path):
+        require_apart(calibration, data)
+    if max_drop is None:
+        return None, open_data_for(data, checkpoint, "test", limit)
+    deciding, reported = open_search_data(data, checkpoint, limit)
+    require_possible_drop(max_drop, deciding)
+    return deciding, reported
+
+
+def _calibrated(
+    dense: nn.Module,
+    measured: Sequence[MeasuredLayer],
+    samples: EvaluationData | Iterable[Any],
+    device: torch.device,
+    seed: int,
+    progress: Progress | None,
+) -> Calibration:
+    if isinstance(samples, EvaluationData):
+        require_accepted(dense, samples, device=device)
+    layers = [m.layer for m in measured]
+    return calibrate(dense, layers, split_examples(samples), device=device, seed=seed, progress=progress)
+
+
+def _warn_of_a_larger_drop(evaluation: Evaluation | None, limit: float | None) -> None:
+    """Say when the data that did not decide show a larger drop than was allowed."""
+    if evaluation is None or evaluation.drop is None or limit is None or holds(evaluation.drop, limit):
+        return
+    logger.warning("the drop on %s is %.4g, more than --max-drop %g", evaluation.data, evaluation.drop, limit)
 
 
 def _evaluate(

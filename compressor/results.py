@@ -114,6 +114,7 @@ class Compression:
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
+            "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}

@@ -16,6 +16,7 @@ from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.planning.allocation import Choices, allocate
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
+from compressor.planning.drop_search import DropSearch
 from compressor.planning.form import Form, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
@@ -71,7 +72,8 @@ class Plan:
     """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
 
     `digest` is the sha256 of the checkpoint that was measured (None for a module in memory). `advice` is what else the
-    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data.
+    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data. `search`
+    tells how a size was found by its drop in quality, None where another budget decided.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Plan:
     advice: str | None = None
     calibration: CalibrationResult | None = None
     calibrated: bool = False
+    search: DropSearch | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
 
     @property
@@ -100,6 +103,7 @@ class Plan:
             "eligible": {"before": self.eligible_before, "after": self.eligible_after},
             "advice": self.advice,
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            "search": None if self.search is None else self.search.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 

@@ -25,6 +25,7 @@ from compressor.report.wording import (
     percent,
     recipe_sources,
     recipe_words,
+    search_words,
     shape_of,
     shortened_apart,
     thousands,
@@ -104,6 +105,8 @@ def compression_text(compression: Compression) -> RenderableType:
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.calibration is not None:
         yield "data", calibration_words(plan.calibration)
+    if plan.search is not None:
+        yield "search", search_words(plan.search)
 
 
 def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:

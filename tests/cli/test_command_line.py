@@ -102,6 +102,10 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "7",
             "--seed",
             "3",
+            "--max-drop",
+            "0.01",
+            "--sequence-length",
+            "32",
         ]
     )
     [(_, _, named)] = requested
@@ -109,6 +113,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "output": Path("out.safetensors"),
         "keep": None,
         "max_size": "40MB",
+        "max_drop": 0.01,
         "tolerance": None,
         "plan": Path("p.json"),
         "recipe": None,
@@ -118,6 +123,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "data_samples": 9,
         "calibration": "c.txt",
         "calibration_samples": 7,
+        "calibration_sequence_length": 32,
         "seed": 3,
         "include": (),
         "exclude": ("c",),
@@ -469,8 +475,8 @@ def test_help_lists_options_commands_and_exit_statuses(capsys: Captured) -> None
     for command in SUBCOMMANDS:
         assert f"compress {command} MODEL" in text
     options = (
-        "-o --output --keep --max-size --tolerance --plan --recipe --data --model --include --exclude --form "
-        "--max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
+        "-o --output --keep --max-size --max-drop --tolerance --plan --recipe --data --model --include --exclude "
+        "--form --max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
     )
     for option in [*options.split(), *(flag for _, flag, _ in TRAINING_FLAGS.values())]:
         assert f"{option} " in text
