@@ -146,4 +146,4 @@ def _mulberry32(seed: int, start: int, count: int) -> npt.NDArray[np.uint32]:
     state = (np.uint64(seed) + index * np.uint64(_INCREMENT)).astype(np.uint32)
     t = (state ^ (state >> np.uint32(15))) * (state | np.uint32(1))
     t ^= t + (t ^ (t >> np.uint32(7))) * (t | np.uint32(61))
-    return t ^ (t >> np.uint32(14))
+    return np.asarray(t ^ (t >> np.uint32(14)))

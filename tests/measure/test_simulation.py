@@ -147,10 +147,29 @@ def test_few_remembered_strokes_lower_the_participation_ratio_and_plenty_do_not(
         (fourths, squares**2 * (2 * n + 1) + fourth_powers * (n**2 + 2 * n + 3)),
     ):
         assert abs(np.mean(measured) - expected) < 4 * np.std(measured) / math.sqrt(len(measured))
-    # So the participation ratio of these moments falls with the number of strokes that are remembered, and with it alone.
+    # So the participation ratio of these moments depends on the strokes that are remembered, and on nothing else.
     strokes = remembered_strokes(training)
     ratio = (n * squares) ** 2 / (squares**2 * (2 * n + 1) + fourth_powers * (n**2 + 2 * n + 3))
     assert 1 / ratio == pytest.approx(2 / n + 1 / n**2 + (1 + 2 / n + 3 / n**2) / strokes)
+
+
+def test_at_the_sources_settings_batch_1_is_of_low_rank_for_the_first_steps_only() -> None:
+    def mean_rank(training: SimulatedTraining, steps: range) -> float:
+        chosen = list(islice(simulated_weights(training), steps.start, steps.stop, steps.step))
+        return float(np.mean([entropy_rank(s) for s in np.linalg.svd(chosen, compute_uv=False)]))
+
+    # B = 1, mu = lambda = 0.10 and B = 8, mu = 0.02, lambda = 0.01, where lambda is wd/2, on 8 x 8 matrices from zero.
+    one = SimulatedTraining(8, 1, 1, learning_rate=0.10, weight_decay=0.20)
+    eight = SimulatedTraining(8, 8, 1, learning_rate=0.02, weight_decay=0.02)
+    gaussian = np.mean([entropy_rank(spectrum) for spectrum in gaussian_spectra(8)])
+
+    def after_eight_steps(training: SimulatedTraining) -> float:
+        return float(np.mean([mean_rank(replace(training, seed=seed), range(8, 9)) for seed in range(100)]))
+
+    assert after_eight_steps(one) < 0.87 * gaussian
+    assert after_eight_steps(eight) > 0.95 * gaussian
+    # In the steady state: strokes that are a window of 228 steps apart have next to nothing in common.
+    assert 0.95 * gaussian < mean_rank(one, range(228, 12_000, 114)) < gaussian
 
 
 @pytest.mark.parametrize(
