@@ -103,6 +103,8 @@ def test_names_from_a_checkpoint_are_content_and_never_markup() -> None:
     )
     assert hostile.found == plain.found
     assert hostile.content is not None
+    # Not only tags: an opened comment with a script in it would hide the script element's own end.
+    assert "<" not in hostile.content
     [layer] = json.loads(hostile.content)["recipe"]["layers"]
     assert "</script><script>alert(1)</script>" in layer["name"]
 
