@@ -42,6 +42,8 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
+[cyan]compress explore[/cyan]         a page that plays how SGD writes a matrix and weight decay forgets it
+
 A model that is named like one of these commands is written ./inspect.
 
 {EXIT_STATUSES}"""
@@ -379,3 +381,32 @@ def restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)
+
+
+@subcommands.command("explore", cls=_Command, epilog=EXIT_STATUSES)
+def explore(
+    *,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE.html", parser=options.given("--output"), help="The page to write."
+        ),
+    ] = Path("explorer.html"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|MODEL",
+            parser=options.given("--recipe"),
+            help="Open it on these hyperparameters, or on a model's and its layers.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a page that plays how SGD writes a matrix and weight decay forgets it; it opens in a browser, offline."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import exploration
+
+        path = exploration.explore(output, recipe=recipe, overwrite=overwrite, progress=progress)
+    write_text(f"explorer  {path}\n")

@@ -15,6 +15,7 @@ from compressor.registration import register
 if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
     from compressor.evaluation import Evaluation
+    from compressor.exploration import explore
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
@@ -30,6 +31,7 @@ _HOME = {
     "TrainingRecipe": "recipe",
     "compress": "pipeline",
     "evaluate": "pipeline",
+    "explore": "exploration",
     "inspect": "pipeline",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
@@ -49,6 +51,7 @@ __all__ = [
     "TrainingRecipe",
     "compress",
     "evaluate",
+    "explore",
     "inspect",
     "open_checkpoint",
     "plan",

@@ -202,6 +202,8 @@ def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
         ["inspect", "no-such-file.bin"],
         ["evaluate", "m.bin"],
         ["restore", "no-such-file.bin"],
+        ["explore", "--recipe", "no-such-file.bin"],
+        ["explore", "-o", "page.txt"],
     ],
 )
 def test_a_bad_request_is_status_2_and_one_line(arguments: list[str], capsys: Captured) -> None:
@@ -473,7 +475,7 @@ def test_help_lists_options_commands_and_exit_statuses(capsys: Captured) -> None
     assert run(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for command in SUBCOMMANDS:
-        assert f"compress {command} MODEL" in text
+        assert f"compress {command} " in text
     options = (
         "-o --output --keep --max-size --max-drop --tolerance --plan --recipe --data --model --include --exclude "
         "--form --max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
