@@ -21,6 +21,7 @@ from compressor.calibration.criterion import (
     Criterion,
     criterion_of,
     divergence,
+    hidden_rows,
     kept_rows,
     outputs_of,
     sampled_loss,
@@ -43,7 +44,7 @@ class Calibration:
     """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
 
     A layer that no example reached is in neither mapping. What enters the segments of the dense model is in `spool`,
-    under ("dense", part, segment, batch).
+    under ("dense", part, segment, batch), and the second moment of the gradients there under ("boundary", segment).
     """
 
     model: nn.Module
@@ -120,7 +121,7 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
             cost, rows = divergence(before, after, batch.inputs.get("attention_mask"), calibration.criterion)
-            total += cost
+            total += float(cost)
             count += rows
     return total / count if math.isfinite(total) else math.inf
 
@@ -182,9 +183,10 @@ def _metrics(
     metrics, uses = SpooledMetrics(spool, device), {}
     generator = torch.Generator(device).manual_seed(calibration.seed)
     rows = 0
+    boundary, positions = None, 0
 
     def backwards(segment: int, index: int, batch: Batch) -> None:
-        nonlocal rows
+        nonlocal rows, boundary, positions
         hidden = entering(calibration, "fitted", segment, index)
         if hidden is not None:
             hidden.requires_grad_(True)
@@ -205,6 +207,10 @@ def _metrics(
         if hidden is not None:
             assert hidden.grad is not None
             spool.put(("gradient", index), hidden=hidden.grad)
+            vectors = hidden_rows(hidden.grad, batch.inputs.get("attention_mask"))
+            product = (vectors.T @ vectors).to(torch.float64)
+            boundary = product if boundary is None else boundary + product
+            positions += len(vectors)
 
     for done, segment in enumerate(reversed(range(segments.count)), start=1):
         passes = (
@@ -215,6 +221,9 @@ def _metrics(
             if found is not None and (metric := _metric(found, layers[name])) is not None:
                 metrics.put(name, metric)
                 uses[name] = found.positions / rows
+        if boundary is not None:
+            spool.put(("boundary", segment), gradients=shrunk(boundary / positions, positions))
+            boundary, positions = None, 0
         if progress:
             progress("calibrate", done, segments.count)
     return metrics, uses

@@ -13,23 +13,26 @@ batch normalisation move in the same walk by as much as their inputs moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compressor.calibration.calibrate import Calibration, entering, with_layers
+from compressor.calibration.calibrate import Calibration, entering, frozen, with_layers
+from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.calibration.refinement import fit_to_dense
 from compressor.checkpoint import Layer
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric
 from compressor.measure.moments import input_vectors, kept_vectors, patches
 from compressor.planning import LayerPlan
-from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer
+from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer, join
 
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -75,8 +78,13 @@ def compensate(
     calibration: Calibration,
     planned: Sequence[LayerPlan],
     progress: Callable[[str, int, int], None] | None = None,
+    *,
+    refine: bool = False,
 ) -> Compensated:
-    """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are."""
+    """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
+
+    With `refine` the factors of every segment are then fitted to what the dense one puts out.
+    """
     plans = {plan.name: plan for plan in planned if plan.rank is not None}
     places = {calibration.layers[name].module: name for name in plans}
     factors: dict[str, Factors] = {}
@@ -84,7 +92,8 @@ def compensate(
     segments = calibration.segments
     with prepared(calibration.device, calibration.model):
         for segment in range(segments.count):
-            for group in _groups(calibration, segment, places):
+            groups = _groups(calibration, segment, places)
+            for group in groups:
                 first = calibration.model.get_submodule(group[0])
                 fitted, held = (
                     _statistics(calibration, segment, part, first, modules) for part in ("fitted", "held back")
@@ -98,13 +107,63 @@ def compensate(
                     layer, plan = calibration.layers[name], plans[name]
                     factors[name] = _refitted(calibration, layer, plan, fitted, held)
                     modules[place] = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
+            inside = {place: modules[place] for group in groups for place in group if place in places}
+            if refine and inside:
+                _refine(calibration, segment, modules, inside)
+                for place, module in inside.items():
+                    name = places[place]
+                    factors[name] = replace(factors[name], tensors=_tensors(name, module))
             if segment < segments.count - 1:
                 _advance(calibration, segment, modules)
             if progress:
-                progress("compensate", segment + 1, segments.count)
+                progress("refine" if refine else "compensate", segment + 1, segments.count)
     # What no calibration example passes through is truncated as it is.
     left = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
     return Compensated({**factors, **left.factors}, {**modules, **left.modules})
+
+
+def _refine(
+    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
+) -> None:
+    """Fit the low-rank layers inside a segment to the outputs of the dense segment, in the metric of the loss."""
+    last = segment == calibration.segments.count - 1
+    metric = None if last else calibration.spool.get(("boundary", segment + 1), calibration.device)["gradients"].float()
+
+    def target(part: str, index: int) -> Tensor:
+        if not last:
+            return calibration.spool.get(("dense", part, segment + 1, index), calibration.device)["hidden"]
+        return _run(calibration, segment, part, index, {})
+
+    def cost(part: str, index: int) -> tuple[Tensor, int]:
+        mask = _batches(calibration, part)[index].inputs.get("attention_mask")
+        with torch.no_grad():
+            before = target(part, index)
+        after = _run(calibration, segment, part, index, modules)
+        if metric is None:
+            return divergence(before, after, mask, calibration.criterion)
+        change = hidden_rows(after, mask) - hidden_rows(before, mask)
+        return (change @ metric * change).sum(), change.shape[0]
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for index in range(len(calibration.data.fitted)):
+            yield partial(_mean, partial(cost, "fitted", index))
+
+    def held_back_error() -> float:
+        with torch.no_grad():
+            costs = [cost("held back", index) for index in range(len(calibration.data.held_back))]
+        return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
+
+    with frozen(calibration.model):
+        fit_to_dense(inside, losses, held_back_error, calibration.seed)
+
+
+def _mean(cost: Callable[[], tuple[Tensor, int]]) -> Tensor:
+    total, rows = cost()
+    return total / rows
+
+
+def _tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {join(name, key): tensor.detach().clone() for key, tensor in module.state_dict().items()}
 
 
 @dataclass(frozen=True)

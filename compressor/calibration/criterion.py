@@ -54,18 +54,18 @@ def sampled_loss(outputs: Tensor, mask: Tensor | None, criterion: Criterion, gen
     return nn.functional.cross_entropy(rows, targets, reduction="sum")
 
 
-def divergence(before: Tensor, after: Tensor, mask: Tensor | None, criterion: Criterion) -> tuple[float, int]:
+def divergence(before: Tensor, after: Tensor, mask: Tensor | None, criterion: Criterion) -> tuple[Tensor, int]:
     """What the compressed outputs cost against the dense ones, summed over rows, and the number of rows.
 
     Kullback-Leibler divergence in nats, or half the squared difference.
     """
     dense, compressed = (kept_rows(each, mask).double() for each in (before, after))
     if criterion == "outputs":
-        return float((dense - compressed).square().sum()) / 2, dense.shape[0]
+        return (dense - compressed).square().sum() / 2, dense.shape[0]
     dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
     # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
     terms = torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0)
-    return float(terms.sum()), dense.shape[0]
+    return terms.sum(), dense.shape[0]
 
 
 def kept_rows(outputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,3 +73,13 @@ def kept_rows(outputs: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or outputs.dim() != 3 or outputs.shape[:2] != mask.shape:
         return outputs.flatten(0, -2)
     return outputs[mask.to(device=outputs.device, dtype=torch.bool)]
+
+
+def hidden_rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """What goes from one block to the next as one vector for every position that is not padding, in float32.
+
+    Images have their channels in the second dimension, `(B, C, H, W)`; everything else has its features in the last.
+    """
+    if hidden.dim() > 3:
+        hidden = hidden.movedim(1, -1)
+    return kept_rows(hidden, mask).float()

@@ -30,6 +30,7 @@ from compressor.rewrite.tensor_format import (
     dense_tensors,
     factors_of,
     file_record,
+    join,
     stored_pairs,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "file_metadata",
     "file_record",
     "filled_layer",
+    "join",
     "low_rank_layer",
     "put_layer",
     "rewritten_infos",
