@@ -83,6 +83,15 @@ Calibration = Annotated[
 CalibrationSamples = Annotated[
     int, typer.Option(min=2, help="Examples, or windows of text, to use of it.", rich_help_panel=CALIBRATION)
 ]
+Refine = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="Also fit the factors, a block at a time, to what the dense model makes of the calibration data: slower, "
+        "and kept only where the examples held back agree.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the targets that calibration draws.", rich_help_panel=CALIBRATION)]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the eligible layers' parameters to keep.", rich_help_panel=BUDGET)

@@ -90,11 +90,13 @@ def plan_ranks(
     shard_size: int,
     calibrated: Calibration | None = None,
     progress: Progress | None = None,
+    *,
+    refine: bool = False,
 ) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
     With calibration the allocation is the one of several that loses least on the data held back, and compensation and
-    a further stage are kept where they lose less still. Raises `BadInput` for a plan that does not fit the model and
+    a further stage are kept where they lose less still; so is fitting the factors, with `refine`. Raises `BadInput` for a plan that does not fit the model and
     for a budget that cannot be met.
     """
     checkpoint = subject.checkpoint
@@ -121,20 +123,20 @@ def plan_ranks(
     advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
     if calibrated is None:
         return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
-    powers = ALLOCATION_POWERS if given is None else (None,)
-    best = _best(measured, calibrated, chosen, allocated, powers, progress, subject.name)
-    for _ in range(STAGES if given is None else 0):
-        predicted, found = best.predicted, best.loss
-        if predicted / TRUSTED <= found <= predicted * TRUSTED:
-            break
-        kept = sum(p.parameters for p in best.layers) / sum(p.dense_parameters for p in best.layers)
-        halfway = _best(
-            measured, calibrated, Budget("keep", math.sqrt(kept)), allocated, powers, progress, subject.name
-        )
+    search = _Search(measured, calibrated, allocated, ALLOCATION_POWERS if given is None else (None,), progress)
+    best = search.best(chosen)
+    for _ in range(STAGES if given is None and not best.as_predicted else 0):
+        halfway = search.best(Budget("keep", math.sqrt(best.kept)))
         fresh = recalibrate(calibrated, halfway.solution.modules)
-        staged = _best(measured, fresh, chosen, allocated, powers, progress, subject.name)
-        if staged.loss < best.loss:
-            best = staged
+        best = min(best, replace(search, calibrated=fresh).best(chosen), key=lambda found: found.loss)
+    if refine:
+        best = min(best, best.refined(progress), key=lambda found: found.loss)
+    if not math.isfinite(best.loss):
+        raise BadInput(
+            "the compressed model's predictions on the calibration data are not finite",
+            where=subject.name,
+            remedy="keep more, or use the model in a wider dtype",
+        )
     result = CalibrationResult(
         examples=calibrated.data.examples,
         held_back=calibrated.data.held_back_examples,
@@ -160,45 +162,51 @@ def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[s
 class _Candidate:
     """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back."""
 
+    calibrated: Calibration
     layers: tuple[LayerPlan, ...]
     power: float | None
     predicted: float
     loss: float
     solution: Compensated
 
+    @property
+    def kept(self) -> float:
+        return sum(p.parameters for p in self.layers) / sum(p.dense_parameters for p in self.layers)
 
-def _best(
-    measured: Sequence[MeasuredLayer],
-    calibrated: Calibration,
-    budget: Budget,
-    allocated: Callable[..., tuple[LayerPlan, ...]],
-    powers: Sequence[float | None],
-    progress: Progress | None,
-    name: str,
-) -> _Candidate:
-    """The allocation that loses least on the examples held back, compensated where that loses less."""
-    weighted = weighted_layers(measured, calibrated)
-    best: _Candidate | None = None
-    for power in powers:
-        layers = allocated(weighted, budget) if power is None else allocated(weighted, budget, power)
-        solution = uncompensated(calibrated, layers)
-        loss = held_back_loss(calibrated, solution.modules)
-        logger.info("allocation power %s: %.5f on the data held back", power, loss)
-        if best is None or loss < best.loss:
-            best = _Candidate(layers, power, predicted_loss(weighted, layers), loss, solution)
-    assert best is not None
-    solution = compensate(calibrated, best.layers, progress)
-    loss = held_back_loss(calibrated, solution.modules)
-    logger.info("compensated: %.5f on the data held back", loss)
-    if loss < best.loss:
-        best = replace(best, loss=loss, solution=solution)
-    if not math.isfinite(best.loss):
-        raise BadInput(
-            "the compressed model's predictions on the calibration data are not finite",
-            where=name,
-            remedy="keep more, or use the model in a wider dtype",
-        )
-    return best
+    @property
+    def as_predicted(self) -> bool:
+        return self.predicted / TRUSTED <= self.loss <= self.predicted * TRUSTED
+
+    def with_solution(self, solution: Compensated) -> _Candidate:
+        return replace(self, solution=solution, loss=held_back_loss(self.calibrated, solution.modules))
+
+    def refined(self, progress: Progress | None) -> _Candidate:
+        return self.with_solution(compensate(self.calibrated, self.layers, progress, refine=True))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the candidates for a budget are made from."""
+
+    measured: Sequence[MeasuredLayer]
+    calibrated: Calibration
+    allocated: Callable[..., tuple[LayerPlan, ...]]
+    powers: Sequence[float | None]
+    progress: Progress | None
+
+    def best(self, budget: Budget) -> _Candidate:
+        """The allocation that loses least on the examples held back, compensated where that loses less."""
+        weighted = weighted_layers(self.measured, self.calibrated)
+        found = min((self._candidate(weighted, budget, power) for power in self.powers), key=lambda each: each.loss)
+        compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
+        logger.info("allocation power %s: %.5f, compensated %.5f", found.power, found.loss, compensated.loss)
+        return min(found, compensated, key=lambda each: each.loss)
+
+    def _candidate(self, weighted: Sequence[MeasuredLayer], budget: Budget, power: float | None) -> _Candidate:
+        layers = self.allocated(weighted, budget) if power is None else self.allocated(weighted, budget, power)
+        solution = uncompensated(self.calibrated, layers)
+        loss = held_back_loss(self.calibrated, solution.modules)
+        return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss, solution)
 
 
 def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:

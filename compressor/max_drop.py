@@ -48,6 +48,8 @@ def plan_within_drop(
     data: EvaluationData,
     device: torch.device,
     progress: Progress | None,
+    *,
+    refine: bool = False,
 ) -> PlannedModel:
     """The smallest plan found whose model is at most the budget worse than `dense` on `data`.
 
@@ -69,7 +71,7 @@ def plan_within_drop(
     drops: dict[int, float] = {}
 
     def measure(keep: float) -> tuple[int, float]:
-        planned = plan_ranks(subject, measured, Budget("keep", keep), None, form, shard_size, calibrated)
+        planned = plan_ranks(subject, measured, Budget("keep", keep), None, form, shard_size, calibrated, refine=refine)
         stored = planned.plan.eligible_after
         if stored not in plans:
             rewriting = Rewriting(

@@ -132,6 +132,7 @@ def plan(
     calibration: str | Path | Iterable[Any] | None = None,
     calibration_samples: int = 128,
     calibration_sequence_length: int | None = None,
+    refine: bool = False,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -157,6 +158,7 @@ def plan(
         calibration=calibration,
         calibration_samples=calibration_samples,
         calibration_sequence_length=calibration_sequence_length,
+        refine=refine,
         seed=seed,
         include=include,
         exclude=exclude,
@@ -184,6 +186,7 @@ def compress(
     calibration: str | Path | Iterable[Any] | None = None,
     calibration_samples: int = 128,
     calibration_sequence_length: int | None = None,
+    refine: bool = False,
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -209,6 +212,8 @@ def compress(
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
     least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
     model's own by default), a quarter of them held back to choose what loses least; `seed` draws the targets.
+    With `refine` the factors are also fitted, a block at a time, to what the dense model makes of these examples; kept
+    only where the examples held back agree, it takes several times as long.
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. Nothing is written in a `dry_run`. The same input
@@ -220,6 +225,8 @@ def compress(
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_a_budget_needs(budget, data, calibration)
+    if refine and calibration is None:
+        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
@@ -239,10 +246,10 @@ def compress(
         calibrated = _calibrated(dense, measured, samples, where, seed, progress)
     if dense is not None and deciding is not None and budget is not None:
         planned = plan_within_drop(
-            subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress
+            subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress, refine=refine
         )
     else:
-        planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress)
+        planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress, refine=refine)
     chosen = planned.plan
     if budget is None and all(layer.rank is None for layer in chosen.layers):
         raise QualityGateNotMet(
