@@ -51,7 +51,7 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
-from compressor.factorize import weighted_singular_values
+from compressor.factorize import spatial_errors, spatial_matrix, weighted_singular_values
 from compressor.measure import (
     effective_ranks,
     initial_standard_deviation,
@@ -70,6 +70,7 @@ from compressor.planning import (
     apply_edits,
     choose_ranks,
     default_budget,
+    pair_forms,
     predicted_loss,
     read_plan,
     requested_budget,
@@ -296,7 +297,10 @@ def compress(
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory_bytes(),
         skipped=tuple(layer for layer in subject.layers if not layer.eligible),
-        spectra={m.layer.name: m.singular_values for m in measured},
+        spectra={
+            m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
+            for m, p in zip(measured, chosen.layers, strict=True)
+        },
         model=compressed,
     )
 
@@ -545,7 +549,9 @@ def _inspect(
     for done, layer in enumerate(eligible, start=1):
         weight = subject.checkpoint.read(layer.tensor)
         require_finite(layer.tensor, weight, subject.checkpoint.source)
-        values = singular_values(as_matrix(layer, weight.to(device)))
+        weight = weight.to(device)
+        values = singular_values(as_matrix(layer, weight))
+        spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
         del weight
         decayed = recipe.decays(layer.tensor) is not False
         inspected[layer.name] = InspectedLayer(
@@ -557,6 +563,7 @@ def _inspect(
                 recipe, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton), decayed=decayed
             ),
             singular_values=tuple(values.tolist()),
+            spatial_values=None if spatial is None else tuple(spatial.tolist()),
         )
         if progress:
             progress("measure", done, len(eligible))
@@ -579,6 +586,7 @@ def _measured(subject: _Subject, inspected: Sequence[InspectedLayer]) -> list[Me
                 surviving_share=each.initialisation.share,
                 unknown_start=each.initialisation.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
+                spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
             )
         )
     return measured
@@ -675,9 +683,11 @@ def _weighted(
         if m.layer.name not in calibrated.metrics:
             weighted.append(replace(m, stays_dense="no calibration example reached it"))
             continue
-        matrix = as_matrix(m.layer, subject.checkpoint.read(m.layer.tensor).to(device))
-        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
-        weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
+        weight, metric = subject.checkpoint.read(m.layer.tensor).to(device), calibrated.metrics[m.layer.name]
+        values = weighted_singular_values(as_matrix(m.layer, weight), metric)
+        spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
+        uses = calibrated.uses[m.layer.name]
+        weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
     return weighted
 
 

@@ -2,6 +2,7 @@
 
 from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
+from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -24,6 +25,7 @@ __all__ = [
     "apply_edits",
     "choose_ranks",
     "default_budget",
+    "pair_forms",
     "predicted_loss",
     "read_plan",
     "requested_budget",

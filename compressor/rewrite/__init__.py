@@ -4,6 +4,7 @@ from compressor.rewrite.modules import (
     LowRankConvolution,
     LowRankLinear,
     PivotedLinear,
+    SpatialConvolution,
     low_rank_layer,
     put_layer,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "LowRankLinear",
     "PivotedLinear",
     "Rewriting",
+    "SpatialConvolution",
     "StoredPair",
     "as_matrix",
     "dense_infos",
