@@ -21,7 +21,7 @@ from compressor.calibration import (
 )
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData
-from compressor.factorize import weighted_singular_values
+from compressor.factorize import spatial_errors, weighted_singular_values
 from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel, open_data_for
 from compressor.planning import (
@@ -96,8 +96,8 @@ def plan_ranks(
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
     With calibration the allocation is the one of several that loses least on the data held back, and compensation and
-    a further stage are kept where they lose less still; so is fitting the factors, with `refine`. Raises `BadInput` for a plan that does not fit the model and
-    for a budget that cannot be met.
+    a further stage are kept where they lose less still; so is fitting the factors, with `refine`. Raises `BadInput` for
+    a plan that does not fit the model and for a budget that cannot be met.
     """
     checkpoint = subject.checkpoint
     digest = checkpoint.digest() if checkpoint.source is not None else None
@@ -218,7 +218,9 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) 
             continue
         weight = calibrated.model.get_submodule(m.layer.module).weight
         assert isinstance(weight, Tensor)
-        matrix = as_matrix(m.layer, weight.detach().to(calibrated.device))
-        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
-        weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
+        weight, metric = weight.detach().to(calibrated.device), calibrated.metrics[m.layer.name]
+        values = weighted_singular_values(as_matrix(m.layer, weight), metric)
+        spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
+        uses = calibrated.uses[m.layer.name]
+        weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
     return weighted

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from compressor.checkpoint import require_finite
+from compressor.factorize import spatial_matrix
 from compressor.measure import (
     effective_ranks,
     initial_standard_deviation,
@@ -17,7 +18,7 @@ from compressor.measure import (
     uses_per_example,
 )
 from compressor.opened_model import OpenedModel, folder_of
-from compressor.planning import MeasuredLayer
+from compressor.planning import MeasuredLayer, pair_forms
 from compressor.results import InspectedLayer
 from compressor.rewrite import as_matrix
 
@@ -37,7 +38,9 @@ def inspect_layers(
     for done, layer in enumerate(eligible, start=1):
         weight = subject.checkpoint.read(layer.tensor)
         require_finite(layer.tensor, weight, subject.checkpoint.source)
-        values = singular_values(as_matrix(layer, weight.to(device)))
+        weight = weight.to(device)
+        values = singular_values(as_matrix(layer, weight))
+        spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
         del weight
         decayed = recipe.decays(layer.tensor) is not False
         inspected[layer.name] = InspectedLayer(
@@ -49,6 +52,7 @@ def inspect_layers(
                 recipe, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton), decayed=decayed
             ),
             singular_values=tuple(values.tolist()),
+            spatial_values=None if spatial is None else tuple(spatial.tolist()),
         )
         if progress:
             progress("measure", done, len(eligible))
@@ -72,6 +76,7 @@ def measured_layers(subject: OpenedModel, inspected: Sequence[InspectedLayer]) -
                 surviving_share=each.initialisation.share,
                 unknown_start=each.initialisation.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
+                spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
             )
         )
     return measured

@@ -224,9 +224,7 @@ def compress(
     """
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
-    _require_what_a_budget_needs(budget, data, calibration)
-    if refine and calibration is None:
-        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
+    _require_what_is_needed(budget, data, calibration, refine=refine)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
@@ -294,7 +292,10 @@ def compress(
         seconds=time.monotonic() - started,
         peak_memory_bytes=_peak_memory_bytes(),
         skipped=tuple(layer for layer in subject.layers if not layer.eligible),
-        spectra={m.layer.name: m.singular_values for m in measured},
+        spectra={
+            m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
+            for m, p in zip(measured, chosen.layers, strict=True)
+        },
         model=compressed,
     )
 
@@ -410,9 +411,15 @@ def _requested(
     return Budget("plan")
 
 
-def _require_what_a_budget_needs(
-    budget: Budget | None, data: str | Path | None, calibration: str | Path | Iterable[Any] | None
+def _require_what_is_needed(
+    budget: Budget | None,
+    data: str | Path | None,
+    calibration: str | Path | Iterable[Any] | None,
+    *,
+    refine: bool,
 ) -> None:
+    if refine and calibration is None:
+        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
     if budget is not None and budget.kind == "max-drop" and data is None:
         raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
     if calibration is not None and (budget is None or budget.kind == "tolerance"):

@@ -29,7 +29,7 @@ from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.refinement import fit_to_dense
 from compressor.checkpoint import Layer
 from compressor.evaluation import Batch, prepared
-from compressor.factorize import FactorPair, Metric
+from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.measure.moments import input_vectors, kept_vectors, patches
 from compressor.planning import LayerPlan
 from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer, join
@@ -210,7 +210,7 @@ def _refitted(
         if bias is not None and x is not None and y is not None:
             shifted = (bias.to(matrix) + matrix @ x - target @ y).to(bias.dtype)
         candidates.append(_Target(target, shifted, Metric(moment, metric.gradients, y), x, y))
-    best: tuple[float, _Target, FactorPair] | None = None
+    best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
     for each in candidates:
         pair = approximate(layer, plan, each.matrix, each.metric)
         about = held if each.x is None or each.y is None else held.centred(each.x, each.y)

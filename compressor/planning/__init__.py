@@ -3,6 +3,7 @@
 from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
 from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -30,6 +31,7 @@ __all__ = [
     "choose_ranks",
     "default_budget",
     "holds",
+    "pair_forms",
     "predicted_loss",
     "read_plan",
     "requested_budget",

@@ -4,6 +4,7 @@ from compressor.rewrite.modules import (
     LowRankConvolution,
     LowRankLinear,
     PivotedLinear,
+    SpatialConvolution,
     low_rank_layer,
     put_layer,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "LowRankLinear",
     "PivotedLinear",
     "Rewriting",
+    "SpatialConvolution",
     "StoredPair",
     "approximate",
     "as_matrix",

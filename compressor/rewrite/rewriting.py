@@ -194,6 +194,7 @@ def describe_folder(folder: Path, rewriting: Rewriting) -> None:
             "format_version": FORMAT_VERSION,
             "ranks": {layer.module: plan.rank for layer, plan in rewriting.factorized},
             "pivoted": [layer.module for layer, plan in rewriting.factorized if plan.form == "pivoted"],
+            "spatial": [layer.module for layer, plan in rewriting.factorized if plan.form == "spatial"],
         }
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})
