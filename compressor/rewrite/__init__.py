@@ -28,9 +28,11 @@ from compressor.rewrite.tensor_format import (
     file_record,
     stored_pairs,
 )
+from compressor.rewrite.widening import MERGE_KEY, merge_record, widened
 
 __all__ = [
     "FORMAT_VERSION",
+    "MERGE_KEY",
     "METADATA_KEY",
     "PLAN_FILE",
     "LowRankConvolution",
@@ -45,11 +47,13 @@ __all__ = [
     "file_metadata",
     "file_record",
     "low_rank_layer",
+    "merge_record",
     "put_layer",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",
     "stored_pairs",
     "weight_file_bytes",
+    "widened",
     "write_weights",
 ]
