@@ -42,7 +42,7 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
-[cyan]compress merge A B[/cyan]       networks added, or put side by side in one
+[cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
 
 A model that is named like one of these commands is written ./inspect.
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from compressor.results import Compression, InspectedLayer, Inspection, Restoration
 
 NARROWEST_NAME = 8
-PATHS = frozenset({"model", "output", "plan"})
+PATHS = frozenset({"model", "base", "output", "plan"})
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def restoration_text(restoration: Restoration) -> RenderableType:
 def merging_text(merging: Merging) -> RenderableType:
     """What `compress merge` found before merging, what merging did to each task, and where the result is."""
     how = merging.mode if merging.mode == "sum" else f"concat, {merging.head} head"
-    names = [("networks" if number == 0 else "", model) for number, model in enumerate(merging.models)]
+    names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
     facts = [*names, *([("base", merging.base)] if merging.base is not None else []), ("mode", how)]
     if (inputs := merging.inputs) is not None:
         words = "between inputs of two tasks" if inputs.source == "data" else "of the first layers' principal angles"
@@ -401,7 +401,8 @@ class Facts:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         indent = max((len(label) for label, _ in self.facts), default=0) + 2
         for label, words in self.facts:
-            width = len(words) if label in PATHS else options.max_width - indent
+            # Of several models each is numbered.
+            width = len(words) if label.rstrip(" 0123456789") in PATHS else options.max_width - indent
             lines = wrap(one_line(words), max(width, 20), break_on_hyphens=False) or [""]
             for number, line in enumerate(lines):
                 text = Text(no_wrap=True, overflow="ignore")
