@@ -42,6 +42,8 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
+[cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
+
 [cyan]compress explore[/cyan]         a page that plays how SGD writes a matrix and weight decay forgets it
 
 A model that is named like one of these commands is written ./inspect.
@@ -414,3 +416,98 @@ def explore(
 
         path = exploration.explore(output, recipe=recipe, overwrite=overwrite, progress=progress)
     write_text(f"explorer  {path}\n")
+
+
+@subcommands.command("merge", cls=_Command, epilog=EXIT_STATUSES)
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C ...]",
+            parser=options.given("MODEL", str),
+            help="Two or more networks of one architecture: weight files, or Hugging Face folders.",
+            show_default=False,
+        ),
+    ],
+    *,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            parser=options.given("--output"),
+            help="File or folder to write.",
+            show_default=False,
+        ),
+    ],
+    mode: Annotated[
+        Literal["sum", "concat"],
+        typer.Option(
+            help="sum: add the weights, for weight decay and nearly orthogonal inputs. concat: side by side, safe.",
+            show_default=False,
+        ),
+    ],
+    head: Annotated[
+        Literal["shared", "separate"],
+        typer.Option(help="With concat, whether the outputs are added or put one after the other."),
+    ] = "shared",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            parser=options.given("--base", str),
+            help="With sum, the model that all were fine-tuned from: what each changed in it is added.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Each network's data, once for each and in their order: measure interference and quality on it.",
+            show_default=False,
+        ),
+    ] = None,
+    data_samples: options.DataSamples = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Write nothing if a task loses more: a fraction of accuracy, or an increase in perplexity.",
+            show_default=False,
+        ),
+    ] = None,
+    factory: options.Factory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Merge networks of one architecture into one, and measure what that costs each of their tasks."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import merging
+        from compressor.report import merging_text
+
+        refused = None
+        try:
+            merged = merging.merge(
+                models,
+                output=output,
+                mode=mode,
+                head=head,
+                base=base,
+                data=tuple(data or ()),
+                data_samples=data_samples,
+                max_drop=max_drop,
+                factory=factory,
+                max_shard_size=max_shard_size,
+                device=device,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        except merging.MergeRefused as error:
+            refused, merged = error, error.merging
+    _show(merged.to_dict(), merging_text(merged), json=json, written=merged.output)
+    if refused is not None:
+        raise refused

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
     from compressor.evaluation import Evaluation
     from compressor.exploration import explore
+    from compressor.merging import Merging, merge
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
@@ -26,6 +27,7 @@ _HOME = {
     "Compression": "results",
     "Evaluation": "evaluation",
     "Inspection": "results",
+    "Merging": "merging",
     "Plan": "planning",
     "Restoration": "results",
     "TrainingRecipe": "recipe",
@@ -33,6 +35,7 @@ _HOME = {
     "evaluate": "pipeline",
     "explore": "exploration",
     "inspect": "pipeline",
+    "merge": "merging",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
     "restore": "pipeline",
@@ -45,6 +48,7 @@ __all__ = [
     "CompressorError",
     "Evaluation",
     "Inspection",
+    "Merging",
     "Plan",
     "QualityGateNotMet",
     "Restoration",
@@ -53,6 +57,7 @@ __all__ = [
     "evaluate",
     "explore",
     "inspect",
+    "merge",
     "open_checkpoint",
     "plan",
     "restore",

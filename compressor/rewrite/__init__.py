@@ -34,9 +34,11 @@ from compressor.rewrite.tensor_format import (
     join,
     stored_pairs,
 )
+from compressor.rewrite.widening import MERGE_KEY, merge_record, widened
 
 __all__ = [
     "FORMAT_VERSION",
+    "MERGE_KEY",
     "METADATA_KEY",
     "PLAN_FILE",
     "Factors",
@@ -57,11 +59,13 @@ __all__ = [
     "filled_layer",
     "join",
     "low_rank_layer",
+    "merge_record",
     "put_layer",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",
     "stored_pairs",
     "weight_file_bytes",
+    "widened",
     "write_weights",
 ]
