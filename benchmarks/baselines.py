@@ -101,8 +101,8 @@ def pivoted_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     triangular, pivots = scipy.linalg.qr(matrix.T.numpy(), mode="r", pivoting=True)
     top = torch.from_numpy(triangular)[:rank]
-    # Of a matrix of lower rank than r the last pivots are nothing, and least squares leaves them out.
-    coefficients = torch.linalg.lstsq(top[:, :rank], top[:, rank:], driver="gelsd").solution.T
+    # Of a matrix of lower rank than r the last pivots are nothing, and the pseudo-inverse leaves them out.
+    coefficients = (torch.linalg.pinv(top[:, :rank]) @ top[:, rank:]).T
     order = torch.from_numpy(pivots).long()
     rest = torch.ones(len(matrix), dtype=torch.bool)
     rest[order[:rank]] = False
