@@ -1,71 +1,364 @@
 """Loss against size: ours beside published low-rank compressors, at the same number of stored parameters.
 
-    python benchmarks/quality.py [MODEL ...]
+    python benchmarks/quality.py [--models MODEL ...] [--keeps 0.6 ...] [--seeds 0 ...] [--methods METHOD ...]
+                                 [--conditions CONDITION ...]
 
-For digits-vit and stdlib-llama, three draws of calibration data each: every method gets the same examples (of the
-training split) and the same size, counted in stored numbers; the loss is that of the test split. The published methods
-keep the same fraction of every linear layer and leave the classifier and the convolutions as they are, which counts as
-stored; ours shares one budget. So the comparison is of whole methods: it does not tell the metric's part from the
-allocation's. Beside ours stand ours with plain pairs, and ours without data. Writes
-benchmarks/results/quality-MODEL.json and prints a table.
+For every reference model, and for the larger one that `benchmarks/larger_model.py` trains where its folder exists,
+three draws of calibration data each: every method gets the same examples of the training split and the same size,
+counted in the numbers of the tensors that would be saved; the loss is that of the test split, in nats per prediction.
+The published methods keep the same fraction of every linear layer (of digits-resnet: of every convolution but the
+first) and leave the other layers and the classifier as they are, which counts as stored; ours shares one budget. Beside
+ours stand ours with one part switched off at a time, ours with the ranks of the published methods, and SVD-LLM with our
+ranks, which tell the metric's part from the allocation's.
+
+The language models are compressed under two more conditions. `byte left out`: no calibration text contains one byte,
+the most frequent one that at least half of the training windows lack; the loss is that of the (at most) 64 predictions
+after it in the test text. `other text`: calibrated on Python source, measured on English prose, the topics of `pydoc`.
+
+What is measured replaces the same cells of benchmarks/results/quality-MODEL.json and leaves the others as they are.
+Prints a table for each model and condition.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib
 import json
+import math
 import platform
 import statistics
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from baselines import (
+    Size,
+    Weights,
     asvd,
     equalised,
+    factors,
     input_statistics,
     matrices,
+    mpifa,
+    pivoted_factors,
+    pivoted_size,
+    plain_size,
     plain_svd,
+    product,
     set_matrix,
-    stored,
     svd_llm,
     svd_llm_sequential,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from compressor import compress
-from compressor.evaluation import EvaluationData, load_preprocessing, load_transformers, measure_quality, open_data
+from compressor import Plan, compress, inspect
+from compressor.checkpoint import Layer
+from compressor.evaluation import (
+    Batch,
+    EvaluationData,
+    Preprocessing,
+    load_model,
+    load_preprocessing,
+    logits_of,
+    measure_quality,
+    open_data,
+)
+from compressor.evaluation.builtin_data import standard_library_files
+from compressor.factorize import Metric, pivoted_pair, truncated_svd
+from compressor.planning import Budget, LayerPlan
+from compressor.planning.form import Form, stored_parameters
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DATA = {"digits-vit": "builtin:digits", "stdlib-llama": "builtin:stdlib"}
-HEAD = "classifier"
-KEEPS = (0.8, 0.6, 0.4, 0.2)
 SEEDS = (0, 1, 2)
-EXAMPLES = {"digits-vit": 128, "stdlib-llama": 64}
-TEST_EXAMPLES = {"digits-vit": None, "stdlib-llama": 128}
+KEEPS = (0.8, 0.6, 0.4, 0.2)
+BATCH_SIZE = 16
+REACH = 64  # predictions after the byte that was left out
+# Of a size from the one asked for, as a share of the eligible parameters; one rank of the largest layer may be more.
+LARGEST_DIFFERENCE = 0.002
+
+TEST = "test split"
+BYTE_LEFT_OUT = "byte left out"
+OTHER_TEXT = "other text"
 
 
-def main() -> None:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["transformers"] = transformers.__version__
-    RESULTS.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or list(DATA):
-        rows = compare(name)
-        document = json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n"
-        (RESULTS / f"quality-{name}.json").write_text(document, encoding="utf-8")
-        sys.stdout.write(table(rows) + "\n")
+@dataclass(frozen=True)
+class Subject:
+    """A model of the benchmark, and how many examples are used of its data.
+
+    The published methods compress the layers of one kind, `compressed`, but for those that are left dense: the
+    classifier, and the first convolution, as is usual for convolutional networks.
+    """
+
+    weights: Path
+    data: str
+    calibration_examples: int
+    test_examples: int | None = None
+    left_dense: tuple[str, ...] = ()
+    compressed: Literal["linear", "convolution"] = "linear"
+    factory: str | None = None
+    keeps: tuple[float, ...] = KEEPS
+    conditions: tuple[str, ...] = (TEST,)
+
+
+CARDS = ROOT / "model_cards"
+ALL_CONDITIONS = (TEST, BYTE_LEFT_OUT, OTHER_TEXT)
+SUBJECTS = {
+    "digits-mlp": Subject(
+        CARDS / "digits-mlp" / "model.safetensors",
+        "builtin:digits",
+        128,
+        left_dense=("6",),
+        factory=f"{CARDS / 'digits-mlp' / 'train.py'}:build_model",
+    ),
+    "digits-resnet": Subject(
+        CARDS / "digits-resnet",
+        "builtin:digits",
+        128,
+        left_dense=("resnet.embedder.embedder.convolution",),
+        compressed="convolution",
+        keeps=(0.8, 0.6, 0.5, 0.4, 0.2),
+    ),
+    "digits-vit": Subject(CARDS / "digits-vit", "builtin:digits", 128, left_dense=("classifier",)),
+    "stdlib-llama": Subject(CARDS / "stdlib-llama", "builtin:stdlib", 64, 128, conditions=ALL_CONDITIONS),
+    "stdlib-llama-large": Subject(
+        ROOT / "benchmarks" / "models" / "stdlib-llama-large", "builtin:stdlib", 64, 128, conditions=ALL_CONDITIONS
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Loss in nats per prediction, and of a classifier the accuracy."""
+
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model under one condition: what calibrates it, `read` by position, and what it is measured by."""
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    count: int
+    read: Callable[[Sequence[int]], Mapping[str, Tensor]]
+    measure: Callable[[nn.Module], Measurement]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What every method is given: the model, its eligible layers, calibration batches, and the size to meet.
+
+    `published` are the layers that the papers compress, and `room` the numbers that are left for these.
+    """
+
+    model: nn.Module
+    layers: tuple[Layer, ...]
+    published: Mapping[str, nn.Module]
+    batches: Sequence[Mapping[str, Tensor]]
+    keep: float
+    seed: int
+    room: int
+
+    @property
+    def eligible(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {layer.name: layer.shape for layer in self.layers if layer.name in self.published}
+
+    @property
+    def pivotable(self) -> bool:
+        return all(type(module) is nn.Linear for module in self.published.values())
+
+    def uniform_ranks(self, size: Size) -> dict[str, int]:
+        """Those of the published methods: the same fraction of every layer."""
+        return equalised(self.shapes, self.room, size)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model to run, and the numbers that it stores in place of the eligible layers."""
+
+    model: nn.Module
+    stored: int
+
+
+Method = Callable[[Cell], Compressed]
+
+
+# The published methods, as tests/benchmarks checks them.
+
+
+def published(replace: Callable[[Cell, dict[str, int]], Weights], *, pivoted: bool = False) -> Method:
+    """A method that replaces the matrices of the published layers by others of the published ranks."""
+    size, stored_as = (pivoted_size, pivoted_factors) if pivoted else (plain_size, factors)
+
+    def method(cell: Cell) -> Compressed:
+        ranks = cell.uniform_ranks(size)
+        stored = {name: stored_as(matrix, ranks[name]) for name, matrix in replace(cell, ranks).items()}
+        return replaced(cell, {name: (product(tensors), _numbers(tensors)) for name, tensors in stored.items()})
+
+    return method
+
+
+def replaced(cell: Cell, matrices_and_sizes: Mapping[str, tuple[Tensor, int]]) -> Compressed:
+    """The model with some matrices as their stored factors give them, and the numbers that those are."""
+    changed = copy.deepcopy(cell.model)
+    stored = sum(layer.parameters for layer in cell.layers if layer.name not in matrices_and_sizes)
+    for name, (matrix, size) in matrices_and_sizes.items():
+        set_matrix(changed.get_submodule(name), matrix)
+        stored += size
+    return Compressed(changed, stored)
+
+
+def by_truncated_svd(cell: Cell, ranks: dict[str, int]) -> Weights:
+    return plain_svd(matrices(cell.published), ranks)
+
+
+def by_asvd(cell: Cell, ranks: dict[str, int]) -> Weights:
+    _, magnitudes = input_statistics(cell.model, cell.published, cell.batches)
+    return asvd(matrices(cell.published), ranks, magnitudes)
+
+
+def by_svd_llm(cell: Cell, ranks: dict[str, int]) -> Weights:
+    moments, _ = input_statistics(cell.model, cell.published, cell.batches)
+    return svd_llm(matrices(cell.published), ranks, moments)
+
+
+def by_svd_llm_sequential(cell: Cell, ranks: dict[str, int]) -> Weights:
+    moments, _ = input_statistics(cell.model, cell.published, cell.batches)
+    return svd_llm_sequential(cell.model, cell.published, ranks, cell.batches, moments)
+
+
+def by_mpifa(cell: Cell, ranks: dict[str, int]) -> Weights:
+    moments, _ = input_statistics(cell.model, cell.published, cell.batches)
+    return mpifa(cell.model, cell.published, ranks, cell.batches, moments)
+
+
+PUBLISHED: dict[str, Method] = {
+    "truncated SVD": published(by_truncated_svd),
+    "ASVD": published(by_asvd),
+    "SVD-LLM": published(by_svd_llm),
+    "SVD-LLM, sequential": published(by_svd_llm_sequential),
+    "SVD-LLM, pivoted": published(by_svd_llm, pivoted=True),
+    "SVD-LLM, sequential, pivoted": published(by_svd_llm_sequential, pivoted=True),
+    "MPIFA": published(by_mpifa, pivoted=True),
+}
+PIVOTED = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA")  # for linear layers only
+
+
+# Ours, and ours with a part switched off.
+
+
+def ours(cell: Cell, *, constants: Mapping[str, Any] | None = None, **options: Any) -> Compressed:
+    """`compress`, with `options` in place of its own, and with constants of its modules replaced by name."""
+    given: dict[str, Any] = {"keep": cell.keep, "calibration": cell.batches, "seed": cell.seed} | options
+    with with_constants(constants or {}):
+        small = compress(cell.model, **given).model
+    assert small is not None
+    return Compressed(small, cell.eligible - (numbers(cell.model) - numbers(small)))
+
+
+@contextmanager
+def with_constants(constants: Mapping[str, Any]) -> Iterator[None]:
+    """Replace `package.module.NAME` by another value for a while; AttributeError when there is no such name."""
+    with ExitStack() as stack:
+        for path, value in constants.items():
+            module_name, _, name = path.rpartition(".")
+            module = importlib.import_module(module_name)
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+def numbers(model: nn.Module) -> int:
+    """How many numbers the weight file holds; tied tensors are in it once."""
+    return _numbers({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def of_inputs_only(inputs: Tensor, gradients: Tensor) -> Metric:
+    """The metric without the gradients' moment: the error of each layer's outputs."""
+    return Metric(inputs, torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device))
+
+
+def at_published_ranks(cell: Cell) -> Compressed:
+    """Our metric and our factors with the same fraction of every layer, pivoted where they can be."""
+    form: Form = "pivoted" if cell.pivotable else "channel"
+    ranks = cell.uniform_ranks(lambda shape, rank: stored_parameters(shape, form, rank))
+    layers = tuple(
+        LayerPlan(
+            name=layer.name,
+            shape=layer.shape,
+            kind=layer.kind,
+            rank=ranks.get(layer.name),
+            form=form if layer.name in ranks else "dense",
+            parameters=0,
+            error=math.nan,
+            reason="the same fraction of every layer",
+        )
+        for layer in cell.layers
+    )
+    return ours(cell, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers))
+
+
+def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
+    """The published metric with the ranks that `compress` chooses, stored as it stores them."""
+    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, dry_run=True).plan
+    plans = {layer.name: layer for layer in chosen.layers}
+    ranks = {name: layer.rank for name, layer in plans.items() if layer.rank is not None}
+    modules = {name: cell.model.get_submodule(name) for name in ranks}
+    moments, _ = input_statistics(cell.model, modules, cell.batches)
+    stored: dict[str, tuple[Tensor, int]] = {}
+    for name, matrix in svd_llm(matrices(modules), ranks, moments).items():
+        pair = truncated_svd(matrix, ranks[name])
+        if plans[name].form == "pivoted":
+            pivoted = pivoted_pair(pair)
+            stored[name] = (pivoted.product(), _numbers((pivoted.up, pivoted.down, pivoted.order)))
+        else:
+            stored[name] = (pair.product(), _numbers((pair.up, pair.down)))
+    return replaced(cell, stored)
+
+
+# Every part of ours has one entry here that switches it off.
+OURS: dict[str, Method] = {
+    "ours": ours,
+    "ours without the gradients' moment": partial(ours, constants={"compressor.calibration.Metric": of_inputs_only}),
+    "ours with one allocation (p = 1)": partial(ours, constants={"compressor.pipeline.ALLOCATION_POWERS": (1.0,)}),
+    "ours at the published ranks": at_published_ranks,
+    "ours with plain pairs": partial(ours, form="plain"),
+    "ours without data": partial(ours, calibration=None),
+    "SVD-LLM at our ranks": svd_llm_at_our_ranks,
+}
+METHODS = PUBLISHED | OURS
+# Under the other conditions: whether what calibration never saw is safe, and the order of the methods.
+COMPARED_UNDER_CONDITIONS = ("truncated SVD", "SVD-LLM", "SVD-LLM, pivoted", "MPIFA", "ours")
+
+
+# Models and data.
 
 
 def opened(name: str, split: Any, limit: int | None) -> EvaluationData:
-    prepared = load_preprocessing(ROOT / "model_cards" / name)
+    subject = SUBJECTS[name]
+    prepared = load_preprocessing(subject.weights) if subject.weights.is_dir() else Preprocessing()
     return open_data(
-        DATA[name],
+        subject.data,
         split=split,
         tokenizer=prepared.tokenizer,
         image_processor=prepared.image_processor,
@@ -75,90 +368,222 @@ def opened(name: str, split: Any, limit: int | None) -> EvaluationData:
     )
 
 
-def compare(name: str) -> list[dict[str, Any]]:
-    """All methods, sizes and seeds on one reference model, each size and seed in a process of its own."""
-    cells = [(name, seed, keep) for seed in SEEDS for keep in KEEPS]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(compare_at, *zip(*cells, strict=True)) for row in rows]
+def setting(name: str, condition: str) -> Setting:
+    """A model with the data of a condition."""
+    subject = SUBJECTS[name]
+    model = load_model(subject.weights, subject.factory).eval()
+    layers = tuple(each.layer for each in inspect(model).layers if each.layer.eligible)
+    given = partial(Setting, model, layers)
+    test = opened(name, "test", subject.test_examples)
+    train = opened(name, "train", None)
+    if condition == TEST:
+        return given(train.count, lambda positions: train.read(positions).inputs, partial(measured, data=test))
+    if condition == BYTE_LEFT_OUT:
+        windows = train.read(range(train.count)).inputs["input_ids"]
+        byte = left_out(windows)
+        lacking = windows[(windows != byte).all(1)]
+        return given(
+            len(lacking),
+            partial(token_windows, lacking),
+            lambda model: Measurement(loss_after(model, test, byte)),
+            {"byte": chr(byte), "windows_lacking_it": len(lacking) / len(windows)},
+        )
+    assert condition == OTHER_TEXT
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in standard_library_files("train") if "pydoc_data" not in path.parts
+    )
+    windows = tokenised(name, source)
+    prose = tokenised(name, topics())
+    chosen = prose[torch.linspace(0, len(prose) - 1, subject.test_examples or len(prose)).long()]
+    return given(len(windows), partial(token_windows, windows), partial(measured, data=as_data("pydoc topics", chosen)))
 
 
-def compare_at(name: str, seed: int, keep: float) -> list[dict[str, Any]]:
+def token_windows(windows: Tensor, positions: Sequence[int]) -> Mapping[str, Tensor]:
+    return {"input_ids": windows[list(positions)]}
+
+
+def as_data(name: str, windows: Tensor) -> EvaluationData:
+    """Windows of token ids `(N, L)` as data for language modelling."""
+
+    def read(positions: Sequence[int]) -> Batch:
+        return Batch({"input_ids": windows[list(positions)]}, windows[list(positions), 1:])
+
+    return EvaluationData(name, "language-modeling", len(windows), 32, read)
+
+
+def topics() -> str:
+    """The reference texts that `help()` shows, which every Python has: English prose."""
+    from pydoc_data.topics import topics as texts  # type: ignore[import-untyped]
+
+    return "\n".join(texts[name] for name in sorted(texts))
+
+
+def tokenised(name: str, text: str) -> Tensor:
+    """The text as windows of the model's length that do not overlap."""
+    prepared = load_preprocessing(SUBJECTS[name].weights)
+    assert prepared.tokenizer is not None
+    assert prepared.sequence_length is not None
+    length = prepared.sequence_length
+    tokens = torch.tensor(prepared.tokenizer(text, verbose=False)["input_ids"])
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def left_out(windows: Tensor) -> int:
+    """The most frequent token that at least half of the windows lack."""
+    counts = torch.bincount(windows.flatten())
+    order = counts.argsort(descending=True)
+    return next(int(token) for token in order if (windows != token).all(1).float().mean() >= 0.5)
+
+
+def measured(model: nn.Module, data: EvaluationData) -> Measurement:
+    quality = measure_quality(model, data)
+    return Measurement(quality.loss, quality.value if quality.metric == "accuracy" else None)
+
+
+@torch.inference_mode()
+def loss_after(model: nn.Module, data: EvaluationData, token: int) -> float:
+    """Mean cross-entropy of the predictions for which `token` is among the last 64 tokens of the text before."""
+    total, count = 0.0, 0
+    for batch in data:
+        logits = logits_of(model, batch.inputs)[:, :-1]
+        seen = (batch.inputs["input_ids"][:, :-1] == token).float()
+        # Position i is after the token if it stands at one of the positions i - 63 .. i.
+        recently = nn.functional.max_pool1d(nn.functional.pad(seen, (REACH - 1, 0)), REACH, stride=1) > 0
+        losses = nn.functional.cross_entropy(logits.double().transpose(1, 2), batch.labels, reduction="none")
+        total += float(losses[recently].sum())
+        count += int(recently.sum())
+    return total / count
+
+
+# The table.
+
+
+def compare_at(name: str, condition: str, seed: int, keep: float, methods: Sequence[str]) -> list[dict[str, Any]]:
     """All methods at one size, with the calibration data of one seed."""
     torch.set_num_threads(1)
-    model = load_transformers(ROOT / "model_cards" / name).eval()
-    test = opened(name, "test", TEST_EXAMPLES[name])
-    dense = measure_quality(model, test).loss
-    train = opened(name, "train", None)
-    chosen = torch.randperm(train.count, generator=torch.Generator().manual_seed(seed))[: EXAMPLES[name]].tolist()
-    batches = [train.read(chosen[start : start + 16]).inputs for start in range(0, len(chosen), 16)]
+    subject = SUBJECTS[name]
+    given = setting(name, condition)
+    dense = given.measure(given.model)
+    chosen = torch.randperm(given.count, generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = chosen[: subject.calibration_examples]
+    batches = [given.read(chosen[start : start + BATCH_SIZE]) for start in range(0, len(chosen), BATCH_SIZE)]
+    eligible = sum(layer.parameters for layer in given.layers)
+    compressed_by_papers = [
+        layer for layer in given.layers if layer.kind == subject.compressed and layer.name not in subject.left_dense
+    ]
+    cell = Cell(
+        model=given.model,
+        layers=given.layers,
+        published={layer.name: given.model.get_submodule(layer.name) for layer in compressed_by_papers},
+        batches=batches,
+        keep=keep,
+        seed=seed,
+        room=int(keep * eligible) - eligible + sum(layer.parameters for layer in compressed_by_papers),
+    )
+    one_rank = max(sum(layer.shape) for layer in given.layers) / eligible
     rows = []
-    for method, loss, kept in methods(model, batches, keep, seed, test):
-        row = {"model": name, "keep": keep, "seed": seed, "method": method, "kept": kept, "dense_loss": dense}
-        rows.append(row | {"loss_increase": loss - dense})
-        sys.stderr.write(f"{name} {keep} {seed} {method}: {loss - dense:+.4f} nats, kept {kept:.4f}\n")
+    for method in methods:
+        if method in PIVOTED and not cell.pivotable:
+            continue
+        small = METHODS[method](cell)
+        kept = small.stored / eligible
+        if abs(kept - keep) > max(LARGEST_DIFFERENCE, one_rank):
+            raise RuntimeError(f"{name} {keep} {seed} {method}: keeps {kept:.4f}, which is not the size of the others")
+        after = given.measure(small.model)
+        row = {"model": name, "condition": condition, "keep": keep, "seed": seed, "method": method, "kept": kept}
+        row |= {"dense_loss": dense.loss, "loss_increase": after.loss - dense.loss} | given.about
+        if dense.accuracy is not None and after.accuracy is not None:
+            row |= {"dense_accuracy": dense.accuracy, "accuracy_drop": dense.accuracy - after.accuracy}
+        rows.append(row)
+        sys.stderr.write(
+            f"{name}, {condition}, {keep}, {seed}, {method}: {row['loss_increase']:+.4f} nats, kept {kept:.4f}\n"
+        )
     return rows
 
 
-def methods(
-    model: nn.Module, batches: list[Mapping[str, torch.Tensor]], keep: float, seed: int, test: EvaluationData
-) -> list[tuple[str, float, float]]:
-    """Every method's loss on the test data, and the share of the eligible parameters that it stores."""
-    ours = compress(model, keep=keep, calibration=batches, seed=seed)
-    eligible = [layer.name for layer in ours.plan.layers]
-    total = ours.plan.eligible_before
-    target = ours.plan.eligible_after
-    # The papers compress the blocks' linear layers and leave the head as it is, which here counts as stored.
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if name in eligible and type(module) is nn.Linear and name != HEAD
-    }
-    left_dense = total - sum(module.weight.numel() for module in layers.values())
-    shapes = {name: (module.out_features, module.in_features) for name, module in layers.items()}
-    plain, pivoted = (equalised(shapes, target - left_dense, pivoted=form) for form in (False, True))
-    moments, magnitudes = input_statistics(model, layers, batches)
-    weights = matrices(layers)
-    baselines = {
-        "truncated SVD": (plain_svd(weights, plain), plain, False),
-        "ASVD": (asvd(weights, plain, magnitudes), plain, False),
-        "SVD-LLM": (svd_llm(weights, plain, moments), plain, False),
-        "SVD-LLM, sequential": (svd_llm_sequential(model, layers, plain, batches), plain, False),
-        "SVD-LLM, pivoted": (svd_llm(weights, pivoted, moments), pivoted, True),
-        "SVD-LLM, sequential, pivoted": (svd_llm_sequential(model, layers, pivoted, batches), pivoted, True),
-    }
-    found = []
-    for method, (replaced, ranks, form) in baselines.items():
-        changed = copy.deepcopy(model)
-        for name, matrix in replaced.items():
-            set_matrix(changed.get_submodule(name), matrix)
-        kept = (stored(shapes, ranks, pivoted=form) + left_dense) / total
-        found.append((method, measure_quality(changed, test).loss, kept))
-    own = {
-        "ours": ours,
-        "ours, plain pairs": compress(model, keep=keep, calibration=batches, seed=seed, form="plain"),
-        "ours, no data": compress(model, keep=keep),
-    }
-    for method, report in own.items():
-        assert report.model is not None
-        kept = report.plan.eligible_after / total
-        found.append((method, measure_quality(report.model, test).loss, kept))
-    return found
+CELL = ("model", "condition", "keep", "seed", "method")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def merged(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Put rows in place of the same cells of the model's results, in a fixed order, and return all of them."""
+    path = RESULTS / f"quality-{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    known = [row for row in known if row.get("condition") in ALL_CONDITIONS and row["method"] in METHODS]
+    cells = {tuple(row[key] for key in CELL): dict(row) for row in [*known, *rows]}
+    order = (ALL_CONDITIONS, tuple(METHODS))
+    ordered = sorted(
+        cells.values(),
+        key=lambda row: (order[0].index(row["condition"]), -row["keep"], row["seed"], order[1].index(row["method"])),
+    )
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    RESULTS.mkdir(exist_ok=True)
+    document = json.dumps({"versions": versions, "rows": ordered}, indent=1) + "\n"
+    path.write_text(document, encoding="utf-8")
+    return ordered
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean loss increase over the seeds (least to most), in nats per prediction, as Markdown."""
     lines = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        lines += [f"| {name} | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |", "|---" * (len(KEEPS) + 1) + "|"]
-        for method in dict.fromkeys(row["method"] for row in rows):
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        here = [row for row in rows if row["condition"] == condition]
+        keeps = sorted({row["keep"] for row in here}, reverse=True)
+        lines.append(f"| {here[0]['model']}, {condition} | " + " | ".join(f"keep {keep}" for keep in keeps) + " |")
+        lines.append("|---" * (len(keeps) + 1) + "|")
+        for method in dict.fromkeys(row["method"] for row in here):
             cells = []
-            for keep in KEEPS:
-                key = (name, method, keep)
-                losses = [r["loss_increase"] for r in rows if (r["model"], r["method"], r["keep"]) == key]
-                cells.append(f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})")
+            for keep in keeps:
+                found = [row for row in here if (row["method"], row["keep"]) == (method, keep)]
+                cells.append(summary(found))
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        lines.append("")
+        difference = max(abs(row["kept"] / row["keep"] - 1) for row in here)
+        lines += ["", f"Sizes within {difference:.2%} of those asked for.", ""]
     return "\n".join(lines)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One cell: the loss increase, and of a classifier the points of accuracy lost."""
+    if not rows:
+        return ""
+    losses = [row["loss_increase"] for row in rows]
+    text = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+    drops = [row["accuracy_drop"] for row in rows if "accuracy_drop" in row]
+    return f"{text}, {100 * statistics.mean(drops):.1f} points" if drops else text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--keeps", nargs="+", type=float, help="default: 0.8 0.6 0.4 0.2, and 0.5 of digits-resnet")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--conditions", nargs="+", choices=ALL_CONDITIONS, default=ALL_CONDITIONS)
+    parser.add_argument("--processes", type=int, help="at the same time, of one thread each; default one per core")
+    asked = parser.parse_args()
+    tables = {}
+    cells = []
+    for name in asked.models:
+        subject = SUBJECTS[name]
+        if not subject.weights.exists():
+            sys.stderr.write(f"{name} is left out: train it with benchmarks/larger_model.py\n")
+            continue
+        for condition in subject.conditions:
+            if condition not in asked.conditions:
+                continue
+            compared = METHODS if condition == TEST else COMPARED_UNDER_CONDITIONS
+            methods = [method for method in compared if method in asked.methods]
+            cells += [
+                (name, condition, seed, keep, methods) for seed in asked.seeds for keep in asked.keeps or subject.keeps
+            ]
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(compare_at, *cell): cell[0] for cell in cells}
+        for done in as_completed(running):
+            # Written as soon as it is known: the whole table takes hours.
+            tables[running[done]] = table(merged(running[done], done.result()))
+    for name in asked.models:
+        if name in tables:
+            sys.stdout.write(tables[name] + "\n")
 
 
 if __name__ == "__main__":

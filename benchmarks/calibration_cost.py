@@ -1,0 +1,154 @@
+"""Peak memory and time of calibration against the number of blocks of a model and the number of samples.
+
+    python benchmarks/calibration_cost.py [--blocks 2 4 8 16] [--samples 16 32 64 128]
+
+Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5)`, each in a process of its
+own; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256 bytes. What the model takes
+before it is calibrated is measured in the same process and taken off: `beyond_model_bytes` is the peak resident size
+minus that of a process that has loaded the model and run one sample. Without calibration the same plan is timed too,
+and what is reported is the difference. Writes benchmarks/results/calibration_cost.json with straight lines fitted by
+least squares, and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+
+import compressor
+from compressor.evaluation import load_transformers, logits_of
+from compressor.evaluation.builtin_data import standard_library_text
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "calibration_cost.json"
+TOKENIZER = ROOT / "model_cards" / "stdlib-llama"
+HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, WINDOW = 512, 1408, 8, 2, 256
+BLOCKS, SAMPLES = (2, 4, 8, 16), (16, 32, 64, 128)
+FIXED_BLOCKS, FIXED_SAMPLES = 4, 32
+KEEP = 0.5
+
+Step = Literal["load", "plan", "calibrate"]
+
+
+def make_model(folder: Path, blocks: int) -> None:
+    """Write a random byte-level Llama with the tokenizer of stdlib-llama."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=blocks,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, folder / name)
+
+
+def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
+    """One step, in this process: its seconds, and the peak resident size so far in bytes."""
+    started = time.monotonic()
+    if step == "load":
+        with torch.no_grad():
+            logits_of(load_transformers(folder), {"input_ids": torch.zeros(1, WINDOW, dtype=torch.int64)})
+    elif step == "plan":
+        compressor.plan(folder, keep=KEEP)
+    else:
+        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": time.monotonic() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+def measured(scratch: Path, blocks: int, samples: int) -> dict[str, Any]:
+    """All steps for one model and number of samples, each in a fresh process."""
+    folder, text = scratch / f"{blocks}-blocks", scratch / f"{samples}-samples.txt"
+    if not folder.exists():
+        make_model(folder, blocks)
+    text.write_bytes(standard_library_text("train").encode()[: samples * WINDOW])
+    command = [sys.executable, str(Path(__file__).resolve()), "--step"]
+    found = {}
+    for step in ("load", "plan", "calibrate"):
+        arguments = [*command, step, str(folder), str(text), str(samples)]
+        # One thread: the time is of the work, and not of how many cores are idle.
+        done = subprocess.run(
+            arguments, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        ).stdout
+        found[step] = json.loads(done)
+    return {
+        "blocks": blocks,
+        "samples": samples,
+        "model_bytes": (folder / "model.safetensors").stat().st_size,
+        "seconds": round(found["calibrate"]["seconds"] - found["plan"]["seconds"], 2),
+        "peak_bytes": found["calibrate"]["peak_bytes"],
+        "loaded_model_peak_bytes": found["load"]["peak_bytes"],
+        "beyond_model_bytes": found["calibrate"]["peak_bytes"] - found["load"]["peak_bytes"],
+        "beyond_plan_bytes": found["calibrate"]["peak_bytes"] - found["plan"]["peak_bytes"],
+    }
+
+
+def line(rows: Sequence[dict[str, Any]], against: str, what: str) -> dict[str, float]:
+    """The straight line of least squares, and the share of the variance that it explains."""
+    x, y = (np.array([row[key] for row in rows], dtype=float) for key in (against, what))
+    slope, intercept = np.polyfit(x, y, 1)
+    residual, total = np.square(y - slope * x - intercept).sum(), np.square(y - y.mean()).sum()
+    return {"slope": slope, "intercept": intercept, "r_squared": 1 - residual / total if total else 1.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", nargs="+", type=int, default=BLOCKS)
+    parser.add_argument("--samples", nargs="+", type=int, default=SAMPLES)
+    parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)  # what the processes are started with
+    asked = parser.parse_args()
+    if asked.step:
+        step, folder, text, samples = asked.step
+        sys.stdout.write(json.dumps(take(step, Path(folder), Path(text), int(samples))))
+        return
+    scratch = Path(tempfile.mkdtemp())
+    try:
+        by_blocks = [measured(scratch, blocks, FIXED_SAMPLES) for blocks in asked.blocks]
+        by_samples = [measured(scratch, FIXED_BLOCKS, samples) for samples in asked.samples]
+    finally:
+        shutil.rmtree(scratch)
+    lines = {
+        f"{what} by {against}": line(rows, against, what)
+        for rows, against in ((by_blocks, "blocks"), (by_samples, "samples"))
+        for what in ("seconds", "beyond_model_bytes")
+    }
+    document = {
+        "model": f"Llama, hidden {HIDDEN}, intermediate {INTERMEDIATE}, float32, windows of {WINDOW} bytes",
+        "by_blocks": by_blocks,
+        "by_samples": by_samples,
+        "lines": lines,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(RESULT.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
