@@ -61,6 +61,8 @@ from baselines import (
 from torch import Tensor, nn
 
 from compressor import Plan, compress, inspect
+from compressor.calibration import Calibration, Compensated, uncompensated
+from compressor.calibration.criterion import divergence
 from compressor.checkpoint import Layer
 from compressor.evaluation import (
     Batch,
@@ -138,10 +140,14 @@ SUBJECTS = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """Loss in nats per prediction, and of a classifier the accuracy."""
+    """Loss in nats per prediction, of a classifier the accuracy, and the divergence from the dense model's predictions.
+
+    The loss of a classifier that is sure of its errors may fall when it is compressed; the divergence cannot.
+    """
 
     loss: float
     accuracy: float | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -293,9 +299,14 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def of_inputs_only(inputs: Tensor, gradients: Tensor) -> Metric:
+def of_inputs_only(inputs: Tensor, gradients: Tensor, mean: Tensor | None = None) -> Metric:
     """The metric without the gradients' moment: the error of each layer's outputs."""
-    return Metric(inputs, torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device))
+    return Metric(inputs, torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device), mean)
+
+
+def not_compensated(calibration: Calibration, layers: Sequence[LayerPlan], *_: Any, **__: Any) -> Compensated:
+    """Every layer truncated by itself, in place of compensation."""
+    return uncompensated(calibration, layers)
 
 
 def at_published_ranks(cell: Cell) -> Compressed:
@@ -339,8 +350,17 @@ def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
 # Every part of ours has one entry here that switches it off.
 OURS: dict[str, Method] = {
     "ours": ours,
-    "ours without the gradients' moment": partial(ours, constants={"compressor.calibration.Metric": of_inputs_only}),
-    "ours with one allocation (p = 1)": partial(ours, constants={"compressor.pipeline.ALLOCATION_POWERS": (1.0,)}),
+    "ours, refined": partial(ours, refine=True),
+    "ours without the gradients' moment": partial(
+        ours, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
+    ),
+    "ours without compensation": partial(
+        ours, constants={"compressor.calibrated_planning.compensate": not_compensated}
+    ),
+    "ours without stages": partial(ours, constants={"compressor.calibrated_planning.STAGES": 0}),
+    "ours with one allocation (p = 1)": partial(
+        ours, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
+    ),
     "ours at the published ranks": at_published_ranks,
     "ours with plain pairs": partial(ours, form="plain"),
     "ours without data": partial(ours, calibration=None),
@@ -377,7 +397,9 @@ def setting(name: str, condition: str) -> Setting:
     test = opened(name, "test", subject.test_examples)
     train = opened(name, "train", None)
     if condition == TEST:
-        return given(train.count, lambda positions: train.read(positions).inputs, partial(measured, data=test))
+        return given(
+            train.count, lambda positions: train.read(positions).inputs, partial(measured, data=test, dense=model)
+        )
     if condition == BYTE_LEFT_OUT:
         windows = train.read(range(train.count)).inputs["input_ids"]
         byte = left_out(windows)
@@ -435,9 +457,19 @@ def left_out(windows: Tensor) -> int:
     return next(int(token) for token in order if (windows != token).all(1).float().mean() >= 0.5)
 
 
-def measured(model: nn.Module, data: EvaluationData) -> Measurement:
+def measured(model: nn.Module, data: EvaluationData, dense: nn.Module | None = None) -> Measurement:
     quality = measure_quality(model, data)
-    return Measurement(quality.loss, quality.value if quality.metric == "accuracy" else None)
+    away = None if dense is None else mean_divergence(dense, model, data)
+    return Measurement(quality.loss, quality.value if quality.metric == "accuracy" else None, away)
+
+
+@torch.inference_mode()
+def mean_divergence(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
+    """Kullback-Leibler divergence per prediction, in nats, from the dense model to another."""
+    found = [
+        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), None, "likelihood") for batch in data
+    ]
+    return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 
 
 @torch.inference_mode()
@@ -492,6 +524,8 @@ def compare_at(name: str, condition: str, seed: int, keep: float, methods: Seque
         after = given.measure(small.model)
         row = {"model": name, "condition": condition, "keep": keep, "seed": seed, "method": method, "kept": kept}
         row |= {"dense_loss": dense.loss, "loss_increase": after.loss - dense.loss} | given.about
+        if after.divergence is not None:
+            row["divergence"] = after.divergence
         if dense.accuracy is not None and after.accuracy is not None:
             row |= {"dense_accuracy": dense.accuracy, "accuracy_drop": dense.accuracy - after.accuracy}
         rows.append(row)
@@ -524,7 +558,10 @@ def merged(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean loss increase over the seeds (least to most), in nats per prediction, as Markdown."""
+    """Mean loss increase over the seeds (least to most), in nats per prediction, as Markdown.
+
+    Of classifiers also the mean divergence from the dense model's predictions, and the points of accuracy lost.
+    """
     lines = []
     for condition in dict.fromkeys(row["condition"] for row in rows):
         here = [row for row in rows if row["condition"] == condition]
@@ -543,13 +580,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One cell: the loss increase, and of a classifier the points of accuracy lost."""
+    """One cell: the loss increase, and of a classifier the divergence and the points of accuracy lost."""
     if not rows:
         return ""
     losses = [row["loss_increase"] for row in rows]
     text = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
     drops = [row["accuracy_drop"] for row in rows if "accuracy_drop" in row]
-    return f"{text}, {100 * statistics.mean(drops):.1f} points" if drops else text
+    if not drops:
+        return text
+    away = statistics.mean(row["divergence"] for row in rows)
+    return f"{text}; {away:.4f}; {100 * statistics.mean(drops):.1f} points"
 
 
 def main() -> None:
