@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,10 @@ def calibrate(
         segments = find_segments(model, list(modules.values()), data.fitted[0])
         logger.info("calibration runs the model in %d segments", segments.count)
         for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
-            _keep_boundaries(model, segments, batches, spool, part)
+            _keep_boundaries(model, segments, batches, spool, part, modules)
         known = {layer.name: layer for layer in layers}
-        criterion = criterion_of(model, labelled=data.labelled)
+        first = data.fitted[0]
+        criterion = criterion_of(model, outputs_of(model, first.inputs), first.labels if data.labelled else None)
         bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
         metrics, uses = _metrics(bare, modules, modules, progress)
     for name in modules.keys() - metrics.keys():
@@ -101,7 +103,7 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
         frozen(changed),
     ):
         stand_ins = {name: changed.get_submodule(layer.module) for name, layer in calibration.layers.items()}
-        _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted")
+        _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted", stand_ins)
         run = replace(calibration, model=changed, spool=spool)
         metrics, uses = _metrics(run, layers, stand_ins, None)
     return replace(calibration, metrics=metrics, uses=uses)
@@ -160,13 +162,38 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _keep_boundaries(model: nn.Module, segments: Segments, batches: Sequence[Batch], spool: Spool, part: str) -> None:
+def _keep_boundaries(
+    model: nn.Module,
+    segments: Segments,
+    batches: Sequence[Batch],
+    spool: Spool,
+    part: str,
+    layers: Mapping[str, nn.Module],
+) -> None:
     """Run all but the last segment, leaving on disk what enters each."""
     for index, batch in enumerate(batches):
         hidden: Tensor | None = None
         for segment in range(segments.count - 1):
             hidden = segments.run(model, segment, batch, hidden)
+            if not torch.isfinite(hidden).all():
+                raise _overflow(model, batch, layers)
             spool.put(("dense", part, segment + 1, index), hidden=hidden)
+
+
+def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
+    """Which layer is the first to be given something that is not finite."""
+    found: list[str] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], name: str) -> None:
+        if not torch.isfinite(arguments[0] if arguments else next(iter(named.values()))).all():
+            found.append(name)
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(note, name=name), with_kwargs=True).remove)
+        outputs_of(model, batch.inputs)
+    what = f"the activations of layer {found[0]}" if found else "the model's activations"
+    return BadInput(f"{what} are not finite on the calibration data", remedy="use the model in a wider dtype")
 
 
 def _metrics(
@@ -190,7 +217,8 @@ def _metrics(
         hidden = entering(calibration, "fitted", segment, index)
         if hidden is not None:
             hidden.requires_grad_(True)
-        outputs, gradient = segments.run(model, segment, batch, hidden), None
+        # A copy, because a segment may work in place on what enters it, which a leaf does not allow.
+        outputs, gradient = segments.run(model, segment, batch, None if hidden is None else hidden.clone()), None
         if segment == segments.count - 1:
             mask = batch.inputs.get("attention_mask")
             rows += kept_rows(outputs, mask).shape[0]

@@ -13,7 +13,7 @@ batch normalisation move in the same walk by as much as their inputs moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ from compressor.calibration.refinement import fit_to_dense
 from compressor.checkpoint import Layer
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
-from compressor.measure.moments import input_vectors, kept_vectors, patches
+from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches
 from compressor.planning import LayerPlan
 from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer, join
 
@@ -62,16 +62,23 @@ class Compensated:
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
     """Every layer truncated by itself, on the inputs of the dense model."""
     factors, modules = {}, {}
-    for plan in planned:
-        if plan.rank is None:
-            continue
-        layer, metric = calibration.layers[plan.name], calibration.metrics.get(plan.name)
-        dense = calibration.model.get_submodule(layer.module)
-        matrix, bias = _matrix(layer, dense, calibration.device)
-        pair = approximate(layer, plan, matrix, metric)
-        factors[plan.name] = factors_of(layer, plan, pair, matrix, bias, metric, _dtype(dense))
-        modules[layer.module] = filled_layer(layer, plan, dense, factors[plan.name])
+    with prepared(calibration.device, calibration.model):
+        for plan in planned:
+            if plan.rank is None:
+                continue
+            layer = calibration.layers[plan.name]
+            factors[plan.name] = _truncated(calibration, layer, plan)
+            dense = calibration.model.get_submodule(layer.module)
+            modules[layer.module] = filled_layer(layer, plan, dense, factors[plan.name])
     return Compensated(factors, modules)
+
+
+def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> Factors:
+    metric = calibration.metrics.get(plan.name)
+    dense = calibration.model.get_submodule(layer.module)
+    matrix, bias = _matrix(layer, dense, calibration.device)
+    pair = approximate(layer, plan, matrix, metric)
+    return factors_of(layer, plan, pair, matrix, bias, metric, _dtype(dense))
 
 
 def compensate(
@@ -87,25 +94,30 @@ def compensate(
     """
     plans = {plan.name: plan for plan in planned if plan.rank is not None}
     places = {calibration.layers[name].module: name for name in plans}
+    left = _walked_places(calibration, places)
     factors: dict[str, Factors] = {}
     modules: dict[str, nn.Module] = {}
     segments = calibration.segments
     with prepared(calibration.device, calibration.model):
         for segment in range(segments.count):
-            groups = _groups(calibration, segment, places)
+            groups = _groups(calibration, segment, left)
             for group in groups:
+                left -= set(group)
                 first = calibration.model.get_submodule(group[0])
                 fitted, held = (
                     _statistics(calibration, segment, part, first, modules) for part in ("fitted", "held back")
                 )
                 if isinstance(first, _BatchNorm):
-                    if (moved := _moved(first, fitted, held)) is not None:
+                    if fitted is not None and held is not None and (moved := _moved(first, fitted, held)) is not None:
                         modules[group[0]] = moved
                     continue
                 for place in group:
                     name = places[place]
                     layer, plan = calibration.layers[name], plans[name]
-                    factors[name] = _refitted(calibration, layer, plan, fitted, held)
+                    if fitted is None or held is None or name not in calibration.metrics:
+                        factors[name] = _truncated(calibration, layer, plan)
+                    else:
+                        factors[name] = _refitted(calibration, layer, plan, fitted, held)
                     modules[place] = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
             inside = {place: modules[place] for group in groups for place in group if place in places}
             if refine and inside:
@@ -117,9 +129,9 @@ def compensate(
                 _advance(calibration, segment, modules)
             if progress:
                 progress("refine" if refine else "compensate", segment + 1, segments.count)
-    # What no calibration example passes through is truncated as it is.
-    left = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
-    return Compensated({**factors, **left.factors}, {**modules, **left.modules})
+    # What the first calibration batch does not pass through is truncated as it is.
+    rest = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
+    return Compensated({**factors, **rest.factors}, {**modules, **rest.modules})
 
 
 def _refine(
@@ -202,7 +214,7 @@ def _refitted(
     about = fitted if x is None or y is None else fitted.centred(x, y)
     identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
     scale = about.yy.diagonal().mean()
-    for relative in RIDGES if scale > 0 else ():
+    for relative in RIDGES if 0 < scale < torch.inf else ():
         ridge = relative * scale
         moment = about.yy + ridge * identity
         target = torch.linalg.solve(moment, matrix @ about.xy + ridge * matrix, left=False)
@@ -252,7 +264,10 @@ def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) 
     assert moved.running_mean is not None
     assert moved.running_var is not None
     moved.running_mean.copy_(mean + fitted.y - fitted.x)
-    moved.running_var.copy_(torch.where(before > 0, variance * after / before.clamp_min(1e-300), variance))
+    # A channel that hardly varies beside its size says nothing about how its variance changes.
+    noise = torch.finfo(torch.float32).eps
+    varies = (before > noise * fitted.xx) & (after > noise * fitted.yy)
+    moved.running_var.copy_(variance * torch.where(varies, after / before, 1.0))
 
     def error(normalisation: _BatchNorm) -> float:
         assert normalisation.running_mean is not None
@@ -267,18 +282,22 @@ def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) 
     return moved if error(moved) < error(dense) else None
 
 
-def _groups(calibration: Calibration, segment: int, places: Mapping[str, str]) -> list[list[str]]:
-    """Places of the layers that a segment runs, in order, those that are given one tensor together.
+def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:
+    """Places of what the walk changes: the given ones, and batch normalisations that keep statistics."""
+    return {*places} | {
+        place
+        for place, module in calibration.model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
 
-    Batch normalisations that keep statistics are groups of their own.
+
+def _groups(calibration: Calibration, segment: int, places: Iterable[str]) -> list[list[str]]:
+    """Those of the places that a segment runs, in order, layers that are given one tensor together.
+
+    Every batch normalisation is a group of its own.
     """
     model = calibration.model
     wanted = {place: model.get_submodule(place) for place in places}
-    wanted |= {
-        place: module
-        for place, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
     groups: dict[Any, list[str]] = {}
     inputs: list[Tensor] = []  # kept, so that an address stands for one tensor
 
@@ -300,26 +319,30 @@ def _groups(calibration: Calibration, segment: int, places: Mapping[str, str]) -
 
 def _statistics(
     calibration: Calibration, segment: int, part: str, layer: nn.Module, modules: Mapping[str, nn.Module]
-) -> _InputStatistics:
-    """What a layer is given in the dense model and in the one compressed so far, over all examples of a part."""
+) -> _InputStatistics | None:
+    """What a layer is given in the dense model and in the one compressed so far, over all examples of a part.
+
+    None where it is given nothing, or not the same positions, such as an expert to which tokens are routed otherwise.
+    """
     sums: list[Tensor] | None = None
     count = 0
     for index, batch in enumerate(_batches(calibration, part)):
         dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
+        if [x.shape for x in dense] != [y.shape for y in compressed]:
+            return None
         mask = batch.inputs.get("attention_mask")
         for before, after in zip(dense, compressed, strict=True):
             x, y = (_vectors(layer, each, mask) for each in (before, after))
             count += len(x)
-            one = [t.to(torch.float64) for t in (*_products(layer, x, y), x.sum(0), y.sum(0))]
+            one = [*_products(layer, x, y), x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64)]
             sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
-    assert sums is not None
-    return _InputStatistics(*(each / count for each in sums))
+    return None if sums is None or count == 0 else _InputStatistics(*(each / count for each in sums))
 
 
 def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(layer, _BatchNorm):
         return (x * x).sum(0), (x * y).sum(0), (y * y).sum(0)
-    return x.T @ x, x.T @ y, y.T @ y
+    return outer_products(x, x), outer_products(x, y), outer_products(y, y)
 
 
 def _vectors(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:

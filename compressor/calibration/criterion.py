@@ -37,11 +37,18 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return first
 
 
-def criterion_of(model: nn.Module, *, labelled: bool) -> Criterion:
-    """Whether a model's outputs are logits: it is trained to predict a class or token, by its labels or by its name."""
+def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Criterion:
+    """Whether outputs are logits: they predict classes or tokens, by the model's name or by labels that fit them.
+
+    Labels fit that are one for each row of outputs, or for each but the last of a text. A single column, such as a
+    regression's or a binary logit, is no distribution.
+    """
     name = type(model).__name__
     predicts = name.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel", "Classification", "ConditionalGeneration"))
-    return "likelihood" if labelled or predicts else "outputs"
+    rows = outputs.shape[:-1]
+    next_tokens = len(rows) == 2 and labels is not None and labels.shape == (rows[0], rows[1] - 1)
+    fit = labels is not None and (labels.numel() == rows.numel() or next_tokens)
+    return "likelihood" if (predicts or fit) and outputs.shape[-1] > 1 else "outputs"
 
 
 def sampled_loss(outputs: Tensor, mask: Tensor | None, criterion: Criterion, generator: torch.Generator) -> Tensor:

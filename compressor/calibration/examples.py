@@ -76,9 +76,12 @@ def _as_batch(given: Any) -> Batch:
             f"the calibration data yields {type(given).__name__}", remedy="yield tensors, pairs, or mappings of tensors"
         )
     labels = inputs.get("labels", labels)
+    inputs = {name: tensor.detach() for name, tensor in inputs.items() if name != "labels"}
+    if not inputs or any(tensor.numel() == 0 for tensor in inputs.values()):
+        raise BadInput("the calibration data yields an empty batch", remedy="leave it out")
     classes = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
     return Batch(
-        {name: tensor.detach() for name, tensor in inputs.items() if name != "labels"},
+        inputs,
         labels if isinstance(labels, Tensor) and classes else torch.empty(0),
     )
 

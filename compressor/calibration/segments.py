@@ -103,8 +103,9 @@ def _hidden(arguments: Sequence[Any], named: dict[str, Any]) -> Tensor:
 def find_segments(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -> Segments:
     """The longest chain of blocks of one class that hold layers, checked by running it on `batch`.
 
-    `layers` are those whose moments are wanted. Each block is called once and gives the next what it takes first; a
-    model without such a chain, or whose outputs are not those of its segments, is one segment.
+    `layers` are those whose moments are wanted. Each block is called once and gives the next what it takes first, and
+    all that the outputs have of a layer passes through one segment. A model without such a chain, or whose outputs are
+    not those of its segments, is one segment.
     """
     wanted = {id(layer) for layer in layers}
     chains = [
@@ -114,7 +115,7 @@ def find_segments(model: nn.Module, layers: Sequence[nn.Module], batch: Batch) -
     ]
     for blocks in sorted(chains, key=len, reverse=True):
         for segments in _chained(model, blocks, batch):
-            if _agrees(model, segments, batch):
+            if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
                 return segments
     return Segments()
 
@@ -157,3 +158,31 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
     whole = outputs_of(model, batch.inputs)
     assert hidden is not None
     return hidden.shape == whole.shape and torch.allclose(hidden, whole, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _apart(model: nn.Module, segments: Segments, layers: Sequence[nn.Module], batch: Batch) -> bool:
+    """Whether no layer has a part in the results of two segments, such as an encoder's in those of all decoder blocks.
+
+    Its gradient would be in none of them whole.
+    """
+    found: set[nn.Module] = set()
+    hidden: Tensor | None = None
+    for index in range(segments.count):
+        outputs: list[tuple[nn.Module, Tensor]] = []
+
+        def note(layer: nn.Module, _: tuple[Any, ...], output: Tensor, outputs: list[Any] = outputs) -> Tensor:
+            outputs.append((layer, output if output.requires_grad else output.requires_grad_(True)))
+            return output.clone()  # which the model may change in place
+
+        with ExitStack() as stack, torch.enable_grad():
+            for layer in layers:
+                stack.callback(layer.register_forward_hook(note).remove)
+            result = segments.run(model, index, batch, None if hidden is None else hidden.clone())
+            tensors = [output for _, output in outputs]
+            gradients = torch.autograd.grad(result.sum(), tensors, allow_unused=True) if result.requires_grad else ()
+        reached = {layer for (layer, _), gradient in zip(outputs, gradients, strict=False) if gradient is not None}
+        if found & reached:
+            return False
+        found |= reached
+        hidden = result.detach()
+    return True

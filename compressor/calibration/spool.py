@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,12 +19,13 @@ class Spool:
     """Tensors by key in a temporary folder that goes with the object."""
 
     def __init__(self) -> None:
-        self._folder = TemporaryDirectory(prefix="compressor-calibration-")
+        self._folder = Path(mkdtemp(prefix="compressor-calibration-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: dict[Hashable, Path] = {}
 
     def put(self, key: Hashable, **tensors: Tensor) -> None:
         """Keep named tensors under a key, in place of what it held."""
-        path = self._files.setdefault(key, Path(self._folder.name) / f"{len(self._files)}.safetensors")
+        path = self._files.setdefault(key, self._folder / f"{len(self._files)}.safetensors")
         path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 

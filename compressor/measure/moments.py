@@ -152,7 +152,7 @@ def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
 
 def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
     vectors = vectors.float()
-    product = (vectors.T @ vectors).to(torch.float64)
+    product = outer_products(vectors, vectors)
     if not torch.isfinite(product).all():
         raise BadInput(
             f"the {what} of layer {name} are not finite on the calibration data",
@@ -161,9 +161,29 @@ def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
     return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
 
 
+def outer_products(x: Tensor, y: Tensor) -> Tensor:
+    """`x^T y` of two matrices in float32, as float64 and as exact as their covariance needs it.
+
+    The products are formed about the means: of large ones float32 would leave nothing of what varies.
+    """
+    count = max(len(x), 1)
+    about_x, about_y = x.sum(0) / count, y.sum(0) / count
+    centred_x, centred_y = x - about_x, y - about_y
+    product = (centred_x.T @ centred_y).to(torch.float64)
+    about_x, about_y = about_x.to(torch.float64), about_y.to(torch.float64)
+    product += torch.outer(about_x, y.sum(0, dtype=torch.float64))
+    return product + torch.outer(centred_x.sum(0, dtype=torch.float64), about_y)
+
+
 def kept_vectors(vectors: Tensor, tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Those of the rows made of a tensor that are not padding."""
-    if mask is None or tensor.dim() != 3 or tensor.shape[:2] != mask.shape:
+    """Those of the rows made of a tensor that are not padding.
+
+    The tensor is `(batch, length, size)`, or `(batch * length, size)` as some models flatten it; any other has none.
+    """
+    if mask is None:
+        return vectors
+    flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
+    if not flattened and (tensor.dim() != 3 or tensor.shape[:2] != mask.shape):
         return vectors
     return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
 

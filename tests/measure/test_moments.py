@@ -160,7 +160,7 @@ def test_bad_calibration_is_named() -> None:
     layer = nn.Linear(4, 3)
     deep = nn.Sequential(nn.Linear(4, 4), layer)
     with pytest.raises(BadInput, match="not finite"):
-        collect_moments({"1": layer}, [sampled(lambda: deep(torch.full((2, 4), 1e38)))])
+        collect_moments({"1": layer}, [sampled(lambda: deep(torch.full((2, 4), torch.inf)))])
 
 
 @pytest.mark.parametrize(("samples", "rank"), list(itertools.product((1, 5, 1000), (0, 1, 3, 8))))
