@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from compressor.checkpoint import Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, EvaluationData, logits_of, prepared
-from compressor.factorize import Metric
+from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.measure.moments import CalibrationPass, collect_moments, kept_predictions, shrunk
+from compressor.measure.token_frequencies import EmbeddingCollector
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Calibration:
     """
 
     model: nn.Module
-    metrics: Mapping[str, Metric]
+    metrics: Mapping[str, Metric | TiedMetric]
     uses: Mapping[str, float]
     held_back: Sequence[Batch] = field(repr=False)
     dense_logits: Sequence[Tensor] = field(repr=False)
@@ -56,9 +57,18 @@ def calibrate(
     than two batches or examples, or that the model does not take.
     """
     fitted, held_back = _parts(data)
-    modules = {layer.name: model.get_submodule(layer.module) for layer in layers}
-    with prepared(device, model), _frozen(model):
-        passes = (CalibrationPass(_run(model, batch), batch.inputs.get("attention_mask")) for batch in fitted)
+    modules = {layer.name: model.get_submodule(layer.module) for layer in layers if layer.kind != "embedding"}
+    embeddings = {
+        layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
+        for layer in layers
+        if layer.kind == "embedding"
+    }
+    with prepared(device, model), _frozen(model), EmbeddingCollector(embeddings) as collector:
+        masks = [batch.inputs.get("attention_mask") for batch in fitted]
+        passes = (
+            CalibrationPass(collector.watched(_run(model, batch), mask), mask)
+            for batch, mask in zip(fitted, masks, strict=True)
+        )
         moments = collect_moments(modules, passes, seed=seed)
         dense_logits = [logits_of(model, batch.inputs).cpu() for batch in held_back]
     # A layer whose inputs or gradients are all zero is not reached either: nothing is known of what it is for.
@@ -67,15 +77,16 @@ def calibrate(
         for name, found in moments.items()
         if found is not None and float(found.inputs.trace()) > 0 and float(found.gradients.trace()) > 0
     }
-    for name in moments.keys() - reached.keys():
+    weighted = {
+        name: (Metric(shrunk(found.inputs, found.positions), shrunk(found.gradients, found.positions)), found.uses)
+        for name, found in reached.items()
+    } | {name: embedding_metric(found) for name, found in collector.moments().items() if found is not None}
+    for name in [layer.name for layer in layers if layer.name not in weighted]:
         logger.warning("no calibration example reached %s, so it stays dense", name)
     return Calibration(
         model=model,
-        metrics={
-            name: Metric(shrunk(found.inputs, found.positions), shrunk(found.gradients, found.positions))
-            for name, found in reached.items()
-        },
-        uses={name: found.uses for name, found in reached.items()},
+        metrics={name: metric for name, (metric, _) in weighted.items()},
+        uses={name: uses for name, (_, uses) in weighted.items()},
         held_back=held_back,
         dense_logits=dense_logits,
         examples=sum(_examples(batch) for batch in fitted),

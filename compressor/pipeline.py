@@ -51,7 +51,7 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
-from compressor.factorize import weighted_singular_values
+from compressor.factorize import TiedMetric, tied_singular_values, weighted_singular_values
 from compressor.measure import (
     effective_ranks,
     initial_standard_deviation,
@@ -118,6 +118,7 @@ def inspect(
     factory: Factory | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     epsilon: float = 0.1,
     device: str = "auto",
     progress: Progress | None = None,
@@ -126,13 +127,14 @@ def inspect(
 
     `model` is a weight file, a model folder or a module. `recipe` says how it was trained where the files beside it do
     not, as a `TrainingRecipe` or the path of a file. `factory` builds the model's architecture, for weights that are
-    not a transformers model's. `epsilon` is the share of a matrix that the memory window may leave out.
+    not a transformers model's. `embeddings` has these measured too. `epsilon` is the share of a matrix that the memory
+    window may leave out.
 
     Raises `BadInput` for a model, recipe or pattern that cannot be used.
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
-    subject = _open(model, recipe, recipe_file, factory, include, exclude)
+    subject = _open(model, recipe, recipe_file, factory, include, exclude, embeddings)
     inspected = _inspect(subject, epsilon, resolve_device(device), progress)
     return Inspection(
         source=subject.name,
@@ -158,6 +160,7 @@ def plan(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     form: FormRequest = "auto",
     device: str = "auto",
     progress: Progress | None = None,
@@ -176,6 +179,7 @@ def plan(
         seed=seed,
         include=include,
         exclude=exclude,
+        embeddings=embeddings,
         form=form,
         device=device,
         dry_run=True,
@@ -201,6 +205,7 @@ def compress(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     form: FormRequest = "auto",
     max_shard_size: int | str = "5GB",
     device: str = "auto",
@@ -210,7 +215,8 @@ def compress(
 ) -> Compression:
     """Make a trained model smaller: measure, plan, factorize, rewrite, and evaluate on `data` where it is given.
 
-    Of the data at most `data_samples` examples are used, evenly spaced; all by default.
+    Of the data at most `data_samples` examples are used, evenly spaced; all by default. With `embeddings` these are
+    among the eligible layers, each together with an output head that is tied to it.
 
     At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `tolerance`
     (relative error per layer) and `plan`; with none of them the window rule where the recipe is of the SGD family,
@@ -225,7 +231,7 @@ def compress(
     """
     started = time.monotonic()
     budget = _requested(keep, max_size, tolerance, plan, form)
-    subject = _open(model, recipe, recipe_file, factory, include, exclude)
+    subject = _open(model, recipe, recipe_file, factory, include, exclude, embeddings)
     checkpoint = subject.checkpoint
     target = _checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
@@ -411,6 +417,7 @@ def _open(
     factory: Factory | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    embeddings: bool,
 ) -> _Subject:
     checkpoint = open_checkpoint(model)
     refuse_fp8(checkpoint)
@@ -435,7 +442,7 @@ def _open(
             remedy="give the original, or bring it back with 'compress restore MODEL'",
         )
     skeleton = _fitting(checkpoint, skeleton, factory)
-    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
+    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude, embeddings=embeddings)
     if known.optimizer is not None and known.family is None:
         logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
@@ -676,7 +683,11 @@ def _weighted(
             weighted.append(replace(m, stays_dense="no calibration example reached it"))
             continue
         matrix = as_matrix(m.layer, subject.checkpoint.read(m.layer.tensor).to(device))
-        values = weighted_singular_values(matrix, calibrated.metrics[m.layer.name])
+        metric = calibrated.metrics[m.layer.name]
+        if isinstance(metric, TiedMetric):
+            values = tied_singular_values(matrix, metric)
+        else:
+            values = weighted_singular_values(matrix, metric)
         weighted.append(replace(m, weighted_values=values, uses=calibrated.uses[m.layer.name]))
     return weighted
 

@@ -11,7 +11,7 @@ def stored_parameters(shape: tuple[int, int], form: Form, rank: int) -> int:
     """Numbers in the file for a `d_out x d_in` layer in a form; the index of a pivoted pair counts as `d_out` of them.
 
     A plain pair and the channel pair of a convolution store `r (d_out + d_in)` numbers, a pivoted pair
-    `r (d_out + d_in - r)` and its order.
+    `r (d_out + d_in - r)` and its order. The pair of an embedding is a plain one, whether a head is tied to it or not.
     """
     d_out, d_in = shape
     if form == "dense":

@@ -2,10 +2,12 @@
 
 from compressor.rewrite.modules import (
     LowRankConvolution,
+    LowRankEmbedding,
     LowRankLinear,
     PivotedLinear,
+    TiedHead,
     low_rank_layer,
-    put_layer,
+    put_pair,
 )
 from compressor.rewrite.rewriting import (
     PLAN_FILE,
@@ -34,10 +36,12 @@ __all__ = [
     "METADATA_KEY",
     "PLAN_FILE",
     "LowRankConvolution",
+    "LowRankEmbedding",
     "LowRankLinear",
     "PivotedLinear",
     "Rewriting",
     "StoredPair",
+    "TiedHead",
     "as_matrix",
     "dense_infos",
     "dense_tensors",
@@ -45,7 +49,7 @@ __all__ = [
     "file_metadata",
     "file_record",
     "low_rank_layer",
-    "put_layer",
+    "put_pair",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",

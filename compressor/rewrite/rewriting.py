@@ -24,10 +24,10 @@ from compressor.checkpoint import (
     safetensors_size,
     write_json,
 )
-from compressor.factorize import Metric
+from compressor.factorize import Metric, TiedMetric
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite.modules import low_rank_layer, put_layer
+from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, pair_infos
 
 # What a compressed folder carries besides its weights: the plan and the recipe that made it.
@@ -42,7 +42,7 @@ class Rewriting:
     recipe: TrainingRecipe
     layers: tuple[Layer, ...]
     plan: Plan
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     """The metric of the loss for the layers that calibration reached, by name."""
 
     @property
@@ -55,11 +55,15 @@ class Rewriting:
     def passed_through(self) -> list[str]:
         """The tensors that are copied as they are.
 
-        A further name of one that moves is among them: what was tied becomes two tensors of the same values.
+        A further name of one that moves is among them: what was tied becomes two tensors of the same values. Not so the
+        name of a tied head's weight, which moves with its embedding.
         """
         moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
+        untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
         left = [name for name in self.checkpoint.tensors if name not in moved]
-        return left + [alias for alias, name in self.checkpoint.aliases.items() if name in moved and alias not in moved]
+        return left + [
+            alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
+        ]
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor of the original checkpoint by any of its names."""
@@ -118,6 +122,8 @@ def rewritten_module(
         factors = _factors(rewriting, layer, plan, device)
         low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()})
         compressed = put_layer(compressed, layer.module, low_rank)
+        if layer.head is not None:
+            tie_head(compressed, layer.head, layer.module)
         done(layer.name, factors.error)
     return compressed
 

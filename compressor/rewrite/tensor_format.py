@@ -2,9 +2,10 @@
 
 A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weight` (`d_out x r`), and `X.bias` becomes
 `X.up.bias`. A pivoted pair has `X.up.weight` of `(d_out - r) x r` and `X.order` of `d_out` int32; its bias stays
-`X.bias`. For a convolution `X.down.weight` is `r x d_in x kernel` and `X.up.weight` is `d_out x r x 1 ..`. A zero-size
-`X.weight` stays behind in each, so that a loader that does not know the format stops. Everything else is passed
-through.
+`X.bias`. For a convolution `X.down.weight` is `r x d_in x kernel` and `X.up.weight` is `d_out x r x 1 ..`. For an
+embedding of d_in tokens `X.down.weight` is `d_in x r`, itself an embedding, and a head tied to it has no tensors. A
+zero-size `X.weight` stays behind in each, so that a loader that does not know the format stops. Everything else is
+passed through.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
 from compressor.errors import BadInput
@@ -24,7 +25,9 @@ from compressor.factorize import (
     FactorPair,
     Metric,
     PivotedPair,
+    TiedMetric,
     pivoted_pair,
+    tied_truncated_svd,
     truncated_svd,
     weighted_truncated_svd,
 )
@@ -69,6 +72,8 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
     name = layer.name
     kernel = layer.tensor_shape[2:] if layer.kind == "convolution" else ()
     down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
+    if layer.kind == "embedding":
+        down = (d_in, rank)
     up = (d_out - rank, rank) if plan.form == "pivoted" else (d_out, rank, *(1 for _ in kernel))
     infos = [
         TensorInfo(join(name, "weight"), (0,), dtype),
@@ -84,7 +89,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
 
 def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
     """The stored weight as the `d_out x d_in` matrix that it applies to its inputs."""
-    return weight.T if layer.kind == "transposed linear" else weight.reshape(layer.shape)
+    return weight.T if layer.kind in ("transposed linear", "embedding") else weight.reshape(layer.shape)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Factors:
 
 
 def factorize(
-    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | None = None
+    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | TiedMetric | None = None
 ) -> Factors:
     """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
 
@@ -104,9 +109,13 @@ def factorize(
     """
     assert plan.rank is not None
     matrix = as_matrix(layer, weight)
-    pair: FactorPair | PivotedPair = (
-        truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
-    )
+    pair: FactorPair | PivotedPair
+    if metric is None:
+        pair = truncated_svd(matrix, plan.rank)
+    elif isinstance(metric, TiedMetric):
+        pair = tied_truncated_svd(matrix, plan.rank, metric)
+    else:
+        pair = weighted_truncated_svd(matrix, plan.rank, metric)
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
         pair = pivoted_pair(pair)
@@ -114,7 +123,7 @@ def factorize(
         layer, plan, weight.dtype, TensorInfo("", tuple(bias.shape), bias.dtype) if bias is not None else None
     )
     pair = replace(pair, up=pair.up.to(weight.dtype), down=pair.down.to(weight.dtype))
-    values: list[Tensor] = [weight.new_empty(0), pair.down, pair.up]
+    values: list[Tensor] = [weight.new_empty(0), pair.down.T if layer.kind == "embedding" else pair.down, pair.up]
     if isinstance(pair, PivotedPair):
         values.append(pair.order)
     if bias is not None:
@@ -122,21 +131,17 @@ def factorize(
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
     exact = matrix.to(torch.float64)
     stored = replace(pair, up=pair.up.to(torch.float64), down=pair.down.to(torch.float64)).product()
-    total, left = (_squared_size(each, metric) for each in (exact, exact - stored))
+    total, left = (
+        float(each.square().sum()) if metric is None else metric.squared_size(each) for each in (exact, exact - stored)
+    )
     return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
-
-
-def _squared_size(matrix: Tensor, metric: Metric | None) -> float:
-    """Of a matrix in the metric, else its squared Frobenius norm."""
-    if metric is None:
-        return float(matrix.square().sum())
-    return max(0.0, float((metric.gradients @ matrix @ metric.inputs * matrix).sum()))
 
 
 def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:
     """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
 
-    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton.
+    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton. The
+    pair of an embedding has factors with r columns each.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = file_record(checkpoint).get("layers")
@@ -150,6 +155,10 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
         if down is None or up is None:
             continue
         order = shapes.get(join(name, "order"))
+        entry = record.get(name)
+        kind = _kind_of_pair(down, up, entry.get("kind") if isinstance(entry, dict) else _known_kind(skeleton, tensor))
+        if kind == "embedding":
+            down = down[::-1]
         form: Form = "pivoted" if order is not None else "channel" if len(down) > 2 else "plain"
         d_out = order[0] if order is not None and order else up[0]
         fits = len(down) >= 2 and len(up) == len(down) and up[1] == down[0] and min(down) > 0
@@ -159,24 +168,30 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
                 where=checkpoint.source,
                 remedy="compress the original checkpoint again",
             )
-        entry = record.get(name)
-        transposed = (
-            entry.get("kind") == "transposed linear"
-            if isinstance(entry, dict)
-            else skeleton is not None and _is_conv1d(skeleton, tensor)
-        )
-        kind: Kind = "convolution" if len(down) > 2 else "transposed linear" if transposed else "linear"
-        dense = (down[1], d_out) if transposed else (d_out, *down[1:])
+        dense = (down[1], d_out) if kind in ("transposed linear", "embedding") else (d_out, *down[1:])
         bias = join(name, "bias" if form == "pivoted" else "up.bias")
         pairs[name] = StoredPair(name, form, down[0], kind, dense, bias in shapes)
     return pairs
 
 
-def _is_conv1d(skeleton: Skeleton, tensor: str) -> bool:
-    in_model = skeleton.module_name(tensor)
-    modules = dict(skeleton.module.named_modules())
-    owner = modules.get(layer_name(in_model)) if in_model else None
-    return type(owner).__name__ == "Conv1D"
+def _kind_of_pair(down: tuple[int, ...], up: tuple[int, ...], known: object) -> Kind:
+    """The kind of layer that two factors stand for, where their shapes leave a choice the one that is known."""
+    if len(down) > 2:
+        return "convolution"
+    if len(down) == len(up) == 2 and down[1] == up[1] and (down[0] != up[1] or known == "embedding"):
+        return "embedding"
+    return "transposed linear" if known == "transposed linear" else "linear"
+
+
+def _known_kind(skeleton: Skeleton | None, tensor: str) -> Kind | None:
+    """The kind of the layer that a tensor is the weight of, as far as the skeleton tells it."""
+    in_model = skeleton.module_name(tensor) if skeleton is not None else None
+    if skeleton is None or not in_model:
+        return None
+    owner = dict(skeleton.module.named_modules()).get(layer_name(in_model))
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "transposed linear" if type(owner).__name__ == "Conv1D" else None
 
 
 def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -192,7 +207,8 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     """The dense tensor a pair stands for, multiplied in float64 and rounded to the factors' dtype."""
     down = checkpoint.read(pair.tensors["down"])
     up = checkpoint.read(pair.tensors["up"])
-    wide_down = down.to(torch.float64).reshape(pair.rank, -1)
+    wide_down = down.to(torch.float64)
+    wide_down = wide_down.T if pair.kind == "embedding" else wide_down.reshape(pair.rank, -1)
     wide_up = up.to(torch.float64).reshape(up.shape[0], pair.rank)
     if pair.form == "pivoted":
         order = checkpoint.read(pair.tensors["order"]).long()
@@ -205,7 +221,7 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
         matrix = PivotedPair(up=wide_up, down=wide_down, order=order).product()
     else:
         matrix = FactorPair(up=wide_up, down=wide_down).product()
-    if pair.kind == "transposed linear":
+    if pair.kind in ("transposed linear", "embedding"):
         matrix = matrix.T
     return matrix.reshape(pair.tensor_shape).to(down.dtype).contiguous()
 

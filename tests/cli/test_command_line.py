@@ -102,6 +102,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "7",
             "--seed",
             "3",
+            "--embeddings",
         ]
     )
     [(_, _, named)] = requested
@@ -121,6 +122,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "seed": 3,
         "include": (),
         "exclude": ("c",),
+        "embeddings": True,
         "form": "plain",
         "max_shard_size": "1GB",
         "device": "cpu",
