@@ -63,13 +63,15 @@ def calibrate(
         for layer in layers
         if layer.kind == "embedding"
     }
-    with prepared(device, model), _frozen(model), EmbeddingCollector(embeddings) as collector:
+    collector = EmbeddingCollector(embeddings)
+    with prepared(device, model), _frozen(model):
         masks = [batch.inputs.get("attention_mask") for batch in fitted]
         passes = (
             CalibrationPass(collector.watched(_run(model, batch), mask), mask)
             for batch, mask in zip(fitted, masks, strict=True)
         )
-        moments = collect_moments(modules, passes, seed=seed)
+        with collector:
+            moments = collect_moments(modules, passes, seed=seed)
         dense_logits = [logits_of(model, batch.inputs).cpu() for batch in held_back]
     # A layer whose inputs or gradients are all zero is not reached either: nothing is known of what it is for.
     reached = {

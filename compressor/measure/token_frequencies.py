@@ -73,12 +73,11 @@ class EmbeddingCollector:
         self._mask: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> EmbeddingCollector:
+    def __enter__(self) -> None:
         for name, (embedding, head) in self._embeddings.items():
             self._handles.append(embedding.register_forward_hook(self._lookup_hook(name), with_kwargs=True))
             if head is not None:
                 self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
-        return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import compress
-from compressor.factorize import Metric, truncated_svd, weighted_truncated_svd
+from compressor.checkpoint import find_layers, module_skeleton, open_checkpoint
+from compressor.factorize import Metric, TiedMetric, truncated_svd, weighted_truncated_svd
 from compressor.measure.moments import CalibrationPass, collect_moments
 from compressor.measure.token_frequencies import EmbeddingCollector, EmbeddingMoments, smoothed_frequencies
 
@@ -37,7 +38,8 @@ class Capped(nn.Module):
 def gathered(model: Any, passes: list[tuple[Tensor, Tensor | None]]) -> tuple[EmbeddingMoments, Any]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with EmbeddingCollector({"words": (model.words, model.head)}) as collector:
+    collector = EmbeddingCollector({"words": (model.words, model.head)})
+    with collector:
         watched = [
             CalibrationPass(collector.watched(lambda tokens=tokens: model(tokens), mask), mask)
             for tokens, mask in passes
@@ -93,6 +95,19 @@ def test_the_heads_moment_is_exact_over_all_targets_whatever_follows_the_head() 
     added = found.head.logits * (positions + TOKENS) - squares
     torch.testing.assert_close(added, added.mean().expand(TOKENS), rtol=1e-4, atol=1e-5)
     assert float(added.mean()) > 0
+
+
+def test_what_is_held_back_is_not_counted() -> None:
+    from compressor.calibration import calibrate
+
+    model = Capped()
+    torch.manual_seed(0)
+    batches = [torch.full((1, 6), token) for token in range(8)]  # of which 3 and 7 are held back
+    layers = find_layers(open_checkpoint(model), module_skeleton(model), embeddings=True)
+    found = calibrate(model, layers, batches, device=torch.device("cpu"), seed=0).metrics["words"]
+    assert isinstance(found, TiedMetric)
+    counts = 6 * torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]).double()
+    torch.testing.assert_close(found.lookup.inputs, (counts + 1) / (36 + TOKENS))
 
 
 @settings(max_examples=100, deadline=None)
