@@ -115,6 +115,14 @@ Include = Annotated[
     typer.Option(metavar="PATTERN", help="Only these layers: globs, or re:EXPRESSION.", rich_help_panel=LAYERS),
 ]
 Exclude = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Not these layers.", rich_help_panel=LAYERS)]
+Embeddings = Annotated[
+    bool,
+    typer.Option(
+        "--embeddings",
+        help="Embeddings too, each with the output head that is tied to it.",
+        rich_help_panel=LAYERS,
+    ),
+]
 Form = Annotated[
     Literal["auto", "plain", "pivoted"],
     typer.Option(help="How pairs are stored: pivoted is smaller, plain is faster.", rich_help_panel=LAYERS),

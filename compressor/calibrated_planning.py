@@ -21,7 +21,7 @@ from compressor.calibration import (
 )
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData
-from compressor.factorize import spatial_errors, weighted_singular_values
+from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
 from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel, open_data_for
 from compressor.planning import (
@@ -219,8 +219,12 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) 
         weight = calibrated.model.get_submodule(m.layer.module).weight
         assert isinstance(weight, Tensor)
         weight, metric = weight.detach().to(calibrated.device), calibrated.metrics[m.layer.name]
-        values = weighted_singular_values(as_matrix(m.layer, weight), metric)
-        spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
-        uses = calibrated.uses[m.layer.name]
+        matrix = as_matrix(m.layer, weight)
+        uses, spatial = calibrated.uses[m.layer.name], None
+        if isinstance(metric, TiedMetric):
+            values = tied_singular_values(matrix, metric)
+        else:
+            values = weighted_singular_values(matrix, metric)
+            spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
         weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
     return weighted

@@ -51,6 +51,8 @@ def open_model(
     factory: Factory | None,
     include: Sequence[str],
     exclude: Sequence[str],
+    *,
+    embeddings: bool = False,
 ) -> OpenedModel:
     """Open a model, find out how it was trained, and list its matrices.
 
@@ -80,7 +82,7 @@ def open_model(
             remedy="give the original, or bring it back with 'compress restore MODEL'",
         )
     skeleton = _fitting(checkpoint, skeleton, factory)
-    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
+    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude, embeddings=embeddings)
     if known.optimizer is not None and known.family is None:
         logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)

@@ -91,6 +91,7 @@ def inspect(
     factory: Factory | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     epsilon: float = 0.1,
     device: str = "auto",
     progress: Progress | None = None,
@@ -99,13 +100,14 @@ def inspect(
 
     `model` is a weight file, a model folder or a module. `recipe` says how it was trained where the files beside it do
     not, as a `TrainingRecipe` or the path of a file. `factory` builds the model's architecture, for weights that are
-    not a transformers model's. `epsilon` is the share of a matrix that the memory window may leave out.
+    not a transformers model's. `embeddings` has these measured too. `epsilon` is the share of a matrix that the memory
+    window may leave out.
 
     Raises `BadInput` for a model, recipe or pattern that cannot be used.
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
+    subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
     return Inspection(
         source=subject.name,
@@ -136,6 +138,7 @@ def plan(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     form: FormRequest = "auto",
     device: str = "auto",
     progress: Progress | None = None,
@@ -162,6 +165,7 @@ def plan(
         seed=seed,
         include=include,
         exclude=exclude,
+        embeddings=embeddings,
         form=form,
         device=device,
         dry_run=True,
@@ -190,6 +194,7 @@ def compress(
     seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
     form: FormRequest = "auto",
     max_shard_size: int | str = "5GB",
     device: str = "auto",
@@ -199,7 +204,8 @@ def compress(
 ) -> Compression:
     """Make a trained model smaller: measure, plan, factorize, rewrite, and evaluate on `data` where it is given.
 
-    Of the data at most `data_samples` examples are used, evenly spaced; all by default.
+    Of the data at most `data_samples` examples are used, evenly spaced; all by default. With `embeddings` these are
+    among the eligible layers, each together with an output head that is tied to it.
 
     At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `max_drop`
     (accuracy as a fraction, or increase in perplexity), `tolerance` (relative error per layer) and `plan`; with none of
@@ -225,7 +231,7 @@ def compress(
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
+    subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):

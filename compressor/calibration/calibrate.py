@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,8 +33,9 @@ from compressor.calibration.spool import Spool, SpooledMetrics
 from compressor.checkpoint import Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, prepared
-from compressor.factorize import Metric
+from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.measure.moments import MomentPass, Moments, collect_moments, shrunk
+from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.rewrite import put_layer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Calibration:
     device: torch.device
     seed: int
     spool: Spool = field(repr=False)
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -73,7 +74,7 @@ def calibrate(
 
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
-    modules = {layer.name: model.get_submodule(layer.module) for layer in layers}
+    modules = _modules(model, layers)
     spool = Spool()
     with prepared(device, model), frozen(model):
         segments = find_segments(model, list(modules.values()), data.fitted[0])
@@ -84,8 +85,20 @@ def calibrate(
         first = data.fitted[0]
         criterion = criterion_of(model, outputs_of(model, first.inputs), first.labels if data.labelled else None)
         bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
-        metrics, uses = _metrics(bare, modules, modules, progress)
-    for name in modules.keys() - metrics.keys():
+        embeddings = EmbeddingCollector(
+            {
+                layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
+                for layer in layers
+                if layer.kind == "embedding"
+            }
+        )
+        with embeddings:
+            metrics, uses = _metrics(bare, modules, modules, progress, embeddings)
+        for name, found in embeddings.moments().items():
+            if found is not None:
+                metric, uses[name] = embedding_metric(found)
+                metrics.put(name, metric)
+    for name in known.keys() - metrics.keys():
         logger.warning("no calibration example reached %s, so it stays dense", name)
     return replace(bare, metrics=metrics, uses=uses)
 
@@ -93,20 +106,30 @@ def calibrate(
 def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:
     """The same calibration with the metrics at a compressed model: `modules` in their places in the dense one.
 
-    The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs.
+    The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs. The
+    metrics of embeddings stay those of the dense model.
     """
-    layers = {name: calibration.model.get_submodule(layer.module) for name, layer in calibration.layers.items()}
+    layers = _modules(calibration.model, calibration.layers.values())
     spool = Spool()
     with (
         prepared(calibration.device, calibration.model),
         with_layers(calibration.model, modules) as changed,
         frozen(changed),
     ):
-        stand_ins = {name: changed.get_submodule(layer.module) for name, layer in calibration.layers.items()}
+        stand_ins = _modules(changed, calibration.layers.values())
         _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted", stand_ins)
         run = replace(calibration, model=changed, spool=spool)
         metrics, uses = _metrics(run, layers, stand_ins, None)
+    for name, layer in calibration.layers.items():
+        if layer.kind == "embedding" and name in calibration.metrics:
+            metrics.put(name, calibration.metrics[name])
+            uses[name] = calibration.uses[name]
     return replace(calibration, metrics=metrics, uses=uses)
+
+
+def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """Those of the layers that are applied to vectors, by their names."""
+    return {layer.name: model.get_submodule(layer.module) for layer in layers if layer.kind != "embedding"}
 
 
 def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
@@ -201,13 +224,15 @@ def _metrics(
     layers: Mapping[str, nn.Module],
     stand_ins: Mapping[str, nn.Module],
     progress: Callable[[str, int, int], None] | None,
+    embeddings: EmbeddingCollector | None = None,
 ) -> tuple[SpooledMetrics, dict[str, float]]:
     """The metric and the uses of every layer that is reached, from the last segment to the first.
 
     `stand_ins` are what runs in the layers' places.
     """
     model, segments, spool, device = calibration.model, calibration.segments, calibration.spool, calibration.device
-    metrics, uses = SpooledMetrics(spool, device), {}
+    metrics = SpooledMetrics(spool, device)
+    uses: dict[str, float] = {}
     generator = torch.Generator(device).manual_seed(calibration.seed)
     rows = 0
     boundary, positions = None, 0
@@ -217,10 +242,15 @@ def _metrics(
         hidden = entering(calibration, "fitted", segment, index)
         if hidden is not None:
             hidden.requires_grad_(True)
+        mask, last = batch.inputs.get("attention_mask"), segment == segments.count - 1
         # A copy, because a segment may work in place on what enters it, which a leaf does not allow.
-        outputs, gradient = segments.run(model, segment, batch, None if hidden is None else hidden.clone()), None
-        if segment == segments.count - 1:
-            mask = batch.inputs.get("attention_mask")
+        run: Callable[[], Tensor] = partial(
+            segments.run, model, segment, batch, None if hidden is None else hidden.clone()
+        )
+        if embeddings is not None:
+            run = embeddings.watched(run, mask, lookups=segment == 0, logits=last)
+        outputs, gradient = run(), None
+        if last:
             rows += kept_rows(outputs, mask).shape[0]
             outputs = sampled_loss(outputs, mask, calibration.criterion, generator)
             if not torch.isfinite(outputs):
@@ -235,7 +265,7 @@ def _metrics(
         if hidden is not None:
             assert hidden.grad is not None
             spool.put(("gradient", index), hidden=hidden.grad)
-            vectors = hidden_rows(hidden.grad, batch.inputs.get("attention_mask"))
+            vectors = hidden_rows(hidden.grad, mask)
             product = (vectors.T @ vectors).to(torch.float64)
             boundary = product if boundary is None else boundary + product
             positions += len(vectors)

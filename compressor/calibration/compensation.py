@@ -32,7 +32,16 @@ from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches
 from compressor.planning import LayerPlan
-from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer, join
+from compressor.rewrite import (
+    Factors,
+    LowRankEmbedding,
+    TiedHead,
+    approximate,
+    as_matrix,
+    factors_of,
+    filled_layer,
+    join,
+)
 
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -69,7 +78,11 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
             layer = calibration.layers[plan.name]
             factors[plan.name] = _truncated(calibration, layer, plan)
             dense = calibration.model.get_submodule(layer.module)
-            modules[layer.module] = filled_layer(layer, plan, dense, factors[plan.name])
+            modules[layer.module] = low_rank = filled_layer(layer, plan, dense, factors[plan.name])
+            if layer.head is not None:
+                assert isinstance(low_rank, LowRankEmbedding)
+                head = calibration.model.get_submodule(layer.head)
+                modules[layer.head] = TiedHead(low_rank, head.bias).train(head.training)  # type: ignore[arg-type]
     return Compensated(factors, modules)
 
 
@@ -90,13 +103,17 @@ def compensate(
 ) -> Compensated:
     """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
 
+    Embeddings are given the same tokens whatever was done to other layers, so there is nothing to make good in them.
     With `refine` the factors of every segment are then fitted to what the dense one puts out.
     """
-    plans = {plan.name: plan for plan in planned if plan.rank is not None}
+    low_rank = [plan for plan in planned if plan.rank is not None]
+    embeddings = [plan for plan in low_rank if calibration.layers[plan.name].kind == "embedding"]
+    start = uncompensated(calibration, embeddings)
+    plans = {plan.name: plan for plan in low_rank if plan not in embeddings}
     places = {calibration.layers[name].module: name for name in plans}
     left = _walked_places(calibration, places)
-    factors: dict[str, Factors] = {}
-    modules: dict[str, nn.Module] = {}
+    factors: dict[str, Factors] = dict(start.factors)
+    modules: dict[str, nn.Module] = dict(start.modules)
     segments = calibration.segments
     with prepared(calibration.device, calibration.model):
         for segment in range(segments.count):
@@ -209,6 +226,7 @@ def _refitted(
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
     metric = calibration.metrics[plan.name]
+    assert isinstance(metric, Metric)
     candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
     x, y = (None, None) if bias is None else (fitted.x, fitted.y)
     about = fitted if x is None or y is None else fitted.centred(x, y)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.factorize import Metric
+from compressor.factorize import Metric, TiedMetric
 
 
 class Spool:
@@ -38,25 +38,36 @@ class Spool:
         return tensors
 
 
-class SpooledMetrics(Mapping[str, Metric]):
+class SpooledMetrics(Mapping[str, Metric | TiedMetric]):
     """The metrics of layers by name, each read when it is asked for."""
 
     def __init__(self, spool: Spool, device: torch.device) -> None:
         self._spool, self._device = spool, device
         self._names: dict[str, Hashable] = {}
 
-    def put(self, name: str, metric: Metric) -> None:
+    def put(self, name: str, metric: Metric | TiedMetric) -> None:
         key = ("metric", name)
-        mean = {} if metric.mean is None else {"mean": metric.mean}
-        self._spool.put(key, inputs=metric.inputs, gradients=metric.gradients, **mean)
+        parts = {"": metric} if isinstance(metric, Metric) else {"lookup.": metric.lookup, "head.": metric.head}
+        self._spool.put(key, **{prefix + what: t for prefix, part in parts.items() for what, t in _tensors(part)})
         self._names[name] = key
 
-    def __getitem__(self, name: str) -> Metric:
+    def __getitem__(self, name: str) -> Metric | TiedMetric:
         tensors = self._spool.get(self._names[name], self._device)
-        return Metric(tensors["inputs"], tensors["gradients"], tensors.get("mean"))
+        if "lookup.inputs" in tensors:
+            return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
+        return _metric(tensors, "")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _tensors(metric: Metric) -> list[tuple[str, Tensor]]:
+    found = [("inputs", metric.inputs), ("gradients", metric.gradients)]
+    return found if metric.mean is None else [*found, ("mean", metric.mean)]
+
+
+def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:
+    return Metric(tensors[prefix + "inputs"], tensors[prefix + "gradients"], tensors.get(prefix + "mean"))

@@ -27,8 +27,10 @@ _LARGEST_KERNEL = 15
 class Layer:
     """A tensor of two or more dimensions as the matrix `d_out x d_in` that it applies to its inputs.
 
-    `name` is the layer's name in the checkpoint and `module` its name in the model (for some architectures another);
-    `skip` says why it cannot or should not be factorized, and is None for the eligible ones.
+    The inputs of an embedding are its tokens: `d_out` is the length of its vectors and `d_in` the size of the
+    vocabulary. `name` is the layer's name in the checkpoint and `module` its name in the model (for some architectures
+    another); `skip` says why it cannot or should not be factorized, and is None for the eligible ones. `head` is the
+    name in the model of the output head that is tied to an embedding, and changes with it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layer:
     tensor_shape: tuple[int, ...]
     shape: tuple[int, int]
     skip: str | None = None
+    head: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -55,20 +58,31 @@ def find_layers(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    embeddings: bool = False,
 ) -> tuple[Layer, ...]:
     """Every matrix of the checkpoint in the order of the file, eligible or with the reason why it is not.
 
-    With a skeleton its modules decide; without one the shapes and names do. `include` and `exclude` are globs on layer
-    names, or regular expressions after `re:`; a pattern that matches no layer is a BadInput.
+    With a skeleton its modules decide; without one the shapes and names do. Embeddings are eligible where `embeddings`
+    asks for them and their modules are known, each together with an output head that is tied to it. `include` and
+    `exclude` are globs on layer names, or regular expressions after `re:`; a pattern that matches no layer is a
+    BadInput.
     """
     known = checkpoint.tensors
     shapes = {name: info.shape for name, info in known.items()}
     shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
     matrices = [name for name, info in known.items() if len(info.shape) >= 2 and min(info.shape) > 0]
     layers = _from_file(matrices, shapes) if skeleton is None else _from_skeleton(matrices, shapes, skeleton)
-    shared = {name: alias for alias, name in checkpoint.aliases.items()}
+    # A head that is tied to an embedding changes with it.
+    heads = {f"{layer.head}.weight" for layer in layers}
+    shared = {
+        name: alias
+        for alias, name in checkpoint.aliases.items()
+        if skeleton is None or skeleton.module_name(alias) not in heads
+    }
     for index, layer in enumerate(layers):
         skip = layer.skip
+        if layer.kind == "embedding" and not embeddings:
+            skip = skip or "an embedding; --embeddings includes it"
         if layer.tensor in shared:
             skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
         if not known[layer.tensor].dtype.is_floating_point:
@@ -121,6 +135,7 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
     for name, module in modules.items():
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
             holders.setdefault(id(weight), []).append(name)
+    stored = {skeleton.module_name(tensor) for tensor in matrices}
     layers = []
     for tensor in matrices:
         in_model = skeleton.module_name(tensor)
@@ -136,7 +151,11 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
         parent = modules.get(module.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
             layer = replace(layer, skip=layer.skip or "nn.TransformerEncoderLayer reads its weight directly")
-        if others:
+        if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
+            [head] = others
+            apart = f"{head} shares its weight, but is stored apart from it" if f"{head}.weight" in stored else None
+            layer = replace(layer, head=head, skip=layer.skip or apart)
+        elif others:
             layer = replace(layer, skip=layer.skip or f"shares its weight with {', '.join(others)}")
         layers.append(layer)
     return layers
@@ -156,7 +175,10 @@ def _from_module(tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.M
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     if isinstance(owner, nn.Embedding):
-        return replace(layer, kind="embedding", skip="an embedding")
+        layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
+        if type(owner) is not nn.Embedding:
+            return replace(layer, skip=f"an embedding, but {type(owner).__name__} does more than look rows up")
+        return replace(layer, skip="an embedding whose rows max_norm rescales" if owner.max_norm is not None else None)
     if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return replace(layer, kind="linear", skip="its weight is read directly by nn.MultiheadAttention")
     if type(owner) is nn.Linear:
@@ -194,7 +216,8 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
         return replace(layer, skip="not the weight of a layer of its own")
     if len(shape) == 2:
         if _EMBEDDING.search(name.rpartition(".")[2]):
-            return replace(layer, kind="embedding", skip="an embedding, by its name")
+            reason = "an embedding, by its name; --model would tell which head is tied to it"
+            return replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]), skip=reason)
         square_among_transposed = conv1d_file and re.search(r"\bc_(attn|proj|fc)$", name)
         if _looks_transposed(tensor, shapes) or square_among_transposed:
             return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))

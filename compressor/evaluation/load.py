@@ -10,7 +10,7 @@ from torch import nn
 from compressor.checkpoint import Checkpoint, module_skeleton, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
-from compressor.rewrite import low_rank_layer, put_layer, stored_pairs, widened
+from compressor.rewrite import put_pair, stored_pairs, widened
 
 
 def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
@@ -51,13 +51,12 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
                 remedy="use the function that builds the model that was compressed",
             )
         try:
-            low_rank = low_rank_layer(modules[pair.name], pair.form, pair.rank)
+            module = put_pair(module, pair.name, pair.form, pair.rank)
         except ValueError as error:
             raise BadInput(
                 f"{pair.name} is no layer that can be low-rank in the model that --model builds: {error}",
                 where=checkpoint.source,
                 remedy="compress again with --model, which tells such layers apart",
             ) from error
-        module = put_layer(module, pair.name, low_rank)
     load_state(module, {name: checkpoint.read(name) for name in checkpoint.tensors})
     return module

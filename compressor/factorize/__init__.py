@@ -2,6 +2,7 @@
 
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
+from compressor.factorize.tied_embedding import TiedMetric, embedding_metric, tied_singular_values, tied_truncated_svd
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
 from compressor.factorize.weighted_svd import Metric, weighted_singular_values, weighted_truncated_svd
 
@@ -10,10 +11,14 @@ __all__ = [
     "Metric",
     "PivotedPair",
     "SpatialPair",
+    "TiedMetric",
+    "embedding_metric",
     "pivoted_pair",
     "spatial_errors",
     "spatial_matrix",
     "spatial_pair",
+    "tied_singular_values",
+    "tied_truncated_svd",
     "truncated_svd",
     "weighted_singular_values",
     "weighted_truncated_svd",

@@ -24,11 +24,18 @@ class Metric:
 
     For a layer with a bias `inputs` is the covariance and `mean` that of the inputs (`d_in`): what a change of the
     matrix makes of the mean is put right in the bias. Without one `mean` is None.
+
+    `inputs` may be a vector of d_in, which stands for the diagonal matrix: the inputs of an embedding are its tokens,
+    of which there is one at a time, and `E[x x^T]` has their frequencies on its diagonal and nothing else.
     """
 
     inputs: Tensor
     gradients: Tensor
     mean: Tensor | None = None
+
+    def squared_size(self, matrix: Tensor) -> float:
+        """`tr(S_g D S_x D^T)` of a `d_out x d_in` matrix D: twice the loss that changing a layer by it costs."""
+        return max(0.0, float((self.gradients @ _times(matrix, self.inputs) * matrix).sum()))
 
 
 def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:
@@ -50,17 +57,20 @@ def weighted_truncated_svd(matrix: Tensor, rank: int, metric: Metric) -> FactorP
         raise ValueError(
             f"rank {rank} is outside 1 .. {min(matrix.shape)} of a {matrix.shape[0]} x {matrix.shape[1]} matrix"
         )
+    components = weighted_components(matrix, metric)
+    orthonormal, triangular = torch.linalg.qr(components.up[:, :rank])
+    return FactorPair(up=orthonormal, down=triangular @ components.down[:rank])
+
+
+def weighted_components(matrix: Tensor, metric: Metric) -> FactorPair:
+    """The pair of full rank of which the first r columns of `up` and rows of `down` are the best matrix of rank r."""
     wide = matrix.to(torch.float64)
     gram, factor = _weighted_gram(wide, metric)
-    basis = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    basis = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    inverse = torch.linalg.solve_triangular(factor.T, basis, upper=True)
     if matrix.shape[0] <= matrix.shape[1]:
-        up = torch.linalg.solve_triangular(factor.T, basis, upper=True)
-        down = (factor @ basis).T @ wide
-    else:
-        up = wide @ (factor @ basis)
-        down = torch.linalg.solve_triangular(factor.T, basis, upper=True).T
-    orthonormal, triangular = torch.linalg.qr(up)
-    return FactorPair(up=orthonormal, down=triangular @ down)
+        return FactorPair(up=inverse, down=(factor @ basis).T @ wide)
+    return FactorPair(up=wide @ (factor @ basis), down=inverse.T)
 
 
 def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
@@ -68,7 +78,13 @@ def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     if wide.shape[0] <= wide.shape[1]:
         factor = torch.linalg.cholesky(metric.gradients)
         half = factor.T @ wide
-        return half @ metric.inputs @ half.T, factor
-    factor = torch.linalg.cholesky(metric.inputs)
+        return _times(half, metric.inputs) @ half.T, factor
+    diagonal = metric.inputs.dim() == 1
+    factor = torch.diag(metric.inputs.sqrt()) if diagonal else torch.linalg.cholesky(metric.inputs)
     half = wide @ factor
     return half.T @ metric.gradients @ half, factor
+
+
+def _times(matrix: Tensor, inputs: Tensor) -> Tensor:
+    """The product of a matrix with the moment of the inputs, whose diagonal may be all that is given."""
+    return matrix * inputs if inputs.dim() == 1 else matrix @ inputs

@@ -11,6 +11,8 @@ Form = Literal["dense", "plain", "pivoted", "channel", "spatial"]
 
 def pair_forms(layer: Layer) -> tuple[Form, ...]:
     """The forms of the pairs that a layer of this kind can become; a spatial one needs a kernel of two wide sides."""
+    if layer.kind == "embedding":
+        return ("plain",)
     if layer.kind != "convolution":
         return ("plain", "pivoted")
     two_wide_sides = len(layer.tensor_shape) == 4 and min(layer.tensor_shape[2:]) > 1
@@ -32,7 +34,8 @@ def stored_parameters(shape: tuple[int, int], form: Form, rank: int) -> int:
     """Numbers in the file for a `d_out x d_in` layer in a form; the index of a pivoted pair counts as `d_out` of them.
 
     A plain pair and the pairs of a convolution store `r (d_out + d_in)` numbers, a pivoted pair `r (d_out + d_in - r)`
-    and its order; `shape` is the `factorized_shape`.
+    and its order; `shape` is the `factorized_shape`. The pair of an embedding is a plain one, whether a head is tied to
+    it or not.
     """
     d_out, d_in = shape
     if form == "dense":

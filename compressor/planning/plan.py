@@ -171,6 +171,8 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
     """
     if layer.kind == "convolution":
         return "channel"
+    if layer.kind == "embedding":
+        return "plain"
     if request != "auto":
         return request
     plain, pivoted = (stored_parameters(layer.shape, form, rank) for form in ("plain", "pivoted"))
@@ -437,10 +439,12 @@ def apply_edits(plan: Plan, measured: Sequence[MeasuredLayer], where: str) -> tu
     known = {m.layer.name: m for m in measured}
     edited = {layer.name: layer for layer in plan.layers}
     remedy = "correct it, or write a new plan with 'compress plan MODEL'"
-    for name in edited:
+    for name, edit in edited.items():
         if name not in known:
             raise BadInput(
-                f"the plan names {name}, which is not an eligible layer of this model", where=where, remedy=remedy
+                f"the plan names {name}, which is not an eligible layer of this model",
+                where=where,
+                remedy="add --embeddings" if edit.kind == "embedding" else remedy,
             )
     if len(edited) < len(plan.layers):
         raise BadInput("the plan names a layer twice", where=where, remedy=remedy)

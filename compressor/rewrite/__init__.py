@@ -2,11 +2,14 @@
 
 from compressor.rewrite.modules import (
     LowRankConvolution,
+    LowRankEmbedding,
     LowRankLinear,
     PivotedLinear,
     SpatialConvolution,
+    TiedHead,
     low_rank_layer,
     put_layer,
+    put_pair,
 )
 from compressor.rewrite.rewriting import (
     PLAN_FILE,
@@ -43,11 +46,13 @@ __all__ = [
     "PLAN_FILE",
     "Factors",
     "LowRankConvolution",
+    "LowRankEmbedding",
     "LowRankLinear",
     "PivotedLinear",
     "Rewriting",
     "SpatialConvolution",
     "StoredPair",
+    "TiedHead",
     "approximate",
     "as_matrix",
     "dense_infos",
@@ -61,6 +66,7 @@ __all__ = [
     "low_rank_layer",
     "merge_record",
     "put_layer",
+    "put_pair",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",

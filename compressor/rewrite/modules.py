@@ -152,8 +152,64 @@ class SpatialConvolution(nn.Module):
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
 
 
+class LowRankEmbedding(nn.Module):
+    """The pair of an embedding: `y = up(down(token))`, with `down` of `tokens x r` and `up` of `d x r`."""
+
+    weight: Tensor
+
+    def __init__(self, dense: nn.Embedding, rank: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = dense.num_embeddings, dense.embedding_dim, rank
+        self.padding_idx = dense.padding_idx
+        factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        self.down = _unfilled(
+            nn.Embedding,
+            dense.num_embeddings,
+            rank,
+            padding_idx=dense.padding_idx,
+            scale_grad_by_freq=dense.scale_grad_by_freq,
+            sparse=dense.sparse,
+            **factory,
+        )
+        self.up = _unfilled(nn.Linear, rank, dense.embedding_dim, bias=False, **factory)
+        self.register_buffer("weight", torch.empty(0, **factory))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.up(self.down(tokens))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, rank={self.rank}"
+
+
+class TiedHead(nn.Module):
+    """An output head that is tied to a low-rank embedding: `y = down_weight (up_weight^T h) + bias`.
+
+    Its two weights are those of the embedding's `down` and `up`, the same parameters. The bias is the dense head's.
+    """
+
+    weight: Tensor
+
+    def __init__(self, embedding: LowRankEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.down_weight, self.up_weight = embedding.down.weight, embedding.up.weight
+        self.bias = bias
+        # Nothing is stored for a head that is tied, so nothing is to be missed; transformers makes the bias as long as
+        # the weight has rows when it ties it.
+        self.register_buffer("weight", embedding.weight.new_empty(self.out_features, 0), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        down, up = self.down_weight, self.up_weight
+        assert isinstance(down, Tensor)
+        assert isinstance(up, Tensor)
+        return nn.functional.linear(nn.functional.linear(hidden, up.T), down, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
 def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
-    """An unfilled low-rank layer in place of a linear layer, a transformers `Conv1D` or a convolution.
+    """An unfilled low-rank layer in place of a linear layer, a transformers `Conv1D`, a convolution or an embedding.
 
     On the dense layer's device, in its dtype, with its training flag and `requires_grad`. ValueError for other layers,
     and for a spatial pair of anything but a two-dimensional convolution.
@@ -165,6 +221,8 @@ def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
         layer = SpatialConvolution(dense, rank)
     elif isinstance(dense, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         layer = LowRankConvolution(dense, rank)
+    elif type(dense) is nn.Embedding and dense.max_norm is None:
+        layer = LowRankEmbedding(dense, rank)
     else:
         weight = dense.weight
         assert isinstance(weight, Tensor)
@@ -191,4 +249,55 @@ def put_layer(root: nn.Module, name: str, layer: nn.Module) -> nn.Module:
         return layer
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, layer)
+    return root
+
+
+def tied_head(root: nn.Module, name: str) -> str | None:
+    """The name of the linear layer whose weight is that of the embedding `name`; None where there is none.
+
+    It is where both hold one parameter, and where a transformers model that is not filled yet says that they will.
+    """
+    embedding = root.get_submodule(name)
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    declared = getattr(root, "all_tied_weights_keys", {})
+    modules: dict[str, nn.Module] = dict(root.named_modules())
+    for other, module in modules.items():
+        shared = getattr(module, "weight", None) is embedding.weight
+        if isinstance(module, nn.Linear) and (shared or declared.get(f"{other}.weight") == f"{name}.weight"):
+            return other
+    return None
+
+
+def tie_head(root: nn.Module, head: str, embedding: str) -> None:
+    """Put a head tied to the low-rank layer `embedding` in the place of the dense one, with the bias that it has.
+
+    A transformers model is told, so that it loads and saves the two parameters once, and can tie them again.
+    """
+    pair = root.get_submodule(embedding)
+    assert isinstance(pair, LowRankEmbedding)
+    dense = root.get_submodule(head)
+    bias = dense.bias
+    assert bias is None or isinstance(bias, nn.Parameter)
+    put_layer(root, head, TiedHead(pair, bias).train(dense.training))
+    for place, module in root.named_modules():
+        prefix = f"{place}." if place else ""
+        ours, source = head.removeprefix(prefix), embedding.removeprefix(prefix)
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            declared = getattr(module, name, None)
+            if isinstance(declared, dict) and declared.get(f"{ours}.weight") == f"{source}.weight":
+                others = {target: tied for target, tied in declared.items() if target != f"{ours}.weight"}
+                factors = {f"{ours}.{factor}_weight": f"{source}.{factor}.weight" for factor in ("down", "up")}
+                setattr(module, name, others | factors)
+
+
+def put_pair(root: nn.Module, name: str, form: Form, rank: int) -> nn.Module:
+    """Put an unfilled low-rank layer in the place of a dense one and of a head tied to it, and return the tree.
+
+    ValueError for a layer that cannot be factorized.
+    """
+    head = tied_head(root, name)
+    root = put_layer(root, name, low_rank_layer(root.get_submodule(name), form, rank))
+    if head is not None:
+        tie_head(root, head, name)
     return root

@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.planning.form import Form
-from compressor.rewrite.modules import low_rank_layer, put_layer
+from compressor.rewrite.modules import put_pair
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
 
 
@@ -83,5 +83,5 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
                 form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
-                put_layer(model, place, low_rank_layer(modules[place], form, rank))
+                put_pair(model, place, form, rank)
         return model

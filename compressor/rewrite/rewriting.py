@@ -26,7 +26,7 @@ from compressor.checkpoint import (
 )
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite.modules import low_rank_layer, put_layer
+from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, pair_infos
 
 # What a compressed folder carries besides its weights: the plan and the recipe that made it.
@@ -56,11 +56,15 @@ class Rewriting:
     def passed_through(self) -> list[str]:
         """The tensors that are copied as they are.
 
-        A further name of one that moves is among them: what was tied becomes two tensors of the same values.
+        A further name of one that moves is among them: what was tied becomes two tensors of the same values. Not so the
+        name of a tied head's weight, which moves with its embedding.
         """
         moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
+        untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
         left = [name for name in self.checkpoint.tensors if name not in moved]
-        return left + [alias for alias, name in self.checkpoint.aliases.items() if name in moved and alias not in moved]
+        return left + [
+            alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
+        ]
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor of the original checkpoint by any of its names."""
@@ -119,6 +123,8 @@ def rewritten_module(
     for layer, plan in rewriting.factorized:
         factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
         compressed = put_layer(compressed, layer.module, filled_layer(layer, plan, dense[layer.name], factors))
+        if layer.head is not None:
+            tie_head(compressed, layer.head, layer.module)
         done(layer.name, factors.error)
     own = dict(compressed.named_buffers())
     with torch.no_grad():

@@ -3,8 +3,9 @@
 A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weight` (`d_out x r`), and `X.bias` becomes
 `X.up.bias`. A pivoted pair has `X.up.weight` of `(d_out - r) x r` and `X.order` of `d_out` int32; its bias stays
 `X.bias`. For a convolution of c channels `X.down.weight` is `r x c x kernel` and `X.up.weight` is `d_out x r x 1 ..` in
-a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. A zero-size `X.weight` stays behind
-in each, so that a loader that does not know the format stops. Everything else is passed through.
+a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. For an embedding of d_in tokens
+`X.down.weight` is `d_in x r`, itself an embedding, and a head tied to it has no tensors. A zero-size `X.weight` stays
+behind in each, so that a loader that does not know the format stops. Everything else is passed through.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
 from compressor.errors import BadInput
@@ -25,8 +26,10 @@ from compressor.factorize import (
     Metric,
     PivotedPair,
     SpatialPair,
+    TiedMetric,
     pivoted_pair,
     spatial_pair,
+    tied_truncated_svd,
     truncated_svd,
     weighted_truncated_svd,
 )
@@ -71,6 +74,8 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
     name = layer.name
     kernel = layer.tensor_shape[2:] if layer.kind == "convolution" else ()
     down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
+    if layer.kind == "embedding":
+        down = (d_in, rank)
     up = (d_out - rank, rank) if plan.form == "pivoted" else (d_out, rank, *(1 for _ in kernel))
     if plan.form == "spatial":
         _, channels, height, width = layer.tensor_shape
@@ -89,7 +94,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
 
 def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
     """The stored weight as the `d_out x d_in` matrix that it applies to its inputs."""
-    return weight.T if layer.kind == "transposed linear" else weight.reshape(layer.shape)
+    return weight.T if layer.kind in ("transposed linear", "embedding") else weight.reshape(layer.shape)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Factors:
 
 
 def factorize(
-    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | None = None
+    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | TiedMetric | None = None
 ) -> Factors:
     """The factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
 
@@ -112,11 +117,16 @@ def factorize(
     return factors_of(layer, plan, approximate(layer, plan, matrix, metric), matrix, bias, metric, weight.dtype)
 
 
-def approximate(layer: Layer, plan: LayerPlan, matrix: Tensor, metric: Metric | None) -> FactorPair | SpatialPair:
+def approximate(
+    layer: Layer, plan: LayerPlan, matrix: Tensor, metric: Metric | TiedMetric | None
+) -> FactorPair | SpatialPair:
     """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64."""
     assert plan.rank is not None
     if plan.form == "spatial":
+        assert not isinstance(metric, TiedMetric)
         return spatial_pair(matrix.reshape(layer.tensor_shape), plan.rank, metric)
+    if isinstance(metric, TiedMetric):
+        return tied_truncated_svd(matrix, plan.rank, metric)
     return truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
 
 
@@ -126,7 +136,7 @@ def factors_of(
     pair: FactorPair | SpatialPair,
     matrix: Tensor,
     bias: Tensor | None,
-    metric: Metric | None,
+    metric: Metric | TiedMetric | None,
     dtype: torch.dtype,
 ) -> Factors:
     """The tensors by which a pair stands for a layer, in its planned form and in `dtype`.
@@ -138,31 +148,31 @@ def factors_of(
         assert isinstance(pair, FactorPair)
         stored = pivoted_pair(pair)
     stored = replace(stored, up=stored.up.to(dtype), down=stored.down.to(dtype))
-    values: list[Tensor] = [stored.down.new_empty(0), stored.down, stored.up]
+    values: list[Tensor] = [
+        stored.down.new_empty(0),
+        stored.down.T if layer.kind == "embedding" else stored.down,
+        stored.up,
+    ]
     if isinstance(stored, PivotedPair):
         values.append(stored.order)
     change = matrix - replace(stored, up=stored.up.to(torch.float64), down=stored.down.to(torch.float64)).product()
     if bias is not None:
-        if metric is not None and metric.mean is not None:
+        if isinstance(metric, Metric) and metric.mean is not None:
             bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
-    total, left = (_squared_size(each, metric) for each in (matrix, change))
+    total, left = (
+        float(each.square().sum()) if metric is None else metric.squared_size(each) for each in (matrix, change)
+    )
     return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
-
-
-def _squared_size(matrix: Tensor, metric: Metric | None) -> float:
-    """Of a matrix in the metric, else its squared Frobenius norm."""
-    if metric is None:
-        return float(matrix.square().sum())
-    return max(0.0, float((metric.gradients @ matrix @ metric.inputs * matrix).sum()))
 
 
 def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:
     """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
 
-    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton.
+    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton. The
+    pair of an embedding has factors with r columns each.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = file_record(checkpoint).get("layers")
@@ -176,6 +186,10 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
         if down is None or up is None:
             continue
         order = shapes.get(join(name, "order"))
+        entry = record.get(name)
+        kind = _kind_of_pair(down, up, entry.get("kind") if isinstance(entry, dict) else _known_kind(skeleton, tensor))
+        if kind == "embedding":
+            down = down[::-1]
         form: Form = "pivoted" if order is not None else "channel" if len(down) > 2 else "plain"
         if form == "channel" and max(up[2:], default=1) > 1:
             form = "spatial"
@@ -189,14 +203,7 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
                 where=checkpoint.source,
                 remedy="compress the original checkpoint again",
             )
-        entry = record.get(name)
-        transposed = (
-            entry.get("kind") == "transposed linear"
-            if isinstance(entry, dict)
-            else skeleton is not None and _is_conv1d(skeleton, tensor)
-        )
-        kind: Kind = "convolution" if len(down) > 2 else "transposed linear" if transposed else "linear"
-        dense = (down[1], d_out) if transposed else (d_out, *down[1:])
+        dense = (down[1], d_out) if kind in ("transposed linear", "embedding") else (d_out, *down[1:])
         if form == "spatial":
             dense = (d_out, down[1], down[2], up[3])
         bias = join(name, "bias" if form == "pivoted" else "up.bias")
@@ -204,11 +211,24 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
     return pairs
 
 
-def _is_conv1d(skeleton: Skeleton, tensor: str) -> bool:
-    in_model = skeleton.module_name(tensor)
-    modules = dict(skeleton.module.named_modules())
-    owner = modules.get(layer_name(in_model)) if in_model else None
-    return type(owner).__name__ == "Conv1D"
+def _kind_of_pair(down: tuple[int, ...], up: tuple[int, ...], known: object) -> Kind:
+    """The kind of layer that two factors stand for, where their shapes leave a choice the one that is known."""
+    if len(down) > 2:
+        return "convolution"
+    if len(down) == len(up) == 2 and down[1] == up[1] and (down[0] != up[1] or known == "embedding"):
+        return "embedding"
+    return "transposed linear" if known == "transposed linear" else "linear"
+
+
+def _known_kind(skeleton: Skeleton | None, tensor: str) -> Kind | None:
+    """The kind of the layer that a tensor is the weight of, as far as the skeleton tells it."""
+    in_model = skeleton.module_name(tensor) if skeleton is not None else None
+    if skeleton is None or not in_model:
+        return None
+    owner = dict(skeleton.module.named_modules()).get(layer_name(in_model))
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "transposed linear" if type(owner).__name__ == "Conv1D" else None
 
 
 def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -225,6 +245,7 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     down = checkpoint.read(pair.tensors["down"])
     up = checkpoint.read(pair.tensors["up"])
     wide_down = down.to(torch.float64).flatten(1)
+    wide_down = wide_down.T if pair.kind == "embedding" else wide_down
     wide_up = up.to(torch.float64).flatten(1)
     if pair.form == "pivoted":
         order = checkpoint.read(pair.tensors["order"]).long()
@@ -239,7 +260,7 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
         matrix = SpatialPair(up=up.to(torch.float64).squeeze(2), down=down.to(torch.float64).squeeze(3)).product()
     else:
         matrix = FactorPair(up=wide_up, down=wide_down).product()
-    if pair.kind == "transposed linear":
+    if pair.kind in ("transposed linear", "embedding"):
         matrix = matrix.T
     return matrix.reshape(pair.tensor_shape).to(down.dtype).contiguous()
 

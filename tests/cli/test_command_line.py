@@ -106,6 +106,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "0.01",
             "--sequence-length",
             "32",
+            "--embeddings",
         ]
     )
     [(_, _, named)] = requested
@@ -127,6 +128,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "seed": 3,
         "include": (),
         "exclude": ("c",),
+        "embeddings": True,
         "form": "plain",
         "max_shard_size": "1GB",
         "device": "cpu",

@@ -1,0 +1,198 @@
+"""What a little calibration data says of an embedding: its tokens' frequencies, and the gradients where it is used.
+
+Its inputs are tokens, so of their second moment there is only the diagonal, the frequencies; and of the gradient at
+the logits of a head that is tied to it only the diagonal is gathered. Nothing here has as many numbers as the square of
+the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Of a tied head over `positions`: `hidden` is E[h h^T] (`d x d`) of its inputs, in float64.
+
+    `logits` is the diagonal of E[g g^T] of the loss gradient at its outputs, one number for each token.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    positions: int
+    uses: float
+
+
+@dataclass(frozen=True)
+class EmbeddingMoments:
+    """Of an embedding over `positions`: `frequencies` of its tokens, smoothed, and E[g g^T] (`d x d`) in `gradients`.
+
+    In float64; g is the loss gradient at the vectors that it gives. `uses` is how many positions there were for each of
+    the model's predictions, as in `Moments`. `head` is None for an embedding without a head tied to it.
+    """
+
+    frequencies: Tensor
+    gradients: Tensor
+    positions: int
+    uses: float
+    head: HeadMoments | None
+
+
+def smoothed_frequencies(counts: Tensor) -> Tensor:
+    """Frequencies of tokens from their counts, with one more of each token than was counted.
+
+    Additive smoothing (Laplace's rule of succession; Chen and Goodman, "An empirical study of smoothing techniques for
+    language modeling", Computer Speech and Language, 1999, section 2.1): the fewer were seen for the size of the
+    vocabulary, the nearer to uniform, and a token that was absent counts as if it had been seen once.
+    """
+    wide = counts.to(torch.float64)
+    return (wide + 1) / (wide.sum() + wide.numel())
+
+
+class EmbeddingCollector:
+    """Gathers the moments of embeddings while `collect_moments` runs the model forwards and backwards.
+
+    `embeddings` are the embeddings of one model by name, each with the head that is tied to it or None. While it is
+    entered, every pass is to be run through `watched`.
+    """
+
+    def __init__(self, embeddings: Mapping[str, tuple[nn.Module, nn.Module | None]]) -> None:
+        self._embeddings = embeddings
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._positions: dict[tuple[str, str], int] = {}
+        self._outputs: dict[str, list[Tensor]] = {}
+        self._predictions = 0
+        self._mask: Tensor | None = None
+        self._lookups = self._heads = True
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for name, (embedding, head) in self._embeddings.items():
+            self._handles.append(embedding.register_forward_hook(self._lookup_hook(name), with_kwargs=True))
+            if head is not None:
+                self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+
+    def watched(
+        self, part: Callable[[], Tensor], mask: Tensor | None, *, lookups: bool = True, logits: bool = True
+    ) -> Callable[[], Tensor]:
+        """The same pass of the model, with what it shows of the embeddings gathered; `mask` is false on padding.
+
+        Of a part of the model it is said whether its embeddings are looked up there, and whether it ends in the logits.
+        """
+
+        def run() -> Tensor:
+            self._mask, self._lookups, self._heads = mask, lookups, logits
+            self._outputs.clear()
+            made = part()
+            if not logits:
+                return made
+            self._predictions += len(_kept(made, mask))
+            for name, outputs in self._outputs.items():
+                self._weigh_classes(name, made, outputs)
+            return made
+
+        return run
+
+    def moments(self) -> dict[str, EmbeddingMoments | None]:
+        """The means of what was gathered; None for an embedding that was not used, or whose head predicts nothing."""
+        return {name: self._moments(name, head is not None) for name, (_, head) in self._embeddings.items()}
+
+    def _moments(self, name: str, tied: bool) -> EmbeddingMoments | None:
+        positions = self._positions.get((name, "gradients"), 0)
+        made = self._positions.get((name, "logits"), 0)
+        if not positions or (tied and not made):
+            return None
+        return EmbeddingMoments(
+            frequencies=smoothed_frequencies(self._sums[name, "tokens"]),
+            gradients=self._sums[name, "gradients"] / positions,
+            positions=positions,
+            uses=positions / self._predictions,
+            head=self._head_moments(name, made) if tied else None,
+        )
+
+    def _head_moments(self, name: str, made: int) -> HeadMoments:
+        logits = self._sums[name, "logits"]
+        # Smoothed as the frequencies are, as if every token had been expected once more.
+        once = logits.sum() / self._sums[name, "chances"].sum()
+        return HeadMoments(
+            hidden=self._sums[name, "hidden"] / self._positions[name, "hidden"],
+            logits=(logits + once) / (made + logits.numel()),
+            positions=made,
+            uses=made / self._predictions,
+        )
+
+    def _lookup_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            if not self._lookups:
+                return output
+            tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
+            kept = _kept(tokens[..., None], self._mask).flatten()
+            assert isinstance(layer.weight, Tensor)
+            counts = torch.bincount(kept, minlength=layer.weight.shape[0])
+            self._add(name, "tokens", counts.to(torch.float64), kept.numel())
+            output.requires_grad_(True)
+            output.register_hook(lambda gradient: self._add_product(name, "gradients", gradient))  # type: ignore[no-untyped-call]
+            # What follows may work in place, which a leaf does not allow.
+            return output.clone()
+
+        return hook
+
+    def _head_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+            if not self._heads:
+                return
+            hidden: Tensor = arguments[0] if arguments else next(iter(named.values()))
+            self._add_product(name, "hidden", hidden.detach())
+            self._outputs.setdefault(name, []).append(output)
+
+        return hook
+
+    def _weigh_classes(self, name: str, made: Tensor, outputs: list[Tensor]) -> None:
+        """Add the diagonal of E[g g^T] at a head's outputs, exactly: over the targets that the model would draw.
+
+        At the model's logits it is `p (1 - p)`. What stands between a head's outputs and them (a scale, a cap) works on
+        every logit on its own and has a slope, of which the square is its factor.
+        """
+        for output in outputs:
+            if output.shape != made.shape or not output.requires_grad:
+                continue
+            [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
+            chances = _kept(made.detach().float().softmax(-1), self._mask)
+            chances = chances * (1 - chances)
+            weighted = chances * _kept(slope, self._mask).float().square()
+            self._add(name, "chances", chances.sum(0, dtype=torch.float64), len(chances))
+            self._add(name, "logits", weighted.sum(0, dtype=torch.float64), len(chances))
+
+    def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
+        vectors = _kept(vectors, self._mask).float()
+        product = (vectors.T @ vectors).to(torch.float64)
+        if not torch.isfinite(product).all():
+            raise BadInput(
+                f"the {what} at embedding {name} are not finite on the calibration data",
+                remedy="use the model in a wider dtype, or leave the embedding out with --exclude",
+            )
+        self._add(name, what, product, len(vectors))
+
+    def _add(self, name: str, what: str, values: Tensor, positions: int) -> None:
+        self._sums[name, what] = self._sums[name, what] + values if (name, what) in self._sums else values
+        self._positions[name, what] = self._positions.get((name, what), 0) + positions
+
+
+def _kept(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """One vector a row, without those at padding."""
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    if mask is None or vectors.dim() != 3 or vectors.shape[:2] != mask.shape:
+        return rows
+    return rows[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
