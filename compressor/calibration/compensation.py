@@ -272,32 +272,35 @@ def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients
 def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) -> nn.Module | None:
     """Batch normalisation whose statistics moved as its inputs did; None where that does not help on held-back data.
 
-    The change on the same examples is added to what training left, so that few examples do not make them noisy.
+    The change on the same examples is added to what training left, so that few examples do not make them noisy. The
+    mean may move without the variance: what a truncated layer lost of that is noise to the layers that follow, and
+    scaling up the rest does not bring it back.
     """
     assert dense.running_mean is not None
     assert dense.running_var is not None
     mean, variance = dense.running_mean.double(), dense.running_var.double()
     before, after = fitted.xx - fitted.x**2, fitted.yy - fitted.y**2
-    moved = deepcopy(dense)
-    assert moved.running_mean is not None
-    assert moved.running_var is not None
-    moved.running_mean.copy_(mean + fitted.y - fitted.x)
     # A channel that hardly varies beside its size says nothing about how its variance changes.
     noise = torch.finfo(torch.float32).eps
     varies = (before > noise * fitted.xx) & (after > noise * fitted.yy)
-    moved.running_var.copy_(variance * torch.where(varies, after / before, 1.0))
+    moved_mean, moved_variance = mean + fitted.y - fitted.x, variance * torch.where(varies, after / before, 1.0)
 
-    def error(normalisation: _BatchNorm) -> float:
-        assert normalisation.running_mean is not None
-        assert normalisation.running_var is not None
-        a = (variance + dense.eps).rsqrt()
-        b = (normalisation.running_var.double() + dense.eps).rsqrt()
-        shift = b * normalisation.running_mean.double() - a * mean
+    def error(running_mean: Tensor, running_variance: Tensor) -> float:
+        a, b = (variance + dense.eps).rsqrt(), (running_variance + dense.eps).rsqrt()
+        shift = b * running_mean - a * mean
         squares = a**2 * held.xx - 2 * a * b * held.xy + b**2 * held.yy
         weight = 1.0 if dense.weight is None else dense.weight.double() ** 2
         return float((weight * (squares + shift**2 + 2 * shift * (a * held.x - b * held.y))).sum())
 
-    return moved if error(moved) < error(dense) else None
+    candidates = [(mean, variance), (moved_mean, variance), (moved_mean, moved_variance)]
+    chosen = min(candidates, key=lambda statistics: error(*statistics))
+    if chosen is candidates[0]:
+        return None
+    moved = deepcopy(dense)
+    for kept, value in zip((moved.running_mean, moved.running_var), chosen, strict=True):
+        assert kept is not None
+        kept.copy_(value)
+    return moved
 
 
 def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:

@@ -157,7 +157,8 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
         return False
     whole = outputs_of(model, batch.inputs)
     assert hidden is not None
-    return hidden.shape == whole.shape and torch.allclose(hidden, whole, rtol=1e-3, atol=1e-4, equal_nan=True)
+    digits = 1e-4 * float(whole.nan_to_num(0, 0, 0).abs().max())  # relative to the outputs, however small those are
+    return hidden.shape == whole.shape and torch.allclose(hidden, whole, rtol=1e-3, atol=digits, equal_nan=True)
 
 
 def _apart(model: nn.Module, segments: Segments, layers: Sequence[nn.Module], batch: Batch) -> bool:
@@ -178,11 +179,13 @@ def _apart(model: nn.Module, segments: Segments, layers: Sequence[nn.Module], ba
             for layer in layers:
                 stack.callback(layer.register_forward_hook(note).remove)
             result = segments.run(model, index, batch, None if hidden is None else hidden.clone())
-            tensors = [output for _, output in outputs]
-            gradients = torch.autograd.grad(result.sum(), tensors, allow_unused=True) if result.requires_grad else ()
-        reached = {layer for (layer, _), gradient in zip(outputs, gradients, strict=False) if gradient is not None}
+        hidden = result.detach()
+        if not outputs or not result.requires_grad:
+            continue
+        tensors = [output for _, output in outputs]
+        gradients = torch.autograd.grad(result, tensors, torch.ones_like(result), allow_unused=True)
+        reached = {layer for (layer, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
         if found & reached:
             return False
         found |= reached
-        hidden = result.detach()
     return True

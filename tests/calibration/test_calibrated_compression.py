@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, plan, restore
+from compressor.calibration import calibrate, compensate, held_back_loss, split_examples, uncompensated
+from compressor.checkpoint import find_layers, module_skeleton, open_checkpoint
 from compressor.evaluation.builtin_data import digits
 
 
@@ -56,6 +58,22 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(
     plain, calibrated = compress(trained, keep=keep), compress(trained, keep=keep, calibration=batches())
     assert calibrated.plan.eligible_after <= keep * calibrated.plan.eligible_before
     assert divergence(trained, calibrated.model) <= divergence(trained, plain.model) / 2
+
+
+@pytest.mark.parametrize(("keep", "share"), [(0.25, 1.0), (0.07, 0.8)])
+def test_compensation_loses_less_on_held_back_data_and_is_kept_only_there(
+    trained: nn.Sequential, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.calibrated_planning.STAGES", 0)
+    chosen = plan(trained, keep=keep, calibration=batches())
+    layers = [layer for layer in find_layers(open_checkpoint(trained), module_skeleton(trained)) if layer.eligible]
+    calibration = calibrate(trained, layers, split_examples(batches()), device=torch.device("cpu"), seed=0)
+    refitted, truncated = (
+        held_back_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
+    )
+    assert refitted < share * truncated
+    assert chosen.calibration is not None
+    assert chosen.calibration.held_back_loss == pytest.approx(min(refitted, truncated))
 
 
 def test_the_dense_model_is_left_as_it_was(trained: nn.Sequential) -> None:

@@ -1,0 +1,317 @@
+"""Moments a segment at a time are those of the whole model, and a change costs what they predict."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import (
+    BLOCKS,
+    CHAINS,
+    ODD,
+    TEXTS,
+    batch_of,
+    calibrated,
+    eligible,
+    inputs_for,
+    left_as_it_was,
+    odd,
+    transformer,
+)
+from torch import Tensor, nn
+
+from compressor import BadInput, compress
+from compressor.calibration import Calibration, held_back_loss
+from compressor.calibration.criterion import kept_rows, outputs_of
+from compressor.calibration.segments import Segments
+from compressor.evaluation import Batch
+
+
+def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the whole model be one segment."""
+    module = importlib.import_module("compressor.calibration.calibrate")
+    monkeypatch.setattr(module, "find_segments", lambda *_: Segments())
+
+
+def assert_same(one: Calibration, other: Calibration) -> None:
+    """The same metrics and uses to float32 precision."""
+    assert one.metrics.keys() == other.metrics.keys()
+    assert len(one.metrics) > 0
+    assert one.uses == other.uses
+    for name in one.metrics:
+        a, b = one.metrics[name], other.metrics[name]
+        assert (a.mean is None) == (b.mean is None)
+        pairs = [(a.inputs, b.inputs), (a.gradients, b.gradients)]
+        if a.mean is not None and b.mean is not None:
+            pairs.append((a.mean, b.mean))
+        for left, right in pairs:
+            assert float((left - right).abs().max()) <= 1e-4 * float(right.abs().max()), name
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformer(name)
+    data = [inputs_for(name, 4), inputs_for(name, 3)]
+    if name in TEXTS:
+        data += [inputs_for(name, 4, padded=True), inputs_for(name, 2, length=5)]
+    with left_as_it_was(model):
+        cut = calibrated(model, data)
+        assert cut.segments.count == BLOCKS + 1
+        assert cut.criterion == "likelihood"
+        uncut(monkeypatch)
+        assert_same(cut, calibrated(model, data))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = odd(name)
+    with left_as_it_was(model):
+        cut = calibrated(model, [inputs, inputs])
+        assert cut.metrics.keys() == {layer.name for layer in eligible(model)}
+        uncut(monkeypatch)
+        assert_same(cut, calibrated(model, [inputs, inputs]))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_padding_changes_no_moment(name: str) -> None:
+    model = transformer(name)
+    ids = torch.randint(3, 40, (4, 6))
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(4, 5, dtype=torch.long)], 1),
+        "attention_mask": torch.cat([torch.ones(4, 6), torch.zeros(4, 5)], 1).long(),
+    }
+    with_mask = {"input_ids": ids, "attention_mask": torch.ones(4, 6).long()}
+    assert_same(calibrated(model, [padded]), calibrated(model, [with_mask]))
+
+
+def test_the_gradients_are_those_of_targets_drawn_in_order_by_one_generator() -> None:
+    # By autograd alone: the moment of the gradients at the outputs of the classifier.
+    model = transformer("vit").eval()
+    data = [inputs_for("vit", 3), inputs_for("vit", 4)]
+    generator = torch.Generator().manual_seed(7)
+    gradients = []
+    for inputs in data:
+        p = outputs_of(model, inputs).detach().softmax(-1)
+        targets = torch.multinomial(p, 1, generator=generator).squeeze(1)
+        gradients.append(p - nn.functional.one_hot(targets, p.shape[1]))
+    g = torch.cat(gradients).double()
+    found = calibrated(model, data, seed=7).metrics["classifier"].gradients
+    expected = g.T @ g / len(g)
+    # Shrinkage keeps the eigenvectors and pulls towards the trace's multiple of the identity.
+    identity = torch.eye(len(expected), dtype=torch.float64) * expected.trace() / len(expected)
+    weight = float(((found - expected) * (identity - expected)).sum() / (identity - expected).square().sum())
+    assert 0 <= weight <= 1
+    torch.testing.assert_close(found, (1 - weight) * expected + weight * identity, rtol=1e-4, atol=1e-6)
+
+
+def test_the_moments_gradients_are_the_fisher_of_the_predictions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    x = torch.randn(20_000, 6)
+    found = calibrated(model, [{"inputs": x}], labels=torch.zeros(20_000, dtype=torch.long))
+    assert found.criterion == "likelihood"
+    p = model(x).softmax(-1).detach().double()
+    fisher = torch.diag(p.mean(0)) - p.T @ p / len(p)
+    torch.testing.assert_close(found.metrics["2"].gradients, fisher, rtol=0, atol=0.01)
+
+
+def test_a_model_without_a_likelihood_has_the_curvature_of_its_outputs() -> None:
+    # Half the squared change of z = W x has the identity for its curvature at z.
+    torch.manual_seed(0)
+    found = calibrated(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), [{"inputs": torch.randn(20_000, 6)}])
+    assert found.criterion == "outputs"
+    torch.testing.assert_close(found.metrics["2"].gradients, torch.eye(4, dtype=torch.float64), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "criterion"),
+    [
+        ((8, 3), (8,), "likelihood"),
+        ((8, 3), (8, 1), "likelihood"),
+        ((8, 5, 3), (8, 5), "likelihood"),
+        ((8, 5, 3), (8, 4), "likelihood"),  # of the next tokens
+        ((8, 3), None, "outputs"),
+        ((8, 1), (8,), "outputs"),  # one logit, or a count
+        ((8, 3, 6, 6), (8, 6, 7), "outputs"),  # a class for every pixel, which the last dimension does not hold
+    ],
+)
+def test_labels_make_outputs_a_prediction_where_they_fit(
+    outputs: tuple[int, ...], labels: tuple[int, ...] | None, criterion: str
+) -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, outputs[1:].numel())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).view(outputs)
+
+    outputs = torch.Size(outputs)
+    given = None if labels is None else torch.zeros(labels, dtype=torch.long)
+    found = calibrated(Shaped(), [{"inputs": torch.randn(8, 6)}], labels=given)
+    assert found.criterion == criterion
+    assert found.metrics.keys() == {"linear"}
+
+
+def bert_encoder() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertModel(config, add_pooling_layer=False).eval()
+
+
+def changed_layer(calibration: Calibration, name: str, size: float, seed: int) -> tuple[nn.Module, float]:
+    """A layer with a little noise in its matrix, the bias taking up the mean, and what that costs to second order."""
+    layer, metric = calibration.layers[name], calibration.metrics[name]
+    dense = calibration.model.get_submodule(layer.module)
+    changed = type(dense)(dense.in_features, dense.out_features, bias=dense.bias is not None)
+    noise = torch.randn(layer.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    change = size * float(dense.weight.detach().std()) * noise
+    with torch.no_grad():
+        changed.weight.copy_(dense.weight + change)
+        if dense.bias is not None:
+            assert metric.mean is not None
+            changed.bias.copy_(dense.bias - change @ metric.mean)
+    return changed, calibration.uses[name] / 2 * float((metric.gradients @ change @ metric.inputs * change).sum())
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 5))
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "labels", "criterion"),
+    [
+        (classifier, lambda: {"inputs": torch.randn(3000, 6)}, torch.zeros(3000, dtype=torch.long), "likelihood"),
+        (classifier, lambda: {"inputs": torch.randn(3000, 6)}, None, "outputs"),
+        (lambda: transformer("gpt-neox"), lambda: inputs_for("gpt-neox", 300), None, "likelihood"),
+        (bert_encoder, lambda: inputs_for("bert", 300), None, "outputs"),
+    ],
+    ids=["classifier", "regression", "language model", "encoder"],
+)
+def test_the_predicted_loss_is_the_measured_one_for_small_changes(
+    build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], labels: Tensor | None, criterion: str
+) -> None:
+    model = build()
+    calibration = calibrated(model, [inputs()], labels=labels)
+    assert calibration.criterion == criterion
+    ratios = []
+    for name, layer in list(calibration.layers.items())[:8]:
+        predicted, measured = 0.0, 0.0
+        for seed in range(4):
+            module, cost = changed_layer(calibration, name, 0.01, seed)
+            predicted += cost
+            measured += held_back_loss(calibration, {layer.module: module})
+        ratios.append(predicted / measured)
+    # Positions, and inputs and gradients, are taken as independent, which they are not quite.
+    assert 0.7 < sum(ratios) / len(ratios) < 1.4, ratios
+
+
+def test_the_held_back_loss_of_an_encoder_is_half_the_squared_change_of_its_outputs() -> None:
+    model = bert_encoder()
+    held = [inputs_for("bert", 3, padded=True), inputs_for("bert", 2, length=5)]
+    calibration = calibrated(model, [inputs_for("bert", 4)], held)
+    assert calibration.criterion == "outputs"
+    name = next(iter(calibration.layers))
+    layer = calibration.layers[name]
+    changed, _ = changed_layer(calibration, name, 0.5, 0)
+    found = held_back_loss(calibration, {layer.module: changed})
+    total, rows = 0.0, 0
+    with torch.no_grad():
+        before = [model(**inputs).last_hidden_state for inputs in held]
+        model.get_submodule(layer.module).load_state_dict(changed.state_dict())
+        for inputs, old in zip(held, before, strict=True):
+            mask = inputs.get("attention_mask", torch.ones(old.shape[:2])).bool()
+            change = (model(**inputs).last_hidden_state - old)[mask]
+            total += float(change.double().square().sum()) / 2
+            rows += len(change)
+    assert found == pytest.approx(total / rows, rel=1e-4)
+
+
+def test_the_held_back_loss_of_a_classifier_is_the_divergence_of_its_predictions() -> None:
+    model, held = classifier(), torch.randn(50, 6)
+    data = [{"inputs": torch.randn(50, 6)}], [{"inputs": held[:20]}, {"inputs": held[20:]}]
+    calibration = calibrated(model, *data, labels=torch.zeros(50, dtype=torch.long))
+    changed, _ = changed_layer(calibration, "2", 0.5, 0)
+    found = held_back_loss(calibration, {"2": changed})
+    with torch.no_grad():
+        p = model(held).double().softmax(-1)
+        model[2] = changed
+        q = model(held).double().softmax(-1)
+    assert found == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_rows_are_the_predictions_without_padding() -> None:
+    outputs, mask = torch.randn(2, 3, 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(kept_rows(outputs, mask), torch.stack([outputs[0, 0], outputs[0, 1], outputs[1, 0]]))
+    assert torch.equal(kept_rows(outputs, None), outputs.reshape(6, 5))
+    assert torch.equal(kept_rows(outputs[:, 0], mask), outputs[:, 0])
+
+
+def test_bfloat16_is_calibrated_in_float32_and_better() -> None:
+    model = transformer("llama").to(torch.bfloat16)
+    data = [inputs_for("llama", 8) for _ in range(2)]
+    half, full = calibrated(model, data), calibrated(model.float(), data)
+    assert half.segments.count == BLOCKS + 1
+    for name in full.metrics:
+        assert half.metrics[name].inputs.dtype == torch.float64
+        one, other = half.metrics[name].inputs, full.metrics[name].inputs
+        assert float((one - other).norm()) < 0.05 * float(other.norm())
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_the_first_layer_that_is_given_an_overflow_is_named(batch: int) -> None:
+    model = transformer("llama").half()
+    block = model.model.layers[0]
+    with torch.no_grad():
+        # Of all tokens 5 alone has a first feature, which the first block multiplies and squares.
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[5, 0] = 60
+        block.self_attn.o_proj.weight[0] = 0
+        block.mlp.gate_proj.weight.zero_()
+        block.mlp.gate_proj.weight[:, 0] = 1000
+        block.mlp.up_proj.weight[:, 0] = 1000
+    data = [torch.randint(6, 40, (2, 6)) for _ in range(4)]
+    data[batch][0, 3] = 5
+    with pytest.raises(BadInput, match=r"layer model\.layers\.0\.mlp\.down_proj are not finite"):
+        compress(model, keep=0.5, calibration=[{"input_ids": ids} for ids in data])
+
+
+def test_large_means_leave_what_varies() -> None:
+    # In float32 the second moment of 10,000 + noise holds nothing of the noise.
+    torch.manual_seed(0)
+    x = torch.randn(400, 6) * torch.tensor([0.1, 0.5, 1, 2, 3, 4]) + 1e4
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    metric = calibrated(model, [{"inputs": x[:200]}, {"inputs": x[200:]}]).metrics["0"]
+    covariance = torch.cov(x.T.double(), correction=0)
+    assert float((metric.inputs - covariance).norm()) < 0.05 * float(covariance.norm())
+
+
+@pytest.mark.parametrize("labels", [None, 1])
+def test_any_form_of_batches(labels: int | None) -> None:
+    model = transformer("gpt2")
+    data = [inputs_for("gpt2", 2, length=4 + index, padded=index % 2 == 0) for index in range(4)]
+    if labels is not None:
+        data = [inputs | {"labels": inputs["input_ids"]} for inputs in data]
+    assert compress(model, keep=0.6, calibration=data).plan.calibration is not None
+
+
+def test_batches_are_not_changed() -> None:
+    model, inputs = odd("in place")
+    before = inputs["inputs"].clone()
+    calibrated(model, [inputs])
+    assert torch.equal(before, inputs["inputs"])
+    assert isinstance(batch_of(inputs), Batch)
+
+
+def test_an_empty_batch_is_named() -> None:
+    for data in ([torch.randn(4, 6), torch.randn(0, 6)], [{"labels": torch.zeros(3).long()}] * 3):
+        with pytest.raises(BadInput, match="empty batch"):
+            compress(classifier(), keep=0.5, calibration=data)

@@ -1,0 +1,280 @@
+"""Refitted layers against ridge regression by other means, and against doing without, on toys and a trained network."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from tiny_models import calibrated, eligible, inputs_for, left_as_it_was, planned, transformer
+from torch import Tensor, nn
+
+from compressor import compress
+from compressor.calibration import Calibration, Compensated, compensate, held_back_loss, uncompensated
+from compressor.calibration.calibrate import with_layers
+from compressor.planning import LayerPlan
+
+compensation = importlib.import_module("compressor.calibration.compensation")
+
+
+class Toy(nn.Module):
+    """Two layers, the second of which is also given inputs that pass the first by."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 10, bias=bias), nn.Linear(14, 6, bias=bias)
+        with torch.no_grad():
+            self.first.weight.mul_(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.cat([torch.relu(self.first(x[:, :8])), x[:, 8:]], 1))
+
+
+def toy(*, bias: bool, silent: bool = False, rank: int = 3) -> tuple[Calibration, list[LayerPlan]]:
+    """A calibrated toy of which the first layer is to be of low rank, the second of full; `silent` inputs are zero."""
+    torch.manual_seed(0)
+    mixed = torch.randn(7, 12) / 7**0.5  # so that what passes by tells of what the first layer loses
+    fitted, held = ([torch.randn(200, 7) @ mixed + 0.5 for _ in range(3)] for _ in range(2))
+    for x in (*fitted, *held):
+        x[:, 8:] *= 0 if silent else 1
+    model = Toy(bias=bias).eval()
+    calibration = calibrated(model, [{"inputs": x} for x in fitted], [{"inputs": x} for x in held])
+    first, second = eligible(model)
+    assert (first.name, second.name) == ("first", "second")
+    return calibration, [planned(first, rank), planned(second, 6)]
+
+
+def dense_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Matrix and bias of a plain pair, in float64."""
+    bias = module.up.bias
+    return (module.up.weight.double() @ module.down.weight.double()).detach(), None if bias is None else bias.double()
+
+
+@torch.no_grad()
+def given(calibration: Calibration, solution: Compensated | None, place: str, part: str = "fitted") -> Tensor:
+    """What a layer is given in the dense model or, with a solution, in the compressed one."""
+    seen: list[Tensor] = []
+    modules = {} if solution is None else solution.modules
+    with with_layers(calibration.model, modules) as model:
+        handle = model.get_submodule(place).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+        for batch in calibration.data.fitted if part == "fitted" else calibration.data.held_back:
+            model(*batch.inputs.values())
+        handle.remove()
+    return torch.cat([x.flatten(0, -2) for x in seen])
+
+
+def test_a_first_layer_has_nothing_to_make_up_for() -> None:
+    for bias in (False, True):
+        calibration, (first, _) = toy(bias=bias, rank=8)
+        matrix, _ = dense_of(compensate(calibration, [first]).modules["first"])
+        torch.testing.assert_close(matrix, calibration.model.first.weight.double(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_refit_is_ridge_regression_towards_the_weights(
+    bias: bool, relative: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compensation, "RIDGES", (relative,))
+    calibration, plans = toy(bias=bias)
+    solution = compensate(calibration, plans)
+    found, found_bias = dense_of(solution.modules["second"])
+    x, y = given(calibration, None, "second"), given(calibration, solution, "second")
+    weight = calibration.model.second.weight.detach().double()
+    about_x, about_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
+    x, y = x - about_x, y - about_y
+    ridge = relative * (y**2).sum(0).mean() / len(y)
+    # Rows for the examples and, below, for the pull towards the weights.
+    left = torch.cat([y / len(y) ** 0.5, ridge.sqrt() * torch.eye(14, dtype=torch.float64)])
+    right = torch.cat([x @ weight.T / len(x) ** 0.5, ridge.sqrt() * weight.T])
+    expected = torch.linalg.lstsq(left, right).solution.T
+    assert float((expected - weight).norm()) > 0.05 * float(weight.norm())
+    # Sums in float32, and a system whose condition number the ridge bounds.
+    rounding = 2e-6 + torch.finfo(torch.float32).eps / relative
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding)
+    if bias:
+        assert found_bias is not None
+        shifted = calibration.model.second.bias.detach().double() + weight @ about_x - found @ about_y
+        torch.testing.assert_close(found_bias, shifted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_calibration_never_excites_is_left_as_it_was(bias: bool) -> None:
+    calibration, plans = toy(bias=bias, silent=True)
+    weight = calibration.model.second.weight.detach().double()
+    found, _ = dense_of(compensate(calibration, plans).modules["second"])
+    silent, heard = slice(10, 14), slice(0, 10)
+    assert float((found[:, heard] - weight[:, heard]).abs().max()) > 0.01
+    torch.testing.assert_close(found[:, silent], weight[:, silent], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def held_back_error(calibration: Calibration, before: Compensated, place: str, module: nn.Module) -> float:
+    """What the outputs of one layer lose on the held-back examples, in the metric of the gradients, by brute force."""
+    x, y = (given(calibration, solution, place, "held back") for solution in (None, before))
+    dense = calibration.model.get_submodule(place).double()
+    change = dense(x) - module.double()(y)
+    dense.float()
+    module.float()
+    return float(((change @ calibration.metrics[place].gradients) * change).sum(1).mean())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rank", "share"), [(2, 1.0), (4, 0.9)])
+def test_a_refitted_layer_loses_less_on_held_back_examples_than_the_truncated_one(
+    bias: bool, rank: int, share: float
+) -> None:
+    calibration, (first, second) = toy(bias=bias)
+    plans = [first, planned(calibration.layers[second.name], rank)]
+    solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
+    refitted = held_back_error(calibration, solution, "second", solution.modules["second"])
+    without = held_back_error(calibration, solution, "second", truncated.modules["second"])
+    assert refitted < share * without
+
+
+def test_a_refit_that_does_not_help_on_held_back_examples_is_not_taken() -> None:
+    # Fitted on next to nothing in one direction, and judged on much in all others.
+    torch.manual_seed(0)
+    direction = torch.randn(1, 12)
+    fitted = [{"inputs": torch.randn(4, 1) * direction + 1e-3 * torch.randn(4, 12)} for _ in range(2)]
+    held = [{"inputs": 10 * torch.randn(400, 12)}]
+    for bias in (False, True):
+        model = Toy(bias=bias).eval()
+        calibration = calibrated(model, fitted, held)
+        first, second = eligible(model)
+        plans = [planned(first, 2), planned(second, 2)]
+        solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
+        refitted = held_back_error(calibration, solution, "second", solution.modules["second"])
+        assert refitted <= 1.0001 * held_back_error(calibration, solution, "second", truncated.modules["second"])
+
+
+def test_with_a_bias_no_mean_is_moved() -> None:
+    calibration, (first, second) = toy(bias=True)
+    plans = [first, planned(calibration.layers[second.name], 2)]
+    solution = compensate(calibration, plans)
+    assert not torch.equal(
+        solution.factors["second"].tensors["second.down.weight"],
+        uncompensated(calibration, plans).factors["second"].tensors["second.down.weight"],
+    )
+    for place in ("first", "second"):
+        dense = calibration.model.get_submodule(place)
+        with torch.no_grad():
+            before = dense(given(calibration, None, place).float()).mean(0)
+            after = solution.modules[place](given(calibration, solution, place).float()).mean(0)
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_what_stays_dense_is_bit_for_bit_as_it_was() -> None:
+    model = transformer("llama")
+    data = [inputs_for("llama", 8) for _ in range(4)]
+    report = compress(model, keep=0.5, calibration=data)
+    assert report.model is not None
+    low_rank = {f"{layer.name}.weight" for layer in report.plan.layers if layer.rank is not None}
+    before, after = model.state_dict(), report.model.state_dict()
+    kept = [name for name in before if name not in low_rank]
+    assert 0 < len(kept) < len(before)
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_the_model_is_restored_after_compensation_and_after_a_failure_in_it() -> None:
+    model = transformer("llama")
+    data = [inputs_for("llama", 8) for _ in range(4)]
+
+    def stop(stage: str, *_: int) -> None:
+        if stage == "compensate":
+            raise KeyboardInterrupt
+
+    with left_as_it_was(model):
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, keep=0.5, calibration=data, progress=stop)
+        compress(model, keep=0.5, calibration=data)
+
+
+class Routed(nn.Module):
+    """Two experts, each given the examples that a router sends it: other ones once the layer before is truncated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.route, self.leave = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.enter(x))
+        chosen, outputs = self.route(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            if (chosen == index).any():
+                outputs[chosen == index] = expert(x[chosen == index])
+        return self.leave(torch.relu(outputs))
+
+
+def test_experts_that_are_given_other_examples_are_truncated_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = Routed().eval()
+    with torch.no_grad():
+        model.route.bias.copy_(-model.route(torch.relu(model.enter(torch.randn(40, 8)))).mean(0))
+    calibration = calibrated(model, [{"inputs": torch.randn(40, 8)} for _ in range(3)])
+    plans = [planned(layer, 2) for layer in calibration.layers.values() if layer.name != "route"]
+    solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
+    experts = [given(calibration, each, "experts.0").shape for each in (None, solution)]
+    assert experts[0] != experts[1]
+    for name in ("experts.0", "experts.1"):
+        one, other = (each.factors[name].tensors for each in (solution, truncated))
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+class Prefixed(nn.Module):
+    """Blocks behind a projection, which runs again with every segment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(6, 8)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.project(x))
+
+
+def test_what_stands_before_the_chain_is_refitted_once_and_first() -> None:
+    torch.manual_seed(0)
+    calibration = calibrated(Prefixed().eval(), [{"inputs": torch.randn(40, 6)} for _ in range(3)])
+    assert calibration.segments.count == 4
+    plans = [planned(layer, 2) for layer in calibration.layers.values()]
+    solution = compensate(calibration, plans)
+    alone = compensate(calibration, [each for each in plans if each.name == "project"])
+    for key, tensor in alone.factors["project"].tensors.items():
+        assert torch.equal(solution.factors["project"].tensors[key], tensor)
+
+
+def test_a_layer_without_a_metric_is_truncated_by_itself() -> None:
+    class Ignored(nn.Module):
+        """A layer whose result counts for nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard, self.unheard = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.heard(x) + 0 * self.unheard(x)
+
+    calibration = calibrated(Ignored().eval(), [{"inputs": torch.randn(40, 8)} for _ in range(3)])
+    plans = [planned(layer, 2) for layer in calibration.layers.values()]
+    pair = compensate(calibration, plans).modules["unheard"]
+    left, values, right = torch.linalg.svd(calibration.model.unheard.weight.detach().double())
+    best = left[:, :2] * values[:2] @ right[:2]
+    torch.testing.assert_close(dense_of(pair)[0], best, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "vit"])
+def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformer(name).eval()
+    fitted, held = ([inputs_for(name, 12) for _ in range(2)] for _ in range(2))
+    cut = calibrated(model, fitted, held)
+    plans = [planned(layer, max(1, min(layer.shape) // 2)) for layer in cut.layers.values()]
+    one = compensate(cut, plans)
+    calibrate_room = importlib.import_module("compressor.calibration.calibrate")
+    monkeypatch.setattr(calibrate_room, "find_segments", lambda *_: type(cut.segments)())
+    whole = calibrated(model, fitted, held)
+    other = compensate(whole, plans)
+    assert held_back_loss(cut, one.modules) == pytest.approx(held_back_loss(whole, other.modules), rel=0.02)
