@@ -42,6 +42,10 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
+[cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
+
+[cyan]compress explore[/cyan]         a page that plays how SGD writes a matrix and weight decay forgets it
+
 A model that is named like one of these commands is written ./inspect.
 
 {EXIT_STATUSES}"""
@@ -113,6 +117,7 @@ def compress(
     output: options.Output = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
     tolerance: options.Tolerance = None,
     plan: Annotated[
         Path | None,
@@ -136,6 +141,7 @@ def compress(
     data_samples: options.DataSamples = None,
     calibration: options.Calibration = None,
     calibration_samples: options.CalibrationSamples = 128,
+    refine: options.Refine = False,
     seed: options.Seed = 0,
     factory: options.Factory = None,
     include: options.Include = None,
@@ -168,11 +174,13 @@ def compress(
 
         if report is not None:
             check_report_path(report, source=Path(model), overwrite=overwrite)
+        recipe, sequence_length = options.training_and_windows(recipe, calibration)
         compression = pipeline.compress(
             model,
             output=output,
             keep=keep,
             max_size=max_size,
+            max_drop=max_drop,
             tolerance=tolerance,
             plan=plan,
             recipe=recipe,
@@ -182,6 +190,8 @@ def compress(
             data_samples=data_samples,
             calibration=calibration,
             calibration_samples=calibration_samples,
+            refine=refine,
+            calibration_sequence_length=sequence_length,
             seed=seed,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
@@ -250,11 +260,18 @@ def plan(
     ] = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
+    max_drop: options.MaxDrop = None,
     tolerance: options.Tolerance = None,
     recipe_file: options.RecipeFile = None,
     recipe: TrainingRecipe | None = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What --max-drop is measured on.", rich_help_panel=options.BUDGET),
+    ] = None,
+    data_samples: options.DataSamples = None,
     calibration: options.Calibration = None,
     calibration_samples: options.CalibrationSamples = 128,
+    refine: options.Refine = False,
     seed: options.Seed = 0,
     factory: options.Factory = None,
     include: options.Include = None,
@@ -274,16 +291,22 @@ def plan(
 
         if output is not None:
             check_output(output, source=Path(model), form="file", overwrite=overwrite)
+        recipe, sequence_length = options.training_and_windows(recipe, calibration)
         chosen = pipeline.plan(
             model,
             keep=keep,
             max_size=max_size,
+            max_drop=max_drop,
             tolerance=tolerance,
             recipe=recipe,
             recipe_file=recipe_file,
             factory=factory,
+            data=data,
+            data_samples=data_samples,
             calibration=calibration,
             calibration_samples=calibration_samples,
+            refine=refine,
+            calibration_sequence_length=sequence_length,
             seed=seed,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
@@ -364,3 +387,127 @@ def restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)
+
+
+@subcommands.command("explore", cls=_Command, epilog=EXIT_STATUSES)
+def explore(
+    *,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE.html", parser=options.given("--output"), help="The page to write."
+        ),
+    ] = Path("explorer.html"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|MODEL",
+            parser=options.given("--recipe"),
+            help="Open it on these hyperparameters, or on a model's and its layers.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a page that plays how SGD writes a matrix and weight decay forgets it; it opens in a browser, offline."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import exploration
+
+        path = exploration.explore(output, recipe=recipe, overwrite=overwrite, progress=progress)
+    write_text(f"explorer  {path}\n")
+
+
+@subcommands.command("merge", cls=_Command, epilog=EXIT_STATUSES)
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C ...]",
+            parser=options.given("MODEL", str),
+            help="Two or more networks of one architecture: weight files, or Hugging Face folders.",
+            show_default=False,
+        ),
+    ],
+    *,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PATH",
+            parser=options.given("--output"),
+            help="File or folder to write.",
+            show_default=False,
+        ),
+    ],
+    mode: Annotated[
+        Literal["sum", "concat"],
+        typer.Option(
+            help="sum: add the weights, for weight decay and nearly orthogonal inputs. concat: side by side, safe.",
+            show_default=False,
+        ),
+    ],
+    head: Annotated[
+        Literal["shared", "separate"],
+        typer.Option(help="With concat, whether the outputs are added or put one after the other."),
+    ] = "shared",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            parser=options.given("--base", str),
+            help="With sum, the model that all were fine-tuned from: what each changed in it is added.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Each network's data, once for each and in their order: measure interference and quality on it.",
+            show_default=False,
+        ),
+    ] = None,
+    data_samples: options.DataSamples = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Write nothing if a task loses more: a fraction of accuracy, or an increase in perplexity.",
+            show_default=False,
+        ),
+    ] = None,
+    factory: options.Factory = None,
+    max_shard_size: options.ShardSize = "5GB",
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Merge networks of one architecture into one, and measure what that costs each of their tasks."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import merging
+        from compressor.report import merging_text
+
+        refused = None
+        try:
+            merged = merging.merge(
+                models,
+                output=output,
+                mode=mode,
+                head=head,
+                base=base,
+                data=tuple(data or ()),
+                data_samples=data_samples,
+                max_drop=max_drop,
+                factory=factory,
+                max_shard_size=max_shard_size,
+                device=device,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        except merging.MergeRefused as error:
+            refused, merged = error, error.merging
+    _show(merged.to_dict(), merging_text(merged), json=json, written=merged.output)
+    if refused is not None:
+        raise refused

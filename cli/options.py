@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -82,6 +83,15 @@ Calibration = Annotated[
 CalibrationSamples = Annotated[
     int, typer.Option(min=2, help="Examples, or windows of text, to use of it.", rich_help_panel=CALIBRATION)
 ]
+Refine = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="Also fit the factors, a block at a time, to what the dense model makes of the calibration data: slower, "
+        "and kept only where the examples held back agree.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of the targets that calibration draws.", rich_help_panel=CALIBRATION)]
 Keep = Annotated[
     float | None, typer.Option(help="Fraction of the eligible layers' parameters to keep.", rich_help_panel=BUDGET)
@@ -89,6 +99,14 @@ Keep = Annotated[
 MaxSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="Size of the weight files, such as 40MB.", rich_help_panel=BUDGET),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="The smallest model that is at most this much worse on --data: accuracy as a fraction "
+        "(0.01 is one point), or increase in perplexity.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 Tolerance = Annotated[float | None, typer.Option(help="Relative error per layer.", rich_help_panel=BUDGET)]
 
@@ -125,7 +143,11 @@ TRAINING_FLAGS: dict[str, tuple[type, str, str]] = {
     "steps": (int, "--steps", "Optimizer steps."),
     "epochs": (float, "--epochs", "Passes over the training data."),
     "dataset_size": (int, "--dataset-size", "Training examples."),
-    "sequence_length": (int, "--sequence-length", "Tokens per example; 1 for vectors."),
+    "sequence_length": (
+        int,
+        "--sequence-length",
+        "Tokens per example; 1 for vectors. With --calibration: of the windows that its text is cut into.",
+    ),
 }
 
 
@@ -147,6 +169,20 @@ def with_training_flags(command: Callable[..., None]) -> Callable[..., None]:
     with_flags.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return with_flags
+
+
+def training_and_windows(
+    recipe: TrainingRecipe | None, calibration: str | None
+) -> tuple[TrainingRecipe | None, int | None]:
+    """What the flags say about the training, and the length of the windows of calibration.
+
+    With calibration `--sequence-length` is the latter, so that a record of the training says nothing it does not know.
+    """
+    if recipe is None or calibration is None or recipe.sequence_length is None:
+        return recipe, None
+    sources = {name: source for name, source in recipe.sources.items() if name != "sequence_length"}
+    others = replace(recipe, sequence_length=None, sources=sources) if sources else None
+    return others, recipe.sequence_length
 
 
 def _flag_parameter(name: str) -> Parameter:

@@ -15,6 +15,8 @@ from compressor.registration import register
 if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
     from compressor.evaluation import Evaluation
+    from compressor.exploration import explore
+    from compressor.merging import Merging, merge
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
@@ -25,12 +27,15 @@ _HOME = {
     "Compression": "results",
     "Evaluation": "evaluation",
     "Inspection": "results",
+    "Merging": "merging",
     "Plan": "planning",
     "Restoration": "results",
     "TrainingRecipe": "recipe",
     "compress": "pipeline",
     "evaluate": "pipeline",
+    "explore": "exploration",
     "inspect": "pipeline",
+    "merge": "merging",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
     "restore": "pipeline",
@@ -43,13 +48,16 @@ __all__ = [
     "CompressorError",
     "Evaluation",
     "Inspection",
+    "Merging",
     "Plan",
     "QualityGateNotMet",
     "Restoration",
     "TrainingRecipe",
     "compress",
     "evaluate",
+    "explore",
     "inspect",
+    "merge",
     "open_checkpoint",
     "plan",
     "restore",

@@ -35,6 +35,8 @@ class InspectedLayer:
     window: MemoryWindow | None = None
     initialisation: SurvivingInitialisation | None = None
     singular_values: tuple[float, ...] | None = None
+    spatial_values: tuple[float, ...] | None = None
+    """Singular values of the matrix that a spatial pair factorizes, for convolutions that can become one."""
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer
@@ -49,6 +51,7 @@ class InspectedLayer:
             "window": self.window.to_dict() if self.window else None,
             "initialisation": self.initialisation.to_dict() if self.initialisation else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
+            "spatial_values": list(self.spatial_values) if self.spatial_values is not None else None,
         }
 
 
@@ -114,6 +117,7 @@ class Compression:
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
+            "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}

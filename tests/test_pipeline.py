@@ -397,6 +397,7 @@ def request_errors() -> list[tuple[dict[str, Any], str]]:
     return [
         ({"keep": 0.5, "tolerance": 0.1}, "two budgets"),
         ({"keep": 0.5, "plan": "plan.json"}, "two budgets"),
+        ({"max_drop": 0.1, "plan": "plan.json", "data": "builtin:digits"}, "two budgets"),
         ({"form": "plain", "plan": "plan.json"}, "contradict"),
         ({"keep": 1.5}, "out of range"),
         ({"max_size": "7 parsecs"}, "not a size"),

@@ -12,11 +12,11 @@ from compressor.evaluation.cost import (
     measure_latency,
     measure_peak_memory,
 )
-from compressor.evaluation.data import Batch, EvaluationData, open_data
+from compressor.evaluation.data import Batch, EvaluationData, halves, has_splits, open_data, require_apart
 from compressor.evaluation.evaluate import Evaluation, compare
 from compressor.evaluation.inference import logits_of, prepared, resolve_device
 from compressor.evaluation.load import build_model, load_model, require_architecture
-from compressor.evaluation.metrics import Quality, measure_quality, quality_drop
+from compressor.evaluation.metrics import Quality, measure_quality, quality_drop, require_accepted
 from compressor.evaluation.models import (
     Preprocessing,
     load_factory,
@@ -38,6 +38,8 @@ __all__ = [
     "count_bytes",
     "count_macs",
     "count_parameters",
+    "halves",
+    "has_splits",
     "load_factory",
     "load_model",
     "load_preprocessing",
@@ -51,6 +53,8 @@ __all__ = [
     "open_data",
     "prepared",
     "quality_drop",
+    "require_accepted",
+    "require_apart",
     "require_architecture",
     "resolve_device",
 ]

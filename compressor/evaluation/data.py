@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,7 @@ def open_data(
     sequence_length: int | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    least_windows: int | None = None,
 ) -> EvaluationData:
     """Open the data that `spec` names: `builtin:digits`, `builtin:stdlib`, a file or a folder.
 
@@ -90,24 +92,24 @@ def open_data(
 
     `tokenizer`, `image_processor` and `classes` (class name to number, `label2id` of its configuration) are
     the transformers model's own. `split` chooses a part of the built-in data; files have no parts. `limit`
-    keeps at most so many examples, evenly spaced. Raises `BadInput` naming the file, and the line, where the
-    data is bad.
+    keeps at most so many examples, evenly spaced. Text must have `least_windows` whole windows.
+    Raises `BadInput` naming the file, and the line, where the data is bad.
     """
     _require_at_least(2, sequence_length=sequence_length)
-    _require_at_least(1, batch_size=batch_size, limit=limit)
+    _require_at_least(1, batch_size=batch_size, limit=limit, least_windows=least_windows)
     name = os.fspath(spec)
     if name == "builtin:digits":
         data = _digits(split, image_processor)
     elif name == "builtin:stdlib":
         text = standard_library_text(split)
-        data = _language(f"{name}, {split} split", text, tokenizer, sequence_length)
+        data = _language(f"{name}, {split} split", text, tokenizer, sequence_length, least_windows)
     elif name.startswith("builtin:"):
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
         contents = read_contents(Path(name))
         match contents:
             case Texts():
-                data = _language(name, "\n\n".join(contents.texts), tokenizer, sequence_length)
+                data = _language(name, "\n\n".join(contents.texts), tokenizer, sequence_length, least_windows)
             case LabelledTexts():
                 labels = _class_numbers(contents.labels, classes, name)
                 data = _labelled_texts(name, contents.texts, labels, tokenizer, sequence_length)
@@ -119,6 +121,53 @@ def open_data(
             case Arrays():
                 data = _arrays(name, contents.inputs, _class_numbers(contents.labels or (), classes, name))
     return _in_batches(data, batch_size, limit)
+
+
+def has_splits(spec: str | os.PathLike[str]) -> bool:
+    """Whether the data have a training, a validation and a test split: the built-in ones do."""
+    return os.fspath(spec).startswith("builtin:")
+
+
+def halves(data: EvaluationData) -> tuple[EvaluationData, EvaluationData]:
+    """Every second example of some data, beginning with the first, and the others.
+
+    Raises `BadInput` for data of one example.
+    """
+    if data.count < 2:
+        raise BadInput(
+            "one example cannot both decide and be measured", where=data.name, remedy="give two examples at least"
+        )
+
+    def half(first: int, name: str) -> EvaluationData:
+        def read(positions: Sequence[int]) -> Batch:
+            return data.read([first + 2 * position for position in positions])
+
+        return replace(data, name=f"{data.name}, {name}", count=len(range(first, data.count, 2)), read=read)
+
+    return half(0, "every second example"), half(1, "the other examples")
+
+
+def require_apart(calibration: str | os.PathLike[str], data: str | os.PathLike[str]) -> None:
+    """Raise `BadInput` when calibration and evaluation would see the same examples.
+
+    That is when they are the same file or folder, files of the same bytes, or one lies in the other. Built-in data are
+    kept apart by their splits.
+    """
+    if has_splits(calibration) or has_splits(data):
+        return
+    fitted, measured = Path(calibration), Path(data)
+    if not fitted.exists() or not measured.exists():
+        return  # said when they are opened
+    same = fitted.samefile(measured) or (
+        fitted.is_file() and measured.is_file() and filecmp.cmp(fitted, measured, shallow=False)
+    )
+    inside = measured.resolve() in fitted.resolve().parents or fitted.resolve() in measured.resolve().parents
+    if same or inside:
+        raise BadInput(
+            f"the calibration data {'are' if same else 'overlap'} the data to measure on, and would flatter it",
+            where=measured,
+            remedy="split them into two files, one for --calibration and one for --data",
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +238,13 @@ def _arrays(name: str, inputs: Tensor, labels: Tensor) -> _Examples:
     return _Examples(name, task, len(inputs), read)
 
 
-def _language(name: str, text: str, tokenizer: Callable[..., Any] | None, sequence_length: int | None) -> _Examples:
+def _language(
+    name: str,
+    text: str,
+    tokenizer: Callable[..., Any] | None,
+    sequence_length: int | None,
+    least_windows: int | None,
+) -> _Examples:
     if not text.strip():
         raise BadInput("there is no text in it", where=name, remedy="pass data with text")
     if tokenizer is None:
@@ -206,6 +261,12 @@ def _language(name: str, text: str, tokenizer: Callable[..., Any] | None, sequen
     if sequence_length is None:
         longest = getattr(tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
         sequence_length = min(LONGEST_DEFAULT_WINDOW, int(longest))
+    if least_windows is not None and len(token_ids) < least_windows * sequence_length:
+        raise BadInput(
+            f"the text is {len(token_ids):,} tokens long, less than {least_windows} windows of {sequence_length:,}",
+            where=name,
+            remedy="give more text, or ask for shorter windows with --sequence-length",
+        )
     length = min(sequence_length, len(token_ids))
     count = len(token_ids) // length
     return _token_windows(name, token_ids[: count * length].reshape(count, length))

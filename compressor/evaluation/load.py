@@ -10,7 +10,7 @@ from torch import nn
 from compressor.checkpoint import Checkpoint, module_skeleton, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
-from compressor.rewrite import low_rank_layer, put_layer, stored_pairs
+from compressor.rewrite import low_rank_layer, put_layer, stored_pairs, widened
 
 
 def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
@@ -31,6 +31,7 @@ def require_architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.
 def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Module] | None = None) -> nn.Module:
     """A module to run: `model` itself, or a checkpoint's weights in the architecture of its folder or of `factory`.
 
+    For a file of concatenated networks the layers of `factory`'s architecture are made as wide as they are there.
     Raises `BadInput` when the checkpoint has no architecture that is known, or its weights do not fit.
     """
     if isinstance(model, nn.Module):
@@ -40,7 +41,7 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
     if factory is None:
         assert checkpoint.folder is not None
         return load_transformers(checkpoint.folder)
-    module = build_model(factory)
+    module = widened(build_model(factory), checkpoint)
     modules = dict(module.named_modules())
     for pair in stored_pairs(checkpoint, module_skeleton(module)).values():
         if pair.name not in modules:

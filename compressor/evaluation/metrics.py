@@ -58,6 +58,14 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
     return Quality("accuracy", right / count, loss, count)
 
 
+def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> None:
+    """Raise `BadInput` for data that a model cannot run on, labels aside: unknown token ids, wrong shapes."""
+    with prepared(resolve_device(device), model):
+        for batch in data:
+            _require_known_tokens(model, batch, data.name)
+        _accepted(model, data.read(range(1)), data.name)
+
+
 def quality_drop(baseline: Quality, compressed: Quality) -> float:
     """Return how much worse `compressed` is than `baseline`: positive is worse, negative is better.
 
@@ -79,19 +87,8 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
             where=data.name,
             remedy="evaluate a causal language model, or a classifier on labelled data",
         )
-    try:
-        logits = logits_of(model, batch.inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        # A model that took one batch takes them all: what fails later is not the user's choice of data.
-        if not first or isinstance(error, torch.OutOfMemoryError):
-            raise
-        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in batch.inputs.items())
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(
-            f"{name} does not accept this data ({shapes}): {reason}",
-            where=data.name,
-            remedy="use data of the shape and kind the model was trained on",
-        ) from error
+    # A model that took one batch takes them all: what fails later is not the user's choice of data.
+    logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)
     if data.task == "language-modeling" and logits.ndim == 3:
         logits = logits[:, :-1]
     if logits.shape[:-1] != batch.labels.shape:
@@ -104,11 +101,27 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
     if lowest < 0 or highest >= logits.shape[-1]:
         bad = lowest if lowest < 0 else highest
         raise BadInput(
-            f"label {bad} is out of the model's range 0 to {logits.shape[-1] - 1}",
+            f"label {bad} is out of the range 0 to {logits.shape[-1] - 1} of the model's {logits.shape[-1]} classes",
             where=data.name,
             remedy="use the labels, or the tokenizer, that the model was trained with",
         )
     return logits
+
+
+def _accepted(model: nn.Module, batch: Batch, where: str) -> Tensor:
+    """The logits for a batch, or `BadInput` saying why the model does not take it."""
+    try:
+        return logits_of(model, batch.inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in batch.inputs.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(
+            f"{type(model).__name__} does not accept this data ({shapes}): {reason}",
+            where=where,
+            remedy="use data of the shape and kind the model was trained on",
+        ) from error
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """Stage 5: a matrix and a rank become factors."""
 
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
+from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
 from compressor.factorize.weighted_svd import Metric, weighted_singular_values, weighted_truncated_svd
 
@@ -8,7 +9,11 @@ __all__ = [
     "FactorPair",
     "Metric",
     "PivotedPair",
+    "SpatialPair",
     "pivoted_pair",
+    "spatial_errors",
+    "spatial_matrix",
+    "spatial_pair",
     "truncated_svd",
     "weighted_singular_values",
     "weighted_truncated_svd",

@@ -20,10 +20,15 @@ from compressor.measure.effective_rank import Spectrum
 
 @dataclass(frozen=True)
 class Metric:
-    """Two positive definite matrices in float64: `inputs` of `d_in x d_in` and `gradients` of `d_out x d_out`."""
+    """Two positive definite matrices in float64: `inputs` of `d_in x d_in` and `gradients` of `d_out x d_out`.
+
+    For a layer with a bias `inputs` is the covariance and `mean` that of the inputs (`d_in`): what a change of the
+    matrix makes of the mean is put right in the bias. Without one `mean` is None.
+    """
 
     inputs: Tensor
     gradients: Tensor
+    mean: Tensor | None = None
 
 
 def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:

@@ -1,8 +1,4 @@
-"""Second moments of a layer's inputs and of the loss gradient at its outputs, from a little calibration data.
-
-Targets are sampled from the model itself, so that the gradients' moment is a factor of the true Fisher information and
-not of its empirical imitation (Kunstner, Balles and Hennig, NeurIPS 2019).
-"""
+"""Second moments of a layer's inputs and of the loss gradient at its outputs, from a little calibration data."""
 
 from __future__ import annotations
 
@@ -19,159 +15,167 @@ from compressor.errors import BadInput
 
 @dataclass(frozen=True)
 class Moments:
-    """`inputs` is E[x x^T] (`d_in x d_in`) and `gradients` E[g g^T] (`d_out x d_out`) of one layer, in float64.
+    """Of one layer, in float64: E[x x^T] and E[x] of its inputs, and E[g g^T] of the gradients at its outputs.
 
-    The expectations are over `positions`: the vectors that the layer was applied to. `uses` is how many of them there
-    were for each of the model's predictions, so that `uses / 2 * tr(S_g D S_x D^T)` is the loss per prediction that a
-    change D of the matrix costs to second order.
+    `inputs` is `d_in x d_in`, `mean` of `d_in`, `gradients` `d_out x d_out`. The expectations are over `positions`: the
+    vectors that the layer was applied to. With `uses` of them for each of the model's predictions, a change D of the
+    matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction to second order.
     """
 
     inputs: Tensor
+    mean: Tensor
     gradients: Tensor
     positions: int
-    uses: float
 
 
 @dataclass(frozen=True)
-class CalibrationPass:
-    """One batch: `logits` runs the model on it, `(..., classes)`; `mask` of `(batch, length)` is false on padding."""
+class MomentPass:
+    """One batch: `run` takes it forwards and backwards; `mask` of `(batch, length)` is false on padding."""
 
-    logits: Callable[[], Tensor]
+    run: Callable[[], None]
     mask: Tensor | None = None
 
 
 def collect_moments(
-    layers: Mapping[str, nn.Module], passes: Iterable[CalibrationPass], *, seed: int = 0
+    layers: Mapping[str, nn.Module],
+    passes: Iterable[MomentPass],
+    stand_ins: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Moments | None]:
-    """Moments of every layer over all passes; None for a layer that no pass went through.
+    """Moments of every layer over all passes; None for a layer that no pass went backwards through.
 
     `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions inside one model; the model is to be
-    in evaluation mode. Layers that are given the same tensor share its moment. Raises `BadInput` when there is no pass,
-    or when activations or gradients are not finite, naming the layer.
+    in evaluation mode. Where `stand_ins` run in their places (low-rank layers, say), what these see counts. Layers that
+    are given the same tensors share one moment of them. Raises `BadInput` when activations or gradients are not finite,
+    naming the layer.
     """
-    collector = _Collector(layers)
-    generator: torch.Generator | None = None
-    predictions = 0
+    collector = _Collector(layers, stand_ins or layers)
     with torch.enable_grad(), collector:
         for each in passes:
             collector.begin(each.mask)
-            logits = kept_predictions(each.logits(), each.mask).float()
-            if generator is None:
-                generator = torch.Generator(logits.device).manual_seed(seed)
-            targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            if not torch.isfinite(loss):
-                raise BadInput(
-                    "the model's own loss on the calibration data is not finite",
-                    remedy="use the model in a wider dtype, or other data",
-                )
-            if loss.requires_grad:  # else the model reached none of the layers
-                loss.backward()  # type: ignore[no-untyped-call]
-            predictions += targets.numel()
-    if not predictions:
-        raise BadInput("the calibration data yields nothing", remedy="give data with at least one batch")
-    return collector.moments(predictions)
+            each.run()
+            collector.end()
+    return collector.moments()
+
+
+@dataclass
+class _Sum:
+    """Outer products and vectors added up."""
+
+    product: Tensor
+    total: Tensor
+    count: int
+
+    def add(self, other: _Sum) -> None:
+        self.product += other.product
+        self.total += other.total
+        self.count += other.count
 
 
 class _Collector:
     """Hooks on the layers that add up the moments while the model runs forwards and backwards."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._inputs: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
-        self._inputs_seen: dict[str, int] = {}
-        self._positions: dict[str, int] = {}
-        # One product for all layers that see one tensor in one state as the same vectors.
-        self._products: dict[tuple[int, int, Hashable], tuple[Tensor, Tensor, int]] = {}
+    def __init__(self, layers: Mapping[str, nn.Module], hooked: Mapping[str, nn.Module]) -> None:
+        self._layers, self._hooked = layers, hooked
+        # Inputs by the set of layers that share them, gradients by layer.
+        self._inputs: dict[frozenset[str], _Sum] = {}
+        self._gradients: dict[str, _Sum] = {}
+        # One product in a pass for all layers that see one tensor in one state as the same vectors.
+        self._seen: dict[tuple[int, int, Hashable], tuple[Tensor, _Sum, set[str]]] = {}
         self._mask: Tensor | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
-        for name, layer in self._layers.items():
+        for name, layer in self._hooked.items():
             self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._products.clear()
+        self._seen.clear()
 
     def begin(self, mask: Tensor | None) -> None:
         """Start a pass: no tensor of it has been seen yet."""
         self._mask = mask
-        self._products.clear()
+        self._seen.clear()
 
-    def moments(self, predictions: int) -> dict[str, Moments | None]:
+    def end(self) -> None:
+        """Add up what the pass saw."""
+        for _, seen, names in self._seen.values():
+            _accumulate(self._inputs, frozenset(names), seen)
+        self._seen.clear()
+
+    def moments(self) -> dict[str, Moments | None]:
         """The means of what was added up."""
-        found: dict[str, Moments | None] = {}
-        for name in self._layers:
-            if name not in self._gradients:
-                found[name] = None
-                continue
-            positions = self._positions[name]
-            inputs = self._inputs[name] / self._inputs_seen[name]
-            found[name] = Moments(inputs, self._gradients[name] / positions, positions, positions / predictions)
+        shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
+        found: dict[str, Moments | None] = dict.fromkeys(self._layers)
+        for name, gradients in self._gradients.items():
+            keys = [key for key in self._inputs if name in key]
+            if len(keys) == 1:
+                inputs, mean = shared[keys[0]]
+            else:  # it ran several times, beside other layers each time
+                count = sum(self._inputs[key].count for key in keys)
+                inputs = torch.stack([self._inputs[key].product for key in keys]).sum(0) / count
+                mean = torch.stack([self._inputs[key].total for key in keys]).sum(0) / count
+            found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count)
         return found
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
-        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+        layer = self._layers[name]
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
             x: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            key = (id(x), x._version, _patches(layer))
-            if key not in self._products:
-                vectors = self._kept(_input_vectors(layer, x.detach()), x)
-                self._products[key] = (x, self._product(vectors, name, "activations"), vectors.shape[0])
-            _, product, count = self._products[key]
-            self._inputs[name] = self._inputs[name] + product if name in self._inputs else product
-            self._inputs_seen[name] = self._inputs_seen.get(name, 0) + count
+            key = (id(x), x._version, patches(layer))
+            if key not in self._seen:
+                vectors = kept_vectors(input_vectors(layer, x.detach()), x, self._mask)
+                self._seen[key] = (x, _summed(vectors, name, "activations"), set())
+            self._seen[key][2].add(name)
             leaf = not output.requires_grad
             if leaf:
                 output.requires_grad_(True)
-            output.register_hook(partial(self._backward, name, layer))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._backward, name))  # type: ignore[no-untyped-call]
             # What follows may work in place, which a leaf does not allow.
             return output.clone() if leaf else None
 
         return hook
 
-    def _backward(self, name: str, layer: nn.Module, gradient: Tensor) -> None:
-        vectors = self._kept(_output_vectors(layer, gradient), gradient)
-        self._positions[name] = self._positions.get(name, 0) + vectors.shape[0]
-        product = self._product(vectors, name, "gradients")
-        self._gradients[name] = self._gradients[name] + product if name in self._gradients else product
-
-    def _kept(self, vectors: Tensor, tensor: Tensor) -> Tensor:
-        """The vectors that are not padding."""
-        mask = self._mask
-        if mask is None or tensor.dim() != 3 or tensor.shape[:2] != mask.shape:
-            return vectors
-        return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
-
-    @staticmethod
-    def _product(vectors: Tensor, name: str, what: str) -> Tensor:
-        vectors = vectors.float()
-        product = (vectors.T @ vectors).to(torch.float64)
-        if not torch.isfinite(product).all():
-            raise BadInput(
-                f"the {what} of layer {name} are not finite on the calibration data",
-                remedy="use the model in a wider dtype, or leave the layer out with --exclude",
-            )
-        return product
+    def _backward(self, name: str, gradient: Tensor) -> None:
+        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, self._mask)
+        _accumulate(self._gradients, name, _summed(vectors, name, "gradients"))
 
 
-def kept_predictions(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits as one row per prediction, `(predictions, classes)`, without those at padding."""
-    if mask is None or logits.dim() != 3 or logits.shape[:2] != mask.shape:
-        return logits.flatten(0, -2)
-    return logits[mask.to(device=logits.device, dtype=torch.bool)]
+def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
+    if key in sums:
+        sums[key].add(more)
+    else:
+        sums[key] = more
 
 
-def _patches(layer: nn.Module) -> Hashable:
+def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
+    vectors = vectors.float()
+    product = (vectors.T @ vectors).to(torch.float64)
+    if not torch.isfinite(product).all():
+        raise BadInput(
+            f"the {what} of layer {name} are not finite on the calibration data",
+            remedy="use the model in a wider dtype, or leave the layer out with --exclude",
+        )
+    return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
+
+
+def kept_vectors(vectors: Tensor, tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """Those of the rows made of a tensor that are not padding."""
+    if mask is None or tensor.dim() != 3 or tensor.shape[:2] != mask.shape:
+        return vectors
+    return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
+
+
+def patches(layer: nn.Module) -> Hashable:
     """What two layers must have in common to see one input as the same vectors."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     return (layer.kernel_size, layer.stride, str(layer.padding), layer.dilation, layer.padding_mode)
 
 
-def _input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
+def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
     """What the layer's matrix is applied to, one vector a row: the last dimension, or a convolution's patches."""
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return x.flatten(0, -2)

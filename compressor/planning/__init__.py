@@ -2,6 +2,8 @@
 
 from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
+from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -11,21 +13,30 @@ from compressor.planning.plan import (
     apply_edits,
     predicted_loss,
     read_plan,
+    smallest_size,
 )
 
 __all__ = [
+    "MOST_TRIALS",
     "SAFE_TOLERANCE",
     "Budget",
     "CalibrationResult",
+    "DropSearch",
     "FormRequest",
     "LayerPlan",
     "MeasuredLayer",
     "Plan",
+    "Trial",
     "apply_edits",
     "choose_ranks",
     "default_budget",
+    "holds",
+    "pair_forms",
     "predicted_loss",
     "read_plan",
     "requested_budget",
+    "search_by_drop",
+    "smallest_found",
+    "smallest_size",
     "window_rule_advice",
 ]

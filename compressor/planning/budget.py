@@ -18,7 +18,7 @@ WINDOW_RULE_TOLERANCE = 0.1
 # with forgetting exponents above one half, and did not always hold below.
 LARGEST_SHARE = math.exp(-0.5)
 
-BudgetKind = Literal["keep", "max-size", "tolerance", "window-rule", "plan"]
+BudgetKind = Literal["keep", "max-size", "max-drop", "tolerance", "window-rule", "plan"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Budget:
     """One way of saying how much to remove.
 
     `keep`: the fraction of the eligible layers' parameters that may remain. `max-size`: bytes of the weight files.
+    `max-drop`: the smallest model that is at most so much worse, in accuracy as a fraction or in perplexity.
     `tolerance`: relative Frobenius error per layer. `window-rule`: what training wrote above its initialisation, with
     no value. `plan`: the ranks of a plan made before, with no value.
     """
@@ -40,11 +41,14 @@ class Budget:
         return self.kind if self.value is None else f"{self.kind} {self.value:g}"
 
 
-def requested_budget(*, keep: float | None, max_size: int | None, tolerance: float | None) -> Budget | None:
+def requested_budget(
+    *, keep: float | None, max_size: int | None, max_drop: float | None, tolerance: float | None
+) -> Budget | None:
     """The one budget that was asked for, None if none was; BadInput for two, or for a value out of its range."""
     given: tuple[tuple[BudgetKind, float | None], ...] = (
         ("keep", keep),
         ("max-size", max_size),
+        ("max-drop", max_drop),
         ("tolerance", tolerance),
     )
     asked = [Budget(kind, value) for kind, value in given if value is not None]
@@ -58,9 +62,15 @@ def requested_budget(*, keep: float | None, max_size: int | None, tolerance: flo
     in_range = {
         "keep": 0 < value <= 1,
         "max-size": value >= 1 and math.isfinite(value),
+        "max-drop": 0 <= value < math.inf,
         "tolerance": 0 < value < 1,
     }
     if not in_range[budget.kind]:
-        ranges = {"keep": "above 0 and at most 1", "max-size": "at least one byte", "tolerance": "between 0 and 1"}
+        ranges = {
+            "keep": "above 0 and at most 1",
+            "max-size": "at least one byte",
+            "max-drop": "that is not negative",
+            "tolerance": "between 0 and 1",
+        }
         raise BadInput(f"--{budget.kind} {value:g} is out of range", remedy=f"give a number {ranges[budget.kind]}")
     return budget

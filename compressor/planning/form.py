@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from typing import Literal
 
-Form = Literal["dense", "plain", "pivoted", "channel"]
+from compressor.checkpoint.layers import Layer
+
+Form = Literal["dense", "plain", "pivoted", "channel", "spatial"]
+
+
+def pair_forms(layer: Layer) -> tuple[Form, ...]:
+    """The forms of the pairs that a layer of this kind can become; a spatial one needs a kernel of two wide sides."""
+    if layer.kind != "convolution":
+        return ("plain", "pivoted")
+    two_wide_sides = len(layer.tensor_shape) == 4 and min(layer.tensor_shape[2:]) > 1
+    return ("channel", "spatial") if two_wide_sides else ("channel",)
+
+
+def factorized_shape(layer: Layer, form: Form) -> tuple[int, int]:
+    """The sides of the matrix that a pair of this form factorizes.
+
+    It is the layer's own `d_out x d_in`, but for a spatial pair the `(d_out k_w) x (c k_h)` arrangement of the kernel.
+    """
+    if form != "spatial":
+        return layer.shape
+    d_out, c, k_h, k_w = layer.tensor_shape
+    return (d_out * k_w, c * k_h)
 
 
 def stored_parameters(shape: tuple[int, int], form: Form, rank: int) -> int:
     """Numbers in the file for a `d_out x d_in` layer in a form; the index of a pivoted pair counts as `d_out` of them.
 
-    A plain pair and the channel pair of a convolution store `r (d_out + d_in)` numbers, a pivoted pair
-    `r (d_out + d_in - r)` and its order.
+    A plain pair and the pairs of a convolution store `r (d_out + d_in)` numbers, a pivoted pair `r (d_out + d_in - r)`
+    and its order; `shape` is the `factorized_shape`.
     """
     d_out, d_in = shape
     if form == "dense":

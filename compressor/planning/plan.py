@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,8 @@ from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.planning.allocation import Choices, allocate
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
-from compressor.planning.form import Form, stored_bytes, stored_parameters
+from compressor.planning.drop_search import DropSearch
+from compressor.planning.form import Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -71,7 +72,8 @@ class Plan:
     """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
 
     `digest` is the sha256 of the checkpoint that was measured (None for a module in memory). `advice` is what else the
-    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data.
+    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data. `search`
+    tells how a size was found by its drop in quality, None where another budget decided.
     """
 
     source: str
@@ -81,6 +83,7 @@ class Plan:
     advice: str | None = None
     calibration: CalibrationResult | None = None
     calibrated: bool = False
+    search: DropSearch | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
 
     @property
@@ -100,6 +103,7 @@ class Plan:
             "eligible": {"before": self.eligible_before, "after": self.eligible_after},
             "advice": self.advice,
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            "search": None if self.search is None else self.search.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -112,7 +116,9 @@ class MeasuredLayer:
     the singular values above the edge of what survives of the initialisation, `surviving_share` says how much that is,
     and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
     `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
-    layer; `stays_dense` says why a layer is not to be touched.
+    layer; `stays_dense` says why a layer is not to be touched. A convolution that can become a spatial pair has the
+    singular values of the matrix that this one factorizes, `spatial_values`, and with calibration `spatial_errors`, the
+    relative errors of its spatial pairs of rank 0, 1, .. in the metric of the loss.
     """
 
     layer: Layer
@@ -126,11 +132,15 @@ class MeasuredLayer:
     weighted_values: Spectrum | None = None
     uses: float = 1.0
     stays_dense: str | None = None
+    spatial_values: Spectrum | None = None
+    spatial_errors: Spectrum | None = None
 
-    @property
-    def errors(self) -> Spectrum:
-        """Relative error of the best pair of rank 0, 1, ..: in the metric of the loss if known, else Frobenius."""
-        return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
+    def errors(self, form: Form) -> Spectrum:
+        """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
+        if form != "spatial":
+            return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
+        assert self.spatial_values is not None, f"{self.layer.name} has no spatial pair"
+        return truncation_errors(self.spatial_values) if self.spatial_errors is None else self.spatial_errors
 
     @property
     def total(self) -> float:
@@ -155,7 +165,10 @@ class MeasuredLayer:
 
 
 def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
-    """The form in which a pair of this rank is stored: the smaller one for linear layers unless one is requested."""
+    """The form in which a pair of the layer's own matrix is stored at this rank.
+
+    For linear layers it is the smaller one, unless one is requested; a convolution's is the channel pair.
+    """
     if layer.kind == "convolution":
         return "channel"
     if request != "auto":
@@ -164,16 +177,15 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
     return "pivoted" if pivoted < plain else "plain"
 
 
-def layer_plan(measured: MeasuredLayer, rank: int, request: FormRequest, reason: str) -> LayerPlan:
+def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> LayerPlan:
     """The plan for one layer at a rank; dense where the pair would not be smaller or the layer is to stay."""
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
-    form = form_for(layer, rank, request)
-    parameters = stored_parameters(layer.shape, form, rank)
+    parameters = stored_parameters(factorized_shape(layer, form), form, rank)
     if parameters >= layer.parameters:
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be smaller")
-    error = float(measured.errors[rank])
+    error = float(measured.errors(form)[rank])
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
 
 
@@ -190,7 +202,7 @@ def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan
 def plan_by_tolerance(
     measured: Sequence[MeasuredLayer], tolerance: float, request: FormRequest
 ) -> tuple[LayerPlan, ...]:
-    """Every layer at the smallest rank whose relative error is at most `tolerance`.
+    """Every layer at the smallest rank whose relative error is at most `tolerance`, in the smallest form at it.
 
     What rounding the factors to the layer's own dtype may add is allowed for; a layer whose dtype is coarser than the
     tolerance stays dense.
@@ -203,7 +215,17 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
         return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
     truncation = math.sqrt(tolerance**2 - m.precision**2)
     rank = max(1, frobenius_rank(m.singular_values, truncation))
-    return layer_plan(m, rank, request, f"relative error <= {tolerance:g}")
+    reason = f"relative error <= {tolerance:g}"
+    plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason)
+    return _spatial_if_smaller(plan, m, truncation, reason)
+
+
+def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, reason: str) -> LayerPlan:
+    """The spatial pair of the smallest rank with a relative error of at most `tolerance`, if it is smaller."""
+    if m.spatial_values is None:
+        return plan
+    spatial = layer_plan(m, max(1, frobenius_rank(m.spatial_values, tolerance)), "spatial", reason)
+    return spatial if spatial.parameters < plan.parameters else plan
 
 
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
@@ -211,7 +233,8 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
 
     The number of singular values above the edge of the surviving initialisation, the Frobenius rank at 0.1, and the
     memory window's bound where it is not vacuous. A layer of which too little was forgotten, or too little is known,
-    gets the tolerance that is safe without data.
+    gets the tolerance that is safe without data. A spatial pair is taken where it is smaller at the error of 0.1: the
+    edge and the bound say nothing of its matrix.
     """
     plans = []
     for m in measured:
@@ -225,7 +248,10 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
         if m.rank_bound is not None:
             ranks["rank bound of the memory window"] = m.rank_bound
         reason = min(ranks, key=lambda name: ranks[name])
-        plans.append(layer_plan(m, max(1, ranks[reason]), request, f"window rule: {reason}"))
+        rank = max(1, ranks[reason])
+        plan = layer_plan(m, rank, form_for(m.layer, rank, request), f"window rule: {reason}")
+        within = f"window rule: relative error <= {WINDOW_RULE_TOLERANCE:g}"
+        plans.append(_spatial_if_smaller(plan, m, WINDOW_RULE_TOLERANCE, within))
     return tuple(plans)
 
 
@@ -248,12 +274,13 @@ def plan_by_size(
     if chosen is None:
         return None
     plans = []
-    for m, (_, ranks), index in zip(measured, tables, chosen, strict=True):
-        rank = ranks[index]
-        if rank is None:
+    for m, (_, pairs), index in zip(measured, tables, chosen, strict=True):
+        pair = pairs[index]
+        if pair is None:
             plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
         else:
-            plans.append(layer_plan(m, rank, request, "its share of the budget at least error"))
+            form, rank = pair
+            plans.append(layer_plan(m, rank, form, "its share of the budget at least error"))
     return tuple(plans)
 
 
@@ -273,7 +300,7 @@ def plan_by_file_size(
 
     def beside(layers: tuple[LayerPlan, ...]) -> int:
         numbers = sum(
-            stored_bytes(m.layer.shape, layer.form, layer.rank or 0, m.itemsize)
+            stored_bytes(factorized_shape(m.layer, layer.form), layer.form, layer.rank or 0, m.itemsize)
             for m, layer in zip(measured, layers, strict=True)
         )
         return file_bytes(layers) - numbers
@@ -298,30 +325,40 @@ def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit:
     return sum(int(_choices(m, request, unit)[0].cost.min()) for m in measured)
 
 
+def _pairs(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, int, float]]:
+    """Form, rank and relative error of everything but dense that a layer could become."""
+    if m.stays_dense is not None:
+        return
+    for rank, error in enumerate(m.errors("plain")[1:], start=1):
+        yield form_for(m.layer, rank, request), rank, float(error)
+    if m.spatial_values is not None:
+        for rank, error in enumerate(m.errors("spatial")[1:], start=1):
+            yield "spatial", rank, float(error)
+
+
 def _choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
-) -> tuple[Choices, list[int | None]]:
-    """Every rank whose pair is smaller than the dense layer, and dense (None) last."""
-    errors = m.errors
+) -> tuple[Choices, list[tuple[Form, int] | None]]:
+    """Every form and rank whose pair is smaller than the dense layer, and dense (None) last."""
     scale = m.total ** (1 - power) if m.total > 0 else 0.0
 
     def cost(form: Form, rank: int) -> int:
+        shape = factorized_shape(m.layer, form)
         if unit == "parameters":
-            return stored_parameters(m.layer.shape, form, rank)
-        return stored_bytes(m.layer.shape, form, rank, m.itemsize)
+            return stored_parameters(shape, form, rank)
+        return stored_bytes(shape, form, rank, m.itemsize)
 
-    ranks: list[int | None] = []
+    pairs: list[tuple[Form, int] | None] = []
     costs, losses = [], []
-    for rank in range(1, 1 if m.stays_dense is not None else len(errors)):
-        form = form_for(m.layer, rank, request)
-        if stored_parameters(m.layer.shape, form, rank) < m.layer.parameters:
-            ranks.append(rank)
+    for form, rank, error in _pairs(m, request):
+        if stored_parameters(factorized_shape(m.layer, form), form, rank) < m.layer.parameters:
+            pairs.append((form, rank))
             costs.append(cost(form, rank))
-            losses.append(scale * float(errors[rank]) ** 2)
-    ranks.append(None)
+            losses.append(scale * error**2)
+    pairs.append(None)
     costs.append(cost("dense", 0))
     losses.append(0.0)
-    return Choices(np.array(costs, dtype=np.int64), np.array(losses)), ranks
+    return Choices(np.array(costs, dtype=np.int64), np.array(losses)), pairs
 
 
 def read_plan(path: Path) -> Plan:
@@ -370,7 +407,7 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
             f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(get_args(Form))}"
         )
     if rank is not None and form == "dense":
-        remedy = "set the rank to null for dense, or the form to plain, pivoted or channel"
+        remedy = "set the rank to null for dense, or the form to plain, pivoted, channel or spatial"
         raise BadInput(f"rank {rank} and form 'dense' of {name} contradict each other", where=path, remedy=remedy)
     return LayerPlan(
         name=name,
@@ -426,18 +463,22 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> L
         )
     if edit.rank is None:
         return dense_plan(layer, "asked for by the plan")
-    if edit.rank > min(layer.shape):
-        raise BadInput(
-            f"rank {edit.rank} of {layer.name} does not exist: its matrix is {layer.shape[0]} x {layer.shape[1]}",
-            where=where,
-            remedy=f"give a rank up to {min(layer.shape)}, or null for dense",
-        )
     form = edit.form
-    if (form == "channel") != (layer.kind == "convolution"):
+    if form not in pair_forms(layer):
+        sides = " x ".join(map(str, layer.tensor_shape))
         raise BadInput(
-            f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer", where=where, remedy=remedy
+            f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer of {sides}",
+            where=where,
+            remedy=f"give it the form {' or '.join(pair_forms(layer))}, or null for a rank to keep it dense",
         )
-    parameters = stored_parameters(layer.shape, form, edit.rank)
+    shape = factorized_shape(layer, form)
+    if edit.rank > min(shape):
+        raise BadInput(
+            f"rank {edit.rank} of {layer.name} does not exist: its matrix is {shape[0]} x {shape[1]}",
+            where=where,
+            remedy=f"give a rank up to {min(shape)}, or null for dense",
+        )
+    parameters = stored_parameters(shape, form, edit.rank)
     larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
     return replace(
         edit,
@@ -445,5 +486,5 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> L
         kind=layer.kind,
         reason=f"asked for by the plan{larger}",
         parameters=parameters,
-        error=float(m.errors[edit.rank]),
+        error=float(m.errors(form)[edit.rank]),
     )

@@ -5,6 +5,7 @@ from compressor.report.text import (
     compression_text,
     evaluation_text,
     inspection_text,
+    merging_text,
     plan_text,
     restoration_text,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "compression_text",
     "evaluation_text",
     "inspection_text",
+    "merging_text",
     "plan_text",
     "restoration_text",
     "write_report",

@@ -16,6 +16,7 @@ from compressor.report.comparison import Comparison, compared, compression_rows,
 from compressor.report.wording import (
     budget_words,
     calibration_words,
+    change_words,
     compact,
     error_words,
     in_bytes,
@@ -23,8 +24,10 @@ from compressor.report.wording import (
     large_loss_words,
     one_line,
     percent,
+    quality_words,
     recipe_sources,
     recipe_words,
+    search_words,
     shape_of,
     shortened_apart,
     thousands,
@@ -34,12 +37,13 @@ from compressor.report.wording import (
 if TYPE_CHECKING:
     from compressor.checkpoint import Layer
     from compressor.evaluation import Evaluation
+    from compressor.merging import Merging
     from compressor.planning import LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression, InspectedLayer, Inspection, Restoration
 
 NARROWEST_NAME = 8
-PATHS = frozenset({"model", "output", "plan"})
+PATHS = frozenset({"model", "base", "output", "plan"})
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def compression_text(compression: Compression) -> RenderableType:
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.calibration is not None:
         yield "data", calibration_words(plan.calibration)
+    if plan.search is not None:
+        yield "search", search_words(plan.search)
 
 
 def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
@@ -159,6 +165,67 @@ def restoration_text(restoration: Restoration) -> RenderableType:
             _side_by_side([size]),
             _facts(("output", restoration.output), ("took", in_seconds(restoration.seconds))),
         ]
+    )
+
+
+def merging_text(merging: Merging) -> RenderableType:
+    """What `compress merge` found before merging, what merging did to each task, and where the result is."""
+    how = merging.mode if merging.mode == "sum" else f"concat, {merging.head} head"
+    names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
+    facts = [*names, *([("base", merging.base)] if merging.base is not None else []), ("mode", how)]
+    if (inputs := merging.inputs) is not None:
+        words = "between inputs of two tasks" if inputs.source == "data" else "of the first layers' principal angles"
+        facts.append(("inputs", f"|cos| {words}: largest {inputs.largest:.2f}, mean {inputs.mean:.2f}"))
+    parts: list[RenderableType] = [_facts(*facts), *_overlap_parts(merging)]
+    if merging.warnings:
+        parts.append(_facts(*(("warning", words) for words in merging.warnings)))
+    if merging.tasks:
+        headers = ("task", "predictions", "metric", "alone", "merged", "compared", "logits\nchange")
+        rows = tuple(
+            (
+                one_line(task.data),
+                f"{task.count:,}",
+                task.metric,
+                quality_words(task.metric, task.alone),
+                quality_words(task.metric, task.merged),
+                change_words(task.metric, task.drop),
+                percent(task.output_change),
+            )
+            for task in merging.tasks
+        )
+        parts.append(LayerTable(headers, rows))
+    parts.append(
+        _side_by_side(
+            [
+                compared("parameters", thousands, merging.parts_parameters, merging.parameters),
+                compared("weight files", in_bytes, merging.parts_bytes, merging.bytes),
+            ],
+            "apart",
+            "merged",
+        )
+    )
+    output = merging.output or "nothing was written"
+    parts.append(_facts(("output", output), ("took", in_seconds(merging.seconds))))
+    return _spaced(parts)
+
+
+def _overlap_parts(merging: Merging) -> Iterator[RenderableType]:
+    tasks = range(len(merging.models))
+    headers = ("layer", "shape", *(f"interference\nin task {task + 1}" for task in tasks), "subspace\noverlap")
+    headers += ("of\nrandom", "smallest\nangle")
+    rows = []
+    for layer in merging.layers:
+        interference = layer.interference or (None for _ in tasks)
+        cells = ("-" if share is None else percent(share) for share in interference)
+        overlap = (percent(layer.subspace), percent(layer.random), f"{layer.smallest_angle:.1f}°")
+        rows.append((one_line(layer.name), shape_of(layer.shape), *cells, *overlap))
+    if not rows:
+        return
+    seen = "its layers see" if merging.tasks else "span its layer's row space"
+    yield LayerTable(headers, tuple(rows))
+    yield _facts(
+        ("interference", f"what the others' layer puts out beside the task's own, on inputs that {seen}"),
+        ("overlap", "mean squared cosine of the principal angles of the row spaces (99 % of the energy)"),
     )
 
 
@@ -337,7 +404,8 @@ class Facts:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         indent = max((len(label) for label, _ in self.facts), default=0) + 2
         for label, words in self.facts:
-            width = len(words) if label in PATHS else options.max_width - indent
+            # Of several models each is numbered.
+            width = len(words) if label.rstrip(" 0123456789") in PATHS else options.max_width - indent
             lines = wrap(one_line(words), max(width, 20), break_on_hyphens=False) or [""]
             for number, line in enumerate(lines):
                 text = Text(no_wrap=True, overflow="ignore")

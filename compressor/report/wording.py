@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
-    from compressor.planning import Budget, CalibrationResult, LayerPlan
+    from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
     from compressor.recipe import TrainingRecipe
 
 
@@ -156,6 +156,7 @@ def budget_words(budget: Budget) -> str:
     return {
         "keep": f"keep {value:.4g} of the eligible parameters",
         "max-size": f"weight files of at most {in_bytes(value)}",
+        "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
         "window-rule": "window rule: what training wrote above its initialisation",
         "plan": "the ranks of a given plan",
@@ -180,6 +181,23 @@ def calibration_words(result: CalibrationResult) -> str:
         f"{result.examples} examples; loss increase {result.held_back_loss:.2g} nats per prediction on"
         f" {result.held_back} held back, {result.predicted_loss:.2g} predicted to second order"
     )
+
+
+def search_words(search: DropSearch) -> str:
+    """What a size was chosen by, and every size that was tried, the largest first."""
+    tried = sorted(search.trials, key=lambda trial: -trial.parameters)
+    sizes = ", ".join(f"keep {trial.keep:.3f}: {change_words(search.metric, trial.drop)}" for trial in tried)
+    return f"{search.evaluations} evaluations on {search.data} ({search.predictions:,} predictions): {sizes}"
+
+
+def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
+    """That data which did not decide show a larger drop than was allowed; None where they do not."""
+    from compressor.planning import holds
+
+    limit = budget.value if budget.kind == "max-drop" else None
+    if limit is None or evaluation.drop is None or holds(evaluation.drop, limit):
+        return None
+    return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
 
 
 def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None:

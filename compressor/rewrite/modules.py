@@ -104,13 +104,67 @@ class LowRankConvolution(nn.Module):
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
 
 
+class SpatialConvolution(nn.Module):
+    """A spatial pair: a `k_h x 1` convolution to r channels, then a `1 x k_w` one with the bias.
+
+    Each takes its own axis of the dense one's stride, padding and dilation, and both its padding mode. The first works
+    on the columns one by one, so whether these are padded before or after it is the same in every mode.
+    """
+
+    weight: Tensor
+
+    def __init__(self, dense: nn.Conv2d, rank: int) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        self.in_channels, self.out_channels, self.rank = dense.in_channels, dense.out_channels, rank
+        padding, mode = dense.padding, dense.padding_mode
+        vertical, horizontal = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
+        self.down = _unfilled(
+            nn.Conv2d,
+            dense.in_channels,
+            rank,
+            (dense.kernel_size[0], 1),
+            stride=(dense.stride[0], 1),
+            padding=vertical,
+            dilation=(dense.dilation[0], 1),
+            padding_mode=mode,
+            bias=False,
+            **factory,
+        )
+        self.up = _unfilled(
+            nn.Conv2d,
+            rank,
+            dense.out_channels,
+            (1, dense.kernel_size[1]),
+            stride=(1, dense.stride[1]),
+            padding=horizontal,
+            dilation=(1, dense.dilation[1]),
+            padding_mode=mode,
+            bias=dense.bias is not None,
+            **factory,
+        )
+        self.register_buffer("weight", torch.empty(0, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
+
+
 def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
     """An unfilled low-rank layer in place of a linear layer, a transformers `Conv1D` or a convolution.
 
-    On the dense layer's device, in its dtype, with its training flag and `requires_grad`. ValueError for other layers.
+    On the dense layer's device, in its dtype, with its training flag and `requires_grad`. ValueError for other layers,
+    and for a spatial pair of anything but a two-dimensional convolution.
     """
-    if isinstance(dense, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        layer: nn.Module = LowRankConvolution(dense, rank)
+    layer: nn.Module
+    if form == "spatial":
+        if not isinstance(dense, nn.Conv2d):
+            raise ValueError(f"{type(dense).__name__} is not a two-dimensional convolution")
+        layer = SpatialConvolution(dense, rank)
+    elif isinstance(dense, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer = LowRankConvolution(dense, rank)
     else:
         weight = dense.weight
         assert isinstance(weight, Tensor)

@@ -19,12 +19,16 @@ from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
 
 @register_quantization_config(METADATA_KEY)
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` says of the low-rank layers: the rank of each by module name, and which are pivoted pairs."""
+    """What `config.json` says of the low-rank layers: the rank of each by module name, and which are pivoted pairs.
+
+    A convolution is a channel pair unless it is among the `spatial` ones.
+    """
 
     def __init__(
         self,
         ranks: dict[str, int],
         pivoted: list[str] | None = None,
+        spatial: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METADATA_KEY,
         **_: Any,
@@ -38,6 +42,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.ranks = dict(ranks)
         self.pivoted = list(pivoted or [])
+        self.spatial = list(spatial or [])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -45,6 +50,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "format_version": self.format_version,
             "ranks": self.ranks,
             "pivoted": self.pivoted,
+            "spatial": self.spatial,
         }
 
 
@@ -70,12 +76,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        pivoted = set(self.quantization_config.pivoted)
+        pivoted, spatial = set(self.quantization_config.pivoted), set(self.quantization_config.spatial)
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
         for name, rank in self.quantization_config.ranks.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
-                form: Form = "pivoted" if name in pivoted else "plain"
+                form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
                 put_layer(model, place, low_rank_layer(modules[place], form, rank))
         return model

@@ -24,7 +24,6 @@ from compressor.checkpoint import (
     safetensors_size,
     write_json,
 )
-from compressor.factorize import Metric
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite.modules import low_rank_layer, put_layer
@@ -42,8 +41,10 @@ class Rewriting:
     recipe: TrainingRecipe
     layers: tuple[Layer, ...]
     plan: Plan
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
-    """The metric of the loss for the layers that calibration reached, by name."""
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """What stands for layers that are factorized already, by name."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of batch normalisations that changed, by name."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -84,22 +85,25 @@ def rewritten_tensors(
     """
     read = rewriting.checkpoint.read
     for name in rewriting.passed_through:
+        if name in rewriting.statistics:
+            yield name, rewriting.statistics[name]
+            continue
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):
             require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
     for layer, plan in rewriting.factorized:
-        factors = _factors(rewriting, layer, plan, device)
+        factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
         yield from factors.tensors.items()
         done(layer.name, factors.error)
 
 
-def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
     weight = rewriting.checkpoint.read(layer.tensor).to(device)
     bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, rewriting.checkpoint.source)
-    return factorize(layer, plan, weight, bias, rewriting.metrics.get(layer.name))
+    return factorize(layer, plan, weight, bias)
 
 
 def rewritten_module(
@@ -113,13 +117,23 @@ def rewritten_module(
     left_out = {id(layer.weight): None for layer in dense.values()}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan in rewriting.factorized:
-        low_rank = low_rank_layer(dense[layer.name], plan.form, plan.rank or 0)
-        prefix = f"{layer.name}." if layer.name else ""
-        factors = _factors(rewriting, layer, plan, device)
-        low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()})
-        compressed = put_layer(compressed, layer.module, low_rank)
+        factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+        compressed = put_layer(compressed, layer.module, filled_layer(layer, plan, dense[layer.name], factors))
         done(layer.name, factors.error)
+    own = dict(compressed.named_buffers())
+    with torch.no_grad():
+        for name, tensor in rewriting.statistics.items():
+            own[name].copy_(tensor)
     return compressed
+
+
+def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Factors) -> nn.Module:
+    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it."""
+    assert plan.rank is not None
+    low_rank = low_rank_layer(dense, plan.form, plan.rank)
+    prefix = f"{layer.name}." if layer.name else ""
+    low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()})
+    return low_rank
 
 
 def file_metadata(rewriting: Rewriting) -> dict[str, str]:
@@ -180,6 +194,7 @@ def describe_folder(folder: Path, rewriting: Rewriting) -> None:
             "format_version": FORMAT_VERSION,
             "ranks": {layer.module: plan.rank for layer, plan in rewriting.factorized},
             "pivoted": [layer.module for layer, plan in rewriting.factorized if plan.form == "pivoted"],
+            "spatial": [layer.module for layer, plan in rewriting.factorized if plan.form == "spatial"],
         }
         write_json(folder / "config.json", {**config, "quantization_config": quantization})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})

@@ -2,9 +2,9 @@
 
 A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weight` (`d_out x r`), and `X.bias` becomes
 `X.up.bias`. A pivoted pair has `X.up.weight` of `(d_out - r) x r` and `X.order` of `d_out` int32; its bias stays
-`X.bias`. For a convolution `X.down.weight` is `r x d_in x kernel` and `X.up.weight` is `d_out x r x 1 ..`. A zero-size
-`X.weight` stays behind in each, so that a loader that does not know the format stops. Everything else is passed
-through.
+`X.bias`. For a convolution of c channels `X.down.weight` is `r x c x kernel` and `X.up.weight` is `d_out x r x 1 ..` in
+a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. A zero-size `X.weight` stays behind
+in each, so that a loader that does not know the format stops. Everything else is passed through.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from compressor.factorize import (
     FactorPair,
     Metric,
     PivotedPair,
+    SpatialPair,
     pivoted_pair,
+    spatial_pair,
     truncated_svd,
     weighted_truncated_svd,
 )
@@ -70,6 +72,9 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
     kernel = layer.tensor_shape[2:] if layer.kind == "convolution" else ()
     down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
     up = (d_out - rank, rank) if plan.form == "pivoted" else (d_out, rank, *(1 for _ in kernel))
+    if plan.form == "spatial":
+        _, channels, height, width = layer.tensor_shape
+        down, up = (rank, channels, height, 1), (d_out, rank, 1, width)
     infos = [
         TensorInfo(join(name, "weight"), (0,), dtype),
         TensorInfo(join(name, "down.weight"), down, dtype),
@@ -98,31 +103,52 @@ class Factors:
 def factorize(
     layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | None = None
 ) -> Factors:
-    """Compute the factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
+    """The factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
 
-    With a metric the pair is the best in it, and so is the error; else both are of the Frobenius norm.
+    With a metric the pair is the best in it (a spatial one close to a local optimum), and so is the error; else both
+    are of the Frobenius norm.
     """
+    matrix = as_matrix(layer, weight).to(torch.float64)
+    return factors_of(layer, plan, approximate(layer, plan, matrix, metric), matrix, bias, metric, weight.dtype)
+
+
+def approximate(layer: Layer, plan: LayerPlan, matrix: Tensor, metric: Metric | None) -> FactorPair | SpatialPair:
+    """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64."""
     assert plan.rank is not None
-    matrix = as_matrix(layer, weight)
-    pair: FactorPair | PivotedPair = (
-        truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
-    )
+    if plan.form == "spatial":
+        return spatial_pair(matrix.reshape(layer.tensor_shape), plan.rank, metric)
+    return truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
+
+
+def factors_of(
+    layer: Layer,
+    plan: LayerPlan,
+    pair: FactorPair | SpatialPair,
+    matrix: Tensor,
+    bias: Tensor | None,
+    metric: Metric | None,
+    dtype: torch.dtype,
+) -> Factors:
+    """The tensors by which a pair stands for a layer, in its planned form and in `dtype`.
+
+    Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
+    """
+    stored: FactorPair | PivotedPair | SpatialPair = pair
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
-        pair = pivoted_pair(pair)
-    infos = pair_infos(
-        layer, plan, weight.dtype, TensorInfo("", tuple(bias.shape), bias.dtype) if bias is not None else None
-    )
-    pair = replace(pair, up=pair.up.to(weight.dtype), down=pair.down.to(weight.dtype))
-    values: list[Tensor] = [weight.new_empty(0), pair.down, pair.up]
-    if isinstance(pair, PivotedPair):
-        values.append(pair.order)
+        stored = pivoted_pair(pair)
+    stored = replace(stored, up=stored.up.to(dtype), down=stored.down.to(dtype))
+    values: list[Tensor] = [stored.down.new_empty(0), stored.down, stored.up]
+    if isinstance(stored, PivotedPair):
+        values.append(stored.order)
+    change = matrix - replace(stored, up=stored.up.to(torch.float64), down=stored.down.to(torch.float64)).product()
     if bias is not None:
+        if metric is not None and metric.mean is not None:
+            bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
+    infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
-    exact = matrix.to(torch.float64)
-    stored = replace(pair, up=pair.up.to(torch.float64), down=pair.down.to(torch.float64)).product()
-    total, left = (_squared_size(each, metric) for each in (exact, exact - stored))
+    total, left = (_squared_size(each, metric) for each in (matrix, change))
     return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
 
 
@@ -151,8 +177,12 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
             continue
         order = shapes.get(join(name, "order"))
         form: Form = "pivoted" if order is not None else "channel" if len(down) > 2 else "plain"
+        if form == "channel" and max(up[2:], default=1) > 1:
+            form = "spatial"
         d_out = order[0] if order is not None and order else up[0]
         fits = len(down) >= 2 and len(up) == len(down) and up[1] == down[0] and min(down) > 0
+        if form == "spatial":
+            fits = fits and len(down) == 4 and down[3] == up[2] == 1
         if not fits or (form == "pivoted" and up[0] + down[0] != d_out):
             raise BadInput(
                 f"the factors of {name} do not fit together",
@@ -167,6 +197,8 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
         )
         kind: Kind = "convolution" if len(down) > 2 else "transposed linear" if transposed else "linear"
         dense = (down[1], d_out) if transposed else (d_out, *down[1:])
+        if form == "spatial":
+            dense = (d_out, down[1], down[2], up[3])
         bias = join(name, "bias" if form == "pivoted" else "up.bias")
         pairs[name] = StoredPair(name, form, down[0], kind, dense, bias in shapes)
     return pairs
@@ -192,8 +224,8 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     """The dense tensor a pair stands for, multiplied in float64 and rounded to the factors' dtype."""
     down = checkpoint.read(pair.tensors["down"])
     up = checkpoint.read(pair.tensors["up"])
-    wide_down = down.to(torch.float64).reshape(pair.rank, -1)
-    wide_up = up.to(torch.float64).reshape(up.shape[0], pair.rank)
+    wide_down = down.to(torch.float64).flatten(1)
+    wide_up = up.to(torch.float64).flatten(1)
     if pair.form == "pivoted":
         order = checkpoint.read(pair.tensors["order"]).long()
         if not torch.equal(order.sort().values, torch.arange(order.numel())):
@@ -203,6 +235,8 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
                 remedy="compress the original checkpoint again",
             )
         matrix = PivotedPair(up=wide_up, down=wide_down, order=order).product()
+    elif pair.form == "spatial":
+        matrix = SpatialPair(up=up.to(torch.float64).squeeze(2), down=down.to(torch.float64).squeeze(3)).product()
     else:
         matrix = FactorPair(up=wide_up, down=wide_down).product()
     if pair.kind == "transposed linear":

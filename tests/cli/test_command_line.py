@@ -102,6 +102,10 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "7",
             "--seed",
             "3",
+            "--max-drop",
+            "0.01",
+            "--sequence-length",
+            "32",
         ]
     )
     [(_, _, named)] = requested
@@ -109,6 +113,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "output": Path("out.safetensors"),
         "keep": None,
         "max_size": "40MB",
+        "max_drop": 0.01,
         "tolerance": None,
         "plan": Path("p.json"),
         "recipe": None,
@@ -118,6 +123,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "data_samples": 9,
         "calibration": "c.txt",
         "calibration_samples": 7,
+        "calibration_sequence_length": 32,
         "seed": 3,
         "include": (),
         "exclude": ("c",),
@@ -196,6 +202,8 @@ def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
         ["inspect", "no-such-file.bin"],
         ["evaluate", "m.bin"],
         ["restore", "no-such-file.bin"],
+        ["explore", "--recipe", "no-such-file.bin"],
+        ["explore", "-o", "page.txt"],
     ],
 )
 def test_a_bad_request_is_status_2_and_one_line(arguments: list[str], capsys: Captured) -> None:
@@ -467,10 +475,10 @@ def test_help_lists_options_commands_and_exit_statuses(capsys: Captured) -> None
     assert run(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for command in SUBCOMMANDS:
-        assert f"compress {command} MODEL" in text
+        assert f"compress {command} " in text
     options = (
-        "-o --output --keep --max-size --tolerance --plan --recipe --data --model --include --exclude --form "
-        "--max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
+        "-o --output --keep --max-size --max-drop --tolerance --plan --recipe --data --model --include --exclude "
+        "--form --max-shard-size --device --dry-run --json --report --overwrite -q --quiet"
     )
     for option in [*options.split(), *(flag for _, flag, _ in TRAINING_FLAGS.values())]:
         assert f"{option} " in text

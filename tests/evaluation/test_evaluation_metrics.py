@@ -178,7 +178,7 @@ def test_a_label_that_the_model_cannot_predict_is_bad_input(vector_data):
     model = nn.Linear(3, 4)
     for label in (4, -1):
         labels = torch.tensor([0, label])
-        with pytest.raises(BadInput, match=f"label {label} is out of the model's range 0 to 3"):
+        with pytest.raises(BadInput, match=f"label {label} is out of the range 0 to 3 of the model's 4 classes"):
             measure_quality(model, vector_data(torch.randn(2, 3), labels), device="cpu")
 
 

@@ -164,16 +164,20 @@ def test_a_pair_that_would_not_be_smaller_stays_dense() -> None:
         {"keep": 1.01},
         {"keep": float("nan")},
         {"max_size": 0},
+        {"max_drop": -0.01},
+        {"max_drop": float("nan")},
+        {"max_drop": float("inf")},
         {"tolerance": 0.0},
         {"tolerance": 1.0},
         {"tolerance": float("inf")},
         {"keep": 0.5, "tolerance": 0.1},
         {"keep": 0.5, "max_size": 100},
+        {"max_drop": 0.01, "max_size": 100},
     ],
 )
 def test_impossible_budgets_are_refused(budget: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"out of range|two budgets"):
-        requested_budget(**{"keep": None, "max_size": None, "tolerance": None, **budget})
+        requested_budget(**{"keep": None, "max_size": None, "max_drop": None, "tolerance": None, **budget})
 
 
 LAYERS = [measured("a", 20, 30), measured("b", 12, 12)]

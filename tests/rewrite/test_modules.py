@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from compressor import compress
+from compressor.planning import Budget, LayerPlan, Plan
+from compressor.planning.form import Form
 from compressor.rewrite import LowRankConvolution, LowRankLinear, PivotedLinear, low_rank_layer
 
 CONVOLUTIONS = [
@@ -22,13 +24,17 @@ CONVOLUTIONS = [
 ]
 
 
+def one_pair(form: Form, rank: int) -> Plan:
+    """A plan for a model that is a single layer."""
+    return Plan("", None, Budget("plan"), (LayerPlan("", (0, 0), "", rank, form, 0, 0.0, ""),))
+
+
 @pytest.mark.parametrize(("convolution", "shape"), CONVOLUTIONS)
 def test_a_channel_pair_is_the_convolution_with_the_truncated_kernel(
     convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    report = compress(convolution, keep=0.7)
-    low_rank = report.model
+    low_rank = compress(convolution, plan=one_pair("channel", 3)).model
     assert isinstance(low_rank, LowRankConvolution)
     truncated = copy.deepcopy(convolution)
     left, values, right = torch.linalg.svd(convolution.weight.detach().double().flatten(1), full_matrices=False)

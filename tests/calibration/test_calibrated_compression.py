@@ -36,9 +36,9 @@ def trained() -> nn.Sequential:
     return model
 
 
-def batches() -> list[Tensor]:
-    images, _ = digits("train")
-    return list(images[:256].split(32))
+def batches() -> list[tuple[Tensor, Tensor]]:
+    images, labels = digits("train")
+    return list(zip(images[:256].split(32), labels[:256].split(32), strict=True))
 
 
 @torch.no_grad()
@@ -157,15 +157,15 @@ def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Sequential, reque
         compress(trained, calibration=batches(), **request_)  # type: ignore[arg-type]
 
 
-def test_its_plan_is_as_good_when_it_is_applied_with_the_data_and_warns_without(
+def test_its_plan_is_better_applied_with_the_data_than_without_which_it_says(
     trained: nn.Sequential, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = plan(trained, keep=0.3, calibration=batches())
     (tmp_path / "plan.json").write_text(json.dumps(chosen.to_dict()))
     applied = compress(trained, plan=tmp_path / "plan.json", calibration=batches())
     assert applied.plan.calibration is not None
-    assert chosen.calibration is not None
-    assert applied.plan.calibration.held_back_loss == pytest.approx(chosen.calibration.held_back_loss, rel=1e-3)
+    assert [layer.rank for layer in applied.plan.layers] == [layer.rank for layer in chosen.layers]
     assert not caplog.messages
-    compress(trained, plan=tmp_path / "plan.json")
+    without = compress(trained, plan=tmp_path / "plan.json")
+    assert divergence(trained, applied.model) < divergence(trained, without.model) / 2
     assert any("calibration data" in message for message in caplog.messages)

@@ -1,0 +1,226 @@
+"""From measured layers to a plan and, with calibration, to the factors that lose least."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.calibration import (
+    Calibration,
+    Compensated,
+    compensate,
+    held_back_loss,
+    recalibrate,
+    uncompensated,
+)
+from compressor.errors import BadInput
+from compressor.evaluation import EvaluationData
+from compressor.factorize import spatial_errors, weighted_singular_values
+from compressor.inspection import Progress
+from compressor.opened_model import OpenedModel, open_data_for
+from compressor.planning import (
+    Budget,
+    CalibrationResult,
+    FormRequest,
+    LayerPlan,
+    MeasuredLayer,
+    Plan,
+    apply_edits,
+    choose_ranks,
+    default_budget,
+    predicted_loss,
+    read_plan,
+    window_rule_advice,
+)
+from compressor.rewrite import Factors, Rewriting, as_matrix, weight_file_bytes
+
+# The exponents of the allocation, of which the one with the least loss on held-back data is kept.
+ALLOCATION_POWERS = (1.0, 0.5, 0.0)
+
+# How often moments are taken anew at a compressed model, on the way to a budget that the first estimate cannot see.
+STAGES = 1
+
+# Of both losses, predicted and measured: nearer than this factor the second-order estimate is trusted.
+TRUSTED = 1.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A plan and, with calibration, what is already computed of it: factors by layer and changed tensors by name."""
+
+    plan: Plan
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def open_calibration_data(
+    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int, sequence_length: int | None
+) -> EvaluationData | Iterable[Any] | None:
+    """At most `samples` examples of the training split where calibration names data; what was given otherwise.
+
+    Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
+    """
+    if not isinstance(calibration, str | Path):
+        if sequence_length is not None:
+            raise BadInput(
+                "calibration_sequence_length cuts texts, and none were given for calibration",
+                remedy="leave it out, or give batches of that length",
+            )
+        return calibration
+    # One window for the moments and one to hold back.
+    return open_data_for(
+        calibration, subject.checkpoint, "train", samples, sequence_length=sequence_length, least_windows=2
+    )
+
+
+def plan_ranks(
+    subject: OpenedModel,
+    measured: Sequence[MeasuredLayer],
+    budget: Budget | None,
+    given: Plan | str | Path | None,
+    form: FormRequest,
+    shard_size: int,
+    calibrated: Calibration | None = None,
+    progress: Progress | None = None,
+    *,
+    refine: bool = False,
+) -> PlannedModel:
+    """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
+
+    With calibration the allocation is the one of several that loses least on the data held back, and compensation and
+    a further stage are kept where they lose less still; so is fitting the factors, with `refine`. Raises `BadInput` for
+    a plan that does not fit the model and for a budget that cannot be met.
+    """
+    checkpoint = subject.checkpoint
+    digest = checkpoint.digest() if checkpoint.source is not None else None
+    chosen = budget or default_budget(measured, subject.recipe.family)
+    if given is not None:
+        edited = given if isinstance(given, Plan) else read_plan(Path(given))
+        where = "the plan" if isinstance(given, Plan) else str(given)
+        if edited.digest is not None and digest is not None and edited.digest != digest:
+            logger.warning("the plan was made for other weights than those of %s", subject.name)
+        if (edited.calibrated or edited.calibration is not None) and calibrated is None:
+            logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
+        chosen = Budget("plan")
+
+    def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
+        plan = Plan(subject.name, digest, chosen, layers)
+        return weight_file_bytes(Rewriting(checkpoint, subject.recipe, subject.layers, plan), shard_size)
+
+    def allocated(layers: Sequence[MeasuredLayer], budget: Budget, power: float = 1.0) -> tuple[LayerPlan, ...]:
+        if given is not None:
+            return apply_edits(edited, layers, where)
+        return choose_ranks(layers, budget, form, file_bytes, power)
+
+    advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
+    if calibrated is None:
+        return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
+    search = _Search(measured, calibrated, allocated, ALLOCATION_POWERS if given is None else (None,), progress)
+    best = search.best(chosen)
+    for _ in range(STAGES if given is None and not best.as_predicted else 0):
+        halfway = search.best(Budget("keep", math.sqrt(best.kept)))
+        fresh = recalibrate(calibrated, halfway.solution.modules)
+        best = min(best, replace(search, calibrated=fresh).best(chosen), key=lambda found: found.loss)
+    if refine:
+        best = min(best, best.refined(progress), key=lambda found: found.loss)
+    if not math.isfinite(best.loss):
+        raise BadInput(
+            "the compressed model's predictions on the calibration data are not finite",
+            where=subject.name,
+            remedy="keep more, or use the model in a wider dtype",
+        )
+    result = CalibrationResult(
+        examples=calibrated.data.examples,
+        held_back=calibrated.data.held_back_examples,
+        power=best.power,
+        predicted_loss=best.predicted,
+        held_back_loss=best.loss,
+    )
+    plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
+    return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics))
+
+
+def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changed tensors by their names in the checkpoint instead of the model, and in its dtypes."""
+    found = {}
+    for name, info in subject.checkpoint.tensors.items():
+        in_model = name if subject.skeleton is None else subject.skeleton.module_name(name)
+        if in_model is not None and in_model in statistics:
+            found[name] = statistics[in_model].to(info.dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back."""
+
+    calibrated: Calibration
+    layers: tuple[LayerPlan, ...]
+    power: float | None
+    predicted: float
+    loss: float
+    solution: Compensated
+
+    @property
+    def kept(self) -> float:
+        return sum(p.parameters for p in self.layers) / sum(p.dense_parameters for p in self.layers)
+
+    @property
+    def as_predicted(self) -> bool:
+        return self.predicted / TRUSTED <= self.loss <= self.predicted * TRUSTED
+
+    def with_solution(self, solution: Compensated) -> _Candidate:
+        return replace(self, solution=solution, loss=held_back_loss(self.calibrated, solution.modules))
+
+    def refined(self, progress: Progress | None) -> _Candidate:
+        return self.with_solution(compensate(self.calibrated, self.layers, progress, refine=True))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the candidates for a budget are made from."""
+
+    measured: Sequence[MeasuredLayer]
+    calibrated: Calibration
+    allocated: Callable[..., tuple[LayerPlan, ...]]
+    powers: Sequence[float | None]
+    progress: Progress | None
+
+    def best(self, budget: Budget) -> _Candidate:
+        """The allocation that loses least on the examples held back, compensated where that loses less."""
+        weighted = weighted_layers(self.measured, self.calibrated)
+        found = min((self._candidate(weighted, budget, power) for power in self.powers), key=lambda each: each.loss)
+        compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
+        logger.info("allocation power %s: %.5f, compensated %.5f", found.power, found.loss, compensated.loss)
+        return min(found, compensated, key=lambda each: each.loss)
+
+    def _candidate(self, weighted: Sequence[MeasuredLayer], budget: Budget, power: float | None) -> _Candidate:
+        layers = self.allocated(weighted, budget) if power is None else self.allocated(weighted, budget, power)
+        solution = uncompensated(self.calibrated, layers)
+        loss = held_back_loss(self.calibrated, solution.modules)
+        return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss, solution)
+
+
+def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:
+    """The layers with their singular values in the metric of the loss; what calibration did not reach stays dense."""
+    weighted = []
+    for m in measured:
+        if m.layer.name not in calibrated.metrics:
+            weighted.append(replace(m, stays_dense="no calibration example reached it"))
+            continue
+        weight = calibrated.model.get_submodule(m.layer.module).weight
+        assert isinstance(weight, Tensor)
+        weight, metric = weight.detach().to(calibrated.device), calibrated.metrics[m.layer.name]
+        values = weighted_singular_values(as_matrix(m.layer, weight), metric)
+        spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
+        uses = calibrated.uses[m.layer.name]
+        weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
+    return weighted

@@ -1,0 +1,17 @@
+"""What data say about a model before it is compressed, and what they put right afterwards."""
+
+from compressor.calibration.calibrate import Calibration, calibrate, held_back_loss, recalibrate
+from compressor.calibration.compensation import Compensated, compensate, uncompensated
+from compressor.calibration.examples import CalibrationData, split_examples
+
+__all__ = [
+    "Calibration",
+    "CalibrationData",
+    "Compensated",
+    "calibrate",
+    "compensate",
+    "held_back_loss",
+    "recalibrate",
+    "split_examples",
+    "uncompensated",
+]

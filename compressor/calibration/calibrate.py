@@ -1,0 +1,245 @@
+"""What a little data says about a model before it is compressed: the metric of the loss for every layer.
+
+The model is run forwards once, what enters each of its segments being left on disk, and then backwards a segment at a
+time. So memory holds the moments of one segment, whatever the number of blocks, and time is linear in both blocks and
+examples.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration.criterion import (
+    Criterion,
+    criterion_of,
+    divergence,
+    hidden_rows,
+    kept_rows,
+    outputs_of,
+    sampled_loss,
+)
+from compressor.calibration.examples import CalibrationData
+from compressor.calibration.segments import Segments, find_segments
+from compressor.calibration.spool import Spool, SpooledMetrics
+from compressor.checkpoint import Layer
+from compressor.errors import BadInput
+from compressor.evaluation import Batch, prepared
+from compressor.factorize import Metric
+from compressor.measure.moments import MomentPass, Moments, collect_moments, shrunk
+from compressor.rewrite import put_layer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
+
+    A layer that no example reached is in neither mapping. What enters the segments of the dense model is in `spool`,
+    under ("dense", part, segment, batch), and the second moment of the gradients there under ("boundary", segment).
+    """
+
+    model: nn.Module
+    layers: Mapping[str, Layer]
+    data: CalibrationData
+    segments: Segments
+    criterion: Criterion
+    device: torch.device
+    seed: int
+    spool: Spool = field(repr=False)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    uses: Mapping[str, float] = field(default_factory=dict)
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: CalibrationData,
+    *,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Calibration:
+    """Moments of the layers' inputs and gradients on the fitted part of the data.
+
+    Raises `BadInput` for data that the model does not take, or on which it is not finite.
+    """
+    modules = {layer.name: model.get_submodule(layer.module) for layer in layers}
+    spool = Spool()
+    with prepared(device, model), frozen(model):
+        segments = find_segments(model, list(modules.values()), data.fitted[0])
+        logger.info("calibration runs the model in %d segments", segments.count)
+        for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
+            _keep_boundaries(model, segments, batches, spool, part)
+        known = {layer.name: layer for layer in layers}
+        criterion = criterion_of(model, labelled=data.labelled)
+        bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
+        metrics, uses = _metrics(bare, modules, modules, progress)
+    for name in modules.keys() - metrics.keys():
+        logger.warning("no calibration example reached %s, so it stays dense", name)
+    return replace(bare, metrics=metrics, uses=uses)
+
+
+def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:
+    """The same calibration with the metrics at a compressed model: `modules` in their places in the dense one.
+
+    The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs.
+    """
+    layers = {name: calibration.model.get_submodule(layer.module) for name, layer in calibration.layers.items()}
+    spool = Spool()
+    with (
+        prepared(calibration.device, calibration.model),
+        with_layers(calibration.model, modules) as changed,
+        frozen(changed),
+    ):
+        stand_ins = {name: changed.get_submodule(layer.module) for name, layer in calibration.layers.items()}
+        _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted")
+        run = replace(calibration, model=changed, spool=spool)
+        metrics, uses = _metrics(run, layers, stand_ins, None)
+    return replace(calibration, metrics=metrics, uses=uses)
+
+
+def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
+    """Mean cost per prediction, on the examples held back, of having `modules` in their places in the dense model.
+
+    In nats the Kullback-Leibler divergence from the dense model: the increase in loss on targets drawn from it, which
+    is what the second-order estimate predicts. Infinite if it is not finite.
+    """
+    total, count = 0.0, 0
+    segments, last = calibration.segments, calibration.segments.count - 1
+    with prepared(calibration.device, calibration.model):
+        for index, batch in enumerate(calibration.data.held_back):
+            before = segments.run(calibration.model, last, batch, entering(calibration, "held back", last, index))
+            with with_layers(calibration.model, modules) as changed:
+                after = outputs_of(changed, batch.inputs)
+            cost, rows = divergence(before, after, batch.inputs.get("attention_mask"), calibration.criterion)
+            total += float(cost)
+            count += rows
+    return total / count if math.isfinite(total) else math.inf
+
+
+def entering(calibration: Calibration, part: str, segment: int, batch: int) -> Tensor | None:
+    """What the dense model hands to a segment; None for the first."""
+    if segment == 0:
+        return None
+    return calibration.spool.get(("dense", part, segment, batch), calibration.device)["hidden"]
+
+
+@contextmanager
+def with_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """The model with other modules in their places, by name; those that were there then return."""
+    found = {place: model.get_submodule(place) for place in modules}
+    changed = model
+    try:
+        for place, module in modules.items():
+            changed = put_layer(changed, place, module)
+        yield changed
+    finally:
+        for place, module in found.items():
+            put_layer(model, place, module)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Keep the parameters out of the gradient's way."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _keep_boundaries(model: nn.Module, segments: Segments, batches: Sequence[Batch], spool: Spool, part: str) -> None:
+    """Run all but the last segment, leaving on disk what enters each."""
+    for index, batch in enumerate(batches):
+        hidden: Tensor | None = None
+        for segment in range(segments.count - 1):
+            hidden = segments.run(model, segment, batch, hidden)
+            spool.put(("dense", part, segment + 1, index), hidden=hidden)
+
+
+def _metrics(
+    calibration: Calibration,
+    layers: Mapping[str, nn.Module],
+    stand_ins: Mapping[str, nn.Module],
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[SpooledMetrics, dict[str, float]]:
+    """The metric and the uses of every layer that is reached, from the last segment to the first.
+
+    `stand_ins` are what runs in the layers' places.
+    """
+    model, segments, spool, device = calibration.model, calibration.segments, calibration.spool, calibration.device
+    metrics, uses = SpooledMetrics(spool, device), {}
+    generator = torch.Generator(device).manual_seed(calibration.seed)
+    rows = 0
+    boundary, positions = None, 0
+
+    def backwards(segment: int, index: int, batch: Batch) -> None:
+        nonlocal rows, boundary, positions
+        hidden = entering(calibration, "fitted", segment, index)
+        if hidden is not None:
+            hidden.requires_grad_(True)
+        outputs, gradient = segments.run(model, segment, batch, hidden), None
+        if segment == segments.count - 1:
+            mask = batch.inputs.get("attention_mask")
+            rows += kept_rows(outputs, mask).shape[0]
+            outputs = sampled_loss(outputs, mask, calibration.criterion, generator)
+            if not torch.isfinite(outputs):
+                raise BadInput(
+                    "the model's own loss on the calibration data is not finite",
+                    remedy="use the model in a wider dtype, or other data",
+                )
+        else:
+            gradient = spool.get(("gradient", index), device)["hidden"]
+        if outputs.requires_grad:  # else the segment reached none of the layers
+            outputs.backward(gradient)  # type: ignore[no-untyped-call]
+        if hidden is not None:
+            assert hidden.grad is not None
+            spool.put(("gradient", index), hidden=hidden.grad)
+            vectors = hidden_rows(hidden.grad, batch.inputs.get("attention_mask"))
+            product = (vectors.T @ vectors).to(torch.float64)
+            boundary = product if boundary is None else boundary + product
+            positions += len(vectors)
+
+    for done, segment in enumerate(reversed(range(segments.count)), start=1):
+        passes = (
+            MomentPass(partial(backwards, segment, index, batch), batch.inputs.get("attention_mask"))
+            for index, batch in enumerate(calibration.data.fitted)
+        )
+        for name, found in collect_moments(layers, passes, stand_ins).items():
+            if found is not None and (metric := _metric(found, layers[name])) is not None:
+                metrics.put(name, metric)
+                uses[name] = found.positions / rows
+        if boundary is not None:
+            spool.put(("boundary", segment), gradients=shrunk(boundary / positions, positions))
+            boundary, positions = None, 0
+        if progress:
+            progress("calibrate", done, segments.count)
+    return metrics, uses
+
+
+def _metric(moments: Moments, layer: nn.Module) -> Metric | None:
+    """The metric of a layer; None where inputs or gradients are all zero, so that nothing is known of what it is for.
+
+    A bias takes up what the mean of the inputs contributes, so that a layer with one has the inputs' covariance.
+    """
+    has_bias = getattr(layer, "bias", None) is not None
+    inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if has_bias else moments.inputs
+    if float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
+        return None
+    return Metric(
+        shrunk(inputs, moments.positions),
+        shrunk(moments.gradients, moments.positions),
+        moments.mean if has_bias else None,
+    )

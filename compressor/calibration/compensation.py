@@ -1,0 +1,383 @@
+"""Layers refitted, in forward order, to what they will really be given.
+
+Once earlier layers are truncated, a layer sees other inputs x' than the x it was made for. The matrix that answers them
+best solves a ridge regression towards the original weights W,
+
+    T = argmin E||W x - T x'||^2 + ridge ||T - W||^2 = (W E[x x'^T] + ridge W) (E[x' x'^T] + ridge I)^-1,
+
+so that in directions which calibration never excites the layer goes on doing what it did; T is then truncated in the
+metric of x' and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor towards zero.) For every layer
+the strength of the ridge, and whether to refit at all, is what loses least on the examples held back. Statistics of
+batch normalisation move in the same walk by as much as their inputs moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compressor.calibration.calibrate import Calibration, entering, frozen, with_layers
+from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.calibration.refinement import fit_to_dense
+from compressor.checkpoint import Layer
+from compressor.evaluation import Batch, prepared
+from compressor.factorize import FactorPair, Metric, SpatialPair
+from compressor.measure.moments import input_vectors, kept_vectors, patches
+from compressor.planning import LayerPlan
+from compressor.rewrite import Factors, approximate, as_matrix, factors_of, filled_layer, join
+
+# Relative to the mean of the inputs' second moments; the best on the data held back is taken.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What stands for the layers by name, and the modules, by their place in the model, that carry it.
+
+    Among the modules are batch normalisations with statistics of their own.
+    """
+
+    factors: Mapping[str, Factors]
+    modules: Mapping[str, nn.Module]
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The changed means and variances of batch normalisations, by their names in the model."""
+        return {
+            f"{place}.{name}": getattr(module, name)
+            for place, module in self.modules.items()
+            if isinstance(module, _BatchNorm)
+            for name in ("running_mean", "running_var")
+        }
+
+
+def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
+    """Every layer truncated by itself, on the inputs of the dense model."""
+    factors, modules = {}, {}
+    for plan in planned:
+        if plan.rank is None:
+            continue
+        layer, metric = calibration.layers[plan.name], calibration.metrics.get(plan.name)
+        dense = calibration.model.get_submodule(layer.module)
+        matrix, bias = _matrix(layer, dense, calibration.device)
+        pair = approximate(layer, plan, matrix, metric)
+        factors[plan.name] = factors_of(layer, plan, pair, matrix, bias, metric, _dtype(dense))
+        modules[layer.module] = filled_layer(layer, plan, dense, factors[plan.name])
+    return Compensated(factors, modules)
+
+
+def compensate(
+    calibration: Calibration,
+    planned: Sequence[LayerPlan],
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    refine: bool = False,
+) -> Compensated:
+    """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
+
+    With `refine` the factors of every segment are then fitted to what the dense one puts out.
+    """
+    plans = {plan.name: plan for plan in planned if plan.rank is not None}
+    places = {calibration.layers[name].module: name for name in plans}
+    factors: dict[str, Factors] = {}
+    modules: dict[str, nn.Module] = {}
+    segments = calibration.segments
+    with prepared(calibration.device, calibration.model):
+        for segment in range(segments.count):
+            groups = _groups(calibration, segment, places)
+            for group in groups:
+                first = calibration.model.get_submodule(group[0])
+                fitted, held = (
+                    _statistics(calibration, segment, part, first, modules) for part in ("fitted", "held back")
+                )
+                if isinstance(first, _BatchNorm):
+                    if (moved := _moved(first, fitted, held)) is not None:
+                        modules[group[0]] = moved
+                    continue
+                for place in group:
+                    name = places[place]
+                    layer, plan = calibration.layers[name], plans[name]
+                    factors[name] = _refitted(calibration, layer, plan, fitted, held)
+                    modules[place] = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
+            inside = {place: modules[place] for group in groups for place in group if place in places}
+            if refine and inside:
+                _refine(calibration, segment, modules, inside)
+                for place, module in inside.items():
+                    name = places[place]
+                    factors[name] = replace(factors[name], tensors=_tensors(name, module))
+            if segment < segments.count - 1:
+                _advance(calibration, segment, modules)
+            if progress:
+                progress("refine" if refine else "compensate", segment + 1, segments.count)
+    # What no calibration example passes through is truncated as it is.
+    left = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
+    return Compensated({**factors, **left.factors}, {**modules, **left.modules})
+
+
+def _refine(
+    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
+) -> None:
+    """Fit the low-rank layers inside a segment to the outputs of the dense segment, in the metric of the loss."""
+    last = segment == calibration.segments.count - 1
+    metric = None if last else calibration.spool.get(("boundary", segment + 1), calibration.device)["gradients"].float()
+
+    def target(part: str, index: int) -> Tensor:
+        if not last:
+            return calibration.spool.get(("dense", part, segment + 1, index), calibration.device)["hidden"]
+        return _run(calibration, segment, part, index, {})
+
+    def cost(part: str, index: int) -> tuple[Tensor, int]:
+        mask = _batches(calibration, part)[index].inputs.get("attention_mask")
+        with torch.no_grad():
+            before = target(part, index)
+        after = _run(calibration, segment, part, index, modules)
+        if metric is None:
+            return divergence(before, after, mask, calibration.criterion)
+        change = hidden_rows(after, mask) - hidden_rows(before, mask)
+        return (change @ metric * change).sum(), change.shape[0]
+
+    def losses() -> Iterator[Callable[[], Tensor]]:
+        for index in range(len(calibration.data.fitted)):
+            yield partial(_mean, partial(cost, "fitted", index))
+
+    def held_back_error() -> float:
+        with torch.no_grad():
+            costs = [cost("held back", index) for index in range(len(calibration.data.held_back))]
+        return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
+
+    with frozen(calibration.model):
+        fit_to_dense(inside, losses, held_back_error, calibration.seed)
+
+
+def _mean(cost: Callable[[], tuple[Tensor, int]]) -> Tensor:
+    total, rows = cost()
+    return total / rows
+
+
+def _tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {join(name, key): tensor.detach().clone() for key, tensor in module.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _InputStatistics:
+    """Of what a layer is given: x in the dense model and y in the compressed one, position by position, in float64.
+
+    For batch normalisation the second moments are those of each channel alone.
+    """
+
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+    x: Tensor
+    y: Tensor
+
+    def centred(self, x: Tensor, y: Tensor) -> _InputStatistics:
+        """The same of x and y less what is given."""
+        return _InputStatistics(
+            self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x),
+            self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + torch.outer(x, y),
+            self.yy - torch.outer(self.y, y) - torch.outer(y, self.y) + torch.outer(y, y),
+            self.x - x,
+            self.y - y,
+        )
+
+
+def _refitted(
+    calibration: Calibration, layer: Layer, plan: LayerPlan, fitted: _InputStatistics, held: _InputStatistics
+) -> Factors:
+    """The candidate that loses least on the examples held back."""
+    dense = calibration.model.get_submodule(layer.module)
+    matrix, bias = _matrix(layer, dense, calibration.device)
+    metric = calibration.metrics[plan.name]
+    candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
+    x, y = (None, None) if bias is None else (fitted.x, fitted.y)
+    about = fitted if x is None or y is None else fitted.centred(x, y)
+    identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
+    scale = about.yy.diagonal().mean()
+    for relative in RIDGES if scale > 0 else ():
+        ridge = relative * scale
+        moment = about.yy + ridge * identity
+        target = torch.linalg.solve(moment, matrix @ about.xy + ridge * matrix, left=False)
+        shifted = bias
+        if bias is not None and x is not None and y is not None:
+            shifted = (bias.to(matrix) + matrix @ x - target @ y).to(bias.dtype)
+        candidates.append(_Target(target, shifted, Metric(moment, metric.gradients, y), x, y))
+    best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
+    for each in candidates:
+        pair = approximate(layer, plan, each.matrix, each.metric)
+        about = held if each.x is None or each.y is None else held.centred(each.x, each.y)
+        error = _error(matrix, pair.product(), about, metric.gradients)
+        if best is None or error < best[0]:
+            best = (error, each, pair)
+    assert best is not None
+    _, chosen, pair = best
+    return factors_of(layer, plan, pair, chosen.matrix, chosen.bias, chosen.metric, _dtype(dense))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A matrix and bias to be truncated in a metric; with a bias, about the means x and y of the inputs."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    metric: Metric
+    x: Tensor | None
+    y: Tensor | None
+
+
+def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients: Tensor) -> float:
+    """E||W x - W' y||^2 in the metric of the gradients."""
+    moved = matrix @ inputs.xx @ matrix.T - 2 * (matrix @ inputs.xy) @ low_rank.T + low_rank @ inputs.yy @ low_rank.T
+    return float((gradients * moved).sum())
+
+
+def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) -> nn.Module | None:
+    """Batch normalisation whose statistics moved as its inputs did; None where that does not help on held-back data.
+
+    The change on the same examples is added to what training left, so that few examples do not make them noisy.
+    """
+    assert dense.running_mean is not None
+    assert dense.running_var is not None
+    mean, variance = dense.running_mean.double(), dense.running_var.double()
+    before, after = fitted.xx - fitted.x**2, fitted.yy - fitted.y**2
+    moved = deepcopy(dense)
+    assert moved.running_mean is not None
+    assert moved.running_var is not None
+    moved.running_mean.copy_(mean + fitted.y - fitted.x)
+    moved.running_var.copy_(torch.where(before > 0, variance * after / before.clamp_min(1e-300), variance))
+
+    def error(normalisation: _BatchNorm) -> float:
+        assert normalisation.running_mean is not None
+        assert normalisation.running_var is not None
+        a = (variance + dense.eps).rsqrt()
+        b = (normalisation.running_var.double() + dense.eps).rsqrt()
+        shift = b * normalisation.running_mean.double() - a * mean
+        squares = a**2 * held.xx - 2 * a * b * held.xy + b**2 * held.yy
+        weight = 1.0 if dense.weight is None else dense.weight.double() ** 2
+        return float((weight * (squares + shift**2 + 2 * shift * (a * held.x - b * held.y))).sum())
+
+    return moved if error(moved) < error(dense) else None
+
+
+def _groups(calibration: Calibration, segment: int, places: Mapping[str, str]) -> list[list[str]]:
+    """Places of the layers that a segment runs, in order, those that are given one tensor together.
+
+    Batch normalisations that keep statistics are groups of their own.
+    """
+    model = calibration.model
+    wanted = {place: model.get_submodule(place) for place in places}
+    wanted |= {
+        place: module
+        for place, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    groups: dict[Any, list[str]] = {}
+    inputs: list[Tensor] = []  # kept, so that an address stands for one tensor
+
+    with ExitStack() as stack:
+        for place, module in wanted.items():
+
+            def note(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], place: str = place) -> None:
+                x = arguments[0] if arguments else next(iter(named.values()))
+                inputs.append(x)
+                alone = place if isinstance(layer, _BatchNorm) else None
+                if not any(place in group for group in groups.values()):
+                    groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
+
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        batch = calibration.data.fitted[0]
+        calibration.segments.run(model, segment, batch, entering(calibration, "fitted", segment, 0))
+    return list(groups.values())
+
+
+def _statistics(
+    calibration: Calibration, segment: int, part: str, layer: nn.Module, modules: Mapping[str, nn.Module]
+) -> _InputStatistics:
+    """What a layer is given in the dense model and in the one compressed so far, over all examples of a part."""
+    sums: list[Tensor] | None = None
+    count = 0
+    for index, batch in enumerate(_batches(calibration, part)):
+        dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
+        mask = batch.inputs.get("attention_mask")
+        for before, after in zip(dense, compressed, strict=True):
+            x, y = (_vectors(layer, each, mask) for each in (before, after))
+            count += len(x)
+            one = [t.to(torch.float64) for t in (*_products(layer, x, y), x.sum(0), y.sum(0))]
+            sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
+    assert sums is not None
+    return _InputStatistics(*(each / count for each in sums))
+
+
+def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(layer, _BatchNorm):
+        return (x * x).sum(0), (x * y).sum(0), (y * y).sum(0)
+    return x.T @ x, x.T @ y, y.T @ y
+
+
+def _vectors(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    if isinstance(layer, _BatchNorm):
+        return x.movedim(1, -1).flatten(0, -2).double()
+    return kept_vectors(input_vectors(layer, x), x, mask).float()
+
+
+def _given(
+    calibration: Calibration, segment: int, part: str, index: int, layer: nn.Module, modules: Mapping[str, nn.Module]
+) -> list[Tensor]:
+    """The inputs of each call of a layer while a segment runs one batch."""
+    inputs: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.append((arguments[0] if arguments else next(iter(named.values()))).detach().clone())
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        _run(calibration, segment, part, index, modules)
+    finally:
+        handle.remove()
+    return inputs
+
+
+def _run(calibration: Calibration, segment: int, part: str, index: int, modules: Mapping[str, nn.Module]) -> Tensor:
+    """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input."""
+    batch = _batches(calibration, part)[index]
+    hidden: Tensor | None
+    if modules and segment > 0 and ("compressed", part, index) in calibration.spool:
+        hidden = calibration.spool.get(("compressed", part, index), calibration.device)["hidden"]
+    else:
+        hidden = entering(calibration, part, segment, index)
+    with with_layers(calibration.model, modules) as model:
+        return calibration.segments.run(model, segment, batch, hidden)
+
+
+def _advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
+    """Leave on disk what the compressed segment hands to the next."""
+    for part in ("fitted", "held back"):
+        for index in range(len(_batches(calibration, part))):
+            hidden = _run(calibration, segment, part, index, modules)
+            calibration.spool.put(("compressed", part, index), hidden=hidden)
+
+
+def _batches(calibration: Calibration, part: str) -> Sequence[Batch]:
+    return calibration.data.fitted if part == "fitted" else calibration.data.held_back
+
+
+def _matrix(layer: Layer, dense: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The weight as a matrix in float64, and the bias."""
+    weight, bias = dense.weight, getattr(dense, "bias", None)
+    assert isinstance(weight, Tensor)
+    wide = as_matrix(layer, weight.detach().to(device)).to(torch.float64)
+    return wide, None if bias is None else bias.detach().to(device)
+
+
+def _dtype(dense: nn.Module) -> torch.dtype:
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype

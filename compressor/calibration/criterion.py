@@ -1,0 +1,85 @@
+"""What a change of a model's outputs costs, and the gradients that say so to second order.
+
+For classifiers and language models the cost is the Kullback-Leibler divergence of the predictions, and its curvature
+the true Fisher information: gradients of the loss on targets drawn from the model itself, not on the labels (Kunstner,
+Balles and Hennig, "Limitations of the empirical Fisher approximation", NeurIPS 2019). For any other model it is half
+the squared change of the outputs, whose curvature random cotangents sample (Martens and Grosse, ICML 2015, section 5,
+for a Gaussian likelihood of unit variance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+from compressor.evaluation.inference import forward_call
+
+Criterion = Literal["likelihood", "outputs"]
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits; where it has none its first output, such as the last hidden state."""
+    output = forward_call(model, inputs)()
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    first = logits if isinstance(logits, Tensor) else next((each for each in values if isinstance(each, Tensor)), None)
+    if first is None:
+        raise BadInput(
+            f"{type(model).__name__} returns {type(output).__name__}, in which no tensor is found",
+            remedy="give a model that returns a tensor, or something with logits",
+        )
+    return first
+
+
+def criterion_of(model: nn.Module, *, labelled: bool) -> Criterion:
+    """Whether a model's outputs are logits: it is trained to predict a class or token, by its labels or by its name."""
+    name = type(model).__name__
+    predicts = name.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel", "Classification", "ConditionalGeneration"))
+    return "likelihood" if labelled or predicts else "outputs"
+
+
+def sampled_loss(outputs: Tensor, mask: Tensor | None, criterion: Criterion, generator: torch.Generator) -> Tensor:
+    """A number whose gradient at the outputs has the criterion's curvature as its second moment, summed over rows."""
+    rows = kept_rows(outputs, mask).float()
+    if criterion == "outputs":
+        signs = torch.randint(0, 2, rows.shape, generator=generator, device=rows.device).to(rows.dtype) * 2 - 1
+        return (rows * signs).sum()
+    targets = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return nn.functional.cross_entropy(rows, targets, reduction="sum")
+
+
+def divergence(before: Tensor, after: Tensor, mask: Tensor | None, criterion: Criterion) -> tuple[Tensor, int]:
+    """What the compressed outputs cost against the dense ones, summed over rows, and the number of rows.
+
+    Kullback-Leibler divergence in nats, or half the squared difference.
+    """
+    dense, compressed = (kept_rows(each, mask).double() for each in (before, after))
+    if criterion == "outputs":
+        return (dense - compressed).square().sum() / 2, dense.shape[0]
+    dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
+    # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
+    terms = torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0)
+    return terms.sum(), dense.shape[0]
+
+
+def kept_rows(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Outputs as one row for every prediction, `(predictions, classes)`, without those at padding."""
+    if mask is None or outputs.dim() != 3 or outputs.shape[:2] != mask.shape:
+        return outputs.flatten(0, -2)
+    return outputs[mask.to(device=outputs.device, dtype=torch.bool)]
+
+
+def hidden_rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """What goes from one block to the next as one vector for every position that is not padding, in float32.
+
+    Images have their channels in the second dimension, `(B, C, H, W)`; everything else has its features in the last.
+    """
+    if hidden.dim() > 3:
+        hidden = hidden.movedim(1, -1)
+    return kept_rows(hidden, mask).float()

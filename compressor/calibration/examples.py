@@ -1,0 +1,87 @@
+"""Calibration data as two parts: what the moments are estimated on, and what is held back to choose by.
+
+Three examples of four give the moments; the fourth is held back, so that what is chosen by it was not fitted to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import BadInput
+from compressor.evaluation import Batch, EvaluationData
+
+HELD_BACK = 4  # every fourth example
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Batches for the moments and batches held back; `labelled` says whether examples come with classes to predict."""
+
+    fitted: tuple[Batch, ...]
+    held_back: tuple[Batch, ...]
+    labelled: bool
+
+    @property
+    def examples(self) -> int:
+        return sum(map(_examples, self.fitted))
+
+    @property
+    def held_back_examples(self) -> int:
+        return sum(map(_examples, self.held_back))
+
+
+def split_examples(data: EvaluationData | Iterable[Any]) -> CalibrationData:
+    """Every fourth example, or batch of an iterable, is held back.
+
+    `data` is what `open_data` gives, or any iterable of batches: a tensor, a mapping of a model's inputs, or a pair of
+    inputs and labels, as a `DataLoader` gives them. Raises `BadInput` for data that yields less than two examples or
+    batches, or something that no model takes.
+    """
+    if isinstance(data, EvaluationData):
+        if data.count < 2:
+            raise BadInput("calibration needs two examples at least", where=data.name, remedy="give more data")
+        every = min(HELD_BACK, data.count)
+        held = list(range(every - 1, data.count, every))
+        rest = [position for position in range(data.count) if position not in set(held)]
+        return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), labelled=True)
+    batches = [_as_batch(each) for each in data]
+    if len(batches) < 2:
+        raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
+    every = min(HELD_BACK, len(batches))
+    return CalibrationData(
+        tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
+        tuple(batches[every - 1 :: every]),
+        labelled=all(batch.labels.numel() > 0 for batch in batches),
+    )
+
+
+def _in_batches(data: EvaluationData, positions: list[int]) -> Iterator[Batch]:
+    for start in range(0, len(positions), data.batch_size):
+        yield data.read(positions[start : start + data.batch_size])
+
+
+def _as_batch(given: Any) -> Batch:
+    pair = isinstance(given, list | tuple) and len(given) > 0
+    inputs = given[0] if pair else given
+    labels = given[1] if pair and len(given) > 1 else None
+    if isinstance(inputs, Tensor):
+        inputs = {"inputs": inputs}
+    if not isinstance(inputs, Mapping) or not inputs or not all(isinstance(each, Tensor) for each in inputs.values()):
+        raise BadInput(
+            f"the calibration data yields {type(given).__name__}", remedy="yield tensors, pairs, or mappings of tensors"
+        )
+    labels = inputs.get("labels", labels)
+    classes = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    return Batch(
+        {name: tensor.detach() for name, tensor in inputs.items() if name != "labels"},
+        labels if isinstance(labels, Tensor) and classes else torch.empty(0),
+    )
+
+
+def _examples(batch: Batch) -> int:
+    return len(next(iter(batch.inputs.values())))

@@ -1,0 +1,66 @@
+"""Where the result of a run goes, and how it gets there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, output_folder
+from compressor.errors import BadInput
+
+
+def form_of(checkpoint: Checkpoint) -> Literal["file", "folder"]:
+    """What is written for a checkpoint: a folder for a folder, else a file."""
+    return "folder" if checkpoint.folder is not None else "file"
+
+
+def checked_target(checkpoint: Checkpoint, output: str | Path | None, *, dry_run: bool, overwrite: bool) -> Path | None:
+    """Where the result goes, known to be writable before any work is done; None where nothing is written."""
+    if checkpoint.source is None and output is not None:
+        raise BadInput("a module is compressed in memory", remedy="leave out the output, and save Compression.model")
+    if dry_run or checkpoint.source is None:
+        return None
+    target = target_of(checkpoint, output)
+    check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite)
+    return target
+
+
+def target_of(
+    checkpoint: Checkpoint, output: str | Path | None, *, suffix: str = "-compressed", torch_files: bool = False
+) -> Path:
+    """Where the result goes: as asked, or beside the input under its name and the suffix."""
+    source = checkpoint.source
+    assert source is not None
+    if checkpoint.folder is not None:
+        place = Path(os.path.abspath(source))  # noqa: PTH100 - a link is not followed, so the output is beside it
+        return Path(output) if output is not None else place.with_name(place.name + suffix)
+    if output is None:
+        stem = source.name.removesuffix(".index.json")
+        return source.with_name(Path(stem).stem + suffix + ".safetensors")
+    allowed = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt") if torch_files else (".safetensors",)
+    if Path(output).suffix not in allowed:
+        raise BadInput("a file is written as safetensors", where=output, remedy=f"name it with {' or '.join(allowed)}")
+    return Path(output)
+
+
+def shard_limit(checkpoint: Checkpoint, shard_size: int) -> int | None:
+    """The largest weight file of the output; None where it is a single file."""
+    return shard_size if checkpoint.folder is not None else None
+
+
+@contextmanager
+def staged_output(target: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
+    """A place to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
+    if checkpoint.folder is not None:
+        with output_folder(target, copy_from=checkpoint.folder, overwrite=overwrite) as folder:
+            yield folder
+        return
+    staged = hidden_sibling(target).with_suffix(target.suffix)
+    try:
+        yield staged
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Every eligible layer read once and measured: what is reported of it, and what its rank is chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from compressor.checkpoint import require_finite
+from compressor.factorize import spatial_matrix
+from compressor.measure import (
+    effective_ranks,
+    initial_standard_deviation,
+    memory_window,
+    singular_values,
+    surviving_initialisation,
+    uses_per_example,
+)
+from compressor.opened_model import OpenedModel, folder_of
+from compressor.planning import MeasuredLayer, pair_forms
+from compressor.results import InspectedLayer
+from compressor.rewrite import as_matrix
+
+# Called with the name of the stage, how many layers of it are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def inspect_layers(
+    subject: OpenedModel, epsilon: float, device: torch.device, progress: Progress | None
+) -> tuple[InspectedLayer, ...]:
+    """Read every eligible layer once, and measure it."""
+    recipe, skeleton = subject.recipe, subject.skeleton
+    folder = None if subject.checkpoint.source is None else folder_of(subject.checkpoint)
+    uses = uses_per_example(subject.layers, skeleton, folder, recipe.sequence_length)
+    eligible = [layer for layer in subject.layers if layer.eligible]
+    inspected: dict[str, InspectedLayer] = {}
+    for done, layer in enumerate(eligible, start=1):
+        weight = subject.checkpoint.read(layer.tensor)
+        require_finite(layer.tensor, weight, subject.checkpoint.source)
+        weight = weight.to(device)
+        values = singular_values(as_matrix(layer, weight))
+        spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
+        del weight
+        decayed = recipe.decays(layer.tensor) is not False
+        inspected[layer.name] = InspectedLayer(
+            layer=layer,
+            uses=uses[layer.name],
+            ranks=effective_ranks(values),
+            window=memory_window(recipe, shape=layer.shape, uses=uses[layer.name], decayed=decayed, epsilon=epsilon),
+            initialisation=surviving_initialisation(
+                recipe, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton), decayed=decayed
+            ),
+            singular_values=tuple(values.tolist()),
+            spatial_values=None if spatial is None else tuple(spatial.tolist()),
+        )
+        if progress:
+            progress("measure", done, len(eligible))
+    return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+def measured_layers(subject: OpenedModel, inspected: Sequence[InspectedLayer]) -> list[MeasuredLayer]:
+    """What the planning needs to know of the eligible layers."""
+    measured = []
+    for each in inspected:
+        if each.singular_values is None or each.window is None or each.initialisation is None:
+            continue
+        window = each.window
+        measured.append(
+            MeasuredLayer(
+                layer=each.layer,
+                singular_values=np.array(each.singular_values),
+                itemsize=subject.checkpoint.tensors[each.layer.tensor].dtype.itemsize,
+                precision=torch.finfo(subject.checkpoint.tensors[each.layer.tensor].dtype).eps,
+                above_edge=each.initialisation.above_edge,
+                surviving_share=each.initialisation.share,
+                unknown_start=each.initialisation.reason,
+                rank_bound=window.rank_bound if window.vacuous is False else None,
+                spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
+            )
+        )
+    return measured

@@ -1,0 +1,148 @@
+"""A budget of quality: sizes are tried in memory and measured, until the smallest that holds it is found."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from compressor.calibrated_planning import PlannedModel, plan_ranks, weighted_layers
+from compressor.calibration import Calibration
+from compressor.errors import BadInput, QualityGateNotMet
+from compressor.evaluation import EvaluationData, Quality, measure_quality, quality_drop
+from compressor.inspection import Progress
+from compressor.opened_model import OpenedModel
+from compressor.planning import (
+    MOST_TRIALS,
+    Budget,
+    DropSearch,
+    FormRequest,
+    LayerPlan,
+    MeasuredLayer,
+    Trial,
+    choose_ranks,
+    predicted_loss,
+    search_by_drop,
+    smallest_found,
+    smallest_size,
+)
+from compressor.rewrite import Rewriting, rewritten_module
+
+# What a first guess keeps at most: dense loses nothing, so the first trial is to be a real one.
+LARGEST_FIRST_GUESS = 0.95
+
+logger = logging.getLogger(__name__)
+
+
+def plan_within_drop(
+    subject: OpenedModel,
+    measured: list[MeasuredLayer],
+    budget: Budget,
+    form: FormRequest,
+    shard_size: int,
+    calibrated: Calibration | None,
+    dense: nn.Module,
+    data: EvaluationData,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    refine: bool = False,
+) -> PlannedModel:
+    """The smallest plan found whose model is at most the budget worse than `dense` on `data`.
+
+    Raises `QualityGateNotMet`, naming the closest that was tried, when only the dense model is good enough, and
+    `BadInput` when the dense model has no finite score, or the budget is none of its metric.
+    """
+    limit = budget.value
+    assert limit is not None
+    require_possible_drop(limit, data)
+    baseline = measure_quality(dense, data, device=device)
+    if not math.isfinite(baseline.value):
+        raise BadInput(
+            f"the model's own {baseline.metric} on {data.name} is not finite",
+            where=subject.name,
+            remedy="use the model in a wider dtype, or the data it was trained for",
+        )
+    eligible = sum(m.layer.parameters for m in measured)
+    plans: dict[int, PlannedModel] = {}
+    drops: dict[int, float] = {}
+
+    def measure(keep: float) -> tuple[int, float]:
+        planned = plan_ranks(subject, measured, Budget("keep", keep), None, form, shard_size, calibrated, refine=refine)
+        stored = planned.plan.eligible_after
+        if stored not in plans:
+            rewriting = Rewriting(
+                subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
+            )
+            compressed = rewritten_module(rewriting, dense, device, lambda _name, _error: None)
+            plans[stored] = planned
+            # No change is 0.0, and not -0.0, which would be printed.
+            drops[stored] = quality_drop(baseline, measure_quality(compressed, data, device=device)) + 0.0
+            logger.info("keep %.4f: %s worse by %.4g", keep, baseline.metric, drops[stored])
+            if progress:
+                progress("search", len(plans), MOST_TRIALS)
+        return stored, drops[stored]
+
+    # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
+    least = min(1.0, (smallest_size(measured, form, "parameters") + 0.5) / eligible)
+    layers = measured if calibrated is None else weighted_layers(measured, calibrated)
+    first = _first_guess(layers, limit, form, baseline, least, calibrated)
+    trials = search_by_drop(measure, limit, eligible=eligible, least=least, first=first)
+    if progress:
+        progress("search", MOST_TRIALS, MOST_TRIALS)
+    search = DropSearch(baseline.metric, data.name, baseline.count, trials)
+    found = smallest_found([t for t in trials if t.parameters < eligible], limit)
+    if found is None:
+        raise QualityGateNotMet(_nothing_holds(subject.name, limit, search))
+    chosen = plans[found.parameters]
+    return replace(chosen, plan=replace(chosen.plan, budget=budget, search=search))
+
+
+def require_possible_drop(limit: float, data: EvaluationData) -> None:
+    """Raise `BadInput` for a drop that the data's metric cannot have."""
+    if data.task != "language-modeling" and limit > 1:
+        raise BadInput(
+            f"--max-drop {limit:g} is out of range: the accuracy on {data.name} is a fraction",
+            remedy="give a number from 0 to 1, such as 0.01 for one point",
+        )
+
+
+def _first_guess(
+    measured: list[MeasuredLayer],
+    limit: float,
+    form: FormRequest,
+    baseline: Quality,
+    least: float,
+    calibrated: Calibration | None,
+) -> float:
+    """What to try first: with calibration the size whose predicted loss would be the drop, else the middle.
+
+    A perplexity P becomes P exp(loss). By Pinsker's inequality (Cover and Thomas, Elements of Information Theory, lemma
+    11.6.1) the probability that a prediction has of being right falls by at most sqrt(loss / 2).
+    """
+    middle = max(least, (least + 1) / 2)
+    if calibrated is None or limit <= 0:
+        return middle
+    allowed = math.log1p(limit / baseline.value) if baseline.metric == "perplexity" else 2 * limit**2
+    low, high = least, 1.0
+    # To one part in a thousand, which is far better than the prediction.
+    for _ in range(10):
+        keep = (low + high) / 2
+        layers: tuple[LayerPlan, ...] = choose_ranks(measured, Budget("keep", keep), form, lambda _: 0)
+        if predicted_loss(measured, layers) <= allowed:
+            high = keep
+        else:
+            low = keep
+    return max(least, min(high, LARGEST_FIRST_GUESS))
+
+
+def _nothing_holds(name: str, limit: float, search: DropSearch) -> str:
+    closest: Trial = min(search.trials, key=lambda trial: (trial.drop, trial.parameters))
+    return (
+        f"{name}: no size was found that loses at most {limit:g} of {search.metric} on {search.data}, in"
+        f" {search.evaluations} evaluations; the closest, --keep {closest.keep:.3f} ({closest.parameters:,} eligible"
+        f" parameters), loses {closest.drop:.4g}"
+    )

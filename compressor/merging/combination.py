@@ -1,0 +1,118 @@
+"""The merged network's tensors, one layer at a time, from those of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import TensorInfo, is_weight, layer_name
+from compressor.factorize import FactorPair, PivotedPair
+from compressor.merging.chain import Chain
+from compressor.merging.parts import Part, merged_names
+from compressor.merging.weights import Weight, joined, scaled
+from compressor.planning.form import Form
+from compressor.rewrite.tensor_format import join
+
+Head = Literal["shared", "separate"]
+Read = Callable[[Part, str], Weight]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The networks that are put together, and how.
+
+    Without a chain their weights are added, each times its factor: for fine-tunes of a base that is
+    `base + sum of (W_i - base) = sum of W_i + (1 - k) base`. With a chain they are put side by side: the first layers
+    stacked, those in the middle as blocks of a diagonal, the outputs of the head added if it is shared.
+    """
+
+    parts: tuple[Part, ...]
+    factors: tuple[float, ...]
+    chain: Chain | None = None
+    head: Head = "shared"
+
+    def infos(self) -> list[TensorInfo]:
+        """Name, shape and dtype of every tensor of the merged checkpoint, before any of them is computed."""
+        return [TensorInfo(name, tuple(t.shape), t.dtype) for name, t in self._tensors(Part.shape_of)]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the merged checkpoint, computed in float64, in the parts' common dtype."""
+        return self._tensors(Part.read)
+
+    def is_kept(self, name: str) -> bool:
+        """Whether a tensor is taken over as it is: what is not floating-point, and what normalises shared inputs."""
+        if not self.parts[0].infos[name].dtype.is_floating_point:
+            return True
+        return self.chain is not None and self.chain.batch_norms.get(layer_of(name)) == "inputs"
+
+    def low_rank_layers(self) -> dict[str, dict[str, Any]]:
+        """Rank, form and kind of every layer of the merged network that is a pair, by name."""
+        found = {}
+        for name in merged_names(self.parts):
+            if not is_weight(name) or all(part.pair(name) is None for part in self.parts):
+                continue
+            weight = self._joined(name, Part.shape_of)
+            if isinstance(weight, Tensor):
+                continue
+            pair = next(pair for part in self.parts if (pair := part.pair(name)) is not None)
+            form: Form = (
+                "pivoted" if isinstance(weight, PivotedPair) else "channel" if weight.down.ndim > 2 else "plain"
+            )
+            found[layer_name(name)] = {"rank": weight.rank, "form": form, "kind": pair.kind}
+        return found
+
+    def _tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        for name in merged_names(self.parts):
+            if self.is_kept(name):
+                yield name, self.parts[0].read_exactly(name)
+                continue
+            dtype = reduce(torch.promote_types, (part.infos[name].dtype for part in self.parts))
+            weight = self._joined(name, read)
+            if isinstance(weight, Tensor):
+                oriented = weight.T if self._is_transposed(name) else weight
+                yield self._place(name), oriented.to(dtype).contiguous()
+                continue
+            layer = layer_name(name)
+            yield name, torch.empty(0, dtype=dtype)
+            yield join(layer, "down.weight"), weight.down.to(dtype).contiguous()
+            yield join(layer, "up.weight"), weight.up.to(dtype).contiguous()
+            if isinstance(weight, PivotedPair):
+                yield join(layer, "order"), weight.order
+
+    def _joined(self, name: str, read: Read) -> Weight:
+        transposed = self._is_transposed(name)
+        weights = []
+        for part, factor in zip(self.parts, self.factors, strict=True):
+            weight = read(part, name)
+            if transposed and isinstance(weight, Tensor):
+                weight = weight.T
+            weights.append(weight if factor == 1 else scaled(weight, factor))
+        layer = layer_of(name)
+        return joined(
+            weights,
+            shared_inputs=self.chain is None or layer in self.chain.first,
+            shared_outputs=self.chain is None or (layer == self.chain.head and self.head == "shared"),
+        )
+
+    def _is_transposed(self, name: str) -> bool:
+        """Whether a dense weight has to be turned to stand beside pairs; among dense ones it does not matter."""
+        pairs = [pair for part in self.parts if (pair := part.pair(name)) is not None]
+        return any(pair.kind == "transposed linear" for pair in pairs)
+
+    def _place(self, name: str) -> str:
+        """Where a dense tensor is stored: the bias of a plain pair is that of its `up`."""
+        layer, last = layer_of(name), name.rpartition(".")[2]
+        weight = join(layer, "weight")
+        if last != "bias" or all(part.pair(weight) is None for part in self.parts):
+            return name
+        return join(layer, "up.bias") if isinstance(self._joined(weight, Part.shape_of), FactorPair) else name
+
+
+def layer_of(tensor: str) -> str:
+    """The name of the layer that holds a tensor."""
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,283 @@
+"""The networks to merge: opened, seen as dense tensors by name, and known to fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import (
+    Checkpoint,
+    Layer,
+    Skeleton,
+    TensorInfo,
+    find_layers,
+    is_weight,
+    layer_name,
+    module_skeleton,
+    open_checkpoint,
+    refuse_fp8,
+    require_finite,
+    skeleton_mismatch,
+    transformers_skeleton,
+)
+from compressor.checkpoint.files import read_json_object
+from compressor.errors import BadInput
+from compressor.evaluation import build_model
+from compressor.factorize import FactorPair, PivotedPair
+from compressor.merging.weights import Weight, dense
+from compressor.rewrite import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
+
+# Entries of config.json that say nothing about what the network computes from its weights.
+_WITHOUT_EFFECT = {
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "use_cache"),
+    *("problem_type", "finetuning_task", "label2id", "id2label", "gradient_checkpointing", "_attn_implementation"),
+}
+_VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "merges.txt")
+# Of the tensors that are not floating-point only this one may differ: nothing is computed from it in evaluation.
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the networks: its checkpoint, and the low-rank layers in it."""
+
+    checkpoint: Checkpoint
+    pairs: Mapping[str, StoredPair]
+    matrices: Mapping[str, Layer]
+    """The linear layers and convolutions, low-rank or not, by the name of their dense weight."""
+
+    @property
+    def name(self) -> str:
+        return str(self.checkpoint.source)
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Name, shape and dtype of every tensor of the dense network, under every name that it has."""
+        return {name: info for name, (info, _) in self._dense.items()}
+
+    def pair(self, name: str) -> StoredPair | None:
+        """The pair that stands for a dense weight, if one does."""
+        return self.pairs.get(layer_name(name)) if is_weight(name) else None
+
+    def read(self, name: str) -> Weight:
+        """A tensor of the dense network in float64, or the pair that stands for it; BadInput if it is not finite."""
+        return self._weight(name, self._read)
+
+    def matrix(self, name: str) -> Tensor:
+        """A layer's `d_out x d_in` matrix in float64, multiplied out if it is low-rank."""
+        weight = self.read(name)
+        if isinstance(weight, Tensor) and self.matrices[name].kind == "transposed linear":
+            return weight.T
+        return dense(weight).flatten(1)
+
+    def shape_of(self, name: str) -> Weight:
+        """What `read` would give, without its values (on the meta device)."""
+        tensors = self.checkpoint.tensors
+        return self._weight(name, lambda stored: torch.empty(tensors[stored].shape, dtype=torch.float64, device="meta"))
+
+    def read_exactly(self, name: str) -> Tensor:
+        """A stored tensor in its own dtype, by the name that it has in the dense network."""
+        stored = self._dense[name][1]
+        assert stored is not None
+        return self.checkpoint.read(stored)
+
+    @cached_property
+    def _dense(self) -> dict[str, tuple[TensorInfo, str | None]]:
+        known = dense_infos(self.checkpoint, self.pairs)
+        aliases = {
+            alias: (TensorInfo(alias, known[name][0].shape, known[name][0].dtype), known[name][1])
+            for alias, name in self.checkpoint.aliases.items()
+            if name in known and alias not in known
+        }
+        return known | aliases
+
+    def _read(self, stored: str) -> Tensor:
+        tensor = self.checkpoint.read(stored)
+        require_finite(stored, tensor, self.checkpoint.source)
+        return tensor.to(torch.float64)
+
+    def _weight(self, name: str, read: Any) -> Weight:
+        pair = self.pair(name)
+        if pair is None:
+            stored = self._dense[name][1]
+            assert stored is not None
+            weight: Tensor = read(stored)
+            return weight
+        up, down = read(pair.tensors["up"]), read(pair.tensors["down"])
+        if pair.form != "pivoted":
+            return FactorPair(up=up, down=down)
+        return PivotedPair(up=up, down=down, order=read(pair.tensors["order"]).to(torch.int32))
+
+
+def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) -> Part:
+    """Open a network, and see that it can be merged at all and is one that `factory` builds.
+
+    Raises:
+        BadInput: as `open_checkpoint`; or its numbers cannot be added, or it is of another architecture.
+    """
+    checkpoint = open_checkpoint(model)
+    refuse_fp8(checkpoint)
+    quantized = (checkpoint.config or {}).get("quantization_config") if checkpoint.folder is not None else None
+    if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") == METADATA_KEY):
+        raise BadInput("is quantized", where=checkpoint.source, remedy="merge the originals, and quantize the result")
+    skeleton = _skeleton(checkpoint, factory)
+    if factory is not None and skeleton is not None:
+        mismatch = skeleton_mismatch(checkpoint, skeleton)
+        if mismatch is not None:
+            raise BadInput(
+                f"the model that --model builds does not fit: {mismatch}",
+                where=checkpoint.source,
+                remedy="use the function that builds the networks that were trained",
+            )
+    pairs = stored_pairs(checkpoint, skeleton)
+    part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, skeleton))
+    for pair in pairs.values():
+        if pair.form == "pivoted":
+            _require_order(part, pair)
+    return part
+
+
+def _skeleton(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> Skeleton | None:
+    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
+    if factory is not None:
+        return module_skeleton(widened(build_model(factory), checkpoint))
+    return None if checkpoint.folder is None else transformers_skeleton(checkpoint.folder)
+
+
+def _matrices(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], skeleton: Skeleton | None) -> dict[str, Layer]:
+    factors = {tensor for pair in pairs.values() for tensor in pair.tensors.values()}
+    matrices = {
+        layer.tensor: layer
+        for layer in find_layers(checkpoint, skeleton)
+        if layer.kind in {"linear", "transposed linear", "convolution"} and layer.tensor not in factors
+    }
+    for name, pair in pairs.items():
+        tensor, shape = pair.tensors["weight"], pair.tensor_shape
+        module = None if skeleton is None else skeleton.module_name(tensor)
+        sides = (shape[1], shape[0]) if pair.kind == "transposed linear" else (shape[0], math.prod(shape[1:]))
+        matrices[tensor] = Layer(name, layer_name(module or tensor), tensor, None, pair.kind, shape, sides)
+    return matrices
+
+
+def _require_order(part: Part, pair: StoredPair) -> None:
+    order = part.checkpoint.read(pair.tensors["order"]).long()
+    if not torch.equal(order.sort().values, torch.arange(order.numel())):
+        raise BadInput(
+            f"{pair.tensors['order']} is not an order of rows",
+            where=part.name,
+            remedy="compress the original checkpoint again",
+        )
+
+
+def merged_names(parts: Sequence[Part]) -> list[str]:
+    """The tensors of the merged network: all of the first part's but the names that are tied in every part alike."""
+    tied = set.intersection(*(set(part.checkpoint.aliases.items()) for part in parts))
+    return [name for name in parts[0].infos if (name, parts[0].checkpoint.aliases.get(name, "")) not in tied]
+
+
+def require_same_architecture(parts: Sequence[Part], *, same_shapes: bool) -> None:
+    """Raise BadInput unless the networks have the same tensors, vocabularies and architecture.
+
+    Without `same_shapes` the tensors need the same names and numbers of dimensions, and their sizes may differ.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        both = f"{first.name} and {other.name}"
+        if (first.checkpoint.folder is None) != (other.checkpoint.folder is None):
+            raise BadInput(f"{both} are a folder and a file", remedy="give folders only, or weight files only")
+        _require_same_config(first, other)
+        if names := sorted(first.infos.keys() ^ other.infos.keys()):
+            holder, lacking = (first, other) if names[0] in first.infos else (other, first)
+            raise BadInput(
+                f"{names[0]} is in {holder.name} and not in {lacking.name}: the architectures differ",
+                remedy="merge networks of one architecture",
+            )
+        for name, info in first.infos.items():
+            theirs = other.infos[name]
+            if info.dtype.is_floating_point != theirs.dtype.is_floating_point:
+                raise BadInput(f"{name} is of integers in one of {both}", remedy="merge networks of one architecture")
+            same = info.shape == theirs.shape if same_shapes else len(info.shape) == len(theirs.shape)
+            if not same:
+                raise BadInput(
+                    f"{name} is {_sides(info.shape)} in {first.name} and {_sides(theirs.shape)} in {other.name}",
+                    remedy="merge networks of the same shapes and vocabularies",
+                )
+        _require_same_vocabulary(first, other)
+
+
+def require_equal(parts: Iterable[Part], name: str) -> None:
+    """Raise BadInput where a tensor that can be neither added nor put side by side differs."""
+    first, *others = parts
+    if name.rpartition(".")[2] == _COUNTER:
+        return
+    values = first.read_exactly(name)
+    for other in others:
+        if not torch.equal(values, other.read_exactly(name)):
+            raise BadInput(
+                f"{name} differs between {first.name} and {other.name}, and it cannot be merged",
+                remedy="merge networks that share it",
+            )
+
+
+def normalisation(part: Part) -> str | None:
+    """The first tensor of a normalisation layer, told by name and shape: running statistics, or a vector of scales."""
+    for name, info in part.infos.items():
+        last = name.rpartition(".")[2]
+        if last in {"running_mean", "running_var"} or (last == "weight" and len(info.shape) == 1):
+            return name
+    return None
+
+
+def _require_same_config(first: Part, other: Part) -> None:
+    if first.checkpoint.folder is None:
+        return
+    configs = [_with_effect(part.checkpoint.config or {}) for part in (first, other)]
+    for key in sorted(configs[0].keys() | configs[1].keys()):
+        ours, theirs = (config.get(key) for config in configs)
+        if ours != theirs:
+            raise BadInput(
+                f"{key} is {str(ours)[:40]} in {first.name} and {str(theirs)[:40]} in {other.name}",
+                where="config.json",
+                remedy="merge networks of one architecture",
+            )
+
+
+def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that say what is computed, without what acts in training alone."""
+    trained_only = ("dropout", "_drop", "_pdrop", "_dropout_prob")
+    return {
+        key: value for key, value in config.items() if key not in _WITHOUT_EFFECT and not key.endswith(trained_only)
+    }
+
+
+def _require_same_vocabulary(first: Part, other: Part) -> None:
+    if first.checkpoint.folder is None or other.checkpoint.folder is None:
+        return
+    ours, theirs = (_vocabulary(folder) for folder in (first.checkpoint.folder, other.checkpoint.folder))
+    if ours and theirs and ours != theirs:
+        raise BadInput(
+            f"the tokenizers of {first.name} and {other.name} have different vocabularies",
+            remedy="merge networks that were trained with one tokenizer",
+        )
+
+
+def _vocabulary(folder: Path) -> dict[str, Any]:
+    """What gives the tokens of a folder's tokenizer their numbers; {} if it has none."""
+    vocabulary: dict[str, Any] = {
+        name: (folder / name).read_bytes() for name in _VOCABULARIES if (folder / name).is_file()
+    }
+    if (folder / "tokenizer.json").is_file():
+        model = read_json_object(folder / "tokenizer.json").get("model")
+        return {"tokenizer.json": model.get("vocab") if isinstance(model, dict) else model}
+    return vocabulary
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"

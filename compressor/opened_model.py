@@ -1,0 +1,169 @@
+"""A model that was opened, from a file, a folder or memory, with what is known about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from compressor.checkpoint import (
+    Checkpoint,
+    Layer,
+    Skeleton,
+    find_layers,
+    module_skeleton,
+    open_checkpoint,
+    refuse_fp8,
+    skeleton_mismatch,
+    transformers_skeleton,
+)
+from compressor.errors import BadInput
+from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
+from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
+from compressor.rewrite import METADATA_KEY, stored_pairs
+
+logger = logging.getLogger(__name__)
+
+Model = str | Path | nn.Module
+Factory = str | Callable[[], nn.Module]
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """An opened model with what is known about it."""
+
+    name: str
+    checkpoint: Checkpoint
+    skeleton: Skeleton | None
+    layers: tuple[Layer, ...]
+    recipe: TrainingRecipe
+
+
+def open_model(
+    model: Model,
+    recipe: TrainingRecipe | str | Path | None,
+    recipe_file: str | Path | None,
+    factory: Factory | None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> OpenedModel:
+    """Open a model, find out how it was trained, and list its matrices.
+
+    Raises `BadInput` for a model that cannot be read, is quantized or compressed already, or does not fit its
+    architecture, and for a recipe or a pattern that cannot be used.
+    """
+    checkpoint = open_checkpoint(model)
+    refuse_fp8(checkpoint)
+    if isinstance(recipe, str | Path):
+        recipe, recipe_file = None, recipe
+    if checkpoint.source is not None:
+        known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file)
+    else:
+        known = merge(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
+    skeleton = module_skeleton(model) if isinstance(model, nn.Module) else skeleton_of(checkpoint, factory)
+    quantized = (checkpoint.config or {}).get("quantization_config")
+    if quantized is not None and text_mapping(quantized).get("quant_method") != METADATA_KEY:
+        raise BadInput(
+            f"is quantized already ({text_mapping(quantized).get('quant_method', 'by an unknown method')})",
+            where=checkpoint.source,
+            remedy="compress the original, and quantize the result",
+        )
+    if stored_pairs(checkpoint, skeleton):
+        raise BadInput(
+            "is compressed already",
+            where=checkpoint.source,
+            remedy="give the original, or bring it back with 'compress restore MODEL'",
+        )
+    skeleton = _fitting(checkpoint, skeleton, factory)
+    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude)
+    if known.optimizer is not None and known.family is None:
+        logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    return OpenedModel(name, checkpoint, skeleton, layers, known)
+
+
+def skeleton_of(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:
+    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
+    if factory is not None:
+        return module_skeleton(build_model(factory), untrained=True)
+    if checkpoint.config is None or checkpoint.source is None:
+        return None
+    return transformers_skeleton(folder_of(checkpoint))
+
+
+def _fitting(checkpoint: Checkpoint, skeleton: Skeleton | None, factory: Factory | None) -> Skeleton | None:
+    """The skeleton, if it is that of the checkpoint; BadInput where it ought to be."""
+    if skeleton is None or (mismatch := skeleton_mismatch(checkpoint, skeleton)) is None:
+        return skeleton
+    if factory is not None:
+        raise BadInput(
+            f"the model that --model builds does not fit: {mismatch}",
+            where=checkpoint.source,
+            remedy="use the function that builds the model that was trained",
+        )
+    if checkpoint.folder is not None:
+        raise BadInput(
+            f"config.json does not belong to these weights: {mismatch}",
+            where=checkpoint.source,
+            remedy="put the model's own config.json there",
+        )
+    logger.warning("the config.json beside %s belongs to another model and is not used", checkpoint.source)
+    return None
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """The folder that a checkpoint's files are in."""
+    assert checkpoint.source is not None
+    return checkpoint.folder or checkpoint.source.parent
+
+
+def open_data_for(
+    data: str | Path,
+    checkpoint: Checkpoint,
+    split: Split,
+    limit: int | None = None,
+    *,
+    sequence_length: int | None = None,
+    least_windows: int | None = None,
+) -> EvaluationData:
+    """The data prepared as the model's folder says, or as it is where the folder says nothing.
+
+    The other parameters are those of `open_data`.
+    """
+    if checkpoint.source is None or checkpoint.config is None:
+        return open_data(data, split=split, limit=limit)
+    prepared = load_preprocessing(folder_of(checkpoint))
+    return open_data(
+        data,
+        split=split,
+        tokenizer=prepared.tokenizer,
+        image_processor=prepared.image_processor,
+        classes=prepared.classes,
+        sequence_length=sequence_length or prepared.sequence_length,
+        limit=limit,
+        least_windows=least_windows,
+    )
+
+
+def open_search_data(
+    data: str | Path, checkpoint: Checkpoint, limit: int | None
+) -> tuple[EvaluationData, EvaluationData]:
+    """Data to choose a size by, and other data to report the drop on.
+
+    The validation and the test split of built-in data, at most `limit` examples of each; of other data two halves of at
+    most `limit` examples together.
+    """
+    if has_splits(data):
+        return open_data_for(data, checkpoint, "validation", limit), open_data_for(data, checkpoint, "test", limit)
+    return halves(open_data_for(data, checkpoint, "test", limit))
+
+
+def text_mapping(value: object) -> dict[str, str]:
+    """A mapping of names read from a file, {} if it is none."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in entries if isinstance(key, str) and isinstance(text, str)}

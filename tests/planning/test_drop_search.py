@@ -1,0 +1,118 @@
+"""The search for the smallest size whose drop is allowed, on curves that are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.planning import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
+
+ELIGIBLE = 100_000
+LEAST = 0.02
+
+
+def search(drop: Callable[[float], float], limit: float, first: float) -> tuple[tuple[Trial, ...], int]:
+    """What was tried on a curve of the drop over the fraction stored, and how often it was measured."""
+    measured = 0
+
+    def measure(keep: float) -> tuple[int, float]:
+        nonlocal measured
+        measured += 1
+        stored = int(keep * ELIGIBLE)
+        return stored, drop(stored / ELIGIBLE)
+
+    return search_by_drop(measure, limit, eligible=ELIGIBLE, least=LEAST, first=first), measured
+
+
+falling = st.floats(0.5, 40).flatmap(lambda rate: st.floats(0.01, 50).map(lambda scale: (scale, rate)))
+
+
+@given(falling, st.floats(0, 1), st.floats(LEAST, 0.95))
+def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
+    curve: tuple[float, float], limit: float, first: float
+) -> None:
+    scale, rate = curve
+    trials, measured = search(lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first)
+    assert measured <= MOST_TRIALS
+    assert len({trial.parameters for trial in trials}) == len(trials)
+    assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
+    found = smallest_found(trials, limit)
+    smaller = [t for t in trials if found is None or t.parameters < found.parameters]
+    assert not any(holds(trial.drop, limit) for trial in smaller)
+    if found is not None:
+        assert holds(found.drop, limit)
+
+
+@given(falling, st.floats(0.001, 0.5), st.floats(LEAST, 0.95))
+def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size_there_is(
+    curve: tuple[float, float], limit: float, first: float
+) -> None:
+    scale, rate = curve
+
+    def drop(kept: float) -> float:
+        return scale * (math.exp(-rate * kept) - math.exp(-rate))
+
+    smallest = next((k for k in range(int(LEAST * ELIGIBLE), ELIGIBLE) if holds(drop(k / ELIGIBLE), limit)), ELIGIBLE)
+    found = smallest_found(search(drop, limit, first)[0], limit)
+    assert (ELIGIBLE if found is None else found.parameters) - smallest <= ELIGIBLE / 10
+
+
+@given(st.integers(2, 60), st.integers(0, 200), st.floats(0, 0.3), st.floats(LEAST, 0.95), st.randoms())
+def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
+    sizes: int, examples: int, limit: float, first: float, random: object
+) -> None:
+    drops = [random.randint(-2, examples) / (examples + 1) for _ in range(sizes + 1)]  # type: ignore[attr-defined]
+
+    def measure(keep: float) -> tuple[int, float]:
+        step = math.floor(keep * sizes)
+        return step * 10, drops[step]
+
+    trials = search_by_drop(measure, limit, eligible=sizes * 10, least=1 / sizes, first=max(first, 1 / sizes))
+    assert len({trial.parameters for trial in trials}) == len(trials) <= MOST_TRIALS
+    found = smallest_found(trials, limit)
+    assert found is None or holds(found.drop, limit)
+    assert not any(holds(t.drop, limit) for t in trials if found is None or t.parameters < found.parameters)
+
+
+def test_on_a_straight_logarithm_three_trials_bracket_the_root_closely() -> None:
+    """The curve the interpolation is exact for: two trials fix the line, the third is on its root."""
+    limit, rate = 0.1, 15.0
+    root = 1 - math.log(10) / rate  # exp(rate * (1 - kept)) = 10 limit / limit
+    trials, _ = search(lambda kept: limit / 10 * math.exp(rate * (1 - kept)), limit, 0.5)
+    assert abs(trials[2].parameters / ELIGIBLE - root) < 0.005
+
+
+def test_where_everything_holds_the_smallest_size_is_found() -> None:
+    trials, _ = search(lambda _: 0.0, 0.01, 0.5)
+    found = smallest_found(trials, 0.01)
+    assert found is not None
+    assert found.parameters == int(LEAST * ELIGIBLE)
+
+
+def test_where_nothing_holds_sizes_near_dense_were_tried() -> None:
+    trials, _ = search(lambda _: 0.5, 0.01, 0.5)
+    assert smallest_found(trials, 0.01) is None
+    assert max(trial.keep for trial in trials) > 0.95
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n))))
+def test_accuracies_that_differ_by_exactly_the_limit_hold(counts: tuple[int, int, int]) -> None:
+    count, before, after = counts
+    lost = before - after
+    assert holds(before / count - after / count, lost / count)
+    assert not holds(before / count - after / count, (lost - 1) / count)
+
+
+@pytest.mark.parametrize("drop", [0.25, math.inf])
+def test_a_search_as_a_document(drop: float) -> None:
+    search = DropSearch("perplexity", "text.txt", 7, (Trial(0.5, 50, drop), Trial(0.75, 75, 0.125)))
+    document = search.to_dict()
+    assert document["evaluations"] == 3
+    assert document["tried"] == [
+        {"keep": 0.5, "parameters": 50, "drop": drop if drop < math.inf else "infinity"},
+        {"keep": 0.75, "parameters": 75, "drop": 0.125},
+    ]

@@ -1,0 +1,505 @@
+"""The explorer: the same simulation as the Python code, drawn and operated in a real browser, with nothing loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from playwright.sync_api import Browser, Page, sync_playwright
+from safetensors.torch import save_file
+
+import compressor
+from compressor.cli.run import run
+from compressor.errors import BadInput
+from compressor.measure import entropy_rank, memory_window, stable_rank
+from compressor.measure.simulation import (
+    SimulatedTraining,
+    gaussian_spectra,
+    remembered_strokes,
+    simulated_weights,
+    standard_normals,
+)
+from compressor.recipe import TrainingRecipe
+from compressor.report.explorer import EPSILON, LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\""
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with 'make chromium'")
+
+
+def constant(training: SimulatedTraining) -> TrainingRecipe:
+    return TrainingRecipe(
+        optimizer="sgd",
+        momentum=0.0,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        batch_size=training.batch_size,
+        schedule="constant",
+    )
+
+
+def true_window(training: SimulatedTraining) -> float:
+    shape = (training.width, training.width)
+    steps = memory_window(constant(training), shape=shape, uses=training.uses, epsilon=EPSILON).steps
+    return math.inf if steps is None else steps
+
+
+def explored(names: tuple[str, ...], shape: tuple[int, int] | None, uses: int | None, recipe: TrainingRecipe) -> Any:
+    window = memory_window(recipe, shape=shape or (1, 1), uses=uses, epsilon=EPSILON)
+    return ExploredLayers(names, shape, uses, window, (3.0, 4.5))
+
+
+# The file
+
+
+class Tags(HTMLParser):
+    """The tags and attributes that a browser would find, and the text of the embedded content."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.content: str | None = None
+        self.inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, tuple(attrs)))
+        self.inside = ("id", "content") in attrs
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.content, self.inside = data, False
+
+
+def test_the_page_is_one_small_file_that_refers_to_nothing() -> None:
+    page = explorer_page()
+    assert len(page.encode()) < 150_000
+    attributes = {name for _, attrs in Tags(page).found for name, _ in attrs}
+    assert not attributes & {"src", "srcset", "href", "action", "data"}
+    assert not re.search(r"@import|url\(|https?://|fetch\(|XMLHttpRequest|WebSocket|\bimport\b", page)
+    assert "default-src 'none'" in page
+    assert explorer_page() == page
+
+
+def test_names_from_a_checkpoint_are_content_and_never_markup() -> None:
+    recipe = TrainingRecipe(optimizer="sgd", learning_rate=0.1, sources={"learning_rate": HOSTILE})
+    plain, hostile = (
+        Tags(explorer_page(recipe, [explored((name,), (8, 8), 1, recipe)])) for name in ("plain", HOSTILE)
+    )
+    assert hostile.found == plain.found
+    assert hostile.content is not None
+    # Not only tags: an opened comment with a script in it would hide the script element's own end.
+    assert "<" not in hostile.content
+    [layer] = json.loads(hostile.content)["recipe"]["layers"]
+    assert "</script><script>alert(1)</script>" in layer["name"]
+
+
+@settings(max_examples=60)
+@given(
+    learning_rate=st.none() | st.floats(0, 1e3),
+    weight_decay=st.none() | st.floats(0, 10),
+    batch_size=st.none() | st.integers(1, 10**7),
+    uses=st.none() | st.integers(1, 10**5),
+    shape=st.none() | st.tuples(st.integers(1, 10**5), st.integers(1, 10**5)),
+    steps=st.none() | st.integers(1, 1000),
+)
+def test_the_picture_of_a_recipe_is_the_recipe_or_says_where_it_is_not(
+    learning_rate: Any, weight_decay: Any, batch_size: Any, uses: Any, shape: Any, steps: Any
+) -> None:
+    recipe = TrainingRecipe(
+        optimizer="sgd",
+        momentum=0.0,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        steps=steps,
+        schedule="constant",
+    )
+    training, remarks = pictured(recipe, explored(("a",), shape, uses, recipe))
+    said = " ".join(remarks)
+    asked = {
+        "learning_rate": (learning_rate, "learning rate"),
+        "weight_decay": (weight_decay, "weight decay"),
+        "batch_size": (batch_size, "batch size"),
+        "uses": (uses, "uses per example"),
+        "width": (None if shape is None else min(shape), "width"),
+    }
+    for name, (value, words) in asked.items():
+        drawn = getattr(training, name)
+        assert LIMITS[name][0] <= drawn <= LIMITS[name][1] or (name, drawn) == ("weight_decay", 0)
+        assert (drawn == value) != (words in said)
+    assert 0 <= training.surviving_initialisation <= 1
+
+
+def test_what_the_picture_leaves_out_of_a_recipe_is_said() -> None:
+    recipe = replace(constant(PRESETS[0].training), momentum=0.9, schedule="cosine", steps=50)
+    _, remarks = pictured(recipe, explored(("a",), (32, 32), 1, recipe))
+    assert any("momentum" in remark for remark in remarks)
+    assert any("schedule" in remark for remark in remarks)
+    adaptive = TrainingRecipe(optimizer="adamw", learning_rate=0.1, weight_decay=0.1, batch_size=4)
+    assert any("adamw" in remark for remark in pictured(adaptive, explored(("a",), (32, 32), 1, adaptive))[1])
+
+
+def test_explore_writes_where_it_may_and_refuses_by_name_where_not(tmp_path: Path) -> None:
+    path = compressor.explore(tmp_path / "page.html")
+    assert path.read_text(encoding="utf-8") == explorer_page()
+    with pytest.raises(BadInput, match="already exists"):
+        compressor.explore(path)
+    assert compressor.explore(path, overwrite=True) == path
+    with pytest.raises(BadInput, match="is an HTML file"):
+        compressor.explore(tmp_path / "model.safetensors", overwrite=True)
+    with pytest.raises(BadInput, match="cannot be read"):
+        compressor.explore(tmp_path / "other.html", recipe=tmp_path / "missing.yaml")
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_the_command_says_what_it_wrote_and_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 0.07\nweight_decay: 0.3\n", encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert run(["explore", "-o", str(page), "--recipe", str(recipe)]) == 0
+    assert capsys.readouterr().out == f"explorer  {page}\n"
+    assert '"learning_rate": 0.07' in page.read_text(encoding="utf-8")
+    assert run(["explore", "-o", str(page)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+# The browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # A container's root has no sandbox to run in.
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+class Opened:
+    """A page in a browser without a network, with all it asked for and all that went wrong."""
+
+    def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
+        self.context = browser.new_context(offline=True, **{"viewport": {"width": 1280, "height": 900}, **options})
+        self.page: Page = self.context.new_page()
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.goto(path.as_uri())
+        self.settle()
+
+    def state(self) -> dict[str, Any]:
+        return self.page.evaluate("explorer.state()")
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until all steps are taken and drawn; from here, since the page allows no evaluation of text."""
+        for _ in range(600):
+            state = self.state()
+            if state["step"] == state["target"] and state["drawn"]:
+                return state
+            time.sleep(0.02)
+        raise AssertionError(f"still at step {state['step']} of {state['target']}")
+
+    def drawn(self, name: str) -> str:
+        return self.page.evaluate(
+            "id => { const e = document.getElementById(id); return e.toDataURL ? e.toDataURL() : e.innerHTML; }", name
+        )
+
+    def text(self, name: str) -> str:
+        return self.page.locator(f"#{name}").inner_text()
+
+    def reading(self, name: str) -> str:
+        return self.page.locator(f"#readings div:has(dt:text-is('{name}')) dd").inner_text()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compressor.explore(tmp_path_factory.mktemp("explorer") / "explorer.html")
+
+
+@pytest.fixture(scope="module")
+def functions(browser: Browser, path: Path) -> Iterator[Page]:
+    """A page for the functions alone, which have no state."""
+    opened = Opened(browser, path)
+    yield opened.page
+    opened.context.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, path: Path) -> Iterator[Opened]:
+    opened = Opened(browser, path)
+    yield opened
+    assert opened.errors == []
+    assert opened.requests == [path.as_uri()]
+    opened.context.close()
+
+
+ODD = SimulatedTraining(12, 3, 5, learning_rate=0.15, weight_decay=0.0347, anisotropy=0.7, surviving_initialisation=0.4)
+
+
+@in_browser
+@pytest.mark.parametrize(
+    "training",
+    [*(preset.training for preset in PRESETS), ODD, replace(ODD, width=64, seed=2**32 - 1, weight_decay=0.0)],
+)
+def test_a_seeded_run_is_that_of_the_python_code(training: SimulatedTraining, functions: Page) -> None:
+    steps = 120
+    drawn = functions.evaluate("([training, steps]) => explorer.simulate(training, steps)", [training.to_dict(), steps])
+    weights = next(islice(simulated_weights(training), steps, None))
+    values = np.linalg.svd(weights, compute_uv=False)
+    # 1e-6 was promised; the two differ by rounding alone.
+    np.testing.assert_allclose(np.reshape(drawn["weights"], weights.shape), weights, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(drawn["singularValues"], values, rtol=0, atol=1e-11)
+    assert drawn["entropyRank"] == pytest.approx(entropy_rank(values), abs=1e-9)
+    assert drawn["stableRank"] == pytest.approx(stable_rank(values), abs=1e-9)
+
+
+@in_browser
+def test_normals_are_the_same_far_into_a_stream(functions: Page) -> None:
+    for seed, start in ((1, 0), (2**32 - 1, 2**32 - 4), (7, 2**45 + 2)):
+        drawn = functions.evaluate(
+            "([seed, start]) => Array.from(explorer.standardNormals(seed, start, 9))", [seed, start]
+        )
+        np.testing.assert_allclose(drawn, standard_normals(seed, start, 9), rtol=1e-13, atol=1e-15)
+
+
+@in_browser
+@pytest.mark.parametrize("kind", ["zero", "rank one", "deficient", "graded", "orthogonal", "large"])
+def test_singular_values_are_those_of_lapack(kind: str, functions: Page) -> None:
+    z = np.random.default_rng(0).standard_normal((24, 24))
+    matrix = {
+        "zero": 0 * z,
+        "rank one": np.outer(z[0], z[1]),
+        "deficient": z[:, :7] @ z[:7],
+        "graded": z * np.geomspace(1, 1e-12, 24),
+        "orthogonal": np.linalg.qr(z)[0],
+        "large": 1e9 * z,
+    }[kind]
+    drawn = functions.evaluate("([m, n]) => Array.from(explorer.singularValues(m, n))", [matrix.ravel().tolist(), 24])
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(drawn, expected, rtol=0, atol=1e-13 * max(expected[0], 1))
+
+
+@in_browser
+def test_the_window_is_the_librarys_wherever_the_sliders_stand(functions: Page) -> None:
+    rates = [digit * 10.0**power for power in range(-4, 0) for digit in (1, 1.5, 3, 5, 8)] + [1.0]
+    trainings = [replace(ODD, learning_rate=lr, weight_decay=wd) for lr in rates for wd in [0.0, *rates]]
+    found = functions.evaluate("all => all.map(explorer.windowSteps)", [each.to_dict() for each in trainings])
+    for training, steps in zip(trainings, found, strict=True):
+        expected, decay = true_window(training), training.learning_rate * training.weight_decay
+        # The n-th power of a number next to 1 is known to a relative n * 2^-53, which is less than a step but for
+        # windows of a hundred million.
+        assert steps == expected or abs(steps - expected) <= expected * 2**-53 / decay
+
+
+@in_browser
+def test_remembered_strokes_and_the_gaussian_reference_are_the_librarys(functions: Page) -> None:
+    for preset in PRESETS:
+        found = functions.evaluate("training => explorer.rememberedStrokes(training)", preset.training.to_dict())
+        assert found == pytest.approx(remembered_strokes(preset.training), rel=1e-12)
+    for width, anisotropy in ((8, 0.0), (12, 1.3)):
+        spectra = gaussian_spectra(width, anisotropy)
+        found = functions.evaluate(
+            "([n, a]) => { const r = explorer.gaussianReference(n, a); return [r.entropyRank, ...r.spectrum]; }",
+            [width, anisotropy],
+        )
+        expected = [np.mean([entropy_rank(s) for s in spectra]), *spectra.mean(axis=0)]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+@in_browser
+def test_every_preset_opens_without_an_error_and_shows_the_true_window(opened: Opened) -> None:
+    for preset in PRESETS:
+        opened.page.get_by_role("button", name=preset.name, exact=True).click()
+        state = opened.settle()
+        assert state["training"] == preset.training.to_dict()
+        assert opened.reading("window n") == f"{true_window(preset.training):,} steps"
+        assert opened.page.locator("[aria-pressed=true]").all_inner_texts() == [preset.name]
+        assert preset.note in opened.text("note")
+
+
+@in_browser
+def test_every_slider_changes_what_is_drawn_at_the_same_step(opened: Opened) -> None:
+    figures = ("matrix", "spectrum", "ranks")
+    for name in LIMITS:
+        opened.page.locator("#presets button").first.click()
+        before = opened.settle()
+        drawn = {figure: opened.drawn(figure) for figure in figures}
+        slider = opened.page.locator(f"#{name}")
+        slider.focus()
+        slider.press("ArrowLeft" if name == "weight_decay" else "ArrowRight")
+        after = opened.settle()
+        assert after["step"] == before["step"] > 0
+        assert {key for key, value in before["training"].items() if value != after["training"][key]} == {name}
+        assert not [figure for figure in figures if opened.drawn(figure) == drawn[figure]]
+        assert slider.get_attribute("aria-valuetext") == opened.text(f"{name}-value") == f"{after['training'][name]:g}"
+        # The run under the new settings is the one that starts with them.
+        weights = next(islice(simulated_weights(SimulatedTraining(**after["training"])), after["step"], None))
+        rank = entropy_rank(np.linalg.svd(weights, compute_uv=False))
+        assert opened.reading("entropy rank") == f"{rank:.3g} of {after['training']['width']}"
+
+
+@in_browser
+def test_the_heat_map_is_strongest_where_the_matrix_is_largest(opened: Opened) -> None:
+    state = opened.state()
+    weights = next(islice(simulated_weights(SimulatedTraining(**state["training"])), state["step"], None))
+    pixels = opened.page.evaluate(
+        "() => { const c = document.getElementById('matrix');"
+        " return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data); }"
+    )
+    colours = np.reshape(pixels, (*weights.shape, 4))[..., :3].astype(float)
+    zero = colours[np.abs(weights) < 0.01 * np.abs(weights).max()].mean(axis=0)
+    strength = np.linalg.norm(colours - zero, axis=2)
+    assert np.argmax(np.where(weights > 0, strength, 0)) == np.argmax(weights)
+    assert np.argmax(np.where(weights < 0, strength, 0)) == np.argmin(weights)
+    positive, negative = (colours[np.unravel_index(i, weights.shape)] for i in (weights.argmax(), weights.argmin()))
+    assert positive[0] > positive[2]
+    assert negative[0] < negative[2]
+
+
+@in_browser
+def test_playback_works_from_the_keyboard_alone(opened: Opened) -> None:
+    keyboard = opened.page.keyboard
+    opened.page.locator("#play").focus()
+    keyboard.press("Tab")
+    keyboard.press("Tab")
+    assert opened.page.evaluate("document.activeElement.id") == "reset"
+    keyboard.press("Enter")
+    assert opened.settle()["step"] == 0
+    keyboard.press("Shift+Tab")
+    for steps in (1, 2):
+        keyboard.press("Space")
+        assert opened.settle()["step"] == steps
+    keyboard.press("Shift+Tab")
+    keyboard.press("Enter")
+    assert opened.text("play") == "Pause"
+    for _ in range(200):
+        if opened.state()["step"] >= 5:
+            break
+        time.sleep(0.02)
+    keyboard.press("Enter")
+    paused = opened.settle()
+    assert paused["step"] >= 5
+    assert not paused["playing"]
+    time.sleep(0.3)
+    assert opened.state() == paused
+
+
+@in_browser
+def test_tab_reaches_every_control_and_each_has_a_name(opened: Opened) -> None:
+    visible = opened.page.locator("button:visible, input:visible, select:visible, summary:visible")
+    reached = set()
+    for _ in range(visible.count() + 3):
+        opened.page.keyboard.press("Tab")
+        reached.add(opened.page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        outline = opened.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none" or opened.page.evaluate("document.activeElement === document.body")
+    assert set(visible.evaluate_all("all => all.map(e => e.id || e.textContent)")) <= reached
+    for slider in opened.page.get_by_role("slider").all():
+        assert slider.evaluate("e => e.labels[0].textContent.length") > 4
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of WCAG 2.1 of two colours written #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@in_browser
+def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path) -> None:
+    papers = []
+    for scheme in ("light", "dark"):
+        opened = Opened(browser, path, color_scheme=scheme)
+        colour = opened.page.evaluate(
+            "names => Object.fromEntries(names.map("
+            "n => [n, getComputedStyle(document.documentElement).getPropertyValue('--' + n)]))",
+            ["paper", "card", "ink", "quiet", "accent", "on-accent", "entropy", "stable", "start", "reference"],
+        )
+        papers.append(colour["paper"])
+        for ground in ("paper", "card"):
+            # WCAG 2.1: 4.5 for text, 3 for what a figure is understood by.
+            assert min(contrast(colour[name], colour[ground]) for name in ("ink", "quiet")) >= 4.5
+            assert min(contrast(colour[n], colour[ground]) for n in ("entropy", "stable", "start", "reference")) >= 3
+        assert contrast(colour["accent"], colour["on-accent"]) >= 4.5
+        matrix = opened.drawn("matrix")
+        opened.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
+        opened.settle()
+        assert opened.drawn("matrix") != matrix
+        opened.context.close()
+    assert papers[0] != papers[1]
+
+
+@in_browser
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, path: Path) -> None:
+    opened = Opened(browser, path, viewport={"width": 400, "height": 800})
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 400
+    boxes = opened.page.locator("canvas, svg.plot, button, input, select, h2").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right, r.width])"
+    )
+    assert len(boxes) > 20
+    assert all(left >= 0 and right <= 400 for left, right, width in boxes if width)
+    opened.context.close()
+
+
+@in_browser
+def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = {"first.weight": (40, 24), "second.weight": (40, 24), "head.weight": (300, 100)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "recipe.yaml").write_text(
+        "optimizer: sgd\nmomentum: 0.0\nlearning_rate: 0.07\nweight_decay: 0.13\nbatch_size: 500\nsteps: 600\n"
+        "schedule: constant\nsequence_length: 1\n",
+        encoding="utf-8",
+    )
+    path = compressor.explore(tmp_path / "page.html", recipe=tmp_path / "model.safetensors")
+    opened = Opened(browser, path)
+    inspection = compressor.inspect(tmp_path / "model.safetensors", epsilon=EPSILON)
+    head = next(each for each in inspection.layers if each.layer.name == "head")
+    rows = opened.page.locator("#layers tr")
+    # The two that are alike share a row, below the largest.
+    assert [row.split("\t")[1].split() for row in rows.all_inner_texts()] == [
+        ["head"],
+        ["first", "and", "1", "like", "it"],
+    ]
+    for words in (
+        f"{head.window.steps:,}",
+        f"{500 * head.window.steps:,}",
+        "vacuous",
+        f"{head.window.forgetting_exponent:.3g}",
+        "300 × 100",
+    ):
+        assert words in rows.first.inner_text()
+    training = opened.state()["training"]
+    assert (training["learning_rate"], training["weight_decay"], training["batch_size"]) == (0.07, 0.13, 64)
+    assert training["surviving_initialisation"] == pytest.approx(math.exp(-head.window.forgetting_exponent))
+    assert "the batch size, 500, is beyond the picture, which shows 64" in opened.text("remarks")
+    rows.nth(1).get_by_role("button").click()
+    assert opened.settle()["training"]["width"] == 24
+    assert opened.errors == []
+    opened.context.close()
