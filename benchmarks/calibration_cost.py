@@ -3,11 +3,11 @@
     python benchmarks/calibration_cost.py [--blocks 2 4 8 16] [--samples 16 32 64 128]
 
 Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5)`, each in a process of its
-own; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256 bytes. What the model takes
-before it is calibrated is measured in the same process and taken off: `beyond_model_bytes` is the peak resident size
-minus that of a process that has loaded the model and run one sample. Without calibration the same plan is timed too,
-and what is reported is the difference. Writes benchmarks/results/calibration_cost.json with straight lines fitted by
-least squares, and prints it.
+own with one thread; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256 bytes. What the
+model takes without being calibrated is measured likewise and taken off: `beyond_model_bytes` is the peak resident size
+minus that of a process that only loads the model and runs one sample, and `seconds` the time minus that of the same
+plan without calibration. Writes benchmarks/results/calibration_cost.json with straight lines fitted by least squares,
+and prints it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from compressor.evaluation.builtin_data import standard_library_text
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "calibration_cost.json"
 TOKENIZER = ROOT / "model_cards" / "stdlib-llama"
-HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, WINDOW = 512, 1408, 8, 2, 256
+HIDDEN, INTERMEDIATE, HEADS, KEY_VALUE_HEADS, WINDOW = 256, 704, 4, 2, 256
 BLOCKS, SAMPLES = (2, 4, 8, 16), (16, 32, 64, 128)
 FIXED_BLOCKS, FIXED_SAMPLES = 4, 32
 KEEP = 0.5
@@ -80,31 +80,36 @@ def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]
     }
 
 
-def measured(scratch: Path, blocks: int, samples: int) -> dict[str, Any]:
-    """All steps for one model and number of samples, each in a fresh process."""
-    folder, text = scratch / f"{blocks}-blocks", scratch / f"{samples}-samples.txt"
+def in_fresh_process(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
+    """One step in a process of its own, with one thread: the time is of the work, not of how many cores are idle."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--step", step, str(folder), str(text), str(samples)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def measured(scratch: Path, blocks: int, sample_counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One model, calibrated with several numbers of samples."""
+    folder = scratch / f"{blocks}-blocks"
     if not folder.exists():
         make_model(folder, blocks)
-    text.write_bytes(standard_library_text("train").encode()[: samples * WINDOW])
-    command = [sys.executable, str(Path(__file__).resolve()), "--step"]
-    found = {}
-    for step in ("load", "plan", "calibrate"):
-        arguments = [*command, step, str(folder), str(text), str(samples)]
-        # One thread: the time is of the work, and not of how many cores are idle.
-        done = subprocess.run(
-            arguments, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ).stdout
-        found[step] = json.loads(done)
-    return {
-        "blocks": blocks,
-        "samples": samples,
-        "model_bytes": (folder / "model.safetensors").stat().st_size,
-        "seconds": round(found["calibrate"]["seconds"] - found["plan"]["seconds"], 2),
-        "peak_bytes": found["calibrate"]["peak_bytes"],
-        "loaded_model_peak_bytes": found["load"]["peak_bytes"],
-        "beyond_model_bytes": found["calibrate"]["peak_bytes"] - found["load"]["peak_bytes"],
-        "beyond_plan_bytes": found["calibrate"]["peak_bytes"] - found["plan"]["peak_bytes"],
-    }
+    loaded, planned = (in_fresh_process(step, folder, scratch / "none", 0) for step in ("load", "plan"))
+    rows = []
+    for samples in sample_counts:
+        text = scratch / f"{samples}-samples.txt"
+        text.write_bytes(standard_library_text("train").encode()[: samples * WINDOW])
+        calibrated = in_fresh_process("calibrate", folder, text, samples)
+        rows.append(
+            {
+                "blocks": blocks,
+                "samples": samples,
+                "model_bytes": (folder / "model.safetensors").stat().st_size,
+                "seconds": round(calibrated["seconds"] - planned["seconds"], 2),
+                "peak_bytes": calibrated["peak_bytes"],
+                "loaded_model_peak_bytes": loaded["peak_bytes"],
+                "beyond_model_bytes": calibrated["peak_bytes"] - loaded["peak_bytes"],
+            }
+        )
+    return rows
 
 
 def line(rows: Sequence[dict[str, Any]], against: str, what: str) -> dict[str, float]:
@@ -127,8 +132,8 @@ def main() -> None:
         return
     scratch = Path(tempfile.mkdtemp())
     try:
-        by_blocks = [measured(scratch, blocks, FIXED_SAMPLES) for blocks in asked.blocks]
-        by_samples = [measured(scratch, FIXED_BLOCKS, samples) for samples in asked.samples]
+        by_blocks = [row for blocks in asked.blocks for row in measured(scratch, blocks, [FIXED_SAMPLES])]
+        by_samples = measured(scratch, FIXED_BLOCKS, asked.samples)
     finally:
         shutil.rmtree(scratch)
     lines = {

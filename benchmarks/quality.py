@@ -75,9 +75,10 @@ from compressor.evaluation import (
     open_data,
 )
 from compressor.evaluation.builtin_data import standard_library_files
-from compressor.factorize import Metric, pivoted_pair, truncated_svd
-from compressor.planning import Budget, LayerPlan
+from compressor.factorize import Metric
+from compressor.planning import Budget, LayerPlan, pair_forms
 from compressor.planning.form import Form, stored_parameters
+from compressor.rewrite import put_layer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -263,7 +264,8 @@ PUBLISHED: dict[str, Method] = {
     "SVD-LLM, sequential, pivoted": published(by_svd_llm_sequential, pivoted=True),
     "MPIFA": published(by_mpifa, pivoted=True),
 }
-PIVOTED = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA")  # for linear layers only
+CONVOLUTIONS_ONLY = ("ours with channel pairs",)
+LINEAR_ONLY = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA", "SVD-LLM at our ranks")
 
 
 # Ours, and ours with a part switched off.
@@ -304,9 +306,14 @@ def of_inputs_only(inputs: Tensor, gradients: Tensor, mean: Tensor | None = None
     return Metric(inputs, torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device), mean)
 
 
-def not_compensated(calibration: Calibration, layers: Sequence[LayerPlan], *_: Any, **__: Any) -> Compensated:
-    """Every layer truncated by itself, in place of compensation."""
-    return uncompensated(calibration, layers)
+def without_spatial_pairs(layer: Layer) -> tuple[Form, ...]:
+    """The forms that a layer may take but for the spatial pair of a convolution."""
+    return tuple(form for form in pair_forms(layer) if form != "spatial")
+
+
+def not_compensated(calibration: Calibration, planned: Sequence[LayerPlan], *_: Any, **__: Any) -> Compensated:
+    """In place of compensation: every layer truncated by itself."""
+    return uncompensated(calibration, planned)
 
 
 def at_published_ranks(cell: Cell) -> Compressed:
@@ -330,40 +337,39 @@ def at_published_ranks(cell: Cell) -> Compressed:
 
 
 def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
-    """The published metric with the ranks that `compress` chooses, stored as it stores them."""
-    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, dry_run=True).plan
-    plans = {layer.name: layer for layer in chosen.layers}
-    ranks = {name: layer.rank for name, layer in plans.items() if layer.rank is not None}
+    """The published metric with the ranks that `compress` chooses, in the linear layers; the others are as ours."""
+    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed)
+    assert chosen.model is not None
+    ranks = {
+        layer.name: layer.rank for layer in chosen.plan.layers if layer.kind == "linear" and layer.rank is not None
+    }
     modules = {name: cell.model.get_submodule(name) for name in ranks}
     moments, _ = input_statistics(cell.model, modules, cell.batches)
-    stored: dict[str, tuple[Tensor, int]] = {}
     for name, matrix in svd_llm(matrices(modules), ranks, moments).items():
-        pair = truncated_svd(matrix, ranks[name])
-        if plans[name].form == "pivoted":
-            pivoted = pivoted_pair(pair)
-            stored[name] = (pivoted.product(), _numbers((pivoted.up, pivoted.down, pivoted.order)))
-        else:
-            stored[name] = (pair.product(), _numbers((pair.up, pair.down)))
-    return replaced(cell, stored)
+        dense = copy.deepcopy(modules[name])
+        set_matrix(dense, product(factors(matrix, ranks[name])))
+        put_layer(chosen.model, name, dense)
+    return Compressed(chosen.model, chosen.plan.eligible_after)
 
 
 # Every part of ours has one entry here that switches it off.
 OURS: dict[str, Method] = {
     "ours": ours,
-    "ours, refined": partial(ours, refine=True),
     "ours without the gradients' moment": partial(
         ours, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
+    ),
+    "ours with one allocation (p = 1)": partial(
+        ours, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
     ),
     "ours without compensation": partial(
         ours, constants={"compressor.calibrated_planning.compensate": not_compensated}
     ),
     "ours without stages": partial(ours, constants={"compressor.calibrated_planning.STAGES": 0}),
-    "ours with one allocation (p = 1)": partial(
-        ours, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
-    ),
     "ours at the published ranks": at_published_ranks,
     "ours with plain pairs": partial(ours, form="plain"),
+    "ours with channel pairs": partial(ours, constants={"compressor.inspection.pair_forms": without_spatial_pairs}),
     "ours without data": partial(ours, calibration=None),
+    "ours, refined": partial(ours, refine=True),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,
 }
 METHODS = PUBLISHED | OURS
@@ -515,7 +521,7 @@ def compare_at(name: str, condition: str, seed: int, keep: float, methods: Seque
     one_rank = max(sum(layer.shape) for layer in given.layers) / eligible
     rows = []
     for method in methods:
-        if method in PIVOTED and not cell.pivotable:
+        if method in (CONVOLUTIONS_ONLY if cell.pivotable else LINEAR_ONLY):
             continue
         small = METHODS[method](cell)
         kept = small.stored / eligible
