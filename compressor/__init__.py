@@ -15,6 +15,7 @@ from compressor.registration import register
 if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
     from compressor.evaluation import Evaluation
+    from compressor.measure import MemoryWindow, memory_window
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
@@ -25,12 +26,14 @@ _HOME = {
     "Compression": "results",
     "Evaluation": "evaluation",
     "Inspection": "results",
+    "MemoryWindow": "measure",
     "Plan": "planning",
     "Restoration": "results",
     "TrainingRecipe": "recipe",
     "compress": "pipeline",
     "evaluate": "pipeline",
     "inspect": "pipeline",
+    "memory_window": "measure",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
     "restore": "pipeline",
@@ -43,6 +46,7 @@ __all__ = [
     "CompressorError",
     "Evaluation",
     "Inspection",
+    "MemoryWindow",
     "Plan",
     "QualityGateNotMet",
     "Restoration",
@@ -50,6 +54,7 @@ __all__ = [
     "compress",
     "evaluate",
     "inspect",
+    "memory_window",
     "open_checkpoint",
     "plan",
     "restore",
