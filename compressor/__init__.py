@@ -14,6 +14,7 @@ from compressor.registration import register
 
 if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
+    from compressor.diagnosis import Diagnosis, diagnose
     from compressor.evaluation import Evaluation
     from compressor.measure import MemoryWindow, memory_window
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Checkpoint": "checkpoint",
     "Compression": "results",
+    "Diagnosis": "diagnosis",
     "Evaluation": "evaluation",
     "Inspection": "results",
     "MemoryWindow": "measure",
@@ -31,6 +33,7 @@ _HOME = {
     "Restoration": "results",
     "TrainingRecipe": "recipe",
     "compress": "pipeline",
+    "diagnose": "diagnosis",
     "evaluate": "pipeline",
     "inspect": "pipeline",
     "memory_window": "measure",
@@ -44,6 +47,7 @@ __all__ = [
     "Checkpoint",
     "Compression",
     "CompressorError",
+    "Diagnosis",
     "Evaluation",
     "Inspection",
     "MemoryWindow",
@@ -52,6 +56,7 @@ __all__ = [
     "Restoration",
     "TrainingRecipe",
     "compress",
+    "diagnose",
     "evaluate",
     "inspect",
     "memory_window",
