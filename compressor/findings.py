@@ -89,7 +89,7 @@ def _collapse(layers: Sequence[DiagnosedLayer], predictions: Predictions | None)
     low = [each for each in layers if _rank_share(each) < LOW_RANK]
     score = f"{predictions.metric} {predictions.value:.3g} is no better than chance ({predictions.chance:.3g})"
     if not low:
-        advice = "Check that data, labels and preprocessing are those of the training, or train the model."
+        advice = "Check that data and preprocessing are those of the training: if so, it failed or was not done."
         return Finding("collapse", f"The {score}.", advice, warning=True)
     return Finding(
         "collapse",

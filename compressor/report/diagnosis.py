@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -114,7 +113,8 @@ def _gradients(diagnosis: Diagnosis) -> RenderableType:
 
 def _series(series: RankSeries) -> RenderableType:
     count = len(series.steps)
-    shown = np.unique(np.linspace(0, count - 1, min(count, MOST_COLUMNS)).round().astype(int)).tolist()
+    columns = min(count, MOST_COLUMNS)
+    shown = [round(column * (count - 1) / (columns - 1)) for column in range(columns)]
     headers = ("step", *(compact(series.steps[index]) for index in shown))
     names = shortened_apart([one_line(layer.name) for layer in series.layers], NAME_WIDTH)
     rows = tuple(

@@ -121,8 +121,8 @@ def test_cosine_and_ratio_are_what_they_are_called() -> None:
     weight, gradient = starts((3, 4), (3, 4))
     found = stationarity(weight, gradient, OPTIMIZERS["plain"], scale_invariant=False)
     cosine = nn.functional.cosine_similarity(weight.flatten(), -gradient.flatten(), dim=0)
-    assert found.cosine == pytest.approx(float(cosine))
-    assert found.ratio == pytest.approx(float(gradient.norm() / weight.norm()) / DECAY)
+    assert found.cosine == pytest.approx(cosine.item())
+    assert found.ratio == pytest.approx((gradient.norm() / weight.norm()).item() / DECAY)
     assert found.gradient_norm == pytest.approx(float(gradient.detach().norm()))
     zero = stationarity(weight, torch.zeros(3, 4), OPTIMIZERS["plain"], scale_invariant=False)
     assert (zero.cosine, zero.ratio, zero.gradient_norm) == (None, None, 0.0)
@@ -163,7 +163,7 @@ def test_degree_zero_means_an_orthogonal_gradient() -> None:
     weight = network.get_parameter("0.weight")
     (gradient,) = torch.autograd.grad((network(inputs) - targets).square().mean(), weight)
     cosine = nn.functional.cosine_similarity(weight.flatten(), gradient.flatten(), dim=0)
-    assert abs(float(cosine)) < 1e-4
+    assert abs(cosine.item()) < 1e-4
     found = stationarity(weight, gradient, OPTIMIZERS["plain"], scale_invariant=True)
     assert (found.cosine, found.ratio) == (None, None)
     assert "scale-invariant" in found.reason
@@ -228,8 +228,8 @@ def balance_after(rate: float, time: float) -> tuple[float, float]:
 def test_gap_is_that_of_gradient_flow_as_steps_shrink() -> None:
     """The error of descent against flow is of first order: it halves with the step."""
     errors = []
-    for rate in (0.004, 0.002):
-        measured, predicted = balance_after(rate, time=4)
+    for rate in (0.001, 0.0005):
+        measured, predicted = balance_after(rate, time=1)
         errors.append(abs(measured - predicted))
         assert errors[-1] < 0.05 * predicted
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.1)
@@ -237,7 +237,7 @@ def test_gap_is_that_of_gradient_flow_as_steps_shrink() -> None:
 
 def test_norms_are_equal_at_a_stationary_point() -> None:
     weights = starts((5, 4), (6, 5), (3, 6), scale=0.4)
-    descend(weights, 0.1, 2000)
+    descend(weights, 0.1, 4000)
     for weight, gradient in zip(weights, gradients(weights), strict=True):
         assert stationarity(weight, gradient, OPTIMIZERS["plain"], scale_invariant=False).ratio == pytest.approx(1)
     norms = [float(weight.detach().norm()) for weight in weights]
