@@ -142,9 +142,11 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
     windows = [(each, each.inspected.window) for each in layers]
     binding = [each for each, window in windows if window is not None and window.vacuous is False]
     if binding:
+        residuals = [window.residual for _, window in windows if window is not None and window.residual is not None]
+        left = f", but for up to {max(residuals):.0%} of a matrix's norm" if residuals else ""
         return Finding(
             "memory window",
-            f"The hyperparameters bound the rank of {_of(binding, layers)} below the full one.",
+            f"The hyperparameters bound the rank of {_of(binding, layers)} below the full one{left}.",
             "Take the bound as an upper limit; the measured ranks are usually far lower.",
             _names(binding),
         )

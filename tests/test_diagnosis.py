@@ -298,6 +298,10 @@ def test_an_earlier_checkpoint_tells_what_the_window_leaves_out(run: Path) -> No
         norms = found.series.layers[index].norms
         assert window.norm_ratio == pytest.approx(norms[3] / norms[4])
         assert window.residual == pytest.approx(0.1 * norms[3] / norms[4])
+    # Ranks are bounded only where a batch is small.
+    small = replace(recipe, batch_size=1, learning_rate=5.0)
+    found = diagnose(run / "step-200.safetensors", series=run, recipe=small, device="cpu")
+    assert "of a matrix's norm" in subjects(found)["memory window"]
 
 
 def test_series_that_cannot_be_used(run: Path, tmp_path: Path) -> None:
