@@ -254,7 +254,7 @@ def _on_data(
         examples = len(next(iter(batch.inputs.values())))
         with counted_positions(model) as positions, _last_output_noted(modules) as last:
             logits = logits_of(model, batch.inputs)
-        with batch_statistics(model, examples):
+        with _batch_statistics(model, examples):
             degrees = {
                 name: scaling_degree(weight, lambda: logits_of(model, batch.inputs)) for name, weight in weights.items()
             }
@@ -280,7 +280,7 @@ def _gradients(
     """
     sums: dict[str, Tensor | None] = dict.fromkeys(weights)
     counts = torch.zeros(0, dtype=torch.int64)
-    with torch.enable_grad(), only_gradients_of(model, list(weights.values())):
+    with torch.enable_grad(), _only_gradients_of(model, list(weights.values())):
         for done, batch in enumerate(data, start=1):
             logits = logits_of(model, batch.inputs)
             if data.task == "language-modeling":
@@ -311,7 +311,7 @@ def _gradients(
 
 
 @contextmanager
-def only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+def _only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
     """Let gradients reach these of a model's parameters and no others."""
     wanted = {id(weight) for weight in weights}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -325,7 +325,7 @@ def only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[N
 
 
 @contextmanager
-def batch_statistics(model: nn.Module, examples: int) -> Iterator[None]:
+def _batch_statistics(model: nn.Module, examples: int) -> Iterator[None]:
     """Normalise by the batch's statistics, as in training, where there are several examples; change none that are kept.
 
     With the kept ones a matrix before batch normalisation is not scale-invariant, and in training it was.

@@ -208,6 +208,26 @@ def test_last_layer_of_a_classifier_is_capped_by_its_classes(data: Path) -> None
     assert without.layers[-1].inspected.window.vacuous is True
 
 
+def test_language_model_is_diagnosed_on_its_next_tokens(data: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=11, max_position_embeddings=8, **sizes)).double().eval()
+    windows = torch.randint(11, (40, 8), generator=torch.Generator().manual_seed(1))
+    np.savez(data, input_ids=windows.numpy())
+    found = diagnose(model, data=data, recipe=replace(RECIPE, sequence_length=8), device="cpu")
+    assert found.predictions is not None
+    assert (found.predictions.metric, found.predictions.chance, found.predictions.count) == ("perplexity", 11, 40 * 7)
+    loss = model(input_ids=windows, labels=windows).loss
+    assert found.predictions.loss == pytest.approx(loss.item())
+    for layer in found.layers:
+        (gradient,) = torch.autograd.grad(loss, model.get_submodule(layer.name).weight, retain_graph=True)
+        assert layer.stationarity is not None
+        assert layer.stationarity.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+        assert layer.inspected.uses == 8
+
+
 def test_uses_are_counted_on_the_data(data: Path) -> None:
     """A matrix that every example uses twice, and an expert to which a quarter of the examples goes."""
 
