@@ -42,6 +42,8 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
+[cyan]compress diagnose MODEL[/cyan]  what training forgot, how near a stationary point it ended, what collapsed
+
 [cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
 
 [cyan]compress explore[/cyan]         a page that plays how SGD writes a matrix and weight decay forgets it
@@ -393,6 +395,79 @@ def restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)
+
+
+@subcommands.command("diagnose", cls=_Command, epilog=EXIT_STATUSES)
+@options.with_training_flags
+def diagnose(
+    model: options.Model,
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="What the model was trained on, to compare weights with the gradient of the loss: text, jsonl, csv, "
+            "npz or safetensors file, image folder, builtin:digits, builtin:stdlib.",
+            show_default=False,
+        ),
+    ] = None,
+    data_samples: options.DataSamples = None,
+    series: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            parser=options.given("--series"),
+            help="Checkpoints of the same run, files or folders whose names end in their step: how ranks evolved.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.svg",
+            parser=options.given("--output"),
+            help="Draw how ranks evolved over --series, as .svg or .png.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe_file: options.RecipeFile = None,
+    recipe: TrainingRecipe | None = None,
+    factory: options.Factory = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find out what training did to a model: what it forgot, how near a stationary point it ended, what collapsed."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import diagnosis
+        from compressor.errors import BadInput
+        from compressor.report import check_figure_path, diagnosis_text, write_rank_figure
+
+        if output is not None:
+            if series is None:
+                raise BadInput("--output is for the figure of --series", remedy="give --series DIR, or leave it out")
+            check_figure_path(output, source=Path(model), overwrite=overwrite)
+        found = diagnosis.diagnose(
+            model,
+            data=data,
+            data_samples=data_samples,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            factory=factory,
+            series=series,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            device=device,
+            progress=progress,
+        )
+        if output is not None and found.series is not None:
+            write_rank_figure(found.series, output)
+    _show(found.to_dict(), diagnosis_text(found, figure=output), json=json, written=output)
 
 
 @subcommands.command("explore", cls=_Command, epilog=EXIT_STATUSES)

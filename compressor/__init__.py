@@ -14,8 +14,10 @@ from compressor.registration import register
 
 if TYPE_CHECKING:
     from compressor.checkpoint import Checkpoint, open_checkpoint
+    from compressor.diagnosis import Diagnosis, diagnose
     from compressor.evaluation import Evaluation
     from compressor.exploration import explore
+    from compressor.measure import MemoryWindow, memory_window
     from compressor.merging import Merging, merge
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
     from compressor.planning import Plan
@@ -25,17 +27,21 @@ if TYPE_CHECKING:
 _HOME = {
     "Checkpoint": "checkpoint",
     "Compression": "results",
+    "Diagnosis": "diagnosis",
     "Evaluation": "evaluation",
     "Inspection": "results",
     "Merging": "merging",
+    "MemoryWindow": "measure",
     "Plan": "planning",
     "Restoration": "results",
     "TrainingRecipe": "recipe",
     "compress": "pipeline",
+    "diagnose": "diagnosis",
     "evaluate": "pipeline",
     "explore": "exploration",
     "inspect": "pipeline",
     "merge": "merging",
+    "memory_window": "measure",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
     "restore": "pipeline",
@@ -46,17 +52,21 @@ __all__ = [
     "Checkpoint",
     "Compression",
     "CompressorError",
+    "Diagnosis",
     "Evaluation",
     "Inspection",
+    "MemoryWindow",
     "Merging",
     "Plan",
     "QualityGateNotMet",
     "Restoration",
     "TrainingRecipe",
     "compress",
+    "diagnose",
     "evaluate",
     "explore",
     "inspect",
+    "memory_window",
     "merge",
     "open_checkpoint",
     "plan",

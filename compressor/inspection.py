@@ -42,14 +42,14 @@ def inspect_layers(
         values = singular_values(as_matrix(layer, weight))
         spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
         del weight
-        decayed = recipe.decays(layer.tensor) is not False
+        of_layer = recipe.of_parameter(layer.tensor)
         inspected[layer.name] = InspectedLayer(
             layer=layer,
             uses=uses[layer.name],
             ranks=effective_ranks(values),
-            window=memory_window(recipe, shape=layer.shape, uses=uses[layer.name], decayed=decayed, epsilon=epsilon),
+            window=memory_window(of_layer, layer.shape, uses[layer.name], epsilon=epsilon),
             initialisation=surviving_initialisation(
-                recipe, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton), decayed=decayed
+                of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton)
             ),
             singular_values=tuple(values.tolist()),
             spatial_values=None if spatial is None else tuple(spatial.tolist()),

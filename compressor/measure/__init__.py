@@ -16,23 +16,40 @@ from compressor.measure.fresh_weights import initial_standard_deviation
 from compressor.measure.initialisation import SurvivingInitialisation, surviving_initialisation
 from compressor.measure.memory_window import MemoryWindow, memory_window
 from compressor.measure.spectrum import singular_values
-from compressor.measure.uses import uses_per_example
+from compressor.measure.stationarity import (
+    NormBalance,
+    Stationarity,
+    TrainedNorm,
+    norm_balance,
+    scaling_degree,
+    stationarity,
+    stationary_penalty,
+)
+from compressor.measure.uses import counted_positions, uses_per_example
 
 __all__ = [
     "EffectiveRanks",
     "MemoryWindow",
+    "NormBalance",
     "Spectrum",
+    "Stationarity",
     "SurvivingInitialisation",
+    "TrainedNorm",
+    "counted_positions",
     "effective_ranks",
     "energy_rank",
     "entropy_rank",
     "frobenius_rank",
     "initial_standard_deviation",
     "memory_window",
+    "norm_balance",
     "numerical_rank",
     "participation_ratio",
+    "scaling_degree",
     "singular_values",
     "stable_rank",
+    "stationarity",
+    "stationary_penalty",
     "surviving_initialisation",
     "truncation_errors",
     "uses_per_example",

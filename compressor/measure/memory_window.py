@@ -28,6 +28,8 @@ from compressor.recipe import TrainingRecipe
 
 _CHUNK = 65536
 _MOST_DOUBLINGS = 50
+_NORM_RATIO_ALLOWED = 2.0
+_PRECONDITIONERS = frozenset({"adafactor", "shampoo"})
 _NO_CONTRACTION = "weight decay this strong does not contract the weights"
 
 
@@ -41,6 +43,11 @@ class MemoryWindow:
     `rank_bound`: B*R*n, which bounds the rank of all of W but `epsilon`; None if no bound holds.
     `vacuous`: whether the bound says no more than the shape does; None without a bound.
     `reason`: why something is None, or why the bound is vacuous; empty if there is nothing to explain.
+    `learned_rank_bound`: B*R*T, which bounds the rank of what the whole training added, W_T - p_T W_0; None if
+    unknown. `norm_ratio`: ||W_{T-n}|| / ||W_T||, if it was given. `residual`: what the bound leaves out, relative to
+    the final weights, `epsilon` times that ratio; None without it. `collapsing`: whether the ratio is above 2, which is
+    what the factor 2 in the bound of Galanti et al. (Theorem 3.3) allows for: the weights then shrink faster than
+    gradients refill them, and the bound says little about what is left; None without the ratio.
     """
 
     steps: int | None
@@ -50,6 +57,10 @@ class MemoryWindow:
     vacuous: bool | None
     reason: str
     epsilon: float
+    learned_rank_bound: int | None = None
+    norm_ratio: float | None = None
+    residual: float | None = None
+    collapsing: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, in the types of JSON."""
@@ -69,29 +80,47 @@ class Retention:
 
 def memory_window(
     recipe: TrainingRecipe,
-    *,
     shape: tuple[int, int],
     uses: int | None,
+    *,
     decayed: bool = True,
     epsilon: float = 0.1,
+    gradient_span: int | None = None,
+    norm_ratio: float | None = None,
 ) -> MemoryWindow:
     """The steps in which all but `epsilon` of a weight matrix was written, and the bound on its rank.
 
-    `shape` is (d_out, d_in); `uses` is R, None if unknown; `decayed`: whether the matrix gets weight decay.
+    `shape` is (d_out, d_in). `uses` is R, how often one example uses the matrix, None if unknown: 1 for a dense layer
+    on vectors, the output positions of a convolution, the patches or the tokens (without padding) of a transformer's
+    projection, for an expert the tokens routed to it. With gradient accumulation and several processes B is the
+    examples of all of them together. `decayed`: whether the matrix gets weight decay.
+
     n is the smallest n with |p_n| + |q_n| / lr <= epsilon (module docstring; lr is the peak): what is left of
     the state n steps before the end is then at most epsilon times the larger of ||W|| and lr * ||b|| there,
     so the unknown momentum buffer is allowed one step as large as the weights. Without momentum q_n = 0 and
-    the residual is p_n * W_{T-n}: relative to the final weights it is larger if the norm has been falling.
+    the residual is p_n * W_{T-n}: relative to the final weights it is larger if the norm has been falling, by
+    `norm_ratio`, ||W_{T-n}|| / ||W_T||, which an earlier checkpoint tells.
 
     The last n steps of SGD wrote a matrix of rank at most B*R*n, with momentum too, since the gradients from
     before the window are in b. Adaptive optimizers with decoupled weight decay have the window (p_n as
     without momentum), but their updates are not of low rank; with weight decay in the gradient they have
     none, since each entry forgets at its own rate. If n exceeds T, only W_T - p_T W_0 has rank at most B*R*T.
 
-    Raises `BadInput` for an epsilon outside (0, 1).
+    `gradient_span` caps both bounds: the dimension of a space that the rows, or the columns, of all gradients are in,
+    where there is one that is known. For the last layer of a classifier of C classes under softmax cross-entropy it is
+    C - 1 (the gradients at its outputs sum to zero); for the first layer, if the same N training inputs are seen
+    without augmentation, N * R (its gradients are combinations of them). For hidden layers there is none: their inputs
+    are others at every visit.
+
+    Raises `BadInput` for an epsilon outside (0, 1) and for sizes or a ratio that are not positive.
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon = {epsilon!r} is not between 0 and 1", remedy="pass a number such as 0.1")
+    if min(shape) < 1 or (uses is not None and uses < 1) or (gradient_span is not None and gradient_span < 0):
+        sizes = f"shape {shape}, uses {uses}, gradient_span {gradient_span}"
+        raise BadInput(f"no matrix has {sizes}", remedy="pass positive numbers, or None for what is unknown")
+    if norm_ratio is not None and not 0 < norm_ratio < math.inf:
+        raise BadInput(f"norm_ratio = {norm_ratio!r} is no ratio of norms", remedy="pass a positive number, or None")
     exponent, _ = forgetting_exponent(recipe, decayed=decayed)
     if _forgets(recipe, decayed):
         steps, exceeds, reason = _window(recipe, epsilon)
@@ -102,19 +131,54 @@ def memory_window(
             "no window: without weight decay, or at a learning rate of 0, nothing is forgotten",
         )
     bound, vacuous = None, None
+    learned = _rank_written(recipe, uses, recipe.total_steps, gradient_span)
     if steps is not None and not reason:
-        if recipe.family != "sgd":
-            reason = f"no rank bound: updates of {recipe.optimizer} are not of low rank"
-        elif recipe.batch_size is None:
-            reason = "no rank bound: the batch size is unknown"
-        elif uses is None:
-            reason = "no rank bound: uses per example are unknown (--sequence-length, 1 for vectors)"
-        else:
-            bound = recipe.batch_size * uses * steps
+        bound = _rank_written(recipe, uses, steps, gradient_span)
+        if bound is not None:
             vacuous = bound >= min(shape)
             if vacuous:
                 reason = f"the bound is vacuous: {bound} is not below the full rank, {min(shape)}"
-    return MemoryWindow(steps, exceeds, exponent, bound, vacuous, reason, epsilon)
+        else:
+            reason = f"no rank bound: {_why_unbounded(recipe)}"
+    elif exceeds and exponent is not None and learned is not None and learned < min(shape):
+        left = f"{math.exp(-exponent):.3g}"
+        reason += f", and only what training added, the weights less {left} of the start, has rank at most {learned}"
+    known = steps is not None and norm_ratio is not None
+    return MemoryWindow(
+        steps,
+        exceeds,
+        exponent,
+        bound,
+        vacuous,
+        reason,
+        epsilon,
+        learned_rank_bound=learned,
+        norm_ratio=norm_ratio if known else None,
+        residual=epsilon * norm_ratio if known and norm_ratio is not None else None,
+        collapsing=norm_ratio > _NORM_RATIO_ALLOWED if known and norm_ratio is not None else None,
+    )
+
+
+def _why_unbounded(recipe: TrainingRecipe) -> str:
+    if recipe.optimizer in _PRECONDITIONERS:
+        # Scaling a matrix from the left and the right keeps its rank; averages of such updates do not.
+        return f"{recipe.optimizer} keeps a gradient's rank only without momentum, and not for every layer"
+    if recipe.family != "sgd":
+        return f"updates of {recipe.optimizer} are not of low rank"
+    if recipe.batch_size is None:
+        return "the batch size is unknown"
+    return "uses per example are unknown (--sequence-length, 1 for vectors)"
+
+
+def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, span: int | None) -> int | None:
+    """The largest rank that so many steps can have written; None if no bound is known."""
+    if recipe.family != "sgd":
+        return None
+    factors = (recipe.batch_size, uses, steps)
+    bounds = [span] if span is not None else []
+    if None not in factors:
+        bounds.append(math.prod(factor for factor in factors if factor is not None))
+    return min(bounds, default=None)
 
 
 def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tuple[float | None, str]:

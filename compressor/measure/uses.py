@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ def uses_per_example(
     }
 
 
-def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
-    config: Any = getattr(module, "config", None)
-    size = _image_size(config, folder)
-    if size is None:
-        return {}
+@contextmanager
+def counted_positions(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Count the positions at which every layer with a matrix is applied while the block runs, by module name.
+
+    They are those of all examples together. An expert's are the tokens that were routed to it.
+    """
     positions: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -45,16 +48,26 @@ def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
         return hook
 
     hooks = [layer.register_forward_hook(count(name)) for name, layer in module.named_modules() if name]
+    try:
+        yield positions
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
+    config: Any = getattr(module, "config", None)
+    size = _image_size(config, folder)
+    if size is None:
+        return {}
     training = module.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), counted_positions(module) as positions:
             module.eval()(pixel_values=torch.empty(1, config.num_channels, *size, device="meta"))
     except Exception:  # an architecture that does not run on the meta device: its uses stay unknown
         return {}
     finally:
         module.train(training)
-        for hook in hooks:
-            hook.remove()
     return positions
 
 

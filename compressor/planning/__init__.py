@@ -1,6 +1,6 @@
 """Stage 4: a budget becomes a rank for every layer, and why."""
 
-from compressor.planning.budget import SAFE_TOLERANCE, Budget, requested_budget
+from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
 from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
 from compressor.planning.form import pair_forms
@@ -17,6 +17,7 @@ from compressor.planning.plan import (
 )
 
 __all__ = [
+    "LARGEST_SHARE",
     "MOST_TRIALS",
     "SAFE_TOLERANCE",
     "Budget",

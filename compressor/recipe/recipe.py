@@ -6,7 +6,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any, Literal
@@ -74,8 +74,9 @@ class TrainingRecipe:
     that the schedule was laid out for, where training stopped before its end. `step_milestones` (steps) and
     `step_factor` are those of `torch.optim.lr_scheduler.MultiStepLR`. `sequence_length` is the positions per
     example at which a linear layer is applied, 1 for vectors. `undecayed` holds globs of the names of
-    parameters without weight decay. `base_model` names the model whose weights training started from. `sources` says
-    for each field where it was read; two recipes that differ in nothing else are equal.
+    parameters without weight decay, `group_weight_decay` pairs of a glob and the weight decay of the parameters that
+    it matches (a mapping is taken too), the first match counting. `base_model` names the model whose weights training
+    started from. `sources` says for each field where it was read; two recipes that differ in nothing else are equal.
 
     Raises `BadInput` for numbers that no training run can have.
     """
@@ -98,6 +99,7 @@ class TrainingRecipe:
     dataset_size: int | None = None
     sequence_length: int | None = None
     undecayed: tuple[str, ...] | None = None
+    group_weight_decay: tuple[tuple[str, float], ...] | None = None
     base_model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -126,6 +128,7 @@ class TrainingRecipe:
             self._set("warmup_steps", warmup)
         self._set("step_milestones", self._milestones())
         self._set("undecayed", self._globs())
+        self._set("group_weight_decay", self._groups())
         self._name_optimizer()
         if self.schedule is not None:
             name = "_".join(self.schedule.lower().replace("-", " ").split())
@@ -179,6 +182,20 @@ class TrainingRecipe:
         if not isinstance(given, list | tuple) or not all(isinstance(glob, str) for glob in given):
             raise self._bad("undecayed", "is not a list of names")
         return tuple(given)
+
+    def _groups(self) -> tuple[tuple[str, float], ...] | None:
+        given = self.group_weight_decay
+        if given is None:
+            return None
+        pairs = list(given.items()) if isinstance(given, Mapping) else given
+        if not isinstance(pairs, list | tuple) or not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+        ):
+            raise self._bad("group_weight_decay", "is not a mapping of names to numbers")
+        groups = tuple((glob, self._real("group_weight_decay", decay)) for glob, decay in pairs)
+        if any(decay < 0 for _, decay in groups):
+            raise self._bad("group_weight_decay", "must be at least 0")
+        return groups
 
     def _name_optimizer(self) -> None:
         if self.optimizer is None:
@@ -291,17 +308,32 @@ class TrainingRecipe:
 
     def decays(self, name: str) -> bool | None:
         """Whether the parameter called `name` gets weight decay; None if that is unknown."""
-        if self.weight_decay == 0:
+        decay = self.weight_decay_of(name)
+        if decay == 0:
             return False
-        if self.undecayed is None:
-            return None
-        return not any(fnmatchcase(name.lower(), glob.lower()) for glob in self.undecayed)
+        return None if self.undecayed is None and not self._in_a_group(name) else True
+
+    def weight_decay_of(self, name: str) -> float | None:
+        """The weight decay of the parameter called `name`: its group's, or that of all; None if unknown."""
+        if any(fnmatchcase(name.lower(), glob.lower()) for glob in self.undecayed or ()):
+            return 0.0
+        return self._in_a_group(name)[0] if self._in_a_group(name) else self.weight_decay
+
+    def of_parameter(self, name: str) -> TrainingRecipe:
+        """The recipe as it was for the parameter called `name`, its weight decay that of all."""
+        return replace(self, weight_decay=self.weight_decay_of(name), undecayed=None, group_weight_decay=None)
+
+    def _in_a_group(self, name: str) -> list[float]:
+        """The weight decays of the groups that a parameter is in; the first counts."""
+        return [decay for glob, decay in self.group_weight_decay or () if fnmatchcase(name.lower(), glob.lower())]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, in the types of JSON; unknown ones are None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         for name in ("step_milestones", "undecayed"):
             values[name] = None if values[name] is None else list(values[name])
+        if self.group_weight_decay is not None:
+            values["group_weight_decay"] = dict(self.group_weight_decay)
         return {**values, "sources": dict(self.sources)}
 
     @classmethod
@@ -350,6 +382,9 @@ def _typed(name: str, value: object) -> object:
     if name in ("step_milestones", "undecayed"):
         parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
         return parts if name == "undecayed" else [_typed("steps", part) for part in parts]
+    if name == "group_weight_decay":
+        pairs = [part.rpartition(":") for part in text.strip("{}").split(",") if part.strip()]
+        return {glob.strip(): _typed("weight_decay", decay) for glob, _, decay in pairs}
     try:
         return float(text)
     except ValueError:

@@ -1,0 +1,136 @@
+"""A diagnosis as text for a terminal or a log, in 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from compressor.report.text import LayerTable, _facts, _number, _recipe_facts, _share, _spaced, _title
+from compressor.report.wording import compact, one_line, quality_words, shape_of, shortened_apart
+
+if TYPE_CHECKING:
+    from compressor.diagnosis import Diagnosis
+    from compressor.rank_series import RankSeries
+
+# The table of a series fits into 80 columns: so many checkpoints of five characters, and a name beside them.
+MOST_COLUMNS, NAME_WIDTH = 7, 30
+
+
+def diagnosis_text(diagnosis: Diagnosis, *, figure: Path | None = None) -> RenderableType:
+    """What was found, a sentence and its advice each, and the numbers behind it, layer by layer."""
+    parts: list[RenderableType] = [_facts(("model", diagnosis.source), *_trained(diagnosis)), _layers(diagnosis)]
+    if diagnosis.predictions is not None:
+        parts.append(_gradients(diagnosis))
+    if diagnosis.series is not None:
+        parts.append(_series(diagnosis.series))
+    parts.append(_findings(diagnosis))
+    if figure is not None:
+        parts.append(_facts(("output", str(figure))))
+    return _spaced(parts)
+
+
+def _trained(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
+    yield from _recipe_facts(diagnosis.recipe)
+    if (found := diagnosis.predictions) is not None:
+        chance = quality_words(found.metric, found.chance)
+        score = f"{found.metric} {quality_words(found.metric, found.value)} (chance: {chance}), loss {found.loss:.3g}"
+        yield "data", f"{found.data}: {found.count:,} predictions, {score}"
+
+
+def _layers(diagnosis: Diagnosis) -> RenderableType:
+    headers = (
+        "layer",
+        "shape",
+        "Frobe-\nnius",
+        "en-\ntropy",
+        "norm",
+        "K",
+        "start\nleft",
+        "of its\nenergy",
+        "rank\nbound",
+    )
+    rows = []
+    for layer in diagnosis.layers:
+        ranks, window, start = layer.inspected.ranks, layer.inspected.window, layer.inspected.initialisation
+        exponent = window.forgetting_exponent if window else None
+        bound = window.rank_bound if window else None
+        rows.append(
+            (
+                one_line(layer.name),
+                shape_of(layer.inspected.layer.shape),
+                _number(ranks.frobenius if ranks else None),
+                f"{ranks.entropy:.1f}" if ranks else "-",
+                f"{layer.norm:.3g}",
+                "-" if exponent is None else f"{exponent:.3g}",
+                "-" if start is None or start.share is None else _share(start.share),
+                "-" if layer.start_energy is None else _share(layer.start_energy),
+                "-" if bound is None else compact(bound) + ("*" if window and window.vacuous else ""),
+            )
+        )
+    vacuous = any(row[-1].endswith("*") for row in rows)
+    notes = _facts(
+        ("Frobenius", "least rank with a relative error of at most 0.1; entropy: Roy and Vetterli (2007)"),
+        ("K", "exp(-K) of the initialisation is left ('start left'), and makes up so much of the squared norm"),
+        ("rank bound", "of the memory window" + (": * is vacuous, not below the full rank" if vacuous else "")),
+    )
+    return Group(_title("Memory and ranks"), LayerTable(headers, tuple(rows)), Text(), notes)
+
+
+def _gradients(diagnosis: Diagnosis) -> RenderableType:
+    reasons: list[str] = []
+    rows: list[tuple[str, ...]] = []
+    for layer in diagnosis.layers:
+        found = layer.stationarity
+        why = found.reason if found is not None else "no gradient reached it"
+        if why and why not in reasons:
+            reasons.append(why)
+        cosine, ratio = (None, None) if found is None else (found.cosine, found.ratio)
+        rows.append(
+            (
+                one_line(layer.name),
+                "-" if layer.scaling_degree is None else str(layer.scaling_degree),
+                "-" if found is None else f"{found.gradient_norm:.2e}",
+                "-" if cosine is None else f"{cosine:+.3f}",
+                "-" if ratio is None else f"{ratio:.3g}",
+                str(reasons.index(why) + 1) if why else "",
+            )
+        )
+    headers: tuple[str, ...] = ("layer", "scale", "|gradient|", "cosine", "ratio", "note")
+    if not reasons:
+        headers, rows = headers[:-1], [row[:-1] for row in rows]
+    notes = _facts(
+        *((str(number), one_line(reason)) for number, reason in enumerate(reasons, start=1)),
+        ("scale", "degree in which the outputs scale with the matrix: 0 not at all, 1 in proportion, - otherwise"),
+        ("cosine", "of the matrix and the negative gradient of the loss; 1 at a stationary point with weight decay"),
+        ("ratio", "norm of the gradient over weight decay times norm of the matrix; 1 there too"),
+    )
+    return Group(_title("Weights beside the gradient"), LayerTable(headers, tuple(rows)), Text(), notes)
+
+
+def _series(series: RankSeries) -> RenderableType:
+    count = len(series.steps)
+    columns = min(count, MOST_COLUMNS)
+    shown = [round(column * (count - 1) / (columns - 1)) for column in range(columns)]
+    headers = ("step", *(compact(series.steps[index]) for index in shown))
+    names = shortened_apart([one_line(layer.name) for layer in series.layers], NAME_WIDTH)
+    rows = tuple(
+        (name, *(f"{layer.ranks[index].entropy / layer.ranks[index].full:.0%}" for index in shown))
+        for name, layer in zip(names, series.layers, strict=True)
+    )
+    checkpoints = f"{count} checkpoints in {one_line(series.folder)}"
+    if len(shown) < count:
+        checkpoints += f", {len(shown)} of them shown"
+    title = _title("Entropy rank over the training, as a share of the full rank")
+    return Group(title, LayerTable(headers, rows), Text(), Text(checkpoints, style="dim"))
+
+
+def _findings(diagnosis: Diagnosis) -> RenderableType:
+    lines: list[RenderableType] = [_title("Findings")]
+    for finding in diagnosis.findings:
+        label = f"{'warning: ' if finding.warning else ''}{finding.subject}"
+        lines.append(_facts(("-", one_line(f"{label}. {finding.message} {finding.advice}"))))
+    return Group(*lines)

@@ -1,0 +1,72 @@
+"""How effective ranks evolved over a training run, as a figure in a file of its own."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.errors import BadInput
+from compressor.report.wording import one_line, shortened_apart
+
+if TYPE_CHECKING:
+    from compressor.rank_series import RankSeries
+
+# More lines than these have no distinguishable colours, and are named by their order instead.
+MOST_NAMED = 10
+
+
+def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> None:
+    """Refuse a figure that could not be written, before the work starts.
+
+    Raises `BadInput` when the path is not named .svg or .png, exists and `overwrite` is not set, lies in no writable
+    folder or in the model folder `source`, and when matplotlib is not installed.
+    """
+    from compressor.checkpoint.output import check_output
+
+    if find_spec("matplotlib") is None:
+        raise BadInput(
+            "a figure needs matplotlib, which is not installed",
+            where=path,
+            remedy="run pip install 'lowrank-compressor[report]'",
+        )
+    if path.suffix.lower() not in (".svg", ".png"):
+        raise BadInput("a figure is an SVG or PNG file", where=path, remedy="give it a name that ends in .svg or .png")
+    check_output(path, source=source, form="file", overwrite=overwrite)
+
+
+def write_rank_figure(series: RankSeries, path: Path) -> None:
+    """Draw every layer's entropy rank and Frobenius rank over the steps, as shares of the full rank.
+
+    The same series gives the same bytes. Raises `BadInput` when the file cannot be written.
+    """
+    from matplotlib import colormaps, rc_context
+    from matplotlib.figure import Figure
+
+    from compressor.checkpoint.files import atomic_file
+
+    names = shortened_apart([one_line(layer.name) for layer in series.layers], 32)
+    few = len(names) <= MOST_NAMED
+    shades = colormaps["viridis"]
+    style = {"svg.fonttype": "none", "svg.hashsalt": "lowrank-compressor", "text.parse_math": False, "font.size": 9.0}
+    with rc_context(style):
+        figure = Figure(figsize=(9.2, 3.6), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("entropy", "frobenius"), strict=True):
+            for index, layer in enumerate(series.layers):
+                shares = [getattr(ranks, kind) / ranks.full for ranks in layer.ranks]
+                colour = f"C{index}" if few else shades(index / (len(names) - 1))
+                axes.plot(series.steps, shares, color=colour, linewidth=1.4, marker=".", label=names[index])
+            axes.set_title({"entropy": "entropy rank", "frobenius": "Frobenius rank at 0.1"}[kind])
+            axes.set_xlabel("step")
+            axes.set_ylim(0, 1.02)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("share of the full rank")
+        if few:
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside right center", frameon=False)
+        else:
+            figure.suptitle(f"{len(names)} layers, from the first (dark) to the last (light)", fontsize=9.0)
+        drawn = "png" if path.suffix.lower() == ".png" else "svg"
+        metadata = {"Software": None} if drawn == "png" else {"Date": None, "Creator": None}
+        with atomic_file(path) as file:
+            figure.savefig(file, format=drawn, metadata=metadata, dpi=150)
