@@ -90,7 +90,8 @@ def calibrate(
                 layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
                 for layer in layers
                 if layer.kind == "embedding"
-            }
+            },
+            likelihood=criterion == "likelihood",
         )
         with embeddings:
             metrics, uses = _metrics(bare, modules, modules, progress, embeddings)

@@ -60,11 +60,13 @@ class EmbeddingCollector:
     """Gathers the moments of embeddings while `collect_moments` runs the model forwards and backwards.
 
     `embeddings` are the embeddings of one model by name, each with the head that is tied to it or None. While it is
-    entered, every pass is to be run through `watched`.
+    entered, every pass is to be run through `watched`. Without a `likelihood` what is changed is the outputs, squared.
     """
 
-    def __init__(self, embeddings: Mapping[str, tuple[nn.Module, nn.Module | None]]) -> None:
-        self._embeddings = embeddings
+    def __init__(
+        self, embeddings: Mapping[str, tuple[nn.Module, nn.Module | None]], *, likelihood: bool = True
+    ) -> None:
+        self._embeddings, self._likelihood = embeddings, likelihood
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._positions: dict[tuple[str, str], int] = {}
         self._outputs: dict[str, list[Tensor]] = {}
@@ -162,15 +164,16 @@ class EmbeddingCollector:
     def _weigh_classes(self, name: str, made: Tensor, outputs: list[Tensor]) -> None:
         """Add the diagonal of E[g g^T] at a head's outputs, exactly: over the targets that the model would draw.
 
-        At the model's logits it is `p (1 - p)`. What stands between a head's outputs and them (a scale, a cap) works on
-        every logit on its own and has a slope, of which the square is its factor.
+        At the model's logits it is `p (1 - p)`, and one where they are no logits of a likelihood. What stands between a
+        head's outputs and them (a scale, a cap) works on every logit on its own and has a slope, of which the square is
+        its factor.
         """
         for output in outputs:
             if output.shape != made.shape or not output.requires_grad:
                 continue
             [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
             chances = _kept(made.detach().float().softmax(-1), self._mask)
-            chances = chances * (1 - chances)
+            chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
             weighted = chances * _kept(slope, self._mask).float().square()
             self._add(name, "chances", chances.sum(0, dtype=torch.float64), len(chances))
             self._add(name, "logits", weighted.sum(0, dtype=torch.float64), len(chances))

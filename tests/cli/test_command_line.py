@@ -107,6 +107,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "--sequence-length",
             "32",
             "--embeddings",
+            "--refine",
         ]
     )
     [(_, _, named)] = requested
@@ -129,6 +130,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "include": (),
         "exclude": ("c",),
         "embeddings": True,
+        "refine": True,
         "form": "plain",
         "max_shard_size": "1GB",
         "device": "cpu",
