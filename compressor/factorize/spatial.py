@@ -24,12 +24,12 @@ from compressor.measure.effective_rank import Spectrum
 
 # Alternating least squares stops after this many sweeps, or when one lowers the cost by a smaller share than this.
 MOST_SWEEPS = 10
-LEAST_GAIN = 0.02
+LEAST_GAIN = 0.05
 
 # Conjugate gradients for the vertical kernels stop after this many steps, each of which lowers the cost, or when the
 # residual is this much smaller: the next sweep changes the equations anyway.
 MOST_STEPS = 20
-RESIDUAL = 0.1
+RESIDUAL = 0.2
 
 # Ranks at which the error in the metric of the loss is computed; between them it is interpolated.
 GRID = 12

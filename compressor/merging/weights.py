@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compressor.factorize import FactorPair, PivotedPair
+from compressor.factorize import FactorPair, PivotedPair, SpatialPair
 
 # A dense weight is `d_out x d_in x kernel`, a bias `d_out`; the factors of a convolution have its kernel in `down`.
 Weight = Tensor | FactorPair | PivotedPair
@@ -27,12 +27,14 @@ def joined(weights: Sequence[Weight], *, shared_inputs: bool, shared_outputs: bo
         return _joined_pivoted([w for w in weights if isinstance(w, PivotedPair)], shared_inputs=shared_inputs)
     plain = [as_pair(weight) if isinstance(weight, PivotedPair) else weight for weight in weights]
     pairs = [weight for weight in plain if isinstance(weight, FactorPair)]
-    if len(pairs) == len(plain):
+    if len(pairs) == len(plain) and len({_is_spatial(pair) for pair in pairs}) == 1:
         pair = FactorPair(
             up=_placed([p.up for p in pairs], shared_inputs=False, shared_outputs=shared_outputs),
             down=_placed([p.down for p in pairs], shared_inputs=shared_inputs, shared_outputs=False),
         )
-        if pair.up.numel() + pair.down.numel() < math.prod((pair.up.shape[0], *pair.down.shape[1:])):
+        if pair.up.numel() + pair.down.numel() < math.prod(
+            (pair.up.shape[0], *pair.down.shape[1:], *pair.up.shape[2:])
+        ):
             return pair
     return _placed([dense(w) for w in plain], shared_inputs=shared_inputs, shared_outputs=shared_outputs)
 
@@ -48,7 +50,15 @@ def dense(weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     pair = as_pair(weight) if isinstance(weight, PivotedPair) else weight
+    if _is_spatial(pair):
+        matrix = SpatialPair(up=pair.up.squeeze(2), down=pair.down.squeeze(3)).product()
+        return matrix.reshape(pair.up.shape[0], *pair.down.shape[1:3], pair.up.shape[3])
     return (pair.up.flatten(1) @ pair.down.flatten(1)).reshape(pair.up.shape[0], *pair.down.shape[1:])
+
+
+def _is_spatial(pair: FactorPair) -> bool:
+    """Whether a pair of convolutions works on the columns of an image and then on its rows."""
+    return pair.up.ndim == 4 and pair.up.shape[3] > 1
 
 
 def scaled(weight: Weight, factor: float) -> Weight:
