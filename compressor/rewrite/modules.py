@@ -71,6 +71,12 @@ class PivotedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def _copy_geometry(dense: nn.Conv1d | nn.Conv2d | nn.Conv3d, pair: nn.Module) -> None:
+    """Say of a pair what the dense convolution says of itself: models compute lengths of their outputs from it."""
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        setattr(pair, name, getattr(dense, name))
+
+
 class LowRankConvolution(nn.Module):
     """A channel pair: a convolution to r channels with the dense one's kernel, then a 1 x 1 convolution with its
     bias."""
@@ -81,6 +87,7 @@ class LowRankConvolution(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.in_channels, self.out_channels, self.rank = dense.in_channels, dense.out_channels, rank
+        _copy_geometry(dense, self)
         kind = _CONVOLUTIONS[type(dense)]
         self.down = _unfilled(
             kind,
@@ -117,6 +124,7 @@ class SpatialConvolution(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.in_channels, self.out_channels, self.rank = dense.in_channels, dense.out_channels, rank
+        _copy_geometry(dense, self)
         padding, mode = dense.padding, dense.padding_mode
         vertical, horizontal = (padding, padding) if isinstance(padding, str) else ((padding[0], 0), (0, padding[1]))
         self.down = _unfilled(

@@ -90,3 +90,12 @@ def test_low_rank_layers_train() -> None:
 def test_other_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="Bilinear"):
         low_rank_layer(nn.Bilinear(2, 2, 2), "plain", 1)
+
+
+def test_a_pair_of_convolutions_tells_the_geometry_of_the_dense_one() -> None:
+    # Whisper, for one, computes the length of its inputs from the strides of its convolutions.
+    dense = nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), padding_mode="reflect")
+    for form in ("channel", "spatial"):
+        pair = low_rank_layer(dense, form, 2)  # type: ignore[arg-type]
+        for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+            assert getattr(pair, name) == getattr(dense, name)
