@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 
@@ -20,6 +21,10 @@ class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as 
         self.what, self.where, self.remedy = what, where, remedy
         line = f"{what}; {remedy}" if where is None else f"{where}: {what}; {remedy}"
         super().__init__(" ".join(line.split()))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Worker processes hand exceptions back by pickling them, which knows only positional arguments.
+        return partial(BadInput, self.what, where=self.where, remedy=self.remedy), ()
 
 
 class QualityGateNotMet(CompressorError):  # noqa: N818 - the gate's name, not the error's
