@@ -35,6 +35,7 @@ from compressor.planning import (
     choose_ranks,
     default_budget,
     predicted_loss,
+    rank_caps,
     read_plan,
     window_rule_advice,
 )
@@ -45,6 +46,9 @@ ALLOCATION_POWERS = (1.0, 0.5, 0.0)
 
 # How often moments are taken anew at a compressed model, on the way to a budget that the first estimate cannot see.
 STAGES = 1
+
+# Whether an allocation in which the window rule caps the ranks is tried too, where the rule applies.
+WINDOW_CAPS = True
 
 # Of both losses, predicted and measured: nearer than this factor the second-order estimate is trusted.
 TRUSTED = 1.5
@@ -95,8 +99,9 @@ def plan_ranks(
 ) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
-    With calibration the allocation is the one of several that loses least on the data held back, and compensation and
-    a further stage are kept where they lose less still; so is fitting the factors, with `refine`. Raises `BadInput` for
+    With calibration the allocation is the one of several that loses least on the data held back, the window rule's caps
+    on the ranks among them; compensation and a further stage are kept where they lose less still, and so is fitting the
+    factors, with `refine`. Raises `BadInput` for
     a plan that does not fit the model and for a budget that cannot be met.
     """
     checkpoint = subject.checkpoint
@@ -123,7 +128,9 @@ def plan_ranks(
     advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
     if calibrated is None:
         return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
-    search = _Search(measured, calibrated, allocated, ALLOCATION_POWERS if given is None else (None,), progress)
+    powers: Sequence[float | None] = ALLOCATION_POWERS if given is None else (None,)
+    caps = rank_caps(measured, subject.recipe.family) if WINDOW_CAPS and given is None else {}
+    search = _Search(measured, calibrated, allocated, powers, caps, progress)
     best = search.best(chosen)
     for _ in range(STAGES if given is None and not best.as_predicted else 0):
         halfway = search.best(Budget("keep", math.sqrt(best.kept)))
@@ -143,6 +150,7 @@ def plan_ranks(
         power=best.power,
         predicted_loss=best.predicted,
         held_back_loss=best.loss,
+        capped=best.capped,
     )
     plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
     return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics))
@@ -168,6 +176,7 @@ class _Candidate:
     predicted: float
     loss: float
     solution: Compensated
+    capped: bool = False
 
     @property
     def kept(self) -> float:
@@ -192,18 +201,42 @@ class _Search:
     calibrated: Calibration
     allocated: Callable[..., tuple[LayerPlan, ...]]
     powers: Sequence[float | None]
+    caps: Mapping[str, int]
     progress: Progress | None
 
     def best(self, budget: Budget) -> _Candidate:
-        """The allocation that loses least on the examples held back, compensated where that loses less."""
+        """The allocation that loses least on the examples held back, compensated where that loses less.
+
+        Beside those of the powers stands the best of them under the window rule's caps, where these change it.
+        """
         weighted = weighted_layers(self.measured, self.calibrated)
         found = min((self._candidate(weighted, budget, power) for power in self.powers), key=lambda each: each.loss)
+        if self.caps:
+            found = min(found, self._capped(found, weighted, budget), key=lambda each: each.loss)
         compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
-        logger.info("allocation power %s: %.5f, compensated %.5f", found.power, found.loss, compensated.loss)
+        allocation = f"{found.power}, capped" if found.capped else f"{found.power}"
+        logger.info("allocation power %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
         return min(found, compensated, key=lambda each: each.loss)
 
     def _candidate(self, weighted: Sequence[MeasuredLayer], budget: Budget, power: float | None) -> _Candidate:
         layers = self.allocated(weighted, budget) if power is None else self.allocated(weighted, budget, power)
+        return self._measured(weighted, layers, power)
+
+    def _capped(self, found: _Candidate, weighted: Sequence[MeasuredLayer], budget: Budget) -> _Candidate:
+        """The same allocation under the caps; `found` itself where they change nothing."""
+        under_caps = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in weighted]
+        try:
+            layers = self.allocated(under_caps, budget, found.power)
+        except BadInput:
+            # Whether ranks are found for a size in bytes depends on the file's header, and so a little on the ranks.
+            return found
+        if layers == found.layers:
+            return found
+        return replace(self._measured(weighted, layers, found.power), capped=True)
+
+    def _measured(
+        self, weighted: Sequence[MeasuredLayer], layers: tuple[LayerPlan, ...], power: float | None
+    ) -> _Candidate:
         solution = uncompensated(self.calibrated, layers)
         loss = held_back_loss(self.calibrated, solution.modules)
         return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss, solution)

@@ -1,7 +1,7 @@
 """Stage 4: a budget becomes a rank for every layer, and why."""
 
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, Budget, requested_budget
-from compressor.planning.choice import choose_ranks, default_budget, window_rule_advice
+from compressor.planning.choice import choose_ranks, default_budget, rank_caps, window_rule_advice
 from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
 from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
@@ -34,6 +34,7 @@ __all__ = [
     "holds",
     "pair_forms",
     "predicted_loss",
+    "rank_caps",
     "read_plan",
     "requested_budget",
     "search_by_drop",

@@ -31,6 +31,21 @@ def default_budget(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -
     return Budget("tolerance", SAFE_TOLERANCE)
 
 
+def rank_caps(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> dict[str, int]:
+    """The most rank that the window rule lets a layer keep, by name, of the layers that it applies to.
+
+    The number of singular values above the edge of the surviving initialisation, or the memory window's bound where it
+    is not vacuous and smaller. Empty unless the optimizer is of the SGD family.
+    """
+    if family != "sgd":
+        return {}
+    return {
+        m.layer.name: m.above_edge if m.rank_bound is None else min(m.above_edge, m.rank_bound)
+        for m in measured
+        if m.window_rule_applies and m.above_edge is not None
+    }
+
+
 def choose_ranks(
     measured: Sequence[MeasuredLayer],
     budget: Budget,

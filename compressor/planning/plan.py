@@ -57,7 +57,8 @@ class CalibrationResult:
     `predicted_loss` is the increase of loss per prediction to second order, and `held_back_loss` the increase measured
     on the examples held back, against the dense model's own predictions; both in nats. Where they differ much the
     second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
-    loss held back is a little optimistic; None where the ranks were given.
+    loss held back is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
+    caps on the ranks lost less there than the allocation without them.
     """
 
     examples: int
@@ -65,6 +66,7 @@ class CalibrationResult:
     power: float | None
     predicted_loss: float
     held_back_loss: float
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,10 @@ class MeasuredLayer:
     the singular values above the edge of what survives of the initialisation, `surviving_share` says how much that is,
     and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
     `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
-    layer; `stays_dense` says why a layer is not to be touched. A convolution that can become a spatial pair has the
-    singular values of the matrix that this one factorizes, `spatial_values`, and with calibration `spatial_errors`, the
-    relative errors of its spatial pairs of rank 0, 1, .. in the metric of the loss.
+    layer; `stays_dense` says why a layer is not to be touched. A layer that shares a size stores no more than its pair
+    of rank `rank_cap`, where there is one and this pair is smaller than the dense layer. A convolution that can become
+    a spatial pair has the singular values of the matrix that this one factorizes, `spatial_values`, and with
+    calibration `spatial_errors`, the relative errors of its spatial pairs of rank 0, 1, .. in the metric of the loss.
     """
 
     layer: Layer
@@ -132,6 +135,7 @@ class MeasuredLayer:
     weighted_values: Spectrum | None = None
     uses: float = 1.0
     stays_dense: str | None = None
+    rank_cap: int | None = None
     spatial_values: Spectrum | None = None
     spatial_errors: Spectrum | None = None
 
@@ -341,7 +345,11 @@ def _pairs(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, int, 
 def _choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
 ) -> tuple[Choices, list[tuple[Form, int] | None]]:
-    """Every form and rank whose pair is smaller than the dense layer, and dense (None) last."""
+    """Every form and rank whose pair is smaller than the dense layer, and dense (None) last.
+
+    Under a cap there is no dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise
+    with the rank, and the cap says nothing of the matrix of a spatial pair.
+    """
     scale = m.total ** (1 - power) if m.total > 0 else 0.0
 
     def cost(form: Form, rank: int) -> int:
@@ -350,16 +358,25 @@ def _choices(
             return stored_parameters(shape, form, rank)
         return stored_bytes(shape, form, rank, m.itemsize)
 
+    def parameters(form: Form, rank: int) -> int:
+        return stored_parameters(factorized_shape(m.layer, form), form, rank)
+
+    largest, capped = m.layer.parameters - 1, False
+    if m.rank_cap is not None and m.stays_dense is None:
+        at_cap = form_for(m.layer, m.rank_cap, request), m.rank_cap
+        capped = parameters(*at_cap) <= largest and cost(*at_cap) < cost("dense", 0)
+        largest = parameters(*at_cap) if capped else largest
     pairs: list[tuple[Form, int] | None] = []
     costs, losses = [], []
     for form, rank, error in _pairs(m, request):
-        if stored_parameters(factorized_shape(m.layer, form), form, rank) < m.layer.parameters:
+        if parameters(form, rank) <= largest:
             pairs.append((form, rank))
             costs.append(cost(form, rank))
             losses.append(scale * error**2)
-    pairs.append(None)
-    costs.append(cost("dense", 0))
-    losses.append(0.0)
+    if not capped:
+        pairs.append(None)
+        costs.append(cost("dense", 0))
+        losses.append(0.0)
     return Choices(np.array(costs, dtype=np.int64), np.array(losses)), pairs
 
 

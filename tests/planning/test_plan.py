@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from compressor.measure import truncation_errors
 from compressor.planning import (
     SAFE_TOLERANCE,
     Budget,
+    LayerPlan,
     MeasuredLayer,
     Plan,
     apply_edits,
     choose_ranks,
     default_budget,
+    rank_caps,
     read_plan,
 )
 from compressor.planning.budget import requested_budget
 from compressor.planning.form import stored_bytes, stored_parameters
-from compressor.planning.plan import plan_by_file_size
+from compressor.planning.plan import plan_by_file_size, plan_by_size
 
 
 def measured(name: str, d_out: int, d_in: int, decay: float = 0.9, **known: Any) -> MeasuredLayer:
@@ -241,3 +244,73 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
         read_plan(tmp_path / "plan.json")
     with pytest.raises(BadInput):
         read_plan(tmp_path / "missing.json")
+
+
+@st.composite
+def models_of_known_start(draw: st.DrawFn) -> list[MeasuredLayer]:
+    """Layers to some of which the window rule applies, in all dtypes."""
+    layers = []
+    for m in draw(models()):
+        full = min(m.layer.shape)
+        known = {
+            "above_edge": draw(st.none() | st.integers(0, full)),
+            "surviving_share": draw(st.sampled_from([None, 0.0, 0.3, 0.9])),
+            "rank_bound": draw(st.none() | st.integers(1, full)),
+            "stays_dense": draw(st.sampled_from([None, None, None, "it was not reached"])),
+            "itemsize": draw(st.sampled_from([2, 4, 8])),
+        }
+        layers.append(replace(m, **known))
+    return layers
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    models_of_known_start(), st.floats(0.05, 1.0), st.sampled_from(["auto", "plain", "pivoted"]), st.sampled_from("pb")
+)
+def test_under_the_window_rules_caps_no_rank_is_above_them_and_every_size_that_can_be_met_is(
+    layers: list[MeasuredLayer], keep: float, form: Any, unit: str
+) -> None:
+    def allocated(layers: list[MeasuredLayer]) -> tuple[LayerPlan, ...] | None:
+        if unit == "b":
+            size = sum(m.layer.parameters * m.itemsize for m in layers)
+            return plan_by_size(layers, int(keep * size), form, unit="bytes")
+        return plan_by_size(layers, int(keep * sum(m.layer.parameters for m in layers)), form, unit="parameters")
+
+    caps = rank_caps(layers, "sgd")
+    applies = [m for m in layers if m.above_edge and m.surviving_share is not None and m.surviving_share < 0.6]
+    assert caps == {m.layer.name: min(m.above_edge or 0, m.rank_bound or m.layer.parameters) for m in applies}
+    under_caps, free = [replace(m, rank_cap=caps.get(m.layer.name)) for m in layers], allocated(layers)
+    plans = allocated(under_caps)
+    assert (plans is None) == (free is None)
+    for m, plan in zip(under_caps, plans or (), strict=bool(plans)):
+        if m.rank_cap is not None and m.stays_dense is None and smaller_at_its_cap(m, form, unit):
+            assert plan.rank is not None
+            assert plan.rank <= m.rank_cap
+
+
+def smaller_at_its_cap(m: MeasuredLayer, form: Any, unit: str) -> bool:
+    """Whether the pair of as few numbers as possible at the cap is smaller than the dense layer, in both units."""
+    (d_out, d_in), rank = m.layer.shape, m.rank_cap or 0
+    numbers = {"plain": rank * (d_out + d_in), "pivoted": rank * (d_out + d_in - rank) + d_out}
+    chosen = form if form != "auto" else min(numbers, key=lambda each: (numbers[each], each == "pivoted"))
+    indices = d_out if chosen == "pivoted" else 0
+    in_bytes = (numbers[chosen] - indices) * m.itemsize + 4 * indices
+    dense = d_out * d_in
+    return numbers[chosen] < dense and (unit == "p" or in_bytes < dense * m.itemsize)
+
+
+def test_a_cap_whose_pair_is_smaller_in_numbers_but_not_in_bytes_is_none_of_a_size_in_bytes() -> None:
+    # 33 x 47 numbers of two bytes and 40 indices of four, instead of 40 x 40 numbers.
+    layer = replace(measured("a", 40, 40), rank_cap=33, itemsize=2)
+    assert plan_by_size([layer], 3200, "pivoted", unit="bytes") == plan_by_size(
+        [replace(layer, rank_cap=None)], 3200, "pivoted", unit="bytes"
+    )
+    [capped] = plan_by_size([layer], 1600, "pivoted", unit="parameters") or ()
+    assert capped.rank == 33
+
+
+@pytest.mark.parametrize("family", ["adaptive", None])
+def test_the_window_rule_caps_no_rank_of_another_optimizer(family: Any) -> None:
+    layer = measured("a", 60, 60, above_edge=5, surviving_share=0.1)
+    assert rank_caps([layer], "sgd") == {"a": 5}
+    assert rank_caps([layer], family) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from compressor.checkpoint import Layer
 from compressor.measure import truncation_errors
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks
 from compressor.planning.form import factorized_shape, pair_forms, stored_parameters
+from compressor.planning.plan import plan_by_size
 
 
 def convolution(name: str, sides: tuple[int, int, int, int], channel: float, spatial: float) -> MeasuredLayer:
@@ -87,6 +89,21 @@ def test_a_share_is_never_exceeded_and_no_layer_could_lose_less_within_it(
     for m, layer in zip(layers, chosen, strict=True):
         as_chosen(m, layer)
         assert not any(error < layer.error for size, error in possible(m) if size <= layer.parameters + left)
+
+
+@settings(max_examples=100, deadline=None)
+@given(models(), st.floats(0.05, 1.0), st.integers(1, 6))
+def test_a_cap_on_the_channel_pair_also_limits_the_size_of_a_spatial_one(
+    layers: list[MeasuredLayer], keep: float, cap: int
+) -> None:
+    under_caps = [replace(m, rank_cap=min(cap, *m.layer.shape)) for m in layers]
+    chosen = plan_by_size(under_caps, int(keep * sum(m.layer.parameters for m in layers)), "auto", unit="parameters")
+    for m, layer in zip(under_caps, chosen or (), strict=chosen is not None):
+        assert m.rank_cap is not None
+        at_cap = m.rank_cap * sum(m.layer.shape)
+        if at_cap < m.layer.parameters:
+            assert layer.parameters <= at_cap
+            assert layer.form == "spatial" or (layer.form == "channel" and (layer.rank or 0) <= m.rank_cap)
 
 
 def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error() -> None:
