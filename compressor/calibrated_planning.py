@@ -58,11 +58,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A plan and, with calibration, what is already computed of it: factors by layer and changed tensors by name."""
+    """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor."""
 
     plan: Plan
     factors: Mapping[str, Factors] = field(default_factory=dict)
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
 
 
 def open_calibration_data(
@@ -101,8 +101,7 @@ def plan_ranks(
 
     With calibration the allocation is the one of several that loses least on the data held back, the window rule's caps
     on the ranks among them; compensation and a further stage are kept where they lose less still, and so is fitting the
-    factors, with `refine`. Raises `BadInput` for
-    a plan that does not fit the model and for a budget that cannot be met.
+    factors, with `refine`. Raises `BadInput` for a plan that does not fit the model, or a budget that cannot be met.
     """
     checkpoint = subject.checkpoint
     digest = checkpoint.digest() if checkpoint.source is not None else None
@@ -133,9 +132,11 @@ def plan_ranks(
     search = _Search(measured, calibrated, allocated, powers, caps, progress)
     best = search.best(chosen)
     for _ in range(STAGES if given is None and not best.as_predicted else 0):
-        halfway = search.best(Budget("keep", math.sqrt(best.kept)))
-        fresh = recalibrate(calibrated, halfway.solution.modules)
-        best = min(best, replace(search, calibrated=fresh).best(chosen), key=lambda found: found.loss)
+        try:
+            fresh = recalibrate(calibrated, search.best(Budget("keep", math.sqrt(best.kept))).solution.modules)
+            best = min(best, replace(search, calibrated=fresh).best(chosen), key=lambda found: found.loss)
+        except BadInput as error:  # what was found without a stage stands
+            logger.info("no stage: %s", error)
     if refine:
         best = min(best, best.refined(progress), key=lambda found: found.loss)
     if not math.isfinite(best.loss):
@@ -156,26 +157,29 @@ def plan_ranks(
     return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics))
 
 
-def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Changed tensors by their names in the checkpoint instead of the model, and in its dtypes."""
+def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Changed tensors by their names in the checkpoint, with those in the model, and in its dtypes."""
     found = {}
     for name, info in subject.checkpoint.tensors.items():
         in_model = name if subject.skeleton is None else subject.skeleton.module_name(name)
         if in_model is not None and in_model in statistics:
-            found[name] = statistics[in_model].to(info.dtype)
+            found[name] = (in_model, statistics[in_model].to(info.dtype))
     return found
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back."""
+    """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back.
+
+    The layers of an allocation that is only compared are not kept: each is as large as the compressed model.
+    """
 
     calibrated: Calibration
     layers: tuple[LayerPlan, ...]
     power: float | None
     predicted: float
     loss: float
-    solution: Compensated
+    solution: Compensated = field(default_factory=lambda: Compensated({}, {}))
     capped: bool = False
 
     @property
@@ -216,7 +220,9 @@ class _Search:
         compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
         allocation = f"{found.power}, capped" if found.capped else f"{found.power}"
         logger.info("allocation power %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
-        return min(found, compensated, key=lambda each: each.loss)
+        if compensated.loss < found.loss:
+            return compensated
+        return replace(found, solution=uncompensated(self.calibrated, found.layers))
 
     def _candidate(self, weighted: Sequence[MeasuredLayer], budget: Budget, power: float | None) -> _Candidate:
         layers = self.allocated(weighted, budget) if power is None else self.allocated(weighted, budget, power)
@@ -237,9 +243,8 @@ class _Search:
     def _measured(
         self, weighted: Sequence[MeasuredLayer], layers: tuple[LayerPlan, ...], power: float | None
     ) -> _Candidate:
-        solution = uncompensated(self.calibrated, layers)
-        loss = held_back_loss(self.calibrated, solution.modules)
-        return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss, solution)
+        loss = held_back_loss(self.calibrated, uncompensated(self.calibrated, layers).modules)
+        return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss)
 
 
 def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:
@@ -247,7 +252,7 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) 
     weighted = []
     for m in measured:
         if m.layer.name not in calibrated.metrics:
-            weighted.append(replace(m, stays_dense="no calibration example reached it"))
+            weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
             continue
         weight = calibrated.model.get_submodule(m.layer.module).weight
         assert isinstance(weight, Tensor)

@@ -24,6 +24,7 @@ from compressor.planning import (
     MeasuredLayer,
     Trial,
     choose_ranks,
+    holds,
     predicted_loss,
     search_by_drop,
     smallest_found,
@@ -67,38 +68,39 @@ def plan_within_drop(
             remedy="use the model in a wider dtype, or the data it was trained for",
         )
     eligible = sum(m.layer.parameters for m in measured)
-    plans: dict[int, PlannedModel] = {}
+    best: PlannedModel | None = None
     drops: dict[int, float] = {}
 
     def measure(keep: float) -> tuple[int, float]:
+        nonlocal best
         planned = plan_ranks(subject, measured, Budget("keep", keep), None, form, shard_size, calibrated, refine=refine)
         stored = planned.plan.eligible_after
-        if stored not in plans:
+        if stored not in drops:
             rewriting = Rewriting(
                 subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
             )
             compressed = rewritten_module(rewriting, dense, device, lambda _name, _error: None)
-            plans[stored] = planned
             # No change is 0.0, and not -0.0, which would be printed.
             drops[stored] = quality_drop(baseline, measure_quality(compressed, data, device=device)) + 0.0
             logger.info("keep %.4f: %s worse by %.4g", keep, baseline.metric, drops[stored])
+            if holds(drops[stored], limit) and (best is None or stored < best.plan.eligible_after):
+                best = planned
             if progress:
-                progress("search", len(plans), MOST_TRIALS)
+                progress("search", len(drops), MOST_TRIALS)
         return stored, drops[stored]
 
-    # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
-    least = min(1.0, (smallest_size(measured, form, "parameters") + 0.5) / eligible)
     layers = measured if calibrated is None else weighted_layers(measured, calibrated)
+    # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
+    least = min(1.0, (smallest_size(layers, form, "parameters") + 0.5) / eligible)
     first = _first_guess(layers, limit, form, baseline, least, calibrated)
     trials = search_by_drop(measure, limit, eligible=eligible, least=least, first=first)
     if progress:
         progress("search", MOST_TRIALS, MOST_TRIALS)
     search = DropSearch(baseline.metric, data.name, baseline.count, trials)
     found = smallest_found([t for t in trials if t.parameters < eligible], limit)
-    if found is None:
+    if found is None or best is None:
         raise QualityGateNotMet(_nothing_holds(subject.name, limit, search))
-    chosen = plans[found.parameters]
-    return replace(chosen, plan=replace(chosen.plan, budget=budget, search=search))
+    return replace(best, plan=replace(best.plan, budget=budget, search=search))
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:

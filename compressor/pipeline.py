@@ -247,7 +247,7 @@ def compress(
     dense = None if samples is None and deciding is None else load_model(model, factory)
     calibrated = None
     if dense is not None and samples is not None:
-        calibrated = _calibrated(dense, measured, samples, where, seed, progress)
+        calibrated = _calibrated(dense, measured, samples, where, calibration_samples, seed, progress)
     if dense is not None and deciding is not None and budget is not None:
         planned = plan_within_drop(
             subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress, refine=refine
@@ -468,13 +468,14 @@ def _calibrated(
     measured: Sequence[MeasuredLayer],
     samples: EvaluationData | Iterable[Any],
     device: torch.device,
+    limit: int,
     seed: int,
     progress: Progress | None,
 ) -> Calibration:
     if isinstance(samples, EvaluationData):
         require_accepted(dense, samples, device=device)
     layers = [m.layer for m in measured]
-    return calibrate(dense, layers, split_examples(samples), device=device, seed=seed, progress=progress)
+    return calibrate(dense, layers, split_examples(samples, limit), device=device, seed=seed, progress=progress)
 
 
 def _warn_of_a_larger_drop(evaluation: Evaluation | None, limit: float | None) -> None:

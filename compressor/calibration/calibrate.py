@@ -100,7 +100,7 @@ def calibrate(
                 metric, uses[name] = embedding_metric(found)
                 metrics.put(name, metric)
     for name in known.keys() - metrics.keys():
-        logger.warning("no calibration example reached %s, so it stays dense", name)
+        logger.warning("no calibration example reached %s with an effect on the outputs: it stays dense", name)
     return replace(bare, metrics=metrics, uses=uses)
 
 
@@ -108,7 +108,7 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
     """The same calibration with the metrics at a compressed model: `modules` in their places in the dense one.
 
     The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs. The
-    metrics of embeddings stay those of the dense model.
+    metrics of embeddings, and of layers that the compressed model does not reach, stay those of the dense model.
     """
     layers = _modules(calibration.model, calibration.layers.values())
     spool = Spool()
@@ -121,10 +121,9 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
         _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted", stand_ins)
         run = replace(calibration, model=changed, spool=spool)
         metrics, uses = _metrics(run, layers, stand_ins, None)
-    for name, layer in calibration.layers.items():
-        if layer.kind == "embedding" and name in calibration.metrics:
-            metrics.put(name, calibration.metrics[name])
-            uses[name] = calibration.uses[name]
+    for name in calibration.metrics.keys() - metrics.keys():
+        metrics.put(name, calibration.metrics[name])
+        uses[name] = calibration.uses[name]
     return replace(calibration, metrics=metrics, uses=uses)
 
 
@@ -264,9 +263,10 @@ def _metrics(
         if outputs.requires_grad:  # else the segment reached none of the layers
             outputs.backward(gradient)  # type: ignore[no-untyped-call]
         if hidden is not None:
-            assert hidden.grad is not None
-            spool.put(("gradient", index), hidden=hidden.grad)
-            vectors = hidden_rows(hidden.grad, mask)
+            # A segment that cuts its inputs off hands no gradient on.
+            received = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
+            spool.put(("gradient", index), hidden=received)
+            vectors = hidden_rows(received, mask)
             product = (vectors.T @ vectors).to(torch.float64)
             boundary = product if boundary is None else boundary + product
             positions += len(vectors)

@@ -20,6 +20,9 @@ from compressor.evaluation.inference import forward_call
 
 Criterion = Literal["likelihood", "outputs"]
 
+# Predictions of which float64 copies are held at a time: a large vocabulary makes them large.
+ROWS_AT_ONCE = 1024
+
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The model's logits; where it has none its first output, such as the last hidden state."""
@@ -40,7 +43,8 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Criterion:
     """Whether outputs are logits: they predict classes or tokens, by the model's name or by labels that fit them.
 
-    Labels fit that are one for each row of outputs, or for each but the last of a text. A single column, such as a
+    Labels fit that are one for each row of outputs, or for each but the last of a text, and classes of theirs; the
+    hidden states of an encoder, which a text may fit by chance, are told by their name. A single column, such as a
     regression's or a binary logit, is no distribution.
     """
     name = type(model).__name__
@@ -48,12 +52,19 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
     rows = outputs.shape[:-1]
     next_tokens = len(rows) == 2 and labels is not None and labels.shape == (rows[0], rows[1] - 1)
     fit = labels is not None and (labels.numel() == rows.numel() or next_tokens)
+    fit = fit and labels is not None and labels.numel() > 0 and int(labels.max()) < outputs.shape[-1]
+    # A transformers model without a head is called the base of its family: BertModel, T5EncoderModel.
+    fit = fit and not (hasattr(model, "config") and name.endswith("Model"))
     return "likelihood" if (predicts or fit) and outputs.shape[-1] > 1 else "outputs"
 
 
 def sampled_loss(outputs: Tensor, mask: Tensor | None, criterion: Criterion, generator: torch.Generator) -> Tensor:
     """A number whose gradient at the outputs has the criterion's curvature as its second moment, summed over rows."""
-    rows = kept_rows(outputs, mask).float()
+    parts = torch.split(kept_rows(outputs, mask), ROWS_AT_ONCE)
+    return torch.stack([_sampled_loss(rows.float(), criterion, generator) for rows in parts]).sum()
+
+
+def _sampled_loss(rows: Tensor, criterion: Criterion, generator: torch.Generator) -> Tensor:
     if criterion == "outputs":
         signs = torch.randint(0, 2, rows.shape, generator=generator, device=rows.device).to(rows.dtype) * 2 - 1
         return (rows * signs).sum()
@@ -66,13 +77,17 @@ def divergence(before: Tensor, after: Tensor, mask: Tensor | None, criterion: Cr
 
     Kullback-Leibler divergence in nats, or half the squared difference.
     """
-    dense, compressed = (kept_rows(each, mask).double() for each in (before, after))
+    dense, compressed = (kept_rows(each, mask) for each in (before, after))
+    parts = zip(torch.split(dense, ROWS_AT_ONCE), torch.split(compressed, ROWS_AT_ONCE), strict=True)
+    return torch.stack([_divergence(a.double(), b.double(), criterion) for a, b in parts]).sum(), dense.shape[0]
+
+
+def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tensor:
     if criterion == "outputs":
-        return (dense - compressed).square().sum() / 2, dense.shape[0]
+        return (dense - compressed).square().sum() / 2
     dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
     # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
-    terms = torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0)
-    return terms.sum(), dense.shape[0]
+    return torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0).sum()
 
 
 def kept_rows(outputs: Tensor, mask: Tensor | None) -> Tensor:

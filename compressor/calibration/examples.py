@@ -35,8 +35,10 @@ class CalibrationData:
         return sum(map(_examples, self.held_back))
 
 
-def split_examples(data: EvaluationData | Iterable[Any]) -> CalibrationData:
+def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = None) -> CalibrationData:
     """Every fourth example, or batch of an iterable, is held back.
+
+    Of an iterable no more batches are taken than it takes for `samples` examples; by default all.
 
     `data` is what `open_data` gives, or any iterable of batches: a tensor, a mapping of a model's inputs, or a pair of
     inputs and labels, as a `DataLoader` gives them. Raises `BadInput` for data that yields less than two examples or
@@ -49,7 +51,11 @@ def split_examples(data: EvaluationData | Iterable[Any]) -> CalibrationData:
         held = list(range(every - 1, data.count, every))
         rest = [position for position in range(data.count) if position not in set(held)]
         return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), labelled=True)
-    batches = [_as_batch(each) for each in data]
+    batches: list[Batch] = []
+    for each in data:
+        batches.append(_as_batch(each))
+        if samples is not None and len(batches) > 1 and sum(map(_examples, batches)) >= samples:
+            break
     if len(batches) < 2:
         raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
     every = min(HELD_BACK, len(batches))

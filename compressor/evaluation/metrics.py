@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.evaluation.data import Batch, EvaluationData
-from compressor.evaluation.inference import logits_of, prepared, resolve_device
+from compressor.evaluation.inference import forward_call, logits_of, prepared, resolve_device
 
 # Logits scored at once in float64: 128 MB, whatever the vocabulary.
 SCORED_AT_ONCE = 2**24
@@ -63,7 +64,7 @@ def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | to
     with prepared(resolve_device(device), model):
         for batch in data:
             _require_known_tokens(model, batch, data.name)
-        _accepted(model, data.read(range(1)), data.name)
+        _accepted(model, data.read(range(1)), data.name, lambda model, inputs: forward_call(model, inputs)())
 
 
 def quality_drop(baseline: Quality, compressed: Quality) -> float:
@@ -108,10 +109,12 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
     return logits
 
 
-def _accepted(model: nn.Module, batch: Batch, where: str) -> Tensor:
-    """The logits for a batch, or `BadInput` saying why the model does not take it."""
+def _accepted(
+    model: nn.Module, batch: Batch, where: str, run: Callable[[nn.Module, Mapping[str, Tensor]], Any] = logits_of
+) -> Any:
+    """What `run` gives for a batch, or `BadInput` saying why the model does not take it."""
     try:
-        return logits_of(model, batch.inputs)
+        return run(model, batch.inputs)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:

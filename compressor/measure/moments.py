@@ -109,6 +109,8 @@ class _Collector:
         shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
         found: dict[str, Moments | None] = dict.fromkeys(self._layers)
         for name, gradients in self._gradients.items():
+            if not gradients.count:
+                continue
             keys = [key for key in self._inputs if name in key]
             if len(keys) == 1:
                 inputs, mean = shared[keys[0]]

@@ -202,7 +202,8 @@ def dense_plan(layer: Layer, reason: str) -> LayerPlan:
 
 def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:
     """Loss per prediction that the ranks of calibrated layers cost to second order, in nats."""
-    return sum(m.total * layer.error**2 for m, layer in zip(measured, layers, strict=True))
+    pairs = zip(measured, layers, strict=True)
+    return sum(m.total * layer.error**2 for m, layer in pairs if m.weighted_values is not None)
 
 
 def plan_by_tolerance(

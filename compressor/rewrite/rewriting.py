@@ -43,8 +43,8 @@ class Rewriting:
     plan: Plan
     factors: Mapping[str, Factors] = field(default_factory=dict)
     """What stands for layers that are factorized already, by name."""
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensors of batch normalisations that changed, by name."""
+    statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """Tensors of batch normalisations that changed, by name: what they are called in the model, and their values."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -90,7 +90,7 @@ def rewritten_tensors(
     read = rewriting.checkpoint.read
     for name in rewriting.passed_through:
         if name in rewriting.statistics:
-            yield name, rewriting.statistics[name]
+            yield name, rewriting.statistics[name][1]
             continue
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):
@@ -128,8 +128,8 @@ def rewritten_module(
         done(layer.name, factors.error)
     own = dict(compressed.named_buffers())
     with torch.no_grad():
-        for name, tensor in rewriting.statistics.items():
-            own[name].copy_(tensor)
+        for in_model, tensor in rewriting.statistics.values():
+            own[in_model].copy_(tensor)
     return compressed
 
 
@@ -138,7 +138,11 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Facto
     assert plan.rank is not None
     low_rank = low_rank_layer(dense, plan.form, plan.rank)
     prefix = f"{layer.name}." if layer.name else ""
-    low_rank.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()})
+    # Assigned, not copied: the factors are the layer's own numbers from here on.
+    assert isinstance(low_rank.weight, Tensor)
+    place = low_rank.weight.device
+    own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in factors.tensors.items()}
+    low_rank.load_state_dict(own, assign=True)
     return low_rank
 
 
