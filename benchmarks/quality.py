@@ -352,7 +352,7 @@ def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     return Compressed(chosen.model, chosen.plan.eligible_after)
 
 
-# Every part of ours has one entry here that switches it off.
+# Every part of ours has one entry here that switches it off, but what needs a recipe, which `window_rule.py` has.
 OURS: dict[str, Method] = {
     "ours": ours,
     "ours without the gradients' moment": partial(
