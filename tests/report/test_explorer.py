@@ -449,7 +449,12 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
         assert contrast(colour["accent"], colour["on-accent"]) >= 4.5
         matrix = opened.drawn("matrix")
         opened.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
-        opened.settle()
+        # The browser tells the page of the change when it comes to it.
+        for _ in range(100):
+            opened.settle()
+            if opened.drawn("matrix") != matrix:
+                break
+            opened.page.wait_for_timeout(50)
         assert opened.drawn("matrix") != matrix
         opened.context.close()
     assert papers[0] != papers[1]
