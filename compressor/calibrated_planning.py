@@ -95,6 +95,7 @@ def plan_ranks(
     calibrated: Calibration | None = None,
     progress: Progress | None = None,
     *,
+    weighted: Sequence[MeasuredLayer] | None = None,
     refine: bool = False,
 ) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
@@ -102,6 +103,8 @@ def plan_ranks(
     With calibration the allocation is the one of several that loses least on the data held back, the window rule's caps
     on the ranks among them; compensation and a further stage are kept where they lose less still, and so is fitting the
     factors, with `refine`. Raises `BadInput` for a plan that does not fit the model, or a budget that cannot be met.
+
+    `weighted` is what `weighted_layers` gives, for a caller that plans several times.
     """
     checkpoint = subject.checkpoint
     digest = checkpoint.digest() if checkpoint.source is not None else None
@@ -129,12 +132,14 @@ def plan_ranks(
         return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
     powers: Sequence[float | None] = ALLOCATION_POWERS if given is None else (None,)
     caps = rank_caps(measured, subject.recipe.family) if WINDOW_CAPS and given is None else {}
-    search = _Search(measured, calibrated, allocated, powers, caps, progress)
+    weighted = weighted if weighted is not None else weighted_layers(measured, calibrated)
+    search = _Search(weighted, calibrated, allocated, powers, caps, progress)
     best = search.best(chosen)
     for _ in range(STAGES if given is None and not best.as_predicted else 0):
         try:
             fresh = recalibrate(calibrated, search.best(Budget("keep", math.sqrt(best.kept))).solution.modules)
-            best = min(best, replace(search, calibrated=fresh).best(chosen), key=lambda found: found.loss)
+            anew = replace(search, weighted=weighted_layers(measured, fresh), calibrated=fresh)
+            best = min(best, anew.best(chosen), key=lambda found: found.loss)
         except BadInput as error:  # what was found without a stage stands
             logger.info("no stage: %s", error)
     if refine:
@@ -201,7 +206,7 @@ class _Candidate:
 class _Search:
     """What the candidates for a budget are made from."""
 
-    measured: Sequence[MeasuredLayer]
+    weighted: Sequence[MeasuredLayer]
     calibrated: Calibration
     allocated: Callable[..., tuple[LayerPlan, ...]]
     powers: Sequence[float | None]
@@ -213,10 +218,9 @@ class _Search:
 
         Beside those of the powers stands the best of them under the window rule's caps, where these change it.
         """
-        weighted = weighted_layers(self.measured, self.calibrated)
-        found = min((self._candidate(weighted, budget, power) for power in self.powers), key=lambda each: each.loss)
+        found = min((self._candidate(budget, power) for power in self.powers), key=lambda each: each.loss)
         if self.caps:
-            found = min(found, self._capped(found, weighted, budget), key=lambda each: each.loss)
+            found = min(found, self._capped(found, budget), key=lambda each: each.loss)
         compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
         allocation = f"{found.power}, capped" if found.capped else f"{found.power}"
         logger.info("allocation power %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
@@ -224,13 +228,15 @@ class _Search:
             return compensated
         return replace(found, solution=uncompensated(self.calibrated, found.layers))
 
-    def _candidate(self, weighted: Sequence[MeasuredLayer], budget: Budget, power: float | None) -> _Candidate:
-        layers = self.allocated(weighted, budget) if power is None else self.allocated(weighted, budget, power)
-        return self._measured(weighted, layers, power)
+    def _candidate(self, budget: Budget, power: float | None) -> _Candidate:
+        layers = (
+            self.allocated(self.weighted, budget) if power is None else self.allocated(self.weighted, budget, power)
+        )
+        return self._measured(layers, power)
 
-    def _capped(self, found: _Candidate, weighted: Sequence[MeasuredLayer], budget: Budget) -> _Candidate:
+    def _capped(self, found: _Candidate, budget: Budget) -> _Candidate:
         """The same allocation under the caps; `found` itself where they change nothing."""
-        under_caps = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in weighted]
+        under_caps = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in self.weighted]
         try:
             layers = self.allocated(under_caps, budget, found.power)
         except BadInput:
@@ -238,13 +244,11 @@ class _Search:
             return found
         if layers == found.layers:
             return found
-        return replace(self._measured(weighted, layers, found.power), capped=True)
+        return replace(self._measured(layers, found.power), capped=True)
 
-    def _measured(
-        self, weighted: Sequence[MeasuredLayer], layers: tuple[LayerPlan, ...], power: float | None
-    ) -> _Candidate:
+    def _measured(self, layers: tuple[LayerPlan, ...], power: float | None) -> _Candidate:
         loss = held_back_loss(self.calibrated, uncompensated(self.calibrated, layers).modules)
-        return _Candidate(self.calibrated, layers, power, predicted_loss(weighted, layers), loss)
+        return _Candidate(self.calibrated, layers, power, predicted_loss(self.weighted, layers), loss)
 
 
 def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:

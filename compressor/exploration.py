@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
+    from compressor.inspection import Progress
     from compressor.recipe import TrainingRecipe
     from compressor.report.explorer import ExploredLayers
     from compressor.results import Inspection
@@ -20,7 +20,7 @@ def explore(
     *,
     recipe: TrainingRecipe | str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the interactive explorer as one offline HTML file, and return its path.
 
@@ -48,7 +48,7 @@ def explore(
 
 
 def _explored(
-    recipe: TrainingRecipe | str | Path, progress: Callable[[str, int, int], None] | None
+    recipe: TrainingRecipe | str | Path, progress: Progress | None
 ) -> tuple[TrainingRecipe, tuple[ExploredLayers, ...]]:
     from compressor.measure import memory_window
     from compressor.recipe import TrainingRecipe, read_recipe

@@ -67,13 +67,17 @@ def plan_within_drop(
             where=subject.name,
             remedy="use the model in a wider dtype, or the data it was trained for",
         )
+    layers = measured if calibrated is None else weighted_layers(measured, calibrated)
     eligible = sum(m.layer.parameters for m in measured)
     best: PlannedModel | None = None
     drops: dict[int, float] = {}
 
     def measure(keep: float) -> tuple[int, float]:
         nonlocal best
-        planned = plan_ranks(subject, measured, Budget("keep", keep), None, form, shard_size, calibrated, refine=refine)
+        size = Budget("keep", keep)
+        planned = plan_ranks(
+            subject, measured, size, None, form, shard_size, calibrated, weighted=layers, refine=refine
+        )
         stored = planned.plan.eligible_after
         if stored not in drops:
             rewriting = Rewriting(
@@ -89,7 +93,6 @@ def plan_within_drop(
                 progress("search", len(drops), MOST_TRIALS)
         return stored, drops[stored]
 
-    layers = measured if calibrated is None else weighted_layers(measured, calibrated)
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, form, "parameters") + 0.5) / eligible)
     first = _first_guess(layers, limit, form, baseline, least, calibrated)

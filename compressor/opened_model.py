@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
@@ -23,6 +22,7 @@ from compressor.checkpoint import (
 )
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
+from compressor.evaluation.builtin_data import Split
 from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
 from compressor.rewrite import METADATA_KEY, stored_pairs
 
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 Model = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)

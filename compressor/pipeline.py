@@ -38,12 +38,12 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
+from compressor.evaluation.builtin_data import Split
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop, require_possible_drop
 from compressor.opened_model import (
     Factory,
     Model,
-    Split,
     open_data_for,
     open_model,
     open_search_data,

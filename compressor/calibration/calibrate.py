@@ -34,6 +34,7 @@ from compressor.checkpoint import Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import Metric, TiedMetric, embedding_metric
+from compressor.inspection import Progress
 from compressor.measure.moments import MomentPass, Moments, collect_moments, shrunk
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.rewrite import put_layer
@@ -68,7 +69,7 @@ def calibrate(
     *,
     device: torch.device,
     seed: int,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Moments of the layers' inputs and gradients on the fitted part of the data.
 
@@ -223,7 +224,7 @@ def _metrics(
     calibration: Calibration,
     layers: Mapping[str, nn.Module],
     stand_ins: Mapping[str, nn.Module],
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
     embeddings: EmbeddingCollector | None = None,
 ) -> tuple[SpooledMetrics, dict[str, float]]:
     """The metric and the uses of every layer that is reached, from the last segment to the first.

@@ -30,6 +30,7 @@ from compressor.calibration.refinement import fit_to_dense
 from compressor.checkpoint import Layer
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
+from compressor.inspection import Progress
 from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches
 from compressor.planning import LayerPlan
 from compressor.rewrite import (
@@ -97,7 +98,7 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> Facto
 def compensate(
     calibration: Calibration,
     planned: Sequence[LayerPlan],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     refine: bool = False,
 ) -> Compensated:

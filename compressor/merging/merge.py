@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import (
     check_output,
-    hidden_sibling,
     layer_name,
-    output_folder,
     parse_size,
     transformers_skeleton,
     write_json,
 )
+from compressor.destination import form_of, shard_limit, staged_output
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
     EvaluationData,
@@ -36,6 +34,7 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
+from compressor.inspection import Progress
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
 from compressor.merging.combination import Combination, Head, layer_of
 from compressor.merging.guarantee import interference_warning, sum_warnings
@@ -55,13 +54,12 @@ from compressor.merging.parts import (
     require_equal,
     require_same_architecture,
 )
+from compressor.opened_model import Factory
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
 from compressor.rewrite import FORMAT_VERSION, MERGE_KEY, METADATA_KEY, PLAN_FILE, write_weights
 
 Mode = Literal["sum", "concat"]
-Factory = str | Callable[[], nn.Module]
-Progress = Callable[[str, int, int], None]
 
 # Files beside a model that tell how it alone was trained or compressed.
 _OF_ONE_PART = (
@@ -180,9 +178,8 @@ def merge(
     infos = combination.infos()
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     needed = sum(info.nbytes for info in infos)
-    folder = parts[0].checkpoint.folder
-    form: Literal["file", "folder"] = "file" if folder is None else "folder"
-    check_output(target, source=parts[0].checkpoint, form=form, overwrite=overwrite, needed_bytes=needed)
+    checkpoint = parts[0].checkpoint
+    check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=needed)
     low_rank = combination.low_rank_layers()
     metadata = _metadata(combination, start, mode, low_rank)
 
@@ -212,9 +209,9 @@ def merge(
             seconds=time.monotonic() - started,
         )
 
-    with _staged(target, folder, overwrite=overwrite) as staged:
-        write_weights(staged, infos, tensors(), metadata, None if folder is None else shard_size)
-        if folder is not None:
+    with staged_output(target, checkpoint, overwrite) as staged:
+        write_weights(staged, infos, tensors(), metadata, shard_limit(checkpoint, shard_size))
+        if checkpoint.folder is not None:
             _describe_folder(staged, parts[0], low_rank)
         merged = load_model(staged, factory) if tasks else None
         for index, task in enumerate(tasks):
@@ -223,7 +220,9 @@ def merge(
             qualities.append(_quality(parts[index], networks[index], own, task, where))
             if progress:
                 progress("evaluate", index + 1, len(tasks))
-        size = sum(path.stat().st_size for path in ([staged] if folder is None else staged.glob("*.safetensors")))
+        size = sum(
+            path.stat().st_size for path in ([staged] if checkpoint.folder is None else staged.glob("*.safetensors"))
+        )
         if (lost := _lost_too_much(qualities, max_drop)) is not None:
             raise MergeRefused(lost, result(None, size))
     return result(target, size)
@@ -322,11 +321,10 @@ def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
 
 def _checked_target(parts: Sequence[Part], start: Part | None, target: Path, *, overwrite: bool) -> Path:
     """Where the result goes, known to be writable, and none of the inputs, before any work is done."""
-    folder = parts[0].checkpoint.folder
-    if folder is None and target.suffix != ".safetensors":
+    form = form_of(parts[0].checkpoint)
+    if form == "file" and target.suffix != ".safetensors":
         raise BadInput("a file is written as safetensors", where=target, remedy="name it with .safetensors")
     for part in (*parts, *(() if start is None else (start,))):
-        form: Literal["file", "folder"] = "file" if folder is None else "folder"
         check_output(target, source=part.checkpoint, form=form, overwrite=overwrite)
     return target
 
@@ -481,21 +479,6 @@ def _describe_folder(folder: Path, first: Part, low_rank: Mapping[str, Mapping[s
         }
     if config:
         write_json(folder / "config.json", config)
-
-
-@contextmanager
-def _staged(target: Path, folder: Path | None, *, overwrite: bool) -> Iterator[Path]:
-    """A place to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
-    if folder is not None:
-        with output_folder(target, copy_from=folder, overwrite=overwrite) as staged:
-            yield staged
-        return
-    staged = hidden_sibling(target).with_suffix(target.suffix)
-    try:
-        yield staged
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 class _Outputs(nn.Module):
