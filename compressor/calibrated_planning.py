@@ -56,6 +56,10 @@ TRUSTED = 1.5
 logger = logging.getLogger(__name__)
 
 
+class NotFinite(BadInput):
+    """No allocation of this size gave finite predictions; a larger one may."""
+
+
 @dataclass(frozen=True)
 class PlannedModel:
     """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor."""
@@ -107,7 +111,7 @@ def plan_ranks(
     `weighted` is what `weighted_layers` gives, for a caller that plans several times.
     """
     checkpoint = subject.checkpoint
-    digest = checkpoint.digest() if checkpoint.source is not None else None
+    digest = subject.digest
     chosen = budget or default_budget(measured, subject.recipe.family)
     if given is not None:
         edited = given if isinstance(given, Plan) else read_plan(Path(given))
@@ -145,7 +149,7 @@ def plan_ranks(
     if refine:
         best = min(best, best.refined(progress), key=lambda found: found.loss)
     if not math.isfinite(best.loss):
-        raise BadInput(
+        raise NotFinite(
             "the compressed model's predictions on the calibration data are not finite",
             where=subject.name,
             remedy="keep more, or use the model in a wider dtype",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from compressor.calibrated_planning import PlannedModel, plan_ranks, weighted_layers
+from compressor.calibrated_planning import NotFinite, PlannedModel, plan_ranks, weighted_layers
 from compressor.calibration import Calibration
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import EvaluationData, Quality, measure_quality, quality_drop
@@ -75,9 +75,12 @@ def plan_within_drop(
     def measure(keep: float) -> tuple[int, float]:
         nonlocal best
         size = Budget("keep", keep)
-        planned = plan_ranks(
-            subject, measured, size, None, form, shard_size, calibrated, weighted=layers, refine=refine
-        )
+        try:
+            planned = plan_ranks(
+                subject, measured, size, None, form, shard_size, calibrated, weighted=layers, refine=refine
+            )
+        except NotFinite:
+            return round(keep * eligible), math.inf
         stored = planned.plan.eligible_after
         if stored not in drops:
             rewriting = Rewriting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -41,6 +42,11 @@ class OpenedModel:
     skeleton: Skeleton | None
     layers: tuple[Layer, ...]
     recipe: TrainingRecipe
+
+    @cached_property
+    def digest(self) -> str | None:
+        """The sha256 of the checkpoint, which reads all of it; None of a module in memory."""
+        return self.checkpoint.digest() if self.checkpoint.source is not None else None
 
 
 def open_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, QualityGateNotMet, compress, evaluate, inspection, pipeline, plan
+from compressor import BadInput, QualityGateNotMet, compress, evaluate, inspection, max_drop, pipeline, plan
+from compressor.calibrated_planning import NotFinite
 from compressor.cli.run import run
 from compressor.evaluation import halves, open_data
 from compressor.evaluation.builtin_data import digits
@@ -125,6 +127,26 @@ def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential, monke
     assert found.search is not None
     assert len(found.search.trials) > 1
     assert (calls.count("calibrate"), calls.count("singular_values")) == (1, len(found.layers))
+
+
+def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(
+    trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = max_drop.plan_ranks
+    tried = []
+
+    def overflowing(subject: Any, measured: Any, budget: Any, *given: Any, **named: Any) -> Any:
+        tried.append(budget.value)
+        if budget.value < 0.6:
+            raise NotFinite("the predictions are not finite", remedy="keep more")
+        return planned(subject, measured, budget, *given, **named)
+
+    monkeypatch.setattr(max_drop, "plan_ranks", overflowing)
+    found = plan(trained, max_drop=0.05, data="builtin:digits")
+    assert found.search is not None
+    assert min(tried) < 0.6
+    assert found.eligible_after >= 0.59 * found.eligible_before
+    assert any(trial.drop == math.inf for trial in found.search.trials)
 
 
 def test_a_dry_run_and_a_plan_search_and_write_nothing(trained: nn.Sequential, tmp_path: Path) -> None:

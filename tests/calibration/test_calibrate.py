@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress
 from compressor.calibration import Calibration, held_back_loss
-from compressor.calibration.criterion import kept_rows, outputs_of
+from compressor.calibration.criterion import kept_rows, outputs_of, sampled_loss
 from compressor.calibration.segments import Segments
 from compressor.evaluation import Batch
 
@@ -118,16 +118,17 @@ def test_padding_of_encoder_and_decoder_changes_no_moment(length: int) -> None:
     assert_same(calibrated(model, [padded]), calibrated(model, [{"input_ids": ids, "labels": labels}]))
 
 
-def test_the_gradients_are_those_of_targets_drawn_in_order_by_one_generator() -> None:
+def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_generator() -> None:
     # By autograd alone: the moment of the gradients at the outputs of the classifier.
     model = transformer("vit").eval()
     data = [inputs_for("vit", 3), inputs_for("vit", 4)]
     generator = torch.Generator().manual_seed(7)
     gradients = []
     for inputs in data:
-        p = outputs_of(model, inputs).detach().softmax(-1)
-        targets = torch.multinomial(p, 1, generator=generator).squeeze(1)
-        gradients.append(p - nn.functional.one_hot(targets, p.shape[1]))
+        outputs = outputs_of(model, inputs).detach().requires_grad_(True)
+        sampled_loss(outputs, (), "likelihood", generator).backward()
+        assert outputs.grad is not None
+        gradients.append(outputs.grad)
     g = torch.cat(gradients).double()
     found = calibrated(model, data, seed=7).metrics["classifier"].gradients
     expected = g.T @ g / len(g)
@@ -136,6 +137,21 @@ def test_the_gradients_are_those_of_targets_drawn_in_order_by_one_generator() ->
     weight = float(((found - expected) * (identity - expected)).sum() / (identity - expected).square().sum())
     assert 0 <= weight <= 1
     torch.testing.assert_close(found, (1 - weight) * expected + weight * identity, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("certainty", [0.0, 1.0, 4.0, 12.0, 30.0])
+def test_the_sampled_gradients_have_the_fisher_as_their_second_moment_however_sure_the_model(certainty: float) -> None:
+    logits = torch.tensor([certainty, 0.0, -0.5, 1.0], dtype=torch.float64)
+    p = logits.softmax(-1)
+    fisher = torch.diag(p) - torch.outer(p, p)
+    rows = logits.float().expand(20_000, 4).clone().requires_grad_(True)
+    sampled_loss(rows, (), "likelihood", torch.Generator().manual_seed(0)).backward()
+    assert rows.grad is not None
+    g = rows.grad.double()
+    # Every gradient has the same length, so that a thousand examples say as much of a sure model as of another.
+    torch.testing.assert_close(g.square().sum(-1), fisher.trace().expand(len(g)), rtol=1e-3, atol=0)
+    error = (g.T @ g / len(g) - fisher).norm() / fisher.norm()
+    assert error < 0.03
 
 
 def test_the_moments_gradients_are_the_fisher_of_the_predictions() -> None:
