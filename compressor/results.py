@@ -88,8 +88,9 @@ class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
-    are the others. `spectra` holds the singular values behind the plan. `model` is the compressed module when a module
-    was compressed.
+    are the others. `spectra` holds the singular values behind the plan. `command` is the one that does the same, with
+    paths by their last part, and `pushed` the address of the commit on the hub. `model` is the compressed module when a
+    module was compressed.
     """
 
     source: str
@@ -103,6 +104,8 @@ class Compression:
     peak_memory_bytes: int
     skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    command: str = ""
+    pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +114,8 @@ class Compression:
             "schema_version": SCHEMA_VERSION,
             "source": self.source,
             "output": self.output,
+            "command": self.command,
+            "pushed": self.pushed,
             "parameters": asdict(self.parameters),
             "bytes": asdict(self.bytes),
             "eligible": {"before": before, "after": after, "kept": after / before},
