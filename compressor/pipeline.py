@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compressor.calibrated_planning import open_calibration_data, plan_ranks
+from compressor.calibrated_planning import PlannedModel, open_calibration_data, plan_ranks
 from compressor.calibration import Calibration, calibrate, split_examples
 from compressor.checkpoint import (
     Checkpoint,
@@ -48,6 +48,7 @@ from compressor.max_drop import plan_within_drop, require_possible_drop
 from compressor.opened_model import (
     Factory,
     Model,
+    OpenedModel,
     open_data_for,
     open_model,
     open_search_data,
@@ -92,6 +93,7 @@ CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 def inspect(
     model: Model,
     *,
+    revision: str | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
@@ -104,15 +106,16 @@ def inspect(
 ) -> Inspection:
     """Measure every matrix of a model: effective ranks, memory window, surviving initialisation.
 
-    `model` is a weight file, a model folder or a module. `recipe` says how it was trained where the files beside it do
-    not, as a `TrainingRecipe` or the path of a file. `factory` builds the model's architecture, for weights that are
-    not a transformers model's. `embeddings` has these measured too. `epsilon` is the share of a matrix that the memory
-    window may leave out.
+    `model` is a weight file, a model folder, a module, or `org/name` of the Hugging Face hub at a `revision`. `recipe`
+    says how it was trained where the files beside it do not, as a `TrainingRecipe` or the path of a file. `factory`
+    builds the model's architecture, for weights that are not a transformers model's. `embeddings` has these measured
+    too. `epsilon` is the share of a matrix that the memory window may leave out.
 
     Raises `BadInput` for a model, recipe or pattern that cannot be used.
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
+    model = local_model(model, revision)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
     return Inspection(
@@ -128,6 +131,7 @@ def inspect(
 def plan(
     model: Model,
     *,
+    revision: str | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -155,6 +159,7 @@ def plan(
     """
     return compress(
         model,
+        revision=revision,
         keep=keep,
         max_size=max_size,
         max_drop=max_drop,
@@ -223,8 +228,8 @@ def compress(
     of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
     and the others give it. A drop that is larger there is logged as a warning. `plan.search` tells what was tried.
 
-    `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch. A
-    folder that was written is sent to the hub as `push_to`, and a repository made for it is private.
+    `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch.
+    A folder that was written is sent to the hub as `push_to`, and a repository made for it is private.
 
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
     least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
@@ -237,8 +242,8 @@ def compress(
     gives the same bytes.
 
     Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
-    be removed safely, or when no size was found that `max_drop` allows; no output is left behind. `CompressorError` when
-    the output was written, and could not be pushed.
+    be removed safely, or when no size was found that `max_drop` allows; no output is left behind. Raises
+    `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
@@ -247,8 +252,7 @@ def compress(
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
-    if push_to is not None:
-        _require_pushable(checkpoint, push_to, dry_run=dry_run)
+    _require_pushable(checkpoint, push_to, dry_run=dry_run)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
@@ -276,8 +280,6 @@ def compress(
             " larger --tolerance"
         )
 
-    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
-    infos = rewritten_infos(rewriting)
     asked = {
         "revision": revision,
         "keep": keep,
@@ -300,7 +302,48 @@ def compress(
         "form": None if form == "auto" else form,
         "max-shard-size": None if max_shard_size == "5GB" else max_shard_size,
     }
-    command = command_words(checkpoint.name, asked)
+    compression = _carried_out(
+        model,
+        subject,
+        measured,
+        planned,
+        target,
+        shard_size,
+        reported,
+        factory,
+        where,
+        progress,
+        command=command_words(checkpoint.name, asked),
+        name=push_to,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
+    _warn_of_a_larger_drop(compression.evaluation, max_drop)
+    pushed = None if push_to is None or target is None else push_folder(target, push_to)
+    return replace(compression, pushed=pushed, seconds=time.monotonic() - started)
+
+
+def _carried_out(
+    model: Model,
+    subject: OpenedModel,
+    measured: Sequence[MeasuredLayer],
+    planned: PlannedModel,
+    target: Path | None,
+    shard_size: int,
+    reported: EvaluationData | None,
+    factory: Factory | None,
+    where: torch.device,
+    progress: Progress | None,
+    *,
+    command: str,
+    name: str | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> Compression:
+    """The plan carried out: the output written whole with its card, which calls it `name` if given, and measured."""
+    checkpoint, chosen = subject.checkpoint, planned.plan
+    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
+    infos = rewritten_infos(rewriting)
     after_bytes = weight_file_bytes(rewriting, shard_size)
     errors: dict[str, float] = {}
 
@@ -321,7 +364,7 @@ def compress(
             parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
             bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
             evaluation=evaluation,
-            seconds=time.monotonic() - started,
+            seconds=0.0,
             peak_memory_bytes=_peak_memory_bytes(),
             skipped=tuple(layer for layer in subject.layers if not layer.eligible),
             spectra={
@@ -332,7 +375,7 @@ def compress(
             model=compressed,
         )
 
-    compressed, evaluation, pushed = None, None, None
+    compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
         compressed = rewritten_module(rewriting, model, where, done)
         evaluation = evaluation_of(compressed)
@@ -345,11 +388,8 @@ def compress(
                 describe_folder(staged, rewriting)
             evaluation = evaluation_of(staged)
             if checkpoint.folder is not None:
-                write_card(staged, result(evaluation), checkpoint, name=push_to or target.name)
-    _warn_of_a_larger_drop(evaluation, max_drop)
-    if push_to is not None and target is not None:
-        pushed = push_folder(target, push_to)
-    return replace(result(evaluation), pushed=pushed)
+                write_card(staged, result(evaluation), checkpoint, name=name or target.name)
+    return result(evaluation)
 
 
 def evaluate(
@@ -370,6 +410,7 @@ def evaluate(
     model or data that cannot be used.
     """
     where = resolve_device(device)
+    model, baseline = local_model(model), None if baseline is None else local_model(baseline)
     evaluated = open_data_for(data, open_checkpoint(model), split, data_samples)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
@@ -482,7 +523,9 @@ def _require_what_is_needed(
         )
 
 
-def _require_pushable(checkpoint: Checkpoint, repository: str, *, dry_run: bool) -> None:
+def _require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool) -> None:
+    if repository is None:
+        return
     if dry_run:
         raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
     if checkpoint.folder is None:

@@ -6,22 +6,33 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import nn
+from typing import NamedTuple, TypeVar
 
 from compressor.errors import BadInput, CompressorError
 
 _LOGGER = logging.getLogger(__name__)
 
 # Weights, and what is copied to a compressed folder with them; no code, and of the weights no second format.
-_FETCHED = ("*.safetensors", "*.json", "*.md", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.yaml", "*.yml", "LICENSE*")
+_FETCHED = (
+    "*.safetensors",
+    "*.json",
+    "*.md",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.yaml",
+    "*.yml",
+    "LICENSE*",
+)
 _FETCHED_FOR_THE_RECIPE = ("training_args.bin",)
 _LEFT_OUT = ("*/*.safetensors", "consolidated*", "checkpoint-*")
 # A name that ends like a file is a path with a slip in it.
-_FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".th", ".ckpt")
+_FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".th", ".ckpt", ".yaml", ".yml", ".md")
 # Weights of an earlier push under other names would be loaded instead of the new ones.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+
+AnyModel = TypeVar("AnyModel", bound=object)
 
 
 class HubModel(NamedTuple):
@@ -39,7 +50,7 @@ def hub_model(path: Path) -> HubModel | None:
     return HubModel(snapshots.parent.name.removeprefix("models--").replace("--", "/"), path.name)
 
 
-def local_model(model: str | Path | nn.Module, revision: str | None = None) -> str | Path | nn.Module:
+def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path:
     """The model itself or, for `org/name` where no such path exists, the hub's copy of it in the cache.
 
     Fetched are safetensors, configuration, tokenizer, card and training arguments of a `revision` (branch, tag or
@@ -111,14 +122,11 @@ def check_push(repository: str) -> None:
     Raises:
         BadInput: the name is none, nobody is logged in, or the hub cannot be reached.
     """
-    from huggingface_hub import HfApi, errors, get_token
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repository)
-    except errors.HFValidationError as error:
-        raise BadInput(f"--push {repository!r} is no name of the hub", remedy="write it as org/name") from error
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repository, re.ASCII) is None:
+        raise BadInput(f"--push {repository!r} is no name of the hub", remedy="write it as org/name")
     if is_offline_mode():
         raise BadInput("--push needs the hub, which is offline", remedy="unset HF_HUB_OFFLINE, or push later")
     if get_token() is None:
@@ -159,4 +167,4 @@ def push_folder(folder: Path, repository: str) -> str:
 def _reason(error: Exception) -> str:
     """The line of an error's text that says most, without what it advises."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+    return lines[0].removeprefix("Got: ")[:200].rstrip(".") if lines else type(error).__name__

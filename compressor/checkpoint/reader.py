@@ -133,9 +133,7 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     """
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
-    found = local_model(model)
-    assert not isinstance(found, torch.nn.Module)
-    source = Path(found)
+    source = Path(local_model(model))
     with reading(source):
         is_folder = stat.S_ISDIR(source.stat().st_mode)
     folder = source if is_folder else None

@@ -55,7 +55,7 @@ def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
         if value is None or name == "sources":
             continue
         if isinstance(value, dict):
-            text = ", ".join(f"{glob}: {decay!r}" for glob, decay in value.items())
+            text = ", ".join(f"{glob}: {decay!r}" for glob, decay in value.items()) or "{}"
         elif isinstance(value, list):
             text = ", ".join(map(str, value)) or "[]"
         else:

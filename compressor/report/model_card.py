@@ -170,9 +170,9 @@ def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
     low_rank = sum(layer.rank is not None for layer in plan.layers)
     return (
-        f"{_code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank factors:"
-        f" {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files of"
-        f" {in_bytes(sizes.before)} become {in_bytes(sizes.after)}. Made by lowrank-compressor."
+        f"{_code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
+        f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
+        f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}. Made by lowrank-compressor."
     )
 
 

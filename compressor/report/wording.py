@@ -153,9 +153,9 @@ def recipe_sources(recipe: TrainingRecipe) -> str:
 
 
 def command_words(model: str, options: Mapping[str, object]) -> str:
-    """The command that does what was asked for, with paths by their last part; options of None, False or () are left out.
+    """The command that does what was asked for, with paths by their last part.
 
-    What was given in Python and has no name stands as `...`.
+    Options of None, False or () are left out; what was given in Python and has no name stands as `...`.
     """
     words = ["compress", shlex.quote(one_line(model))]
     for name, value in options.items():
