@@ -108,6 +108,30 @@ class Compression:
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
+    def metrics(self) -> dict[str, float]:
+        """The numbers by flat names, for a tracker of experiments; what was not measured has none.
+
+        `parameters`, `eligible_parameters` and `bytes` with `_before` and `_after`; `kept`, the share of the eligible
+        parameters; `predicted_loss` and `held_back_loss` of a calibration (nats per prediction); `seconds` of the work;
+        and those of `Evaluation.metrics`.
+        """
+        before, after = self.plan.eligible_before, self.plan.eligible_after
+        found = {
+            "parameters_before": self.parameters.before,
+            "parameters_after": self.parameters.after,
+            "eligible_parameters_before": before,
+            "eligible_parameters_after": after,
+            "kept": after / before,
+            "bytes_before": self.bytes.before,
+            "bytes_after": self.bytes.after,
+            "seconds": self.seconds,
+        }
+        if self.plan.calibration is not None:
+            found["predicted_loss"] = self.plan.calibration.predicted_loss
+            found["held_back_loss"] = self.plan.calibration.held_back_loss
+        measured = {} if self.evaluation is None else self.evaluation.metrics()
+        return {name: float(value) for name, value in found.items()} | measured
+
     def to_dict(self) -> dict[str, Any]:
         before, after = self.plan.eligible_before, self.plan.eligible_after
         return {
