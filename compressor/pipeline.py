@@ -60,8 +60,10 @@ from compressor.planning import (
     FormRequest,
     MeasuredLayer,
     Plan,
+    SizeCurve,
     holds,
     requested_budget,
+    size_curve,
     window_rule_advice,
 )
 from compressor.recipe import TrainingRecipe
@@ -320,7 +322,19 @@ def compress(
     )
     _warn_of_a_larger_drop(compression.evaluation, max_drop)
     pushed = None if push_to is None or target is None else push_folder(target, push_to)
-    return replace(compression, pushed=pushed, seconds=time.monotonic() - started)
+    return replace(
+        compression,
+        inspected=tuple(each for each in inspected if each.layer.eligible),
+        curve=_curve(planned, measured, form),
+        pushed=pushed,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _curve(planned: PlannedModel, measured: Sequence[MeasuredLayer], form: FormRequest) -> SizeCurve:
+    calibration = planned.plan.calibration
+    power = None if calibration is None else calibration.power
+    return size_curve(planned.weighted or measured, form, 1.0 if power is None else power)
 
 
 def _carried_out(

@@ -11,7 +11,7 @@ from torch import nn
 from compressor.checkpoint import Layer
 from compressor.evaluation import Evaluation
 from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
-from compressor.planning import Plan
+from compressor.planning import Plan, SizeCurve
 from compressor.recipe import TrainingRecipe
 
 SCHEMA_VERSION = 1
@@ -88,7 +88,8 @@ class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
-    are the others. `spectra` holds the singular values behind the plan. `command` is the one that does the same, with
+    are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured of the
+    eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with
     paths by their last part, and `pushed` the address of the commit on the hub. `model` is the compressed module when a
     module was compressed.
     """
@@ -104,6 +105,8 @@ class Compression:
     peak_memory_bytes: int
     skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    inspected: tuple[InspectedLayer, ...] = field(default=(), repr=False, compare=False)
+    curve: SizeCurve | None = field(default=None, repr=False, compare=False)
     command: str = ""
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -147,6 +150,7 @@ class Compression:
             "advice": self.plan.advice,
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
+            "curve": None if self.curve is None else self.curve.to_dict(),
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}
