@@ -19,7 +19,7 @@ _PRICES, _POINTS = 400, 120
 class SizeCurve:
     """Loss over size, by the measured spectra alone: `losses[i]` at `parameters[i]` stored of the eligible layers.
 
-    Sizes rise, and the last is that of the dense layers. `unit` says what the losses are: `nats` per prediction to
+    Sizes rise, and at the last nothing is lost. `unit` says what the losses are: `nats` per prediction to
     second order, with calibration; else `relative error`, the root mean square of the layers' relative errors.
     """
 
@@ -32,7 +32,7 @@ class SizeCurve:
 
 
 def size_curve(measured: Sequence[MeasuredLayer], request: FormRequest, power: float = 1.0) -> SizeCurve:
-    """The curve on which `plan_by_size` with the same `power` allocates, from its smallest size to the dense layers.
+    """The curve on which `plan_by_size` with the same `power` allocates, from its smallest size to one without loss.
 
     Every price of a stored number gives one point: each layer takes the choice that is cheapest at it.
     """

@@ -110,14 +110,13 @@ def _label_rows(axes: Axes, layers: Sequence[LayerPlan]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint]) -> str:
-    """Loss over the share of the eligible parameters that is kept, with the points that are above zero, as SVG."""
+def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) -> str:
+    """Loss over the share of the `eligible` parameters that is kept, with the points that are above zero, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    whole = curve.parameters[-1]
-    drawn = [(100 * p / whole, loss) for p, loss in zip(curve.parameters, curve.losses, strict=True) if loss > 0]
+    drawn = [(100 * p / eligible, loss) for p, loss in zip(curve.parameters, curve.losses, strict=True) if loss > 0]
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.add_subplot()
@@ -125,7 +124,7 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint]) -> str:
             axes.plot(*zip(*drawn, strict=True), color=BEFORE, linewidth=2.0)
         for point in points:
             if point.loss > 0:
-                axes.plot(100 * point.parameters / whole, point.loss, point.marker, color=AFTER, markersize=8, mew=2)
+                axes.plot(100 * point.parameters / eligible, point.loss, point.marker, color=AFTER, markersize=8, mew=2)
         axes.set_yscale("log")
         heights = [loss for _, loss in drawn] + [point.loss for point in points if point.loss > 0]
         # The last steps to the dense model cost next to nothing, and would take most of the height.
@@ -153,11 +152,10 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.add_subplot()
-        sizes = [100 * parameters / eligible for parameters, _ in tried]
-        axes.plot(sizes, [drop for _, drop in tried], "o-", color=BEFORE, linewidth=1.6, markersize=5)
+        # No line joins them: the drop need not rise evenly, and few examples make it jump.
         for parameters, drop in tried:
-            if parameters == chosen:
-                axes.plot(100 * parameters / eligible, drop, "o", color=AFTER, markersize=8)
+            colour, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
+            axes.plot(100 * parameters / eligible, drop, "o", color=colour, markersize=size)
         if limit is not None:
             axes.axhline(scale * limit, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
         axes.set_xlim(0, 102)

@@ -100,7 +100,9 @@ def report_page(compression: Compression) -> str:
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
         points=points,
-        curve=None if compression.curve is None else Markup(curve_figure(compression.curve, points)),
+        curve=None
+        if compression.curve is None
+        else Markup(curve_figure(compression.curve, points, plan.eligible_before)),
         tried=None
         if plan.search is None
         else Markup(search_figure(plan.search, plan.eligible_before, plan.eligible_after, limit)),
@@ -128,6 +130,13 @@ def report_page(compression: Compression) -> str:
             for number, layer in enumerate(plan.layers)
         ],
     )
+
+
+def _listed(value: object) -> object:
+    """A value of the recipe, lists and pairs of a name and a number without the marks of Python."""
+    if not isinstance(value, tuple):
+        return value
+    return ", ".join(f"{e[0]}: {e[1]:g}" if isinstance(e, tuple) else str(e) for e in value) or "none"
 
 
 def _marks(compression: Compression) -> dict[str, RankMarks]:
@@ -160,7 +169,7 @@ def _mark_words(mark: RankMarks) -> str:
 def _hyperparameters(recipe: TrainingRecipe) -> list[dict[str, Any]]:
     """The fields that are known, with the place each was read from."""
     return [
-        {"name": entry.name.replace("_", " "), "value": value, "source": recipe.sources.get(entry.name, "")}
+        {"name": entry.name.replace("_", " "), "value": _listed(value), "source": recipe.sources.get(entry.name, "")}
         for entry in fields(recipe)
         if entry.name != "sources" and (value := getattr(recipe, entry.name)) is not None
     ]
