@@ -1,14 +1,26 @@
-"""The release gate of the examples: what passes is released and logged, what does not is logged and fails the build."""
+"""What the README promises to builds and servers: the release gate of the examples, and pairs in plain PyTorch."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import re
+import shlex
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
+
+import compressor
+from compressor import pipeline
+from compressor.cli.run import run
+from compressor.evaluation import load_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pipeline.py"
 MODEL = Path(__file__).parents[1] / "model_cards" / "digits-mlp"
@@ -73,3 +85,47 @@ def test_both_outcomes_are_logged_with_numbers_and_files(runs: tuple[Path, dict[
     released = place / "good" / "model.safetensors"
     assert run.data.metrics["bytes_after"] == released.stat().st_size
     assert run.data.params["command"].startswith("compress digits-mlp --keep 0.4")
+
+
+def test_the_gate_of_the_readme_is_a_workflow_whose_command_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (EXAMPLE.parents[1] / "README.md").read_text(encoding="utf-8")
+    [snippet] = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    [job] = yaml.safe_load(snippet)["jobs"].values()
+    [command] = [step["run"] for step in job["steps"] if step.get("run", "").startswith("compress ")]
+    asked: list[Any] = []
+
+    def refuse(model: str, **options: Any) -> None:
+        asked.append((model, options))
+        raise compressor.QualityGateNotMet("no size holds")
+
+    monkeypatch.setattr(pipeline, "compress", refuse)
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    monkeypatch.setattr("compressor.report.check_report_path", lambda *_, **__: None)
+    assert run(shlex.split(command)[1:]) == 3
+    [(model, options)] = asked
+    assert Path(model).is_dir()
+    assert (options["max_drop"], options["data"]) == (0.01, "builtin:digits")
+    assert {str(options["output"]), "report.html"} == set(job["steps"][-1]["with"]["path"].split())
+
+
+def test_plain_pairs_are_two_ordinary_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.ReLU(), torch.nn.Linear(20, 6))
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    small = compressor.compress(tmp_path / "dense.safetensors", keep=0.3, form="plain").output
+    assert small is not None
+    state = load_file(small)
+    plain = copy.deepcopy(dense)
+    for name in ("0", "2"):
+        if f"{name}.down.weight" in state:
+            rank, d_in = state[f"{name}.down.weight"].shape
+            down, up = torch.nn.Linear(d_in, rank, bias=False), torch.nn.Linear(rank, len(state[f"{name}.up.weight"]))
+            plain[int(name)] = torch.nn.Sequential(OrderedDict(down=down, up=up))
+    assert not any(isinstance(layer, torch.nn.Linear) for layer in plain)
+    keys = plain.load_state_dict(state, strict=False)
+    # Left over are the empty tensors by which other loaders know that something is missing.
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], ["0.weight", "2.weight"])
+    loaded = load_model(small, lambda: copy.deepcopy(dense))
+    x = torch.randn(5, 12)
+    assert torch.equal(plain(x), loaded(x))
+    assert not torch.equal(plain(x), dense(x))

@@ -5,6 +5,7 @@ Nothing in it changes from run to run or names a path of the machine: the same i
 
 from __future__ import annotations
 
+import logging
 import math
 import platform
 import re
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from compressor.planning import Plan
     from compressor.results import Compression
 
+_LOGGER = logging.getLogger(__name__)
+
 CARD_FILE = "README.md"
 
 # By this tag a card is known to be one of ours.
@@ -57,6 +60,8 @@ def write_card(folder: Path, compression: Compression, source: Checkpoint, *, na
     """
     path = folder / CARD_FILE
     original = read_text(path) if path.is_file() else None
+    if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
+        _LOGGER.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
     text = model_card(compression, name=name, base_model=source.name, config=source.config, original=original)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -184,6 +184,15 @@ def test_a_folder_without_a_card_gets_one_and_a_file_gets_none(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "file").iterdir()] == ["small.safetensors"]
 
 
+def test_metadata_that_cannot_be_read_are_not_lost_in_silence(tmp_path: Path, caplog: Any) -> None:
+    model = written_model(tmp_path / "dense", "---\nlicense: [unclosed\n---\n# Mine\n")
+    compressor.compress(model, keep=0.7)
+    assert [r.message for r in caplog.records if "metadata of README.md of dense" in r.message]
+    card = ModelCard.load(tmp_path / "dense-compressed" / "README.md")
+    assert "license: [unclosed" in card.text
+    assert card.data.base_model == "dense"
+
+
 def compression(*names: str) -> Compression:
     layers = tuple(LayerPlan(name, (40, 30), "linear", 3, "plain", 210, 0.1, "its share | of it") for name in names)
     return Compression(
