@@ -315,7 +315,7 @@ def compress(
         factory,
         where,
         progress,
-        command=command_words(checkpoint.name, asked),
+        command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
         name=push_to,
         dry_run=dry_run,
         overwrite=overwrite,
@@ -492,7 +492,7 @@ def restore(
             restore_card(staged)
         after_bytes = open_checkpoint(staged).weight_bytes
     return Restoration(
-        source=str(checkpoint.source),
+        source=str(model),
         output=str(target),
         layers=tuple(pairs),
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),

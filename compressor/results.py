@@ -89,9 +89,9 @@ class Compression:
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
     are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured of the
-    eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with
-    paths by their last part, and `pushed` the address of the commit on the hub. `model` is the compressed module when a
-    module was compressed.
+    eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with paths
+    by their last part (empty for a module), and `pushed` the address of the commit on the hub. `model` is the
+    compressed module when a module was compressed.
     """
 
     source: str

@@ -87,6 +87,7 @@ def report_page(compression: Compression) -> str:
     return template.render(
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,
+        command=compression.command,
         budget=budget_words(plan.budget),
         advice=plan.advice,
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from compressor.checkpoint import hub_model
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.recipe.documents import read_text
 from compressor.report.comparison import compression_rows, computed_rows
@@ -62,7 +63,15 @@ def write_card(folder: Path, compression: Compression, source: Checkpoint, *, na
     original = read_text(path) if path.is_file() else None
     if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
         _LOGGER.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
-    text = model_card(compression, name=name, base_model=source.name, config=source.config, original=original)
+    fetched = None if source.folder is None else hub_model(source.folder)
+    text = model_card(
+        compression,
+        name=name,
+        base_model=source.name,
+        commit=None if fetched is None else fetched.commit,
+        config=source.config,
+        original=original,
+    )
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -76,13 +85,19 @@ def restore_card(folder: Path) -> None:
 
 
 def model_card(
-    compression: Compression, *, name: str, base_model: str, config: Mapping[str, Any] | None, original: str | None
+    compression: Compression,
+    *,
+    name: str,
+    base_model: str,
+    config: Mapping[str, Any] | None,
+    original: str | None,
+    commit: str | None = None,
 ) -> str:
     """The card of a compressed folder as text.
 
-    `name` is what the folder is loaded by, `base_model` the dense model's name, `config` its `config.json`, and
-    `original` the text of its own card: metadata are carried over, but for evaluation results, which are not those of
-    these weights, and the text is kept at the end.
+    `name` is what the folder is loaded by, `base_model` the dense model's name, `commit` that of the hub which was
+    compressed, `config` its `config.json`, and `original` the text of its own card: metadata are carried over, but for
+    evaluation results, which are not those of these weights, and the text is kept at the end.
     """
     metadata, text = front_matter(original or "")
     data = _metadata(metadata, compression.evaluation, name, base_model, config)
@@ -96,7 +111,7 @@ def model_card(
         "## Plan",
         _plan(compression.plan),
         "## How it was made",
-        _making(compression),
+        _making(compression, commit),
     ]
     lines = hyperparameter_lines(compression.recipe)
     if lines:
@@ -239,8 +254,10 @@ def _plan(plan: Plan) -> str:
     return "\n\n".join(said)
 
 
-def _making(compression: Compression) -> str:
-    of = f" (sha256 {compression.plan.digest})" if compression.plan.digest is not None else ""
+def _making(compression: Compression, commit: str | None) -> str:
+    known = {"commit": commit, "sha256": compression.plan.digest}
+    facts = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+    of = f" ({facts})" if facts else ""
     used = [f"- {library} {version(library)}" for library in _LIBRARIES]
     return "\n\n".join(
         (

@@ -143,6 +143,7 @@ def test_a_model_of_the_hub_is_read_and_compressed_to_where_one_works(hub: type[
     assert [path.name for path in Path().iterdir()] == ["name-compressed"]
     card = ModelCard.load("name-compressed/README.md")
     assert (card.data.base_model, card.data.base_model_relation, card.data.license) == ("org/name", "quantized", "mit")
+    assert f"commit {COMMITS['main']}" in card.text
     # What that model was fine-tuned from is a fact of its training, and stays one.
     assert compressor.inspect("org/name").recipe.base_model == "org/start"
     dense = compressor.restore("name-compressed", output="dense").output
