@@ -271,3 +271,17 @@ def test_what_could_not_be_pushed_was_written_nevertheless(hub: type[Hub]) -> No
         compressor.compress("org/name", keep=0.5, push_to="me/small", output="small")
     assert caught.value.exit_status == 1
     assert (Path("small") / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["diagnose", "org/name"],
+        ["explore", "--recipe", "org/name", "-o", "page.html"],
+        ["merge", "org/name", "org/name", "-o", "both", "--mode", "sum"],
+        ["plan", "org/name", "--keep", "0.5", "-o", "plan.json"],
+    ],
+)
+def test_every_command_that_takes_a_model_takes_one_of_the_hub(hub: type[Hub], arguments: list[str]) -> None:
+    assert run([*arguments, "-q"]) == 0
+    assert [path for path in hub.asked if path.endswith("/model.safetensors")]
