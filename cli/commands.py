@@ -116,7 +116,17 @@ def _print_version(asked: bool) -> None:
 def compress(
     model: options.Model,
     *,
+    revision: options.Revision = None,
     output: options.Output = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            parser=options.given("--push", str),
+            help="Send the written folder to the Hugging Face hub; a repository made for it is private.",
+            show_default=False,
+        ),
+    ] = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
     max_drop: options.MaxDrop = None,
@@ -180,7 +190,9 @@ def compress(
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
         compression = pipeline.compress(
             model,
+            revision=revision,
             output=output,
+            push_to=push,
             keep=keep,
             max_size=max_size,
             max_drop=max_drop,
@@ -218,6 +230,7 @@ def compress(
 def inspect(
     model: options.Model,
     *,
+    revision: options.Revision = None,
     epsilon: Annotated[float, typer.Option(help="Relative residual at which the memory window ends.")] = 0.1,
     recipe_file: options.RecipeFile = None,
     recipe: TrainingRecipe | None = None,
@@ -236,6 +249,7 @@ def inspect(
 
         inspection = pipeline.inspect(
             model,
+            revision=revision,
             recipe=recipe,
             recipe_file=recipe_file,
             factory=factory,
@@ -254,6 +268,7 @@ def inspect(
 def plan(
     model: options.Model,
     *,
+    revision: options.Revision = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -301,6 +316,7 @@ def plan(
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
         chosen = pipeline.plan(
             model,
+            revision=revision,
             keep=keep,
             max_size=max_size,
             max_drop=max_drop,
@@ -480,10 +496,10 @@ def explore(
         ),
     ] = Path("explorer.html"),
     recipe: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="FILE|MODEL",
-            parser=options.given("--recipe"),
+            parser=options.given("--recipe", str),
             help="Open it on these hyperparameters, or on a model's and its layers.",
             show_default=False,
         ),

@@ -36,9 +36,13 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         parser=given("MODEL", str),
-        help="A .safetensors, index, .bin or .pt file, or a Hugging Face folder.",
+        help="A .safetensors, index, .bin or .pt file, a Hugging Face folder, or org/name on the Hugging Face hub.",
         show_default=False,
     ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REVISION", help="Branch, tag or commit of a model of the hub.", show_default=False),
 ]
 Output = Annotated[
     Path | None,

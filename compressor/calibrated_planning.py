@@ -62,11 +62,15 @@ class NotFinite(BadInput):
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor."""
+    """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor.
+
+    `weighted` are then the layers in the metric of the loss, as the dense model has them.
+    """
 
     plan: Plan
     factors: Mapping[str, Factors] = field(default_factory=dict)
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
+    weighted: Sequence[MeasuredLayer] = ()
 
 
 def open_calibration_data(
@@ -163,7 +167,7 @@ def plan_ranks(
         capped=best.capped,
     )
     plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
-    return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics))
+    return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics), weighted)
 
 
 def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, output_folder
+from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, hub_model, output_folder
 from compressor.errors import BadInput
 
 
@@ -31,9 +31,14 @@ def checked_target(checkpoint: Checkpoint, output: str | Path | None, *, dry_run
 def target_of(
     checkpoint: Checkpoint, output: str | Path | None, *, suffix: str = "-compressed", torch_files: bool = False
 ) -> Path:
-    """Where the result goes: as asked, or beside the input under its name and the suffix."""
+    """Where the result goes: as asked, or beside the input under its name and the suffix.
+
+    What was fetched from the hub has its place in the working directory.
+    """
     source = checkpoint.source
     assert source is not None
+    if output is None and hub_model(source) is not None:
+        return Path(checkpoint.name.rpartition("/")[2] + suffix)
     if checkpoint.folder is not None:
         place = Path(os.path.abspath(source))  # noqa: PTH100 - a link is not followed, so the output is beside it
         return Path(output) if output is not None else place.with_name(place.name + suffix)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint import local_model
 from compressor.errors import BadInput
 from compressor.evaluation import (
     EvaluationData,
@@ -156,6 +157,7 @@ def diagnose(
     The gradient of every eligible layer is held in float64 on the CPU. Raises `BadInput` for a model, recipe, pattern,
     data or series that cannot be used.
     """
+    model = local_model(model)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
     if not any(layer.eligible for layer in subject.layers):
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")

@@ -50,10 +50,13 @@ def explore(
 def _explored(
     recipe: TrainingRecipe | str | Path, progress: Progress | None
 ) -> tuple[TrainingRecipe, tuple[ExploredLayers, ...]]:
+    from compressor.checkpoint import local_model
     from compressor.measure import memory_window
     from compressor.recipe import TrainingRecipe, read_recipe
     from compressor.report.explorer import EPSILON, ExploredLayers
 
+    if isinstance(recipe, str):
+        recipe = local_model(recipe)
     if not isinstance(recipe, TrainingRecipe) and _is_model(Path(recipe)):
         from compressor.pipeline import inspect
 

@@ -15,6 +15,7 @@ from compressor.checkpoint import (
     Layer,
     Skeleton,
     find_layers,
+    hub_model,
     module_skeleton,
     open_checkpoint,
     refuse_fp8,
@@ -91,6 +92,8 @@ def open_model(
     if known.optimizer is not None and known.family is None:
         logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
+        name = checkpoint.name
     return OpenedModel(name, checkpoint, skeleton, layers, known)
 
 

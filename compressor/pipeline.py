@@ -14,14 +14,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from compressor.calibrated_planning import open_calibration_data, plan_ranks
+from compressor.calibrated_planning import PlannedModel, open_calibration_data, plan_ranks
 from compressor.calibration import Calibration, calibrate, split_examples
 from compressor.checkpoint import (
     Checkpoint,
     TensorInfo,
     check_output,
+    check_push,
+    local_model,
     open_checkpoint,
     parse_size,
+    push_folder,
     write_json,
     write_state_dict_file,
 )
@@ -32,6 +35,7 @@ from compressor.evaluation import (
     Evaluation,
     EvaluationData,
     compare,
+    has_splits,
     load_model,
     require_accepted,
     require_apart,
@@ -44,6 +48,7 @@ from compressor.max_drop import plan_within_drop, require_possible_drop
 from compressor.opened_model import (
     Factory,
     Model,
+    OpenedModel,
     open_data_for,
     open_model,
     open_search_data,
@@ -55,11 +60,15 @@ from compressor.planning import (
     FormRequest,
     MeasuredLayer,
     Plan,
+    SizeCurve,
     holds,
     requested_budget,
+    size_curve,
     window_rule_advice,
 )
 from compressor.recipe import TrainingRecipe
+from compressor.report.model_card import restore_card, write_card
+from compressor.report.wording import command_words
 from compressor.results import BeforeAfter, Compression, Inspection, Restoration
 from compressor.rewrite import (
     METADATA_KEY,
@@ -86,6 +95,7 @@ CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 def inspect(
     model: Model,
     *,
+    revision: str | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
@@ -98,15 +108,16 @@ def inspect(
 ) -> Inspection:
     """Measure every matrix of a model: effective ranks, memory window, surviving initialisation.
 
-    `model` is a weight file, a model folder or a module. `recipe` says how it was trained where the files beside it do
-    not, as a `TrainingRecipe` or the path of a file. `factory` builds the model's architecture, for weights that are
-    not a transformers model's. `embeddings` has these measured too. `epsilon` is the share of a matrix that the memory
-    window may leave out.
+    `model` is a weight file, a model folder, a module, or `org/name` of the Hugging Face hub at a `revision`. `recipe`
+    says how it was trained where the files beside it do not, as a `TrainingRecipe` or the path of a file. `factory`
+    builds the model's architecture, for weights that are not a transformers model's. `embeddings` has these measured
+    too. `epsilon` is the share of a matrix that the memory window may leave out.
 
     Raises `BadInput` for a model, recipe or pattern that cannot be used.
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
+    model = local_model(model, revision)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
     return Inspection(
@@ -122,6 +133,7 @@ def inspect(
 def plan(
     model: Model,
     *,
+    revision: str | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -149,6 +161,7 @@ def plan(
     """
     return compress(
         model,
+        revision=revision,
         keep=keep,
         max_size=max_size,
         max_drop=max_drop,
@@ -176,7 +189,9 @@ def plan(
 def compress(
     model: Model,
     *,
+    revision: str | None = None,
     output: str | Path | None = None,
+    push_to: str | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -215,6 +230,9 @@ def compress(
     of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
     and the others give it. A drop that is larger there is logged as a warning. `plan.search` tells what was tried.
 
+    `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch.
+    A folder that was written is sent to the hub as `push_to`, and a repository made for it is private.
+
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
     least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
     model's own by default), a quarter of them held back to choose what loses least; `seed` draws the targets.
@@ -226,14 +244,17 @@ def compress(
     gives the same bytes.
 
     Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
-    be removed safely, or when no size was found that `max_drop` allows; no output is left behind.
+    be removed safely, or when no size was found that `max_drop` allows; no output is left behind. Raises
+    `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
+    model = local_model(model, revision)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
+    _require_pushable(checkpoint, push_to, dry_run=dry_run)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
@@ -261,6 +282,80 @@ def compress(
             " larger --tolerance"
         )
 
+    asked = {
+        "revision": revision,
+        "keep": keep,
+        "max-size": max_size,
+        "max-drop": max_drop,
+        "tolerance": tolerance,
+        "plan": Path(plan) if isinstance(plan, str) else plan,
+        **_training_options(subject.recipe, recipe, recipe_file),
+        "data": _named_data(data),
+        "data-samples": data_samples,
+        "calibration": _named_data(calibration),
+        "calibration-samples": None if calibration is None or calibration_samples == 128 else calibration_samples,
+        "sequence-length": calibration_sequence_length,
+        "refine": refine,
+        "seed": seed or None,
+        "model": Path(factory) if isinstance(factory, str) else factory,
+        "include": tuple(include),
+        "exclude": tuple(exclude),
+        "embeddings": embeddings,
+        "form": None if form == "auto" else form,
+        "max-shard-size": None if max_shard_size == "5GB" else max_shard_size,
+    }
+    compression = _carried_out(
+        model,
+        subject,
+        measured,
+        planned,
+        target,
+        shard_size,
+        reported,
+        factory,
+        where,
+        progress,
+        command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
+        name=push_to,
+        dry_run=dry_run,
+        overwrite=overwrite,
+    )
+    _warn_of_a_larger_drop(compression.evaluation, max_drop)
+    pushed = None if push_to is None or target is None else push_folder(target, push_to)
+    return replace(
+        compression,
+        inspected=tuple(each for each in inspected if each.layer.eligible),
+        curve=_curve(planned, measured, form),
+        pushed=pushed,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _curve(planned: PlannedModel, measured: Sequence[MeasuredLayer], form: FormRequest) -> SizeCurve:
+    calibration = planned.plan.calibration
+    power = None if calibration is None else calibration.power
+    return size_curve(planned.weighted or measured, form, 1.0 if power is None else power)
+
+
+def _carried_out(
+    model: Model,
+    subject: OpenedModel,
+    measured: Sequence[MeasuredLayer],
+    planned: PlannedModel,
+    target: Path | None,
+    shard_size: int,
+    reported: EvaluationData | None,
+    factory: Factory | None,
+    where: torch.device,
+    progress: Progress | None,
+    *,
+    command: str,
+    name: str | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> Compression:
+    """The plan carried out: the output written whole with its card, which calls it `name` if given, and measured."""
+    checkpoint, chosen = subject.checkpoint, planned.plan
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
     infos = rewritten_infos(rewriting)
     after_bytes = weight_file_bytes(rewriting, shard_size)
@@ -274,6 +369,26 @@ def compress(
     def evaluation_of(small: Model) -> Evaluation | None:
         return None if reported is None else _evaluate(model, small, reported, factory, where, progress)
 
+    def result(evaluation: Evaluation | None) -> Compression:
+        return Compression(
+            source=subject.name,
+            output=None if target is None else str(target),
+            recipe=subject.recipe,
+            plan=replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers)),
+            parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
+            bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
+            evaluation=evaluation,
+            seconds=0.0,
+            peak_memory_bytes=_peak_memory_bytes(),
+            skipped=tuple(layer for layer in subject.layers if not layer.eligible),
+            spectra={
+                m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
+                for m, p in zip(measured, chosen.layers, strict=True)
+            },
+            command=command,
+            model=compressed,
+        )
+
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
         compressed = rewritten_module(rewriting, model, where, done)
@@ -286,24 +401,9 @@ def compress(
             if checkpoint.folder is not None:
                 describe_folder(staged, rewriting)
             evaluation = evaluation_of(staged)
-    _warn_of_a_larger_drop(evaluation, max_drop)
-    return Compression(
-        source=subject.name,
-        output=None if target is None else str(target),
-        recipe=subject.recipe,
-        plan=replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers)),
-        parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
-        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
-        evaluation=evaluation,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=_peak_memory_bytes(),
-        skipped=tuple(layer for layer in subject.layers if not layer.eligible),
-        spectra={
-            m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
-            for m, p in zip(measured, chosen.layers, strict=True)
-        },
-        model=compressed,
-    )
+            if checkpoint.folder is not None:
+                write_card(staged, result(evaluation), checkpoint, name=name or target.name)
+    return result(evaluation)
 
 
 def evaluate(
@@ -324,6 +424,7 @@ def evaluate(
     model or data that cannot be used.
     """
     where = resolve_device(device)
+    model, baseline = local_model(model), None if baseline is None else local_model(baseline)
     evaluated = open_data_for(data, open_checkpoint(model), split, data_samples)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
@@ -388,9 +489,10 @@ def restore(
             config = {key: value for key, value in (checkpoint.config or {}).items() if key != "quantization_config"}
             write_json(staged / "config.json", config)
             (staged / PLAN_FILE).unlink(missing_ok=True)
+            restore_card(staged)
         after_bytes = open_checkpoint(staged).weight_bytes
     return Restoration(
-        source=str(checkpoint.source),
+        source=str(model),
         output=str(target),
         layers=tuple(pairs),
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
@@ -433,6 +535,34 @@ def _require_what_is_needed(
             "calibration shares a size among the layers, and none was asked for",
             remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
         )
+
+
+def _require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool) -> None:
+    if repository is None:
+        return
+    if dry_run:
+        raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
+    if checkpoint.folder is None:
+        raise BadInput("--push sends a model folder, and none is written", remedy="compress a folder, or leave it out")
+    check_push(repository)
+
+
+def _training_options(
+    known: TrainingRecipe, recipe: TrainingRecipe | str | Path | None, recipe_file: str | Path | None
+) -> dict[str, object]:
+    """The options of a command that say of the training what was said here."""
+    file = recipe if isinstance(recipe, str | Path) else recipe_file
+    flags = {
+        source.removeprefix("flag --"): getattr(known, name)
+        for name, source in known.sources.items()
+        if source.startswith("flag --")
+    }
+    return {"recipe": None if file is None else Path(file), **flags}
+
+
+def _named_data(data: object) -> object:
+    """Data that lie in a file as its path, and others as they were given."""
+    return Path(data) if isinstance(data, str) and not has_splits(data) else data
 
 
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:

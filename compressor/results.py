@@ -11,7 +11,7 @@ from torch import nn
 from compressor.checkpoint import Layer
 from compressor.evaluation import Evaluation
 from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
-from compressor.planning import Plan
+from compressor.planning import Plan, SizeCurve
 from compressor.recipe import TrainingRecipe
 
 SCHEMA_VERSION = 1
@@ -88,8 +88,10 @@ class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
-    are the others. `spectra` holds the singular values behind the plan. `model` is the compressed module when a module
-    was compressed.
+    are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured of the
+    eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with paths
+    by their last part (empty for a module), and `pushed` the address of the commit on the hub. `model` is the
+    compressed module when a module was compressed.
     """
 
     source: str
@@ -103,7 +105,35 @@ class Compression:
     peak_memory_bytes: int
     skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    inspected: tuple[InspectedLayer, ...] = field(default=(), repr=False, compare=False)
+    curve: SizeCurve | None = field(default=None, repr=False, compare=False)
+    command: str = ""
+    pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers by flat names, for a tracker of experiments; what was not measured has none.
+
+        `parameters`, `eligible_parameters` and `bytes` with `_before` and `_after`; `kept`, the share of the eligible
+        parameters; `predicted_loss` and `held_back_loss` of a calibration (nats per prediction); `seconds` of the work;
+        and those of `Evaluation.metrics`.
+        """
+        before, after = self.plan.eligible_before, self.plan.eligible_after
+        found = {
+            "parameters_before": self.parameters.before,
+            "parameters_after": self.parameters.after,
+            "eligible_parameters_before": before,
+            "eligible_parameters_after": after,
+            "kept": after / before,
+            "bytes_before": self.bytes.before,
+            "bytes_after": self.bytes.after,
+            "seconds": self.seconds,
+        }
+        if self.plan.calibration is not None:
+            found["predicted_loss"] = self.plan.calibration.predicted_loss
+            found["held_back_loss"] = self.plan.calibration.held_back_loss
+        measured = {} if self.evaluation is None else self.evaluation.metrics()
+        return {name: float(value) for name, value in found.items()} | measured
 
     def to_dict(self) -> dict[str, Any]:
         before, after = self.plan.eligible_before, self.plan.eligible_after
@@ -111,6 +141,8 @@ class Compression:
             "schema_version": SCHEMA_VERSION,
             "source": self.source,
             "output": self.output,
+            "command": self.command,
+            "pushed": self.pushed,
             "parameters": asdict(self.parameters),
             "bytes": asdict(self.bytes),
             "eligible": {"before": before, "after": after, "kept": after / before},
@@ -118,6 +150,7 @@ class Compression:
             "advice": self.plan.advice,
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
+            "curve": None if self.curve is None else self.curve.to_dict(),
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.checkpoint.files import atomic_file, hidden_sibling
+from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
 from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
 from compressor.checkpoint.output import check_output, output_folder, parse_size
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
@@ -30,15 +31,19 @@ __all__ = [
     "TensorInfo",
     "atomic_file",
     "check_output",
+    "check_push",
     "find_layers",
     "hidden_sibling",
+    "hub_model",
     "is_weight",
     "layer_name",
+    "local_model",
     "module_skeleton",
     "open_checkpoint",
     "output_folder",
     "parse_size",
     "plan_shards",
+    "push_folder",
     "refuse_fp8",
     "require_finite",
     "safetensors_size",

@@ -21,6 +21,7 @@ from compressor.checkpoint.files import (
     regular_file_size,
     require_content,
 )
+from compressor.checkpoint.hub import hub_model, local_model
 from compressor.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
 from compressor.checkpoint.tensors import StoredTensor, TensorInfo, TensorInMemory, bytes_of
 from compressor.checkpoint.torch_file import (
@@ -81,6 +82,14 @@ class Checkpoint:
         return self._stored[self.aliases.get(name, name)].read()
 
     @property
+    def name(self) -> str:
+        """What the model is called where no path of this machine is wanted: `org/name` on the hub, or its last part."""
+        if self.source is None:
+            return "module"
+        fetched = hub_model(self.source)
+        return fetched.repository if fetched is not None else Path(os.path.abspath(self.source)).name  # noqa: PTH100 - a link's own name
+
+    @property
     def weight_bytes(self) -> int:
         """Size of the weight files in bytes; of the tensors for a module."""
         if self.form == "module":
@@ -110,6 +119,8 @@ class Checkpoint:
 def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     """Open a trained model: a weight file, the index of a sharded one, a model folder, or a module in memory.
 
+    Where there is no such path, `org/name` is a model of the Hugging Face hub (`local_model`).
+
     Weight files are safetensors or what `torch.save` wrote; the content decides, not the name. In a folder
     the file is `model.safetensors`, else its index, else `pytorch_model.bin`, else its index, else the only
     weight file there is. Values are read when asked for, one tensor at a time (`read_torch_file` says which
@@ -122,12 +133,7 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     """
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
-    source = Path(model)
-    if not os.path.lexists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        remedy = (
-            f"check the path; a model of the hub is downloaded first: hf download {model} --local-dir {source.name}"
-        )
-        raise BadInput("no such file or folder", where=source, remedy=remedy)
+    source = Path(local_model(model))
     with reading(source):
         is_folder = stat.S_ISDIR(source.stat().st_mode)
     folder = source if is_folder else None

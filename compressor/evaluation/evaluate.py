@@ -57,6 +57,29 @@ class Evaluation:
             "latency": {f"batch_{timing.batch_size}": asdict(timing) for timing in self.latency} or None,
         }
 
+    def metrics(self) -> dict[str, float]:
+        """The numbers by flat names, for a tracker of experiments; what is unknown has none.
+
+        `accuracy` or `perplexity`, `loss` (nats per prediction), `macs`, `peak_memory_bytes` and `latency_batch_N`
+        (seconds), each with `_before` and `_after`; `drop`, as in the field; `latency_batch_N_ratio`, the median of
+        paired runs.
+        """
+        sides = {
+            "before": (self.baseline, self.baseline_loss, self.baseline_cost),
+            "after": (self.compressed, self.compressed_loss, self.compressed_cost),
+        }
+        found: dict[str, float | None] = {}
+        for side, (value, loss, cost) in sides.items():
+            found |= {f"{self.metric}_{side}": value, f"loss_{side}": loss}
+            if cost is not None:
+                found |= {f"macs_{side}": cost.macs, f"peak_memory_bytes_{side}": cost.peak_memory_bytes}
+        found["drop"] = self.drop
+        for timing in self.latency:
+            name = f"latency_batch_{timing.batch_size}"
+            found |= {f"{name}_before": timing.baseline_seconds, f"{name}_after": timing.compressed_seconds}
+            found[f"{name}_ratio"] = timing.ratio
+        return {name: float(value) for name, value in found.items() if value is not None}
+
 
 def compare(
     baseline: nn.Module | None,

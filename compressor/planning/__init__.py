@@ -15,6 +15,7 @@ from compressor.planning.plan import (
     read_plan,
     smallest_size,
 )
+from compressor.planning.size_curve import SizeCurve, size_curve, spent
 
 __all__ = [
     "LARGEST_SHARE",
@@ -27,6 +28,7 @@ __all__ = [
     "LayerPlan",
     "MeasuredLayer",
     "Plan",
+    "SizeCurve",
     "Trial",
     "apply_edits",
     "choose_ranks",
@@ -38,7 +40,9 @@ __all__ = [
     "read_plan",
     "requested_budget",
     "search_by_drop",
+    "size_curve",
     "smallest_found",
     "smallest_size",
+    "spent",
     "window_rule_advice",
 ]

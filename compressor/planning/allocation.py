@@ -31,7 +31,7 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
         return None
 
     def priced(multiplier: float) -> list[int]:
-        return [_cheapest(layer.loss + multiplier * layer.cost, layer.cost) for layer in layers]
+        return [cheapest(layer.loss + multiplier * layer.cost, layer.cost) for layer in layers]
 
     def cost(chosen: list[int]) -> int:
         return sum(int(layer.cost[i]) for layer, i in zip(layers, chosen, strict=True))
@@ -51,7 +51,7 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
     return _spend(layers, chosen, budget - cost(chosen))
 
 
-def _cheapest(price: npt.NDArray[np.float64], cost: npt.NDArray[np.int64]) -> int:
+def cheapest(price: npt.NDArray[np.float64], cost: npt.NDArray[np.int64]) -> int:
     """Index of the lowest price, and of equal prices the lowest cost."""
     tied = np.flatnonzero(price == price.min())
     return int(tied[np.argmin(cost[tied])])

@@ -276,7 +276,7 @@ def plan_by_size(
     to lose, for when the estimate saturates. Without calibration the squared relative Frobenius error takes its place.
     None when even rank one everywhere is larger.
     """
-    tables = [_choices(m, request, unit, power) for m in measured]
+    tables = [layer_choices(m, request, unit, power) for m in measured]
     chosen = allocate([choices for choices, _ in tables], budget)
     if chosen is None:
         return None
@@ -329,7 +329,7 @@ def plan_by_file_size(
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
     """What the layers would store at rank one: no budget below it can be met."""
-    return sum(int(_choices(m, request, unit)[0].cost.min()) for m in measured)
+    return sum(int(layer_choices(m, request, unit)[0].cost.min()) for m in measured)
 
 
 def _pairs(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, int, float]]:
@@ -343,7 +343,7 @@ def _pairs(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, int, 
             yield "spatial", rank, float(error)
 
 
-def _choices(
+def layer_choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
 ) -> tuple[Choices, list[tuple[Form, int] | None]]:
     """Every form and rank whose pair is smaller than the dense layer, and dense (None) last.

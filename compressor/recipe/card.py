@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from compressor.errors import BadInput
 from compressor.recipe.documents import read_text
 from compressor.recipe.recipe import TrainingRecipe
 from compressor.recipe.trainer import optimizer_named, warmup
@@ -44,14 +45,54 @@ def read_model_card(path: str | Path) -> TrainingRecipe:
     return TrainingRecipe.from_dict(values, source=f"{path.name} (model card)")
 
 
-def _base_model(text: str) -> str | None:
-    """The model that the front matter names as the one that training started from."""
-    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
+    """A recipe as the list of a card, from which `read_model_card` reads the same recipe again.
+
+    A value that would not be read as it is, such as a name with a comma in a list of names, is left out.
+    """
+    lines = []
+    for name, value in recipe.to_dict().items():
+        if value is None or name == "sources":
+            continue
+        if isinstance(value, dict):
+            text = ", ".join(f"{glob}: {decay!r}" for glob, decay in value.items()) or "{}"
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value)) or "[]"
+        else:
+            text = str(value)
+        try:
+            same = getattr(TrainingRecipe.from_dict({name: text}), name) == getattr(recipe, name)
+        except BadInput:
+            same = False
+        if same and text == " ".join(text.split()):
+            lines.append(f"- {name}: {text}")
+    return lines
+
+
+def front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """The metadata that a card begins with, and the text after them; {} and the whole text where there are none."""
+    front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
+    if front is None:
+        return {}, text
     try:
-        named = yaml.safe_load(front[1]) if front is not None else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        read = yaml.safe_load(front[1])
+    # Beside YAMLError the parser lets the errors of the values' own types through.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError):
+        return {}, text
+    if not isinstance(read, dict):
+        return {}, text
+    return {key: value for key, value in read.items() if isinstance(key, str)}, text[front.end() :]
+
+
+def _base_model(text: str) -> str | None:
+    """The model that the front matter names as the one that training started from.
+
+    The base of a quantized model, which a compressed one is called on the hub, is the same model in other numbers.
+    """
+    metadata, _ = front_matter(text)
+    if metadata.get("base_model_relation") == "quantized":
         return None
-    base = named.get("base_model") if isinstance(named, dict) else None
+    base = metadata.get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and base.strip() else None
 

@@ -59,14 +59,22 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
     ]
 
 
-def quality_rows(evaluation: Evaluation) -> list[Comparison]:
-    """The metric, and the arithmetic, memory and time of a forward pass."""
+def computed_rows(evaluation: Evaluation) -> list[Comparison]:
+    """The metric and the arithmetic of a forward pass, which are the same in every run."""
     metric, before, after = evaluation.metric, evaluation.baseline_cost, evaluation.compressed_cost
     baseline = "" if evaluation.baseline is None else quality_words(metric, evaluation.baseline)
     change = "" if evaluation.drop is None else change_words(metric, evaluation.drop)
-    rows = [
+    return [
         Comparison(metric, baseline, quality_words(metric, evaluation.compressed), change),
         compared("multiply-accumulates", compact, before.macs if before else None, after.macs),
+    ]
+
+
+def quality_rows(evaluation: Evaluation) -> list[Comparison]:
+    """The metric, and the arithmetic, memory and time of a forward pass."""
+    before, after = evaluation.baseline_cost, evaluation.compressed_cost
+    rows = [
+        *computed_rows(evaluation),
         compared("memory of a batch", in_bytes, before.peak_memory_bytes if before else None, after.peak_memory_bytes),
     ]
     for timing in evaluation.latency:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,14 +14,17 @@ import numpy as np
 from compressor.report.wording import compact, one_line, shortened_apart
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from compressor.measure import Spectrum
-    from compressor.planning import LayerPlan
+    from compressor.planning import DropSearch, LayerPlan, SizeCurve
+    from compressor.report.losses import CurvePoint
 
 # Drawn in these colours, which then become names that the page's style sheet defines for light and for dark.
-INK, FAINT, BEFORE, AFTER = "#010203", "#040506", "#070809", "#0a0b0c"
-COLOURS = {INK: "var(--ink)", FAINT: "var(--faint)", BEFORE: "var(--before)", AFTER: "var(--after)"}
+INK, FAINT, BEFORE, AFTER, EDGE, BOUND = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
+NAMES = {INK: "ink", FAINT: "faint", BEFORE: "before", AFTER: "after", EDGE: "edge", BOUND: "bound"}
+COLOURS = {drawn: f"var(--{name})" for drawn, name in NAMES.items()}
 
 STYLE = {
     # Text stays text: smaller, selectable, and in the page's font.
@@ -53,17 +58,118 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
         rows = range(len(layers))
         axes.barh(rows, [layer.dense_parameters for layer in layers], height=0.72, color=BEFORE)
         axes.barh(rows, [layer.parameters for layer in layers], height=0.72, color=AFTER)
-        axes.set_yticks(rows, shortened_apart([one_line(layer.name) for layer in layers], 40))
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
+        _label_rows(axes, layers)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(round(value))))
         axes.set_xlabel("stored parameters")
         return _svg(figure, "sizes", "Stored parameters of every layer before and after")
 
 
-def spectrum_figure(spectrum: Spectrum, rank: int | None, *, prefix: str) -> str:
-    """Singular values over their index, relative to the largest, with the rank that was chosen, as SVG."""
+@dataclass(frozen=True)
+class RankMarks:
+    """What is marked beside the ranks of a layer: the largest of them, and what the training recipe says.
+
+    `edge` is the largest singular value of the surviving initialisation, `above_edge` how many are larger, and `bound`
+    the memory window's bound on the rank where it binds; None where unknown.
+    """
+
+    full: int
+    edge: float | None = None
+    above_edge: int | None = None
+    bound: int | None = None
+
+
+def ranks_figure(layers: Sequence[LayerPlan], marks: Sequence[RankMarks]) -> str:
+    """The rank that every layer keeps, within its full one, as SVG; with the marks of the training recipe."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 0.5 + 0.22 * max(len(layers), 2)), layout="constrained")
+        axes = figure.add_subplot()
+        rows = range(len(layers))
+        axes.barh(rows, [mark.full for mark in marks], height=0.72, color=BEFORE)
+        kept = [mark.full if layer.rank is None else layer.rank for layer, mark in zip(layers, marks, strict=True)]
+        axes.barh(rows, kept, height=0.72, color=AFTER)
+        for counts, colour, shape in (
+            ([mark.above_edge for mark in marks], EDGE, "D"),
+            ([mark.bound for mark in marks], BOUND, "|"),
+        ):
+            places = [(count, row) for row, count in zip(rows, counts, strict=True) if count is not None]
+            if places:
+                axes.plot(*zip(*places, strict=True), shape, color=colour, markersize=5 if shape == "D" else 11, mew=2)
+        _label_rows(axes, layers)
+        axes.set_xlim(0, 1.03 * max(mark.full for mark in marks))
+        axes.set_xlabel("rank")
+        return _svg(figure, "ranks", "Rank of every layer, within its full rank")
+
+
+def _label_rows(axes: Axes, layers: Sequence[LayerPlan]) -> None:
+    axes.set_yticks(range(len(layers)), shortened_apart([one_line(layer.name) for layer in layers], 40))
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) -> str:
+    """Loss over the share of the `eligible` parameters that is kept, with the points that are above zero, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    drawn = [(100 * p / eligible, loss) for p, loss in zip(curve.parameters, curve.losses, strict=True) if loss > 0]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+        axes = figure.add_subplot()
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), color=BEFORE, linewidth=2.0)
+        for point in points:
+            if point.loss > 0:
+                axes.plot(100 * point.parameters / eligible, point.loss, point.marker, color=AFTER, markersize=8, mew=2)
+        axes.set_yscale("log")
+        heights = [loss for _, loss in drawn] + [point.loss for point in points if point.loss > 0]
+        # The last steps to the dense model cost next to nothing, and would take most of the height.
+        top = max(heights, default=1.0)
+        least = min((point.loss for point in points if point.loss > 0), default=top)
+        axes.set_ylim(max(min(heights, default=1.0), min(1e-4 * top, 0.1 * least)) / 1.5, 2 * top)
+        axes.set_xlim(0, 102)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.minorticks_off()
+        axes.set_xlabel("eligible parameters kept")
+        axes.set_ylabel("loss increase, nats" if curve.unit == "nats" else "relative error")
+        return _svg(figure, "curve", "Loss against size")
+
+
+def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float | None) -> str:
+    """The drop that was measured at every size tried, with the size chosen and the drop allowed, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    scale = 100.0 if search.metric == "accuracy" else 1.0
+    tried = sorted((t.parameters, scale * t.drop) for t in search.trials if math.isfinite(t.drop))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.8), layout="constrained")
+        axes = figure.add_subplot()
+        # No line joins them: the drop need not rise evenly, and few examples make it jump.
+        for parameters, drop in tried:
+            colour, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
+            axes.plot(100 * parameters / eligible, drop, "o", color=colour, markersize=size)
+        if limit is not None:
+            axes.axhline(scale * limit, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
+        axes.set_xlim(0, 102)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.set_xlabel("eligible parameters kept")
+        axes.set_ylabel("points of accuracy lost" if search.metric == "accuracy" else "increase in perplexity")
+        return _svg(figure, "search", "Drop measured against size")
+
+
+def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | None = None, *, prefix: str) -> str:
+    """Singular values over their index, relative to the largest, with the rank that was chosen, as SVG.
+
+    A level line marks the edge of the surviving initialisation, and an upright one a bound on the rank that binds.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -84,7 +190,13 @@ def spectrum_figure(spectrum: Spectrum, rank: int | None, *, prefix: str) -> str
         axes.set_xlim(0, max(values.size, 1) + 1)
         axes.set_xticks(sorted({rank, values.size} - {None, 0}) if _apart(rank, values.size) else [values.size])
         # A spectrum that hardly falls has a decade as well, so that it looks flat and its axis has labels.
-        axes.set_ylim(min(0.8 * float(heights.min(initial=1.0)), 0.08), 1.5)
+        bottom, top = min(0.8 * float(heights.min(initial=1.0)), 0.08), 1.5
+        if marks is not None and marks.edge is not None and marks.edge / largest >= bottom:
+            axes.axhline(marks.edge / largest, color=EDGE, linewidth=1.4, linestyle=(0, (1, 1)))
+            top = max(top, 1.5 * marks.edge / largest)
+        if marks is not None and marks.bound is not None:
+            axes.axvline(marks.bound, color=BOUND, linewidth=1.4, linestyle=(0, (4, 1, 1, 1)))
+        axes.set_ylim(bottom, top)
         axes.yaxis.set_major_locator(LogLocator(numticks=4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
 from compressor.report.comparison import compression_rows
+from compressor.report.losses import curve_points
 from compressor.report.wording import (
     budget_words,
     calibration_words,
@@ -27,6 +28,7 @@ from compressor.report.wording import (
 
 if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
+    from compressor.report.figures import RankMarks
     from compressor.results import Compression
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -73,16 +75,19 @@ def report_page(compression: Compression) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from compressor.report.figures import sizes_figure, spectrum_figure
+    from compressor.report.figures import curve_figure, ranks_figure, search_figure, sizes_figure, spectrum_figure
 
     # Trimmed blocks leave no empty lines where the template decides something.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     plan, evaluation = compression.plan, compression.evaluation
     calibrated = plan.calibration is not None
+    marks, points = _marks(compression), curve_points(compression)
+    limit = plan.budget.value if plan.budget.kind == "max-drop" else None
     return template.render(
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,
+        command=compression.command,
         budget=budget_words(plan.budget),
         advice=plan.advice,
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
@@ -95,7 +100,17 @@ def report_page(compression: Compression) -> str:
         larger_drop=None if evaluation is None else larger_drop_words(evaluation, plan.budget),
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
+        points=points,
+        curve=None
+        if compression.curve is None
+        else Markup(curve_figure(compression.curve, points, plan.eligible_before)),
+        tried=None
+        if plan.search is None
+        else Markup(search_figure(plan.search, plan.eligible_before, plan.eligible_after, limit)),
         sizes=Markup(sizes_figure(plan.layers)),
+        ranks=Markup(ranks_figure(plan.layers, [marks[layer.name] for layer in plan.layers])),
+        edges=any(mark.edge is not None for mark in marks.values()),
+        bounds=any(mark.bound is not None for mark in marks.values()),
         layers=[
             {
                 "name": Markup(".<wbr>").join(one_line(layer.name).split(".")),
@@ -106,7 +121,10 @@ def report_page(compression: Compression) -> str:
                 "kept": percent(layer.parameters, layer.dense_parameters),
                 "error": error_words(layer.error, 4),
                 "reason": layer.reason,
-                "spectrum": Markup(spectrum_figure(compression.spectra[layer.name], layer.rank, prefix=f"s{number}"))
+                "marks": _mark_words(marks[layer.name]),
+                "spectrum": Markup(
+                    spectrum_figure(compression.spectra[layer.name], layer.rank, marks[layer.name], prefix=f"s{number}")
+                )
                 if layer.name in compression.spectra
                 else None,
             }
@@ -115,10 +133,44 @@ def report_page(compression: Compression) -> str:
     )
 
 
+def _listed(value: object) -> object:
+    """A value of the recipe, lists and pairs of a name and a number without the marks of Python."""
+    if not isinstance(value, tuple):
+        return value
+    return ", ".join(f"{e[0]}: {e[1]:g}" if isinstance(e, tuple) else str(e) for e in value) or "none"
+
+
+def _marks(compression: Compression) -> dict[str, RankMarks]:
+    """What is marked beside the ranks of every layer in the plan.
+
+    The recipe says nothing of the matrix that a spatial pair factorizes.
+    """
+    from compressor.report.figures import RankMarks
+
+    measured = {each.layer.name: each for each in compression.inspected}
+    marks = {}
+    for layer in compression.plan.layers:
+        spectrum, each = compression.spectra.get(layer.name), measured.get(layer.name)
+        mark = RankMarks(full=min(layer.shape) if spectrum is None else len(spectrum))
+        if each is not None and layer.form != "spatial":
+            start, window = each.initialisation, each.window
+            if start is not None:
+                mark = replace(mark, edge=start.edge, above_edge=start.above_edge)
+            if window is not None and window.vacuous is False:
+                mark = replace(mark, bound=window.rank_bound)
+        marks[layer.name] = mark
+    return marks
+
+
+def _mark_words(mark: RankMarks) -> str:
+    above = [] if mark.above_edge is None else [f"{mark.above_edge} above the edge"]
+    return ", ".join([*above, *([] if mark.bound is None else [f"bound {mark.bound}"])])
+
+
 def _hyperparameters(recipe: TrainingRecipe) -> list[dict[str, Any]]:
     """The fields that are known, with the place each was read from."""
     return [
-        {"name": entry.name.replace("_", " "), "value": value, "source": recipe.sources.get(entry.name, "")}
+        {"name": entry.name.replace("_", " "), "value": _listed(value), "source": recipe.sources.get(entry.name, "")}
         for entry in fields(recipe)
         if entry.name != "sources" and (value := getattr(recipe, entry.name)) is not None
     ]

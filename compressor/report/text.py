@@ -101,7 +101,8 @@ def compression_text(compression: Compression) -> RenderableType:
     if skipped := _skipped(compression.skipped):
         parts.append(skipped)
     output = compression.output or "nothing was written"
-    parts.append(_facts(("output", output), ("took", effort), *_advice(plan.advice)))
+    pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
+    parts.append(_facts(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
 
 

@@ -152,7 +152,7 @@ def file_metadata(rewriting: Rewriting) -> dict[str, str]:
     record = {
         "format_version": FORMAT_VERSION,
         "version": version("lowrank-compressor"),
-        "source": checkpoint.source.name if checkpoint.source is not None else plan.source,
+        "source": checkpoint.name if checkpoint.source is not None else plan.source,
         "digest": plan.digest,
         "budget": plan.budget.to_dict(),
         "recipe": {key: value for key, value in rewriting.recipe.to_dict().items() if value not in (None, {})},

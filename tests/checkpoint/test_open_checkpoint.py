@@ -380,9 +380,3 @@ def test_an_index_that_leaves_out_a_numbered_shard_is_refused(tmp_path: Path) ->
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": names[0]}}))
     with pytest.raises(BadInput, match="shard 2 of 2"):
         open_checkpoint(tmp_path)
-
-
-def test_a_hub_id_is_told_how_to_become_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match="hf download org/name"):
-        open_checkpoint("org/name")

@@ -108,10 +108,16 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "32",
             "--embeddings",
             "--refine",
+            "--revision",
+            "v1",
+            "--push",
+            "me/small",
         ]
     )
     [(_, _, named)] = requested
     assert named == {
+        "revision": "v1",
+        "push_to": "me/small",
         "output": Path("out.safetensors"),
         "keep": None,
         "max_size": "40MB",

@@ -1,0 +1,170 @@
+"""Models of the Hugging Face hub: fetched into its cache to be read as folders, and folders sent to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from compressor.errors import BadInput, CompressorError
+
+_LOGGER = logging.getLogger(__name__)
+
+# Weights, and what is copied to a compressed folder with them; no code, and of the weights no second format.
+_FETCHED = (
+    "*.safetensors",
+    "*.json",
+    "*.md",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.yaml",
+    "*.yml",
+    "LICENSE*",
+)
+_FETCHED_FOR_THE_RECIPE = ("training_args.bin",)
+_LEFT_OUT = ("*/*.safetensors", "consolidated*", "checkpoint-*")
+# A name that ends like a file is a path with a slip in it.
+_FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".th", ".ckpt", ".yaml", ".yml", ".md")
+# Weights of an earlier push under other names would be loaded instead of the new ones.
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+
+AnyModel = TypeVar("AnyModel", bound=object)
+
+
+class HubModel(NamedTuple):
+    """A repository of the hub and the commit of it that lies in the cache."""
+
+    repository: str
+    commit: str
+
+
+def hub_model(path: Path) -> HubModel | None:
+    """The repository that a folder in the cache of huggingface_hub is a snapshot of; None for any other path."""
+    snapshots = path.parent
+    if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--"):
+        return None
+    return HubModel(snapshots.parent.name.removeprefix("models--").replace("--", "/"), path.name)
+
+
+def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path:
+    """The model itself or, for `org/name` where no such path exists, the hub's copy of it in the cache.
+
+    Fetched are safetensors, configuration, tokenizer, card and training arguments of a `revision` (branch, tag or
+    commit; the default branch otherwise), through huggingface_hub: its cache, token, endpoint and HF_HUB_OFFLINE are
+    respected.
+
+    Raises:
+        BadInput: the model or revision does not exist or may not be read, has no safetensors, or the hub cannot be
+            reached and the cache has no copy; or a revision is asked of what is no model of the hub.
+    """
+    if isinstance(model, str) and _may_be_of_the_hub(model):
+        return _fetched(model, revision)
+    if revision is not None:
+        what = model if isinstance(model, str | Path) else "a module"
+        raise BadInput(
+            f"--revision {revision} is of models of the hub, and {what} is none",
+            remedy="leave it out, or name a model as org/name",
+        )
+    return model
+
+
+def _may_be_of_the_hub(model: str) -> bool:
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
+    return named and not model.endswith(_FILE_ENDINGS) and not os.path.lexists(model)
+
+
+def _fetched(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+
+    _LOGGER.info("looking for %s on the hub", repository)
+    try:
+        patterns = [*_FETCHED, *_FETCHED_FOR_THE_RECIPE]
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_LEFT_OUT))
+        )
+    except errors.GatedRepoError as error:
+        remedy = "ask for access on its page of the hub, and log in with 'hf auth login'"
+        raise BadInput("is a gated model of the hub", where=repository, remedy=remedy) from error
+    except errors.RepositoryNotFoundError as error:
+        what = "no such file or folder, and no such model on the hub that may be read"
+        remedy = "check the name; for a private model log in with 'hf auth login'"
+        raise BadInput(what, where=repository, remedy=remedy) from error
+    except errors.RevisionNotFoundError as error:
+        what = f"has no revision {revision or 'main'!r} on the hub"
+        raise BadInput(what, where=repository, remedy="see its branches and tags there") from error
+    except errors.HFValidationError as error:
+        remedy = "check the path"
+        raise BadInput("no such file or folder, and no name of the hub", where=repository, remedy=remedy) from error
+    # The library under huggingface_hub, and so the class of a connection's failure, differs with its version.
+    except Exception as error:
+        of = "" if revision is None else f" of revision {revision}"
+        if is_offline_mode():
+            what = f"no such file or folder, and no whole copy{of} in the cache of the hub, which is offline"
+            remedy = "unset HF_HUB_OFFLINE, or fetch it beforehand with 'hf download'"
+        else:
+            what = f"no such file or folder, and the hub cannot be asked for it ({_reason(error)})"
+            remedy = "check the path, or the network"
+        raise BadInput(what, where=repository, remedy=remedy) from error
+    if not any(folder.glob("*.safetensors")):
+        remedy = f"fetch what it has: hf download {repository} --local-dir {repository.rpartition('/')[2]}"
+        raise BadInput("has no safetensors on the hub", where=repository, remedy=remedy)
+    return folder
+
+
+def check_push(repository: str) -> None:
+    """Refuse to send a folder to the hub where that is bound to fail, before any work is done.
+
+    Raises:
+        BadInput: the name is none, nobody is logged in, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.constants import is_offline_mode
+
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repository, re.ASCII) is None:
+        raise BadInput(f"--push {repository!r} is no name of the hub", remedy="write it as org/name")
+    if is_offline_mode():
+        raise BadInput("--push needs the hub, which is offline", remedy="unset HF_HUB_OFFLINE, or push later")
+    if get_token() is None:
+        raise BadInput("--push needs a token of the hub, and there is none", remedy="log in with 'hf auth login'")
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise BadInput(
+            f"--push {repository} cannot work: the hub does not answer as it should ({_reason(error)})",
+            remedy="check the network and 'hf auth whoami', or leave it out",
+        ) from error
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Send a finished folder to the hub as one commit, and return the commit's address.
+
+    A repository that does not exist is made, and private; weights that it had before are replaced.
+
+    Raises:
+        CompressorError: it could not be sent; the folder is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            commit_message="Compressed by lowrank-compressor",
+            delete_patterns=list(_REPLACED),
+        )
+    except Exception as error:
+        raise CompressorError(f"{folder} was written, but not pushed to {repository}: {_reason(error)}") from error
+    return str(commit.commit_url)
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error's text that says most, without what it advises."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].removeprefix("Got: ")[:200].rstrip(".") if lines else type(error).__name__

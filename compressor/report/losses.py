@@ -1,0 +1,51 @@
+"""What a compression loses, predicted and measured: the points of the curve of loss over size, and their words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressor.results import Compression
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One loss at one size: how it was found, and how it is drawn.
+
+    `parameters` are those stored of the eligible layers and `loss` in the unit of the curve. `marker` is matplotlib's
+    name of the shape and `symbol` the character that looks like it.
+    """
+
+    label: str
+    parameters: int
+    loss: float
+    marker: str
+    symbol: str
+
+    @property
+    def words(self) -> str:
+        """The loss in figures, and that it is not in the figure where a logarithm has no place for it."""
+        return f"{self.loss:.3g}" + ("" if self.loss > 0 else ", not above zero and so not drawn")
+
+
+def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
+    """The loss predicted for the plan and what was measured of it, as far as they are in the unit of the curve."""
+    from compressor.planning import spent
+
+    plan, curve, evaluation = compression.plan, compression.curve, compression.evaluation
+    if curve is None:
+        return ()
+    size, calibration = plan.eligible_after, plan.calibration
+    predicted = None if calibration is None else calibration.predicted_loss
+    said = "predicted for the ranks chosen" if curve.unit == "nats" else "of the ranks chosen"
+    points = [CurvePoint(said, size, spent(curve, plan.layers, predicted), "o", "●")]
+    if calibration is not None:
+        label = f"measured on the {calibration.held_back} examples held back"
+        points.append(CurvePoint(label, size, calibration.held_back_loss, "^", "▲"))
+    if curve.unit == "nats" and evaluation is not None and evaluation.baseline_loss is not None:
+        change = evaluation.compressed_loss - evaluation.baseline_loss
+        if math.isfinite(change):
+            points.append(CurvePoint(f"measured on {evaluation.data}", size, change, "s", "■"))
+    return tuple(points)

@@ -1,0 +1,279 @@
+"""The card of a compressed model folder: `README.md`, with front matter as the Hugging Face hub reads it.
+
+Nothing in it changes from run to run or names a path of the machine: the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from compressor.checkpoint import hub_model
+from compressor.recipe.card import front_matter, hyperparameter_lines
+from compressor.recipe.documents import read_text
+from compressor.report.comparison import compression_rows, computed_rows
+from compressor.report.wording import (
+    budget_words,
+    calibration_words,
+    error_words,
+    in_bytes,
+    one_line,
+    percent,
+    recipe_sources,
+    search_words,
+    shape_of,
+)
+
+if TYPE_CHECKING:
+    from compressor.checkpoint import Checkpoint
+    from compressor.evaluation import Evaluation
+    from compressor.planning import Plan
+    from compressor.results import Compression
+
+_LOGGER = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+
+# By this tag a card is known to be one of ours.
+TAG = "lowrank-compressor"
+TAGS = ("low-rank", "compressed", TAG)
+
+_LOADING = "## How to load it"
+_LIBRARIES = ("lowrank-compressor", "torch", "transformers", "safetensors")
+# What a card says of the dense weights alone, and is not true of others.
+_OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
+_PIPELINE_TAGS = {"image-classification": "image-classification", "text-classification": "text-classification"}
+
+
+def write_card(folder: Path, compression: Compression, source: Checkpoint, *, name: str) -> None:
+    """Write the card of a compressed folder, keeping what the copy of the dense model's card there says.
+
+    `source` is the dense checkpoint, and `name` what the folder will be loaded by.
+    """
+    path = folder / CARD_FILE
+    original = read_text(path) if path.is_file() else None
+    if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
+        _LOGGER.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
+    fetched = None if source.folder is None else hub_model(source.folder)
+    text = model_card(
+        compression,
+        name=name,
+        base_model=source.name,
+        commit=None if fetched is None else fetched.commit,
+        config=source.config,
+        original=original,
+    )
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def restore_card(folder: Path) -> None:
+    """Say in the card of a folder, where it is one of ours, that its weights are dense again."""
+    path = folder / CARD_FILE
+    if path.is_file():
+        card = read_text(path)
+        if (restored := restored_card(card)) != card:
+            path.write_text(restored, encoding="utf-8", errors="backslashreplace")
+
+
+def model_card(
+    compression: Compression,
+    *,
+    name: str,
+    base_model: str,
+    config: Mapping[str, Any] | None,
+    original: str | None,
+    commit: str | None = None,
+) -> str:
+    """The card of a compressed folder as text.
+
+    `name` is what the folder is loaded by, `base_model` the dense model's name, `commit` that of the hub which was
+    compressed, `config` its `config.json`, and `original` the text of its own card: metadata are carried over, but for
+    evaluation results, which are not those of these weights, and the text is kept at the end.
+    """
+    metadata, text = front_matter(original or "")
+    data = _metadata(metadata, compression.evaluation, name, base_model, config)
+    parts = [
+        f"# {name.rpartition('/')[2]}",
+        _summary(compression, base_model),
+        _LOADING,
+        _loading(name, config),
+        "## Before and after",
+        _sizes(compression),
+        "## Plan",
+        _plan(compression.plan),
+        "## How it was made",
+        _making(compression, commit),
+    ]
+    lines = hyperparameter_lines(compression.recipe)
+    if lines:
+        sources = recipe_sources(compression.recipe)
+        said = f"What is known of how {_code(base_model)} was trained" + (f", from {sources}" if sources else "")
+        parts += ["### Training hyperparameters", said + ":", "\n".join(lines)]
+    if text.strip():
+        parts += [f"## Card of {_code(base_model)}", "What follows is about the dense model.", text.strip()]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def restored_card(card: str) -> str:
+    """The card of a compressed folder for the dense folder that was multiplied back from it; others as they are."""
+    tags = front_matter(card)[0].get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
+        return card
+    said = (
+        "## Dense again\n\n`compress restore` multiplied the factors back: these weights are dense, any tool loads them"
+        " without compressor, and what they predict is what the compressed model predicts. It is described below.\n\n"
+    )
+    return re.sub(rf"^{_LOADING}\n.*?(?=^## )", lambda _: said, card, count=1, flags=re.DOTALL | re.MULTILINE)
+
+
+def _metadata(
+    carried: Mapping[str, Any],
+    evaluation: Evaluation | None,
+    name: str,
+    base_model: str,
+    config: Mapping[str, Any] | None,
+) -> ModelCardData:
+    kept = {key: value for key, value in carried.items() if key not in (*_OF_THE_ORIGINAL, "ignore_metadata_errors")}
+    tags = kept.pop("tags", None)
+    own = {
+        "library_name": kept.pop("library_name", None) or ("pytorch" if config is None else "transformers"),
+        "tags": list(dict.fromkeys([*_texts(tags), *TAGS])),
+        "base_model": _repository(base_model),
+        "base_model_relation": "quantized",
+        "pipeline_tag": kept.pop("pipeline_tag", None),
+    }
+    if evaluation is not None:
+        own["pipeline_tag"] = own["pipeline_tag"] or _PIPELINE_TAGS.get(evaluation.task)
+        if math.isfinite(evaluation.compressed):
+            own |= {"model_name": name.rpartition("/")[2], "eval_results": [_result(evaluation)]}
+    return ModelCardData(**own, **kept)
+
+
+def _result(evaluation: Evaluation) -> EvalResult:
+    data = without_folders(evaluation.data)
+    return EvalResult(
+        task_type="text-generation" if evaluation.task == "language-modeling" else evaluation.task,
+        dataset_type=data.partition(",")[0],
+        dataset_name=data,
+        metric_type=evaluation.metric,
+        metric_name=evaluation.metric,
+        metric_value=round(evaluation.compressed, 6),
+    )
+
+
+def _texts(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def _repository(name: str) -> str:
+    """A name in the characters that names of the hub have."""
+    return re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w./-]", "-", name, flags=re.ASCII)).strip("-.")[:96] or "model"
+
+
+def without_folders(data: str) -> str:
+    """What some data are called, without the folders that a file lies in."""
+    return Path(data).name
+
+
+def _summary(compression: Compression, base_model: str) -> str:
+    plan, sizes = compression.plan, compression.bytes
+    low_rank = sum(layer.rank is not None for layer in plan.layers)
+    return (
+        f"{_code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
+        f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
+        f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}. Made by lowrank-compressor."
+    )
+
+
+def _loading(name: str, config: Mapping[str, Any] | None) -> str:
+    if config is None:
+        return _python(
+            "from compressor.evaluation import load_model",
+            f'model = load_model("{name}", build_model)  # the function that builds the architecture',
+        )
+    import transformers
+
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    known = architecture.isidentifier() and hasattr(transformers, architecture)
+    return _python(
+        "import compressor, transformers  # pip install lowrank-compressor; transformers learns of the format",
+        f'model = transformers.{architecture if known else "AutoModel"}.from_pretrained("{name}")',
+    )
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(("```python", *lines, "```"))
+
+
+def _sizes(compression: Compression) -> str:
+    evaluation = compression.evaluation
+    rows = compression_rows(replace(compression, evaluation=None))
+    if evaluation is not None:
+        rows += computed_rows(evaluation)
+    table = _table(
+        ("", "before", "after", "compared"), ((row.label, row.before, row.after, row.compared) for row in rows)
+    )
+    if evaluation is None:
+        return f"{table}\n\nQuality was not measured."
+    return f"{table}\n\nMeasured on {_code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
+
+
+def _plan(plan: Plan) -> str:
+    said = [f"Budget: {budget_words(plan.budget)}."]
+    if plan.calibration is not None:
+        said.append(f"Calibration: {calibration_words(plan.calibration)}.")
+    if plan.search is not None:
+        said.append(f"Search: {search_words(replace(plan.search, data=without_folders(plan.search.data)))}.")
+    rows = (
+        (
+            _code(layer.name),
+            shape_of(layer.shape),
+            "-" if layer.rank is None else str(layer.rank),
+            layer.form,
+            percent(layer.parameters, layer.dense_parameters),
+            error_words(layer.error, 4),
+            one_line(layer.reason).replace("|", r"\|"),
+        )
+        for layer in plan.layers
+    )
+    said.append(_table(("layer", "shape", "rank", "form", "kept", "error", "why"), rows))
+    metric = "in the metric of the loss" if plan.calibration is not None else "in the Frobenius norm"
+    said.append(f"Shape is outputs x inputs; error is relative, {metric}.")
+    return "\n\n".join(said)
+
+
+def _making(compression: Compression, commit: str | None) -> str:
+    known = {"commit": commit, "sha256": compression.plan.digest}
+    facts = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+    of = f" ({facts})" if facts else ""
+    used = [f"- {library} {version(library)}" for library in _LIBRARIES]
+    return "\n\n".join(
+        (
+            f"From the dense weights{of} by",
+            f"```\n{compression.command}\n```",
+            "with",
+            "\n".join([*used, f"- Python {platform.python_version()}"]),
+        )
+    )
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _code(name: str) -> str:
+    """A name that somebody chose, as code in a line or a table, which it cannot leave."""
+    return f"`{one_line(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -1,0 +1,96 @@
+"""A release gate: compress a trained model, measure it, log the run to MLflow, and fail the build if it got worse.
+
+    python examples/pipeline.py model_cards/digits-resnet --keep 0.5 --calibration builtin:digits \\
+        --data builtin:digits --max-drop 0.01 --output release/digits-resnet
+
+A model that passes is put at `--output`. Exit status: 0 passed; 2 the request or an input is bad; 3 the gate was not
+met, and nothing is released. The run is logged either way, to `./mlruns` or to `--tracking-uri`: flat metrics, the
+report, the plan and the card. It needs the extras `report` and `mlflow`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import mlflow
+
+import compressor
+from compressor.report import write_report
+
+PASSED, GATE_NOT_MET = 0, compressor.QualityGateNotMet.exit_status
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="weight file, model folder or org/name on the Hugging Face hub")
+    parser.add_argument("--keep", type=float, required=True, help="share of the eligible parameters to keep")
+    parser.add_argument("--data", required=True, help="what the gate is measured on")
+    parser.add_argument("--max-drop", type=float, required=True, help="allowed loss of accuracy, or rise of perplexity")
+    parser.add_argument("--output", type=Path, required=True, help="where a model that passes is released")
+    parser.add_argument("--calibration", help="data to choose and factorize by")
+    parser.add_argument("--model-code", help="file.py:function that builds an architecture not in transformers")
+    parser.add_argument("--tracking-uri", default=Path("mlruns").absolute().as_uri(), help="of MLflow; ./mlruns")
+    parser.add_argument("--experiment", default="compression", help="name of the experiment in MLflow")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> int:
+    asked = arguments(given)
+    if asked.tracking_uri.startswith("file:"):
+        # Newer versions of MLflow want to be told that plain files are meant.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(asked.tracking_uri)
+    mlflow.set_experiment(asked.experiment)
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the release, so that putting it there is a single renaming.
+    with tempfile.TemporaryDirectory(dir=asked.output.parent) as place:
+        candidate = Path(place) / asked.output.name
+        try:
+            if asked.output.exists():
+                raise compressor.BadInput("already exists", where=asked.output, remedy="release under a new name")
+            result = compressor.compress(
+                asked.model,
+                output=candidate,
+                keep=asked.keep,
+                calibration=asked.calibration,
+                data=asked.data,
+                factory=asked.model_code,
+            )
+        except compressor.CompressorError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_status
+        assert result.evaluation is not None
+        drop = result.evaluation.drop
+        # The last digits of a difference of two fractions are rounding.
+        passed = drop is not None and round(drop, 9) <= asked.max_drop
+        log(result, candidate, asked, passed=passed)
+        if passed:
+            candidate.rename(asked.output)
+    outcome = f"released {asked.output}" if passed else "not released"
+    print(f"drop {drop + 0.0:.4g}, allowed {asked.max_drop:g}: {outcome}")
+    return PASSED if passed else GATE_NOT_MET
+
+
+def log(result: compressor.Compression, candidate: Path, asked: argparse.Namespace, *, passed: bool) -> None:
+    """One run of MLflow, marked as failed where the gate was not met."""
+    run = mlflow.start_run(run_name=asked.output.name)
+    mlflow.log_params({"command": result.command, "keep": asked.keep, "max_drop": asked.max_drop})
+    mlflow.log_metrics(result.metrics())
+    mlflow.set_tag("gate", "passed" if passed else "not met")
+    with tempfile.TemporaryDirectory() as place:
+        report, plan = Path(place) / "report.html", Path(place) / "plan.json"
+        write_report(result, report, overwrite=False)
+        plan.write_text(json.dumps(result.plan.to_dict(), indent=2), encoding="utf-8")
+        for artifact in (report, plan, candidate / "README.md"):
+            if artifact.exists():  # a single weight file has no card
+                mlflow.log_artifact(str(artifact), run_id=run.info.run_id)
+    mlflow.end_run("FINISHED" if passed else "FAILED")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The curve of loss over size: what the allocation itself would lose at every one of its sizes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor.checkpoint import Layer
+from compressor.planning import MeasuredLayer, predicted_loss, size_curve, smallest_size, spent
+from compressor.planning.plan import plan_by_size
+
+
+def measured(index: int, d_out: int, d_in: int, *, calibrated: bool, **known: Any) -> MeasuredLayer:
+    draw = np.random.default_rng((index, d_out, d_in))
+    layer = Layer(str(index), str(index), f"{index}.weight", None, "linear", (d_out, d_in), (d_out, d_in))
+    spectra = [np.sort(draw.lognormal(0, 2, min(d_out, d_in)))[::-1] for _ in range(2)]
+    weighted = {"weighted_values": 1e-2 * spectra[1], "uses": float(draw.integers(1, 5))} if calibrated else {}
+    return MeasuredLayer(layer, spectra[0], itemsize=4, **weighted, **known)
+
+
+SIZES = st.lists(st.tuples(st.integers(2, 24), st.integers(2, 24)), min_size=1, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SIZES, st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["auto", "plain"]))
+def test_every_point_is_what_the_allocation_loses_at_that_size(
+    shapes: list[tuple[int, int]], calibrated: bool, power: float, form: Any
+) -> None:
+    layers = [measured(i, *shape, calibrated=calibrated) for i, shape in enumerate(shapes)]
+    curve = size_curve(layers, form, power)
+    assert curve.losses[-1] == 0
+    assert curve.parameters[-1] == sum(m.layer.parameters for m in layers)
+    assert list(curve.parameters) == sorted(set(curve.parameters))
+    assert curve.parameters[0] == smallest_size(layers, form, "parameters")
+    assert curve.unit == ("nats" if calibrated else "relative error")
+    for size, loss in zip(curve.parameters, curve.losses, strict=True):
+        plans = plan_by_size(layers, size, form, unit="parameters", power=power)
+        assert plans is not None
+        assert sum(plan.parameters for plan in plans) <= size
+        predicted = predicted_loss(layers, plans) if calibrated else None
+        assert spent(curve, plans, predicted) == pytest.approx(loss, rel=1e-6, abs=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES, st.booleans())
+def test_a_larger_size_never_loses_more_where_the_loss_itself_is_allocated(
+    shapes: list[tuple[int, int]], calibrated: bool
+) -> None:
+    layers = [measured(i, *shape, calibrated=calibrated) for i, shape in enumerate(shapes)]
+    losses = size_curve(layers, "auto", 0.0 if calibrated else 1.0).losses
+    assert all(before >= after for before, after in pairwise(losses))
+
+
+def test_layers_that_stay_dense_leave_one_point() -> None:
+    layers = [measured(0, 8, 8, calibrated=True, stays_dense="it was asked for")]
+    curve = size_curve(layers, "auto")
+    assert (curve.parameters, curve.losses) == ((64,), (0.0,))
+
+
+def test_there_are_no_more_points_than_a_figure_can_show() -> None:
+    curve = size_curve([measured(i, 300, 200, calibrated=False) for i in range(8)], "auto")
+    assert 50 < len(curve.parameters) <= 120
+    assert curve.to_dict()["parameters"] == list(curve.parameters)

@@ -1,0 +1,311 @@
+"""The card of a compressed folder: front matter that the hub's own parser reads, and a recipe that comes back."""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compressor
+from compressor.cli.run import run
+from compressor.errors import BadInput
+from compressor.planning import Budget, LayerPlan, Plan
+from compressor.recipe import TrainingRecipe, find_recipe, read_model_card
+from compressor.recipe.card import front_matter, hyperparameter_lines
+from compressor.report.model_card import model_card, restored_card
+from compressor.results import BeforeAfter, Compression
+
+ORIGINAL = """\
+---
+license: apache-2.0
+language: [en, de]
+datasets: [org/words]
+tags: [words, causal]
+model-index:
+- name: dense
+  results:
+  - task: {type: text-generation}
+    dataset: {type: words, name: Words}
+    metrics: [{type: perplexity, value: 1.5}]
+---
+
+# The dense one
+
+It was trained with love.
+"""
+FLAGS = [
+    *("--lr", "0.3", "--weight-decay", "0.05", "--optimizer", "sgd", "--momentum", "0", "--batch-size", "2"),
+    *("--steps", "700", "--schedule", "constant"),
+]
+
+
+def written_model(folder: Path, card: str | None) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=30,
+        max_position_embeddings=32,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, data, the model compressed and evaluated by the command, and dense again."""
+    place = tmp_path_factory.mktemp("cards")
+    model = written_model(place / "dense", ORIGINAL)
+    np.savez(place / "words.npz", input_ids=np.random.default_rng(0).integers(3, 30, (6, 8)))
+    data = str(place / "words.npz")
+    asked = [str(model), "--keep", "0.7", "--data", data, "-o", str(place / "small"), "--exclude", "*.q_proj", "-q"]
+    assert run([*asked, *FLAGS]) == 0
+    compressor.restore(place / "small", output=place / "again")
+    return place
+
+
+@pytest.fixture(scope="module")
+def card(place: Path) -> ModelCard:
+    return ModelCard.load(place / "small" / "README.md")
+
+
+def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path, card: ModelCard) -> None:
+    data = card.data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("dense", "quantized", "transformers")
+    assert (data.license, data.language, data.datasets) == ("apache-2.0", ["en", "de"], ["org/words"])
+    assert set(data.tags) >= {"words", "causal", "low-rank", "lowrank-compressor"}
+    # The original's 1.5 is no figure of these weights.
+    [result] = data.eval_results
+    measured = compressor.evaluate(place / "small", data=place / "words.npz").compressed
+    assert (result.metric_type, result.metric_value) == ("perplexity", pytest.approx(measured, abs=1e-6))
+    assert (result.task_type, result.dataset_name, data.model_name) == ("text-generation", "words.npz", "small")
+
+
+def test_the_text_tells_how_it_was_made_and_keeps_the_original(place: Path, card: ModelCard) -> None:
+    options = "--keep 0.7 --optimizer sgd --lr 0.3 --weight-decay 0.05 --momentum 0 --batch-size 2 --schedule constant"
+    [command] = re.findall(r"^compress .*$", card.text, re.MULTILINE)
+    assert sorted(command.split()) == sorted(
+        f"compress dense {options} --steps 700 --data words.npz --exclude '*.q_proj'".split()
+    )
+    assert "It was trained with love." in card.text
+    plan = compressor.compress(place / "dense", keep=0.7, exclude=["*.q_proj"], dry_run=True).plan
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| `.*$", card.text, re.MULTILINE)]
+    assert [(row[0], row[2]) for row in rows] == [
+        (f"`{layer.name}`", "-" if layer.rank is None else str(layer.rank)) for layer in plan.layers
+    ]
+    size = sum(path.stat().st_size for path in (place / "small").glob("*.safetensors"))
+    assert f"| {size / 1e3:.3g} kB |" in card.text
+    for library in (torch, transformers):
+        assert f"- {library.__name__} {library.__version__}" in card.text
+
+
+def test_the_two_lines_load_it(place: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(code.strip().splitlines()) == 2
+    monkeypatch.chdir(place)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    tokens = torch.arange(8).reshape(1, 8)
+    with torch.no_grad():
+        loaded, again = (
+            model(input_ids=tokens).logits
+            for model in (namespace["model"], transformers.AutoModelForCausalLM.from_pretrained(place / "again"))
+        )
+    torch.testing.assert_close(loaded, again, rtol=0, atol=1e-5)
+
+
+def test_the_recipe_of_the_flags_is_found_in_the_card_and_in_that_of_the_dense_folder(place: Path) -> None:
+    recipes = [find_recipe(place / folder) for folder in ("small", "again")]
+    assert recipes[0] == recipes[1]
+    known = {name: value for name, value in recipes[0].to_dict().items() if value is not None and name != "sources"}
+    assert known == {
+        "optimizer": "sgd",
+        "learning_rate": 0.3,
+        "weight_decay": 0.05,
+        "momentum": 0.0,
+        "batch_size": 2,
+        "steps": 700,
+        "schedule": "constant",
+    }
+    # A model compressed from a dense one was not trained from it: the start is known as before.
+    inspected = compressor.inspect(place / "again").layers
+    assert all(each.initialisation.edge is not None for each in inspected if each.initialisation is not None)
+    assert compressor.compress(place / "again", dry_run=True, keep=0.5).recipe == recipes[0]
+
+
+def test_a_dense_folder_is_no_longer_called_compressed_and_other_cards_are_left_alone(place: Path) -> None:
+    text = (place / "again" / "README.md").read_text(encoding="utf-8")
+    assert ("## Dense again" in text, "## How to load it" in text) == (True, False)
+    assert ModelCard(text).data.to_dict() == ModelCard.load(place / "small" / "README.md").data.to_dict()
+    assert restored_card(ORIGINAL) == ORIGINAL
+    assert restored_card("no front matter\n## How to load it\n") == "no front matter\n## How to load it\n"
+
+
+def test_a_fine_tune_stays_one(tmp_path: Path) -> None:
+    model = written_model(tmp_path / "tuned", "---\nbase_model: org/start\n---\n# Tuned\n")
+    compressor.compress(model, keep=0.7, output=tmp_path / "small")
+    card = ModelCard.load(tmp_path / "small" / "README.md")
+    assert card.data.base_model == "tuned"
+    assert find_recipe(tmp_path / "small").base_model == find_recipe(model).base_model == "org/start"
+
+
+def test_the_same_input_gives_the_same_card_without_paths_of_the_machine(place: Path, tmp_path: Path) -> None:
+    for run_of in ("one", "two"):
+        (tmp_path / run_of).mkdir()
+        compressor.compress(place / "dense", keep=0.7, data=place / "words.npz", output=tmp_path / run_of / "small")
+    first, second = (tmp_path / run_of / "small" / "README.md" for run_of in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+    assert str(tmp_path.parent) not in first.read_text(encoding="utf-8")
+    assert "/cards" not in (place / "small" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_without_a_card_gets_one_and_a_file_gets_none(tmp_path: Path) -> None:
+    model = written_model(tmp_path / "bare", None)
+    compressor.compress(model, keep=0.7)
+    card = ModelCard.load(tmp_path / "bare-compressed" / "README.md")
+    assert (card.data.license, card.data.eval_results) == (None, None)
+    assert "Training hyperparameters" not in card.text
+    (tmp_path / "file").mkdir()
+    compressor.compress(model / "model.safetensors", keep=0.7, output=tmp_path / "file" / "small.safetensors")
+    assert [path.name for path in (tmp_path / "file").iterdir()] == ["small.safetensors"]
+
+
+def test_metadata_that_cannot_be_read_are_not_lost_in_silence(tmp_path: Path, caplog: Any) -> None:
+    model = written_model(tmp_path / "dense", "---\nlicense: [unclosed\n---\n# Mine\n")
+    compressor.compress(model, keep=0.7)
+    assert [r.message for r in caplog.records if "metadata of README.md of dense" in r.message]
+    card = ModelCard.load(tmp_path / "dense-compressed" / "README.md")
+    assert "license: [unclosed" in card.text
+    assert card.data.base_model == "dense"
+
+
+def compression(*names: str) -> Compression:
+    layers = tuple(LayerPlan(name, (40, 30), "linear", 3, "plain", 210, 0.1, "its share | of it") for name in names)
+    return Compression(
+        source="dense",
+        output="small",
+        recipe=TrainingRecipe(),
+        plan=Plan("dense", None, Budget("keep", 0.5), layers),
+        parameters=BeforeAfter(2400, 420),
+        bytes=BeforeAfter(9600, 1680),
+        evaluation=None,
+        seconds=1.0,
+        peak_memory_bytes=10**6,
+        skipped=(),
+        spectra={},
+        command="compress dense --keep 0.5",
+    )
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        "---\n---\n",
+        "---\nlicense: [unclosed\n---\n# Kept\n",
+        "---\n- a list\n---\n# Kept\n",
+        "---\nlicense: mit\n",
+        "---\ntags: alone\nmodel-index: nonsense\neval_results: 5\nignore_metadata_errors: yes\n---\n# Kept\n",
+        "---\nbase: &a [*a]\n1: number\ndate: 2020-13-45\n---\n# Kept\n",
+        "---\nmodel_name: x\nlibrary_name: 7\ntags: [3, {a: b}, fine]\n---\n# Kept\n",
+        "---\r\nlicense: mit\r\n---\r\n# Kept\r\n",
+        "\ufeff---\nlicense: mit\n---\n# Kept\n",
+        "# Kept\n\n### Training hyperparameters\n\n- learning_rate: much\n",
+    ],
+)
+def test_any_card_of_the_original_gives_a_card_that_can_be_read(original: str) -> None:
+    text = model_card(compression("a"), name="small", base_model="dense", config=None, original=original)
+    card = ModelCard(text)
+    assert card.data.base_model == "dense"
+    assert {"low-rank", "lowrank-compressor"} <= set(card.data.tags)
+    assert card.data.eval_results is None
+    assert ("# Kept" in original) == ("# Kept" in card.text)
+
+
+def test_names_of_layers_stay_in_their_cells_and_names_of_models_are_names_of_the_hub() -> None:
+    names = ["a|b", "`code` | more", "line\nbreak", "<script>alert(1)</script>", "[x](http://evil)"]
+    text = model_card(compression(*names), name="small", base_model="My Model (v1)!", config={}, original=None)
+    rows = re.findall(r"^\| `.*$", text, re.MULTILINE)
+    assert len(rows) == len(names)
+    for row in rows:
+        cells = re.split(r"(?<!\\)\|", row)
+        assert len(cells) == 9
+        # What is in a span of code is no markup.
+        assert re.fullmatch(r" `[^`]+` ", cells[1])
+    assert re.fullmatch(r"[\w.-]+", ModelCard(text).data.base_model)
+
+
+GLOBS = st.lists(st.text(string.ascii_letters + "*._", min_size=1, max_size=8), max_size=3).map(tuple)
+RECIPES = st.builds(
+    TrainingRecipe,
+    optimizer=st.none() | st.sampled_from(["sgd", "adamw", "adam", "lion", "sgdw"]),
+    learning_rate=st.none() | st.floats(0, 1),
+    weight_decay=st.none() | st.floats(0, 1),
+    momentum=st.none() | st.floats(0, 0.99),
+    dampening=st.none() | st.floats(0, 1),
+    schedule=st.none() | st.sampled_from(["cosine", "linear", "step", "constant"]),
+    warmup_steps=st.none() | st.floats(0.01, 0.9),
+    step_milestones=st.none() | st.lists(st.integers(0, 900), max_size=3).map(sorted).map(tuple),
+    batch_size=st.none() | st.integers(1, 10**9),
+    steps=st.none() | st.integers(1000, 10**6),
+    epochs=st.none() | st.floats(0.5, 100),
+    dataset_size=st.none() | st.integers(1, 1000),
+    undecayed=st.none() | GLOBS,
+    group_weight_decay=st.none() | st.lists(st.tuples(st.sampled_from(["*.a", "b"]), st.floats(0, 1))).map(dict),
+    base_model=st.none() | st.sampled_from(["org/name", "start"]),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(recipe=RECIPES)
+def test_a_recipe_that_was_written_is_read_again(recipe: TrainingRecipe, tmp_path_factory: Any) -> None:
+    lines = hyperparameter_lines(recipe)
+    path = tmp_path_factory.getbasetemp() / "README.md"
+    path.write_text("### Training hyperparameters\n\nAs follows:\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert read_model_card(path) == recipe
+
+
+def test_what_a_line_could_not_say_is_left_out() -> None:
+    recipe = TrainingRecipe(learning_rate=0.1, undecayed=("a,b",), base_model="two\nlines")
+    assert hyperparameter_lines(recipe) == ["- learning_rate: 0.1"]
+
+
+def test_the_base_of_a_quantized_model_is_not_where_training_started(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    for relation, base in (("", "org/name"), ("base_model_relation: finetune\n", "org/name")):
+        path.write_text(f"---\nbase_model: org/name\n{relation}---\n")
+        assert read_model_card(path).base_model == base
+    path.write_text("---\nbase_model: org/name\nbase_model_relation: quantized\n---\n")
+    assert read_model_card(path).base_model is None
+
+
+def test_front_matter_is_what_stands_between_the_marks_and_no_more() -> None:
+    assert front_matter("---\na: 1\n---\ntext\n---\n") == ({"a": 1}, "text\n---\n")
+    assert front_matter("text\n---\na: 1\n---\n") == ({}, "text\n---\na: 1\n---\n")
+
+
+def test_a_command_that_failed_leaves_no_card(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput):
+        compressor.compress(place / "dense", keep=0.7, output=tmp_path / "small", data=tmp_path / "none.npz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_with_an_infinite_perplexity_has_no_result_of_it(place: Path) -> None:
+    evaluation = replace(compressor.evaluate(place / "small", data=place / "words.npz"), compressed=float("inf"))
+    text = model_card(
+        replace(compression("a"), evaluation=evaluation), name="small", base_model="dense", config=None, original=None
+    )
+    assert ModelCard(text).data.eval_results is None
