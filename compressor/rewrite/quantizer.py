@@ -6,14 +6,18 @@ as transformers' own registry is loaded.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor.checkpoint import SeparateExperts, separable_experts, separate_experts, without_merges
 from compressor.planning.form import Form
 from compressor.rewrite.modules import put_pair
+from compressor.rewrite.restoring import restored_module
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
 
 
@@ -77,11 +81,38 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         pivoted, spatial = set(self.quantization_config.pivoted), set(self.quantization_config.spatial)
+        ranks = self.quantization_config.ranks
+        if any(f".{experts}." in f".{name}" for experts in separable_experts(model) for name in ranks):
+            separate_experts(model)
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
-        for name, rank in self.quantization_config.ranks.items():
+        for name, rank in ranks.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
                 form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
                 put_pair(model, place, form, rank)
+        self._names = set(model.state_dict())
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The conversions less those that would merge experts which are apart; some releases do not pass the model."""
+        return without_merges(super().update_weight_conversions(weight_conversions, *model), self._names)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            architecture = type(model)(config)
+        architecture.tie_weights()
+        if any(isinstance(module, SeparateExperts) for module in model.modules()):
+            separate_experts(architecture)
+        return restored_module(model, architecture, dtype)
+
+
+def tell_transformers(model: Any, quantization: dict[str, Any]) -> None:
+    """Let a model that was compressed in memory be saved as one that was loaded would be.
+
+    `quantization` is what `config.json` is to say of its low-rank layers.
+    """
+    model.config.quantization_config = LowRankConfig(**quantization)
+    model.hf_quantizer = LowRankQuantizer(model.config.quantization_config)
