@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.checkpoint.conversions import without_merges
-from compressor.checkpoint.experts import (
-    SeparateExperts,
-    fuse_experts,
-    separable_experts,
-    separate_experts,
-    with_separate_experts,
-)
+from compressor.checkpoint.experts import fuse_experts, with_separate_experts
 from compressor.checkpoint.files import atomic_file, hidden_sibling
 from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
 from compressor.checkpoint.output import check_output, output_folder, parse_size
@@ -32,7 +25,6 @@ __all__ = [
     "Kind",
     "Layer",
     "SafetensorsWriter",
-    "SeparateExperts",
     "Shard",
     "ShardedWriter",
     "Skeleton",
@@ -52,13 +44,10 @@ __all__ = [
     "refuse_fp8",
     "require_finite",
     "safetensors_size",
-    "separable_experts",
-    "separate_experts",
     "shard_index",
     "skeleton_mismatch",
     "transformers_skeleton",
     "with_separate_experts",
-    "without_merges",
     "write_json",
     "write_state_dict_file",
 ]

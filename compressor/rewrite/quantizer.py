@@ -14,7 +14,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compressor.checkpoint import SeparateExperts, separable_experts, separate_experts, without_merges
+from compressor.checkpoint.conversions import merged_experts, name_conversions, without_merges
+from compressor.checkpoint.experts import SeparateExperts, separable_experts, separate_experts
 from compressor.planning.form import Form
 from compressor.rewrite.modules import put_pair
 from compressor.rewrite.restoring import restored_module
@@ -106,7 +107,14 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         architecture.tie_weights()
         if any(isinstance(module, SeparateExperts) for module in model.modules()):
             separate_experts(architecture)
-        return restored_module(model, architecture, dtype)
+        model = restored_module(model, architecture, dtype)
+        if dtype not in (None, config.dtype):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        used = getattr(model, "_weight_conversions", None)  # in loading, which are reversed in saving
+        if used is not None and not any(merged_experts(conversion) for conversion in used):
+            model._weight_conversions = used + [each for each in name_conversions(model) if merged_experts(each)]
+        return model
 
 
 def tell_transformers(model: Any, quantization: dict[str, Any]) -> None:
