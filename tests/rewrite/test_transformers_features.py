@@ -68,8 +68,8 @@ def test_device_map_auto(llama: Folders) -> None:
 
 
 def test_device_map_auto_leaves_on_disk_what_memory_does_not_hold(llama: Folders, tmp_path: Path) -> None:
-    half = (llama.small / "model.safetensors").stat().st_size // 2
-    limits: dict[Any, Any] = {"cpu": half} | dict.fromkeys(range(torch.cuda.device_count()), 0)
+    little = (llama.small / "model.safetensors").stat().st_size * 3 // 4
+    limits: dict[Any, Any] = {"cpu": little} | dict.fromkeys(range(torch.cuda.device_count()), 0)
     placed = llama.load(device_map="auto", max_memory=limits, offload_folder=str(tmp_path / "offload"))
     assert {"cpu", "disk"} == set(placed.hf_device_map.values())
     assert torch.equal(logits(placed), logits(llama.load()))
