@@ -30,7 +30,7 @@ test: .venv/dev
 
 # What meets transformers most closely, with that release before the newer one of the environment.
 test-oldest: .venv/transformers-$(OLDEST)
-	PYTHONPATH=$< $(BIN)/pytest tests/rewrite
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/pytest tests/rewrite
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -92,6 +92,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             if place in modules:  # a head may be absent from the class that is loaded
                 form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
                 put_pair(model, place, form, rank)
+                holder = model.get_submodule(place.rpartition(".")[0])
+                if not any(True for _ in holder.parameters(recurse=False)):
+                    # Some architectures would now compute initial values by the shape of the dense weight.
+                    holder._is_hf_initialized = True
         self._names = set(model.state_dict())
         return model
 

@@ -156,6 +156,26 @@ def test_dequantized_in_another_dtype(llama: Folders) -> None:
     torch.testing.assert_close(logits(narrow).float(), logits(wide), rtol=0.1, atol=0.01)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "bert", "whisper"])
+def test_dequantized_embeddings_are_tied_again(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
+    assert architecture.tied is not None
+    architecture.dense().save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, embeddings=True, include=["re:embed|wte"])
+    restore(tmp_path / "small", output=tmp_path / "restored")
+    dequantized, restored = architecture.load(tmp_path / "small").dequantize(), architecture.load(tmp_path / "restored")
+    for model in (dequantized, restored):
+        head, embedding = (model.get_parameter(parameter) for parameter in architecture.tied)
+        assert head is embedding
+    ours, theirs = dequantized.state_dict(), restored.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    dequantized.save_pretrained(tmp_path / "saved")
+    saved = architecture.load(tmp_path / "saved").state_dict()
+    assert saved.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in saved.items())
+
+
 LOAD = """
 import sys, transformers
 for folder in sys.argv[1:]:
