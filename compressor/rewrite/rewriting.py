@@ -137,7 +137,7 @@ def rewritten_module(
             own[in_model].copy_(tensor)
     compressed = fuse_experts(compressed)
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
+    if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
         from compressor.rewrite.quantizer import tell_transformers
 
         tell_transformers(compressed, _quantization(rewriting))
