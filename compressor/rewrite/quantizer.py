@@ -7,6 +7,7 @@ as transformers' own registry is loaded.
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -92,10 +93,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             if place in modules:  # a head may be absent from the class that is loaded
                 form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
                 put_pair(model, place, form, rank)
-                holder = model.get_submodule(place.rpartition(".")[0])
-                if not any(True for _ in holder.parameters(recurse=False)):
-                    # Some architectures would now compute initial values by the shape of the dense weight.
-                    holder._is_hf_initialized = True
+                _spare_initialisation(model, place.rpartition(".")[0])
         self._names = set(model.state_dict())
         return model
 
@@ -119,6 +117,24 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if used is not None and not any(merged_experts(conversion) for conversion in used):
             model._weight_conversions = used + [each for each in name_conversions(model) if merged_experts(each)]
         return model
+
+
+def _spare_initialisation(model: Any, holder: str) -> None:
+    """Keep transformers from giving initial values to what holds a low-rank layer, where it could not.
+
+    It does that, without effect, for modules that it loads too, and stops where they depend on the shape of a dense
+    weight (Whisper's table of positions). A module with parameters or buffers of its own is left to it.
+    """
+    names = [holder]
+    while names[-1] and not hasattr(model.get_submodule(names[-1]), "_init_weights"):
+        names.append(names[-1].rpartition(".")[0])
+    module, pretrained = model.get_submodule(holder), model.get_submodule(names[-1])
+    if any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        return
+    try:
+        pretrained._init_weights(module)  # of no values yet, on the meta device
+    except (TypeError, ValueError, IndexError):
+        module._is_hf_initialized = True
 
 
 def tell_transformers(model: Any, quantization: dict[str, Any]) -> None:
