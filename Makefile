@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types chromium clean
+# The oldest release of transformers that the tests are run on.
+OLDEST := 5.19.0
+
+.PHONY: demo test test-oldest lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +24,13 @@ demo: .venv/core
 
 test: .venv/dev
 	$(BIN)/pytest
+
+.venv/transformers-$(OLDEST): .venv/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ transformers==$(OLDEST)
+
+# What meets transformers most closely, with that release before the newer one of the environment.
+test-oldest: .venv/transformers-$(OLDEST)
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/pytest tests/rewrite
 
 lint: .venv/dev
 	$(BIN)/ruff check .

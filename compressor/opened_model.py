@@ -21,6 +21,7 @@ from compressor.checkpoint import (
     refuse_fp8,
     skeleton_mismatch,
     transformers_skeleton,
+    with_separate_experts,
 )
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
@@ -65,6 +66,8 @@ def open_model(
     Raises `BadInput` for a model that cannot be read, is quantized or compressed already, or does not fit its
     architecture, and for a recipe or a pattern that cannot be used.
     """
+    if isinstance(model, nn.Module):
+        model = with_separate_experts(model)
     checkpoint = open_checkpoint(model)
     refuse_fp8(checkpoint)
     if isinstance(recipe, str | Path):

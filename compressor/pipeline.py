@@ -25,6 +25,7 @@ from compressor.checkpoint import (
     open_checkpoint,
     parse_size,
     push_folder,
+    with_separate_experts,
     write_json,
     write_state_dict_file,
 )
@@ -265,7 +266,7 @@ def compress(
     inspected = inspect_layers(subject, 0.1, where, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
-    dense = None if samples is None and deciding is None else load_model(model, factory)
+    dense = None if samples is None and deciding is None else with_separate_experts(load_model(model, factory))
     calibrated = None
     if dense is not None and samples is not None:
         calibrated = _calibrated(dense, measured, samples, where, calibration_samples, seed, progress)
@@ -391,7 +392,8 @@ def _carried_out(
 
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
-        compressed = rewritten_module(rewriting, model, where, done)
+        assert subject.skeleton is not None
+        compressed = rewritten_module(rewriting, subject.skeleton.module, where, done)
         evaluation = evaluation_of(compressed)
     if target is not None:
         check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.checkpoint.experts import fuse_experts, with_separate_experts
 from compressor.checkpoint.files import atomic_file, hidden_sibling
 from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
 from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
@@ -33,6 +34,7 @@ __all__ = [
     "check_output",
     "check_push",
     "find_layers",
+    "fuse_experts",
     "hidden_sibling",
     "hub_model",
     "is_weight",
@@ -50,6 +52,7 @@ __all__ = [
     "shard_index",
     "skeleton_mismatch",
     "transformers_skeleton",
+    "with_separate_experts",
     "write_json",
     "write_state_dict_file",
 ]

@@ -79,10 +79,10 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | 
 
     Matrix products, convolutions and both products of attention count (causal attention as if it were full);
     element-wise arithmetic and the reordering of rows do not. It is half of what PyTorch's `FlopCounterMode`
-    counts, with every fused kernel that it does not know (attention and recurrent layers, on the CPU)
-    switched off meanwhile.
+    counts, with every fused kernel that it does not know (attention, experts and, on the CPU, recurrent
+    layers) switched off meanwhile.
     """
-    with prepared(resolve_device(device), model), _unfused_kernels():
+    with prepared(resolve_device(device), model), _unfused_kernels(), _eager_experts(model):
         call = forward_call(model, inputs)
         with FlopCounterMode(display=False, custom_mapping=MATRIX_VECTOR_PRODUCTS) as counter:
             call()
@@ -200,6 +200,20 @@ def _unfused_kernels() -> Iterator[None]:
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+@contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """Run the experts of transformers' mixtures one by one."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    own = [(config, config._experts_implementation) for config in configs if hasattr(config, "_experts_implementation")]
+    for config, _ in own:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, implementation in reversed(own):
+            config._experts_implementation = implementation
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

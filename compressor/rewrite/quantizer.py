@@ -6,14 +6,20 @@ as transformers' own registry is loaded.
 
 from __future__ import annotations
 
+import copy
+from itertools import chain
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor.checkpoint.conversions import merged_experts, name_conversions, without_merges
+from compressor.checkpoint.experts import SeparateExperts, separable_experts, separate_experts
 from compressor.planning.form import Form
 from compressor.rewrite.modules import put_pair
+from compressor.rewrite.restoring import restored_module
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
 
 
@@ -77,11 +83,64 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         pivoted, spatial = set(self.quantization_config.pivoted), set(self.quantization_config.spatial)
+        ranks = self.quantization_config.ranks
+        if any(f".{experts}." in f".{name}" for experts in separable_experts(model) for name in ranks):
+            separate_experts(model)
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
-        for name, rank in self.quantization_config.ranks.items():
+        for name, rank in ranks.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
                 form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
                 put_pair(model, place, form, rank)
+                _spare_initialisation(model, place.rpartition(".")[0])
+        self._names = set(model.state_dict())
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The conversions less those that would merge experts which are apart; some releases do not pass the model."""
+        return without_merges(super().update_weight_conversions(weight_conversions, *model), self._names)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        with torch.device("meta"):
+            architecture = type(model)(config)
+        architecture.tie_weights()
+        if any(isinstance(module, SeparateExperts) for module in model.modules()):
+            separate_experts(architecture)
+        model = restored_module(model, architecture, dtype)
+        if dtype not in (None, config.dtype):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        used = getattr(model, "_weight_conversions", None)  # in loading, which are reversed in saving
+        if used is not None and not any(merged_experts(conversion) for conversion in used):
+            model._weight_conversions = used + [each for each in name_conversions(model) if merged_experts(each)]
+        return model
+
+
+def _spare_initialisation(model: Any, holder: str) -> None:
+    """Keep transformers from giving initial values to what holds a low-rank layer, where it could not.
+
+    It does that, without effect, for modules that it loads too, and stops where they depend on the shape of a dense
+    weight (Whisper's table of positions). A module with parameters or buffers of its own is left to it.
+    """
+    names = [holder]
+    while names[-1] and not hasattr(model.get_submodule(names[-1]), "_init_weights"):
+        names.append(names[-1].rpartition(".")[0])
+    module, pretrained = model.get_submodule(holder), model.get_submodule(names[-1])
+    if any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        return
+    try:
+        pretrained._init_weights(module)  # of no values yet, on the meta device
+    except (TypeError, ValueError, IndexError):
+        module._is_hf_initialized = True
+
+
+def tell_transformers(model: Any, quantization: dict[str, Any]) -> None:
+    """Let a model that was compressed in memory be saved as one that was loaded would be.
+
+    `quantization` is what `config.json` is to say of its low-rank layers.
+    """
+    model.config.quantization_config = LowRankConfig(**quantization)
+    model.hf_quantizer = LowRankQuantizer(model.config.quantization_config)

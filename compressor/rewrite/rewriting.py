@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from compressor.checkpoint import (
     SafetensorsWriter,
     ShardedWriter,
     TensorInfo,
+    fuse_experts,
     is_weight,
     plan_shards,
     require_finite,
@@ -115,6 +118,8 @@ def rewritten_module(
 ) -> nn.Module:
     """A copy of `module` with low-rank layers; the weights that are factorized are never copied.
 
+    A transformers model is told of them, so that it can be saved.
+
     `done` is told what `rewritten_tensors` tells it.
     """
     dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
@@ -130,6 +135,12 @@ def rewritten_module(
     with torch.no_grad():
         for in_model, tensor in rewriting.statistics.values():
             own[in_model].copy_(tensor)
+    compressed = fuse_experts(compressed)
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
+        from compressor.rewrite.quantizer import tell_transformers
+
+        tell_transformers(compressed, _quantization(rewriting))
     return compressed
 
 
@@ -195,16 +206,20 @@ def write_weights(
             writer.write(name, tensor)
 
 
+def _quantization(rewriting: Rewriting) -> dict[str, Any]:
+    """What transformers is told of the low-rank layers."""
+    return {
+        "quant_method": METADATA_KEY,
+        "format_version": FORMAT_VERSION,
+        "ranks": {layer.module: plan.rank for layer, plan in rewriting.factorized},
+        "pivoted": [layer.module for layer, plan in rewriting.factorized if plan.form == "pivoted"],
+        "spatial": [layer.module for layer, plan in rewriting.factorized if plan.form == "spatial"],
+    }
+
+
 def describe_folder(folder: Path, rewriting: Rewriting) -> None:
     """Tell transformers which layers are low-rank, and leave the plan and the recipe beside the weights."""
     config = rewriting.checkpoint.config
     if config is not None:
-        quantization = {
-            "quant_method": METADATA_KEY,
-            "format_version": FORMAT_VERSION,
-            "ranks": {layer.module: plan.rank for layer, plan in rewriting.factorized},
-            "pivoted": [layer.module for layer, plan in rewriting.factorized if plan.form == "pivoted"],
-            "spatial": [layer.module for layer, plan in rewriting.factorized if plan.form == "spatial"],
-        }
-        write_json(folder / "config.json", {**config, "quantization_config": quantization})
+        write_json(folder / "config.json", {**config, "quantization_config": _quantization(rewriting)})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})

@@ -1,0 +1,66 @@
+"""How transformers maps the names in a file to the names of its modules; what is internal to it is used only here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MergedExperts:
+    """One linear layer for every expert in the file that becomes one parameter of all experts in the model.
+
+    `parameter` is the end of that parameter's name, and `layers` are the names of the layers inside an expert.
+    """
+
+    parameter: str
+    layers: tuple[str, ...]
+
+
+def name_conversions(model: Any) -> list[Any]:
+    """What transformers does to the names and tensors of a file on their way into `model`, in order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
+
+
+def merged_experts(conversion: Any) -> MergedExperts | None:
+    """What a conversion merges the layers of experts into; None for one that does anything else."""
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in getattr(conversion, "operations", ())]
+    sources = [_plain(pattern) for pattern in conversion.source_patterns]
+    targets = [_plain(pattern) for pattern in conversion.target_patterns]
+    one, several = [("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]
+    if len(targets) != 1 or steps != (several if len(sources) > 1 else one):
+        return None
+    experts = targets[0].rpartition(".")[0]
+    layers = [re.fullmatch(re.escape(experts) + r"\.\*\.(\w+)\.weight", source) for source in sources]
+    if any(found is None for found in layers):
+        return None
+    return MergedExperts(targets[0], tuple(found[1] for found in layers if found is not None))
+
+
+def without_merges(conversions: Sequence[Any], names: Collection[str]) -> list[Any]:
+    """The conversions less those that merge experts into parameters which are not among the `names` of a model."""
+    kept = []
+    for conversion in conversions:
+        merged = merged_experts(conversion)
+        if merged is None or any(f".{name}".endswith(merged.parameter) for name in names):
+            kept.append(conversion)
+    return kept
+
+
+def name_in_model(name: str, conversions: Sequence[Any], model_prefix: str, names: dict[str, Any]) -> str | None:
+    """The name in a model of a file's tensor; None where it is assembled from several or is not among `names`."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    renamed, converted = rename_source_key(name, renamings, converters, model_prefix, names)
+    return renamed if converted is None and renamed in names else None
+
+
+def _plain(pattern: str) -> str:
+    """A pattern without the backslashes before its dots."""
+    return pattern.replace(r"\.", ".")

@@ -1,0 +1,51 @@
+"""A low-rank module made dense again in memory, as `restore` does it with files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import fuse_experts, module_skeleton, open_checkpoint
+from compressor.rewrite.modules import TiedHead, put_layer, tied_head
+from compressor.rewrite.tensor_format import dense_weight, stored_pairs
+
+
+def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module, changed in place: every low-rank layer multiplied back to the dense one that it stands for.
+
+    `architecture` is the model as it was before, on any device and with any numbers; layers are taken out of it. The
+    dense weights are on the factors' device, in their dtype or in `dtype`.
+    """
+    checkpoint = open_checkpoint(module)
+    pairs = stored_pairs(checkpoint, module_skeleton(architecture))
+    heads = {name: tied_head(architecture, name) for name in pairs}
+    for name, pair in pairs.items():
+        low_rank, dense = module.get_submodule(name), architecture.get_submodule(name)
+        like = low_rank.weight
+        assert isinstance(like, Tensor)
+        own = {"weight": dense_weight(checkpoint, pair).to(like.device, dtype or like.dtype)}
+        if pair.has_bias:
+            own["bias"] = checkpoint.read(pair.tensors["bias"]).to(own["weight"])
+        dense.load_state_dict(own, assign=True)
+        trained = any(parameter.requires_grad for parameter in low_rank.parameters())
+        module = put_layer(module, name, dense.train(low_rank.training).requires_grad_(trained))
+        if (head := heads[name]) is not None:
+            _tie(module, architecture, head, dense)
+    return fuse_experts(module)
+
+
+def _tie(module: nn.Module, architecture: nn.Module, head: str, embedding: nn.Module) -> None:
+    """Put a linear layer in the place of a head that was tied to a low-rank embedding, and tie it to the dense one.
+
+    A transformers model is told.
+    """
+    tied, dense = module.get_submodule(head), architecture.get_submodule(head)
+    assert isinstance(tied, TiedHead)
+    assert isinstance(embedding.weight, nn.Parameter)
+    dense.register_parameter("weight", embedding.weight)
+    dense.register_parameter("bias", tied.bias)
+    put_layer(module, head, dense.train(tied.training))
+    for place, original in architecture.named_modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            if isinstance(declared := getattr(original, name, None), dict):
+                setattr(module.get_submodule(place), name, declared)
