@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from compressor.checkpoint.files import atomic_file, hidden_sibling
-from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
+from compressor.checkpoint.layers import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Kind,
+    Layer,
+    directly_read_by,
+    find_layers,
+    is_weight,
+    layer_name,
+    skeleton_mismatch,
+)
 from compressor.checkpoint.output import check_output, output_folder, parse_size
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
@@ -20,6 +30,8 @@ from compressor.checkpoint.writer import (
 )
 
 __all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
     "Checkpoint",
     "Kind",
     "Layer",
@@ -30,6 +42,7 @@ __all__ = [
     "TensorInfo",
     "atomic_file",
     "check_output",
+    "directly_read_by",
     "find_layers",
     "hidden_sibling",
     "is_weight",
