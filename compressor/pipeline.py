@@ -75,6 +75,7 @@ from compressor.rewrite import (
     rewritten_tensors,
     stored_pairs,
     weight_file_bytes,
+    with_effective_weights,
     write_weights,
 )
 
@@ -83,6 +84,7 @@ logger = logging.getLogger(__name__)
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
 
+@torch.inference_mode(False)
 def inspect(
     model: Model,
     *,
@@ -107,6 +109,7 @@ def inspect(
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
+    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
     return Inspection(
@@ -173,6 +176,7 @@ def plan(
     ).plan
 
 
+@torch.inference_mode(False)
 def compress(
     model: Model,
     *,
@@ -229,6 +233,7 @@ def compress(
     be removed safely, or when no size was found that `max_drop` allows; no output is left behind.
     """
     started = time.monotonic()
+    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)

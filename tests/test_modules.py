@@ -119,8 +119,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
     "depthwise cnn": (mobile, images),
     "generator": (generator, codes),
     "generator with biases": (generator_with_biases, codes),
-    "attention": (Fused, lambda: torch.randn(5, 6, 16)),
-    "cells": (Cells, lambda: torch.randn(5, 8)),
+    "attention": (Fused, lambda count=5: torch.randn(count, 6, 16)),
+    "cells": (Cells, lambda count=5: torch.randn(count, 8)),
 }
 
 

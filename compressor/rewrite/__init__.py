@@ -1,5 +1,6 @@
 """Stage 6: pairs into files, torch modules and a transformers configuration, and back to dense."""
 
+from compressor.rewrite.effective_weights import with_effective_weights
 from compressor.rewrite.factored_parameter import FactoredWeight, factored_parameters, put_factors
 from compressor.rewrite.modules import (
     LowRankConvolution,
@@ -83,5 +84,6 @@ __all__ = [
     "stored_pairs",
     "weight_file_bytes",
     "widened",
+    "with_effective_weights",
     "write_weights",
 ]

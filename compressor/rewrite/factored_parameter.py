@@ -11,7 +11,6 @@ import copy
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -112,10 +111,16 @@ def _tell_recurrent(module: nn.Module) -> None:
             module._init_flat_weights()  # it keeps a list of its weights
 
 
-def with_own_structure(module: nn.Module) -> nn.Module:
-    """A copy of a module and those inside it that shares all tensors with it."""
-    tensors = chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+def to_be_factored(module: nn.Module) -> nn.Module:
+    """A copy of a module with the same tensors and the same modules inside; itself if it has factors already."""
+    if factored_parameters(module):
+        return module
+    copied = module.__new__(type(module))
+    containers = (dict, list, set)
+    copied.__dict__.update(
+        {key: copy.copy(value) if isinstance(value, containers) else value for key, value in module.__dict__.items()}
+    )
+    return copied
 
 
 def factored_parameters(module: nn.Module) -> dict[str, FactoredWeight]:

@@ -26,7 +26,7 @@ from compressor.checkpoint import (
 )
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite.factored_parameter import fill_factors, put_factors, with_own_structure
+from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, join, pair_infos
 
@@ -148,7 +148,7 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Facto
     """
     assert plan.rank is not None
     if layer.kind == "parameter":
-        copied = with_own_structure(dense)
+        copied = to_be_factored(dense)
         _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), factors)
         return copied
     low_rank = low_rank_layer(dense, plan.form, plan.rank)
