@@ -28,7 +28,7 @@ _EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention
 # A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
 _WEIGHT = re.compile(r"(^|_)weight(_|$)")
 # The same for what a weight is computed from: by weight and spectral normalisation, in both of PyTorch's ways.
-_UNDER_A_NORMALISATION = re.compile(r"(^|_)weight\w*_(v|orig)$|(^|\.)parametrizations\.\w*weight\w*\.original[01]?$")
+_UNDER_A_NORMALISATION = re.compile(r"(^|[._])weight\w*_(v|orig)$|(^|\.)parametrizations\.\w*weight\w*\.original[01]?$")
 _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
