@@ -346,6 +346,8 @@ def test_a_factored_parameter_trains_moves_and_is_computed_once_where_it_does_no
     with torch.no_grad():
         assert small.rnn.weight_ih_l0 is small.rnn.weight_ih_l0  # nn.LSTM asks four times in a pass
         before = small(x)
+        small.rnn.parametrizations.weight_ih_l0.original0.data.mul_(0.5)  # which no version counter tells
+        assert not torch.allclose(small(x), before)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.5)
     for _ in range(2):
         small(x).square().sum().backward()

@@ -8,7 +8,6 @@ the factors are called as everywhere else in the format, `X.down.weight` and `X.
 from __future__ import annotations
 
 import copy
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,28 +27,37 @@ class FactoredWeight(nn.Module):
     `(d_out - r) x r`, which the rows' `order` completes; a spatial pair's are a vertical and a horizontal kernel.
     """
 
+    last_down: Tensor | None
+    last_up: Tensor | None
+    last_product: Tensor | None
+
     def __init__(self, shape: tuple[int, ...], form: Form, rank: int, device: torch.device) -> None:
         super().__init__()
         self.shape, self.form, self.rank = shape, form, rank
         if form == "pivoted":
             self.register_buffer("order", torch.zeros(shape[0], dtype=torch.int32, device=device))
-        # The last product without gradients, for as long as somebody holds it: recurrent modules ask several times.
-        self._last: tuple[weakref.ref[Tensor], list[tuple[weakref.ref[Tensor], int, int]]] | None = None
+        # Of the last forward pass on a CPU without gradients. As buffers they are seen by who counts memory.
+        for name in ("last_down", "last_up", "last_product"):
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, down: Tensor, up: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or down.is_inference() or up.is_inference():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or down.device.type != "cpu":
+            self._forget()
             return self._product(down, up)
-        found = None if self._last is None else self._last[0]()
-        if self._last is not None and found is not None:
-            unchanged = all(
-                ref() is each and (version, address) == (each._version, each.data_ptr())
-                for each, (ref, version, address) in zip((down, up), self._last[1], strict=True)
-            )
-            if unchanged:
-                return found
-        found = self._product(down, up)
-        self._last = weakref.ref(found), [(weakref.ref(e), e._version, e.data_ptr()) for e in (down, up)]
-        return found
+        # Modules ask several times in a pass. To compare the factors costs a small part of multiplying them, and sees
+        # changes that PyTorch's own version counters do not.
+        if self.last_product is None or not (_same(down, self.last_down) and _same(up, self.last_up)):
+            self.last_down, self.last_up = down.detach().clone(), up.detach().clone()
+            self.last_product = self._product(down, up)
+        return self.last_product
+
+    def _forget(self) -> None:
+        self.last_down = self.last_up = self.last_product = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FactoredWeight:
+        self._forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Unfilled factors for a weight: their values are loaded, never computed here."""
@@ -72,6 +80,10 @@ class FactoredWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, rank={self.rank}"
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def put_factors(module: nn.Module, parameter: str, form: Form, rank: int, like: Tensor, shape: tuple[int, ...]) -> None:
