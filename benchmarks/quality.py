@@ -473,7 +473,7 @@ def measured(model: nn.Module, data: EvaluationData, dense: nn.Module | None = N
 def mean_divergence(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
     """Kullback-Leibler divergence per prediction, in nats, from the dense model to another."""
     found = [
-        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), None, "likelihood") for batch in data
+        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), (), "likelihood") for batch in data
     ]
     return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 

@@ -27,7 +27,7 @@ from compressor.calibration.criterion import (
     outputs_of,
     sampled_loss,
 )
-from compressor.calibration.examples import CalibrationData
+from compressor.calibration.examples import CalibrationData, with_decoder_inputs
 from compressor.calibration.segments import Segments, find_segments
 from compressor.calibration.spool import Spool, SpooledMetrics
 from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Layer
@@ -77,6 +77,7 @@ def calibrate(
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
     modules = _modules(model, layers)
+    data = with_decoder_inputs(data, model)
     spool = Spool()
     with prepared(device, model), frozen(model):
         segments = find_segments(model, list(modules.values()), data.fitted[0])
@@ -158,7 +159,7 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
             before = segments.run(calibration.model, last, batch, entering(calibration, "held back", last, index))
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
-            cost, rows = divergence(before, after, batch.inputs.get("attention_mask"), calibration.criterion)
+            cost, rows = divergence(before, after, batch.masks, calibration.criterion)
             total += float(cost)
             count += rows
     return total / count if math.isfinite(total) else math.inf
@@ -260,17 +261,17 @@ def _metrics(
         hidden = entering(calibration, "fitted", segment, index)
         if hidden is not None:
             hidden.requires_grad_(True)
-        mask, last = batch.inputs.get("attention_mask"), segment == segments.count - 1
+        masks, last = batch.masks, segment == segments.count - 1
         # A copy, because a segment may work in place on what enters it, which a leaf does not allow.
         run: Callable[[], Tensor] = partial(
             segments.run, model, segment, batch, None if hidden is None else hidden.clone()
         )
         if embeddings is not None:
-            run = embeddings.watched(run, mask, lookups=segment == 0, logits=last)
+            run = embeddings.watched(run, masks, lookups=segment == 0, logits=last)
         outputs, gradient = run(), None
         if last:
-            rows += kept_rows(outputs, mask).shape[0]
-            outputs = sampled_loss(outputs, mask, calibration.criterion, generator)
+            rows += kept_rows(outputs, masks).shape[0]
+            outputs = sampled_loss(outputs, masks, calibration.criterion, generator)
             if not torch.isfinite(outputs):
                 raise BadInput(
                     "the model's own loss on the calibration data is not finite",
@@ -284,14 +285,14 @@ def _metrics(
             # A segment that cuts its inputs off hands no gradient on.
             received = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
             spool.put(("gradient", index), hidden=received)
-            vectors = hidden_rows(received, mask)
+            vectors = hidden_rows(received, masks)
             product = (vectors.T @ vectors).to(torch.float64)
             boundary = product if boundary is None else boundary + product
             positions += len(vectors)
 
     for done, segment in enumerate(reversed(range(segments.count)), start=1):
         passes = (
-            MomentPass(partial(backwards, segment, index, batch), batch.inputs.get("attention_mask"))
+            MomentPass(partial(backwards, segment, index, batch), batch.masks)
             for index, batch in enumerate(calibration.data.fitted)
         )
         for name, found in collect_moments(layers, passes, stand_ins).items():

@@ -170,13 +170,13 @@ def _refine(
         return _run(calibration, segment, part, index, {})
 
     def cost(part: str, index: int) -> tuple[Tensor, int]:
-        mask = _batches(calibration, part)[index].inputs.get("attention_mask")
+        masks = _batches(calibration, part)[index].masks
         with torch.no_grad():
             before = target(part, index)
         after = _run(calibration, segment, part, index, modules)
         if metric is None:
-            return divergence(before, after, mask, calibration.criterion)
-        change = hidden_rows(after, mask) - hidden_rows(before, mask)
+            return divergence(before, after, masks, calibration.criterion)
+        change = hidden_rows(after, masks) - hidden_rows(before, masks)
         return (change @ metric * change).sum(), change.shape[0]
 
     def losses() -> Iterator[Callable[[], Tensor]]:
@@ -357,9 +357,8 @@ def _statistics(
         dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
         if [x.shape for x in dense] != [y.shape for y in compressed]:
             return None
-        mask = batch.inputs.get("attention_mask")
         for before, after in zip(dense, compressed, strict=True):
-            x, y = (_vectors(layer, each, mask) for each in (before, after))
+            x, y = (_vectors(layer, each, batch.masks) for each in (before, after))
             count += len(x)
             one = [*_products(layer, x, y), x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64)]
             sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
@@ -372,10 +371,10 @@ def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, T
     return outer_products(x, x), outer_products(x, y), outer_products(y, y)
 
 
-def _vectors(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     if isinstance(layer, _BatchNorm):
         return x.movedim(1, -1).flatten(0, -2).double()
-    return kept_vectors(input_vectors(layer, x), x, mask).float()
+    return kept_vectors(input_vectors(layer, x), x, masks).float()
 
 
 def _given(

@@ -9,7 +9,7 @@ for a Gaussian likelihood of unit variance).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.evaluation.inference import forward_call
+from compressor.measure.moments import kept_vectors
 
 Criterion = Literal["likelihood", "outputs"]
 
@@ -68,9 +69,9 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
     return "likelihood" if (predicts or fit) and outputs.shape[-1] > 1 else "outputs"
 
 
-def sampled_loss(outputs: Tensor, mask: Tensor | None, criterion: Criterion, generator: torch.Generator) -> Tensor:
+def sampled_loss(outputs: Tensor, masks: Sequence[Tensor], criterion: Criterion, generator: torch.Generator) -> Tensor:
     """A number whose gradient at the outputs has the criterion's curvature as its second moment, summed over rows."""
-    parts = torch.split(kept_rows(outputs, mask), ROWS_AT_ONCE)
+    parts = torch.split(kept_rows(outputs, masks), ROWS_AT_ONCE)
     return torch.stack([_sampled_loss(rows.float(), criterion, generator) for rows in parts]).sum()
 
 
@@ -82,12 +83,12 @@ def _sampled_loss(rows: Tensor, criterion: Criterion, generator: torch.Generator
     return nn.functional.cross_entropy(rows, targets, reduction="sum")
 
 
-def divergence(before: Tensor, after: Tensor, mask: Tensor | None, criterion: Criterion) -> tuple[Tensor, int]:
+def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], criterion: Criterion) -> tuple[Tensor, int]:
     """What the compressed outputs cost against the dense ones, summed over rows, and the number of rows.
 
     Kullback-Leibler divergence in nats, or half the squared difference.
     """
-    dense, compressed = (kept_rows(each, mask) for each in (before, after))
+    dense, compressed = (kept_rows(each, masks) for each in (before, after))
     parts = zip(torch.split(dense, ROWS_AT_ONCE), torch.split(compressed, ROWS_AT_ONCE), strict=True)
     return torch.stack([_divergence(a.double(), b.double(), criterion) for a, b in parts]).sum(), dense.shape[0]
 
@@ -100,18 +101,16 @@ def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tens
     return torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0).sum()
 
 
-def kept_rows(outputs: Tensor, mask: Tensor | None) -> Tensor:
+def kept_rows(outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Outputs as one row for every prediction, `(predictions, classes)`, without those at padding."""
-    if mask is None or outputs.dim() != 3 or outputs.shape[:2] != mask.shape:
-        return outputs.flatten(0, -2)
-    return outputs[mask.to(device=outputs.device, dtype=torch.bool)]
+    return kept_vectors(outputs.flatten(0, -2), outputs, masks)
 
 
-def hidden_rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def hidden_rows(hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """What goes from one block to the next as one vector for every position that is not padding, in float32.
 
     Images have their channels in the second dimension, `(B, C, H, W)`; everything else has its features in the last.
     """
     if hidden.dim() > 3:
         hidden = hidden.movedim(1, -1)
-    return kept_rows(hidden, mask).float()
+    return kept_rows(hidden, masks).float()

@@ -6,16 +6,19 @@ Three examples of four give the moments; the fourth is held back, so that what i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, EvaluationData
 
 HELD_BACK = 4  # every fourth example
+
+# Tokens of which the activations are in memory at a time: a long window makes a batch of few.
+TOKENS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ class CalibrationData:
     @property
     def held_back_examples(self) -> int:
         return sum(map(_examples, self.held_back))
+
+
+def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationData:
+    """The data as an encoder-decoder takes them: with labels, to shift by itself, where its decoder is given nothing.
+
+    Data for any other model are returned as they are.
+    """
+
+    def taught(batch: Batch) -> Batch:
+        if "decoder_input_ids" in batch.inputs or batch.labels.dim() != 2:
+            return batch
+        return replace(batch, inputs={**batch.inputs, "labels": batch.labels})
+
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return data
+    fitted, held_back = (tuple(map(taught, batches)) for batches in (data.fitted, data.held_back))
+    return replace(data, fitted=fitted, held_back=held_back)
 
 
 def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = None) -> CalibrationData:
@@ -67,8 +87,11 @@ def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = N
 
 
 def _in_batches(data: EvaluationData, positions: list[int]) -> Iterator[Batch]:
-    for start in range(0, len(positions), data.batch_size):
-        yield data.read(positions[start : start + data.batch_size])
+    size = data.batch_size
+    if data.task == "language-modeling" and positions:
+        size = max(1, min(size, TOKENS_AT_ONCE // data.read(positions[:1]).inputs["input_ids"].shape[1]))
+    for start in range(0, len(positions), size):
+        yield data.read(positions[start : start + size])
 
 
 def _as_batch(given: Any) -> Batch:

@@ -31,6 +31,9 @@ LONGEST_DEFAULT_WINDOW = 2048
 BUILTINS = ("builtin:digits", "builtin:stdlib")
 
 
+IGNORED_LABEL = -100  # of a position that is not to be predicted, as torch and transformers have it
+
+
 @dataclass(frozen=True)
 class Batch:
     """Some examples: the model's inputs by name, `(B, ...)` each, and what it should predict, as int64.
@@ -41,6 +44,14 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     labels: Tensor
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """What is false on padding, `(B, L)` each: of what a decoder is given, then of the encoder's or only text."""
+        decoder, labels = self.inputs.get("decoder_attention_mask"), self.inputs.get("labels")
+        if decoder is None and labels is not None:
+            decoder = labels != IGNORED_LABEL
+        return tuple(mask for mask in (decoder, self.inputs.get("attention_mask")) if mask is not None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,10 +30,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class MomentPass:
-    """One batch: `run` takes it forwards and backwards; `mask` of `(batch, length)` is false on padding."""
+    """One batch: `run` takes it forwards and backwards; `masks` of `(batch, length)` are false on padding."""
 
     run: Callable[[], None]
-    mask: Tensor | None = None
+    masks: Sequence[Tensor] = ()
 
 
 def collect_moments(
@@ -51,7 +51,7 @@ def collect_moments(
     collector = _Collector(layers, stand_ins or layers)
     with torch.enable_grad(), collector:
         for each in passes:
-            collector.begin(each.mask)
+            collector.begin(each.masks)
             each.run()
             collector.end()
     return collector.moments()
@@ -81,7 +81,7 @@ class _Collector:
         self._gradients: dict[str, _Sum] = {}
         # One product in a pass for all layers that see one tensor in one state as the same vectors.
         self._seen: dict[tuple[int, int, Hashable], tuple[Tensor, _Sum, set[str]]] = {}
-        self._mask: Tensor | None = None
+        self._masks: Sequence[Tensor] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -93,9 +93,9 @@ class _Collector:
             handle.remove()
         self._seen.clear()
 
-    def begin(self, mask: Tensor | None) -> None:
+    def begin(self, masks: Sequence[Tensor]) -> None:
         """Start a pass: no tensor of it has been seen yet."""
-        self._mask = mask
+        self._masks = masks
         self._seen.clear()
 
     def end(self) -> None:
@@ -128,7 +128,7 @@ class _Collector:
             x: Tensor = arguments[0] if arguments else next(iter(named.values()))
             key = (id(x), x._version, patches(layer))
             if key not in self._seen:
-                vectors = kept_vectors(input_vectors(layer, x.detach()), x, self._mask)
+                vectors = kept_vectors(input_vectors(layer, x.detach()), x, self._masks)
                 self._seen[key] = (x, _summed(vectors, name, "activations"), set())
             self._seen[key][2].add(name)
             leaf = not output.requires_grad
@@ -141,7 +141,7 @@ class _Collector:
         return hook
 
     def _backward(self, name: str, gradient: Tensor) -> None:
-        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, self._mask)
+        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, self._masks)
         _accumulate(self._gradients, name, _summed(vectors, name, "gradients"))
 
 
@@ -177,17 +177,16 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
     return product + torch.outer(centred_x.sum(0, dtype=torch.float64), about_y)
 
 
-def kept_vectors(vectors: Tensor, tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Those of the rows made of a tensor that are not padding.
+def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Those of the rows made of a tensor that are not padding by the first mask of its size.
 
     The tensor is `(batch, length, size)`, or `(batch * length, size)` as some models flatten it; any other has none.
     """
-    if mask is None:
-        return vectors
-    flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
-    if not flattened and (tensor.dim() != 3 or tensor.shape[:2] != mask.shape):
-        return vectors
-    return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
+    for mask in masks:
+        flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
+        if flattened or (tensor.dim() == 3 and tensor.shape[:2] == mask.shape):
+            return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
+    return vectors
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

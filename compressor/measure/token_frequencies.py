@@ -7,7 +7,7 @@ the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.measure.moments import kept_vectors
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class EmbeddingCollector:
         self._positions: dict[tuple[str, str], int] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self._predictions = 0
-        self._mask: Tensor | None = None
+        self._masks: Sequence[Tensor] = ()
         self._lookups = self._heads = True
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -87,20 +88,20 @@ class EmbeddingCollector:
         self._outputs.clear()
 
     def watched(
-        self, part: Callable[[], Tensor], mask: Tensor | None, *, lookups: bool = True, logits: bool = True
+        self, part: Callable[[], Tensor], masks: Sequence[Tensor], *, lookups: bool = True, logits: bool = True
     ) -> Callable[[], Tensor]:
-        """The same pass of the model, with what it shows of the embeddings gathered; `mask` is false on padding.
+        """The same pass of the model, with what it shows of the embeddings gathered; `masks` are false on padding.
 
         Of a part of the model it is said whether its embeddings are looked up there, and whether it ends in the logits.
         """
 
         def run() -> Tensor:
-            self._mask, self._lookups, self._heads = mask, lookups, logits
+            self._masks, self._lookups, self._heads = masks, lookups, logits
             self._outputs.clear()
             made = part()
             if not logits:
                 return made
-            self._predictions += len(_kept(made, mask))
+            self._predictions += len(_kept(made, masks))
             for name, outputs in self._outputs.items():
                 self._weigh_classes(name, made, outputs)
             return made
@@ -140,7 +141,7 @@ class EmbeddingCollector:
             if not self._lookups:
                 return output
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            kept = _kept(tokens[..., None], self._mask).flatten()
+            kept = _kept(tokens[..., None], self._masks).flatten()
             assert isinstance(layer.weight, Tensor)
             counts = torch.bincount(kept, minlength=layer.weight.shape[0])
             self._add(name, "tokens", counts.to(torch.float64), kept.numel())
@@ -172,14 +173,14 @@ class EmbeddingCollector:
             if output.shape != made.shape or not output.requires_grad:
                 continue
             [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
-            chances = _kept(made.detach().float().softmax(-1), self._mask)
+            chances = _kept(made.detach().float().softmax(-1), self._masks)
             chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
-            weighted = chances * _kept(slope, self._mask).float().square()
+            weighted = chances * _kept(slope, self._masks).float().square()
             self._add(name, "chances", chances.sum(0, dtype=torch.float64), len(chances))
             self._add(name, "logits", weighted.sum(0, dtype=torch.float64), len(chances))
 
     def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
-        vectors = _kept(vectors, self._mask).float()
+        vectors = _kept(vectors, self._masks).float()
         product = (vectors.T @ vectors).to(torch.float64)
         if not torch.isfinite(product).all():
             raise BadInput(
@@ -193,9 +194,6 @@ class EmbeddingCollector:
         self._positions[name, what] = self._positions.get((name, what), 0) + positions
 
 
-def _kept(vectors: Tensor, mask: Tensor | None) -> Tensor:
+def _kept(vectors: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """One vector a row, without those at padding."""
-    rows = vectors.reshape(-1, vectors.shape[-1])
-    if mask is None or vectors.dim() != 3 or vectors.shape[:2] != mask.shape:
-        return rows
-    return rows[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
+    return kept_vectors(vectors.reshape(-1, vectors.shape[-1]), vectors, masks)

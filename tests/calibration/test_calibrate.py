@@ -86,6 +86,38 @@ def test_padding_changes_no_moment(name: str) -> None:
     assert_same(calibrated(model, [padded]), calibrated(model, [with_mask]))
 
 
+def t5() -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def test_an_encoder_decoder_is_given_its_labels_shifted_by_itself() -> None:
+    model = t5()
+    ids, labels = torch.randint(3, 40, (4, 6)), torch.randint(3, 40, (4, 5))
+    start = torch.zeros(4, 1, dtype=torch.long)
+    explicit = {"input_ids": ids, "decoder_input_ids": torch.cat([start, labels[:, :-1]], 1)}
+    assert_same(calibrated(model, [{"input_ids": ids, "labels": labels}]), calibrated(model, [explicit]))
+
+
+@pytest.mark.parametrize("length", [6, 5])
+def test_padding_of_encoder_and_decoder_changes_no_moment(length: int) -> None:
+    # The decoder's texts are as long as the encoder's, or shorter: each has its own padding.
+    model = t5()
+    ids, labels = torch.randint(3, 40, (4, 6)), torch.randint(3, 40, (4, length))
+    longer = torch.cat([torch.ones(4, 6), torch.zeros(4, 3)], 1).long()
+    padded = {
+        "input_ids": torch.cat([ids, torch.zeros(4, 3, dtype=torch.long)], 1),
+        "attention_mask": longer,
+        "labels": torch.cat([labels, torch.full((4, 3), -100)], 1),
+    }
+    assert_same(calibrated(model, [padded]), calibrated(model, [{"input_ids": ids, "labels": labels}]))
+
+
 def test_the_gradients_are_those_of_targets_drawn_in_order_by_one_generator() -> None:
     # By autograd alone: the moment of the gradients at the outputs of the classifier.
     model = transformer("vit").eval()
@@ -250,9 +282,9 @@ def test_the_held_back_loss_of_a_classifier_is_the_divergence_of_its_predictions
 
 def test_rows_are_the_predictions_without_padding() -> None:
     outputs, mask = torch.randn(2, 3, 5), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert torch.equal(kept_rows(outputs, mask), torch.stack([outputs[0, 0], outputs[0, 1], outputs[1, 0]]))
-    assert torch.equal(kept_rows(outputs, None), outputs.reshape(6, 5))
-    assert torch.equal(kept_rows(outputs[:, 0], mask), outputs[:, 0])
+    assert torch.equal(kept_rows(outputs, (mask,)), torch.stack([outputs[0, 0], outputs[0, 1], outputs[1, 0]]))
+    assert torch.equal(kept_rows(outputs, ()), outputs.reshape(6, 5))
+    assert torch.equal(kept_rows(outputs[:, 0], (mask,)), outputs[:, 0])
 
 
 def test_bfloat16_is_calibrated_in_float32_and_better() -> None:

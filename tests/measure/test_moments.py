@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ CONVOLUTIONS = [
 ]
 
 
-def sampled(logits: Callable[[], Tensor], mask: Tensor | None = None, seed: int = 0) -> MomentPass:
+def sampled(logits: Callable[[], Tensor], masks: Sequence[Tensor] = (), seed: int = 0) -> MomentPass:
     """A pass whose gradients are those of the loss on targets drawn from the model itself."""
     generator = torch.Generator().manual_seed(seed)
-    return MomentPass(lambda: sampled_loss(logits(), mask, "likelihood", generator).backward(), mask)
+    return MomentPass(lambda: sampled_loss(logits(), masks, "likelihood", generator).backward(), masks)
 
 
 def gathered(layer: nn.Module, model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def test_padding_is_left_out() -> None:
     model = nn.Linear(4, 3)
     x = torch.randn(2, 5, 4)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
-    found = collect_moments({"layer": model}, [sampled(lambda: model(x), mask)])["layer"]
+    found = collect_moments({"layer": model}, [sampled(lambda: model(x), (mask,))])["layer"]
     assert found is not None
     assert found.positions == 7
     kept = x[mask.bool()].double()
@@ -251,7 +251,7 @@ def test_padding_counts_neither_as_input_nor_as_prediction() -> None:
     mask = torch.cat([torch.ones(2, 8), torch.zeros(2, 24)], 1).long()
     layers = {"q": model.model.layers[0].self_attn.q_proj, "down": model.model.layers[0].mlp.down_proj}
     short = collect_moments(layers, [sampled(lambda: model(input_ids=ids).logits)])
-    long = collect_moments(layers, [sampled(lambda: model(input_ids=padded, attention_mask=mask).logits, mask)])
+    long = collect_moments(layers, [sampled(lambda: model(input_ids=padded, attention_mask=mask).logits, (mask,))])
     for name in layers:
         assert short[name] is not None
         assert long[name] is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -36,18 +37,18 @@ class Capped(nn.Module):
         return result
 
 
-def gathered(model: Any, passes: list[tuple[Tensor, Tensor | None]]) -> tuple[EmbeddingMoments, Any]:
+def gathered(model: Any, passes: list[tuple[Tensor, Sequence[Tensor]]]) -> tuple[EmbeddingMoments, Any]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     collector = EmbeddingCollector({"words": (model.words, model.head)})
     generator = torch.Generator().manual_seed(0)
 
-    def run(tokens: Tensor, mask: Tensor | None) -> None:
-        logits = collector.watched(lambda: model(tokens), mask)()
-        sampled_loss(logits, mask, "likelihood", generator).backward()  # type: ignore[no-untyped-call]
+    def run(tokens: Tensor, masks: Sequence[Tensor]) -> None:
+        logits = collector.watched(lambda: model(tokens), masks)()
+        sampled_loss(logits, masks, "likelihood", generator).backward()  # type: ignore[no-untyped-call]
 
     with collector:
-        watched = [MomentPass(lambda t=tokens, m=mask: run(t, m), mask) for tokens, mask in passes]  # type: ignore[misc]
+        watched = [MomentPass(lambda t=tokens, m=masks: run(t, m), masks) for tokens, masks in passes]  # type: ignore[misc]
         others = collect_moments({"mix": model.mix}, watched)
     found = collector.moments()["words"]
     assert found is not None
@@ -55,11 +56,11 @@ def gathered(model: Any, passes: list[tuple[Tensor, Tensor | None]]) -> tuple[Em
     return found, others["mix"]
 
 
-def passes_with_padding() -> list[tuple[Tensor, Tensor | None]]:
+def passes_with_padding() -> list[tuple[Tensor, Sequence[Tensor]]]:
     torch.manual_seed(1)
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[0, 4:] = 0
-    return [(torch.randint(0, 8, (3, 7)), mask), (torch.randint(0, 8, (2, 7)), None)]
+    return [(torch.randint(0, 8, (3, 7)), (mask,)), (torch.randint(0, 8, (2, 7)), ())]
 
 
 def test_counts_and_gradients_are_those_of_what_is_not_padding() -> None:
@@ -67,7 +68,7 @@ def test_counts_and_gradients_are_those_of_what_is_not_padding() -> None:
     model = Capped()
     passes = passes_with_padding()
     found, mix = gathered(model, passes)
-    kept = torch.cat([tokens.flatten() if mask is None else tokens[mask.bool()] for tokens, mask in passes])
+    kept = torch.cat([tokens[masks[0].bool()] if masks else tokens.flatten() for tokens, masks in passes])
     assert found.positions == len(kept) == 32
     assert found.uses == 1
     counts = torch.bincount(kept, minlength=TOKENS).double()
@@ -84,8 +85,8 @@ def test_the_heads_moment_is_exact_over_all_targets_whatever_follows_the_head() 
     found, _ = gathered(copy.deepcopy(model), passes)
     assert found.head is not None
     squares, hidden, positions = torch.zeros(TOKENS).double(), torch.zeros(5, 5).double(), 0
-    for tokens, mask in passes:
-        for vector in model.words(tokens if mask is None else tokens[mask.bool()]).reshape(-1, 5):
+    for tokens, masks in passes:
+        for vector in model.words(tokens[masks[0].bool()] if masks else tokens).reshape(-1, 5):
             h = torch.tanh(model.mix(vector)).detach()
             made = model.head(h).detach().requires_grad_(True)
             chances = (2 * torch.tanh(made / 3)).log_softmax(-1)
