@@ -266,7 +266,7 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) 
         if m.layer.name not in calibrated.metrics:
             weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
             continue
-        weight = calibrated.model.get_submodule(m.layer.module).weight
+        weight = getattr(calibrated.model.get_submodule(m.layer.module), m.layer.parameter)
         assert isinstance(weight, Tensor)
         weight, metric = weight.detach().to(calibrated.device), calibrated.metrics[m.layer.name]
         matrix = as_matrix(m.layer, weight)

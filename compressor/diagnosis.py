@@ -245,9 +245,12 @@ def _on_data(
     progress: Progress | None,
 ) -> tuple[Predictions, dict[str, _Seen]]:
     """Run the model forwards and backwards over the data."""
-    places = {layer.name: layer.module for layer in subject.layers if layer.eligible}
-    modules = {name: model.get_submodule(place) for name, place in places.items()}
-    weights = {name: module.get_parameter("weight") for name, module in modules.items()}
+    eligible = {layer.name: layer for layer in subject.layers if layer.eligible}
+    places = {name: layer.module for name, layer in eligible.items()}
+    weights = {
+        name: model.get_submodule(layer.module).get_parameter(layer.parameter) for name, layer in eligible.items()
+    }
+    modules = {name: model.get_submodule(layer.module) for name, layer in eligible.items() if layer.kind != "parameter"}
     with prepared(device, model):
         quality = measure_quality(model, data, device=device)
         gradients, counts = _gradients(model, weights, data, progress)

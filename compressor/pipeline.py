@@ -85,6 +85,7 @@ from compressor.rewrite import (
     rewritten_tensors,
     stored_pairs,
     weight_file_bytes,
+    with_effective_weights,
     write_weights,
 )
 
@@ -93,6 +94,7 @@ logger = logging.getLogger(__name__)
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
 
+@torch.inference_mode(False)
 def inspect(
     model: Model,
     *,
@@ -119,6 +121,7 @@ def inspect(
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
     model = local_model(model, revision)
+    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
     return Inspection(
@@ -187,6 +190,7 @@ def plan(
     ).plan
 
 
+@torch.inference_mode(False)
 def compress(
     model: Model,
     *,
@@ -249,6 +253,7 @@ def compress(
     `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
+    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
     model = local_model(model, revision)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,12 +30,13 @@ from compressor.calibration.criterion import (
 from compressor.calibration.examples import CalibrationData, with_decoder_inputs
 from compressor.calibration.segments import Segments, find_segments
 from compressor.calibration.spool import Spool, SpooledMetrics
-from compressor.checkpoint import Layer
+from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.inspection import Progress
 from compressor.measure.moments import MomentPass, Moments, collect_moments, shrunk
+from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.rewrite import put_layer
 
@@ -95,8 +96,15 @@ def calibrate(
             },
             likelihood=criterion == "likelihood",
         )
-        with embeddings:
-            metrics, uses = _metrics(bare, modules, modules, progress, embeddings)
+        parameters = ParameterCollector(
+            {
+                layer.name: (model.get_submodule(layer.module), layer.parameter)
+                for layer in layers
+                if layer.kind == "parameter"
+            }
+        )
+        with embeddings, parameters:
+            metrics, uses = _metrics(bare, modules, modules, progress, embeddings, parameters)
         for name, found in embeddings.moments().items():
             if found is not None:
                 metric, uses[name] = embedding_metric(found)
@@ -131,7 +139,11 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
 
 def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
     """Those of the layers that are applied to vectors, by their names."""
-    return {layer.name: model.get_submodule(layer.module) for layer in layers if layer.kind != "embedding"}
+    return {
+        layer.name: model.get_submodule(layer.module)
+        for layer in layers
+        if layer.kind not in ("embedding", "parameter")
+    }
 
 
 def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
@@ -166,8 +178,9 @@ def with_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[
     found = {place: model.get_submodule(place) for place in modules}
     changed = model
     try:
-        for place, module in modules.items():
-            changed = put_layer(changed, place, module)
+        # A module that is replaced whole comes before the layers inside it.
+        for place in sorted(modules, key=lambda name: name.count(".")):
+            changed = put_layer(changed, place, modules[place])
         yield changed
     finally:
         for place, module in found.items():
@@ -180,8 +193,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
+    # cuDNN runs recurrent layers backwards only in training mode.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -227,6 +243,7 @@ def _metrics(
     stand_ins: Mapping[str, nn.Module],
     progress: Progress | None,
     embeddings: EmbeddingCollector | None = None,
+    parameters: ParameterCollector | None = None,
 ) -> tuple[SpooledMetrics, dict[str, float]]:
     """The metric and the uses of every layer that is reached, from the last segment to the first.
 
@@ -287,6 +304,10 @@ def _metrics(
             boundary, positions = None, 0
         if progress:
             progress("calibrate", done, segments.count)
+    for name, of_parameter in parameters.moments(rows).items() if parameters is not None else ():
+        inputs = shrunk(of_parameter.inputs, of_parameter.input_samples)
+        metrics.put(name, Metric(inputs, shrunk(of_parameter.gradients, of_parameter.gradient_samples)))
+        uses[name] = 1.0
     return metrics, uses
 
 
@@ -295,7 +316,8 @@ def _metric(moments: Moments, layer: nn.Module) -> Metric | None:
 
     A bias takes up what the mean of the inputs contributes, so that a layer with one has the inputs' covariance.
     """
-    has_bias = getattr(layer, "bias", None) is not None
+    # A transposed convolution's has a number for every channel, and its matrix a row for every one at every position.
+    has_bias = getattr(layer, "bias", None) is not None and not isinstance(layer, TRANSPOSED_CONVOLUTIONS)
     inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if has_bias else moments.inputs
     if float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
         return None

@@ -71,15 +71,18 @@ class Compensated:
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
     """Every layer truncated by itself, on the inputs of the dense model."""
-    factors, modules = {}, {}
+    factors: dict[str, Factors] = {}
+    modules: dict[str, nn.Module] = {}
     with prepared(calibration.device, calibration.model):
         for plan in planned:
             if plan.rank is None:
                 continue
             layer = calibration.layers[plan.name]
             factors[plan.name] = _truncated(calibration, layer, plan)
-            dense = calibration.model.get_submodule(layer.module)
-            modules[layer.module] = low_rank = filled_layer(layer, plan, dense, factors[plan.name])
+            # A module that has several parameters factorized is the same one each time.
+            dense = modules.get(layer.module) or calibration.model.get_submodule(layer.module)
+            low_rank = filled_layer(layer, plan, dense, factors[plan.name])
+            modules |= dict.fromkeys((layer.module, *layer.places), low_rank)
             if layer.head is not None:
                 assert isinstance(low_rank, LowRankEmbedding)
                 head = calibration.model.get_submodule(layer.head)
@@ -92,7 +95,7 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> Facto
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
     pair = approximate(layer, plan, matrix, metric)
-    return factors_of(layer, plan, pair, matrix, bias, metric, _dtype(dense))
+    return factors_of(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
 
 
 def compensate(
@@ -104,13 +107,14 @@ def compensate(
 ) -> Compensated:
     """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
 
-    Embeddings are given the same tokens whatever was done to other layers, so there is nothing to make good in them.
+    Embeddings are given the same tokens whatever was done to other layers, so there is nothing to make good in them,
+    and of the parameters of modules it is not known what they are given.
     With `refine` the factors of every segment are then fitted to what the dense one puts out.
     """
     low_rank = [plan for plan in planned if plan.rank is not None]
-    embeddings = [plan for plan in low_rank if calibration.layers[plan.name].kind == "embedding"]
-    start = uncompensated(calibration, embeddings)
-    plans = {plan.name: plan for plan in low_rank if plan not in embeddings}
+    as_they_are = [plan for plan in low_rank if calibration.layers[plan.name].kind in ("embedding", "parameter")]
+    start = uncompensated(calibration, as_they_are)
+    plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     places = {calibration.layers[name].module: name for name in plans}
     left = _walked_places(calibration, places)
     factors: dict[str, Factors] = dict(start.factors)
@@ -136,7 +140,8 @@ def compensate(
                         factors[name] = _truncated(calibration, layer, plan)
                     else:
                         factors[name] = _refitted(calibration, layer, plan, fitted, held)
-                    modules[place] = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
+                    low_rank_layer = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
+                    modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
             inside = {place: modules[place] for group in groups for place in group if place in places}
             if refine and inside:
                 _refine(calibration, segment, modules, inside)
@@ -229,7 +234,7 @@ def _refitted(
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
-    x, y = (None, None) if bias is None else (fitted.x, fitted.y)
+    x, y = (None, None) if metric.mean is None else (fitted.x, fitted.y)
     about = fitted if x is None or y is None else fitted.centred(x, y)
     identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
     scale = about.yy.diagonal().mean()
@@ -415,8 +420,8 @@ def _batches(calibration: Calibration, part: str) -> Sequence[Batch]:
 
 def _matrix(layer: Layer, dense: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The weight as a matrix in float64, and the bias."""
-    weight, bias = dense.weight, getattr(dense, "bias", None)
-    assert isinstance(weight, Tensor)
+    weight = getattr(dense, layer.parameter)
+    bias = None if layer.kind == "parameter" else getattr(dense, "bias", None)
     wide = as_matrix(layer, weight.detach().to(device)).to(torch.float64)
     return wide, None if bias is None else bias.detach().to(device)
 

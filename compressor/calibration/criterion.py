@@ -29,11 +29,19 @@ ROWS_AT_ONCE = 256
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits; where it has none its first output, such as the last hidden state."""
+    """The model's logits; where it has none its first output, such as the last hidden state.
+
+    Several logits of one shape, such as those of the start and the end of an answer, are stacked in a dimension before
+    the last, each a distribution of its own.
+    """
     output = forward_call(model, inputs)()
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
+    named = output.items() if isinstance(output, Mapping) else ()
+    several = [each for name, each in named if str(name).endswith("_logits") and isinstance(each, Tensor)]
+    if logits is None and len(several) > 1 and len({each.shape for each in several}) == 1 and several[0].dim() > 1:
+        return torch.stack(several, dim=-2)
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     first = logits if isinstance(logits, Tensor) else next((each for each in values if isinstance(each, Tensor)), None)
     if first is None:
@@ -52,7 +60,9 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
     regression's or a binary logit, is no distribution.
     """
     name = type(model).__name__
-    predicts = name.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel", "Classification", "ConditionalGeneration"))
+    predicts = name.endswith(
+        ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "Classification", "ConditionalGeneration", "QuestionAnswering")
+    )
     rows = outputs.shape[:-1]
     next_tokens = len(rows) == 2 and labels is not None and labels.shape == (rows[0], rows[1] - 1)
     fit = labels is not None and (labels.numel() == rows.numel() or next_tokens)

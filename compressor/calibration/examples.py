@@ -105,7 +105,12 @@ def _as_batch(given: Any) -> Batch:
             f"the calibration data yields {type(given).__name__}", remedy="yield tensors, pairs, or mappings of tensors"
         )
     labels = inputs.get("labels", labels)
-    inputs = {name: tensor.detach() for name, tensor in inputs.items() if name != "labels"}
+    # Nothing can be differentiated through what was made under `torch.inference_mode`.
+    inputs = {
+        name: tensor.clone() if tensor.is_inference() else tensor.detach()
+        for name, tensor in inputs.items()
+        if name != "labels"
+    }
     if not inputs or any(tensor.numel() == 0 for tensor in inputs.values()):
         raise BadInput("the calibration data yields an empty batch", remedy="leave it out")
     classes = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()

@@ -5,7 +5,17 @@ from __future__ import annotations
 from compressor.checkpoint.experts import fuse_experts, with_separate_experts
 from compressor.checkpoint.files import atomic_file, hidden_sibling
 from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
-from compressor.checkpoint.layers import Kind, Layer, find_layers, is_weight, layer_name, skeleton_mismatch
+from compressor.checkpoint.layers import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Kind,
+    Layer,
+    directly_read_by,
+    find_layers,
+    is_weight,
+    layer_name,
+    skeleton_mismatch,
+)
 from compressor.checkpoint.output import check_output, output_folder, parse_size
 from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
@@ -22,6 +32,8 @@ from compressor.checkpoint.writer import (
 )
 
 __all__ = [
+    "CONVOLUTIONS",
+    "TRANSPOSED_CONVOLUTIONS",
     "Checkpoint",
     "Kind",
     "Layer",
@@ -33,6 +45,7 @@ __all__ = [
     "atomic_file",
     "check_output",
     "check_push",
+    "directly_read_by",
     "find_layers",
     "fuse_experts",
     "hidden_sibling",

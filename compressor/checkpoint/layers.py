@@ -10,15 +10,25 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.errors import BadInput
 
-Kind = Literal["linear", "transposed linear", "convolution", "embedding", "other"]
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+Kind = Literal[
+    "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
+]
 
 # What stands in the last part of the names that embeddings go by, where there is no module to ask.
 _EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
+# A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
+_WEIGHT = re.compile(r"(^|_)weight(_|$)")
+# The same for what a weight is computed from: by weight and spectral normalisation, in both of PyTorch's ways.
+_UNDER_A_NORMALISATION = re.compile(r"(^|[._])weight\w*_(v|orig)$|(^|\.)parametrizations\.\w*weight\w*\.original[01]?$")
 _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
@@ -28,9 +38,14 @@ class Layer:
     """A tensor of two or more dimensions as the matrix `d_out x d_in` that it applies to its inputs.
 
     The inputs of an embedding are its tokens: `d_out` is the length of its vectors and `d_in` the size of the
-    vocabulary. `name` is the layer's name in the checkpoint and `module` its name in the model (for some architectures
-    another); `skip` says why it cannot or should not be factorized, and is None for the eligible ones. `head` is the
-    name in the model of the output head that is tied to an embedding, and changes with it.
+    vocabulary. A transposed convolution applies its matrix of `d_out = channels x kernel` at every position of its
+    input, and adds up where the results overlap. `name` is the layer's name in the checkpoint and `module` its name in
+    the model (for some architectures another); `skip` says why it cannot or should not be factorized, and is None for
+    the eligible ones. `head` is the name in the model of the output head that is tied to an embedding, and changes with
+    it, and `places` are further names in the model of the very same module.
+
+    A `parameter` is a matrix that a module multiplies with in code of its own: the attribute `parameter` of the module
+    `module`. It can be stored as factors, and is multiplied out when the module runs.
     """
 
     name: str
@@ -42,6 +57,8 @@ class Layer:
     shape: tuple[int, int]
     skip: str | None = None
     head: str | None = None
+    parameter: str = "weight"
+    places: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -72,12 +89,13 @@ def find_layers(
     shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
     matrices = [name for name, info in known.items() if len(info.shape) >= 2 and min(info.shape) > 0]
     layers = _from_file(matrices, shapes) if skeleton is None else _from_skeleton(matrices, shapes, skeleton)
-    # A head that is tied to an embedding changes with it.
-    heads = {f"{layer.head}.weight" for layer in layers}
+    # A head that is tied to an embedding changes with it, and one module under several names is one layer.
+    together = {f"{layer.head}.weight" for layer in layers}
+    together |= {f"{place}.{layer.parameter}" for layer in layers for place in layer.places}
     shared = {
         name: alias
         for alias, name in checkpoint.aliases.items()
-        if skeleton is None or skeleton.module_name(alias) not in heads
+        if skeleton is None or skeleton.module_name(alias) not in together
     }
     for index, layer in enumerate(layers):
         skip = layer.skip
@@ -130,27 +148,37 @@ def layer_name(tensor: str) -> str:
 
 def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> list[Layer]:
     """The layers of a model whose modules are known."""
-    modules = dict(skeleton.module.named_modules())
+    modules = dict(skeleton.module.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
-        if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+        names.setdefault(id(module), []).append(name)
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and names[id(module)] == [name]:
             holders.setdefault(id(weight), []).append(name)
     stored = {skeleton.module_name(tensor) for tensor in matrices}
     layers = []
     for tensor in matrices:
         in_model = skeleton.module_name(tensor)
-        owner = modules.get(layer_name(in_model)) if in_model else None
-        if in_model is None or owner is None or not is_weight(in_model):
+        place, _, parameter = (in_model or "").rpartition(".")
+        owner = modules.get(place)
+        if in_model is None or owner is None or owner._parameters.get(parameter) is None:
             shape, name = shapes[tensor], layer_name(tensor)
-            reason = "no single layer of the model holds it as its weight"
+            what = "a buffer" if owner is not None and parameter in owner._buffers else None
+            reason = what or "no single layer of the model holds it as its weight"
             layers.append(Layer(name, name, tensor, None, "other", shape, _flattened(shape), reason))
             continue
-        module = layer_name(in_model)
-        layer = replace(_from_module(tensor, shapes, owner), module=module)
-        others = [name for name in holders.get(id(getattr(owner, "weight", None)), ()) if name != module]
-        parent = modules.get(module.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            layer = replace(layer, skip=layer.skip or "nn.TransformerEncoderLayer reads its weight directly")
+        reader = directly_read_by(owner, modules.get(place.rpartition(".")[0]))
+        layer = _from_module(tensor, shapes, owner, parameter, reader)
+        places = tuple(name for name in names[id(owner)] if name != place)
+        layer = replace(layer, module=place, parameter=parameter, places=places)
+        if again := [name for name in places if f"{name}.{parameter}" in stored]:
+            layer = replace(layer, skip=layer.skip or f"the same module as {again[0]}, but stored apart from it")
+        if layer.kind == "parameter" and _of_transformers(skeleton.module):
+            layer = replace(
+                layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
+            )
+        others = holders.get(id(owner._parameters[parameter]), []) if parameter == "weight" else []
+        others = [name for name in others if name not in names[id(owner)]]
         if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
             [head] = others
             apart = f"{head} shares its weight, but is stored apart from it" if f"{head}.weight" in stored else None
@@ -159,6 +187,21 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
             layer = replace(layer, skip=layer.skip or f"shares its weight with {', '.join(others)}")
         layers.append(layer)
     return layers
+
+
+def directly_read_by(owner: nn.Module, parent: nn.Module | None) -> nn.Module | None:
+    """The module that reads the weight of a layer instead of calling the layer, where PyTorch has one that does."""
+    if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return parent or owner
+    return parent if isinstance(parent, nn.TransformerEncoderLayer) else None
+
+
+def _owner(owner: nn.Module, reader: nn.Module | None) -> str:
+    return type(reader or owner).__name__
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(module).__mro__)
 
 
 def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -170,34 +213,67 @@ def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return bias if is_weight(tensor) and len(shapes.get(bias, ())) == 1 else None
 
 
-def _from_module(tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> Layer:
+def _from_module(
+    tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str, reader: nn.Module | None
+) -> Layer:
     """The layer whose module is known: its class decides."""
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
+    if parameter != "weight" or (reader is not None and type(owner).__name__.endswith("Linear")):
+        return _as_parameter(layer, owner, parameter)
     if isinstance(owner, nn.Embedding):
         layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
         if type(owner) is not nn.Embedding:
             return replace(layer, skip=f"an embedding, but {type(owner).__name__} does more than look rows up")
         return replace(layer, skip="an embedding whose rows max_norm rescales" if owner.max_norm is not None else None)
-    if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return replace(layer, kind="linear", skip="its weight is read directly by nn.MultiheadAttention")
     if type(owner) is nn.Linear:
         return replace(layer, kind="linear")
     if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
         return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))
-    if type(owner) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if type(owner) in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+        assert isinstance(owner, _ConvNd)
+        layer = replace(layer, kind="convolution")
+        if type(owner) in TRANSPOSED_CONVOLUTIONS:
+            layer = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
         if owner.groups == 1:
-            return replace(layer, kind="convolution")
+            return layer
         depthwise = owner.groups == owner.in_channels
-        return replace(layer, kind="convolution", skip="depthwise" if depthwise else f"{owner.groups} groups")
-    return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+        return replace(layer, skip="depthwise" if depthwise else f"{owner.groups} groups")
+    return _as_parameter(layer, owner, parameter)
+
+
+def _as_parameter(layer: Layer, owner: nn.Module, parameter: str) -> Layer:
+    """A matrix that the module uses in code of its own, if it is one by its module or its name."""
+    layer, matrix = replace(layer, bias=None), len(layer.tensor_shape) == 2
+    if isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.EmbeddingBag):
+        return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+    if isinstance(owner, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and matrix:
+        known = parameter not in ("bias_k", "bias_v")
+    else:
+        known = _UNDER_A_NORMALISATION.search(layer.tensor) is not None
+        known = known or (matrix and _WEIGHT.search(parameter) is not None)
+    if not known and parameter == "weight":
+        return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+    return _checked_parameter(layer, known)
+
+
+def _checked_parameter(layer: Layer, known: bool) -> Layer:
+    if min(layer.shape) <= 1:
+        return replace(layer, skip="a vector")
+    if not known:
+        return replace(layer, skip="a table or a matrix: its name does not say that it is a weight")
+    return replace(layer, kind="parameter")
 
 
 def _from_file(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
     """The layers of a stranger's file, of which only names and shapes are known."""
     transposed = any(_looks_transposed(tensor, shapes) for tensor in matrices)
     layers = [_from_name(tensor, shapes, transposed) for tensor in matrices]
-    outputs = {layer.shape[0] for layer in layers}
+    outputs = {
+        layer.tensor_shape[1 if layer.kind == "transposed convolution" else 0]
+        for layer in layers
+        if layer.kind != "embedding"
+    } | {layer.shape[0] for layer in layers}
     for index, layer in enumerate(layers):
         channels = layer.tensor_shape[1]
         first = all(earlier.kind != "convolution" for earlier in layers[:index])
@@ -212,8 +288,10 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     outputs = shapes[layer.bias][0] if layer.bias else None
+    last = tensor.rpartition(".")[2]
     if not is_weight(tensor):
-        return replace(layer, skip="not the weight of a layer of its own")
+        known = _UNDER_A_NORMALISATION.search(tensor) is not None and len(shape) <= 5
+        return _checked_parameter(layer, known or (len(shape) == 2 and _WEIGHT.search(last) is not None))
     if len(shape) == 2:
         if _EMBEDDING.search(name.rpartition(".")[2]):
             reason = "an embedding, by its name; --model would tell which head is tied to it"
@@ -228,7 +306,9 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
         return replace(layer, skip="neither a matrix nor, by its shape, a convolution; --model would tell")
     layer = replace(layer, kind="convolution")
     if outputs not in (None, shape[0]):
-        return replace(layer, skip="a transposed convolution")
+        transposed = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
+        grouped = f"its bias is as long as neither {shape[0]} nor {shape[1]}: a transposed convolution with groups"
+        return replace(transposed, skip=None if outputs == shape[1] else grouped)
     if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
         return replace(layer, skip="depthwise, or a single input channel")
     return layer

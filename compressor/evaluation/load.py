@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint, module_skeleton, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
-from compressor.rewrite import put_pair, stored_pairs, widened
+from compressor.rewrite import TRANSPOSED, can_be_pair, join, put_factors, put_pair, stored_pairs, widened
 
 
 def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
@@ -42,21 +42,30 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
         assert checkpoint.folder is not None
         return load_transformers(checkpoint.folder)
     module = widened(build_model(factory), checkpoint)
-    modules = dict(module.named_modules())
+    names = {name: name for name in checkpoint.tensors}
     for pair in stored_pairs(checkpoint, module_skeleton(module)).values():
-        if pair.name not in modules:
+        place, _, parameter = pair.tensor.rpartition(".")
+        owner = dict(module.named_modules(remove_duplicate=False)).get(place)
+        if owner is None or not isinstance(dense := getattr(owner, parameter, None), Tensor):
             raise BadInput(
                 f"the model that --model builds has no layer {pair.name}",
                 where=checkpoint.source,
                 remedy="use the function that builds the model that was compressed",
             )
         try:
-            module = put_pair(module, pair.name, pair.form, pair.rank)
+            if can_be_pair(module, place, parameter, pair.kind):
+                module = put_pair(module, place, pair.form, pair.rank)
+                continue
+            if pair.kind in TRANSPOSED or tuple(dense.shape) != pair.tensor_shape:
+                raise ValueError(f"{type(owner).__name__} with a weight of {tuple(dense.shape)}")
+            put_factors(owner, parameter, pair.form, pair.rank, dense, pair.tensor_shape)
+            # A layer that no module told from an ordinary one: its bias stays where its own code has it.
+            names[join(pair.name, "up.bias")] = join(pair.name, "bias")
         except ValueError as error:
             raise BadInput(
                 f"{pair.name} is no layer that can be low-rank in the model that --model builds: {error}",
                 where=checkpoint.source,
                 remedy="compress again with --model, which tells such layers apart",
             ) from error
-    load_state(module, {name: checkpoint.read(name) for name in checkpoint.tensors})
+    load_state(module, {names[name]: checkpoint.read(name) for name in checkpoint.tensors})
     return module

@@ -21,11 +21,14 @@ def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed:
     and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialised on its own.
     """
     if skeleton is None:
-        fan_in = layer.shape[1]
+        if layer.kind == "parameter":
+            return None
+        # PyTorch takes the second side of a transposed convolution's weight for the inputs.
+        fan_in = layer.shape[0 if layer.kind == "transposed convolution" else 1]
         return 1 / math.sqrt(3 * fan_in)
     owner = skeleton.module.get_submodule(layer.module)
     if skeleton.untrained:
-        return _root_mean_square(owner.weight)
+        return _root_mean_square(getattr(owner, layer.parameter))
     # The trained values are not copied: the memo puts unfilled tensors in their place.
     unfilled = {
         id(values): torch.empty_like(values, device="cpu") for values in owner.state_dict(keep_vars=True).values()
@@ -41,7 +44,7 @@ def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed:
             fresh.reset_parameters()
         else:
             return None
-    return _root_mean_square(fresh.weight)
+    return _root_mean_square(getattr(fresh, layer.parameter))
 
 
 def _root_mean_square(weight: Tensor | nn.Module) -> float:

@@ -43,10 +43,10 @@ def collect_moments(
 ) -> dict[str, Moments | None]:
     """Moments of every layer over all passes; None for a layer that no pass went backwards through.
 
-    `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions inside one model; the model is to be
-    in evaluation mode. Where `stand_ins` run in their places (low-rank layers, say), what these see counts. Layers that
-    are given the same tensors share one moment of them. Raises `BadInput` when activations or gradients are not finite,
-    naming the layer.
+    `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions, transposed ones among them, inside
+    one model; the model is to be in evaluation mode. Where `stand_ins` run in their places (low-rank layers, say), what
+    these see counts. Layers that are given the same tensors share one moment of them. Raises `BadInput` when
+    activations or gradients are not finite, naming the layer.
     """
     collector = _Collector(layers, stand_ins or layers)
     with torch.enable_grad(), collector:
@@ -189,8 +189,13 @@ def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Te
     return vectors
 
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def patches(layer: nn.Module) -> Hashable:
     """What two layers must have in common to see one input as the same vectors."""
+    if isinstance(layer, _TRANSPOSED):
+        return "channels"
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     return (layer.kernel_size, layer.stride, str(layer.padding), layer.dilation, layer.padding_mode)
@@ -198,6 +203,8 @@ def patches(layer: nn.Module) -> Hashable:
 
 def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
     """What the layer's matrix is applied to, one vector a row: the last dimension, or a convolution's patches."""
+    if isinstance(layer, _TRANSPOSED):
+        return _channels(layer, x)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return x.flatten(0, -2)
     spatial = len(layer.kernel_size)
@@ -213,11 +220,38 @@ def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _output_vectors(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """What the layer's matrix puts out, one vector a row; a transposed convolution's are patches of what it adds up."""
+    if isinstance(layer, _TRANSPOSED):
+        return _scattered_patches(layer, gradient)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return gradient.flatten(0, -2)
-    if gradient.dim() == len(layer.kernel_size) + 1:
+    return _channels(layer, gradient)
+
+
+def _channels(layer: nn.modules.conv._ConvNd, images: Tensor) -> Tensor:
+    """The channels at every position as a row."""
+    if images.dim() == len(layer.kernel_size) + 1:
+        images = images.unsqueeze(0)
+    return images.movedim(1, -1).flatten(0, -2)
+
+
+def _scattered_patches(layer: nn.modules.conv._ConvNd, gradient: Tensor) -> Tensor:
+    """What reaches each position of a transposed convolution's input from its outputs: `channels x kernel` a row.
+
+    Position p adds its results to the outputs at `stride p - padding` and after; those outside are cut off.
+    """
+    spatial = len(layer.kernel_size)
+    if gradient.dim() == spatial + 1:
         gradient = gradient.unsqueeze(0)
-    return gradient.movedim(1, -1).flatten(0, -2)
+    geometry = zip(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.output_padding, strict=True)
+    for axis, (size, step, before, gap, more) in enumerate(geometry, start=2):
+        assert isinstance(before, int)
+        width, outputs = (size - 1) * gap + 1, gradient.shape[axis]
+        inputs = (outputs + 2 * before - width - more) // step + 1
+        after = max(0, (inputs - 1) * step + width - before - outputs)
+        padded = nn.functional.pad(gradient.movedim(axis, -1), [before, after]).movedim(-1, axis)
+        gradient = padded.unfold(axis, width, step).narrow(axis, 0, inputs)[..., ::gap]
+    return gradient.movedim(1, 1 + spatial).flatten(0, spatial).flatten(1)
 
 
 def shrunk(moment: Tensor, samples: int) -> Tensor:

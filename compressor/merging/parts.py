@@ -139,6 +139,12 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
     pairs = stored_pairs(checkpoint, skeleton)
     part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, skeleton))
     for pair in pairs.values():
+        if pair.kind in {"parameter", "transposed convolution"}:
+            raise BadInput(
+                f"{pair.name}, a {pair.kind}, is low-rank, and such layers are merged only dense",
+                where=checkpoint.source,
+                remedy="bring the network back with 'compress restore MODEL'",
+            )
         if pair.form == "pivoted":
             _require_order(part, pair)
     return part

@@ -13,10 +13,10 @@ def pair_forms(layer: Layer) -> tuple[Form, ...]:
     """The forms of the pairs that a layer of this kind can become; a spatial one needs a kernel of two wide sides."""
     if layer.kind == "embedding":
         return ("plain",)
-    if layer.kind != "convolution":
+    if len(layer.tensor_shape) == 2:
         return ("plain", "pivoted")
     two_wide_sides = len(layer.tensor_shape) == 4 and min(layer.tensor_shape[2:]) > 1
-    return ("channel", "spatial") if two_wide_sides else ("channel",)
+    return ("channel", "spatial") if two_wide_sides and layer.kind == "convolution" else ("channel",)
 
 
 def factorized_shape(layer: Layer, form: Form) -> tuple[int, int]:

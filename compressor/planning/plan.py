@@ -171,9 +171,9 @@ class MeasuredLayer:
 def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
     """The form in which a pair of the layer's own matrix is stored at this rank.
 
-    For linear layers it is the smaller one, unless one is requested; a convolution's is the channel pair.
+    For matrices it is the smaller one, unless one is requested; a convolution's is the channel pair.
     """
-    if layer.kind == "convolution":
+    if len(layer.tensor_shape) > 2:
         return "channel"
     if layer.kind == "embedding":
         return "plain"

@@ -23,6 +23,7 @@ from compressor.report.wording import (
     recipe_words,
     search_words,
     shape_of,
+    stored_only_words,
     unchanged_words,
 )
 
@@ -93,6 +94,7 @@ def report_page(compression: Compression) -> str:
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
         search=search_words(plan.search) if plan.search is not None else None,
         unchanged=unchanged_words(plan.layers, written=compression.output is not None),
+        stored_only=stored_only_words(plan.layers),
         effort=f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}",
         comparisons=compression_rows(compression),
         evaluation=evaluation,

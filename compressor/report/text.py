@@ -30,6 +30,7 @@ from compressor.report.wording import (
     search_words,
     shape_of,
     shortened_apart,
+    stored_only_words,
     thousands,
     unchanged_words,
 )
@@ -248,6 +249,8 @@ def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
     ]
     headers = ("layer", "shape", "rank", "form", "kept", "error", *(() if shared else ("why",)))
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
+    if (stored_only := stored_only_words(layers)) is not None:
+        notes.append(("note", stored_only))
     return [LayerTable(headers, tuple(rows)), _facts(*notes)]
 
 

@@ -236,6 +236,15 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
     return "no layer would be factorized; the output would hold the same weights"
 
 
+def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:
+    """Of which layers the factors make the file smaller and nothing else; None where there are none."""
+    names = [one_line(layer.name) for layer in layers if layer.kind == "parameter" and layer.rank is not None]
+    if not names:
+        return None
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown}: multiplied out by the module that has them; a smaller file, no less to compute or to hold"
+
+
 # What deserves a warning: accuracy lost (a fraction), and the factor by which perplexity grew.
 LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
 

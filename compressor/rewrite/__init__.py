@@ -1,12 +1,16 @@
 """Stage 6: pairs into files, torch modules and a transformers configuration, and back to dense."""
 
+from compressor.rewrite.effective_weights import with_effective_weights
+from compressor.rewrite.factored_parameter import FactoredWeight, factored_parameters, put_factors
 from compressor.rewrite.modules import (
     LowRankConvolution,
     LowRankEmbedding,
     LowRankLinear,
+    LowRankTransposedConvolution,
     PivotedLinear,
     SpatialConvolution,
     TiedHead,
+    can_be_pair,
     low_rank_layer,
     put_layer,
     put_pair,
@@ -26,6 +30,7 @@ from compressor.rewrite.rewriting import (
 from compressor.rewrite.tensor_format import (
     FORMAT_VERSION,
     METADATA_KEY,
+    TRANSPOSED,
     Factors,
     StoredPair,
     approximate,
@@ -44,10 +49,13 @@ __all__ = [
     "MERGE_KEY",
     "METADATA_KEY",
     "PLAN_FILE",
+    "TRANSPOSED",
+    "FactoredWeight",
     "Factors",
     "LowRankConvolution",
     "LowRankEmbedding",
     "LowRankLinear",
+    "LowRankTransposedConvolution",
     "PivotedLinear",
     "Rewriting",
     "SpatialConvolution",
@@ -55,9 +63,11 @@ __all__ = [
     "TiedHead",
     "approximate",
     "as_matrix",
+    "can_be_pair",
     "dense_infos",
     "dense_tensors",
     "describe_folder",
+    "factored_parameters",
     "factors_of",
     "file_metadata",
     "file_record",
@@ -65,6 +75,7 @@ __all__ = [
     "join",
     "low_rank_layer",
     "merge_record",
+    "put_factors",
     "put_layer",
     "put_pair",
     "rewritten_infos",
@@ -73,5 +84,6 @@ __all__ = [
     "stored_pairs",
     "weight_file_bytes",
     "widened",
+    "with_effective_weights",
     "write_weights",
 ]

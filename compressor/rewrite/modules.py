@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.checkpoint import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by
 from compressor.planning.form import Form
 
-_CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: nn.Conv1d,
-    nn.Conv2d: nn.Conv2d,
-    nn.Conv3d: nn.Conv3d,
-}
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def _unfilled(kind: type[nn.Module], *arguments: Any, device: torch.device, **keywords: Any) -> nn.Module:
@@ -71,7 +69,7 @@ class PivotedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-def _copy_geometry(dense: nn.Conv1d | nn.Conv2d | nn.Conv3d, pair: nn.Module) -> None:
+def _copy_geometry(dense: Convolution | TransposedConvolution, pair: nn.Module) -> None:
     """Say of a pair what the dense convolution says of itself: models compute lengths of their outputs from it."""
     for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
         setattr(pair, name, getattr(dense, name))
@@ -83,12 +81,12 @@ class LowRankConvolution(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, dense: nn.Conv1d | nn.Conv2d | nn.Conv3d, rank: int) -> None:
+    def __init__(self, dense: Convolution, rank: int) -> None:
         super().__init__()
         factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.in_channels, self.out_channels, self.rank = dense.in_channels, dense.out_channels, rank
         _copy_geometry(dense, self)
-        kind = _CONVOLUTIONS[type(dense)]
+        kind = type(dense)
         self.down = _unfilled(
             kind,
             dense.in_channels,
@@ -106,6 +104,41 @@ class LowRankConvolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
+
+
+class LowRankTransposedConvolution(nn.Module):
+    """The channel pair of a transposed convolution: a `1 x 1` one to r channels, then one with the dense one's kernel
+    and bias."""
+
+    weight: Tensor
+
+    def __init__(self, dense: TransposedConvolution, rank: int) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        self.in_channels, self.out_channels, self.rank = dense.in_channels, dense.out_channels, rank
+        _copy_geometry(dense, self)
+        self.output_padding = dense.output_padding
+        kind = type(dense)
+        self.down = _unfilled(kind, dense.in_channels, rank, 1, bias=False, **factory)
+        self.up = _unfilled(
+            kind,
+            rank,
+            dense.out_channels,
+            dense.kernel_size,
+            stride=dense.stride,
+            padding=dense.padding,
+            output_padding=dense.output_padding,
+            dilation=dense.dilation,
+            bias=dense.bias is not None,
+            **factory,
+        )
+        self.register_buffer("weight", torch.empty(0, **factory))
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return self.up(self.down(x), output_size)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
@@ -220,15 +253,19 @@ def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
     """An unfilled low-rank layer in place of a linear layer, a transformers `Conv1D`, a convolution or an embedding.
 
     On the dense layer's device, in its dtype, with its training flag and `requires_grad`. ValueError for other layers,
-    and for a spatial pair of anything but a two-dimensional convolution.
+    for a convolution with groups, and for a spatial pair of anything but a two-dimensional convolution.
     """
     layer: nn.Module
+    if isinstance(dense, Convolution | TransposedConvolution) and dense.groups > 1:
+        raise ValueError(f"the convolution has {dense.groups} groups")
     if form == "spatial":
         if not isinstance(dense, nn.Conv2d):
             raise ValueError(f"{type(dense).__name__} is not a two-dimensional convolution")
         layer = SpatialConvolution(dense, rank)
-    elif isinstance(dense, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    elif isinstance(dense, Convolution):
         layer = LowRankConvolution(dense, rank)
+    elif isinstance(dense, TransposedConvolution):
+        layer = LowRankTransposedConvolution(dense, rank)
     elif type(dense) is nn.Embedding and dense.max_norm is None:
         layer = LowRankEmbedding(dense, rank)
     else:
@@ -302,10 +339,29 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
 def put_pair(root: nn.Module, name: str, form: Form, rank: int) -> nn.Module:
     """Put an unfilled low-rank layer in the place of a dense one and of a head tied to it, and return the tree.
 
-    ValueError for a layer that cannot be factorized.
+    It takes all the places that the dense layer has in the tree. ValueError for a layer that cannot be factorized.
     """
-    head = tied_head(root, name)
-    root = put_layer(root, name, low_rank_layer(root.get_submodule(name), form, rank))
+    head, dense = tied_head(root, name), root.get_submodule(name)
+    layer = low_rank_layer(dense, form, rank)
+    for place in [place for place, module in root.named_modules(remove_duplicate=False) if module is dense]:
+        root = put_layer(root, place, layer)
     if head is not None:
         tie_head(root, head, name)
     return root
+
+
+def can_be_pair(root: nn.Module, name: str, parameter: str, kind: Kind) -> bool:
+    """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
+    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+    layer, parent = modules[name], modules.get(name.rpartition(".")[0])
+    if parameter != "weight" or directly_read_by(layer, parent) is not None:
+        return False
+    classes: dict[Kind, tuple[type[nn.Module], ...]] = {
+        "linear": (nn.Linear,),
+        "convolution": CONVOLUTIONS,
+        "transposed convolution": TRANSPOSED_CONVOLUTIONS,
+        "embedding": (nn.Embedding,),
+    }
+    if kind == "transposed linear":
+        return type(layer).__name__ == "Conv1D"
+    return type(layer) in classes.get(kind, ()) and getattr(layer, "groups", 1) == 1

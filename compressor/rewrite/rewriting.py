@@ -29,8 +29,9 @@ from compressor.checkpoint import (
 )
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
-from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, pair_infos
+from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, join, pair_infos
 
 # What a compressed folder carries besides its weights: the plan and the recipe that made it.
 PLAN_FILE = "compression.json"
@@ -60,10 +61,11 @@ class Rewriting:
         """The tensors that are copied as they are.
 
         A further name of one that moves is among them: what was tied becomes two tensors of the same values. Not so the
-        name of a tied head's weight, which moves with its embedding.
+        name of a tied head's weight, which moves with its embedding, and those that a module has in its other places.
         """
         moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
         untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
+        untied -= {name for layer, _ in self.factorized if layer.places for name in (layer.tensor, layer.bias)}
         left = [name for name in self.checkpoint.tensors if name not in moved]
         return left + [
             alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
@@ -123,11 +125,17 @@ def rewritten_module(
     `done` is told what `rewritten_tensors` tells it.
     """
     dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
-    left_out = {id(layer.weight): None for layer in dense.values()}
+    left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan in rewriting.factorized:
         factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
-        compressed = put_layer(compressed, layer.module, filled_layer(layer, plan, dense[layer.name], factors))
+        if layer.kind == "parameter":
+            like = getattr(dense[layer.name], layer.parameter)
+            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors)
+        else:
+            low_rank = filled_layer(layer, plan, dense[layer.name], factors)
+            for place in (layer.module, *layer.places):
+                compressed = put_layer(compressed, place, low_rank)
         if layer.head is not None:
             tie_head(compressed, layer.head, layer.module)
         done(layer.name, factors.error)
@@ -145,8 +153,15 @@ def rewritten_module(
 
 
 def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Factors) -> nn.Module:
-    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it."""
+    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it.
+
+    Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it.
+    """
     assert plan.rank is not None
+    if layer.kind == "parameter":
+        copied = to_be_factored(dense)
+        _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), factors)
+        return copied
     low_rank = low_rank_layer(dense, plan.form, plan.rank)
     prefix = f"{layer.name}." if layer.name else ""
     # Assigned, not copied: the factors are the layer's own numbers from here on.
@@ -154,7 +169,22 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Facto
     place = low_rank.weight.device
     own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in factors.tensors.items()}
     low_rank.load_state_dict(own, assign=True)
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.dim() == dimensions and not weight.is_contiguous() and weight.is_contiguous(memory_format=order):
+            low_rank.to(memory_format=order)  # type: ignore[call-overload]
     return low_rank
+
+
+def _put_filled_factors(owner: nn.Module, layer: Layer, plan: LayerPlan, like: Tensor, factors: Factors) -> None:
+    assert plan.rank is not None
+    put_factors(owner, layer.parameter, plan.form, plan.rank, like, layer.tensor_shape)
+    values = {role: factors.tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
+    down, up, order = values.values()
+    assert down is not None
+    assert up is not None
+    fill_factors(owner, layer.parameter, down, up, order)
 
 
 def file_metadata(rewriting: Rewriting) -> dict[str, str]:

@@ -3,9 +3,11 @@
 A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weight` (`d_out x r`), and `X.bias` becomes
 `X.up.bias`. A pivoted pair has `X.up.weight` of `(d_out - r) x r` and `X.order` of `d_out` int32; its bias stays
 `X.bias`. For a convolution of c channels `X.down.weight` is `r x c x kernel` and `X.up.weight` is `d_out x r x 1 ..` in
-a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. For an embedding of d_in tokens
-`X.down.weight` is `d_in x r`, itself an embedding, and a head tied to it has no tensors. A zero-size `X.weight` stays
-behind in each, so that a loader that does not know the format stops. Everything else is passed through.
+a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. For a transposed convolution of c
+channels they are transposed convolutions too, of `c x r x 1 ..` and `r x d_out x kernel`. For an embedding of d_in
+tokens `X.down.weight` is `d_in x r`, itself an embedding, and a head tied to it has no tensors. A zero-size `X.weight`
+stays behind in each, so that a loader that does not know the format stops. A weight `X` that is not called so, such as
+`rnn.weight_ih_l0`, becomes `X.down.weight` and `X.up.weight` beside a zero-size `X`. Everything else is passed through.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Kind, Layer, Skeleton, TensorInfo, is_weight, layer_name
+from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Checkpoint, Kind, Layer, Skeleton, TensorInfo, layer_name
 from compressor.errors import BadInput
 from compressor.factorize import (
     FactorPair,
@@ -39,12 +41,16 @@ from compressor.planning.form import Form
 FORMAT_VERSION = 1
 METADATA_KEY = "lowrank"
 
+# Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
+TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
+
 
 @dataclass(frozen=True)
 class StoredPair:
     """A low-rank layer found in a checkpoint: where its tensors are and which dense tensor it stands for."""
 
     name: str
+    tensor: str
     form: Form
     rank: int
     kind: Kind
@@ -54,12 +60,12 @@ class StoredPair:
     @property
     def tensors(self) -> dict[str, str]:
         """Role to tensor name, for the tensors that stand for the dense weight and bias."""
-        roles = {"weight": "weight", "down": "down.weight", "up": "up.weight"}
+        roles = {"down": "down.weight", "up": "up.weight"}
         if self.form == "pivoted":
             roles["order"] = "order"
         if self.has_bias:
             roles["bias"] = "bias" if self.form == "pivoted" else "up.bias"
-        return {role: join(self.name, tensor) for role, tensor in roles.items()}
+        return {"weight": self.tensor} | {role: join(self.name, tensor) for role, tensor in roles.items()}
 
 
 def join(name: str, tensor: str) -> str:
@@ -72,16 +78,20 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
     assert plan.rank is not None
     (d_out, d_in), rank = layer.shape, plan.rank
     name = layer.name
-    kernel = layer.tensor_shape[2:] if layer.kind == "convolution" else ()
-    down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
+    kernel = layer.tensor_shape[2:]
+    pointwise = tuple(1 for _ in kernel)
+    down: tuple[int, ...] = (rank, d_in)
+    up: tuple[int, ...] = (d_out - rank if plan.form == "pivoted" else d_out, rank)
     if layer.kind == "embedding":
         down = (d_in, rank)
-    up = (d_out - rank, rank) if plan.form == "pivoted" else (d_out, rank, *(1 for _ in kernel))
-    if plan.form == "spatial":
-        _, channels, height, width = layer.tensor_shape
-        down, up = (rank, channels, height, 1), (d_out, rank, 1, width)
+    elif layer.kind == "transposed convolution":
+        down, up = (d_in, rank, *pointwise), (rank, layer.tensor_shape[1], *kernel)
+    elif plan.form == "spatial":
+        down, up = (rank, layer.tensor_shape[1], kernel[0], 1), (d_out, rank, 1, kernel[1])
+    elif kernel:
+        down, up = (rank, layer.tensor_shape[1], *kernel), (d_out, rank, *pointwise)
     infos = [
-        TensorInfo(join(name, "weight"), (0,), dtype),
+        TensorInfo(layer.tensor, (0,), dtype),
         TensorInfo(join(name, "down.weight"), down, dtype),
         TensorInfo(join(name, "up.weight"), up, dtype),
     ]
@@ -94,7 +104,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
 
 def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
     """The stored weight as the `d_out x d_in` matrix that it applies to its inputs."""
-    return weight.T if layer.kind in ("transposed linear", "embedding") else weight.reshape(layer.shape)
+    return weight.flatten(1).T if layer.kind in TRANSPOSED else weight.reshape(layer.shape)
 
 
 @dataclass(frozen=True)
@@ -148,11 +158,9 @@ def factors_of(
         assert isinstance(pair, FactorPair)
         stored = pivoted_pair(pair)
     stored = replace(stored, up=stored.up.to(dtype), down=stored.down.to(dtype))
-    values: list[Tensor] = [
-        stored.down.new_empty(0),
-        stored.down.T if layer.kind == "embedding" else stored.down,
-        stored.up,
-    ]
+    down = stored.down.T if layer.kind in ("embedding", "transposed convolution") else stored.down
+    up = stored.up.T if layer.kind == "transposed convolution" else stored.up
+    values: list[Tensor] = [stored.down.new_empty(0), down, up]
     if isinstance(stored, PivotedPair):
         values.append(stored.order)
     change = matrix - replace(stored, up=stored.up.to(torch.float64), down=stored.down.to(torch.float64)).product()
@@ -172,14 +180,14 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
     """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
 
     Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton. The
-    pair of an embedding has factors with r columns each.
+    pair of an embedding has factors with r columns each, and of a transposed convolution the first is pointwise.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     said = file_record(checkpoint).get("layers")
     record = said if isinstance(said, dict) else {}
     pairs = {}
     for tensor, shape in shapes.items():
-        if shape != (0,) or not is_weight(tensor):
+        if shape != (0,):
             continue
         name = layer_name(tensor)
         down, up = shapes.get(join(name, "down.weight")), shapes.get(join(name, "up.weight"))
@@ -190,8 +198,10 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
         kind = _kind_of_pair(down, up, entry.get("kind") if isinstance(entry, dict) else _known_kind(skeleton, tensor))
         if kind == "embedding":
             down = down[::-1]
+        if kind == "transposed convolution":
+            down, up = (*up[:1], *down[:1], *down[2:]), (*up[1:2], *up[:1], *up[2:])
         form: Form = "pivoted" if order is not None else "channel" if len(down) > 2 else "plain"
-        if form == "channel" and max(up[2:], default=1) > 1:
+        if form == "channel" and kind == "convolution" and max(up[2:], default=1) > 1:
             form = "spatial"
         d_out = order[0] if order is not None and order else up[0]
         fits = len(down) >= 2 and len(up) == len(down) and up[1] == down[0] and min(down) > 0
@@ -206,15 +216,20 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
         dense = (down[1], d_out) if kind in ("transposed linear", "embedding") else (d_out, *down[1:])
         if form == "spatial":
             dense = (d_out, down[1], down[2], up[3])
+        if kind == "transposed convolution":
+            dense = (down[1], d_out, *up[2:])
         bias = join(name, "bias" if form == "pivoted" else "up.bias")
-        pairs[name] = StoredPair(name, form, down[0], kind, dense, bias in shapes)
+        pairs[name] = StoredPair(name, tensor, form, down[0], kind, dense, bias in shapes)
     return pairs
 
 
 def _kind_of_pair(down: tuple[int, ...], up: tuple[int, ...], known: object) -> Kind:
     """The kind of layer that two factors stand for, where their shapes leave a choice the one that is known."""
+    if known == "parameter":
+        return "parameter"
     if len(down) > 2:
-        return "convolution"
+        spread = len(up) == len(down) and max(down[2:]) == 1 and max(up[2:]) > 1
+        return "transposed convolution" if spread or known == "transposed convolution" else "convolution"
     if len(down) == len(up) == 2 and down[1] == up[1] and (down[0] != up[1] or known == "embedding"):
         return "embedding"
     return "transposed linear" if known == "transposed linear" else "linear"
@@ -225,9 +240,11 @@ def _known_kind(skeleton: Skeleton | None, tensor: str) -> Kind | None:
     in_model = skeleton.module_name(tensor) if skeleton is not None else None
     if skeleton is None or not in_model:
         return None
-    owner = dict(skeleton.module.named_modules()).get(layer_name(in_model))
+    owner = dict(skeleton.module.named_modules(remove_duplicate=False)).get(layer_name(in_model))
     if isinstance(owner, nn.Embedding):
         return "embedding"
+    if isinstance(owner, TRANSPOSED_CONVOLUTIONS):
+        return "transposed convolution"
     return "transposed linear" if type(owner).__name__ == "Conv1D" else None
 
 
@@ -247,6 +264,8 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     wide_down = down.to(torch.float64).flatten(1)
     wide_down = wide_down.T if pair.kind == "embedding" else wide_down
     wide_up = up.to(torch.float64).flatten(1)
+    if pair.kind == "transposed convolution":  # its own tensor is their product in the other order
+        wide_down, wide_up = wide_up, wide_down
     if pair.form == "pivoted":
         order = checkpoint.read(pair.tensors["order"]).long()
         if not torch.equal(order.sort().values, torch.arange(order.numel())):

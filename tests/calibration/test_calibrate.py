@@ -363,3 +363,30 @@ def test_an_empty_batch_is_named() -> None:
     for data in ([torch.randn(4, 6), torch.randn(0, 6)], [{"labels": torch.zeros(3).long()}] * 3):
         with pytest.raises(BadInput, match="empty batch"):
             compress(classifier(), keep=0.5, calibration=data)
+
+
+def test_start_and_end_of_an_answer_both_count() -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=40,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(config).eval()
+    inputs = inputs_for("bert", 5)
+    both = outputs_of(model, inputs)
+    said = model(**inputs)
+    assert torch.equal(both[:, 0], said.start_logits)
+    assert torch.equal(both[:, 1], said.end_logits)
+    found = calibrated(model, [inputs, inputs_for("bert", 5)], [inputs])
+    assert found.criterion == "likelihood"
+    # The head's row for the end of the answer alone is changed: the loss is that of both, by hand.
+    head = nn.Linear(16, 2)
+    head.load_state_dict(model.qa_outputs.state_dict())
+    with torch.no_grad():
+        head.weight[1] *= 0.5
+        changed = head(model.bert(**inputs).last_hidden_state)
+        after, before = (each.double().log_softmax(-1) for each in (changed[..., 1], said.end_logits))
+        expected = float((before.exp() * (before - after)).sum()) / (2 * 5)
+    assert held_back_loss(found, {"qa_outputs": head}) == pytest.approx(expected, rel=1e-4)

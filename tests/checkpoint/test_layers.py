@@ -44,13 +44,15 @@ def test_names_and_shapes_of_a_strangers_file(tmp_path: Path) -> None:
     assert set(found) == {
         "body.0", "conv", "line", "volume", "depthwise", "upsample", "tok_embeddings", "rnn.weight_ih_l0", "quantized"
     }  # fmt: skip
-    assert {name for name, layer in found.items() if layer.eligible} == {"body.0", "conv", "line", "volume"}
+    eligible = {name for name, layer in found.items() if layer.eligible}
+    assert eligible == {"body.0", "conv", "line", "volume", "upsample", "rnn.weight_ih_l0"}
     assert found["body.0"].shape == (6, 4)
     assert found["body.0"].bias == "body.0.bias"
     assert found["conv"].shape == (8, 75)
     assert found["volume"].shape == (8, 24)
     assert "depthwise" in (found["depthwise"].skip or "")
-    assert "transposed" in (found["upsample"].skip or "")
+    assert (found["upsample"].kind, found["upsample"].shape) == ("transposed convolution", (48, 8))
+    assert (found["rnn.weight_ih_l0"].kind, found["rnn.weight_ih_l0"].shape) == ("parameter", (12, 4))
     assert found["tok_embeddings"].kind == "embedding"
     assert "int8" in (found["quantized"].skip or "")
 
@@ -93,14 +95,54 @@ def test_modules_decide_where_they_are_known() -> None:
             self.plain = nn.Linear(4, 5)
 
     found = layers_of_module(Model())
-    assert {name for name, layer in found.items() if layer.eligible} == {"dense", "single", "plain"}
+    assert {name: layer.kind for name, layer in found.items() if layer.eligible} == {
+        "first": "linear", "attention.in_proj_weight": "parameter", "attention.out_proj": "parameter",
+        "dense": "convolution", "up": "transposed convolution", "single": "convolution", "plain": "linear",
+    }  # fmt: skip
+    assert found["first"].places == ("again",)
+    assert found["up"].shape == (4 * 9, 4)
     skips = {name: layer.skip or "" for name, layer in found.items()}
     assert "embedding" in skips["words"]
-    assert "shares its weight with again" in skips["first"]
-    assert "MultiheadAttention" in skips["attention.out_proj"]
     assert "2 groups" in skips["grouped"]
     assert "depthwise" in skips["depthwise"]
-    assert "ConvTranspose2d" in skips["up"]
+
+
+def test_parameters_are_weights_by_their_module_or_their_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(4, 6, proj_size=3)
+            self.encoder = nn.TransformerEncoderLayer(4, 2, 8)
+            self.norm = nn.LayerNorm([3, 4])
+            self.bag = nn.EmbeddingBag(5, 4)
+            self.my_weight = nn.Parameter(torch.zeros(4, 5))
+            self.positions = nn.Parameter(torch.zeros(4, 5))
+            self.row_weight = nn.Parameter(torch.zeros(1, 5))
+            self.register_buffer("weight_mask", torch.zeros(4, 5))
+
+    found = layers_of_module(Model())
+    assert {name for name, layer in found.items() if layer.eligible} == {
+        "rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.weight_hr_l0", "encoder.self_attn.in_proj_weight",
+        "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "my_weight",
+    }  # fmt: skip
+    assert {layer.kind for layer in found.values() if layer.eligible} == {"parameter"}
+    assert (found["rnn.weight_hr_l0"].module, found["rnn.weight_hr_l0"].parameter) == ("rnn", "weight_hr_l0")
+    assert (found["encoder.linear1"].module, found["encoder.linear1"].parameter) == ("encoder.linear1", "weight")
+    assert "table or a matrix" in (found["positions"].skip or "")
+    assert "buffer" in (found["weight_mask"].skip or "")
+    assert "vector" in (found["row_weight"].skip or "")
+
+
+def test_a_transformers_model_is_not_given_factors_that_it_cannot_load() -> None:
+    import transformers
+
+    config = transformers.SiglipVisionConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2
+    )
+    found = layers_of_module(transformers.SiglipVisionModel(config))
+    pooling = {name: layer for name, layer in found.items() if "head.attention" in name}
+    assert pooling
+    assert all("transformers has no" in (layer.skip or "") for layer in pooling.values())
 
 
 def test_a_model_that_is_one_layer_has_the_empty_name() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from compressor.cli.run import run
@@ -69,3 +70,18 @@ def test_bad_requests_end_with_one_line(request_of_two: list[str], capsys: pytes
     for extra in ([], ["--mode", "average"], ["--mode", "sum", "--head", "separate"], ["--mode", "sum", "--base", ""]):
         assert run([*request_of_two, *extra]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_networks_with_factored_parameters_are_merged_only_dense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        save_file(nn.GRU(16, 16).state_dict(), tmp_path / f"{name}.safetensors")
+        assert run([str(tmp_path / f"{name}.safetensors"), "--keep", "0.5"]) == 0
+    parts = [str(tmp_path / f"{name}-compressed.safetensors") for name in ("a", "b")]
+    capsys.readouterr()
+    assert run(["merge", *parts, "-o", str(tmp_path / "both.safetensors"), "--mode", "sum"]) == 2
+    said = capsys.readouterr().err
+    assert "a parameter, is low-rank" in said
+    assert "compress restore" in said

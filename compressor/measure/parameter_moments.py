@@ -1,0 +1,104 @@
+"""Second moments of the loss gradient of a parameter, where no module shows what it is applied to.
+
+Of a matrix that is applied to x and receives g, the gradient on one prediction is a sum of g x^T, and its second moment
+the Fisher information F of the matrix. With independent targets for the predictions, the gradients G of whole batches
+give both of its partial traces, E[G G^T] and E[G^T G]. Where F is a Kronecker product, as `Moments` takes it to be too,
+it is that of the two divided by their trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+
+
+@dataclass(frozen=True)
+class ParameterMoments:
+    """Of a parameter as a `d_out x d_in` matrix, in float64: `inputs` and `gradients`, with F their Kronecker product.
+
+    A change D of the matrix costs `1/2 tr(S_g D S_x D^T)` of loss per prediction to second order. Each is estimated
+    from about as many independent vectors as its number of `samples` says.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    input_samples: int
+    gradient_samples: int
+
+
+class ParameterCollector:
+    """Gathers the gradients of parameters while a model runs backwards, batch by batch, and leaves none behind.
+
+    `parameters` are pairs of a module and the name of its parameter, by the name of the layer. What was there before,
+    gradients and whether they are wanted, is there again once it is left.
+    """
+
+    def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]]) -> None:
+        self._parameters = {name: module._parameters[own] for name, (module, own) in parameters.items()}
+        self._sums: dict[str, list[Tensor]] = {}
+        self._batches: dict[str, int] = {}
+        self._before: list[tuple[Tensor, bool, Tensor | None]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for name, parameter in self._parameters.items():
+            assert parameter is not None
+            self._before.append((parameter, parameter.requires_grad, parameter.grad))
+            parameter.grad = None
+            parameter.requires_grad_(True)
+            handle = parameter.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for parameter, wanted, gradient in self._before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+        self._handles, self._before = [], []
+
+    def moments(self, predictions: int) -> dict[str, ParameterMoments]:
+        """The moments of every parameter that a gradient reached, of which there were so many predictions in all."""
+        found = {}
+        for name, (gradients, inputs) in self._sums.items():
+            trace = float(gradients.trace())
+            if trace <= 0:
+                continue
+            batches = self._batches[name]
+            scale = (predictions * trace) ** 0.5
+            found[name] = ParameterMoments(
+                inputs=inputs / scale,
+                gradients=gradients / scale,
+                input_samples=max(2, round(batches * _effective(gradients))),
+                gradient_samples=max(2, round(batches * _effective(inputs))),
+            )
+        return found
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradient = parameter.grad.flatten(1).float()
+            parameter.grad = None
+            products = [(gradient @ gradient.T).double(), (gradient.T @ gradient).double()]
+            if not all(torch.isfinite(each).all() for each in products):
+                raise BadInput(
+                    f"the gradients of {name} are not finite on the calibration data",
+                    remedy="use the model in a wider dtype, or leave the layer out with --exclude",
+                )
+            if float(products[0].trace()) == 0:
+                return
+            before = self._sums.get(name, [torch.zeros_like(each) for each in products])
+            self._sums[name] = [a + b for a, b in zip(before, products, strict=True)]
+            self._batches[name] = self._batches.get(name, 0) + 1
+
+        return hook
+
+
+def _effective(moment: Tensor) -> float:
+    """How many independent vectors the columns of G are worth, by the moment of its rows: its participation ratio."""
+    return float(moment.trace()) ** 2 / float(moment.square().sum())
