@@ -62,9 +62,11 @@ from compressor.planning import (
 from compressor.recipe import TrainingRecipe
 from compressor.results import BeforeAfter, Compression, Inspection, Restoration
 from compressor.rewrite import (
+    CODE_FILE,
     METADATA_KEY,
     PLAN_FILE,
     Rewriting,
+    dense_config,
     dense_infos,
     dense_tensors,
     describe_folder,
@@ -385,9 +387,9 @@ def restore(
         else:
             write_state_dict_file(staged, dict(tensors()))
         if checkpoint.folder is not None:
-            config = {key: value for key, value in (checkpoint.config or {}).items() if key != "quantization_config"}
-            write_json(staged / "config.json", config)
-            (staged / PLAN_FILE).unlink(missing_ok=True)
+            write_json(staged / "config.json", dense_config(checkpoint.config or {}))
+            for name in (PLAN_FILE, CODE_FILE):
+                (staged / name).unlink(missing_ok=True)
         after_bytes = open_checkpoint(staged).weight_bytes
     return Restoration(
         source=str(checkpoint.source),

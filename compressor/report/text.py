@@ -37,6 +37,7 @@ from compressor.report.wording import (
 if TYPE_CHECKING:
     from compressor.checkpoint import Layer
     from compressor.evaluation import Evaluation
+    from compressor.exporting import Export
     from compressor.merging import Merging
     from compressor.planning import LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
@@ -164,6 +165,21 @@ def restoration_text(restoration: Restoration) -> RenderableType:
             _facts(("model", restoration.source), ("layers", layers)),
             _side_by_side([size]),
             _facts(("output", restoration.output), ("took", in_seconds(restoration.seconds))),
+        ]
+    )
+
+
+def export_text(export: Export) -> RenderableType:
+    """What `compress export` wrote, and how to load it."""
+    size = compared("weight files", in_bytes, export.bytes.before, export.bytes.after)
+    facts = [("output", export.output), ("load", export.load)]
+    if export.difference is not None:
+        facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
+    return _spaced(
+        [
+            _facts(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
+            _side_by_side([size]),
+            _facts(*facts, ("took", in_seconds(export.seconds))),
         ]
     )
 
