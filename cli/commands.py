@@ -118,6 +118,7 @@ def _print_version(asked: bool) -> None:
 def compress(
     model: options.Model,
     *,
+    base: options.Base = None,
     output: options.Output = None,
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
@@ -182,6 +183,7 @@ def compress(
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
         compression = pipeline.compress(
             model,
+            base=base,
             output=output,
             keep=keep,
             max_size=max_size,
@@ -256,6 +258,7 @@ def inspect(
 def plan(
     model: options.Model,
     *,
+    base: options.Base = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -303,6 +306,7 @@ def plan(
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
         chosen = pipeline.plan(
             model,
+            base=base,
             keep=keep,
             max_size=max_size,
             max_drop=max_drop,
@@ -412,6 +416,7 @@ def export(
         ),
     ],
     output: options.Output = None,
+    base: options.Base = None,
     factory: options.Factory = None,
     input_shape: Annotated[
         str | None,
@@ -435,6 +440,7 @@ def export(
             model,
             to=to,
             output=output,
+            base=base,
             factory=factory,
             input_shape=None if input_shape is None else options.input_shape(input_shape),
             max_shard_size=max_shard_size,

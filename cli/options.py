@@ -58,6 +58,16 @@ Output = Annotated[
         help="File or folder to write. Default: a name beside MODEL.",
     ),
 ]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="ORIGINAL",
+        parser=given("--base", str),
+        help="The model that MODEL was fine-tuned from: what was added to it is meant, not the weights.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]

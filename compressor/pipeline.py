@@ -39,6 +39,7 @@ from compressor.evaluation import (
     resolve_device,
 )
 from compressor.evaluation.builtin_data import Split
+from compressor.fine_tuning import compress_fine_tune, is_difference
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop, require_possible_drop
 from compressor.opened_model import (
@@ -124,6 +125,7 @@ def inspect(
 def plan(
     model: Model,
     *,
+    base: Model | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -151,6 +153,7 @@ def plan(
     """
     return compress(
         model,
+        base=base,
         keep=keep,
         max_size=max_size,
         max_drop=max_drop,
@@ -178,6 +181,7 @@ def plan(
 def compress(
     model: Model,
     *,
+    base: Model | None = None,
     output: str | Path | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
@@ -223,6 +227,10 @@ def compress(
     With `refine` the factors are also fitted, a block at a time, to what the dense model makes of these examples; kept
     only where the examples held back agree, it takes several times as long.
 
+    With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
+    weights: a folder gives a LoRA adapter folder, for PEFT, or factor pairs where `output` is named .safetensors; a
+    file gives pairs, and a module (and its base) a copy of the base with pairs beside its layers.
+
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. Nothing is written in a `dry_run`. The same input
     gives the same bytes.
@@ -233,6 +241,26 @@ def compress(
     started = time.monotonic()
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
+    if base is not None:
+        _require_fine_tune(budget, calibration, form, embeddings=embeddings)
+        return _compressed_fine_tune(
+            model,
+            base,
+            data,
+            data_samples,
+            factory,
+            resolve_device(device),
+            progress,
+            output=output,
+            budget=budget,
+            plan=plan,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            dry_run=dry_run,
+            overwrite=overwrite,
+        )
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
@@ -243,8 +271,7 @@ def compress(
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
     shard_size = _in_bytes(max_shard_size)
 
-    inspected = inspect_layers(subject, 0.1, where, progress)
-    measured = measured_layers(subject, inspected)
+    measured = measured_layers(subject, inspect_layers(subject, 0.1, where, progress))
     _require_some(measured, subject.name)
     dense = None if samples is None and deciding is None else load_model(model, factory)
     calibrated = None
@@ -345,6 +372,12 @@ def restore(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
+    if is_difference(checkpoint):
+        raise BadInput(
+            "holds what a fine-tune adds to its base",
+            where=checkpoint.source,
+            remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
+        )
     skeleton = skeleton_of(checkpoint, None)
     pairs = stored_pairs(checkpoint, skeleton)
     if not pairs:
@@ -435,6 +468,53 @@ def _require_what_is_needed(
             "calibration shares a size among the layers, and none was asked for",
             remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
         )
+
+
+def _require_fine_tune(
+    budget: Budget | None, calibration: str | Path | Iterable[Any] | None, form: FormRequest, *, embeddings: bool
+) -> None:
+    for given, what in (
+        (budget is not None and budget.kind == "max-drop", "--max-drop"),
+        (calibration is not None, "--calibration"),
+        (form == "pivoted", "--form pivoted"),
+        (embeddings, "--embeddings"),
+    ):
+        if given:
+            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")
+
+
+def _compressed_fine_tune(
+    model: Model,
+    base: Model,
+    data: str | Path | None,
+    data_samples: int | None,
+    factory: Factory | None,
+    device: torch.device,
+    progress: Progress | None,
+    **request: Any,
+) -> Compression:
+    """`compress_fine_tune`, evaluated on `data` where they are given."""
+    reported = None
+    if data is not None:
+        checkpoint = open_checkpoint(model)
+        if not isinstance(model, nn.Module):
+            require_architecture(checkpoint, factory)
+        reported = open_data_for(data, checkpoint, "test", data_samples)
+
+    def evaluated(small: nn.Module) -> Evaluation:
+        assert reported is not None
+        return _evaluate(model, small, reported, factory, device, progress)
+
+    compression = compress_fine_tune(
+        model,
+        base,
+        factory=factory,
+        device=device,
+        progress=progress,
+        evaluated=None if reported is None else evaluated,
+        **request,
+    )
+    return replace(compression, peak_memory_bytes=_peak_memory_bytes())
 
 
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:

@@ -88,6 +88,7 @@ def compression_text(compression: Compression) -> RenderableType:
     parts: list[RenderableType] = [
         _facts(
             ("model", compression.source),
+            *_base_facts(compression),
             *_recipe_facts(compression.recipe),
             ("budget", budget_words(plan.budget)),
             *_calibration_facts(plan),
@@ -104,6 +105,21 @@ def compression_text(compression: Compression) -> RenderableType:
     output = compression.output or "nothing was written"
     parts.append(_facts(("output", output), ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
+
+
+def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
+    """What a fine-tune is compressed against, and how the difference is written."""
+    fine_tune = compression.fine_tune
+    if fine_tune is None:
+        return
+    yield "base", fine_tune.base
+    in_full = f", {len(fine_tune.in_full)} tensors in full" if fine_tune.in_full else ""
+    unchanged = f"; {fine_tune.unchanged} tensors are the base's" if fine_tune.unchanged else ""
+    yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if fine_tune.vllm_obstacles:
+        yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}; PEFT loads it"
+    elif fine_tune.max_lora_rank is not None:
+        yield "vLLM", f"by its rules loads it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
 
 
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
