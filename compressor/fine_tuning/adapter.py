@@ -2,8 +2,8 @@
 
 A pair becomes `lora_A` (`down`) and `lora_B` (`up`) with alpha equal to the rank, so that the scale is one. What is
 not a matrix of a linear or convolutional layer is saved whole with the module that holds it (`modules_to_save`);
-changed biases of paired layers are `lora_B.bias`, which adds to them (`lora_bias`); PEFT runs these, but merges them into
-the base only where all paired layers have a bias.
+changed biases of paired layers are `lora_B.bias`, which adds to them (`lora_bias`); PEFT runs these, but merges them
+into the base only where all paired layers have a bias.
 """
 
 from __future__ import annotations

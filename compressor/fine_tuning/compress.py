@@ -88,10 +88,10 @@ def compress_fine_tune(
     of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
     """
     started = time.monotonic()
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
-    start = open_checkpoint(base)
     if isinstance(model, nn.Module) != isinstance(base, nn.Module):
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
+    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
+    start = open_checkpoint(base)
     kind = _kind(subject, output)
     target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
     # PEFT adds to the base as it is.
