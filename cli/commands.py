@@ -42,6 +42,8 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
+[cyan]compress export MODEL[/cyan]    dense, ONNX, a LoRA adapter, or with its own code for transformers
+
 [cyan]compress diagnose MODEL[/cyan]  what training forgot, how near a stationary point it ended, what collapsed
 
 [cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
@@ -117,6 +119,7 @@ def compress(
     model: options.Model,
     *,
     revision: options.Revision = None,
+    base: options.Base = None,
     output: options.Output = None,
     push: Annotated[
         str | None,
@@ -191,6 +194,7 @@ def compress(
         compression = pipeline.compress(
             model,
             revision=revision,
+            base=base,
             output=output,
             push_to=push,
             keep=keep,
@@ -269,6 +273,7 @@ def plan(
     model: options.Model,
     *,
     revision: options.Revision = None,
+    base: options.Base = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -317,6 +322,7 @@ def plan(
         chosen = pipeline.plan(
             model,
             revision=revision,
+            base=base,
             keep=keep,
             max_size=max_size,
             max_drop=max_drop,
@@ -411,6 +417,53 @@ def restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)
+
+
+@subcommands.command("export", cls=_Command, epilog=EXIT_STATUSES)
+def export(
+    model: options.Model,
+    *,
+    to: Annotated[
+        Literal["dense", "hf-remote", "onnx", "lora"],
+        typer.Option(
+            help="dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. "
+            "lora: a PEFT adapter, of the difference to --base.",
+            show_default=False,
+        ),
+    ],
+    output: options.Output = None,
+    base: options.Base = None,
+    factory: options.Factory = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="3x224x224",
+            help="With onnx and --model, the shape of one example.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: options.ShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a compressed model in the form in which something else runs it."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import exporting
+        from compressor.report import export_text
+
+        exported = exporting.export(
+            model,
+            to=to,
+            output=output,
+            base=base,
+            factory=factory,
+            input_shape=None if input_shape is None else options.input_shape(input_shape),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _show(exported.to_dict(), export_text(exported), json=json, written=exported.output)
 
 
 @subcommands.command("diagnose", cls=_Command, epilog=EXIT_STATUSES)

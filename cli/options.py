@@ -28,6 +28,14 @@ def given(what: str, kind: Callable[[str], Any] = Path) -> Callable[[str], Any]:
     return parse
 
 
+def input_shape(text: str) -> list[int]:
+    """The numbers of a shape such as 3x224x224."""
+    sides = text.lower().split("x")
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise BadInput(f"--input-shape {text!r} is no shape", remedy="write it without the batch, such as 3x224x224")
+    return [int(side) for side in sides]
+
+
 BUDGET, CALIBRATION, TRAINING = "Budget, one of", "Calibration", "Training recipe"
 LAYERS, RUN = "Layers", "Running"
 
@@ -52,6 +60,16 @@ Output = Annotated[
         metavar="PATH",
         parser=given("--output"),
         help="File or folder to write. Default: a name beside MODEL.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="ORIGINAL",
+        parser=given("--base", str),
+        help="The model that MODEL was fine-tuned from: what was added to it is meant, not the weights.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compressor.diagnosis import Diagnosis, diagnose
     from compressor.evaluation import Evaluation
     from compressor.exploration import explore
+    from compressor.exporting import Export, export
     from compressor.measure import MemoryWindow, memory_window
     from compressor.merging import Merging, merge
     from compressor.pipeline import compress, evaluate, inspect, plan, restore
@@ -29,6 +30,7 @@ _HOME = {
     "Compression": "results",
     "Diagnosis": "diagnosis",
     "Evaluation": "evaluation",
+    "Export": "exporting",
     "Inspection": "results",
     "Merging": "merging",
     "MemoryWindow": "measure",
@@ -39,6 +41,7 @@ _HOME = {
     "diagnose": "diagnosis",
     "evaluate": "pipeline",
     "explore": "exploration",
+    "export": "exporting",
     "inspect": "pipeline",
     "merge": "merging",
     "memory_window": "measure",
@@ -54,6 +57,7 @@ __all__ = [
     "CompressorError",
     "Diagnosis",
     "Evaluation",
+    "Export",
     "Inspection",
     "MemoryWindow",
     "Merging",
@@ -65,6 +69,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "explore",
+    "export",
     "inspect",
     "memory_window",
     "merge",

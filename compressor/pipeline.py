@@ -44,6 +44,7 @@ from compressor.evaluation import (
     resolve_device,
 )
 from compressor.evaluation.builtin_data import Split
+from compressor.fine_tuning import compress_fine_tune, is_difference
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop, require_possible_drop
 from compressor.opened_model import (
@@ -72,9 +73,11 @@ from compressor.report.model_card import restore_card, write_card
 from compressor.report.wording import command_words
 from compressor.results import BeforeAfter, Compression, Inspection, Restoration
 from compressor.rewrite import (
+    CODE_FILE,
     METADATA_KEY,
     PLAN_FILE,
     Rewriting,
+    dense_config,
     dense_infos,
     dense_tensors,
     describe_folder,
@@ -138,6 +141,7 @@ def plan(
     model: Model,
     *,
     revision: str | None = None,
+    base: Model | None = None,
     keep: float | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -166,6 +170,7 @@ def plan(
     return compress(
         model,
         revision=revision,
+        base=base,
         keep=keep,
         max_size=max_size,
         max_drop=max_drop,
@@ -195,6 +200,7 @@ def compress(
     model: Model,
     *,
     revision: str | None = None,
+    base: Model | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
     keep: float | None = None,
@@ -244,6 +250,10 @@ def compress(
     With `refine` the factors are also fitted, a block at a time, to what the dense model makes of these examples; kept
     only where the examples held back agree, it takes several times as long.
 
+    With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
+    weights: a folder gives a LoRA adapter folder, for PEFT, or factor pairs where `output` is named .safetensors; a
+    file gives pairs, and a module (and its base) a copy of the base with pairs beside its layers.
+
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. Nothing is written in a `dry_run`. The same input
     gives the same bytes.
@@ -257,6 +267,26 @@ def compress(
     budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
     _require_what_is_needed(budget, data, calibration, refine=refine)
     model = local_model(model, revision)
+    if base is not None:
+        _require_fine_tune(budget, calibration, form, push_to, embeddings=embeddings)
+        return _compressed_fine_tune(
+            model,
+            local_model(base),
+            data,
+            data_samples,
+            factory,
+            resolve_device(device),
+            progress,
+            output=output,
+            budget=budget,
+            plan=plan,
+            recipe=recipe,
+            recipe_file=recipe_file,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            dry_run=dry_run,
+            overwrite=overwrite,
+        )
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
@@ -451,6 +481,12 @@ def restore(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
+    if is_difference(checkpoint):
+        raise BadInput(
+            "holds what a fine-tune adds to its base",
+            where=checkpoint.source,
+            remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
+        )
     skeleton = skeleton_of(checkpoint, None)
     pairs = stored_pairs(checkpoint, skeleton)
     if not pairs:
@@ -493,9 +529,9 @@ def restore(
         else:
             write_state_dict_file(staged, dict(tensors()))
         if checkpoint.folder is not None:
-            config = {key: value for key, value in (checkpoint.config or {}).items() if key != "quantization_config"}
-            write_json(staged / "config.json", config)
-            (staged / PLAN_FILE).unlink(missing_ok=True)
+            write_json(staged / "config.json", dense_config(checkpoint.config or {}))
+            for name in (PLAN_FILE, CODE_FILE):
+                (staged / name).unlink(missing_ok=True)
             restore_card(staged)
         after_bytes = open_checkpoint(staged).weight_bytes
     return Restoration(
@@ -570,6 +606,59 @@ def _training_options(
 def _named_data(data: object) -> object:
     """Data that lie in a file as its path, and others as they were given."""
     return Path(data) if isinstance(data, str) and not has_splits(data) else data
+
+
+def _require_fine_tune(
+    budget: Budget | None,
+    calibration: str | Path | Iterable[Any] | None,
+    form: FormRequest,
+    push_to: str | None,
+    *,
+    embeddings: bool,
+) -> None:
+    for given, what in (
+        (budget is not None and budget.kind == "max-drop", "--max-drop"),
+        (calibration is not None, "--calibration"),
+        (form == "pivoted", "--form pivoted"),
+        (embeddings, "--embeddings"),
+        (push_to is not None, "--push"),
+    ):
+        if given:
+            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")
+
+
+def _compressed_fine_tune(
+    model: Model,
+    base: Model,
+    data: str | Path | None,
+    data_samples: int | None,
+    factory: Factory | None,
+    device: torch.device,
+    progress: Progress | None,
+    **request: Any,
+) -> Compression:
+    """`compress_fine_tune`, evaluated on `data` where they are given."""
+    reported = None
+    if data is not None:
+        checkpoint = open_checkpoint(model)
+        if not isinstance(model, nn.Module):
+            require_architecture(checkpoint, factory)
+        reported = open_data_for(data, checkpoint, "test", data_samples)
+
+    def evaluated(small: nn.Module) -> Evaluation:
+        assert reported is not None
+        return _evaluate(model, small, reported, factory, device, progress)
+
+    compression = compress_fine_tune(
+        model,
+        base,
+        factory=factory,
+        device=device,
+        progress=progress,
+        evaluated=None if reported is None else evaluated,
+        **request,
+    )
+    return replace(compression, peak_memory_bytes=_peak_memory_bytes())
 
 
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:

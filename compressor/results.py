@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -84,6 +84,24 @@ class Inspection:
 
 
 @dataclass(frozen=True)
+class FineTune:
+    """How a fine-tune was written as what it adds to its base.
+
+    `unchanged` counts the tensors that are the base's, `in_full` names those that are stored as they are. For an
+    adapter `max_lora_rank` is what vLLM is to be started with (--max-lora-rank), and `vllm_obstacles` say why it would
+    refuse the adapter all the same; None and empty for pairs.
+    """
+
+    base: str
+    base_bytes: int
+    written_as: Literal["LoRA adapter", "factor pairs"]
+    unchanged: int
+    in_full: tuple[str, ...]
+    max_lora_rank: int | None
+    vllm_obstacles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
@@ -91,7 +109,8 @@ class Compression:
     are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured of the
     eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with paths
     by their last part (empty for a module), and `pushed` the address of the commit on the hub. `model` is the
-    compressed module when a module was compressed.
+    compressed module when a module was compressed. With a base the matrices are differences to it, `after` is what is
+    stored beside it, and `fine_tune` says how.
     """
 
     source: str
@@ -110,6 +129,7 @@ class Compression:
     command: str = ""
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+    fine_tune: FineTune | None = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.
@@ -156,6 +176,7 @@ class Compression:
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}
                 for layer in self.skipped
             ],
+            "fine_tune": None if self.fine_tune is None else asdict(self.fine_tune),
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,

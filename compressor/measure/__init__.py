@@ -25,7 +25,7 @@ from compressor.measure.stationarity import (
     stationarity,
     stationary_penalty,
 )
-from compressor.measure.uses import counted_positions, uses_per_example
+from compressor.measure.uses import counted_positions, image_size, uses_per_example
 
 __all__ = [
     "EffectiveRanks",
@@ -40,6 +40,7 @@ __all__ = [
     "energy_rank",
     "entropy_rank",
     "frobenius_rank",
+    "image_size",
     "initial_standard_deviation",
     "memory_window",
     "norm_balance",

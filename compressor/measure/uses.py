@@ -57,7 +57,7 @@ def counted_positions(module: nn.Module) -> Iterator[dict[str, int]]:
 
 def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
     config: Any = getattr(module, "config", None)
-    size = _image_size(config, folder)
+    size = image_size(config, folder)
     if size is None:
         return {}
     training = module.training
@@ -71,7 +71,7 @@ def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
     return positions
 
 
-def _image_size(config: Any, folder: Path) -> tuple[int, int] | None:
+def image_size(config: Any, folder: Path) -> tuple[int, int] | None:
     """Height and width of the images, from the model's configuration or its preprocessor's."""
     if not isinstance(getattr(config, "num_channels", None), int):
         return None

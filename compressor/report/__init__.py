@@ -6,6 +6,7 @@ from compressor.report.rank_figure import check_figure_path, write_rank_figure
 from compressor.report.text import (
     compression_text,
     evaluation_text,
+    export_text,
     inspection_text,
     merging_text,
     plan_text,
@@ -18,6 +19,7 @@ __all__ = [
     "compression_text",
     "diagnosis_text",
     "evaluation_text",
+    "export_text",
     "inspection_text",
     "merging_text",
     "plan_text",

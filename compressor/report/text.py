@@ -38,6 +38,7 @@ from compressor.report.wording import (
 if TYPE_CHECKING:
     from compressor.checkpoint import Layer
     from compressor.evaluation import Evaluation
+    from compressor.exporting import Export
     from compressor.merging import Merging
     from compressor.planning import LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
@@ -88,6 +89,7 @@ def compression_text(compression: Compression) -> RenderableType:
     parts: list[RenderableType] = [
         _facts(
             ("model", compression.source),
+            *_base_facts(compression),
             *_recipe_facts(compression.recipe),
             ("budget", budget_words(plan.budget)),
             *_calibration_facts(plan),
@@ -105,6 +107,21 @@ def compression_text(compression: Compression) -> RenderableType:
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
     parts.append(_facts(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
+
+
+def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
+    """What a fine-tune is compressed against, and how the difference is written."""
+    fine_tune = compression.fine_tune
+    if fine_tune is None:
+        return
+    yield "base", fine_tune.base
+    in_full = f", {len(fine_tune.in_full)} tensors in full" if fine_tune.in_full else ""
+    unchanged = f"; {fine_tune.unchanged} tensors are the base's" if fine_tune.unchanged else ""
+    yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if fine_tune.vllm_obstacles:
+        yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}; PEFT loads it"
+    elif fine_tune.max_lora_rank is not None:
+        yield "vLLM", f"by its rules loads it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
 
 
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -166,6 +183,21 @@ def restoration_text(restoration: Restoration) -> RenderableType:
             _facts(("model", restoration.source), ("layers", layers)),
             _side_by_side([size]),
             _facts(("output", restoration.output), ("took", in_seconds(restoration.seconds))),
+        ]
+    )
+
+
+def export_text(export: Export) -> RenderableType:
+    """What `compress export` wrote, and how to load it."""
+    size = compared("weight files", in_bytes, export.bytes.before, export.bytes.after)
+    facts = [("output", export.output), ("load", export.load)]
+    if export.difference is not None:
+        facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
+    return _spaced(
+        [
+            _facts(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
+            _side_by_side([size]),
+            _facts(*facts, ("took", in_seconds(export.seconds))),
         ]
     )
 

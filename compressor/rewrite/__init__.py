@@ -16,8 +16,12 @@ from compressor.rewrite.modules import (
     put_pair,
 )
 from compressor.rewrite.rewriting import (
+    CODE_CLASS_PREFIX,
+    CODE_CONFIG_KEY,
+    CODE_FILE,
     PLAN_FILE,
     Rewriting,
+    dense_config,
     describe_folder,
     file_metadata,
     filled_layer,
@@ -45,6 +49,9 @@ from compressor.rewrite.tensor_format import (
 from compressor.rewrite.widening import MERGE_KEY, merge_record, widened
 
 __all__ = [
+    "CODE_CLASS_PREFIX",
+    "CODE_CONFIG_KEY",
+    "CODE_FILE",
     "FORMAT_VERSION",
     "MERGE_KEY",
     "METADATA_KEY",
@@ -64,6 +71,7 @@ __all__ = [
     "approximate",
     "as_matrix",
     "can_be_pair",
+    "dense_config",
     "dense_infos",
     "dense_tensors",
     "describe_folder",

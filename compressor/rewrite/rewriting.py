@@ -36,6 +36,11 @@ from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Facto
 # What a compressed folder carries besides its weights: the plan and the recipe that made it.
 PLAN_FILE = "compression.json"
 
+# What a folder that brings the code of its low-rank layers along has: the code, and which layers these are.
+CODE_FILE = "modeling_lowrank.py"
+CODE_CONFIG_KEY = "low_rank"
+CODE_CLASS_PREFIX = "LowRank"
+
 
 @dataclass(frozen=True)
 class Rewriting:
@@ -253,3 +258,12 @@ def describe_folder(folder: Path, rewriting: Rewriting) -> None:
     if config is not None:
         write_json(folder / "config.json", {**config, "quantization_config": _quantization(rewriting)})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of the dense model: without what it says of low-rank layers, and of code that comes along."""
+    dense = {key: value for key, value in config.items() if key not in ("quantization_config", CODE_CONFIG_KEY)}
+    if CODE_CONFIG_KEY in config:
+        del dense["auto_map"]
+        dense["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
+    return dense

@@ -87,6 +87,8 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "m.bin",
             *outputs,
             *request,
+            "--base",
+            "original",
             "--data",
             "d.csv",
             "--model",
@@ -118,6 +120,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
     assert named == {
         "revision": "v1",
         "push_to": "me/small",
+        "base": "original",
         "output": Path("out.safetensors"),
         "keep": None,
         "max_size": "40MB",

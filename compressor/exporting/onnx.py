@@ -1,0 +1,186 @@
+"""ONNX through the dynamo exporter: any batch size, any sequence length, and every pair still two nodes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput, CompressorError
+
+# Relative to the largest output: more than rounding makes of it in float32, so another function was exported.
+LARGEST_DIFFERENCE = 1e-3
+
+# A protocol buffer ends here; larger weights would have to lie beside it.
+LARGEST_FILE = 2**31 - 2**20
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+# Sizes of the inputs that are traced; two and more, because the exporter takes one for a constant.
+_BATCH, _SEQUENCE = 2, 7
+
+
+def require_onnx() -> None:
+    """Raise `BadInput` where the libraries that write and check ONNX are not installed."""
+    for name in _PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise BadInput(
+                f"writing ONNX needs {name}, which is not installed",
+                remedy="pip install 'lowrank-compressor[onnx]'",
+            ) from error
+
+
+def example_inputs(
+    model: nn.Module, image_size: tuple[int, int] | None, input_shape: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """Inputs by name to trace a model with: of a transformers model by its kind, else one tensor `input`.
+
+    `input_shape` is that of one example; without it a transformers image model needs `image_size`, height and width,
+    and another model must begin with a linear layer. Raises `BadInput` where the inputs are not known.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config: Any = getattr(model, "config", None)
+    named = getattr(model, "main_input_name", None) if config is not None else "input"
+    if getattr(config, "is_encoder_decoder", False) or named not in ("input", "input_ids", "pixel_values"):
+        what = f"{type(model).__name__} takes inputs that this exporter cannot make"
+        raise BadInput(what, remedy="export it with --to dense, and from there with its own exporter")
+    if named == "input_ids":
+        text: Any = getattr(config, "text_config", config)
+        tokens = torch.randint(0, text.vocab_size, (_BATCH, _SEQUENCE), generator=generator)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    shape = tuple(input_shape or ())
+    if not shape and named == "pixel_values" and image_size is not None:
+        shape = (config.num_channels, *image_size)
+    first = next((layer for layer in model.modules() if getattr(layer, "weight", None) is not None), None)
+    if not shape and config is None and isinstance(features := getattr(first, "in_features", None), int):
+        shape = (features,)
+    if not shape:
+        raise BadInput(
+            "the shape of an input is not known", remedy="say it without the batch, such as --input-shape 3x224x224"
+        )
+    return {named: torch.rand(_BATCH, *shape, generator=generator)}
+
+
+class _Function(nn.Module):
+    """A model as a function of one tensor: of what a transformers model puts out the logits, or else the first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _tensor_of(self.model(input))
+
+
+class _TextFunction(_Function):
+    """A text model as a function of tokens and their mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return _tensor_of(self.model(input_ids=input_ids, attention_mask=attention_mask))
+
+
+def _tensor_of(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    logits = result.get("logits") if isinstance(result, Mapping) else None
+    chosen: Tensor = logits if logits is not None else result[0]
+    return chosen
+
+
+def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> float:
+    """Write a model in float32, run it in onnxruntime on inputs of other sizes, and return the largest difference.
+
+    The difference is absolute. The model is changed: made float32, and its cache is turned off. Raises `BadInput` for
+    a model that the exporter cannot trace or that is too large for one file, and `CompressorError` where onnxruntime
+    computes something else.
+    """
+    weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
+    if 4 * weights > LARGEST_FILE:
+        raise BadInput(
+            f"{4 * weights / 1e9:.1f} GB of float32 weights do not fit into one ONNX file",
+            remedy="keep less of the model, or export it with --to dense",
+        )
+    nn.Module.float(model).eval()  # transformers' own refuses a model that it calls quantized
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.use_cache = False
+    wrapped = _TextFunction(model) if "input_ids" in inputs else _Function(model)
+    dynamic = [_dynamic_axes(name) for name in inputs]
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                wrapped,
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=list(inputs),
+                output_names=["logits" if config is not None else "output"],
+                verbose=False,
+            )
+            assert program is not None
+            program.save(str(path), external_data=False)
+        except Exception as error:  # the exporter has an exception of its own for each of its steps
+            cause = error.__cause__ or error
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            raise BadInput(
+                f"torch cannot export {type(model).__name__} to ONNX: {reason}",
+                remedy="export it with --to dense, and from there with its own exporter",
+            ) from error
+    return _checked(wrapped, inputs, path)
+
+
+def _dynamic_axes(name: str) -> dict[int, Any]:
+    axes: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if name in ("input_ids", "attention_mask"):
+        axes[1] = torch.export.Dim("sequence")
+    return axes
+
+
+@torch.no_grad()
+def _checked(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> float:
+    """The largest difference between onnxruntime and torch, on inputs of other sizes than those that were traced."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    largest = 0.0
+    one = {name: value[:1] for name, value in inputs.items()}
+    for other in (dict(inputs), one, {name: _resized(name, value) for name, value in inputs.items()}):
+        expected = wrapped(*other.values())
+        [found] = session.run(None, {name: value.numpy() for name, value in other.items()})
+        difference = float((torch.from_numpy(found) - expected).abs().max())
+        largest = max(largest, difference)
+        if not difference <= LARGEST_DIFFERENCE * max(1.0, float(expected.abs().max())):
+            raise CompressorError(f"onnxruntime computes other outputs than torch: they differ by {difference:.3g}")
+    return largest
+
+
+def _resized(name: str, value: Tensor) -> Tensor:
+    """The same input for a batch of three, and longer if it is text."""
+    more = value[[0, 1, 0]]
+    if name in ("input_ids", "attention_mask"):
+        more = torch.cat([more, more.flip(1)[:, :4]], dim=1)
+    if name == "attention_mask":
+        more = more.clone()
+        more[1, -3:] = 0
+    return more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own words off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

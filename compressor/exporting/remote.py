@@ -1,0 +1,177 @@
+"""A folder that brings the code of its low-rank layers along: loads wherever torch and transformers are.
+
+The code is that of `compressor.rewrite.modules`, copied when the folder is written, and two classes that transformers
+finds through `auto_map`: the architecture whose layers are swapped as soon as it is built, and its configuration.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import Checkpoint, write_json
+from compressor.errors import BadInput, CompressorError
+from compressor.rewrite import (
+    CODE_CLASS_PREFIX,
+    CODE_CONFIG_KEY,
+    CODE_FILE,
+    FORMAT_VERSION,
+    METADATA_KEY,
+    write_weights,
+)
+from compressor.rewrite import modules as low_rank_modules
+
+# What this module knows to write into a folder; anything else in the configuration would be lost.
+_KNOWN = frozenset({"quant_method", "format_version", "ranks", "pivoted", "spatial"})
+
+_CLASSES = '''
+
+from transformers import {configuration}, {architecture}  # noqa: E402
+
+
+class {prefix}{configuration}({configuration}):
+    """The dense model's configuration; `{key}` says which layers are low-rank."""
+
+
+class {prefix}{architecture}({architecture}):
+    """The dense architecture with its low-rank layers in place, ready to be filled."""
+
+    config_class = {prefix}{configuration}
+
+    def __init__(self, config, *arguments, **keywords):
+        super().__init__(config, *arguments, **keywords)
+        described = config.{key}
+        for name, rank in described["ranks"].items():
+            form = "plain"
+            if name in described["pivoted"]:
+                form = "pivoted"
+            elif name in described["spatial"]:
+                form = "spatial"
+            put_pair(self, name, form, rank)
+'''
+
+
+def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `config.json` of the exported folder, with the names of its classes.
+
+    Raises `BadInput` for a checkpoint that is not a compressed transformers folder, and for layers that the copied code
+    does not have.
+    """
+    config = dict(checkpoint.config or {})
+    described = config.pop("quantization_config", None)
+    if (
+        checkpoint.folder is None
+        or not isinstance(described, Mapping)
+        or described.get("quant_method") != METADATA_KEY
+        or described.get("format_version") != FORMAT_VERSION
+    ):
+        raise BadInput(
+            "is no transformers folder with low-rank layers",
+            where=checkpoint.source,
+            remedy="give the folder that 'compress FOLDER' wrote; a dense one loads as it is",
+        )
+    if strange := sorted(key for key, value in described.items() if key not in _KNOWN and value):
+        raise BadInput(
+            f"has layers that cannot be exported with their code ({', '.join(strange)})",
+            where=checkpoint.source,
+            remedy="export it with --to dense",
+        )
+    architecture, configuration, auto_classes = _classes_of(checkpoint.folder, config)
+    module = CODE_FILE.removesuffix(".py")
+    config["architectures"] = [f"{CODE_CLASS_PREFIX}{architecture}"]
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.{CODE_CLASS_PREFIX}{configuration}",
+        **dict.fromkeys(auto_classes, f"{module}.{CODE_CLASS_PREFIX}{architecture}"),
+    }
+    config[CODE_CONFIG_KEY] = {
+        "ranks": described["ranks"],
+        "pivoted": described.get("pivoted", []),
+        "spatial": described.get("spatial", []),
+    }
+    return config
+
+
+def write_remote(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any], shard_size: int) -> None:
+    """Write weights, configuration and code into a folder; the tensors are those of the compressed one."""
+    infos = list(checkpoint.tensors.values())
+    tensors = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
+    write_weights(folder, infos, tensors, {"format": "pt"} | dict(checkpoint.metadata), shard_size)
+    write_json(folder / "config.json", config)
+    configuration, architecture = (
+        name.rpartition(".")[2].removeprefix(CODE_CLASS_PREFIX)
+        for name in (config["auto_map"]["AutoConfig"], config["architectures"][0])
+    )
+    (folder / CODE_FILE).write_text(remote_code(architecture, configuration), encoding="utf-8")
+
+
+def remote_code(architecture: str, configuration: str) -> str:
+    """The source of the exported module: our low-rank layers, without this package, and the model's two classes.
+
+    Raises `CompressorError` when the layers have come to need more of this package than names in annotations.
+    """
+    source = inspect.getsource(low_rank_modules)
+    tree = ast.parse(source)
+    own = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "compressor"
+    ]
+    names = {alias.asname or alias.name for node in own for alias in node.names}
+    if needed := sorted(names & _names_at_run_time(tree)):
+        raise CompressorError(f"the layers' code cannot stand alone: it uses {', '.join(needed)}")
+    lines = source.splitlines()
+    dropped = {number for node in own for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    kept = "\n".join(line for number, line in enumerate(lines, start=1) if number not in dropped)
+    header = (
+        f"# Written by lowrank-compressor {version('lowrank-compressor')}, Apache-2.0: needs torch and transformers.\n"
+    )
+    classes = _CLASSES.format(
+        architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
+    )
+    return header + kept + classes
+
+
+def _names_at_run_time(tree: ast.Module) -> set[str]:
+    """Names that are used outside annotations, which are never evaluated in that module."""
+    names = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child)
+
+    visit(tree)
+    return names
+
+
+def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    """The names of the architecture, of its configuration, and of the classes `Auto...` that lead to it."""
+    import transformers
+
+    [architecture] = config.get("architectures") or [""]
+    known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise BadInput(
+            f"transformers {transformers.__version__} has no model {architecture}",
+            where=folder / "config.json",
+            remedy="export it with --to dense",
+        )
+    autos = []
+    for name in sorted(dir(transformers)):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None
+        if mapping is None or type(known) not in mapping:
+            continue
+        leads_to = mapping[type(known)]
+        if model_class in (leads_to if isinstance(leads_to, tuple | list) else (leads_to,)):
+            autos.append(name)
+    return architecture, type(known).__name__, autos

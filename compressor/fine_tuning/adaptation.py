@@ -1,0 +1,185 @@
+"""What makes the fine-tune out of its base: low-rank pairs for matrices, and everything else that changed in full.
+
+Written as one safetensors file of pairs, `X.down.weight` and `X.up.weight` for what was added to `share * X.weight` of
+the base, and changed tensors under their own names; or put into a copy of the base module, whose layers are kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import Checkpoint, Layer, TensorInfo
+from compressor.errors import BadInput
+from compressor.evaluation import load_state
+from compressor.fine_tuning.difference import Difference
+from compressor.planning import LayerPlan, Plan
+from compressor.recipe import TrainingRecipe
+from compressor.rewrite import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    Factors,
+    approximate,
+    as_matrix,
+    factors_of,
+    join,
+    low_rank_layer,
+    put_layer,
+)
+from compressor.rewrite.tensor_format import pair_infos
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """A difference, the plan for its matrices, the recipe of the fine-tuning, and the sha256 of the base."""
+
+    difference: Difference
+    layers: tuple[Layer, ...]
+    plan: Plan
+    recipe: TrainingRecipe
+    base_digest: str | None
+    stored: Checkpoint | None = None
+    """The file of pairs that this was read from, where the pairs are there already."""
+
+    @property
+    def paired(self) -> tuple[tuple[Layer, LayerPlan], ...]:
+        """The layers whose difference becomes a pair, in the order of the plan."""
+        layers = {layer.name: layer for layer in self.layers}
+        return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
+
+    @property
+    def in_full(self) -> tuple[str, ...]:
+        """The changed tensors that no pair stands for."""
+        of_pairs = {layer.tensor for layer, _ in self.paired}
+        tuned = self.difference.tuned
+        return tuple(name for name in tuned.tensors if name in self.difference.changed and name not in of_pairs)
+
+    def factors(self, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+        """The pair of a layer's difference, computed in float64 and rounded to the fine-tune's dtype, or as stored."""
+        if self.stored is not None:
+            roles = (join(layer.name, f"{factor}.weight") for factor in ("down", "up"))
+            return Factors({name: self.stored.read(name) for name in roles}, math.nan)
+        matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
+        dtype = self.difference.tuned.tensors[layer.tensor].dtype
+        return factors_of(layer, plan, approximate(layer, plan, matrix, None), matrix, None, None, dtype)
+
+
+def pair_file_infos(adaptation: Adaptation) -> list[TensorInfo]:
+    """Name, shape and dtype of every tensor of the file of pairs."""
+    tuned = adaptation.difference.tuned.tensors
+    infos = [tuned[name] for name in adaptation.in_full]
+    for layer, plan in adaptation.paired:
+        infos += pair_infos(layer, plan, tuned[layer.tensor].dtype, None)
+    return infos
+
+
+def pair_file_tensors(
+    adaptation: Adaptation, device: torch.device, done: Callable[[str, float], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the file of pairs, one layer at a time; `done` is told each pair's relative error."""
+    for name in adaptation.in_full:
+        yield name, adaptation.difference.tuned.read(name)
+    for layer, plan in adaptation.paired:
+        factors = adaptation.factors(layer, plan, device)
+        yield from factors.tensors.items()
+        done(layer.name, factors.error)
+
+
+def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
+    """What a file of a difference says of itself: how it was made, and of which base."""
+    difference, plan = adaptation.difference, adaptation.plan
+    base = difference.base
+    record = {
+        "format_version": FORMAT_VERSION,
+        "version": version("lowrank-compressor"),
+        "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
+        "digest": plan.digest,
+        "base": {
+            "source": None if base.source is None else base.source.name,
+            "digest": adaptation.base_digest,
+        },
+        "budget": plan.budget.to_dict(),
+        "recipe": {key: value for key, value in adaptation.recipe.to_dict().items() if value not in (None, {})},
+        "layers": {
+            each.name: {
+                "rank": each.rank,
+                "form": each.form,
+                "kind": each.kind,
+                "share": difference.shares.get(layer.tensor, 1.0),
+            }
+            for layer, each in adaptation.paired
+        },
+    }
+    return {"format": "pt", METADATA_KEY: json.dumps(record, sort_keys=True)}
+
+
+class AdaptedLayer(nn.Module):
+    """A layer of the base with a low-rank pair beside it: `y = base(x) + pair(x)`."""
+
+    def __init__(self, base: nn.Module, pair: nn.Module) -> None:
+        super().__init__()
+        self.base, self.pair = base, pair
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, for code that asks for its dtype or device."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.pair(x)
+        return result
+
+
+def adapted_module(
+    adaptation: Adaptation,
+    base: nn.Module,
+    device: torch.device,
+    done: Callable[[str, float], None],
+    module_name: Callable[[str], str | None],
+) -> nn.Module:
+    """A copy of the base module that computes what base and adaptation do together.
+
+    `module_name` maps names of the checkpoint to names of the module's state. The layers of the base keep their
+    weights, multiplied by the share of them that is left.
+    """
+    module = copy.deepcopy(base)
+    difference = adaptation.difference
+    replaced = {}
+    for name in adaptation.in_full:
+        in_module = module_name(name)
+        if in_module is None:
+            raise BadInput(
+                f"{name} is no tensor of the model by itself, so nothing can be added to it",
+                where=difference.tuned.source,
+                remedy="compress the fine-tune itself, without --base",
+            )
+        replaced[in_module] = difference.tuned.read(name)
+    state = dict(module.state_dict(keep_vars=True))
+    with torch.no_grad():
+        for name, value in replaced.items():
+            state[name].copy_(value)
+    for layer, plan in adaptation.paired:
+        dense = module.get_submodule(layer.module)
+        factors = adaptation.factors(layer, plan, device)
+        done(layer.name, factors.error)
+        assert plan.rank is not None
+        assert isinstance(dense.weight, Tensor)
+        pair = low_rank_layer(dense, plan.form, plan.rank)
+        prefix = f"{layer.name}." if layer.name else ""
+        own = {name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()}
+        if any(name == "up.bias" for name, _ in pair.named_parameters()):
+            own["up.bias"] = dense.weight.new_zeros(layer.shape[0])
+        load_state(pair, own)
+        with torch.no_grad():
+            dense.weight.mul_(difference.shares.get(layer.tensor, 1.0))
+        module = put_layer(module, layer.module, AdaptedLayer(dense, pair).train(dense.training))
+    return module

@@ -1,0 +1,265 @@
+"""A difference as a LoRA adapter folder that PEFT loads as it is, and vLLM where its narrower rules hold.
+
+A pair becomes `lora_A` (`down`) and `lora_B` (`up`) with alpha equal to the rank, so that the scale is one. What is
+not a matrix of a linear or convolutional layer is saved whole with the module that holds it (`modules_to_save`);
+changed biases of paired layers are `lora_B.bias`, which adds to them (`lora_bias`); PEFT runs these, but merges them
+into the base only where all paired layers have a bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo
+from compressor.errors import BadInput
+from compressor.fine_tuning.adaptation import Adaptation
+from compressor.fine_tuning.difference import Difference
+from compressor.rewrite import join
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Why a layer has no pair that needs none.
+UNCHANGED = "as in the base"
+
+_PREFIX = "base_model.model"
+# What vLLM 0.33 accepts for --max-lora-rank, and the modules that it takes from `modules_to_save`.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_SAVED = frozenset({"classifier", "score"})
+
+_REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without --base"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The modules of a model that an adapter saves whole, and the file names of their tensors by module and name."""
+
+    modules: tuple[str, ...]
+    tensors: Mapping[str, str]
+
+
+def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """The layers with those skipped that an adapter of PEFT cannot hold as pairs.
+
+    Raises `BadInput` for a change that an adapter cannot hold at all.
+    """
+    skeleton = _required(skeleton, difference.tuned)
+    modules = dict(skeleton.module.named_modules())
+    layers = tuple(
+        replace(layer, skip="PEFT's convolutions know no dilation and no padding mode")
+        if layer.skip in (None, UNCHANGED) and _strange_convolution(modules[layer.module])
+        else layer
+        for layer in layers
+    )
+    whole = _saved_modules(difference, skeleton, layers)
+    return tuple(
+        replace(layer, skip=layer.skip or f"saved whole with {_holder(layer.module, whole)}")
+        if _holder(layer.module, whole) is not None
+        else layer
+        for layer in layers
+    )
+
+
+def _strange_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
+        set(module.dilation) != {1} or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    )
+
+
+def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Layer, ...]) -> set[str]:
+    """The modules that hold a changed tensor which is neither weight nor bias of a layer that may have a pair."""
+    pairs = {name for layer in layers if layer.skip in (None, UNCHANGED) for name in (layer.tensor, layer.bias)}
+    whole = set()
+    for name in sorted(difference.changed - pairs):
+        in_model = skeleton.module_name(name)
+        if in_model is None or "." not in in_model:
+            what = "the model puts together from several" if in_model is None else "is in no module of its own"
+            raise BadInput(
+                f"{name} has changed, and {what}, so no LoRA adapter can hold it",
+                where=difference.tuned.source,
+                remedy=_REMEDY,
+            )
+        whole.add(in_model.rpartition(".")[0])
+    return {name for name in whole if _holder(name.rpartition(".")[0], whole) is None}
+
+
+def _holder(module: str, whole: set[str]) -> str | None:
+    """The saved module that a module is, or lies in."""
+    return next((name for name in sorted(whole) if module == name or module.startswith(f"{name}.")), None)
+
+
+def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
+    """What the adapter saves whole once the plan is made: layers that stay dense are among it."""
+    difference = adaptation.difference
+    skeleton = _required(skeleton, difference.tuned)
+    paired = {layer.name for layer, _ in adaptation.paired}
+    layers = tuple(
+        replace(layer, skip="stays dense") if layer.eligible and layer.name not in paired else layer
+        for layer in adaptation.layers
+    )
+    whole = _saved_modules(difference, skeleton, layers)
+    tuned = difference.tuned
+    state = skeleton.module.state_dict()
+    file_names = {skeleton.module_name(name): name for name in (*tuned.tensors, *tuned.aliases)}
+    # PEFT unties what it saves, so each of two tied modules has its own copy.
+    ties: Mapping[str, str] = getattr(skeleton.module, "all_tied_weights_keys", None) or {}
+    changed = {skeleton.module_name(name) for name in difference.changed}
+    whole |= {target.rpartition(".")[0] for target, source in ties.items() if target in state and source in changed}
+    tensors = {}
+    for in_model in state:
+        if _holder(in_model.rpartition(".")[0], whole) is None:
+            continue
+        name = file_names.get(in_model) or file_names.get(ties.get(in_model, ""))
+        if name is None:
+            what = f"{in_model} is to be saved with its module, and the fine-tune has no tensor for it"
+            raise BadInput(what, where=tuned.source, remedy=_REMEDY)
+        tensors[in_model] = name
+    return Saved(tuple(sorted(whole)), tensors)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The folder that is to be written.
+
+    `ranks` are those of its pairs by layer; layers whose bias has changed and whose weight has not are among them, with
+    a pair of zeros that carries the bias.
+    """
+
+    adaptation: Adaptation
+    saved: Saved
+    ranks: tuple[tuple[Layer, int], ...]
+    config: Mapping[str, Any]
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        """Name, shape and dtype of every tensor."""
+        tuned = self.adaptation.difference.tuned
+        infos = [
+            replace(tuned.tensors[tuned.aliases.get(name, name)], name=f"{_PREFIX}.{key}")
+            for key, name in self.saved.tensors.items()
+        ]
+        for layer, rank in self.ranks:
+            infos += _lora_infos(layer, rank, tuned.tensors[layer.tensor].dtype, with_bias=self.with_bias)
+        return infos
+
+    @property
+    def with_bias(self) -> bool:
+        """Whether the pairs have biases."""
+        return bool(self.config["lora_bias"])
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank of the largest pair."""
+        return max((rank for _, rank in self.ranks), default=1)
+
+
+def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> Adapter:
+    """The adapter of an adaptation; `base` is what its configuration names as the base model."""
+    whole, changed = saved(adaptation, skeleton), adaptation.difference.changed
+    pairs = tuple((layer, plan.rank or 1) for layer, plan in adaptation.paired)
+    pairs += tuple((layer, 1) for layer in adaptation.layers if layer.skip == UNCHANGED and layer.bias in changed)
+    ranks = {layer.module: rank for layer, rank in pairs}
+    largest = max(ranks.values(), default=1)
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != largest}
+    config = {
+        "peft_type": "LORA",
+        "task_type": _peft_task(adaptation.difference.tuned),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": any(layer.bias in changed for layer, _ in pairs),
+        "target_modules": sorted(ranks),
+        "modules_to_save": list(whole.modules) or None,
+        "fan_in_fan_out": any(layer.kind == "transposed linear" for layer, _ in pairs),
+    }
+    return Adapter(adaptation, whole, pairs, config)
+
+
+def require_pairs(adapter: Adapter) -> None:
+    """Raise `BadInput` for an adapter that has no pair: PEFT does not load it."""
+    if not adapter.config["target_modules"]:
+        tuned = adapter.adaptation.difference.tuned
+        raise BadInput("no layer's difference is of low rank here", where=tuned.source, remedy=_REMEDY)
+
+
+def _lora_infos(layer: Layer, rank: int, dtype: torch.dtype, *, with_bias: bool) -> list[TensorInfo]:
+    (d_out, d_in), kernel = layer.shape, layer.tensor_shape[2:] if layer.kind == "convolution" else ()
+    down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
+    place = f"{_PREFIX}.{layer.module}"
+    infos = [
+        TensorInfo(f"{place}.lora_A.weight", down, dtype),
+        TensorInfo(f"{place}.lora_B.weight", (d_out, rank, *(1 for _ in kernel)), dtype),
+    ]
+    return [*infos, TensorInfo(f"{place}.lora_B.bias", (d_out,), dtype)] if with_bias else infos
+
+
+def adapter_tensors(
+    adapter: Adapter, device: torch.device, done: Callable[[str, float], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the folder, one layer at a time; `done` is told each pair's relative error."""
+    adaptation = adapter.adaptation
+    tuned = adaptation.difference.tuned
+    for key, name in adapter.saved.tensors.items():
+        yield f"{_PREFIX}.{key}", tuned.read(name)
+    plans = {layer.name: plan for layer, plan in adaptation.paired}
+    for layer, rank in adapter.ranks:
+        if layer.name in plans:
+            factors = adaptation.factors(layer, plans[layer.name], device)
+            down, up = (factors.tensors[join(layer.name, f"{factor}.weight")] for factor in ("down", "up"))
+            done(layer.name, factors.error)
+        else:
+            infos = _lora_infos(layer, rank, tuned.tensors[layer.tensor].dtype, with_bias=False)
+            down, up = (torch.zeros(info.shape, dtype=info.dtype) for info in infos)
+        yield from _lora_tensors(adapter, layer, down, up)
+
+
+def _lora_tensors(adapter: Adapter, layer: Layer, down: Tensor, up: Tensor) -> Iterator[tuple[str, Tensor]]:
+    difference, place = adapter.adaptation.difference, f"{_PREFIX}.{layer.module}"
+    yield f"{place}.lora_A.weight", down
+    yield f"{place}.lora_B.weight", up
+    if adapter.with_bias:
+        bias = torch.zeros(layer.shape[0], dtype=torch.float64)
+        if layer.bias in difference.changed and layer.bias is not None:
+            bias = difference.tuned.read(layer.bias).double() - difference.base.read(layer.bias).double()
+        yield f"{place}.lora_B.bias", bias.to(up.dtype)
+
+
+def vllm_obstacles(adapter: Adapter) -> tuple[str, ...]:
+    """Why vLLM would refuse the adapter, by the rules of its 0.33; empty where it would not."""
+    obstacles = []
+    if strange := [name for name in adapter.saved.modules if name not in _VLLM_SAVED]:
+        obstacles.append(f"modules_to_save ({len(strange)} of them)")
+    if adapter.with_bias:
+        obstacles.append("lora_bias")
+    if adapter.largest_rank > _VLLM_RANKS[-1]:
+        obstacles.append(f"rank {adapter.largest_rank}, above {_VLLM_RANKS[-1]}")
+    if any(layer.kind == "convolution" for layer, _ in adapter.ranks):
+        obstacles.append("convolutions")
+    return tuple(obstacles)
+
+
+def vllm_rank(adapter: Adapter) -> int:
+    """The smallest --max-lora-rank that vLLM knows and that the adapter fits into."""
+    return next((rank for rank in _VLLM_RANKS if rank >= adapter.largest_rank), adapter.largest_rank)
+
+
+def _peft_task(checkpoint: Checkpoint) -> str | None:
+    """PEFT's name for the task of an architecture; None for those whose head PEFT would treat in its own way."""
+    architectures = (checkpoint.config or {}).get("architectures") or [""]
+    return "CAUSAL_LM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _required(skeleton: Skeleton | None, tuned: Checkpoint) -> Skeleton:
+    if skeleton is None:
+        raise BadInput("its modules are not known, and an adapter names them", where=tuned.source, remedy=_REMEDY)
+    return skeleton

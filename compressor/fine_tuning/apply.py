@@ -1,0 +1,132 @@
+"""Files of pairs read back: the fine-tune that they and their base make, one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint
+from compressor.checkpoint.tensors import StoredTensor
+from compressor.errors import BadInput
+from compressor.fine_tuning.adaptation import Adaptation
+from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
+from compressor.fine_tuning.difference import Difference
+from compressor.opened_model import skeleton_of
+from compressor.planning import Budget, LayerPlan, Plan
+from compressor.recipe import TrainingRecipe
+from compressor.rewrite import StoredPair, file_record, stored_pairs
+from compressor.rewrite.tensor_format import dense_weight
+
+_REMEDY = "give the model that --base named when the difference was made"
+
+
+def is_difference(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a file of pairs for what was added to a base."""
+    return "base" in file_record(checkpoint)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """`share * base + up @ down` of one matrix, in the dtype of the pair."""
+
+    stored: Checkpoint
+    pair: StoredPair
+    base: Checkpoint
+    share: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pair.tensor_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.tensors[self.pair.tensors["down"]].dtype
+
+    @property
+    def region(self) -> Hashable:
+        return self
+
+    def read(self) -> Tensor:
+        start = self.base.read(self.pair.tensors["weight"]).to(torch.float64).mul_(self.share)
+        return start.add_(dense_weight(self.stored, self.pair).to(torch.float64)).to(self.dtype)
+
+
+def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+    """The dense fine-tune that a file of pairs makes of its base; and the file, and the base.
+
+    Raises `BadInput` when the file is no difference, or of another base.
+    """
+    stored, start = open_checkpoint(difference), open_checkpoint(base)
+    record = file_record(stored)
+    if not is_difference(stored):
+        raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out --base")
+    digest = _entry(record["base"], "digest")
+    if digest is not None and digest != start.digest():
+        raise BadInput(f"is not the base of {stored.source}", where=start.source, remedy=_REMEDY)
+    tensors: dict[str, StoredTensor] = {name: start._stored[name] for name in start.tensors}
+    pairs = stored_pairs(stored)
+    of_pairs = {name for pair in pairs.values() for name in pair.tensors.values()}
+    tensors |= {name: stored._stored[name] for name in stored.tensors if name not in of_pairs}
+    for pair in pairs.values():
+        tensors[pair.tensors["weight"]] = _Sum(stored, pair, start, _share(record, pair.name))
+    infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    for name, info in infos.items():
+        if name not in start.tensors or start.tensors[name].shape != info.shape:
+            raise BadInput(f"has no tensor {name} of that shape", where=start.source, remedy=_REMEDY)
+    return replace(start, tensors=infos, _stored=tensors), stored, start
+
+
+def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
+    """The LoRA adapter that a file of pairs is beside a transformers folder.
+
+    Raises `BadInput` where the pairs were made for a part of the base, or for modules that are not known.
+    """
+    tuned, stored, start = applied(difference, base)
+    pairs, record = stored_pairs(stored), file_record(stored)
+    if scaled := [name for name in pairs if _share(record, name) != 1.0]:
+        raise BadInput(
+            f"{scaled[0]} is to be added to {_share(record, scaled[0]):.6g} of the base, and LoRA adds to all of it",
+            where=stored.source,
+            remedy="compress the fine-tune again with --base and a folder as output",
+        )
+    changed = frozenset(name for name in stored.tensors if name in tuned.tensors)
+    between = Difference(tuned, start, changed, {}, tuned)
+    skeleton = skeleton_of(start, None)
+    found = tuple(
+        layer if layer.tensor in changed else replace(layer, skip=layer.skip or UNCHANGED)
+        for layer in find_layers(start, skeleton)
+    )
+    layers = adaptable_layers(between, skeleton, found)
+    eligible = {layer.name: layer for layer in layers if layer.eligible}
+    if strange := [name for name in pairs if name not in eligible]:
+        raise BadInput(
+            f"{strange[0]} is no layer that a LoRA adapter has pairs for",
+            where=stored.source,
+            remedy="export it with --to dense",
+        )
+    planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items())
+    plan = Plan(str(difference), record.get("digest"), Budget("plan"), planned)
+    digest = _entry(record["base"], "digest")
+    adapter = adapter_of(Adaptation(between, layers, plan, TrainingRecipe(), digest, stored), skeleton, str(base))
+    require_pairs(adapter)
+    return adapter
+
+
+def _plan(shape: tuple[int, int], pair: StoredPair) -> LayerPlan:
+    numbers = pair.rank * sum(shape)
+    return LayerPlan(pair.name, shape, pair.kind, pair.rank, pair.form, numbers, math.nan, "as it is stored")
+
+
+def _share(record: Mapping[str, Any], layer: str) -> float:
+    share = _entry(_entry(record.get("layers"), layer), "share")
+    return float(share) if isinstance(share, int | float) else 1.0
+
+
+def _entry(mapping: Any, key: str) -> Any:
+    return mapping.get(key) if isinstance(mapping, Mapping) else None

@@ -1,0 +1,333 @@
+"""A fine-tune compressed as what it adds to its base: compare, measure, plan, and write an adapter or pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from compressor.checkpoint import (
+    Layer,
+    TensorInfo,
+    check_output,
+    hidden_sibling,
+    module_skeleton,
+    open_checkpoint,
+    output_folder,
+    safetensors_size,
+    write_json,
+)
+from compressor.destination import target_of
+from compressor.errors import BadInput, QualityGateNotMet
+from compressor.evaluation import Evaluation, load_model
+from compressor.fine_tuning.adaptation import (
+    Adaptation,
+    adaptation_metadata,
+    adapted_module,
+    pair_file_infos,
+    pair_file_tensors,
+)
+from compressor.fine_tuning.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    UNCHANGED,
+    Adapter,
+    adaptable_layers,
+    adapter_of,
+    adapter_tensors,
+    require_pairs,
+    vllm_obstacles,
+    vllm_rank,
+)
+from compressor.fine_tuning.difference import Difference, compare
+from compressor.inspection import Progress, inspect_layers, measured_layers
+from compressor.opened_model import Factory, Model, OpenedModel, open_model
+from compressor.planning import (
+    Budget,
+    LayerPlan,
+    MeasuredLayer,
+    Plan,
+    apply_edits,
+    choose_ranks,
+    default_budget,
+    read_plan,
+)
+from compressor.recipe import TrainingRecipe
+from compressor.results import BeforeAfter, Compression, FineTune, InspectedLayer
+from compressor.rewrite import PLAN_FILE, write_weights
+
+Kind = Literal["adapter", "pairs", "module"]
+
+
+def compress_fine_tune(
+    model: Model,
+    base: Model,
+    *,
+    output: str | Path | None,
+    budget: Budget | None,
+    plan: Plan | str | Path | None,
+    recipe: TrainingRecipe | str | Path | None,
+    recipe_file: str | Path | None,
+    factory: Factory | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    device: torch.device,
+    dry_run: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    evaluated: Callable[[nn.Module], Evaluation] | None,
+) -> Compression:
+    """Compress the difference of a fine-tune to its base; the parameters are those of `compress`.
+
+    A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors; a file gives a file
+    of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
+    """
+    started = time.monotonic()
+    if isinstance(model, nn.Module) != isinstance(base, nn.Module):
+        raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
+    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
+    start = open_checkpoint(base)
+    kind = _kind(subject, output)
+    target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
+    # PEFT adds to the base as it is.
+    difference = compare(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
+    layers = tuple(_layer(layer, difference) for layer in subject.layers)
+    if kind == "adapter":
+        layers = adaptable_layers(difference, subject.skeleton, layers)
+    changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
+    inspected = inspect_layers(changes, 0.1, device, progress)
+    measured = measured_differences(changes, inspected)
+    if not measured:
+        raise BadInput(
+            "no layer that changed is eligible",
+            where=subject.name,
+            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
+        )
+    digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
+    form = _Form(kind, subject, str(base), difference, layers, _advice(inspected), *digests)
+
+    def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
+        return form.stored(form.adaptation(planned, budget or Budget("plan"))).bytes
+
+    chosen, planned = _planned(measured, budget, plan, subject, file_bytes)
+    if budget is None and plan is None and all(layer.rank is None for layer in planned):
+        raise QualityGateNotMet(
+            f"{subject.name}: no layer's difference can be made smaller safely ({chosen}); ask for a size with"
+            " --keep 0.2, or for a larger --tolerance"
+        )
+    adaptation = form.adaptation(planned, chosen)
+    stored = form.stored(adaptation)
+    if stored.adapter is not None:
+        require_pairs(stored.adapter)
+    errors: dict[str, float] = {}
+
+    def done(name: str, error: float) -> None:
+        errors[name] = error
+        if progress:
+            progress("factorize", len(errors), len(adaptation.paired))
+
+    module, evaluation = None, None
+    if not dry_run and (kind == "module" or evaluated is not None):
+        dense = load_model(base, factory)
+        names = subject.skeleton or module_skeleton(dense)
+        module = adapted_module(adaptation, dense, device, done, names.module_name)
+        evaluation = None if evaluated is None else evaluated(module)
+    if target is not None:
+        _write(target, adaptation, stored, device, done, overwrite=overwrite)
+    tuned = subject.checkpoint
+    by = adaptation.plan
+    return Compression(
+        source=subject.name,
+        output=None if target is None else str(target),
+        recipe=subject.recipe,
+        plan=replace(by, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in by.layers)),
+        parameters=BeforeAfter(
+            sum(info.elements for info in tuned.tensors.values()), sum(info.elements for info in stored.infos)
+        ),
+        bytes=BeforeAfter(tuned.weight_bytes, stored.bytes),
+        evaluation=evaluation,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=0,
+        skipped=tuple(layer for layer in layers if not layer.eligible),
+        spectra={m.layer.name: m.singular_values for m in measured},
+        model=module if kind == "module" else None,
+        fine_tune=_fine_tune(adaptation, stored, type(base).__name__ if isinstance(base, nn.Module) else str(base)),
+    )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What is stored for an adaptation; an adapter where it is one."""
+
+    adapter: Adapter | None
+    infos: Sequence[TensorInfo]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Form:
+    """All that is known before the ranks: what they become is the same for every plan that is tried."""
+
+    kind: Kind
+    subject: OpenedModel
+    base_name: str
+    difference: Difference
+    layers: tuple[Layer, ...]
+    advice: str | None
+    digest: str | None
+    base_digest: str | None
+
+    def adaptation(self, planned: tuple[LayerPlan, ...], budget: Budget) -> Adaptation:
+        by = Plan(self.subject.name, self.digest, budget, planned, self.advice)
+        return Adaptation(self.difference, self.layers, by, self.subject.recipe, self.base_digest)
+
+    def stored(self, adaptation: Adaptation) -> _Stored:
+        if self.kind == "adapter":
+            adapter = adapter_of(adaptation, self.subject.skeleton, self.base_name)
+            infos = adapter.infos
+            return _Stored(adapter, infos, safetensors_size(infos, adaptation_metadata(adaptation)))
+        infos = pair_file_infos(adaptation)
+        if self.kind == "module":
+            return _Stored(None, infos, sum(info.nbytes for info in infos))
+        return _Stored(None, infos, safetensors_size(infos, adaptation_metadata(adaptation)))
+
+
+def _write(
+    target: Path,
+    adaptation: Adaptation,
+    stored: _Stored,
+    device: torch.device,
+    done: Callable[[str, float], None],
+    *,
+    overwrite: bool,
+) -> None:
+    if stored.adapter is not None:
+        write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
+        return
+    staged = hidden_sibling(target).with_suffix(".safetensors")
+    try:
+        tensors = pair_file_tensors(adaptation, device, done)
+        write_weights(staged, stored.infos, tensors, adaptation_metadata(adaptation), None)
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_adapter(
+    target: Path, adapter: Adapter, device: torch.device, done: Callable[[str, float], None], *, overwrite: bool
+) -> None:
+    """Write the folder of an adapter, complete or not at all."""
+    adaptation = adapter.adaptation
+    with output_folder(target, copy_from=None, overwrite=overwrite) as folder:
+        tensors = adapter_tensors(adapter, device, done)
+        write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
+        write_json(folder / ADAPTER_CONFIG, adapter.config)
+        write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
+
+
+def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str) -> FineTune:
+    difference, adapter = adaptation.difference, stored.adapter
+    return FineTune(
+        base=base,
+        base_bytes=difference.base.weight_bytes,
+        written_as="LoRA adapter" if adapter is not None else "factor pairs",
+        unchanged=len(difference.tuned.tensors) - len(difference.changed),
+        in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
+        max_lora_rank=None if adapter is None else vllm_rank(adapter),
+        vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
+    )
+
+
+def _kind(subject: OpenedModel, output: str | Path | None) -> Kind:
+    if subject.checkpoint.source is None:
+        return "module"
+    as_file = output is not None and Path(output).suffix == ".safetensors"
+    return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
+
+
+def _checked_target(
+    subject: OpenedModel, base: Path | None, output: str | Path | None, kind: Kind, *, overwrite: bool
+) -> Path | None:
+    if kind == "module":
+        if output is not None:
+            raise BadInput(
+                "a module is compressed in memory", remedy="leave out the output, and save Compression.model"
+            )
+        return None
+    suffix = "-adapter" if kind == "adapter" else "-difference"
+    as_folder = kind == "adapter" or output is not None
+    target = Path(output) if output is not None and as_folder else target_of(subject.checkpoint, output, suffix=suffix)
+    if kind == "pairs" and target.suffix != ".safetensors":
+        raise BadInput("a file is written as safetensors", where=target, remedy="name it with .safetensors")
+    for source in (subject.checkpoint, base):
+        form: Literal["file", "folder"] = "folder" if kind == "adapter" else "file"
+        check_output(target, source=source, form=form, overwrite=overwrite)
+    return target
+
+
+def _layer(layer: Layer, difference: Difference) -> Layer:
+    return layer if layer.tensor in difference.changed else replace(layer, skip=layer.skip or UNCHANGED)
+
+
+def measured_differences(subject: OpenedModel, inspected: tuple[InspectedLayer, ...]) -> list[MeasuredLayer]:
+    """What the planning needs to know of differences: the window rule's bound is that of all steps of the fine-tuning.
+
+    Training started from the base, so what it added is of rank `B * R * T` at most (`MemoryWindow.learned_rank_bound`);
+    the rule applies where that is below the full rank. Pairs are plain.
+    """
+    windows = {each.layer.name: each.window for each in inspected}
+    measured = []
+    for m in measured_layers(subject, inspected):
+        window = windows[m.layer.name]
+        bound = None if window is None else window.learned_rank_bound
+        binds = bound is not None and bound < min(m.layer.shape)
+        measured.append(
+            replace(
+                m,
+                above_edge=min(m.layer.shape) if binds else None,
+                surviving_share=0.0 if binds else None,
+                rank_bound=bound if binds else None,
+                unknown_start="the rank bound of the fine-tuning is unknown or vacuous",
+                spatial_values=None,
+            )
+        )
+    return measured
+
+
+def _planned(
+    measured: list[MeasuredLayer],
+    budget: Budget | None,
+    given: Plan | str | Path | None,
+    subject: OpenedModel,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+) -> tuple[Budget, tuple[LayerPlan, ...]]:
+    if given is not None:
+        edited = given if isinstance(given, Plan) else read_plan(Path(given))
+        where = "the plan" if isinstance(given, Plan) else str(given)
+        layers = apply_edits(edited, measured, where)
+        if strange := [layer.name for layer in layers if layer.form not in ("dense", "plain", "channel")]:
+            raise BadInput(
+                f"{strange[0]} is to be {next(each.form for each in layers if each.name == strange[0])}",
+                where=where,
+                remedy="a difference is stored in plain and channel pairs",
+            )
+        return Budget("plan"), layers
+    chosen = budget or default_budget(measured, subject.recipe.family)
+    return chosen, choose_ranks(measured, chosen, "plain", file_bytes)
+
+
+def _advice(inspected: tuple[InspectedLayer, ...]) -> str | None:
+    """What the memory window says of a fine-tuning whose bound does not decide."""
+    bounds = [each.window.learned_rank_bound for each in inspected if each.window is not None]
+    known = [bound for bound in bounds if bound is not None]
+    sides = [min(each.layer.shape) for each in inspected if each.window is not None]
+    if not known:
+        return None
+    if all(bound >= side for bound, side in zip(bounds, sides, strict=True) if bound is not None):
+        return f"the fine-tuning can have written rank {min(known):,} and more: its memory window bounds nothing here"
+    return None

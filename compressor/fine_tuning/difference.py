@@ -1,0 +1,136 @@
+"""What a fine-tune changed: two checkpoints of one architecture, compared and subtracted one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from compressor.checkpoint import Checkpoint, TensorInfo, refuse_fp8, require_finite
+from compressor.checkpoint.tensors import StoredTensor
+from compressor.errors import BadInput
+from compressor.inspection import Progress
+from compressor.measure.memory_window import retention
+from compressor.recipe import TrainingRecipe
+
+
+@dataclass(frozen=True, eq=False)
+class _Subtracted:
+    """`tuned - share * base` of one tensor, in float64; the dtype is that in which it will be stored."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    name: str
+    share: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tuned.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tuned.tensors[self.name].dtype
+
+    @property
+    def region(self) -> Hashable:
+        return self
+
+    def read(self) -> Tensor:
+        tuned, base = (checkpoint.read(self.name).to(torch.float64) for checkpoint in (self.tuned, self.base))
+        return tuned.sub_(base, alpha=self.share)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fine-tune, the model that it started from, and the names of the tensors in which they differ.
+
+    `checkpoint` holds the differences of the floating-point tensors under the fine-tune's names: `W_T - share * W_0`,
+    with the share of the base that `shares` says, one where it says none.
+    """
+
+    tuned: Checkpoint
+    base: Checkpoint
+    changed: frozenset[str]
+    shares: Mapping[str, float]
+    checkpoint: Checkpoint
+
+
+def compare(
+    tuned: Checkpoint, base: Checkpoint, recipe: TrainingRecipe | None = None, progress: Progress | None = None
+) -> Difference:
+    """Compare a fine-tune with its base, tensor by tensor.
+
+    With a `recipe` each matrix gets the share of the base that weight decay has left in it, `p_T` of
+    `compressor.measure.memory_window`, if the recipe tells it and the rest is smaller for it: then only `W_T - p_T W_0`
+    is of the rank that training wrote. Raises `BadInput` when both are not of one architecture, or hold NaN.
+    """
+    refuse_fp8(base)
+    _require_one_architecture(tuned, base)
+    changed: set[str] = set()
+    shares: dict[str, float] = {}
+    stored: dict[str, StoredTensor] = {}
+    for done, (name, info) in enumerate(tuned.tensors.items(), start=1):
+        new, old = tuned.read(name), base.read(name)
+        require_finite(name, new, tuned.source)
+        require_finite(name, old, base.source)
+        if not torch.equal(new.to(torch.float64), old.to(torch.float64)):
+            changed.add(name)
+            share = _share_left(recipe.of_parameter(name)) if recipe is not None and len(info.shape) >= 2 else 1.0
+            if share != 1.0 and _norm(new, old, share) < _norm(new, old, 1.0):
+                shares[name] = share
+        if info.dtype.is_floating_point:
+            stored[name] = _Subtracted(tuned, base, name, shares.get(name, 1.0))
+        if progress:
+            progress("compare", done, len(tuned.tensors))
+    if not changed:
+        raise BadInput("does not differ from its base", where=tuned.source, remedy="give the model that was fine-tuned")
+    tensors = {name: tuned.tensors[name] for name in stored}
+    differences = replace(tuned, tensors=tensors, metadata={}, _stored=stored)
+    return Difference(tuned, base, frozenset(changed), shares, differences)
+
+
+def _norm(new: Tensor, old: Tensor, share: float) -> float:
+    return float(new.to(torch.float64).sub_(old.to(torch.float64), alpha=share).norm())
+
+
+@lru_cache(maxsize=64)
+def _share_left(recipe: TrainingRecipe) -> float:
+    """How much of the start is left in a matrix, one where the recipe does not tell."""
+    with suppress(BadInput):
+        return retention(recipe, recipe.total_steps or 1).weights
+    return 1.0
+
+
+def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:
+    remedy = "give the model that the fine-tuning started from, saved with the same head"
+    for key in ("model_type", "architectures"):
+        said = [(checkpoint.config or {}).get(key) for checkpoint in (tuned, base)]
+        if tuned.folder is not None and base.folder is not None and said[0] != said[1]:
+            words = [", ".join(value) if isinstance(value, list) else str(value) for value in said]
+            raise BadInput(f"is a {words[0]}, and its base a {words[1]}", where=tuned.source, remedy=remedy)
+    names = [_shapes(checkpoint) for checkpoint in (tuned, base)]
+    for ours, theirs, what in ((names[0], names[1], "the base lacks"), (names[1], names[0], "lacks its base's")):
+        if missing := [name for name in ours if name not in theirs]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise BadInput(f"{what} {missing[0]}{more}", where=tuned.source, remedy=remedy)
+    for name, info in names[0].items():
+        other = names[1][name]
+        if info.shape != other.shape:
+            sides = [" x ".join(map(str, each.shape)) or "one number" for each in (info, other)]
+            vocabulary = len(info.shape) == 2 == len(other.shape) and info.shape[1] == other.shape[1]
+            raise BadInput(
+                f"{name} is {sides[0]}, and in its base {sides[1]}",
+                where=tuned.source,
+                remedy="save the base with the same vocabulary (resize_token_embeddings)" if vocabulary else remedy,
+            )
+        if info.dtype.is_floating_point != other.dtype.is_floating_point:
+            raise BadInput(f"{name} is of another kind of numbers in its base", where=tuned.source, remedy=remedy)
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Shape and dtype of each tensor by all of its names."""
+    return dict(checkpoint.tensors) | {alias: checkpoint.tensors[name] for alias, name in checkpoint.aliases.items()}

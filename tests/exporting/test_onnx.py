@@ -1,0 +1,155 @@
+"""ONNX files: what torch computes, for other batch sizes and lengths, and each pair still two nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compressor import BadInput, compress, export
+from compressor.cli.run import run
+from compressor.exporting.onnx import example_inputs
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+NETWORKS = """
+from torch import nn
+
+def mlp():
+    return nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 5))
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.Flatten(), nn.Linear(216, 5)
+    )
+"""
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> Path:
+    path = tmp_path / "networks.py"
+    path.write_text(NETWORKS)
+    return path
+
+
+def computed(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    [found] = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    return torch.from_numpy(found)
+
+
+def products(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """The products in a graph: the kind of node and the shape of the stored matrix or kernel."""
+    graph = onnx.load(path).graph
+    shapes = {each.name: tuple(each.dims) for each in graph.initializer}
+    return [
+        (node.op_type, shapes[stored[0]])
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv") and (stored := [name for name in node.input if name in shapes])
+    ]
+
+
+def test_a_perceptron_of_a_file(networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {}
+    exec(NETWORKS, namespace)
+    torch.manual_seed(0)
+    dense = namespace["mlp"]()
+    save_file(dense.state_dict(), tmp_path / "mlp.safetensors")
+    factory = f"{networks}:mlp"
+    small = compress(dense, keep=0.5, form="plain").model
+    compress(tmp_path / "mlp.safetensors", output=tmp_path / "small.safetensors", keep=0.5, form="plain")
+    assert run(["export", str(tmp_path / "small.safetensors"), "--to", "onnx", "--model", factory]) == 0
+    assert "outputs differ from torch's by" in capsys.readouterr().out
+    path = tmp_path / "small.onnx"
+    inputs = torch.rand(9, 24)
+    assert small is not None
+    with torch.no_grad():
+        assert (computed(path, inputs) - small(inputs)).abs().max() <= 1e-5
+    expected = []
+    for layer in small:
+        parts = (layer.down, layer.up) if hasattr(layer, "down") else (layer,) if isinstance(layer, nn.Linear) else ()
+        expected += [("Gemm", tuple(part.weight.shape)) for part in parts]
+    assert len(expected) > 3
+    assert products(path) == expected
+
+
+def test_convolutions_want_the_shape_of_an_input(networks: Path, tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {}
+    exec(NETWORKS, namespace)
+    torch.manual_seed(0)
+    dense = namespace["convolutions"]()
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    factory = f"{networks}:convolutions"
+    compress(tmp_path / "dense.safetensors", output=tmp_path / "small.safetensors", keep=0.5, factory=factory)
+    small = compress(dense, keep=0.5).model
+    path = tmp_path / "small.onnx"
+    with pytest.raises(BadInput, match="--input-shape"):
+        export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory)
+    with pytest.raises(BadInput, match="torch cannot export"):
+        export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 5))
+    assert not path.exists()
+    export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 8, 8))
+    images = torch.rand(5, 3, 8, 8)
+    assert small is not None
+    with torch.no_grad():
+        assert (computed(path, images) - small(images)).abs().max() <= 1e-5
+    kernels = [tuple(part.weight.shape) for layer in small if hasattr(layer, "down") for part in (layer.down, layer.up)]
+    found = [shape for kind, shape in products(path) if kind == "Conv"]
+    assert len(kernels) >= 2
+    assert set(kernels) <= set(found)
+
+
+def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
+    import transformers
+
+    exported = export(small_llama, to="onnx", output=tmp_path / "llama.onnx")
+    assert exported.difference is not None
+    assert exported.difference <= 1e-5
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(small_llama).eval()
+    tokens = torch.randint(3, 60, (3, 13))
+    mask = torch.ones_like(tokens)
+    mask[0, -4:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=tokens, attention_mask=mask).logits
+    assert (computed(tmp_path / "llama.onnx", tokens, mask) - expected).abs().max() <= 1e-5
+    stored = [tuple(sorted(shape)) for _, shape in products(tmp_path / "llama.onnx")]
+    layer = model.model.layers[0].mlp.gate_proj
+    pair = [tuple(sorted(part.weight.shape)) for part in (layer.down, layer.up)]
+    dense = tuple(sorted((layer.out_features, layer.in_features)))
+    assert all(factor in stored for factor in pair)
+    assert dense not in stored
+
+
+def test_a_missing_extra_is_named(small_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    known = importlib.import_module
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "onnxscript":
+            raise ImportError(name)
+        return known(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(BadInput, match=r"needs onnxscript.*lowrank-compressor\[onnx\]"):
+        export(small_llama, to="onnx", output=tmp_path / "llama.onnx")
+
+
+def test_requests_that_are_bad(small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(small_llama)
+    assert run(["export", folder, "--to", "onnx", "-o", str(tmp_path / "folder")]) == 2
+    assert run(["export", folder, "--to", "onnx", "--input-shape", "3x", "-o", str(tmp_path / "a.onnx")]) == 2
+    (tmp_path / "there.onnx").write_bytes(b"")
+    assert run(["export", folder, "--to", "onnx", "-o", str(tmp_path / "there.onnx")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert ["name it with .onnx" in errors[0], "3x224x224" in errors[1], "--overwrite" in errors[2]] == [True] * 3
+    encoder_decoder = type("Net", (nn.Module,), {"main_input_name": "input_ids"})()
+    encoder_decoder.config = type("Config", (), {"is_encoder_decoder": True})()
+    with pytest.raises(BadInput, match="takes inputs that this exporter cannot make"):
+        example_inputs(encoder_decoder, None, None)

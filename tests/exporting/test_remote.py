@@ -1,0 +1,138 @@
+"""Folders with their own code: the same logits where this package cannot be imported, and loud without their code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from compressor import BadInput, compress, export, restore
+from compressor.exporting.remote import remote_code
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "compressor":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run_without_this_package(code: str, home: Path) -> subprocess.CompletedProcess[str]:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_THIS_PACKAGE + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | offline,
+    )
+
+
+@pytest.fixture(scope="module")
+def remote_llama(small_llama: Path) -> Path:
+    folder = small_llama.parent / "remote"
+    exported = export(small_llama, to="hf-remote", output=folder)
+    assert exported.layers > 0
+    assert exported.bytes.after == pytest.approx(exported.bytes.before, rel=0.01)
+    return folder
+
+
+def test_logits_are_bit_equal_where_this_package_is_not(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
+    tied = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=32)
+    )
+    tied.save_pretrained(tmp_path / "gpt2")
+    compress(tmp_path / "gpt2", output=tmp_path / "gpt2-small", keep=0.6, embeddings=True)
+    export(tmp_path / "gpt2-small", to="hf-remote", output=tmp_path / "gpt2-remote")
+    tokens = torch.randint(3, 60, (2, 7))
+    pairs = [(small_llama, remote_llama), (tmp_path / "gpt2-small", tmp_path / "gpt2-remote")]
+    with torch.no_grad():
+        expected = [transformers.AutoModelForCausalLM.from_pretrained(ours).eval()(tokens).logits for ours, _ in pairs]
+    torch.save((tokens, expected), tmp_path / "expected.pt")
+    code = f"""
+import torch, transformers
+tokens, expected = torch.load({str(tmp_path / "expected.pt")!r})
+for folder, logits in zip({[str(theirs) for _, theirs in pairs]}, expected):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, logits), folder
+    assert model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 9)
+try:
+    transformers.AutoModelForCausalLM.from_pretrained({str(remote_llama)!r}, trust_remote_code=False)
+except RuntimeError as error:
+    assert "mismatch" in str(error).lower()
+else:
+    raise AssertionError("the dense architecture took the factors for its own")
+print("equal")
+"""
+    ran = run_without_this_package(code, tmp_path / "home")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.endswith("equal\n")
+
+
+def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
+    tokenizer.save_pretrained(remote_llama)
+    documents = [{"text": f"w{i} w{i + 1}", "choices": [f" w{i + 2}", f" w{i + 3}"], "label": i % 2} for i in range(4)]
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    task = {
+        "task": "local_words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "{{choices}}",
+    }
+    (tmp_path / "task.yaml").write_text(json.dumps(task))
+    arguments = ["--model", "hf", "--tasks", "local_words", "--include_path", str(tmp_path), "--device", "cpu"]
+    arguments += ["--model_args", f"pretrained={remote_llama},trust_remote_code=True"]
+    arguments += ["--output_path", str(tmp_path / "scores.json")]
+    code = f"import runpy; sys.argv = {['lm_eval', *arguments]!r}; runpy.run_module('lm_eval', run_name='__main__')"
+    ran = run_without_this_package(code, tmp_path / "home")
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    [scores] = tmp_path.glob("scores*.json")
+    assert 0 <= json.loads(scores.read_text())["results"]["local_words"]["acc,none"] <= 1
+
+
+def test_it_becomes_dense_again(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
+    restore(remote_llama, output=tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert config == json.loads((small_llama.parent / "dense" / "config.json").read_text())
+    assert not list((tmp_path / "dense").glob("*.py"))
+
+
+def test_the_code_needs_nothing_of_this_package() -> None:
+    code = remote_code("LlamaForCausalLM", "LlamaConfig")
+    assert "compressor" not in code.replace("lowrank-compressor", "")
+    compile(code, "modeling_lowrank.py", "exec")
+
+
+def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no transformers folder with low-rank layers"):
+        export(small_llama.parent / "dense", to="hf-remote", output=tmp_path / "out")
+    with pytest.raises(BadInput, match="no transformers folder with low-rank layers"):
+        export(small_llama / "model.safetensors", to="hf-remote", output=tmp_path / "out")
+    with pytest.raises(BadInput, match="no export to 'gguf'"):
+        export(small_llama, to="gguf", output=tmp_path / "out")  # type: ignore[arg-type]
+    config = json.loads((small_llama / "config.json").read_text())
+    config["quantization_config"]["experts"] = ["model.layers.0.mlp"]
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "model.safetensors").write_bytes((small_llama / "model.safetensors").read_bytes())
+    (strange / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"experts.*--to dense"):
+        export(strange, to="hf-remote", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

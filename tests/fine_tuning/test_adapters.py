@@ -1,0 +1,252 @@
+"""LoRA adapters of fine-tunes: PEFT loads them as they are, and base and adapter together are the fine-tune."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from compressor import BadInput, QualityGateNotMet, compress, export, plan
+from compressor.cli.run import run
+
+peft = pytest.importorskip("peft")
+torch.set_num_threads(1)
+
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+SPECIAL = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def models() -> dict[str, Any]:
+    gpt2 = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=32)
+    resnet = transformers.ResNetConfig(
+        num_channels=1, num_labels=5, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    )
+    return {
+        "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, **SPECIAL)),
+        # tied embeddings, transposed linear layers, biases
+        "gpt2": transformers.GPT2LMHeadModel(gpt2),
+        # file names that are not module names, a parameter beside submodules
+        "vit": transformers.ViTForImageClassification(
+            transformers.ViTConfig(**TEXT, num_channels=1, num_labels=5, image_size=8, patch_size=4)
+        ),
+        # convolutions, buffers
+        "resnet": transformers.ResNetForImageClassification(resnet),
+    }
+
+
+def tuned_from(base: Any, rank: int, *, everything: bool = True) -> Any:
+    """A copy with a change of low rank in every matrix, and with `everything` any change in all other tensors."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, tensor in tuned.state_dict().items():
+            embedding = any(part in name for part in ("emb", "wte", "wpe", "lm_head"))
+            if tensor.dim() >= 2 and not embedding:
+                change = 0.05 * random(tensor.shape[0], rank) @ random(rank, tensor[0].numel())
+                tensor.add_(change.reshape(tensor.shape))
+            elif everything and tensor.is_floating_point():
+                tensor.add_(0.05 * torch.rand(tensor.shape, generator=generator))
+    return tuned
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if "pixel_values" in model.main_input_name:
+        result = model.eval()(pixel_values=torch.rand(2, 1, 8, 8, generator=generator)).logits
+    else:
+        result = model.eval()(input_ids=torch.randint(3, 60, (2, 7), generator=generator)).logits
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def with_adapter(base: Path, adapter: Path, kind: Any) -> Any:
+    return peft.PeftModel.from_pretrained(kind.from_pretrained(base), adapter)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a fine-tune of all of it (`all`), and one of its linear layers alone (`linear`)."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    base = models()["llama"]
+    base.save_pretrained(folder / "base")
+    tuned_from(base, 3).save_pretrained(folder / "all")
+    tuned_from(base, 3, everything=False).save_pretrained(folder / "linear")
+    return folder
+
+
+@pytest.mark.parametrize("name", models())
+def test_base_and_adapter_are_the_fine_tune(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = models()[name]
+    tuned = tuned_from(base, 2)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", tolerance=0.01)
+    expected = logits(tuned)
+    loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base))
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=2e-6)
+    assert (logits(base) - expected).abs().max() > 0.05
+    # The changes are of rank 2, and are found to be; small matrices are smaller whole.
+    assert {layer.rank for layer in report.plan.layers} <= {2, None}
+    assert sum(layer.rank == 2 for layer in report.plan.layers) >= 2
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert report.bytes.after == weights.stat().st_size < report.bytes.before
+    assert report.parameters.after == sum(tensor.numel() for tensor in load_file(weights).values())
+    if name == "resnet":  # its classifier's bias has changed, and its convolutions have none to merge one into
+        with pytest.raises(RuntimeError, match="no bias"):
+            loaded.merge_and_unload()
+    else:
+        torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=0, atol=2e-6)
+
+
+def test_each_pair_is_the_best_of_its_rank(llama: Path, tmp_path: Path) -> None:
+    report = compress(llama / "all", base=llama / "base", output=tmp_path / "adapter", keep=0.1)
+    assert report.plan.eligible_after <= 0.1 * report.plan.eligible_before
+    old, new = (load_file(llama / which / "model.safetensors") for which in ("base", "all"))
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    ranks = set()
+    for layer in report.plan.layers:
+        assert layer.rank is not None
+        change = (new[f"{layer.name}.weight"].double() - old[f"{layer.name}.weight"].double()).numpy()
+        down, up = (stored[f"base_model.model.{layer.name}.lora_{side}.weight"].double() for side in "AB")
+        values = np.linalg.svd(change, compute_uv=False)
+        best = np.sqrt((values[layer.rank :] ** 2).sum())
+        assert np.linalg.norm(change - (up @ down).numpy()) == pytest.approx(best, rel=1e-4)
+        assert layer.error == pytest.approx(best / np.linalg.norm(change), rel=1e-4)
+        assert tuple(down.shape) == (layer.rank, change.shape[1])
+        ranks.add(layer.rank)
+    assert config["r"] == config["lora_alpha"] == max(ranks)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    # What PEFT makes of the patterns: every rank, and a scale of one.
+    loaded = with_adapter(llama / "base", tmp_path / "adapter", transformers.LlamaForCausalLM)
+    for layer in report.plan.layers:
+        module = loaded.base_model.model.get_submodule(layer.name)
+        assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
+
+
+def test_what_vllm_takes(llama: Path, tmp_path: Path) -> None:
+    for_vllm = compress(llama / "linear", base=llama / "base", output=tmp_path / "a", tolerance=0.01).fine_tune
+    assert for_vllm is not None
+    assert (for_vllm.vllm_obstacles, for_vllm.max_lora_rank, for_vllm.in_full) == ((), 8, ())
+    for_peft = compress(llama / "all", base=llama / "base", output=tmp_path / "b", tolerance=0.01).fine_tune
+    assert for_peft is not None
+    assert for_peft.vllm_obstacles == ("modules_to_save (5 of them)",)
+    assert "model.norm.weight" in for_peft.in_full
+
+
+def test_changed_biases_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = models()["vit"]
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.vit.layers[0].attention.q_proj.weight.add_(0.1)
+        tuned.vit.layers[0].mlp.fc1.bias.add_(0.5)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", tolerance=0.1)
+    assert report.parameters.after < 500
+    loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base))
+    torch.testing.assert_close(logits(loaded), logits(tuned), rtol=0, atol=1e-6)
+
+
+def test_a_plan_of_a_difference_can_be_edited(llama: Path, tmp_path: Path) -> None:
+    chosen = plan(llama / "all", base=llama / "base", keep=0.1)
+    document = chosen.to_dict()
+    document["layers"][0]["rank"] = 1
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    edited = compress(llama / "all", base=llama / "base", output=tmp_path / "a", plan=tmp_path / "plan.json")
+    assert [layer.rank for layer in edited.plan.layers[:2]] == [1, chosen.layers[1].rank]
+    size = compress(llama / "all", base=llama / "base", output=tmp_path / "b", max_size=30_000).bytes.after
+    assert 25_000 < size <= 30_000
+
+
+def test_pairs_become_an_adapter(llama: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.safetensors"
+    compress(llama / "all", base=llama / "base", output=pairs, tolerance=0.01)
+    export(pairs, to="lora", base=llama / "base", output=tmp_path / "adapter")
+    export(pairs, to="dense", base=llama / "base", output=tmp_path / "dense")
+    tuned = transformers.LlamaForCausalLM.from_pretrained(llama / "all")
+    loaded = with_adapter(llama / "base", tmp_path / "adapter", transformers.LlamaForCausalLM)
+    dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    for model in (loaded, dense):
+        torch.testing.assert_close(logits(model), logits(tuned), rtol=0, atol=2e-6)
+    with pytest.raises(BadInput, match="is not the base of"):
+        export(pairs, to="dense", base=llama / "linear", output=tmp_path / "other")
+
+
+def test_the_command_says_what_it_wrote(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = [str(llama / "linear"), "--base", str(llama / "base"), "-o", str(tmp_path / "adapter")]
+    assert run([*request, "--tolerance", "0.01"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "LoRA adapter beside" in shown
+    assert "--enable-lora --max-lora-rank 8" in shown
+    assert run([*request, "--tolerance", "0.01", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fine_tune"]["unchanged"] == 5
+
+
+def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(tuned: Path, base: Path, *options: str) -> str:
+        assert run([str(tuned), "--base", str(base), "-o", str(tmp_path / "out"), *options]) == 2
+        assert not (tmp_path / "out").exists()
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    def variant(name: str, change: Any) -> Path:
+        tensors = load_file(llama / "base" / "model.safetensors")
+        config = json.loads((llama / "base" / "config.json").read_text())
+        change(tensors, config)
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def more_words(tensors: Any, config: Any) -> None:
+        config["vocab_size"] = 61
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+    tuned = llama / "all"
+    assert "does not differ from its base" in refused(llama / "base", variant("same", lambda tensors, config: None))
+    assert "same vocabulary" in refused(tuned, variant("vocabulary", more_words))
+    assert "the base lacks" in refused(tuned, variant("missing", lambda tensors, _: tensors.pop("model.norm.weight")))
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    assert "a mistral" in refused(tuned, variant("other", lambda _, config: config.update(mistral)))
+    poisoned = variant("poisoned", lambda tensors, _: tensors["model.norm.weight"].fill_(torch.nan))
+    assert "NaN" in refused(tuned, poisoned)
+    assert "no such file or folder" in refused(tuned, tmp_path / "nowhere")
+    for options in (["--calibration", "x.txt", "--keep", "0.5"], ["--form", "pivoted"], ["--embeddings"]):
+        assert "is not for differences to a base" in refused(tuned, llama / "base", *options)
+
+
+def test_a_difference_of_full_rank_is_not_cut_unasked(llama: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tuned = transformers.LlamaForCausalLM.from_pretrained(llama / "base")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(QualityGateNotMet, match="no layer's difference can be made smaller safely"):
+        compress(tmp_path / "tuned", base=llama / "base", output=tmp_path / "out")
+
+
+def test_adapters_are_not_exported_again(llama: Path, tmp_path: Path) -> None:
+    compress(llama / "linear", base=llama / "base", output=tmp_path / "adapter", tolerance=0.01)
+    with pytest.raises(BadInput, match="merge_and_unload"):
+        export(tmp_path / "adapter", to="dense", base=llama / "base", output=tmp_path / "out")
+    with pytest.raises(BadInput, match="holds no difference to a base"):
+        export(llama / "all", to="lora", base=llama / "base", output=tmp_path / "out")
