@@ -410,13 +410,13 @@ def restore(
 ) -> None:
     """Multiply factor pairs back to a dense checkpoint that the original code loads."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import pipeline
+        from compressor import restoration
         from compressor.report import restoration_text
 
-        restoration = pipeline.restore(
+        restored = restoration.restore(
             model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
-    _show(restoration.to_dict(), restoration_text(restoration), json=json, written=restoration.output)
+    _show(restored.to_dict(), restoration_text(restored), json=json, written=restored.output)
 
 
 @subcommands.command("export", cls=_Command, epilog=EXIT_STATUSES)

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from compressor.exporting import Export, export
     from compressor.measure import MemoryWindow, memory_window
     from compressor.merging import Merging, merge
-    from compressor.pipeline import compress, evaluate, inspect, plan, restore
+    from compressor.pipeline import compress, evaluate, inspect, plan
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
+    from compressor.restoration import restore
     from compressor.results import Compression, Inspection, Restoration
 
 _HOME = {
@@ -47,7 +48,7 @@ _HOME = {
     "memory_window": "measure",
     "open_checkpoint": "checkpoint",
     "plan": "pipeline",
-    "restore": "pipeline",
+    "restore": "restoration",
 }
 
 __all__ = [

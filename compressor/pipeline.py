@@ -6,87 +6,77 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.calibrated_planning import PlannedModel, open_calibration_data, plan_ranks
 from compressor.calibration import Calibration, calibrate, split_examples
 from compressor.checkpoint import (
-    Checkpoint,
     TensorInfo,
     check_output,
-    check_push,
     local_model,
     open_checkpoint,
-    parse_size,
     push_folder,
     with_separate_experts,
-    write_json,
-    write_state_dict_file,
 )
-from compressor.destination import checked_target, form_of, shard_limit, staged_output, target_of
+from compressor.destination import checked_target, form_of, shard_limit, staged_output
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
     Cost,
     Evaluation,
     EvaluationData,
     compare,
-    has_splits,
     load_model,
     require_accepted,
-    require_apart,
     require_architecture,
     resolve_device,
 )
 from compressor.evaluation.builtin_data import Split
-from compressor.fine_tuning import compress_fine_tune, is_difference
+from compressor.fine_tuning import compress_fine_tune
 from compressor.inspection import Progress, inspect_layers, measured_layers
-from compressor.max_drop import plan_within_drop, require_possible_drop
+from compressor.max_drop import plan_within_drop
 from compressor.opened_model import (
     Factory,
     Model,
     OpenedModel,
     open_data_for,
     open_model,
-    open_search_data,
-    skeleton_of,
-    text_mapping,
 )
 from compressor.planning import (
-    Budget,
     FormRequest,
     MeasuredLayer,
     Plan,
     SizeCurve,
     holds,
-    requested_budget,
     size_curve,
     window_rule_advice,
 )
 from compressor.recipe import TrainingRecipe
-from compressor.report.model_card import restore_card, write_card
+from compressor.report.model_card import write_card
 from compressor.report.wording import command_words
-from compressor.results import BeforeAfter, Compression, Inspection, Restoration
+from compressor.requests import (
+    data_to_measure_on,
+    in_bytes,
+    named_data,
+    requested,
+    require_fine_tune,
+    require_pushable,
+    require_what_is_needed,
+    training_options,
+)
+from compressor.results import BeforeAfter, Compression, Inspection
 from compressor.rewrite import (
-    CODE_FILE,
-    METADATA_KEY,
-    PLAN_FILE,
     Rewriting,
-    dense_config,
-    dense_infos,
-    dense_tensors,
     describe_folder,
     file_metadata,
-    file_record,
     rewritten_infos,
     rewritten_module,
     rewritten_tensors,
-    stored_pairs,
     weight_file_bytes,
     with_effective_weights,
     write_weights,
@@ -264,11 +254,11 @@ def compress(
     """
     started = time.monotonic()
     model = with_effective_weights(model) if isinstance(model, nn.Module) else model
-    budget = _requested(keep, max_size, max_drop, tolerance, plan, form)
-    _require_what_is_needed(budget, data, calibration, refine=refine)
+    budget = requested(keep, max_size, max_drop, tolerance, plan, form)
+    require_what_is_needed(budget, data, calibration, refine=refine)
     model = local_model(model, revision)
     if base is not None:
-        _require_fine_tune(budget, calibration, form, push_to, embeddings=embeddings)
+        require_fine_tune(budget, calibration, form, push_to, embeddings=embeddings)
         return _compressed_fine_tune(
             model,
             local_model(base),
@@ -290,13 +280,13 @@ def compress(
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
-    _require_pushable(checkpoint, push_to, dry_run=dry_run)
+    require_pushable(checkpoint, push_to, dry_run=dry_run)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
-    deciding, reported = _data_to_measure_on(data, data_samples, checkpoint, max_drop, calibration)
+    deciding, reported = data_to_measure_on(data, data_samples, checkpoint, max_drop, calibration)
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
-    shard_size = _in_bytes(max_shard_size)
+    shard_size = in_bytes(max_shard_size)
 
     inspected = inspect_layers(subject, 0.1, where, progress)
     measured = measured_layers(subject, inspected)
@@ -325,10 +315,10 @@ def compress(
         "max-drop": max_drop,
         "tolerance": tolerance,
         "plan": Path(plan) if isinstance(plan, str) else plan,
-        **_training_options(subject.recipe, recipe, recipe_file),
-        "data": _named_data(data),
+        **training_options(subject.recipe, recipe, recipe_file),
+        "data": named_data(data),
         "data-samples": data_samples,
-        "calibration": _named_data(calibration),
+        "calibration": named_data(calibration),
         "calibration-samples": None if calibration is None or calibration_samples == 128 else calibration_samples,
         "sequence-length": calibration_sequence_length,
         "refine": refine,
@@ -466,167 +456,6 @@ def evaluate(
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
 
-def restore(
-    model: str | Path,
-    *,
-    output: str | Path | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Restoration:
-    """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
-
-    A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
-    .pth, .bin, .th, .ckpt). Raises `BadInput` when the model is not a compressed one, or the output cannot be written.
-    """
-    started = time.monotonic()
-    checkpoint = open_checkpoint(model)
-    if is_difference(checkpoint):
-        raise BadInput(
-            "holds what a fine-tune adds to its base",
-            where=checkpoint.source,
-            remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
-        )
-    skeleton = skeleton_of(checkpoint, None)
-    pairs = stored_pairs(checkpoint, skeleton)
-    if not pairs:
-        raise BadInput(
-            "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
-        )
-    target = target_of(checkpoint, output, suffix="-restored", torch_files=True)
-    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
-    aliases = {
-        alias: name
-        for alias, name in text_mapping(file_record(checkpoint).get("aliases")).items()
-        if name in planned and alias not in planned
-    }
-    infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
-    check_output(
-        target,
-        source=checkpoint,
-        form=form_of(checkpoint),
-        overwrite=overwrite,
-        needed_bytes=sum(info.nbytes for info in infos),
-    )
-    shard_size = _in_bytes(max_shard_size)
-    copies: dict[str, list[str]] = {}
-    for alias, name in aliases.items():
-        copies.setdefault(name, []).append(alias)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
-            yield name, tensor
-            for alias in copies.get(name, ()):
-                yield alias, tensor
-            if progress:
-                progress("restore", done, len(planned))
-
-    metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
-    with staged_output(target, checkpoint, overwrite) as staged:
-        if checkpoint.folder is not None or target.suffix == ".safetensors":
-            shards = shard_limit(checkpoint, shard_size)
-            write_weights(staged, infos, tensors(), {"format": "pt"} | metadata, shards)
-        else:
-            write_state_dict_file(staged, dict(tensors()))
-        if checkpoint.folder is not None:
-            write_json(staged / "config.json", dense_config(checkpoint.config or {}))
-            for name in (PLAN_FILE, CODE_FILE):
-                (staged / name).unlink(missing_ok=True)
-            restore_card(staged)
-        after_bytes = open_checkpoint(staged).weight_bytes
-    return Restoration(
-        source=str(model),
-        output=str(target),
-        layers=tuple(pairs),
-        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _requested(
-    keep: float | None,
-    max_size: int | str | None,
-    max_drop: float | None,
-    tolerance: float | None,
-    plan: Plan | str | Path | None,
-    form: FormRequest,
-) -> Budget | None:
-    size = None if max_size is None else _in_bytes(max_size)
-    budget = requested_budget(keep=keep, max_size=size, max_drop=max_drop, tolerance=tolerance)
-    if plan is None:
-        return budget
-    if form != "auto":
-        raise BadInput(f"--plan and --form {form} contradict each other", remedy="state the forms in the plan")
-    if budget is not None:
-        raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
-    return Budget("plan")
-
-
-def _require_what_is_needed(
-    budget: Budget | None,
-    data: str | Path | None,
-    calibration: str | Path | Iterable[Any] | None,
-    *,
-    refine: bool,
-) -> None:
-    if refine and calibration is None:
-        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
-    if budget is not None and budget.kind == "max-drop" and data is None:
-        raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
-    if calibration is not None and (budget is None or budget.kind == "tolerance"):
-        raise BadInput(
-            "calibration shares a size among the layers, and none was asked for",
-            remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
-        )
-
-
-def _require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool) -> None:
-    if repository is None:
-        return
-    if dry_run:
-        raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
-    if checkpoint.folder is None:
-        raise BadInput("--push sends a model folder, and none is written", remedy="compress a folder, or leave it out")
-    check_push(repository)
-
-
-def _training_options(
-    known: TrainingRecipe, recipe: TrainingRecipe | str | Path | None, recipe_file: str | Path | None
-) -> dict[str, object]:
-    """The options of a command that say of the training what was said here."""
-    file = recipe if isinstance(recipe, str | Path) else recipe_file
-    flags = {
-        source.removeprefix("flag --"): getattr(known, name)
-        for name, source in known.sources.items()
-        if source.startswith("flag --")
-    }
-    return {"recipe": None if file is None else Path(file), **flags}
-
-
-def _named_data(data: object) -> object:
-    """Data that lie in a file as its path, and others as they were given."""
-    return Path(data) if isinstance(data, str) and not has_splits(data) else data
-
-
-def _require_fine_tune(
-    budget: Budget | None,
-    calibration: str | Path | Iterable[Any] | None,
-    form: FormRequest,
-    push_to: str | None,
-    *,
-    embeddings: bool,
-) -> None:
-    for given, what in (
-        (budget is not None and budget.kind == "max-drop", "--max-drop"),
-        (calibration is not None, "--calibration"),
-        (form == "pivoted", "--form pivoted"),
-        (embeddings, "--embeddings"),
-        (push_to is not None, "--push"),
-    ):
-        if given:
-            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")
-
-
 def _compressed_fine_tune(
     model: Model,
     base: Model,
@@ -668,25 +497,6 @@ def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
             where=name,
             remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
         )
-
-
-def _data_to_measure_on(
-    data: str | Path | None,
-    limit: int | None,
-    checkpoint: Checkpoint,
-    max_drop: float | None,
-    calibration: str | Path | Iterable[Any] | None,
-) -> tuple[EvaluationData | None, EvaluationData | None]:
-    """Data that decide about the size, where a drop does, and data for the report."""
-    if data is None:
-        return None, None
-    if isinstance(calibration, str | Path):
-        require_apart(calibration, data)
-    if max_drop is None:
-        return None, open_data_for(data, checkpoint, "test", limit)
-    deciding, reported = open_search_data(data, checkpoint, limit)
-    require_possible_drop(max_drop, deciding)
-    return deciding, reported
 
 
 def _calibrated(
@@ -738,10 +548,6 @@ def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:
     if cost is None or model is None or isinstance(model, nn.Module):
         return cost
     return replace(cost, bytes=open_checkpoint(model).weight_bytes)
-
-
-def _in_bytes(size: int | str) -> int:
-    return parse_size(size) if isinstance(size, str) else size
 
 
 def _elements(infos: Iterable[TensorInfo]) -> int:

@@ -21,7 +21,7 @@ from compressor.fine_tuning import ADAPTER_CONFIG, adapter_of_file, applied, is_
 from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
-from compressor.pipeline import restore
+from compressor.restoration import restore
 from compressor.results import SCHEMA_VERSION, BeforeAfter
 from compressor.rewrite import stored_pairs, write_weights
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from compressor import pipeline
+from compressor import pipeline, restoration
 from compressor.checkpoint import open_checkpoint
 from compressor.checkpoint.writer import SafetensorsWriter
 from compressor.cli.options import TRAINING_FLAGS
@@ -43,8 +43,9 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...
 
         return note
 
-    for name in ("compress", "inspect", "plan", "evaluate", "restore"):
+    for name in ("compress", "inspect", "plan", "evaluate"):
         monkeypatch.setattr(pipeline, name, stand_in(name))
+    monkeypatch.setattr(restoration, "restore", stand_in("restore"))
     return calls
 
 
@@ -194,7 +195,7 @@ def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline, "restore", fail)
+    monkeypatch.setattr(restoration, "restore", fail)
     monkeypatch.setenv("COMPRESSOR_DEBUG", "1")
     assert run(["restore", "m.bin"]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""What is asked of `compress`: whether the options go together, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from compressor.checkpoint import Checkpoint, check_push, parse_size
+from compressor.errors import BadInput
+from compressor.evaluation import EvaluationData, has_splits, require_apart
+from compressor.max_drop import require_possible_drop
+from compressor.opened_model import open_data_for, open_search_data
+from compressor.planning import Budget, FormRequest, Plan, requested_budget
+from compressor.recipe import TrainingRecipe
+
+
+def requested(
+    keep: float | None,
+    max_size: int | str | None,
+    max_drop: float | None,
+    tolerance: float | None,
+    plan: Plan | str | Path | None,
+    form: FormRequest,
+) -> Budget | None:
+    """The budget that is asked for by the options, None where nothing is; BadInput where they contradict each other."""
+    size = None if max_size is None else in_bytes(max_size)
+    budget = requested_budget(keep=keep, max_size=size, max_drop=max_drop, tolerance=tolerance)
+    if plan is None:
+        return budget
+    if form != "auto":
+        raise BadInput(f"--plan and --form {form} contradict each other", remedy="state the forms in the plan")
+    if budget is not None:
+        raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
+    return Budget("plan")
+
+
+def require_what_is_needed(
+    budget: Budget | None,
+    data: str | Path | None,
+    calibration: str | Path | Iterable[Any] | None,
+    *,
+    refine: bool,
+) -> None:
+    """Raise `BadInput` where an option lacks another without which it means nothing."""
+    if refine and calibration is None:
+        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
+    if budget is not None and budget.kind == "max-drop" and data is None:
+        raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
+    if calibration is not None and (budget is None or budget.kind == "tolerance"):
+        raise BadInput(
+            "calibration shares a size among the layers, and none was asked for",
+            remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
+        )
+
+
+def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool) -> None:
+    """Raise `BadInput` where there will be nothing to send to the hub, or it cannot be sent there."""
+    if repository is None:
+        return
+    if dry_run:
+        raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
+    if checkpoint.folder is None:
+        raise BadInput("--push sends a model folder, and none is written", remedy="compress a folder, or leave it out")
+    check_push(repository)
+
+
+def require_fine_tune(
+    budget: Budget | None,
+    calibration: str | Path | Iterable[Any] | None,
+    form: FormRequest,
+    push_to: str | None,
+    *,
+    embeddings: bool,
+) -> None:
+    """Raise `BadInput` for what is not done to differences to a base."""
+    for given, what in (
+        (budget is not None and budget.kind == "max-drop", "--max-drop"),
+        (calibration is not None, "--calibration"),
+        (form == "pivoted", "--form pivoted"),
+        (embeddings, "--embeddings"),
+        (push_to is not None, "--push"),
+    ):
+        if given:
+            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")
+
+
+def data_to_measure_on(
+    data: str | Path | None,
+    limit: int | None,
+    checkpoint: Checkpoint,
+    max_drop: float | None,
+    calibration: str | Path | Iterable[Any] | None,
+) -> tuple[EvaluationData | None, EvaluationData | None]:
+    """Data that decide about the size, where a drop does, and data for the report."""
+    if data is None:
+        return None, None
+    if isinstance(calibration, str | Path):
+        require_apart(calibration, data)
+    if max_drop is None:
+        return None, open_data_for(data, checkpoint, "test", limit)
+    deciding, reported = open_search_data(data, checkpoint, limit)
+    require_possible_drop(max_drop, deciding)
+    return deciding, reported
+
+
+def training_options(
+    known: TrainingRecipe, recipe: TrainingRecipe | str | Path | None, recipe_file: str | Path | None
+) -> dict[str, object]:
+    """The options of a command that say of the training what was said here."""
+    file = recipe if isinstance(recipe, str | Path) else recipe_file
+    flags = {
+        source.removeprefix("flag --"): getattr(known, name)
+        for name, source in known.sources.items()
+        if source.startswith("flag --")
+    }
+    return {"recipe": None if file is None else Path(file), **flags}
+
+
+def named_data(data: object) -> object:
+    """Data that lie in a file as its path, and others as they were given."""
+    return Path(data) if isinstance(data, str) and not has_splits(data) else data
+
+
+def in_bytes(size: int | str) -> int:
+    """A size as a number of bytes."""
+    return parse_size(size) if isinstance(size, str) else size

@@ -1,0 +1,108 @@
+"""A compressed checkpoint multiplied back to the dense one that its original code loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from compressor.checkpoint import check_output, open_checkpoint, write_json, write_state_dict_file
+from compressor.destination import form_of, shard_limit, staged_output, target_of
+from compressor.errors import BadInput
+from compressor.fine_tuning import is_difference
+from compressor.inspection import Progress
+from compressor.opened_model import skeleton_of, text_mapping
+from compressor.report.model_card import restore_card
+from compressor.requests import in_bytes
+from compressor.results import BeforeAfter, Restoration
+from compressor.rewrite import (
+    CODE_FILE,
+    METADATA_KEY,
+    PLAN_FILE,
+    dense_config,
+    dense_infos,
+    dense_tensors,
+    file_record,
+    stored_pairs,
+    write_weights,
+)
+
+
+def restore(
+    model: str | Path,
+    *,
+    output: str | Path | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Restoration:
+    """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
+
+    A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
+    .pth, .bin, .th, .ckpt). Raises `BadInput` when the model is not a compressed one, or the output cannot be written.
+    """
+    started = time.monotonic()
+    checkpoint = open_checkpoint(model)
+    if is_difference(checkpoint):
+        raise BadInput(
+            "holds what a fine-tune adds to its base",
+            where=checkpoint.source,
+            remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
+        )
+    skeleton = skeleton_of(checkpoint, None)
+    pairs = stored_pairs(checkpoint, skeleton)
+    if not pairs:
+        raise BadInput(
+            "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
+        )
+    target = target_of(checkpoint, output, suffix="-restored", torch_files=True)
+    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    aliases = {
+        alias: name
+        for alias, name in text_mapping(file_record(checkpoint).get("aliases")).items()
+        if name in planned and alias not in planned
+    }
+    infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
+    check_output(
+        target,
+        source=checkpoint,
+        form=form_of(checkpoint),
+        overwrite=overwrite,
+        needed_bytes=sum(info.nbytes for info in infos),
+    )
+    shard_size = in_bytes(max_shard_size)
+    copies: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        copies.setdefault(name, []).append(alias)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
+            yield name, tensor
+            for alias in copies.get(name, ()):
+                yield alias, tensor
+            if progress:
+                progress("restore", done, len(planned))
+
+    metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+    with staged_output(target, checkpoint, overwrite) as staged:
+        if checkpoint.folder is not None or target.suffix == ".safetensors":
+            shards = shard_limit(checkpoint, shard_size)
+            write_weights(staged, infos, tensors(), {"format": "pt"} | metadata, shards)
+        else:
+            write_state_dict_file(staged, dict(tensors()))
+        if checkpoint.folder is not None:
+            write_json(staged / "config.json", dense_config(checkpoint.config or {}))
+            for name in (PLAN_FILE, CODE_FILE):
+                (staged / name).unlink(missing_ok=True)
+            restore_card(staged)
+        after_bytes = open_checkpoint(staged).weight_bytes
+    return Restoration(
+        source=str(model),
+        output=str(target),
+        layers=tuple(pairs),
+        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
+        seconds=time.monotonic() - started,
+    )
