@@ -1,7 +1,7 @@
 """Stage 6: pairs into files, torch modules and a transformers configuration, and back to dense."""
 
 from compressor.rewrite.effective_weights import with_effective_weights
-from compressor.rewrite.factored_parameter import FactoredWeight, factored_parameters, put_factors
+from compressor.rewrite.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.rewrite.modules import (
     LowRankConvolution,
     LowRankEmbedding,
@@ -10,7 +10,6 @@ from compressor.rewrite.modules import (
     PivotedLinear,
     SpatialConvolution,
     TiedHead,
-    can_be_pair,
     low_rank_layer,
     put_layer,
     put_pair,

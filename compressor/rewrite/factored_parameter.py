@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressor.checkpoint import layer_name
+from compressor.checkpoint import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name
 from compressor.planning.form import Form
 
 
@@ -171,3 +171,20 @@ def _as_registered(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
         for stored, registered in names.items():
             if stored in state:
                 state[registered] = state.pop(stored)
+
+
+def can_be_pair(root: nn.Module, name: str, parameter: str, kind: Kind) -> bool:
+    """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
+    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
+    layer, parent = modules[name], modules.get(name.rpartition(".")[0])
+    if parameter != "weight" or directly_read_by(layer, parent) is not None:
+        return False
+    classes: dict[Kind, tuple[type[nn.Module], ...]] = {
+        "linear": (nn.Linear,),
+        "convolution": CONVOLUTIONS,
+        "transposed convolution": TRANSPOSED_CONVOLUTIONS,
+        "embedding": (nn.Embedding,),
+    }
+    if kind == "transposed linear":
+        return type(layer).__name__ == "Conv1D"
+    return type(layer) in classes.get(kind, ()) and getattr(layer, "groups", 1) == 1

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by
 from compressor.planning.form import Form
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -348,20 +347,3 @@ def put_pair(root: nn.Module, name: str, form: Form, rank: int) -> nn.Module:
     if head is not None:
         tie_head(root, head, name)
     return root
-
-
-def can_be_pair(root: nn.Module, name: str, parameter: str, kind: Kind) -> bool:
-    """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
-    modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
-    layer, parent = modules[name], modules.get(name.rpartition(".")[0])
-    if parameter != "weight" or directly_read_by(layer, parent) is not None:
-        return False
-    classes: dict[Kind, tuple[type[nn.Module], ...]] = {
-        "linear": (nn.Linear,),
-        "convolution": CONVOLUTIONS,
-        "transposed convolution": TRANSPOSED_CONVOLUTIONS,
-        "embedding": (nn.Embedding,),
-    }
-    if kind == "transposed linear":
-        return type(layer).__name__ == "Conv1D"
-    return type(layer) in classes.get(kind, ()) and getattr(layer, "groups", 1) == 1
