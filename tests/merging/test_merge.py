@@ -135,7 +135,7 @@ def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files
     restore(small, output=restored)
     torch.testing.assert_close(load_model(restored, build)(x), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(BadInput, match="does not fit"):
-        compress(out, output=tmp_path / "no.safetensors", factory=lambda: chain(6, 24, 3), keep=0.4)
+        compress(out, output=tmp_path / "no.safetensors", factory=convolutional, keep=0.4)
 
 
 # Factor pairs
