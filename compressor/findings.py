@@ -247,7 +247,7 @@ def _scale_invariant(layers: Sequence[DiagnosedLayer]) -> Finding | None:
         advice += f". Their norms are {span} times those at which weight decay and mini-batches' gradients hold them."
     else:
         reason = next((found.reason for found in held if found.reason), "")
-        advice += f", and at which norm it holds them is open: {reason}." if reason else "."
+        advice += f". At which norms weight decay holds them is open: {reason}." if reason else "."
     message = f"{_of(invariant, layers)} are followed by a normalisation that undoes their scale."
     return Finding("scale-invariant layers", message, advice, _names(invariant))
 
