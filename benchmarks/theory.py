@@ -45,7 +45,6 @@ from torch import nn
 
 from compressor import TrainingRecipe, inspect, memory_window
 from compressor.measure.effective_rank import Spectrum, energy_rank, frobenius_rank, stable_rank
-from compressor.planning import LARGEST_SHARE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -227,37 +226,35 @@ def mean_share(row: Row, kind: str) -> float:
     return statistics.mean(ranks[kind] / ranks["full"] for ranks in row["hidden"].values())
 
 
-KINDS = {"frobenius": "Frobenius rank at 0.1", "stable": "stable rank", "counted": "count of the source"}
+# What the ranks of runs are correlated with.
+OF_RUNS: dict[str, Callable[[Row], float]] = {
+    "B": lambda row: row["batch"],
+    "lr": lambda row: row["learning_rate"],
+    "wd": lambda row: row["weight_decay"],
+    "B / (lr wd)": lambda row: row["batch"] / row["learning_rate"] / row["weight_decay"],
+    "accuracy": lambda row: row["accuracy"],
+}
 
 
 def ranks_table(rows: Sequence[Row]) -> str:
-    """How ranks follow B, the learning rate and the decay, at the same epochs and at the same K."""
-    lines = [
-        "| network | compared at | runs | rank at B = 4 | 16 | 64 | with B | with lr | with wd | with B / (lr wd) |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    """How Frobenius ranks follow B, the learning rate and the decay, at the same epochs and at the same K."""
+    columns = ["network", "compared at", "runs", "rank at B = 4", "B = 16", "B = 64", *OF_RUNS]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for network in dict.fromkeys(row["network"] for row in rows):
-        for how, name in (("epochs", "the same epochs"), ("K", "the same K = 4")):
+        for how, name in (("epochs", "the same epochs"), ("K", "K = 4")):
             runs = [row for row in compared(rows, network, how) if row["weight_decay"] > 0]
             cells = []
             for batch in (4, 16, 64):
                 shares = [mean_share(row, "frobenius") for row in runs if row["batch"] == batch]
-                cells.append(f"{statistics.mean(shares):.0%}" if shares else "")
-            for key in ("batch", "learning_rate", "weight_decay"):
-                cells.append(", ".join(correlation(runs, kind, lambda row, key=key: row[key]) for kind in KINDS))
-            cells.append(
-                ", ".join(
-                    correlation(runs, kind, lambda row: row["batch"] / row["learning_rate"] / row["weight_decay"])
-                    for kind in KINDS
-                )
-            )
+                cells.append(f"{statistics.mean(shares):.0%}" if shares else "-")
+            cells += [correlation(runs, of) for of in OF_RUNS.values()]
             lines.append(f"| {network} | {name} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def correlation(rows: Sequence[Row], kind: str, of: Callable[[Row], float]) -> str:
-    """Spearman's rank correlation of an effective rank; empty where there is nothing to rank."""
-    values, shares = [of(row) for row in rows], [mean_share(row, kind) for row in rows]
+def correlation(rows: Sequence[Row], of: Callable[[Row], float]) -> str:
+    """Spearman's rank correlation of the Frobenius rank; a dash where there is nothing to rank."""
+    values, shares = [of(row) for row in rows], [mean_share(row, "frobenius") for row in rows]
     if len(set(values)) < 2 or len(set(shares)) < 2:
         return "-"
     return f"{spearmanr(values, shares).statistic:+.2f}"
@@ -267,19 +264,19 @@ RULES = ("window rule", "energy, same size", "energy 99 %", "Gavish-Donoho", "st
 
 
 def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The networks that learned, by their kind and whether the window rule applies to them."""
+    """The networks that learned, by their kind and how much of the start they forgot."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["train_accuracy"] < TRAINED:
             continue
         if row["optimizer"] == "adamw":
-            name = f"{row['network']}, AdamW (advice only)"
-        elif math.exp(-row["K"]) > LARGEST_SHARE:
-            name = f"{row['network']}, K < 1/2 (rule silent)"
+            name = f"{row['network']}, AdamW (K > 1)"
         else:
-            name = row["network"]
+            forgot = "K < 1/2" if row["K"] < 0.5 else "1/2 to 2" if row["K"] < 2 else "K >= 2"
+            name = f"{row['network']}, {forgot}"
         found.setdefault(name, []).append(row)
-    return dict(sorted(found.items(), key=lambda each: ("(" in each[0], each[0])))
+    order = ("K >= 2", "1/2 to 2", "K < 1/2", "(")
+    return dict(sorted(found.items(), key=lambda each: next(n for n, part in enumerate(order) if part in each[0])))
 
 
 def lost(row: Row, rule: str) -> float:
@@ -342,7 +339,7 @@ def plot_ranks(rows: Sequence[Row], path: Path) -> None:
             axis.set_xticks(batches, [str(batch) for batch in batches])
             axis.minorticks_off()
             axis.grid(color="0.9")
-        axes[0, column].legend(fontsize=7)
+        axes[0, column].legend(fontsize=7, handlelength=3.5)
         axes[1, column].set_xlabel("batch size")
     for line in axes:
         line[0].set_ylabel("Frobenius rank at 0.1, share of the full\n(mean of hidden matrices; range of seeds)")
