@@ -1,11 +1,10 @@
 """What adding networks, and putting them side by side, costs each task: over depth, weight decay and input overlap.
 
-    OMP_NUM_THREADS=1 python benchmarks/merging.py
+    OMP_NUM_THREADS=1 python benchmarks/theory.py --studies merging
 
 Two tasks share five classes: the digits 0 to 4 in one block of 64 of 128 inputs, 5 to 9 (as classes 0 to 4) in another,
 which lies beside the first or over some of it. Bias-free ReLU networks are trained on each by plain SGD, with PyTorch's
-initialisation or four times it, and merged by `compressor.merge`. Writes benchmarks/results/merging.json and
-merging.png, and prints the tables of the README.
+initialisation or four times it, and merged by `compressor.merge`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,25 @@ from compressor.evaluation.builtin_data import Split, digits
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
-
 INPUTS, BLOCK, CLASSES, WIDTH = 128, 64, 5, 128
-STEPS, BATCH, LEARNING_RATE = 3500, 16, 0.2
-DEPTHS, WEIGHT_DECAYS, SEEDS = (2, 3, 4), (0.0, 0.002, 0.01), (0, 1, 2)
-# How many of the 64 inputs of a task are inputs of the other task too.
-SHARED = (0, 16, 32, 64)
+BATCH, LEARNING_RATE = 16, 0.2
 # PyTorch's initialisation is studied at every overlap, the large one on disjoint inputs.
-INITIALISATIONS: dict[float, tuple[int, ...]] = {1.0: SHARED, 4.0: (0,)}
+INITIALISATIONS = (1.0, 4.0)
+LEARNED = 0.9  # the accuracy of a network alone from which on a loss of it is one of merging
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is studied: networks of `depths` layers; `shared` of the 64 inputs of a task are the other's inputs too."""
+
+    depths: tuple[int, ...] = (2, 3, 4, 5)
+    weight_decays: tuple[float, ...] = (0.0, 0.002, 0.01)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    shared: tuple[int, ...] = (0, 16, 32, 64)
+    steps: int = 3500
+
+
+QUICK = Grid(depths=(2, 3), weight_decays=(0.0, 0.01), seeds=(0,), shared=(0, 64), steps=1000)
 
 
 def task_data(first_input: int, digits_from: int, split: Split) -> tuple[Tensor, Tensor]:
@@ -62,7 +72,12 @@ def network(depth: int) -> nn.Sequential:
 
 
 def trained(
-    tasks: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], depth: int, initialisation: float, weight_decay: float
+    tasks: Sequence[tuple[Tensor, Tensor]],
+    seeds: Sequence[int],
+    depth: int,
+    initialisation: float,
+    weight_decay: float,
+    steps: int,
 ) -> list[dict[str, Tensor]]:
     """Train a network on each task, each from its own random start, and return their state dicts.
 
@@ -76,7 +91,7 @@ def trained(
     weights = [torch.stack([initialisation * start[name] for start in starts]).requires_grad_() for name in names]
     optimizer = torch.optim.SGD(weights, lr=LEARNING_RATE, weight_decay=weight_decay)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for _ in range(STEPS):
+    for _ in range(steps):
         drawn = [torch.randint(len(y), (BATCH,), generator=g) for (_, y), g in zip(tasks, generators, strict=True)]
         hidden = torch.stack([x[rows] for (x, _), rows in zip(tasks, drawn, strict=True)])
         labels = torch.stack([y[rows] for (_, y), rows in zip(tasks, drawn, strict=True)])
@@ -93,29 +108,33 @@ def trained(
     ]
 
 
-def study(folder: Path) -> list[dict[str, Any]]:
+def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
     """Every setting and seed: how much the networks overlap, and each task's accuracy alone, summed, concatenated."""
     recipe, rows = folder / "recipe.yaml", []
-    for depth in DEPTHS:
-        for weight_decay in WEIGHT_DECAYS:
+    for depth in grid.depths:
+        for weight_decay in grid.weight_decays:
             recipe.write_text(
-                f"optimizer: sgd\nlearning_rate: {LEARNING_RATE}\nweight_decay: {weight_decay}\nsteps: {STEPS}\n"
+                f"optimizer: sgd\nlearning_rate: {LEARNING_RATE}\nweight_decay: {weight_decay}\nsteps: {grid.steps}\n"
                 f"batch_size: {BATCH}\nschedule: constant\nmomentum: 0\n"
             )
-            for initialisation, overlaps in INITIALISATIONS.items():
+            for initialisation in INITIALISATIONS:
+                overlaps = grid.shared if initialisation == 1 else (0,)
                 blocks = [(0, 0), *((BLOCK - shared, CLASSES) for shared in overlaps)]
                 tasks = [task_data(*block, "train") for block in blocks]
                 # No two networks start alike: the seed of each is its own.
                 everything = trained(
-                    [task for _ in SEEDS for task in tasks],
-                    [1000 * seed + number for seed in SEEDS for number in range(len(tasks))],
+                    [task for _ in grid.seeds for task in tasks],
+                    [1000 * seed + number for seed in grid.seeds for number in range(len(tasks))],
                     depth,
                     initialisation,
                     weight_decay,
+                    grid.steps,
                 )
-                for seed in SEEDS:
+                for seed in grid.seeds:
                     first, *others = everything[seed * len(tasks) : (seed + 1) * len(tasks)]
                     for shared, block, second in zip(overlaps, blocks[1:], others, strict=True):
+                        if not all(tensor.isfinite().all() for each in (first, second) for tensor in each.values()):
+                            continue  # five layers of four times the usual start diverge at this learning rate
                         setting = {"depth": depth, "weight_decay": weight_decay, "initialisation": initialisation}
                         modes = merged(folder, depth, (first, second), (blocks[0], block))
                         rows.append({**setting, "shared_inputs": shared, "seed": seed, **described(modes)})
@@ -166,56 +185,68 @@ def described(modes: dict[str, Merging]) -> dict[str, Any]:
 
 
 def drops(rows: Sequence[dict[str, Any]], mode: str, **setting: float) -> list[float]:
-    """For each seed of a setting, what the task that loses more loses, in points of accuracy."""
+    """For each seed of a setting, what the task that loses more loses, in points of accuracy.
+
+    Pairs of which a network alone did not learn its task are left out.
+    """
     return [
         100 * max(alone - after for alone, after in zip(row["alone"], row[mode], strict=True))
         for row in rows
-        if all(row[key] == value for key, value in setting.items())
+        if min(row["alone"]) >= LEARNED and all(row[key] == value for key, value in setting.items())
     ]
 
 
-def in_words(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def in_words(values: Sequence[float], starts: int) -> str:
+    """Mean (least to most) of the random starts from which both networks learned."""
+    if not values:
+        return "none learned"
+    some = "" if len(values) == starts else f", {len(values)} of {starts} starts"
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f}{some})"
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> str:
+def tables(rows: Sequence[dict[str, Any]], grid: Grid) -> str:
     """The Markdown tables of the README: disjoint inputs by initialisation and decay, and PyTorch's by overlap."""
     lines = ["| layers | weight decay | start left | sum | sum, initialisation x 4 | concat | concat, x 4 |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for depth in DEPTHS:
-        for decay in WEIGHT_DECAYS:
-            left = math.exp(STEPS * math.log1p(-LEARNING_RATE * decay))
+    for depth in grid.depths:
+        for decay in grid.weight_decays:
+            left = math.exp(grid.steps * math.log1p(-LEARNING_RATE * decay))
             cells = [
                 in_words(
-                    drops(rows, mode, depth=depth, weight_decay=decay, initialisation=initialisation, shared_inputs=0)
+                    drops(rows, mode, depth=depth, weight_decay=decay, initialisation=initialisation, shared_inputs=0),
+                    len(grid.seeds),
                 )
                 for mode in ("sum", "concat")
                 for initialisation in INITIALISATIONS
             ]
             lines.append(f"| {depth} | {decay:g} | {left:.1%} | {' | '.join(cells)} |")
-    lines += ["", "| layers | mode | " + " | ".join(f"{shared} of 64 shared" for shared in SHARED) + " |"]
-    lines.append("|---|---|" + "---|" * len(SHARED))
-    for depth in DEPTHS:
+    lines += ["", "| layers | mode | " + " | ".join(f"{shared} of 64 shared" for shared in grid.shared) + " |"]
+    lines.append("|---|---|" + "---|" * len(grid.shared))
+    for depth in grid.depths:
         for mode in ("sum", "concat"):
-            setting = {"depth": depth, "weight_decay": WEIGHT_DECAYS[-1], "initialisation": 1.0}
-            cells = [in_words(drops(rows, mode, shared_inputs=shared, **setting)) for shared in SHARED]
+            setting = {"depth": depth, "weight_decay": grid.weight_decays[-1], "initialisation": 1.0}
+            cells = [
+                in_words(drops(rows, mode, shared_inputs=shared, **setting), len(grid.seeds)) for shared in grid.shared
+            ]
             lines.append(f"| {depth} | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
     """Accuracy lost against input overlap, and against weight decay, one column per depth."""
-    figure, axes = plt.subplots(2, len(DEPTHS), figsize=(11, 6.4), sharey="row", layout="constrained")
-    colours = dict(zip(WEIGHT_DECAYS, ("#b2182b", "#ef8a62", "#2166ac"), strict=True))
-    for column, depth in enumerate(DEPTHS):
+    figure, axes = plt.subplots(
+        2, len(grid.depths), figsize=(3.4 * len(grid.depths), 6.4), squeeze=False, sharey="row", layout="constrained"
+    )
+    colours = dict(zip(grid.weight_decays, ("#b2182b", "#ef8a62", "#2166ac"), strict=False))
+    for column, depth in enumerate(grid.depths):
         over_overlap, over_decay = axes[0, column], axes[1, column]
         for mode, style in (("sum", "o-"), ("concat", "s--")):
-            for decay in WEIGHT_DECAYS:
+            for decay in grid.weight_decays:
                 setting = {"depth": depth, "weight_decay": decay, "initialisation": 1.0}
-                series = [drops(rows, mode, shared_inputs=shared, **setting) for shared in SHARED]
+                series = [drops(rows, mode, shared_inputs=shared, **setting) for shared in grid.shared]
                 _line(
                     over_overlap,
-                    [shared / BLOCK for shared in SHARED],
+                    [shared / BLOCK for shared in grid.shared],
                     series,
                     style,
                     colours[decay],
@@ -223,47 +254,51 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 )
             for initialisation, colour in zip(INITIALISATIONS, ("#4d4d4d", "#b35806"), strict=True):
                 setting = {"depth": depth, "initialisation": initialisation, "shared_inputs": 0}
-                series = [drops(rows, mode, weight_decay=decay, **setting) for decay in WEIGHT_DECAYS]
+                series = [drops(rows, mode, weight_decay=decay, **setting) for decay in grid.weight_decays]
                 _line(
-                    over_decay, range(len(WEIGHT_DECAYS)), series, style, colour, f"{mode}, start x {initialisation:g}"
+                    over_decay,
+                    range(len(grid.weight_decays)),
+                    series,
+                    style,
+                    colour,
+                    f"{mode}, start x {initialisation:g}",
                 )
         over_overlap.set_title(f"{depth} layers")
         over_overlap.set_xlabel("share of inputs in common")
         over_decay.set_xlabel("weight decay (disjoint inputs)")
-        over_decay.set_xticks(range(len(WEIGHT_DECAYS)), [f"{decay:g}" for decay in WEIGHT_DECAYS])
+        over_decay.set_xticks(range(len(grid.weight_decays)), [f"{decay:g}" for decay in grid.weight_decays])
         for axis in (over_overlap, over_decay):
             axis.grid(color="#dddddd", linewidth=0.6)
             axis.set_axisbelow(True)
     for row, title in enumerate(("mode, weight decay", "mode, random start")):
-        axes[row, 0].set_ylabel("accuracy lost by the worse task\n(points; range of 3 seeds)")
+        axes[row, 0].set_ylabel("accuracy lost by the worse task\n(points; range of the seeds)")
         axes[row, 0].legend(title=title, fontsize=8, title_fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with mpl.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none"}):  # the same results give the same file
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
 def _line(
     axis: Any, places: Sequence[float], series: Sequence[Sequence[float]], style: str, colour: str, label: str
 ) -> None:
+    places = [place for place, values in zip(places, series, strict=True) if values]
+    series = [values for values in series if values]
     means = [statistics.mean(values) for values in series]
     below = [mean - min(values) for mean, values in zip(means, series, strict=True)]
     above = [max(values) - mean for mean, values in zip(means, series, strict=True)]
     axis.errorbar(places, means, yerr=[below, above], fmt=style, color=colour, capsize=2, markersize=4, label=label)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def whole_study(output: Path, *, quick: bool = False) -> str:
+    """Train, merge and measure everything, write merging.json and merging.svg to a folder, and give the tables."""
+    grid = QUICK if quick else Grid()
     with tempfile.TemporaryDirectory() as folder:
-        rows = study(Path(folder))
-    RESULTS.mkdir(exist_ok=True)
+        rows = study(Path(folder), grid)
     document = {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "training": {"steps": STEPS, "batch_size": BATCH, "learning_rate": LEARNING_RATE, "width": WIDTH},
+        "training": {"steps": grid.steps, "batch_size": BATCH, "learning_rate": LEARNING_RATE, "width": WIDTH},
         "rows": rows,
     }
-    (RESULTS / "merging.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    plot(rows, RESULTS / "merging.png")
-    sys.stdout.write(tables(rows) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    (output / "merging.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    plot(rows, grid, output / "merging.svg")
+    return tables(rows, grid)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.checkpoint import local_model
 from compressor.errors import BadInput
 from compressor.evaluation import (
+    Batch,
     EvaluationData,
     load_model,
     logits_of,
@@ -26,10 +27,12 @@ from compressor.evaluation import (
 from compressor.findings import Finding, find
 from compressor.inspection import Progress, inspect_layers
 from compressor.measure import (
+    EquilibriumNorm,
     NormBalance,
     Stationarity,
     TrainedNorm,
     counted_positions,
+    equilibrium_norm,
     memory_window,
     norm_balance,
     scaling_degree,
@@ -44,6 +47,8 @@ from compressor.results import SCHEMA_VERSION, InspectedLayer
 EPSILON = 0.1  # the share of a matrix that its memory window may leave out
 # Examples on which layers are scaled, each of which takes the model three runs.
 PROBED = 8
+# Mini-batches that the noise of the gradients is measured on.
+NOISE_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class DiagnosedLayer:
     `norm`: ||W||_F. `initial_norm`: the expected norm of its initialisation, None if unknown. `start_energy`: the share
     of ||W||_F^2 that is what decay left of the initialisation, None if unknown. `scaling_degree`: 0 if the outputs do
     not depend on the matrix's scale, 1 if they are proportional to it, None for neither or without data.
-    `stationarity`: None without data.
+    `stationarity`: None without data. `equilibrium`: for scale-invariant matrices only.
     """
 
     inspected: InspectedLayer
@@ -62,6 +67,7 @@ class DiagnosedLayer:
     start_energy: float | None
     scaling_degree: Literal[0, 1] | None = None
     stationarity: Stationarity | None = None
+    equilibrium: EquilibriumNorm | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +82,7 @@ class DiagnosedLayer:
             "start_energy": self.start_energy,
             "scaling_degree": self.scaling_degree,
             "stationarity": self.stationarity.to_dict() if self.stationarity else None,
+            "equilibrium": self.equilibrium.to_dict() if self.equilibrium else None,
         }
 
 
@@ -187,6 +194,7 @@ class _Seen:
     scaling_degree: Literal[0, 1] | None
     uses: int | None
     classes: int | None
+    gradient_square: float | None
 
 
 def _diagnosed(
@@ -220,7 +228,8 @@ def _diagnosed(
     found = None
     if seen.gradient is not None:
         found = stationarity(seen.weight, seen.gradient, own, scale_invariant=invariant)
-    return replace(diagnosed, scaling_degree=seen.scaling_degree, stationarity=found)
+    held = equilibrium_norm(own, norm, seen.gradient_square) if invariant else None
+    return replace(diagnosed, scaling_degree=seen.scaling_degree, stationarity=found, equilibrium=held)
 
 
 def _balance(layers: Sequence[DiagnosedLayer], recipe: TrainingRecipe) -> NormBalance | None:
@@ -263,6 +272,8 @@ def _on_data(
             degrees = {
                 name: scaling_degree(weight, lambda: logits_of(model, batch.inputs)) for name, weight in weights.items()
             }
+        invariant = {name: weights[name] for name, degree in degrees.items() if degree == 0}
+        squares = _gradient_squares(model, invariant, data, subject.recipe.batch_size)
     seen = {
         name: _Seen(
             weight,
@@ -270,6 +281,7 @@ def _on_data(
             degrees[name],
             math.ceil(positions[places[name]] / examples) if places[name] in positions else None,
             logits.shape[-1] if _is_output(last.get(name), logits) else None,
+            squares.get(name),
         )
         for name, weight in weights.items()
     }
@@ -287,21 +299,13 @@ def _gradients(
     counts = torch.zeros(0, dtype=torch.int64)
     with torch.enable_grad(), _only_gradients_of(model, list(weights.values())):
         for done, batch in enumerate(data, start=1):
-            logits = logits_of(model, batch.inputs)
-            if data.task == "language-modeling":
-                logits = logits[:, :-1]
-            labels = batch.labels.flatten()
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, -2).float() if logits.dtype != torch.float64 else logits.flatten(0, -2),
-                labels.to(logits.device),
-                reduction="sum",
-            )
+            loss, labels, classes = _summed_loss(model, batch, data)
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
                 if gradient is not None:
                     more, sofar = gradient.detach().to("cpu", torch.float64), sums[name]
                     sums[name] = more if sofar is None else sofar.add_(more)
-            counted = torch.bincount(labels.cpu(), minlength=logits.shape[-1])
+            counted = torch.bincount(labels.cpu(), minlength=classes)
             counts = counted if not len(counts) else counts + counted
             if progress:
                 progress("gradients", done, -(-data.count // data.batch_size))
@@ -313,6 +317,36 @@ def _gradients(
                 remedy="use the model in a wider dtype, or other data",
             )
     return {name: None if total is None else total / counts.sum() for name, total in sums.items()}, counts
+
+
+def _summed_loss(model: nn.Module, batch: Batch, data: EvaluationData) -> tuple[Tensor, Tensor, int]:
+    """The sum of a batch's cross-entropies, its labels, and the number of classes."""
+    logits = logits_of(model, batch.inputs)
+    if data.task == "language-modeling":
+        logits = logits[:, :-1]
+    labels = batch.labels.flatten()
+    rows = logits.flatten(0, -2).float() if logits.dtype != torch.float64 else logits.flatten(0, -2)
+    loss = nn.functional.cross_entropy(rows, labels.to(logits.device), reduction="sum")
+    return loss, labels, logits.shape[-1]
+
+
+def _gradient_squares(
+    model: nn.Module, weights: Mapping[str, Tensor], data: EvaluationData, batch_size: int | None
+) -> dict[str, float]:
+    """E||g||^2 of the mean loss of a random mini-batch at every weight; {} where the data are less than one."""
+    if not weights or batch_size is None or batch_size > data.count:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    sums = dict.fromkeys(weights, 0.0)
+    everything = list(weights.values())
+    with torch.enable_grad(), _only_gradients_of(model, everything), _batch_statistics(model, batch_size):
+        for _ in range(NOISE_BATCHES):
+            drawn = torch.randperm(data.count, generator=generator)[:batch_size].tolist()
+            loss, labels, _ = _summed_loss(model, data.read(drawn), data)
+            found = torch.autograd.grad(loss / len(labels), everything, allow_unused=True)
+            for name, gradient in zip(weights, found, strict=True):
+                sums[name] += 0.0 if gradient is None else float(gradient.double().square().sum())
+    return {name: total / NOISE_BATCHES for name, total in sums.items()}
 
 
 @contextmanager

@@ -238,12 +238,18 @@ def _scale_invariant(layers: Sequence[DiagnosedLayer]) -> Finding | None:
     invariant = [each for each in layers if each.scaling_degree == 0]
     if not invariant:
         return None
-    return Finding(
-        "scale-invariant layers",
-        f"{_of(invariant, layers)} are followed by a normalisation that undoes their scale.",
-        "They are left out of the comparison with the gradient, which is orthogonal to them by design.",
-        _names(invariant),
-    )
+    held = [each.equilibrium for each in invariant if each.equilibrium is not None]
+    shares = [found.norm / found.predicted for found in held if found.predicted]
+    advice = "They are left out of the comparison with the gradient, which is orthogonal to them by design"
+    if shares:
+        least, most = (f"{share:.2g}" for share in (min(shares), max(shares)))
+        span = least if least == most else f"{least} to {most}"
+        advice += f". Their norms are {span} times those at which weight decay and mini-batches' gradients hold them."
+    else:
+        reason = next((found.reason for found in held if found.reason), "")
+        advice += f". At which norms weight decay holds them is open: {reason}." if reason else "."
+    message = f"{_of(invariant, layers)} are followed by a normalisation that undoes their scale."
+    return Finding("scale-invariant layers", message, advice, _names(invariant))
 
 
 def _balance(balance: NormBalance | None) -> Finding | None:

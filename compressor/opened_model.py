@@ -27,7 +27,7 @@ from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
 from compressor.evaluation.builtin_data import Split
 from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
-from compressor.rewrite import METADATA_KEY, stored_pairs
+from compressor.rewrite import METADATA_KEY, merge_record, stored_pairs, widened
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def open_model(
 def skeleton_of(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:
     """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
     if factory is not None:
-        return module_skeleton(build_model(factory), untrained=True)
+        # Layers that networks side by side make wider than the architecture's were not initialised by it.
+        merged = merge_record(checkpoint) != {}
+        return module_skeleton(widened(build_model(factory), checkpoint), untrained=not merged)
     if checkpoint.config is None or checkpoint.source is None:
         return None
     return transformers_skeleton(folder_of(checkpoint))

@@ -139,6 +139,43 @@ def test_scale_invariant_layers_are_skipped_and_the_model_is_left_as_it_was(data
         assert (now.requires_grad, now.grad) == (then.requires_grad, None)
 
 
+def test_scale_invariant_layers_come_to_the_norm_that_is_predicted(data: Path) -> None:
+    """A third of the labels is noise, so that the gradients at the end are as large as they have been."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3, bias=False)
+    ).double()
+    inputs, labels = examples()
+    labels = torch.where(torch.rand(60) < 0.3, torch.randint(CLASSES, (60,)), labels)
+    np.savez(data, inputs=inputs.numpy(), labels=labels.numpy())
+    recipe = replace(RECIPE, learning_rate=0.1, weight_decay=0.02, steps=1000, batch_size=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.02)
+    for _ in range(1000):
+        drawn = torch.randperm(60)[:20]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[drawn]), labels[drawn]).backward()
+        optimizer.step()
+    found = diagnose(model.eval(), data=data, recipe=recipe, device="cpu")
+    invariant, head = found.layers
+    norm = model[0].weight.detach().norm().item()
+    assert invariant.equilibrium is not None
+    assert invariant.equilibrium.norm == pytest.approx(norm)
+    assert invariant.equilibrium.predicted == pytest.approx(norm, rel=0.15)
+    assert head.equilibrium is None
+    assert "times those" in subjects(found)["scale-invariant layers"]
+    # The gradient of all data is smaller than those of mini-batches, and less than a batch of data tells nothing.
+    for batch_size, least in ((60, 0.0), (61, None)):
+        other = diagnose(model, data=data, recipe=replace(recipe, batch_size=batch_size), device="cpu")
+        held = other.layers[0].equilibrium
+        assert held is not None
+        if least is None:
+            assert held.predicted is None
+            assert "mini-batches" in subjects(other)["scale-invariant layers"]
+        else:
+            assert held.predicted is not None
+            assert least < held.predicted < 0.85 * norm
+
+
 def test_low_rank_at_chance_is_no_compressibility(data: Path) -> None:
     """Matrices of rank one whose outputs favour the same class whatever comes in."""
     model = chain()

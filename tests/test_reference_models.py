@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from compressor import compress, restore
+from compressor import QualityGateNotMet, compress, inspect, restore
 from compressor.checkpoint import find_layers, open_checkpoint, transformers_skeleton
 from compressor.evaluation import load_model, load_preprocessing, logits_of, measure_quality, open_data
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, Plan, choose_ranks
@@ -42,6 +43,25 @@ def test_the_restored_model_scores_what_the_compressed_one_scores(name: str, kee
     compressed, restored = (measure_quality(load_model(model, factory), data, device="cpu") for model in (small, dense))
     assert restored.loss == pytest.approx(compressed.loss, rel=1e-4)
     assert restored.count == compressed.count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_window_rule_loses_at_most_a_point_or_says_that_it_does_not_apply(name: str, tmp_path: Path) -> None:
+    """From the weights and the recipe alone."""
+    source, spec, factory = MODELS[name]
+    advice = inspect(source).advice
+    if advice is not None:
+        assert "validated for the SGD family only" in advice or "the window rule is silent" in advice
+        # Then a relative error decides that is safe, or nothing is removed.
+        with suppress(QualityGateNotMet):
+            report = compress(source, output=tmp_path / f"small{source.suffix}", dry_run=True)
+            assert report.plan.budget.kind == "tolerance"
+        return
+    report = compress(source, output=tmp_path / "small.safetensors", data=spec, factory=factory)
+    assert report.plan.budget.kind == "window-rule"
+    assert report.plan.eligible_after < 0.1 * report.plan.eligible_before
+    assert report.evaluation is not None
+    assert report.evaluation.drop <= 0.01
 
 
 def channel_pairs_only(keep: float, *, shared: bool) -> Plan:

@@ -12,6 +12,7 @@ from compressor.measure.effective_rank import (
     stable_rank,
     truncation_errors,
 )
+from compressor.measure.equilibrium import EquilibriumNorm, equilibrium_norm
 from compressor.measure.fresh_weights import initial_standard_deviation
 from compressor.measure.initialisation import SurvivingInitialisation, surviving_initialisation
 from compressor.measure.memory_window import MemoryWindow, memory_window
@@ -29,6 +30,7 @@ from compressor.measure.uses import counted_positions, image_size, uses_per_exam
 
 __all__ = [
     "EffectiveRanks",
+    "EquilibriumNorm",
     "MemoryWindow",
     "NormBalance",
     "Spectrum",
@@ -39,6 +41,7 @@ __all__ = [
     "effective_ranks",
     "energy_rank",
     "entropy_rank",
+    "equilibrium_norm",
     "frobenius_rank",
     "image_size",
     "initial_standard_deviation",

@@ -235,13 +235,18 @@ def _unknown_in_update(recipe: TrainingRecipe) -> str:
 
 
 @dataclass(frozen=True)
-class _Recursion:
-    """The linear part of a step: W' = W - lr * (decay * W + pull * b), b' = feed * W + momentum * b."""
+class Recursion:
+    """A step that is linear in weights, buffer and gradient of the loss:
+
+    W' = W - lr * (decay * W + pull * b + push * g), b' = feed * W + momentum * b + fill * g.
+    """
 
     decay: float
     pull: float
     feed: float
     momentum: float
+    push: float
+    fill: float
 
     def matrix(self, learning_rate: float) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The 2x2 map of (W, b)."""
@@ -253,7 +258,7 @@ class _Recursion:
         )
 
 
-def _recursion(recipe: TrainingRecipe, *, first: bool = False) -> _Recursion:
+def recursion_of(recipe: TrainingRecipe, *, first: bool = False) -> Recursion:
     """The recursion of a recipe in which nothing needed is unknown; `first` is that of the run's first step.
 
     After `torch.optim.SGD`; with decoupled decay after SGDW (Loshchilov & Hutter 2019, arXiv:1711.05101,
@@ -266,10 +271,10 @@ def _recursion(recipe: TrainingRecipe, *, first: bool = False) -> _Recursion:
     # The first buffer is the gradient itself: torch dampens from the second step on, and only with momentum.
     undampened = 1.0 if first or momentum == 0 else 1.0 - (recipe.dampening or 0.0)
     pull = momentum**2 if recipe.nesterov else momentum
+    push = 1.0 + momentum * undampened if recipe.nesterov else undampened
     if recipe.decoupled_weight_decay:
-        return _Recursion(decay, pull, 0.0, momentum)
-    feed = undampened * decay
-    return _Recursion(decay + momentum * feed if recipe.nesterov else feed, pull, feed, momentum)
+        return Recursion(decay, pull, 0.0, momentum, push, undampened)
+    return Recursion(push * decay, pull, undampened * decay, momentum, push, undampened)
 
 
 def _walk_back(recipe: TrainingRecipe) -> Iterator[tuple[int, float, float, float]]:
@@ -278,14 +283,14 @@ def _walk_back(recipe: TrainingRecipe) -> Iterator[tuple[int, float, float, floa
     The row (p_n, q_n) is the first one of the product of the last n steps' matrices.
     """
     total = recipe.total_steps or 0
-    step = _recursion(recipe)
+    step = recursion_of(recipe)
     p, q, log_scale, count = 1.0, 0.0, 0.0, 0
     for stop in range(total, 0, -_CHUNK):
         rates = recipe.learning_rates(max(0, stop - _CHUNK), stop)
         for rate in () if rates is None else rates[::-1].tolist():
             count += 1
             if count == total:
-                step = _recursion(recipe, first=True)
+                step = recursion_of(recipe, first=True)
             p, q = p - rate * step.decay * p + step.feed * q, step.momentum * q - rate * step.pull * p
             size = abs(p) + abs(q)
             if not 1e-100 < size < 1e100 and size > 0:
@@ -308,7 +313,7 @@ def _window(recipe: TrainingRecipe, epsilon: float) -> tuple[int | None, bool | 
     unknown = _unknown_in_update(recipe)
     if not unknown and peak is not None and recipe.schedule == "constant" and total is None:
         # The end of a constant schedule is the same after any number of steps.
-        steps = _constant_window(_recursion(recipe), peak, epsilon)
+        steps = _constant_window(recursion_of(recipe), peak, epsilon)
         return steps, None, "" if steps else f"no window: {_NO_CONTRACTION}"
     unknown = unknown or recipe.unknown_in_schedule
     if unknown or peak is None or total is None:
@@ -325,7 +330,7 @@ def _window(recipe: TrainingRecipe, epsilon: float) -> tuple[int | None, bool | 
     return None, True, f"the window exceeds the training's {total} steps: {left_of_start}"
 
 
-def _constant_window(recursion: _Recursion, learning_rate: float, epsilon: float) -> int | None:
+def _constant_window(recursion: Recursion, learning_rate: float, epsilon: float) -> int | None:
     """The window at a constant learning rate: doubling the steps until they suffice, then halving.
 
     What is left falls all the time where the roots of the recursion are real and positive. Elsewhere it oscillates,

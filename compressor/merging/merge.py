@@ -171,7 +171,7 @@ def merge(
     networks = [load_model(model, factory) for model in models] if tasks else []
     foundation = load_model(base, factory) if tasks and base is not None else None
     overlaps, cosine = _layer_overlaps(parts, start, networks, foundation, tasks, where, progress)
-    inputs = data_overlap(tasks) if tasks else None
+    inputs = data_overlap(tasks, networks) if tasks else None
     inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
     warnings = _warnings(combination, mode, start, overlaps, cosine, factory)
 

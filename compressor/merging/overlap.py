@@ -18,18 +18,20 @@ from compressor.rewrite import LowRankConvolution, LowRankLinear, PivotedLinear
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
 # over pairs of examples and over all outputs, so they settle early.
 MEASURED_EXAMPLES = 128
+MEASURED_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class InputOverlap:
     """How far the tasks' inputs are from orthogonal: the largest and the mean `|cos|` between those of two tasks.
 
-    From the `data` it is taken over pairs of examples, flattened. From the `row spaces` of the first layer, to which
+    From the `data` it is taken over pairs of examples, flattened; from the `embeddings` over pairs of the tokens of the
+    data, each as its own network embeds it. From the `row spaces` of the first layer, to which
     weight decay confines them where the inputs are confined, over the principal angles. Of several pairs of tasks it
     is the one with the largest mean.
     """
 
-    source: Literal["data", "row spaces"]
+    source: Literal["data", "embeddings", "row spaces"]
     largest: float
     mean: float
 
@@ -122,22 +124,45 @@ def row_space_overlap(matrices: Sequence[Tensor]) -> InputOverlap:
     return worst
 
 
-def data_overlap(data: Sequence[EvaluationData]) -> InputOverlap | None:
-    """The overlap of the tasks' inputs; None where they are token numbers, or of several tensors or shapes."""
+def data_overlap(data: Sequence[EvaluationData], models: Sequence[nn.Module]) -> InputOverlap | None:
+    """The overlap of the tasks' inputs, those of a language model as it embeds them; None for others than vectors.
+
+    Also None where the inputs are of several tensors or of different shapes.
+    """
     directions = []
-    for task in data:
-        batch = task.read(_spread(task))
-        if len(batch.inputs) != 1 or not next(iter(batch.inputs.values())).is_floating_point():
+    source: Literal["data", "embeddings"] = "data"
+    for task, model in zip(data, models, strict=True):
+        inputs = task.read(_spread(task)).inputs
+        if "input_ids" in inputs:
+            source, vectors = "embeddings", _embedded_tokens(model, inputs)
+        elif len(inputs) == 1 and next(iter(inputs.values())).is_floating_point():
+            vectors = next(iter(inputs.values())).flatten(1)
+        else:
+            vectors = None
+        if vectors is None:
             return None
-        examples = next(iter(batch.inputs.values())).flatten(1).to(torch.float64)
-        directions.append(nn.functional.normalize(examples, dim=1))
+        directions.append(nn.functional.normalize(vectors.to("cpu", torch.float64), dim=1))
     if len({each.shape[1] for each in directions}) > 1:
         return None
-    worst = InputOverlap("data", 0.0, 0.0)
+    worst = InputOverlap(source, 0.0, 0.0)
     for first, second in combinations(directions, 2):
         cosines = (first @ second.T).abs()
-        worst = max(worst, InputOverlap("data", float(cosines.max()), float(cosines.mean())), key=_mean)
+        worst = max(worst, InputOverlap(source, float(cosines.max()), float(cosines.mean())), key=_mean)
     return worst
+
+
+@torch.no_grad()
+def _embedded_tokens(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Token embeddings, evenly spaced over those of the examples that are no padding; None if the model has none."""
+    embed: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embed, nn.Module):
+        return None
+    tokens = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    tokens = tokens.flatten() if mask is None else tokens[mask.bool()]
+    kept = torch.arange(min(MEASURED_TOKENS, len(tokens))) * len(tokens) // min(MEASURED_TOKENS, len(tokens))
+    vectors: Tensor = embed(tokens[kept].to(next(embed.parameters()).device))
+    return vectors
 
 
 def _mean(overlap: InputOverlap) -> float:

@@ -208,7 +208,11 @@ def merging_text(merging: Merging) -> RenderableType:
     names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
     facts = [*names, *([("base", merging.base)] if merging.base is not None else []), ("mode", how)]
     if (inputs := merging.inputs) is not None:
-        words = "between inputs of two tasks" if inputs.source == "data" else "of the first layers' principal angles"
+        words = {
+            "data": "between inputs of two tasks",
+            "embeddings": "between token embeddings of two tasks",
+            "row spaces": "of the first layers' principal angles",
+        }[inputs.source]
         facts.append(("inputs", f"|cos| {words}: largest {inputs.largest:.2f}, mean {inputs.mean:.2f}"))
     parts: list[RenderableType] = [_facts(*facts), *_overlap_parts(merging)]
     if merging.warnings:

@@ -110,6 +110,34 @@ def test_merged_networks_merge_again(saved: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.cat([part(x) for part in parts], 1))
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@torch.no_grad()
+def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files: Any, tmp_path: Path) -> None:
+    """Blocks of rank 2 in layers that are wider than the factory builds them: rank 4 is exact, and it is found."""
+
+    def build() -> nn.Sequential:
+        return chain(6, 24, 20, 3)
+
+    parts = [build() for _ in range(2)]
+    for part in parts:
+        part[2].weight.copy_(torch.randn(20, 2) @ torch.randn(2, 24))
+    out, small, restored = (tmp_path / f"{name}.safetensors" for name in ("merged", "small", "restored"))
+    merge(saved(parts), output=out, mode="concat", head="separate", factory=build)
+    data, seen = task_files([(sample(64 + n, 6), torch.arange(64 + n) % 6) for n in range(2)])
+    # Of 24 x 6, 40 x 48 and 6 x 40 numbers the middle layer keeps 4 (40 + 48 - 4).
+    request: dict[str, Any] = {"keep": 0.4, "calibration": seen} if calibrated else {"tolerance": 1e-4}
+    report = compress(out, output=small, factory=build, data=data, **request)
+    assert report.plan.layers[1].rank in {4, 5}
+    assert report.evaluation is not None
+    x = sample(5, 6)
+    expected = torch.cat([part(x) for part in parts], 1)
+    torch.testing.assert_close(load_model(small, build)(x), expected, atol=1e-4, rtol=1e-4)
+    restore(small, output=restored)
+    torch.testing.assert_close(load_model(restored, build)(x), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(BadInput, match="does not fit"):
+        compress(out, output=tmp_path / "no.safetensors", factory=convolutional, keep=0.4)
+
+
 # Factor pairs
 
 

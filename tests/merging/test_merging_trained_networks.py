@@ -30,10 +30,10 @@ def task(number: int, split: Split) -> tuple[Tensor, Tensor]:
     return inputs, labels[chosen] % 5
 
 
-def network(depth: int) -> nn.Sequential:
+def network(depth: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     layers: list[nn.Module] = []
     for d_in, d_out in pairwise([2 * BLOCK, *[WIDTH] * (depth - 1), 5]):
-        layers += [nn.Linear(d_in, d_out, bias=False), nn.ReLU()]
+        layers += [nn.Linear(d_in, d_out, bias=False), activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -145,3 +145,32 @@ def test_the_sum_of_deep_relu_networks_warns_and_says_which_layer_interferes(dep
     first, *hidden = merging.layers
     # Orthogonal inputs keep the first layers apart, and nothing keeps apart what comes out of a ReLU.
     assert 10 * max(first.interference) < max(max(layer.interference) for layer in hidden)
+
+
+def test_deep_linear_networks_with_weight_decay_can_be_added(saved: Any, task_files: Any, tmp_path: Path) -> None:
+    """Three layers without activations: low rank keeps the hidden layers apart, and no ReLU undoes it."""
+    pair = []
+    for number in range(2):
+        torch.manual_seed(number)
+        net = network(3, nn.Identity)
+        optimizer = torch.optim.SGD(net.parameters(), lr=LEARNING_RATE, weight_decay=0.015)
+        inputs, labels = task(number, "train")
+        for _ in range(1000):
+            optimizer.zero_grad()
+            drawn = torch.randint(len(labels), (32,))
+            nn.functional.cross_entropy(net(inputs[drawn]), labels[drawn]).backward()
+            optimizer.step()
+        pair.append(net)
+    held_out = [zip(task(number, "validation"), task(number, "test"), strict=True) for number in range(2)]
+    merging = merge(
+        saved(pair),
+        output=tmp_path / "merged.safetensors",
+        mode="sum",
+        data=task_files([tuple(torch.cat(halves) for halves in splits) for splits in held_out]),
+        factory=lambda: network(3, nn.Identity),
+    )
+    assert all(each.alone > 0.9 and each.drop <= ONE_POINT for each in merging.tasks)
+    assert not any("no guarantee" in warning for warning in merging.warnings)
+    # Logits of five classes need four directions, and weight decay leaves no more.
+    for net in pair:
+        assert all(torch.linalg.matrix_rank(weight.detach(), rtol=0.1) <= 4 for weight in net.parameters())

@@ -136,14 +136,52 @@ def test_measuring_leaves_no_hook_behind() -> None:
 
 def test_input_angles_are_those_between_examples_of_two_tasks() -> None:
     first, second = torch.tensor([[3.0, 0, 0], [0, 2, 0]]), torch.tensor([[1.0, 0, 1]])
-    found = data_overlap([examples(first), examples(second)])
+    found = data_overlap([examples(first), examples(second)], [network(0)] * 2)
     assert found is not None
     assert (found.largest, found.mean) == pytest.approx((0.5**0.5, 0.5**0.5 / 2))
 
 
-def test_token_numbers_have_no_angles() -> None:
+class Embedder(nn.Module):
+    """A model that embeds tokens as rows of a table."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(table)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+
+def test_input_angles_of_language_models_are_those_of_the_tokens_as_each_embeds_its_own() -> None:
+    first, second = normal(9, 4, seed=1), normal(9, 4, seed=2)
+    tokens = [torch.tensor([[0, 1, 2]]), torch.tensor([[3, 3]])]
+    found = data_overlap([examples(each, "input_ids") for each in tokens], [Embedder(first), Embedder(second)])
+    assert found is not None
+    cosines = nn.functional.cosine_similarity(first[:3], second[[3]]).abs()
+    assert found.source == "embeddings"
+    assert (found.largest, found.mean) == pytest.approx((float(cosines.max()), float(cosines.mean())))
+
+
+def test_padding_is_no_token() -> None:
+    table = torch.eye(3).double()
+    task = EvaluationData(
+        "padded",
+        "classification",
+        1,
+        1,
+        lambda _: Batch(
+            {"input_ids": torch.tensor([[0, 2]]), "attention_mask": torch.tensor([[1, 0]])}, torch.zeros(1).long()
+        ),
+    )
+    other = examples(torch.tensor([[2]]), "input_ids")
+    found = data_overlap([task, other], [Embedder(table)] * 2)
+    assert found is not None
+    assert found.largest == 0
+
+
+def test_token_numbers_without_embeddings_have_no_angles() -> None:
     tokens = examples(torch.ones(2, 3, dtype=torch.int64), "input_ids")
-    assert data_overlap([tokens, tokens]) is None
+    assert data_overlap([tokens, tokens], [network(0)] * 2) is None
 
 
 def test_the_change_of_outputs_is_relative_to_their_size() -> None:
