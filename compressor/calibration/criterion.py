@@ -5,9 +5,10 @@ the true Fisher information: gradients of the loss on targets drawn from the mod
 Balles and Hennig, "Limitations of the empirical Fisher approximation", NeurIPS 2019). A model that is sure of itself
 draws the targets that matter about once in a thousand examples; so they are drawn in proportion to the squared length
 of their gradients as well, and weighed by the inverse (importance sampling, as Katharopoulos and Fleuret, ICML 2018,
-choose examples), which leaves the expectation as it is. For any other model the cost is half the squared change of the
-outputs, whose curvature random cotangents sample (Martens and Grosse, ICML 2015, section 5, for a Gaussian likelihood
-of unit variance).
+choose examples), which leaves the second moment as it is; a random sign keeps the mean at zero, without which the
+gradients of several predictions would not be uncorrelated where they add up. For any other model the cost is half the
+squared change of the outputs, whose curvature random cotangents sample (Martens and Grosse, ICML 2015, section 5, for a
+Gaussian likelihood of unit variance).
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def sampled_loss(outputs: Tensor, masks: Sequence[Tensor], criterion: Criterion,
 
 def _sampled_loss(rows: Tensor, criterion: Criterion, generator: torch.Generator) -> Tensor:
     if criterion == "outputs":
-        signs = torch.randint(0, 2, rows.shape, generator=generator, device=rows.device).to(rows.dtype) * 2 - 1
-        return (rows * signs).sum()
+        return (rows * _signs(rows, generator)).sum()
     targets, weights = _drawn_targets(rows.detach(), generator)
     return (nn.functional.cross_entropy(rows, targets, reduction="none") * weights).sum()
 
@@ -91,14 +91,19 @@ def _drawn_targets(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
 
     A class of probability p whose gradient at the logits has the squared length s is drawn with a probability in
     proportion to p s; weighed by the square root of the mean of s over s, every gradient has the length that is the
-    Fisher's trace of its row.
+    Fisher's trace of its row. The sign of the weight is random.
     """
     p = rows.double().softmax(-1)
     squared_lengths = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
     chances = p * squared_lengths
     targets = torch.multinomial(chances, 1, generator=generator)
     weights = (chances.sum(-1, keepdim=True) / squared_lengths.gather(-1, targets)).sqrt()
+    weights *= _signs(weights, generator)
     return targets.squeeze(-1), weights.squeeze(-1).to(rows.dtype)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
 
 
 def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], criterion: Criterion) -> tuple[Tensor, int]:

@@ -152,6 +152,8 @@ def test_the_sampled_gradients_have_the_fisher_as_their_second_moment_however_su
     torch.testing.assert_close(g.square().sum(-1), fisher.trace().expand(len(g)), rtol=1e-3, atol=0)
     error = (g.T @ g / len(g) - fisher).norm() / fisher.norm()
     assert error < 0.03
+    # And a mean of zero: where the gradients of several predictions add up, their products cancel.
+    assert g.mean(0).norm() < 4 * (fisher.trace() / len(g)).sqrt()
 
 
 def test_the_moments_gradients_are_the_fisher_of_the_predictions() -> None:
