@@ -403,6 +403,7 @@ def restore(
     model: options.Model,
     *,
     output: options.Output = None,
+    factory: options.Factory = None,
     max_shard_size: options.ShardSize = "5GB",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -414,7 +415,7 @@ def restore(
         from compressor.report import restoration_text
 
         restored = restoration.restore(
-            model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            model, output=output, factory=factory, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restored.to_dict(), restoration_text(restored), json=json, written=restored.output)
 

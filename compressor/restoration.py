@@ -14,7 +14,7 @@ from compressor.destination import form_of, shard_limit, staged_output, target_o
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.inspection import Progress
-from compressor.opened_model import skeleton_of, text_mapping
+from compressor.opened_model import Factory, skeleton_of, text_mapping
 from compressor.report.model_card import restore_card
 from compressor.requests import in_bytes
 from compressor.results import BeforeAfter, Restoration
@@ -35,6 +35,7 @@ def restore(
     model: str | Path,
     *,
     output: str | Path | None = None,
+    factory: Factory | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -42,7 +43,9 @@ def restore(
     """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
 
     A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
-    .pth, .bin, .th, .ckpt). Raises `BadInput` when the model is not a compressed one, or the output cannot be written.
+    .pth, .bin, .th, .ckpt). `factory` builds the dense architecture, for a file that does not say what its layers are,
+    such as the state dict of a module that was compressed in memory. Raises `BadInput` when the model is not a
+    compressed one, or the output cannot be written.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
@@ -52,7 +55,7 @@ def restore(
             where=checkpoint.source,
             remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
         )
-    skeleton = skeleton_of(checkpoint, None)
+    skeleton = skeleton_of(checkpoint, factory)
     pairs = stored_pairs(checkpoint, skeleton)
     if not pairs:
         raise BadInput(
@@ -60,9 +63,10 @@ def restore(
         )
     target = target_of(checkpoint, output, suffix="-restored", torch_files=True)
     planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    recorded = text_mapping(file_record(checkpoint).get("aliases"))
     aliases = {
         alias: name
-        for alias, name in text_mapping(file_record(checkpoint).get("aliases")).items()
+        for alias, name in (dict(checkpoint.aliases) | recorded).items()
         if name in planned and alias not in planned
     }
     infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]

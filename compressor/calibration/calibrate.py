@@ -80,13 +80,14 @@ def calibrate(
     data = with_decoder_inputs(data, model)
     spool = Spool()
     with prepared(device, model), frozen(model):
-        segments = find_segments(model, list(modules.values()), data.fitted[0])
+        first = data.fitted[0]
+        outputs = _first_outputs(model, first)
+        segments = find_segments(model, list(modules.values()), first)
         logger.info("calibration runs the model in %d segments", segments.count)
         for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
             _keep_boundaries(model, segments, batches, spool, part, modules)
         known = {layer.name: layer for layer in layers}
-        first = data.fitted[0]
-        criterion = criterion_of(model, outputs_of(model, first.inputs), first.labels if data.labelled else None)
+        criterion = criterion_of(model, outputs, first.labels if data.labelled else None)
         bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
         embeddings = EmbeddingCollector(
             {
@@ -112,6 +113,16 @@ def calibrate(
     for name in known.keys() - metrics.keys():
         logger.warning("no calibration example reached %s with an effect on the outputs: it stays dense", name)
     return replace(bare, metrics=metrics, uses=uses)
+
+
+def _first_outputs(model: nn.Module, batch: Batch) -> Tensor:
+    try:
+        return outputs_of(model, batch.inputs)
+    except (TypeError, ValueError) as error:
+        raise BadInput(
+            f"{type(model).__name__} does not take calibration batches of {', '.join(batch.inputs)}: {error}",
+            remedy="give mappings with everything that its forward needs, such as labels for an encoder-decoder",
+        ) from error
 
 
 def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:

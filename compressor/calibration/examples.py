@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationD
             return batch
         return replace(batch, inputs={**batch.inputs, "labels": batch.labels})
 
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    takes_labels = "labels" in signature(model.forward).parameters
+    if not takes_labels or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return data
     fitted, held_back = (tuple(map(taught, batches)) for batches in (data.fitted, data.held_back))
     return replace(data, fitted=fitted, held_back=held_back)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -70,8 +71,9 @@ def _home(model: nn.Module) -> torch.device | None:
 def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Any]:
     """Return a call of `model` on `inputs`, already on its device and, if they are floats, in its dtype.
 
-    A transformers model takes its inputs by keyword, a single one under the model's own `main_input_name`;
-    any other module takes one tensor by position. Raises `BadInput` when there are several for such a module.
+    A transformers model takes its inputs by keyword, a single one under the model's own `main_input_name`; any other
+    module takes one by position, or several by keyword. Raises `BadInput` for keywords that such a module does not
+    have.
     """
     weight = next(chain(model.parameters(), model.buffers()), None)
     device = None if weight is None else weight.device
@@ -82,13 +84,14 @@ def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[],
     }
     main_input = getattr(model, "main_input_name", None)
     if main_input is None:
-        if len(placed) != 1:
+        if len(placed) == 1:
+            tensor = next(iter(placed.values()))
+            return lambda: model(tensor)
+        if not placed.keys() <= signature(model.forward).parameters.keys():
             raise BadInput(
-                f"a plain module takes one tensor, this data has {len(placed)}: {', '.join(placed)}",
-                remedy="use a transformers model, or data with one input",
+                f"{type(model).__name__} does not take what this data has: {', '.join(placed)}",
+                remedy="use a model whose forward takes these by name, or data with one input",
             )
-        tensor = next(iter(placed.values()))
-        return lambda: model(tensor)
     if len(placed) == 1:
         placed = {str(main_input): next(iter(placed.values()))}
     return lambda: model(**placed)

@@ -84,10 +84,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         pivoted, spatial = set(self.quantization_config.pivoted), set(self.quantization_config.spatial)
         ranks = self.quantization_config.ranks
-        if any(f".{experts}." in f".{name}" for experts in separable_experts(model) for name in ranks):
+        prefix = f"{model.base_model_prefix}."
+        # The names are those of the class that was compressed, with a head or without, and so with the prefix or not.
+        if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in ranks):
             separate_experts(model)
         modules = dict(model.named_modules())
-        prefix = f"{model.base_model_prefix}."
         for name, rank in ranks.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
@@ -104,13 +105,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         config = copy.deepcopy(model.config)
         del config.quantization_config
+        # A model that was saved has the name of its dtype there.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        own = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
         with torch.device("meta"):
             architecture = type(model)(config)
         architecture.tie_weights()
         if any(isinstance(module, SeparateExperts) for module in model.modules()):
             separate_experts(architecture)
         model = restored_module(model, architecture, dtype)
-        if dtype not in (None, config.dtype):
+        if dtype not in (None, own):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         used = getattr(model, "_weight_conversions", None)  # in loading, which are reversed in saving

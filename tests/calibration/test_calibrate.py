@@ -104,6 +104,28 @@ def test_an_encoder_decoder_is_given_its_labels_shifted_by_itself() -> None:
     assert_same(calibrated(model, [{"input_ids": ids, "labels": labels}]), calibrated(model, [explicit]))
 
 
+def test_an_encoder_decoder_without_anything_for_its_decoder_is_named() -> None:
+    with pytest.raises(BadInput, match="T5ForConditionalGeneration does not take calibration batches of input_ids"):
+        calibrated(t5(), [{"input_ids": torch.randint(3, 40, (4, 6))}])
+
+
+def test_a_module_of_several_inputs_takes_them_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(6, 4)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.a(left) + self.b(right)
+
+    left, right = torch.randn(16, 5), torch.randn(16, 6)
+    found = calibrated(Two(), [{"right": right, "left": left}])
+    assert found.metrics["a"].inputs.shape == (5, 5)
+    assert found.metrics["b"].inputs.shape == (6, 6)
+    with pytest.raises(BadInput, match="does not take what this data has: left, other"):
+        calibrated(Two(), [{"left": left, "other": right}])
+
+
 @pytest.mark.parametrize("length", [6, 5])
 def test_padding_of_encoder_and_decoder_changes_no_moment(length: int) -> None:
     # The decoder's texts are as long as the encoder's, or shorter: each has its own padding.

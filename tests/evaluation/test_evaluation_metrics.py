@@ -237,5 +237,5 @@ def test_a_masked_language_model_has_no_perplexity(tokenizer, text_file):
 def test_a_plain_module_takes_one_tensor(lookup, tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "ab", "label": 0}')
-    with pytest.raises(BadInput, match="takes one tensor, this data has"):
+    with pytest.raises(BadInput, match="does not take what this data has"):
         measure_quality(lookup(torch.eye(12)), open_data(path, tokenizer=tokenizer), device="cpu")

@@ -159,6 +159,17 @@ def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
         assert torch.equal(bare(input_ids=TOKENS).last_hidden_state, expected)
 
 
+def test_a_model_that_had_no_head_loads_with_one(tmp_path: Path) -> None:
+    ARCHITECTURES["mixtral"].dense().model.save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6)
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
+    whole, loading = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert set(loading["missing_keys"]) == {"lm_head.weight"}
+    with torch.no_grad():
+        expected = bare(input_ids=TOKENS).last_hidden_state
+        assert torch.equal(whole.model(input_ids=TOKENS).last_hidden_state, expected)
+
+
 def test_experts_that_a_file_holds_together_are_passed_through(tmp_path: Path) -> None:
     """Of a kind with biases, transposed weights and a gate of its own; and said so."""
     torch.manual_seed(0)

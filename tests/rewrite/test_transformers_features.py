@@ -156,6 +156,13 @@ def test_dequantized_in_another_dtype(llama: Folders) -> None:
     torch.testing.assert_close(logits(narrow).float(), logits(wide), rtol=0.1, atol=0.01)
 
 
+def test_dequantized_after_it_was_saved(llama: Folders, tmp_path: Path) -> None:
+    model = llama.load()
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(model.dequantize()), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "bert", "whisper"])
 def test_dequantized_embeddings_are_tied_again(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
