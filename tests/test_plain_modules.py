@@ -271,6 +271,37 @@ def test_a_module_under_several_names_becomes_one_pair_that_is_called_as_often(
     assert {layer.name for layer in with_code.skipped} == {"first", "again"}
 
 
+class Repeated(nn.Module):
+    """A transformer's layer and a cell that are run several times, under as many names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)] * 3)
+        self.cell = nn.GRUCell(16, 16)
+        self.again = self.cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.again(x[:, 0], self.cell(x[:, 1]))
+
+
+def test_factored_parameters_of_a_module_under_several_names_come_back_from_a_file(tmp_path: Path) -> None:
+    model, x = trained(Repeated), torch.randn(3, 4, 16)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    report = compress(tmp_path / "model.pt", keep=0.5, factory=Repeated)
+    assert {"layers.0.self_attn.in_proj_weight", "cell.weight_hh"} <= {
+        layer.name for layer in report.plan.layers if layer.rank is not None
+    }
+    loaded: Any = load_model(str(report.output), Repeated).eval()
+    assert loaded.layers[0] is loaded.layers[2]
+    assert loaded.cell is loaded.again
+    restore(str(report.output), output=tmp_path / "dense.pt")
+    twin = dense_twin(Repeated, torch.load(tmp_path / "dense.pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
 def normalised(kind: str) -> nn.Sequential:
     wrap: Any = {
         "weight_norm": nn.utils.parametrizations.weight_norm,
@@ -358,6 +389,22 @@ def test_a_factored_parameter_trains_moves_and_is_computed_once_where_it_does_no
         after = small(x)
         assert not torch.allclose(after, before)
         torch.testing.assert_close(small.double()(x), after.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "cells"])
+def test_the_product_of_factors_does_not_depend_on_autocast(kind: str) -> None:
+    build, data = MODELS[kind]
+    small, x = compress(trained(build), keep=0.5).model, data()
+    assert any(factored_parameters(part) for part in small.modules())
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(0.5)  # so that the product is computed anew
+        fresh = copy.deepcopy(small)
+        before = small(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = fresh(x)
+        assert torch.equal(fresh(x), before)
+    torch.testing.assert_close(cast.float(), before, rtol=0.1, atol=0.1)
 
 
 def test_attention_runs_on_its_fast_path_and_off_it() -> None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.skeleton import Skeleton
@@ -27,8 +29,11 @@ Kind = Literal[
 _EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
 # A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
 _WEIGHT = re.compile(r"(^|_)weight(_|$)")
-# The same for what a weight is computed from: by weight and spectral normalisation, in both of PyTorch's ways.
-_UNDER_A_NORMALISATION = re.compile(r"(^|[._])weight\w*_(v|orig)$|(^|\.)parametrizations\.\w*weight\w*\.original[01]?$")
+# The names of PyTorch's own weights, the only ones to be believed where there is no module to ask.
+_WEIGHT_OF_PYTORCH = re.compile(r"weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|k|v)_proj_weight")
+# What pruning and quantization keep beside a weight.
+_BESIDE_A_WEIGHT = re.compile(r"weight\w*_(mask|scales?|scale_inv|zeros?|zero_point|packed|shape|g_idx)$")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
 _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
@@ -220,7 +225,7 @@ def _from_module(
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     if parameter != "weight" or (reader is not None and type(owner).__name__.endswith("Linear")):
-        return _as_parameter(layer, owner, parameter)
+        return _as_parameter(layer, shapes, owner, parameter)
     if isinstance(owner, nn.Embedding):
         layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
         if type(owner) is not nn.Embedding:
@@ -239,22 +244,69 @@ def _from_module(
             return layer
         depthwise = owner.groups == owner.in_channels
         return replace(layer, skip="depthwise" if depthwise else f"{owner.groups} groups")
-    return _as_parameter(layer, owner, parameter)
+    return _as_parameter(layer, shapes, owner, parameter)
 
 
-def _as_parameter(layer: Layer, owner: nn.Module, parameter: str) -> Layer:
+def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str) -> Layer:
     """A matrix that the module uses in code of its own, if it is one by its module or its name."""
     layer, matrix = replace(layer, bias=None), len(layer.tensor_shape) == 2
     if isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.EmbeddingBag):
         return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+    if isinstance(owner, ParametrizationList):
+        computing = ", ".join(type(each).__name__ for each in owner)
+        if [type(each) for each in owner] not in ([_WeightNorm], [_SpectralNorm]):
+            return replace(layer, skip=f"what {computing} computes from it is not known")
+        if _is_called_embedding(layer.tensor, layer.tensor_shape):
+            return replace(layer, skip="an embedding, by its name")
+        return _checked_parameter(layer, known=True)
     if isinstance(owner, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and matrix:
-        known = parameter not in ("bias_k", "bias_v")
+        known = parameter not in ("bias_k", "bias_v") and _BESIDE_A_WEIGHT.search(parameter) is None
     else:
-        known = _UNDER_A_NORMALISATION.search(layer.tensor) is not None
-        known = known or (matrix and _WEIGHT.search(parameter) is not None)
+        named = _is_called_embedding(layer.tensor, layer.tensor_shape) or any(
+            _EMBEDDING.search(name) for name in (parameter, type(owner).__name__.lower())
+        )
+        if named and not isinstance(owner, nn.Linear) and matrix:
+            return replace(layer, skip=f"an embedding, by its name or its class's, {type(owner).__name__}")
+        known = matrix and _WEIGHT.search(parameter) is not None and _BESIDE_A_WEIGHT.search(parameter) is None
+        known = known or _is_normalised(layer.tensor, shapes)
     if not known and parameter == "weight":
         return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
     return _checked_parameter(layer, known)
+
+
+def _is_called_embedding(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight, or what it is computed from, is a matrix of a module that goes by an embedding's name."""
+    module, _, parameter = _PARAMETRIZED.sub(r"\1", tensor).rpartition(".")
+    weight = parameter.removesuffix("_orig").removesuffix("_v") == "weight"
+    return weight and len(shape) == 2 and _EMBEDDING.search(module.rpartition(".")[2]) is not None
+
+
+def _is_normalised(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a pruned or normalised weight is computed from a tensor, by its name and by what is stored with it.
+
+    Of parametrizations weight and spectral normalisation are known by that, as are the older ways of PyTorch.
+    """
+    if _PARAMETRIZED.search(tensor):
+        stem = tensor.rpartition(".")[0]
+        if tensor.endswith(".original1"):
+            return _is_norm_of(shapes.get(f"{stem}.original0"), shapes[tensor])
+        vectors = [shapes.get(f"{stem}.0.{vector}", ()) for vector in ("_u", "_v")]
+        return tensor.endswith(".original") and [len(vector) for vector in vectors] == [1, 1]
+    weight, _, role = tensor.rpartition("_")
+    if not _WEIGHT.search(weight.rpartition(".")[2]):
+        return False
+    if role == "v":
+        return _is_norm_of(shapes.get(f"{weight}_g"), shapes[tensor])
+    pruned = shapes.get(f"{weight}_mask") == shapes[tensor]
+    return role == "orig" and (pruned or len(shapes.get(f"{weight}_u", ())) == 1)
+
+
+def _is_norm_of(norm: tuple[int, ...] | None, weight: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape of a weight's norm: along all of its dimensions but one, or along all."""
+    if not norm:
+        return norm == ()
+    fitting = len(norm) == len(weight) and all(side in (1, whole) for side, whole in zip(norm, weight, strict=True))
+    return fitting and sum(side > 1 for side in norm) <= 1
 
 
 def _checked_parameter(layer: Layer, known: bool) -> Layer:
@@ -288,10 +340,8 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     outputs = shapes[layer.bias][0] if layer.bias else None
-    last = tensor.rpartition(".")[2]
     if not is_weight(tensor):
-        known = _UNDER_A_NORMALISATION.search(tensor) is not None and len(shape) <= 5
-        return _checked_parameter(layer, known or (len(shape) == 2 and _WEIGHT.search(last) is not None))
+        return _parameter_by_name(layer, shapes)
     if len(shape) == 2:
         if _EMBEDDING.search(name.rpartition(".")[2]):
             reason = "an embedding, by its name; --model would tell which head is tied to it"
@@ -312,6 +362,23 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
     if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
         return replace(layer, skip="depthwise, or a single input channel")
     return layer
+
+
+def _parameter_by_name(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
+    """What a tensor is that is not called the weight of a layer."""
+    last, matrix = layer.tensor.rpartition(".")[2], len(layer.tensor_shape) == 2
+    if _is_normalised(layer.tensor, shapes) and len(layer.tensor_shape) <= 5:
+        if _is_called_embedding(layer.tensor, layer.tensor_shape):
+            return replace(layer, skip="an embedding, by its name")
+        return _checked_parameter(layer, known=True)
+    if _PARAMETRIZED.search(layer.tensor):
+        return replace(layer, skip="its parametrization is not known; --model would tell")
+    if _BESIDE_A_WEIGHT.search(last):
+        return replace(layer, skip="belongs to a weight, by its name, and is none itself")
+    known = _WEIGHT_OF_PYTORCH.fullmatch(last) is not None
+    if _WEIGHT.search(last) and not known:
+        return replace(layer, skip="not a name of PyTorch's own weights; --model would tell")
+    return _checked_parameter(layer, known and matrix)
 
 
 def _looks_transposed(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

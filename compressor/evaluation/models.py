@@ -112,12 +112,17 @@ def load_transformers(folder: Path) -> nn.Module:
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the tensors of `state` into `module`, each to the parameter or buffer of the same name and shape.
 
-    A name may be missing only if it is tied to one that is there. Values are converted to the module's dtype.
-    Raises `BadInput` listing what is missing, unexpected or of another shape; the module is then unchanged.
+    A name may be missing only if it is tied to one that is there, or has no numbers. Values are converted to the
+    module's dtype. Raises `BadInput` listing what is missing, unexpected or of another shape; the module is then
+    unchanged.
     """
     expected = module.state_dict(keep_vars=True)
     given = {id(expected[name]) for name in state if name in expected}
-    missing = [name for name, tensor in expected.items() if name not in state and id(tensor) not in given]
+    missing = [
+        name
+        for name, tensor in expected.items()
+        if name not in state and id(tensor) not in given and tensor.numel() > 0
+    ]
     unexpected = [name for name in state if name not in expected]
     misshapen = [
         f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"

@@ -71,6 +71,14 @@ class FactoredWeight(nn.Module):
         return weight.new_empty(down), weight.new_empty(up)
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:
+        device = down.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Autocast casts a weight where it is used. The product keeps its own dtype, as the weight would.
+            with torch.autocast(device, enabled=False):
+                return self._multiplied(down, up)
+        return self._multiplied(down, up)
+
+    def _multiplied(self, down: Tensor, up: Tensor) -> Tensor:
         if self.form == "spatial":
             return torch.einsum("orj,rci->ocij", up[:, :, 0], down[..., 0])
         if self.form == "pivoted":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint, transformers_skeleton
 from compressor.errors import BadInput
@@ -119,6 +120,7 @@ def test_parameters_are_weights_by_their_module_or_their_name() -> None:
             self.positions = nn.Parameter(torch.zeros(4, 5))
             self.row_weight = nn.Parameter(torch.zeros(1, 5))
             self.register_buffer("weight_mask", torch.zeros(4, 5))
+            self.weight_scale = nn.Parameter(torch.zeros(4, 5))
 
     found = layers_of_module(Model())
     assert {name for name, layer in found.items() if layer.eligible} == {
@@ -131,6 +133,90 @@ def test_parameters_are_weights_by_their_module_or_their_name() -> None:
     assert "table or a matrix" in (found["positions"].skip or "")
     assert "buffer" in (found["weight_mask"].skip or "")
     assert "vector" in (found["row_weight"].skip or "")
+
+
+def test_only_weights_of_pytorchs_names_are_believed_without_code(tmp_path: Path) -> None:
+    weights = [
+        "rnn.weight_ih_l0", "rnn.weight_hh_l1_reverse", "cell.weight_hh", "attention.in_proj_weight",
+        "cross.k_proj_weight", "pruned.weight_orig", "rnn.weight_hr_l0_orig", "normed.weight_v",
+        "old_spectral.weight_orig", "wn.parametrizations.weight.original1", "sn.parametrizations.weight_hh_l0.original",
+    ]  # fmt: skip
+    others = [
+        "pruned.weight_mask", "rnn.weight_hr_l0_mask", "quantized.weight_scale", "quantized.weight_zero_point",
+        "quantized.weight_g_idx", "quantized.weight_packed", "fp8.weight_scale_inv", "own.weight_v", "own.weight_u",
+        "own.my_weight", "alone.weight_orig", "ortho.parametrizations.weight.original",
+        "ortho.parametrizations.weight.0.base",
+        "pair.parametrizations.weight.original0", "pair.parametrizations.weight.original1",
+        "embed.weight_orig", "embed.weight_mask", "wte.parametrizations.weight.original",
+    ]  # fmt: skip
+    tensors = {name: torch.zeros(6, 5) for name in weights + others}
+    tensors |= {
+        "normed.weight_g": torch.zeros(6, 1),
+        "old_spectral.weight_u": torch.zeros(6),
+        "old_spectral.weight_v": torch.zeros(5),
+        "wn.parametrizations.weight.original0": torch.zeros(6, 1),
+    }
+    for name in ("sn.parametrizations.weight_hh_l0", "wte.parametrizations.weight"):
+        tensors |= {f"{name}.0._u": torch.zeros(6), f"{name}.0._v": torch.zeros(5)}
+    found = layers_of_file(tmp_path, tensors)
+    assert {name for name, layer in found.items() if layer.eligible} == set(weights)
+    reasons = {name: found[name].skip or "" for name in others}
+    assert "none itself" in reasons["pruned.weight_mask"]
+    assert "none itself" in reasons["quantized.weight_scale"]
+    assert "PyTorch's own" in reasons["own.my_weight"]
+    assert "parametrization is not known" in reasons["ortho.parametrizations.weight.original"]
+    assert "parametrization is not known" in reasons["pair.parametrizations.weight.original1"]
+    assert "embedding" in reasons["embed.weight_orig"]
+    assert "embedding" in reasons["wte.parametrizations.weight.original"]
+
+
+class Symmetric(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.triu() + x.triu(1).mT
+
+
+def test_parametrizations_are_known_by_their_class() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    parametrizations.weight_norm(model[0])
+    parametrizations.spectral_norm(model[1])
+    parametrizations.orthogonal(model[2])
+    parametrize.register_parametrization(model[3], "weight", Symmetric())
+    parametrizations.spectral_norm(model[4])
+    parametrize.register_parametrization(model[4], "weight", Symmetric())
+    found = layers_of_module(model)
+    assert {name for name, layer in found.items() if layer.eligible} == {
+        "0.parametrizations.weight.original1",
+        "1.parametrizations.weight.original",
+    }
+    reasons = {place: found[f"{place}.parametrizations.weight.original"].skip or "" for place in "234"}
+    assert "_Orthogonal" in reasons["2"]
+    assert "Symmetric" in reasons["3"]
+    assert "_SpectralNorm, Symmetric" in reasons["4"]
+
+
+def test_tables_of_ones_own_class_are_embeddings_by_its_name_or_theirs(tmp_path: Path) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(9, 5))
+
+    class TokenEmbedding(Table):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.words, self.mix = Table(), TokenEmbedding(), Table()
+            self.token_embedding_weight = nn.Parameter(torch.zeros(9, 5))
+            self.scaled = nn.Embedding(9, 5)
+            prune.l1_unstructured(self.scaled, "weight", 0.3)
+
+    found = layers_of_module(Model())
+    assert {name for name, layer in found.items() if layer.eligible} == {"mix"}
+    for name in ("embed", "words", "token_embedding_weight", "scaled.weight_orig"):
+        assert "embedding" in (found[name].skip or "")
+    bare = layers_of_file(tmp_path, Model().state_dict())
+    assert not bare["embed"].eligible
 
 
 def test_a_transformers_model_is_not_given_factors_that_it_cannot_load() -> None:
