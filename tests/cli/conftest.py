@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,11 @@ def incompressible(tmp_path: Path) -> Path:
     path = tmp_path / "orthogonal.safetensors"
     save_file({"layer.weight": square.contiguous()}, path, metadata={"format": "pt"})
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_that_stop() -> None:
+    """Signals that a shell silences for what it runs in the background; the commands under test would inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
