@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.calibration.calibrate import Calibration, entering, frozen, with_layers
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.refinement import fit_to_dense
-from compressor.checkpoint import Layer
+from compressor.checkpoint import Layer, SeparateExperts
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.inspection import Progress
@@ -349,15 +349,17 @@ def _statistics(
 ) -> _InputStatistics | None:
     """What a layer is given in the dense model and in the one compressed so far, over all examples of a part.
 
-    None where it is given nothing, or not the same positions, such as an expert to which tokens are routed otherwise.
+    Of an expert these are the tokens that are routed to it in both. None where it is given nothing, or not the same
+    positions.
     """
     sums: list[Tensor] | None = None
     count = 0
     for index, batch in enumerate(_batches(calibration, part)):
         dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
-        if [x.shape for x in dense] != [y.shape for y in compressed]:
+        together = _of_the_same_positions(dense, compressed)
+        if together is None:
             return None
-        for before, after in zip(dense, compressed, strict=True):
+        for before, after in together:
             x, y = (_vectors(layer, each, batch.masks) for each in (before, after))
             count += len(x)
             one = [*_products(layer, x, y), x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64)]
@@ -377,21 +379,63 @@ def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     return kept_vectors(input_vectors(layer, x), x, masks).float()
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a layer is given in a call; inside an expert also which tokens of the batch these are."""
+
+    given: Tensor
+    tokens: Tensor | None
+
+
+def _of_the_same_positions(dense: Sequence[_Call], compressed: Sequence[_Call]) -> list[tuple[Tensor, Tensor]] | None:
+    """The inputs of two models call by call, those of an expert without the tokens that only one routes to it.
+
+    None where the calls cannot be compared.
+    """
+    if any(call.tokens is not None for call in (*dense, *compressed)):
+        if len(dense) != 1 or len(compressed) != 1:  # one of the models routes nothing to it
+            return []
+        (before,), (after,) = dense, compressed
+        assert before.tokens is not None
+        assert after.tokens is not None
+        kept = torch.isin(before.tokens, after.tokens), torch.isin(after.tokens, before.tokens)
+        return [(before.given[kept[0]], after.given[kept[1]])]
+    if [call.given.shape for call in dense] != [call.given.shape for call in compressed]:
+        return None
+    return [(before.given, after.given) for before, after in zip(dense, compressed, strict=True)]
+
+
 def _given(
     calibration: Calibration, segment: int, part: str, index: int, layer: nn.Module, modules: Mapping[str, nn.Module]
-) -> list[Tensor]:
-    """The inputs of each call of a layer while a segment runs one batch."""
-    inputs: list[Tensor] = []
+) -> list[_Call]:
+    """The calls of a layer while a segment runs one batch."""
+    calls: list[_Call] = []
+    routes: list[Tensor] = []
+    experts, expert = _expert_of(calibration.model, layer)
 
     def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs.append((arguments[0] if arguments else next(iter(named.values()))).detach().clone())
+        given = (arguments[0] if arguments else next(iter(named.values()))).detach().clone()
+        calls.append(_Call(given, None if experts is None else torch.where(routes[-1] == expert)[0]))
 
-    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    def note_routes(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        routes.append(arguments[1] if len(arguments) > 1 else named["top_k_index"])
+
+    with ExitStack() as stack:
+        stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        if experts is not None:
+            stack.callback(experts.register_forward_pre_hook(note_routes, with_kwargs=True).remove)
         _run(calibration, segment, part, index, modules)
-    finally:
-        handle.remove()
-    return inputs
+    return calls
+
+
+def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | None, int]:
+    """The experts that a layer belongs to, and the number of its own among them."""
+    for experts in model.modules():
+        if isinstance(experts, SeparateExperts):
+            for number, expert in experts.named_children():
+                if any(module is layer for module in expert.modules()):
+                    return experts, int(number)
+    return None, -1
 
 
 def _run(calibration: Calibration, segment: int, part: str, index: int, modules: Mapping[str, nn.Module]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.checkpoint.experts import fuse_experts, with_separate_experts
+from compressor.checkpoint.experts import SeparateExperts, fuse_experts, with_separate_experts
 from compressor.checkpoint.files import atomic_file, hidden_sibling
 from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
 from compressor.checkpoint.layers import (
@@ -38,6 +38,7 @@ __all__ = [
     "Kind",
     "Layer",
     "SafetensorsWriter",
+    "SeparateExperts",
     "Shard",
     "ShardedWriter",
     "Skeleton",

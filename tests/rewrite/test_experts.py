@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compressor import compress, inspect
-from compressor.checkpoint import fuse_experts, with_separate_experts
+from compressor.calibration import calibrate, split_examples
+from compressor.calibration.compensation import _given, _of_the_same_positions
+from compressor.checkpoint import find_layers, fuse_experts, module_skeleton, open_checkpoint, with_separate_experts
 from compressor.evaluation.cost import count_macs
 
 TOKENS = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -112,6 +114,39 @@ def test_with_calibration_experts_lose_less() -> None:
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     assert divergence(calibrated) < 0.5 * divergence(truncated)
+
+
+def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
+    dense = with_separate_experts(ARCHITECTURES["mixtral"].dense()).eval()
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if "gate.weight" in name:
+                parameter.mul_(40)
+    data = [{"input_ids": TOKENS}, {"input_ids": TOKENS.flip(1)}]
+    [name] = [name for name, _ in dense.named_modules() if name.endswith("layers.1.mlp.experts")]
+    layer = dense.get_submodule(f"{name}.2").layers[0]
+    calibration = calibrate(
+        dense,
+        find_layers(open_checkpoint(dense), module_skeleton(dense)),
+        split_examples(data),
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    changed = copy.deepcopy(dense.model.layers[0].self_attn.o_proj)
+    with torch.no_grad():
+        changed.weight.mul_(-3)
+    segment = 2  # the second block
+    before, after = (
+        _given(calibration, segment, "fitted", 0, layer, replaced)
+        for replaced in ({}, {"model.layers.1.self_attn.o_proj": changed})
+    )
+    tokens = [set(call.tokens.tolist()) for call in (*before, *after)]
+    assert tokens[0] != tokens[1]
+    [(x, y)] = _of_the_same_positions(before, after)
+    both = sorted(tokens[0] & tokens[1])
+    assert both
+    for calls, rows in ((before, x), (after, y)):
+        assert torch.equal(rows, torch.stack([calls[0].given[calls[0].tokens.tolist().index(t)] for t in both]))
 
 
 def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
