@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from compressor import BadInput, compress, export, restore
+from compressor.cli.run import run
 from compressor.exporting.remote import remote_code
 
 WITHOUT_THIS_PACKAGE = """
@@ -135,4 +137,38 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
     (strange / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=r"experts.*--to dense"):
         export(strange, to="hf-remote", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM", "LlamaModel"]}, "does not name one architecture"),
+        ({"architectures": "LlamaForCausalLM"}, "does not name one architecture"),
+        ({"architectures": []}, "does not name one architecture"),
+        ({"architectures": [7]}, "does not name one architecture"),
+        ({"architectures": ["AutoConfig"]}, "has no model AutoConfig"),
+        ({"architectures": ["os"]}, "has no model os"),
+        ({"model_type": "unheard-of"}, "cannot read it"),
+        ({"model_type": ["llama"]}, "cannot read it"),
+        ({"ranks": ["model.layers.0.mlp.up_proj"]}, "does not say which layers are low-rank"),
+        ({"ranks": {"model.layers.0.mlp.up_proj": "3"}}, "does not say which layers are low-rank"),
+        ({"pivoted": 3}, "does not say which layers are low-rank"),
+        ({"spatial": [{}]}, "does not say which layers are low-rank"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(
+    small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    config = json.loads((small_llama / "config.json").read_text())
+    for key, value in changes.items():
+        (config if key in config else config["quantization_config"])[key] = value
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes((small_llama / "model.safetensors").read_bytes())
+    (broken / "config.json").write_text(json.dumps(config))
+    assert run(["export", str(broken), "--to", "hf-remote", "-o", str(tmp_path / "out"), "-q"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert str(broken / "config.json") in line
     assert not (tmp_path / "out").exists()
