@@ -126,7 +126,8 @@ def compress(
         typer.Option(
             metavar="ORG/NAME",
             parser=options.given("--push", str),
-            help="Send the written folder to the Hugging Face hub; a repository made for it is private.",
+            help="Send the written folder to the Hugging Face hub; a repository made for it is private, and weights of "
+            "one are replaced only with --overwrite.",
             show_default=False,
         ),
     ] = None,

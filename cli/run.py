@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -31,6 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     # The libraries underneath have bars and warnings of their own; they read this when they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_LOGS", "-all")
+    for name in ("torchao", "onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app = subcommands if arguments and arguments[0] in SUBCOMMANDS else main_command
     try:
         # What typer returns is the status of an early exit: --help, --version, Ctrl-C.

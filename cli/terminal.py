@@ -92,6 +92,8 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
     """
     from rich.console import Console
 
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     console = Console(file=sys.stderr, highlight=False, emoji=False)
     with _logs_on(console, logging.WARNING if quiet else logging.INFO):
         if quiet:

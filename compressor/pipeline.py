@@ -232,7 +232,8 @@ def compress(
     and the others give it. A drop that is larger there is logged as a warning. `plan.search` tells what was tried.
 
     `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch.
-    A folder that was written is sent to the hub as `push_to`, and a repository made for it is private.
+    A folder that was written is sent to the hub as `push_to`: a repository made for it is private, weights that one
+    has already are replaced only with `overwrite`, and those that are compressed never.
 
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
     least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
@@ -280,7 +281,7 @@ def compress(
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
-    require_pushable(checkpoint, push_to, dry_run=dry_run)
+    require_pushable(checkpoint, push_to, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
@@ -347,7 +348,7 @@ def compress(
         overwrite=overwrite,
     )
     _warn_of_a_larger_drop(compression.evaluation, max_drop)
-    pushed = None if push_to is None or target is None else push_folder(target, push_to)
+    pushed = None if push_to is None or target is None else push_folder(target, push_to, overwrite=overwrite)
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),

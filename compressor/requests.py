@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Checkpoint, check_push, parse_size
+from compressor.checkpoint import Checkpoint, check_push, hub_model, parse_size
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, has_splits, require_apart
 from compressor.max_drop import require_possible_drop
@@ -54,15 +54,15 @@ def require_what_is_needed(
         )
 
 
-def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool) -> None:
-    """Raise `BadInput` where there will be nothing to send to the hub, or it cannot be sent there."""
+def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool, overwrite: bool) -> None:
+    """Raise `BadInput` where there will be nothing to send to the hub, or it cannot be sent there without a loss."""
     if repository is None:
         return
     if dry_run:
         raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
     if checkpoint.folder is None:
         raise BadInput("--push sends a model folder, and none is written", remedy="compress a folder, or leave it out")
-    check_push(repository)
+    check_push(repository, hub_model(checkpoint.folder), overwrite=overwrite)
 
 
 def require_fine_tune(

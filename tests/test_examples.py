@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import socket
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,43 @@ def runs(gate: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
         tracking = ["--tracking-uri", (place / "mlruns").as_uri()]
         statuses[name] = gate([str(model), "--keep", keep, *options, *code, *tracking])
     return place, statuses
+
+
+def test_a_tracking_server_that_does_not_answer_is_one_line_before_the_work(
+    gate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressor, "compress", pytest.fail)
+    options = ["--keep", "0.4", "--data", "builtin:digits", "--max-drop", "0.01", "--output", str(tmp_path / "out")]
+    with socket.socket() as unused:
+        # Bound and not listening, so that every connection is refused.
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        assert gate([str(MODEL), *options, "--tracking-uri", address]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: MLflow at {address}: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_that_came_meanwhile_is_replaced(gate: Any, tmp_path: Path, kind: str) -> None:
+    release = gate.__globals__["release"]
+
+    def made(place: Path, content: str) -> None:
+        if kind == "folder":
+            place.mkdir()
+        (place / "weights" if kind == "folder" else place).write_text(content)
+
+    made(tmp_path / "candidate", "new")
+    made(tmp_path / "there", "old")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("there", "empty", "link"):
+        with pytest.raises(compressor.BadInput, match="already exists"):
+            release(tmp_path / "candidate", tmp_path / name)
+    assert next(tmp_path.glob("there/weights" if kind == "folder" else "there")).read_text() == "old"
+    assert not list((tmp_path / "empty").iterdir())
+    release(tmp_path / "candidate", tmp_path / "free")
+    assert next(tmp_path.glob("free/weights" if kind == "folder" else "free")).read_text() == "new"
 
 
 def logged(place: Path, name: str) -> tuple[Any, MlflowClient]:

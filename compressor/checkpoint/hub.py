@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -29,8 +31,9 @@ _FETCHED_FOR_THE_RECIPE = ("training_args.bin",)
 _LEFT_OUT = ("*/*.safetensors", "consolidated*", "checkpoint-*")
 # A name that ends like a file is a path with a slip in it.
 _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".th", ".ckpt", ".yaml", ".yml", ".md")
-# Weights of an earlier push under other names would be loaded instead of the new ones.
+# Weights of an earlier push under other names would be loaded instead of the new ones; those in folders are not.
 _REPLACED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 AnyModel = TypeVar("AnyModel", bound=object)
 
@@ -116,11 +119,14 @@ def _fetched(repository: str, revision: str | None) -> Path:
     return folder
 
 
-def check_push(repository: str) -> None:
-    """Refuse to send a folder to the hub where that is bound to fail, before any work is done.
+def check_push(repository: str, source: HubModel | None, *, overwrite: bool) -> None:
+    """Refuse to send a folder to the hub where that is bound to fail or loses weights, before any work is done.
+
+    Weights that the repository has are lost only with `overwrite`, and those of `source`, where it is what is
+    compressed, never.
 
     Raises:
-        BadInput: the name is none, nobody is logged in, or the hub cannot be reached.
+        BadInput: the name is none, nobody is logged in, the hub cannot be reached, or weights would be lost.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
@@ -132,18 +138,27 @@ def check_push(repository: str) -> None:
     if get_token() is None:
         raise BadInput("--push needs a token of the hub, and there is none", remedy="log in with 'hf auth login'")
     try:
-        HfApi().whoami()
+        user = HfApi().whoami()["name"]
+        target = repository if "/" in repository else f"{user}/{repository}"
+        weights = [name for name in _files_of(target) if name.endswith(_WEIGHT_ENDINGS)]
     except Exception as error:
         raise BadInput(
             f"--push {repository} cannot work: the hub does not answer as it should ({_reason(error)})",
             remedy="check the network and 'hf auth whoami', or leave it out",
         ) from error
+    # The hub takes names that differ in their case for one.
+    if source is not None and source.repository.lower() == target.lower():
+        what = f"--push {repository} would replace the model that is compressed"
+        raise BadInput(what, remedy="push it to a repository of its own")
+    if weights and not overwrite:
+        what = f"--push {repository} would replace weights that are there ({weights[0]})"
+        raise BadInput(what, remedy="push to another repository, or replace them with --overwrite")
 
 
-def push_folder(folder: Path, repository: str) -> str:
+def push_folder(folder: Path, repository: str, *, overwrite: bool) -> str:
     """Send a finished folder to the hub as one commit, and return the commit's address.
 
-    A repository that does not exist is made, and private; weights that it had before are replaced.
+    A repository that does not exist is made, and private; weights that it had before are replaced with `overwrite`.
 
     Raises:
         CompressorError: it could not be sent; the folder is as it was.
@@ -153,15 +168,31 @@ def push_folder(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repository, private=True, exist_ok=True)
+        there = _files_of(made.repo_id)
+        if not overwrite and any(name.endswith(_WEIGHT_ENDINGS) for name in there):
+            raise CompressorError("it has got weights in the meantime")
+        old = [name for name in there if "/" not in name and any(fnmatchcase(name, like) for like in _REPLACED)]
         commit = api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
             commit_message="Compressed by lowrank-compressor",
-            delete_patterns=list(_REPLACED),
+            delete_patterns=[glob.escape(name) for name in old] or None,
         )
     except Exception as error:
         raise CompressorError(f"{folder} was written, but not pushed to {repository}: {_reason(error)}") from error
     return str(commit.commit_url)
+
+
+def _files_of(repository: str) -> list[str]:
+    """The paths of all files of a repository; none where it does not exist or is empty."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().list_repo_files(repository)
+    except errors.GatedRepoError:
+        raise
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError):
+        return []
 
 
 def _reason(error: Exception) -> str:

@@ -195,7 +195,7 @@ def _to_onnx(
 ) -> tuple[Path, float]:
     require_onnx()
     assert checkpoint.source is not None
-    target = Path(output) if output is not None else target_of(checkpoint, None, suffix="").with_suffix(".onnx")
+    target = Path(output) if output is not None else _onnx_target(checkpoint)
     if target.suffix != ".onnx":
         raise BadInput("an ONNX model is one file", where=target, remedy="name it with .onnx")
     check_output(target, source=checkpoint, form="file", overwrite=overwrite)
@@ -211,3 +211,10 @@ def _to_onnx(
     finally:
         staged.unlink(missing_ok=True)
     return target, difference
+
+
+def _onnx_target(checkpoint: Checkpoint) -> Path:
+    """Beside a folder under all of its name, which may have dots, and beside a file under its stem."""
+    place = target_of(checkpoint, None, suffix="")
+    stem = place.stem if place.suffix == ".safetensors" and checkpoint.folder is None else place.name
+    return place.with_name(f"{stem}.onnx")

@@ -44,7 +44,8 @@ def example_inputs(
     """Inputs by name to trace a model with: of a transformers model by its kind, else one tensor `input`.
 
     `input_shape` is that of one example; without it a transformers image model needs `image_size`, height and width,
-    and another model must begin with a linear layer. Raises `BadInput` where the inputs are not known.
+    and another model must begin with a linear layer. Raises `BadInput` where the inputs are not known, or the shape
+    is not that of the model.
     """
     generator = torch.Generator().manual_seed(0)
     config: Any = getattr(model, "config", None)
@@ -52,6 +53,7 @@ def example_inputs(
     if getattr(config, "is_encoder_decoder", False) or named not in ("input", "input_ids", "pixel_values"):
         what = f"{type(model).__name__} takes inputs that this exporter cannot make"
         raise BadInput(what, remedy="export it with --to dense, and from there with its own exporter")
+    _require_fitting(input_shape, named, getattr(config, "num_channels", None), image_size)
     if named == "input_ids":
         text: Any = getattr(config, "text_config", config)
         tokens = torch.randint(0, text.vocab_size, (_BATCH, _SEQUENCE), generator=generator)
@@ -67,6 +69,23 @@ def example_inputs(
             "the shape of an input is not known", remedy="say it without the batch, such as --input-shape 3x224x224"
         )
     return {named: torch.rand(_BATCH, *shape, generator=generator)}
+
+
+def _require_fitting(
+    input_shape: Sequence[int] | None, named: str, channels: object, image_size: tuple[int, int] | None
+) -> None:
+    """Raise `BadInput` for a shape that a transformers model does not take: its own is in its folder."""
+    if input_shape is None or named == "input":
+        return
+    if named == "input_ids":
+        raise BadInput("--input-shape is not for text, which has any length", remedy="leave it out")
+    own = None if image_size is None else (channels, *image_size)
+    if own is not None and tuple(input_shape) != own:
+        asked, taken = ("x".join(map(str, shape)) for shape in (input_shape, own))
+        raise BadInput(f"--input-shape {asked} is not that of the model, {taken}", remedy="leave it out")
+    if len(input_shape) != 3 or input_shape[0] != channels:
+        what = f"--input-shape {'x'.join(map(str, input_shape))} is not that of an image of {channels} channels"
+        raise BadInput(what, remedy=f"say it as {channels}xHEIGHTxWIDTH")
 
 
 class _Function(nn.Module):

@@ -80,6 +80,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.source,
             remedy="export it with --to dense",
         )
+    if not _is_described(described):
+        raise BadInput(
+            "has a quantization_config that does not say which layers are low-rank",
+            where=checkpoint.folder / "config.json",
+            remedy="compress the dense model again",
+        )
     architecture, configuration, auto_classes = _classes_of(checkpoint.folder, config)
     module = CODE_FILE.removesuffix(".py")
     config["architectures"] = [f"{CODE_CLASS_PREFIX}{architecture}"]
@@ -153,19 +159,34 @@ def _names_at_run_time(tree: ast.Module) -> set[str]:
     return names
 
 
+def _is_described(described: Mapping[str, Any]) -> bool:
+    """Whether layers have ranks, and forms are lists of layers."""
+    ranks, listed = described.get("ranks"), [described.get(form, []) for form in ("pivoted", "spatial")]
+    return (
+        isinstance(ranks, dict)
+        and all(type(rank) is int and rank > 0 for rank in ranks.values())
+        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in listed)
+    )
+
+
 def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list[str]]:
     """The names of the architecture, of its configuration, and of the classes `Auto...` that lead to it."""
     import transformers
 
-    [architecture] = config.get("architectures") or [""]
-    known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    where, remedy = folder / "config.json", "export it with --to dense"
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        raise BadInput("does not name one architecture", where=where, remedy="correct 'architectures' in it")
+    [architecture] = architectures
+    try:
+        known = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a foreign configuration makes transformers raise
+        what = f"transformers {transformers.__version__} cannot read it"
+        raise BadInput(what, where=where, remedy=remedy) from error
     model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise BadInput(
-            f"transformers {transformers.__version__} has no model {architecture}",
-            where=folder / "config.json",
-            remedy="export it with --to dense",
-        )
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        what = f"transformers {transformers.__version__} has no model {architecture}"
+        raise BadInput(what, where=where, remedy=remedy)
     autos = []
     for name in sorted(dir(transformers)):
         mapping = getattr(getattr(transformers, name), "_model_mapping", None) if name.startswith("AutoModel") else None

@@ -5,19 +5,22 @@ Nothing in it changes from run to run or names a path of the machine: the same i
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from compressor.checkpoint import hub_model
+from compressor.errors import BadInput
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.recipe.documents import read_text
 from compressor.report.comparison import compression_rows, computed_rows
@@ -51,6 +54,11 @@ _LOADING = "## How to load it"
 _LIBRARIES = ("lowrank-compressor", "torch", "transformers", "safetensors")
 # What a card says of the dense weights alone, and is not true of others.
 _OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
+_KEPT_TEXTS = (
+    *("library_name", "pipeline_tag", "license_name", "license_link", "thumbnail", "mask_token", "author"),
+    *("extra_gated_heading", "extra_gated_prompt", "extra_gated_description", "extra_gated_button_content"),
+)
+_KEPT_LISTS = ("language", "license", "datasets", "metrics", "arxiv")
 _PIPELINE_TAGS = {"image-classification": "image-classification", "text-classification": "text-classification"}
 
 
@@ -60,7 +68,14 @@ def write_card(folder: Path, compression: Compression, source: Checkpoint, *, na
     `source` is the dense checkpoint, and `name` what the folder will be loaded by.
     """
     path = folder / CARD_FILE
-    original = read_text(path) if path.is_file() else None
+    if path.is_dir():
+        _LOGGER.warning("%s of %s is a folder, so no card was written", CARD_FILE, source.name)
+        return
+    try:
+        original = read_text(path) if path.is_file() else None
+    except BadInput as error:
+        _LOGGER.warning("the card of %s is not kept: %s", source.name, error)
+        original = None
     if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
         _LOGGER.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
     fetched = None if source.folder is None else hub_model(source.folder)
@@ -102,7 +117,7 @@ def model_card(
     metadata, text = front_matter(original or "")
     data = _metadata(metadata, compression.evaluation, name, base_model, config)
     parts = [
-        f"# {name.rpartition('/')[2]}",
+        f"# {one_line(name.rpartition('/')[2])}",
         _summary(compression, base_model),
         _LOADING,
         _loading(name, config),
@@ -120,7 +135,8 @@ def model_card(
         parts += ["### Training hyperparameters", said + ":", "\n".join(lines)]
     if text.strip():
         parts += [f"## Card of {_code(base_model)}", "What follows is about the dense model.", text.strip()]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def restored_card(card: str) -> str:
@@ -141,21 +157,63 @@ def _metadata(
     name: str,
     base_model: str,
     config: Mapping[str, Any] | None,
-) -> ModelCardData:
-    kept = {key: value for key, value in carried.items() if key not in (*_OF_THE_ORIGINAL, "ignore_metadata_errors")}
-    tags = kept.pop("tags", None)
-    own = {
-        "library_name": kept.pop("library_name", None) or ("pytorch" if config is None else "transformers"),
-        "tags": list(dict.fromkeys([*_texts(tags), *TAGS])),
-        "base_model": _repository(base_model),
-        "base_model_relation": "quantized",
-        "pipeline_tag": kept.pop("pipeline_tag", None),
-    }
+) -> dict[str, Any]:
+    """The front matter: what is known of the compressed model, and what of the dense one's is true of it too."""
+    kept = _kept(carried)
+    results: dict[str, Any] = {}
     if evaluation is not None:
-        own["pipeline_tag"] = own["pipeline_tag"] or _PIPELINE_TAGS.get(evaluation.task)
+        if (task := _PIPELINE_TAGS.get(evaluation.task)) is not None:
+            kept.setdefault("pipeline_tag", task)
         if math.isfinite(evaluation.compressed):
-            own |= {"model_name": name.rpartition("/")[2], "eval_results": [_result(evaluation)]}
-    return ModelCardData(**own, **kept)
+            results = {"model_name": one_line(name.rpartition("/")[2]), "eval_results": [_result(evaluation)]}
+    kept.setdefault("library_name", "pytorch" if config is None else "transformers")
+    own = ModelCardData(
+        base_model=_repository(base_model),
+        base_model_relation="quantized",
+        tags=list(dict.fromkeys([*_texts(carried.get("tags")), *TAGS])),
+        **results,
+    )
+    described: dict[str, Any] = own.to_dict()  # type: ignore[no-untyped-call]
+    return kept | described
+
+
+def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the dense model's card that the hub knows and whose values are of the right type."""
+    known: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(_KEPT_TEXTS, lambda value: isinstance(value, str)),
+        **dict.fromkeys(_KEPT_LISTS, lambda value: _texts(value) in (value, [value])),
+        "inference": lambda value: isinstance(value, bool),
+        "extra_gated_eu_disallowed": lambda value: isinstance(value, bool),
+        "extra_gated_fields": _is_form,
+    }
+    carried = {key: value for key, value in carried.items() if key not in ("tags", *_OF_THE_ORIGINAL)}
+    if "language" in carried:
+        carried["language"] = _norwegian(carried["language"])
+    kept = {key: value for key, value in carried.items() if key in known and known[key](value)}
+    dropped = [key for key, value in carried.items() if key not in kept and value is not None]
+    if dropped:
+        _LOGGER.warning("metadata of the dense model's card that are not kept: %s", ", ".join(map(one_line, dropped)))
+    return kept
+
+
+def _norwegian(language: object) -> object:
+    """Languages as they were written: YAML reads the code `no` as false."""
+    if isinstance(language, list):
+        return ["no" if each is False else each for each in language]
+    return "no" if language is False else language
+
+
+def _is_form(fields: object) -> bool:
+    """Whether these are fields of the form by which one asks for access: by name a type, or a type and its options."""
+
+    def is_field(field: object) -> bool:
+        if not isinstance(field, Mapping):
+            return isinstance(field, str)
+        return all(isinstance(key, str) and _texts(value) in (value, [value]) for key, value in field.items())
+
+    return isinstance(fields, Mapping) and all(
+        isinstance(name, str) and is_field(field) for name, field in fields.items()
+    )
 
 
 def _result(evaluation: Evaluation) -> EvalResult:
@@ -197,10 +255,11 @@ def _summary(compression: Compression, base_model: str) -> str:
 
 
 def _loading(name: str, config: Mapping[str, Any] | None) -> str:
+    quoted = json.dumps(name, ensure_ascii=False)  # a string of JSON is one of Python
     if config is None:
         return _python(
             "from compressor.evaluation import load_model",
-            f'model = load_model("{name}", build_model)  # the function that builds the architecture',
+            f"model = load_model({quoted}, build_model)  # the function that builds the architecture",
         )
     import transformers
 
@@ -209,7 +268,7 @@ def _loading(name: str, config: Mapping[str, Any] | None) -> str:
     known = architecture.isidentifier() and hasattr(transformers, architecture)
     return _python(
         "import compressor, transformers  # pip install lowrank-compressor; transformers learns of the format",
-        f'model = transformers.{architecture if known else "AutoModel"}.from_pretrained("{name}")',
+        f"model = transformers.{architecture if known else 'AutoModel'}.from_pretrained({quoted})",
     )
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 
 import compressor
+from compressor import requests
 from compressor.checkpoint import hub_model, local_model
 from compressor.cli.run import run
 from compressor.errors import BadInput, CompressorError
@@ -32,6 +33,7 @@ class Hub(BaseHTTPRequestHandler):
     commits: list[list[dict[str, Any]]]
     created: list[dict[str, Any]]
     refuses_commits: bool
+    pushed_to: tuple[str, ...]
 
     def log_message(self, *_: object) -> None: ...
 
@@ -68,8 +70,7 @@ class Hub(BaseHTTPRequestHandler):
             ]
             self.answer(tree)
         elif path == "/api/models/me/small/tree/main":
-            names = ("model-00001-of-00002.safetensors", "notes.txt")
-            self.answer([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names])
+            self.answer([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.pushed_to])
         elif path.startswith("/org/name/resolve/"):
             commit, _, name = path.removeprefix("/org/name/resolve/").partition("/")
             content = self.files[name]
@@ -111,7 +112,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         "onnx/model.safetensors": b"another format",
         "modeling_evil.py": b"raise SystemExit",
     }
-    state = {"files": files, "asked": [], "commits": [], "created": [], "refuses_commits": False}
+    state = {"files": files, "asked": [], "commits": [], "created": [], "refuses_commits": False, "pushed_to": ()}
     handler = type("OwnHub", (Hub,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -224,7 +225,8 @@ def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path:
 
 
 def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], capsys: Any) -> None:
-    assert run(["org/name", "--keep", "0.5", "--push", "me/small", "-o", "small"]) == 0
+    hub.pushed_to = ("model-00001-of-00002.safetensors", "notes.txt", "onnx/model.safetensors", "sub/pytorch_model.bin")
+    assert run(["org/name", "--keep", "0.5", "--push", "me/small", "-o", "small", "--overwrite"]) == 0
     assert "https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
     [created] = hub.created
     assert created["name"] == "small"
@@ -235,7 +237,7 @@ def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], ca
     }
     written = {path.name: path.read_bytes() for path in Path("small").iterdir()}
     assert sent == written
-    # Of what was there before only the weights go: a loader might prefer them.
+    # Of what was there before only the weights beside the new ones go: a loader might prefer them.
     gone = [line["value"]["path"] for line in commit if line["key"] == "deletedFile"]
     assert gone == ["model-00001-of-00002.safetensors"]
     assert 'load_model("me/small"' in written["README.md"].decode()
@@ -263,6 +265,36 @@ def test_a_push_that_cannot_work_is_refused_before_the_work(
         compressor.compress("org/name", keep=0.5, push_to="me/small")
     assert sorted(Path().iterdir()) == before
     assert hub.created == []
+
+
+@pytest.mark.parametrize("there", ["model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "small.gguf"])
+def test_weights_of_a_repository_are_replaced_only_where_that_is_asked(hub: type[Hub], there: str) -> None:
+    hub.pushed_to = ("README.md", there)
+    for push_to in ("me/small", "small"):
+        with pytest.raises(BadInput, match=f"would replace weights that are there .{there}.*--overwrite"):
+            compressor.compress("org/name", keep=0.5, push_to=push_to)
+    assert (hub.commits, hub.created, list(Path().iterdir())) == ([], [], [])
+
+
+def test_the_model_that_is_compressed_is_never_what_is_pushed_to(hub: type[Hub]) -> None:
+    for push_to in ("org/name", "Org/Name"):
+        with pytest.raises(BadInput, match="would replace the model that is compressed"):
+            compressor.compress("org/name", keep=0.5, push_to=push_to, overwrite=True)
+    assert (hub.commits, hub.created, list(Path().iterdir())) == ([], [], [])
+
+
+def test_weights_that_came_while_the_work_was_done_stay(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    check = requests.check_push
+
+    def and_then_another_pushes(*given: Any, **options: Any) -> None:
+        check(*given, **options)
+        hub.pushed_to = ("model.safetensors",)
+
+    monkeypatch.setattr(requests, "check_push", and_then_another_pushes)
+    with pytest.raises(CompressorError, match="not pushed to me/small: it has got weights in the meantime"):
+        compressor.compress("org/name", keep=0.5, push_to="me/small", output="small")
+    assert hub.commits == []
+    assert Path("small", "model.safetensors").exists()
 
 
 def test_what_could_not_be_pushed_was_written_nevertheless(hub: type[Hub]) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +128,59 @@ def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
     dense = tuple(sorted((layer.out_features, layer.in_features)))
     assert all(factor in stored for factor in pair)
     assert dense not in stored
+
+
+@pytest.mark.parametrize(
+    ("named", "size", "shape", "words"),
+    [
+        ("input_ids", None, (7,), "not for text"),
+        ("pixel_values", (8, 8), (3, 9, 9), "3x9x9 is not that of the model, 3x8x8"),
+        ("pixel_values", None, (8, 8), "8x8 is not that of an image of 3 channels; say it as 3xHEIGHTxWIDTH"),
+        ("pixel_values", None, (1, 8, 8), "1x8x8 is not that of an image of 3 channels"),
+    ],
+)
+def test_a_shape_that_a_transformers_model_does_not_take(named: str, size: Any, shape: Any, words: str) -> None:
+    model = type("Net", (nn.Module,), {"main_input_name": named})()
+    model.config = type("Config", (), {"num_channels": 3, "vocab_size": 5})()
+    with pytest.raises(BadInput, match=words):
+        example_inputs(model, size, shape)
+    if named == "pixel_values":
+        for known in (size, None):
+            [images] = example_inputs(model, known, (3, 8, 8)).values()
+            assert images.shape[1:] == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("vit-1.5b", "vit-1.5b.onnx"),
+        ("v1.safetensors", "v1.safetensors.onnx"),
+        ("net-1.5.safetensors", "net-1.5.onnx"),
+        ("net-1.5.safetensors.index.json", "net-1.5.onnx"),
+    ],
+)
+def test_a_dot_in_a_name_is_no_ending(tmp_path: Path, source: str, target: str) -> None:
+    weights = {"0.weight": torch.rand(8, 8)}
+    place = tmp_path / source
+    if source.endswith(".index.json"):
+        save_file(weights, tmp_path / "shard.safetensors")
+        place.write_text(json.dumps({"weight_map": {"0.weight": "shard.safetensors"}}))
+    elif target == f"{source}.onnx":
+        place.mkdir()
+        save_file(weights, place / "model.safetensors")
+    else:
+        save_file(weights, place)
+    exported = export(place, to="onnx", factory=lambda: nn.Sequential(nn.Linear(8, 8, bias=False)))
+    assert exported.output == str(tmp_path / target)
+
+
+def test_an_error_is_all_that_is_written_to_standard_error(small_llama: Path, tmp_path: Path) -> None:
+    # In a process of its own: what libraries log when they are imported, they log once.
+    command = "import sys; from compressor.cli.run import run; sys.exit(run(sys.argv[1:]))"
+    asked = ["export", str(small_llama), "--to", "onnx", "--input-shape", "3x8", "-o", str(tmp_path / "a.onnx"), "-q"]
+    ran = subprocess.run([sys.executable, "-c", command, *asked], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert re.fullmatch(r"error: --input-shape is not for text.*\n", ran.stderr)
 
 
 def test_a_missing_extra_is_named(small_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import inspect
 import json
 import os
 import subprocess
+import symtable
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,7 +20,10 @@ import torch
 import transformers
 
 from compressor import BadInput, compress, export, restore
+from compressor.cli.run import run
+from compressor.errors import CompressorError
 from compressor.exporting.remote import remote_code
+from compressor.rewrite import modules
 
 WITHOUT_THIS_PACKAGE = """
 import sys
@@ -117,7 +126,48 @@ def test_it_becomes_dense_again(small_llama: Path, remote_llama: Path, tmp_path:
 def test_the_code_needs_nothing_of_this_package() -> None:
     code = remote_code("LlamaForCausalLM", "LlamaConfig")
     assert "compressor" not in code.replace("lowrank-compressor", "")
-    compile(code, "modeling_lowrank.py", "exec")
+    tree = ast.parse(code)
+    imported = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports_of(tree)}
+    assert imported <= {"__future__", "torch", "transformers", "typing", "math"}
+    # Nothing is used, not even inside a function that is seldom called, that the module does not have.
+    namespace: dict[str, Any] = {"__name__": "modeling_lowrank"}
+    exec(compile(tree, "modeling_lowrank.py", "exec"), namespace)
+    scope = symtable.symtable(code, "modeling_lowrank.py", "exec")
+    used = {name for part in scopes(scope) for name in globals_of(part)}
+    assert {"torch", "nn", "put_pair"} <= used
+    # Annotations alone may name what was left out: they are never evaluated.
+    assert used - set(namespace) - set(dir(builtins)) <= annotated(tree)
+
+
+def test_code_that_needs_this_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needing = "from compressor.errors import BadInput\n\n\ndef refuse() -> None:\n    raise BadInput('no')\n"
+    altered = inspect.getsource(modules).replace("import torch\n", f"import torch\n{needing}", 1)
+    monkeypatch.setattr(inspect, "getsource", lambda _: altered)
+    with pytest.raises(CompressorError, match="cannot stand alone: it uses BadInput"):
+        remote_code("LlamaForCausalLM", "LlamaConfig")
+
+
+def imports_of(tree: ast.Module) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def scopes(scope: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield scope
+    for child in scope.get_children():
+        yield from scopes(child)
+
+
+def globals_of(scope: symtable.SymbolTable) -> list[str]:
+    return [each.get_name() for each in scope.get_symbols() if each.is_global() and each.is_referenced()]
+
+
+def annotated(tree: ast.Module) -> set[str]:
+    """Names that stand in annotations and nowhere else."""
+    annotations = [getattr(node, kind, None) for node in ast.walk(tree) for kind in ("annotation", "returns")]
+    inside = [node for each in annotations if each is not None for node in ast.walk(each) if isinstance(node, ast.Name)]
+    elsewhere = {id(node) for node in inside}
+    outside = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in elsewhere}
+    return {node.id for node in inside} - outside
 
 
 def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
@@ -135,4 +185,38 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
     (strange / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=r"experts.*--to dense"):
         export(strange, to="hf-remote", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["LlamaForCausalLM", "LlamaModel"]}, "does not name one architecture"),
+        ({"architectures": "LlamaForCausalLM"}, "does not name one architecture"),
+        ({"architectures": []}, "does not name one architecture"),
+        ({"architectures": [7]}, "does not name one architecture"),
+        ({"architectures": ["AutoConfig"]}, "has no model AutoConfig"),
+        ({"architectures": ["os"]}, "has no model os"),
+        ({"model_type": "unheard-of"}, "cannot read it"),
+        ({"model_type": ["llama"]}, "cannot read it"),
+        ({"ranks": ["model.layers.0.mlp.up_proj"]}, "does not say which layers are low-rank"),
+        ({"ranks": {"model.layers.0.mlp.up_proj": "3"}}, "does not say which layers are low-rank"),
+        ({"pivoted": 3}, "does not say which layers are low-rank"),
+        ({"spatial": [{}]}, "does not say which layers are low-rank"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(
+    small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+) -> None:
+    config = json.loads((small_llama / "config.json").read_text())
+    for key, value in changes.items():
+        (config if key in config else config["quantization_config"])[key] = value
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes((small_llama / "model.safetensors").read_bytes())
+    (broken / "config.json").write_text(json.dumps(config))
+    assert run(["export", str(broken), "--to", "hf-remote", "-o", str(tmp_path / "out"), "-q"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert str(broken / "config.json") in line
     assert not (tmp_path / "out").exists()

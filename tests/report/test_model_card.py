@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import string
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from compressor.errors import BadInput
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe, find_recipe, read_model_card
 from compressor.recipe.card import front_matter, hyperparameter_lines
-from compressor.report.model_card import model_card, restored_card
+from compressor.report.model_card import model_card, restored_card, write_card
 from compressor.results import BeforeAfter, Compression
 
 ORIGINAL = """\
@@ -221,6 +223,10 @@ def compression(*names: str) -> Compression:
         "---\ntags: alone\nmodel-index: nonsense\neval_results: 5\nignore_metadata_errors: yes\n---\n# Kept\n",
         "---\nbase: &a [*a]\n1: number\ndate: 2020-13-45\n---\n# Kept\n",
         "---\nmodel_name: x\nlibrary_name: 7\ntags: [3, {a: b}, fine]\n---\n# Kept\n",
+        "---\nself: 1\nto_yaml: 1\nmodel-index: 7\nto_dict: 1\n__class__: 1\nlicense: {a: b}\n---\n# Kept\n",
+        "---\nlibrary_name: [a]\npipeline_tag: {a: b}\ndatasets: {}\nmetrics: 3\n---\n# Kept\n",
+        "---\nextra_gated_fields: &a {b: *a}\nlicense: &c [*c]\nlanguage: [[no]]\n---\n# Kept\n",
+        '---\nauthor: "a\\n---\\nb: \\0 \\ud800"\nlicense_name: "---"\n---\n# Kept\n',
         "---\r\nlicense: mit\r\n---\r\n# Kept\r\n",
         "\ufeff---\nlicense: mit\n---\n# Kept\n",
         "# Kept\n\n### Training hyperparameters\n\n- learning_rate: much\n",
@@ -231,8 +237,83 @@ def test_any_card_of_the_original_gives_a_card_that_can_be_read(original: str) -
     card = ModelCard(text)
     assert card.data.base_model == "dense"
     assert {"low-rank", "lowrank-compressor"} <= set(card.data.tags)
-    assert card.data.eval_results is None
+    assert (card.data.eval_results, card.data.library_name, card.data.pipeline_tag) == (None, "pytorch", None)
+    text.encode("utf-8", errors="backslashreplace")
     assert ("# Kept" in original) == ("# Kept" in card.text)
+
+
+KEPT = """\
+---
+language: [en, no]
+license: other
+license_name: own
+datasets: org/words
+metrics: [accuracy]
+library_name: timm
+pipeline_tag: image-classification
+inference: false
+extra_gated_fields: {Company: text, Use: {type: select, options: [Research, Other]}}
+---
+"""
+
+
+def test_what_is_known_and_as_it_should_be_is_kept_and_what_is_not_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    text = model_card(compression("a"), name="small", base_model="dense", config={}, original=KEPT)
+    assert not caplog.records
+    data = ModelCard(text).data.to_dict()
+    assert data["language"] == ["en", "no"]
+    assert data["extra_gated_fields"] == {
+        "Company": "text",
+        "Use": {"type": "select", "options": ["Research", "Other"]},
+    }
+    assert (data["license"], data["license_name"], data["datasets"]) == ("other", "own", "org/words")
+    assert (data["library_name"], data["pipeline_tag"], data["inference"]) == ("timm", "image-classification", False)
+    assert data["metrics"] == ["accuracy"]
+    alone = "---\nlanguage: no\nself: 1\nlicense: 3\n---\n"
+    text = model_card(compression("a"), name="small", base_model="dense", config={}, original=alone)
+    data = ModelCard(text).data.to_dict()
+    assert (data["language"], "license" in data, "self" in data) == ("no", False, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "metadata of the dense model's card that are not kept: self, license"
+    ]
+
+
+def test_a_card_that_is_too_long_or_none_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = compressor.open_checkpoint(written_model(tmp_path / "dense", None))
+    (tmp_path / "long").mkdir()
+    (tmp_path / "long" / "README.md").write_text("long " * 2**20)
+    (tmp_path / "folder" / "README.md").mkdir(parents=True)
+    for folder in ("long", "folder"):
+        write_card(tmp_path / folder, compression("a"), source, name="small")
+    assert "is not kept" in caplog.records[0].getMessage()
+    assert "is a folder" in caplog.records[1].getMessage()
+    assert ModelCard.load(tmp_path / "long" / "README.md").data.base_model == "dense"
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates()
+KEYS = st.sampled_from(["language", "license", "tags", "datasets", "model-index", "library_name", "self", "widget"])
+METADATA = st.dictionaries(
+    KEYS | st.text(max_size=5),
+    st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=4),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(metadata=METADATA)
+def test_no_metadata_stop_a_card(metadata: dict[str, Any]) -> None:
+    original = f"---\n{yaml.safe_dump(metadata)}---\n# Kept\n"
+    text = model_card(compression("a"), name="small", base_model="dense", config=None, original=original)
+    card = ModelCard(text)
+    assert card.data.base_model == "dense"
+    assert card.text.endswith("# Kept\n")
+
+
+@pytest.mark.parametrize("name", ['we"ird', "it's", "back\\slash", "two\nlines", "x```y", "\u2028", "{config}"])
+@pytest.mark.parametrize("config", [None, {}])
+def test_the_lines_that_load_it_are_python_whatever_it_is_called(name: str, config: dict[str, Any] | None) -> None:
+    text = model_card(compression("a"), name=name, base_model="dense", config=config, original=None)
+    [code] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert name in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
 
 
 def test_names_of_layers_stay_in_their_cells_and_names_of_models_are_names_of_the_hub() -> None:
