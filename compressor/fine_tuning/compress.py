@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -44,7 +44,7 @@ from compressor.fine_tuning.adapter import (
     vllm_obstacles,
     vllm_rank,
 )
-from compressor.fine_tuning.difference import Difference, compare
+from compressor.fine_tuning.difference import Difference, compare, share_left
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.opened_model import Factory, Model, OpenedModel, open_model
 from compressor.planning import (
@@ -94,14 +94,14 @@ def compress_fine_tune(
     start = open_checkpoint(base)
     kind = _kind(subject, output)
     target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
-    # PEFT adds to the base as it is.
+    # PEFT adds to all of the base.
     difference = compare(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
     layers = tuple(_layer(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.skeleton, layers)
     changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
     inspected = inspect_layers(changes, 0.1, device, progress)
-    measured = measured_differences(changes, inspected)
+    measured = measured_differences(changes, inspected, difference.shares)
     if not measured:
         raise BadInput(
             "no layer that changed is eligible",
@@ -274,25 +274,31 @@ def _layer(layer: Layer, difference: Difference) -> Layer:
     return layer if layer.tensor in difference.changed else replace(layer, skip=layer.skip or UNCHANGED)
 
 
-def measured_differences(subject: OpenedModel, inspected: tuple[InspectedLayer, ...]) -> list[MeasuredLayer]:
+def measured_differences(
+    subject: OpenedModel, inspected: tuple[InspectedLayer, ...], shares: Mapping[str, float]
+) -> list[MeasuredLayer]:
     """What the planning needs to know of differences: the window rule's bound is that of all steps of the fine-tuning.
 
-    Training started from the base, so what it added is of rank `B * R * T` at most (`MemoryWindow.learned_rank_bound`);
-    the rule applies where that is below the full rank. Pairs are plain.
+    Training started from the base, so `W_T - p_T W_0` is of rank `B * R * T` at most
+    (`MemoryWindow.learned_rank_bound`), and no other difference is: the rule applies where the share of the base that
+    was taken away, of `shares`, is `p_T`, and the bound is below the full rank. Pairs are plain.
     """
     windows = {each.layer.name: each.window for each in inspected}
     measured = []
     for m in measured_layers(subject, inspected):
         window = windows[m.layer.name]
         bound = None if window is None else window.learned_rank_bound
+        unknown = "the rank bound of the fine-tuning is unknown or vacuous"
         binds = bound is not None and bound < min(m.layer.shape)
+        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != shares.get(m.layer.tensor, 1.0):
+            binds, unknown = False, "weight decay has changed the rest of the base, which no rank bound is for"
         measured.append(
             replace(
                 m,
                 above_edge=min(m.layer.shape) if binds else None,
                 surviving_share=0.0 if binds else None,
                 rank_bound=bound if binds else None,
-                unknown_start="the rank bound of the fine-tuning is unknown or vacuous",
+                unknown_start=unknown,
                 spatial_values=None,
             )
         )

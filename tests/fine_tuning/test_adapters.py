@@ -12,9 +12,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from compressor import BadInput, QualityGateNotMet, compress, export, plan
+from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, export, plan
 from compressor.cli.run import run
+from compressor.fine_tuning.adapter import lora_names, saved_by_peft
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -138,6 +140,32 @@ def test_each_pair_is_the_best_of_its_rank(llama: Path, tmp_path: Path) -> None:
         assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_rank_bound_is_for_adapters_without_weight_decay(decay: float, tmp_path: Path) -> None:
+    """W_T = p W_0 + rank 3: with decay the difference to all of W_0 is of full rank, and is not cut to the bound's."""
+    torch.manual_seed(0)
+    base = models()["vit"]
+    recipe = TrainingRecipe(
+        optimizer="sgd", learning_rate=0.1, momentum=0.0, weight_decay=decay, batch_size=1, steps=3, schedule="constant"
+    )
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.classifier.weight.mul_((1 - 0.1 * decay) ** 3)
+        tuned.classifier.weight.add_(0.01 * torch.randn(5, 3) @ torch.randn(3, 32))
+        tuned.vit.layers[0].attention.q_proj.weight.add_(0.01 * torch.randn(32, 1) @ torch.randn(1, 32))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", recipe=recipe)
+    assert report.plan.budget.kind == ("tolerance" if decay else "window-rule")
+    ranks = {layer.name: layer.rank for layer in report.plan.layers}
+    assert (ranks["classifier"] is None) == (decay > 0)  # 5 x 32: a pair of rank 4 is no smaller
+    both = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base)).merge_and_unload().state_dict()
+    first, last = base.state_dict(), tuned.state_dict()
+    for name in ("classifier.weight", "vit.layers.0.attention.q_proj.weight"):
+        error = (both[name] - last[name]).double().norm() / (last[name] - first[name]).double().norm()
+        assert error <= (0.05 if decay else 0.1)
+
+
 def test_what_vllm_takes(llama: Path, tmp_path: Path) -> None:
     for_vllm = compress(llama / "linear", base=llama / "base", output=tmp_path / "a", tolerance=0.01).fine_tune
     assert for_vllm is not None
@@ -161,6 +189,59 @@ def test_changed_biases_alone(tmp_path: Path) -> None:
     assert report.parameters.after < 500
     loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base))
     torch.testing.assert_close(logits(loaded), logits(tuned), rtol=0, atol=1e-6)
+
+
+def test_modules_whose_names_end_alike(tmp_path: Path) -> None:
+    """PEFT saves each module whose name ends as the one that it is told: `norm` is `input_layernorm` too."""
+    torch.manual_seed(0)
+    base = transformers.LlamaModel(transformers.LlamaConfig(**TEXT | {"num_hidden_layers": 2}, **SPECIAL))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.norm.weight.add_(torch.rand(32))
+        for number, layer in enumerate(tuned.layers, start=1):
+            layer.self_attn.q_proj.weight.add_(0.05 * torch.randn(32, number) @ torch.randn(number, 32))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", tolerance=1e-3)
+    loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", transformers.LlamaModel).eval()
+    inputs = torch.randint(3, 60, (2, 7))
+    with torch.no_grad():
+        for model in (loaded, loaded.merge_and_unload()):
+            torch.testing.assert_close(
+                model(inputs).last_hidden_state, tuned.eval()(inputs).last_hidden_state, rtol=0, atol=2e-5
+            )
+
+
+class _Alike(nn.Module):
+    """Modules whose names are the ends of others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.block = nn.ModuleDict({"fc": nn.Linear(16, 16), "norm": nn.LayerNorm(16)})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "targets"), [({"fc": 3}, "fc"), ({"fc": 3, "block.fc": 2}, ["block.fc", "fc"]), ({"block.fc": 2}, None)]
+)
+def test_names_of_pairs_are_whole(ranks: dict[str, int], targets: object) -> None:
+    """Each layer gets its own pair in PEFT, and no other does."""
+    names = lora_names(ranks, _Alike())
+    if targets is not None:
+        assert names["target_modules"] == targets
+    model = peft.get_peft_model(_Alike(), peft.LoraConfig(**names))
+    found = {
+        name: module.r["default"] for name, module in model.base_model.model.named_modules() if hasattr(module, "r")
+    }
+    assert found == ranks
+
+
+def test_names_that_peft_confuses_are_refused(tmp_path: Path) -> None:
+    assert saved_by_peft({"block.norm"}, _Alike(), (), None) == {"block.norm"}
+    assert saved_by_peft({"fc"}, _Alike(), (), None) == {"fc", "block.fc"}
+    for whole, pairs in (({"fc"}, ("block.fc",)), ({"block"}, ("block.fc",)), ({"layer"}, ("fc",))):
+        with pytest.raises(BadInput, match="PEFT"):
+            saved_by_peft(whole, _Alike(), pairs, None)
 
 
 def test_a_plan_of_a_difference_can_be_edited(llama: Path, tmp_path: Path) -> None:
