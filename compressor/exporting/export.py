@@ -11,13 +11,21 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, open_checkpoint, parse_size
+from compressor.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    check_output,
+    hidden_sibling,
+    local_model,
+    open_checkpoint,
+    parse_size,
+)
 from compressor.destination import form_of, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
 from compressor.exporting.remote import remote_configuration, write_remote
-from compressor.fine_tuning import ADAPTER_CONFIG, adapter_of_file, applied, is_difference, write_adapter
+from compressor.fine_tuning import adapter_of_file, applied, is_difference, write_adapter
 from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
@@ -77,6 +85,7 @@ def export(
         raise BadInput(f"there is no export to {to!r}", remedy=f"choose one of {', '.join(get_args(Target))}")
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
+    base = None if base is None else local_model(base)
     layers = len(stored_pairs(checkpoint))
     _require_base(checkpoint, to, base)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo
+from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
 from compressor.rewrite import join
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # Why a layer has no pair that needs none.
 UNCHANGED = "as in the base"
@@ -209,14 +209,17 @@ class Adapter:
 
 
 def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> Adapter:
-    """The adapter of an adaptation; `base` is what its configuration names as the base model."""
+    """The adapter of an adaptation; its configuration names `base`, or the repository of the hub that it came from."""
+    start = adaptation.difference.base
+    fetched = None if start.folder is None else hub_model(start.folder)
     skeleton = _required(skeleton, adaptation.difference.tuned)
     whole, changed = saved(adaptation, skeleton), adaptation.difference.changed
     pairs = _pairs(adaptation)
     config = {
         "peft_type": "LORA",
         "task_type": _peft_task(adaptation.difference.tuned),
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base if fetched is None else fetched.repository,
+        "revision": None if fetched is None else fetched.commit,
         "inference_mode": True,
         **lora_names({layer.module: rank for layer, rank in pairs}, skeleton.module),
         "lora_dropout": 0.0,

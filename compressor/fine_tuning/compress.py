@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from compressor.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
     Layer,
     TensorInfo,
     check_output,
     hidden_sibling,
+    hub_model,
     module_skeleton,
     open_checkpoint,
     output_folder,
@@ -33,7 +36,6 @@ from compressor.fine_tuning.adaptation import (
     pair_file_tensors,
 )
 from compressor.fine_tuning.adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     UNCHANGED,
     Adapter,
@@ -109,7 +111,7 @@ def compress_fine_tune(
             remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
         )
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
-    form = _Form(kind, subject, str(base), difference, layers, _advice(inspected), *digests)
+    form = _Form(kind, subject, _called(base, start), difference, layers, _advice(inspected), *digests)
 
     def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
         return form.stored(form.adaptation(planned, budget or Budget("plan"))).bytes
@@ -156,7 +158,7 @@ def compress_fine_tune(
         skipped=tuple(layer for layer in layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, type(base).__name__ if isinstance(base, nn.Module) else str(base)),
+        fine_tune=_fine_tune(adaptation, stored, _called(base, start)),
     )
 
 
@@ -228,6 +230,13 @@ def write_adapter(
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
         write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
+
+
+def _called(base: Model, start: Checkpoint) -> str:
+    """What a base is called: as it was given, or by its name on the hub."""
+    if isinstance(base, nn.Module):
+        return type(base).__name__
+    return start.name if start.folder is not None and hub_model(start.folder) is not None else str(base)
 
 
 def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str) -> FineTune:

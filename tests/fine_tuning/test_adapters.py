@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, export, plan
+from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, export, inspect, plan
 from compressor.cli.run import run
 from compressor.fine_tuning.adapter import lora_names, saved_by_peft
 
@@ -310,7 +311,16 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
     poisoned = variant("poisoned", lambda tensors, _: tensors["model.norm.weight"].fill_(torch.nan))
     assert "NaN" in refused(tuned, poisoned)
     assert "no such file or folder" in refused(tuned, tmp_path / "nowhere")
-    for options in (["--calibration", "x.txt", "--keep", "0.5"], ["--form", "pivoted"], ["--embeddings"]):
+    for options in (
+        ["--calibration", "x.txt", "--keep", "0.5"],
+        ["--form", "pivoted"],
+        ["--embeddings"],
+        ["--refine"],
+        ["--seed", "1"],
+        ["--calibration-samples", "7"],
+        ["--max-drop", "0.1"],
+        ["--max-shard-size", "a"],
+    ):
         assert "is not for differences to a base" in refused(tuned, llama / "base", *options)
 
 
@@ -323,6 +333,29 @@ def test_a_difference_of_full_rank_is_not_cut_unasked(llama: Path, tmp_path: Pat
     tuned.save_pretrained(tmp_path / "tuned")
     with pytest.raises(QualityGateNotMet, match="no layer's difference can be made smaller safely"):
         compress(tmp_path / "tuned", base=llama / "base", output=tmp_path / "out")
+
+
+def test_a_base_of_the_hub_goes_by_its_name(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "models--org--name" / "snapshots" / "0123"
+    shutil.copytree(llama / "base", base)
+    report = compress(llama / "linear", base=base, output=tmp_path / "adapter", tolerance=0.01)
+    config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.base_model_name_or_path, config.revision) == ("org/name", "0123")
+    assert report.fine_tune is not None
+    assert report.fine_tune.base == "org/name"
+
+
+def test_adapters_are_no_models(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter"
+    compress(llama / "linear", base=llama / "base", output=adapter, tolerance=0.01)
+    for model in (adapter, adapter / "adapter_model.safetensors"):
+        assert run([str(model), "--keep", "0.5", "-o", str(tmp_path / "out")]) == 2
+        assert "is a PEFT adapter" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="is a PEFT adapter"):
+        inspect(adapter)
+    with pytest.raises(BadInput, match="is a PEFT adapter"):
+        compress(llama / "linear", base=adapter, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_not_exported_again(llama: Path, tmp_path: Path) -> None:
