@@ -60,6 +60,9 @@ from compressor.planning import (
     read_plan,
 )
 from compressor.recipe import TrainingRecipe
+from compressor.recipe.documents import read_text
+from compressor.report.fine_tune_card import adapter_card
+from compressor.report.model_card import CARD_FILE
 from compressor.results import BeforeAfter, Compression, FineTune, InspectedLayer
 from compressor.rewrite import PLAN_FILE, write_weights
 
@@ -223,13 +226,43 @@ def _write(
 def write_adapter(
     target: Path, adapter: Adapter, device: torch.device, done: Callable[[str, float], None], *, overwrite: bool
 ) -> None:
-    """Write the folder of an adapter, complete or not at all."""
+    """Write the folder of an adapter with its card, complete or not at all."""
     adaptation = adapter.adaptation
+    errors: dict[str, float] = {}
+
+    def noted(name: str, error: float) -> None:
+        errors[name] = error
+        done(name, error)
+
     with output_folder(target, copy_from=None, overwrite=overwrite) as folder:
-        tensors = adapter_tensors(adapter, device, done)
+        tensors = adapter_tensors(adapter, device, noted)
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
         write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
+        card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _adapter_card(name: str, adapter: Adapter, after_bytes: int, errors: Mapping[str, float]) -> str:
+    adaptation, obstacles = adapter.adaptation, vllm_obstacles(adapter)
+    tuned, base = adaptation.difference.tuned, adaptation.difference.base
+    # Put together from pairs the fine-tune has no card, and its other files are the base's.
+    own = None if tuned.folder is None or tuned.folder == base.folder else tuned.folder / CARD_FILE
+    return adapter_card(
+        name=name,
+        base=base.name,
+        revision=adapter.config["revision"],
+        tuned=(adaptation.stored or tuned).name,
+        config=base.config,
+        original=read_text(own) if own is not None and own.is_file() else "",
+        sizes=BeforeAfter(tuned.weight_bytes, after_bytes),
+        base_bytes=base.weight_bytes,
+        layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
+        saved=adapter.saved.modules,
+        vllm=f"vLLM refuses {' and '.join(obstacles)}."
+        if obstacles
+        else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`.",
+    )
 
 
 def _called(base: Model, start: Checkpoint) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, export, inspect, plan
 from compressor.cli.run import run
 from compressor.fine_tuning.adapter import lora_names, saved_by_peft
+from compressor.recipe import find_recipe
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -333,6 +336,46 @@ def test_a_difference_of_full_rank_is_not_cut_unasked(llama: Path, tmp_path: Pat
     tuned.save_pretrained(tmp_path / "tuned")
     with pytest.raises(QualityGateNotMet, match="no layer's difference can be made smaller safely"):
         compress(tmp_path / "tuned", base=llama / "base", output=tmp_path / "out")
+
+
+def _python_of(card: ModelCard) -> str:
+    return card.text.split("```python\n")[1].split("```")[0]
+
+
+def test_cards_load_what_they_are_of(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's, and that of the dense fine-tune: neither has results or a recipe of other weights."""
+    results = "[{task: {type: y}, dataset: {type: z, name: z}, metrics: [{type: a, value: 1}]}]"
+    front = f"---\nlicense: mit\nlibrary_name: transformers\nmodel-index: [{{name: x, results: {results}}}]\n---\n"
+    card_of_a_model = f"{front}\n### Training hyperparameters\n\n- learning_rate: 0.25\n"
+    for name in ("base", "linear"):
+        shutil.copytree(llama / name, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(card_of_a_model)
+    (tmp_path / "base" / "trainer_state.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    report = compress("linear", base="base", output="adapter", tolerance=0.01)
+    compress("linear", base="base", output="pairs.safetensors", tolerance=0.01)
+    export("pairs.safetensors", to="dense", base="base", output="dense")
+    export("pairs.safetensors", to="lora", base="base", output="again")
+    relations = {"adapter": ("peft", "adapter"), "again": ("peft", "adapter"), "dense": ("transformers", "finetune")}
+    for name, relation in relations.items():
+        card = ModelCard.load(tmp_path / name / "README.md")
+        data = card.data.to_dict()
+        assert (data["library_name"], data["base_model_relation"]) == relation
+        assert data["base_model"] == "base"
+        assert data.get("license") == (None if name == "again" else "mit")
+        assert "model-index" not in data
+        assert "0.25" not in card.text
+        names: dict[str, Any] = {}
+        exec(_python_of(card), names)
+        tuned = transformers.LlamaForCausalLM.from_pretrained("linear")
+        torch.testing.assert_close(logits(names["model"]), logits(tuned), rtol=0, atol=2e-6)
+    assert find_recipe(tmp_path / "dense").learning_rate is None
+    assert not (tmp_path / "dense" / "trainer_state.json").exists()
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert {"lora", "compressed"} <= set(ModelCard(text).data.tags)
+    assert "--max-lora-rank 8" in text
+    for layer in report.plan.layers:
+        assert re.search(rf"\| `{re.escape(layer.name)}` \|[^|]*\| {layer.rank} \|", text)
 
 
 def test_a_base_of_the_hub_goes_by_its_name(llama: Path, tmp_path: Path) -> None:
