@@ -18,6 +18,7 @@ from compressor.checkpoint import (
     hub_model,
     module_skeleton,
     open_checkpoint,
+    refuse_adapter,
     refuse_fp8,
     skeleton_mismatch,
     transformers_skeleton,
@@ -69,6 +70,7 @@ def open_model(
     if isinstance(model, nn.Module):
         model = with_separate_experts(model)
     checkpoint = open_checkpoint(model)
+    refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
     if isinstance(recipe, str | Path):
         recipe, recipe_file = None, recipe

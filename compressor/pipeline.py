@@ -60,6 +60,8 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
 from compressor.report.wording import command_words
 from compressor.requests import (
+    CALIBRATION_SAMPLES,
+    SHARD_SIZE,
     data_to_measure_on,
     in_bytes,
     named_data,
@@ -142,7 +144,7 @@ def plan(
     data: str | Path | None = None,
     data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int = 128,
+    calibration_samples: int = CALIBRATION_SAMPLES,
     calibration_sequence_length: int | None = None,
     refine: bool = False,
     seed: int = 0,
@@ -204,7 +206,7 @@ def compress(
     data: str | Path | None = None,
     data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int = 128,
+    calibration_samples: int = CALIBRATION_SAMPLES,
     calibration_sequence_length: int | None = None,
     refine: bool = False,
     seed: int = 0,
@@ -212,7 +214,7 @@ def compress(
     exclude: Sequence[str] = (),
     embeddings: bool = False,
     form: FormRequest = "auto",
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     device: str = "auto",
     dry_run: bool = False,
     overwrite: bool = False,
@@ -256,10 +258,22 @@ def compress(
     started = time.monotonic()
     model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     budget = requested(keep, max_size, max_drop, tolerance, plan, form)
+    if base is not None:
+        require_fine_tune(
+            budget,
+            calibration,
+            calibration_samples,
+            calibration_sequence_length,
+            form,
+            push_to,
+            max_shard_size,
+            seed,
+            refine=refine,
+            embeddings=embeddings,
+        )
     require_what_is_needed(budget, data, calibration, refine=refine)
     model = local_model(model, revision)
     if base is not None:
-        require_fine_tune(budget, calibration, form, push_to, embeddings=embeddings)
         return _compressed_fine_tune(
             model,
             local_model(base),
@@ -320,7 +334,9 @@ def compress(
         "data": named_data(data),
         "data-samples": data_samples,
         "calibration": named_data(calibration),
-        "calibration-samples": None if calibration is None or calibration_samples == 128 else calibration_samples,
+        "calibration-samples": None
+        if calibration is None or calibration_samples == CALIBRATION_SAMPLES
+        else calibration_samples,
         "sequence-length": calibration_sequence_length,
         "refine": refine,
         "seed": seed or None,
@@ -329,7 +345,7 @@ def compress(
         "exclude": tuple(exclude),
         "embeddings": embeddings,
         "form": None if form == "auto" else form,
-        "max-shard-size": None if max_shard_size == "5GB" else max_shard_size,
+        "max-shard-size": None if max_shard_size == SHARD_SIZE else max_shard_size,
     }
     compression = _carried_out(
         model,

@@ -14,6 +14,9 @@ from compressor.opened_model import open_data_for, open_search_data
 from compressor.planning import Budget, FormRequest, Plan, requested_budget
 from compressor.recipe import TrainingRecipe
 
+# What applies where nothing else is asked.
+CALIBRATION_SAMPLES, SHARD_SIZE = 128, "5GB"
+
 
 def requested(
     keep: float | None,
@@ -68,18 +71,28 @@ def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run:
 def require_fine_tune(
     budget: Budget | None,
     calibration: str | Path | Iterable[Any] | None,
+    calibration_samples: int,
+    calibration_sequence_length: int | None,
     form: FormRequest,
     push_to: str | None,
+    max_shard_size: int | str,
+    seed: int,
     *,
+    refine: bool,
     embeddings: bool,
 ) -> None:
     """Raise `BadInput` for what is not done to differences to a base."""
     for given, what in (
         (budget is not None and budget.kind == "max-drop", "--max-drop"),
+        (refine, "--refine"),
         (calibration is not None, "--calibration"),
+        (calibration_samples != CALIBRATION_SAMPLES, "--calibration-samples"),
+        (calibration_sequence_length is not None, "the length of calibration's windows"),
+        (seed != 0, "--seed"),
         (form == "pivoted", "--form pivoted"),
         (embeddings, "--embeddings"),
         (push_to is not None, "--push"),
+        (max_shard_size != SHARD_SIZE, "--max-shard-size"),
     ):
         if given:
             raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")

@@ -17,7 +17,14 @@ from compressor.checkpoint.layers import (
     skeleton_mismatch,
 )
 from compressor.checkpoint.output import check_output, output_folder, parse_size
-from compressor.checkpoint.reader import Checkpoint, open_checkpoint, refuse_fp8, require_finite
+from compressor.checkpoint.reader import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    refuse_adapter,
+    refuse_fp8,
+    require_finite,
+)
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
 from compressor.checkpoint.tensors import TensorInfo
 from compressor.checkpoint.writer import (
@@ -32,6 +39,7 @@ from compressor.checkpoint.writer import (
 )
 
 __all__ = [
+    "ADAPTER_CONFIG",
     "CONVOLUTIONS",
     "TRANSPOSED_CONVOLUTIONS",
     "Checkpoint",
@@ -60,6 +68,7 @@ __all__ = [
     "parse_size",
     "plan_shards",
     "push_folder",
+    "refuse_adapter",
     "refuse_fp8",
     "require_finite",
     "safetensors_size",

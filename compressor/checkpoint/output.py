@@ -28,6 +28,8 @@ _UNITS = {
 
 # The same weights in the formats of other frameworks: dense, so stale beside compressed ones.
 _OTHER_WEIGHT_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
+# Measured on the weights that are replaced.
+_RESULTS = ("metrics.json", "all_results.json", "eval_results.json", "test_results.json", "predict_results.json")
 _TRAINING_ARGUMENTS = "training_args.bin"
 
 
@@ -92,7 +94,8 @@ def output_folder(path: Path, *, copy_from: Path | None, overwrite: bool) -> Ite
     Args:
         path: The folder to make.
         copy_from: A model folder whose other files (configuration, tokenizer, card, training arguments) are
-            copied first, without weights, their indices, and optimizer, scheduler and random states. So are
+            copied first, without weights, their indices, what was measured on them (metrics.json), and optimizer,
+            scheduler and random states. So are
             its subfolders, unless hidden, of checkpoints of the training (checkpoint-*), or with weights of their
             own. A link to a file is followed only inside the folder, or inside the Hugging Face cache that the
             folder is part of; a link to a folder is not followed. What is left out is logged.
@@ -227,7 +230,7 @@ def _other_files(source: Path) -> tuple[list[Path], dict[str, list[Path]]]:
                     visit(entry)
                 else:
                     left_out.setdefault(reason, []).append(relative)
-            elif _holds_weights(entry):
+            elif _holds_weights(entry) or str(relative) in _RESULTS:
                 continue
             elif not entry.is_file():
                 left_out.setdefault("a broken link or no regular file", []).append(relative)

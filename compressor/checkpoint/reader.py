@@ -43,6 +43,8 @@ _STANDARD_NAMES = (  # in the order in which transformers looks for them
     "pytorch_model.bin.index.json",
 )
 _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+# The configuration of a PEFT adapter.
+ADAPTER_CONFIG = "adapter_config.json"
 _FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FP8_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _DIGEST_BLOCK = 1 << 22
@@ -202,6 +204,20 @@ def refuse_fp8(checkpoint: Checkpoint) -> None:
         )
         remedy = "compress the bfloat16 original, or dequantise it first"
         raise BadInput(what, where=checkpoint.source, remedy=remedy)
+
+
+def refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Refuse the weights of a PEFT adapter: they are no model, but what is added to one.
+
+    Raises:
+        BadInput: the folder, or that of the file, is an adapter's.
+    """
+    source = checkpoint.source
+    if source is None or (checkpoint.folder is None and not source.name.startswith("adapter_model.")):
+        return
+    if ((checkpoint.folder or source.parent) / ADAPTER_CONFIG).is_file():
+        remedy = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+        raise BadInput("is a PEFT adapter, not a model", where=source, remedy=remedy)
 
 
 def is_training_state(path: Path) -> bool:

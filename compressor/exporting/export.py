@@ -11,16 +11,28 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, open_checkpoint, parse_size
+from compressor.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    check_output,
+    hidden_sibling,
+    local_model,
+    open_checkpoint,
+    parse_size,
+)
 from compressor.destination import form_of, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
 from compressor.exporting.remote import remote_configuration, write_remote
-from compressor.fine_tuning import ADAPTER_CONFIG, adapter_of_file, applied, is_difference, write_adapter
+from compressor.fine_tuning import adapter_of_file, applied, is_difference, write_adapter
 from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
+from compressor.recipe.documents import read_text
+from compressor.recipe.find import TRAINING_FILES
+from compressor.report.fine_tune_card import applied_card
+from compressor.report.model_card import CARD_FILE, describe_remote
 from compressor.restoration import restore
 from compressor.results import SCHEMA_VERSION, BeforeAfter
 from compressor.rewrite import stored_pairs, write_weights
@@ -77,6 +89,7 @@ def export(
         raise BadInput(f"there is no export to {to!r}", remedy=f"choose one of {', '.join(get_args(Target))}")
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
+    base = None if base is None else local_model(base)
     layers = len(stored_pairs(checkpoint))
     _require_base(checkpoint, to, base)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
@@ -159,7 +172,19 @@ def _applied(
     tensors = ((name, tuned.read(name)) for name in tuned.tensors)
     with staged_output(target, start, overwrite) as staged:
         write_weights(staged, infos, tensors, {"format": "pt"}, shard_limit(start, shard_size))
+        if start.folder is not None:
+            _describe_applied(staged, target.name, start, checkpoint)
     return target
+
+
+def _describe_applied(folder: Path, name: str, base: Checkpoint, difference: Checkpoint) -> None:
+    """A card in place of the base's, which is of other weights, as is what lies there of the base's training."""
+    card = folder / CARD_FILE
+    original = read_text(card) if card.is_file() else ""
+    for file in TRAINING_FILES:
+        (folder / file).unlink(missing_ok=True)
+    text = applied_card(name=name, base=base.name, difference=difference.name, config=base.config, original=original)
+    card.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _to_adapter(checkpoint: Checkpoint, base: str | Path, output: str | Path | None, *, overwrite: bool) -> Path:
@@ -176,12 +201,13 @@ def _to_remote(
     checkpoint: Checkpoint, output: str | Path | None, shard_size: int, *, overwrite: bool
 ) -> tuple[Path, str]:
     config = remote_configuration(checkpoint)
+    auto = next((name for name in config["auto_map"] if name != "AutoConfig"), "AutoModel")
     target = target_of(checkpoint, output, suffix="-remote")
     needed = checkpoint.weight_bytes
     check_output(target, source=checkpoint, form="folder", overwrite=overwrite, needed_bytes=needed)
     with staged_output(target, checkpoint, overwrite) as staged:
         write_remote(staged, checkpoint, config, shard_size)
-    auto = next((name for name in config["auto_map"] if name != "AutoConfig"), "AutoModel")
+        describe_remote(staged, auto_class=auto, name=target.name)
     return target, f"transformers.{auto}.from_pretrained({str(target)!r}, trust_remote_code=True)"
 
 

@@ -9,20 +9,21 @@ into the base only where all paired layers have a bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo
+from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
 from compressor.rewrite import join
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # Why a layer has no pair that needs none.
 UNCHANGED = "as in the base"
@@ -31,6 +32,14 @@ _PREFIX = "base_model.model"
 # What vLLM 0.33 accepts for --max-lora-rank, and the modules that it takes from `modules_to_save`.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_SAVED = frozenset({"classifier", "score"})
+
+# The modules that PEFT makes of a layer with a pair.
+_PARTS_OF_PAIRS = (
+    "base_layer",
+    "lora_dropout",
+    "lora_dropout.default",
+    *(f"lora_{side}{end}" for side in "AB" for end in ("", ".default")),
+)
 
 _REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without --base"
 
@@ -56,10 +65,10 @@ def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: 
         else layer
         for layer in layers
     )
-    whole = _saved_modules(difference, skeleton, layers)
+    whole = saved_by_peft(_saved_modules(difference, skeleton, layers), skeleton.module, (), difference.tuned.source)
     return tuple(
-        replace(layer, skip=layer.skip or f"saved whole with {_holder(layer.module, whole)}")
-        if _holder(layer.module, whole) is not None
+        replace(layer, skip=f"saved whole with {holder}")
+        if layer.skip in (None, UNCHANGED) and (holder := _holder(layer.module, whole)) is not None
         else layer
         for layer in layers
     )
@@ -93,6 +102,45 @@ def _holder(module: str, whole: set[str]) -> str | None:
     return next((name for name in sorted(whole) if module == name or module.startswith(f"{name}.")), None)
 
 
+def saved_by_peft(whole: set[str], module: nn.Module, pairs: Sequence[str], where: Path | None) -> set[str]:
+    """The modules that PEFT saves where it is told to save `whole`: all whose names end as one of those does.
+
+    `pairs` are the layers that shall have pairs. Raises `BadInput` where PEFT would save one of them, or a part of it.
+    """
+    ends = tuple(whole)
+    found = {name for name, _ in module.named_modules(remove_duplicate=False) if name.endswith(ends)}
+    for name in sorted(found):
+        if (outer := _holder(name.rpartition(".")[0], found)) is not None:
+            raise BadInput(f"PEFT would save {name} twice, with {outer} too", where=where, remedy=_REMEDY)
+    for layer in pairs:
+        parts = (f"{layer}.{part}" for part in _PARTS_OF_PAIRS)
+        excluded = any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in found)
+        if excluded or _holder(layer, found) is not None or any(part.endswith(ends) for part in parts):
+            taken = next((name for name in sorted(whole) if layer.endswith(name)), sorted(whole)[0])
+            what = f"PEFT takes {layer}, which has a pair, for {taken}, which is to be saved whole"
+            raise BadInput(what, where=where, remedy=_REMEDY)
+    return found
+
+
+def lora_names(ranks: Mapping[str, int], module: nn.Module) -> dict[str, Any]:
+    """What a configuration of PEFT says so that the layers, and no others, have pairs of these ranks and scale one.
+
+    PEFT takes a listed name for the end of others too, and a pattern only as it is.
+    """
+    largest = max(ranks.values(), default=1)
+    ends = tuple(f".{name}" for name in ranks)
+    others = [name for name, _ in module.named_modules(remove_duplicate=False) if name not in ranks]
+    ambiguous = any(name.endswith(ends) for name in others)
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    return {
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": "|".join(map(re.escape, sorted(ranks))) if ambiguous else sorted(ranks),
+    }
+
+
 def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
     """What the adapter saves whole once the plan is made: layers that stay dense are among it."""
     difference = adaptation.difference
@@ -110,6 +158,8 @@ def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
     ties: Mapping[str, str] = getattr(skeleton.module, "all_tied_weights_keys", None) or {}
     changed = {skeleton.module_name(name) for name in difference.changed}
     whole |= {target.rpartition(".")[0] for target, source in ties.items() if target in state and source in changed}
+    pairs = [layer.module for layer, _ in _pairs(adaptation)]
+    whole = saved_by_peft(whole, skeleton.module, pairs, tuned.source)
     tensors = {}
     for in_model in state:
         if _holder(in_model.rpartition(".")[0], whole) is None:
@@ -159,30 +209,33 @@ class Adapter:
 
 
 def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> Adapter:
-    """The adapter of an adaptation; `base` is what its configuration names as the base model."""
+    """The adapter of an adaptation; its configuration names `base`, or the repository of the hub that it came from."""
+    start = adaptation.difference.base
+    fetched = None if start.folder is None else hub_model(start.folder)
+    skeleton = _required(skeleton, adaptation.difference.tuned)
     whole, changed = saved(adaptation, skeleton), adaptation.difference.changed
-    pairs = tuple((layer, plan.rank or 1) for layer, plan in adaptation.paired)
-    pairs += tuple((layer, 1) for layer in adaptation.layers if layer.skip == UNCHANGED and layer.bias in changed)
-    ranks = {layer.module: rank for layer, rank in pairs}
-    largest = max(ranks.values(), default=1)
-    others = {re.escape(module): rank for module, rank in ranks.items() if rank != largest}
+    pairs = _pairs(adaptation)
     config = {
         "peft_type": "LORA",
         "task_type": _peft_task(adaptation.difference.tuned),
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base if fetched is None else fetched.repository,
+        "revision": None if fetched is None else fetched.commit,
         "inference_mode": True,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        **lora_names({layer.module: rank for layer, rank in pairs}, skeleton.module),
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": any(layer.bias in changed for layer, _ in pairs),
-        "target_modules": sorted(ranks),
         "modules_to_save": list(whole.modules) or None,
         "fan_in_fan_out": any(layer.kind == "transposed linear" for layer, _ in pairs),
     }
     return Adapter(adaptation, whole, pairs, config)
+
+
+def _pairs(adaptation: Adaptation) -> tuple[tuple[Layer, int], ...]:
+    """The layers that have pairs in an adapter, with their ranks; those whose bias alone has changed are among them."""
+    changed = adaptation.difference.changed
+    pairs = tuple((layer, plan.rank or 1) for layer, plan in adaptation.paired)
+    return pairs + tuple((layer, 1) for layer in adaptation.layers if layer.skip == UNCHANGED and layer.bias in changed)
 
 
 def require_pairs(adapter: Adapter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from compressor.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
     Layer,
     TensorInfo,
     check_output,
     hidden_sibling,
+    hub_model,
     module_skeleton,
     open_checkpoint,
     output_folder,
@@ -33,7 +36,6 @@ from compressor.fine_tuning.adaptation import (
     pair_file_tensors,
 )
 from compressor.fine_tuning.adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     UNCHANGED,
     Adapter,
@@ -44,7 +46,7 @@ from compressor.fine_tuning.adapter import (
     vllm_obstacles,
     vllm_rank,
 )
-from compressor.fine_tuning.difference import Difference, compare
+from compressor.fine_tuning.difference import Difference, compare, share_left
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.opened_model import Factory, Model, OpenedModel, open_model
 from compressor.planning import (
@@ -58,6 +60,9 @@ from compressor.planning import (
     read_plan,
 )
 from compressor.recipe import TrainingRecipe
+from compressor.recipe.documents import read_text
+from compressor.report.fine_tune_card import adapter_card
+from compressor.report.model_card import CARD_FILE
 from compressor.results import BeforeAfter, Compression, FineTune, InspectedLayer
 from compressor.rewrite import PLAN_FILE, write_weights
 
@@ -94,14 +99,14 @@ def compress_fine_tune(
     start = open_checkpoint(base)
     kind = _kind(subject, output)
     target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
-    # PEFT adds to the base as it is.
+    # PEFT adds to all of the base.
     difference = compare(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
     layers = tuple(_layer(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.skeleton, layers)
     changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
     inspected = inspect_layers(changes, 0.1, device, progress)
-    measured = measured_differences(changes, inspected)
+    measured = measured_differences(changes, inspected, difference.shares)
     if not measured:
         raise BadInput(
             "no layer that changed is eligible",
@@ -109,7 +114,7 @@ def compress_fine_tune(
             remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
         )
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
-    form = _Form(kind, subject, str(base), difference, layers, _advice(inspected), *digests)
+    form = _Form(kind, subject, _called(base, start), difference, layers, _advice(inspected), *digests)
 
     def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
         return form.stored(form.adaptation(planned, budget or Budget("plan"))).bytes
@@ -156,7 +161,7 @@ def compress_fine_tune(
         skipped=tuple(layer for layer in layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, type(base).__name__ if isinstance(base, nn.Module) else str(base)),
+        fine_tune=_fine_tune(adaptation, stored, _called(base, start)),
     )
 
 
@@ -221,13 +226,50 @@ def _write(
 def write_adapter(
     target: Path, adapter: Adapter, device: torch.device, done: Callable[[str, float], None], *, overwrite: bool
 ) -> None:
-    """Write the folder of an adapter, complete or not at all."""
+    """Write the folder of an adapter with its card, complete or not at all."""
     adaptation = adapter.adaptation
+    errors: dict[str, float] = {}
+
+    def noted(name: str, error: float) -> None:
+        errors[name] = error
+        done(name, error)
+
     with output_folder(target, copy_from=None, overwrite=overwrite) as folder:
-        tensors = adapter_tensors(adapter, device, done)
+        tensors = adapter_tensors(adapter, device, noted)
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
         write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
+        card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _adapter_card(name: str, adapter: Adapter, after_bytes: int, errors: Mapping[str, float]) -> str:
+    adaptation, obstacles = adapter.adaptation, vllm_obstacles(adapter)
+    tuned, base = adaptation.difference.tuned, adaptation.difference.base
+    # Put together from pairs the fine-tune has no card, and its other files are the base's.
+    own = None if tuned.folder is None or tuned.folder == base.folder else tuned.folder / CARD_FILE
+    return adapter_card(
+        name=name,
+        base=base.name,
+        revision=adapter.config["revision"],
+        tuned=(adaptation.stored or tuned).name,
+        config=base.config,
+        original=read_text(own) if own is not None and own.is_file() else "",
+        sizes=BeforeAfter(tuned.weight_bytes, after_bytes),
+        base_bytes=base.weight_bytes,
+        layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
+        saved=adapter.saved.modules,
+        vllm=f"vLLM refuses {' and '.join(obstacles)}."
+        if obstacles
+        else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`.",
+    )
+
+
+def _called(base: Model, start: Checkpoint) -> str:
+    """What a base is called: as it was given, or by its name on the hub."""
+    if isinstance(base, nn.Module):
+        return type(base).__name__
+    return start.name if start.folder is not None and hub_model(start.folder) is not None else str(base)
 
 
 def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str) -> FineTune:
@@ -274,25 +316,31 @@ def _layer(layer: Layer, difference: Difference) -> Layer:
     return layer if layer.tensor in difference.changed else replace(layer, skip=layer.skip or UNCHANGED)
 
 
-def measured_differences(subject: OpenedModel, inspected: tuple[InspectedLayer, ...]) -> list[MeasuredLayer]:
+def measured_differences(
+    subject: OpenedModel, inspected: tuple[InspectedLayer, ...], shares: Mapping[str, float]
+) -> list[MeasuredLayer]:
     """What the planning needs to know of differences: the window rule's bound is that of all steps of the fine-tuning.
 
-    Training started from the base, so what it added is of rank `B * R * T` at most (`MemoryWindow.learned_rank_bound`);
-    the rule applies where that is below the full rank. Pairs are plain.
+    Training started from the base, so `W_T - p_T W_0` is of rank `B * R * T` at most
+    (`MemoryWindow.learned_rank_bound`), and no other difference is: the rule applies where the share of the base that
+    was taken away, of `shares`, is `p_T`, and the bound is below the full rank. Pairs are plain.
     """
     windows = {each.layer.name: each.window for each in inspected}
     measured = []
     for m in measured_layers(subject, inspected):
         window = windows[m.layer.name]
         bound = None if window is None else window.learned_rank_bound
+        unknown = "the rank bound of the fine-tuning is unknown or vacuous"
         binds = bound is not None and bound < min(m.layer.shape)
+        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != shares.get(m.layer.tensor, 1.0):
+            binds, unknown = False, "weight decay has changed the rest of the base, which no rank bound is for"
         measured.append(
             replace(
                 m,
                 above_edge=min(m.layer.shape) if binds else None,
                 surviving_share=0.0 if binds else None,
                 rank_bound=bound if binds else None,
-                unknown_start="the rank bound of the fine-tuning is unknown or vacuous",
+                unknown_start=unknown,
                 spatial_values=None,
             )
         )

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, TensorInfo, refuse_fp8, require_finite
+from compressor.checkpoint import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
 from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
 from compressor.inspection import Progress
@@ -68,6 +68,7 @@ def compare(
     `compressor.measure.memory_window`, if the recipe tells it and the rest is smaller for it: then only `W_T - p_T W_0`
     is of the rank that training wrote. Raises `BadInput` when both are not of one architecture, or hold NaN.
     """
+    refuse_adapter(base)
     refuse_fp8(base)
     _require_one_architecture(tuned, base)
     changed: set[str] = set()
@@ -79,8 +80,10 @@ def compare(
         require_finite(name, old, base.source)
         if not torch.equal(new.to(torch.float64), old.to(torch.float64)):
             changed.add(name)
-            share = _share_left(recipe.of_parameter(name)) if recipe is not None and len(info.shape) >= 2 else 1.0
-            if share != 1.0 and _norm(new, old, share) < _norm(new, old, 1.0):
+            share = None
+            if recipe is not None and len(info.shape) >= 2:
+                share = share_left(recipe.of_parameter(name))
+            if share is not None and share != 1.0 and _norm(new, old, share) < _norm(new, old, 1.0):
                 shares[name] = share
         if info.dtype.is_floating_point:
             stored[name] = _Subtracted(tuned, base, name, shares.get(name, 1.0))
@@ -98,11 +101,13 @@ def _norm(new: Tensor, old: Tensor, share: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _share_left(recipe: TrainingRecipe) -> float:
-    """How much of the start is left in a matrix, one where the recipe does not tell."""
+def share_left(recipe: TrainingRecipe) -> float | None:
+    """How much of the start is left in a matrix, `p_T`; None where the recipe does not tell."""
+    if recipe.weight_decay == 0:
+        return 1.0
     with suppress(BadInput):
         return retention(recipe, recipe.total_steps or 1).weights
-    return 1.0
+    return None
 
 
 def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:

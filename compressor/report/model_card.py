@@ -141,13 +141,39 @@ def model_card(
 
 def restored_card(card: str) -> str:
     """The card of a compressed folder for the dense folder that was multiplied back from it; others as they are."""
-    tags = front_matter(card)[0].get("tags")
-    if not isinstance(tags, list) or TAG not in tags:
-        return card
     said = (
         "## Dense again\n\n`compress restore` multiplied the factors back: these weights are dense, any tool loads them"
         " without compressor, and what they predict is what the compressed model predicts. It is described below.\n\n"
     )
+    return _otherwise_loaded(card, said)
+
+
+def describe_remote(folder: Path, *, auto_class: str, name: str) -> None:
+    """Say in the card of a folder, where it is one of ours, that its layers' code is in it and nothing else is needed.
+
+    `auto_class` is the class of transformers that finds the code, and `name` what the folder is loaded by.
+    """
+    path = folder / CARD_FILE
+    if path.is_file():
+        path.write_text(
+            remote_card(read_text(path), auto_class=auto_class, name=name), encoding="utf-8", errors="backslashreplace"
+        )
+
+
+def remote_card(card: str, *, auto_class: str, name: str) -> str:
+    """The card of a compressed folder for one that brings the code of its layers along; others as they are."""
+    load = _python(
+        "import transformers  # the code of the low-rank layers is in this folder",
+        f"model = transformers.{auto_class}.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
+    )
+    return _otherwise_loaded(card, f"{_LOADING}\n\n{load}\n\n")
+
+
+def _otherwise_loaded(card: str, said: str) -> str:
+    """One of our cards with another section on how to load the folder."""
+    tags = front_matter(card)[0].get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
+        return card
     return re.sub(rf"^{_LOADING}\n.*?(?=^## )", lambda _: said, card, count=1, flags=re.DOTALL | re.MULTILINE)
 
 

@@ -55,6 +55,15 @@ def remote_llama(small_llama: Path) -> Path:
     return folder
 
 
+def test_the_card_needs_no_more_than_the_folder(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
+    said = (remote_llama / "README.md").read_text()
+    assert "import compressor" in (small_llama / "README.md").read_text()
+    assert "import compressor" not in said
+    [code] = [block.split("```")[0] for block in said.split("```python\n")[1:]]
+    result = run_without_this_package(f"import os\nos.chdir({str(remote_llama.parent)!r})\n{code}", tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_logits_are_bit_equal_where_this_package_is_not(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
     tied = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=32)

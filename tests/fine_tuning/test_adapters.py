@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from compressor import BadInput, QualityGateNotMet, compress, export, plan
+from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, export, inspect, plan
 from compressor.cli.run import run
+from compressor.fine_tuning.adapter import lora_names, saved_by_peft
+from compressor.recipe import find_recipe
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -138,6 +144,32 @@ def test_each_pair_is_the_best_of_its_rank(llama: Path, tmp_path: Path) -> None:
         assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
 
 
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_the_rank_bound_is_for_adapters_without_weight_decay(decay: float, tmp_path: Path) -> None:
+    """W_T = p W_0 + rank 3: with decay the difference to all of W_0 is of full rank, and is not cut to the bound's."""
+    torch.manual_seed(0)
+    base = models()["vit"]
+    recipe = TrainingRecipe(
+        optimizer="sgd", learning_rate=0.1, momentum=0.0, weight_decay=decay, batch_size=1, steps=3, schedule="constant"
+    )
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.classifier.weight.mul_((1 - 0.1 * decay) ** 3)
+        tuned.classifier.weight.add_(0.01 * torch.randn(5, 3) @ torch.randn(3, 32))
+        tuned.vit.layers[0].attention.q_proj.weight.add_(0.01 * torch.randn(32, 1) @ torch.randn(1, 32))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    report = compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", recipe=recipe)
+    assert report.plan.budget.kind == ("tolerance" if decay else "window-rule")
+    ranks = {layer.name: layer.rank for layer in report.plan.layers}
+    assert (ranks["classifier"] is None) == (decay > 0)  # 5 x 32: a pair of rank 4 is no smaller
+    both = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base)).merge_and_unload().state_dict()
+    first, last = base.state_dict(), tuned.state_dict()
+    for name in ("classifier.weight", "vit.layers.0.attention.q_proj.weight"):
+        error = (both[name] - last[name]).double().norm() / (last[name] - first[name]).double().norm()
+        assert error <= (0.05 if decay else 0.1)
+
+
 def test_what_vllm_takes(llama: Path, tmp_path: Path) -> None:
     for_vllm = compress(llama / "linear", base=llama / "base", output=tmp_path / "a", tolerance=0.01).fine_tune
     assert for_vllm is not None
@@ -161,6 +193,59 @@ def test_changed_biases_alone(tmp_path: Path) -> None:
     assert report.parameters.after < 500
     loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base))
     torch.testing.assert_close(logits(loaded), logits(tuned), rtol=0, atol=1e-6)
+
+
+def test_modules_whose_names_end_alike(tmp_path: Path) -> None:
+    """PEFT saves each module whose name ends as the one that it is told: `norm` is `input_layernorm` too."""
+    torch.manual_seed(0)
+    base = transformers.LlamaModel(transformers.LlamaConfig(**TEXT | {"num_hidden_layers": 2}, **SPECIAL))
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.norm.weight.add_(torch.rand(32))
+        for number, layer in enumerate(tuned.layers, start=1):
+            layer.self_attn.q_proj.weight.add_(0.05 * torch.randn(32, number) @ torch.randn(number, 32))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", tolerance=1e-3)
+    loaded = with_adapter(tmp_path / "base", tmp_path / "adapter", transformers.LlamaModel).eval()
+    inputs = torch.randint(3, 60, (2, 7))
+    with torch.no_grad():
+        for model in (loaded, loaded.merge_and_unload()):
+            torch.testing.assert_close(
+                model(inputs).last_hidden_state, tuned.eval()(inputs).last_hidden_state, rtol=0, atol=2e-5
+            )
+
+
+class _Alike(nn.Module):
+    """Modules whose names are the ends of others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+        self.block = nn.ModuleDict({"fc": nn.Linear(16, 16), "norm": nn.LayerNorm(16)})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "targets"), [({"fc": 3}, "fc"), ({"fc": 3, "block.fc": 2}, ["block.fc", "fc"]), ({"block.fc": 2}, None)]
+)
+def test_names_of_pairs_are_whole(ranks: dict[str, int], targets: object) -> None:
+    """Each layer gets its own pair in PEFT, and no other does."""
+    names = lora_names(ranks, _Alike())
+    if targets is not None:
+        assert names["target_modules"] == targets
+    model = peft.get_peft_model(_Alike(), peft.LoraConfig(**names))
+    found = {
+        name: module.r["default"] for name, module in model.base_model.model.named_modules() if hasattr(module, "r")
+    }
+    assert found == ranks
+
+
+def test_names_that_peft_confuses_are_refused(tmp_path: Path) -> None:
+    assert saved_by_peft({"block.norm"}, _Alike(), (), None) == {"block.norm"}
+    assert saved_by_peft({"fc"}, _Alike(), (), None) == {"fc", "block.fc"}
+    for whole, pairs in (({"fc"}, ("block.fc",)), ({"block"}, ("block.fc",)), ({"layer"}, ("fc",))):
+        with pytest.raises(BadInput, match="PEFT"):
+            saved_by_peft(whole, _Alike(), pairs, None)
 
 
 def test_a_plan_of_a_difference_can_be_edited(llama: Path, tmp_path: Path) -> None:
@@ -229,7 +314,16 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
     poisoned = variant("poisoned", lambda tensors, _: tensors["model.norm.weight"].fill_(torch.nan))
     assert "NaN" in refused(tuned, poisoned)
     assert "no such file or folder" in refused(tuned, tmp_path / "nowhere")
-    for options in (["--calibration", "x.txt", "--keep", "0.5"], ["--form", "pivoted"], ["--embeddings"]):
+    for options in (
+        ["--calibration", "x.txt", "--keep", "0.5"],
+        ["--form", "pivoted"],
+        ["--embeddings"],
+        ["--refine"],
+        ["--seed", "1"],
+        ["--calibration-samples", "7"],
+        ["--max-drop", "0.1"],
+        ["--max-shard-size", "a"],
+    ):
         assert "is not for differences to a base" in refused(tuned, llama / "base", *options)
 
 
@@ -242,6 +336,69 @@ def test_a_difference_of_full_rank_is_not_cut_unasked(llama: Path, tmp_path: Pat
     tuned.save_pretrained(tmp_path / "tuned")
     with pytest.raises(QualityGateNotMet, match="no layer's difference can be made smaller safely"):
         compress(tmp_path / "tuned", base=llama / "base", output=tmp_path / "out")
+
+
+def _python_of(card: ModelCard) -> str:
+    return card.text.split("```python\n")[1].split("```")[0]
+
+
+def test_cards_load_what_they_are_of(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter's, and that of the dense fine-tune: neither has results or a recipe of other weights."""
+    results = "[{task: {type: y}, dataset: {type: z, name: z}, metrics: [{type: a, value: 1}]}]"
+    front = f"---\nlicense: mit\nlibrary_name: transformers\nmodel-index: [{{name: x, results: {results}}}]\n---\n"
+    card_of_a_model = f"{front}\n### Training hyperparameters\n\n- learning_rate: 0.25\n"
+    for name in ("base", "linear"):
+        shutil.copytree(llama / name, tmp_path / name)
+        (tmp_path / name / "README.md").write_text(card_of_a_model)
+    (tmp_path / "base" / "trainer_state.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    report = compress("linear", base="base", output="adapter", tolerance=0.01)
+    compress("linear", base="base", output="pairs.safetensors", tolerance=0.01)
+    export("pairs.safetensors", to="dense", base="base", output="dense")
+    export("pairs.safetensors", to="lora", base="base", output="again")
+    relations = {"adapter": ("peft", "adapter"), "again": ("peft", "adapter"), "dense": ("transformers", "finetune")}
+    for name, relation in relations.items():
+        card = ModelCard.load(tmp_path / name / "README.md")
+        data = card.data.to_dict()
+        assert (data["library_name"], data["base_model_relation"]) == relation
+        assert data["base_model"] == "base"
+        assert data.get("license") == (None if name == "again" else "mit")
+        assert "model-index" not in data
+        assert "0.25" not in card.text
+        names: dict[str, Any] = {}
+        exec(_python_of(card), names)
+        tuned = transformers.LlamaForCausalLM.from_pretrained("linear")
+        torch.testing.assert_close(logits(names["model"]), logits(tuned), rtol=0, atol=2e-6)
+    assert find_recipe(tmp_path / "dense").learning_rate is None
+    assert not (tmp_path / "dense" / "trainer_state.json").exists()
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert {"lora", "compressed"} <= set(ModelCard(text).data.tags)
+    assert "--max-lora-rank 8" in text
+    for layer in report.plan.layers:
+        assert re.search(rf"\| `{re.escape(layer.name)}` \|[^|]*\| {layer.rank} \|", text)
+
+
+def test_a_base_of_the_hub_goes_by_its_name(llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "models--org--name" / "snapshots" / "0123"
+    shutil.copytree(llama / "base", base)
+    report = compress(llama / "linear", base=base, output=tmp_path / "adapter", tolerance=0.01)
+    config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+    assert (config.base_model_name_or_path, config.revision) == ("org/name", "0123")
+    assert report.fine_tune is not None
+    assert report.fine_tune.base == "org/name"
+
+
+def test_adapters_are_no_models(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tmp_path / "adapter"
+    compress(llama / "linear", base=llama / "base", output=adapter, tolerance=0.01)
+    for model in (adapter, adapter / "adapter_model.safetensors"):
+        assert run([str(model), "--keep", "0.5", "-o", str(tmp_path / "out")]) == 2
+        assert "is a PEFT adapter" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="is a PEFT adapter"):
+        inspect(adapter)
+    with pytest.raises(BadInput, match="is a PEFT adapter"):
+        compress(llama / "linear", base=adapter, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_not_exported_again(llama: Path, tmp_path: Path) -> None:

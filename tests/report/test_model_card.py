@@ -62,6 +62,7 @@ def written_model(folder: Path, card: str | None) -> Path:
         max_position_embeddings=32,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "metrics.json").write_text('{"perplexity": 1.5}')
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -390,3 +391,8 @@ def test_a_card_with_an_infinite_perplexity_has_no_result_of_it(place: Path) -> 
         replace(compression("a"), evaluation=evaluation), name="small", base_model="dense", config=None, original=None
     )
     assert ModelCard(text).data.eval_results is None
+
+
+def test_figures_of_the_dense_weights_are_not_in_the_compressed_folder(place: Path) -> None:
+    assert (place / "dense" / "metrics.json").is_file()
+    assert not (place / "small" / "metrics.json").exists()

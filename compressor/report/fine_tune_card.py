@@ -1,0 +1,145 @@
+"""Cards of fine-tunes: of the adapter that one is beside its base, and of the dense weights that both make again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from compressor.recipe.card import front_matter
+from compressor.report.model_card import (
+    _LOADING,
+    TAG,
+    TAGS,
+    _code,
+    _python,
+    _repository,
+    _table,
+)
+from compressor.report.wording import error_words, in_bytes, one_line, percent, shape_of
+
+if TYPE_CHECKING:
+    from compressor.planning import LayerPlan
+    from compressor.results import BeforeAfter
+
+# What is as true of a fine-tune's adapter as of itself, and of a fine-tune as of its base.
+_CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
+
+
+def adapter_card(
+    *,
+    name: str,
+    base: str,
+    revision: str | None,
+    tuned: str,
+    config: Mapping[str, Any] | None,
+    original: str,
+    sizes: BeforeAfter,
+    base_bytes: int,
+    layers: Sequence[LayerPlan],
+    saved: Sequence[str],
+    vllm: str,
+) -> str:
+    """The card of an adapter folder as text.
+
+    `name` is what the folder is loaded by, `base` and `tuned` are the models' names, `revision` the base's commit on
+    the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose licence, language and
+    data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `layers` the plans
+    of the pairs, `saved` the modules that are saved whole, and `vllm` says what vLLM makes of it.
+    """
+    carried = _carried(original)
+    if (config or {}).get("architectures") and _architecture(config).endswith("ForCausalLM"):
+        carried.setdefault("pipeline_tag", "text-generation")
+    data = ModelCardData(
+        library_name="peft",
+        base_model=_repository(base),
+        base_model_relation="adapter",
+        tags=["lora", *TAGS],
+        **carried,
+    )
+    at = "" if revision is None else f", revision={json.dumps(revision)}"
+    rows = (
+        (
+            _code(layer.name),
+            shape_of(layer.shape),
+            str(layer.rank),
+            "-" if math.isnan(layer.error) else error_words(layer.error, 4),
+        )
+        for layer in layers
+    )
+    parts = [
+        f"# {one_line(name)}",
+        f"What {_code(tuned)} adds to {_code(base)}, as a LoRA adapter: low-rank pairs for {len(layers)} of its"
+        f" matrices, each with the least error of its rank. Made by {TAG}.",
+        _LOADING,
+        _python(
+            "import peft, transformers",
+            f"base = transformers.{_architecture(config)}.from_pretrained({json.dumps(base)}{at})",
+            f"model = peft.PeftModel.from_pretrained(base, {json.dumps(name)})",
+        ),
+        vllm,
+        "## Sizes",
+        _table(
+            ("", "weight files", "of the fine-tune"),
+            [
+                ("fine-tune", in_bytes(sizes.before), ""),
+                ("adapter", in_bytes(sizes.after), percent(sizes.after, sizes.before)),
+                ("base, needed beside it", in_bytes(base_bytes), ""),
+            ],
+        ),
+        "## Ranks",
+        _table(("layer", "shape", "rank", "error"), rows),
+        "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
+        " norm.",
+    ]
+    if saved:
+        parts.append(f"Saved whole: {', '.join(map(_code, saved))}.")
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, Any] | None, original: str) -> str:
+    """The card of the dense fine-tune that a base and a file of pairs make; `original` is the card of the base.
+
+    Its results and its training are those of other weights, so of its card only licence, language, data and task stay.
+    """
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=_repository(base),
+        base_model_relation="finetune",
+        tags=[TAG],
+        **_carried(original),
+    )
+    load = f"model = transformers.{_architecture(config)}.from_pretrained({json.dumps(name)})"
+    parts = [
+        f"# {one_line(name)}",
+        f"A fine-tune of {_code(base)}, put together from it and from the low-rank pairs of {_code(difference)} by"
+        f" {TAG}. Its weights are dense, and load as those of the base do.",
+        _LOADING,
+        _python(
+            "import transformers", f"model = transformers.{_architecture(config)}.from_pretrained({json.dumps(name)})"
+        ),
+    ]
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _carried(card: str) -> dict[str, Any]:
+    """What stays of a card's metadata, where it is text or a list of texts."""
+    metadata = front_matter(card)[0]
+    return {
+        key: value
+        for key in _CARRIED
+        if isinstance(value := metadata.get(key), str)
+        or (isinstance(value, list) and value and all(isinstance(each, str) for each in value))
+    }
+
+
+def _architecture(config: Mapping[str, Any] | None) -> str:
+    """The class of transformers that loads the weights beside a `config.json`."""
+    import transformers
+
+    named = (config or {}).get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    return architecture if architecture.isidentifier() and hasattr(transformers, architecture) else "AutoModel"
