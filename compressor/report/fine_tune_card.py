@@ -112,7 +112,6 @@ def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, 
         tags=[TAG],
         **_carried(original),
     )
-    load = f"model = transformers.{_architecture(config)}.from_pretrained({json.dumps(name)})"
     parts = [
         f"# {one_line(name)}",
         f"A fine-tune of {_code(base)}, put together from it and from the low-rank pairs of {_code(difference)} by"
