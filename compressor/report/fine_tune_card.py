@@ -117,9 +117,7 @@ def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, 
         f"A fine-tune of {_code(base)}, put together from it and from the low-rank pairs of {_code(difference)} by"
         f" {TAG}. Its weights are dense, and load as those of the base do.",
         _LOADING,
-        _python(
-            "import transformers", f"model = transformers.{_architecture(config)}.from_pretrained({json.dumps(name)})"
-        ),
+        _python("import transformers", load),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
