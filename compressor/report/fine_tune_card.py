@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCardData
 
 from compressor.recipe.card import front_matter
-from compressor.report.model_card import (
-    _LOADING,
+from compressor.report.card_parts import (
+    LOADING,
     TAG,
     TAGS,
-    _code,
-    _python,
-    _repository,
-    _table,
+    architecture_of,
+    code,
+    markdown_table,
+    python_block,
+    repository_name,
 )
 from compressor.report.wording import error_words, in_bytes, one_line, percent, shape_of
 
@@ -51,11 +52,11 @@ def adapter_card(
     of the pairs, `saved` the modules that are saved whole, and `vllm` says what vLLM makes of it.
     """
     carried = _carried(original)
-    if (config or {}).get("architectures") and _architecture(config).endswith("ForCausalLM"):
+    if (config or {}).get("architectures") and architecture_of(config).endswith("ForCausalLM"):
         carried.setdefault("pipeline_tag", "text-generation")
     data = ModelCardData(
         library_name="peft",
-        base_model=_repository(base),
+        base_model=repository_name(base),
         base_model_relation="adapter",
         tags=["lora", *TAGS],
         **carried,
@@ -63,7 +64,7 @@ def adapter_card(
     at = "" if revision is None else f", revision={json.dumps(revision)}"
     rows = (
         (
-            _code(layer.name),
+            code(layer.name),
             shape_of(layer.shape),
             str(layer.rank),
             "-" if math.isnan(layer.error) else error_words(layer.error, 4),
@@ -72,17 +73,17 @@ def adapter_card(
     )
     parts = [
         f"# {one_line(name)}",
-        f"What {_code(tuned)} adds to {_code(base)}, as a LoRA adapter: low-rank pairs for {len(layers)} of its"
+        f"What {code(tuned)} adds to {code(base)}, as a LoRA adapter: low-rank pairs for {len(layers)} of its"
         f" matrices, each with the least error of its rank. Made by {TAG}.",
-        _LOADING,
-        _python(
+        LOADING,
+        python_block(
             "import peft, transformers",
-            f"base = transformers.{_architecture(config)}.from_pretrained({json.dumps(base)}{at})",
+            f"base = transformers.{architecture_of(config)}.from_pretrained({json.dumps(base)}{at})",
             f"model = peft.PeftModel.from_pretrained(base, {json.dumps(name)})",
         ),
         vllm,
         "## Sizes",
-        _table(
+        markdown_table(
             ("", "weight files", "of the fine-tune"),
             [
                 ("fine-tune", in_bytes(sizes.before), ""),
@@ -91,12 +92,12 @@ def adapter_card(
             ],
         ),
         "## Ranks",
-        _table(("layer", "shape", "rank", "error"), rows),
+        markdown_table(("layer", "shape", "rank", "error"), rows),
         "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
         " norm.",
     ]
     if saved:
-        parts.append(f"Saved whole: {', '.join(map(_code, saved))}.")
+        parts.append(f"Saved whole: {', '.join(map(code, saved))}.")
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -107,17 +108,19 @@ def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, 
     """
     data = ModelCardData(
         library_name="transformers",
-        base_model=_repository(base),
+        base_model=repository_name(base),
         base_model_relation="finetune",
         tags=[TAG],
         **_carried(original),
     )
     parts = [
         f"# {one_line(name)}",
-        f"A fine-tune of {_code(base)}, put together from it and from the low-rank pairs of {_code(difference)} by"
+        f"A fine-tune of {code(base)}, put together from it and from the low-rank pairs of {code(difference)} by"
         f" {TAG}. Its weights are dense, and load as those of the base do.",
-        _LOADING,
-        _python("import transformers", load),
+        LOADING,
+        python_block(
+            "import transformers", f"model = transformers.{architecture_of(config)}.from_pretrained({json.dumps(name)})"
+        ),
     ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -131,12 +134,3 @@ def _carried(card: str) -> dict[str, Any]:
         if isinstance(value := metadata.get(key), str)
         or (isinstance(value, list) and value and all(isinstance(each, str) for each in value))
     }
-
-
-def _architecture(config: Mapping[str, Any] | None) -> str:
-    """The class of transformers that loads the weights beside a `config.json`."""
-    import transformers
-
-    named = (config or {}).get("architectures")
-    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    return architecture if architecture.isidentifier() and hasattr(transformers, architecture) else "AutoModel"

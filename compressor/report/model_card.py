@@ -10,7 +10,7 @@ import logging
 import math
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,16 @@ from compressor.checkpoint import hub_model
 from compressor.errors import BadInput
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.recipe.documents import read_text
+from compressor.report.card_parts import (
+    LOADING,
+    TAG,
+    TAGS,
+    architecture_of,
+    code,
+    markdown_table,
+    python_block,
+    repository_name,
+)
 from compressor.report.comparison import compression_rows, computed_rows
 from compressor.report.wording import (
     budget_words,
@@ -47,10 +57,7 @@ _LOGGER = logging.getLogger(__name__)
 CARD_FILE = "README.md"
 
 # By this tag a card is known to be one of ours.
-TAG = "lowrank-compressor"
-TAGS = ("low-rank", "compressed", TAG)
 
-_LOADING = "## How to load it"
 _LIBRARIES = ("lowrank-compressor", "torch", "transformers", "safetensors")
 # What a card says of the dense weights alone, and is not true of others.
 _OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
@@ -119,7 +126,7 @@ def model_card(
     parts = [
         f"# {one_line(name.rpartition('/')[2])}",
         _summary(compression, base_model),
-        _LOADING,
+        LOADING,
         _loading(name, config),
         "## Before and after",
         _sizes(compression),
@@ -131,10 +138,10 @@ def model_card(
     lines = hyperparameter_lines(compression.recipe)
     if lines:
         sources = recipe_sources(compression.recipe)
-        said = f"What is known of how {_code(base_model)} was trained" + (f", from {sources}" if sources else "")
+        said = f"What is known of how {code(base_model)} was trained" + (f", from {sources}" if sources else "")
         parts += ["### Training hyperparameters", said + ":", "\n".join(lines)]
     if text.strip():
-        parts += [f"## Card of {_code(base_model)}", "What follows is about the dense model.", text.strip()]
+        parts += [f"## Card of {code(base_model)}", "What follows is about the dense model.", text.strip()]
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -162,11 +169,11 @@ def describe_remote(folder: Path, *, auto_class: str, name: str) -> None:
 
 def remote_card(card: str, *, auto_class: str, name: str) -> str:
     """The card of a compressed folder for one that brings the code of its layers along; others as they are."""
-    load = _python(
+    load = python_block(
         "import transformers  # the code of the low-rank layers is in this folder",
         f"model = transformers.{auto_class}.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
     )
-    return _otherwise_loaded(card, f"{_LOADING}\n\n{load}\n\n")
+    return _otherwise_loaded(card, f"{LOADING}\n\n{load}\n\n")
 
 
 def _otherwise_loaded(card: str, said: str) -> str:
@@ -174,7 +181,7 @@ def _otherwise_loaded(card: str, said: str) -> str:
     tags = front_matter(card)[0].get("tags")
     if not isinstance(tags, list) or TAG not in tags:
         return card
-    return re.sub(rf"^{_LOADING}\n.*?(?=^## )", lambda _: said, card, count=1, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(rf"^{LOADING}\n.*?(?=^## )", lambda _: said, card, count=1, flags=re.DOTALL | re.MULTILINE)
 
 
 def _metadata(
@@ -194,7 +201,7 @@ def _metadata(
             results = {"model_name": one_line(name.rpartition("/")[2]), "eval_results": [_result(evaluation)]}
     kept.setdefault("library_name", "pytorch" if config is None else "transformers")
     own = ModelCardData(
-        base_model=_repository(base_model),
+        base_model=repository_name(base_model),
         base_model_relation="quantized",
         tags=list(dict.fromkeys([*_texts(carried.get("tags")), *TAGS])),
         **results,
@@ -260,11 +267,6 @@ def _texts(value: object) -> list[str]:
     return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
-def _repository(name: str) -> str:
-    """A name in the characters that names of the hub have."""
-    return re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w./-]", "-", name, flags=re.ASCII)).strip("-.")[:96] or "model"
-
-
 def without_folders(data: str) -> str:
     """What some data are called, without the folders that a file lies in."""
     return Path(data).name
@@ -274,7 +276,7 @@ def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
     low_rank = sum(layer.rank is not None for layer in plan.layers)
     return (
-        f"{_code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
+        f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
         f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
         f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}. Made by lowrank-compressor."
     )
@@ -283,23 +285,14 @@ def _summary(compression: Compression, base_model: str) -> str:
 def _loading(name: str, config: Mapping[str, Any] | None) -> str:
     quoted = json.dumps(name, ensure_ascii=False)  # a string of JSON is one of Python
     if config is None:
-        return _python(
+        return python_block(
             "from compressor.evaluation import load_model",
             f"model = load_model({quoted}, build_model)  # the function that builds the architecture",
         )
-    import transformers
-
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-    known = architecture.isidentifier() and hasattr(transformers, architecture)
-    return _python(
+    return python_block(
         "import compressor, transformers  # pip install lowrank-compressor; transformers learns of the format",
-        f"model = transformers.{architecture if known else 'AutoModel'}.from_pretrained({quoted})",
+        f"model = transformers.{architecture_of(config)}.from_pretrained({quoted})",
     )
-
-
-def _python(*lines: str) -> str:
-    return "\n".join(("```python", *lines, "```"))
 
 
 def _sizes(compression: Compression) -> str:
@@ -307,12 +300,12 @@ def _sizes(compression: Compression) -> str:
     rows = compression_rows(replace(compression, evaluation=None))
     if evaluation is not None:
         rows += computed_rows(evaluation)
-    table = _table(
+    table = markdown_table(
         ("", "before", "after", "compared"), ((row.label, row.before, row.after, row.compared) for row in rows)
     )
     if evaluation is None:
         return f"{table}\n\nQuality was not measured."
-    return f"{table}\n\nMeasured on {_code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
+    return f"{table}\n\nMeasured on {code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
 
 
 def _plan(plan: Plan) -> str:
@@ -323,7 +316,7 @@ def _plan(plan: Plan) -> str:
         said.append(f"Search: {search_words(replace(plan.search, data=without_folders(plan.search.data)))}.")
     rows = (
         (
-            _code(layer.name),
+            code(layer.name),
             shape_of(layer.shape),
             "-" if layer.rank is None else str(layer.rank),
             layer.form,
@@ -333,7 +326,7 @@ def _plan(plan: Plan) -> str:
         )
         for layer in plan.layers
     )
-    said.append(_table(("layer", "shape", "rank", "form", "kept", "error", "why"), rows))
+    said.append(markdown_table(("layer", "shape", "rank", "form", "kept", "error", "why"), rows))
     metric = "in the metric of the loss" if plan.calibration is not None else "in the Frobenius norm"
     said.append(f"Shape is outputs x inputs; error is relative, {metric}.")
     return "\n\n".join(said)
@@ -352,13 +345,3 @@ def _making(compression: Compression, commit: str | None) -> str:
             "\n".join([*used, f"- Python {platform.python_version()}"]),
         )
     )
-
-
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _code(name: str) -> str:
-    """A name that somebody chose, as code in a line or a table, which it cannot leave."""
-    return f"`{one_line(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"

@@ -1,0 +1,44 @@
+"""What the cards of models are put together from: pieces of Markdown, and names that a card may hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from compressor.report.wording import one_line
+
+TAG = "lowrank-compressor"
+TAGS = ("low-rank", "compressed", TAG)
+
+LOADING = "## How to load it"
+
+
+def repository_name(name: str) -> str:
+    """A name in the characters that names of the hub have."""
+    return re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w./-]", "-", name, flags=re.ASCII)).strip("-.")[:96] or "model"
+
+
+def python_block(*lines: str) -> str:
+    """Lines of Python as a block of Markdown."""
+    return "\n".join(("```python", *lines, "```"))
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def code(name: str) -> str:
+    """A name that somebody chose, as code in a line or a table, which it cannot leave."""
+    return f"`{one_line(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def architecture_of(config: Mapping[str, Any] | None) -> str:
+    """The class of transformers that loads the weights beside a `config.json`."""
+    import transformers
+
+    named = (config or {}).get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+    return architecture if architecture.isidentifier() and hasattr(transformers, architecture) else "AutoModel"
