@@ -145,7 +145,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
                 verbose=False,
             )
             assert program is not None
-            program.save(str(path), external_data=False)
+            path.write_bytes(_without_traces(program.model_proto).SerializeToString())
         except Exception as error:  # the exporter has an exception of its own for each of its steps
             cause = error.__cause__ or error
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -154,6 +154,15 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
                 remedy="export it with --to dense, and from there with its own exporter",
             ) from error
     return _checked(wrapped, inputs, path)
+
+
+def _without_traces(model: Any) -> Any:
+    """The ONNX model without the exporter's notes: stack traces with this machine's paths, longer than the weights."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    return model
 
 
 def _dynamic_axes(name: str) -> dict[int, Any]:

@@ -83,6 +83,17 @@ def test_a_perceptron_of_a_file(networks: Path, tmp_path: Path, capsys: pytest.C
     assert products(path) == expected
 
 
+def test_the_file_is_weights_and_graph_and_names_no_path(small_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    export(small_llama, to="onnx", output=path)
+    model = onnx.load(path)
+    weights = sum(len(each.raw_data) for each in model.graph.initializer)
+    assert weights > 0
+    assert path.stat().st_size < weights + 600 * len(model.graph.node)
+    assert str(Path(torch.__file__).parents[1]).encode() not in path.read_bytes()
+    assert b".py" not in path.read_bytes()
+
+
 def test_convolutions_want_the_shape_of_an_input(networks: Path, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
     exec(NETWORKS, namespace)
