@@ -16,7 +16,8 @@ numbers. Networks of AdamW are added here.
 
 `merging`: `merging.py`, the sum of networks and networks side by side over depth, weight decay and input overlap.
 
-Accuracies are of the validation and test splits together; nothing was trained on them or chosen by them. `--quick`
+Accuracies are of the validation and test splits together; nothing was trained on them, but the least K at which the
+window rule decides was chosen by them. `--quick`
 takes one seed and a corner of the grid. Writes theory-ranks.json and .svg, theory-rules.json and .svg, merging.json and
 .svg to benchmarks/results (with `--quick` to FOLDER only, which is then needed), and prints the tables of the README.
 """

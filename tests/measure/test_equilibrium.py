@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from compressor.measure import equilibrium_norm
+from compressor.measure.equilibrium import ARRIVED
 from compressor.recipe import TrainingRecipe
 
 RATE, DECAY, STEPS = 0.1, 0.05, 1500
@@ -27,8 +29,8 @@ def recipe_of(name: str, **more: object) -> TrainingRecipe:
     return TrainingRecipe.from_dict(RECIPES[name].to_dict() | common | more)
 
 
-def settled(recipe: TrainingRecipe, start: float) -> tuple[float, float]:
-    """The root mean square of the norm over the second half of a run, and the mean of E||g||^2 ||W||^2 there.
+def settled(recipe: TrainingRecipe, start: float, steps: int = STEPS, last: int = STEPS // 2) -> tuple[float, float]:
+    """The root mean square of the norm over the last steps of a run, and the mean of E||g||^2 ||W||^2 there.
 
     The loss is of the direction of the matrix alone, and every step sees other data.
     """
@@ -43,13 +45,13 @@ def settled(recipe: TrainingRecipe, start: float) -> tuple[float, float]:
         dampening=recipe.dampening or 0.0,
         nesterov=bool(recipe.nesterov),
     )
-    noise = torch.randn(STEPS, 8, 8, dtype=torch.float64, generator=generator)
+    noise = torch.randn(steps, 8, 8, dtype=torch.float64, generator=generator)
     norms, strengths = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         (noise[step] * weight / weight.norm()).sum().backward()
         assert weight.grad is not None
-        if step >= STEPS // 2:
+        if step >= steps - last:
             norms.append(float(weight.detach().square().sum()))
             strengths.append(float(weight.grad.square().sum()) * norms[-1])
         with torch.no_grad():
@@ -68,6 +70,14 @@ def test_a_run_comes_to_the_norm_that_is_predicted_wherever_it_starts(name: str,
     # The prediction is of the data and the recipe: it is the same from a matrix at any other norm.
     elsewhere = equilibrium_norm(recipe, 7 * norm, strength / (7 * norm) ** 2)
     assert elsewhere.predicted == pytest.approx(found.predicted)
+
+
+def test_a_norm_that_started_far_too_large_has_arrived_once_one_is_predicted() -> None:
+    norm, strength = settled(recipe_of("plain"), 3.0)
+    steps = math.ceil(ARRIVED / (RATE * DECAY)) + 1
+    assert equilibrium_norm(recipe_of("plain", steps=steps), norm, strength / norm**2).reason == ""
+    by_then, _ = settled(recipe_of("plain"), 5 * norm / 8, steps, last=10)  # a matrix of 8 x 8 has the norm 8 * start
+    assert by_then == pytest.approx(norm, rel=0.1)
 
 
 def test_plain_and_heavy_ball_have_the_published_closed_forms() -> None:
