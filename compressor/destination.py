@@ -63,6 +63,13 @@ def staged_output(target: Path, checkpoint: Checkpoint, overwrite: bool) -> Iter
         with output_folder(target, copy_from=checkpoint.folder, overwrite=overwrite) as folder:
             yield folder
         return
+    with staged_file(target) as staged:
+        yield staged
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """A file to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
     staged = hidden_sibling(target).with_suffix(target.suffix)
     try:
         yield staged

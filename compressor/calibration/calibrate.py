@@ -23,7 +23,6 @@ from compressor.calibration.criterion import (
     criterion_of,
     divergence,
     hidden_rows,
-    kept_rows,
     outputs_of,
     sampled_loss,
 )
@@ -35,7 +34,7 @@ from compressor.errors import BadInput
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.inspection import Progress
-from compressor.measure.moments import MomentPass, Moments, collect_moments, shrunk
+from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, shrunk
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.rewrite import put_layer

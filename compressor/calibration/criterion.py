@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.evaluation.inference import forward_call
-from compressor.measure.moments import kept_vectors
+from compressor.measure.moments import kept_rows
 
 Criterion = Literal["likelihood", "outputs"]
 
@@ -122,11 +122,6 @@ def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tens
     dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
     # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
     return torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0).sum()
-
-
-def kept_rows(outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Outputs as one row for every prediction, `(predictions, classes)`, without those at padding."""
-    return kept_vectors(outputs.flatten(0, -2), outputs, masks)
 
 
 def hidden_rows(hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -15,12 +15,11 @@ from compressor.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
     check_output,
-    hidden_sibling,
     local_model,
     open_checkpoint,
     parse_size,
 )
-from compressor.destination import form_of, shard_limit, staged_output, target_of
+from compressor.destination import form_of, shard_limit, staged_file, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
@@ -230,12 +229,8 @@ def _to_onnx(
     config = getattr(module, "config", None)
     size = None if config is None else image_size(config, folder_of(checkpoint))
     inputs = example_inputs(module, size, input_shape)
-    staged = hidden_sibling(target).with_suffix(".onnx")
-    try:
+    with staged_file(target) as staged:
         difference = write_onnx(module, inputs, staged)
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
     return target, difference
 
 

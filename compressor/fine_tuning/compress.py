@@ -17,7 +17,6 @@ from compressor.checkpoint import (
     Layer,
     TensorInfo,
     check_output,
-    hidden_sibling,
     hub_model,
     module_skeleton,
     open_checkpoint,
@@ -25,7 +24,7 @@ from compressor.checkpoint import (
     safetensors_size,
     write_json,
 )
-from compressor.destination import target_of
+from compressor.destination import staged_file, target_of
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, load_model
 from compressor.fine_tuning.adaptation import (
@@ -214,13 +213,9 @@ def _write(
     if stored.adapter is not None:
         write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
         return
-    staged = hidden_sibling(target).with_suffix(".safetensors")
-    try:
+    with staged_file(target) as staged:
         tensors = pair_file_tensors(adaptation, device, done)
         write_weights(staged, stored.infos, tensors, adaptation_metadata(adaptation), None)
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def write_adapter(

@@ -192,6 +192,11 @@ def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Te
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def kept_rows(tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """A tensor as one row for every position, `(positions, size)`, without those at padding."""
+    return kept_vectors(tensor.flatten(0, -2), tensor, masks)
+
+
 def patches(layer: nn.Module) -> Hashable:
     """What two layers must have in common to see one input as the same vectors."""
     if isinstance(layer, _TRANSPOSED):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.measure.moments import kept_vectors
+from compressor.measure.moments import kept_rows
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class EmbeddingCollector:
             made = part()
             if not logits:
                 return made
-            self._predictions += len(_kept(made, masks))
+            self._predictions += len(kept_rows(made, masks))
             for name, outputs in self._outputs.items():
                 self._weigh_classes(name, made, outputs)
             return made
@@ -141,7 +141,7 @@ class EmbeddingCollector:
             if not self._lookups:
                 return output
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            kept = _kept(tokens[..., None], self._masks).flatten()
+            kept = kept_rows(tokens[..., None], self._masks).flatten()
             assert isinstance(layer.weight, Tensor)
             counts = torch.bincount(kept, minlength=layer.weight.shape[0])
             self._add(name, "tokens", counts.to(torch.float64), kept.numel())
@@ -173,14 +173,14 @@ class EmbeddingCollector:
             if output.shape != made.shape or not output.requires_grad:
                 continue
             [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
-            chances = _kept(made.detach().float().softmax(-1), self._masks)
+            chances = kept_rows(made.detach().float().softmax(-1), self._masks)
             chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
-            weighted = chances * _kept(slope, self._masks).float().square()
+            weighted = chances * kept_rows(slope, self._masks).float().square()
             self._add(name, "chances", chances.sum(0, dtype=torch.float64), len(chances))
             self._add(name, "logits", weighted.sum(0, dtype=torch.float64), len(chances))
 
     def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
-        vectors = _kept(vectors, self._masks).float()
+        vectors = kept_rows(vectors, self._masks).float()
         product = (vectors.T @ vectors).to(torch.float64)
         if not torch.isfinite(product).all():
             raise BadInput(
@@ -192,8 +192,3 @@ class EmbeddingCollector:
     def _add(self, name: str, what: str, values: Tensor, positions: int) -> None:
         self._sums[name, what] = self._sums[name, what] + values if (name, what) in self._sums else values
         self._positions[name, what] = self._positions.get((name, what), 0) + positions
-
-
-def _kept(vectors: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """One vector a row, without those at padding."""
-    return kept_vectors(vectors.reshape(-1, vectors.shape[-1]), vectors, masks)

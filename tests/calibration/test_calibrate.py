@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress
 from compressor.calibration import Calibration, held_back_loss
-from compressor.calibration.criterion import kept_rows, outputs_of, sampled_loss
+from compressor.calibration.criterion import outputs_of, sampled_loss
 from compressor.calibration.segments import Segments
 from compressor.evaluation import Batch
+from compressor.measure.moments import kept_rows
 
 
 def uncut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import OpenedPage, contrast, in_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from safetensors.torch import save_file
 
 import compressor
@@ -37,9 +37,6 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.explorer import EPSILON, LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\""
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with 'make chromium'")
 
 
 def constant(training: SimulatedTraining) -> TrainingRecipe:
@@ -185,27 +182,11 @@ def test_the_command_says_what_it_wrote_and_fails_in_one_line(
 # The browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # A container's root has no sandbox to run in.
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-class Opened:
-    """A page in a browser without a network, with all it asked for and all that went wrong."""
+class Opened(OpenedPage):
+    """The explorer in a browser."""
 
     def __init__(self, browser: Browser, path: Path, **options: Any) -> None:
-        self.context = browser.new_context(offline=True, **{"viewport": {"width": 1280, "height": 900}, **options})
-        self.page: Page = self.context.new_page()
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: self.errors.append(message.text))
-        self.page.goto(path.as_uri())
+        super().__init__(browser, path, **options)
         self.settle()
 
     def state(self) -> dict[str, Any]:
@@ -417,18 +398,6 @@ def test_tab_reaches_every_control_and_each_has_a_name(opened: Opened) -> None:
     assert set(visible.evaluate_all("all => all.map(e => e.id || e.textContent)")) <= reached
     for slider in opened.page.get_by_role("slider").all():
         assert slider.evaluate("e => e.labels[0].textContent.length") > 4
-
-
-def contrast(first: str, second: str) -> float:
-    """The contrast ratio of WCAG 2.1 of two colours written #rrggbb."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @in_browser

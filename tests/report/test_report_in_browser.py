@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from browsing import OpenedPage, contrast, in_browser
+from playwright.sync_api import Browser
 from safetensors.torch import save_file
 
 import compressor
@@ -22,10 +20,6 @@ from compressor.report.figures import RankMarks, curve_figure, ranks_figure
 from compressor.report.html import report_page
 from compressor.report.losses import curve_points
 from compressor.results import Compression
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with 'make chromium'")
 
 PHONE, DESK = 380, 1280
 
@@ -128,38 +122,15 @@ def test_bars_of_ranks_are_in_proportion_to_the_ranks(compression: Compression) 
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # A container's root has no sandbox to run in.
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def path(calibrated: Compression, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(calibrated, path, overwrite=False)
     return path
 
 
-class Opened:
-    """A page in a browser without a network, with all it asked for and all that went wrong."""
-
-    def __init__(self, browser: Browser, path: Path, width: int = DESK, scheme: Any = "light") -> None:
-        self.context = browser.new_context(offline=True, viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.page: Page = self.context.new_page()
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: self.errors.append(message.text))
-        self.page.goto(path.as_uri())
-
-
 @in_browser
 def test_one_file_is_asked_for_and_nothing_goes_wrong(browser: Browser, path: Path) -> None:
-    opened = Opened(browser, path)
+    opened = OpenedPage(browser, path)
     assert opened.requests == [path.as_uri()]
     assert opened.errors == []
     assert opened.page.locator("svg").count() == 4 + 7
@@ -169,7 +140,7 @@ def test_one_file_is_asked_for_and_nothing_goes_wrong(browser: Browser, path: Pa
 @in_browser
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_nothing_is_wider_than_the_screen_but_what_can_be_scrolled(browser: Browser, path: Path, width: int) -> None:
-    opened = Opened(browser, path, width)
+    opened = OpenedPage(browser, path, width)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
     boxes = opened.page.locator("h1, h2, p, figure, figure svg, .scroll").evaluate_all(
         "all => all.map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
@@ -182,7 +153,7 @@ def test_nothing_is_wider_than_the_screen_but_what_can_be_scrolled(browser: Brow
 @in_browser
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_labels_of_figures_are_large_enough_and_apart(browser: Browser, path: Path, width: int) -> None:
-    opened = Opened(browser, path, width)
+    opened = OpenedPage(browser, path, width)
     figures = opened.page.locator("svg").evaluate_all(
         """all => all.map(svg => Array.from(svg.querySelectorAll('text')).map(text => {
             const box = text.getBoundingClientRect();
@@ -200,23 +171,11 @@ def test_labels_of_figures_are_large_enough_and_apart(browser: Browser, path: Pa
     opened.context.close()
 
 
-def contrast(first: str, second: str) -> float:
-    """The contrast ratio of WCAG 2.1 of two colours written #rrggbb."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @in_browser
 def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path) -> None:
     seen = []
     for scheme in ("light", "dark"):
-        opened = Opened(browser, path, scheme=scheme)
+        opened = OpenedPage(browser, path, color_scheme=scheme)
         colour = opened.page.evaluate(
             "names => Object.fromEntries(names.map("
             "n => [n, getComputedStyle(document.documentElement).getPropertyValue('--' + n)]))",
@@ -233,7 +192,7 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
 
 @in_browser
 def test_what_is_too_wide_can_be_reached_named_and_scrolled_from_the_keyboard(browser: Browser, path: Path) -> None:
-    opened = Opened(browser, path, PHONE)
+    opened = OpenedPage(browser, path, PHONE)
     regions = opened.page.get_by_role("region")
     names = regions.evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
     assert len(set(names)) == len(names) == opened.page.locator(".scroll").count() > 3
@@ -258,7 +217,7 @@ def test_what_is_too_wide_can_be_reached_named_and_scrolled_from_the_keyboard(br
 
 @in_browser
 def test_figures_have_names_and_headings_are_in_order(browser: Browser, path: Path) -> None:
-    opened = Opened(browser, path)
+    opened = OpenedPage(browser, path)
     labels = opened.page.locator("svg").evaluate_all("all => all.map(e => [e.getAttribute('role'), e.ariaLabel])")
     assert all(role == "img" and label for role, label in labels)
     assert opened.page.locator("h1").count() == 1
