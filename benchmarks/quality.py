@@ -369,7 +369,7 @@ OURS: dict[str, Method] = {
     "ours with plain pairs": partial(ours, form="plain"),
     "ours with channel pairs": partial(ours, constants={"compressor.inspection.pair_forms": without_spatial_pairs}),
     "ours without data": partial(ours, calibration=None),
-    "ours, refined": partial(ours, refine=True),
+    "ours without refinement": partial(ours, refine=False),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,
 }
 METHODS = PUBLISHED | OURS

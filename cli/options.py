@@ -108,9 +108,9 @@ CalibrationSamples = Annotated[
 Refine = Annotated[
     bool,
     typer.Option(
-        "--refine",
-        help="Also fit the factors, a block at a time, to what the dense model makes of the calibration data: slower, "
-        "and kept only where the examples held back agree.",
+        "--refine/--no-refine",
+        help="Last, fit the factors, a block at a time, to what the dense model makes of the calibration data: kept "
+        "only where the examples held back agree. Without it is faster.",
         rich_help_panel=CALIBRATION,
     ),
 ]

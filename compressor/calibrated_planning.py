@@ -19,6 +19,7 @@ from compressor.calibration import (
     recalibrate,
     uncompensated,
 )
+from compressor.calibration import refine as fitted_to_dense
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
@@ -104,7 +105,7 @@ def plan_ranks(
     progress: Progress | None = None,
     *,
     weighted: Sequence[MeasuredLayer] | None = None,
-    refine: bool = False,
+    refine: bool = True,
 ) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
@@ -151,7 +152,7 @@ def plan_ranks(
         except BadInput as error:  # what was found without a stage stands
             logger.info("no stage: %s", error)
     if refine:
-        best = min(best, best.refined(progress), key=lambda found: found.loss)
+        best = min(best, best.fitted(progress), key=lambda found: found.loss)
     if not math.isfinite(best.loss):
         raise NotFinite(
             "the compressed model's predictions on the calibration data are not finite",
@@ -165,6 +166,7 @@ def plan_ranks(
         predicted_loss=best.predicted,
         held_back_loss=best.loss,
         capped=best.capped,
+        refined=best.refined,
     )
     plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
     return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics), weighted)
@@ -194,6 +196,7 @@ class _Candidate:
     loss: float
     solution: Compensated = field(default_factory=lambda: Compensated({}, {}))
     capped: bool = False
+    refined: bool = False
 
     @property
     def kept(self) -> float:
@@ -206,8 +209,8 @@ class _Candidate:
     def with_solution(self, solution: Compensated) -> _Candidate:
         return replace(self, solution=solution, loss=held_back_loss(self.calibrated, solution.modules))
 
-    def refined(self, progress: Progress | None) -> _Candidate:
-        return self.with_solution(compensate(self.calibrated, self.layers, progress, refine=True))
+    def fitted(self, progress: Progress | None) -> _Candidate:
+        return replace(self.with_solution(fitted_to_dense(self.calibrated, self.solution, progress)), refined=True)
 
 
 @dataclass(frozen=True)

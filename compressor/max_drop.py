@@ -50,7 +50,7 @@ def plan_within_drop(
     device: torch.device,
     progress: Progress | None,
     *,
-    refine: bool = False,
+    refine: bool = True,
 ) -> PlannedModel:
     """The smallest plan found whose model is at most the budget worse than `dense` on `data`.
 

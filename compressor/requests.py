@@ -46,8 +46,11 @@ def require_what_is_needed(
     refine: bool,
 ) -> None:
     """Raise `BadInput` where an option lacks another without which it means nothing."""
-    if refine and calibration is None:
-        raise BadInput("--refine fits to calibration data, and none were given", remedy="pass --calibration DATA")
+    if not refine and calibration is None:
+        raise BadInput(
+            "--no-refine is about calibration data, and none were given",
+            remedy="pass --calibration DATA, or leave it out",
+        )
     if budget is not None and budget.kind == "max-drop" and data is None:
         raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
     if calibration is not None and (budget is None or budget.kind == "tolerance"):
@@ -84,7 +87,7 @@ def require_fine_tune(
     """Raise `BadInput` for what is not done to differences to a base."""
     for given, what in (
         (budget is not None and budget.kind == "max-drop", "--max-drop"),
-        (refine, "--refine"),
+        (not refine, "--no-refine"),
         (calibration is not None, "--calibration"),
         (calibration_samples != CALIBRATION_SAMPLES, "--calibration-samples"),
         (calibration_sequence_length is not None, "the length of calibration's windows"),

@@ -471,9 +471,9 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
         with left_as_it_was(model):
             if runs < 10**6:
                 with pytest.raises(RuntimeError, match="no more"):
-                    compress(model, keep=0.5, calibration=batches, refine=True)
+                    compress(model, keep=0.5, calibration=batches)
             else:
-                small: Any = compress(model, keep=0.5, calibration=batches, refine=True).model
+                small: Any = compress(model, keep=0.5, calibration=batches).model
                 assert {tensor.dtype for tensor in small.state_dict().values()} <= {torch.bfloat16, torch.int32}
                 assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
                 assert small.training

@@ -3,6 +3,7 @@
 from compressor.calibration.calibrate import Calibration, calibrate, held_back_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.examples import CalibrationData, split_examples
+from compressor.calibration.refinement import refine
 
 __all__ = [
     "Calibration",
@@ -12,6 +13,7 @@ __all__ = [
     "compensate",
     "held_back_loss",
     "recalibrate",
+    "refine",
     "split_examples",
     "uncompensated",
 ]

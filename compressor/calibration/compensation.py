@@ -13,20 +13,17 @@ batch normalisation move in the same walk by as much as their inputs moved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compressor.calibration.calibrate import Calibration, entering, frozen, with_layers
-from compressor.calibration.criterion import divergence, hidden_rows
-from compressor.calibration.refinement import fit_to_dense
+from compressor.calibration.calibrate import Calibration, entering, with_layers
 from compressor.checkpoint import Layer, SeparateExperts
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
@@ -41,11 +38,12 @@ from compressor.rewrite import (
     as_matrix,
     factors_of,
     filled_layer,
-    join,
 )
 
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+
+ALL = slice(None)  # the rows of a batch
 
 
 @dataclass(frozen=True)
@@ -102,14 +100,11 @@ def compensate(
     calibration: Calibration,
     planned: Sequence[LayerPlan],
     progress: Progress | None = None,
-    *,
-    refine: bool = False,
 ) -> Compensated:
     """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
 
     Embeddings are given the same tokens whatever was done to other layers, so there is nothing to make good in them,
     and of the parameters of modules it is not known what they are given.
-    With `refine` the factors of every segment are then fitted to what the dense one puts out.
     """
     low_rank = [plan for plan in planned if plan.rank is not None]
     as_they_are = [plan for plan in low_rank if calibration.layers[plan.name].kind in ("embedding", "parameter")]
@@ -122,8 +117,7 @@ def compensate(
     segments = calibration.segments
     with prepared(calibration.device, calibration.model):
         for segment in range(segments.count):
-            groups = _groups(calibration, segment, left)
-            for group in groups:
+            for group in groups_run(calibration, segment, left):
                 left -= set(group)
                 first = calibration.model.get_submodule(group[0])
                 fitted, held = (
@@ -142,63 +136,13 @@ def compensate(
                         factors[name] = _refitted(calibration, layer, plan, fitted, held)
                     low_rank_layer = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
                     modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
-            inside = {place: modules[place] for group in groups for place in group if place in places}
-            if refine and inside:
-                _refine(calibration, segment, modules, inside)
-                for place, module in inside.items():
-                    name = places[place]
-                    factors[name] = replace(factors[name], tensors=_tensors(name, module))
             if segment < segments.count - 1:
-                _advance(calibration, segment, modules)
+                advance(calibration, segment, modules)
             if progress:
-                progress("refine" if refine else "compensate", segment + 1, segments.count)
+                progress("compensate", segment + 1, segments.count)
     # What the first calibration batch does not pass through is truncated as it is.
     rest = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
     return Compensated({**factors, **rest.factors}, {**modules, **rest.modules})
-
-
-def _refine(
-    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
-) -> None:
-    """Fit the low-rank layers inside a segment to the outputs of the dense segment, in the metric of the loss."""
-    last = segment == calibration.segments.count - 1
-    metric = None if last else calibration.spool.get(("boundary", segment + 1), calibration.device)["gradients"].float()
-
-    def target(part: str, index: int) -> Tensor:
-        if not last:
-            return calibration.spool.get(("dense", part, segment + 1, index), calibration.device)["hidden"]
-        return _run(calibration, segment, part, index, {})
-
-    def cost(part: str, index: int) -> tuple[Tensor, int]:
-        masks = _batches(calibration, part)[index].masks
-        with torch.no_grad():
-            before = target(part, index)
-        after = _run(calibration, segment, part, index, modules)
-        if metric is None:
-            return divergence(before, after, masks, calibration.criterion)
-        change = hidden_rows(after, masks) - hidden_rows(before, masks)
-        return (change @ metric * change).sum(), change.shape[0]
-
-    def losses() -> Iterator[Callable[[], Tensor]]:
-        for index in range(len(calibration.data.fitted)):
-            yield partial(_mean, partial(cost, "fitted", index))
-
-    def held_back_error() -> float:
-        with torch.no_grad():
-            costs = [cost("held back", index) for index in range(len(calibration.data.held_back))]
-        return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
-
-    with frozen(calibration.model):
-        fit_to_dense(inside, losses, held_back_error, calibration.seed)
-
-
-def _mean(cost: Callable[[], tuple[Tensor, int]]) -> Tensor:
-    total, rows = cost()
-    return total / rows
-
-
-def _tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    return {join(name, key): tensor.detach().clone() for key, tensor in module.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -318,7 +262,7 @@ def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:
     }
 
 
-def _groups(calibration: Calibration, segment: int, places: Iterable[str]) -> list[list[str]]:
+def groups_run(calibration: Calibration, segment: int, places: Iterable[str]) -> list[list[str]]:
     """Those of the places that a segment runs, in order, layers that are given one tensor together.
 
     Every batch normalisation is a group of its own.
@@ -354,7 +298,7 @@ def _statistics(
     """
     sums: list[Tensor] | None = None
     count = 0
-    for index, batch in enumerate(_batches(calibration, part)):
+    for index, batch in enumerate(batches_of(calibration, part)):
         dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
         together = _of_the_same_positions(dense, compressed)
         if together is None:
@@ -424,7 +368,7 @@ def _given(
         stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         if experts is not None:
             stack.callback(experts.register_forward_pre_hook(note_routes, with_kwargs=True).remove)
-        _run(calibration, segment, part, index, modules)
+        run_segment(calibration, segment, part, index, modules)
     return calls
 
 
@@ -438,27 +382,37 @@ def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | No
     return None, -1
 
 
-def _run(calibration: Calibration, segment: int, part: str, index: int, modules: Mapping[str, nn.Module]) -> Tensor:
-    """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input."""
-    batch = _batches(calibration, part)[index]
+def run_segment(
+    calibration: Calibration,
+    segment: int,
+    part: str,
+    index: int,
+    modules: Mapping[str, nn.Module],
+    rows: slice = ALL,
+) -> Tensor:
+    """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input.
+
+    `rows` are the examples of the batch.
+    """
     hidden: Tensor | None
     if modules and segment > 0 and ("compressed", part, index) in calibration.spool:
         hidden = calibration.spool.get(("compressed", part, index), calibration.device)["hidden"]
     else:
         hidden = entering(calibration, part, segment, index)
+    batch = batches_of(calibration, part)[index][rows]
     with with_layers(calibration.model, modules) as model:
-        return calibration.segments.run(model, segment, batch, hidden)
+        return calibration.segments.run(model, segment, batch, None if hidden is None else hidden[rows])
 
 
-def _advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
+def advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
     """Leave on disk what the compressed segment hands to the next."""
     for part in ("fitted", "held back"):
-        for index in range(len(_batches(calibration, part))):
-            hidden = _run(calibration, segment, part, index, modules)
+        for index in range(len(batches_of(calibration, part))):
+            hidden = run_segment(calibration, segment, part, index, modules)
             calibration.spool.put(("compressed", part, index), hidden=hidden)
 
 
-def _batches(calibration: Calibration, part: str) -> Sequence[Batch]:
+def batches_of(calibration: Calibration, part: str) -> Sequence[Batch]:
     return calibration.data.fitted if part == "fitted" else calibration.data.held_back
 
 

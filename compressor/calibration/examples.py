@@ -32,11 +32,11 @@ class CalibrationData:
 
     @property
     def examples(self) -> int:
-        return sum(map(_examples, self.fitted))
+        return sum(batch.examples for batch in self.fitted)
 
     @property
     def held_back_examples(self) -> int:
-        return sum(map(_examples, self.held_back))
+        return sum(batch.examples for batch in self.held_back)
 
 
 def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationData:
@@ -76,7 +76,7 @@ def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = N
     batches: list[Batch] = []
     for each in data:
         batches.append(_as_batch(each))
-        if samples is not None and len(batches) > 1 and sum(map(_examples, batches)) >= samples:
+        if samples is not None and len(batches) > 1 and sum(batch.examples for batch in batches) >= samples:
             break
     if len(batches) < 2:
         raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
@@ -120,7 +120,3 @@ def _as_batch(given: Any) -> Batch:
         inputs,
         labels if isinstance(labels, Tensor) and classes else torch.empty(0),
     )
-
-
-def _examples(batch: Batch) -> int:
-    return len(next(iter(batch.inputs.values())))

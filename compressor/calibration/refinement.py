@@ -1,71 +1,158 @@
-"""The factors of one segment fitted to what the dense segment puts out, by gradient descent.
+"""The factors of one segment after the other fitted to what the dense segment puts out, by gradient descent.
 
 Compensation solves for one layer at a time and for what is linear in it; the fit moves all factors of a segment
 together, through its nonlinearities, on the inputs that the compressed model gives it. It overfits a little data within
-a few passes, so it stops, and returns to the best factors so far, when the examples held back say so.
+a few passes, so a pass after which the examples held back lose more is undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-# Adam's step, relative to the root mean square of each tensor; it is cut where a pass does not help.
+from compressor.calibration.calibrate import Calibration, entering, frozen
+from compressor.calibration.compensation import ALL, Compensated, advance, batches_of, groups_run, run_segment
+from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.evaluation import prepared
+from compressor.inspection import Progress
+from compressor.rewrite import join
+
+# Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
+# where a pass does not help.
 STEP = 1e-2
 CUT = 0.3
-CUTS = 3
-MOST_PASSES = 30
+PASSES = 8
+
+# Steps in a pass over the fitted examples, where there are as many of these.
+STEPS = 16
+
+
+def refine(calibration: Calibration, start: Compensated, progress: Progress | None = None) -> Compensated:
+    """The low-rank layers of `start` fitted, a segment at a time, in the metric of the loss; `start` stays as it is.
+
+    Embeddings and the parameters of modules are not fitted, nor is a segment whose error held back does not fall.
+    """
+    names = {
+        calibration.layers[name].module: name
+        for name in start.factors
+        if calibration.layers[name].kind not in ("embedding", "parameter")
+    }
+    modules = deepcopy(dict(start.modules))
+    factors = dict(start.factors)
+    with prepared(calibration.device, calibration.model), frozen(calibration.model):
+        for segment in range(calibration.segments.count):
+            places = [place for group in groups_run(calibration, segment, names) for place in group]
+            inside = {place: modules[place] for place in places}
+            losses, held_back_error = _costs(calibration, segment, modules)
+            if inside and fit_to_dense(inside, losses, held_back_error, calibration.seed):
+                for place in places:
+                    name = names[place]
+                    tensors = modules[place].state_dict()
+                    factors[name] = replace(
+                        factors[name], tensors={join(name, key): tensor.clone() for key, tensor in tensors.items()}
+                    )
+            if segment < calibration.segments.count - 1:
+                advance(calibration, segment, modules)
+            if progress:
+                progress("refine", segment + 1, calibration.segments.count)
+    return Compensated(factors, modules)
+
+
+def _costs(
+    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]
+) -> tuple[list[Callable[[], Tensor]], Callable[[], float]]:
+    """The mean cost of a compressed segment against the dense one: on some fitted examples each, and held back."""
+    last = segment == calibration.segments.count - 1
+    metric = None if last else calibration.spool.get(("boundary", segment + 1), calibration.device)["gradients"].float()
+
+    @torch.no_grad()
+    def target(part: str, index: int, rows: slice) -> Tensor:
+        if last:
+            return run_segment(calibration, segment, part, index, {}, rows)
+        return calibration.spool.get(("dense", part, segment + 1, index), calibration.device)["hidden"][rows]
+
+    def cost(part: str, index: int, rows: slice) -> tuple[Tensor, int]:
+        masks = batches_of(calibration, part)[index][rows].masks
+        before = target(part, index, rows)
+        after = run_segment(calibration, segment, part, index, modules, rows)
+        if metric is None:
+            return divergence(before, after, masks, calibration.criterion)
+        change = hidden_rows(after, masks) - hidden_rows(before, masks)
+        return (change @ metric * change).sum(), change.shape[0]
+
+    def mean_cost(index: int, rows: slice) -> Tensor:
+        total, count = cost("fitted", index, rows)
+        return total / max(count, 1)  # an example may be all padding
+
+    def parts(index: int) -> Sequence[slice]:
+        """Some examples at a time; all where what goes into the segment or out of it has not a row for each."""
+        batch = calibration.data.fitted[index]
+        hidden = (entering(calibration, "fitted", segment, index), target("fitted", index, ALL))
+        if any(len(each) != batch.examples for each in (*batch.inputs.values(), *hidden) if each is not None):
+            return [ALL]
+        size = max(1, calibration.data.examples // STEPS)
+        return [slice(start, start + size) for start in range(0, batch.examples, size)]
+
+    @torch.no_grad()
+    def held_back_error() -> float:
+        costs = [cost("held back", index, ALL) for index in range(len(calibration.data.held_back))]
+        return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
+
+    count = len(calibration.data.fitted)
+    return [partial(mean_cost, index, rows) for index in range(count) for rows in parts(index)], held_back_error
 
 
 def fit_to_dense(
     modules: Mapping[str, nn.Module],
-    passes: Callable[[], Iterator[Callable[[], Tensor]]],
+    losses: Sequence[Callable[[], Tensor]],
     held_back_error: Callable[[], float],
     seed: int,
 ) -> bool:
     """Fit the modules' parameters in place, and leave them at the least error on held-back data; whether that fell.
 
-    `passes` gives one loss for every fitted batch, and `held_back_error` the error to stop by. Adam (Kingma and Ba,
-    ICLR 2015) in float32 whatever the parameters' dtype.
+    `losses` gives that of one fitted batch each, and `held_back_error` the error after each pass over these. Adam
+    (Kingma and Ba, ICLR 2015) in float32 whatever the parameters' dtype.
     """
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     masters = [parameter.detach().float().clone() for parameter in parameters]
-    sizes = [float(master.square().mean().sqrt()) for master in masters]
     kept, least = [master.clone() for master in masters], held_back_error()
-    started, step, cuts = least, STEP, 0
+    started, step = least, STEP
     generator = torch.Generator().manual_seed(seed)
-    optimizer = _adam(masters, sizes, step)
+    optimizer = _adam(masters, step)
     with _trainable(parameters):
-        for _ in range(MOST_PASSES):
-            losses = list(passes())
-            for index in torch.randperm(len(losses), generator=generator).tolist():
+        for done in range(PASSES):
+            for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
                 with torch.enable_grad():
                     losses[index]().backward()
-                for parameter, master in zip(parameters, masters, strict=True):
+                for parameter, master, group in zip(parameters, masters, optimizer.param_groups, strict=True):
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None
+                    group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / PASSES)
                 optimizer.step()
                 _put(parameters, masters)
             error = held_back_error()
             if error < least:
                 kept, least = [master.clone() for master in masters], error
                 continue
-            cuts += 1
-            if cuts > CUTS:
-                break
             step *= CUT
             masters = [each.clone() for each in kept]
-            optimizer = _adam(masters, sizes, step)
+            optimizer = _adam(masters, step)
             _put(parameters, masters)
-    _put(parameters, kept)
     return least < started
 
 
-def _adam(masters: list[Tensor], sizes: list[float], step: float) -> torch.optim.Adam:
-    groups = [{"params": [master], "lr": step * size} for master, size in zip(masters, sizes, strict=True)]
+def _adam(masters: list[Tensor], step: float) -> torch.optim.Adam:
+    """Adam with steps relative to the root mean square of each tensor."""
+    groups = []
+    for each in masters:
+        rate = step * float(each.square().mean().sqrt())
+        groups.append({"params": [each], "lr": rate, "initial_lr": rate})
     return torch.optim.Adam(groups, betas=(0.9, 0.99))
 
 

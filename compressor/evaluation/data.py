@@ -45,6 +45,16 @@ class Batch:
     inputs: Mapping[str, Tensor]
     labels: Tensor
 
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the examples; what has not a row for each stays whole."""
+        count = self.examples
+        inputs = {name: each[rows] if len(each) == count else each for name, each in self.inputs.items()}
+        return Batch(inputs, self.labels[rows] if len(self.labels) == count else self.labels)
+
+    @property
+    def examples(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
     @property
     def masks(self) -> tuple[Tensor, ...]:
         """What is false on padding, `(B, L)` each: of what a decoder is given, then of the encoder's or only text."""

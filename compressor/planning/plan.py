@@ -58,7 +58,8 @@ class CalibrationResult:
     on the examples held back, against the dense model's own predictions; both in nats. Where they differ much the
     second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
     loss held back is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
-    caps on the ranks lost less there, before compensation, than the allocation without them.
+    caps on the ranks lost less there, before compensation, than the allocation without them, and `refined` whether the
+    factors are those fitted to the dense blocks, because they lose less there.
     """
 
     examples: int
@@ -67,6 +68,7 @@ class CalibrationResult:
     predicted_loss: float
     held_back_loss: float
     capped: bool = False
+    refined: bool = False
 
 
 @dataclass(frozen=True)

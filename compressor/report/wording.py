@@ -204,9 +204,10 @@ def change_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:
 def calibration_words(result: CalibrationResult) -> str:
     """How many examples chose the ranks, and what the loss is expected to rise by."""
     caps = "; ranks capped by the window rule" if result.capped else ""
+    fitted = "; factors fitted to the dense blocks" if result.refined else ""
     return (
         f"{result.examples} examples; loss increase {result.held_back_loss:.2g} nats per prediction on"
-        f" {result.held_back} held back, {result.predicted_loss:.2g} predicted to second order{caps}"
+        f" {result.held_back} held back, {result.predicted_loss:.2g} predicted to second order{caps}{fitted}"
     )
 
 

@@ -1,0 +1,118 @@
+"""The factors of a block fitted to what the dense block puts out: kept only where that lowers the error held back."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor import BadInput, Compression, compress
+from compressor.calibration.refinement import fit_to_dense
+from compressor.evaluation.builtin_data import digits
+from compressor.report.wording import calibration_words
+
+
+def low_rank() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 3, bias=False), nn.Linear(3, 8, bias=False))
+
+
+def of_examples(dense: nn.Module, fitted: nn.Module, examples: Tensor) -> Tensor:
+    return (fitted(examples) - dense(examples).detach()).square().sum(1).mean()
+
+
+def test_the_fit_comes_near_the_best_matrix_of_the_rank() -> None:
+    """From the truncated SVD, which is not the best one for inputs that differ in size."""
+    torch.manual_seed(0)
+    dense, pair = nn.Linear(12, 8, bias=False), low_rank()
+    scales = torch.logspace(0.5, -0.5, 12)[torch.randperm(12)]
+    x, held = torch.randn(512, 12) * scales, torch.randn(4096, 12) * scales
+    u, s, vh = torch.linalg.svd(dense.weight.detach(), full_matrices=False)
+    pair[0].weight.data, pair[1].weight.data = vh[:3].clone(), u[:, :3] * s[:3]
+    losses = [partial(of_examples, dense, pair, part) for part in x.split(32)]
+
+    def error() -> float:
+        return float(of_examples(dense, pair, held).detach())
+
+    before = error()
+    assert fit_to_dense({"pair": pair}, losses, error, 0)
+    # The weighted truncated SVD, in closed form.
+    least = float(torch.linalg.svdvals(dense.weight.detach() * scales)[3:].square().sum())
+    assert error() - least < 0.2 * (before - least)
+
+
+@pytest.mark.parametrize("helps", [0, 1, 3])
+def test_the_factors_are_those_of_the_least_error_held_back(helps: int) -> None:
+    """An error that rises from some pass on gives the factors of the pass before, bit for bit."""
+    torch.manual_seed(0)
+    dense, pair = nn.Linear(12, 8, bias=False), low_rank()
+    x = torch.randn(64, 12)
+    seen: list[list[Tensor]] = []
+
+    def error() -> float:
+        seen.append([parameter.detach().clone() for parameter in pair.parameters()])
+        return float(-len(seen) if len(seen) <= helps + 1 else len(seen))
+
+    losses = [partial(of_examples, dense, pair, x)]
+    assert fit_to_dense({"pair": pair}, losses, error, 0) == (helps > 0)
+    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), seen[helps], strict=True))
+    assert not torch.equal(seen[helps + 1][0], seen[helps][0])
+    assert all(parameter.grad is None for parameter in pair.parameters())
+
+
+def test_an_error_that_is_not_finite_leaves_the_factors() -> None:
+    torch.manual_seed(0)
+    pair = low_rank()
+    before = [parameter.detach().clone() for parameter in pair.parameters()]
+
+    losses = [lambda: pair(torch.full((2, 12), 1e30)).square().sum()]
+    assert not fit_to_dense({"pair": pair}, losses, lambda: float("nan"), 0)
+    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 10))
+    images, labels = digits("train")
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(6):
+        for batch in torch.randperm(len(images)).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model
+
+
+def compressed(model: nn.Module, keep: float, *, refine: bool = True) -> Compression:
+    images, labels = digits("train")
+    data = list(zip(images[:256].split(32), labels[:256].split(32), strict=True))
+    return compress(model, keep=keep, calibration=data, calibration_samples=256, refine=refine)
+
+
+def same(a: Compression, b: Compression) -> bool:
+    assert a.model is not None
+    assert b.model is not None
+    mine, other = a.model.state_dict(), b.model.state_dict()
+    return mine.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
+def test_a_fit_is_taken_only_where_it_loses_less_on_the_examples_held_back(trained: nn.Sequential, keep: float) -> None:
+    with_fit, without = (compressed(trained, keep, refine=refine) for refine in (True, False))
+    fitted, unfitted = (found.plan.calibration for found in (with_fit, without))
+    assert fitted is not None
+    assert unfitted is not None
+    assert not unfitted.refined
+    assert fitted.held_back_loss <= unfitted.held_back_loss
+    assert fitted.refined == (fitted.held_back_loss < unfitted.held_back_loss) != same(with_fit, without)
+    if keep == 0.1:
+        assert fitted.held_back_loss < 0.9 * unfitted.held_back_loss
+        assert "factors fitted to the dense blocks" in calibration_words(fitted)
+        assert "factors fitted" not in calibration_words(unfitted)
+
+
+def test_there_is_nothing_to_leave_out_without_calibration() -> None:
+    with pytest.raises(BadInput, match="--no-refine is about calibration data"):
+        compress(nn.Sequential(nn.Linear(8, 8)), keep=0.5, refine=False)
