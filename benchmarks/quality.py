@@ -264,7 +264,7 @@ PUBLISHED: dict[str, Method] = {
     "SVD-LLM, sequential, pivoted": published(by_svd_llm_sequential, pivoted=True),
     "MPIFA": published(by_mpifa, pivoted=True),
 }
-CONVOLUTIONS_ONLY = ("ours with channel pairs",)
+CONVOLUTIONS_ONLY = ("ours without refinement, channel pairs",)
 LINEAR_ONLY = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA", "SVD-LLM at our ranks")
 
 
@@ -333,12 +333,12 @@ def at_published_ranks(cell: Cell) -> Compressed:
         )
         for layer in cell.layers
     )
-    return ours(cell, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers))
+    return ours(cell, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers), refine=False)
 
 
 def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     """The published metric with the ranks that `compress` chooses, in the linear layers; the others are as ours."""
-    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed)
+    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, refine=False)
     assert chosen.model is not None
     ranks = {
         layer.name: layer.rank for layer in chosen.plan.layers if layer.kind == "linear" and layer.rank is not None
@@ -352,24 +352,29 @@ def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     return Compressed(chosen.model, chosen.plan.eligible_after)
 
 
+# The refinement makes up for a part of what any other part contributes, so these are switched off without it.
+unrefined = partial(ours, refine=False)
+
 # Every part of ours has one entry here that switches it off, but what needs a recipe, which `window_rule.py` has.
 OURS: dict[str, Method] = {
     "ours": ours,
-    "ours without the gradients' moment": partial(
-        ours, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
+    "ours without refinement": unrefined,
+    "ours without refinement and the gradients' moment": partial(
+        unrefined, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
     ),
-    "ours with one allocation (p = 1)": partial(
-        ours, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
+    "ours without refinement, one allocation (p = 1)": partial(
+        unrefined, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
     ),
-    "ours without compensation": partial(
-        ours, constants={"compressor.calibrated_planning.compensate": not_compensated}
+    "ours without refinement and compensation": partial(
+        unrefined, constants={"compressor.calibrated_planning.compensate": not_compensated}
     ),
-    "ours without stages": partial(ours, constants={"compressor.calibrated_planning.STAGES": 0}),
-    "ours at the published ranks": at_published_ranks,
-    "ours with plain pairs": partial(ours, form="plain"),
-    "ours with channel pairs": partial(ours, constants={"compressor.inspection.pair_forms": without_spatial_pairs}),
+    "ours without refinement and stages": partial(unrefined, constants={"compressor.calibrated_planning.STAGES": 0}),
+    "ours without refinement, at the published ranks": at_published_ranks,
+    "ours without refinement, plain pairs": partial(unrefined, form="plain"),
+    "ours without refinement, channel pairs": partial(
+        unrefined, constants={"compressor.inspection.pair_forms": without_spatial_pairs}
+    ),
     "ours without data": partial(ours, calibration=None),
-    "ours without refinement": partial(ours, refine=False),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,
 }
 METHODS = PUBLISHED | OURS

@@ -101,7 +101,7 @@ def with_calibration(name: str, compressed: Compress, seeds: Sequence[int]) -> l
                 row |= {"seed": seed, "caps": caps}
                 try:
                     with with_constants({SWITCH: caps}):
-                        report = compressed(keep=keep, calibration="builtin:digits", seed=seed)
+                        report = compressed(keep=keep, calibration="builtin:digits", seed=seed, refine=False)
                 except BadInput as refused:
                     rows.append(row | {"refused": str(refused)})
                     continue
@@ -212,7 +212,8 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
     for keep in KEEPS:
         for caps in (True, False):
             with with_constants({SWITCH: caps}):
-                add(f"keep {keep}", {"calibrated": True, "caps": caps}, keep=keep, calibration=batches, seed=seed)
+                request = {"keep": keep, "calibration": batches, "seed": seed, "refine": False}
+                add(f"keep {keep}", {"calibrated": True, "caps": caps}, **request)
     return rows
 
 

@@ -43,20 +43,20 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
         for name in start.factors
         if calibration.layers[name].kind not in ("embedding", "parameter")
     }
+    left = set(names)
     modules = deepcopy(dict(start.modules))
     factors = dict(start.factors)
     with prepared(calibration.device, calibration.model), frozen(calibration.model):
         for segment in range(calibration.segments.count):
-            places = [place for group in groups_run(calibration, segment, names) for place in group]
+            places = [place for group in groups_run(calibration, segment, left) for place in group]
+            left -= set(places)
             inside = {place: modules[place] for place in places}
             losses, held_back_error = _costs(calibration, segment, modules)
             if inside and fit_to_dense(inside, losses, held_back_error, calibration.seed):
                 for place in places:
-                    name = names[place]
-                    tensors = modules[place].state_dict()
-                    factors[name] = replace(
-                        factors[name], tensors={join(name, key): tensor.clone() for key, tensor in tensors.items()}
-                    )
+                    name, tensors = names[place], modules[place].state_dict()
+                    fitted = {join(name, key): tensor for key, tensor in tensors.items()}
+                    factors[name] = replace(factors[name], tensors=fitted)
             if segment < calibration.segments.count - 1:
                 advance(calibration, segment, modules)
             if progress:
@@ -94,7 +94,7 @@ def _costs(
         """Some examples at a time; all where what goes into the segment or out of it has not a row for each."""
         batch = calibration.data.fitted[index]
         hidden = (entering(calibration, "fitted", segment, index), target("fitted", index, ALL))
-        if any(len(each) != batch.examples for each in (*batch.inputs.values(), *hidden) if each is not None):
+        if any(not batch.has_row_for_each(each) for each in (*batch.inputs.values(), *hidden) if each is not None):
             return [ALL]
         size = max(1, calibration.data.examples // STEPS)
         return [slice(start, start + size) for start in range(0, batch.examples, size)]
@@ -129,7 +129,9 @@ def fit_to_dense(
         for done in range(PASSES):
             for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
                 with torch.enable_grad():
-                    losses[index]().backward()
+                    loss = losses[index]()
+                if loss.requires_grad:  # else nothing that is fitted has an effect on it
+                    loss.backward()
                 for parameter, master, group in zip(parameters, masters, optimizer.param_groups, strict=True):
                     master.grad = None if parameter.grad is None else parameter.grad.float()
                     parameter.grad = None

@@ -47,9 +47,12 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the examples; what has not a row for each stays whole."""
-        count = self.examples
-        inputs = {name: each[rows] if len(each) == count else each for name, each in self.inputs.items()}
-        return Batch(inputs, self.labels[rows] if len(self.labels) == count else self.labels)
+        inputs = {name: each[rows] if self.has_row_for_each(each) else each for name, each in self.inputs.items()}
+        return Batch(inputs, self.labels[rows] if self.has_row_for_each(self.labels) else self.labels)
+
+    def has_row_for_each(self, tensor: Tensor) -> bool:
+        """Whether a tensor has one row for each of the examples."""
+        return tensor.shape[:1] == (self.examples,)
 
     @property
     def examples(self) -> int:

@@ -65,7 +65,7 @@ def test_compensation_loses_less_on_held_back_data_and_is_kept_only_there(
     trained: nn.Sequential, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.calibrated_planning.STAGES", 0)
-    chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256)
+    chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256, refine=False)
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_skeleton(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(batches()), device=torch.device("cpu"), seed=0)
     refitted, truncated = (

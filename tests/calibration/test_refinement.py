@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
 import torch
+from tiny_models import CHAINS, ODD, calibrated, inputs_for, left_as_it_was, odd, planned, transformer
 from torch import Tensor, nn
 
 from compressor import BadInput, Compression, compress
+from compressor.calibration import Calibration, Compensated, held_back_loss, refine, uncompensated
 from compressor.calibration.refinement import fit_to_dense
 from compressor.evaluation.builtin_data import digits
 from compressor.report.wording import calibration_words
@@ -69,6 +72,76 @@ def test_an_error_that_is_not_finite_leaves_the_factors() -> None:
     losses = [lambda: pair(torch.full((2, 12), 1e30)).square().sum()]
     assert not fit_to_dense({"pair": pair}, losses, lambda: float("nan"), 0)
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
+
+
+def test_a_loss_that_nothing_has_an_effect_on_leaves_the_factors() -> None:
+    pair = low_rank()
+    before = [parameter.detach().clone() for parameter in pair.parameters()]
+    assert not fit_to_dense({"pair": pair}, [lambda: torch.zeros(())], lambda: 1.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
+
+
+def started(name: str, *, padded: bool = False) -> tuple[Calibration, Compensated]:
+    """A calibrated transformer or odd model, and its layers truncated."""
+    if name in CHAINS:
+        model = transformer(name).eval()
+        parts = [[inputs_for(name, 12, padded=padded) for _ in range(3)] for _ in range(2)]
+    else:
+        model, inputs = odd(name)
+        model = model.eval()
+        parts = [[{key: each[torch.randperm(5)] for key, each in inputs.items()} for _ in range(3)] for _ in range(2)]
+    calibration = calibrated(model, *parts)
+    plans = [planned(layer, max(1, min(layer.shape) // 2)) for layer in calibration.layers.values()]
+    return calibration, uncompensated(calibration, plans)
+
+
+@pytest.mark.parametrize("name", [*CHAINS, *ODD])
+def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None:
+    calibration, start = started(name)
+    before = {key: each.clone() for factors in start.factors.values() for key, each in factors.tensors.items()}
+    with left_as_it_was(calibration.model):
+        one, other = refine(calibration, start), refine(calibration, start)
+    assert all(
+        torch.equal(each, before[key]) for factors in start.factors.values() for key, each in factors.tensors.items()
+    )
+    assert one.modules.keys() == start.modules.keys()
+    changed = 0
+    for layer, factors in one.factors.items():
+        assert factors.tensors.keys() == start.factors[layer].tensors.keys()
+        for key, tensor in factors.tensors.items():
+            assert torch.equal(tensor, other.factors[layer].tensors[key])  # the same seed, the same bits
+            changed += not torch.equal(tensor, before[key])
+            # What will be written is what was measured.
+            assert torch.equal(
+                tensor, one.modules[calibration.layers[layer].module].state_dict()[key[len(layer) + 1 :]]
+            )
+    assert changed
+    if calibration.segments.count == 1:
+        assert held_back_loss(calibration, one.modules) < held_back_loss(calibration, start.modules)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "in place"])
+def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration, start = started(name)
+    assert calibration.segments.count > 1
+    fitted: list[str] = []
+
+    def note(modules: Mapping[str, nn.Module], *_: object) -> bool:
+        fitted.extend(modules)
+        return False
+
+    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
+    result = refine(calibration, start)
+    assert sorted(fitted) == sorted(calibration.layers[layer].module for layer in start.factors)
+    assert all(result.factors[layer] is start.factors[layer] for layer in start.factors)
+
+
+def test_texts_of_padding_alone_change_nothing_but_their_steps() -> None:
+    calibration, start = started("llama", padded=True)  # from the ninth on nothing but padding
+    assert not calibration.data.fitted[0].inputs["attention_mask"][8:].any()
+    result = refine(calibration, start)
+    assert all(tensor.isfinite().all() for factors in result.factors.values() for tensor in factors.tensors.values())
+    assert held_back_loss(calibration, result.modules) < held_back_loss(calibration, start.modules)
 
 
 @pytest.fixture(scope="module")

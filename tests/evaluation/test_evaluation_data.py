@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import ViTImageProcessor
 
 from compressor.errors import BadInput
-from compressor.evaluation import EvaluationData, open_data
+from compressor.evaluation import Batch, EvaluationData, open_data
 from compressor.evaluation.builtin_data import digits, standard_library_text
 
 
@@ -536,3 +536,15 @@ def test_what_is_no_data_is_bad_input(tmp_path, monkeypatch, name, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=message):
         open_data(name)
+
+
+def test_some_examples_of_a_batch_keep_whole_what_has_no_row_for_each() -> None:
+    inputs = {"input_ids": torch.arange(12).view(4, 3), "position_ids": torch.arange(3)[None], "scale": torch.tensor(2)}
+    batch = Batch(inputs, torch.arange(4))
+    some = batch[slice(1, 3)]
+    assert (batch.examples, some.examples) == (4, 2)
+    assert some.inputs["input_ids"].tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert some.inputs["position_ids"].tolist() == [[0, 1, 2]]
+    assert some.inputs["scale"].tolist() == 2
+    assert some.labels.tolist() == [1, 2]
+    assert Batch(inputs, torch.empty(0))[slice(1, 3)].labels.numel() == 0
