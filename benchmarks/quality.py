@@ -264,7 +264,7 @@ PUBLISHED: dict[str, Method] = {
     "SVD-LLM, sequential, pivoted": published(by_svd_llm_sequential, pivoted=True),
     "MPIFA": published(by_mpifa, pivoted=True),
 }
-CONVOLUTIONS_ONLY = ("ours without refinement, channel pairs",)
+CONVOLUTIONS_ONLY = ("ours without refinement, with channel pairs",)
 LINEAR_ONLY = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA", "SVD-LLM at our ranks")
 
 
@@ -362,7 +362,7 @@ OURS: dict[str, Method] = {
     "ours without refinement and the gradients' moment": partial(
         unrefined, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
     ),
-    "ours without refinement, one allocation (p = 1)": partial(
+    "ours without refinement, with one allocation (p = 1)": partial(
         unrefined, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
     ),
     "ours without refinement and compensation": partial(
@@ -370,8 +370,8 @@ OURS: dict[str, Method] = {
     ),
     "ours without refinement and stages": partial(unrefined, constants={"compressor.calibrated_planning.STAGES": 0}),
     "ours without refinement, at the published ranks": at_published_ranks,
-    "ours without refinement, plain pairs": partial(unrefined, form="plain"),
-    "ours without refinement, channel pairs": partial(
+    "ours without refinement, with plain pairs": partial(unrefined, form="plain"),
+    "ours without refinement, with channel pairs": partial(
         unrefined, constants={"compressor.inspection.pair_forms": without_spatial_pairs}
     ),
     "ours without data": partial(ours, calibration=None),

@@ -241,7 +241,7 @@ def compress(
     least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
     model's own by default), a quarter of them held back to choose what loses least; `seed` draws the targets.
     With `refine` the factors are at last fitted, a block at a time, to what the dense model makes of these examples,
-    and kept so only where the examples held back agree; without it takes about half as long.
+    and kept so only where the examples held back agree; without is faster.
 
     With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
     weights: a folder gives a LoRA adapter folder, for PEFT, or factor pairs where `output` is named .safetensors; a

@@ -43,8 +43,6 @@ from compressor.rewrite import (
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
-ALL = slice(None)  # the rows of a batch
-
 
 @dataclass(frozen=True)
 class Compensated:
@@ -388,7 +386,7 @@ def run_segment(
     part: str,
     index: int,
     modules: Mapping[str, nn.Module],
-    rows: slice = ALL,
+    rows: slice = slice(None),
 ) -> Tensor:
     """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input.
 

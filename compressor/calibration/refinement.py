@@ -7,21 +7,24 @@ a few passes, so a pass after which the examples held back lose more is undone.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, entering, frozen
-from compressor.calibration.compensation import ALL, Compensated, advance, batches_of, groups_run, run_segment
+from compressor.calibration.calibrate import Calibration, frozen
+from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.checkpoint import Layer, module_skeleton, open_checkpoint
 from compressor.evaluation import prepared
 from compressor.inspection import Progress
-from compressor.rewrite import join
+from compressor.rewrite import Factors, as_matrix, dense_weight, join, stored_pairs
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
 # where a pass does not help.
@@ -29,39 +32,74 @@ STEP = 1e-2
 CUT = 0.3
 PASSES = 8
 
-# Steps in a pass over the fitted examples, where there are as many of these.
+# Steps in a pass over the fitted examples, at least, where there are as many of these.
 STEPS = 16
+
+ALL = slice(None)  # the rows of a batch
+
+logger = logging.getLogger(__name__)
 
 
 def refine(calibration: Calibration, start: Compensated, progress: Progress | None = None) -> Compensated:
     """The low-rank layers of `start` fitted, a segment at a time, in the metric of the loss; `start` stays as it is.
 
-    Embeddings and the parameters of modules are not fitted, nor is a segment whose error held back does not fall.
+    Embeddings, the parameters of modules, and layers that the first calibration batch does not reach are not fitted,
+    nor is a segment whose error held back does not fall, or that cannot be differentiated in its factors.
     """
-    names = {
-        calibration.layers[name].module: name
+    layers = {
+        calibration.layers[name].module: calibration.layers[name]
         for name in start.factors
         if calibration.layers[name].kind not in ("embedding", "parameter")
     }
-    left = set(names)
-    modules = deepcopy(dict(start.modules))
+    left = set(layers)
+    own = {place: start.modules[place] for layer in layers.values() for place in (layer.module, *layer.places)}
+    modules = {**start.modules, **deepcopy(own)}
     factors = dict(start.factors)
     with prepared(calibration.device, calibration.model), frozen(calibration.model):
         for segment in range(calibration.segments.count):
             places = [place for group in groups_run(calibration, segment, left) for place in group]
             left -= set(places)
-            inside = {place: modules[place] for place in places}
-            losses, held_back_error = _costs(calibration, segment, modules)
-            if inside and fit_to_dense(inside, losses, held_back_error, calibration.seed):
+            if _fitted(calibration, segment, modules, {place: modules[place] for place in places}):
                 for place in places:
-                    name, tensors = names[place], modules[place].state_dict()
-                    fitted = {join(name, key): tensor for key, tensor in tensors.items()}
-                    factors[name] = replace(factors[name], tensors=fitted)
+                    factors[layers[place].name] = _factors(calibration, layers[place], modules[place])
             if segment < calibration.segments.count - 1:
                 advance(calibration, segment, modules)
             if progress:
                 progress("refine", segment + 1, calibration.segments.count)
     return Compensated(factors, modules)
+
+
+def _fitted(
+    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
+) -> bool:
+    """Fit the modules inside a segment, in place; whether they lose less."""
+    if not inside:
+        return False
+    losses, held_back_error = _costs(calibration, segment, modules)
+    try:
+        return fit_to_dense(inside, losses, held_back_error, calibration.seed)
+    except RuntimeError as error:  # such as for what is changed in place after a layer took it
+        logger.warning("the factors of segment %d are not fitted: %s", segment, error)
+        return False
+
+
+def _factors(calibration: Calibration, layer: Layer, low_rank: nn.Module) -> Factors:
+    """What a fitted module will be stored as, and its error in the metric of the loss."""
+    dense = calibration.model.get_submodule(layer.module)
+    checkpoint = open_checkpoint(nn.Sequential(low_rank))
+    [pair] = stored_pairs(checkpoint, module_skeleton(nn.Sequential(dense))).values()
+    weight = getattr(dense, layer.parameter).detach()
+    matrix, stored = (
+        as_matrix(layer, each.to(calibration.device)).to(torch.float64)
+        for each in (weight, dense_weight(checkpoint, pair))
+    )
+    metric = calibration.metrics.get(layer.name)
+    total, lost = (
+        float(each.square().sum()) if metric is None else metric.squared_size(each)
+        for each in (matrix, matrix - stored)
+    )
+    tensors = {join(layer.name, key): tensor for key, tensor in low_rank.state_dict().items()}
+    return Factors(tensors, (lost / total) ** 0.5 if total > 0 else 0.0)
 
 
 def _costs(
@@ -90,22 +128,40 @@ def _costs(
         total, count = cost("fitted", index, rows)
         return total / max(count, 1)  # an example may be all padding
 
-    def parts(index: int) -> Sequence[slice]:
-        """Some examples at a time; all where what goes into the segment or out of it has not a row for each."""
-        batch = calibration.data.fitted[index]
-        hidden = (entering(calibration, "fitted", segment, index), target("fitted", index, ALL))
-        if any(not batch.has_row_for_each(each) for each in (*batch.inputs.values(), *hidden) if each is not None):
-            return [ALL]
-        size = max(1, calibration.data.examples // STEPS)
-        return [slice(start, start + size) for start in range(0, batch.examples, size)]
-
     @torch.no_grad()
     def held_back_error() -> float:
         costs = [cost("held back", index, ALL) for index in range(len(calibration.data.held_back))]
         return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
 
-    count = len(calibration.data.fitted)
-    return [partial(mean_cost, index, rows) for index in range(count) for rows in parts(index)], held_back_error
+    losses: list[Callable[[], Tensor]] = [
+        partial(mean_cost, index, rows)
+        for index in range(len(calibration.data.fitted))
+        for rows in _parts(calibration, segment, index, target("fitted", index, ALL))
+    ]
+    return losses, held_back_error
+
+
+@torch.no_grad()
+def _parts(calibration: Calibration, segment: int, index: int, outputs: Tensor) -> list[slice]:
+    """Some examples of a fitted batch at a time, for `STEPS` steps in a pass over all.
+
+    All at once where the dense segment does not put out the same `outputs` for some of them: rows may be something else
+    than examples, or depend on each other.
+    """
+    batch = calibration.data.fitted[index]
+    count = math.ceil(batch.examples / max(1, calibration.data.examples // STEPS))
+    edges = [batch.examples * part // count for part in range(count + 1)]
+    slices = [slice(start, end) for start, end in pairwise(edges)]
+    rows = slices[-1]
+    try:
+        alone = run_segment(calibration, segment, "fitted", index, {}, rows)
+    except Exception:
+        return [ALL]
+    together = outputs[rows] if outputs.dim() else outputs
+    if alone.shape != together.shape or len(alone) != rows.stop - rows.start:
+        return [ALL]
+    tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * float(together.abs().max())
+    return slices if torch.allclose(alone, together, rtol=0, atol=tolerance) else [ALL]
 
 
 def fit_to_dense(
@@ -116,37 +172,47 @@ def fit_to_dense(
 ) -> bool:
     """Fit the modules' parameters in place, and leave them at the least error on held-back data; whether that fell.
 
-    `losses` gives that of one fitted batch each, and `held_back_error` the error after each pass over these. Adam
-    (Kingma and Ba, ICLR 2015) in float32 whatever the parameters' dtype.
+    `losses` gives that of some fitted examples each, and `held_back_error` the error after each pass over these; only
+    their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
     """
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    masters = [parameter.detach().float().clone() for parameter in parameters]
-    kept, least = [master.clone() for master in masters], held_back_error()
-    started, step = least, STEP
+    started = held_back_error()
+    if not 0 < started < math.inf:
+        return False
+    masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
+    kept, least, step = [master.clone() for master in masters], started, STEP
     generator = torch.Generator().manual_seed(seed)
     optimizer = _adam(masters, step)
     with _trainable(parameters):
-        for done in range(PASSES):
-            for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
-                with torch.enable_grad():
-                    loss = losses[index]()
-                if loss.requires_grad:  # else nothing that is fitted has an effect on it
-                    loss.backward()
-                for parameter, master, group in zip(parameters, masters, optimizer.param_groups, strict=True):
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-                    parameter.grad = None
-                    group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / PASSES)
-                optimizer.step()
+        try:
+            for done in range(PASSES):
+                for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
+                    gradients = _gradients(losses[index], parameters, started)
+                    for master, gradient, group in zip(masters, gradients, optimizer.param_groups, strict=True):
+                        master.grad = None if gradient is None else gradient.to(master.dtype)
+                        group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / PASSES)
+                    optimizer.step()
+                    _put(parameters, masters)
+                error = held_back_error()
+                if error < least:
+                    kept, least = [master.clone() for master in masters], error
+                    continue
+                step *= CUT
+                masters = [each.clone() for each in kept]
+                optimizer = _adam(masters, step)
                 _put(parameters, masters)
-            error = held_back_error()
-            if error < least:
-                kept, least = [master.clone() for master in masters], error
-                continue
-            step *= CUT
-            masters = [each.clone() for each in kept]
-            optimizer = _adam(masters, step)
-            _put(parameters, masters)
+        finally:
+            _put(parameters, kept)
     return least < started
+
+
+@torch.enable_grad()
+def _gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], scale: float) -> Sequence[Tensor | None]:
+    """Those of a loss in units of `scale`; None for what has no effect on it."""
+    value = loss() / scale
+    if not value.requires_grad:
+        return [None] * len(parameters)
+    return torch.autograd.grad(value, parameters, allow_unused=True)
 
 
 def _adam(masters: list[Tensor], step: float) -> torch.optim.Adam:
@@ -174,4 +240,3 @@ def _trainable(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
-            parameter.grad = None

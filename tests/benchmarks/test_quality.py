@@ -62,9 +62,9 @@ def test_all_methods_store_what_was_asked_for_and_differ(quality: ModuleType) ->
     pairs = [(a, b) for a in outputs for b in outputs if a < b]
     same = {pair for pair in pairs if torch.equal(outputs[pair[0]], outputs[pair[1]])}
     # What is kept only where it lowers the loss held back may not have been kept; and no layer is a convolution.
-    optional = {"ours", "ours without refinement", "ours without refinement, one allocation (p = 1)"}
+    optional = {"ours", "ours without refinement", "ours without refinement, with one allocation (p = 1)"}
     optional |= {"ours without refinement and compensation", "ours without refinement and stages"}
-    optional |= {"ours without refinement, channel pairs"}
+    optional |= {"ours without refinement, with channel pairs"}
     assert all(set(pair) <= optional for pair in same)
     assert all(not torch.equal(output, given.model(x)) for output in outputs.values())
 

@@ -55,7 +55,7 @@ def test_the_factors_are_those_of_the_least_error_held_back(helps: int) -> None:
 
     def error() -> float:
         seen.append([parameter.detach().clone() for parameter in pair.parameters()])
-        return float(-len(seen) if len(seen) <= helps + 1 else len(seen))
+        return float(20 - len(seen) if len(seen) <= helps + 1 else 20 + len(seen))
 
     losses = [partial(of_examples, dense, pair, x)]
     assert fit_to_dense({"pair": pair}, losses, error, 0) == (helps > 0)
