@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from compressor import BadInput, Compression, compress
 from compressor.calibration import Calibration, Compensated, held_back_loss, refine, uncompensated
 from compressor.calibration.refinement import fit_to_dense
 from compressor.evaluation.builtin_data import digits
+from compressor.factorize import Metric
 from compressor.report.wording import calibration_words
+from compressor.rewrite import as_matrix
 
 
 def low_rank() -> nn.Sequential:
@@ -136,7 +140,155 @@ def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(result.factors[layer] is start.factors[layer] for layer in start.factors)
 
 
-def test_texts_of_padding_alone_change_nothing_but_their_steps() -> None:
+class Graph(nn.Module):
+    """Nodes as rows, which are no examples: each is mixed with the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, nodes: Tensor, adjacency: Tensor) -> Tensor:
+        return self.second(torch.relu(adjacency @ self.first(nodes)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM that starts from a state for a batch of one size."""
+
+    start: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 4)
+        self.register_buffer("start", torch.randn(1, size, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x, (self.start, self.start))[0])
+
+
+class SequenceFirst(nn.Module):
+    """Positions before examples: every position is the mean of those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).cumsum(0) / torch.arange(1, len(x) + 1)[:, None, None]
+        return self.second(torch.relu(hidden))
+
+
+class ChangesInPlace(nn.Module):
+    """Adds to what a layer was given, which that layer's gradient would need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = torch.tanh(self.middle(x))
+        x += y
+        return self.last(x)
+
+
+def rows_that_are_no_examples(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    if name == "graph":
+        return Graph(), [{"nodes": torch.randn(20, 6), "adjacency": torch.eye(20) + torch.rand(20, 20) / 20} for _ in range(6)]
+    if name == "recurrent":
+        return Recurrent(20), [{"x": torch.randn(20, 5, 6)} for _ in range(6)]
+    return SequenceFirst(), [{"x": torch.randn(20, 3, 6)} for _ in range(6)]
+
+
+@pytest.mark.parametrize("name", ["graph", "recurrent", "sequence first"])
+def test_rows_that_are_no_examples_stay_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = rows_that_are_no_examples(name)
+    sizes: list[int] = []
+
+    def note(_: object, losses: Sequence[Any], *__: object) -> bool:
+        sizes.append(len(losses))
+        return False
+
+    calibration = calibrated(model.eval(), batches[:4], batches[4:])
+    plans = [planned(each, 2) for each in calibration.layers.values() if each.kind == "linear"]
+    start = uncompensated(calibration, plans)
+    assert held_back_loss(calibration, refine(calibration, start).modules) < held_back_loss(calibration, start.modules)
+    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
+    refine(calibration, start)
+    assert sizes == [4]
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(1, [3]), (12, [18]), (40, [18])])
+def test_a_pass_has_sixteen_steps_or_as_many_as_there_are_examples(
+    examples: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of three batches are the whole of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
+    calibration = calibrated(model, [{"inputs": torch.randn(examples, 6)} for _ in range(3)])
+    start = uncompensated(calibration, [planned(each, 2) for each in calibration.layers.values()])
+    found: list[int] = []
+
+    def note(_: object, losses: Sequence[Callable[[], Tensor]], error: Callable[[], float], __: int) -> bool:
+        found.append(len(losses))
+        # Nearly equal parts, so that the mean of their means is the mean over all, but for rounding and unequal sizes.
+        whole = sum(float(loss()) for loss in losses) / len(losses)
+        assert whole == pytest.approx(error(), rel=0.1)
+        return False
+
+    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
+    refine(calibration, start)
+    assert found == steps
+
+
+def test_a_segment_that_cannot_be_differentiated_keeps_its_factors(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = ChangesInPlace().eval()
+    data = [torch.randn(16, 6) for _ in range(8)]
+    result, without = (compress(model, keep=0.5, calibration=data, refine=refine) for refine in (True, False))
+    assert "not fitted" in caplog.text
+    assert same(result, without)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
+    torch.manual_seed(0)
+    dense, pair = nn.Linear(12, 8, bias=False), low_rank()
+    other = deepcopy(pair)
+    x = torch.randn(128, 12)
+    for each, unit in ((pair, 1.0), (other, scale)):
+        losses = [partial(scaled, dense, each, part, unit) for part in x.split(16)]
+        assert fit_to_dense({"pair": each}, losses, lambda e=each, u=unit: float(scaled(dense, e, x, u).detach()), 0)
+    for a, b in zip(pair.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def scaled(dense: nn.Module, fitted: nn.Module, examples: Tensor, unit: float) -> Tensor:
+    return of_examples(dense, fitted, examples) * unit
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "stages"])
+def test_the_error_told_is_that_of_the_fitted_factors(name: str) -> None:
+    calibration, start = started(name)
+    result = refine(calibration, start)
+    changed = 0
+    for layer, factors in result.factors.items():
+        if factors is start.factors[layer]:
+            continue
+        changed += 1
+        metric = calibration.metrics[layer]
+        assert isinstance(metric, Metric)
+        dense = calibration.model.get_submodule(layer)
+        matrix = as_matrix(calibration.layers[layer], dense.weight.detach()).double()
+        parts = [factors.tensors[f"{layer}.{role}.weight"].double() for role in ("up", "down")]
+        up, down = (each.flatten(1) for each in parts)
+        change = matrix - up @ down
+        expected = (metric.squared_size(change) / metric.squared_size(matrix)) ** 0.5
+        assert factors.error == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert changed
+
+
+def test_texts_of_padding_alone_leave_the_factors_finite() -> None:
     calibration, start = started("llama", padded=True)  # from the ninth on nothing but padding
     assert not calibration.data.fitted[0].inputs["attention_mask"][8:].any()
     result = refine(calibration, start)
