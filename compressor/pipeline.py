@@ -157,7 +157,8 @@ def plan(
 ) -> Plan:
     """The ranks that `compress` would choose, and why, without the work; raises what `compress` raises.
 
-    Only `max_drop` uses the data, and compresses in memory to find them.
+    Only `max_drop` uses the data, and compresses in memory to find them. The refinement changes no rank, only the loss
+    that is told: without it a plan is made faster.
     """
     return compress(
         model,

@@ -194,7 +194,9 @@ class ChangesInPlace(nn.Module):
 def rows_that_are_no_examples(name: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     if name == "graph":
-        return Graph(), [{"nodes": torch.randn(20, 6), "adjacency": torch.eye(20) + torch.rand(20, 20) / 20} for _ in range(6)]
+        return Graph(), [
+            {"nodes": torch.randn(20, 6), "adjacency": torch.eye(20) + torch.rand(20, 20) / 20} for _ in range(6)
+        ]
     if name == "recurrent":
         return Recurrent(20), [{"x": torch.randn(20, 5, 6)} for _ in range(6)]
     return SequenceFirst(), [{"x": torch.randn(20, 3, 6)} for _ in range(6)]
