@@ -2,12 +2,12 @@
 
     python benchmarks/calibration_cost.py [--blocks 2 4 8 16] [--samples 16 32 64 128]
 
-Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5)`, each in a process of its
-own with one thread; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256 bytes. What the
-model takes without being calibrated is measured likewise and taken off: `beyond_model_bytes` is the peak resident size
-minus that of a process that only loads the model and runs one sample, and `seconds` the time minus that of the same
-plan without calibration. Writes benchmarks/results/calibration_cost.json with straight lines fitted by least squares,
-and prints it.
+Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5, refine=False)`, each in a
+process of its own with one thread; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256
+bytes. What the model takes without being calibrated is measured likewise and taken off: `beyond_model_bytes` is the
+peak resident size minus that of a process that only loads the model and runs one sample, and `seconds` the time minus
+that of the same plan without calibration. Writes benchmarks/results/calibration_cost.json with straight lines fitted by
+least squares, and prints it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]
     elif step == "plan":
         compressor.plan(folder, keep=KEEP)
     else:
-        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples)
+        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, refine=False)
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "seconds": time.monotonic() - started,
