@@ -411,6 +411,7 @@ def advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Mod
 
 
 def batches_of(calibration: Calibration, part: str) -> Sequence[Batch]:
+    """Those of a part of the data: "fitted" or "held back"."""
     return calibration.data.fitted if part == "fitted" else calibration.data.held_back
 
 

@@ -24,7 +24,7 @@ from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.checkpoint import Layer, module_skeleton, open_checkpoint
 from compressor.evaluation import prepared
 from compressor.inspection import Progress
-from compressor.rewrite import Factors, as_matrix, dense_weight, join, stored_pairs
+from compressor.rewrite import Factors, as_matrix, dense_weight, join, relative_error, stored_pairs
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
 # where a pass does not help.
@@ -93,13 +93,8 @@ def _factors(calibration: Calibration, layer: Layer, low_rank: nn.Module) -> Fac
         as_matrix(layer, each.to(calibration.device)).to(torch.float64)
         for each in (weight, dense_weight(checkpoint, pair))
     )
-    metric = calibration.metrics.get(layer.name)
-    total, lost = (
-        float(each.square().sum()) if metric is None else metric.squared_size(each)
-        for each in (matrix, matrix - stored)
-    )
     tensors = {join(layer.name, key): tensor for key, tensor in low_rank.state_dict().items()}
-    return Factors(tensors, (lost / total) ** 0.5 if total > 0 else 0.0)
+    return Factors(tensors, relative_error(matrix, matrix - stored, calibration.metrics.get(layer.name)))
 
 
 def _costs(
@@ -152,13 +147,14 @@ def _parts(calibration: Calibration, segment: int, index: int, outputs: Tensor) 
     count = math.ceil(batch.examples / max(1, calibration.data.examples // STEPS))
     edges = [batch.examples * part // count for part in range(count + 1)]
     slices = [slice(start, end) for start, end in pairwise(edges)]
+    if count == 1:
+        return slices
     rows = slices[-1]
     try:
-        alone = run_segment(calibration, segment, "fitted", index, {}, rows)
+        alone, together = run_segment(calibration, segment, "fitted", index, {}, rows), outputs[rows]
     except Exception:
         return [ALL]
-    together = outputs[rows] if outputs.dim() else outputs
-    if alone.shape != together.shape or len(alone) != rows.stop - rows.start:
+    if not alone.shape == together.shape == (rows.stop - rows.start, *outputs.shape[1:]):
         return [ALL]
     tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * float(together.abs().max())
     return slices if torch.allclose(alone, together, rtol=0, atol=tolerance) else [ALL]

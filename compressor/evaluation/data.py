@@ -47,10 +47,10 @@ class Batch:
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the examples; what has not a row for each stays whole."""
-        inputs = {name: each[rows] if self.has_row_for_each(each) else each for name, each in self.inputs.items()}
-        return Batch(inputs, self.labels[rows] if self.has_row_for_each(self.labels) else self.labels)
+        inputs = {name: each[rows] if self._has_row_for_each(each) else each for name, each in self.inputs.items()}
+        return Batch(inputs, self.labels[rows] if self._has_row_for_each(self.labels) else self.labels)
 
-    def has_row_for_each(self, tensor: Tensor) -> bool:
+    def _has_row_for_each(self, tensor: Tensor) -> bool:
         """Whether a tensor has one row for each of the examples."""
         return tensor.shape[:1] == (self.examples,)
 

@@ -44,6 +44,7 @@ from compressor.rewrite.tensor_format import (
     factors_of,
     file_record,
     join,
+    relative_error,
     stored_pairs,
 )
 from compressor.rewrite.widening import MERGE_KEY, merge_record, widened
@@ -87,6 +88,7 @@ __all__ = [
     "put_factors",
     "put_layer",
     "put_pair",
+    "relative_error",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",

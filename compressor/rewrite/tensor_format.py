@@ -170,10 +170,15 @@ def factors_of(
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
-    total, left = (
+    return Factors(tensors, relative_error(matrix, change, metric))
+
+
+def relative_error(matrix: Tensor, change: Tensor, metric: Metric | TiedMetric | None) -> float:
+    """The size of a change of a matrix beside the matrix itself: in the metric, else in the Frobenius norm."""
+    total, changed = (
         float(each.square().sum()) if metric is None else metric.squared_size(each) for each in (matrix, change)
     )
-    return Factors(tensors, (left / total) ** 0.5 if total > 0 else 0.0)
+    return (changed / total) ** 0.5 if total > 0 else 0.0
 
 
 def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import trained_on_digits
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, plan, restore
@@ -25,17 +26,9 @@ def build() -> nn.Sequential:
 
 
 @pytest.fixture(scope="module")
-def trained() -> nn.Sequential:
+def trained() -> nn.Module:
     torch.manual_seed(0)
-    model = build()
-    images, labels = digits("train")
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    for _ in range(8):
-        for batch in torch.randperm(len(images)).split(32):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-            optimizer.step()
-    return model
+    return trained_on_digits(build())
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -52,9 +45,7 @@ def divergence(dense: nn.Module, compressed: nn.Module | None) -> float:
 
 
 @pytest.mark.parametrize("keep", [0.6, 0.4, 0.25])
-def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(
-    trained: nn.Sequential, keep: float
-) -> None:
+def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(trained: nn.Module, keep: float) -> None:
     plain, calibrated = compress(trained, keep=keep), compress(trained, keep=keep, calibration=batches())
     assert calibrated.plan.eligible_after <= keep * calibrated.plan.eligible_before
     assert divergence(trained, calibrated.model) <= divergence(trained, plain.model) / 2
@@ -62,7 +53,7 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(
 
 @pytest.mark.parametrize(("keep", "share"), [(0.25, 1.0), (0.07, 0.8)])
 def test_compensation_loses_less_on_held_back_data_and_is_kept_only_there(
-    trained: nn.Sequential, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
+    trained: nn.Module, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.calibrated_planning.STAGES", 0)
     chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256, refine=False)
@@ -76,7 +67,7 @@ def test_compensation_loses_less_on_held_back_data_and_is_kept_only_there(
     assert chosen.calibration.held_back_loss == pytest.approx(min(refitted, truncated))
 
 
-def test_the_dense_model_is_left_as_it_was(trained: nn.Sequential) -> None:
+def test_the_dense_model_is_left_as_it_was(trained: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     trained.train()
     compress(trained, keep=0.5, calibration=batches())
@@ -86,7 +77,7 @@ def test_the_dense_model_is_left_as_it_was(trained: nn.Sequential) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
 
 
-def test_the_same_seed_gives_the_same_bytes(trained: nn.Sequential, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
     written = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -98,7 +89,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: nn.Sequential, tmp_path: Pa
     assert written[0] == written[1] != written[2]
 
 
-def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Sequential, tmp_path: Path) -> None:
+def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
     in_memory = compress(trained, keep=0.4, calibration=batches()).model
     report = compress(tmp_path / "model.safetensors", factory=build, keep=0.4, calibration=batches())
@@ -110,7 +101,7 @@ def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Sequenti
     torch.testing.assert_close(dense(images), in_memory(images), rtol=1e-3, atol=1e-3)
 
 
-def test_what_was_predicted_and_measured_is_said(trained: nn.Sequential) -> None:
+def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
     chosen = plan(trained, keep=0.5, calibration=batches(), calibration_samples=256)
     found = chosen.calibration
     assert found is not None
@@ -170,13 +161,13 @@ def test_bad_calibration_is_one_line(data: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("request_", [{}, {"tolerance": 0.1}])
-def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Sequential, request_: dict[str, float]) -> None:
+def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Module, request_: dict[str, float]) -> None:
     with pytest.raises(BadInput, match="--keep or --max-size"):
         compress(trained, calibration=batches(), **request_)  # type: ignore[arg-type]
 
 
 def test_its_plan_is_better_applied_with_the_data_than_without_which_it_says(
-    trained: nn.Sequential, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = plan(trained, keep=0.3, calibration=batches())
     (tmp_path / "plan.json").write_text(json.dumps(chosen.to_dict()))
