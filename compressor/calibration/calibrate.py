@@ -27,7 +27,7 @@ from compressor.calibration.criterion import (
     sampled_loss,
 )
 from compressor.calibration.examples import CalibrationData, with_decoder_inputs
-from compressor.calibration.segments import Segments, find_segments
+from compressor.calibration.segments import Segments, State, find_segments
 from compressor.calibration.spool import Spool, SpooledMetrics
 from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.errors import BadInput
@@ -47,7 +47,8 @@ class Calibration:
     """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
 
     A layer that no example reached is in neither mapping. What enters the segments of the dense model is in `spool`,
-    under ("dense", part, segment, batch), and the second moment of the gradients there under ("boundary", segment).
+    under ("dense", part, segment, batch), and under ("boundary", segment) the second moments of the gradients of what
+    the segment before it made of that.
     """
 
     model: nn.Module
@@ -81,7 +82,8 @@ def calibrate(
     with prepared(device, model), frozen(model):
         first = data.fitted[0]
         outputs = _first_outputs(model, first)
-        segments = find_segments(model, list(modules.values()), first)
+        looked_up = [model.get_submodule(layer.module) for layer in layers if layer.kind == "embedding"]
+        segments = find_segments(model, list(modules.values()), first, looked_up)
         logger.info("calibration runs the model in %d segments", segments.count)
         for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
             _keep_boundaries(model, segments, batches, spool, part, modules)
@@ -166,7 +168,7 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
     segments, last = calibration.segments, calibration.segments.count - 1
     with prepared(calibration.device, calibration.model):
         for index, batch in enumerate(calibration.data.held_back):
-            before = segments.run(calibration.model, last, batch, entering(calibration, "held back", last, index))
+            [before] = segments.run(calibration.model, last, batch, entering(calibration, "held back", last, index))
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
             cost, rows = divergence(before, after, batch.masks, calibration.criterion)
@@ -175,11 +177,9 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
     return total / count if math.isfinite(total) else math.inf
 
 
-def entering(calibration: Calibration, part: str, segment: int, batch: int) -> Tensor | None:
-    """What the dense model hands to a segment; None for the first."""
-    if segment == 0:
-        return None
-    return calibration.spool.get(("dense", part, segment, batch), calibration.device)["hidden"]
+def entering(calibration: Calibration, part: str, segment: int, batch: int) -> State:
+    """What the dense model hands to a segment; nothing to the first."""
+    return calibration.spool.row(("dense", part, segment, batch), calibration.device) if segment else ()
 
 
 @contextmanager
@@ -223,12 +223,12 @@ def _keep_boundaries(
 ) -> None:
     """Run all but the last segment, leaving on disk what enters each."""
     for index, batch in enumerate(batches):
-        hidden: Tensor | None = None
+        state: State = ()
         for segment in range(segments.count - 1):
-            hidden = segments.run(model, segment, batch, hidden)
-            if not torch.isfinite(hidden).all():
+            state = segments.run(model, segment, batch, state)
+            if not all(torch.isfinite(each).all() for each in segments.made_by(segment, state)):
                 raise _overflow(model, batch, layers)
-            spool.put(("dense", part, segment + 1, index), hidden=hidden)
+            spool.put_row(("dense", part, segment + 1, index), state)
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
@@ -264,54 +264,52 @@ def _metrics(
     uses: dict[str, float] = {}
     generator = torch.Generator(device).manual_seed(calibration.seed)
     rows = 0
-    boundary, positions = None, 0
+    boundary: dict[int, _Boundary] = {}
 
     def backwards(segment: int, index: int, batch: Batch) -> None:
-        nonlocal rows, boundary, positions
-        hidden = entering(calibration, "fitted", segment, index)
-        if hidden is not None:
-            hidden.requires_grad_(True)
+        nonlocal rows
+        state = entering(calibration, "fitted", segment, index)
+        for each in state:
+            each.requires_grad_(True)
         masks, last = batch.masks, segment == segments.count - 1
         # A copy, because a segment may work in place on what enters it, which a leaf does not allow.
-        run: Callable[[], Tensor] = partial(
-            segments.run, model, segment, batch, None if hidden is None else hidden.clone()
-        )
+        run: Callable[[], State] = partial(segments.run, model, segment, batch, tuple(each.clone() for each in state))
         if embeddings is not None:
-            run = embeddings.watched(run, masks, lookups=segment == 0, logits=last)
-        outputs, gradient = run(), None
+            run = embeddings.watched(run, masks, logits=last)
+        handed_on = run()
         if last:
-            rows += kept_rows(outputs, masks).shape[0]
-            outputs = sampled_loss(outputs, masks, calibration.criterion, generator)
-            if not torch.isfinite(outputs):
+            rows += kept_rows(handed_on[0], masks).shape[0]
+            handed_on = (sampled_loss(handed_on[0], masks, calibration.criterion, generator),)
+            if not torch.isfinite(handed_on[0]):
                 raise BadInput(
                     "the model's own loss on the calibration data is not finite",
                     remedy="use the model in a wider dtype, or other data",
                 )
-        else:
-            gradient = spool.get(("gradient", index), device)["hidden"]
-        if outputs.requires_grad:  # else the segment reached none of the layers
-            outputs.backward(gradient)  # type: ignore[no-untyped-call]
-        if hidden is not None:
-            # A segment that cuts its inputs off hands no gradient on.
-            received = torch.zeros_like(hidden) if hidden.grad is None else hidden.grad
-            spool.put(("gradient", index), hidden=received)
-            vectors = hidden_rows(received, masks)
-            product = (vectors.T @ vectors).to(torch.float64)
-            boundary = product if boundary is None else boundary + product
-            positions += len(vectors)
+        gradients = (None,) if last else spool.row(("gradient", index), device)
+        # Of what the segment made of none of the layers and of nothing that entered it there is no gradient.
+        reachable = [pair for pair in zip(handed_on, gradients, strict=True) if pair[0].requires_grad]
+        if reachable:
+            torch.autograd.backward([each for each, _ in reachable], [gradient for _, gradient in reachable])
+        if not state:
+            return
+        received = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in state)
+        spool.put_row(("gradient", index), received)
+        for number, each in enumerate(segments.made_by(segment - 1, received)):
+            boundary.setdefault(number, _Boundary()).add(hidden_rows(each, masks))
 
     for done, segment in enumerate(reversed(range(segments.count)), start=1):
         passes = (
             MomentPass(partial(backwards, segment, index, batch), batch.masks)
             for index, batch in enumerate(calibration.data.fitted)
         )
-        for name, found in collect_moments(layers, passes, stand_ins).items():
+        inside = segments.own_layers(model, segment, stand_ins)
+        for name, found in collect_moments({name: layers[name] for name in inside}, passes, inside).items():
             if found is not None and (metric := _metric(found, layers[name])) is not None:
                 metrics.put(name, metric)
                 uses[name] = found.positions / rows
-        if boundary is not None:
-            spool.put(("boundary", segment), gradients=shrunk(boundary / positions, positions))
-            boundary, positions = None, 0
+        if boundary:
+            spool.put_row(("boundary", segment), [boundary[number].moment() for number in sorted(boundary)])
+            boundary.clear()
         if progress:
             progress("calibrate", done, segments.count)
     for name, of_parameter in parameters.moments(rows).items() if parameters is not None else ():
@@ -319,6 +317,26 @@ def _metrics(
         metrics.put(name, Metric(inputs, shrunk(of_parameter.gradients, of_parameter.gradient_samples)))
         uses[name] = 1.0
     return metrics, uses
+
+
+@dataclass
+class _Boundary:
+    """The second moment of the gradients of what goes from one segment to the next, gathered batch by batch."""
+
+    product: Tensor | None = None
+    positions: int = 0
+
+    def add(self, vectors: Tensor) -> None:
+        product = (vectors.T @ vectors).to(torch.float64)
+        self.product = product if self.product is None else self.product + product
+        self.positions += len(vectors)
+
+    def moment(self) -> Tensor:
+        """Zero where no gradient came back, because the outputs do not depend on it."""
+        assert self.product is not None
+        return (
+            shrunk(self.product / self.positions, self.positions) if float(self.product.trace()) > 0 else self.product
+        )
 
 
 def _metric(moments: Moments, layer: nn.Module) -> Metric | None:

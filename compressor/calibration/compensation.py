@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.calibrate import Calibration, entering, with_layers
+from compressor.calibration.segments import State
 from compressor.checkpoint import Layer, SeparateExperts
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
@@ -387,27 +388,26 @@ def run_segment(
     index: int,
     modules: Mapping[str, nn.Module],
     rows: slice = slice(None),
-) -> Tensor:
+) -> State:
     """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input.
 
     `rows` are the examples of the batch.
     """
-    hidden: Tensor | None
     if modules and segment > 0 and ("compressed", part, index) in calibration.spool:
-        hidden = calibration.spool.get(("compressed", part, index), calibration.device)["hidden"]
+        state = calibration.spool.row(("compressed", part, index), calibration.device)
     else:
-        hidden = entering(calibration, part, segment, index)
+        state = entering(calibration, part, segment, index)
     batch = batches_of(calibration, part)[index][rows]
     with with_layers(calibration.model, modules) as model:
-        return calibration.segments.run(model, segment, batch, None if hidden is None else hidden[rows])
+        return calibration.segments.run(model, segment, batch, tuple(each[rows] for each in state))
 
 
 def advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
     """Leave on disk what the compressed segment hands to the next."""
     for part in ("fitted", "held back"):
         for index in range(len(batches_of(calibration, part))):
-            hidden = run_segment(calibration, segment, part, index, modules)
-            calibration.spool.put(("compressed", part, index), hidden=hidden)
+            state = run_segment(calibration, segment, part, index, modules)
+            calibration.spool.put_row(("compressed", part, index), state)
 
 
 def batches_of(calibration: Calibration, part: str) -> Sequence[Batch]:

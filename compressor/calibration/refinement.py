@@ -18,9 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, frozen
+from compressor.calibration.calibrate import Calibration, entering, frozen
 from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.calibration.segments import State
 from compressor.checkpoint import Layer, module_skeleton, open_checkpoint
 from compressor.evaluation import prepared
 from compressor.inspection import Progress
@@ -102,22 +103,25 @@ def _costs(
 ) -> tuple[list[Callable[[], Tensor]], Callable[[], float]]:
     """The mean cost of a compressed segment against the dense one: on some fitted examples each, and held back."""
     last = segment == calibration.segments.count - 1
-    metric = None if last else calibration.spool.get(("boundary", segment + 1), calibration.device)["gradients"].float()
+    spool, device, segments = calibration.spool, calibration.device, calibration.segments
+    metrics = [] if last else [each.float() for each in spool.row(("boundary", segment + 1), device)]
 
     @torch.no_grad()
-    def target(part: str, index: int, rows: slice) -> Tensor:
+    def target(part: str, index: int, rows: slice) -> State:
         if last:
             return run_segment(calibration, segment, part, index, {}, rows)
-        return calibration.spool.get(("dense", part, segment + 1, index), calibration.device)["hidden"][rows]
+        made = segments.made_by(segment, entering(calibration, part, segment + 1, index))
+        return tuple(each[rows] for each in made)
 
     def cost(part: str, index: int, rows: slice) -> tuple[Tensor, int]:
         masks = batches_of(calibration, part)[index][rows].masks
         before = target(part, index, rows)
-        after = run_segment(calibration, segment, part, index, modules, rows)
-        if metric is None:
-            return divergence(before, after, masks, calibration.criterion)
-        change = hidden_rows(after, masks) - hidden_rows(before, masks)
-        return (change @ metric * change).sum(), change.shape[0]
+        after = segments.made_by(segment, run_segment(calibration, segment, part, index, modules, rows))
+        if last:
+            return divergence(before[0], after[0], masks, calibration.criterion)
+        changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
+        costs = [(change @ metric * change).sum() for change, metric in zip(changes, metrics, strict=True)]
+        return torch.stack(costs).sum(), len(changes[0])
 
     def mean_cost(index: int, rows: slice) -> Tensor:
         total, count = cost("fitted", index, rows)
@@ -137,7 +141,7 @@ def _costs(
 
 
 @torch.no_grad()
-def _parts(calibration: Calibration, segment: int, index: int, outputs: Tensor) -> list[slice]:
+def _parts(calibration: Calibration, segment: int, index: int, outputs: State) -> list[slice]:
     """Some examples of a fitted batch at a time, for `STEPS` steps in a pass over all.
 
     All at once where the dense segment does not put out the same `outputs` for some of them: rows may be something else
@@ -151,13 +155,18 @@ def _parts(calibration: Calibration, segment: int, index: int, outputs: Tensor) 
         return slices
     rows = slices[-1]
     try:
-        alone, together = run_segment(calibration, segment, "fitted", index, {}, rows), outputs[rows]
+        alone = run_segment(calibration, segment, "fitted", index, {}, rows)
+        pairs = list(zip(calibration.segments.made_by(segment, alone), (each[rows] for each in outputs), strict=True))
     except Exception:
         return [ALL]
-    if not alone.shape == together.shape == (rows.stop - rows.start, *outputs.shape[1:]):
-        return [ALL]
+    return slices if all(_same_examples(*pair, rows.stop - rows.start) for pair in pairs) else [ALL]
+
+
+def _same_examples(alone: Tensor, together: Tensor, examples: int) -> bool:
+    if not alone.shape == together.shape == (examples, *together.shape[1:]):
+        return False
     tolerance = math.sqrt(torch.finfo(alone.dtype).eps) * float(together.abs().max())
-    return slices if torch.allclose(alone, together, rtol=0, atol=tolerance) else [ALL]
+    return torch.allclose(alone, together, rtol=0, atol=tolerance)
 
 
 def fit_to_dense(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -28,6 +28,15 @@ class Spool:
         path = self._files.setdefault(key, self._folder / f"{len(self._files)}.safetensors")
         path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+    def put_row(self, key: Hashable, row: Sequence[Tensor]) -> None:
+        """Keep tensors in order under a key, in place of what it held."""
+        self.put(key, **{str(number): tensor for number, tensor in enumerate(row)})
+
+    def row(self, key: Hashable, device: torch.device) -> tuple[Tensor, ...]:
+        """The tensors in order under a key, on a device. KeyError for one that was never kept."""
+        tensors = self.get(key, device)
+        return tuple(tensors[str(number)] for number in range(len(tensors)))
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._files

@@ -73,7 +73,7 @@ class EmbeddingCollector:
         self._outputs: dict[str, list[Tensor]] = {}
         self._predictions = 0
         self._masks: Sequence[Tensor] = ()
-        self._lookups = self._heads = True
+        self._heads = True
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -88,22 +88,23 @@ class EmbeddingCollector:
         self._outputs.clear()
 
     def watched(
-        self, part: Callable[[], Tensor], masks: Sequence[Tensor], *, lookups: bool = True, logits: bool = True
-    ) -> Callable[[], Tensor]:
+        self, part: Callable[[], tuple[Tensor, ...]], masks: Sequence[Tensor], *, logits: bool = True
+    ) -> Callable[[], tuple[Tensor, ...]]:
         """The same pass of the model, with what it shows of the embeddings gathered; `masks` are false on padding.
 
-        Of a part of the model it is said whether its embeddings are looked up there, and whether it ends in the logits.
+        Of a part of the model it is said whether it gives the logits, which come first of what it gives. A part that
+        looks up tokens for nothing that it gives adds nothing to their frequencies.
         """
 
-        def run() -> Tensor:
-            self._masks, self._lookups, self._heads = masks, lookups, logits
+        def run() -> tuple[Tensor, ...]:
+            self._masks, self._heads = masks, logits
             self._outputs.clear()
             made = part()
             if not logits:
                 return made
-            self._predictions += len(kept_rows(made, masks))
+            self._predictions += len(kept_rows(made[0], masks))
             for name, outputs in self._outputs.items():
-                self._weigh_classes(name, made, outputs)
+                self._weigh_classes(name, made[0], outputs)
             return made
 
         return run
@@ -138,15 +139,17 @@ class EmbeddingCollector:
 
     def _lookup_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
         def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-            if not self._lookups:
-                return output
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
             kept = kept_rows(tokens[..., None], self._masks).flatten()
             assert isinstance(layer.weight, Tensor)
             counts = torch.bincount(kept, minlength=layer.weight.shape[0])
-            self._add(name, "tokens", counts.to(torch.float64), kept.numel())
+
+            def used(gradient: Tensor) -> None:
+                self._add(name, "tokens", counts.to(torch.float64), kept.numel())
+                self._add_product(name, "gradients", gradient)
+
             output.requires_grad_(True)
-            output.register_hook(lambda gradient: self._add_product(name, "gradients", gradient))  # type: ignore[no-untyped-call]
+            output.register_hook(used)  # type: ignore[no-untyped-call]
             # What follows may work in place, which a leaf does not allow.
             return output.clone()
 

@@ -27,6 +27,7 @@ from compressor.calibration import Calibration, held_back_loss
 from compressor.calibration.criterion import outputs_of, sampled_loss
 from compressor.calibration.segments import Segments
 from compressor.evaluation import Batch
+from compressor.factorize import Metric, TiedMetric
 from compressor.measure.moments import kept_rows
 
 
@@ -73,6 +74,29 @@ def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert cut.metrics.keys() == {layer.name for layer in eligible(model)}
         uncut(monkeypatch)
         assert_same(cut, calibrated(model, [inputs, inputs]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "clip", "t5"])
+def test_and_those_of_embeddings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
+    cut = calibrated(model, [inputs, inputs], embeddings=True)
+    # The position bias of T5 is looked up once for all blocks.
+    assert (cut.segments.count == 1) == (name == "t5")
+    uncut(monkeypatch)
+    whole = calibrated(model, [inputs, inputs], embeddings=True)
+    found = [name for name, layer in cut.layers.items() if layer.kind == "embedding"]
+    assert found
+    for each in found:
+        a, b = cut.metrics[each], whole.metrics[each]
+        assert type(a) is type(b)
+        for one, other in zip(parts_of(a), parts_of(b), strict=True):
+            torch.testing.assert_close(one.inputs, other.inputs, rtol=1e-4, atol=1e-9)
+            assert float((one.gradients - other.gradients).abs().max()) <= 1e-4 * float(other.gradients.abs().max())
+        assert cut.uses[each] == whole.uses[each]
+
+
+def parts_of(metric: Metric | TiedMetric) -> tuple[Metric, ...]:
+    return (metric,) if isinstance(metric, Metric) else (metric.lookup, metric.head)
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -134,7 +134,7 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
         assert held_back_loss(calibration, one.modules) < held_back_loss(calibration, start.modules)
 
 
-@pytest.mark.parametrize("name", ["llama", "vit", "in place"])
+@pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5", "bart", "clip", "swin"])
 def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, start = started(name)
     assert calibration.segments.count > 1
@@ -148,6 +148,17 @@ def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) 
     result = refine(calibration, start)
     assert sorted(fitted) == sorted(calibration.layers[layer].module for layer in start.factors)
     assert all(result.factors[layer] is start.factors[layer] for layer in start.factors)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "clip"])
+def test_the_last_block_of_a_chain_is_fitted_to_what_it_gives_to_all_that_follows(name: str) -> None:
+    """What the next chain's first block is given does not depend on it."""
+    calibration, _ = started(name)
+    block = calibration.segments.chains[0].blocks[-1]
+    inside = [layer for key, layer in calibration.layers.items() if key.startswith(f"{block}.")]
+    start = uncompensated(calibration, [planned(layer, max(1, min(layer.shape) // 2)) for layer in inside])
+    result = refine(calibration, start)
+    assert held_back_loss(calibration, result.modules) < held_back_loss(calibration, start.modules)
 
 
 class Graph(nn.Module):

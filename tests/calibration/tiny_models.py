@@ -123,9 +123,9 @@ class Bypassed(nn.Module):
         return self.head(hidden + 3 * start)
 
 
-def odd(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def odd(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model that is no plain chain of blocks, or a chain with a snare, with inputs for it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if name == "mlp":
         return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), {
             "inputs": torch.randn(5, 6)
@@ -144,6 +144,29 @@ def odd(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         return Bypassed(), {"inputs": torch.randn(5, 6)}
     import transformers
 
+    if name == "bart":
+        bart = transformers.BartConfig(
+            d_model=16, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=TOKENS, max_position_embeddings=16, init_std=0.3,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        )  # fmt: skip
+        inputs = {"input_ids": torch.randint(3, TOKENS, (5, 7)), "decoder_input_ids": torch.randint(3, TOKENS, (5, 6))}
+        inputs["attention_mask"] = (torch.arange(7)[None] < 7 - torch.arange(5)[:, None]).long()
+        return transformers.BartForConditionalGeneration(bart), inputs
+    if name == "clip":
+        both = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        clip = transformers.CLIPConfig(
+            text_config=both | {"vocab_size": TOKENS, "max_position_embeddings": 8, "eos_token_id": 2},
+            vision_config=both | {"image_size": 8, "patch_size": 4}, projection_dim=12, initializer_factor=8.0,
+        )  # fmt: skip
+        inputs = {"input_ids": torch.randint(3, TOKENS, (5, 7)), "pixel_values": torch.randn(5, 3, 8, 8)}
+        return transformers.CLIPModel(clip), inputs
+    if name == "swin":
+        swin = transformers.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=2, num_labels=5,
+            initializer_range=0.3,
+        )  # fmt: skip
+        return transformers.SwinForImageClassification(swin), {"pixel_values": torch.randn(5, 3, 16, 16)}
     if name == "t5":
         t5 = transformers.T5Config(
             d_model=16, d_ff=24, d_kv=4, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=TOKENS,
@@ -160,11 +183,14 @@ def odd(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     return transformers.WhisperForConditionalGeneration(whisper), inputs
 
 
-ODD = ("mlp", "stages", "in place", "bypassed", "t5", "whisper")
+# Those that are more than one segment, with the number of these.
+SEVERAL = {"in place": BLOCKS + 1, "t5": 6, "bart": 6, "whisper": 6, "clip": 5, "swin": 5}
+ODD = ("mlp", "stages", "bypassed", *SEVERAL)
 
 
-def eligible(model: nn.Module) -> list[Layer]:
-    return [each for each in find_layers(open_checkpoint(model), module_skeleton(model)) if each.eligible]
+def eligible(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
+    found = find_layers(open_checkpoint(model), module_skeleton(model), embeddings=embeddings)
+    return [each for each in found if each.eligible]
 
 
 def calibrated(
@@ -174,6 +200,7 @@ def calibrated(
     *,
     seed: int = 0,
     labels: Tensor | None = None,
+    embeddings: bool = False,
 ) -> Calibration:
     """Calibration of all eligible layers; what is fitted is also held back where nothing else is given."""
     parts = [
@@ -181,7 +208,7 @@ def calibrated(
         for part in (fitted, fitted if held_back is None else held_back)
     ]
     data = CalibrationData(parts[0], parts[1], labelled=labels is not None)
-    return calibrate(model, eligible(model), data, device=CPU, seed=seed)
+    return calibrate(model, eligible(model, embeddings=embeddings), data, device=CPU, seed=seed)
 
 
 def planned(layer: Layer, rank: int | None) -> LayerPlan:

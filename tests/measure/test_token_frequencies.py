@@ -44,7 +44,7 @@ def gathered(model: Any, passes: list[tuple[Tensor, Sequence[Tensor]]]) -> tuple
     generator = torch.Generator().manual_seed(0)
 
     def run(tokens: Tensor, masks: Sequence[Tensor]) -> None:
-        logits = collector.watched(lambda: model(tokens), masks)()
+        logits = collector.watched(lambda: (model(tokens),), masks)()[0]
         sampled_loss(logits, masks, "likelihood", generator).backward()  # type: ignore[no-untyped-call]
 
     with collector:
