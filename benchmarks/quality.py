@@ -143,12 +143,14 @@ SUBJECTS = {
 class Measurement:
     """Loss in nats per prediction, of a classifier the accuracy, and the divergence from the dense model's predictions.
 
-    The loss of a classifier that is sure of its errors may fall when it is compressed; the divergence cannot.
+    The loss of a classifier that is sure of its errors may fall when it is compressed; the divergence cannot. `error`
+    is the standard error of the loss's change from the dense model, over the examples.
     """
 
     loss: float
     accuracy: float | None = None
     divergence: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -470,8 +472,27 @@ def left_out(windows: Tensor) -> int:
 
 def measured(model: nn.Module, data: EvaluationData, dense: nn.Module | None = None) -> Measurement:
     quality = measure_quality(model, data)
-    away = None if dense is None else mean_divergence(dense, model, data)
-    return Measurement(quality.loss, quality.value if quality.metric == "accuracy" else None, away)
+    accuracy = quality.value if quality.metric == "accuracy" else None
+    if dense is None:
+        return Measurement(quality.loss, accuracy)
+    error = error_of_change(dense, model, data)
+    return Measurement(quality.loss, accuracy, mean_divergence(dense, model, data), error)
+
+
+@torch.inference_mode()
+def error_of_change(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
+    """The standard error of the mean change in loss from the dense model to another, over the examples."""
+    changes = torch.cat([example_losses(model, batch) - example_losses(dense, batch) for batch in data])
+    return float(changes.std() / math.sqrt(len(changes)))
+
+
+def example_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy of each image, or its mean over the predictions of each window of text."""
+    logits = logits_of(model, batch.inputs).double()
+    if batch.labels.dim() > 1:
+        logits = logits[:, :-1].movedim(-1, 1)
+    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
 @torch.inference_mode()
@@ -536,7 +557,7 @@ def compare_at(name: str, condition: str, seed: int, keep: float, methods: Seque
         row = {"model": name, "condition": condition, "keep": keep, "seed": seed, "method": method, "kept": kept}
         row |= {"dense_loss": dense.loss, "loss_increase": after.loss - dense.loss} | given.about
         if after.divergence is not None:
-            row["divergence"] = after.divergence
+            row |= {"loss_increase_error": after.error, "divergence": after.divergence}
         if dense.accuracy is not None and after.accuracy is not None:
             row |= {"dense_accuracy": dense.accuracy, "accuracy_drop": dense.accuracy - after.accuracy}
         rows.append(row)

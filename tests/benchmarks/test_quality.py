@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -143,6 +145,29 @@ def test_the_loss_after_a_token_is_of_the_predictions_with_it_in_their_recent_pa
                 scores = table(torch.tensor(window[position - 1])).double()
                 losses.append(-float(scores.detach().log_softmax(-1)[window[position]]))
     assert found == pytest.approx(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_error_of_a_change_in_loss_is_over_the_examples(quality: ModuleType, text: bool) -> None:
+    torch.manual_seed(0)
+    dense, other = nn.Embedding(6, 6), nn.Embedding(6, 6)
+    windows = torch.randint(0, 6, (9, 12) if text else (9, 2))
+
+    def read(positions: Any) -> Batch:
+        chosen = windows[list(positions)]
+        return Batch({"inputs": chosen} if text else {"inputs": chosen[:, 0]}, chosen[:, 1:] if text else chosen[:, 1])
+
+    def losses(model: nn.Embedding) -> list[float]:
+        chances = model.weight.detach().double().log_softmax(-1)
+        return [
+            -statistics.mean(float(chances[a, b]) for a, b in itertools.pairwise(window)) for window in windows.tolist()
+        ]
+
+    data = EvaluationData("", "language-modeling" if text else "image-classification", 9, 2, read)
+    changes = [after - before for before, after in zip(losses(dense), losses(other), strict=True)]
+    expected = statistics.stdev(changes) / 3
+    assert quality.error_of_change(dense, other, data) == pytest.approx(expected)
+    assert quality.error_of_change(dense, dense, data) == 0
 
 
 def test_a_cell_measured_again_replaces_itself_and_leaves_the_others(
