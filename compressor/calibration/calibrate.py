@@ -46,9 +46,8 @@ logger = logging.getLogger(__name__)
 class Calibration:
     """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
 
-    A layer that no example reached is in neither mapping. What enters the segments of the dense model is in `spool`,
-    under ("dense", part, segment, batch), and under ("boundary", segment) the second moments of the gradients of what
-    the segment before it made of that.
+    A layer that no example reached is in neither mapping. What each segment of the dense model makes is in `spool`,
+    under ("dense", part, segment, batch), and the second moments of the gradients there under ("boundary", segment).
     """
 
     model: nn.Module
@@ -82,8 +81,7 @@ def calibrate(
     with prepared(device, model), frozen(model):
         first = data.fitted[0]
         outputs = _first_outputs(model, first)
-        looked_up = [model.get_submodule(layer.module) for layer in layers if layer.kind == "embedding"]
-        segments = find_segments(model, list(modules.values()), first, looked_up)
+        segments = find_segments(model, layers, first)
         logger.info("calibration runs the model in %d segments", segments.count)
         for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
             _keep_boundaries(model, segments, batches, spool, part, modules)
@@ -179,7 +177,14 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
 
 def entering(calibration: Calibration, part: str, segment: int, batch: int) -> State:
     """What the dense model hands to a segment; nothing to the first."""
-    return calibration.spool.row(("dense", part, segment, batch), calibration.device) if segment else ()
+    return tuple(
+        made_by(calibration, part, maker, batch)[place] for maker, place in calibration.segments.makers(segment)
+    )
+
+
+def made_by(calibration: Calibration, part: str, segment: int, batch: int) -> State:
+    """What a segment of the dense model makes, all but the last."""
+    return calibration.spool.row(("dense", part, segment, batch), calibration.device)
 
 
 @contextmanager
@@ -226,9 +231,10 @@ def _keep_boundaries(
         state: State = ()
         for segment in range(segments.count - 1):
             state = segments.run(model, segment, batch, state)
-            if not all(torch.isfinite(each).all() for each in segments.made_by(segment, state)):
+            made = segments.made_by(segment, state)
+            if not all(torch.isfinite(each).all() for each in made):
                 raise _overflow(model, batch, layers)
-            spool.put_row(("dense", part, segment + 1, index), state)
+            spool.put_row(("dense", part, segment, index), made)
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
@@ -308,7 +314,7 @@ def _metrics(
                 metrics.put(name, metric)
                 uses[name] = found.positions / rows
         if boundary:
-            spool.put_row(("boundary", segment), [boundary[number].moment() for number in sorted(boundary)])
+            spool.put_row(("boundary", segment - 1), [boundary[number].moment() for number in sorted(boundary)])
             boundary.clear()
         if progress:
             progress("calibrate", done, segments.count)

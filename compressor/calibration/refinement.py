@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, entering, frozen
+from compressor.calibration.calibrate import Calibration, frozen, made_by
 from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
@@ -101,17 +101,19 @@ def _factors(calibration: Calibration, layer: Layer, low_rank: nn.Module) -> Fac
 def _costs(
     calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]
 ) -> tuple[list[Callable[[], Tensor]], Callable[[], float]]:
-    """The mean cost of a compressed segment against the dense one: on some fitted examples each, and held back."""
+    """The mean cost of a compressed segment against the dense one: on some fitted examples each, and held back.
+
+    Where a segment makes two tensors their costs are added, as if the gradients of one told nothing of the other's.
+    """
     last = segment == calibration.segments.count - 1
     spool, device, segments = calibration.spool, calibration.device, calibration.segments
-    metrics = [] if last else [each.float() for each in spool.row(("boundary", segment + 1), device)]
+    metrics = [] if last else [each.float() for each in spool.row(("boundary", segment), device)]
 
     @torch.no_grad()
     def target(part: str, index: int, rows: slice) -> State:
         if last:
             return run_segment(calibration, segment, part, index, {}, rows)
-        made = segments.made_by(segment, entering(calibration, part, segment + 1, index))
-        return tuple(each[rows] for each in made)
+        return tuple(each[rows] for each in made_by(calibration, part, segment, index))
 
     def cost(part: str, index: int, rows: slice) -> tuple[Tensor, int]:
         masks = batches_of(calibration, part)[index][rows].masks

@@ -3,12 +3,12 @@
 Transformers are chains of blocks of one kind: one, or an encoder's and then a decoder's, or one for each stage. A
 segment runs the model's own code with the blocks before it passed over, the tensors that enter it taken from where they
 were left, and stops where the next one begins; so masks, positions and whatever else a model hands to its blocks are
-right by construction. A model in which no such chain is found is one segment.
+right by construction. What is in none of the chains belongs to the segment whose results it has a part in; a model
+without a chain is one segment.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.criterion import outputs_of
+from compressor.checkpoint import Layer
 from compressor.evaluation import Batch
 
 # What enters a segment: what its block is given, then what each chain that has come to its end gave. Empty for the
@@ -30,7 +31,8 @@ State = tuple[Tensor, ...]
 class Chain:
     """The names of blocks in order, each of which is given what the one before gave.
 
-    They return a tuple of `results`, of which that is the first; or with 0 the tensor itself.
+    They return a tuple of `results`, of which that is the first; or with 0 the tensor itself. Of more than one the
+    others are what the first block returns, which is therefore run wherever the chain is passed over.
     """
 
     blocks: tuple[str, ...]
@@ -59,6 +61,11 @@ class Segments:
     def made_by(self, index: int, handed_on: State) -> State:
         """Those of the tensors that a segment hands on which it did not itself receive."""
         return (handed_on[0], handed_on[-1]) if self._ends_a_chain(index) else handed_on[:1]
+
+    def makers(self, index: int) -> list[tuple[int, int]]:
+        """For each tensor that enters a segment the segment that made it, and its place in `made_by` there."""
+        ends = [(segment, 1) for segment in range(index) if self._ends_a_chain(segment)]
+        return [(index - 1, 0), *ends] if index else []
 
     def own_layers(self, model: nn.Module, index: int, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """Those of the model's layers that a segment may run for what it makes: all but those in blocks of others."""
@@ -92,6 +99,7 @@ class Segments:
             try:
                 return (outputs_of(model, batch.inputs),)
             except _Reached as reached:
+                assert len(ended) == self._ends_a_chain(index), "a chain goes on after the next one has begun"
                 return (reached.hidden, *state[1:], *ended)
 
 
@@ -107,7 +115,8 @@ def _stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> No
 
 
 def _take(ended: list[Tensor], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-    ended.append(output[0] if isinstance(output, tuple) else output)
+    # A copy, because it may itself be what enters the next chain, or be changed in place before that.
+    ended.append((output[0] if isinstance(output, tuple) else output).clone())
 
 
 def _entering(block: nn.Module, hidden: Tensor) -> torch.utils.hooks.RemovableHandle:
@@ -163,26 +172,26 @@ def _hidden(arguments: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
     return first
 
 
-def find_segments(
-    model: nn.Module, layers: Sequence[nn.Module], batch: Batch, embeddings: Sequence[nn.Module] = ()
-) -> Segments:
-    """All chains of blocks of one class that hold layers, or the longest, checked by running them on `batch`.
+def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Segments:
+    """The chains of blocks of one class that hold layers, as many as can be, checked by running them on `batch`.
 
-    `layers` and `embeddings` are those whose moments are wanted. Each block is called once and gives the next what it
-    takes first, and all that the outputs have of a layer, or of one call of an embedding, passes through one segment. A
-    model without such a chain, or whose outputs are not those of its segments, is one segment.
+    `layers` are those whose moments are wanted. Each block is called once and gives the next what it takes first, and
+    all that the outputs have of a layer, or of one call of an embedding, passes through one segment. Where the outputs
+    of all chains are not the model's, the shortest are left out; a model without a chain is one segment.
     """
-    wanted = {id(layer) for layer in layers}
-    names = [
+    wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
+    rows = [
         tuple(f"{name}.{index}" if name else index for index, _ in module.named_children())
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and _alike(module, wanted)
     ]
-    chains = _chains(model, names, batch)
-    alone = [(chain,) for chain in sorted(chains, key=_length, reverse=True)]
-    for chosen in (_beside_each_other(chains), *alone):
-        segments = Segments(chosen)
-        if _agrees(model, segments, batch) and _apart(model, segments, layers, embeddings, batch):
+    chains = _chains(model, rows, batch)
+    # Of chains of one length the outer first.
+    longest = sorted(chains, key=lambda chain: (-len(chain.blocks), rows.index(chain.blocks)))
+    beside = _beside_each_other(longest)
+    for chosen in (*(beside[:count] for count in range(len(beside), 0, -1)), *([chain] for chain in longest)):
+        segments = Segments(tuple(chain for chain in chains if chain in chosen))
+        if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
             return segments
     return Segments()
 
@@ -192,10 +201,6 @@ def _alike(parts: nn.Module, wanted: set[int]) -> bool:
     children = list(parts.children())
     holding = [any(id(module) in wanted for module in child.modules()) for child in children]
     return len({type(child) for child in children}) == 1 and all(holding) and id(children[0]) not in wanted
-
-
-def _length(chain: Chain) -> int:
-    return len(chain.blocks)
 
 
 def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> list[Chain]:
@@ -226,13 +231,13 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
     return [Chain(row, last[row][1]) for row, calls in called.items() if calls == len(row)]
 
 
-def _beside_each_other(chains: Sequence[Chain]) -> tuple[Chain, ...]:
-    """The longest of the chains, and of the others those that do not lie inside another or around it."""
+def _beside_each_other(chains: Sequence[Chain]) -> list[Chain]:
+    """Those of the chains that do not lie inside one before them or around it."""
     chosen: list[Chain] = []
-    for chain in sorted(chains, key=_length, reverse=True):
+    for chain in chains:
         if not any(_inside(chain, other) or _inside(other, chain) for other in chosen):
             chosen.append(chain)
-    return tuple(chain for chain in chains if chain in chosen)
+    return chosen
 
 
 def _inside(inner: Chain, outer: Chain) -> bool:
@@ -252,40 +257,43 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
     return outputs.shape == whole.shape and torch.allclose(outputs, whole, rtol=1e-3, atol=digits, equal_nan=True)
 
 
-def _apart(
-    model: nn.Module, segments: Segments, layers: Sequence[nn.Module], embeddings: Sequence[nn.Module], batch: Batch
-) -> bool:
+def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], batch: Batch) -> bool:
     """Whether no layer has a part in what two segments make, such as an encoder's in the results of all decoder blocks.
 
     Its gradient would be in none of them whole. Of an embedding that holds for each of its calls.
     """
-    found: set[tuple[nn.Module, int]] = set()
+    found: set[tuple[str, int]] = set()
     state: State = ()
+    modules = {each.name: model.get_submodule(each.module) for each in layers}
+    parameters = {each.name: getattr(modules[each.name], each.parameter) for each in layers if each.kind == "parameter"}
+    looked_up = {each.name for each in layers if each.kind == "embedding"}
     for index in range(segments.count):
-        outputs: list[tuple[tuple[nn.Module, int], Tensor]] = []
-        calls: Counter[nn.Module] = Counter()
-
-        def note(
-            module: nn.Module, _: tuple[Any, ...], output: Tensor, outputs: list[Any] = outputs, calls: Any = calls
-        ) -> Tensor:
-            calls[module] += module in embeddings
-            outputs.append(((module, calls[module]), output if output.requires_grad else output.requires_grad_(True)))
-            return output.clone()  # which the model may change in place
-
+        outputs: dict[tuple[str, int], Tensor] = {}
         with ExitStack() as stack, torch.enable_grad():
-            for module in (*layers, *embeddings):
-                stack.callback(module.register_forward_hook(note).remove)
+            for name in modules.keys() - parameters.keys():
+                stack.callback(modules[name].register_forward_hook(partial(_note_output, outputs, name)).remove)
+            for name, parameter in parameters.items():
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                outputs[name, 0] = parameter.requires_grad_(True)
             handed_on = segments.run(model, index, batch, tuple(each.clone() for each in state))
-        state = tuple(each.detach() for each in handed_on)
-        reachable = [each for each in handed_on if each.requires_grad]
-        if not outputs or not reachable:
-            continue
-        tensors = [output for _, output in outputs]
-        gradients = torch.autograd.grad(
-            reachable, tensors, [torch.ones_like(each) for each in reachable], allow_unused=True
-        )
-        reached = {call for (call, _), gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+            reachable = [each for each in handed_on if each.requires_grad]
+            state = tuple(each.detach() for each in handed_on)
+            if not outputs or not reachable:
+                continue
+            weights = [torch.ones_like(each) for each in reachable]
+            gradients = torch.autograd.grad(reachable, list(outputs.values()), weights, allow_unused=True)
+        calls = [call for call, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        reached = {(name, number if name in looked_up else 0) for name, number in calls}
         if found & reached:
             return False
         found |= reached
     return True
+
+
+def _note_output(
+    outputs: dict[tuple[str, int], Tensor], layer: str, _: nn.Module, __: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """Keep what a layer gives, by its name and the number of the call."""
+    calls = sum(name == layer for name, _ in outputs)
+    outputs[layer, calls] = output if output.requires_grad else output.requires_grad_(True)
+    return output.clone()  # which the model may change in place

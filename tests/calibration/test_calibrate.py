@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +26,11 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress
 from compressor.calibration import Calibration, held_back_loss
-from compressor.calibration.criterion import outputs_of, sampled_loss
+from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.calibration.segments import Segments
 from compressor.evaluation import Batch
 from compressor.factorize import Metric, TiedMetric
-from compressor.measure.moments import kept_rows
+from compressor.measure.moments import kept_rows, shrunk
 
 
 def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +76,50 @@ def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert cut.metrics.keys() == {layer.name for layer in eligible(model)}
         uncut(monkeypatch)
         assert_same(cut, calibrated(model, [inputs, inputs]))
+
+
+@pytest.mark.parametrize("name", ["llama", "bart", "t5", "clip", "swin", "piped"])
+def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(name: str) -> None:
+    model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
+    calibration = calibrated(model.eval(), [inputs])
+    batch, chains = calibration.data.fitted[0], calibration.segments.chains
+    # What enters each block, then what each chain but the last gives, each followed by autograd alone.
+    entering: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+
+    def enter(block: str, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        first = (arguments or tuple(named.values()))[0]
+        entering[block] = first if first.requires_grad else first.clone().requires_grad_(True)
+        entering[block].retain_grad()
+        return (entering[block], *arguments[1:]), named
+
+    def leave(block: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        given[block] = output[0] if isinstance(output, tuple) else output
+        given[block].retain_grad()
+
+    for chain in chains:
+        for block in chain.blocks:
+            model.get_submodule(block).register_forward_pre_hook(partial(enter, block), with_kwargs=True)
+        if chain is not chains[-1]:
+            model.get_submodule(chain.blocks[-1]).register_forward_hook(partial(leave, chain.blocks[-1]))
+    generator = torch.Generator().manual_seed(calibration.seed)
+    sampled_loss(outputs_of(model, batch.inputs), batch.masks, calibration.criterion, generator).backward()
+
+    def moment(gradient: Tensor) -> Tensor:
+        rows = hidden_rows(gradient, batch.masks)
+        return shrunk((rows.T @ rows).double() / len(rows), len(rows))
+
+    blocks = [block for chain in chains for block in chain.blocks]
+    for segment, block in enumerate(blocks):
+        expected = [entering[block].grad]
+        if segment > 0 and blocks[segment - 1] in given:
+            # Where all that follows takes it from the next chain's first block there is nothing left of its own.
+            expected.append(None if name in ("swin", "piped") else given[blocks[segment - 1]].grad)
+        found = calibration.spool.row(("boundary", segment), torch.device("cpu"))
+        assert len(found) == len(expected)
+        for one, gradient in zip(found, expected, strict=True):
+            other = torch.zeros_like(one) if gradient is None else moment(gradient)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "clip", "t5"])

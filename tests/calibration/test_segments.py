@@ -25,9 +25,8 @@ from compressor.evaluation import Batch
 
 
 def cut(model: nn.Module, batch: Batch) -> Segments:
-    layers = [model.get_submodule(layer.module) for layer in eligible(model)]
     with torch.no_grad():
-        return find_segments(model, layers, batch)
+        return find_segments(model, eligible(model), batch)
 
 
 @torch.no_grad()

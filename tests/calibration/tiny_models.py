@@ -123,6 +123,51 @@ class Bypassed(nn.Module):
         return self.head(hidden + 3 * start)
 
 
+class Piped(nn.Module):
+    """Two chains, the second of which is given what the first gives, with nothing in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(*(Block(6) for _ in range(2)))
+        self.second = nn.Sequential(*(Block(6) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+class Conditioned(nn.Module):
+    """A block that is given the same context as all others of its chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return x + torch.tanh(self.first(x) + self.second(context))
+
+
+class Bridged(nn.Module):
+    """An encoder, a recurrent layer, and a decoder all of whose blocks are given what that makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.start = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.encoder = nn.ModuleList(Block(8) for _ in range(2))
+        self.bridge = nn.GRU(8, 8, batch_first=True)
+        self.decoder = nn.ModuleList(Conditioned() for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.enter(x)
+        for block in self.encoder:
+            context = block(context)
+        context = self.bridge(context)[0]
+        hidden = self.start(x)
+        for block in self.decoder:
+            hidden = block(hidden, context)
+        return self.head(hidden)
+
+
 def odd(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model that is no plain chain of blocks, or a chain with a snare, with inputs for it."""
     torch.manual_seed(seed)
@@ -140,6 +185,10 @@ def odd(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     if name == "in place":
         blocks = nn.Sequential(*(Block(8, inplace=True) for _ in range(BLOCKS)))
         return nn.Sequential(nn.Linear(6, 8), blocks, nn.Linear(8, 4)), {"inputs": torch.randn(5, 6)}
+    if name == "piped":
+        return Piped(), {"inputs": torch.randn(5, 6)}
+    if name == "bridged":
+        return Bridged(), {"inputs": torch.randn(5, 7, 6)}
     if name == "bypassed":
         return Bypassed(), {"inputs": torch.randn(5, 6)}
     import transformers
@@ -163,10 +212,15 @@ def odd(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
         return transformers.CLIPModel(clip), inputs
     if name == "swin":
         swin = transformers.SwinConfig(
-            image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=2, num_labels=5,
+            image_size=16, patch_size=2, embed_dim=8, depths=[2, 3], num_heads=[2, 4], window_size=2, num_labels=5,
             initializer_range=0.3,
         )  # fmt: skip
         return transformers.SwinForImageClassification(swin), {"pixel_values": torch.randn(5, 3, 16, 16)}
+    if name == "resnet":  # whose blocks of two convolutions are as long as its stages
+        resnet = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 12], depths=[2, 3], layer_type="basic", num_labels=5
+        )
+        return transformers.ResNetForImageClassification(resnet), {"pixel_values": torch.randn(5, 3, 16, 16)}
     if name == "t5":
         t5 = transformers.T5Config(
             d_model=16, d_ff=24, d_kv=4, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=TOKENS,
@@ -184,7 +238,10 @@ def odd(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 # Those that are more than one segment, with the number of these.
-SEVERAL = {"in place": BLOCKS + 1, "t5": 6, "bart": 6, "whisper": 6, "clip": 5, "swin": 5}
+SEVERAL = {
+    "in place": BLOCKS + 1, "piped": 6, "bridged": 3, "resnet": 6, "t5": 6, "bart": 6, "whisper": 6, "clip": 5,
+    "swin": 6,
+}  # fmt: skip
 ODD = ("mlp", "stages", "bypassed", *SEVERAL)
 
 
