@@ -2,12 +2,12 @@
 
     python benchmarks/calibration_cost.py [--blocks 2 4 8 16] [--samples 16 32 64 128]
 
-Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5, refine=False)`, each in a
-process of its own with one thread; blocks are varied at 32 samples, samples at 4 blocks. A sample is a window of 256
-bytes. What the model takes without being calibrated is measured likewise and taken off: `beyond_model_bytes` is the
-peak resident size minus that of a process that only loads the model and runs one sample, and `seconds` the time minus
-that of the same plan without calibration. Writes benchmarks/results/calibration_cost.json with straight lines fitted by
-least squares, and prints it.
+Plans random Llamas of a fixed width with `compressor.plan(folder, calibration=..., keep=0.5)`, with the refinement and
+without, each in a process of its own with one thread; blocks are varied at 32 samples, samples at 4 blocks. A sample is
+a window of 256 bytes. What the model takes without being calibrated is measured likewise and taken off:
+`beyond_model_bytes` is the peak resident size minus that of a process that only loads the model and runs one sample,
+and `cpu_seconds` the processor's time minus that of the same plan without calibration; `refined` and `unrefined` have
+one of each. Writes benchmarks/results/calibration_cost.json with straight lines fitted by least squares, and prints it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ BLOCKS, SAMPLES = (2, 4, 8, 16), (16, 32, 64, 128)
 FIXED_BLOCKS, FIXED_SAMPLES = 4, 32
 KEEP = 0.5
 
-Step = Literal["load", "plan", "calibrate"]
+Step = Literal["load", "plan", "unrefined", "refined"]
+PLANNED: tuple[Step, ...] = ("unrefined", "refined")
 
 
 def make_model(folder: Path, blocks: int) -> None:
@@ -64,24 +65,24 @@ def make_model(folder: Path, blocks: int) -> None:
 
 
 def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
-    """One step, in this process: its seconds, and the peak resident size so far in bytes."""
-    started = time.monotonic()
+    """One step, in this process: the processor's seconds, and the peak resident size so far in bytes."""
+    started = time.process_time()
     if step == "load":
         with torch.no_grad():
             logits_of(load_transformers(folder), {"input_ids": torch.zeros(1, WINDOW, dtype=torch.int64)})
     elif step == "plan":
         compressor.plan(folder, keep=KEEP)
     else:
-        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, refine=False)
+        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, refine=step == "refined")
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "seconds": time.monotonic() - started,
+        "cpu_seconds": time.process_time() - started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
 
 
 def in_fresh_process(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
-    """One step in a process of its own, with one thread: the time is of the work, not of how many cores are idle."""
+    """One step in a process of its own, with one thread."""
     command = [sys.executable, str(Path(__file__).resolve()), "--step", step, str(folder), str(text), str(samples)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -97,24 +98,23 @@ def measured(scratch: Path, blocks: int, sample_counts: Sequence[int]) -> list[d
     for samples in sample_counts:
         text = scratch / f"{samples}-samples.txt"
         text.write_bytes(standard_library_text("train").encode()[: samples * WINDOW])
-        calibrated = in_fresh_process("calibrate", folder, text, samples)
-        rows.append(
-            {
-                "blocks": blocks,
-                "samples": samples,
-                "model_bytes": (folder / "model.safetensors").stat().st_size,
-                "seconds": round(calibrated["seconds"] - planned["seconds"], 2),
-                "peak_bytes": calibrated["peak_bytes"],
-                "loaded_model_peak_bytes": loaded["peak_bytes"],
+        row: dict[str, Any] = {"blocks": blocks, "samples": samples}
+        row["model_bytes"] = (folder / "model.safetensors").stat().st_size
+        for step in PLANNED:
+            calibrated = in_fresh_process(step, folder, text, samples)
+            row[step] = {
+                "cpu_seconds": round(calibrated["cpu_seconds"] - planned["cpu_seconds"], 2),
                 "beyond_model_bytes": calibrated["peak_bytes"] - loaded["peak_bytes"],
             }
-        )
+        rows.append(row)
     return rows
 
 
-def line(rows: Sequence[dict[str, Any]], against: str, what: str) -> dict[str, float]:
+def line(rows: Sequence[dict[str, Any]], against: str, step: Step, what: str) -> dict[str, float]:
     """The straight line of least squares, and the share of the variance that it explains."""
-    x, y = (np.array([row[key] for row in rows], dtype=float) for key in (against, what))
+    x, y = (
+        np.array(each, dtype=float) for each in zip(*((row[against], row[step][what]) for row in rows), strict=True)
+    )
     slope, intercept = np.polyfit(x, y, 1)
     residual, total = np.square(y - slope * x - intercept).sum(), np.square(y - y.mean()).sum()
     return {"slope": slope, "intercept": intercept, "r_squared": 1 - residual / total if total else 1.0}
@@ -137,9 +137,10 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     lines = {
-        f"{what} by {against}": line(rows, against, what)
+        f"{step}, {what} by {against}": line(rows, against, step, what)
         for rows, against in ((by_blocks, "blocks"), (by_samples, "samples"))
-        for what in ("seconds", "beyond_model_bytes")
+        for step in PLANNED
+        for what in ("cpu_seconds", "beyond_model_bytes")
     }
     document = {
         "model": f"Llama, hidden {HIDDEN}, intermediate {INTERMEDIATE}, float32, windows of {WINDOW} bytes",

@@ -189,7 +189,7 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     # Of chains of one length the outer first.
     longest = sorted(chains, key=lambda chain: (-len(chain.blocks), rows.index(chain.blocks)))
     beside = _beside_each_other(longest)
-    for chosen in (*(beside[:count] for count in range(len(beside), 0, -1)), *([chain] for chain in longest)):
+    for chosen in (*(beside[:count] for count in range(len(beside), 0, -1)), *([chain] for chain in longest[1:])):
         segments = Segments(tuple(chain for chain in chains if chain in chosen))
         if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
             return segments
