@@ -87,7 +87,8 @@ class Segments:
                 hidden, *results = state
                 for number, result in enumerate(results):
                     stack.enter_context(_passed_over(chains[number], self.chains[number].results))
-                    stack.callback(_entering(chains[number][0], result).remove)
+                    # A copy, because the model may change it in place, and what is handed on must stay as it is.
+                    stack.callback(_entering(chains[number][0], result.clone()).remove)
                 stack.enter_context(_passed_over(chains[current][:place], self.chains[current].results))
                 stack.callback(_entering(chains[current][place], hidden).remove)
                 if self._ends_a_chain(index):
@@ -176,8 +177,8 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     """The chains of blocks of one class that hold layers, as many as can be, checked by running them on `batch`.
 
     `layers` are those whose moments are wanted. Each block is called once and gives the next what it takes first, and
-    all that the outputs have of a layer, or of one call of an embedding, passes through one segment. Where the outputs
-    of all chains are not the model's, the shortest are left out; a model without a chain is one segment.
+    all that the outputs have of a layer, or of one call of an embedding, passes through one segment. Where not all
+    chains are like that, the shortest are left out, or else the longest; a model without a chain is one segment.
     """
     wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
     rows = [
@@ -189,7 +190,9 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     # Of chains of one length the outer first.
     longest = sorted(chains, key=lambda chain: (-len(chain.blocks), rows.index(chain.blocks)))
     beside = _beside_each_other(longest)
-    for chosen in (*(beside[:count] for count in range(len(beside), 0, -1)), *([chain] for chain in longest[1:])):
+    attempts = [beside[:count] for count in range(len(beside), 0, -1)]
+    attempts += [_beside_each_other(longest[count:]) for count in range(1, len(longest))]
+    for chosen in (*attempts, *([chain] for chain in longest)):
         segments = Segments(tuple(chain for chain in chains if chain in chosen))
         if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
             return segments

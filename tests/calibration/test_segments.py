@@ -10,6 +10,7 @@ from tiny_models import (
     ODD,
     SEVERAL,
     TEXTS,
+    Block,
     batch_of,
     eligible,
     inputs_for,
@@ -122,6 +123,41 @@ class Twice(Weighted):
 @pytest.mark.parametrize("model", [Weighted(), Backwards(), Twice()])
 def test_what_is_no_chain_is_one_segment(model: nn.Module) -> None:
     assert cut(model, batch_of({"inputs": torch.randn(4, 6)})).count == 1
+
+
+class Shared(nn.Module):
+    """A chain, then a longer one, then the longest, which cannot be run apart: all its blocks share a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(6, 6)
+        self.first, self.second = (nn.Sequential(*(Block(6) for _ in range(count))) for count in (2, 3))
+        self.third = nn.Sequential(*(nn.Sequential(nn.Tanh(), shared) for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+class InPlace(nn.Module):
+    """Two chains, and what the first gives changed in place before the second and used again after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(*(Block(6) for _ in range(count))) for count in (2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = self.first(x)
+        between += 1
+        return self.second(between) + between
+
+
+@pytest.mark.parametrize("model", [Shared(), InPlace()])
+def test_as_many_chains_are_found_as_can_be_run_apart(model: nn.Module) -> None:
+    batch = batch_of({"inputs": torch.randn(4, 6)})
+    segments = cut(model, batch)
+    assert segments.count == 6
+    with torch.no_grad():
+        assert torch.equal(one_after_another(model, segments, batch), outputs_of(model, batch.inputs))
 
 
 @pytest.mark.parametrize("index", range(BLOCKS + 1))
