@@ -109,7 +109,7 @@ def started(name: str, *, padded: bool = False) -> tuple[Calibration, Compensate
     return calibration, uncompensated(calibration, plans)
 
 
-@pytest.mark.parametrize("name", [*CHAINS, *ODD])
+@pytest.mark.parametrize("name", [*CHAINS, *(name for name in ODD if name not in ("bart", "whisper"))])  # as T5
 def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None:
     calibration, start = started(name)
     before = {key: each.clone() for factors in start.factors.values() for key, each in factors.tensors.items()}
