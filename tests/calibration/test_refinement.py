@@ -114,7 +114,7 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
     calibration, start = started(name)
     before = {key: each.clone() for factors in start.factors.values() for key, each in factors.tensors.items()}
     with left_as_it_was(calibration.model):
-        one, other = refine(calibration, start), refine(calibration, start)
+        one = refine(calibration, start)
     assert all(
         torch.equal(each, before[key]) for factors in start.factors.values() for key, each in factors.tensors.items()
     )
@@ -123,7 +123,6 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
     for layer, factors in one.factors.items():
         assert factors.tensors.keys() == start.factors[layer].tensors.keys()
         for key, tensor in factors.tensors.items():
-            assert torch.equal(tensor, other.factors[layer].tensors[key])  # the same seed, the same bits
             changed += not torch.equal(tensor, before[key])
             if (
                 calibration.layers[layer].kind == "parameter"
@@ -136,6 +135,15 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
     assert changed
     if calibration.segments.count == 1:
         assert held_back_loss(calibration, one.modules) < held_back_loss(calibration, start.modules)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5"])
+def test_the_same_seed_gives_the_same_bits(name: str) -> None:
+    calibration, start = started(name)
+    one, other = (refine(calibration, start).factors for _ in range(2))
+    assert one.keys() == other.keys()
+    for layer, factors in one.items():
+        assert all(torch.equal(tensor, other[layer].tensors[key]) for key, tensor in factors.tensors.items())
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5", "bart", "clip", "swin"])
