@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -270,7 +271,7 @@ def _metrics(
     uses: dict[str, float] = {}
     generator = torch.Generator(device).manual_seed(calibration.seed)
     rows = 0
-    boundary: dict[int, _Boundary] = {}
+    boundary: defaultdict[int, _Boundary] = defaultdict(_Boundary)
 
     def backwards(segment: int, index: int, batch: Batch) -> None:
         nonlocal rows
@@ -301,7 +302,7 @@ def _metrics(
         received = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in state)
         spool.put_row(("gradient", index), received)
         for number, each in enumerate(segments.made_by(segment - 1, received)):
-            boundary.setdefault(number, _Boundary()).add(hidden_rows(each, masks))
+            boundary[number].add(hidden_rows(each, masks))
 
     for done, segment in enumerate(reversed(range(segments.count)), start=1):
         passes = (
@@ -314,7 +315,7 @@ def _metrics(
                 metrics.put(name, metric)
                 uses[name] = found.positions / rows
         if boundary:
-            spool.put_row(("boundary", segment - 1), [boundary[number].moment() for number in sorted(boundary)])
+            spool.put_row(("boundary", segment - 1), [each.moment() for each in boundary.values()])
             boundary.clear()
         if progress:
             progress("calibrate", done, segments.count)
@@ -340,9 +341,9 @@ class _Boundary:
     def moment(self) -> Tensor:
         """Zero where no gradient came back, because the outputs do not depend on it."""
         assert self.product is not None
-        return (
-            shrunk(self.product / self.positions, self.positions) if float(self.product.trace()) > 0 else self.product
-        )
+        if not float(self.product.trace()) > 0:
+            return self.product
+        return shrunk(self.product / self.positions, self.positions)
 
 
 def _metric(moments: Moments, layer: nn.Module) -> Metric | None:

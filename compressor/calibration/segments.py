@@ -192,7 +192,7 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     beside = _beside_each_other(longest)
     attempts = [beside[:count] for count in range(len(beside), 0, -1)]
     attempts += [_beside_each_other(longest[count:]) for count in range(1, len(longest))]
-    for chosen in (*attempts, *([chain] for chain in longest)):
+    for chosen in (*attempts, *([chain] for chain in longest[1:-1])):  # the first and the last are among these
         segments = Segments(tuple(chain for chain in chains if chain in chosen))
         if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
             return segments

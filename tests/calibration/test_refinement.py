@@ -124,9 +124,8 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
         assert factors.tensors.keys() == start.factors[layer].tensors.keys()
         for key, tensor in factors.tensors.items():
             changed += not torch.equal(tensor, before[key])
-            if (
-                calibration.layers[layer].kind == "parameter"
-            ):  # which is not fitted, and stands in a module of another name
+            # Which is not fitted, and stands in a module of another name.
+            if calibration.layers[layer].kind == "parameter":
                 continue
             # What will be written is what was measured.
             assert torch.equal(
