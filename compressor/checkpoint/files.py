@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import stat
@@ -12,26 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from compressor.documents import read_json, reading
 from compressor.errors import BadInput
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the ways in which the file system refuses `path` into `BadInput`."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError):
-        if path.is_symlink():
-            what = f"is a symbolic link to {path.readlink()}, which does not exist"
-            raise BadInput(what, where=path, remedy="download or restore the file it stands for") from None
-        raise BadInput("no such file or folder", where=path, remedy="check the path") from None
-    except PermissionError:
-        raise BadInput("may not be read", where=path, remedy="ask for read permission or copy it") from None
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise BadInput(what, where=path, remedy="check the path and the disk") from error
 
 
 def regular_file_size(path: Path) -> int:
@@ -74,20 +57,9 @@ def read_bytes_at(path: Path, offset: int, size: int) -> bytes:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; `BadInput` when it holds anything else."""
-    size = regular_file_size(path)
-    content = read_bytes_at(path, 0, size)
-    require_content(path, content[:256])
-    try:
-        # json.loads finds the encoding out; nested too deeply it raises RecursionError.
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        what = f"is not valid JSON ({str(error)[:200]})"
-        raise BadInput(what, where=path, remedy="restore the file that came with the model") from None
-    if not isinstance(document, dict):
-        what = f"holds a JSON {type(document).__name__} where an object is expected"
-        raise BadInput(what, where=path, remedy="restore the file that came with the model")
-    return document
+    """The JSON object in a file of a model; `BadInput` when it holds anything else."""
+    require_content(path, read_bytes_at(path, 0, min(regular_file_size(path), 256)))
+    return read_json(path, remedy="restore the file that came with the model")
 
 
 def require_content(path: Path, head: bytes) -> None:

@@ -13,8 +13,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from compressor.checkpoint.files import full_disk_is_bad_input, hidden_sibling, reading, sync_folder
+from compressor.checkpoint.files import full_disk_is_bad_input, hidden_sibling, sync_folder
 from compressor.checkpoint.reader import WEIGHT_SUFFIXES, Checkpoint
+from compressor.documents import reading
 from compressor.errors import BadInput
 
 _LOGGER = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from compressor.checkpoint.files import (
     read_at,
     read_bytes_at,
     read_json_object,
-    reading,
     regular_file_size,
     require_content,
 )
@@ -30,6 +29,7 @@ from compressor.checkpoint.torch_file import (
     read_torch_file,
     without_wrapper_prefixes,
 )
+from compressor.documents import reading
 from compressor.errors import BadInput
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")

@@ -17,6 +17,7 @@ import torch
 
 from compressor.checkpoint.files import read_bytes_at, regular_file_size
 from compressor.checkpoint.tensors import TensorInfo, TensorOnDisk
+from compressor.documents import bounded_json
 from compressor.errors import BadInput, CompressorError
 
 _LENGTH_BYTES = 8
@@ -146,7 +147,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         return document
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+        header = bounded_json(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise _malformed(path, str(error)[:200]) from None
     if not isinstance(header, dict):

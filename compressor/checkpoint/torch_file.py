@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from compressor.checkpoint.files import read_bytes_at, reading
+from compressor.checkpoint.files import read_bytes_at
 from compressor.checkpoint.tensors import StoredTensor, TensorInMemory, TensorOnDisk
+from compressor.documents import reading
 from compressor.errors import BadInput
 
 ZIP_MAGIC = b"PK\x03\x04"

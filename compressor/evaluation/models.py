@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.evaluation.data import LONGEST_DEFAULT_WINDOW
 
@@ -209,17 +209,9 @@ def _import_path(folder: Path) -> Iterator[None]:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise BadInput(
-            "there is no config.json", where=folder, remedy="pass a transformers folder, or use --model"
-        ) from None
-    except ValueError as error:
-        raise BadInput(f"not JSON: {error}", where=path, remedy="repair it") from None
-    if not isinstance(config, dict):
-        raise BadInput("not a JSON object", where=path, remedy="repair it")
-    return config
+    if not path.is_file():
+        raise BadInput("there is no config.json", where=folder, remedy="pass a transformers folder, or use --model")
+    return read_json(path, remedy="repair it")
 
 
 def _architecture(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from compressor.documents import bounded_json
 from compressor.errors import BadInput
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -123,8 +123,8 @@ def _read_jsonl(path: Path) -> Texts | LabelledTexts:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = bounded_json(line)
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"not JSON: {error}", where=where, remedy="write one object per line") from None
         if not isinstance(row, dict):
             raise BadInput("not a JSON object", where=where, remedy="write one object per line")

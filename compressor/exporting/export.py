@@ -20,6 +20,7 @@ from compressor.checkpoint import (
     parse_size,
 )
 from compressor.destination import form_of, shard_limit, staged_file, staged_output, target_of
+from compressor.documents import read_text
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
@@ -28,7 +29,6 @@ from compressor.fine_tuning import adapter_of_file, applied, is_difference, writ
 from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
-from compressor.recipe.documents import read_text
 from compressor.recipe.find import TRAINING_FILES
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import CARD_FILE, describe_remote

@@ -25,6 +25,7 @@ from compressor.checkpoint import (
     write_json,
 )
 from compressor.destination import staged_file, target_of
+from compressor.documents import read_text
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, load_model
 from compressor.fine_tuning.adaptation import (
@@ -59,7 +60,6 @@ from compressor.planning import (
     read_plan,
 )
 from compressor.recipe import TrainingRecipe
-from compressor.recipe.documents import read_text
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.model_card import CARD_FILE
 from compressor.results import BeforeAfter, Compression, FineTune, InspectedLayer

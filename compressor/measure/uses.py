@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.layers import Layer
 from compressor.checkpoint.skeleton import Skeleton
+from compressor.documents import read_json
+from compressor.errors import BadInput
 
 
 def uses_per_example(
@@ -78,8 +79,8 @@ def image_size(config: Any, folder: Path) -> tuple[int, int] | None:
     size = getattr(config, "image_size", None)
     if size is None:
         try:
-            size = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8")).get("size")
-        except (OSError, ValueError, AttributeError):
+            size = read_json(folder / "preprocessor_config.json").get("size")
+        except BadInput:
             return None
     if isinstance(size, dict):
         size = (size["height"], size["width"]) if {"height", "width"} <= size.keys() else size.get("shortest_edge")

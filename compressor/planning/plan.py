@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from compressor.checkpoint.layers import Layer
+from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.planning.allocation import Choices, allocate
@@ -386,13 +386,8 @@ def layer_choices(
 def read_plan(path: Path) -> Plan:
     """A plan from its JSON, as `Plan.to_dict` wrote it, perhaps edited; BadInput says which entry is wrong."""
     remedy = "write a new one with 'compress plan MODEL -o PLAN.json' and edit its ranks"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(error.strerror or str(error), where=path, remedy="name a plan that can be read") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BadInput(f"not a plan: it is not JSON ({error})", where=path, remedy=remedy) from error
-    if not isinstance(document, dict) or not isinstance(document.get("layers"), list):
+    document = read_json(path, remedy=remedy)
+    if not isinstance(document.get("layers"), list):
         raise BadInput("not a plan: it has no list of layers", where=path, remedy=remedy)
     if not document["layers"]:
         raise BadInput("it names no layer", where=path, remedy=remedy)

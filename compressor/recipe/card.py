@@ -7,10 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from compressor.documents import parse_yaml, read_text
 from compressor.errors import BadInput
-from compressor.recipe.documents import read_text
 from compressor.recipe.recipe import TrainingRecipe
 from compressor.recipe.trainer import optimizer_named, warmup
 
@@ -75,9 +73,8 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
     if front is None:
         return {}, text
     try:
-        read = yaml.safe_load(front[1])
-    # Beside YAMLError the parser lets the errors of the values' own types through.
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError):
+        read = parse_yaml(front[1], where="front matter")
+    except BadInput:
         return {}, text
     if not isinstance(read, dict):
         return {}, text

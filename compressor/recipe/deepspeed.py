@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.recipe.documents import read_json
+from compressor.documents import read_json
 from compressor.recipe.recipe import TrainingRecipe
 
 _SCHEDULES = {"warmuplr": "constant", "warmupdecaylr": "linear", "warmupcosinelr": "cosine"}

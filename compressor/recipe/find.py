@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from compressor.documents import read_text, read_yaml
 from compressor.errors import BadInput
 from compressor.recipe.card import has_hyperparameters, read_model_card
 from compressor.recipe.deepspeed import read_deepspeed_config
-from compressor.recipe.documents import read_text, read_yaml
 from compressor.recipe.recipe import TrainingRecipe, merge
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compressor.recipe.documents import product, read_yaml
+from compressor.documents import read_yaml
 from compressor.recipe.recipe import TrainingRecipe
+from compressor.recipe.trainer import product
 
 # timm's names for stochastic gradient descent; its "sgd" is Nesterov's (timm.optim, optimizer registry).
 _SGD = {

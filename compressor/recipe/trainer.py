@@ -7,6 +7,7 @@ it replaced by an inert one, and only plain values of known names are taken out.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import zipfile
@@ -14,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor.documents import read_json, read_regular_file
 from compressor.errors import BadInput
-from compressor.recipe.documents import product, read_bytes, read_json
 from compressor.recipe.recipe import TrainingRecipe
 
 _MOST_BYTES = 2**24
@@ -109,6 +110,12 @@ def warmup(schedule: object, steps: object, ratio: object) -> object:
     return ratio if ratio is not None else steps
 
 
+def product(*factors: object) -> int | None:
+    """The product of whole numbers; None if a factor is not one, and so unknown."""
+    numbers = [factor for factor in factors if isinstance(factor, int) and not isinstance(factor, bool)]
+    return math.prod(numbers) if len(numbers) == len(factors) else None
+
+
 def _global_batch(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | None:
     per_device = arguments.get("per_device_train_batch_size")
     accumulation = arguments.get("gradient_accumulation_steps")
@@ -167,7 +174,7 @@ def _scalar(value: object) -> str | int | float | bool | None:
 
 
 def _saved_object(path: Path) -> object:
-    content = read_bytes(path, _MOST_BYTES)
+    content = read_regular_file(path, _MOST_BYTES)
     try:
         if zipfile.is_zipfile(io.BytesIO(content)):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:

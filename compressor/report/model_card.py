@@ -20,9 +20,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from compressor.checkpoint import hub_model
+from compressor.documents import read_text
 from compressor.errors import BadInput
 from compressor.recipe.card import front_matter, hyperparameter_lines
-from compressor.recipe.documents import read_text
 from compressor.report.card_parts import (
     LOADING,
     TAG,

@@ -12,7 +12,6 @@ stays behind in each, so that a loader that does not know the format stops. A we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Checkpoint, Kind, Layer, Skeleton, TensorInfo, layer_name
+from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.factorize import (
     FactorPair,
@@ -255,8 +255,8 @@ def _known_kind(skeleton: Skeleton | None, tensor: str) -> Kind | None:
 
 def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a compressed file says of itself in its metadata; {} where there is nothing, or nothing that can be read."""
-    with suppress(ValueError, RecursionError):
-        record = json.loads(checkpoint.metadata.get(METADATA_KEY, "{}"))
+    with suppress(BadInput):
+        record = parse_json(checkpoint.metadata.get(METADATA_KEY, "{}"), where=checkpoint.name)
         if isinstance(record, dict):
             return record
     return {}

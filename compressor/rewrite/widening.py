@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint, module_skeleton
+from compressor.documents import parse_json
+from compressor.errors import BadInput
 from compressor.rewrite.tensor_format import dense_infos, join, stored_pairs
 
 # Under this key a merged file says in its metadata which networks it was made from, and how.
@@ -18,8 +19,8 @@ MERGE_KEY = "merge"
 
 def merge_record(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a merged file says of itself in its metadata; {} where there is nothing, or nothing that can be read."""
-    with suppress(ValueError, RecursionError):
-        record = json.loads(checkpoint.metadata.get(MERGE_KEY, "{}"))
+    with suppress(BadInput):
+        record = parse_json(checkpoint.metadata.get(MERGE_KEY, "{}"), where=checkpoint.name)
         if isinstance(record, dict):
             return record
     return {}

@@ -143,7 +143,7 @@ def test_a_folder_without_a_usable_config_is_bad_input(tmp_path):
         (tmp_path / "config.json").unlink(missing_ok=True)
         with pytest.raises(BadInput, match=r"there is no config\.json"):
             load(tmp_path)
-        for text, message in (("{", "not JSON"), ("[]", "not a JSON object")):
+        for text, message in (("{", "not valid JSON"), ("[]", "holds a list")):
             (tmp_path / "config.json").write_text(text)
             with pytest.raises(BadInput, match=message):
                 load(tmp_path)
