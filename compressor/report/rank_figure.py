@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import BadInput
+from compressor.measure import FROBENIUS_ERROR
 from compressor.report.wording import one_line, shortened_apart
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def write_rank_figure(series: RankSeries, path: Path) -> None:
                 shares = [getattr(ranks, kind) / ranks.full for ranks in layer.ranks]
                 colour = f"C{index}" if few else shades(index / (len(names) - 1))
                 axes.plot(series.steps, shares, color=colour, linewidth=1.4, marker=".", label=names[index])
-            axes.set_title({"entropy": "entropy rank", "frobenius": "Frobenius rank at 0.1"}[kind])
-            axes.set_xlabel("step")
+            axes.set_title({"entropy": "entropy rank", "frobenius": f"Frobenius rank at {FROBENIUS_ERROR:g}"}[kind])
+            axes.set_xlabel(series.unit)
             axes.set_ylim(0, 1.02)
             axes.spines[["top", "right"]].set_visible(False)
         figure.axes[0].set_ylabel("share of the full rank")
