@@ -488,7 +488,7 @@ def diagnose(
         typer.Option(
             metavar="DIR",
             parser=options.given("--series"),
-            help="Checkpoints of the same run, files or folders whose names end in their step: how ranks evolved.",
+            help="Checkpoints of the same run, files or folders whose names tell their step: how ranks evolved.",
             show_default=False,
         ),
     ] = None,

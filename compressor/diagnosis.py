@@ -27,6 +27,7 @@ from compressor.evaluation import (
 from compressor.findings import Finding, find
 from compressor.inspection import Progress, inspect_layers
 from compressor.measure import (
+    EPSILON,
     EquilibriumNorm,
     NormBalance,
     Stationarity,
@@ -44,7 +45,6 @@ from compressor.rank_series import RankSeries, measure_series
 from compressor.recipe import TrainingRecipe
 from compressor.results import SCHEMA_VERSION, InspectedLayer
 
-EPSILON = 0.1  # the share of a matrix that its memory window may leave out
 # Examples on which layers are scaled, each of which takes the model three runs.
 PROBED = 8
 # Mini-batches that the noise of the gradients is measured on.
@@ -158,8 +158,8 @@ def diagnose(
     `data` are what the model was trained on: of built-in ones the training split, at most `data_samples` examples,
     evenly spaced. With them the gradient of the mean cross-entropy is compared with the weights, in evaluation mode;
     augmentation, label smoothing and dropout of the training are not in it. Without them only what the weights and the
-    recipe tell is said. `series` is a folder with checkpoints of the same run, whose names end in their step. The other
-    parameters are those of `inspect`.
+    recipe tell is said. `series` is a folder with checkpoints of the same run, whose names tell their step or epoch.
+    The other parameters are those of `inspect`.
 
     The gradient of every eligible layer is held in float64 on the CPU. Raises `BadInput` for a model, recipe, pattern,
     data or series that cannot be used.
@@ -214,13 +214,12 @@ def _diagnosed(
         uses = seen.uses if uses is None else min(uses, seen.uses)
     classes = seen.classes if seen is not None else None
     span = classes - 1 if classes is not None else None
-    window = memory_window(own, layer.shape, uses, epsilon=EPSILON, gradient_span=span)
+    window = memory_window(own, layer.shape, uses, gradient_span=span)
     if series is not None and window.steps is not None and recipe.total_steps is not None and norm > 0:
-        before = series.norm_before(layer.name, recipe.total_steps - window.steps)
+        length = recipe.total_steps / recipe.total_epochs if recipe.total_epochs else None
+        before = series.norm_before(layer.name, recipe.total_steps - window.steps, steps_per_epoch=length)
         if before:
-            window = memory_window(
-                own, layer.shape, uses, epsilon=EPSILON, gradient_span=span, norm_ratio=before / norm
-            )
+            window = memory_window(own, layer.shape, uses, gradient_span=span, norm_ratio=before / norm)
     diagnosed = DiagnosedLayer(replace(inspected, uses=uses, window=window), norm, initial, energy)
     if seen is None:
         return diagnosed

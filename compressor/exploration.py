@@ -53,17 +53,17 @@ def _explored(
     from compressor.checkpoint import local_model
     from compressor.measure import memory_window
     from compressor.recipe import TrainingRecipe, read_recipe
-    from compressor.report.explorer import EPSILON, ExploredLayers
+    from compressor.report.explorer import ExploredLayers
 
     if isinstance(recipe, str):
         recipe = local_model(recipe)
     if not isinstance(recipe, TrainingRecipe) and _is_model(Path(recipe)):
         from compressor.pipeline import inspect
 
-        inspection = inspect(recipe, epsilon=EPSILON, progress=progress)
+        inspection = inspect(recipe, progress=progress)
         return inspection.recipe, _alike(inspection)
     known = recipe if isinstance(recipe, TrainingRecipe) else read_recipe(recipe)
-    window = memory_window(known, shape=(1, 1), uses=known.sequence_length, epsilon=EPSILON)
+    window = memory_window(known, shape=(1, 1), uses=known.sequence_length)
     if window.rank_bound is not None:
         # Nobody can say of a recipe alone whether the bound is vacuous: that is all that hangs on the shape.
         window = replace(window, vacuous=None, reason="")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compressor.measure import NormBalance
+from compressor.measure import EPSILON, FROBENIUS_ERROR, NormBalance
 from compressor.planning import LARGEST_SHARE
 from compressor.recipe import TrainingRecipe
 
@@ -128,8 +128,8 @@ def _ranks(layers: Sequence[DiagnosedLayer], predictions: Predictions | None) ->
     low = [each for each in layers if each.norm > 0 and _rank_share(each) < LOW_RANK]
     middle = statistics.median(map(_rank_share, layers))
     message = (
-        f"{_of(low, layers)} are within a relative error of 0.1 of less than half their full rank (median share of "
-        f"all layers: {middle:.0%})."
+        f"{_of(low, layers)} are within a relative error of {FROBENIUS_ERROR:g} of less than half their full rank "
+        f"(median share of all layers: {middle:.0%})."
     )
     if low:
         advice = "'compress MODEL' pays there; give --data to see what it costs."
@@ -143,10 +143,11 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
     binding = [each for each, window in windows if window is not None and window.vacuous is False]
     if binding:
         residuals = [window.residual for _, window in windows if window is not None and window.residual is not None]
+        of = _of(binding, layers)
         left = f", but for up to {max(residuals):.0%} of a matrix's norm" if residuals else ""
         return Finding(
             "memory window",
-            f"The hyperparameters bound the rank of {_of(binding, layers)} below the full one{left}.",
+            f"At epsilon {EPSILON:g} the hyperparameters bound the rank of {of} below the full one{left}.",
             "Take the bound as an upper limit; the measured ranks are usually far lower.",
             _names(binding),
         )

@@ -40,6 +40,7 @@ from compressor.evaluation.builtin_data import Split
 from compressor.fine_tuning import compress_fine_tune
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop
+from compressor.measure import EPSILON
 from compressor.opened_model import (
     Factory,
     Model,
@@ -100,7 +101,7 @@ def inspect(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     embeddings: bool = False,
-    epsilon: float = 0.1,
+    epsilon: float = EPSILON,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Inspection:
@@ -304,7 +305,7 @@ def compress(
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
     shard_size = in_bytes(max_shard_size)
 
-    inspected = inspect_layers(subject, 0.1, where, progress)
+    inspected = inspect_layers(subject, EPSILON, where, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
     dense = None if samples is None and deciding is None else with_separate_experts(load_model(model, factory))

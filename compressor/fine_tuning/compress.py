@@ -48,6 +48,7 @@ from compressor.fine_tuning.adapter import (
 )
 from compressor.fine_tuning.difference import Difference, compare, share_left
 from compressor.inspection import Progress, inspect_layers, measured_layers
+from compressor.measure import EPSILON
 from compressor.opened_model import Factory, Model, OpenedModel, open_model
 from compressor.planning import (
     Budget,
@@ -104,7 +105,7 @@ def compress_fine_tune(
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.skeleton, layers)
     changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
-    inspected = inspect_layers(changes, 0.1, device, progress)
+    inspected = inspect_layers(changes, EPSILON, device, progress)
     measured = measured_differences(changes, inspected, difference.shares)
     if not measured:
         raise BadInput(

@@ -1,6 +1,7 @@
 """Stage 3: spectra and effective ranks, memory windows, what survives of the initialisation."""
 
 from compressor.measure.effective_rank import (
+    FROBENIUS_ERROR,
     EffectiveRanks,
     Spectrum,
     effective_ranks,
@@ -15,7 +16,7 @@ from compressor.measure.effective_rank import (
 from compressor.measure.equilibrium import EquilibriumNorm, equilibrium_norm
 from compressor.measure.fresh_weights import initial_standard_deviation
 from compressor.measure.initialisation import SurvivingInitialisation, surviving_initialisation
-from compressor.measure.memory_window import MemoryWindow, memory_window
+from compressor.measure.memory_window import EPSILON, MemoryWindow, memory_window
 from compressor.measure.spectrum import singular_values
 from compressor.measure.stationarity import (
     NormBalance,
@@ -29,6 +30,8 @@ from compressor.measure.stationarity import (
 from compressor.measure.uses import counted_positions, image_size, uses_per_example
 
 __all__ = [
+    "EPSILON",
+    "FROBENIUS_ERROR",
     "EffectiveRanks",
     "EquilibriumNorm",
     "MemoryWindow",

@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 Spectrum = npt.NDArray[np.float64]
 
+FROBENIUS_ERROR = 0.1
+"""The relative error that the Frobenius rank allows where nothing else is asked."""
+
 
 @dataclass(frozen=True)
 class EffectiveRanks:
@@ -35,7 +38,7 @@ def numerical_rank(s: Spectrum, epsilon: float = 1e-3) -> int:
     return int(np.count_nonzero(s > epsilon * s[0])) if s.size and s[0] > 0 else 0
 
 
-def frobenius_rank(s: Spectrum, epsilon: float = 0.1) -> int:
+def frobenius_rank(s: Spectrum, epsilon: float = FROBENIUS_ERROR) -> int:
     """Smallest k whose best rank-k approximation has a relative Frobenius error of at most `epsilon`.
 
     By Eckart and Young (1936) that error is sqrt(sum_{i>k} s_i^2 / sum_i s_i^2).

@@ -26,6 +26,9 @@ import numpy as np
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe
 
+EPSILON = 0.1
+"""The share of a matrix that a memory window leaves out where nothing else is asked."""
+
 _CHUNK = 65536
 _MOST_DOUBLINGS = 50
 _NORM_RATIO_ALLOWED = 2.0
@@ -84,7 +87,7 @@ def memory_window(
     uses: int | None,
     *,
     decayed: bool = True,
-    epsilon: float = 0.1,
+    epsilon: float = EPSILON,
     gradient_span: int | None = None,
     norm_ratio: float | None = None,
 ) -> MemoryWindow:

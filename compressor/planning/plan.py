@@ -14,6 +14,7 @@ from compressor.checkpoint.layers import Layer
 from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
+from compressor.measure.memory_window import EPSILON
 from compressor.planning.allocation import Choices, allocate
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
 from compressor.planning.drop_search import DropSearch
@@ -255,7 +256,7 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
             f"relative error <= {WINDOW_RULE_TOLERANCE:g}": frobenius_rank(m.singular_values, WINDOW_RULE_TOLERANCE),
         }
         if m.rank_bound is not None:
-            ranks["rank bound of the memory window"] = m.rank_bound
+            ranks[f"rank bound of the memory window at epsilon {EPSILON:g}"] = m.rank_bound
         reason = min(ranks, key=lambda name: ranks[name])
         rank = max(1, ranks[reason])
         plan = layer_plan(m, rank, form_for(m.layer, rank, request), f"window rule: {reason}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from compressor.measure import EPSILON, FROBENIUS_ERROR
 from compressor.report.text import LayerTable, _facts, _number, _recipe_facts, _share, _spaced, _title
 from compressor.report.wording import compact, one_line, quality_words, shape_of, shortened_apart
 
@@ -73,9 +74,16 @@ def _layers(diagnosis: Diagnosis) -> RenderableType:
         )
     vacuous = any(row[-1].endswith("*") for row in rows)
     notes = _facts(
-        ("Frobenius", "least rank with a relative error of at most 0.1; entropy: Roy and Vetterli (2007)"),
+        (
+            "Frobenius",
+            f"least rank with a relative error of at most {FROBENIUS_ERROR:g}; entropy: Roy and Vetterli (2007)",
+        ),
         ("K", "exp(-K) of the initialisation is left ('start left'), and makes up so much of the squared norm"),
-        ("rank bound", "of the memory window" + (": * is vacuous, not below the full rank" if vacuous else "")),
+        (
+            "rank bound",
+            f"of the memory window at epsilon {EPSILON:g}"
+            + (": * is vacuous, not below the full rank" if vacuous else ""),
+        ),
     )
     return Group(_title("Memory and ranks"), LayerTable(headers, tuple(rows)), Text(), notes)
 
@@ -115,7 +123,7 @@ def _series(series: RankSeries) -> RenderableType:
     count = len(series.steps)
     columns = min(count, MOST_COLUMNS)
     shown = [round(column * (count - 1) / (columns - 1)) for column in range(columns)]
-    headers = ("step", *(compact(series.steps[index]) for index in shown))
+    headers = (series.unit, *(compact(series.steps[index]) for index in shown))
     names = shortened_apart([one_line(layer.name) for layer in series.layers], NAME_WIDTH)
     rows = tuple(
         (name, *(f"{layer.ranks[index].entropy / layer.ranks[index].full:.0%}" for index in shown))

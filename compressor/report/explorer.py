@@ -12,16 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compressor.measure import MemoryWindow
+from compressor.measure import EPSILON, MemoryWindow
 from compressor.measure.simulation import SimulatedTraining
 from compressor.recipe import TrainingRecipe
 from compressor.report.wording import one_line, recipe_sources, recipe_words, thousands
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 _PLACE_OF_THE_CONTENT = "/* content */"
-
-# The share at which the source's figures let a stroke be forgotten.
-EPSILON = 0.01
 
 # What the picture can show: the smallest and the largest value of every slider. A weight decay of 0 is a stop too.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -42,7 +39,7 @@ class Preset:
     name: str
     note: str
     training: SimulatedTraining
-    windows: float = 1.0
+    windows: float = 2.0
 
 
 PRESETS = (
@@ -86,7 +83,7 @@ PRESETS = (
         "A fresh network: its random start has full rank and fades by 1 − lr wd per step. Singular values below the "
         "edge may be nothing but what is left of it.",
         SimulatedTraining(32, 8, 1, learning_rate=0.05, weight_decay=0.1, anisotropy=1.5, surviving_initialisation=1.0),
-        windows=0.4,
+        windows=0.8,
     ),
 )
 
@@ -154,6 +151,19 @@ def _layers_content(recipe: TrainingRecipe, layers: ExploredLayers) -> dict[str,
     }
 
 
+def _weight_decay_of_the_window(recipe: TrainingRecipe, window: MemoryWindow, learning_rate: float) -> float | None:
+    """The weight decay with which plain SGD at a constant learning rate has the recipe's window.
+
+    None where the recipe's own has it, or none in the picture's range.
+    """
+    if window.steps is None or not learning_rate or (recipe.schedule == "constant" and not recipe.momentum):
+        return None
+    # Half a step inside the window, so that rounding cannot make it one longer.
+    decay = -math.expm1(math.log(window.epsilon) / (window.steps - 0.5)) / learning_rate
+    least, most = LIMITS["weight_decay"]
+    return decay if least <= decay <= most else None
+
+
 def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedTraining, list[str]]:
     """The simulated run nearest to a recipe, and a remark on everything about it that the picture does not show."""
     default = PRESETS[0].training
@@ -175,6 +185,13 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
     uses = shown("uses", "number of uses per example", layers.uses, default.uses)
     learning_rate = shown("learning_rate", "learning rate", recipe.learning_rate, default.learning_rate)
     weight_decay = shown("weight_decay", "weight decay", recipe.weight_decay, default.weight_decay)
+    paced = _weight_decay_of_the_window(recipe, layers.window, learning_rate)
+    if paced is not None:
+        weight_decay = paced
+        remarks.append(
+            f"the weight decay is {weight_decay:.3g} in the picture, which at its constant learning rate makes the "
+            f"recipe's window of {thousands(layers.window.steps or 0)} steps"
+        )
     narrow = None if layers.shape is None else min(layers.shape)
     width = int(shown("width", "width of the layer", narrow, default.width))
     if width % 2:

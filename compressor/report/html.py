@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
+from compressor.measure import EPSILON
 from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
@@ -112,6 +113,7 @@ def report_page(compression: Compression) -> str:
         sizes=Markup(sizes_figure(plan.layers)),
         ranks=Markup(ranks_figure(plan.layers, [marks[layer.name] for layer in plan.layers])),
         edges=any(mark.edge is not None for mark in marks.values()),
+        epsilon=f"{EPSILON:g}",
         bounds=any(mark.bound is not None for mark in marks.values()),
         layers=[
             {

@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from compressor.measure import EPSILON, FROBENIUS_ERROR
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     budget_words,
@@ -319,7 +320,7 @@ def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
         rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *numbers))
     notes = _facts(
         ("numerical", "singular values above 0.001 of the largest"),
-        ("Frobenius", "least rank with a relative error of at most 0.1"),
+        ("Frobenius", f"least rank with a relative error of at most {FROBENIUS_ERROR:g}"),
         ("energy", "least rank with 99 % of the sum of squares"),
         ("entropy", "effective rank of Roy and Vetterli (2007)"),
         ("participation", "participation ratio of the squares"),
@@ -351,11 +352,12 @@ def _why_unknown(layer: InspectedLayer) -> list[str]:
 
 
 def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
+    epsilon = next((layer.window.epsilon for layer in layers if layer.window is not None), EPSILON)
     headers: tuple[str, ...] = (
         "layer",
         "shape",
         "uses",
-        "window\nsteps",
+        f"window\neps {epsilon:g}",
         "rank\nbound",
         "K",
         "start\nleft",
@@ -371,10 +373,9 @@ def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
         rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *_memory_cells(layer), notes))
     if not reasons:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
-    epsilon = next((layer.window.epsilon for layer in layers if layer.window is not None), 0.1)
     terms = [
         ("uses", "how often the matrix is used per example"),
-        ("window", f"all but {epsilon:g} of the matrix was written in the last so many steps"),
+        ("window", f"at epsilon {epsilon:g}: all but {epsilon:g} of the matrix was written in the last so many steps"),
         ("rank bound", "batch x uses x window; vacuous where it is not below the full rank"),
         ("K", "forgetting exponent: exp(-K) of the initialisation is left ('start left')"),
         ("above edge", "singular values above what is left of the initialisation"),

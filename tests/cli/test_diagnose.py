@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor import diagnosis
 from compressor.cli.run import run
+from compressor.measure import EPSILON
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 DIGITS = [
@@ -26,6 +27,14 @@ DIGITS = [
 ]
 
 Captured = pytest.CaptureFixture[str]
+
+
+def test_inspect_tells_the_epsilon_of_its_windows(capsys: Captured) -> None:
+    for asked, epsilon in (([], EPSILON), (["--epsilon", "0.02"], 0.02)):
+        assert run(["inspect", DIGITS[0], "-q", *asked]) == 0
+        words = " ".join(capsys.readouterr().out.split())
+        assert f"eps {epsilon:g}" in words
+        assert f"at epsilon {epsilon:g}: all but {epsilon:g} of the matrix" in words
 
 
 @pytest.fixture
@@ -54,6 +63,8 @@ def test_reference_model_as_text(capsys: Captured) -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
     words = " ".join(text.split())
     assert "builtin:digits, train split: 1,078 predictions, accuracy 99.7 %" in words
+    assert f"of the memory window at epsilon {EPSILON:g}" in words
+    assert f"At epsilon {EPSILON:g} the hyperparameters bound the rank of 2 of 3 layers" in words
     for part in ("Memory and ranks", "Weights beside the gradient", "Findings", "stationary point", "norm balance"):
         assert part in words
 

@@ -131,7 +131,7 @@ def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
     assert [plan.rank for plan in plans] == [4, 7, 5]  # 0.5^k <= 0.1 from k = 4
     assert "relative error" in plans[0].reason
     assert "edge" in plans[1].reason
-    assert "memory window" in plans[2].reason
+    assert "memory window at epsilon 0.1" in plans[2].reason
 
 
 @pytest.mark.parametrize(

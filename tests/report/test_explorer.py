@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import compressor
 from compressor.cli.run import run
 from compressor.errors import BadInput
-from compressor.measure import entropy_rank, memory_window, stable_rank
+from compressor.measure import EPSILON, entropy_rank, memory_window, stable_rank
 from compressor.measure.simulation import (
     SimulatedTraining,
     gaussian_spectra,
@@ -34,7 +34,7 @@ from compressor.measure.simulation import (
     standard_normals,
 )
 from compressor.recipe import TrainingRecipe
-from compressor.report.explorer import EPSILON, LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
+from compressor.report.explorer import LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\""
 
@@ -179,6 +179,29 @@ def test_the_command_says_what_it_wrote_and_fails_in_one_line(
     assert (out, err.count("\n")) == ("", 1)
 
 
+ODD = SimulatedTraining(12, 3, 5, learning_rate=0.15, weight_decay=0.0347, anisotropy=0.7, surviving_initialisation=0.4)
+DIGITS_MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
+
+
+def test_the_page_tells_the_windows_that_inspect_tells(tmp_path: Path) -> None:
+    page = compressor.explore(tmp_path / "page.html", recipe=DIGITS_MLP)
+    content = json.loads(Tags(page.read_text(encoding="utf-8")).content or "")
+    told = {layer["name"]: (layer["window"], layer["bound"], layer["vacuous"]) for layer in content["recipe"]["layers"]}
+    windows = {each.layer.name: each.window for each in compressor.inspect(DIGITS_MLP).layers if each.window}
+    assert told == {name: (w.steps, w.rank_bound, w.vacuous) for name, w in windows.items()}
+    assert (767, 767, False) in told.values()
+    assert {content["epsilon"]} == {window.epsilon for window in windows.values()} == {EPSILON}
+
+
+@pytest.mark.parametrize(("schedule", "momentum"), [("cosine", 0.0), ("constant", 0.9), ("linear", 0.5)])
+def test_the_picture_forgets_as_fast_as_the_recipe(schedule: str, momentum: float) -> None:
+    recipe = replace(constant(ODD), schedule=schedule, momentum=momentum, steps=3000, learning_rate=0.05)
+    layers = explored(("a",), (32, 32), 1, recipe)
+    training, remarks = pictured(recipe, layers)
+    assert true_window(training) == layers.window.steps
+    assert any("recipe's window" in remark for remark in remarks)
+
+
 # The browser
 
 
@@ -233,9 +256,6 @@ def opened(browser: Browser, path: Path) -> Iterator[Opened]:
     assert opened.errors == []
     assert opened.requests == [path.as_uri()]
     opened.context.close()
-
-
-ODD = SimulatedTraining(12, 3, 5, learning_rate=0.15, weight_decay=0.0347, anisotropy=0.7, surviving_initialisation=0.4)
 
 
 @in_browser
@@ -442,6 +462,26 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, pa
 
 
 @in_browser
+def test_the_picture_agrees_with_inspect_on_a_reference_model(browser: Browser, tmp_path: Path) -> None:
+    opened = Opened(browser, compressor.explore(tmp_path / "page.html", recipe=DIGITS_MLP))
+    opened.settle()
+    assert opened.reading("window n") == "767 steps"
+    assert opened.reading("rank bound B R n") == "767 of 768"
+    assert opened.reading("epsilon") == f"{EPSILON:g}"
+    assert opened.text("verdict").startswith(
+        "The bound binds: all but 10 % of an earlier W is overwritten in 767 steps"
+    )
+    assert "window n, all but 10 %" in opened.page.locator("#recipe th").all_inner_texts()
+    # A slider makes it a run of one's own, of which the recipe says nothing.
+    opened.page.locator("#batch_size").focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.settle()
+    assert opened.text("verdict").startswith("The bound is vacuous")
+    assert opened.errors == []
+    opened.context.close()
+
+
+@in_browser
 def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shapes = {"first.weight": (40, 24), "second.weight": (40, 24), "head.weight": (300, 100)}
@@ -453,7 +493,7 @@ def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) ->
     )
     path = compressor.explore(tmp_path / "page.html", recipe=tmp_path / "model.safetensors")
     opened = Opened(browser, path)
-    inspection = compressor.inspect(tmp_path / "model.safetensors", epsilon=EPSILON)
+    inspection = compressor.inspect(tmp_path / "model.safetensors")
     head = next(each for each in inspection.layers if each.layer.name == "head")
     rows = opened.page.locator("#layers tr")
     # The two that are alike share a row, below the largest.
