@@ -12,6 +12,7 @@ import typer
 
 from compressor.cli.commands import main_command, subcommands
 from compressor.cli.main import FAILED
+from compressor.cli.messages import with_flags
 from compressor.cli.terminal import write_error
 from compressor.errors import CompressorError
 
@@ -57,7 +58,7 @@ def _failed(error: Exception, help_of: str) -> int:
         write_error(f"error: {one_line(error.format_message()).rstrip('.')}; see '{help_of} --help'")
         return error.exit_code
     if isinstance(error, CompressorError):
-        write_error(f"error: {one_line(str(error))}")
+        write_error(f"error: {one_line(with_flags(str(error)))}")
         return error.exit_status
     if os.environ.get("COMPRESSOR_DEBUG") == "1":
         write_error("".join(traceback.format_exception(error)))

@@ -171,9 +171,10 @@ class _ConsoleHandler(logging.Handler):
         from rich.text import Text
 
         with suppress(OSError):
+            from compressor.cli.messages import with_flags
             from compressor.report.wording import one_line
 
-            line = one_line(f"{record.levelname.lower()}: {record.getMessage()}")
+            line = one_line(with_flags(f"{record.levelname.lower()}: {record.getMessage()}"))
             if self.console.is_terminal:
                 self.console.print(Text(line), soft_wrap=True)
             else:

@@ -13,18 +13,23 @@ class CompressorError(Exception):
 
 
 class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as FileExistsError does not
-    """The request or one of its inputs is bad: says what, where, and what to do about it, in one line."""
+    """The request or one of its inputs is bad: says what, where, and what to do about it, in one line.
+
+    Messages name options as Python does, between backticks: `keep` or `keep=0.8`. The command line shows its flags
+    instead.
+    `option` is the one that the error is about, if it is about one.
+    """
 
     exit_status = 2
 
-    def __init__(self, what: str, *, where: str | Path | None = None, remedy: str) -> None:
-        self.what, self.where, self.remedy = what, where, remedy
+    def __init__(self, what: str, *, where: str | Path | None = None, option: str | None = None, remedy: str) -> None:
+        self.what, self.where, self.option, self.remedy = what, where, option, remedy
         line = f"{what}; {remedy}" if where is None else f"{where}: {what}; {remedy}"
         super().__init__(" ".join(line.split()))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes hand exceptions back by pickling them, which knows only positional arguments.
-        return partial(BadInput, self.what, where=self.where, remedy=self.remedy), ()
+        return partial(BadInput, self.what, where=self.where, option=self.option, remedy=self.remedy), ()
 
 
 class QualityGateNotMet(CompressorError):  # noqa: N818 - the gate's name, not the error's

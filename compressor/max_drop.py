@@ -113,7 +113,7 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
     """Raise `BadInput` for a drop that the data's metric cannot have."""
     if data.task != "language-modeling" and limit > 1:
         raise BadInput(
-            f"--max-drop {limit:g} is out of range: the accuracy on {data.name} is a fraction",
+            f"`max_drop` {limit:g} is out of range: the accuracy on {data.name} is a fraction",
             remedy="give a number from 0 to 1, such as 0.01 for one point",
         )
 
@@ -151,6 +151,6 @@ def _nothing_holds(name: str, limit: float, search: DropSearch) -> str:
     closest: Trial = min(search.trials, key=lambda trial: (trial.drop, trial.parameters))
     return (
         f"{name}: no size was found that loses at most {limit:g} of {search.metric} on {search.data}, in"
-        f" {search.evaluations} evaluations; the closest, --keep {closest.keep:.3f} ({closest.parameters:,} eligible"
+        f" {search.evaluations} evaluations; the closest, `keep={closest.keep:.3f}` ({closest.parameters:,} eligible"
         f" parameters), loses {closest.drop:.4g}"
     )

@@ -119,7 +119,7 @@ def _fitting(checkpoint: Checkpoint, skeleton: Skeleton | None, factory: Factory
         return skeleton
     if factory is not None:
         raise BadInput(
-            f"the model that --model builds does not fit: {mismatch}",
+            f"the model that `factory` builds does not fit: {mismatch}",
             where=checkpoint.source,
             remedy="use the function that builds the model that was trained",
         )

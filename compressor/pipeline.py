@@ -321,8 +321,8 @@ def compress(
     chosen = planned.plan
     if budget is None and all(layer.rank is None for layer in chosen.layers):
         raise QualityGateNotMet(
-            f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with --keep 0.8, or for a"
-            " larger --tolerance"
+            f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with `keep=0.8`, or for a"
+            " larger `tolerance`"
         )
 
     asked = {
@@ -514,7 +514,7 @@ def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
         raise BadInput(
             "no layer of this model is eligible",
             where=name,
-            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
+            remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
         )
 
 
@@ -537,7 +537,7 @@ def _warn_of_a_larger_drop(evaluation: Evaluation | None, limit: float | None) -
     """Say when the data that did not decide show a larger drop than was allowed."""
     if evaluation is None or evaluation.drop is None or limit is None or holds(evaluation.drop, limit):
         return
-    logger.warning("the drop on %s is %.4g, more than --max-drop %g", evaluation.data, evaluation.drop, limit)
+    logger.warning("the drop on %s is %.4g, more than `max_drop` %g", evaluation.data, evaluation.drop, limit)
 
 
 def _evaluate(

@@ -32,9 +32,9 @@ def requested(
     if plan is None:
         return budget
     if form != "auto":
-        raise BadInput(f"--plan and --form {form} contradict each other", remedy="state the forms in the plan")
+        raise BadInput(f"`plan` and `form='{form}'` contradict each other", remedy="state the forms in the plan")
     if budget is not None:
-        raise BadInput(f"--plan and --{budget.kind} are two budgets", remedy="ask for one of them")
+        raise BadInput(f"`plan` and `{budget.kind.replace('-', '_')}` are two budgets", remedy="ask for one of them")
     return Budget("plan")
 
 
@@ -48,15 +48,15 @@ def require_what_is_needed(
     """Raise `BadInput` where an option lacks another without which it means nothing."""
     if not refine and calibration is None:
         raise BadInput(
-            "--no-refine is about calibration data, and none were given",
-            remedy="pass --calibration DATA, or leave it out",
+            "`refine=False` is about calibration data, and none were given",
+            remedy="pass `calibration=DATA`, or leave it out",
         )
     if budget is not None and budget.kind == "max-drop" and data is None:
-        raise BadInput("--max-drop is measured on data, and none was given", remedy="pass --data DATA")
+        raise BadInput("`max_drop` is measured on data, and none was given", remedy="pass `data=DATA`")
     if calibration is not None and (budget is None or budget.kind == "tolerance"):
         raise BadInput(
             "calibration shares a size among the layers, and none was asked for",
-            remedy="ask for one with --keep or --max-size, for a --max-drop, or give a --plan",
+            remedy="ask for one with `keep` or `max_size`, for a `max_drop`, or give a `plan`",
         )
 
 
@@ -65,9 +65,11 @@ def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run:
     if repository is None:
         return
     if dry_run:
-        raise BadInput("--push and --dry-run contradict each other", remedy="leave one of them out")
+        raise BadInput("`push_to` and `dry_run` contradict each other", remedy="leave one of them out")
     if checkpoint.folder is None:
-        raise BadInput("--push sends a model folder, and none is written", remedy="compress a folder, or leave it out")
+        raise BadInput(
+            "`push_to` sends a model folder, and none is written", remedy="compress a folder, or leave it out"
+        )
     check_push(repository, hub_model(checkpoint.folder), overwrite=overwrite)
 
 
@@ -86,19 +88,19 @@ def require_fine_tune(
 ) -> None:
     """Raise `BadInput` for what is not done to differences to a base."""
     for given, what in (
-        (budget is not None and budget.kind == "max-drop", "--max-drop"),
-        (not refine, "--no-refine"),
-        (calibration is not None, "--calibration"),
-        (calibration_samples != CALIBRATION_SAMPLES, "--calibration-samples"),
+        (budget is not None and budget.kind == "max-drop", "`max_drop`"),
+        (not refine, "`refine=False`"),
+        (calibration is not None, "`calibration`"),
+        (calibration_samples != CALIBRATION_SAMPLES, "`calibration_samples`"),
         (calibration_sequence_length is not None, "the length of calibration's windows"),
-        (seed != 0, "--seed"),
-        (form == "pivoted", "--form pivoted"),
-        (embeddings, "--embeddings"),
-        (push_to is not None, "--push"),
-        (max_shard_size != SHARD_SIZE, "--max-shard-size"),
+        (seed != 0, "`seed`"),
+        (form == "pivoted", "`form='pivoted'`"),
+        (embeddings, "`embeddings`"),
+        (push_to is not None, "`push_to`"),
+        (max_shard_size != SHARD_SIZE, "`max_shard_size`"),
     ):
         if given:
-            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or --base")
+            raise BadInput(f"{what} is not for differences to a base", remedy=f"leave out {what}, or `base`")
 
 
 def data_to_measure_on(

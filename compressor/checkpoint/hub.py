@@ -69,7 +69,7 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
     if revision is not None:
         what = model if isinstance(model, str | Path) else "a module"
         raise BadInput(
-            f"--revision {revision} is of models of the hub, and {what} is none",
+            f"`revision` {revision} is of models of the hub, and {what} is none",
             remedy="leave it out, or name a model as org/name",
         )
     return model
@@ -132,27 +132,27 @@ def check_push(repository: str, source: HubModel | None, *, overwrite: bool) -> 
     from huggingface_hub.constants import is_offline_mode
 
     if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repository, re.ASCII) is None:
-        raise BadInput(f"--push {repository!r} is no name of the hub", remedy="write it as org/name")
+        raise BadInput(f"`push_to` {repository!r} is no name of the hub", remedy="write it as org/name")
     if is_offline_mode():
-        raise BadInput("--push needs the hub, which is offline", remedy="unset HF_HUB_OFFLINE, or push later")
+        raise BadInput("`push_to` needs the hub, which is offline", remedy="unset HF_HUB_OFFLINE, or push later")
     if get_token() is None:
-        raise BadInput("--push needs a token of the hub, and there is none", remedy="log in with 'hf auth login'")
+        raise BadInput("`push_to` needs a token of the hub, and there is none", remedy="log in with 'hf auth login'")
     try:
         user = HfApi().whoami()["name"]
         target = repository if "/" in repository else f"{user}/{repository}"
         weights = [name for name in _files_of(target) if name.endswith(_WEIGHT_ENDINGS)]
     except Exception as error:
         raise BadInput(
-            f"--push {repository} cannot work: the hub does not answer as it should ({_reason(error)})",
+            f"`push_to` {repository} cannot work: the hub does not answer as it should ({_reason(error)})",
             remedy="check the network and 'hf auth whoami', or leave it out",
         ) from error
     # The hub takes names that differ in their case for one.
     if source is not None and source.repository.lower() == target.lower():
-        what = f"--push {repository} would replace the model that is compressed"
+        what = f"`push_to` {repository} would replace the model that is compressed"
         raise BadInput(what, remedy="push it to a repository of its own")
     if weights and not overwrite:
-        what = f"--push {repository} would replace weights that are there ({weights[0]})"
-        raise BadInput(what, remedy="push to another repository, or replace them with --overwrite")
+        what = f"`push_to` {repository} would replace weights that are there ({weights[0]})"
+        raise BadInput(what, remedy="push to another repository, or replace them with `overwrite`")
 
 
 def push_folder(folder: Path, repository: str, *, overwrite: bool) -> str:

@@ -393,11 +393,12 @@ def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[s
         {layer.name for layer in layers for pattern in patterns if _matches(pattern, layer.name)}
         for patterns in (include, exclude)
     )
-    for option, patterns in (("--include", include), ("--exclude", exclude)):
+    for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(_matches(pattern, layer.name) for layer in layers):
                 raise BadInput(
-                    f"{option} {pattern} matches no layer",
+                    f"`{option}` {pattern} matches no layer",
+                    option=option,
                     remedy="list the layers with 'compress inspect MODEL'; '*.mlp.*' is a glob, 're:...' an expression",
                 )
     selected = []

@@ -74,7 +74,7 @@ def check_output(
     _require_apart(path, source)
     if os.path.lexists(path):
         if not overwrite:
-            remedy = "choose another output, or replace it with --overwrite"
+            remedy = "choose another output, or replace it with `overwrite`"
             raise BadInput("already exists", where=path, remedy=remedy)
         folder = source.folder if isinstance(source, Checkpoint) else None
         _require_replaceable(path, form, set() if folder is None else set(_other_files(folder)[0]))
@@ -275,7 +275,7 @@ def _move_into_place(partial: Path, path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         what = "was made by somebody else in the meantime"
-        raise BadInput(what, where=path, remedy="choose another output, or replace it with --overwrite")
+        raise BadInput(what, where=path, remedy="choose another output, or replace it with `overwrite`")
     _require_replaceable(path, "folder", {file.relative_to(partial) for file in partial.rglob("*") if file.is_file()})
     old = hidden_sibling(path)
     path.rename(old)

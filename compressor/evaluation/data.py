@@ -190,7 +190,7 @@ def require_apart(calibration: str | os.PathLike[str], data: str | os.PathLike[s
         raise BadInput(
             f"the calibration data {'are' if same else 'overlap'} the data to measure on, and would flatter it",
             where=measured,
-            remedy="split them into two files, one for --calibration and one for --data",
+            remedy="split them into two files, one for `calibration` and one for `data`",
         )
 
 
@@ -289,7 +289,7 @@ def _language(
         raise BadInput(
             f"the text is {len(token_ids):,} tokens long, less than {least_windows} windows of {sequence_length:,}",
             where=name,
-            remedy="give more text, or ask for shorter windows with --sequence-length",
+            remedy="give more text, or ask for shorter windows with `calibration_sequence_length`",
         )
     length = min(sequence_length, len(token_ids))
     count = len(token_ids) // length

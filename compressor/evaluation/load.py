@@ -24,7 +24,7 @@ def require_architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.
         raise BadInput(
             "running it needs its architecture",
             where=checkpoint.source,
-            remedy="pass --model file.py:function or package.module:function that builds it, or a model folder",
+            remedy="pass `factory='file.py:function'` or package.module:function that builds it, or a model folder",
         )
 
 
@@ -48,7 +48,7 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
         owner = dict(module.named_modules(remove_duplicate=False)).get(place)
         if owner is None or not isinstance(dense := getattr(owner, parameter, None), Tensor):
             raise BadInput(
-                f"the model that --model builds has no layer {pair.name}",
+                f"the model that `factory` builds has no layer {pair.name}",
                 where=checkpoint.source,
                 remedy="use the function that builds the model that was compressed",
             )
@@ -63,9 +63,9 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
             names[join(pair.name, "up.bias")] = join(pair.name, "bias")
         except ValueError as error:
             raise BadInput(
-                f"{pair.name} is no layer that can be low-rank in the model that --model builds: {error}",
+                f"{pair.name} is no layer that can be low-rank in the model that `factory` builds: {error}",
                 where=checkpoint.source,
-                remedy="compress again with --model, which tells such layers apart",
+                remedy="compress again with `factory`, which tells such layers apart",
             ) from error
     load_state(module, {names[name]: checkpoint.read(name) for name in checkpoint.tensors})
     return module

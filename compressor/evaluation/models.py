@@ -86,7 +86,7 @@ def load_transformers(folder: Path) -> nn.Module:
         raise BadInput(
             f"transformers {transformers.__version__} has no model {architecture}",
             where=folder / "config.json",
-            remedy="pass --model with a function that builds it",
+            remedy="pass `factory` with a function that builds it",
         )
     try:
         with _silent_loading():
@@ -210,7 +210,7 @@ def _import_path(folder: Path) -> Iterator[None]:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise BadInput("there is no config.json", where=folder, remedy="pass a transformers folder, or use --model")
+        raise BadInput("there is no config.json", where=folder, remedy="pass a transformers folder, or use `factory`")
     return read_json(path, remedy="repair it")
 
 
@@ -220,7 +220,7 @@ def _architecture(folder: Path) -> str:
         raise BadInput(
             "it names no architecture",
             where=folder / "config.json",
-            remedy='add "architectures": ["..."], or pass --model with a function that builds the model',
+            remedy='add "architectures": ["..."], or pass `factory` with a function that builds the model',
         )
     return architectures[0]
 

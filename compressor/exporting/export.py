@@ -139,10 +139,10 @@ def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -
         )
     if is_difference(checkpoint):
         if to not in ("dense", "lora"):
-            what = f"holds what a fine-tune adds to its base, which --to {to} cannot take"
-            raise BadInput(what, where=where, remedy="export it with --to dense first")
+            what = f"holds what a fine-tune adds to its base, which `to='{to}'` cannot take"
+            raise BadInput(what, where=where, remedy="export it with `to='dense'` first")
         if base is None:
-            remedy = "name the base with --base ORIGINAL"
+            remedy = "name the base with `base=ORIGINAL`"
             raise BadInput("holds what a fine-tune adds to its base", where=where, remedy=remedy)
     elif base is not None or to == "lora":
         raise BadInput(
@@ -150,7 +150,7 @@ def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -
             where=where,
             remedy="make a LoRA adapter of a fine-tune with 'compress MODEL --base ORIGINAL -o FOLDER'"
             if to == "lora"
-            else "leave out --base",
+            else "leave out `base`",
         )
 
 

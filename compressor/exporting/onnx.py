@@ -52,7 +52,7 @@ def example_inputs(
     named = getattr(model, "main_input_name", None) if config is not None else "input"
     if getattr(config, "is_encoder_decoder", False) or named not in ("input", "input_ids", "pixel_values"):
         what = f"{type(model).__name__} takes inputs that this exporter cannot make"
-        raise BadInput(what, remedy="export it with --to dense, and from there with its own exporter")
+        raise BadInput(what, remedy="export it with `to='dense'`, and from there with its own exporter")
     _require_fitting(input_shape, named, getattr(config, "num_channels", None), image_size)
     if named == "input_ids":
         text: Any = getattr(config, "text_config", config)
@@ -66,7 +66,7 @@ def example_inputs(
         shape = (features,)
     if not shape:
         raise BadInput(
-            "the shape of an input is not known", remedy="say it without the batch, such as --input-shape 3x224x224"
+            "the shape of an input is not known", remedy="say it without the batch, such as `input_shape` 3x224x224"
         )
     return {named: torch.rand(_BATCH, *shape, generator=generator)}
 
@@ -78,13 +78,13 @@ def _require_fitting(
     if input_shape is None or named == "input":
         return
     if named == "input_ids":
-        raise BadInput("--input-shape is not for text, which has any length", remedy="leave it out")
+        raise BadInput("`input_shape` is not for text, which has any length", remedy="leave it out")
     own = None if image_size is None else (channels, *image_size)
     if own is not None and tuple(input_shape) != own:
         asked, taken = ("x".join(map(str, shape)) for shape in (input_shape, own))
-        raise BadInput(f"--input-shape {asked} is not that of the model, {taken}", remedy="leave it out")
+        raise BadInput(f"`input_shape` {asked} is not that of the model, {taken}", remedy="leave it out")
     if len(input_shape) != 3 or input_shape[0] != channels:
-        what = f"--input-shape {'x'.join(map(str, input_shape))} is not that of an image of {channels} channels"
+        what = f"`input_shape` {'x'.join(map(str, input_shape))} is not that of an image of {channels} channels"
         raise BadInput(what, remedy=f"say it as {channels}xHEIGHTxWIDTH")
 
 
@@ -125,7 +125,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
     if 4 * weights > LARGEST_FILE:
         raise BadInput(
             f"{4 * weights / 1e9:.1f} GB of float32 weights do not fit into one ONNX file",
-            remedy="keep less of the model, or export it with --to dense",
+            remedy="keep less of the model, or export it with `to='dense'`",
         )
     nn.Module.float(model).eval()  # transformers' own refuses a model that it calls quantized
     config: Any = getattr(model, "config", None)
@@ -151,7 +151,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             raise BadInput(
                 f"torch cannot export {type(model).__name__} to ONNX: {reason}",
-                remedy="export it with --to dense, and from there with its own exporter",
+                remedy="export it with `to='dense'`, and from there with its own exporter",
             ) from error
     return _checked(wrapped, inputs, path)
 

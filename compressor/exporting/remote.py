@@ -78,7 +78,7 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
         raise BadInput(
             f"has layers that cannot be exported with their code ({', '.join(strange)})",
             where=checkpoint.source,
-            remedy="export it with --to dense",
+            remedy="export it with `to='dense'`",
         )
     if not _is_described(described):
         raise BadInput(
@@ -173,7 +173,7 @@ def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list
     """The names of the architecture, of its configuration, and of the classes `Auto...` that lead to it."""
     import transformers
 
-    where, remedy = folder / "config.json", "export it with --to dense"
+    where, remedy = folder / "config.json", "export it with `to='dense'`"
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise BadInput("does not name one architecture", where=where, remedy="correct 'architectures' in it")

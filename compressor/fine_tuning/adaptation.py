@@ -160,7 +160,7 @@ def adapted_module(
             raise BadInput(
                 f"{name} is no tensor of the model by itself, so nothing can be added to it",
                 where=difference.tuned.source,
-                remedy="compress the fine-tune itself, without --base",
+                remedy="compress the fine-tune itself, without `base`",
             )
         replaced[in_module] = difference.tuned.read(name)
     state = dict(module.state_dict(keep_vars=True))

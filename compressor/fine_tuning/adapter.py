@@ -41,7 +41,7 @@ _PARTS_OF_PAIRS = (
     *(f"lora_{side}{end}" for side in "AB" for end in ("", ".default")),
 )
 
-_REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without --base"
+_REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without `base`"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from compressor.recipe import TrainingRecipe
 from compressor.rewrite import StoredPair, file_record, stored_pairs
 from compressor.rewrite.tensor_format import dense_weight
 
-_REMEDY = "give the model that --base named when the difference was made"
+_REMEDY = "give the model that `base` named when the difference was made"
 
 
 def is_difference(checkpoint: Checkpoint) -> bool:
@@ -65,7 +65,7 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     stored, start = open_checkpoint(difference), open_checkpoint(base)
     record = file_record(stored)
     if not is_difference(stored):
-        raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out --base")
+        raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out `base`")
     digest = _entry(record["base"], "digest")
     if digest is not None and digest != start.digest():
         raise BadInput(f"is not the base of {stored.source}", where=start.source, remedy=_REMEDY)
@@ -93,7 +93,7 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
         raise BadInput(
             f"{scaled[0]} is to be added to {_share(record, scaled[0]):.6g} of the base, and LoRA adds to all of it",
             where=stored.source,
-            remedy="compress the fine-tune again with --base and a folder as output",
+            remedy="compress the fine-tune again with `base` and a folder as output",
         )
     changed = frozenset(name for name in stored.tensors if name in tuned.tensors)
     between = Difference(tuned, start, changed, {}, tuned)
@@ -108,7 +108,7 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
         raise BadInput(
             f"{strange[0]} is no layer that a LoRA adapter has pairs for",
             where=stored.source,
-            remedy="export it with --to dense",
+            remedy="export it with `to='dense'`",
         )
     planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items())
     plan = Plan(str(difference), record.get("digest"), Budget("plan"), planned)

@@ -111,7 +111,7 @@ def compress_fine_tune(
         raise BadInput(
             "no layer that changed is eligible",
             where=subject.name,
-            remedy="see why with 'compress inspect MODEL', and widen --include or narrow --exclude",
+            remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
         )
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
     form = _Form(kind, subject, _called(base, start), difference, layers, _advice(inspected), *digests)
@@ -123,7 +123,7 @@ def compress_fine_tune(
     if budget is None and plan is None and all(layer.rank is None for layer in planned):
         raise QualityGateNotMet(
             f"{subject.name}: no layer's difference can be made smaller safely ({chosen}); ask for a size with"
-            " --keep 0.2, or for a larger --tolerance"
+            " `keep=0.2`, or for a larger `tolerance`"
         )
     adaptation = form.adaptation(planned, chosen)
     stored = form.stored(adaptation)

@@ -158,7 +158,7 @@ def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
     if not torch.isfinite(product).all():
         raise BadInput(
             f"the {what} of layer {name} are not finite on the calibration data",
-            remedy="use the model in a wider dtype, or leave the layer out with --exclude",
+            remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
         )
     return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
 

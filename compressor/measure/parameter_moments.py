@@ -88,7 +88,7 @@ class ParameterCollector:
             if not all(torch.isfinite(each).all() for each in products):
                 raise BadInput(
                     f"the gradients of {name} are not finite on the calibration data",
-                    remedy="use the model in a wider dtype, or leave the layer out with --exclude",
+                    remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
                 )
             if float(products[0].trace()) == 0:
                 return

@@ -188,7 +188,7 @@ class EmbeddingCollector:
         if not torch.isfinite(product).all():
             raise BadInput(
                 f"the {what} at embedding {name} are not finite on the calibration data",
-                remedy="use the model in a wider dtype, or leave the embedding out with --exclude",
+                remedy="use the model in a wider dtype, or leave the embedding out with `exclude`",
             )
         self._add(name, what, product, len(vectors))
 

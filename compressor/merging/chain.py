@@ -252,8 +252,8 @@ def _described(node: fx.Node, module: nn.Module | None) -> str:
 
 def _refused(what: str) -> BadInput:
     return BadInput(
-        f"the model that --model builds cannot be concatenated: {what}",
-        remedy="merge with --mode sum, or build it from linear layers, convolutions and elementwise activations",
+        f"the model that `factory` builds cannot be concatenated: {what}",
+        remedy="merge with `mode='sum'`, or build it from linear layers, convolutions and elementwise activations",
     )
 
 
@@ -261,5 +261,5 @@ def _unknown_order(what: str, source: Path | None) -> BadInput:
     return BadInput(
         f"the networks cannot be concatenated: {what}",
         where=source,
-        remedy="pass --model with the function that builds it, or merge with --mode sum",
+        remedy="pass `factory` with the function that builds it, or merge with `mode='sum'`",
     )

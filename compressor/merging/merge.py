@@ -239,18 +239,18 @@ def _require_request(
     if len(models) < 2:
         raise BadInput("one network is nothing to merge", remedy="give two or more")
     if mode == "sum" and head == "separate":
-        raise BadInput("a sum has one head", remedy="leave out --head, or merge with --mode concat")
+        raise BadInput("a sum has one head", remedy="leave out `head`, or merge with `mode='concat'`")
     if mode == "concat" and base is not None:
-        raise BadInput("--base and --mode concat contradict each other", remedy="merge fine-tunes with --mode sum")
+        raise BadInput("`base` and `mode='concat'` contradict each other", remedy="merge fine-tunes with `mode='sum'`")
     if data and len(data) != len(models):
         raise BadInput(
             f"{len(models)} networks and data of {len(data)} tasks",
-            remedy="give --data once for each network, in order",
+            remedy="give `data` once for each network, in order",
         )
     if max_drop is not None and not data:
-        raise BadInput("--max-drop needs to measure", remedy="give --data once for each network, in order")
+        raise BadInput("`max_drop` needs to measure", remedy="give `data` once for each network, in order")
     if max_drop is not None and not max_drop >= 0:
-        raise BadInput(f"--max-drop {max_drop:g} is out of range", remedy="give a number from 0 on, such as 0.01")
+        raise BadInput(f"`max_drop` {max_drop:g} is out of range", remedy="give a number from 0 on, such as 0.01")
 
 
 def _combination(
@@ -262,7 +262,7 @@ def _combination(
         raise BadInput(
             "concat is for feed-forward networks in weight files, and this is a model folder",
             where=parts[0].name,
-            remedy="merge fine-tunes of one model with --mode sum --base ORIGINAL",
+            remedy="merge fine-tunes of one model with `mode='sum'` `base=ORIGINAL`",
         )
     require_same_architecture(everything, same_shapes=mode == "sum")
     if mode == "sum":
@@ -270,7 +270,7 @@ def _combination(
             raise BadInput(
                 f"{name} is of a normalisation layer, which is no sum",
                 where=parts[0].name,
-                remedy="merge fine-tunes with --base ORIGINAL, or feed-forward networks with --mode concat",
+                remedy="merge fine-tunes with `base=ORIGINAL`, or feed-forward networks with `mode='concat'`",
             )
         factors = (1.0,) * len(parts) if start is None else (*(1.0,) * len(parts), 1.0 - len(parts))
         combination = Combination(everything, factors)
@@ -291,7 +291,7 @@ def _chain(parts: Sequence[Part], factory: Factory | None) -> Chain:
             for part in parts
         ]
         if any(chain.layers != chains[0].layers for chain in chains):
-            raise BadInput("the layers of the networks come in different orders", remedy="pass --model")
+            raise BadInput("the layers of the networks come in different orders", remedy="pass `factory`")
         return chains[0]
     chain = traced_chain(build_model(factory))
     known = {*chain.layers, *chain.batch_norms}
@@ -299,7 +299,7 @@ def _chain(parts: Sequence[Part], factory: Factory | None) -> Chain:
         raise BadInput(
             f"the networks cannot be concatenated: {strange[0]} is in no layer that runs",
             where=parts[0].name,
-            remedy="pass --model with the function that builds them",
+            remedy="pass `factory` with the function that builds them",
         )
     return chain
 
@@ -314,7 +314,7 @@ def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
         sizes = [part.infos[name].shape[side] for part in parts]
         if len(set(sizes)) > 1:
             remedy = (
-                "give each its own outputs with --head separate" if side == 0 else "merge networks of the same inputs"
+                "give each its own outputs with `head='separate'`" if side == 0 else "merge networks of the same inputs"
             )
             raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
 

@@ -132,7 +132,7 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
         mismatch = skeleton_mismatch(checkpoint, skeleton)
         if mismatch is not None:
             raise BadInput(
-                f"the model that --model builds does not fit: {mismatch}",
+                f"the model that `factory` builds does not fit: {mismatch}",
                 where=checkpoint.source,
                 remedy="use the function that builds the networks that were trained",
             )

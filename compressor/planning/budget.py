@@ -54,7 +54,7 @@ def requested_budget(
     )
     asked = [Budget(kind, value) for kind, value in given if value is not None]
     if len(asked) > 1:
-        names = " and ".join(f"--{budget.kind}" for budget in asked)
+        names = " and ".join(f"`{budget.kind.replace('-', '_')}`" for budget in asked)
         raise BadInput(f"{names} are two budgets", remedy="ask for one of them")
     if not asked:
         return None
@@ -73,5 +73,6 @@ def requested_budget(
             "max-drop": "that is not negative",
             "tolerance": "between 0 and 1",
         }
-        raise BadInput(f"--{budget.kind} {value:g} is out of range", remedy=f"give a number {ranges[budget.kind]}")
+        name, remedy = budget.kind.replace("-", "_"), f"give a number {ranges[budget.kind]}"
+        raise BadInput(f"`{name}` {value:g} is out of range", option=name, remedy=remedy)
     return budget

@@ -460,7 +460,7 @@ def apply_edits(plan: Plan, measured: Sequence[MeasuredLayer], where: str) -> tu
             raise BadInput(
                 f"the plan names {name}, which is not an eligible layer of this model",
                 where=where,
-                remedy="add --embeddings" if edit.kind == "embedding" else remedy,
+                remedy="add `embeddings`" if edit.kind == "embedding" else remedy,
             )
     if len(edited) < len(plan.layers):
         raise BadInput("the plan names a layer twice", where=where, remedy=remedy)

@@ -162,7 +162,7 @@ def test_bad_calibration_is_one_line(data: Any, message: str) -> None:
 
 @pytest.mark.parametrize("request_", [{}, {"tolerance": 0.1}])
 def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Module, request_: dict[str, float]) -> None:
-    with pytest.raises(BadInput, match="--keep or --max-size"):
+    with pytest.raises(BadInput, match="`keep` or `max_size`"):
         compress(trained, calibration=batches(), **request_)  # type: ignore[arg-type]
 
 

@@ -367,5 +367,5 @@ def test_a_fit_is_taken_only_where_it_loses_less_on_the_examples_held_back(train
 
 
 def test_there_is_nothing_to_leave_out_without_calibration() -> None:
-    with pytest.raises(BadInput, match="--no-refine is about calibration data"):
+    with pytest.raises(BadInput, match="`refine=False` is about calibration data"):
         compress(nn.Sequential(nn.Linear(8, 8)), keep=0.5, refine=False)

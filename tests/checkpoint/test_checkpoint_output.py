@@ -448,7 +448,7 @@ def test_a_linked_output_folder_is_replaced_and_its_target_left_alone(tmp_path: 
 def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
     check_output(tmp_path / "out", source=None, form="file", overwrite=False)
     (tmp_path / "out").write_text("x")
-    with pytest.raises(BadInput, match=r"already exists.*--overwrite"):
+    with pytest.raises(BadInput, match=r"already exists.*`overwrite`"):
         check_output(tmp_path / "out", source=None, form="file", overwrite=False)
     check_output(tmp_path / "out", source=None, form="file", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -166,7 +166,7 @@ def test_a_revision_is_the_one_that_is_read(hub: type[Hub]) -> None:
     assert hub_model(local_model("org/name", "v2")) == ("org/name", COMMITS["v2"])
     assert compressor.plan("org/name", revision="v2", keep=0.5).source == "org/name"
     assert run(["inspect", "org/name", "--revision", "v2", "-q"]) == 0
-    with pytest.raises(BadInput, match="--revision v2 is of models of the hub"):
+    with pytest.raises(BadInput, match="`revision` v2 is of models of the hub"):
         compressor.compress(torch.nn.Linear(4, 4), revision="v2")
 
 
@@ -271,7 +271,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_work(
 def test_weights_of_a_repository_are_replaced_only_where_that_is_asked(hub: type[Hub], there: str) -> None:
     hub.pushed_to = ("README.md", there)
     for push_to in ("me/small", "small"):
-        with pytest.raises(BadInput, match=f"would replace weights that are there .{there}.*--overwrite"):
+        with pytest.raises(BadInput, match=f"would replace weights that are there .{there}.*`overwrite`"):
             compressor.compress("org/name", keep=0.5, push_to=push_to)
     assert (hub.commits, hub.created, list(Path().iterdir())) == ([], [], [])
 

@@ -104,7 +104,7 @@ def test_convolutions_want_the_shape_of_an_input(networks: Path, tmp_path: Path)
     compress(tmp_path / "dense.safetensors", output=tmp_path / "small.safetensors", keep=0.5, factory=factory)
     small = compress(dense, keep=0.5).model
     path = tmp_path / "small.onnx"
-    with pytest.raises(BadInput, match="--input-shape"):
+    with pytest.raises(BadInput, match="`input_shape`"):
         export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory)
     with pytest.raises(BadInput, match="torch cannot export"):
         export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 5))

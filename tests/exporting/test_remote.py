@@ -192,7 +192,7 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
     strange.mkdir()
     (strange / "model.safetensors").write_bytes((small_llama / "model.safetensors").read_bytes())
     (strange / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"experts.*--to dense"):
+    with pytest.raises(BadInput, match=r"experts.*`to='dense'`"):
         export(strange, to="hf-remote", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

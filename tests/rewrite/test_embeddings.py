@@ -274,7 +274,7 @@ def test_only_the_flag_includes_embeddings_and_plans_say_so(tmp_path: Path) -> N
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(chosen.to_dict()))
     assert kinds(compress(dense, plan=path, embeddings=True)) == kinds(compress(dense, plan=chosen, embeddings=True))
-    with pytest.raises(BadInput, match="--embeddings"):
+    with pytest.raises(BadInput, match="`embeddings`"):
         compress(dense, plan=path)
     document = chosen.to_dict()
     for layer in document["layers"]:
