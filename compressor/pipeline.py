@@ -126,6 +126,8 @@ def inspect(
         layers=inspected,
         parameters=_elements(subject.checkpoint.tensors.values()),
         weight_bytes=subject.checkpoint.weight_bytes,
+        left_out=subject.checkpoint.left_out,
+        weights_at=subject.checkpoint.weights_at,
         advice=window_rule_advice(measured_layers(subject, inspected), subject.recipe.family, "auto"),
     )
 
@@ -432,6 +434,8 @@ def _carried_out(
             },
             command=command,
             model=compressed,
+            left_out=checkpoint.left_out,
+            weights_at=checkpoint.weights_at,
         )
 
     compressed, evaluation = None, None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from compressor.checkpoint import Layer
+from compressor.checkpoint.training_state import LeftOut
 from compressor.evaluation import Evaluation
 from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
 from compressor.planning import Plan, SizeCurve
@@ -65,6 +66,8 @@ class Inspection:
     parameters: int
     weight_bytes: int
     advice: str | None
+    left_out: tuple[LeftOut, ...] = ()
+    weights_at: str = ""
 
     @property
     def eligible(self) -> int:
@@ -78,6 +81,8 @@ class Inspection:
             "parameters": self.parameters,
             "eligible": self.eligible,
             "bytes": self.weight_bytes,
+            "left_out": [asdict(each) for each in self.left_out],
+            "weights_at": self.weights_at,
             "advice": self.advice,
             "layers": [layer.to_dict() for layer in self.layers],
         }
@@ -105,12 +110,13 @@ class FineTune:
 class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
-    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices, `skipped`
-    are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured of the
-    eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does the same, with paths
-    by their last part (empty for a module), and `pushed` the address of the commit on the hub. `model` is the
-    compressed module when a module was compressed. With a base the matrices are differences to it, `after` is what is
-    stored beside it, and `fine_tune` says how.
+    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
+    `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was
+    measured of the eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does
+    the same, with paths by their last part (empty for a module), and `pushed` the address of the commit on the hub.
+    `model` is the compressed module when a module was compressed. `left_out` is what the source's files hold beside
+    the weights (they are not counted in `bytes`), and `weights_at` the keys under which the weights were found.
+    With a base the matrices are differences to it, `after` is what is stored beside it, and `fine_tune` says how.
     """
 
     source: str
@@ -130,6 +136,8 @@ class Compression:
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     fine_tune: FineTune | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    weights_at: str = ""
 
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.
@@ -165,6 +173,8 @@ class Compression:
             "pushed": self.pushed,
             "parameters": asdict(self.parameters),
             "bytes": asdict(self.bytes),
+            "left_out": [asdict(each) for each in self.left_out],
+            "weights_at": self.weights_at,
             "eligible": {"before": before, "after": after, "kept": after / before},
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,

@@ -29,6 +29,7 @@ from compressor.checkpoint.torch_file import (
     read_torch_file,
     without_wrapper_prefixes,
 )
+from compressor.checkpoint.training_state import LeftOut, of_an_optimizer
 from compressor.documents import reading
 from compressor.errors import BadInput
 
@@ -70,6 +71,12 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     """The `config.json` of the model folder, or of the folder that a weight file lies in if it can be read."""
     _stored: Mapping[str, StoredTensor] = field(repr=False)
+    weights_at: str = ""
+    """The keys under which a torch file keeps the weights, such as "state_dict"; empty where they are all of it."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What the files hold that is not among the model's weights: the state of an optimizer, an EMA copy."""
+    training: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The plain values that a torch file holds beside the weights: settings, counters, an optimizer's groups."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor's values, in contiguous CPU memory of their own; nothing is kept.
@@ -93,10 +100,14 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weight files in bytes; of the tensors for a module."""
+        """Size of the weight files in bytes, without what is `left_out`; of the tensors for a module."""
+        tensors = sum(info.nbytes for info in self.tensors.values())
         if self.form == "module":
-            return sum(info.nbytes for info in self.tensors.values())
-        return sum(regular_file_size(path) for path in self.files)
+            return tensors
+        size = sum(regular_file_size(path) for path in self.files)
+        if not self.left_out:
+            return size
+        return max(size - sum(each.bytes for each in self.left_out), tensors)
 
     def digest(self) -> str:
         """SHA-256 (hexadecimal) of the weight files one after the other; of names and values for a module.
@@ -148,6 +159,12 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     stored = content.tensors
     if content.is_torch:
         stored = dict(zip(without_wrapper_prefixes(list(stored)), stored.values(), strict=True))
+    of_optimizer = [name for name in stored if of_an_optimizer(name)]
+    if of_optimizer and len(of_optimizer) < len(stored):
+        size = sum(TensorInfo(name, stored[name].shape, stored[name].dtype).nbytes for name in of_optimizer)
+        beside = LeftOut(f"{of_optimizer[0][:80]} and the like", "optimizer state", size)
+        content = content._replace(left_out=(*content.left_out, beside))
+        stored = {name: tensor for name, tensor in stored.items() if not of_an_optimizer(name)}
     if not stored:
         raise BadInput("holds no tensors", where=source, remedy="give a checkpoint with trained weights")
     return _checkpoint(
@@ -158,6 +175,7 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         folder=folder,
         metadata=content.metadata,
         config=_config(weights.parent / "config.json", must_be_good=is_folder),
+        content=content,
     )
 
 
@@ -234,6 +252,7 @@ def _checkpoint(
     folder: Path | None,
     metadata: Mapping[str, str],
     config: Mapping[str, Any] | None,
+    content: _WeightFile | None = None,
 ) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     aliases: dict[str, str] = {}
@@ -254,6 +273,9 @@ def _checkpoint(
         metadata=metadata,
         config=config,
         _stored=stored,
+        weights_at="" if content is None else content.weights_at,
+        left_out=() if content is None else content.left_out,
+        training={} if content is None else content.training,
     )
 
 
@@ -292,6 +314,9 @@ class _WeightFile(NamedTuple):
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
     is_torch: bool
+    weights_at: str = ""
+    left_out: tuple[LeftOut, ...] = ()
+    training: Mapping[str, Any] = {}
 
 
 def _read_weight_file(path: Path) -> _WeightFile:
@@ -308,7 +333,8 @@ def _read_weight_file(path: Path) -> _WeightFile:
         if path.suffix == ".safetensors":
             what = "is a torch checkpoint under a safetensors name"
             raise BadInput(what, where=path, remedy="rename it to .pt, or convert it")
-        return _WeightFile(read_torch_file(path), {}, True)
+        read = read_torch_file(path)
+        return _WeightFile(read.tensors, {}, True, read.key, read.left_out, read.training)
     if head.lstrip()[:1] == b"{":
         raise BadInput("is JSON, not weights", where=path, remedy="give the weight file or the model folder")
     if head[:1] == b"\x80":
@@ -342,6 +368,7 @@ def _read_sharded(index: Path) -> tuple[tuple[Path, ...], _WeightFile]:
         {name: shards[file_name].tensors[name] for name, file_name in weight_map.items()},
         {key: text for shard in shards.values() for key, text in shard.metadata.items()},
         all(shard.is_torch for shard in shards.values()),
+        left_out=tuple(each for shard in shards.values() for each in shard.left_out),
     )
     return tuple(index.parent / file_name for file_name in shards), whole
 

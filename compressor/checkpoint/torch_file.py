@@ -9,6 +9,8 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from compressor.checkpoint.files import read_bytes_at
 from compressor.checkpoint.tensors import StoredTensor, TensorInMemory, TensorOnDisk
+from compressor.checkpoint.training_state import LeftOut, is_ema, left_out, plain_document, settings_as_mappings
 from compressor.documents import reading
 from compressor.errors import BadInput
 
@@ -29,15 +32,30 @@ _PREFIXES = ("module.", "_orig_mod.")
 _SAVE_STATE_DICT = "save `model.state_dict()` with torch.save or as safetensors"
 
 
-def read_torch_file(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a torch checkpoint by name, in the order in which they were saved.
+@dataclass(frozen=True)
+class TorchFile:
+    """What a torch checkpoint holds.
+
+    `tensors`: the model's, by name in the order in which they were saved. `key`: what they are kept under, such as
+    "state_dict"; empty where they are the whole file. `left_out`: what else is in there. `training`: the plain values
+    beside the weights, as mappings and lists.
+    """
+
+    tensors: dict[str, StoredTensor]
+    key: str
+    left_out: tuple[LeftOut, ...]
+    training: Mapping[str, Any]
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """The model's tensors in a torch checkpoint, and what else it holds.
 
     From a zip file (torch 1.6 and later) only the structure is loaded; each tensor is then read from the
     file by itself. A file in the older format, one written on a machine of the other byte order, or one
     read by a torch that does not tell where it would find the values (2.6) is loaded whole.
 
     In a training checkpoint the model's own mapping is taken (`state_dict`, `model_state_dict`, `model` or
-    `module`, the first that holds tensors); optimizer state and scalars are ignored.
+    `module`, the first that holds tensors); one that is called an EMA only where there is no other.
 
     Raises:
         BadInput: the file is truncated, needs code to be unpickled, or holds no state dict.
@@ -48,11 +66,37 @@ def read_torch_file(path: Path) -> dict[str, StoredTensor]:
     if records is not None:
         for context, location in _structure_only():
             with context:
-                state_dict = _state_dict(path, _load(path, location))
+                document = _load(path, location)
+                key, weights = _weights(path, document)
+            state_dict = _tensors(weights)
             if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
-                return {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
-    state_dict = _state_dict(path, _load(path, "cpu"))
-    return {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in state_dict.items()}
+                on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
+                number = partial(_number_on_disk, path, records)
+                return _torch_file(document, key, weights, on_disk, number)
+    document = _load(path, "cpu")
+    key, weights = _weights(path, document)
+    loaded = {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in _tensors(weights).items()}
+    return _torch_file(document, key, weights, loaded, torch.Tensor.item)
+
+
+def _torch_file(
+    document: Any,
+    key: str,
+    weights: Mapping[Any, Any],
+    tensors: Mapping[str, StoredTensor],
+    number: Callable[[torch.Tensor], object],
+) -> TorchFile:
+    return TorchFile(dict(tensors), key, left_out(document, weights), plain_document(document, weights, number))
+
+
+def _number_on_disk(path: Path, records: Mapping[int, int], tensor: torch.Tensor) -> object:
+    """The value of a tensor of one element; None where it cannot be read."""
+    if _data_offset(tensor) is None:
+        return None
+    try:
+        return _placed(path, "", tensor, records).read().item()
+    except BadInput:
+        return None
 
 
 def without_wrapper_prefixes(names: list[str]) -> list[str]:
@@ -77,7 +121,8 @@ def _structure_only() -> Iterator[tuple[AbstractContextManager[Any], str]]:
 def _load(path: Path, location: str) -> object:
     with reading(path):
         try:
-            return torch.load(path, map_location=location, weights_only=True)
+            with settings_as_mappings():
+                return torch.load(path, map_location=location, weights_only=True)
         except pickle.UnpicklingError as error:
             if forbidden := re.search(r"GLOBAL\s+([\w.]+)", str(error)):
                 what = f"is a pickle that needs the Python class {forbidden[1]}, and unpickling could run any code"
@@ -119,24 +164,30 @@ def _stored_records(path: Path) -> dict[int, int] | None:
     return records
 
 
-def _state_dict(path: Path, document: object) -> dict[str, torch.Tensor]:
+def _weights(path: Path, document: Any) -> tuple[str, Mapping[Any, Any]]:
+    """The mapping of the model's tensors in a document, and the keys that lead to it."""
     if isinstance(document, torch.Tensor):
         raise BadInput("holds one tensor without a name", where=path, remedy=_SAVE_STATE_DICT)
     if not isinstance(document, Mapping):
         what = f"holds a {type(document).__name__}, not a state dict"
         raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+    keys: list[str] = []
     for _ in range(_NESTING_LIMIT):
-        candidates = [document[key] for key in _STATE_DICT_KEYS if isinstance(document.get(key), Mapping)]
-        document = next(
-            (inner for inner in candidates if _tensors(inner) or any(key in inner for key in _STATE_DICT_KEYS)),
-            document,
-        )
-    tensors = _tensors(document)
-    if not tensors:
-        keys = ", ".join(str(key)[:40] for key in list(document)[:8]) or "nothing"
-        what = f"holds no tensors under {', '.join(_STATE_DICT_KEYS)} or at the top (found: {keys})"
+        averages = [key for key in document if isinstance(key, str) and is_ema(key)]
+        inside = next((key for key in (*_STATE_DICT_KEYS, *averages) if _leads_to_tensors(document.get(key))), None)
+        if inside is None or (inside in averages and _tensors(document)):
+            break
+        keys.append(inside)
+        document = document[inside]
+    if not _tensors(document):
+        names = ", ".join(str(key)[:40] for key in list(document)[:8]) or "nothing"
+        what = f"holds no tensors under {', '.join(_STATE_DICT_KEYS)} or at the top (found: {names})"
         raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
-    return tensors
+    return ".".join(keys), document
+
+
+def _leads_to_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(_tensors(value) or any(key in value for key in _STATE_DICT_KEYS))
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, torch.Tensor]:

@@ -39,6 +39,7 @@ from compressor.report.wording import (
     calibration_words,
     error_words,
     in_bytes,
+    left_out_words,
     one_line,
     percent,
     recipe_sources,
@@ -278,8 +279,16 @@ def _summary(compression: Compression, base_model: str) -> str:
     return (
         f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
         f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
-        f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}. Made by lowrank-compressor."
+        f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}.{_left_out(compression)} Made by"
+        " lowrank-compressor."
     )
+
+
+def _left_out(compression: Compression) -> str:
+    if not compression.left_out:
+        return ""
+    words = left_out_words(compression.left_out, compression.weights_at, code, remedy=False)
+    return f" Left out of the source: {words}."
 
 
 def _loading(name: str, config: Mapping[str, Any] | None) -> str:

@@ -23,6 +23,7 @@ from compressor.report.wording import (
     in_bytes,
     in_seconds,
     large_loss_words,
+    left_out_words,
     one_line,
     percent,
     quality_words,
@@ -92,6 +93,7 @@ def compression_text(compression: Compression) -> RenderableType:
             ("model", compression.source),
             *_base_facts(compression),
             *_recipe_facts(compression.recipe),
+            *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
             *_calibration_facts(plan),
         ),
@@ -108,6 +110,11 @@ def compression_text(compression: Compression) -> RenderableType:
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
     parts.append(_facts(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
     return _spaced(parts)
+
+
+def _left_out_facts(result: Compression | Inspection) -> Iterator[tuple[str, str]]:
+    if result.left_out:
+        yield "left out", one_line(left_out_words(result.left_out, result.weights_at))
 
 
 def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
@@ -156,7 +163,12 @@ def inspection_text(inspection: Inspection) -> RenderableType:
         f"{percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
     )
     parts: list[RenderableType] = [
-        _facts(("model", inspection.source), *_recipe_facts(inspection.recipe), ("size", totals))
+        _facts(
+            ("model", inspection.source),
+            *_recipe_facts(inspection.recipe),
+            ("size", totals),
+            *_left_out_facts(inspection),
+        )
     ]
     if measured:
         parts += [_ranks(measured), _memory(measured)]

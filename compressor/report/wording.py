@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from compressor.checkpoint.training_state import LeftOut
     from compressor.evaluation import Evaluation
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
     from compressor.recipe import TrainingRecipe
@@ -69,6 +70,21 @@ def _numbers_and_end(name: str, width: int) -> str:
 
 def _beginning_and_end(name: str, width: int, *, beginning: int) -> str:
     return name[:beginning] + "…" + name[len(name) - (width - beginning - 1) :]
+
+
+def left_out_words(
+    left_out: Sequence[LeftOut], weights_at: str, quoted: Callable[[str], str] = repr, *, remedy: bool = True
+) -> str:
+    """What a checkpoint holds beside the weights that are used, and how to use an average of them instead."""
+    words = ", ".join(f"{each.kind} ({quoted(each.key)}, {in_bytes(each.bytes)})" for each in left_out)
+    average = next((each.key for each in left_out if each.kind.startswith("EMA")), None)
+    if average is None:
+        return words
+    words += f"; used are the raw weights{f' ({quoted(weights_at)})' if weights_at else ''}"
+    if not remedy:
+        return words
+    keys = "".join(f"[{key!r}]" for key in average.split("."))
+    return f"{words}: for the average save torch.load(FILE){keys} to a file of its own and give that"
 
 
 def in_bytes(size: float) -> str:

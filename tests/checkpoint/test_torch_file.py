@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import pickle
 import sys
 import zipfile
 from collections import OrderedDict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from compressor.checkpoint import open_checkpoint, torch_file, write_state_dict_file
@@ -65,7 +68,7 @@ def test_values_are_those_of_torch_load(tmp_path: Path, suffix: str, legacy: boo
 
 
 def test_values_of_a_zip_stay_in_the_file_until_they_are_read(tmp_path: Path) -> None:
-    stored = torch_file.read_torch_file(saved(tmp_path / "m.pt", {"w": torch.randn(2, 3)}))
+    stored = torch_file.read_torch_file(saved(tmp_path / "m.pt", {"w": torch.randn(2, 3)})).tensors
     assert isinstance(stored["w"], TensorOnDisk)
 
 
@@ -74,10 +77,10 @@ def test_every_way_of_loading_gives_the_same_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy_ways: int
 ) -> None:
     path = saved(tmp_path / "m.pt", state_dict_with_every_kind_of_view())
-    expected = {name: tensor.read() for name, tensor in torch_file.read_torch_file(path).items()}
+    expected = {name: tensor.read() for name, tensor in torch_file.read_torch_file(path).tensors.items()}
     ways = list(torch_file._structure_only())
     monkeypatch.setattr(torch_file, "_structure_only", lambda: ways[len(ways) - lazy_ways :])
-    stored = torch_file.read_torch_file(path)
+    stored = torch_file.read_torch_file(path).tensors
     assert isinstance(stored["whole"], TensorOnDisk if lazy_ways else TensorInMemory)
     for name, tensor in stored.items():
         assert torch.equal(tensor.read().to(torch.complex128), expected[name].to(torch.complex128))
@@ -162,9 +165,8 @@ def test_nothing_in_a_file_is_run(tmp_path: Path, options: dict[str, bool]) -> N
 def test_a_pickled_module_is_refused_with_the_class_it_needs(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"torch\.nn\.modules\.linear\.Linear.*save `model\.state_dict\(\)`"):
         open_checkpoint(saved(tmp_path / "m.pt", nn.Linear(2, 2)))
-    arguments = argparse.Namespace(lr=1)
-    with pytest.raises(BadInput, match=r"argparse\.Namespace"):
-        open_checkpoint(saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, "args": arguments}))
+    with pytest.raises(BadInput, match=r"fractions\.Fraction"):
+        open_checkpoint(saved(tmp_path / "n.pt", {"model": {"w": torch.zeros(1)}, "args": Fraction(1, 2)}))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -259,6 +261,86 @@ def test_a_view_outside_its_data_is_refused(tmp_path: Path) -> None:
             target.writestr(entry.filename, source.read(entry).replace(b"K\x04\x85", b"K\x09\x85"))
     with pytest.raises(BadInput, match="'w' lies outside the data stored for it"):
         open_checkpoint(tmp_path / "n.pt")
+
+
+def trained(steps: int = 3) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(steps):
+        model(torch.randn(2, 40)).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+NUMBERS = 4 * (40 * 30 + 30)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_not_the_model_is_left_out_and_counted(tmp_path: Path, legacy: bool) -> None:
+    model, optimizer = trained()
+    document = {
+        "epoch": 3,
+        "state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
+        "state_dict_ema": copy.deepcopy(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+    }
+    whole = open_checkpoint(saved(tmp_path / "whole.pt", document, _use_new_zipfile_serialization=not legacy))
+    bare = open_checkpoint(saved(tmp_path / "bare.pt", model.state_dict(), _use_new_zipfile_serialization=not legacy))
+    assert whole.tensors == bare.tensors
+    assert whole.weights_at == "state_dict"
+    assert [(each.key, each.kind, each.bytes) for each in whole.left_out] == [
+        ("state_dict_ema", "EMA copy of the weights", NUMBERS),
+        ("optimizer", "optimizer state", 2 * NUMBERS + 2 * 4),  # two moments, and the steps of two parameters
+    ]
+    # Weights are compared with weights: what is left is theirs, and the structure of the file.
+    assert bare.weight_bytes <= whole.weight_bytes < bare.weight_bytes + NUMBERS / 2
+    assert (bare.left_out, bare.weights_at) == ((), "")
+
+
+def test_a_tensor_that_the_weights_share_is_not_left_out(tmp_path: Path) -> None:
+    model, _ = trained()
+    weights = model.state_dict()
+    checkpoint = open_checkpoint(saved(tmp_path / "m.pt", {"model": weights, "ema": {"copy": weights["weight"]}}))
+    assert checkpoint.left_out == ()
+
+
+def test_an_average_is_taken_where_there_is_nothing_else(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    average = {"ema": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint = open_checkpoint(saved(tmp_path / "m.pt", average))
+    assert (checkpoint.weights_at, set(checkpoint.tensors)) == ("ema", {"weight", "bias"})
+    assert [each.kind for each in checkpoint.left_out] == ["optimizer state"]
+
+
+def test_tensors_named_for_an_optimizer_are_no_weights(tmp_path: Path) -> None:
+    moments = {f"optimizer/vars/{index}": torch.ones(40, 30) for index in range(2)}
+    weights = {"dense/kernel": torch.randn(40, 30)}
+    save_file(weights | moments, tmp_path / "m.safetensors")
+    for path in (tmp_path / "m.safetensors", saved(tmp_path / "m.pt", weights | moments)):
+        checkpoint = open_checkpoint(path)
+        assert set(checkpoint.tensors) == set(weights)
+        assert [(each.kind, each.bytes) for each in checkpoint.left_out] == [("optimizer state", 2 * 40 * 30 * 4)]
+        assert checkpoint.weight_bytes < 1.5 * 40 * 30 * 4
+
+
+def test_settings_are_read_as_what_they_hold_and_no_class_is_imported(tmp_path: Path) -> None:
+    class Odd(argparse.Namespace):
+        def __setstate__(self, state: object) -> None:
+            raise AssertionError("the class itself is used")
+
+    Odd.__module__, Odd.__qualname__, Odd.__name__ = "argparse", "Namespace", "Namespace"
+    real, argparse.Namespace = argparse.Namespace, Odd  # type: ignore[misc]
+    try:
+        settings_of_run = Odd(lr=0.1, nested=Odd(wd=0.2), sizes=[3, 4], name="run")
+        path = saved(tmp_path / "m.pt", {"model": {"w": torch.zeros(3)}, "args": settings_of_run})
+        checkpoint = open_checkpoint(path)
+    finally:
+        argparse.Namespace = real  # type: ignore[misc]
+    assert checkpoint.training == {
+        "model": None,
+        "args": {"lr": 0.1, "nested": {"wd": 0.2}, "sizes": [3, 4], "name": "run"},
+    }
 
 
 def test_a_written_state_dict_loads_and_keeps_its_ties(tmp_path: Path) -> None:
