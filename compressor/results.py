@@ -94,7 +94,8 @@ class FineTune:
 
     `unchanged` counts the tensors that are the base's, `in_full` names those that are stored as they are. For an
     adapter `max_lora_rank` is what vLLM is to be started with (--max-lora-rank), and `vllm_obstacles` say why it would
-    refuse the adapter all the same; None and empty for pairs.
+    refuse the adapter all the same; None and empty for pairs. `verified_with` is the version of PEFT that loaded the
+    adapter and made every change of it before it was written, None where PEFT is not installed or nothing was written.
     """
 
     base: str
@@ -104,6 +105,7 @@ class FineTune:
     in_full: tuple[str, ...]
     max_lora_rank: int | None
     vllm_obstacles: tuple[str, ...]
+    verified_with: str | None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from compressor.checkpoint.reader import (
     refuse_fp8,
     require_finite,
 )
-from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_skeleton
+from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_module, transformers_skeleton
 from compressor.checkpoint.tensors import TensorInfo
 from compressor.checkpoint.writer import (
     SafetensorsWriter,
@@ -74,6 +74,7 @@ __all__ = [
     "safetensors_size",
     "shard_index",
     "skeleton_mismatch",
+    "transformers_module",
     "transformers_skeleton",
     "with_separate_experts",
     "write_json",

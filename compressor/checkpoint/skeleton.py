@@ -37,6 +37,20 @@ def transformers_skeleton(folder: Path) -> Skeleton | None:
 
     None when transformers does not know the architecture or cannot build it without running the checkpoint's own code.
     """
+    model = transformers_module(folder)
+    if model is None:
+        return None
+    try:
+        separate_experts(model)
+    except Exception:  # as in `transformers_module`
+        return None
+    known = model.state_dict()
+    conversions = without_merges(name_conversions(model), known)
+    return Skeleton(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
+
+
+def transformers_module(folder: Path) -> Any | None:
+    """The model that transformers builds for the `config.json` in `folder`, on the meta device; None as above."""
     import transformers
 
     try:
@@ -48,9 +62,6 @@ def transformers_skeleton(folder: Path) -> Skeleton | None:
             build = architecture.from_config if architecture is transformers.AutoModel else architecture._from_config
             model: Any = build(config)
         model.tie_weights()
-        separate_experts(model)
     except Exception:  # whatever a foreign configuration makes transformers raise, the file itself can still be read
         return None
-    known = model.state_dict()
-    conversions = without_merges(name_conversions(model), known)
-    return Skeleton(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
+    return model

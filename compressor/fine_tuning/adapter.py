@@ -3,7 +3,8 @@
 A pair becomes `lora_A` (`down`) and `lora_B` (`up`) with alpha equal to the rank, so that the scale is one. What is
 not a matrix of a linear or convolutional layer is saved whole with the module that holds it (`modules_to_save`);
 changed biases of paired layers are `lora_B.bias`, which adds to them (`lora_bias`); PEFT runs these, but merges them
-into the base only where all paired layers have a bias.
+into the base only where all paired layers have a bias. The experts of a mixture have their names in the file, which
+PEFT and vLLM stack, and are named to PEFT by the parameters that transformers holds them in.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_m
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
+from compressor.fine_tuning.mixture import (
+    ExpertBlock,
+    adapted_as_parameters,
+    expert_blocks,
+    padded_ranks,
+    require_pairs_of_experts,
+)
 from compressor.rewrite import join
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +49,7 @@ _PARTS_OF_PAIRS = (
     *(f"lora_{side}{end}" for side in "AB" for end in ("", ".default")),
 )
 
-_REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without `base`"
+REMEDY = "write factor pairs with -o NAME.safetensors, or compress the fine-tune itself, without `base`"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,15 @@ def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: 
         else layer
         for layer in layers
     )
+    # PEFT adapts parameters without biases, and then no layer of the model can have one beside its pair.
+    linear = [layer.module for layer in layers if layer.kind == "linear" and layer.tensor in difference.changed]
+    if adapted_as_parameters(linear, expert_blocks(skeleton.module)):
+        layers = tuple(
+            replace(layer, skip="its bias has changed, and PEFT has no biases beside the pairs of experts")
+            if layer.skip in (None, UNCHANGED) and layer.bias in difference.changed
+            else layer
+            for layer in layers
+        )
     whole = saved_by_peft(_saved_modules(difference, skeleton, layers), skeleton.module, (), difference.tuned.source)
     return tuple(
         replace(layer, skip=f"saved whole with {holder}")
@@ -83,7 +100,7 @@ def _strange_convolution(module: nn.Module) -> bool:
 def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Layer, ...]) -> set[str]:
     """The modules that hold a changed tensor which is neither weight nor bias of a layer that may have a pair."""
     pairs = {name for layer in layers if layer.skip in (None, UNCHANGED) for name in (layer.tensor, layer.bias)}
-    whole = set()
+    whole, blocks = set(), expert_blocks(skeleton.module)
     for name in sorted(difference.changed - pairs):
         in_model = skeleton.module_name(name)
         if in_model is None or "." not in in_model:
@@ -91,9 +108,11 @@ def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Lay
             raise BadInput(
                 f"{name} has changed, and {what}, so no LoRA adapter can hold it",
                 where=difference.tuned.source,
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
-        whole.add(in_model.rpartition(".")[0])
+        module = in_model.rpartition(".")[0]
+        require_pairs_of_experts(module, name, blocks, difference.tuned.source, REMEDY)
+        whole.add(module)
     return {name for name in whole if _holder(name.rpartition(".")[0], whole) is None}
 
 
@@ -111,14 +130,14 @@ def saved_by_peft(whole: set[str], module: nn.Module, pairs: Sequence[str], wher
     found = {name for name, _ in module.named_modules(remove_duplicate=False) if name.endswith(ends)}
     for name in sorted(found):
         if (outer := _holder(name.rpartition(".")[0], found)) is not None:
-            raise BadInput(f"PEFT would save {name} twice, with {outer} too", where=where, remedy=_REMEDY)
+            raise BadInput(f"PEFT would save {name} twice, with {outer} too", where=where, remedy=REMEDY)
     for layer in pairs:
         parts = (f"{layer}.{part}" for part in _PARTS_OF_PAIRS)
         excluded = any(re.match(rf"(^|.*\.){name}($|\..*)", layer) for name in found)
         if excluded or _holder(layer, found) is not None or any(part.endswith(ends) for part in parts):
             taken = next((name for name in sorted(whole) if layer.endswith(name)), sorted(whole)[0])
             what = f"PEFT takes {layer}, which has a pair, for {taken}, which is to be saved whole"
-            raise BadInput(what, where=where, remedy=_REMEDY)
+            raise BadInput(what, where=where, remedy=REMEDY)
     return found
 
 
@@ -128,16 +147,26 @@ def lora_names(ranks: Mapping[str, int], module: nn.Module) -> dict[str, Any]:
     PEFT takes a listed name for the end of others too, and a pattern only as it is.
     """
     largest = max(ranks.values(), default=1)
-    ends = tuple(f".{name}" for name in ranks)
-    others = [name for name, _ in module.named_modules(remove_duplicate=False) if name not in ranks]
+    blocks = expert_blocks(module)
+    as_parameters = adapted_as_parameters(list(ranks), blocks)
+    experts = {name for block in blocks for name in block.modules}
+    parameters = {f"{name}.weight": ranks[name] for name in as_parameters - experts}
+    for block in blocks:
+        if block.modules <= as_parameters:
+            parameters |= block.parameter_ranks(ranks)
+    modules = sorted(ranks.keys() - as_parameters)
+    ends = tuple(f".{name}" for name in modules)
+    others = [name for name, _ in module.named_modules(remove_duplicate=False) if name not in modules]
     ambiguous = any(name.endswith(ends) for name in others)
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    named = {name: ranks[name] for name in modules} | dict(sorted(parameters.items()))
+    patterns = {f"^{re.escape(name)}": rank for name, rank in named.items() if rank != largest}
     return {
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": "|".join(map(re.escape, sorted(ranks))) if ambiguous else sorted(ranks),
+        "target_modules": "|".join(map(re.escape, modules)) if ambiguous else modules,
+        "target_parameters": sorted(parameters) or None,
     }
 
 
@@ -158,7 +187,7 @@ def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
     ties: Mapping[str, str] = getattr(skeleton.module, "all_tied_weights_keys", None) or {}
     changed = {skeleton.module_name(name) for name in difference.changed}
     whole |= {target.rpartition(".")[0] for target, source in ties.items() if target in state and source in changed}
-    pairs = [layer.module for layer, _ in _pairs(adaptation)]
+    pairs = [layer.module for layer, _ in _pairs(adaptation, skeleton)]
     whole = saved_by_peft(whole, skeleton.module, pairs, tuned.source)
     tensors = {}
     for in_model in state:
@@ -167,7 +196,7 @@ def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
         name = file_names.get(in_model) or file_names.get(ties.get(in_model, ""))
         if name is None:
             what = f"{in_model} is to be saved with its module, and the fine-tune has no tensor for it"
-            raise BadInput(what, where=tuned.source, remedy=_REMEDY)
+            raise BadInput(what, where=tuned.source, remedy=REMEDY)
         tensors[in_model] = name
     return Saved(tuple(sorted(whole)), tensors)
 
@@ -177,13 +206,15 @@ class Adapter:
     """The folder that is to be written.
 
     `ranks` are those of its pairs by layer; layers whose bias has changed and whose weight has not are among them, with
-    a pair of zeros that carries the bias.
+    a pair of zeros that carries the bias, and all experts of a block in which one has changed. `experts` are the
+    blocks of the model; their layers have the names of the file in an adapter too, as PEFT and vLLM expect it.
     """
 
     adaptation: Adaptation
     saved: Saved
     ranks: tuple[tuple[Layer, int], ...]
     config: Mapping[str, Any]
+    experts: tuple[ExpertBlock, ...] = ()
 
     @property
     def infos(self) -> list[TensorInfo]:
@@ -194,8 +225,14 @@ class Adapter:
             for key, name in self.saved.tensors.items()
         ]
         for layer, rank in self.ranks:
-            infos += _lora_infos(layer, rank, tuned.tensors[layer.tensor].dtype, with_bias=self.with_bias)
+            dtype = tuned.tensors[layer.tensor].dtype
+            infos += _lora_infos(self.place(layer), layer, rank, dtype, with_bias=self.with_bias)
         return infos
+
+    def place(self, layer: Layer) -> str:
+        """What the names of a layer's pair begin with."""
+        expert = any(layer.module in block.modules for block in self.experts)
+        return f"{_PREFIX}.{layer.name if expert else layer.module}"
 
     @property
     def with_bias(self) -> bool:
@@ -214,7 +251,7 @@ def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> 
     fetched = None if start.folder is None else hub_model(start.folder)
     skeleton = _required(skeleton, adaptation.difference.tuned)
     whole, changed = saved(adaptation, skeleton), adaptation.difference.changed
-    pairs = _pairs(adaptation)
+    pairs = _pairs(adaptation, skeleton)
     config = {
         "peft_type": "LORA",
         "task_type": _peft_task(adaptation.difference.tuned),
@@ -228,27 +265,32 @@ def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> 
         "modules_to_save": list(whole.modules) or None,
         "fan_in_fan_out": any(layer.kind == "transposed linear" for layer, _ in pairs),
     }
-    return Adapter(adaptation, whole, pairs, config)
+    return Adapter(adaptation, whole, pairs, config, expert_blocks(skeleton.module))
 
 
-def _pairs(adaptation: Adaptation) -> tuple[tuple[Layer, int], ...]:
-    """The layers that have pairs in an adapter, with their ranks; those whose bias alone has changed are among them."""
+def _pairs(adaptation: Adaptation, skeleton: Skeleton) -> tuple[tuple[Layer, int], ...]:
+    """The layers that have pairs in an adapter, with their ranks.
+
+    Those whose bias alone has changed are among them, and all experts of a block in which one has changed.
+    """
     changed = adaptation.difference.changed
-    pairs = tuple((layer, plan.rank or 1) for layer, plan in adaptation.paired)
-    return pairs + tuple((layer, 1) for layer in adaptation.layers if layer.skip == UNCHANGED and layer.bias in changed)
+    layers = {layer.module: layer for layer in adaptation.layers}
+    ranks = {layer.module: plan.rank or 1 for layer, plan in adaptation.paired}
+    ranks |= {layer.module: 1 for layer in layers.values() if layer.skip == UNCHANGED and layer.bias in changed}
+    ranks = padded_ranks(ranks, expert_blocks(skeleton.module))
+    return tuple((layers[name], rank) for name, rank in ranks.items())
 
 
 def require_pairs(adapter: Adapter) -> None:
     """Raise `BadInput` for an adapter that has no pair: PEFT does not load it."""
-    if not adapter.config["target_modules"]:
+    if not adapter.ranks:
         tuned = adapter.adaptation.difference.tuned
-        raise BadInput("no layer's difference is of low rank here", where=tuned.source, remedy=_REMEDY)
+        raise BadInput("no layer's difference is of low rank here", where=tuned.source, remedy=REMEDY)
 
 
-def _lora_infos(layer: Layer, rank: int, dtype: torch.dtype, *, with_bias: bool) -> list[TensorInfo]:
+def _lora_infos(place: str, layer: Layer, rank: int, dtype: torch.dtype, *, with_bias: bool) -> list[TensorInfo]:
     (d_out, d_in), kernel = layer.shape, layer.tensor_shape[2:] if layer.kind == "convolution" else ()
     down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
-    place = f"{_PREFIX}.{layer.module}"
     infos = [
         TensorInfo(f"{place}.lora_A.weight", down, dtype),
         TensorInfo(f"{place}.lora_B.weight", (d_out, rank, *(1 for _ in kernel)), dtype),
@@ -270,14 +312,18 @@ def adapter_tensors(
             factors = adaptation.factors(layer, plans[layer.name], device)
             down, up = (factors.tensors[join(layer.name, f"{factor}.weight")] for factor in ("down", "up"))
             done(layer.name, factors.error)
+            if missing := rank - len(down):
+                down = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
+                up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
         else:
-            infos = _lora_infos(layer, rank, tuned.tensors[layer.tensor].dtype, with_bias=False)
+            dtype = tuned.tensors[layer.tensor].dtype
+            infos = _lora_infos(adapter.place(layer), layer, rank, dtype, with_bias=False)
             down, up = (torch.zeros(info.shape, dtype=info.dtype) for info in infos)
         yield from _lora_tensors(adapter, layer, down, up)
 
 
 def _lora_tensors(adapter: Adapter, layer: Layer, down: Tensor, up: Tensor) -> Iterator[tuple[str, Tensor]]:
-    difference, place = adapter.adaptation.difference, f"{_PREFIX}.{layer.module}"
+    difference, place = adapter.adaptation.difference, adapter.place(layer)
     yield f"{place}.lora_A.weight", down
     yield f"{place}.lora_B.weight", up
     if adapter.with_bias:
@@ -314,5 +360,5 @@ def _peft_task(checkpoint: Checkpoint) -> str | None:
 
 def _required(skeleton: Skeleton | None, tuned: Checkpoint) -> Skeleton:
     if skeleton is None:
-        raise BadInput("its modules are not known, and an adapter names them", where=tuned.source, remedy=_REMEDY)
+        raise BadInput("its modules are not known, and an adapter names them", where=tuned.source, remedy=REMEDY)
     return skeleton

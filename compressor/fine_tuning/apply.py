@@ -104,13 +104,8 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
     )
     layers = adaptable_layers(between, skeleton, found)
     eligible = {layer.name: layer for layer in layers if layer.eligible}
-    if strange := [name for name in pairs if name not in eligible]:
-        raise BadInput(
-            f"{strange[0]} is no layer that a LoRA adapter has pairs for",
-            where=stored.source,
-            remedy="export it with `to='dense'`",
-        )
-    planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items())
+    # Pairs of layers that an adapter has none for are multiplied out, and saved whole.
+    planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items() if name in eligible)
     plan = Plan(str(difference), record.get("digest"), Budget("plan"), planned)
     digest = _entry(record["base"], "digest")
     adapter = adapter_of(Adaptation(between, layers, plan, TrainingRecipe(), digest, stored), skeleton, str(base))

@@ -47,6 +47,8 @@ from compressor.fine_tuning.adapter import (
     vllm_rank,
 )
 from compressor.fine_tuning.difference import Difference, compare, share_left
+from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
+from compressor.fine_tuning.verification import verify_with_peft
 from compressor.inspection import Progress, inspect_layers, measured_layers
 from compressor.measure import EPSILON
 from compressor.opened_model import Factory, Model, OpenedModel, open_model
@@ -116,10 +118,17 @@ def compress_fine_tune(
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
     form = _Form(kind, subject, _called(base, start), difference, layers, _advice(inspected), *digests)
 
+    blocks = expert_blocks(subject.skeleton.module) if kind == "adapter" and subject.skeleton is not None else ()
+
+    def with_budget(planned: tuple[LayerPlan, ...], of: Budget) -> tuple[LayerPlan, ...]:
+        return with_common_ranks(planned, measured, layers, blocks, of) if plan is None else planned
+
     def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
-        return form.stored(form.adaptation(planned, budget or Budget("plan"))).bytes
+        asked = budget or Budget("plan")
+        return form.stored(form.adaptation(with_budget(planned, asked), asked)).bytes
 
     chosen, planned = _planned(measured, budget, plan, subject, file_bytes)
+    planned = with_budget(planned, chosen)
     if budget is None and plan is None and all(layer.rank is None for layer in planned):
         raise QualityGateNotMet(
             f"{subject.name}: no layer's difference can be made smaller safely ({chosen}); ask for a size with"
@@ -142,8 +151,9 @@ def compress_fine_tune(
         names = subject.skeleton or module_skeleton(dense)
         module = adapted_module(adaptation, dense, device, done, names.module_name)
         evaluation = None if evaluated is None else evaluated(module)
+    verified = None
     if target is not None:
-        _write(target, adaptation, stored, device, done, overwrite=overwrite)
+        verified = _write(target, adaptation, stored, device, done, overwrite=overwrite)
     tuned = subject.checkpoint
     by = adaptation.plan
     return Compression(
@@ -161,7 +171,7 @@ def compress_fine_tune(
         skipped=tuple(layer for layer in layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, _called(base, start)),
+        fine_tune=_fine_tune(adaptation, stored, _called(base, start), verified),
     )
 
 
@@ -210,19 +220,23 @@ def _write(
     done: Callable[[str, float], None],
     *,
     overwrite: bool,
-) -> None:
+) -> str | None:
+    """Write what is stored; the version of PEFT that an adapter was tried with."""
     if stored.adapter is not None:
-        write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
-        return
+        return write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
     with staged_file(target) as staged:
         tensors = pair_file_tensors(adaptation, device, done)
         write_weights(staged, stored.infos, tensors, adaptation_metadata(adaptation), None)
+    return None
 
 
 def write_adapter(
     target: Path, adapter: Adapter, device: torch.device, done: Callable[[str, float], None], *, overwrite: bool
-) -> None:
-    """Write the folder of an adapter with its card, complete or not at all."""
+) -> str | None:
+    """Write the folder of an adapter with its card, complete or not at all; the version of PEFT that it was tried with.
+
+    None where PEFT is not installed. Raises `BadInput` where PEFT does not make of the folder what it stands for.
+    """
     adaptation = adapter.adaptation
     errors: dict[str, float] = {}
 
@@ -235,11 +249,15 @@ def write_adapter(
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
         write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
-        card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors)
+        verified = verify_with_peft(folder, adapter)
+        card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors, verified)
         (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+    return verified
 
 
-def _adapter_card(name: str, adapter: Adapter, after_bytes: int, errors: Mapping[str, float]) -> str:
+def _adapter_card(
+    name: str, adapter: Adapter, after_bytes: int, errors: Mapping[str, float], verified: str | None
+) -> str:
     adaptation, obstacles = adapter.adaptation, vllm_obstacles(adapter)
     tuned, base = adaptation.difference.tuned, adaptation.difference.base
     # Put together from pairs the fine-tune has no card, and its other files are the base's.
@@ -255,6 +273,9 @@ def _adapter_card(name: str, adapter: Adapter, after_bytes: int, errors: Mapping
         base_bytes=base.weight_bytes,
         layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
         saved=adapter.saved.modules,
+        peft=f"PEFT {verified} loaded it before it was written, and made each of these changes of the base."
+        if verified is not None
+        else "It was written without being loaded by PEFT, which was not installed.",
         vllm=f"vLLM refuses {' and '.join(obstacles)}."
         if obstacles
         else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`.",
@@ -268,7 +289,7 @@ def _called(base: Model, start: Checkpoint) -> str:
     return start.name if start.folder is not None and hub_model(start.folder) is not None else str(base)
 
 
-def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str) -> FineTune:
+def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str, verified: str | None) -> FineTune:
     difference, adapter = adaptation.difference, stored.adapter
     return FineTune(
         base=base,
@@ -278,6 +299,7 @@ def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str) -> FineTune:
         in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
+        verified_with=verified,
     )
 
 

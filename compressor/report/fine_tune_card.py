@@ -42,6 +42,7 @@ def adapter_card(
     base_bytes: int,
     layers: Sequence[LayerPlan],
     saved: Sequence[str],
+    peft: str,
     vllm: str,
 ) -> str:
     """The card of an adapter folder as text.
@@ -49,7 +50,7 @@ def adapter_card(
     `name` is what the folder is loaded by, `base` and `tuned` are the models' names, `revision` the base's commit on
     the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose licence, language and
     data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `layers` the plans
-    of the pairs, `saved` the modules that are saved whole, and `vllm` says what vLLM makes of it.
+    of the pairs, `saved` the modules that are saved whole, and `peft` and `vllm` say what those make of it.
     """
     carried = _carried(original)
     if (config or {}).get("architectures") and architecture_of(config).endswith("ForCausalLM"):
@@ -81,7 +82,7 @@ def adapter_card(
             f"base = transformers.{architecture_of(config)}.from_pretrained({json.dumps(base)}{at})",
             f"model = peft.PeftModel.from_pretrained(base, {json.dumps(name)})",
         ),
-        vllm,
+        f"{peft} {vllm}",
         "## Sizes",
         markdown_table(
             ("", "weight files", "of the fine-tune"),

@@ -126,8 +126,12 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     in_full = f", {len(fine_tune.in_full)} tensors in full" if fine_tune.in_full else ""
     unchanged = f"; {fine_tune.unchanged} tensors are the base's" if fine_tune.unchanged else ""
     yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if fine_tune.verified_with is not None:
+        yield "PEFT", f"{fine_tune.verified_with} loads it and makes every change"
+    elif fine_tune.max_lora_rank is not None and compression.output is not None:
+        yield "PEFT", "not installed, so the adapter was not tried"
     if fine_tune.vllm_obstacles:
-        yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}; PEFT loads it"
+        yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}"
     elif fine_tune.max_lora_rank is not None:
         yield "vLLM", f"by its rules loads it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
 
