@@ -273,13 +273,22 @@ def _adapter_card(
         base_bytes=base.weight_bytes,
         layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
         saved=adapter.saved.modules,
-        peft=f"PEFT {verified} loaded it before it was written, and made each of these changes of the base."
-        if verified is not None
-        else "It was written without being loaded by PEFT, which was not installed.",
+        peft=_peft_words(adapter, verified),
         vllm=f"vLLM refuses {' and '.join(obstacles)}."
         if obstacles
         else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`.",
     )
+
+
+def _peft_words(adapter: Adapter, verified: str | None) -> str:
+    """Whether PEFT was tried with the adapter, and what of its warnings is to be known."""
+    if verified is None:
+        words = "It was written without being loaded by PEFT, which was not installed."
+    else:
+        words = f"PEFT {verified} loaded it before it was written, and made each of these changes of the base."
+    if adapter.config["target_parameters"] and adapter.config["rank_pattern"]:
+        words += " PEFT may warn that rank patterns match no module: they match parameters, and it follows them."
+    return words
 
 
 def _called(base: Model, start: Checkpoint) -> str:
