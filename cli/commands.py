@@ -134,6 +134,7 @@ def compress(
     keep: options.Keep = None,
     max_size: options.MaxSize = None,
     max_drop: options.MaxDrop = None,
+    allow_miss: options.AllowMiss = False,
     tolerance: options.Tolerance = None,
     plan: Annotated[
         Path | None,
@@ -201,6 +202,7 @@ def compress(
             keep=keep,
             max_size=max_size,
             max_drop=max_drop,
+            allow_miss=allow_miss,
             tolerance=tolerance,
             plan=plan,
             recipe=recipe,

@@ -130,6 +130,14 @@ MaxDrop = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+AllowMiss = Annotated[
+    bool,
+    typer.Option(
+        "--allow-miss",
+        help="Write the model, with a warning, even where the reported data show a larger drop than --max-drop.",
+        rich_help_panel=BUDGET,
+    ),
+]
 Tolerance = Annotated[float | None, typer.Option(help="Relative error per layer.", rich_help_panel=BUDGET)]
 
 Include = Annotated[

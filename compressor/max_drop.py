@@ -12,7 +12,7 @@ from torch import nn
 from compressor.calibrated_planning import NotFinite, PlannedModel, plan_ranks, weighted_layers
 from compressor.calibration import Calibration
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import EvaluationData, Quality, measure_quality, quality_drop
+from compressor.evaluation import EvaluationData, Quality, drop_error, measure_quality, quality_drop
 from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel
 from compressor.planning import (
@@ -52,7 +52,7 @@ def plan_within_drop(
     *,
     refine: bool = True,
 ) -> PlannedModel:
-    """The smallest plan found whose model is at most the budget worse than `dense` on `data`.
+    """The smallest plan found whose model is at most the budget worse than `dense` on `data`, by one standard error.
 
     Raises `QualityGateNotMet`, naming the closest that was tried, when only the dense model is good enough, and
     `BadInput` when the dense model has no finite score, or the budget is none of its metric.
@@ -70,9 +70,9 @@ def plan_within_drop(
     layers = measured if calibrated is None else weighted_layers(measured, calibrated)
     eligible = sum(m.layer.parameters for m in measured)
     best: PlannedModel | None = None
-    drops: dict[int, float] = {}
+    tried: dict[int, Trial] = {}
 
-    def measure(keep: float) -> tuple[int, float]:
+    def measure(keep: float) -> Trial:
         nonlocal best
         size = Budget("keep", keep)
         try:
@@ -80,21 +80,23 @@ def plan_within_drop(
                 subject, measured, size, None, form, shard_size, calibrated, weighted=layers, refine=refine
             )
         except NotFinite:
-            return round(keep * eligible), math.inf
+            return Trial(keep, round(keep * eligible), math.inf, math.inf)
         stored = planned.plan.eligible_after
-        if stored not in drops:
+        if stored not in tried:
             rewriting = Rewriting(
                 subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
             )
             compressed = rewritten_module(rewriting, dense, device, lambda _name, _error: None)
+            quality = measure_quality(compressed, data, device=device)
             # No change is 0.0, and not -0.0, which would be printed.
-            drops[stored] = quality_drop(baseline, measure_quality(compressed, data, device=device)) + 0.0
-            logger.info("keep %.4f: %s worse by %.4g", keep, baseline.metric, drops[stored])
-            if holds(drops[stored], limit) and (best is None or stored < best.plan.eligible_after):
+            trial = Trial(keep, stored, quality_drop(baseline, quality) + 0.0, drop_error(baseline, quality))
+            tried[stored] = trial
+            logger.info("keep %.4f: %s worse by %.4g", keep, baseline.metric, trial.drop)
+            if holds(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
                 best = planned
             if progress:
-                progress("search", len(drops), MOST_TRIALS)
-        return stored, drops[stored]
+                progress("search", len(tried), MOST_TRIALS)
+        return tried[stored]
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, form, "parameters") + 0.5) / eligible)
@@ -102,15 +104,19 @@ def plan_within_drop(
     trials = search_by_drop(measure, limit, eligible=eligible, least=least, first=first)
     if progress:
         progress("search", MOST_TRIALS, MOST_TRIALS)
-    search = DropSearch(baseline.metric, data.name, baseline.count, trials)
+    search = DropSearch(baseline.metric, data.name, baseline.count, limit, trials)
     found = smallest_found([t for t in trials if t.parameters < eligible], limit)
     if found is None or best is None:
-        raise QualityGateNotMet(_nothing_holds(subject.name, limit, search))
+        raise QualityGateNotMet(_nothing_holds(subject.name, search))
     return replace(best, plan=replace(best.plan, budget=budget, search=search))
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:
-    """Raise `BadInput` for a drop that the data's metric cannot have."""
+    """Raise `BadInput` for a drop that the data's metric cannot have, or data that cannot say how sure a drop is."""
+    if data.count < 2:
+        raise BadInput(
+            "one example cannot say how sure a measured drop is", where=data.name, remedy="give more, a hundred or so"
+        )
     if data.task != "language-modeling" and limit > 1:
         raise BadInput(
             f"`max_drop` {limit:g} is out of range: the accuracy on {data.name} is a fraction",
@@ -147,10 +153,10 @@ def _first_guess(
     return max(least, min(high, LARGEST_FIRST_GUESS))
 
 
-def _nothing_holds(name: str, limit: float, search: DropSearch) -> str:
-    closest: Trial = min(search.trials, key=lambda trial: (trial.drop, trial.parameters))
+def _nothing_holds(name: str, search: DropSearch) -> str:
+    closest: Trial = min(search.trials, key=lambda trial: (trial.bound, trial.parameters))
     return (
-        f"{name}: no size was found that loses at most {limit:g} of {search.metric} on {search.data}, in"
+        f"{name}: no size was found that loses at most {search.limit:g} of {search.metric} on {search.data}, in"
         f" {search.evaluations} evaluations; the closest, `keep={closest.keep:.3f}` ({closest.parameters:,} eligible"
-        f" parameters), loses {closest.drop:.4g}"
+        f" parameters), loses {closest.drop:.4g}, and its standard error of {closest.standard_error:.2g} is to be added"
     )

@@ -49,6 +49,7 @@ from compressor.opened_model import (
     open_model,
 )
 from compressor.planning import (
+    Budget,
     FormRequest,
     MeasuredLayer,
     Plan,
@@ -59,7 +60,7 @@ from compressor.planning import (
 )
 from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
-from compressor.report.wording import command_words
+from compressor.report.wording import command_words, warning_words
 from compressor.requests import (
     CALIBRATION_SAMPLES,
     SHARD_SIZE,
@@ -220,6 +221,7 @@ def compress(
     form: FormRequest = "auto",
     max_shard_size: int | str = SHARD_SIZE,
     device: str = "auto",
+    allow_miss: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -235,7 +237,8 @@ def compress(
 
     `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that. The validation split
     of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
-    and the others give it. A drop that is larger there is logged as a warning. `plan.search` tells what was tried.
+    and the others give it. What decides is the drop with one standard error added; `plan.search` tells what was tried.
+    Where the evaluation shows a larger drop than was allowed nothing is written, unless `allow_miss` is set.
 
     `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch.
     A folder that was written is sent to the hub as `push_to`: a repository made for it is private, weights that one
@@ -256,7 +259,7 @@ def compress(
     gives the same bytes.
 
     Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
-    be removed safely, or when no size was found that `max_drop` allows; no output is left behind. Raises
+    be removed safely, or when `max_drop` is missed; no output is left behind. Raises
     `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
@@ -275,7 +278,7 @@ def compress(
             refine=refine,
             embeddings=embeddings,
         )
-    require_what_is_needed(budget, data, calibration, refine=refine)
+    require_what_is_needed(budget, data, calibration, refine=refine, allow_miss=allow_miss)
     model = local_model(model, revision)
     if base is not None:
         return _compressed_fine_tune(
@@ -332,6 +335,7 @@ def compress(
         "keep": keep,
         "max-size": max_size,
         "max-drop": max_drop,
+        "allow-miss": allow_miss,
         "tolerance": tolerance,
         "plan": Path(plan) if isinstance(plan, str) else plan,
         **training_options(subject.recipe, recipe, recipe_file),
@@ -364,10 +368,10 @@ def compress(
         progress,
         command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
         name=push_to,
+        allow_miss=allow_miss,
         dry_run=dry_run,
         overwrite=overwrite,
     )
-    _warn_of_a_larger_drop(compression.evaluation, max_drop)
     pushed = None if push_to is None or target is None else push_folder(target, push_to, overwrite=overwrite)
     return replace(
         compression,
@@ -398,6 +402,7 @@ def _carried_out(
     *,
     command: str,
     name: str | None,
+    allow_miss: bool,
     dry_run: bool,
     overwrite: bool,
 ) -> Compression:
@@ -414,10 +419,14 @@ def _carried_out(
             progress("factorize", len(errors), len(rewriting.factorized))
 
     def evaluation_of(small: Model) -> Evaluation | None:
-        return None if reported is None else _evaluate(model, small, reported, factory, where, progress)
+        if reported is None:
+            return None
+        evaluation = _evaluate(model, small, reported, factory, where, progress)
+        _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=allow_miss)
+        return evaluation
 
     def result(evaluation: Evaluation | None) -> Compression:
-        return Compression(
+        made = Compression(
             source=subject.name,
             output=None if target is None else str(target),
             recipe=subject.recipe,
@@ -437,6 +446,7 @@ def _carried_out(
             left_out=checkpoint.left_out,
             weights_at=checkpoint.weights_at,
         )
+        return replace(made, warnings=warning_words(made))
 
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
@@ -510,7 +520,7 @@ def _compressed_fine_tune(
         evaluated=None if reported is None else evaluated,
         **request,
     )
-    return replace(compression, peak_memory_bytes=_peak_memory_bytes())
+    return replace(compression, peak_memory_bytes=_peak_memory_bytes(), warnings=warning_words(compression))
 
 
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
@@ -537,11 +547,18 @@ def _calibrated(
     return calibrate(dense, layers, split_examples(samples, limit), device=device, seed=seed, progress=progress)
 
 
-def _warn_of_a_larger_drop(evaluation: Evaluation | None, limit: float | None) -> None:
-    """Say when the data that did not decide show a larger drop than was allowed."""
-    if evaluation is None or evaluation.drop is None or limit is None or holds(evaluation.drop, limit):
+def _require_allowed_drop(evaluation: Evaluation, budget: Budget, name: str, *, allow_miss: bool) -> None:
+    """Raise `QualityGateNotMet`, or only warn, when the data that did not decide show too large a drop."""
+    limit = budget.value if budget.kind == "max-drop" else None
+    if limit is None or evaluation.drop is None or holds(evaluation.drop, limit):
         return
-    logger.warning("the drop on %s is %.4g, more than `max_drop` %g", evaluation.data, evaluation.drop, limit)
+    found = f"the drop on {evaluation.data} is {evaluation.drop:.4g}, more than `max_drop` {limit:g}"
+    if not allow_miss:
+        raise QualityGateNotMet(
+            f"{name}: {found}; ask for a smaller drop or give more data, or write the model nevertheless with"
+            " `allow_miss=True`"
+        )
+    logger.warning(found)
 
 
 def _evaluate(

@@ -44,6 +44,7 @@ def require_what_is_needed(
     calibration: str | Path | Iterable[Any] | None,
     *,
     refine: bool,
+    allow_miss: bool,
 ) -> None:
     """Raise `BadInput` where an option lacks another without which it means nothing."""
     if not refine and calibration is None:
@@ -53,6 +54,10 @@ def require_what_is_needed(
         )
     if budget is not None and budget.kind == "max-drop" and data is None:
         raise BadInput("`max_drop` is measured on data, and none was given", remedy="pass `data=DATA`")
+    if allow_miss and (budget is None or budget.kind != "max-drop"):
+        raise BadInput(
+            "`allow_miss` is about `max_drop`, and none was given", remedy="pass `max_drop`, or leave it out"
+        )
     if calibration is not None and (budget is None or budget.kind == "tolerance"):
         raise BadInput(
             "calibration shares a size among the layers, and none was asked for",

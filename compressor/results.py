@@ -114,11 +114,12 @@ class Compression:
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
     `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was
-    measured of the eligible layers, and `curve` what other sizes would lose by it. `command` is the one that does
-    the same, with paths by their last part (empty for a module), and `pushed` the address of the commit on the hub.
-    `model` is the compressed module when a module was compressed. `left_out` is what the source's files hold beside
-    the weights (they are not counted in `bytes`), and `weights_at` the keys under which the weights were found.
-    With a base the matrices are differences to it, `after` is what is stored beside it, and `fine_tune` says how.
+    measured of the eligible layers, and `curve` what other sizes would lose by it. `warnings` are sentences on what must
+    not be overlooked. `command` is the one that does the same, with paths by their last part (empty for a module), and
+    `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
+    `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at` the
+    keys under which the weights were found. With a base the matrices are differences to it, `after` is what is stored
+    beside it, and `fine_tune` says how.
     """
 
     source: str
@@ -132,6 +133,7 @@ class Compression:
     peak_memory_bytes: int
     skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    warnings: tuple[str, ...] = ()
     inspected: tuple[InspectedLayer, ...] = field(default=(), repr=False, compare=False)
     curve: SizeCurve | None = field(default=None, repr=False, compare=False)
     command: str = ""
@@ -180,6 +182,7 @@ class Compression:
             "eligible": {"before": before, "after": after, "kept": after / before},
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
+            "warnings": list(self.warnings),
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "curve": None if self.curve is None else self.curve.to_dict(),

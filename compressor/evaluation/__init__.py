@@ -16,7 +16,7 @@ from compressor.evaluation.data import Batch, EvaluationData, halves, has_splits
 from compressor.evaluation.evaluate import Evaluation, compare
 from compressor.evaluation.inference import logits_of, prepared, resolve_device
 from compressor.evaluation.load import build_model, load_model, require_architecture
-from compressor.evaluation.metrics import Quality, measure_quality, quality_drop, require_accepted
+from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
 from compressor.evaluation.models import (
     Preprocessing,
     load_factory,
@@ -38,6 +38,7 @@ __all__ = [
     "count_bytes",
     "count_macs",
     "count_parameters",
+    "drop_error",
     "halves",
     "has_splits",
     "load_factory",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,19 +21,30 @@ SCORED_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
+class ExampleScores:
+    """Of every example in order: the sum of its losses in nats, and how many of its predictions were right, of all."""
+
+    losses: npt.NDArray[np.float64]
+    right: npt.NDArray[np.float64]
+    predictions: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Quality:
     """One model's score on one set of data.
 
     `value` is a fraction in [0, 1] for accuracy (higher is better) and at least 1 for perplexity (lower is
     better). `loss` is the mean cross-entropy in nats per prediction, and `count` the number of predictions:
     one per example for a classifier, one per token but the first of each window for a language model.
-    A model whose loss is not finite has `loss` (and perplexity) infinity.
+    A model whose loss is not finite has `loss` (and perplexity) infinity. `examples` holds what each example
+    contributed.
     """
 
     metric: Literal["accuracy", "perplexity"]
     value: float
     loss: float
     count: int
+    examples: ExampleScores | None = field(default=None, repr=False, compare=False)
 
 
 def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> Quality:
@@ -43,20 +56,24 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
     `BadInput` when model and data do not fit: labels or token ids beyond what the model knows, windows longer
     than its positions, a model without a fitting head.
     """
-    total_loss, right, count = 0.0, 0, 0
+    losses: list[npt.NDArray[np.float64]] = []
+    right: list[npt.NDArray[np.float64]] = []
+    predictions: list[npt.NDArray[np.float64]] = []
     with prepared(resolve_device(device), model):
         for batch in data:
             _require_known_tokens(model, batch, data.name)
-            logits = _predictions(model, batch, data, first=count == 0)
+            logits = _predictions(model, batch, data, first=not losses)
             labels = batch.labels.to(logits.device)
-            loss, correct = _score(logits.flatten(0, -2), labels.flatten())
-            total_loss += loss
-            right += correct
-            count += labels.numel()
+            for found, each in zip((losses, right), _score(logits.flatten(0, -2), labels.flatten()), strict=True):
+                found.append(each.reshape(len(labels), -1).sum(1).cpu().numpy())
+            predictions.append(np.full(len(labels), labels[0].numel(), dtype=np.float64))
+    examples = ExampleScores(*(np.concatenate(each) for each in (losses, right, predictions)))
+    count = int(examples.predictions.sum())
+    total_loss = float(examples.losses.sum())
     loss = total_loss / count if math.isfinite(total_loss) else math.inf
     if data.task == "language-modeling":
-        return Quality("perplexity", _exp(loss), loss, count)
-    return Quality("accuracy", right / count, loss, count)
+        return Quality("perplexity", _exp(loss), loss, count, examples)
+    return Quality("accuracy", float(examples.right.sum()) / count, loss, count, examples)
 
 
 def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> None:
@@ -77,6 +94,34 @@ def quality_drop(baseline: Quality, compressed: Quality) -> float:
         return math.inf
     worse = compressed.value - baseline.value
     return worse if compressed.metric == "perplexity" else -worse
+
+
+def drop_error(baseline: Quality, compressed: Quality) -> float:
+    """Return the standard error of `quality_drop`: how far it may be from that on other data of the same kind.
+
+    Both models saw the same examples, so what counts is how much the examples' differences vary, not how much the
+    examples do. Of a mean over predictions it is that of a ratio; of a perplexity, exp of a mean, it is linearized
+    (the delta method; Cochran 1977, Sampling Techniques, section 6.4). Infinity where the drop is, or for a single
+    example.
+    """
+    before, after = baseline.examples, compressed.examples
+    assert before is not None
+    assert after is not None
+    number = len(before.predictions)
+    if number < 2 or not math.isfinite(quality_drop(baseline, compressed)):
+        return math.inf
+    if compressed.metric == "perplexity":
+        deviations = _deviations(after.losses, after.predictions) * compressed.value
+        deviations -= _deviations(before.losses, before.predictions) * baseline.value
+    else:
+        deviations = _deviations(before.right - after.right, before.predictions)
+    return math.sqrt(number / (number - 1) * float(np.square(deviations).sum())) / baseline.count
+
+
+def _deviations(sums: npt.NDArray[np.float64], predictions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How far each example's sum is from what it would be at the mean over all predictions."""
+    mean = float(sums.sum() / predictions.sum())
+    return sums - predictions * mean
 
 
 def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first: bool) -> Tensor:
@@ -127,15 +172,15 @@ def _accepted(
         ) from error
 
 
-def _score(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Sum of the cross-entropies in nats, and how many of the highest scores are the label's."""
+def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of every prediction in nats, and whether its highest score is the label's, as float64."""
     rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
-    loss, right = 0.0, 0
+    losses, right = [], []
     for scores, targets in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
-        loss += float(nn.functional.cross_entropy(scores.double(), targets, reduction="sum"))
+        losses.append(nn.functional.cross_entropy(scores.double(), targets, reduction="none"))
         # `argmax` takes NaN for the highest score, and NaN is no prediction.
-        right += int(((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)).sum())
-    return loss, right
+        right.append(((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)).double())
+    return torch.cat(losses), torch.cat(right)
 
 
 def _require_known_tokens(model: nn.Module, batch: Batch, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 # With the dense model's, a search takes eight evaluations at most.
@@ -21,24 +21,33 @@ MARGIN = 1 / 8
 class Trial:
     """One size that was measured: the `keep` that was asked for, what it stored of the eligible layers, and the drop.
 
-    `parameters` counts stored numbers. `drop` is accuracy lost, as a fraction, or increase in perplexity.
+    `parameters` counts stored numbers. `drop` is accuracy lost, as a fraction, or increase in perplexity, and
+    `standard_error` that of the difference between the two models on the same examples.
     """
 
     keep: float
     parameters: int
     drop: float
+    standard_error: float
+
+    @property
+    def bound(self) -> float:
+        """What decides: one standard error above the drop, so that a lucky draw of few examples is not taken for it."""
+        return self.drop + self.standard_error
 
 
 @dataclass(frozen=True)
 class DropSearch:
     """How a size was found by its drop in quality: every trial in the order in which they were made.
 
-    `data` and `predictions` say what the drops were measured on; `evaluations` counts the dense model's as well.
+    `data` and `predictions` say what the drops were measured on; `evaluations` counts the dense model's as well. A size
+    is allowed where its drop and one standard error together are at most `limit`.
     """
 
     metric: Literal["accuracy", "perplexity"]
     data: str
     predictions: int
+    limit: float
     trials: tuple[Trial, ...]
 
     @property
@@ -50,9 +59,11 @@ class DropSearch:
             "metric": self.metric,
             "data": self.data,
             "predictions": self.predictions,
+            "limit": self.limit,
             "evaluations": self.evaluations,
             "tried": [
-                asdict(trial) | {"drop": trial.drop if math.isfinite(trial.drop) else "infinity"}
+                {name: value if math.isfinite(value) else "infinity" for name, value in asdict(trial).items()}
+                | {"allowed": holds(trial.bound, self.limit)}
                 for trial in self.trials
             ],
         }
@@ -64,19 +75,19 @@ def holds(drop: float, limit: float) -> bool:
 
 
 def smallest_found(trials: Sequence[Trial], limit: float) -> Trial | None:
-    """The smallest size tried whose drop is at most `limit`, None when there is none."""
-    return min((t for t in trials if holds(t.drop, limit)), key=lambda t: t.parameters, default=None)
+    """The smallest size tried whose bound on the drop is at most `limit`, None when there is none."""
+    return min((t for t in trials if holds(t.bound, limit)), key=lambda t: t.parameters, default=None)
 
 
 def search_by_drop(
-    measure: Callable[[float], tuple[int, float]], limit: float, *, eligible: int, least: float, first: float
+    measure: Callable[[float], Trial], limit: float, *, eligible: int, least: float, first: float
 ) -> tuple[Trial, ...]:
-    """Sizes tried on the way to the smallest one whose drop is at most `limit`, in at most `MOST_TRIALS` trials.
+    """Sizes tried on the way to the smallest one whose bound is at most `limit`, in at most `MOST_TRIALS` trials.
 
-    `measure` gives, for a fraction of the `eligible` parameters to keep, the number stored and the drop. `least` is the
-    smallest fraction that can be asked for and `first` the one to begin with; dense, a fraction of one, drops nothing.
-    Between the largest size that fails and the smallest that holds the next trial is where a line through the logarithm
-    of the two drops nearest to the limit meets it, or in the middle where there are not two. A size that stores as much
+    `measure` tries a fraction of the `eligible` parameters to keep. `least` is the smallest fraction that can be asked
+    for and `first` the one to begin with; dense, a fraction of one, drops nothing. Between the largest size that fails
+    and the smallest that holds the next trial is where a line through the logarithm of the two bounds nearest to the
+    limit meets it, or in the middle where there are not two. A size that stores as much
     as one before counts as that one, so two trials never do.
     """
     trials: dict[int, Trial] = {}
@@ -84,15 +95,12 @@ def search_by_drop(
     for _ in range(MOST_TRIALS):
         if keep is None:
             break
-        parameters, drop = measure(keep)
-        known = trials.get(parameters)
-        trials[parameters] = Trial(keep, parameters, drop) if known is None else _asked_for_more(known, keep)
+        trial = measure(keep)
+        # Of one size the most that was asked for is kept, for asking for less may lead to it again.
+        known = trials.get(trial.parameters, trial)
+        trials[trial.parameters] = replace(known, keep=max(known.keep, keep))
         keep = _next_keep(trials, limit, eligible, least)
     return tuple(trials.values())
-
-
-def _asked_for_more(trial: Trial, keep: float) -> Trial:
-    return Trial(max(trial.keep, keep), trial.parameters, trial.drop)
 
 
 def _next_keep(trials: Mapping[int, Trial], limit: float, eligible: int, least: float) -> float | None:
@@ -100,7 +108,7 @@ def _next_keep(trials: Mapping[int, Trial], limit: float, eligible: int, least: 
     found = smallest_found(tuple(trials.values()), limit)
     # Asking for less than a trial stored leads to another model; asking for less than it was asked for may not.
     upper = 1.0 if found is None else found.parameters / eligible
-    lower = max((t.keep for t in trials.values() if not holds(t.drop, limit) and t.keep < upper), default=None)
+    lower = max((t.keep for t in trials.values() if not holds(t.bound, limit) and t.keep < upper), default=None)
     if lower is None:
         return max(least, upper / 2) if upper > least else None
     width = upper - lower
@@ -113,13 +121,13 @@ def _next_keep(trials: Mapping[int, Trial], limit: float, eligible: int, least: 
 
 
 def _where_the_drop_is(limit: float, trials: Mapping[int, Trial]) -> float | None:
-    """The fraction at which the drop would be `limit` if its logarithm were linear between the two trials nearest it.
+    """The fraction at which the bound would be `limit` if its logarithm were linear between the two trials nearest it.
 
     None without two trials that have a logarithm and lose less where they keep more.
     """
     if limit <= 0:
         return None
-    known = [(math.log(t.drop) - math.log(limit), t.keep) for t in trials.values() if 0 < t.drop < math.inf]
+    known = [(math.log(t.bound) - math.log(limit), t.keep) for t in trials.values() if 0 < t.bound < math.inf]
     if len(known) < 2:
         return None
     (above, keep), (other, further) = sorted(known, key=lambda point: abs(point[0]))[:2]

@@ -12,21 +12,20 @@ from compressor.measure import EPSILON
 from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
+    SEARCH_HEADERS,
     budget_words,
     calibration_words,
     error_words,
     in_bytes,
     in_seconds,
-    large_loss_words,
-    larger_drop_words,
     left_out_words,
     one_line,
     percent,
     recipe_words,
+    search_rows,
     search_words,
     shape_of,
     stored_only_words,
-    unchanged_words,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +83,6 @@ def report_page(compression: Compression) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     plan, evaluation = compression.plan, compression.evaluation
-    calibrated = plan.calibration is not None
     marks, points = _marks(compression), curve_points(compression)
     limit = plan.budget.value if plan.budget.kind == "max-drop" else None
     return template.render(
@@ -95,14 +93,14 @@ def report_page(compression: Compression) -> str:
         advice=plan.advice,
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
         search=search_words(plan.search) if plan.search is not None else None,
-        unchanged=unchanged_words(plan.layers, written=compression.output is not None),
+        tried_sizes=search_rows(plan.search) if plan.search is not None else [],
+        search_headers=SEARCH_HEADERS,
+        warnings=compression.warnings,
         stored_only=stored_only_words(plan.layers),
         effort=f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}",
         comparisons=compression_rows(compression),
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,
         evaluation=evaluation,
-        large_loss=None if evaluation is None else large_loss_words(evaluation, calibrated=calibrated),
-        larger_drop=None if evaluation is None else larger_drop_words(evaluation, plan.budget),
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
         points=points,

@@ -35,6 +35,7 @@ from compressor.report.card_parts import (
 )
 from compressor.report.comparison import compression_rows, computed_rows
 from compressor.report.wording import (
+    SEARCH_HEADERS,
     budget_words,
     calibration_words,
     error_words,
@@ -43,6 +44,7 @@ from compressor.report.wording import (
     one_line,
     percent,
     recipe_sources,
+    search_rows,
     search_words,
     shape_of,
 )
@@ -312,9 +314,18 @@ def _sizes(compression: Compression) -> str:
     table = markdown_table(
         ("", "before", "after", "compared"), ((row.label, row.before, row.after, row.compared) for row in rows)
     )
-    if evaluation is None:
-        return f"{table}\n\nQuality was not measured."
-    return f"{table}\n\nMeasured on {code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
+    measured = (
+        "Quality was not measured."
+        if evaluation is None
+        else f"Measured on {code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
+    )
+    return "\n\n".join([table, measured, *(f"**Warning:** {words}." for words in _warnings(compression))])
+
+
+def _warnings(compression: Compression) -> list[str]:
+    """The warnings of a result, with data by their last part."""
+    data = None if compression.evaluation is None else compression.evaluation.data
+    return [words if data is None else words.replace(data, without_folders(data)) for words in compression.warnings]
 
 
 def _plan(plan: Plan) -> str:
@@ -323,6 +334,7 @@ def _plan(plan: Plan) -> str:
         said.append(f"Calibration: {calibration_words(plan.calibration)}.")
     if plan.search is not None:
         said.append(f"Search: {search_words(replace(plan.search, data=without_folders(plan.search.data)))}.")
+        said.append(markdown_table(SEARCH_HEADERS, search_rows(plan.search)))
     rows = (
         (
             code(layer.name),

@@ -15,6 +15,7 @@ from rich.text import Text
 from compressor.measure import EPSILON, FROBENIUS_ERROR
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
+    SEARCH_HEADERS,
     budget_words,
     calibration_words,
     change_words,
@@ -29,6 +30,7 @@ from compressor.report.wording import (
     quality_words,
     recipe_sources,
     recipe_words,
+    search_rows,
     search_words,
     shape_of,
     shortened_apart,
@@ -97,13 +99,14 @@ def compression_text(compression: Compression) -> RenderableType:
             ("budget", budget_words(plan.budget)),
             *_calibration_facts(plan),
         ),
+        *_search_parts(plan),
         *_plan_parts(plan.layers),
     ]
-    if (unchanged := unchanged_words(plan.layers, written=compression.output is not None)) is not None:
-        parts.append(Text(unchanged))
     parts.append(_side_by_side(compression_rows(compression)))
     if compression.evaluation is not None:
-        parts.append(_measured_on(compression.evaluation, calibrated=plan.calibration is not None))
+        parts.append(_measured_on(compression.evaluation))
+    if compression.warnings:
+        parts.append(_facts(*(("warning", words) for words in compression.warnings)))
     if skipped := _skipped(compression.skipped):
         parts.append(skipped)
     output = compression.output or "nothing was written"
@@ -143,12 +146,19 @@ def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "search", search_words(plan.search)
 
 
+def _search_parts(plan: Plan) -> Iterator[RenderableType]:
+    """The sizes that were tried, where a drop decided."""
+    if plan.search is not None:
+        yield LayerTable(SEARCH_HEADERS, tuple(search_rows(plan.search)))
+
+
 def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
     """The ranks of a plan with their reasons, and what they would store."""
     size = compared("eligible parameters", thousands, plan.eligible_before, plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
     parts: list[RenderableType] = [
         _facts(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
+        *_search_parts(plan),
         *_plan_parts(plan.layers),
     ]
     if (unchanged := unchanged_words(plan.layers, written=False)) is not None:
@@ -188,7 +198,9 @@ def inspection_text(inspection: Inspection) -> RenderableType:
 def evaluation_text(evaluation: Evaluation) -> RenderableType:
     """Quality, size, arithmetic, memory and latency of two models side by side."""
     costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
-    return _spaced([costs, _measured_on(evaluation, calibrated=False)])
+    large_loss = large_loss_words(evaluation, calibrated=False)
+    warning = [] if large_loss is None else [_facts(("warning", large_loss))]
+    return _spaced([costs, _measured_on(evaluation), *warning])
 
 
 def restoration_text(restoration: Restoration) -> RenderableType:
@@ -431,13 +443,11 @@ def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", aft
     return Group(*lines)
 
 
-def _measured_on(evaluation: Evaluation, *, calibrated: bool) -> RenderableType:
+def _measured_on(evaluation: Evaluation) -> RenderableType:
     words = f"measured on {evaluation.data}: {evaluation.count:,} predictions, {evaluation.device}"
     lines = [Text(one_line(words), style="dim")]
     if any(timing.ratio is not None for timing in evaluation.latency):
         lines.append(Text("ratio of the times: median of paired runs", style="dim"))
-    if (warning := large_loss_words(evaluation, calibrated=calibrated)) is not None:
-        lines.append(Text(warning, style="bold"))
     return Group(*lines)
 
 

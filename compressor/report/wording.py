@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
     from compressor.recipe import TrainingRecipe
+    from compressor.results import Compression
 
 
 def one_line(text: str) -> str:
@@ -227,11 +228,35 @@ def calibration_words(result: CalibrationResult) -> str:
     )
 
 
+def drop_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:
+    """A drop, or its standard error, in the unit of the metric: more is worse."""
+    if not math.isfinite(drop):
+        return "infinite"
+    return f"{100 * drop:.2f} points" if metric == "accuracy" else f"{drop:.4g}"
+
+
 def search_words(search: DropSearch) -> str:
-    """What a size was chosen by, and every size that was tried, the largest first."""
-    tried = sorted(search.trials, key=lambda trial: -trial.parameters)
-    sizes = ", ".join(f"keep {trial.keep:.3f}: {change_words(search.metric, trial.drop)}" for trial in tried)
-    return f"{search.evaluations} evaluations on {search.data} ({search.predictions:,} predictions): {sizes}"
+    """What a size was chosen by."""
+    return (
+        f"{search.evaluations} evaluations on {search.data} ({search.predictions:,} predictions); allowed is a drop"
+        f" that, with its standard error added, is at most {drop_words(search.metric, search.limit)}"
+    )
+
+
+SEARCH_HEADERS = ("kept", "drop", "standard error", "verdict")
+
+
+def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
+    """Every size that was tried, the largest first, under `SEARCH_HEADERS`."""
+    from compressor.planning import holds, smallest_found
+
+    chosen = smallest_found(search.trials, search.limit)
+    rows = []
+    for trial in sorted(search.trials, key=lambda trial: -trial.parameters):
+        verdict = "chosen" if trial is chosen else "allowed" if holds(trial.bound, search.limit) else "too much"
+        numbers = (drop_words(search.metric, each) for each in (trial.drop, trial.standard_error))
+        rows.append((f"{trial.keep:.3f}", *numbers, verdict))
+    return rows
 
 
 def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
@@ -242,6 +267,16 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     if limit is None or evaluation.drop is None or holds(evaluation.drop, limit):
         return None
     return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
+
+
+def warning_words(compression: Compression) -> tuple[str, ...]:
+    """What a reader of a result must not overlook."""
+    plan, evaluation = compression.plan, compression.evaluation
+    found = [unchanged_words(plan.layers, written=compression.output is not None)]
+    if evaluation is not None:
+        found.append(larger_drop_words(evaluation, plan.budget))
+        found.append(large_loss_words(evaluation, calibrated=plan.calibration is not None))
+    return tuple(words for words in found if words is not None)
 
 
 def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None:

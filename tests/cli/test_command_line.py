@@ -107,6 +107,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
             "3",
             "--max-drop",
             "0.01",
+            "--allow-miss",
             "--sequence-length",
             "32",
             "--embeddings",
@@ -126,6 +127,7 @@ def test_every_option_of_the_main_command_reaches_the_library(requested: Any) ->
         "keep": None,
         "max_size": "40MB",
         "max_drop": 0.01,
+        "allow_miss": True,
         "tolerance": None,
         "plan": Path("p.json"),
         "recipe": None,
@@ -373,7 +375,7 @@ def full_for(prefix: str, fail: Callable[..., NoReturn]) -> Callable[[int], None
 def test_an_output_with_the_same_weights_is_called_so(incompressible: Path, capsys: Captured) -> None:
     said = "no layer was factorized; the output holds the same weights"
     assert run([str(incompressible), "--keep", "1"]) == 0
-    assert f"\n{said}\n" in capsys.readouterr().out
+    assert f"\nwarning  {said}\n" in capsys.readouterr().out
     assert run(["plan", str(incompressible), "--keep", "1"]) == 0
     assert "\nno layer would be factorized; " in capsys.readouterr().out
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from compressor.errors import BadInput
-from compressor.evaluation import Quality, measure_quality, open_data, quality_drop
+from compressor.evaluation import EvaluationData, Quality, drop_error, measure_quality, open_data, quality_drop
+from compressor.evaluation.data import Batch
 
 LETTERS = "abcdefgh"
 
@@ -172,6 +173,51 @@ def test_padding_does_not_change_what_a_classifier_says(tokenizer, tmp_path):
 )
 def test_a_positive_drop_is_worse(metric, baseline, compressed, drop):
     assert quality_drop(Quality(metric, baseline, 1.0, 8), Quality(metric, compressed, 1.0, 8)) == drop
+
+
+def texts(examples: torch.Tensor) -> EvaluationData:
+    def read(positions):
+        return Batch({"input_ids": examples[list(positions)]}, examples[list(positions), 1:])
+
+    return EvaluationData("texts", "language-modeling", len(examples), 32, read)
+
+
+def vectors(inputs: torch.Tensor, labels: torch.Tensor) -> EvaluationData:
+    def read(positions):
+        return Batch({"inputs": inputs[list(positions)]}, labels[list(positions)])
+
+    return EvaluationData("vectors", "classification", len(inputs), 32, read)
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "perplexity"])
+def test_the_error_of_a_drop_is_that_of_leaving_out_one_example_after_the_other(lookup, kind):
+    """The jackknife (Quenouille 1949) recomputes the drop itself, so it shares nothing with the linearization."""
+    torch.manual_seed(0)
+    if kind == "perplexity":
+        table = torch.randn(12, 12)
+        models = [lookup(table), lookup(table + 0.3 * torch.randn(12, 12))]
+        examples = torch.randint(12, (60, 16))
+        subsets = [texts(examples), *(texts(examples[torch.arange(60) != left_out]) for left_out in range(60))]
+    else:
+        models = [nn.Linear(5, 3), nn.Linear(5, 3)]
+        with torch.no_grad():
+            for changed, own in zip(models[1].parameters(), models[0].parameters(), strict=True):
+                changed.copy_(own + 0.4 * torch.randn_like(own))
+        inputs, labels = torch.randn(60, 5), torch.randint(3, (60,))
+        keeps = [torch.arange(60) != left_out for left_out in range(60)]
+        subsets = [vectors(inputs, labels), *(vectors(inputs[keep], labels[keep]) for keep in keeps)]
+    qualities = [[measure_quality(model, data, device="cpu") for model in models] for data in subsets]
+    drops = torch.tensor([quality_drop(*pair) for pair in qualities[1:]], dtype=torch.float64)
+    expected = math.sqrt(59 / 60 * float((drops - drops.mean()).square().sum()))
+    assert expected > 0
+    assert drop_error(*qualities[0]) == pytest.approx(expected, rel=0.02)
+
+
+def test_of_the_same_model_twice_the_drop_is_certain_and_of_one_example_it_is_not(lookup):
+    model = lookup(torch.randn(12, 12))
+    many, one = (measure_quality(model, texts(torch.randint(12, (count, 16))), device="cpu") for count in (9, 1))
+    assert drop_error(many, many) == 0
+    assert drop_error(one, one) == math.inf
 
 
 def test_a_label_that_the_model_cannot_predict_is_bad_input(vector_data):

@@ -1,4 +1,4 @@
-"""The search for the smallest size whose drop is allowed, on curves that are known."""
+"""The search for the smallest size whose drop and its standard error are allowed, on curves that are known."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ ELIGIBLE = 100_000
 LEAST = 0.02
 
 
-def search(drop: Callable[[float], float], limit: float, first: float) -> tuple[tuple[Trial, ...], int]:
-    """What was tried on a curve of the drop over the fraction stored, and how often it was measured."""
+def search(
+    drop: Callable[[float], float], limit: float, first: float, share: float = 0.0
+) -> tuple[tuple[Trial, ...], int]:
+    """What was tried on a curve of the bound over the fraction stored, and how often it was measured.
+
+    `share` of the bound is standard error.
+    """
     measured = 0
 
-    def measure(keep: float) -> tuple[int, float]:
+    def measure(keep: float) -> Trial:
         nonlocal measured
         measured += 1
         stored = int(keep * ELIGIBLE)
-        return stored, drop(stored / ELIGIBLE)
+        bound = drop(stored / ELIGIBLE)
+        return Trial(keep, stored, (1 - share) * bound, share * bound)
 
     return search_by_drop(measure, limit, eligible=ELIGIBLE, least=LEAST, first=first), measured
 
@@ -31,20 +37,21 @@ def search(drop: Callable[[float], float], limit: float, first: float) -> tuple[
 falling = st.floats(0.5, 40).flatmap(lambda rate: st.floats(0.01, 50).map(lambda scale: (scale, rate)))
 
 
-@given(falling, st.floats(0, 1), st.floats(LEAST, 0.95))
+@given(falling, st.floats(0, 1), st.floats(LEAST, 0.95), st.floats(0, 1))
 def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
-    curve: tuple[float, float], limit: float, first: float
+    curve: tuple[float, float], limit: float, first: float, share: float
 ) -> None:
     scale, rate = curve
-    trials, measured = search(lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first)
+    trials, measured = search(lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first, share)
     assert measured <= MOST_TRIALS
     assert len({trial.parameters for trial in trials}) == len(trials)
     assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
     found = smallest_found(trials, limit)
     smaller = [t for t in trials if found is None or t.parameters < found.parameters]
-    assert not any(holds(trial.drop, limit) for trial in smaller)
+    assert not any(holds(trial.bound, limit) for trial in smaller)
     if found is not None:
-        assert holds(found.drop, limit)
+        assert holds(found.bound, limit)
+        assert found.bound == found.drop + found.standard_error
 
 
 @given(falling, st.floats(0.001, 0.5), st.floats(LEAST, 0.95))
@@ -67,15 +74,15 @@ def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
 ) -> None:
     drops = [random.randint(-2, examples) / (examples + 1) for _ in range(sizes + 1)]  # type: ignore[attr-defined]
 
-    def measure(keep: float) -> tuple[int, float]:
+    def measure(keep: float) -> Trial:
         step = math.floor(keep * sizes)
-        return step * 10, drops[step]
+        return Trial(keep, step * 10, drops[step], 0.0)
 
     trials = search_by_drop(measure, limit, eligible=sizes * 10, least=1 / sizes, first=max(first, 1 / sizes))
     assert len({trial.parameters for trial in trials}) == len(trials) <= MOST_TRIALS
     found = smallest_found(trials, limit)
-    assert found is None or holds(found.drop, limit)
-    assert not any(holds(t.drop, limit) for t in trials if found is None or t.parameters < found.parameters)
+    assert found is None or holds(found.bound, limit)
+    assert not any(holds(t.bound, limit) for t in trials if found is None or t.parameters < found.parameters)
 
 
 def test_on_a_straight_logarithm_three_trials_bracket_the_root_closely() -> None:
@@ -109,10 +116,13 @@ def test_accuracies_that_differ_by_exactly_the_limit_hold(counts: tuple[int, int
 
 @pytest.mark.parametrize("drop", [0.25, math.inf])
 def test_a_search_as_a_document(drop: float) -> None:
-    search = DropSearch("perplexity", "text.txt", 7, (Trial(0.5, 50, drop), Trial(0.75, 75, 0.125)))
+    trials = (Trial(0.5, 50, drop, drop), Trial(0.75, 75, 0.125, 0.0625), Trial(0.8, 80, 0.125, 0.03125))
+    search = DropSearch("perplexity", "text.txt", 7, 0.16, trials)
     document = search.to_dict()
-    assert document["evaluations"] == 3
+    infinite = drop if drop < math.inf else "infinity"
+    assert (document["evaluations"], document["limit"]) == (4, 0.16)
     assert document["tried"] == [
-        {"keep": 0.5, "parameters": 50, "drop": drop if drop < math.inf else "infinity"},
-        {"keep": 0.75, "parameters": 75, "drop": 0.125},
+        {"keep": 0.5, "parameters": 50, "drop": infinite, "standard_error": infinite, "allowed": False},
+        {"keep": 0.75, "parameters": 75, "drop": 0.125, "standard_error": 0.0625, "allowed": False},
+        {"keep": 0.8, "parameters": 80, "drop": 0.125, "standard_error": 0.03125, "allowed": True},
     ]

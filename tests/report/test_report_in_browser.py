@@ -58,7 +58,11 @@ def compression(tmp_path_factory: pytest.TempPathFactory) -> Compression:
 def calibrated(compression: Compression) -> Compression:
     """The same as if calibration and a search had been done: every figure that there is."""
     plan, eligible = compression.plan, compression.plan.eligible_before
-    trials = (Trial(0.5, plan.eligible_after, 0.004), Trial(0.3, eligible * 3 // 10, 0.08), Trial(0.8, 16000, -0.002))
+    trials = (
+        Trial(0.5, plan.eligible_after, 0.004, 0.002),
+        Trial(0.3, eligible * 3 // 10, 0.08, 0.01),
+        Trial(0.8, 16000, -0.002, 0.0),
+    )
     assert compression.curve is not None
     return replace(
         compression,
@@ -66,7 +70,7 @@ def calibrated(compression: Compression) -> Compression:
             plan,
             budget=Budget("max-drop", 0.01),
             calibration=CalibrationResult(96, 32, 1.0, predicted_loss=0.02, held_back_loss=0.05),
-            search=DropSearch("accuracy", "builtin:digits, validation split", 360, trials),
+            search=DropSearch("accuracy", "builtin:digits, validation split", 360, 0.01, trials),
         ),
         curve=replace(compression.curve, unit="nats"),
     )
