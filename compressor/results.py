@@ -114,12 +114,12 @@ class Compression:
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
     `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was
-    measured of the eligible layers, and `curve` what other sizes would lose by it. `warnings` are sentences on what must
-    not be overlooked. `command` is the one that does the same, with paths by their last part (empty for a module), and
-    `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
-    `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at` the
-    keys under which the weights were found. With a base the matrices are differences to it, `after` is what is stored
-    beside it, and `fine_tune` says how.
+    measured of the eligible layers, and `curve` what other sizes would lose by it. `warnings` are sentences on what
+    must not be overlooked. `command` is the one that does the same, with paths by their last part (empty for a module),
+    and `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
+    `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at`
+    the keys under which the weights were found. With a base the matrices are differences to it, `after` is what is
+    stored beside it, and `fine_tune` says how.
     """
 
     source: str
