@@ -44,6 +44,7 @@ from compressor.opened_model import Factory, Model, OpenedModel, open_data_for, 
 from compressor.rank_series import RankSeries, measure_series
 from compressor.recipe import TrainingRecipe
 from compressor.results import SCHEMA_VERSION, InspectedLayer
+from compressor.torch_state import neutral_torch_state, uncompiled
 
 # Examples on which layers are scaled, each of which takes the model three runs.
 PROBED = 8
@@ -139,6 +140,7 @@ class Diagnosis:
         }
 
 
+@neutral_torch_state()
 def diagnose(
     model: Model,
     *,
@@ -164,7 +166,7 @@ def diagnose(
     The gradient of every eligible layer is held in float64 on the CPU. Raises `BadInput` for a model, recipe, pattern,
     data or series that cannot be used.
     """
-    model = local_model(model)
+    model = uncompiled(local_model(model))
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
     if not any(layer.eligible for layer in subject.layers):
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")

@@ -85,13 +85,14 @@ from compressor.rewrite import (
     with_effective_weights,
     write_weights,
 )
+from compressor.torch_state import neutral_torch_state, uncompiled
 
 logger = logging.getLogger(__name__)
 
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)
 
 
-@torch.inference_mode(False)
+@neutral_torch_state()
 def inspect(
     model: Model,
     *,
@@ -117,7 +118,7 @@ def inspect(
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
-    model = local_model(model, revision)
+    model = uncompiled(local_model(model, revision))
     model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
@@ -133,6 +134,7 @@ def inspect(
     )
 
 
+@neutral_torch_state()
 def plan(
     model: Model,
     *,
@@ -192,7 +194,7 @@ def plan(
     ).plan
 
 
-@torch.inference_mode(False)
+@neutral_torch_state()
 def compress(
     model: Model,
     *,
@@ -263,6 +265,7 @@ def compress(
     `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
+    model = uncompiled(model)
     model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     budget = requested(keep, max_size, max_drop, tolerance, plan, form)
     if base is not None:
@@ -283,7 +286,7 @@ def compress(
     if base is not None:
         return _compressed_fine_tune(
             model,
-            local_model(base),
+            uncompiled(local_model(base)),
             data,
             data_samples,
             factory,
@@ -466,6 +469,7 @@ def _carried_out(
     return result(evaluation)
 
 
+@neutral_torch_state()
 def evaluate(
     model: Model,
     *,
@@ -484,7 +488,8 @@ def evaluate(
     model or data that cannot be used.
     """
     where = resolve_device(device)
-    model, baseline = local_model(model), None if baseline is None else local_model(baseline)
+    model = uncompiled(local_model(model))
+    baseline = None if baseline is None else uncompiled(local_model(baseline))
     evaluated = open_data_for(data, open_checkpoint(model), split, data_samples)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 

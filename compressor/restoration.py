@@ -29,8 +29,10 @@ from compressor.rewrite import (
     stored_pairs,
     write_weights,
 )
+from compressor.torch_state import neutral_torch_state
 
 
+@neutral_torch_state()
 def restore(
     model: str | Path,
     *,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compressor.errors import BadInput
 from compressor.evaluation.inference import forward_call
 from compressor.measure.moments import kept_rows
+from compressor.torch_state import scratch_buffers
 
 Criterion = Literal["likelihood", "outputs"]
 
@@ -32,10 +33,12 @@ ROWS_AT_ONCE = 256
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """The model's logits; where it has none its first output, such as the last hidden state.
 
+    Every call finds the buffers as the model was given, so that all calls are of one function.
     Several logits of one shape, such as those of the start and the end of an answer, are stacked in a dimension before
     the last, each a distribution of its own.
     """
-    output = forward_call(model, inputs)()
+    with scratch_buffers(model):
+        output = forward_call(model, inputs)()
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)

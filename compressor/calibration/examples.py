@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, EvaluationData
+from compressor.torch_state import caller_defaults
 
 HELD_BACK = 4  # every fourth example
 
@@ -74,10 +75,11 @@ def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = N
         rest = [position for position in range(data.count) if position not in set(held)]
         return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), labelled=True)
     batches: list[Batch] = []
-    for each in data:
-        batches.append(_as_batch(each))
-        if samples is not None and len(batches) > 1 and sum(batch.examples for batch in batches) >= samples:
-            break
+    with caller_defaults():
+        for each in data:
+            batches.append(_as_batch(each))
+            if samples is not None and len(batches) > 1 and sum(batch.examples for batch in batches) >= samples:
+                break
     if len(batches) < 2:
         raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
     every = min(HELD_BACK, len(batches))
@@ -106,6 +108,11 @@ def _as_batch(given: Any) -> Batch:
         raise BadInput(
             f"the calibration data yields {type(given).__name__}", remedy="yield tensors, pairs, or mappings of tensors"
         )
+    if any(each.is_meta for each in inputs.values()):
+        raise BadInput(
+            "the calibration data yields tensors on the meta device, which have no values",
+            remedy="make them on the CPU: torch.set_default_device or torch.device was in force",
+        )
     labels = inputs.get("labels", labels)
     # Nothing can be differentiated through what was made under `torch.inference_mode`.
     inputs = {
@@ -118,5 +125,5 @@ def _as_batch(given: Any) -> Batch:
     classes = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
     return Batch(
         inputs,
-        labels if isinstance(labels, Tensor) and classes else torch.empty(0),
+        labels if isinstance(labels, Tensor) and classes else torch.empty(0, device="cpu"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.torch_state import called_as_by_the_caller, same_attributes, scratch_buffers
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -42,22 +44,20 @@ def resolve_device(name: str | torch.device) -> torch.device:
 def prepared(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Hold `models` on `device`, in evaluation mode and without gradients; then put back what was changed.
 
-    A model that is spread over several devices stays where it is.
+    That includes buffers and attributes that a forward changes. A model that is spread over several devices stays where
+    it is.
     """
-    training = {module: module.training for model in models for module in model.modules()}
     # Looked up for all before the first one moves: models may share tensors.
     homes = [(model, _home(model)) for model in models]
     moved = [(model, home) for model, home in homes if home not in {None, device}]
     try:
-        for model, _ in moved:
-            model.to(device)
-        for model in models:
-            model.eval()
-        with torch.no_grad():
+        with same_attributes(*models), scratch_buffers(*models), torch.no_grad():
+            for model, _ in moved:
+                model.to(device)
+            for model in models:
+                model.eval()
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
         for model, home in moved:
             model.to(home)
 
@@ -86,7 +86,7 @@ def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[],
     if main_input is None:
         if len(placed) == 1:
             tensor = next(iter(placed.values()))
-            return lambda: model(tensor)
+            return called_as_by_the_caller(partial(model, tensor), device)
         if not placed.keys() <= signature(model.forward).parameters.keys():
             raise BadInput(
                 f"{type(model).__name__} does not take what this data has: {', '.join(placed)}",
@@ -94,7 +94,7 @@ def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[],
             )
     if len(placed) == 1:
         placed = {str(main_input): next(iter(placed.values()))}
-    return lambda: model(**placed)
+    return called_as_by_the_caller(partial(model, **placed), device)
 
 
 def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

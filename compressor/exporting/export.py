@@ -35,6 +35,7 @@ from compressor.report.model_card import CARD_FILE, describe_remote
 from compressor.restoration import restore
 from compressor.results import SCHEMA_VERSION, BeforeAfter
 from compressor.rewrite import stored_pairs, write_weights
+from compressor.torch_state import neutral_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Export:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
+@neutral_torch_state()
 def export(
     model: str | Path,
     *,

@@ -58,6 +58,7 @@ from compressor.opened_model import Factory
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
 from compressor.rewrite import FORMAT_VERSION, MERGE_KEY, METADATA_KEY, PLAN_FILE, write_weights
+from compressor.torch_state import neutral_torch_state
 
 Mode = Literal["sum", "concat"]
 
@@ -130,6 +131,7 @@ class MergeRefused(QualityGateNotMet):
         self.merging = merging
 
 
+@neutral_torch_state()
 def merge(
     models: Sequence[str | Path],
     *,

@@ -1,0 +1,184 @@
+"""PyTorch's process-wide state: neutral while a verb works, and the caller's where the caller's code runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+AnyModel = TypeVar("AnyModel")
+
+logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """Where and in which dtype the caller's code makes a tensor when it names neither."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+_caller: ContextVar[_Defaults | None] = ContextVar("caller", default=None)
+
+
+@contextmanager
+def neutral_torch_state() -> Iterator[None]:
+    """Set what the caller may have changed to PyTorch's own defaults, and then restore it.
+
+    These are the default device and dtype, autocast, inference mode and gradients. Compiled code runs eagerly, because
+    it would not see the hooks that layers are watched with. The random number generators end as they began.
+    """
+    if _caller.get() is not None:  # one verb calls another
+        yield
+        return
+    token = _caller.set(_current_defaults())
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_same_random_numbers())
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for device in _autocast_devices():
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(_defaults(_Defaults(CPU, torch.float32)))
+            if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and to import it takes a second
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
+    finally:
+        _caller.reset(token)
+
+
+@contextmanager
+def caller_defaults() -> Iterator[None]:
+    """Run the caller's own code with the caller's default device and dtype."""
+    with _defaults(_caller.get() or _current_defaults()):
+        yield
+
+
+def called_as_by_the_caller(call: Callable[[], Any], device: torch.device | None) -> Callable[[], Any]:
+    """A call of a model on `device` as the caller would make it.
+
+    The default dtype is the caller's. Where the caller set a default device, it is that of the model.
+    """
+    defaults = _caller.get()
+    if defaults is None or defaults == _Defaults(CPU, torch.float32):
+        return call
+    own = defaults if defaults.device == CPU or device is None else _Defaults(device, defaults.dtype)
+
+    def run() -> Any:
+        with _defaults(own):
+            return call()
+
+    return run
+
+
+def _current_defaults() -> _Defaults:
+    return _Defaults(torch.get_default_device(), torch.get_default_dtype())
+
+
+@contextmanager
+def _defaults(defaults: _Defaults) -> Iterator[None]:
+    """Default device and dtype while the block runs."""
+    dtype = torch.get_default_dtype()
+    # A default device costs time in every operation, so it is only set where there is another.
+    same = torch.get_default_device() == defaults.device
+    torch.set_default_dtype(defaults.dtype)
+    try:
+        with nullcontext() if same else defaults.device:
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _autocast_devices() -> list[str]:
+    """The kinds of device on which autocast is on."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu", "cuda", *(() if accelerator is None else (accelerator.type,))}
+    return [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Restore the state of the global generators of Python, NumPy and PyTorch."""
+    python, legacy = random.getstate(), numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(legacy)
+
+
+def uncompiled(model: AnyModel) -> AnyModel | nn.Module:
+    """The module that `torch.compile` wrapped, with none compiled inside it; anything else as it is.
+
+    Where compiled modules lie inside, it is a copy that shares the parameters and buffers.
+    """
+    if not isinstance(model, nn.Module) or "torch._dynamo" not in sys.modules:
+        return model
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if not any(isinstance(module, OptimizedModule) for module in model.modules()):
+        return model
+    logger.warning("%s is compiled: the plain module is used; compile what is returned anew", type(model).__name__)
+    found: nn.Module = model
+    while isinstance(found, OptimizedModule):
+        found = found._orig_mod
+    inner = [module for module in found.modules() if isinstance(module, OptimizedModule)]
+    if not inner:
+        return found
+    same: dict[int, Any] = {id(tensor): tensor for tensor in chain(found.parameters(), found.buffers())}
+    for module in reversed(inner):  # those inside others first
+        same[id(module)] = copy.deepcopy(module._orig_mod, same)
+    return copy.deepcopy(found, same)
+
+
+@contextmanager
+def scratch_buffers(*models: nn.Module) -> Iterator[None]:
+    """Let the models work on copies of their buffers, such as counters and running statistics."""
+    buffers = {
+        module: dict(module._buffers) for model in models for module in model.modules() if len(module._buffers) > 0
+    }
+    copies: dict[int, Tensor] = {}
+    for module, own in buffers.items():
+        for name, buffer in own.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    try:
+        yield
+    finally:
+        for module, own in buffers.items():
+            module._buffers.clear()
+            module._buffers.update(own)
+
+
+@contextmanager
+def same_attributes(*models: nn.Module) -> Iterator[None]:
+    """Restore numbers, words and tensors that forwards leave in plain attributes, and the training flags."""
+    attributes = {module: _plain_attributes(module) for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, plain in attributes.items():
+            for name in _plain_attributes(module).keys() - plain.keys():
+                delattr(module, name)
+            vars(module).update(plain)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    kinds = (bool, int, float, str, Tensor, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
