@@ -445,11 +445,11 @@ class Raising(nn.Module):
         super().__init__()
         self.stem, self.rnn, self.drop = nn.Linear(8, 8), nn.GRU(8, 8, batch_first=True), nn.Dropout(0.5)
         self.conv, self.head = nn.Conv1d(8, 8, 3), nn.Linear(8, 4)
-        self.left = runs
+        self.left = [runs]  # a list, because numbers in attributes are restored
 
     def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left < 0:
+        self.left[0] -= 1
+        if self.left[0] < 0:
             raise RuntimeError("no more")
         return self.head(self.conv(self.drop(self.rnn(self.stem(x))[0]).mT).mean(-1))
 
