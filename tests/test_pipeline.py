@@ -50,6 +50,16 @@ def test_keep_counts_the_numbers_in_the_file(file: Path, keep: float) -> None:
     assert report.bytes.after == Path(report.output).stat().st_size
 
 
+def test_numbers_of_a_dtype_that_cannot_be_converted_are_copied_byte_for_byte(tmp_path: Path) -> None:
+    scales = torch.arange(64, dtype=torch.uint8).view(torch.float8_e8m0fnu).reshape(8, 8)
+    torch.save({"scales.weight": scales, "even.weight": torch.ones(32, 32)}, tmp_path / "model.pt")
+    report = compress(tmp_path / "model.pt", keep=0.5)
+    assert [layer.name for layer in report.plan.layers] == ["even"]
+    assert report.output is not None
+    stored = compressor.open_checkpoint(report.output).read("scales.weight")
+    assert torch.equal(stored.view(torch.uint8), scales.view(torch.uint8))
+
+
 @pytest.mark.parametrize("size", [25_000, 40_000, 60_000])
 def test_max_size_bounds_the_file_and_is_nearly_used(file: Path, size: int) -> None:
     report = compress(file, max_size=size)

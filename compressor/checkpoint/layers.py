@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
@@ -25,6 +26,8 @@ Kind = Literal[
     "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
 ]
 
+# Torch has further floating-point numbers, and hardly computes with them.
+_FACTORIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What stands in the last part of the names that embeddings go by, where there is no module to ask.
 _EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
 # A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
@@ -108,7 +111,7 @@ def find_layers(
             skip = skip or "an embedding; --embeddings includes it"
         if layer.tensor in shared:
             skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
-        if not known[layer.tensor].dtype.is_floating_point:
+        if known[layer.tensor].dtype not in _FACTORIZABLE:
             skip = skip or f"its numbers are {str(known[layer.tensor].dtype).removeprefix('torch.')}"
         if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
             skip = skip or "the names of its factors are taken"

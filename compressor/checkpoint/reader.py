@@ -49,6 +49,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 _FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FP8_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _DIGEST_BLOCK = 1 << 22
+# How a configuration calls the number of its layers; some models share one layer's weights among several.
+_COUNT_OF_LAYERS = re.compile(r"(^|_)(layers?|blocks?|depths?|stages?)$")
+_LEAST_LAYERS_REFUSED = 1000
+_MOST_LABELS = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,18 +178,43 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         files=files,
         folder=folder,
         metadata=content.metadata,
-        config=_config(weights.parent / "config.json", must_be_good=is_folder),
+        config=_config(weights.parent / "config.json", len(stored), must_be_good=is_folder),
         content=content,
     )
 
 
-def _config(path: Path, *, must_be_good: bool) -> dict[str, Any] | None:
+def _config(path: Path, tensors: int, *, must_be_good: bool) -> dict[str, Any] | None:
     try:
-        return read_json_object(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        config = read_json_object(path)
+        _require_possible_sizes(config, path, tensors)
+        return config
     except BadInput:
         if must_be_good:
             raise
         return None  # what lies beside a file need not belong to it
+
+
+def _require_possible_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
+    """Refuse a configuration of far more layers than there are tensors, before a model of that size is built."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_possible_sizes(value, path, tensors)
+            continue
+        if key == "num_labels":
+            most = _MOST_LABELS
+        elif _COUNT_OF_LAYERS.search(key):
+            most = max(_LEAST_LAYERS_REFUSED, 4 * tensors)
+        else:
+            continue
+        largest = max(
+            (size for size in (value if isinstance(value, list) else [value]) if type(size) is int), default=0
+        )
+        if largest > most:
+            shown = f"{largest:,}" if largest < 10**15 else "a number of more than 15 digits"
+            what = f"{key} is {shown}, but the weights are {tensors:,} tensors"
+            raise BadInput(what, where=path, remedy="put the model's own config.json there")
 
 
 def require_finite(name: str, tensor: torch.Tensor, source: Path | None = None) -> None:

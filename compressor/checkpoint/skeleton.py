@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from compressor.checkpoint.conversions import name_conversions, name_in_model, without_merges
 from compressor.checkpoint.experts import separate_experts
+
+_MOST_MODULES = 200_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,24 @@ class Skeleton:
 def module_skeleton(module: nn.Module, *, untrained: bool = False) -> Skeleton:
     """The skeleton of a module in memory: names in its state dict are names of its modules."""
     return Skeleton(module, lambda name: name, untrained)
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Stop building a model that has far more modules than any published one."""
+    built = 0
+
+    def count(_module: nn.Module, _name: str, _submodule: nn.Module) -> None:
+        nonlocal built
+        built += 1
+        if built > _MOST_MODULES:
+            raise ValueError(f"more than {_MOST_MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def transformers_skeleton(folder: Path) -> Skeleton | None:
@@ -58,7 +80,7 @@ def transformers_module(folder: Path) -> Any | None:
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
+        with torch.device("meta"), _few_modules():
             build = architecture.from_config if architecture is transformers.AutoModel else architecture._from_config
             model: Any = build(config)
         model.tie_weights()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import pickletools
 import re
 import struct
 import sys
@@ -29,6 +31,13 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 _NESTING_LIMIT = 3  # such as {"model": {"state_dict": ...}}; a damaged file can even contain itself
 _PREFIXES = ("module.", "_orig_mod.")
+# What a small file may ask for beside its own bytes: of a deflated record, of tensors that repeat what is stored
+# (`expand`), and, at 50 to 64 bytes each, of containers that the pickle makes.
+_MOST_BESIDE_THE_FILE = 2**24
+_LARGEST_PICKLE = 2**26
+_MOST_CONTAINERS = 1_500_000
+_CONTAINER_OPCODES = (b"]", b"}", b"\x85", b"\x86", b"\x87", b"(")
+_PICKLES_BEFORE_THE_VALUES = 5  # of the older format: magic number, version, system, state dict, keys of the storages
 _SAVE_STATE_DICT = "save `model.state_dict()` with torch.save or as safetensors"
 
 
@@ -71,11 +80,15 @@ def read_torch_file(path: Path) -> TorchFile:
             state_dict = _tensors(weights)
             if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
                 on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
+                _require_stored_values(path, on_disk)
                 number = partial(_number_on_disk, path, records)
                 return _torch_file(document, key, weights, on_disk, number)
+    if not is_zip:
+        _require_few_containers(path)
     document = _load(path, "cpu")
     key, weights = _weights(path, document)
     loaded = {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in _tensors(weights).items()}
+    _require_stored_values(path, loaded)
     return _torch_file(document, key, weights, loaded, torch.Tensor.item)
 
 
@@ -147,6 +160,7 @@ def _stored_records(path: Path) -> dict[int, int] | None:
             for entry in archive.infolist():
                 if entry.filename.endswith("/constants.pkl"):
                     raise BadInput("is a TorchScript archive", where=path, remedy=_SAVE_STATE_DICT)
+                _require_modest_record(path, archive, entry)
                 if entry.filename.endswith("/byteorder"):
                     with archive.open(entry) as byteorder:
                         if byteorder.read(16) != sys.byteorder.encode():
@@ -162,6 +176,51 @@ def _stored_records(path: Path) -> dict[int, int] | None:
         what = f"is a truncated or damaged torch checkpoint ({str(error)[:120]})"
         raise BadInput(what, where=path, remedy="download or copy the file again") from None
     return records
+
+
+def _require_modest_record(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Refuse a record of a zip file that inflates to far more than the file, or a pickle that makes too much."""
+    is_pickle = entry.filename.endswith("/data.pkl")
+    most = _MOST_BESIDE_THE_FILE + path.stat().st_size
+    most = min(most, _LARGEST_PICKLE) if is_pickle else most
+    deflated = entry.compress_type != zipfile.ZIP_STORED
+    if (deflated or is_pickle) and entry.file_size > most:
+        what = f"is not a usual torch checkpoint: its {entry.filename.rpartition('/')[2]} has {entry.file_size:,} bytes"
+        raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+    if is_pickle:
+        pickled = archive.read(entry)
+        if sum(pickled.count(opcode) for opcode in _CONTAINER_OPCODES) > _MOST_CONTAINERS:
+            raise _too_many_containers(path)
+
+
+def _require_few_containers(path: Path) -> None:
+    """Refuse a file of the older format whose pickles make too much, by their opcodes alone."""
+    containers = 0
+    with reading(path), path.open("rb") as file:
+        try:
+            for _ in range(_PICKLES_BEFORE_THE_VALUES):
+                for opcode, _, _ in pickletools.genops(file):
+                    containers += opcode.code.encode("latin-1") in _CONTAINER_OPCODES
+                    if containers > _MOST_CONTAINERS:
+                        raise _too_many_containers(path)
+        except ValueError:
+            return  # damaged: torch.load says of what kind
+
+
+def _too_many_containers(path: Path) -> BadInput:
+    what = f"is not a usual torch checkpoint: it holds more than {_MOST_CONTAINERS:,} Python objects"
+    return BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+
+
+def _require_stored_values(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse tensors that would take far more memory than the file has bytes, because they repeat what it stores."""
+    size, total = path.stat().st_size, 0
+    for name, tensor in {tensor.region: (name, tensor) for name, tensor in tensors.items()}.values():
+        needed = math.prod(tensor.shape) * tensor.dtype.itemsize
+        total += needed
+        if needed > size + _MOST_BESIDE_THE_FILE or total > 4 * size + _MOST_BESIDE_THE_FILE:
+            what = f"tensor {name!r} has {needed:,} bytes of values, of which the file of {size:,} bytes stores few"
+            raise BadInput(what, where=path, remedy="save a contiguous copy of it: tensor.contiguous()")
 
 
 def _weights(path: Path, document: Any) -> tuple[str, Mapping[Any, Any]]:

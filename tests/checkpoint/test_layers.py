@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers import LlamaConfig
 
-from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint, transformers_skeleton
+from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint, skeleton, transformers_skeleton
+from compressor.checkpoint.safetensors_file import DTYPES
 from compressor.errors import BadInput
+
+ODD_DTYPES = set(DTYPES.values()) - {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def layers_of_file(folder: Path, tensors: dict[str, torch.Tensor], **patterns: list[str]) -> dict[str, Layer]:
@@ -21,6 +25,15 @@ def layers_of_file(folder: Path, tensors: dict[str, torch.Tensor], **patterns: l
 
 def layers_of_module(module: nn.Module) -> dict[str, Layer]:
     return {layer.name: layer for layer in find_layers(open_checkpoint(module), module_skeleton(module))}
+
+
+@pytest.mark.parametrize("dtype", sorted(ODD_DTYPES, key=str), ids=str)
+def test_numbers_that_torch_hardly_computes_with_pass_through(tmp_path: Path, dtype: torch.dtype) -> None:
+    odd = torch.zeros(32 * 32 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(32, 32)
+    torch.save({"odd.weight": odd, "even.weight": torch.eye(32)}, tmp_path / "model.pt")
+    found = {layer.name: layer for layer in find_layers(open_checkpoint(tmp_path / "model.pt"))}
+    assert found["odd"].skip == f"its numbers are {str(dtype).removeprefix('torch.')}"
+    assert found["even"].eligible
 
 
 def test_names_and_shapes_of_a_strangers_file(tmp_path: Path) -> None:
@@ -282,3 +295,18 @@ def test_patterns_that_match_nothing_are_named(tmp_path: Path, pattern: str) -> 
         layers_of_file(tmp_path, {"a.weight": torch.zeros(4, 4)}, include=[pattern])
     assert pattern in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path)
+    assert transformers_skeleton(tmp_path) is not None
+    monkeypatch.setattr(skeleton, "_MOST_MODULES", 20)
+    assert transformers_skeleton(tmp_path) is None
+    nn.Sequential(*(nn.ReLU() for _ in range(30)))  # nothing is counted any more

@@ -260,6 +260,27 @@ def test_a_config_that_is_no_object_is_refused_in_a_model_folder(tmp_path: Path,
     assert open_checkpoint(tmp_path / "model.safetensors").config is None
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 1_000_000},
+        {"n_layer": 10**9},
+        {"text_config": {"num_hidden_layers": 10**20}},
+        {"depths": [2, 2, 10**6]},
+        {"encoder_layers": 6, "decoder_layers": 10**6},
+        {"num_labels": 10**9},
+    ],
+)
+def test_a_config_of_far_more_layers_than_tensors_is_refused_before_they_are_built(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 10**6, **config}))
+    with pytest.raises(BadInput, match=r"config\.json: \w+ is .*the weights are 1 tensors"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / "model.safetensors").config is None
+
+
 def test_the_config_beside_a_file_is_found_or_absent(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     assert open_checkpoint(tmp_path / "model.safetensors").config is None

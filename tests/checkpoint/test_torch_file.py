@@ -6,6 +6,7 @@ import argparse
 import copy
 import pickle
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from fractions import Fraction
@@ -21,6 +22,7 @@ from torch import nn
 
 from compressor.checkpoint import open_checkpoint, torch_file, write_state_dict_file
 from compressor.checkpoint.tensors import TensorInMemory, TensorOnDisk
+from compressor.checkpoint.torch_file import LEGACY_MAGIC
 from compressor.errors import BadInput
 
 
@@ -261,6 +263,58 @@ def test_a_view_outside_its_data_is_refused(tmp_path: Path) -> None:
             target.writestr(entry.filename, source.read(entry).replace(b"K\x04\x85", b"K\x09\x85"))
     with pytest.raises(BadInput, match="'w' lies outside the data stored for it"):
         open_checkpoint(tmp_path / "n.pt")
+
+
+def rewritten(source: Path, target: Path, *, compression: int = zipfile.ZIP_STORED, **records: bytes) -> Path:
+    """A copy of a zip with some of its records, by the last part of their name, replaced."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
+        for entry in old.infolist():
+            name = entry.filename.rpartition("/")[2]
+            new.writestr(entry.filename, records.get(name.removesuffix(".pkl"), old.read(entry)))
+    return target
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_that_repeat_what_the_file_stores_are_bounded_by_its_bytes(tmp_path: Path, legacy: bool) -> None:
+    row = torch.randn(64)
+    few = saved(tmp_path / "few.pt", {"w": row.expand(100, 64)}, _use_new_zipfile_serialization=not legacy)
+    assert torch.equal(open_checkpoint(few).read("w"), row.expand(100, 64))
+    many = {"a": row, "w": row.expand(10**9, 64)}
+    with pytest.raises(BadInput, match=r"'w' has 256,000,000,000 bytes.*contiguous"):
+        open_checkpoint(saved(tmp_path / "many.pt", many, _use_new_zipfile_serialization=not legacy))
+    each_small = {f"w{i}": row[i : i + 1].expand(10**6) for i in range(8)}
+    with pytest.raises(BadInput, match="stores few"):
+        open_checkpoint(saved(tmp_path / "sum.pt", each_small, _use_new_zipfile_serialization=not legacy))
+
+
+@pytest.mark.parametrize("record", ["data", "version"])
+def test_a_record_that_inflates_is_refused_before_it_is_read(tmp_path: Path, record: str) -> None:
+    path = saved(tmp_path / "m.pt", {"w": torch.randn(3)})
+    bomb = rewritten(path, tmp_path / "n.pt", compression=zipfile.ZIP_DEFLATED, **{record: b"]" * 2**27})
+    assert bomb.stat().st_size < 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match=r"has 134,217,728 bytes"):
+            open_checkpoint(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_of_many_containers_is_refused_before_they_are_made(
+    tmp_path: Path, legacy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_file, "_MOST_CONTAINERS", 10_000)
+    path = saved(tmp_path / "m.pt", {"w": torch.randn(3)}, _use_new_zipfile_serialization=not legacy)
+    pickled = b"\x80\x02(" + b"]" * 20_000 + b"l."
+    if legacy:
+        bomb = tmp_path / "n.pt"
+        bomb.write_bytes(LEGACY_MAGIC + pickled)
+    else:
+        bomb = rewritten(path, tmp_path / "n.pt", data=pickled)
+    with pytest.raises(BadInput, match="more than 10,000 Python objects"):
+        open_checkpoint(bomb)
 
 
 def trained(steps: int = 3) -> tuple[nn.Linear, torch.optim.Optimizer]:
