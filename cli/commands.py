@@ -315,8 +315,7 @@ def plan(
     """Choose the ranks without doing the work; edit the file and apply it with 'compress MODEL --plan FILE'."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import pipeline
-        from compressor.checkpoint.files import atomic_file
-        from compressor.checkpoint.output import check_output
+        from compressor.checkpoint import check_output, staged_file
         from compressor.report import plan_text
 
         if output is not None:
@@ -348,8 +347,8 @@ def plan(
             progress=progress,
         )
         if output is not None:
-            with atomic_file(output) as file:
-                file.write(document_text(chosen.to_dict()).encode())
+            with staged_file(output, overwrite=overwrite) as staged:
+                staged.write_bytes(document_text(chosen.to_dict()).encode())
     _show(chosen.to_dict(), plan_text(chosen, output=output), json=json, written=output)
 
 
@@ -539,7 +538,7 @@ def diagnose(
             progress=progress,
         )
         if output is not None and found.series is not None:
-            write_rank_figure(found.series, output)
+            write_rank_figure(found.series, output, overwrite=overwrite)
     _show(found.to_dict(), diagnosis_text(found, figure=output), json=json, written=output)
 
 

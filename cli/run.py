@@ -15,6 +15,7 @@ from compressor.cli.main import FAILED
 from compressor.cli.messages import with_flags
 from compressor.cli.terminal import write_error
 from compressor.errors import CompressorError
+from compressor.system_errors import explained_anywhere
 
 SUBCOMMANDS = frozenset(command.name for command in subcommands.registered_commands)
 DONE, INTERRUPTED = 0, 130
@@ -57,9 +58,10 @@ def _failed(error: Exception, help_of: str) -> int:
     if isinstance(error, typer.TyperException):
         write_error(f"error: {one_line(error.format_message()).rstrip('.')}; see '{help_of} --help'")
         return error.exit_code
-    if isinstance(error, CompressorError):
-        write_error(f"error: {one_line(with_flags(str(error)))}")
-        return error.exit_status
+    known = error if isinstance(error, CompressorError) else explained_anywhere(error)
+    if known is not None:
+        write_error(f"error: {one_line(with_flags(str(known)))}")
+        return known.exit_status
     if os.environ.get("COMPRESSOR_DEBUG") == "1":
         write_error("".join(traceback.format_exception(error)))
     what = one_line(f"{type(error).__name__}: {error}")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from compressor.checkpoint import Checkpoint, check_output, hidden_sibling, hub_model, output_folder
+from compressor.checkpoint import Checkpoint, check_output, copy_companions, hub_model, staged_file, staged_folder
 from compressor.errors import BadInput
 
 
@@ -58,21 +58,11 @@ def shard_limit(checkpoint: Checkpoint, shard_size: int) -> int | None:
 
 @contextmanager
 def staged_output(target: Path, checkpoint: Checkpoint, overwrite: bool) -> Iterator[Path]:
-    """A place to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
-    if checkpoint.folder is not None:
-        with output_folder(target, copy_from=checkpoint.folder, overwrite=overwrite) as folder:
-            yield folder
+    """A staged file, or for a model folder a staged folder with what goes along with its weights."""
+    if checkpoint.folder is None:
+        with staged_file(target, overwrite=overwrite) as staged:
+            yield staged
         return
-    with staged_file(target) as staged:
+    with staged_folder(target, overwrite=overwrite) as staged:
+        copy_companions(checkpoint.folder, staged)
         yield staged
-
-
-@contextmanager
-def staged_file(target: Path) -> Iterator[Path]:
-    """A file to write to that becomes `target` when the block ends well, and leaves no trace when it does not."""
-    staged = hidden_sibling(target).with_suffix(target.suffix)
-    try:
-        yield staged
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)

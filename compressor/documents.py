@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from compressor.errors import BadInput
+from compressor.system_errors import explained
 
 # A Trainer's log of a long run is tens of megabytes of JSON, all of it ASCII. Other text takes up to four bytes a
 # character in memory.
@@ -49,8 +50,9 @@ def reading(path: Path) -> Iterator[None]:
     except PermissionError:
         raise BadInput("may not be read", where=path, remedy="ask for read permission or copy it") from None
     except OSError as error:
+        bad = explained(error, doing="cannot be read", folder=path.parent, elsewhere="copy it to another", where=path)
         what = f"cannot be read ({error.strerror or error})"
-        raise BadInput(what, where=path, remedy="check the path and the disk") from error
+        raise bad or BadInput(what, where=path, remedy="check the path and the disk") from error
 
 
 def read_regular_file(path: Path, most: int) -> bytes:

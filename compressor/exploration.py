@@ -30,8 +30,7 @@ def explore(
     Raises `BadInput` for a path that is not named .html or cannot be written, and for a recipe or model that cannot be
     used.
     """
-    from compressor.checkpoint.files import atomic_file
-    from compressor.checkpoint.output import check_output
+    from compressor.checkpoint import check_output, staged_file
     from compressor.report.explorer import explorer_page
 
     path = Path(output)
@@ -42,8 +41,8 @@ def explore(
     check_output(path, source=source, form="file", overwrite=overwrite)
     known, layers = (None, ()) if recipe is None else _explored(recipe, progress)
     page = explorer_page(known, layers)
-    with atomic_file(path) as file:
-        file.write(page.encode())
+    with staged_file(path, overwrite=overwrite) as staged:
+        staged.write_bytes(page.encode())
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.checkpoint import check_output, open_checkpoint, write_json, write_state_dict_file
+from compressor.checkpoint import PLAN_FILE, check_output, open_checkpoint, write_config, write_state_dict_file
 from compressor.destination import form_of, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
@@ -19,9 +19,7 @@ from compressor.report.model_card import restore_card
 from compressor.requests import in_bytes
 from compressor.results import BeforeAfter, Restoration
 from compressor.rewrite import (
-    CODE_FILE,
     METADATA_KEY,
-    PLAN_FILE,
     dense_config,
     dense_infos,
     dense_tensors,
@@ -100,9 +98,8 @@ def restore(
         else:
             write_state_dict_file(staged, dict(tensors()))
         if checkpoint.folder is not None:
-            write_json(staged / "config.json", dense_config(checkpoint.config or {}))
-            for name in (PLAN_FILE, CODE_FILE):
-                (staged / name).unlink(missing_ok=True)
+            write_config(staged, dense_config(checkpoint.config or {}))
+            (staged / PLAN_FILE).unlink(missing_ok=True)
             restore_card(staged)
         after_bytes = open_checkpoint(staged).weight_bytes
     return Restoration(

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.checkpoint import temporary_workspace
 from compressor.factorize import Metric, TiedMetric
+from compressor.system_errors import temporary_space
 
 
 class Spool:
     """Tensors by key in a temporary folder that goes with the object."""
 
     def __init__(self) -> None:
-        self._folder = Path(mkdtemp(prefix="compressor-calibration-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._temporary = Path(gettempdir())
+        with temporary_space(self._temporary):
+            workspace = temporary_workspace(self._temporary)
+            self._folder = workspace.new("tensors")
+            self._folder.mkdir()
+        weakref.finalize(self, workspace.remove)
         self._files: dict[Hashable, Path] = {}
 
     def put(self, key: Hashable, **tensors: Tensor) -> None:
         """Keep named tensors under a key, in place of what it held."""
         path = self._files.setdefault(key, self._folder / f"{len(self._files)}.safetensors")
-        path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        with temporary_space(self._temporary):
+            path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
     def put_row(self, key: Hashable, row: Sequence[Tensor]) -> None:
         """Keep tensors in order under a key, in place of what it held."""
@@ -43,7 +49,9 @@ class Spool:
 
     def get(self, key: Hashable, device: torch.device) -> dict[str, Tensor]:
         """The tensors under a key, on a device. KeyError for one that was never kept."""
-        tensors: dict[str, Tensor] = load_file(self._files[key], device=str(device))
+        path = self._files[key]
+        with temporary_space(self._temporary):
+            tensors: dict[str, Tensor] = load_file(path, device=str(device))
         return tensors
 
 

@@ -1,9 +1,9 @@
-"""Files <-> named tensors: lazy and safe reading, atomic writing."""
+"""Files <-> named tensors: lazy and safe reading, writing that is complete or absent."""
 
 from __future__ import annotations
 
+from compressor.checkpoint.companions import PLAN_FILE, LeftOut, companions, copy_companions, write_config
 from compressor.checkpoint.experts import SeparateExperts, fuse_experts, with_separate_experts
-from compressor.checkpoint.files import atomic_file, hidden_sibling
 from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
 from compressor.checkpoint.layers import (
     CONVOLUTIONS,
@@ -16,7 +16,7 @@ from compressor.checkpoint.layers import (
     layer_name,
     skeleton_mismatch,
 )
-from compressor.checkpoint.output import check_output, output_folder, parse_size
+from compressor.checkpoint.output import check_output, parse_size
 from compressor.checkpoint.reader import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -26,7 +26,9 @@ from compressor.checkpoint.reader import (
     require_finite,
 )
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_module, transformers_skeleton
+from compressor.checkpoint.staging import staged_file, staged_folder
 from compressor.checkpoint.tensors import TensorInfo
+from compressor.checkpoint.workspace import Workspace, temporary_workspace
 from compressor.checkpoint.writer import (
     SafetensorsWriter,
     Shard,
@@ -41,30 +43,32 @@ from compressor.checkpoint.writer import (
 __all__ = [
     "ADAPTER_CONFIG",
     "CONVOLUTIONS",
+    "PLAN_FILE",
     "TRANSPOSED_CONVOLUTIONS",
     "Checkpoint",
     "Kind",
     "Layer",
+    "LeftOut",
     "SafetensorsWriter",
     "SeparateExperts",
     "Shard",
     "ShardedWriter",
     "Skeleton",
     "TensorInfo",
-    "atomic_file",
+    "Workspace",
     "check_output",
     "check_push",
+    "companions",
+    "copy_companions",
     "directly_read_by",
     "find_layers",
     "fuse_experts",
-    "hidden_sibling",
     "hub_model",
     "is_weight",
     "layer_name",
     "local_model",
     "module_skeleton",
     "open_checkpoint",
-    "output_folder",
     "parse_size",
     "plan_shards",
     "push_folder",
@@ -74,9 +78,13 @@ __all__ = [
     "safetensors_size",
     "shard_index",
     "skeleton_mismatch",
+    "staged_file",
+    "staged_folder",
+    "temporary_workspace",
     "transformers_module",
     "transformers_skeleton",
     "with_separate_experts",
+    "write_config",
     "write_json",
     "write_state_dict_file",
 ]

@@ -1,4 +1,4 @@
-"""Tensors into weight files, one at a time, each file complete or not there at all."""
+"""Tensors into weight files, one at a time. Where a file must be complete or absent, it is written to a staged path."""
 
 from __future__ import annotations
 
@@ -9,47 +9,43 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 
-from compressor.checkpoint.files import atomic_file
 from compressor.checkpoint.safetensors_file import layout
 from compressor.checkpoint.tensors import TensorInfo, bytes_of
 from compressor.errors import CompressorError
 
 
 class SafetensorsWriter:
-    """Writes a safetensors file whose tensors are known in advance and come in any order.
+    """Writes a new safetensors file whose tensors are known in advance and come in any order.
 
-    A context manager: the file appears under its name when the block ends well and every tensor was written;
-    otherwise nothing is left. Only the tensor at hand is in memory. The same tensors give the same bytes,
-    those that the official library would write.
+    A context manager. Only the tensor at hand is in memory. The same tensors give the same bytes, those that the
+    official library would write.
 
     Args:
-        path: The file to write; an existing one is replaced.
+        path: The file to write; none may be there.
         infos: Every tensor that will be written.
         metadata: Text for the header; `{"format": "pt"}` is what transformers expects.
 
     Raises:
         CompressorError: a tensor was not announced, differs from what was announced, comes twice, or never.
-        BadInput: the folder is not writable or the disk is full.
+        OSError: the file exists, or cannot be written.
     """
 
     def __init__(self, path: Path, infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
         self._path = path
         self._header, self._offsets, self._size = layout(infos, metadata)
         self._missing = {info.name: info for info in infos}
-        self._stack = ExitStack()
-        self._descriptor = -1
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Self:
-        file = self._stack.enter_context(atomic_file(self._path))
-        self._descriptor = file.fileno()
+        self._file = self._path.open("xb")
         try:
             self._write_at(memoryview(self._header), 0)
-        except BaseException as error:
-            self._stack.__exit__(type(error), error, error.__traceback__)
+        except BaseException:
+            self._file.close()
             raise
         return self
 
@@ -72,16 +68,16 @@ class SafetensorsWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        assert self._file is not None
+        self._file.close()
         if error is None and self._missing:
             names = ", ".join(list(self._missing)[:4])
-            error = CompressorError(f"{self._path}: {len(self._missing)} tensors were never written ({names})")
-            self._stack.__exit__(type(error), error, None)
-            raise error
-        self._stack.__exit__(kind, error, traceback)
+            raise CompressorError(f"{self._path}: {len(self._missing)} tensors were never written ({names})")
 
     def _write_at(self, block: memoryview, offset: int) -> None:
+        assert self._file is not None
         while block:
-            count = os.pwrite(self._descriptor, block, offset)
+            count = os.pwrite(self._file.fileno(), block, offset)
             block, offset = block[count:], offset + count
 
 
@@ -130,8 +126,7 @@ def safetensors_size(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -
 class ShardedWriter:
     """Writes the weight files of a model folder, and their index where there are several.
 
-    Used like `SafetensorsWriter`, which describes its errors; tensors may come in any order. No file of it
-    appears before the block ends, but the files then appear one by one: write into an `output_folder`.
+    Used like `SafetensorsWriter`, which describes its errors; tensors may come in any order.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], metadata: Mapping[str, str]) -> None:
@@ -168,30 +163,24 @@ class ShardedWriter:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document in the way of transformers (two spaces, a final newline), atomically.
-
-    Raises:
-        BadInput: the folder is not writable or the disk is full.
-    """
-    with atomic_file(path) as file:
-        file.write((json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write a JSON document in the way of transformers (two spaces, a final newline)."""
+    # A name may hold half a surrogate pair, which UTF-8 has no bytes for and JSON an escape.
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_state_dict_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a state dict with `torch.save`, atomically.
+    """Write a state dict with `torch.save`.
 
     The whole mapping is in memory, as torch.save needs it. Tensors that are one object stay tied; a view of
     a larger storage is written without the rest of it.
-
-    Raises:
-        BadInput: the folder is not writable or the disk is full.
     """
     compact: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         values = tensor.detach().to("cpu").contiguous()
         # torch.save writes the whole storage of a view.
         compact[id(tensor)] = values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
-    with atomic_file(path) as file:
+    with path.open("xb") as file:
         try:
             torch.save({name: compact[id(tensor)] for name, tensor in tensors.items()}, file)
         except RuntimeError as error:

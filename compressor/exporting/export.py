@@ -18,8 +18,9 @@ from compressor.checkpoint import (
     local_model,
     open_checkpoint,
     parse_size,
+    staged_file,
 )
-from compressor.destination import form_of, shard_limit, staged_file, staged_output, target_of
+from compressor.destination import form_of, shard_limit, staged_output, target_of
 from compressor.documents import read_text
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
@@ -29,7 +30,6 @@ from compressor.fine_tuning import adapter_of_file, applied, is_difference, writ
 from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
-from compressor.recipe.find import TRAINING_FILES
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import CARD_FILE, describe_remote
 from compressor.restoration import restore
@@ -179,11 +179,9 @@ def _applied(
 
 
 def _describe_applied(folder: Path, name: str, base: Checkpoint, difference: Checkpoint) -> None:
-    """A card in place of the base's, which is of other weights, as is what lies there of the base's training."""
+    """A card in place of the base's, which is of other weights."""
     card = folder / CARD_FILE
     original = read_text(card) if card.is_file() else ""
-    for file in TRAINING_FILES:
-        (folder / file).unlink(missing_ok=True)
     text = applied_card(name=name, base=base.name, difference=difference.name, config=base.config, original=original)
     card.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -231,7 +229,7 @@ def _to_onnx(
     config = getattr(module, "config", None)
     size = None if config is None else image_size(config, folder_of(checkpoint))
     inputs = example_inputs(module, size, input_shape)
-    with staged_file(target) as staged:
+    with staged_file(target, overwrite=overwrite) as staged:
         difference = write_onnx(module, inputs, staged)
     return target, difference
 

@@ -145,7 +145,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
                 verbose=False,
             )
             assert program is not None
-            path.write_bytes(_without_traces(program.model_proto).SerializeToString())
+            exported = _without_traces(program.model_proto).SerializeToString()
         except Exception as error:  # the exporter has an exception of its own for each of its steps
             cause = error.__cause__ or error
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -153,6 +153,7 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
                 f"torch cannot export {type(model).__name__} to ONNX: {reason}",
                 remedy="export it with `to='dense'`, and from there with its own exporter",
             ) from error
+    path.write_bytes(exported)
     return _checked(wrapped, inputs, path)
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Checkpoint, write_json
+from compressor.checkpoint import Checkpoint, write_config
 from compressor.errors import BadInput, CompressorError
 from compressor.rewrite import (
     CODE_CLASS_PREFIX,
@@ -106,7 +106,7 @@ def write_remote(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
     infos = list(checkpoint.tensors.values())
     tensors = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
     write_weights(folder, infos, tensors, {"format": "pt"} | dict(checkpoint.metadata), shard_size)
-    write_json(folder / "config.json", config)
+    write_config(folder, config, code=config["auto_map"])
     configuration, architecture = (
         name.rpartition(".")[2].removeprefix(CODE_CLASS_PREFIX)
         for name in (config["auto_map"]["AutoConfig"], config["architectures"][0])

@@ -13,6 +13,7 @@ from torch import nn
 
 from compressor.checkpoint import (
     ADAPTER_CONFIG,
+    PLAN_FILE,
     Checkpoint,
     Layer,
     TensorInfo,
@@ -20,11 +21,12 @@ from compressor.checkpoint import (
     hub_model,
     module_skeleton,
     open_checkpoint,
-    output_folder,
     safetensors_size,
+    staged_file,
+    staged_folder,
     write_json,
 )
-from compressor.destination import staged_file, target_of
+from compressor.destination import target_of
 from compressor.documents import read_text
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, load_model
@@ -66,7 +68,7 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.model_card import CARD_FILE
 from compressor.results import BeforeAfter, Compression, FineTune, InspectedLayer
-from compressor.rewrite import PLAN_FILE, write_weights
+from compressor.rewrite import write_weights
 
 Kind = Literal["adapter", "pairs", "module"]
 
@@ -224,7 +226,7 @@ def _write(
     """Write what is stored; the version of PEFT that an adapter was tried with."""
     if stored.adapter is not None:
         return write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
-    with staged_file(target) as staged:
+    with staged_file(target, overwrite=overwrite) as staged:
         tensors = pair_file_tensors(adaptation, device, done)
         write_weights(staged, stored.infos, tensors, adaptation_metadata(adaptation), None)
     return None
@@ -244,7 +246,7 @@ def write_adapter(
         errors[name] = error
         done(name, error)
 
-    with output_folder(target, copy_from=None, overwrite=overwrite) as folder:
+    with staged_folder(target, overwrite=overwrite) as folder:
         tensors = adapter_tensors(adapter, device, noted)
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import (
+    PLAN_FILE,
     check_output,
     layer_name,
     parse_size,
     transformers_skeleton,
-    write_json,
+    write_config,
 )
 from compressor.destination import form_of, shard_limit, staged_output
 from compressor.errors import BadInput, QualityGateNotMet
@@ -57,16 +58,13 @@ from compressor.merging.parts import (
 from compressor.opened_model import Factory
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
-from compressor.rewrite import FORMAT_VERSION, MERGE_KEY, METADATA_KEY, PLAN_FILE, write_weights
+from compressor.rewrite import FORMAT_VERSION, MERGE_KEY, METADATA_KEY, write_weights
 from compressor.torch_state import neutral_torch_state
 
 Mode = Literal["sum", "concat"]
 
-# Files beside a model that tell how it alone was trained or compressed.
-_OF_ONE_PART = (
-    *("training_args.bin", "trainer_state.json", "args.yaml", "ds_config.json", "README.md"),
-    *("recipe.yaml", "recipe.json", PLAN_FILE),
-)
+# What goes along and tells how one model alone was trained or compressed.
+_OF_ONE_PART = ("README.md", PLAN_FILE)
 
 
 @dataclass(frozen=True)
@@ -480,7 +478,7 @@ def _describe_folder(folder: Path, first: Part, low_rank: Mapping[str, Mapping[s
             "pivoted": [modules[layer] for layer, entry in low_rank.items() if entry["form"] == "pivoted"],
         }
     if config:
-        write_json(folder / "config.json", config)
+        write_config(folder, config)
 
 
 class _Outputs(nn.Module):

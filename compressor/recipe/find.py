@@ -45,8 +45,6 @@ _BESIDE_THE_MODEL: tuple[tuple[str, Reader], ...] = (
     ("recipe.json", read_recipe_file),
 )
 
-TRAINING_FILES = tuple(name for name, _ in _BESIDE_THE_MODEL)
-
 
 def read_recipe(path: str | Path) -> TrainingRecipe:
     """The recipe in a file of any format that this package reads, told apart by what is in it.

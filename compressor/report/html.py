@@ -62,14 +62,14 @@ def write_report(compression: Compression, path: Path, *, overwrite: bool) -> No
 
     Raises `BadInput` as `check_report_path` does, and when the disk is full.
     """
-    from compressor.checkpoint.files import atomic_file
+    from compressor.checkpoint import staged_file
 
     source = Path(compression.source) if compression.model is None else None
     check_report_path(path, source=source, overwrite=overwrite)
     page = report_page(compression)
-    with atomic_file(path) as file:
+    with staged_file(path, overwrite=overwrite) as staged:
         # A name in a checkpoint may hold half a surrogate pair, which UTF-8 has no bytes for.
-        file.write(page.encode("utf-8", "backslashreplace"))
+        staged.write_bytes(page.encode("utf-8", "backslashreplace"))
 
 
 def report_page(compression: Compression) -> str:

@@ -36,7 +36,7 @@ def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> No
     check_output(path, source=source, form="file", overwrite=overwrite)
 
 
-def write_rank_figure(series: RankSeries, path: Path) -> None:
+def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> None:
     """Draw every layer's entropy rank and Frobenius rank over the steps, as shares of the full rank.
 
     The same series gives the same bytes. Raises `BadInput` when the file cannot be written.
@@ -44,7 +44,7 @@ def write_rank_figure(series: RankSeries, path: Path) -> None:
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
-    from compressor.checkpoint.files import atomic_file
+    from compressor.checkpoint import staged_file
 
     names = shortened_apart([one_line(layer.name) for layer in series.layers], 32)
     few = len(names) <= MOST_NAMED
@@ -69,5 +69,5 @@ def write_rank_figure(series: RankSeries, path: Path) -> None:
             figure.suptitle(f"{len(names)} layers, from the first (dark) to the last (light)", fontsize=9.0)
         drawn = "png" if path.suffix.lower() == ".png" else "svg"
         metadata = {"Software": None} if drawn == "png" else {"Date": None, "Creator": None}
-        with atomic_file(path) as file:
-            figure.savefig(file, format=drawn, metadata=metadata, dpi=150)
+        with staged_file(path, overwrite=overwrite) as staged:
+            figure.savefig(staged, format=drawn, metadata=metadata, dpi=150)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import (
+    PLAN_FILE,
     Checkpoint,
     Layer,
     SafetensorsWriter,
@@ -25,6 +26,7 @@ from compressor.checkpoint import (
     plan_shards,
     require_finite,
     safetensors_size,
+    write_config,
     write_json,
 )
 from compressor.planning import LayerPlan, Plan
@@ -32,9 +34,6 @@ from compressor.recipe import TrainingRecipe
 from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
 from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, join, pair_infos
-
-# What a compressed folder carries besides its weights: the plan and the recipe that made it.
-PLAN_FILE = "compression.json"
 
 # What a folder that brings the code of its low-rank layers along has: the code, and which layers these are.
 CODE_FILE = "modeling_lowrank.py"
@@ -256,7 +255,7 @@ def describe_folder(folder: Path, rewriting: Rewriting) -> None:
     """Tell transformers which layers are low-rank, and leave the plan and the recipe beside the weights."""
     config = rewriting.checkpoint.config
     if config is not None:
-        write_json(folder / "config.json", {**config, "quantization_config": _quantization(rewriting)})
+        write_config(folder, {**config, "quantization_config": _quantization(rewriting)})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})
 
 
@@ -264,6 +263,6 @@ def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `config.json` of the dense model: without what it says of low-rank layers, and of code that comes along."""
     dense = {key: value for key, value in config.items() if key not in ("quantization_config", CODE_CONFIG_KEY)}
     if CODE_CONFIG_KEY in config:
-        del dense["auto_map"]
+        dense.pop("auto_map", None)
         dense["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
     return dense

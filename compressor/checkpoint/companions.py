@@ -1,0 +1,263 @@
+"""What goes along with the weights of a model folder: what a model consists of, by name, and never code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from compressor.checkpoint.reader import WEIGHT_SUFFIXES
+from compressor.checkpoint.writer import write_json
+from compressor.documents import read_json, read_regular_file, reading
+from compressor.errors import BadInput
+
+_LOGGER = logging.getLogger(__name__)
+
+PLAN_FILE = "compression.json"
+"""What a compressed folder carries besides its weights: the plan, the recipe, and the names of its files."""
+
+_CONFIGURATIONS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "audio_tokenizer_config.json"),
+    *("*preprocessor_config.json", "*processor_config.json"),
+    *("config_sentence_transformers.json", "sentence_*_config.json"),
+)
+_SENTENCE_MODULES = "modules.json"
+_KINDS = (
+    *_CONFIGURATIONS,
+    *(_SENTENCE_MODULES, PLAN_FILE),
+    # tokenizers
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "normalizer.json"),
+    *("vocab*.json", "*_vocab.json", "vocab*.txt", "merges*.txt", "dict*.txt", "bpe.codes", "byte_maps.json"),
+    *("word_shape.json", "word_pronunciation.json", "emoji.json"),
+    *("*.model", "*.spm", "*.tiktoken", "*.jinja", "chat_template.json"),
+    # names of classes
+    *("id2label.json", "label2id.json", "labels.txt", "labels.json", "label_map*.json", "label_map*.txt"),
+    *("classes.txt", "class_names.txt"),
+    # texts for people
+    *(
+        name + ending
+        for name in ("README*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "CITATION*")
+        for ending in (".md", ".txt", ".cff", ".bib")
+    ),
+    *("README", "LICENSE", "LICENCE", "COPYING", "NOTICE"),
+)
+# Parts of sentence-transformers such as 1_Pooling, and what processors and tokenizers have apart.
+_SUBFOLDERS = re.compile(
+    r"\d+_\w+|additional_chat_templates|(\w+_)?tokenizer(_\w+)?|(pre|image_)?processor|feature_extractor", re.ASCII
+)
+
+# The same weights in the formats of other frameworks: dense, so stale beside compressed ones.
+_OTHER_WEIGHT_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
+_PICKLES = (".bin", ".pkl", ".pickle", ".joblib", ".dill", ".npy")
+_CODE = (".py", ".pyc", ".pyx", ".so", ".sh", ".dll", ".dylib", ".exe", ".js", ".ipynb")
+_RESULTS = ("metrics.json", "all_results.json", "*_results.json")
+_TRAINING = ("trainer_state.json", "args.yaml", "ds_config.json", "recipe.*", "training_args.json", "hparams.yaml")
+
+# By these keys a configuration names classes in Python files, of the folder or of any repository of the hub.
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+
+class LeftOut(NamedTuple):
+    """Something of a model folder that does not go along, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files beside the weights of a model folder that go along, relative to it, and what is left out."""
+
+    files: tuple[Path, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def companions(source: Path) -> Companions:
+    """What of a model folder goes along with new weights.
+
+    Weights and the state of optimizers are replaced, and neither goes along nor is called left out. A link to a file is
+    followed only inside the folder, or inside the Hugging Face cache that it is part of.
+
+    Raises:
+        BadInput: the folder or one of its files cannot be read.
+    """
+    inside = source.resolve()
+    # huggingface_hub keeps snapshots/REVISION/NAME as links to blobs/HASH of the same repository.
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+
+    def visit(folder: Path) -> None:
+        for entry in _entries(folder):
+            name = str(entry.relative_to(source))
+            if entry.is_dir():
+                reason = _why_no_subfolder(entry, nested=folder != source)
+                if reason is None:
+                    visit(entry)
+            elif _holds_weights(entry):
+                continue
+            else:
+                reason = _why_no_companion(entry, inside)
+                if reason is None:
+                    files.append(entry.relative_to(source))
+                    left_out.extend(LeftOut(f"{key} in {name}", "names code") for key in _code_keys_of(entry))
+            if reason is not None:
+                left_out.append(LeftOut(name, reason))
+
+    with reading(source):
+        visit(source)
+    return Companions(tuple(files), tuple(left_out))
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what goes along from a model folder into another, and log what is left out.
+
+    Raises:
+        BadInput: a file of the source cannot be read.
+    """
+    found = companions(source)
+    if found.left_out:
+        _LOGGER.warning("not copied from %s: %s", source, left_out_words(found.left_out))
+    for file in found.files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        if _code_keys_of(source / file):
+            write_json(target / file, without_code(_configuration(source / file) or {}))
+            continue
+        # The contents alone: the new file gets the permissions that the umask asks for.
+        with reading(source / file):
+            contents = (source / file).open("rb")
+        with contents, (target / file).open("wb") as copy:
+            # Only a failure to read is the input's fault.
+            while chunk := _read_chunk(contents, source / file):
+                copy.write(chunk)
+
+
+def left_out_words(left_out: Iterable[LeftOut]) -> str:
+    """What was left out, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out:
+        reasons.setdefault(reason, []).append(name)
+    words = []
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        words.append(f"{', '.join(names[:12])}{more} ({reason})")
+    return "; ".join(words)
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the keys by which it names Python code to be run."""
+    cleaned: dict[str, Any] = _cleaned(config)
+    return cleaned
+
+
+def write_config(folder: Path, config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
+    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`."""
+    own = {} if code is None else {"auto_map": dict(code)}
+    write_json(folder / "config.json", without_code(config) | own)
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cleaned(each) for key, each in value.items() if key not in _CODE_KEYS}
+    return [_cleaned(each) for each in value] if isinstance(value, list) else value
+
+
+def _code_keys_of(file: Path) -> list[str]:
+    """The keys of a configuration file that name code, at any depth."""
+    found: list[str] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Mapping):
+            found.extend(key for key in value if key in _CODE_KEYS and key not in found)
+        for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            visit(each)
+
+    if _is_any_of(file.name, _CONFIGURATIONS):
+        visit(_configuration(file))
+    return found
+
+
+def _configuration(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file holds none that can be read."""
+    try:
+        return read_json(file)
+    except BadInput:
+        return None
+
+
+def _read_chunk(contents: BinaryIO, path: Path) -> bytes:
+    with reading(path):
+        return contents.read(2**20)
+
+
+def _entries(folder: Path) -> list[Path]:
+    with reading(folder):
+        return sorted(folder.iterdir())
+
+
+def _is_any_of(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _holds_weights(file: Path) -> bool:
+    if file.name == "training_args.bin" or file.name.startswith("."):
+        return False
+    indices = tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES)
+    return file.name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHT_SUFFIXES, *indices))
+
+
+def _why_no_companion(file: Path, inside: Path) -> str | None:
+    if file.name.startswith("."):
+        return "hidden"
+    if not file.is_file():
+        return "a broken link or no regular file"
+    if not file.resolve().is_relative_to(inside):
+        return "a link out of the model folder"
+    if _is_any_of(file.name, _KINDS):
+        return _why_no_configuration(file)
+    if file.name.endswith(_CODE):
+        return "code; copy it yourself if you trust it"
+    if file.name.endswith(_PICKLES):
+        return "pickles, which run code when they are loaded"
+    if _is_any_of(file.name, _RESULTS):
+        return "measured on the dense weights"
+    if _is_any_of(file.name, _TRAINING):
+        return "of the training; what it says is in the card"
+    return "not known as part of a model"
+
+
+def _why_no_configuration(file: Path) -> str | None:
+    if _is_any_of(file.name, _CONFIGURATIONS) and _configuration(file) is None:
+        return "not to be read as JSON"
+    if file.name == _SENTENCE_MODULES and not _is_list_of_known_modules(file):
+        return "names code"
+    return None
+
+
+def _is_list_of_known_modules(file: Path) -> bool:
+    """Whether a list of the modules of sentence-transformers has only those that this library has."""
+    try:
+        modules = json.loads(read_regular_file(file, 2**20))
+        return all(each["type"].startswith("sentence_transformers.") for each in modules)
+    except (BadInput, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _why_no_subfolder(folder: Path, *, nested: bool) -> str | None:
+    if folder.is_symlink():
+        return "a link to a folder"
+    if folder.name.startswith("."):
+        return "hidden"
+    if folder.name.startswith("checkpoint-"):
+        return "checkpoints of the training"
+    if any(_holds_weights(entry) for entry in _entries(folder) if not entry.is_dir()):
+        return "with weights of its own"
+    if not nested and _SUBFOLDERS.fullmatch(folder.name) is None:
+        return "not known as part of a model"
+    return None
