@@ -103,7 +103,13 @@ Calibration = Annotated[
     ),
 ]
 CalibrationSamples = Annotated[
-    int, typer.Option(min=2, help="Examples, or windows of text, to use of it.", rich_help_panel=CALIBRATION)
+    int | None,
+    typer.Option(
+        min=2,
+        help="Examples, or windows of text, to use of it.",
+        rich_help_panel=CALIBRATION,
+        show_default="128",
+    ),
 ]
 Refine = Annotated[
     bool,

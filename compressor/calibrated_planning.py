@@ -54,6 +54,9 @@ WINDOW_CAPS = True
 # Of both losses, predicted and measured: nearer than this factor the second-order estimate is trusted.
 TRUSTED = 1.5
 
+# Examples of data that are named.
+DEFAULT_SAMPLES = 128
+
 logger = logging.getLogger(__name__)
 
 
@@ -75,9 +78,13 @@ class PlannedModel:
 
 
 def open_calibration_data(
-    calibration: str | Path | Iterable[Any] | None, subject: OpenedModel, samples: int, sequence_length: int | None
+    calibration: str | Path | Iterable[Any] | None,
+    subject: OpenedModel,
+    samples: int | None,
+    sequence_length: int | None,
 ) -> EvaluationData | Iterable[Any] | None:
-    """At most `samples` examples of the training split where calibration names data; what was given otherwise.
+    """At most `samples` examples of the training split, 128 by default, where calibration names data; else what was
+    given.
 
     Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
     """
@@ -90,7 +97,12 @@ def open_calibration_data(
         return calibration
     # One window for the moments and one to hold back.
     return open_data_for(
-        calibration, subject.checkpoint, "train", samples, sequence_length=sequence_length, least_windows=2
+        calibration,
+        subject.checkpoint,
+        "train",
+        samples or DEFAULT_SAMPLES,
+        sequence_length=sequence_length,
+        least_windows=2,
     )
 
 
@@ -167,6 +179,8 @@ def plan_ranks(
         held_back_loss=best.loss,
         capped=best.capped,
         refined=best.refined,
+        unit=calibrated.unit,
+        unused=calibrated.data.unused,
     )
     plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
     return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics), weighted)

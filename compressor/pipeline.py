@@ -51,6 +51,7 @@ from compressor.opened_model import (
 from compressor.planning import (
     Budget,
     FormRequest,
+    LossUnit,
     MeasuredLayer,
     Plan,
     SizeCurve,
@@ -62,7 +63,6 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
 from compressor.report.wording import command_words, warning_words
 from compressor.requests import (
-    CALIBRATION_SAMPLES,
     SHARD_SIZE,
     data_to_measure_on,
     in_bytes,
@@ -150,7 +150,7 @@ def plan(
     data: str | Path | None = None,
     data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int = CALIBRATION_SAMPLES,
+    calibration_samples: int | None = None,
     calibration_sequence_length: int | None = None,
     refine: bool = True,
     seed: int = 0,
@@ -213,7 +213,7 @@ def compress(
     data: str | Path | None = None,
     data_samples: int | None = None,
     calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int = CALIBRATION_SAMPLES,
+    calibration_samples: int | None = None,
     calibration_sequence_length: int | None = None,
     refine: bool = True,
     seed: int = 0,
@@ -247,10 +247,11 @@ def compress(
     has already are replaced only with `overwrite`, and those that are compressed never.
 
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
-    least: at most `calibration_samples` of its examples, texts in windows of `calibration_sequence_length` tokens (the
-    model's own by default), a quarter of them held back to choose what loses least; `seed` draws the targets.
-    With `refine` the factors are at last fitted, a block at a time, to what the dense model makes of these examples,
-    and kept so only where the examples held back agree; without is faster.
+    least: at most `calibration_samples` of its examples, by default all of an iterable and 128 of other data; texts in
+    windows of `calibration_sequence_length` tokens (the model's own by default). A quarter of them are held back to
+    choose what loses least; `seed` draws the targets. With `refine` the factors are at last fitted, a block at a time,
+    to what the dense model makes of these examples, and kept so only where the examples held back agree; without is
+    faster.
 
     With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
     weights: a folder gives a LoRA adapter folder, for PEFT, or factor pairs where `output` is named .safetensors; a
@@ -345,9 +346,7 @@ def compress(
         "data": named_data(data),
         "data-samples": data_samples,
         "calibration": named_data(calibration),
-        "calibration-samples": None
-        if calibration is None or calibration_samples == CALIBRATION_SAMPLES
-        else calibration_samples,
+        "calibration-samples": None if calibration is None else calibration_samples,
         "sequence-length": calibration_sequence_length,
         "no-refine": not refine,
         "seed": seed or None,
@@ -388,7 +387,8 @@ def compress(
 def _curve(planned: PlannedModel, measured: Sequence[MeasuredLayer], form: FormRequest) -> SizeCurve:
     calibration = planned.plan.calibration
     power = None if calibration is None else calibration.power
-    return size_curve(planned.weighted or measured, form, 1.0 if power is None else power)
+    unit: LossUnit = "nats per prediction" if calibration is None else calibration.unit
+    return size_curve(planned.weighted or measured, form, 1.0 if power is None else power, unit)
 
 
 def _carried_out(
@@ -542,7 +542,7 @@ def _calibrated(
     measured: Sequence[MeasuredLayer],
     samples: EvaluationData | Iterable[Any],
     device: torch.device,
-    limit: int,
+    limit: int | None,
     seed: int,
     progress: Progress | None,
 ) -> Calibration:

@@ -15,7 +15,7 @@ from compressor.planning import Budget, FormRequest, Plan, requested_budget
 from compressor.recipe import TrainingRecipe
 
 # What applies where nothing else is asked.
-CALIBRATION_SAMPLES, SHARD_SIZE = 128, "5GB"
+SHARD_SIZE = "5GB"
 
 
 def requested(
@@ -81,7 +81,7 @@ def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run:
 def require_fine_tune(
     budget: Budget | None,
     calibration: str | Path | Iterable[Any] | None,
-    calibration_samples: int,
+    calibration_samples: int | None,
     calibration_sequence_length: int | None,
     form: FormRequest,
     push_to: str | None,
@@ -96,7 +96,7 @@ def require_fine_tune(
         (budget is not None and budget.kind == "max-drop", "`max_drop`"),
         (not refine, "`refine=False`"),
         (calibration is not None, "`calibration`"),
-        (calibration_samples != CALIBRATION_SAMPLES, "`calibration_samples`"),
+        (calibration_samples is not None, "`calibration_samples`"),
         (calibration_sequence_length is not None, "the length of calibration's windows"),
         (seed != 0, "`seed`"),
         (form == "pivoted", "`form='pivoted'`"),

@@ -147,8 +147,9 @@ class Compression:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.
 
         `parameters`, `eligible_parameters` and `bytes` with `_before` and `_after`; `kept`, the share of the eligible
-        parameters; `predicted_loss` and `held_back_loss` of a calibration (nats per prediction); `seconds` of the work;
-        and those of `Evaluation.metrics`.
+        parameters; of a calibration `predicted_loss` and `held_back_loss`, in nats per prediction, or for a model
+        without logits `predicted_output_change` and `held_back_output_change`, half the squared change of the outputs;
+        `seconds` of the work; and those of `Evaluation.metrics`.
         """
         before, after = self.plan.eligible_before, self.plan.eligible_after
         found = {
@@ -161,9 +162,10 @@ class Compression:
             "bytes_after": self.bytes.after,
             "seconds": self.seconds,
         }
-        if self.plan.calibration is not None:
-            found["predicted_loss"] = self.plan.calibration.predicted_loss
-            found["held_back_loss"] = self.plan.calibration.held_back_loss
+        if (calibration := self.plan.calibration) is not None:
+            what = "loss" if calibration.unit == "nats per prediction" else "output_change"
+            found[f"predicted_{what}"] = calibration.predicted_loss
+            found[f"held_back_{what}"] = calibration.held_back_loss
         measured = {} if self.evaluation is None else self.evaluation.metrics()
         return {name: float(value) for name, value in found.items()} | measured
 

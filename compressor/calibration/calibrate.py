@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.criterion import (
+    UNITS,
     Criterion,
     criterion_of,
     divergence,
@@ -38,6 +39,7 @@ from compressor.inspection import Progress
 from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, shrunk
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
+from compressor.planning import LossUnit
 from compressor.rewrite import put_layer
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,11 @@ class Calibration:
     spool: Spool = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> LossUnit:
+        """What losses are in."""
+        return UNITS[self.criterion]
 
 
 def calibrate(
@@ -160,8 +167,9 @@ def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
 def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
     """Mean cost per prediction, on the examples held back, of having `modules` in their places in the dense model.
 
-    In nats the Kullback-Leibler divergence from the dense model: the increase in loss on targets drawn from it, which
-    is what the second-order estimate predicts. Infinite if it is not finite.
+    For a likelihood the Kullback-Leibler divergence from the dense model in nats: the increase in loss on targets drawn
+    from it, which is what the second-order estimate predicts; else half the squared change of the outputs. Infinite if
+    it is not finite.
     """
     total, count = 0.0, 0
     segments, last = calibration.segments, calibration.segments.count - 1

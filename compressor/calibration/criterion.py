@@ -22,9 +22,16 @@ from torch import Tensor, nn
 from compressor.errors import BadInput
 from compressor.evaluation.inference import forward_call
 from compressor.measure.moments import kept_rows
+from compressor.planning import LossUnit
 from compressor.torch_state import scratch_buffers
 
 Criterion = Literal["likelihood", "outputs"]
+
+# What the cost is in.
+UNITS: Mapping[Criterion, LossUnit] = {
+    "likelihood": "nats per prediction",
+    "outputs": "half the squared change of the outputs",
+}
 
 # Predictions of which float64 copies are held at a time: a large vocabulary makes them large.
 ROWS_AT_ONCE = 256

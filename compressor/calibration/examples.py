@@ -5,7 +5,8 @@ Three examples of four give the moments; the fourth is held back, so that what i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -22,14 +23,23 @@ HELD_BACK = 4  # every fourth example
 # Tokens of which the activations are in memory at a time: a long window makes a batch of few.
 TOKENS_AT_ONCE = 8192
 
+# Examples that are read of an iterable that has no length, and may never end, before a limit is asked for.
+MOST_WITHOUT_LENGTH = 4096
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches for the moments and batches held back; `labelled` says whether examples come with classes to predict."""
+    """Batches for the moments and batches held back; `labelled` says whether examples come with classes to predict.
+
+    `unused` says what was given and not taken, empty if all was.
+    """
 
     fitted: tuple[Batch, ...]
     held_back: tuple[Batch, ...]
     labelled: bool
+    unused: str = ""
 
     @property
     def examples(self) -> int:
@@ -61,33 +71,70 @@ def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationD
 def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = None) -> CalibrationData:
     """Every fourth example, or batch of an iterable, is held back.
 
-    Of an iterable no more batches are taken than it takes for `samples` examples; by default all.
-
-    `data` is what `open_data` gives, or any iterable of batches: a tensor, a mapping of a model's inputs, or a pair of
-    inputs and labels, as a `DataLoader` gives them. Raises `BadInput` for data that yields less than two examples or
-    batches, or something that no model takes.
+    An iterable is used whole, or up to `samples` examples. `data` is what `open_data` gives, or any iterable of
+    batches: a tensor, a mapping of a model's inputs, or a pair of inputs and labels, as a `DataLoader` gives them.
+    Raises `BadInput` for data that yields less than two examples or batches, or something that no model takes, and for
+    an iterable that has no length and does not end.
     """
-    if isinstance(data, EvaluationData):
-        if data.count < 2:
-            raise BadInput("calibration needs two examples at least", where=data.name, remedy="give more data")
-        every = min(HELD_BACK, data.count)
-        held = list(range(every - 1, data.count, every))
-        rest = [position for position in range(data.count) if position not in set(held)]
-        return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), labelled=True)
+    split = _split_data(data) if isinstance(data, EvaluationData) else _split_iterable(data, samples)
+    used = f"{split.examples:,} examples to fit and {split.held_back_examples:,} to choose by"
+    logger.info("calibration uses %s; not used: %s", used, split.unused or "nothing")
+    return split
+
+
+def _split_data(data: EvaluationData) -> CalibrationData:
+    if data.count < 2:
+        raise BadInput("calibration needs two examples at least", where=data.name, remedy="give more data")
+    every = min(HELD_BACK, data.count)
+    held = list(range(every - 1, data.count, every))
+    rest = [position for position in range(data.count) if position not in set(held)]
+    unused = f"{data.left_out:,} of {data.count + data.left_out:,} examples" if data.left_out else ""
+    return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), True, unused)
+
+
+def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData:
     batches: list[Batch] = []
+    taken, unused = 0, ""
+    # One batch alone would leave nothing to choose by.
+    most = None if samples is None else samples - max(1, samples // HELD_BACK)
     with caller_defaults():
         for each in data:
-            batches.append(_as_batch(each))
-            if samples is not None and len(batches) > 1 and sum(batch.examples for batch in batches) >= samples:
+            if samples is not None and taken >= samples:
+                unused = _what_follows(data, len(batches))
                 break
+            if samples is None and _length(data) is None and taken >= MOST_WITHOUT_LENGTH:
+                raise BadInput(
+                    f"the calibration data have no length, and go on after {taken:,} examples",
+                    remedy="say how many to use with calibration_samples",
+                )
+            batch = _as_batch(each)
+            room = batch.examples if samples is None or most is None else min(most, samples - taken)
+            batches.append(batch[:room] if room < batch.examples else batch)
+            taken += batches[-1].examples
+            if room < batch.examples:
+                unused = "a part of a batch"
     if len(batches) < 2:
         raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
     every = min(HELD_BACK, len(batches))
     return CalibrationData(
         tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
         tuple(batches[every - 1 :: every]),
-        labelled=all(batch.labels.numel() > 0 for batch in batches),
+        all(batch.labels.numel() > 0 for batch in batches),
+        unused,
     )
+
+
+def _what_follows(data: Iterable[Any], used: int) -> str:
+    length = _length(data)
+    return f"what follows {used:,} batches" if length is None else f"{length - used:,} of {length:,} batches"
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    """The number of batches; None where it is not known, as of a `DataLoader` of a data set without a length."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
 
 
 def _in_batches(data: EvaluationData, positions: list[int]) -> Iterator[Batch]:

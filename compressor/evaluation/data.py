@@ -72,7 +72,7 @@ class EvaluationData:
     """Examples in a fixed order, to be iterated over any number of times, in batches of `batch_size`.
 
     `count` is the number of examples: images, rows, texts, or windows of text. `read` gives the batch of the
-    examples at some positions, such as `range(32)`.
+    examples at some positions, such as `range(32)`. `left_out` is the number of examples beyond a limit.
     """
 
     name: str
@@ -80,6 +80,7 @@ class EvaluationData:
     count: int
     batch_size: int
     read: Callable[[Sequence[int]], Batch]
+    left_out: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.count, self.batch_size):
@@ -212,7 +213,14 @@ def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> Eval
         # Spread over all, because the first ones are often all of one class.
         return examples.read([position * examples.count // count for position in positions])
 
-    return EvaluationData(examples.name, examples.task, count, batch_size if examples.stacks else 1, read=read)
+    return EvaluationData(
+        examples.name,
+        examples.task,
+        count,
+        batch_size if examples.stacks else 1,
+        read=read,
+        left_out=examples.count - count,
+    )
 
 
 def _require_at_least(least: int, **values: int | None) -> None:

@@ -51,16 +51,21 @@ class LayerPlan:
         return asdict(self) | {"shape": list(self.shape)}
 
 
+# What a calibrated loss is in: of models that predict classes or tokens, and of all others.
+LossUnit = Literal["nats per prediction", "half the squared change of the outputs"]
+
+
 @dataclass(frozen=True)
 class CalibrationResult:
     """How a calibrated plan was chosen, and what it is expected to cost.
 
     `predicted_loss` is the increase of loss per prediction to second order, and `held_back_loss` the increase measured
-    on the examples held back, against the dense model's own predictions; both in nats. Where they differ much the
+    on the examples held back, against the dense model's own predictions; both in `unit`. Where they differ much the
     second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
     loss held back is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
     caps on the ranks lost less there, before compensation, than the allocation without them, and `refined` whether the
-    factors are those fitted to the dense blocks, because they lose less there.
+    factors are those fitted to the dense blocks, because they lose less there. `unused` says what part of the data
+    given was not used, empty if all was.
     """
 
     examples: int
@@ -70,6 +75,8 @@ class CalibrationResult:
     held_back_loss: float
     capped: bool = False
     refined: bool = False
+    unit: LossUnit = "nats per prediction"
+    unused: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ def dense_plan(layer: Layer, reason: str) -> LayerPlan:
 
 
 def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:
-    """Loss per prediction that the ranks of calibrated layers cost to second order, in nats."""
+    """Loss per prediction that the ranks of calibrated layers cost to second order, in the unit of the calibration."""
     pairs = zip(measured, layers, strict=True)
     return sum(m.total * layer.error**2 for m, layer in pairs if m.weighted_values is not None)
 

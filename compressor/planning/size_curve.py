@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from compressor.planning.allocation import cheapest
-from compressor.planning.plan import FormRequest, LayerPlan, MeasuredLayer, layer_choices
+from compressor.planning.plan import FormRequest, LayerPlan, LossUnit, MeasuredLayer, layer_choices
 
 # So many prices per number are tried, and no more points are kept than a figure can show.
 _PRICES, _POINTS = 400, 120
@@ -19,20 +19,27 @@ _PRICES, _POINTS = 400, 120
 class SizeCurve:
     """Loss over size, by the measured spectra alone: `losses[i]` at `parameters[i]` stored of the eligible layers.
 
-    Sizes rise, and at the last nothing is lost. `unit` says what the losses are: `nats` per prediction to
-    second order, with calibration; else `relative error`, the root mean square of the layers' relative errors.
+    Sizes rise, and at the last nothing is lost. `unit` says what the losses are: with calibration that of the
+    calibration, to second order; else `relative error`, the root mean square of the layers' relative errors.
     """
 
     parameters: tuple[int, ...]
     losses: tuple[float, ...]
-    unit: Literal["nats", "relative error"]
+    unit: LossUnit | Literal["relative error"]
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-def size_curve(measured: Sequence[MeasuredLayer], request: FormRequest, power: float = 1.0) -> SizeCurve:
+def size_curve(
+    measured: Sequence[MeasuredLayer],
+    request: FormRequest,
+    power: float = 1.0,
+    unit: LossUnit = "nats per prediction",
+) -> SizeCurve:
     """The curve on which `plan_by_size` with the same `power` allocates, from its smallest size to one without loss.
+
+    `unit` is that of the calibration, where there was one.
 
     Every price of a stored number gives one point: each layer takes the choice that is cheapest at it.
     """
@@ -52,12 +59,12 @@ def size_curve(measured: Sequence[MeasuredLayer], request: FormRequest, power: f
     sizes = sorted(points)
     shown = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), _POINTS)).round().astype(int))
     kept = tuple(sizes[i] for i in shown)
-    return SizeCurve(kept, tuple(points[size] for size in kept), "nats" if weighted else "relative error")
+    return SizeCurve(kept, tuple(points[size] for size in kept), unit if weighted else "relative error")
 
 
 def spent(curve: SizeCurve, layers: Sequence[LayerPlan], predicted: float | None) -> float:
     """What a plan loses in the unit of the curve; `predicted` is that of a plan made with calibration."""
-    if curve.unit == "nats" and predicted is not None:
+    if curve.unit != "relative error" and predicted is not None:
         return predicted
     return float(np.sqrt(np.mean([layer.error**2 for layer in layers])))
 

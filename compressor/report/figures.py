@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.report.wording import compact, one_line, shortened_apart
+from compressor.report.wording import compact, loss_axis, one_line, shortened_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,7 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.minorticks_off()
         axes.set_xlabel("eligible parameters kept")
-        axes.set_ylabel("loss increase, nats" if curve.unit == "nats" else "relative error")
+        axes.set_ylabel(loss_axis(curve.unit))
         return _svg(figure, "curve", "Loss against size")
 
 

@@ -39,12 +39,12 @@ def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
         return ()
     size, calibration = plan.eligible_after, plan.calibration
     predicted = None if calibration is None else calibration.predicted_loss
-    said = "predicted for the ranks chosen" if curve.unit == "nats" else "of the ranks chosen"
+    said = "of the ranks chosen" if curve.unit == "relative error" else "predicted for the ranks chosen"
     points = [CurvePoint(said, size, spent(curve, plan.layers, predicted), "o", "●")]
     if calibration is not None:
         label = f"measured on the {calibration.held_back} examples held back"
         points.append(CurvePoint(label, size, calibration.held_back_loss, "^", "▲"))
-    if curve.unit == "nats" and evaluation is not None and evaluation.baseline_loss is not None:
+    if curve.unit == "nats per prediction" and evaluation is not None and evaluation.baseline_loss is not None:
         change = evaluation.compressed_loss - evaluation.baseline_loss
         if math.isfinite(change):
             points.append(CurvePoint(f"measured on {evaluation.data}", size, change, "s", "■"))

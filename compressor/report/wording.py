@@ -222,10 +222,21 @@ def calibration_words(result: CalibrationResult) -> str:
     """How many examples chose the ranks, and what the loss is expected to rise by."""
     caps = "; ranks capped by the window rule" if result.capped else ""
     fitted = "; factors fitted to the dense blocks" if result.refined else ""
+    unused = f"; not used: {result.unused}" if result.unused else ""
+    loss = f"{result.held_back_loss:.2g}"
+    lost = f"loss increase {loss} {result.unit}" if result.unit == "nats per prediction" else f"{result.unit} {loss}"
     return (
-        f"{result.examples} examples; loss increase {result.held_back_loss:.2g} nats per prediction on"
-        f" {result.held_back} held back, {result.predicted_loss:.2g} predicted to second order{caps}{fitted}"
+        f"{result.examples} examples; {lost} on {result.held_back} held back,"
+        f" {result.predicted_loss:.2g} predicted to second order{caps}{fitted}{unused}"
     )
+
+
+def loss_axis(unit: str) -> str:
+    """What the axis of losses is called."""
+    return {
+        "nats per prediction": "loss increase, nats",
+        "half the squared change of the outputs": "half the squared change of outputs",
+    }.get(unit, unit)
 
 
 def drop_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:

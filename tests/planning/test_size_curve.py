@@ -37,7 +37,7 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
     assert curve.parameters[-1] == sum(m.layer.parameters for m in layers)
     assert list(curve.parameters) == sorted(set(curve.parameters))
     assert curve.parameters[0] == smallest_size(layers, form, "parameters")
-    assert curve.unit == ("nats" if calibrated else "relative error")
+    assert curve.unit == ("nats per prediction" if calibrated else "relative error")
     for size, loss in zip(curve.parameters, curve.losses, strict=True):
         plans = plan_by_size(layers, size, form, unit="parameters", power=power)
         assert plans is not None

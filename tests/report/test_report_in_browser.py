@@ -72,7 +72,7 @@ def calibrated(compression: Compression) -> Compression:
             calibration=CalibrationResult(96, 32, 1.0, predicted_loss=0.02, held_back_loss=0.05),
             search=DropSearch("accuracy", "builtin:digits, validation split", 360, 0.01, trials),
         ),
-        curve=replace(compression.curve, unit="nats"),
+        curve=replace(compression.curve, unit="nats per prediction"),
     )
 
 
@@ -108,7 +108,7 @@ def test_the_losses_predicted_and_measured_are_told_and_one_that_has_no_logarith
 
 
 def test_a_curve_without_loss_has_a_figure() -> None:
-    assert curve_figure(SizeCurve((64,), (0.0,), "nats"), (), 64).startswith("<svg")
+    assert curve_figure(SizeCurve((64,), (0.0,), "nats per prediction"), (), 64).startswith("<svg")
 
 
 def test_bars_of_ranks_are_in_proportion_to_the_ranks(compression: Compression) -> None:

@@ -1,0 +1,119 @@
+"""Which of the examples given for calibration are used, and what their loss is called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import compressor
+from compressor.calibration import split_examples
+from compressor.calibration.examples import MOST_WITHOUT_LENGTH, CalibrationData
+from compressor.planning import CalibrationResult
+from compressor.report.wording import calibration_words, loss_axis
+
+torch.set_num_threads(1)
+
+
+def images(sizes: Iterable[int]) -> list[Tensor]:
+    numbers = count()
+    return [torch.tensor([[float(next(numbers))] for _ in range(size)]) for size in sizes]
+
+
+def used(data: CalibrationData) -> list[float]:
+    return sorted(x for batch in (*data.fitted, *data.held_back) for x in batch.inputs["inputs"].flatten().tolist())
+
+
+@given(st.lists(st.integers(1, 90), min_size=2, max_size=9))
+def test_batches_that_were_made_by_the_user_are_used_whole(sizes: list[int]) -> None:
+    for data in (images(sizes), iter(images(sizes))):
+        found = split_examples(data)
+        assert used(found) == list(range(sum(sizes)))
+        assert found.unused == ""
+
+
+@given(st.lists(st.integers(1, 90), min_size=2, max_size=9), st.integers(2, 300))
+def test_as_many_examples_are_used_as_were_asked_for(sizes: list[int], samples: int) -> None:
+    found = split_examples(images(sizes), samples)
+    taken = used(found)
+    assert len(taken) <= samples
+    assert len(taken) == samples or len(found.fitted) + len(found.held_back) == len(sizes)
+    assert bool(found.unused) == (len(taken) < sum(sizes))
+
+
+def endless(size: int = 64) -> Iterator[Tensor]:
+    for _ in count():
+        yield torch.zeros(size, 1)
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.zeros(1) for _ in count())
+
+
+@pytest.mark.parametrize("data", [endless(), DataLoader(Stream(), batch_size=64)])
+def test_what_may_never_end_is_refused_until_a_limit_is_given(data: Iterable[Any]) -> None:
+    with pytest.raises(compressor.BadInput, match=r"no length.*calibration_samples"):
+        split_examples(data)
+    assert len(used(split_examples(data, 100))) == 100
+
+
+def test_an_iterator_that_ends_is_used_whole() -> None:
+    assert len(used(split_examples(islice(endless(), MOST_WITHOUT_LENGTH // 64)))) == MOST_WITHOUT_LENGTH
+
+
+def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    loader = DataLoader(TensorDataset(torch.randn(500, 8), torch.randint(0, 5, (500,))), batch_size=64)
+    with caplog.at_level(logging.INFO, "compressor.calibration.examples"):
+        whole = compressor.plan(model, keep=0.5, calibration=loader, refine=False).calibration
+        part = compressor.plan(model, keep=0.5, calibration=loader, calibration_samples=128, refine=False).calibration
+    assert whole is not None
+    assert part is not None
+    assert (whole.examples + whole.held_back, whole.unused) == (500, "")
+    assert (part.examples, part.held_back, part.unused) == (64, 64, "6 of 8 batches")
+    assert "not used: 6 of 8 batches" in calibration_words(part)
+    assert [record.message.rpartition("; ")[2] for record in caplog.records] == [
+        "not used: nothing",
+        "not used: 6 of 8 batches",
+    ]
+
+
+def test_of_named_data_128_examples_are_used_and_the_rest_is_said() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    found = compressor.plan(model, keep=0.5, calibration="builtin:digits", refine=False).calibration
+    assert found is not None
+    assert (found.examples + found.held_back, found.unused) == (128, "950 of 1,078 examples")
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labelled: bool) -> None:
+    """A model with labels predicts; without any it is not known to, and its outputs are what changes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    inputs, labels = torch.randn(6, 8, 8), torch.randint(0, 5, (6, 8))
+    batches = list(zip(inputs, labels, strict=True)) if labelled else list(inputs)
+    found = compressor.compress(model, keep=0.5, calibration=batches, refine=False)
+    calibration = found.plan.calibration
+    assert calibration is not None
+    assert found.curve is not None
+    unit = "nats per prediction" if labelled else "half the squared change of the outputs"
+    assert calibration.unit == found.curve.unit == found.to_dict()["calibration"]["unit"] == unit
+    assert unit in calibration_words(calibration)
+    assert ("nats" in calibration_words(calibration)) == labelled
+    assert ("nats" in loss_axis(found.curve.unit)) == labelled
+    named = {"predicted_loss", "held_back_loss"} if labelled else {"predicted_output_change", "held_back_output_change"}
+    assert {name for name in found.metrics() if name.startswith(("predicted", "held_back"))} == named
+
+
+def test_what_was_not_used_is_said_only_where_something_was_not() -> None:
+    assert "not used" not in calibration_words(CalibrationResult(96, 32, 1.0, 0.01, 0.02))
