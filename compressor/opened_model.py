@@ -86,7 +86,7 @@ def open_model(
             where=checkpoint.source,
             remedy="compress the original, and quantize the result",
         )
-    if stored_pairs(checkpoint, skeleton):
+    if stored_pairs(checkpoint):
         raise BadInput(
             "is compressed already",
             where=checkpoint.source,

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.checkpoint import PLAN_FILE, check_output, open_checkpoint, write_config, write_state_dict_file
+from compressor.checkpoint import (
+    PLAN_FILE,
+    Checkpoint,
+    TensorInfo,
+    check_output,
+    open_checkpoint,
+    skeleton_mismatch,
+    write_config,
+    write_state_dict_file,
+)
 from compressor.destination import form_of, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
@@ -20,6 +29,7 @@ from compressor.requests import in_bytes
 from compressor.results import BeforeAfter, Restoration
 from compressor.rewrite import (
     METADATA_KEY,
+    dense_aliases,
     dense_config,
     dense_infos,
     dense_tensors,
@@ -43,9 +53,9 @@ def restore(
     """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
 
     A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
-    .pth, .bin, .th, .ckpt). `factory` builds the dense architecture, for a file that does not say what its layers are,
-    such as the state dict of a module that was compressed in memory. Raises `BadInput` when the model is not a
-    compressed one, or the output cannot be written.
+    .pth, .bin, .th, .ckpt). The file says itself how each layer is laid out; with a `factory` of the dense architecture
+    the weights are checked to fit it before anything is written. Raises `BadInput` when the model is not a compressed
+    one, does not fit, or the output cannot be written.
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
@@ -55,18 +65,19 @@ def restore(
             where=checkpoint.source,
             remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
         )
-    skeleton = skeleton_of(checkpoint, factory)
-    pairs = stored_pairs(checkpoint, skeleton)
+    pairs = stored_pairs(checkpoint)
     if not pairs:
         raise BadInput(
             "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
         )
     target = target_of(checkpoint, output, suffix="-restored", torch_files=True)
     planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    if factory is not None:
+        _require_fit(checkpoint, planned, factory)
     recorded = text_mapping(file_record(checkpoint).get("aliases"))
     aliases = {
         alias: name
-        for alias, name in (dict(checkpoint.aliases) | recorded).items()
+        for alias, name in (dense_aliases(checkpoint, pairs) | recorded).items()
         if name in planned and alias not in planned
     }
     infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
@@ -109,3 +120,15 @@ def restore(
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
         seconds=time.monotonic() - started,
     )
+
+
+def _require_fit(checkpoint: Checkpoint, planned: dict[str, TensorInfo], factory: Factory) -> None:
+    """Raise `BadInput` where the dense tensors are not those of the model that the user's code builds."""
+    skeleton = skeleton_of(checkpoint, factory)
+    mismatch = None if skeleton is None else skeleton_mismatch(replace(checkpoint, tensors=planned), skeleton)
+    if mismatch is not None:
+        raise BadInput(
+            f"the model that `factory` builds does not fit: {mismatch}",
+            where=checkpoint.source,
+            remedy="use the function that builds the model that was compressed",
+        )

@@ -22,7 +22,7 @@ from compressor.calibration.calibrate import Calibration, frozen, made_by
 from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
-from compressor.checkpoint import Layer, module_skeleton, open_checkpoint
+from compressor.checkpoint import Layer, open_checkpoint
 from compressor.evaluation import prepared
 from compressor.inspection import Progress
 from compressor.rewrite import Factors, as_matrix, dense_weight, join, relative_error, stored_pairs
@@ -88,7 +88,7 @@ def _factors(calibration: Calibration, layer: Layer, low_rank: nn.Module) -> Fac
     """What a fitted module will be stored as, and its error in the metric of the loss."""
     dense = calibration.model.get_submodule(layer.module)
     checkpoint = open_checkpoint(nn.Sequential(low_rank))
-    [pair] = stored_pairs(checkpoint, module_skeleton(nn.Sequential(dense))).values()
+    [pair] = stored_pairs(checkpoint).values()
     weight = getattr(dense, layer.parameter).detach()
     matrix, stored = (
         as_matrix(layer, each.to(calibration.device)).to(torch.float64)

@@ -131,7 +131,7 @@ def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
         if in_model is None or in_model not in state:
             continue
         shape = tuple(state[in_model].shape)
-        if info.shape not in (shape, (0,)) and math.prod(shape) > 0:
+        if info.shape != shape and min(math.prod(info.shape), math.prod(shape)) > 0:
             return f"{name} is {_sides(info.shape)} in the file and {_sides(shape)} in the model"
         fitting += 1
     return None if fitting else "none of the tensors is in the model"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, module_skeleton, open_checkpoint
+from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
 from compressor.rewrite import TRANSPOSED, can_be_pair, join, put_factors, put_pair, stored_pairs, widened
@@ -43,7 +43,7 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
         return load_transformers(checkpoint.folder)
     module = widened(build_model(factory), checkpoint)
     names = {name: name for name in checkpoint.tensors}
-    for pair in stored_pairs(checkpoint, module_skeleton(module)).values():
+    for pair in stored_pairs(checkpoint).values():
         place, _, parameter = pair.tensor.rpartition(".")
         owner = dict(module.named_modules(remove_duplicate=False)).get(place)
         if owner is None or not isinstance(dense := getattr(owner, parameter, None), Tensor):

@@ -93,9 +93,17 @@ def export(
     base = None if base is None else local_model(base)
     layers = len(stored_pairs(checkpoint))
     _require_base(checkpoint, to, base)
+    _require_use(to, base, factory, input_shape)
     shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     if to == "dense" and base is None:
-        restored = restore(model, output=output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+        restored = restore(
+            model,
+            output=output,
+            factory=factory,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
         return Export(
             source=restored.source,
             output=restored.output,
@@ -154,6 +162,16 @@ def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -
             if to == "lora"
             else "leave out `base`",
         )
+
+
+def _require_use(
+    to: Target, base: str | Path | None, factory: Factory | None, input_shape: Sequence[int] | None
+) -> None:
+    """Refuse what was asked for and would change nothing."""
+    if factory is not None and (to in ("hf-remote", "lora") or base is not None):
+        raise BadInput(f"`{to=}` takes the architecture from the folder", remedy="leave out `factory`")
+    if input_shape is not None and to != "onnx":
+        raise BadInput(f"`{to=}` runs nothing", remedy="leave out `input_shape`")
 
 
 def _applied(

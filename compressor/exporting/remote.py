@@ -19,14 +19,11 @@ from compressor.rewrite import (
     CODE_CLASS_PREFIX,
     CODE_CONFIG_KEY,
     CODE_FILE,
-    FORMAT_VERSION,
     METADATA_KEY,
+    LowRankSpec,
     write_weights,
 )
 from compressor.rewrite import modules as low_rank_modules
-
-# What this module knows to write into a folder; anything else in the configuration would be lost.
-_KNOWN = frozenset({"quant_method", "format_version", "ranks", "pivoted", "spatial"})
 
 _CLASSES = '''
 
@@ -44,14 +41,8 @@ class {prefix}{architecture}({architecture}):
 
     def __init__(self, config, *arguments, **keywords):
         super().__init__(config, *arguments, **keywords)
-        described = config.{key}
-        for name, rank in described["ranks"].items():
-            form = "plain"
-            if name in described["pivoted"]:
-                form = "pivoted"
-            elif name in described["spatial"]:
-                form = "spatial"
-            put_pair(self, name, form, rank)
+        for name, layer in config.{key}["layers"].items():
+            put_pair(self, name, layer["form"], layer["rank"])
 '''
 
 
@@ -63,28 +54,26 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     config = dict(checkpoint.config or {})
     described = config.pop("quantization_config", None)
-    if (
-        checkpoint.folder is None
-        or not isinstance(described, Mapping)
-        or described.get("quant_method") != METADATA_KEY
-        or described.get("format_version") != FORMAT_VERSION
-    ):
+    if checkpoint.folder is None or not isinstance(described, Mapping) or described.get("quant_method") != METADATA_KEY:
         raise BadInput(
             "is no transformers folder with low-rank layers",
             where=checkpoint.source,
             remedy="give the folder that 'compress FOLDER' wrote; a dense one loads as it is",
         )
-    if strange := sorted(key for key, value in described.items() if key not in _KNOWN and value):
+    try:
+        spec = LowRankSpec.from_dict(described)
+    except ValueError as error:
+        raise BadInput(
+            f"has a quantization_config that cannot be used: {error}",
+            where=checkpoint.folder / "config.json",
+            remedy="compress the dense model again",
+        ) from None
+    # Anything else would be lost in the exported folder.
+    if strange := sorted(key for key, value in described.items() if key not in spec.to_config() and value):
         raise BadInput(
             f"has layers that cannot be exported with their code ({', '.join(strange)})",
             where=checkpoint.source,
             remedy="export it with `to='dense'`",
-        )
-    if not _is_described(described):
-        raise BadInput(
-            "has a quantization_config that does not say which layers are low-rank",
-            where=checkpoint.folder / "config.json",
-            remedy="compress the dense model again",
         )
     architecture, configuration, auto_classes = _classes_of(checkpoint.folder, config)
     module = CODE_FILE.removesuffix(".py")
@@ -93,11 +82,7 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
         "AutoConfig": f"{module}.{CODE_CLASS_PREFIX}{configuration}",
         **dict.fromkeys(auto_classes, f"{module}.{CODE_CLASS_PREFIX}{architecture}"),
     }
-    config[CODE_CONFIG_KEY] = {
-        "ranks": described["ranks"],
-        "pivoted": described.get("pivoted", []),
-        "spatial": described.get("spatial", []),
-    }
+    config[CODE_CONFIG_KEY] = spec.to_dict()
     return config
 
 
@@ -157,16 +142,6 @@ def _names_at_run_time(tree: ast.Module) -> set[str]:
 
     visit(tree)
     return names
-
-
-def _is_described(described: Mapping[str, Any]) -> bool:
-    """Whether layers have ranks, and forms are lists of layers."""
-    ranks, listed = described.get("ranks"), [described.get(form, []) for form in ("pivoted", "spatial")]
-    return (
-        isinstance(ranks, dict)
-        and all(type(rank) is int and rank > 0 for rank in ranks.values())
-        and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in listed)
-    )
 
 
 def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list[str]]:

@@ -23,13 +23,14 @@ from compressor.fine_tuning.difference import Difference
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite import (
-    FORMAT_VERSION,
     METADATA_KEY,
     Factors,
+    LowRankSpec,
     approximate,
     as_matrix,
     factors_of,
     join,
+    layer_spec,
     low_rank_layer,
     put_layer,
 )
@@ -96,8 +97,14 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
     """What a file of a difference says of itself: how it was made, and of which base."""
     difference, plan = adaptation.difference, adaptation.plan
     base = difference.base
+    spec = LowRankSpec(
+        {
+            layer.name: layer_spec(layer, each, difference.shares.get(layer.tensor, 1.0))
+            for layer, each in adaptation.paired
+        }
+    )
     record = {
-        "format_version": FORMAT_VERSION,
+        **spec.to_dict(),
         "version": version("lowrank-compressor"),
         "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
         "digest": plan.digest,
@@ -107,15 +114,6 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
         },
         "budget": plan.budget.to_dict(),
         "recipe": {key: value for key, value in adaptation.recipe.to_dict().items() if value not in (None, {})},
-        "layers": {
-            each.name: {
-                "rank": each.rank,
-                "form": each.form,
-                "kind": each.kind,
-                "share": difference.shares.get(layer.tensor, 1.0),
-            }
-            for layer, each in adaptation.paired
-        },
     }
     return {"format": "pt", METADATA_KEY: json.dumps(record, sort_keys=True)}
 

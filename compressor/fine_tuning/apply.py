@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from compressor.fine_tuning.difference import Difference
 from compressor.opened_model import skeleton_of
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite import StoredPair, file_record, stored_pairs
+from compressor.rewrite import LowRankSpec, StoredPair, file_record, spec_of, stored_pairs
 from compressor.rewrite.tensor_format import dense_weight
 
 _REMEDY = "give the model that `base` named when the difference was made"
@@ -63,10 +63,9 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     Raises `BadInput` when the file is no difference, or of another base.
     """
     stored, start = open_checkpoint(difference), open_checkpoint(base)
-    record = file_record(stored)
     if not is_difference(stored):
         raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out `base`")
-    digest = _entry(record["base"], "digest")
+    digest, spec = _base_digest(stored), spec_of(stored)
     if digest is not None and digest != start.digest():
         raise BadInput(f"is not the base of {stored.source}", where=start.source, remedy=_REMEDY)
     tensors: dict[str, StoredTensor] = {name: start._stored[name] for name in start.tensors}
@@ -74,7 +73,7 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     of_pairs = {name for pair in pairs.values() for name in pair.tensors.values()}
     tensors |= {name: stored._stored[name] for name in stored.tensors if name not in of_pairs}
     for pair in pairs.values():
-        tensors[pair.tensors["weight"]] = _Sum(stored, pair, start, _share(record, pair.name))
+        tensors[pair.tensors["weight"]] = _Sum(stored, pair, start, _share(spec, pair.name))
     infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, info in infos.items():
         if name not in start.tensors or start.tensors[name].shape != info.shape:
@@ -88,10 +87,10 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
     Raises `BadInput` where the pairs were made for a part of the base, or for modules that are not known.
     """
     tuned, stored, start = applied(difference, base)
-    pairs, record = stored_pairs(stored), file_record(stored)
-    if scaled := [name for name in pairs if _share(record, name) != 1.0]:
+    pairs, spec = stored_pairs(stored), spec_of(stored)
+    if scaled := [name for name in pairs if _share(spec, name) != 1.0]:
         raise BadInput(
-            f"{scaled[0]} is to be added to {_share(record, scaled[0]):.6g} of the base, and LoRA adds to all of it",
+            f"{scaled[0]} is to be added to {_share(spec, scaled[0]):.6g} of the base, and LoRA adds to all of it",
             where=stored.source,
             remedy="compress the fine-tune again with `base` and a folder as output",
         )
@@ -106,9 +105,9 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
     eligible = {layer.name: layer for layer in layers if layer.eligible}
     # Pairs of layers that an adapter has none for are multiplied out, and saved whole.
     planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items() if name in eligible)
-    plan = Plan(str(difference), record.get("digest"), Budget("plan"), planned)
-    digest = _entry(record["base"], "digest")
-    adapter = adapter_of(Adaptation(between, layers, plan, TrainingRecipe(), digest, stored), skeleton, str(base))
+    plan = Plan(str(difference), file_record(stored).get("digest"), Budget("plan"), planned)
+    adaptation = Adaptation(between, layers, plan, TrainingRecipe(), _base_digest(stored), stored)
+    adapter = adapter_of(adaptation, skeleton, str(base))
     require_pairs(adapter)
     return adapter
 
@@ -118,10 +117,12 @@ def _plan(shape: tuple[int, int], pair: StoredPair) -> LayerPlan:
     return LayerPlan(pair.name, shape, pair.kind, pair.rank, pair.form, numbers, math.nan, "as it is stored")
 
 
-def _share(record: Mapping[str, Any], layer: str) -> float:
-    share = _entry(_entry(record.get("layers"), layer), "share")
-    return float(share) if isinstance(share, int | float) else 1.0
+def _share(spec: LowRankSpec, layer: str) -> float:
+    share = spec.layers[layer].share if layer in spec.layers else None
+    return 1.0 if share is None else share
 
 
-def _entry(mapping: Any, key: str) -> Any:
-    return mapping.get(key) if isinstance(mapping, Mapping) else None
+def _base_digest(stored: Checkpoint) -> Any:
+    """The sha256 of the base that a file of pairs was made for, where it says so."""
+    base = file_record(stored)["base"]
+    return base.get("digest") if isinstance(base, dict) else None

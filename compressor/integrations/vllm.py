@@ -23,9 +23,8 @@ from compressor.integrations.sharding import (
     shard_rows,
     stacked_down,
 )
-
-METHOD = "lowrank"
-FORMAT_VERSION = 1
+from compressor.planning.form import Form
+from compressor.rewrite import METADATA_KEY, LowRankSpec
 
 # Where vLLM's fused layers put the shards that it names.
 _SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -36,7 +35,7 @@ def register() -> None:
     """Add the method to vLLM's; calling it again does nothing new."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    register_quantization_config(METHOD)(_config_class())
+    register_quantization_config(METADATA_KEY)(_config_class())
 
 
 def part_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
@@ -45,12 +44,13 @@ def part_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{parent}.{part}" if parent else part for part in packed.get(own, [own])]
 
 
-def forms_of(names: Sequence[str], prefix: str, ranks: Mapping[str, int], pivoted: Sequence[str]) -> list[str] | None:
+def forms_of(names: Sequence[str], prefix: str, spec: LowRankSpec) -> list[Form] | None:
     """The form of each part of a layer, of one where the checkpoint has it fused; None where nothing is low-rank."""
-    present = [prefix] if prefix in ranks else list(names)
-    if not any(name in ranks for name in present):
+    layers = spec.layers
+    present = [prefix] if prefix in layers else list(names)
+    if not any(name in layers for name in present):
         return None
-    return ["dense" if name not in ranks else "pivoted" if name in pivoted else "plain" for name in present]
+    return [layers[name].form if name in layers else "dense" for name in present]
 
 
 class Gathered:
@@ -201,12 +201,12 @@ def _config_class() -> type:
     class LowRankConfig(QuantizationConfig):  # type: ignore[misc]
         """What `config.json` says of the low-rank layers."""
 
-        def __init__(self, ranks: Mapping[str, int], pivoted: Sequence[str]) -> None:
+        def __init__(self, spec: LowRankSpec) -> None:
             super().__init__()
-            self.ranks, self.pivoted = dict(ranks), list(pivoted)
+            self.spec = spec
 
         def get_name(self) -> str:
-            return METHOD
+            return METADATA_KEY
 
         def get_supported_act_dtypes(self) -> list[torch.dtype]:
             return [torch.float32, torch.float16, torch.bfloat16]
@@ -221,17 +221,16 @@ def _config_class() -> type:
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
-            if config.get("format_version", 0) > FORMAT_VERSION:
-                raise ValueError("this model was written by a newer lowrank-compressor: upgrade it")
-            if config.get("spatial"):
+            spec = LowRankSpec.from_dict(config)
+            if any(layer.form not in _ROLES for layer in spec.layers.values()):
                 raise ValueError("vLLM runs no low-rank convolutions")
-            return cls(config["ranks"], config.get("pivoted") or [])
+            return cls(spec)
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-            forms = forms_of(part_names(prefix, self.packed_modules_mapping), prefix, self.ranks, self.pivoted)
+            forms = forms_of(part_names(prefix, self.packed_modules_mapping), prefix, self.spec)
             if isinstance(layer, LinearBase):
                 return UnquantizedLinearMethod() if forms is None else LowRankLinearMethod(forms)
-            if forms is not None or any(name.startswith(f"{prefix}.") for name in self.ranks):
+            if forms is not None or any(name.startswith(f"{prefix}.") for name in self.spec.layers):
                 raise ValueError(
                     f"{prefix} is low-rank, and vLLM runs only linear layers so: compress with --exclude '{prefix}*'"
                 )

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import TensorInfo, is_weight, layer_name
+from compressor.checkpoint import Kind, TensorInfo, layer_name
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.merging.chain import Chain
 from compressor.merging.parts import Part, merged_names
-from compressor.merging.weights import Weight, joined, scaled
-from compressor.planning.form import Form
-from compressor.rewrite.tensor_format import join
+from compressor.merging.weights import Weight, form_of_weight, joined, scaled
+from compressor.rewrite import MARKERS, TRANSPOSED, LayerSpec, LowRankSpec, join
 
 Head = Literal["shared", "separate"]
 Read = Callable[[Part, str], Weight]
@@ -50,21 +49,17 @@ class Combination:
             return True
         return self.chain is not None and self.chain.batch_norms.get(layer_of(name)) == "inputs"
 
-    def low_rank_layers(self) -> dict[str, dict[str, Any]]:
-        """Rank, form and kind of every layer of the merged network that is a pair, by name."""
+    @property
+    def spec(self) -> LowRankSpec:
+        """The layers of the merged network that are pairs."""
         found = {}
         for name in merged_names(self.parts):
-            if not is_weight(name) or all(part.pair(name) is None for part in self.parts):
+            if (kind := self._kind_of_pairs(name)) is None:
                 continue
             weight = self._joined(name, Part.shape_of)
-            if isinstance(weight, Tensor):
-                continue
-            pair = next(pair for part in self.parts if (pair := part.pair(name)) is not None)
-            form: Form = (
-                "pivoted" if isinstance(weight, PivotedPair) else "channel" if weight.down.ndim > 2 else "plain"
-            )
-            found[layer_name(name)] = {"rank": weight.rank, "form": form, "kind": pair.kind}
-        return found
+            if not isinstance(weight, Tensor):
+                found[layer_name(name)] = LayerSpec(form_of_weight(weight), weight.rank, kind)
+        return LowRankSpec(found)
 
     def _tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         for name in merged_names(self.parts):
@@ -77,9 +72,11 @@ class Combination:
                 oriented = weight.T if self._is_transposed(name) else weight
                 yield self._place(name), oriented.to(dtype).contiguous()
                 continue
-            layer = layer_name(name)
-            yield name, torch.empty(0, dtype=dtype)
-            yield join(layer, "down.weight"), weight.down.to(dtype).contiguous()
+            layer, kind = layer_name(name), self._kind_of_pairs(name)
+            assert kind is not None
+            down = weight.down.T if kind == "embedding" else weight.down
+            yield name, torch.empty(MARKERS[kind], dtype=dtype)
+            yield join(layer, "down.weight"), down.to(dtype).contiguous()
             yield join(layer, "up.weight"), weight.up.to(dtype).contiguous()
             if isinstance(weight, PivotedPair):
                 yield join(layer, "order"), weight.order
@@ -99,10 +96,13 @@ class Combination:
             shared_outputs=self.chain is None or (layer == self.chain.head and self.head == "shared"),
         )
 
+    def _kind_of_pairs(self, name: str) -> Kind | None:
+        """The kind of layer that a weight belongs to, where it is a pair in one of the networks."""
+        return next((pair.kind for part in self.parts if (pair := part.pair(name)) is not None), None)
+
     def _is_transposed(self, name: str) -> bool:
         """Whether a dense weight has to be turned to stand beside pairs; among dense ones it does not matter."""
-        pairs = [pair for part in self.parts if (pair := part.pair(name)) is not None]
-        return any(pair.kind == "transposed linear" for pair in pairs)
+        return self._kind_of_pairs(name) in TRANSPOSED
 
     def _place(self, name: str) -> str:
         """Where a dense tensor is stored: the bias of a plain pair is that of its `up`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
@@ -58,7 +58,7 @@ from compressor.merging.parts import (
 from compressor.opened_model import Factory
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
-from compressor.rewrite import FORMAT_VERSION, MERGE_KEY, METADATA_KEY, write_weights
+from compressor.rewrite import MERGE_KEY, METADATA_KEY, LowRankSpec, join, write_weights
 from compressor.torch_state import neutral_torch_state
 
 Mode = Literal["sum", "concat"]
@@ -180,8 +180,8 @@ def merge(
     needed = sum(info.nbytes for info in infos)
     checkpoint = parts[0].checkpoint
     check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=needed)
-    low_rank = combination.low_rank_layers()
-    metadata = _metadata(combination, start, mode, low_rank)
+    spec = combination.spec
+    metadata = _metadata(combination, start, mode, spec)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for done, (name, tensor) in enumerate(combination.tensors(), start=1):
@@ -212,7 +212,7 @@ def merge(
     with staged_output(target, checkpoint, overwrite) as staged:
         write_weights(staged, infos, tensors(), metadata, shard_limit(checkpoint, shard_size))
         if checkpoint.folder is not None:
-            _describe_folder(staged, parts[0], low_rank)
+            _describe_folder(staged, parts[0], spec)
         merged = load_model(staged, factory) if tasks else None
         for index, task in enumerate(tasks):
             assert merged is not None
@@ -438,9 +438,7 @@ def _is_linear(factory: Factory | None) -> bool | None:
         return None
 
 
-def _metadata(
-    combination: Combination, start: Part | None, mode: Mode, low_rank: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
+def _metadata(combination: Combination, start: Part | None, mode: Mode, spec: LowRankSpec) -> dict[str, str]:
     """What the merged file says of itself: what it was made from, and which of its layers are pairs."""
     made_from = [_described(part) for part in combination.parts if part is not start]
     record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": version("lowrank-compressor")}
@@ -449,8 +447,8 @@ def _metadata(
     if start is not None:
         record["base"] = _described(start)
     metadata = {"format": "pt", MERGE_KEY: json.dumps(record, sort_keys=True)}
-    if low_rank:
-        pairs = {"format_version": FORMAT_VERSION, "version": record["version"], "layers": low_rank, "aliases": {}}
+    if spec.layers:
+        pairs = {**spec.to_dict(), "version": record["version"], "aliases": {}}
         metadata[METADATA_KEY] = json.dumps(pairs, sort_keys=True)
     return metadata
 
@@ -460,23 +458,19 @@ def _described(part: Part) -> dict[str, str]:
     return {"source": part.checkpoint.source.name, "digest": part.checkpoint.digest()}
 
 
-def _describe_folder(folder: Path, first: Part, low_rank: Mapping[str, Mapping[str, Any]]) -> None:
+def _describe_folder(folder: Path, first: Part, spec: LowRankSpec) -> None:
     """Tell transformers which layers are pairs, and drop what was true of the first network alone."""
     for name in _OF_ONE_PART:
         (folder / name).unlink(missing_ok=True)
     config = {key: value for key, value in (first.checkpoint.config or {}).items() if key != "quantization_config"}
-    if low_rank:
+    if spec.layers:
         skeleton = transformers_skeleton(folder)
-        modules = {
-            layer: layer_name((skeleton and skeleton.module_name(f"{layer}.weight")) or f"{layer}.weight")
-            for layer in low_rank
-        }
-        config["quantization_config"] = {
-            "quant_method": METADATA_KEY,
-            "format_version": FORMAT_VERSION,
-            "ranks": {modules[layer]: entry["rank"] for layer, entry in low_rank.items()},
-            "pivoted": [modules[layer] for layer, entry in low_rank.items() if entry["form"] == "pivoted"],
-        }
+
+        def in_model(layer: str) -> str:
+            tensor = join(layer, "weight")
+            return layer_name((skeleton and skeleton.module_name(tensor)) or tensor)
+
+        config["quantization_config"] = spec.renamed(in_model).to_config()
     if config:
         write_config(folder, config)
 

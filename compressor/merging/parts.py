@@ -32,7 +32,7 @@ from compressor.errors import BadInput
 from compressor.evaluation import build_model
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.merging.weights import Weight, dense
-from compressor.rewrite import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
+from compressor.rewrite import METADATA_KEY, TRANSPOSED, StoredPair, dense_infos, stored_pairs, widened
 
 # Entries of config.json that say nothing about what the network computes from its weights.
 _WITHOUT_EFFECT = {
@@ -73,7 +73,7 @@ class Part:
     def matrix(self, name: str) -> Tensor:
         """A layer's `d_out x d_in` matrix in float64, multiplied out if it is low-rank."""
         weight = self.read(name)
-        if isinstance(weight, Tensor) and self.matrices[name].kind == "transposed linear":
+        if isinstance(weight, Tensor) and self.matrices[name].kind in TRANSPOSED:
             return weight.T
         return dense(weight).flatten(1)
 
@@ -111,6 +111,7 @@ class Part:
             weight: Tensor = read(stored)
             return weight
         up, down = read(pair.tensors["up"]), read(pair.tensors["down"])
+        down = down.T if pair.kind == "embedding" else down
         if pair.form != "pivoted":
             return FactorPair(up=up, down=down)
         return PivotedPair(up=up, down=down, order=read(pair.tensors["order"]).to(torch.int32))
@@ -136,7 +137,7 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
                 where=checkpoint.source,
                 remedy="use the function that builds the networks that were trained",
             )
-    pairs = stored_pairs(checkpoint, skeleton)
+    pairs = stored_pairs(checkpoint)
     part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, skeleton))
     for pair in pairs.values():
         if pair.kind in {"parameter", "transposed convolution"}:
@@ -167,7 +168,7 @@ def _matrices(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], skeleton:
     for name, pair in pairs.items():
         tensor, shape = pair.tensors["weight"], pair.tensor_shape
         module = None if skeleton is None else skeleton.module_name(tensor)
-        sides = (shape[1], shape[0]) if pair.kind == "transposed linear" else (shape[0], math.prod(shape[1:]))
+        sides = (shape[1], shape[0]) if pair.kind in TRANSPOSED else (shape[0], math.prod(shape[1:]))
         matrices[tensor] = Layer(name, layer_name(module or tensor), tensor, None, pair.kind, shape, sides)
     return matrices
 

@@ -17,6 +17,17 @@ from compressor.planning.form import Form
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
+# The shape of the zero-size `weight`, by the kind of the dense layer. Most store the matrix that they apply; of those
+# that store its transpose it has to be known, because the factors of a square matrix look the same.
+MARKERS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "convolution": (0,),
+    "parameter": (0,),
+    "transposed linear": (0, 1),
+    "transposed convolution": (0, 1),
+    "embedding": (0, 0),
+}
+
 
 def _unfilled(kind: type[nn.Module], *arguments: Any, device: torch.device, **keywords: Any) -> nn.Module:
     """A module whose parameters have memory but no values yet."""
@@ -28,13 +39,15 @@ class LowRankLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor, kind: str = "linear"
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         factory: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.down = _unfilled(nn.Linear, in_features, rank, bias=False, **factory)
         self.up = _unfilled(nn.Linear, rank, out_features, bias=bias, **factory)
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
@@ -49,7 +62,9 @@ class PivotedLinear(nn.Module):
     weight: Tensor
     order: Tensor
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor, kind: str = "linear"
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         factory: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
@@ -57,7 +72,7 @@ class PivotedLinear(nn.Module):
         self.up = _unfilled(nn.Linear, rank, out_features - rank, bias=False, **factory)
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.register_buffer("order", torch.empty(out_features, dtype=torch.int32, device=like.device))
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.down(x)
@@ -99,7 +114,7 @@ class LowRankConvolution(nn.Module):
             **factory,
         )
         self.up = _unfilled(kind, rank, dense.out_channels, 1, bias=dense.bias is not None, **factory)
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
@@ -134,7 +149,7 @@ class LowRankTransposedConvolution(nn.Module):
             bias=dense.bias is not None,
             **factory,
         )
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS["transposed convolution"], **factory))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         return self.up(self.down(x), output_size)  # type: ignore[no-any-return]
@@ -183,7 +198,7 @@ class SpatialConvolution(nn.Module):
             bias=dense.bias is not None,
             **factory,
         )
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))  # type: ignore[no-any-return]
@@ -212,7 +227,7 @@ class LowRankEmbedding(nn.Module):
             **factory,
         )
         self.up = _unfilled(nn.Linear, rank, dense.embedding_dim, bias=False, **factory)
-        self.register_buffer("weight", torch.empty(0, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS["embedding"], **factory))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.up(self.down(tokens))  # type: ignore[no-any-return]
@@ -271,14 +286,14 @@ def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
         weight = dense.weight
         assert isinstance(weight, Tensor)
         if isinstance(dense, nn.Linear):
-            sides = (dense.in_features, dense.out_features)
+            kind, sides = "linear", (dense.in_features, dense.out_features)
         elif type(dense).__name__ == "Conv1D":
-            sides = (weight.shape[0], weight.shape[1])
+            kind, sides = "transposed linear", (weight.shape[0], weight.shape[1])
         else:
             raise ValueError(f"{type(dense).__name__} is not a layer that can be factorized")
-        kind = PivotedLinear if form == "pivoted" else LowRankLinear
+        pair = PivotedLinear if form == "pivoted" else LowRankLinear
         has_bias = getattr(dense, "bias", None) is not None
-        layer = kind(*sides, rank, bias=has_bias, like=weight)
+        layer = pair(*sides, rank, bias=has_bias, like=weight, kind=kind)
     layer.train(dense.training)
     trainable = any(parameter.requires_grad for parameter in dense.parameters())
     return layer.requires_grad_(trainable)

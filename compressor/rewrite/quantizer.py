@@ -17,47 +17,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.checkpoint.conversions import merged_experts, name_conversions, without_merges
 from compressor.checkpoint.experts import SeparateExperts, separable_experts, separate_experts
-from compressor.planning.form import Form
 from compressor.rewrite.modules import put_pair
 from compressor.rewrite.restoring import restored_module
-from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY
+from compressor.rewrite.spec import METADATA_KEY, LowRankSpec
 
 
 @register_quantization_config(METADATA_KEY)
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` says of the low-rank layers: the rank of each by module name, and which are pivoted pairs.
+    """What `config.json` says of the low-rank layers, by module name."""
 
-    A convolution is a channel pair unless it is among the `spatial` ones.
-    """
-
-    def __init__(
-        self,
-        ranks: dict[str, int],
-        pivoted: list[str] | None = None,
-        spatial: list[str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = METADATA_KEY,
-        **_: Any,
-    ) -> None:
-        if format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"this model was written in low-rank format {format_version}, and this lowrank-compressor reads "
-                f"formats up to {FORMAT_VERSION}: upgrade it"
-            )
+    def __init__(self, quant_method: str = METADATA_KEY, **said: Any) -> None:
         self.quant_method = quant_method
-        self.format_version = format_version
-        self.ranks = dict(ranks)
-        self.pivoted = list(pivoted or [])
-        self.spatial = list(spatial or [])
+        self.spec = LowRankSpec.from_dict(said)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": self.quant_method,
-            "format_version": self.format_version,
-            "ranks": self.ranks,
-            "pivoted": self.pivoted,
-            "spatial": self.spatial,
-        }
+        return self.spec.to_config()
 
 
 @register_quantizer(METADATA_KEY)
@@ -82,18 +56,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        pivoted, spatial = set(self.quantization_config.pivoted), set(self.quantization_config.spatial)
-        ranks = self.quantization_config.ranks
+        layers = self.quantization_config.spec.layers
         prefix = f"{model.base_model_prefix}."
         # The names are those of the class that was compressed, with a head or without, and so with the prefix or not.
-        if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in ranks):
+        if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers):
             separate_experts(model)
         modules = dict(model.named_modules())
-        for name, rank in ranks.items():
+        for name, layer in layers.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
-                form: Form = "pivoted" if name in pivoted else "spatial" if name in spatial else "plain"
-                put_pair(model, place, form, rank)
+                put_pair(model, place, layer.form, layer.rank)
                 _spare_initialisation(model, place.rpartition(".")[0])
         self._names = set(model.state_dict())
         return model
@@ -137,14 +109,14 @@ def _spare_initialisation(model: Any, holder: str) -> None:
         return
     try:
         pretrained._init_weights(module)  # of no values yet, on the meta device
-    except (TypeError, ValueError, IndexError):
+    except (TypeError, ValueError, IndexError, ArithmeticError):
         module._is_hf_initialized = True
 
 
-def tell_transformers(model: Any, quantization: dict[str, Any]) -> None:
+def tell_transformers(model: Any, spec: LowRankSpec) -> None:
     """Let a model that was compressed in memory be saved as one that was loaded would be.
 
-    `quantization` is what `config.json` is to say of its low-rank layers.
+    `spec` has the names of its modules.
     """
-    model.config.quantization_config = LowRankConfig(**quantization)
+    model.config.quantization_config = LowRankConfig(**spec.to_config())
     model.hf_quantizer = LowRankQuantizer(model.config.quantization_config)

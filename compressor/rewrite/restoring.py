@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import fuse_experts, module_skeleton, open_checkpoint
+from compressor.checkpoint import fuse_experts, open_checkpoint
 from compressor.rewrite.modules import TiedHead, put_layer, tied_head
 from compressor.rewrite.tensor_format import dense_weight, stored_pairs
 
@@ -17,7 +17,7 @@ def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dty
     dense weights are on the factors' device, in their dtype or in `dtype`.
     """
     checkpoint = open_checkpoint(module)
-    pairs = stored_pairs(checkpoint, module_skeleton(architecture))
+    pairs = stored_pairs(checkpoint)
     heads = {name: tied_head(architecture, name) for name in pairs}
     for name, pair in pairs.items():
         low_rank, dense = module.get_submodule(name), architecture.get_submodule(name)

@@ -33,7 +33,8 @@ from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
-from compressor.rewrite.tensor_format import FORMAT_VERSION, METADATA_KEY, Factors, factorize, join, pair_infos
+from compressor.rewrite.spec import METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.rewrite.tensor_format import Factors, factorize, join, pair_infos
 
 # What a folder that brings the code of its low-rank layers along has: the code, and which layers these are.
 CODE_FILE = "modeling_lowrank.py"
@@ -61,6 +62,16 @@ class Rewriting:
         return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
 
     @property
+    def spec(self) -> LowRankSpec:
+        """The low-rank layers by their names in the checkpoint."""
+        return LowRankSpec({layer.name: layer_spec(layer, plan) for layer, plan in self.factorized})
+
+    @property
+    def spec_of_modules(self) -> LowRankSpec:
+        """The low-rank layers by their names in the model."""
+        return self.spec.renamed({layer.name: layer.module for layer, _ in self.factorized}.__getitem__)
+
+    @property
     def passed_through(self) -> list[str]:
         """The tensors that are copied as they are.
 
@@ -78,6 +89,12 @@ class Rewriting:
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor of the original checkpoint by any of its names."""
         return replace(self.checkpoint.tensors[self.checkpoint.aliases.get(name, name)], name=name)
+
+
+def layer_spec(layer: Layer, plan: LayerPlan, share: float | None = None) -> LayerSpec:
+    """What is said of a layer that a plan makes low-rank."""
+    assert plan.rank is not None
+    return LayerSpec(plan.form, plan.rank, layer.kind, share)
 
 
 def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
@@ -152,7 +169,7 @@ def rewritten_module(
     if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
         from compressor.rewrite.quantizer import tell_transformers
 
-        tell_transformers(compressed, _quantization(rewriting))
+        tell_transformers(compressed, rewriting.spec_of_modules)
     return compressed
 
 
@@ -195,18 +212,13 @@ def file_metadata(rewriting: Rewriting) -> dict[str, str]:
     """What a compressed safetensors file says of itself: enough to know how it was made, and to undo it."""
     checkpoint, plan = rewriting.checkpoint, rewriting.plan
     record = {
-        "format_version": FORMAT_VERSION,
+        **rewriting.spec.to_dict(),
         "version": version("lowrank-compressor"),
         "source": checkpoint.name if checkpoint.source is not None else plan.source,
         "digest": plan.digest,
         "budget": plan.budget.to_dict(),
         "recipe": {key: value for key, value in rewriting.recipe.to_dict().items() if value not in (None, {})},
         "aliases": dict(checkpoint.aliases),
-        "layers": {
-            each.name: {"rank": each.rank, "form": each.form, "kind": each.kind}
-            for each in plan.layers
-            if each.rank is not None
-        },
     }
     kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
     return {"format": "pt"} | kept | {METADATA_KEY: json.dumps(record, sort_keys=True)}
@@ -240,22 +252,11 @@ def write_weights(
             writer.write(name, tensor)
 
 
-def _quantization(rewriting: Rewriting) -> dict[str, Any]:
-    """What transformers is told of the low-rank layers."""
-    return {
-        "quant_method": METADATA_KEY,
-        "format_version": FORMAT_VERSION,
-        "ranks": {layer.module: plan.rank for layer, plan in rewriting.factorized},
-        "pivoted": [layer.module for layer, plan in rewriting.factorized if plan.form == "pivoted"],
-        "spatial": [layer.module for layer, plan in rewriting.factorized if plan.form == "spatial"],
-    }
-
-
 def describe_folder(folder: Path, rewriting: Rewriting) -> None:
     """Tell transformers which layers are low-rank, and leave the plan and the recipe beside the weights."""
     config = rewriting.checkpoint.config
     if config is not None:
-        write_config(folder, {**config, "quantization_config": _quantization(rewriting)})
+        write_config(folder, {**config, "quantization_config": rewriting.spec_of_modules.to_config()})
     write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})
 
 

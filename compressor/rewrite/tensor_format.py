@@ -6,7 +6,8 @@ A plain pair replaces `X.weight` by `X.down.weight` (`r x d_in`) and `X.up.weigh
 a channel pair, and `r x c x k_h x 1` and `d_out x r x 1 x k_w` in a spatial pair. For a transposed convolution of c
 channels they are transposed convolutions too, of `c x r x 1 ..` and `r x d_out x kernel`. For an embedding of d_in
 tokens `X.down.weight` is `d_in x r`, itself an embedding, and a head tied to it has no tensors. A zero-size `X.weight`
-stays behind in each, so that a loader that does not know the format stops. A weight `X` that is not called so, such as
+stays behind in each, so that a loader that does not know the format stops; its shape, one of `MARKERS`, says how the
+dense weight is laid out, which the factors of a square one leave open. A weight `X` that is not called so, such as
 `rnn.weight_ih_l0`, becomes `X.down.weight` and `X.up.weight` beside a zero-size `X`. Everything else is passed through.
 """
 
@@ -18,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Checkpoint, Kind, Layer, Skeleton, TensorInfo, layer_name
+from compressor.checkpoint import Checkpoint, Kind, Layer, TensorInfo, is_weight, layer_name
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.factorize import (
@@ -37,9 +38,8 @@ from compressor.factorize import (
 )
 from compressor.planning import LayerPlan
 from compressor.planning.form import Form
-
-FORMAT_VERSION = 1
-METADATA_KEY = "lowrank"
+from compressor.rewrite.modules import MARKERS
+from compressor.rewrite.spec import METADATA_KEY, LowRankSpec
 
 # Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
 TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
@@ -91,7 +91,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorIn
     elif kernel:
         down, up = (rank, layer.tensor_shape[1], *kernel), (d_out, rank, *pointwise)
     infos = [
-        TensorInfo(layer.tensor, (0,), dtype),
+        TensorInfo(layer.tensor, MARKERS[layer.kind], dtype),
         TensorInfo(join(name, "down.weight"), down, dtype),
         TensorInfo(join(name, "up.weight"), up, dtype),
     ]
@@ -181,26 +181,27 @@ def relative_error(matrix: Tensor, change: Tensor, metric: Metric | TiedMetric |
     return (changed / total) ** 0.5 if total > 0 else 0.0
 
 
-def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> dict[str, StoredPair]:
+def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
     """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
 
-    Whether a linear layer was a transposed one is read from what the file says of itself, else from the skeleton. The
-    pair of an embedding has factors with r columns each, and of a transposed convolution the first is pointwise.
+    A layer that several names share is there under the first.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    said = file_record(checkpoint).get("layers")
-    record = said if isinstance(said, dict) else {}
-    pairs = {}
+    shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
+    spec = spec_of(checkpoint)
+    pairs: dict[str, StoredPair] = {}
+    found: set[str] = set()
     for tensor, shape in shapes.items():
-        if shape != (0,):
+        if shape not in MARKERS.values():
             continue
         name = layer_name(tensor)
         down, up = shapes.get(join(name, "down.weight")), shapes.get(join(name, "up.weight"))
-        if down is None or up is None:
+        shared = _stored_name(checkpoint, join(name, "down.weight"))
+        if down is None or up is None or shared in found:
             continue
+        found.add(shared)
         order = shapes.get(join(name, "order"))
-        entry = record.get(name)
-        kind = _kind_of_pair(down, up, entry.get("kind") if isinstance(entry, dict) else _known_kind(skeleton, tensor))
+        kind = spec.layers[name].kind if name in spec.layers else _kind_of_pair(tensor, shape, down)
         if kind == "embedding":
             down = down[::-1]
         if kind == "transposed convolution":
@@ -228,29 +229,30 @@ def stored_pairs(checkpoint: Checkpoint, skeleton: Skeleton | None = None) -> di
     return pairs
 
 
-def _kind_of_pair(down: tuple[int, ...], up: tuple[int, ...], known: object) -> Kind:
-    """The kind of layer that two factors stand for, where their shapes leave a choice the one that is known."""
-    if known == "parameter":
+def _kind_of_pair(tensor: str, marker: tuple[int, ...], down: tuple[int, ...]) -> Kind:
+    """The kind of layer that factors stand for, by what stays in the place of the weight and the number of sides."""
+    if not is_weight(tensor):
         return "parameter"
-    if len(down) > 2:
-        spread = len(up) == len(down) and max(down[2:]) == 1 and max(up[2:]) > 1
-        return "transposed convolution" if spread or known == "transposed convolution" else "convolution"
-    if len(down) == len(up) == 2 and down[1] == up[1] and (down[0] != up[1] or known == "embedding"):
+    if marker == MARKERS["embedding"]:
         return "embedding"
-    return "transposed linear" if known == "transposed linear" else "linear"
+    if marker == MARKERS["linear"]:
+        return "linear" if len(down) == 2 else "convolution"
+    return "transposed linear" if len(down) == 2 else "transposed convolution"
 
 
-def _known_kind(skeleton: Skeleton | None, tensor: str) -> Kind | None:
-    """The kind of the layer that a tensor is the weight of, as far as the skeleton tells it."""
-    in_model = skeleton.module_name(tensor) if skeleton is not None else None
-    if skeleton is None or not in_model:
-        return None
-    owner = dict(skeleton.module.named_modules(remove_duplicate=False)).get(layer_name(in_model))
-    if isinstance(owner, nn.Embedding):
-        return "embedding"
-    if isinstance(owner, TRANSPOSED_CONVOLUTIONS):
-        return "transposed convolution"
-    return "transposed linear" if type(owner).__name__ == "Conv1D" else None
+def spec_of(checkpoint: Checkpoint) -> LowRankSpec:
+    """What the metadata of a compressed file says of its low-rank layers; of none where there is no such metadata."""
+    record = file_record(checkpoint)
+    if "layers" not in record:
+        return LowRankSpec({})
+    try:
+        return LowRankSpec.from_dict(record)
+    except ValueError as error:
+        raise BadInput(
+            f"the metadata {METADATA_KEY!r} cannot be used: {error}",
+            where=checkpoint.source,
+            remedy="compress the original checkpoint again",
+        ) from None
 
 
 def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -297,16 +299,54 @@ def dense_infos(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict
     factors: dict[str, tuple[TensorInfo, str | None]] = {}
     consumed: set[str] = set()
     for pair in pairs.values():
-        tensors = pair.tensors
+        tensors = {role: _stored_name(checkpoint, name) for role, name in pair.tensors.items()}
         consumed.update(tensors.values())
-        weight = TensorInfo(tensors["weight"], pair.tensor_shape, checkpoint.tensors[tensors["down"]].dtype)
+        weight = TensorInfo(pair.tensor, pair.tensor_shape, checkpoint.tensors[tensors["down"]].dtype)
         factors[weight.name] = (weight, None)
         if pair.has_bias:
             info = checkpoint.tensors[tensors["bias"]]
             name = join(pair.name, "bias")
             factors[name] = (TensorInfo(name, info.shape, info.dtype), tensors["bias"])
+    consumed.update(tensor for tensor, _ in _further_places(checkpoint, pairs))
     passed = {name: (info, name) for name, info in checkpoint.tensors.items() if name not in consumed}
     return passed | factors
+
+
+def dense_aliases(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict[str, str]:
+    """Further names of tensors of the restored checkpoint: those of layers and of heads that share a low-rank one."""
+    infos = dense_infos(checkpoint, pairs)
+    aliases = {alias: name for alias, name in checkpoint.aliases.items() if name in infos}
+    for tensor, pair in _further_places(checkpoint, pairs):
+        aliases[tensor] = pair.tensor
+        if pair.has_bias:
+            aliases[join(layer_name(tensor), "bias")] = join(pair.name, "bias")
+    for pair in pairs.values():
+        aliases |= {f"{head}.weight": pair.tensor for head in _tied_heads(checkpoint, pair)}
+    return {alias: name for alias, name in aliases.items() if alias not in infos}
+
+
+def _further_places(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, StoredPair]]:
+    """The further names under which a low-rank layer is in the checkpoint: those of its dense weight."""
+    owners = {_stored_name(checkpoint, pair.tensors["down"]): pair for pair in pairs.values()}
+    for alias, name in checkpoint.aliases.items():
+        layer = alias.removesuffix("down.weight").removesuffix(".")
+        pair = owners.get(name)
+        if pair is None or layer == pair.name or alias != join(layer, "down.weight"):
+            continue
+        yield (join(layer, "weight") if is_weight(pair.tensor) else layer), pair
+
+
+def _tied_heads(checkpoint: Checkpoint, pair: StoredPair) -> Iterator[str]:
+    """The output heads that a module's own state dict says are tied to a low-rank embedding."""
+    down = _stored_name(checkpoint, pair.tensors["down"])
+    for name in (down, *(alias for alias, of in checkpoint.aliases.items() if of == down)):
+        if pair.kind == "embedding" and name.endswith(".down_weight"):
+            yield name.removesuffix(".down_weight")
+
+
+def _stored_name(checkpoint: Checkpoint, name: str) -> str:
+    """The first name of a tensor that has several."""
+    return checkpoint.aliases.get(name, name)
 
 
 def dense_tensors(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, module_skeleton
+from compressor.checkpoint import Checkpoint
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.rewrite.tensor_format import dense_infos, join, stored_pairs
@@ -34,7 +34,7 @@ def widened(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """
     if merge_record(checkpoint).get("mode") != "concat":
         return module
-    pairs = stored_pairs(checkpoint, module_skeleton(module))
+    pairs = stored_pairs(checkpoint)
     shapes = {name: info.shape for name, (info, _) in dense_infos(checkpoint, pairs).items()}
     for name, layer in module.named_modules():
         tensors = dict(layer.named_parameters(recurse=False)) | dict(layer.named_buffers(recurse=False))

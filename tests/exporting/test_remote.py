@@ -208,10 +208,10 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
         ({"architectures": ["os"]}, "has no model os"),
         ({"model_type": "unheard-of"}, "cannot read it"),
         ({"model_type": ["llama"]}, "cannot read it"),
-        ({"ranks": ["model.layers.0.mlp.up_proj"]}, "does not say which layers are low-rank"),
-        ({"ranks": {"model.layers.0.mlp.up_proj": "3"}}, "does not say which layers are low-rank"),
-        ({"pivoted": 3}, "does not say which layers are low-rank"),
-        ({"spatial": [{}]}, "does not say which layers are low-rank"),
+        ({"layers": ["model.layers.0.mlp.up_proj"]}, "does not say which layers are low-rank"),
+        ({"layers": {"a": {"rank": "3", "form": "plain", "kind": "linear"}}}, "a: '3' is not a rank"),
+        ({"layers": {"a": {"rank": 3, "form": "diagonal", "kind": "linear"}}}, "a: there is no low-rank form"),
+        ({"format_version": 99}, "low-rank format 99, and this lowrank-compressor reads formats up to 1: upgrade it"),
     ],
 )
 def test_a_broken_configuration_is_one_line(

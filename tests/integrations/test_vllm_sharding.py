@@ -16,6 +16,7 @@ from compressor.checkpoint import Layer
 from compressor.integrations.sharding import ShardedPart, fused_product, row_shard, shard_rows, stacked_down
 from compressor.integrations.vllm import Gathered, forms_of, part_names, shards_of
 from compressor.planning import LayerPlan
+from compressor.rewrite import LayerSpec, LowRankSpec
 from compressor.rewrite.tensor_format import factorize
 
 HEAD, HIDDEN = 4, 24
@@ -147,12 +148,13 @@ def test_parts_are_found_by_the_names_on_disk() -> None:
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     names = part_names("model.layers.0.self_attn.qkv_proj", packed)
     assert names == [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
-    ranks = {names[0]: 8, names[2]: 4}
-    assert forms_of(names, "model.layers.0.self_attn.qkv_proj", ranks, [names[2]]) == ["plain", "dense", "pivoted"]
-    assert forms_of(names, "model.layers.0.self_attn.qkv_proj", {}, []) is None
+    plain, pivoted = LayerSpec("plain", 8, "linear"), LayerSpec("pivoted", 4, "linear")
+    spec = LowRankSpec({names[0]: plain, names[2]: pivoted})
+    assert forms_of(names, "model.layers.0.self_attn.qkv_proj", spec) == ["plain", "dense", "pivoted"]
+    assert forms_of(names, "model.layers.0.self_attn.qkv_proj", LowRankSpec({})) is None
     assert part_names("lm_head", packed) == ["lm_head"]
     whole = "model.layers.0.self_attn.qkv_proj"
-    assert forms_of(names, whole, {whole: 5}, []) == ["plain"]
+    assert forms_of(names, whole, LowRankSpec({whole: plain})) == ["plain"]
 
 
 def test_the_entry_point_leads_there_and_vllm_is_not_imported() -> None:

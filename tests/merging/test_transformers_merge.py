@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from compressor import BadInput, compress, merge
+from compressor.rewrite import LowRankSpec
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 60}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 60, "n_positions": 32, "bos_token_id": 1}
@@ -87,10 +88,12 @@ def test_compressed_folders_keep_their_pairs(folders: Any, tmp_path: Path) -> No
     for path, output in zip(paths, small, strict=True):
         compress(path, output=output, keep=0.1)
     merge([small[0], small[0]], base=small[1], output=tmp_path / "out", mode="sum")
-    ranks = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ranks"]
-    before = [json.loads((path / "config.json").read_text())["quantization_config"]["ranks"] for path in small]
-    assert ranks
-    assert all(rank == 2 * before[0][layer] + before[1][layer] for layer, rank in ranks.items())
+    merged, *before = (
+        LowRankSpec.from_dict(json.loads((path / "config.json").read_text())["quantization_config"]).layers
+        for path in (tmp_path / "out", *small)
+    )
+    assert merged
+    assert all(layer.rank == 2 * before[0][name].rank + before[1][name].rank for name, layer in merged.items())
 
 
 def refused(match: str, parts: list[Path], output: Path, **named: Any) -> None:

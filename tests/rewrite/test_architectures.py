@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import Compression, compress, restore
+from compressor.rewrite import MARKERS
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -81,14 +82,14 @@ def test_layers_are_named_as_in_the_file_and_ranks_as_in_the_model(small: Compre
     )
     assert small.architecture.a_layer in factorized
     assert {f"{name}.weight" for name in factorized} <= dense.keys()
-    ranks = small.loaded.config.quantization_config.ranks
-    assert sorted(ranks.values()) == sorted(p.rank for p in factorized.values())
-    for name, rank in ranks.items():
+    layers = small.loaded.config.quantization_config.spec.layers
+    assert sorted(layer.rank for layer in layers.values()) == sorted(p.rank for p in factorized.values())
+    for name, said in layers.items():
         layer = small.loaded.get_submodule(name)
-        assert layer.weight.shape == (0,)
-        assert layer.rank == rank == layer.down.weight.shape[0]
+        assert layer.weight.shape == MARKERS[said.kind]
+        assert layer.rank == said.rank == layer.down.weight.shape[0]
     if small.architecture.renamed:
-        assert ranks.keys() != factorized.keys()
+        assert layers.keys() != factorized.keys()
 
 
 def test_it_holds_exactly_as_many_numbers_as_its_ranks_say(small: Compressed) -> None:

@@ -126,7 +126,11 @@ def test_a_transformers_folder_loads_bit_equal_saves_again_and_restores(tmp_path
     chosen = planned({stage(0, 0): ("spatial", 9), stage(0, 1): ("channel", 4), stage(1, 1): ("spatial", 11)})
     compress(tmp_path / "dense", output=tmp_path / "small", plan=chosen)
     said = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert sorted(said["spatial"]) == [stage(0, 0), stage(1, 1)]
+    assert {name: layer["form"] for name, layer in said["layers"].items()} == {
+        stage(0, 0): "spatial",
+        stage(0, 1): "channel",
+        stage(1, 1): "spatial",
+    }
     in_memory = compress(dense, plan=chosen).model
     assert in_memory is not None
     x = {"pixel_values": torch.rand(2, 1, 16, 16)}
