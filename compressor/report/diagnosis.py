@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from compressor.measure import EPSILON, FROBENIUS_ERROR
 from compressor.report.text import LayerTable, _facts, _number, _recipe_facts, _share, _spaced, _title
 from compressor.report.wording import compact, one_line, quality_words, shape_of, shortened_apart
 
@@ -43,6 +42,8 @@ def _trained(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
 
 
 def _layers(diagnosis: Diagnosis) -> RenderableType:
+    from compressor.measure import EPSILON, FROBENIUS_ERROR
+
     headers = (
         "layer",
         "shape",

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
-from compressor.measure import EPSILON
 from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
@@ -77,6 +76,7 @@ def report_page(compression: Compression) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    from compressor.measure import EPSILON
     from compressor.report.figures import curve_figure, ranks_figure, search_figure, sizes_figure, spectrum_figure
 
     # Trimmed blocks leave no empty lines where the template decides something.

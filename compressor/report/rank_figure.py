@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import BadInput
-from compressor.measure import FROBENIUS_ERROR
 from compressor.report.wording import one_line, shortened_apart
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> Non
     from matplotlib.figure import Figure
 
     from compressor.checkpoint import staged_file
+    from compressor.measure import FROBENIUS_ERROR
 
     names = shortened_apart([one_line(layer.name) for layer in series.layers], 32)
     few = len(names) <= MOST_NAMED

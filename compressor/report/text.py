@@ -12,7 +12,6 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from compressor.measure import EPSILON, FROBENIUS_ERROR
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
@@ -320,6 +319,8 @@ def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
 
 
 def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
+    from compressor.measure import FROBENIUS_ERROR
+
     headers = (
         "layer",
         "shape",
@@ -380,6 +381,8 @@ def _why_unknown(layer: InspectedLayer) -> list[str]:
 
 
 def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
+    from compressor.measure import EPSILON
+
     epsilon = next((layer.window.epsilon for layer in layers if layer.window is not None), EPSILON)
     headers: tuple[str, ...] = (
         "layer",
