@@ -24,13 +24,17 @@ from compressor.checkpoint import (
     transformers_skeleton,
     with_separate_experts,
 )
+from compressor.checkpoint.torch_file import read_state_file
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
 from compressor.evaluation.builtin_data import Split
-from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe
+from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe, recipes_inside
 from compressor.rewrite import METADATA_KEY, merge_record, stored_pairs, widened
 
 logger = logging.getLogger(__name__)
+
+# What a Trainer and accelerate save beside the model.
+_STATE_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin")
 
 Model = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
@@ -75,7 +79,8 @@ def open_model(
     if isinstance(recipe, str | Path):
         recipe, recipe_file = None, recipe
     if checkpoint.source is not None:
-        known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file)
+        inside = training_of(checkpoint)
+        known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file, inside=inside)
     else:
         known = merge(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
     skeleton = module_skeleton(model) if isinstance(model, nn.Module) else skeleton_of(checkpoint, factory)
@@ -100,6 +105,24 @@ def open_model(
     if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
         name = checkpoint.name
     return OpenedModel(name, checkpoint, skeleton, layers, known)
+
+
+def training_of(checkpoint: Checkpoint) -> list[TrainingRecipe]:
+    """What a checkpoint tells about its training: inside, and in the states that lie beside the model."""
+    if checkpoint.source is None:
+        return []
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    found = recipes_inside(checkpoint.training, shapes, checkpoint.files[0].name)
+    document: dict[str, object] = {}
+    names = []
+    for path in (folder_of(checkpoint) / name for name in _STATE_FILES):
+        if path.is_file():
+            try:
+                document[path.stem] = read_state_file(path)
+                names.append(path.name)
+            except BadInput as error:
+                logger.warning("left out of the training recipe: %s", error)
+    return found + recipes_inside(document, shapes, " and ".join(names))
 
 
 def skeleton_of(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:

@@ -92,6 +92,21 @@ def read_torch_file(path: Path) -> TorchFile:
     return _torch_file(document, key, weights, loaded, torch.Tensor.item)
 
 
+def read_state_file(path: Path) -> Mapping[str, Any]:
+    """The plain values in a torch file of an optimizer's or a scheduler's state; its tensors are not read.
+
+    Raises:
+        BadInput: the file is damaged, needs code to be unpickled, or is none whose structure alone can be read.
+    """
+    with reading(path), path.open("rb") as file:
+        is_zip = file.read(4) == ZIP_MAGIC
+    records = _stored_records(path) if is_zip else None
+    document = _load(path, "meta") if records is not None else None
+    if records is None or not isinstance(document, Mapping):
+        raise BadInput("is not a state whose structure can be read", where=path, remedy=_SAVE_STATE_DICT)
+    return plain_document(document, {}, partial(_number_on_disk, path, records))
+
+
 def _torch_file(
     document: Any,
     key: str,

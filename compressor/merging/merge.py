@@ -55,7 +55,7 @@ from compressor.merging.parts import (
     require_equal,
     require_same_architecture,
 )
-from compressor.opened_model import Factory
+from compressor.opened_model import Factory, training_of
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
 from compressor.rewrite import MERGE_KEY, METADATA_KEY, LowRankSpec, join, write_weights
@@ -425,7 +425,7 @@ def _warnings(
     if start is not None:
         said = ["theory says nothing about the sum of fine-tunes: it is known to work often, from experiments"]
         return said + interference_warning(overlaps)
-    recipes = [(part.name, find_recipe(part.name)) for part in parts]
+    recipes = [(part.name, find_recipe(part.name, inside=training_of(part.checkpoint))) for part in parts]
     return sum_warnings(len(parts[0].matrices), _is_linear(factory), recipes, cosine) + interference_warning(overlaps)
 
 

@@ -8,6 +8,7 @@ from compressor.recipe.find import find_recipe, read_recipe, read_recipe_file
 from compressor.recipe.recipe import TrainingRecipe, merge
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
+from compressor.recipe.training_checkpoint import recipes_inside
 
 __all__ = [
     "TrainingRecipe",
@@ -20,4 +21,5 @@ __all__ = [
     "read_timm_args",
     "read_trainer_state",
     "read_training_args",
+    "recipes_inside",
 ]

@@ -346,8 +346,7 @@ class TrainingRecipe:
         names = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in names:
-                close = difflib.get_close_matches(str(key), names, n=3, cutoff=0.5)
-                close += [name for name in names if str(key) == "".join(word[0] for word in name.split("_"))]
+                close = fields_like(str(key))
                 raise BadInput(
                     f"unknown training hyperparameter {reprlib.repr(key)}",
                     where=source,
@@ -361,6 +360,20 @@ class TrainingRecipe:
             known = {name: source for name, value in typed.items() if value is not None}
             sources = {**known, **sources}
         return cls(**typed, sources=sources)
+
+
+def finite_number(value: object) -> float | None:
+    """A number of any size that a training can have; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
+        return None
+    return float(value)
+
+
+def fields_like(key: str) -> list[str]:
+    """The fields of a recipe that a key may be a misspelling or an abbreviation of."""
+    names = [entry.name for entry in fields(TrainingRecipe) if entry.name != "sources"]
+    close = difflib.get_close_matches(key[:80], names, n=3, cutoff=0.7)
+    return close or [name for name in names if key == "".join(word[0] for word in name.split("_"))]
 
 
 def _shown(value: object) -> str:

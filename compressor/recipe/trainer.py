@@ -10,16 +10,26 @@ import io
 import math
 import pickle
 import pickletools
+import statistics
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from compressor.documents import read_json, read_regular_file
 from compressor.errors import BadInput
-from compressor.recipe.recipe import TrainingRecipe
+from compressor.recipe.recipe import TrainingRecipe, finite_number
 
 _MOST_BYTES = 2**24
+_LEAST_SAMPLES = 3
+# Near the end of a schedule a logged rate says little about the peak.
+_LEAST_FACTOR = 0.05
+_SAME_PEAK = 1e-3
+_FACTORS: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1.0 - share,
+    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+}
 _MOST_BYTES_OF_PICKLE = 2**20
 # What `torch.save` writes before the object in its format without a zip archive.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -52,6 +62,8 @@ def read_training_args(path: str | Path) -> TrainingRecipe:
     by_steps = isinstance(planned, int) and planned > 0
     schedule = arguments.get("lr_scheduler_type")
     name = "adafactor" if arguments.get("adafactor") is True else arguments.get("optim")
+    if name is None and arguments.get("adafactor") is False:
+        name = "adamw"  # before transformers 4.11 there was no other choice
     values = {
         **optimizer_named(name, arguments.get("optim_args")),
         "learning_rate": arguments.get("learning_rate"),
@@ -63,7 +75,7 @@ def read_training_args(path: str | Path) -> TrainingRecipe:
         "epochs": None if by_steps else arguments.get("num_train_epochs"),
         "sequence_length": sequence_length,
     }
-    if "learning_rate" not in arguments and "optim" not in arguments:
+    if not {"learning_rate", "optim", "adafactor"} & arguments.keys():
         raise BadInput(
             "holds no training arguments", where=path, remedy="pass a training_args.bin written by a Trainer"
         )
@@ -73,10 +85,11 @@ def read_training_args(path: str | Path) -> TrainingRecipe:
 
 
 def read_trainer_state(path: str | Path) -> TrainingRecipe:
-    """The recipe in a `trainer_state.json`: the steps and epochs done, and the steps planned.
+    """The recipe in a `trainer_state.json`: the steps and epochs done, the steps planned, and the schedule logged.
 
-    Its batch size is one process's without accumulation, and its learning rates are samples that may miss the
-    peak, so neither is taken. Raises `BadInput` if the file is no JSON object.
+    Its batch size is one process's without accumulation, and is not taken. The learning rates in its log are samples
+    that may miss the peak: they are taken where all of them lie on one schedule without a warm-up. Raises `BadInput` if
+    the file is no JSON object.
     """
     path = Path(path)
     state = read_json(path)
@@ -84,8 +97,26 @@ def read_trainer_state(path: str | Path) -> TrainingRecipe:
         "steps": state.get("global_step"),
         "schedule_steps": state.get("max_steps") or None,
         "epochs": state.get("epoch") or None,
+        **_logged_schedule(state.get("log_history"), state.get("max_steps")),
     }
     return TrainingRecipe.from_dict(values, source=path.name)
+
+
+def _logged_schedule(log: object, planned: object) -> dict[str, Any]:
+    """The schedule and its peak that all logged learning rates lie on; {} for fewer than three or none such."""
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    pairs = [(finite_number(entry.get("step")), finite_number(entry.get("learning_rate"))) for entry in entries]
+    samples = [(step, rate) for step, rate in pairs if step is not None and rate is not None and rate > 0]
+    length = finite_number(planned)
+    if len(samples) < _LEAST_SAMPLES or length is None or length <= 0:
+        return {}
+    for name, factor in _FACTORS.items():
+        for logged_after in (0, 1):  # a Trainer logs the rate of this step or of the next one
+            shares = [((step - logged_after) / length, rate) for step, rate in samples]
+            peaks = [rate / factor(share) for share, rate in shares if factor(share) > _LEAST_FACTOR]
+            if len(peaks) >= _LEAST_SAMPLES and max(peaks) <= min(peaks) * (1 + _SAME_PEAK):
+                return {"schedule": name, "learning_rate": statistics.median(peaks), "warmup_steps": 0}
+    return {}
 
 
 def optimizer_named(name: object, arguments: object = None) -> dict[str, Any]:
@@ -117,13 +148,16 @@ def product(*factors: object) -> int | None:
 
 
 def _global_batch(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> int | None:
-    per_device = arguments.get("per_device_train_batch_size")
+    # The older name comes first where it is given, as in `TrainingArguments.train_batch_size`.
+    per_device = arguments.get("per_gpu_train_batch_size") or arguments.get("per_device_train_batch_size")
     accumulation = arguments.get("gradient_accumulation_steps")
     processes = _scalar(_attributes(found.get("distributed_state")).get("num_processes"))
     if processes is None and arguments.get("local_rank") == -1:
         processes = 1  # written before accelerate: -1 says that training was not distributed
     # One process drives several GPUs (DataParallel), one GPU, or, with 0, none.
-    devices = arguments.get("_n_gpu") or 1
+    devices = arguments.get("_n_gpu", arguments.get("n_gpu")) or 1
+    if devices == -1:
+        return None  # counted only when they are first used
     return product(per_device, accumulation, processes, devices)
 
 

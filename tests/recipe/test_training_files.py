@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -436,7 +437,7 @@ def test_any_format_is_told_by_its_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.yaml", "."])
 def test_recipe_that_cannot_be_read(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match=r"no such file|Is a directory"):
         read_recipe(tmp_path / name)
 
 
@@ -502,3 +503,102 @@ def test_file_that_contradicts_the_flags_is_left_out(tmp_path: Path, caplog: pyt
     assert "warmup_steps" in caplog.text
     with pytest.raises(BadInput, match="warmup_steps"):
         find_recipe(tmp_path, flags=flags, recipe_file=card)
+
+
+def old_arguments(tmp_path: Path, **attributes: Any) -> Path:
+    """A `training_args.bin` as transformers 4.5 wrote it, before there was `optim`."""
+    kept = {"learning_rate": 5e-5, "weight_decay": 0.01, "local_rank": -1, "gradient_accumulation_steps": 1}
+    old = arguments(tmp_path)
+    old.__dict__.clear()
+    old.__dict__.update(kept | {"num_train_epochs": 3.0, "per_device_train_batch_size": 8} | attributes)
+    path = tmp_path / "training_args.bin"
+    torch.save(old, path)
+    return path
+
+
+def test_old_training_arguments_are_read_whole(tmp_path: Path) -> None:
+    recipe = read_training_args(old_arguments(tmp_path, adafactor=False, per_gpu_train_batch_size=16, _n_gpu=4))
+    assert (recipe.optimizer, recipe.decoupled_weight_decay, recipe.batch_size) == ("adamw", True, 64)
+    assert read_training_args(old_arguments(tmp_path, adafactor=True, n_gpu=2)).optimizer == "adafactor"
+    assert read_training_args(old_arguments(tmp_path, adafactor=True, n_gpu=2)).batch_size == 16
+    # The number of GPUs was counted when they were first used.
+    assert read_training_args(old_arguments(tmp_path, adafactor=False, _n_gpu=-1)).batch_size is None
+    assert read_training_args(old_arguments(tmp_path)).optimizer is None
+
+
+def test_of_a_found_recipe_what_is_known_is_taken_and_the_rest_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    document = {"model": "mlp", "data": "digits", "init": {"std": 0.02}, "learning_rate": 0.1, "weigth_decay": 0.3}
+    (tmp_path / "recipe.json").write_text(json.dumps(document | {"momentum": 3, "batch_size": 8}))
+    recipe = find_recipe(tmp_path)
+    assert recipe == TrainingRecipe(learning_rate=0.1, batch_size=8)
+    assert recipe.sources == {"learning_rate": "recipe.json", "batch_size": "recipe.json"}
+    said = caplog.text
+    assert "'model', 'data', 'init'" in said
+    assert "'weigth_decay'; did you mean weight_decay or" in said
+    assert "momentum = 3" in said
+
+
+def test_of_a_given_recipe_a_misspelled_key_is_refused_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"model": "mlp", "data": "digits", "learning_rate": 0.1}))
+    assert read_recipe(path) == TrainingRecipe(learning_rate=0.1)
+    assert "'model', 'data'" in caplog.text
+    for key, meant in (("learning_rat", "learning_rate"), ("wd", "weight_decay")):
+        path.write_text(json.dumps({"momentum": 0.5, key: 0.1}))
+        with pytest.raises(BadInput, match=f"did you mean {meant}"):
+            read_recipe(path)
+    path.write_text(json.dumps({"model": "mlp"}))
+    with pytest.raises(BadInput, match="holds no training hyperparameter, only 'model'"):
+        read_recipe(path)
+
+
+def test_the_recipe_that_is_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    for path in (tmp_path / "recipe.yaml", Path("/dev/zero")):
+        with pytest.raises(BadInput, match="is not a regular file"):
+            read_recipe(path)
+    # Beside a model it is no file to be read.
+    assert find_recipe(tmp_path) == TrainingRecipe()
+
+
+def test_settings_beside_a_model(tmp_path: Path) -> None:
+    (tmp_path / "hparams.yaml").write_text("lr: 1e-3\nweight_decay: 0.05\nmax_epochs: 12\nbatch_size: 32\nwidth: 7\n")
+    expected = TrainingRecipe(learning_rate=1e-3, weight_decay=0.05, epochs=12, batch_size=32)
+    assert find_recipe(tmp_path) == read_recipe(tmp_path / "hparams.yaml") == expected
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "hparams.yaml").rename(tmp_path / ".hydra" / "config.yaml")
+    assert find_recipe(tmp_path) == expected
+    (tmp_path / ".hydra" / "config.yaml").rename(tmp_path / "hparams.yaml")
+    # What ultralytics writes under the name that timm uses.
+    (tmp_path / "hparams.yaml").unlink()
+    (tmp_path / "args.yaml").write_text(
+        "task: detect\nepochs: 100\nbatch: 16\noptimizer: SGD\nlr0: 0.01\nmomentum: 0.937\nweight_decay: 0.0005\n"
+    )
+    recipe = find_recipe(tmp_path)
+    assert (recipe.optimizer, recipe.learning_rate, recipe.momentum) == ("sgd", 0.01, 0.937)
+    assert (recipe.epochs, recipe.batch_size, recipe.weight_decay) == (100, 16, 0.0005)
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [
+        (lambda share: 1.0, ("constant", 0.003)),
+        (lambda share: 1 - share, ("linear", 0.003)),
+        (lambda share: 0.5 * (1 + np.cos(np.pi * share)), ("cosine", 0.003)),
+        (lambda share: min(10 * share, 1 - share), (None, None)),  # a warm-up, whose peak the samples may miss
+        (lambda share: (1 - share) ** 2, (None, None)),
+    ],
+)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_log_of_a_trainer_tells_a_schedule_that_all_its_rates_lie_on(
+    tmp_path: Path, factor: Any, expected: tuple[Any, Any], ahead: int
+) -> None:
+    log = [{"step": step, "learning_rate": 0.003 * factor((step - ahead) / 1000)} for step in range(50, 1000, 50)]
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": 1000, "max_steps": 1000, "log_history": [{"eval_loss": 3}, *log]}))
+    recipe = read_trainer_state(path)
+    assert (recipe.schedule, recipe.learning_rate) == (expected[0], expected[1] and pytest.approx(expected[1]))
