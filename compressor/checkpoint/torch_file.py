@@ -9,7 +9,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -76,20 +76,20 @@ def read_torch_file(path: Path) -> TorchFile:
         for context, location in _structure_only():
             with context:
                 document = _load(path, location)
-                key, weights = _weights(path, document)
+                keys, weights = _weights(path, document)
             state_dict = _tensors(weights)
             if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
                 on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
                 _require_stored_values(path, on_disk)
                 number = partial(_number_on_disk, path, records)
-                return _torch_file(document, key, weights, on_disk, number)
+                return _torch_file(document, keys, weights, on_disk, number)
     if not is_zip:
         _require_few_containers(path)
     document = _load(path, "cpu")
-    key, weights = _weights(path, document)
+    keys, weights = _weights(path, document)
     loaded = {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in _tensors(weights).items()}
     _require_stored_values(path, loaded)
-    return _torch_file(document, key, weights, loaded, torch.Tensor.item)
+    return _torch_file(document, keys, weights, loaded, torch.Tensor.item)
 
 
 def read_state_file(path: Path) -> Mapping[str, Any]:
@@ -109,12 +109,13 @@ def read_state_file(path: Path) -> Mapping[str, Any]:
 
 def _torch_file(
     document: Any,
-    key: str,
+    keys: Sequence[str],
     weights: Mapping[Any, Any],
     tensors: Mapping[str, StoredTensor],
     number: Callable[[torch.Tensor], object],
 ) -> TorchFile:
-    return TorchFile(dict(tensors), key, left_out(document, weights), plain_document(document, weights, number))
+    training = plain_document(document, weights, number)
+    return TorchFile(dict(tensors), ".".join(keys), left_out(document, keys, weights), training)
 
 
 def _number_on_disk(path: Path, records: Mapping[int, int], tensor: torch.Tensor) -> object:
@@ -238,7 +239,7 @@ def _require_stored_values(path: Path, tensors: Mapping[str, StoredTensor]) -> N
             raise BadInput(what, where=path, remedy="save a contiguous copy of it: tensor.contiguous()")
 
 
-def _weights(path: Path, document: Any) -> tuple[str, Mapping[Any, Any]]:
+def _weights(path: Path, document: Any) -> tuple[list[str], Mapping[Any, Any]]:
     """The mapping of the model's tensors in a document, and the keys that lead to it."""
     if isinstance(document, torch.Tensor):
         raise BadInput("holds one tensor without a name", where=path, remedy=_SAVE_STATE_DICT)
@@ -257,7 +258,7 @@ def _weights(path: Path, document: Any) -> tuple[str, Mapping[Any, Any]]:
         names = ", ".join(str(key)[:40] for key in list(document)[:8]) or "nothing"
         what = f"holds no tensors under {', '.join(_STATE_DICT_KEYS)} or at the top (found: {names})"
         raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
-    return ".".join(keys), document
+    return keys, document
 
 
 def _leads_to_tensors(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,14 +90,14 @@ def of_an_optimizer(name: str) -> bool:
     return _OF_AN_OPTIMIZER.match(name) is not None
 
 
-def left_out(document: Mapping[Any, Any], weights: Mapping[Any, Any]) -> tuple[LeftOut, ...]:
-    """What of a training checkpoint is not in `weights`, a mapping somewhere in it, with the bytes of its tensors.
+def left_out(document: Mapping[Any, Any], keys: Sequence[str], weights: Mapping[Any, Any]) -> tuple[LeftOut, ...]:
+    """What of a training checkpoint is not in `weights`, which `keys` lead to, with the bytes of its tensors.
 
     Tensors that share their storage are counted once, and not at all where the weights share it too.
     """
     counted = {_storage(tensor) for tensor in weights.values() if isinstance(tensor, torch.Tensor)}
     found: list[LeftOut] = []
-    for key, value in _beside(document, weights, ""):
+    for key, value in _beside(document, keys):
         size = 0
         for tensor in _tensors_in(value):
             storage = _storage(tensor)
@@ -105,7 +105,7 @@ def left_out(document: Mapping[Any, Any], weights: Mapping[Any, Any]) -> tuple[L
                 counted.add(storage)
                 size += tensor.untyped_storage().nbytes()
         if size:
-            found.append(LeftOut(key[:80], kind_of(key), size))
+            found.append(LeftOut(key, kind_of(key), size))
     return tuple(found)
 
 
@@ -143,23 +143,14 @@ def plain_document(
     return found if isinstance(found, dict) else {}
 
 
-def _beside(document: Mapping[Any, Any], weights: Mapping[Any, Any], path: str) -> Iterator[tuple[str, object]]:
-    """What stands beside the weights, with the keys that lead to it."""
-    for key, value in document.items():
-        name = f"{path}{key}"
-        if value is weights or (document is weights and isinstance(value, torch.Tensor) and isinstance(key, str)):
-            continue
-        if isinstance(value, Mapping) and _holds(value, weights, 0):
-            yield from _beside(value, weights, f"{name}.")
-        else:
-            yield name, value
-
-
-def _holds(mapping: Mapping[Any, Any], weights: Mapping[Any, Any], level: int) -> bool:
-    if level > _MOST_LEVELS or mapping is weights:
-        return False
-    inner = [value for value in mapping.values() if isinstance(value, Mapping)]
-    return any(value is weights for value in inner) or any(_holds(value, weights, level + 1) for value in inner[:8])
+def _beside(document: Mapping[Any, Any], keys: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """What stands beside the weights, which `keys` lead to, by the keys that lead to it."""
+    for depth, on_the_way in enumerate((*keys, None)):
+        for key, value in document.items():
+            if key != on_the_way and not (on_the_way is None and isinstance(value, torch.Tensor)):
+                yield ".".join((*keys[:depth], str(key)[:80])), value
+        if on_the_way is not None:
+            document = document[on_the_way]
 
 
 def _tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -359,6 +359,14 @@ def test_a_tensor_that_the_weights_share_is_not_left_out(tmp_path: Path) -> None
     assert checkpoint.left_out == ()
 
 
+def test_what_is_left_out_of_a_document_that_contains_itself(tmp_path: Path) -> None:
+    document: dict[str, Any] = {"model": {"state_dict": {"w": torch.zeros(3)}, "ema": {"w": torch.ones(3)}}}
+    document["itself"] = document["model"]["again"] = document
+    checkpoint = open_checkpoint(saved(tmp_path / "m.pt", document))
+    assert checkpoint.weights_at == "model.state_dict"
+    assert [each.bytes for each in checkpoint.left_out] == [12]
+
+
 def test_an_average_is_taken_where_there_is_nothing_else(tmp_path: Path) -> None:
     model, optimizer = trained()
     average = {"ema": model.state_dict(), "optimizer": optimizer.state_dict()}

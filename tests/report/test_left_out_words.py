@@ -41,7 +41,8 @@ def test_weights_are_compared_with_weights(
 ) -> None:
     bare = compressor.compress(tmp_path / "bare.pt", output=tmp_path / "a.safetensors", keep=0.5)
     result = compressor.compress(training_checkpoint, output=tmp_path / "b.safetensors", keep=0.5)
-    assert result.bytes.after == bare.bytes.after
+    assert result.parameters == bare.parameters
+    assert result.bytes.after == pytest.approx(bare.bytes.after, rel=0.1)  # it records the optimizer
     assert result.bytes.before == pytest.approx(bare.bytes.before, rel=0.25)  # the file's own structure
     kinds = {each.kind: each.bytes for each in result.left_out}
     numbers = 4 * (64 * 48 + 48 + 48 * 10 + 10)
