@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from compressor.checkpoint.files import read_bytes_at, regular_file_size
-from compressor.checkpoint.tensors import TensorInfo, TensorOnDisk
+from compressor.checkpoint.tensors import TensorInfo, TensorOnDisk, require_short_names
 from compressor.documents import bounded_json
 from compressor.errors import BadInput, CompressorError
 
@@ -152,6 +152,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         raise _malformed(path, str(error)[:200]) from None
     if not isinstance(header, dict):
         raise _malformed(path, "not a JSON object")
+    require_short_names(header, path)
     if not all(_is_text(name) for name in header):
         raise _malformed(path, "a tensor name that is not Unicode text")
     return header

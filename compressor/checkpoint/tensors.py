@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,16 @@ import torch
 
 from compressor.checkpoint.files import read_at
 from compressor.errors import BadInput
+
+LONGEST_NAME = 4096
+
+
+def require_short_names(names: Iterable[str], path: Path) -> None:
+    """Refuse a file with a tensor name that no screen, table or pattern is made for."""
+    for name in names:
+        if len(name) > LONGEST_NAME:
+            what = f"has a tensor with a name of {len(name):,} characters ({name[:40]!r}...)"
+            raise BadInput(what, where=path, remedy=f"rename it, to {LONGEST_NAME:,} at most")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

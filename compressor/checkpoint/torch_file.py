@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from compressor.checkpoint.files import read_bytes_at
-from compressor.checkpoint.tensors import StoredTensor, TensorInMemory, TensorOnDisk
+from compressor.checkpoint.tensors import StoredTensor, TensorInMemory, TensorOnDisk, require_short_names
 from compressor.checkpoint.training_state import LeftOut, is_ema, left_out, plain_document, settings_as_mappings
 from compressor.documents import reading
 from compressor.errors import BadInput
@@ -258,6 +258,7 @@ def _weights(path: Path, document: Any) -> tuple[list[str], Mapping[Any, Any]]:
         names = ", ".join(str(key)[:40] for key in list(document)[:8]) or "nothing"
         what = f"holds no tensors under {', '.join(_STATE_DICT_KEYS)} or at the top (found: {names})"
         raise BadInput(what, where=path, remedy=_SAVE_STATE_DICT)
+    require_short_names(_tensors(document), path)
     return keys, document
 
 

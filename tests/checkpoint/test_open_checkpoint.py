@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,19 @@ def test_a_config_of_far_more_layers_than_tensors_is_refused_before_they_are_bui
     with pytest.raises(BadInput, match=r"config\.json: \w+ is .*the weights are 1 tensors"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "model.safetensors").config is None
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_name_of_a_million_characters_is_refused_and_not_shown_in_full(tmp_path: Path, save: Any) -> None:
+    path = tmp_path / "model"
+    save({"a" * 4096: torch.zeros(2, 2)}, path)
+    assert "a" * 4096 in open_checkpoint(path).tensors
+    save({"a." * 500_000 + "weight": torch.zeros(2, 2)}, path)
+    began = time.process_time()
+    with pytest.raises(BadInput, match="name of 1,000,006 characters") as caught:
+        open_checkpoint(path)
+    assert time.process_time() - began < 1
+    assert len(str(caught.value)) < 300 + len(str(path))
 
 
 def test_the_config_beside_a_file_is_found_or_absent(tmp_path: Path) -> None:
