@@ -122,7 +122,12 @@ Refine = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the targets that calibration draws.", rich_help_panel=CALIBRATION)]
 Keep = Annotated[
-    float | None, typer.Option(help="Fraction of the eligible layers' parameters to keep.", rich_help_panel=BUDGET)
+    str | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Fraction of the eligible layers' parameters to keep, such as 0.6 or 60%.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 MaxSize = Annotated[
     str | None,
@@ -144,7 +149,10 @@ AllowMiss = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
-Tolerance = Annotated[float | None, typer.Option(help="Relative error per layer.", rich_help_panel=BUDGET)]
+Tolerance = Annotated[
+    str | None,
+    typer.Option(metavar="SHARE", help="Relative error per layer, such as 0.05 or 5%.", rich_help_panel=BUDGET),
+]
 
 Include = Annotated[
     list[str] | None,

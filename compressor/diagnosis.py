@@ -150,8 +150,8 @@ def diagnose(
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
     series: str | Path | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Diagnosis:

@@ -61,8 +61,8 @@ def open_model(
     recipe: TrainingRecipe | str | Path | None,
     recipe_file: str | Path | None,
     factory: Factory | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
     *,
     embeddings: bool = False,
 ) -> OpenedModel:

@@ -9,11 +9,20 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
 
+from compressor.arguments import (
+    as_count,
+    as_count_if_given,
+    as_number,
+    as_patterns,
+    one_of,
+    require_copyable,
+    require_model,
+)
 from compressor.calibrated_planning import PlannedModel, open_calibration_data, plan_ranks
 from compressor.calibration import Calibration, calibrate, split_examples
 from compressor.checkpoint import (
@@ -100,8 +109,8 @@ def inspect(
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     embeddings: bool = False,
     epsilon: float = EPSILON,
     device: str = "auto",
@@ -116,12 +125,14 @@ def inspect(
 
     Raises `BadInput` for a model, recipe or pattern that cannot be used.
     """
-    if not 0 < epsilon < 1:
-        raise BadInput(f"epsilon {epsilon:g} is out of range", remedy="give a number between 0 and 1")
+    relative = as_number(epsilon, "epsilon") or 0.0
+    if not 0 < relative < 1:
+        what = f"`epsilon` {relative:g} is out of range"
+        raise BadInput(what, option="epsilon", remedy="give a number between 0 and 1")
     model = uncompiled(local_model(model, revision))
     model = with_effective_weights(model) if isinstance(model, nn.Module) else model
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
-    inspected = inspect_layers(subject, epsilon, resolve_device(device), progress)
+    inspected = inspect_layers(subject, relative, resolve_device(device), progress)
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,
@@ -140,10 +151,10 @@ def plan(
     *,
     revision: str | None = None,
     base: Model | None = None,
-    keep: float | None = None,
+    keep: float | str | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
-    tolerance: float | None = None,
+    tolerance: float | str | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
     factory: Factory | None = None,
@@ -154,8 +165,8 @@ def plan(
     calibration_sequence_length: int | None = None,
     refine: bool = True,
     seed: int = 0,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     embeddings: bool = False,
     form: FormRequest = "auto",
     device: str = "auto",
@@ -202,10 +213,10 @@ def compress(
     base: Model | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
-    keep: float | None = None,
+    keep: float | str | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
-    tolerance: float | None = None,
+    tolerance: float | str | None = None,
     plan: Plan | str | Path | None = None,
     recipe: TrainingRecipe | str | Path | None = None,
     recipe_file: str | Path | None = None,
@@ -217,8 +228,8 @@ def compress(
     calibration_sequence_length: int | None = None,
     refine: bool = True,
     seed: int = 0,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     embeddings: bool = False,
     form: FormRequest = "auto",
     max_shard_size: int | str = SHARD_SIZE,
@@ -233,9 +244,9 @@ def compress(
     Of the data at most `data_samples` examples are used, evenly spaced; all by default. With `embeddings` these are
     among the eligible layers, each together with an output head that is tied to it.
 
-    At most one of `keep` (fraction of the eligible parameters), `max_size` (bytes of the weight files), `max_drop`
-    (accuracy as a fraction, or increase in perplexity), `tolerance` (relative error per layer) and `plan`; with none of
-    them the window rule where the recipe is of the SGD family, else a tolerance that is safe without data.
+    At most one of `keep` (fraction of the eligible parameters, 0.6 or "60%"), `max_size` (bytes of the weight files),
+    `max_drop` (accuracy as a fraction, or increase in perplexity), `tolerance` (relative error per layer) and `plan`;
+    with none of them the window rule where the recipe is of the SGD family, else a tolerance that is safe without data.
 
     `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that. The validation split
     of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
@@ -266,8 +277,16 @@ def compress(
     `CompressorError` when the output was written, and could not be pushed.
     """
     started = time.monotonic()
+    require_model(model)
+    one_of(form, "form", get_args(FormRequest))
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
+    seed = as_count(seed, "seed", least=0, most=2**64 - 1)
+    calibration_samples = as_count_if_given(calibration_samples, "calibration_samples", least=2)
+    data_samples = as_count_if_given(data_samples, "data_samples", least=1)
     model = uncompiled(model)
-    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        require_copyable(model)
+        model = with_effective_weights(model)
     budget = requested(keep, max_size, max_drop, tolerance, plan, form)
     if base is not None:
         require_fine_tune(
@@ -298,8 +317,8 @@ def compress(
             plan=plan,
             recipe=recipe,
             recipe_file=recipe_file,
-            include=tuple(include),
-            exclude=tuple(exclude),
+            include=include,
+            exclude=exclude,
             dry_run=dry_run,
             overwrite=overwrite,
         )
@@ -312,7 +331,7 @@ def compress(
     where = resolve_device(device)
     deciding, reported = data_to_measure_on(data, data_samples, checkpoint, max_drop, calibration)
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
-    shard_size = in_bytes(max_shard_size)
+    shard_size = in_bytes(max_shard_size, "max_shard_size")
 
     inspected = inspect_layers(subject, EPSILON, where, progress)
     measured = measured_layers(subject, inspected)
@@ -351,8 +370,8 @@ def compress(
         "no-refine": not refine,
         "seed": seed or None,
         "model": Path(factory) if isinstance(factory, str) else factory,
-        "include": tuple(include),
-        "exclude": tuple(exclude),
+        "include": include,
+        "exclude": exclude,
         "embeddings": embeddings,
         "form": None if form == "auto" else form,
         "max-shard-size": None if max_shard_size == SHARD_SIZE else max_shard_size,
@@ -487,6 +506,8 @@ def evaluate(
     alone. `factory` builds the architecture of weights that are not a transformers model's. Raises `BadInput` for a
     model or data that cannot be used.
     """
+    one_of(split, "split", get_args(Split))
+    data_samples = as_count_if_given(data_samples, "data_samples", least=1)
     where = resolve_device(device)
     model = uncompiled(local_model(model))
     baseline = None if baseline is None else uncompiled(local_model(baseline))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from compressor.arguments import as_count, as_number
 from compressor.checkpoint import Checkpoint, check_push, hub_model, parse_size
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, has_splits, require_apart
@@ -19,16 +20,20 @@ SHARD_SIZE = "5GB"
 
 
 def requested(
-    keep: float | None,
+    keep: float | str | None,
     max_size: int | str | None,
     max_drop: float | None,
-    tolerance: float | None,
+    tolerance: float | str | None,
     plan: Plan | str | Path | None,
     form: FormRequest,
 ) -> Budget | None:
     """The budget that is asked for by the options, None where nothing is; BadInput where they contradict each other."""
-    size = None if max_size is None else in_bytes(max_size)
-    budget = requested_budget(keep=keep, max_size=size, max_drop=max_drop, tolerance=tolerance)
+    budget = requested_budget(
+        keep=as_number(keep, "keep", percent=True),
+        max_size=None if max_size is None else in_bytes(max_size, "max_size"),
+        max_drop=as_number(max_drop, "max_drop"),
+        tolerance=as_number(tolerance, "tolerance", percent=True),
+    )
     if plan is None:
         return budget
     if form != "auto":
@@ -145,6 +150,6 @@ def named_data(data: object) -> object:
     return Path(data) if isinstance(data, str) and not has_splits(data) else data
 
 
-def in_bytes(size: int | str) -> int:
+def in_bytes(size: int | str, option: str) -> int:
     """A size as a number of bytes."""
-    return parse_size(size) if isinstance(size, str) else size
+    return parse_size(size) if isinstance(size, str) else as_count(size, option, least=1)

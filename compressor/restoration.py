@@ -88,7 +88,7 @@ def restore(
         overwrite=overwrite,
         needed_bytes=sum(info.nbytes for info in infos),
     )
-    shard_size = in_bytes(max_shard_size)
+    shard_size = in_bytes(max_shard_size, "max_shard_size")
     copies: dict[str, list[str]] = {}
     for alias, name in aliases.items():
         copies.setdefault(name, []).append(alias)

@@ -125,10 +125,15 @@ def calibrate(
 def _first_outputs(model: nn.Module, batch: Batch) -> Tensor:
     try:
         return outputs_of(model, batch.inputs)
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.inputs.items())
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(
-            f"{type(model).__name__} does not take calibration batches of {', '.join(batch.inputs)}: {error}",
-            remedy="give mappings with everything that its forward needs, such as labels for an encoder-decoder",
+            f"{type(model).__name__} does not take calibration batches of {given}: {reason}",
+            option="calibration",
+            remedy="give what its forward takes: tensors of that shape, or mappings with everything that it needs",
         ) from error
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from compressor.arguments import require_model
 from compressor.errors import BadInput, CompressorError
 
 _LOGGER = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
         BadInput: the model or revision does not exist or may not be read, has no safetensors, or the hub cannot be
             reached and the cache has no copy; or a revision is asked of what is no model of the hub.
     """
+    require_model(model)
     if isinstance(model, str) and _may_be_of_the_hub(model):
         return _fetched(model, revision)
     if revision is not None:

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
+from compressor.arguments import as_patterns
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.errors import BadInput
@@ -81,8 +82,8 @@ def find_layers(
     checkpoint: Checkpoint,
     skeleton: Skeleton | None = None,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     embeddings: bool = False,
 ) -> tuple[Layer, ...]:
     """Every matrix of the checkpoint in the order of the file, eligible or with the reason why it is not.
@@ -116,7 +117,7 @@ def find_layers(
         if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
             skip = skip or "the names of its factors are taken"
         layers[index] = replace(layer, skip=skip)
-    return _select(layers, include, exclude)
+    return _select(layers, as_patterns(include, "include"), as_patterns(exclude, "exclude"))
 
 
 def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:

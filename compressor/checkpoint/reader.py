@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from compressor.arguments import require_model
 from compressor.checkpoint.files import (
     read_at,
     read_bytes_at,
@@ -148,6 +149,7 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         BadInput: nothing there, a damaged file, no weights, or files that contradict each other; the message
             says which and what to do.
     """
+    require_model(model)
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
     source = Path(local_model(model))

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from compressor.arguments import one_of
 from compressor.checkpoint import (
     PLAN_FILE,
     check_output,
@@ -236,7 +237,9 @@ def _require_request(
     data: Sequence[str | Path],
     max_drop: float | None,
 ) -> None:
-    if len(models) < 2:
+    one_of(mode, "mode", get_args(Mode))
+    one_of(head, "head", get_args(Head))
+    if isinstance(models, str | Path) or len(models) < 2:
         raise BadInput("one network is nothing to merge", remedy="give two or more")
     if mode == "sum" and head == "separate":
         raise BadInput("a sum has one head", remedy="leave out `head`, or merge with `mode='concat'`")

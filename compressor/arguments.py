@@ -1,0 +1,134 @@
+"""Arguments as users write them, in Python or at a shell, checked and in the one form that the stages take."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
+
+from compressor.errors import BadInput
+
+_A_MODEL = "give a path, org/name of the hub, or a torch.nn.Module"
+_MOST_SHOWN = 40
+
+
+def as_number(value: object, option: str, *, percent: bool = False) -> float | None:
+    """A number of any kind, also in text, as a float; with `percent` 60% is 0.6."""
+    if value is None:
+        return None
+    text = value.strip() if isinstance(value, str) else None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        if text is None:
+            return float(value)  # type: ignore[arg-type]
+        if percent and text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        examples = "0.6 or 60%" if percent else "0.05"
+        raise BadInput(
+            f"`{option}` {_shown(value)} is not a number", option=option, remedy=f"give one such as {examples}"
+        ) from None
+
+
+def as_count(value: object, option: str, *, least: int, most: int = 2**63 - 1) -> int:
+    """A whole number of any kind from `least` to `most`."""
+    number = None if isinstance(value, bool | str) else value
+    try:
+        count = int(number)  # type: ignore[call-overload]
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        count = None
+    if count is None or count != number or not least <= count <= most:
+        remedy = f"give a whole number from {least}" + (" on" if most == 2**63 - 1 else f" to {most}")
+        raise BadInput(f"`{option}` {_shown(value)} is out of range", option=option, remedy=remedy)
+    return int(count)
+
+
+def as_count_if_given(value: object, option: str, *, least: int) -> int | None:
+    """A whole number from `least` on, None where none was given."""
+    return None if value is None else as_count(value, option, least=least)
+
+
+def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...]:
+    """The patterns on layer names; a text is one pattern, and not its letters."""
+    patterns: Any = (value,) if isinstance(value, str) else value or ()
+    held = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
+    if not all(isinstance(each, str) and each for each in held):
+        raise BadInput(
+            f"`{option}` {_shown(value)} holds something else than patterns",
+            option=option,
+            remedy="give globs such as '*.mlp.*', or expressions such as 're:^encoder'",
+        )
+    return held
+
+
+def one_of(value: object, option: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among the choices of an option."""
+    if value not in choices:
+        what = f"`{option}` {_shown(value)} does not exist"
+        raise BadInput(what, option=option, remedy=f"use one of {', '.join(choices)}")
+
+
+def require_model(model: object, *, modules: bool = True) -> None:
+    """Refuse what is neither a path nor, with `modules`, a module whose layers can be seen and replaced."""
+    if isinstance(model, nn.Module):
+        if not modules:
+            what = "a module in memory is not taken here"
+            raise BadInput(what, option="model", remedy="give the path of a weight file or a model folder")
+        _require_plain(model)
+        return
+    if isinstance(model, os.PathLike) or (isinstance(model, str) and model):
+        return
+    what = f"the model is a {type(model).__name__}" if model != "" else "the name of the model is empty"
+    remedy = _A_MODEL
+    if isinstance(model, dict):
+        remedy = "load the state dict into its module and give that, or save it to a file"
+    raise BadInput(what, option="model", remedy=remedy)
+
+
+def _require_plain(module: nn.Module) -> None:
+    name = type(module).__name__
+    try:
+        for place, part in module.named_modules():
+            if isinstance(part, ScriptModule):
+                what = f"{place or name} is a TorchScript module, whose layers cannot be replaced"
+                raise BadInput(what, option="model", remedy="give the module that it was made from")
+        for place, tensor in chain(module.named_parameters(), module.named_buffers()):
+            if is_lazy(tensor):
+                what = f"{place} of {name} has no shape yet, because its layer is lazy"
+                raise BadInput(what, option="model", remedy="run the module once on an example, and load its weights")
+    except RecursionError:
+        raise _too_deep(name) from None
+
+
+def require_copyable(module: nn.Module) -> None:
+    """Refuse a module that cannot be copied, which the compressed one is made by; its tensors are not copied here."""
+    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    name = type(module).__name__
+    try:
+        copy.deepcopy(module, tensors)
+    except RecursionError:
+        raise _too_deep(name) from None
+    except Exception as error:  # the code of any class may raise anything
+        what = f"{name} cannot be copied ({type(error).__name__}: {str(error)[:120]})"
+        remedy = "take away what it holds beside modules and tensors, or give its class a __deepcopy__"
+        raise BadInput(what, option="model", remedy=remedy) from error
+
+
+def _too_deep(name: str) -> BadInput:
+    what = f"the modules of {name} are nested too deeply for Python's recursion limit"
+    return BadInput(what, option="model", remedy="raise it, as with sys.setrecursionlimit(10_000), or nest them less")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_MOST_SHOWN:
+        return "of more than forty digits"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
