@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from compressor.arguments import as_number
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ def given(what: str, kind: Callable[[str], Any] = Path) -> Callable[[str], Any]:
         return kind(text)
 
     return parse
+
+
+def share(option: str) -> Callable[[str], float | None]:
+    """A parser for a fraction such as 0.6 or 60%."""
+    return partial(as_number, option=option, percent=True)
 
 
 def input_shape(text: str) -> list[int]:
@@ -122,9 +128,10 @@ Refine = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the targets that calibration draws.", rich_help_panel=CALIBRATION)]
 Keep = Annotated[
-    str | None,
+    float | None,
     typer.Option(
         metavar="SHARE",
+        parser=share("keep"),
         help="Fraction of the eligible layers' parameters to keep, such as 0.6 or 60%.",
         rich_help_panel=BUDGET,
     ),
@@ -150,8 +157,13 @@ AllowMiss = Annotated[
     ),
 ]
 Tolerance = Annotated[
-    str | None,
-    typer.Option(metavar="SHARE", help="Relative error per layer, such as 0.05 or 5%.", rich_help_panel=BUDGET),
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        parser=share("tolerance"),
+        help="Relative error per layer, such as 0.05 or 5%.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 
 Include = Annotated[

@@ -6,13 +6,12 @@ import copy
 import os
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
-
-from torch import nn
-from torch.jit import ScriptModule
-from torch.nn.parameter import is_lazy
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _A_MODEL = "give a path, org/name of the hub, or a torch.nn.Module"
 _MOST_SHOWN = 40
@@ -76,12 +75,11 @@ def one_of(value: object, option: str, choices: Sequence[str]) -> None:
         raise BadInput(what, option=option, remedy=f"use one of {', '.join(choices)}")
 
 
-def require_model(model: object, *, modules: bool = True) -> None:
-    """Refuse what is neither a path nor, with `modules`, a module whose layers can be seen and replaced."""
+def require_model(model: object) -> None:
+    """Refuse what is neither a path nor a module whose layers can be seen and replaced."""
+    from torch import nn
+
     if isinstance(model, nn.Module):
-        if not modules:
-            what = "a module in memory is not taken here"
-            raise BadInput(what, option="model", remedy="give the path of a weight file or a model folder")
         _require_plain(model)
         return
     if isinstance(model, os.PathLike) or (isinstance(model, str) and model):
@@ -94,6 +92,9 @@ def require_model(model: object, *, modules: bool = True) -> None:
 
 
 def _require_plain(module: nn.Module) -> None:
+    from torch.jit import ScriptModule
+    from torch.nn.parameter import is_lazy
+
     name = type(module).__name__
     try:
         for place, part in module.named_modules():
