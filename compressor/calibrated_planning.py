@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compressor.calibration import (
@@ -40,7 +41,7 @@ from compressor.planning import (
     read_plan,
     window_rule_advice,
 )
-from compressor.rewrite import Factors, Rewriting, as_matrix, weight_file_bytes
+from compressor.rewrite import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
 
 # The exponents of the allocation, of which the one with the least loss on held-back data is kept.
 ALLOCATION_POWERS = (1.0, 0.5, 0.0)
@@ -182,8 +183,24 @@ def plan_ranks(
         unit=calibrated.unit,
         unused=calibrated.data.unused,
     )
-    plan = Plan(subject.name, digest, chosen, best.layers, advice, calibration=result)
-    return PlannedModel(plan, best.solution.factors, _by_tensor(subject, best.solution.statistics), weighted)
+    factors = _with_errors(calibrated, best)
+    layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in best.layers)
+    plan = Plan(subject.name, digest, chosen, layers, advice, calibration=result)
+    return PlannedModel(plan, factors, _by_tensor(subject, best.solution.statistics), weighted)
+
+
+def _with_errors(calibrated: Calibration, found: _Candidate) -> dict[str, Factors]:
+    """The factors that were chosen, each with its error in the metric of the dense model, however they were found."""
+    factors = {}
+    for plan in found.layers:
+        if plan.rank is None:
+            continue
+        layer, tensors = calibrated.layers[plan.name], found.solution.factors[plan.name]
+        weight = getattr(calibrated.model.get_submodule(layer.module), layer.parameter)
+        matrix = as_matrix(layer, weight.detach().to(calibrated.device)).to(torch.float64)
+        error = stored_error(layer, plan, tensors, matrix, calibrated.metrics.get(plan.name))
+        factors[plan.name] = Factors(dict(tensors), error)
+    return factors
 
 
 def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:

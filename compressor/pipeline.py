@@ -440,6 +440,9 @@ def _carried_out(
         if progress:
             progress("factorize", len(errors), len(rewriting.factorized))
 
+    def with_stored_errors() -> Plan:
+        return replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers))
+
     def evaluation_of(small: Model) -> Evaluation | None:
         if reported is None:
             return None
@@ -452,7 +455,7 @@ def _carried_out(
             source=subject.name,
             output=None if target is None else str(target),
             recipe=subject.recipe,
-            plan=replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers)),
+            plan=with_stored_errors(),
             parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
             bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
             evaluation=evaluation,
@@ -481,7 +484,7 @@ def _carried_out(
         with staged_output(target, checkpoint, overwrite) as staged:
             write_weights(staged, infos, tensors, file_metadata(rewriting), shard_limit(checkpoint, shard_size))
             if checkpoint.folder is not None:
-                describe_folder(staged, rewriting)
+                describe_folder(staged, replace(rewriting, plan=with_stored_errors()))
             evaluation = evaluation_of(staged)
             if checkpoint.folder is not None:
                 write_card(staged, result(evaluation), checkpoint, name=name or target.name)

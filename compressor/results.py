@@ -188,6 +188,7 @@ class Compression:
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "curve": None if self.curve is None else self.curve.to_dict(),
+            "error_name": self.plan.error_name,
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [
                 {"name": layer.name, "shape": list(layer.tensor_shape), "kind": layer.kind, "reason": layer.skip}

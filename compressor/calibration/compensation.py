@@ -32,13 +32,12 @@ from compressor.inspection import Progress
 from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches
 from compressor.planning import LayerPlan
 from compressor.rewrite import (
-    Factors,
     LowRankEmbedding,
     TiedHead,
     approximate,
     as_matrix,
-    factors_of,
     filled_layer,
+    stored_tensors,
 )
 
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
@@ -47,12 +46,12 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 @dataclass(frozen=True)
 class Compensated:
-    """What stands for the layers by name, and the modules, by their place in the model, that carry it.
+    """The tensors that stand for the layers, by name, and the modules, by their place in the model, that carry it.
 
     Among the modules are batch normalisations with statistics of their own.
     """
 
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Mapping[str, Tensor]]
     modules: Mapping[str, nn.Module]
 
     @property
@@ -68,7 +67,7 @@ class Compensated:
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
     """Every layer truncated by itself, on the inputs of the dense model."""
-    factors: dict[str, Factors] = {}
+    factors: dict[str, Mapping[str, Tensor]] = {}
     modules: dict[str, nn.Module] = {}
     with prepared(calibration.device, calibration.model):
         for plan in planned:
@@ -87,12 +86,12 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
     return Compensated(factors, modules)
 
 
-def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> Factors:
+def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
     pair = approximate(layer, plan, matrix, metric)
-    return factors_of(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
+    return stored_tensors(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
 
 
 def compensate(
@@ -111,7 +110,7 @@ def compensate(
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     places = {calibration.layers[name].module: name for name in plans}
     left = _walked_places(calibration, places)
-    factors: dict[str, Factors] = dict(start.factors)
+    factors: dict[str, Mapping[str, Tensor]] = dict(start.factors)
     modules: dict[str, nn.Module] = dict(start.modules)
     segments = calibration.segments
     with prepared(calibration.device, calibration.model):
@@ -170,7 +169,7 @@ class _InputStatistics:
 
 def _refitted(
     calibration: Calibration, layer: Layer, plan: LayerPlan, fitted: _InputStatistics, held: _InputStatistics
-) -> Factors:
+) -> dict[str, Tensor]:
     """The candidate that loses least on the examples held back."""
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
@@ -198,7 +197,7 @@ def _refitted(
             best = (error, each, pair)
     assert best is not None
     _, chosen, pair = best
-    return factors_of(layer, plan, pair, chosen.matrix, chosen.bias, chosen.metric, _dtype(dense))
+    return stored_tensors(layer, plan, pair, chosen.matrix, chosen.bias, chosen.metric, _dtype(dense))
 
 
 @dataclass(frozen=True)

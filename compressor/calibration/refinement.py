@@ -22,10 +22,9 @@ from compressor.calibration.calibrate import Calibration, frozen, made_by
 from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
-from compressor.checkpoint import Layer, open_checkpoint
 from compressor.evaluation import prepared
 from compressor.inspection import Progress
-from compressor.rewrite import Factors, as_matrix, dense_weight, join, relative_error, stored_pairs
+from compressor.rewrite import join
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
 # where a pass does not help.
@@ -62,7 +61,8 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
             left -= set(places)
             if _fitted(calibration, segment, modules, {place: modules[place] for place in places}):
                 for place in places:
-                    factors[layers[place].name] = _factors(calibration, layers[place], modules[place])
+                    name = layers[place].name
+                    factors[name] = {join(name, key): each for key, each in modules[place].state_dict().items()}
             if segment < calibration.segments.count - 1:
                 advance(calibration, segment, modules)
             if progress:
@@ -82,20 +82,6 @@ def _fitted(
     except RuntimeError as error:  # such as for what is changed in place after a layer took it
         logger.warning("the factors of segment %d are not fitted: %s", segment, error)
         return False
-
-
-def _factors(calibration: Calibration, layer: Layer, low_rank: nn.Module) -> Factors:
-    """What a fitted module will be stored as, and its error in the metric of the loss."""
-    dense = calibration.model.get_submodule(layer.module)
-    checkpoint = open_checkpoint(nn.Sequential(low_rank))
-    [pair] = stored_pairs(checkpoint).values()
-    weight = getattr(dense, layer.parameter).detach()
-    matrix, stored = (
-        as_matrix(layer, each.to(calibration.device)).to(torch.float64)
-        for each in (weight, dense_weight(checkpoint, pair))
-    )
-    tensors = {join(layer.name, key): tensor for key, tensor in low_rank.state_dict().items()}
-    return Factors(tensors, relative_error(matrix, matrix - stored, calibration.metrics.get(layer.name)))
 
 
 def _costs(

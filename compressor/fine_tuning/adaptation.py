@@ -28,11 +28,12 @@ from compressor.rewrite import (
     LowRankSpec,
     approximate,
     as_matrix,
-    factors_of,
     join,
     layer_spec,
     low_rank_layer,
     put_layer,
+    stored_error,
+    stored_tensors,
 )
 from compressor.rewrite.tensor_format import pair_infos
 
@@ -69,7 +70,8 @@ class Adaptation:
             return Factors({name: self.stored.read(name) for name in roles}, math.nan)
         matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
         dtype = self.difference.tuned.tensors[layer.tensor].dtype
-        return factors_of(layer, plan, approximate(layer, plan, matrix, None), matrix, None, None, dtype)
+        tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix, None), matrix, None, None, dtype)
+        return Factors(tensors, stored_error(layer, plan, tensors, matrix, None))
 
 
 def pair_file_infos(adaptation: Adaptation) -> list[TensorInfo]:

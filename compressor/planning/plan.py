@@ -30,8 +30,9 @@ FormRequest = Literal["auto", "plain", "pivoted"]
 class LayerPlan:
     """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why.
 
-    The error is relative, in the Frobenius norm or, with calibration, in the metric of the loss: that of the truncation
-    in a plan, and that of the stored numbers once they are written.
+    The error is relative: how far what stands for the matrix is from it, beside the matrix itself, in the Frobenius
+    norm or, with calibration, in the metric of the loss at the dense model (`Plan.error_name` says which). Once factors
+    are known it is that of the numbers as they are stored, before that the one of the best pair of the rank.
     """
 
     name: str
@@ -106,6 +107,11 @@ class Plan:
     def eligible_after(self) -> int:
         return sum(layer.parameters for layer in self.layers)
 
+    @property
+    def error_name(self) -> Literal["relative loss error", "relative Frobenius error"]:
+        """What the error of the layers is."""
+        return "relative Frobenius error" if self.calibration is None else "relative loss error"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": self.schema_version,
@@ -116,6 +122,7 @@ class Plan:
             "advice": self.advice,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "search": None if self.search is None else self.search.to_dict(),
+            "error_name": self.error_name,
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -506,12 +513,13 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> L
             remedy=f"give a rank up to {min(shape)}, or null for dense",
         )
     parameters = stored_parameters(shape, form, edit.rank)
+    unreached = f"; {m.stays_dense}, so its error is the Frobenius one" if m.stays_dense is not None else ""
     larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
     return replace(
         edit,
         shape=layer.shape,
         kind=layer.kind,
-        reason=f"asked for by the plan{larger}",
+        reason=f"asked for by the plan{larger}{unreached}",
         parameters=parameters,
         error=float(m.errors(form)[edit.rank]),
     )

@@ -93,7 +93,7 @@ def adapter_card(
             ],
         ),
         "## Ranks",
-        markdown_table(("layer", "shape", "rank", "error"), rows),
+        markdown_table(("layer", "shape", "rank", "relative Frobenius error"), rows),
         "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
         " norm.",
     ]

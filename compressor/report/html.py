@@ -12,6 +12,7 @@ from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
     SEARCH_HEADERS,
+    above_one_words,
     budget_words,
     calibration_words,
     error_words,
@@ -97,6 +98,8 @@ def report_page(compression: Compression) -> str:
         search_headers=SEARCH_HEADERS,
         warnings=compression.warnings,
         stored_only=stored_only_words(plan.layers),
+        above_one=above_one_words(plan.layers),
+        error_name=plan.error_name,
         effort=f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}",
         comparisons=compression_rows(compression),
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,

@@ -36,6 +36,7 @@ from compressor.report.card_parts import (
 from compressor.report.comparison import compression_rows, computed_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
+    above_one_words,
     budget_words,
     calibration_words,
     error_words,
@@ -347,9 +348,11 @@ def _plan(plan: Plan) -> str:
         )
         for layer in plan.layers
     )
-    said.append(markdown_table(("layer", "shape", "rank", "form", "kept", "error", "why"), rows))
-    metric = "in the metric of the loss" if plan.calibration is not None else "in the Frobenius norm"
-    said.append(f"Shape is outputs x inputs; error is relative, {metric}.")
+    said.append(markdown_table(("layer", "shape", "rank", "form", "kept", plan.error_name, "why"), rows))
+    metric = "metric of the loss at the dense model" if plan.calibration is not None else "Frobenius norm"
+    said.append(f"Shape is outputs x inputs; the error is that of the numbers as they are stored, in the {metric}.")
+    if (above_one := above_one_words(plan.layers)) is not None:
+        said.append(f"Note: {above_one}.")
     return "\n\n".join(said)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
+    above_one_words,
     budget_words,
     calibration_words,
     change_words,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.exporting import Export
     from compressor.merging import Merging
-    from compressor.planning import LayerPlan, Plan
+    from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression, InspectedLayer, Inspection, Restoration
 
@@ -99,7 +100,7 @@ def compression_text(compression: Compression) -> RenderableType:
             *_calibration_facts(plan),
         ),
         *_search_parts(plan),
-        *_plan_parts(plan.layers),
+        *_plan_parts(plan),
     ]
     parts.append(_side_by_side(compression_rows(compression)))
     if compression.evaluation is not None:
@@ -158,7 +159,7 @@ def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
     parts: list[RenderableType] = [
         _facts(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
         *_search_parts(plan),
-        *_plan_parts(plan.layers),
+        *_plan_parts(plan),
     ]
     if (unchanged := unchanged_words(plan.layers, written=False)) is not None:
         parts.append(Text(unchanged))
@@ -295,8 +296,9 @@ def _overlap_parts(merging: Merging) -> Iterator[RenderableType]:
     )
 
 
-def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
+def _plan_parts(plan: Plan) -> list[RenderableType]:
     """The table of ranks, and the reasons as numbered notes: most are shared by many layers."""
+    layers = plan.layers
     reasons = list(dict.fromkeys(one_line(layer.reason) for layer in layers))
     shared = len(reasons) == 1
     rows = [
@@ -311,10 +313,17 @@ def _plan_parts(layers: Sequence[LayerPlan]) -> list[RenderableType]:
         )
         for layer in layers
     ]
-    headers = ("layer", "shape", "rank", "form", "kept", "error", *(() if shared else ("why",)))
+    headers = (
+        "layer",
+        "shape",
+        "rank",
+        "form",
+        "kept",
+        plan.error_name.replace(" ", "\n"),
+        *(() if shared else ("why",)),
+    )
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
-    if (stored_only := stored_only_words(layers)) is not None:
-        notes.append(("note", stored_only))
+    notes += [("note", words) for words in (above_one_words(layers), stored_only_words(layers)) if words is not None]
     return [LayerTable(headers, tuple(rows)), _facts(*notes)]
 
 

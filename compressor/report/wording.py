@@ -308,6 +308,18 @@ def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:
     return f"{shown}: multiplied out by the module that has them; a smaller file, no less to compute or to hold"
 
 
+def above_one_words(layers: Sequence[LayerPlan]) -> str | None:
+    """Why a layer's error can be above one; None where none is."""
+    names = [one_line(layer.name) for layer in layers if layer.error > 1]
+    if not names:
+        return None
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the error of {shown} is above 1: on the inputs of the dense model a layer of zeros would be nearer; the"
+        " factors were fitted to the other inputs that the compressed model gives the layer"
+    )
+
+
 # What deserves a warning: accuracy lost (a fraction), and the factor by which perplexity grew.
 LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
 

@@ -152,9 +152,9 @@ def rewritten_module(
         factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
         if layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
-            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors)
+            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors.tensors)
         else:
-            low_rank = filled_layer(layer, plan, dense[layer.name], factors)
+            low_rank = filled_layer(layer, plan, dense[layer.name], factors.tensors)
             for place in (layer.module, *layer.places):
                 compressed = put_layer(compressed, place, low_rank)
         if layer.head is not None:
@@ -173,7 +173,7 @@ def rewritten_module(
     return compressed
 
 
-def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Factors) -> nn.Module:
+def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The low-rank layer that takes the place of a dense one, with the numbers that stand for it.
 
     Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it.
@@ -181,14 +181,14 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Facto
     assert plan.rank is not None
     if layer.kind == "parameter":
         copied = to_be_factored(dense)
-        _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), factors)
+        _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), tensors)
         return copied
     low_rank = low_rank_layer(dense, plan.form, plan.rank)
     prefix = f"{layer.name}." if layer.name else ""
     # Assigned, not copied: the factors are the layer's own numbers from here on.
     assert isinstance(low_rank.weight, Tensor)
     place = low_rank.weight.device
-    own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in factors.tensors.items()}
+    own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in tensors.items()}
     low_rank.load_state_dict(own, assign=True)
     weight = dense.weight
     assert isinstance(weight, Tensor)
@@ -198,10 +198,12 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, factors: Facto
     return low_rank
 
 
-def _put_filled_factors(owner: nn.Module, layer: Layer, plan: LayerPlan, like: Tensor, factors: Factors) -> None:
+def _put_filled_factors(
+    owner: nn.Module, layer: Layer, plan: LayerPlan, like: Tensor, tensors: Mapping[str, Tensor]
+) -> None:
     assert plan.rank is not None
     put_factors(owner, layer.parameter, plan.form, plan.rank, like, layer.tensor_shape)
-    values = {role: factors.tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
+    values = {role: tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
     down, up, order = values.values()
     assert down is not None
     assert up is not None

@@ -109,7 +109,7 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factors:
-    """The tensors that stand for a layer, and the relative error of the matrix that they give when stored."""
+    """The tensors that stand for a layer, and the relative error of the matrix that they give as they are stored."""
 
     tensors: dict[str, Tensor]
     error: float
@@ -124,7 +124,9 @@ def factorize(
     are of the Frobenius norm.
     """
     matrix = as_matrix(layer, weight).to(torch.float64)
-    return factors_of(layer, plan, approximate(layer, plan, matrix, metric), matrix, bias, metric, weight.dtype)
+    pair = approximate(layer, plan, matrix, metric)
+    tensors = stored_tensors(layer, plan, pair, matrix, bias, metric, weight.dtype)
+    return Factors(tensors, stored_error(layer, plan, tensors, matrix, metric))
 
 
 def approximate(
@@ -140,7 +142,7 @@ def approximate(
     return truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
 
 
-def factors_of(
+def stored_tensors(
     layer: Layer,
     plan: LayerPlan,
     pair: FactorPair | SpatialPair,
@@ -148,7 +150,7 @@ def factors_of(
     bias: Tensor | None,
     metric: Metric | TiedMetric | None,
     dtype: torch.dtype,
-) -> Factors:
+) -> dict[str, Tensor]:
     """The tensors by which a pair stands for a layer, in its planned form and in `dtype`.
 
     Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
@@ -169,16 +171,36 @@ def factors_of(
             bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
-    tensors = {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
-    return Factors(tensors, relative_error(matrix, change, metric))
+    return {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
 
 
-def relative_error(matrix: Tensor, change: Tensor, metric: Metric | TiedMetric | None) -> float:
-    """The size of a change of a matrix beside the matrix itself: in the metric, else in the Frobenius norm."""
+def stored_error(
+    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], matrix: Tensor, metric: Metric | TiedMetric | None
+) -> float:
+    """The relative error of a layer: how far what is stored is from its dense matrix, beside the matrix itself.
+
+    In the metric of the loss where there is one, else in the Frobenius norm.
+    """
+    change = matrix - stored_matrix(layer, plan, tensors).to(matrix.device)
     total, changed = (
         float(each.square().sum()) if metric is None else metric.squared_size(each) for each in (matrix, change)
     )
     return (changed / total) ** 0.5 if total > 0 else 0.0
+
+
+def stored_matrix(layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The `d_out x d_in` matrix that the stored factors of a layer give, in float64."""
+    down, up = (tensors[join(layer.name, f"{role}.weight")].to(torch.float64) for role in ("down", "up"))
+    if plan.form == "spatial":
+        return SpatialPair(up=up.squeeze(2), down=down.squeeze(3)).product().reshape(layer.shape)
+    down, up = down.flatten(1), up.flatten(1)
+    if layer.kind in ("embedding", "transposed convolution"):
+        down = down.T
+    if layer.kind == "transposed convolution":
+        up = up.T
+    if plan.form == "pivoted":
+        return PivotedPair(up=up, down=down, order=tensors[join(layer.name, "order")].long()).product()
+    return FactorPair(up=up, down=down).product()
 
 
 def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
