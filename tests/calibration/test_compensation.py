@@ -153,8 +153,8 @@ def test_with_a_bias_no_mean_is_moved() -> None:
     plans = [first, planned(calibration.layers[second.name], 2)]
     solution = compensate(calibration, plans)
     assert not torch.equal(
-        solution.factors["second"].tensors["second.down.weight"],
-        uncompensated(calibration, plans).factors["second"].tensors["second.down.weight"],
+        solution.factors["second"]["second.down.weight"],
+        uncompensated(calibration, plans).factors["second"]["second.down.weight"],
     )
     for place in ("first", "second"):
         dense = calibration.model.get_submodule(place)
@@ -218,7 +218,7 @@ def test_experts_that_are_given_other_examples_are_truncated_as_they_are() -> No
     experts = [given(calibration, each, "experts.0").shape for each in (None, solution)]
     assert experts[0] != experts[1]
     for name in ("experts.0", "experts.1"):
-        one, other = (each.factors[name].tensors for each in (solution, truncated))
+        one, other = (each.factors[name] for each in (solution, truncated))
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
@@ -241,8 +241,8 @@ def test_what_stands_before_the_chain_is_refitted_once_and_first() -> None:
     plans = [planned(layer, 2) for layer in calibration.layers.values()]
     solution = compensate(calibration, plans)
     alone = compensate(calibration, [each for each in plans if each.name == "project"])
-    for key, tensor in alone.factors["project"].tensors.items():
-        assert torch.equal(solution.factors["project"].tensors[key], tensor)
+    for key, tensor in alone.factors["project"].items():
+        assert torch.equal(solution.factors["project"][key], tensor)
 
 
 def test_a_layer_without_a_metric_is_truncated_by_itself() -> None:
