@@ -16,6 +16,7 @@ from torch import nn
 
 import compressor
 from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, evaluate, inspect, plan, restore
+from compressor.evaluation import load_model
 
 
 def build() -> nn.Sequential:
@@ -58,6 +59,41 @@ def test_numbers_of_a_dtype_that_cannot_be_converted_are_copied_byte_for_byte(tm
     assert report.output is not None
     stored = compressor.open_checkpoint(report.output).read("scales.weight")
     assert torch.equal(stored.view(torch.uint8), scales.view(torch.uint8))
+
+
+def pitch_network() -> nn.Sequential:
+    """Convolutions of lines, as networks have them that listen to a wave."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, (64, 1), (4, 1)), nn.ReLU(), nn.Conv2d(8, 16, (32, 1)), nn.ReLU(), nn.Conv2d(16, 16, (16, 1))
+    )
+
+
+def test_convolutions_of_lines_are_compressed_and_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = pitch_network().eval()
+    with torch.no_grad():
+        for index in (2, 4):
+            weight = network[index].weight
+            low = torch.randn(weight.shape[0], 3) @ torch.randn(3, weight[0].numel())
+            weight.copy_(low.reshape(weight.shape) / weight[0].numel() ** 0.5)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    report = compress(tmp_path / "model.safetensors", tolerance=0.001)
+    assert [layer.rank for layer in report.plan.layers] == [3, 3]
+    assert report.parameters.after < 0.4 * report.parameters.before
+    wave = torch.randn(2, 1, 400, 1)
+    assert report.output is not None
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(report.output, pitch_network)(wave), network(wave), rtol=0, atol=1e-3)
+
+
+def test_a_share_that_is_missed_by_much_is_said(tmp_path: Path) -> None:
+    tensors = {"norms": torch.rand(3, 40, 40), "body.weight": torch.randn(20, 20)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    [warning] = compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).warnings
+    assert warning.startswith("0.5 was asked for and ")
+    assert "hold only 7.7% of them; left out are norms (a table or a matrix" in warning
+    save_file({**tensors, "norms": torch.rand(3, 4, 4)}, tmp_path / "model.safetensors")
+    assert compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).warnings == ()
 
 
 @pytest.mark.parametrize("size", [25_000, 40_000, 60_000])

@@ -356,7 +356,7 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
         if outputs not in (None, shape[0]):
             return replace(layer, skip="its bias fits neither of its sides")
         return replace(layer, kind="linear")
-    if len(shape) > 5 or max(shape[2:]) > _LARGEST_KERNEL:
+    if not _looks_like_convolution(shape, outputs):
         return replace(layer, skip="neither a matrix nor, by its shape, a convolution; --model would tell")
     layer = replace(layer, kind="convolution")
     if outputs not in (None, shape[0]):
@@ -366,6 +366,16 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
     if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
         return replace(layer, skip="depthwise, or a single input channel")
     return layer
+
+
+def _looks_like_convolution(shape: tuple[int, ...], outputs: int | None) -> bool:
+    """Whether a weight of three dimensions or more is a kernel, and not a stack of matrices, such as those of experts.
+
+    A kernel is small, or a line (`k x 1`), or has one bias for each of its outputs.
+    """
+    kernel = shape[2:]
+    line = len(kernel) > 1 and sum(side > 1 for side in kernel) <= 1
+    return len(shape) <= 5 and (max(kernel) <= _LARGEST_KERNEL or line or outputs in shape[:2])
 
 
 def _parameter_by_name(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Layer:

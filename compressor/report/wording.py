@@ -280,10 +280,17 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
 
 
+# A share that was asked for is missed where less than this part of the saving is achieved.
+LEAST_SHARE_OF_THE_SAVING = 0.5
+
+
 def warning_words(compression: Compression) -> tuple[str, ...]:
     """What a reader of a result must not overlook."""
     plan, evaluation = compression.plan, compression.evaluation
-    found = [unchanged_words(plan.layers, written=compression.output is not None)]
+    found = [
+        unchanged_words(plan.layers, written=compression.output is not None),
+        missed_share_words(compression),
+    ]
     if evaluation is not None:
         found.append(larger_drop_words(evaluation, plan.budget))
         found.append(large_loss_words(evaluation, calibrated=plan.calibration is not None))
@@ -297,6 +304,25 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
     if written:
         return "no layer was factorized; the output holds the same weights"
     return "no layer would be factorized; the output would hold the same weights"
+
+
+def missed_share_words(compression: Compression) -> str | None:
+    """Why a share that was asked for is missed by more than half of the saving; None where it is not."""
+    asked = compression.plan.budget.value if compression.plan.budget.kind == "keep" else None
+    if asked is None or compression.fine_tune is not None or not compression.skipped:
+        return None
+    before, after = compression.parameters.before, compression.parameters.after
+    largest = max(compression.skipped, key=lambda layer: layer.parameters)
+    chosen = largest.skip is not None and ("--include" in largest.skip or "--exclude" in largest.skip)
+    if chosen or before - after >= LEAST_SHARE_OF_THE_SAVING * (1 - asked) * before:
+        return None
+    eligible = compression.plan.eligible_before / before
+    reason = one_line(largest.skip or "")
+    others = f", and {len(compression.skipped) - 1} more" if len(compression.skipped) > 1 else ""
+    return (
+        f"{asked:.3g} was asked for and {after / before:.1%} of all parameters are kept: layers that can be factorized"
+        f" hold only {eligible:.1%} of them; left out are {one_line(largest.name)} ({reason}){others}"
+    )
 
 
 def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:

@@ -36,6 +36,31 @@ def test_numbers_that_torch_hardly_computes_with_pass_through(tmp_path: Path, dt
     assert found["even"].eligible
 
 
+@pytest.mark.parametrize(
+    ("shape", "bias"),
+    [
+        *(((16, 8, *kernel), bias) for kernel in [(64, 1), (1, 512), (1024, 1), (33, 1, 1)] for bias in (None, 16)),
+        ((16, 8, 512), 16),
+        ((16, 3, 16, 16), 16),
+        ((16, 3, 2, 32, 32), 16),
+    ],
+)
+def test_kernels_of_any_length_are_convolutions(tmp_path: Path, shape: tuple[int, ...], bias: int | None) -> None:
+    tensors = {"first.weight": torch.zeros(8, 3, 3, 3), "conv.weight": torch.zeros(*shape)}
+    tensors |= {} if bias is None else {"conv.bias": torch.zeros(bias)}
+    layer = layers_of_file(tmp_path, tensors)["conv"]
+    assert (layer.kind, layer.skip) == ("convolution", None)
+    assert layer.shape == (16, torch.Size(shape[1:]).numel())
+
+
+@pytest.mark.parametrize("bias", [None, (4, 32)])
+def test_stacks_of_matrices_are_no_convolutions(tmp_path: Path, bias: tuple[int, ...] | None) -> None:
+    tensors = {"experts.weight": torch.zeros(4, 32, 64)} | ({} if bias is None else {"experts.bias": torch.zeros(bias)})
+    assert "neither a matrix nor, by its shape, a convolution" in (
+        layers_of_file(tmp_path, tensors)["experts"].skip or ""
+    )
+
+
 def test_names_and_shapes_of_a_strangers_file(tmp_path: Path) -> None:
     found = layers_of_file(
         tmp_path,
