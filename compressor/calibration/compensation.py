@@ -36,6 +36,7 @@ from compressor.rewrite import (
     TiedHead,
     approximate,
     as_matrix,
+    carry_over,
     filled_layer,
     stored_tensors,
 )
@@ -82,7 +83,9 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
             if layer.head is not None:
                 assert isinstance(low_rank, LowRankEmbedding)
                 head = calibration.model.get_submodule(layer.head)
-                modules[layer.head] = TiedHead(low_rank, head.bias).train(head.training)  # type: ignore[arg-type]
+                tied = TiedHead(low_rank, head.bias).train(head.training)  # type: ignore[arg-type]
+                carry_over(head, tied)
+                modules[layer.head] = tied
     return Compensated(factors, modules)
 
 

@@ -14,6 +14,7 @@ from compressor.checkpoint.layers import (
     find_layers,
     is_weight,
     layer_name,
+    own_state,
     skeleton_mismatch,
 )
 from compressor.checkpoint.output import check_output, parse_size
@@ -69,6 +70,7 @@ __all__ = [
     "local_model",
     "module_skeleton",
     "open_checkpoint",
+    "own_state",
     "parse_size",
     "plan_shards",
     "push_folder",

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
+from types import MethodType
 from typing import Literal
 
 import torch
@@ -186,16 +188,42 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
             layer = replace(
                 layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
             )
+        layer = replace(layer, skip=layer.skip or _own_code(modules, place, layer.kind))
         others = holders.get(id(owner._parameters[parameter]), []) if parameter == "weight" else []
         others = [name for name in others if name not in names[id(owner)]]
         if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
             [head] = others
             apart = f"{head} shares its weight, but is stored apart from it" if f"{head}.weight" in stored else None
-            layer = replace(layer, head=head, skip=layer.skip or apart)
+            own = _own_code(modules, head, "linear")
+            layer = replace(layer, head=head, skip=layer.skip or apart or (own and f"{head}, tied to it: {own}"))
         elif others:
             layer = replace(layer, skip=layer.skip or f"shares its weight with {', '.join(others)}")
         layers.append(layer)
     return layers
+
+
+def _own_code(modules: Mapping[str, nn.Module], place: str, kind: Kind) -> str | None:
+    """Why a module cannot do its work with factors, where someone changed what it computes by hand."""
+    if kind != "parameter" and (own := own_state(modules[place])) is not None:
+        return own
+    if "forward" in vars(modules[place]):
+        return "its forward was replaced"
+    parts = place.split(".") if place else []
+    for above in (".".join(parts[:depth]) for depth in range(len(parts))):
+        # In a copy of the model a function would go on calling the original; what is bound to a module is copied too.
+        replaced = vars(modules[above]).get("forward")
+        if replaced is not None and not isinstance(replaced, MethodType | partial):
+            return f"the forward of {above or 'the model'} was replaced"
+    return None
+
+
+def own_state(layer: nn.Module) -> str | None:
+    """What makes a layer more than its class, so that no other layer can take its place; None for most."""
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    names = [*layer._parameters, *layer._buffers, *layer._modules]
+    further = [name for name in names if name not in ("weight", "bias")]
+    return f"it holds {', '.join(further)} beside its weight" if further else None
 
 
 def directly_read_by(owner: nn.Module, parent: nn.Module | None) -> nn.Module | None:

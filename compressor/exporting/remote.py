@@ -102,46 +102,19 @@ def write_remote(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
 def remote_code(architecture: str, configuration: str) -> str:
     """The source of the exported module: our low-rank layers, without this package, and the model's two classes.
 
-    Raises `CompressorError` when the layers have come to need more of this package than names in annotations.
+    Raises `CompressorError` when the layers have come to need more of this package.
     """
-    source = inspect.getsource(low_rank_modules)
-    tree = ast.parse(source)
-    own = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "compressor"
-    ]
-    names = {alias.asname or alias.name for node in own for alias in node.names}
-    if needed := sorted(names & _names_at_run_time(tree)):
-        raise CompressorError(f"the layers' code cannot stand alone: it uses {', '.join(needed)}")
-    lines = source.splitlines()
-    dropped = {number for node in own for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
-    kept = "\n".join(line for number, line in enumerate(lines, start=1) if number not in dropped)
+    code = inspect.getsource(low_rank_modules)
+    imported = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom))
+    if needed := [node.module for node in imported if (node.module or "").partition(".")[0] == "compressor"]:
+        raise CompressorError(f"the layers' code cannot stand alone: it imports {', '.join(map(str, needed))}")
     header = (
         f"# Written by lowrank-compressor {version('lowrank-compressor')}, Apache-2.0: needs torch and transformers.\n"
     )
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )
-    return header + kept + classes
-
-
-def _names_at_run_time(tree: ast.Module) -> set[str]:
-    """Names that are used outside annotations, which are never evaluated in that module."""
-    names = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.Name):
-            names.add(node.id)
-        for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns"):
-                continue
-            for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
-                    visit(child)
-
-    visit(tree)
-    return names
+    return header + code + classes
 
 
 def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list[str]]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,12 @@ from compressor.rewrite import (
     LowRankSpec,
     approximate,
     as_matrix,
+    carry_over,
     join,
     layer_spec,
     low_rank_layer,
     put_layer,
+    remove_call_hooks,
     stored_error,
     stored_tensors,
 )
@@ -123,6 +126,8 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
 class AdaptedLayer(nn.Module):
     """A layer of the base with a low-rank pair beside it: `y = base(x) + pair(x)`."""
 
+    __jit_unused_properties__: ClassVar = ["weight"]
+
     def __init__(self, base: nn.Module, pair: nn.Module) -> None:
         super().__init__()
         self.base, self.pair = base, pair
@@ -134,8 +139,8 @@ class AdaptedLayer(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.pair(x)
+    def forward(self, input: Tensor) -> Tensor:
+        result: Tensor = self.base(input) + self.pair(input)
         return result
 
 
@@ -181,5 +186,8 @@ def adapted_module(
         load_state(pair, own)
         with torch.no_grad():
             dense.weight.mul_(difference.shares.get(layer.tensor, 1.0))
-        module = put_layer(module, layer.module, AdaptedLayer(dense, pair).train(dense.training))
+        adapted = AdaptedLayer(dense, pair).train(dense.training)
+        carry_over(dense, adapted)
+        remove_call_hooks(dense)
+        module = put_layer(module, layer.module, adapted)
     return module

@@ -11,9 +11,11 @@ from compressor.rewrite.modules import (
     PivotedLinear,
     SpatialConvolution,
     TiedHead,
+    carry_over,
     low_rank_layer,
     put_layer,
     put_pair,
+    remove_call_hooks,
 )
 from compressor.rewrite.rewriting import (
     CODE_CLASS_PREFIX,
@@ -76,6 +78,7 @@ __all__ = [
     "approximate",
     "as_matrix",
     "can_be_pair",
+    "carry_over",
     "dense_aliases",
     "dense_config",
     "dense_infos",
@@ -93,6 +96,7 @@ __all__ = [
     "put_factors",
     "put_layer",
     "put_pair",
+    "remove_call_hooks",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",

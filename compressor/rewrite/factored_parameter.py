@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressor.checkpoint import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name
+from compressor.checkpoint import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
 from compressor.planning.form import Form
 
 
@@ -50,6 +50,12 @@ class FactoredWeight(nn.Module):
             self.last_down, self.last_up = down.detach().clone(), up.detach().clone()
             self.last_product = self._product(down, up)
         return self.last_product
+
+    def __prepare_scriptable__(self) -> FactoredWeight:
+        raise RuntimeError(
+            "TorchScript compiles no parametrized modules: save the model, make it dense with 'compress restore', and "
+            "script the dense one"
+        )
 
     def _forget(self) -> None:
         self.last_down = self.last_up = self.last_product = None
@@ -185,7 +191,7 @@ def can_be_pair(root: nn.Module, name: str, parameter: str, kind: Kind) -> bool:
     """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
     modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     layer, parent = modules[name], modules.get(name.rpartition(".")[0])
-    if parameter != "weight" or directly_read_by(layer, parent) is not None:
+    if parameter != "weight" or directly_read_by(layer, parent) is not None or own_state(layer) is not None:
         return False
     classes: dict[Kind, tuple[type[nn.Module], ...]] = {
         "linear": (nn.Linear,),

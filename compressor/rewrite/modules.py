@@ -3,16 +3,18 @@
 Every one registers a persistent zero-size buffer `weight`. A loader that expects the dense layer then meets a shape
 mismatch and stops, instead of filling the layer with random numbers; and code that asks for `weight.dtype` or
 `weight.device` goes on working.
-"""
 
-from __future__ import annotations
+They take their input under the name that it has in PyTorch's own. The source of this module is copied into exported
+folders, so it imports nothing of this package; and TorchScript compiles the layers, so annotations are evaluated.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from compressor.planning.form import Form
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -49,8 +51,8 @@ class LowRankLinear(nn.Module):
         self.up = _unfilled(nn.Linear, rank, out_features, bias=bias, **factory)
         self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -74,8 +76,8 @@ class PivotedLinear(nn.Module):
         self.register_buffer("order", torch.empty(out_features, dtype=torch.int32, device=like.device))
         self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.down(x)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.down(input)
         y = torch.cat([rows, self.up(rows)], dim=-1).index_select(-1, self.order)
         return y if self.bias is None else y + self.bias
 
@@ -116,8 +118,8 @@ class LowRankConvolution(nn.Module):
         self.up = _unfilled(kind, rank, dense.out_channels, 1, bias=dense.bias is not None, **factory)
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
@@ -151,8 +153,8 @@ class LowRankTransposedConvolution(nn.Module):
         )
         self.register_buffer("weight", torch.empty(MARKERS["transposed convolution"], **factory))
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return self.up(self.down(x), output_size)  # type: ignore[no-any-return]
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return self.up(self.down(input), output_size)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
@@ -200,8 +202,8 @@ class SpatialConvolution(nn.Module):
         )
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
@@ -229,8 +231,8 @@ class LowRankEmbedding(nn.Module):
         self.up = _unfilled(nn.Linear, rank, dense.embedding_dim, bias=False, **factory)
         self.register_buffer("weight", torch.empty(MARKERS["embedding"], **factory))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.up(self.down(tokens))  # type: ignore[no-any-return]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.down(input))  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, rank={self.rank}"
@@ -253,20 +255,64 @@ class TiedHead(nn.Module):
         # the weight has rows when it ties it.
         self.register_buffer("weight", embedding.weight.new_empty(self.out_features, 0), persistent=False)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         down, up = self.down_weight, self.up_weight
         assert isinstance(down, Tensor)
         assert isinstance(up, Tensor)
-        return nn.functional.linear(nn.functional.linear(hidden, up.T), down, self.bias)
+        return nn.functional.linear(nn.functional.linear(input, up.T), down, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
+# What PyTorch calls before, in and after a layer's forward and backward pass, in the attributes of a module: the hooks
+# in their order, by a number that the others give the kind of.
+_CALL_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+# Hooks that compute the weight itself.
+_OF_WEIGHTS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
+
+def carry_over(dense: nn.Module, layer: nn.Module) -> None:
+    """Give a layer the hooks of the dense one in whose place it is called, and the attributes that it has not itself.
+
+    The hooks of `state_dict` are not among them.
+    """
+    for name in _CALL_HOOKS:
+        hooks = getattr(dense, name)
+        left = {key: hook for key, hook in hooks.items() if not isinstance(hook, _OF_WEIGHTS)}
+        setattr(layer, name, type(hooks)(left))
+    layer._is_full_backward_hook = dense._is_full_backward_hook
+    for name, value in vars(dense).items():
+        if not hasattr(layer, name):
+            setattr(layer, name, value)
+
+
+def carry_state_hooks(dense: nn.Module, layer: nn.Module) -> None:
+    """Give a layer the hooks that the dense one has on being saved and loaded."""
+    for name in _STATE_HOOKS:
+        hooks = getattr(dense, name)
+        setattr(layer, name, type(hooks)(hooks))
+    own: Any = layer
+    for each in dense._load_state_dict_pre_hooks.values():
+        hook: Any = each
+        register = own.register_load_state_dict_pre_hook if hook.with_module else own._register_load_state_dict_pre_hook
+        register(hook.hook)
+
+
+def remove_call_hooks(layer: nn.Module) -> None:
+    """Take from a layer the hooks that `carry_over` gave to another."""
+    for name in _CALL_HOOKS:
+        getattr(layer, name).clear()
+
+
+def low_rank_layer(dense: nn.Module, form: str, rank: int) -> nn.Module:
     """An unfilled low-rank layer in place of a linear layer, a transformers `Conv1D`, a convolution or an embedding.
 
-    On the dense layer's device, in its dtype, with its training flag and `requires_grad`. ValueError for other layers,
+    On the dense layer's device, in its dtype, with its training flag, and as trainable. ValueError for other layers,
     for a convolution with groups, and for a spatial pair of anything but a two-dimensional convolution.
     """
     layer: nn.Module
@@ -295,8 +341,12 @@ def low_rank_layer(dense: nn.Module, form: Form, rank: int) -> nn.Module:
         has_bias = getattr(dense, "bias", None) is not None
         layer = pair(*sides, rank, bias=has_bias, like=weight, kind=kind)
     layer.train(dense.training)
-    trainable = any(parameter.requires_grad for parameter in dense.parameters())
-    return layer.requires_grad_(trainable)
+    trained = {
+        name: tensor.requires_grad for name in ("weight", "bias") if (tensor := getattr(dense, name, None)) is not None
+    }
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(trained["bias" if name.endswith("bias") else "weight"])
+    return layer
 
 
 def put_layer(root: nn.Module, name: str, layer: nn.Module) -> nn.Module:
@@ -338,7 +388,10 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
     dense = root.get_submodule(head)
     bias = dense.bias
     assert bias is None or isinstance(bias, nn.Parameter)
-    put_layer(root, head, TiedHead(pair, bias).train(dense.training))
+    tied = TiedHead(pair, bias).train(dense.training)
+    carry_over(dense, tied)
+    carry_state_hooks(dense, tied)
+    put_layer(root, head, tied)
     for place, module in root.named_modules():
         prefix = f"{place}." if place else ""
         ours, source = head.removeprefix(prefix), embedding.removeprefix(prefix)
@@ -350,13 +403,15 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
                 setattr(module, name, others | factors)
 
 
-def put_pair(root: nn.Module, name: str, form: Form, rank: int) -> nn.Module:
+def put_pair(root: nn.Module, name: str, form: str, rank: int) -> nn.Module:
     """Put an unfilled low-rank layer in the place of a dense one and of a head tied to it, and return the tree.
 
     It takes all the places that the dense layer has in the tree. ValueError for a layer that cannot be factorized.
     """
     head, dense = tied_head(root, name), root.get_submodule(name)
     layer = low_rank_layer(dense, form, rank)
+    carry_over(dense, layer)
+    carry_state_hooks(dense, layer)
     for place in [place for place, module in root.named_modules(remove_duplicate=False) if module is dense]:
         root = put_layer(root, place, layer)
     if head is not None:

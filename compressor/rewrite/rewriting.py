@@ -32,7 +32,7 @@ from compressor.checkpoint import (
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
-from compressor.rewrite.modules import low_rank_layer, put_layer, tie_head
+from compressor.rewrite.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.rewrite.spec import METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.rewrite.tensor_format import Factors, factorize, join, pair_infos
 
@@ -154,7 +154,9 @@ def rewritten_module(
             like = getattr(dense[layer.name], layer.parameter)
             _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors.tensors)
         else:
-            low_rank = filled_layer(layer, plan, dense[layer.name], factors.tensors)
+            copied = compressed.get_submodule(layer.module)
+            low_rank = filled_layer(layer, plan, dense[layer.name], factors.tensors, copied)
+            carry_state_hooks(copied, low_rank)
             for place in (layer.module, *layer.places):
                 compressed = put_layer(compressed, place, low_rank)
         if layer.head is not None:
@@ -173,10 +175,13 @@ def rewritten_module(
     return compressed
 
 
-def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it.
+def filled_layer(
+    layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mapping[str, Tensor], copied: nn.Module | None = None
+) -> nn.Module:
+    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it, and its hooks.
 
-    Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it.
+    Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it. Hooks
+    may be bound to other modules of a model; where the model is a copy, they are those of the layer as it was `copied`.
     """
     assert plan.rank is not None
     if layer.kind == "parameter":
@@ -195,6 +200,7 @@ def filled_layer(layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mappi
     for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if weight.dim() == dimensions and not weight.is_contiguous() and weight.is_contiguous(memory_format=order):
             low_rank.to(memory_format=order)  # type: ignore[call-overload]
+    carry_over(dense if copied is None else copied, low_rank)
     return low_rank
 
 

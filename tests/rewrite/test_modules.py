@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor import compress
 from compressor.planning import Budget, LayerPlan, Plan
@@ -78,6 +79,9 @@ def test_flags_dtype_and_gradients_are_those_of_the_dense_layer() -> None:
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     assert layer.weight.dtype == torch.bfloat16
+    dense.bias.requires_grad_(True)
+    trained = {name for name, each in low_rank_layer(dense, "plain", 2).named_parameters() if each.requires_grad}
+    assert trained == {"up.bias"}
 
 
 def test_low_rank_layers_train() -> None:
@@ -99,3 +103,58 @@ def test_a_pair_of_convolutions_tells_the_geometry_of_the_dense_one() -> None:
         pair = low_rank_layer(dense, form, 2)  # type: ignore[arg-type]
         for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
             assert getattr(pair, name) == getattr(dense, name)
+
+
+class Tied(nn.Module):
+    """An embedding and a head with a bias that is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(30, 20), nn.Linear(20, 30)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens))
+
+
+SCRIPTED: dict[str, tuple[Callable[[], nn.Module], Form, Tensor]] = {
+    "linear": (lambda: nn.Linear(20, 30), "plain", torch.rand(3, 20)),
+    "pivoted": (lambda: nn.Linear(20, 30), "pivoted", torch.rand(3, 20)),
+    "pivoted without bias": (lambda: nn.Linear(20, 30, bias=False), "pivoted", torch.rand(3, 20)),
+    "convolution": (lambda: nn.Conv2d(8, 12, 3, padding="same"), "channel", torch.rand(2, 8, 6, 6)),
+    "spatial": (lambda: nn.Conv2d(8, 12, 3, padding=1), "spatial", torch.rand(2, 8, 6, 6)),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(8, 12, 3, stride=2), "channel", torch.rand(2, 8, 6)),
+    "tied embedding": (Tied, "plain", torch.arange(12).reshape(3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_what_scripts_when_dense_scripts_when_it_is_low_rank(name: str) -> None:
+    build, form, x = SCRIPTED[name]
+    torch.manual_seed(0)
+    dense = nn.Sequential(build())
+    torch.jit.script(dense)
+    layer = "0.words" if name.startswith("tied") else "0"
+    planned = LayerPlan(layer, (0, 0), "", 4, form, 0, 0.0, "")
+    small = compress(dense, embeddings=True, plan=Plan("", None, Budget("plan"), (planned,))).model
+    assert small is not None
+    assert small.get_submodule(layer).rank == 4
+    scripted = torch.jit.script(small)
+    torch.testing.assert_close(scripted(x), small(x))
+
+
+def test_a_layer_with_a_pair_beside_it_scripts() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(20, 30))
+    tuned = copy.deepcopy(base)
+    tuned[0].weight.data += torch.rand(30, 1) @ torch.rand(1, 20)
+    adapted = compress(tuned, base=base, keep=0.2).model
+    assert adapted is not None
+    x = torch.rand(3, 20)
+    torch.testing.assert_close(torch.jit.script(adapted)(x), tuned(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_factored_parameter_says_why_it_does_not_script() -> None:
+    small = compress(nn.LSTM(16, 16), keep=0.5).model
+    with pytest.raises(RuntimeError, match="script the dense one"):
+        torch.jit.script(small)
