@@ -348,7 +348,7 @@ def plan(
         )
         if output is not None:
             with staged_file(output, overwrite=overwrite) as staged:
-                staged.write_bytes(document_text(chosen.to_dict()).encode())
+                staged.write_bytes(document_text(chosen.portable().to_dict()).encode())
     _show(chosen.to_dict(), plan_text(chosen, output=output), json=json, written=output)
 
 

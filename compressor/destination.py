@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from compressor.checkpoint import Checkpoint, check_output, copy_companions, hub_model, staged_file, staged_folder
+from compressor.checkpoint import (
+    Checkpoint,
+    NotCopied,
+    check_output,
+    companions,
+    copy_companions,
+    hub_model,
+    staged_file,
+    staged_folder,
+)
 from compressor.errors import BadInput
 
 
@@ -54,6 +63,11 @@ def target_of(
 def shard_limit(checkpoint: Checkpoint, shard_size: int) -> int | None:
     """The largest weight file of the output; None where it is a single file."""
     return shard_size if checkpoint.folder is not None else None
+
+
+def not_copied_from(checkpoint: Checkpoint) -> tuple[NotCopied, ...]:
+    """What of a checkpoint's folder does not go along with new weights, and why."""
+    return () if checkpoint.folder is None else companions(checkpoint.folder).not_copied
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from compressor.checkpoint import (
     push_folder,
     with_separate_experts,
 )
-from compressor.destination import checked_target, form_of, shard_limit, staged_output
+from compressor.destination import checked_target, form_of, not_copied_from, shard_limit, staged_output
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
     Cost,
@@ -470,6 +470,7 @@ def _carried_out(
             model=compressed,
             left_out=checkpoint.left_out,
             weights_at=checkpoint.weights_at,
+            not_copied=() if target is None else not_copied_from(checkpoint),
         )
         return replace(made, warnings=warning_words(made))
 

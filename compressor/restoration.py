@@ -19,7 +19,7 @@ from compressor.checkpoint import (
     write_config,
     write_state_dict_file,
 )
-from compressor.destination import form_of, shard_limit, staged_output, target_of
+from compressor.destination import form_of, not_copied_from, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.inspection import Progress
@@ -119,6 +119,7 @@ def restore(
         layers=tuple(pairs),
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
         seconds=time.monotonic() - started,
+        not_copied=not_copied_from(checkpoint),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from compressor.checkpoint import Layer
+from compressor.checkpoint import Layer, NotCopied
 from compressor.checkpoint.training_state import LeftOut
 from compressor.evaluation import Evaluation
 from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
@@ -119,7 +119,7 @@ class Compression:
     and `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
     `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at`
     the keys under which the weights were found. With a base the matrices are differences to it, `after` is what is
-    stored beside it, and `fine_tune` says how.
+    stored beside it, and `fine_tune` says how. `not_copied` is what of a model folder did not go along, and why.
     """
 
     source: str
@@ -140,6 +140,7 @@ class Compression:
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     fine_tune: FineTune | None = None
+    not_copied: tuple[NotCopied, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
 
@@ -195,6 +196,7 @@ class Compression:
                 for layer in self.skipped
             ],
             "fine_tune": None if self.fine_tune is None else asdict(self.fine_tune),
+            "not_copied": [each._asdict() for each in self.not_copied],
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,
@@ -204,13 +206,14 @@ class Compression:
 
 @dataclass(frozen=True)
 class Restoration:
-    """A dense checkpoint multiplied back from a compressed one."""
+    """A dense checkpoint multiplied back from a compressed one; `not_copied` is what did not go along, and why."""
 
     source: str
     output: str
     layers: tuple[str, ...]
     bytes: BeforeAfter
     seconds: float
+    not_copied: tuple[NotCopied, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -219,5 +222,6 @@ class Restoration:
             "output": self.output,
             "layers": list(self.layers),
             "bytes": asdict(self.bytes),
+            "not_copied": [each._asdict() for each in self.not_copied],
             "seconds": self.seconds,
         }

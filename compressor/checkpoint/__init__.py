@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.checkpoint.companions import PLAN_FILE, LeftOut, companions, copy_companions, write_config
+from compressor.checkpoint.companions import CODE_FILE, PLAN_FILE, NotCopied, companions, copy_companions, write_config
 from compressor.checkpoint.experts import SeparateExperts, fuse_experts, with_separate_experts
 from compressor.checkpoint.hub import check_push, hub_model, local_model, push_folder
 from compressor.checkpoint.layers import (
@@ -22,6 +22,7 @@ from compressor.checkpoint.reader import (
     ADAPTER_CONFIG,
     Checkpoint,
     open_checkpoint,
+    portable_name,
     refuse_adapter,
     refuse_fp8,
     require_finite,
@@ -43,13 +44,14 @@ from compressor.checkpoint.writer import (
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "CODE_FILE",
     "CONVOLUTIONS",
     "PLAN_FILE",
     "TRANSPOSED_CONVOLUTIONS",
     "Checkpoint",
     "Kind",
     "Layer",
-    "LeftOut",
+    "NotCopied",
     "SafetensorsWriter",
     "SeparateExperts",
     "Shard",
@@ -73,6 +75,7 @@ __all__ = [
     "own_state",
     "parse_size",
     "plan_shards",
+    "portable_name",
     "push_folder",
     "refuse_adapter",
     "refuse_fp8",

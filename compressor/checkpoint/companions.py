@@ -21,6 +21,9 @@ _LOGGER = logging.getLogger(__name__)
 PLAN_FILE = "compression.json"
 """What a compressed folder carries besides its weights: the plan, the recipe, and the names of its files."""
 
+CODE_FILE = "modeling_lowrank.py"
+"""The code of the low-rank layers, in a folder that brings it along."""
+
 _CONFIGURATIONS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "audio_tokenizer_config.json"),
     *("*preprocessor_config.json", "*processor_config.json"),
@@ -62,7 +65,7 @@ _TRAINING = ("trainer_state.json", "args.yaml", "ds_config.json", "recipe.*", "t
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
-class LeftOut(NamedTuple):
+class NotCopied(NamedTuple):
     """Something of a model folder that does not go along, and why."""
 
     name: str
@@ -74,13 +77,14 @@ class Companions:
     """The files beside the weights of a model folder that go along, relative to it, and what is left out."""
 
     files: tuple[Path, ...]
-    left_out: tuple[LeftOut, ...]
+    not_copied: tuple[NotCopied, ...]
 
 
 def companions(source: Path) -> Companions:
     """What of a model folder goes along with new weights.
 
-    Weights and the state of optimizers are replaced, and neither goes along nor is called left out. A link to a file is
+    Weights and the state of optimizers are replaced, and our own code is written anew: they neither go along nor are
+    listed. A link to a file is
     followed only inside the folder, or inside the Hugging Face cache that it is part of.
 
     Raises:
@@ -91,7 +95,7 @@ def companions(source: Path) -> Companions:
     if inside.parent.name == "snapshots":
         inside = inside.parent.parent
     files: list[Path] = []
-    left_out: list[LeftOut] = []
+    not_copied: list[NotCopied] = []
 
     def visit(folder: Path) -> None:
         for entry in _entries(folder):
@@ -100,19 +104,19 @@ def companions(source: Path) -> Companions:
                 reason = _why_no_subfolder(entry, nested=folder != source)
                 if reason is None:
                     visit(entry)
-            elif _holds_weights(entry):
+            elif _holds_weights(entry) or entry.name == CODE_FILE:
                 continue
             else:
                 reason = _why_no_companion(entry, inside)
                 if reason is None:
                     files.append(entry.relative_to(source))
-                    left_out.extend(LeftOut(f"{key} in {name}", "names code") for key in _code_keys_of(entry))
+                    not_copied.extend(NotCopied(f"{key} in {name}", "names code") for key in _code_keys_of(entry))
             if reason is not None:
-                left_out.append(LeftOut(name, reason))
+                not_copied.append(NotCopied(name, reason))
 
     with reading(source):
         visit(source)
-    return Companions(tuple(files), tuple(left_out))
+    return Companions(tuple(files), tuple(not_copied))
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -122,8 +126,8 @@ def copy_companions(source: Path, target: Path) -> None:
         BadInput: a file of the source cannot be read.
     """
     found = companions(source)
-    if found.left_out:
-        _LOGGER.warning("not copied from %s: %s", source, left_out_words(found.left_out))
+    if found.not_copied:
+        _LOGGER.warning("not copied from %s: %s", source, not_copied_words(found.not_copied))
     for file in found.files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         if _code_keys_of(source / file):
@@ -138,10 +142,10 @@ def copy_companions(source: Path, target: Path) -> None:
                 copy.write(chunk)
 
 
-def left_out_words(left_out: Iterable[LeftOut]) -> str:
+def not_copied_words(not_copied: Iterable[NotCopied]) -> str:
     """What was left out, by reason."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in left_out:
+    for name, reason in not_copied:
         reasons.setdefault(reason, []).append(name)
     words = []
     for reason, names in reasons.items():
@@ -174,13 +178,18 @@ def _code_keys_of(file: Path) -> list[str]:
 
     def visit(value: Any) -> None:
         if isinstance(value, Mapping):
-            found.extend(key for key in value if key in _CODE_KEYS and key not in found)
+            found.extend(key for key in value if key in _CODE_KEYS and not _is_our_own(value[key]) and key not in found)
         for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             visit(each)
 
     if _is_any_of(file.name, _CONFIGURATIONS):
         visit(_configuration(file))
     return found
+
+
+def _is_our_own(auto_map: Any) -> bool:
+    module = CODE_FILE.removesuffix(".py")
+    return isinstance(auto_map, Mapping) and all(str(name).startswith(f"{module}.") for name in auto_map.values())
 
 
 def _configuration(file: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-from compressor.checkpoint.companions import PLAN_FILE, companions
+from compressor.checkpoint.companions import CODE_FILE, PLAN_FILE, companions
 from compressor.checkpoint.reader import ADAPTER_CONFIG, WEIGHT_SUFFIXES, Checkpoint
 from compressor.checkpoint.workspace import remove_abandoned
 from compressor.errors import BadInput
@@ -29,7 +29,7 @@ _UNITS = {
 # What a model folder is written as, beside the companions of its weights.
 _WRITTEN = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
-    rf"|config\.json|README\.md|modeling_lowrank\.py|{re.escape(PLAN_FILE)}|{re.escape(ADAPTER_CONFIG)}"
+    rf"|config\.json|README\.md|{re.escape(CODE_FILE)}|{re.escape(PLAN_FILE)}|{re.escape(ADAPTER_CONFIG)}"
 )
 
 

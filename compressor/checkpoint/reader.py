@@ -56,6 +56,11 @@ _LEAST_LAYERS_REFUSED = 1000
 _MOST_LABELS = 2**22
 
 
+def portable_name(path: str) -> str:
+    """What a file or folder is called in texts that go to others: no absolute path of this machine."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A trained model's weights by name; opening one reads names, shapes and dtypes, not values."""

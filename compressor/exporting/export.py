@@ -14,13 +14,14 @@ import torch
 from compressor.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
+    NotCopied,
     check_output,
     local_model,
     open_checkpoint,
     parse_size,
     staged_file,
 )
-from compressor.destination import form_of, shard_limit, staged_output, target_of
+from compressor.destination import form_of, not_copied_from, shard_limit, staged_output, target_of
 from compressor.documents import read_text
 from compressor.errors import BadInput
 from compressor.evaluation import load_model, require_architecture
@@ -47,7 +48,8 @@ class Export:
     """What was exported: to where, how large it is, and how to load it.
 
     `layers` counts the low-rank layers of the model that was given. `difference` is the largest one between the outputs
-    of torch and of what was written, where it was run (onnx); None elsewhere.
+    of torch and of what was written, where it was run (onnx); None elsewhere. `not_copied` is what of a folder did not
+    go along, and why.
     """
 
     source: str
@@ -58,9 +60,11 @@ class Export:
     difference: float | None
     load: str
     seconds: float
+    not_copied: tuple[NotCopied, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        not_copied = [each._asdict() for each in self.not_copied]
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "not_copied": not_copied}
 
 
 @neutral_torch_state()
@@ -113,6 +117,7 @@ def export(
             difference=None,
             load="as the original model",
             seconds=restored.seconds,
+            not_copied=restored.not_copied,
         )
     difference = None
     if to == "hf-remote":
@@ -135,6 +140,7 @@ def export(
         difference=difference,
         load=load,
         seconds=time.monotonic() - started,
+        not_copied=not_copied_from(checkpoint) if to == "hf-remote" else (),
     )
 
 

@@ -13,12 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import Checkpoint, write_config
+from compressor.checkpoint import CODE_FILE, Checkpoint, write_config
 from compressor.errors import BadInput, CompressorError
 from compressor.rewrite import (
     CODE_CLASS_PREFIX,
     CODE_CONFIG_KEY,
-    CODE_FILE,
     METADATA_KEY,
     LowRankSpec,
     write_weights,

@@ -21,6 +21,7 @@ from compressor.checkpoint import (
     hub_model,
     module_skeleton,
     open_checkpoint,
+    portable_name,
     safetensors_size,
     staged_file,
     staged_folder,
@@ -118,7 +119,7 @@ def compress_fine_tune(
             remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
         )
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
-    form = _Form(kind, subject, _called(base, start), difference, layers, _advice(inspected), *digests)
+    form = _Form(kind, subject, portable_name(_called(base, start)), difference, layers, _advice(inspected), *digests)
 
     blocks = expert_blocks(subject.skeleton.module) if kind == "adapter" and subject.skeleton is not None else ()
 
@@ -250,7 +251,7 @@ def write_adapter(
         tensors = adapter_tensors(adapter, device, noted)
         write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
         write_json(folder / ADAPTER_CONFIG, adapter.config)
-        write_json(folder / PLAN_FILE, adaptation.plan.to_dict() | {"recipe": adaptation.recipe.to_dict()})
+        write_json(folder / PLAN_FILE, adaptation.plan.portable().to_dict() | {"recipe": adaptation.recipe.to_dict()})
         verified = verify_with_peft(folder, adapter)
         card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors, verified)
         (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")

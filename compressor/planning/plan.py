@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from compressor.checkpoint.layers import Layer
+from compressor.checkpoint.reader import portable_name
 from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
@@ -111,6 +112,11 @@ class Plan:
     def error_name(self) -> Literal["relative loss error", "relative Frobenius error"]:
         """What the error of the layers is."""
         return "relative Frobenius error" if self.calibration is None else "relative loss error"
+
+    def portable(self) -> Plan:
+        """The same plan for a file that goes to others, without an absolute path of this machine."""
+        search = None if self.search is None else replace(self.search, data=portable_name(self.search.data))
+        return replace(self, source=portable_name(self.source), search=search)
 
     def to_dict(self) -> dict[str, Any]:
         return {

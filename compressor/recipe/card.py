@@ -46,7 +46,8 @@ def read_model_card(path: str | Path) -> TrainingRecipe:
 def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
     """A recipe as the list of a card, from which `read_model_card` reads the same recipe again.
 
-    A value that would not be read as it is, such as a name with a comma in a list of names, is left out.
+    A value that would not be read as it is, such as a name with a comma in a list of names, is left out; so is one that
+    HTML or Markdown would make something else of, because it may come from a card that anybody wrote.
     """
     lines = []
     for name, value in recipe.to_dict().items():
@@ -62,9 +63,14 @@ def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
             same = getattr(TrainingRecipe.from_dict({name: text}), name) == getattr(recipe, name)
         except BadInput:
             same = False
-        if same and text == " ".join(text.split()):
+        if same and text == " ".join(text.split()) and is_plain(text):
             lines.append(f"- {name}: {text}")
     return lines
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is neither HTML nor a link or code in Markdown, wherever it stands."""
+    return re.search(r"[<>&`\\\[\]]|://", text) is None
 
 
 def front_matter(text: str) -> tuple[dict[str, Any], str]:

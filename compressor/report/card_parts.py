@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,12 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 def code(name: str) -> str:
     """A name that somebody chose, as code in a line or a table, which it cannot leave."""
     return f"`{one_line(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def plain_text(text: str) -> str:
+    """A text that somebody chose, in a line or a table, without a meaning in HTML or Markdown."""
+    escaped = html.escape(one_line(text), quote=False)
+    return re.sub(r"([\\`|\[\]])", r"\\\1", escaped)
 
 
 def architecture_of(config: Mapping[str, Any] | None) -> str:

@@ -17,10 +17,11 @@ from compressor.report.card_parts import (
     architecture_of,
     code,
     markdown_table,
+    plain_text,
     python_block,
     repository_name,
 )
-from compressor.report.wording import error_words, in_bytes, one_line, percent, shape_of
+from compressor.report.wording import error_words, in_bytes, percent, shape_of
 
 if TYPE_CHECKING:
     from compressor.planning import LayerPlan
@@ -73,7 +74,7 @@ def adapter_card(
         for layer in layers
     )
     parts = [
-        f"# {one_line(name)}",
+        f"# {plain_text(name)}",
         f"What {code(tuned)} adds to {code(base)}, as a LoRA adapter: low-rank pairs for {len(layers)} of its"
         f" matrices, each with the least error of its rank. Made by {TAG}.",
         LOADING,
@@ -115,7 +116,7 @@ def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, 
         **_carried(original),
     )
     parts = [
-        f"# {one_line(name)}",
+        f"# {plain_text(name)}",
         f"A fine-tune of {code(base)}, put together from it and from the low-rank pairs of {code(difference)} by"
         f" {TAG}. Its weights are dense, and load as those of the base do.",
         LOADING,
@@ -129,9 +130,10 @@ def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, 
 def _carried(card: str) -> dict[str, Any]:
     """What stays of a card's metadata, where it is text or a list of texts."""
     metadata = front_matter(card)[0]
-    return {
-        key: value
-        for key in _CARRIED
-        if isinstance(value := metadata.get(key), str)
-        or (isinstance(value, list) and value and all(isinstance(each, str) for each in value))
-    }
+    return {key: metadata[key] for key in _CARRIED if _is_text_or_texts(metadata.get(key))}
+
+
+def _is_text_or_texts(value: object) -> bool:
+    """Whether a value is text, or a list of texts, and no HTML."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and "<" not in text for text in texts)

@@ -83,6 +83,7 @@ def report_page(compression: Compression) -> str:
     # Trimmed blocks leave no empty lines where the template decides something.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    compression = _portable(compression)
     plan, evaluation = compression.plan, compression.evaluation
     marks, points = _marks(compression), curve_points(compression)
     limit = plan.budget.value if plan.budget.kind == "max-drop" else None
@@ -137,6 +138,20 @@ def report_page(compression: Compression) -> str:
             }
             for number, layer in enumerate(plan.layers)
         ],
+    )
+
+
+def _portable(compression: Compression) -> Compression:
+    """A compression without absolute paths of this machine, for a page that goes to others."""
+    from compressor.checkpoint import portable_name
+
+    evaluation = compression.evaluation
+    return replace(
+        compression,
+        source=portable_name(compression.source),
+        output=None if compression.output is None else portable_name(compression.output),
+        plan=compression.plan.portable(),
+        evaluation=None if evaluation is None else replace(evaluation, data=portable_name(evaluation.data)),
     )
 
 

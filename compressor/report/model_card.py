@@ -30,6 +30,7 @@ from compressor.report.card_parts import (
     architecture_of,
     code,
     markdown_table,
+    plain_text,
     python_block,
     repository_name,
 )
@@ -65,8 +66,10 @@ CARD_FILE = "README.md"
 _LIBRARIES = ("lowrank-compressor", "torch", "transformers", "safetensors")
 # What a card says of the dense weights alone, and is not true of others.
 _OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
-_KEPT_TEXTS = (
-    *("library_name", "pipeline_tag", "license_name", "license_link", "thumbnail", "mask_token", "author"),
+_KEPT_TEXTS = ("library_name", "pipeline_tag", "license_name", "license_link", "thumbnail", "author")
+# A token such as <mask>, and the form by which one asks for access, where the hub takes HTML.
+_KEPT_AS_THEY_ARE = (
+    "mask_token",
     *("extra_gated_heading", "extra_gated_prompt", "extra_gated_description", "extra_gated_button_content"),
 )
 _KEPT_LISTS = ("language", "license", "datasets", "metrics", "arxiv")
@@ -128,7 +131,7 @@ def model_card(
     metadata, text = front_matter(original or "")
     data = _metadata(metadata, compression.evaluation, name, base_model, config)
     parts = [
-        f"# {one_line(name.rpartition('/')[2])}",
+        f"# {plain_text(name.rpartition('/')[2])}",
         _summary(compression, base_model),
         LOADING,
         _loading(name, config),
@@ -207,7 +210,7 @@ def _metadata(
     own = ModelCardData(
         base_model=repository_name(base_model),
         base_model_relation="quantized",
-        tags=list(dict.fromkeys([*_texts(carried.get("tags")), *TAGS])),
+        tags=list(dict.fromkeys([*(tag for tag in _texts(carried.get("tags")) if "<" not in tag), *TAGS])),
         **results,
     )
     described: dict[str, Any] = own.to_dict()  # type: ignore[no-untyped-call]
@@ -217,8 +220,9 @@ def _metadata(
 def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of the dense model's card that the hub knows and whose values are of the right type."""
     known: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(_KEPT_TEXTS, lambda value: isinstance(value, str)),
-        **dict.fromkeys(_KEPT_LISTS, lambda value: _texts(value) in (value, [value])),
+        **dict.fromkeys(_KEPT_TEXTS, lambda value: isinstance(value, str) and "<" not in value),
+        **dict.fromkeys(_KEPT_AS_THEY_ARE, lambda value: isinstance(value, str)),
+        **dict.fromkeys(_KEPT_LISTS, lambda value: _texts(value) in (value, [value]) and "<" not in str(value)),
         "inference": lambda value: isinstance(value, bool),
         "extra_gated_eu_disallowed": lambda value: isinstance(value, bool),
         "extra_gated_fields": _is_form,
@@ -344,7 +348,7 @@ def _plan(plan: Plan) -> str:
             layer.form,
             percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 4),
-            one_line(layer.reason).replace("|", r"\|"),
+            plain_text(layer.reason),
         )
         for layer in plan.layers
     )

@@ -20,7 +20,6 @@ from compressor.rewrite.modules import (
 from compressor.rewrite.rewriting import (
     CODE_CLASS_PREFIX,
     CODE_CONFIG_KEY,
-    CODE_FILE,
     Rewriting,
     dense_config,
     describe_folder,
@@ -57,7 +56,6 @@ from compressor.rewrite.widening import MERGE_KEY, merge_record, widened
 __all__ = [
     "CODE_CLASS_PREFIX",
     "CODE_CONFIG_KEY",
-    "CODE_FILE",
     "MARKERS",
     "MERGE_KEY",
     "METADATA_KEY",

@@ -36,8 +36,7 @@ from compressor.rewrite.modules import carry_over, carry_state_hooks, low_rank_l
 from compressor.rewrite.spec import METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.rewrite.tensor_format import Factors, factorize, join, pair_infos
 
-# What a folder that brings the code of its low-rank layers along has: the code, and which layers these are.
-CODE_FILE = "modeling_lowrank.py"
+# What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
 CODE_CONFIG_KEY = "low_rank"
 CODE_CLASS_PREFIX = "LowRank"
 
@@ -265,7 +264,7 @@ def describe_folder(folder: Path, rewriting: Rewriting) -> None:
     config = rewriting.checkpoint.config
     if config is not None:
         write_config(folder, {**config, "quantization_config": rewriting.spec_of_modules.to_config()})
-    write_json(folder / PLAN_FILE, rewriting.plan.to_dict() | {"recipe": rewriting.recipe.to_dict()})
+    write_json(folder / PLAN_FILE, rewriting.plan.portable().to_dict() | {"recipe": rewriting.recipe.to_dict()})
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def test_a_folder_gets_what_a_model_consists_of_and_the_rest_is_named(
     assert written.keys() == kept
     assert all(written[name] == before[name] for name in kept)
     assert not any(entry.is_symlink() for entry in (tmp_path / "out").rglob("*"))
-    left_out = {each.name: each.reason for each in companions(model_folder).left_out}
-    assert left_out == {
+    not_copied = {each.name: each.reason for each in companions(model_folder).not_copied}
+    assert not_copied == {
         ".git": "hidden",
         "1_Pooling/.cache": "hidden",
         "2_Dense": "with weights of its own",
@@ -59,7 +59,7 @@ def test_a_folder_gets_what_a_model_consists_of_and_the_rest_is_named(
         "trainer_state.json": "of the training; what it says is in the card",
         "training_args.bin": "pickles, which run code when they are loaded",
     }
-    assert all(name in caplog.text for name in left_out)
+    assert all(name in caplog.text for name in not_copied)
     assert contents(model_folder) == before
 
 
@@ -71,9 +71,9 @@ def test_secrets_never_go_along_and_are_named(tmp_path: Path, model_folder: Path
         (place / name).write_text("secret of mine")
     written = copied(model_folder, tmp_path / "out")
     assert not any(b"secret of mine" in content for content in written.values())
-    left_out = [each.name for each in companions(model_folder).left_out]
-    assert name in left_out
-    assert f"1_Pooling/{name}" in left_out
+    not_copied = [each.name for each in companions(model_folder).not_copied]
+    assert name in not_copied
+    assert f"1_Pooling/{name}" in not_copied
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_nothing_that_is_run_goes_along(tmp_path: Path, model_folder: Path, name
     (model_folder / name).parent.mkdir(exist_ok=True)
     (model_folder / name).write_text("print('run')")
     assert name not in copied(model_folder, tmp_path / "out")
-    left_out = [each.name for each in companions(model_folder).left_out]
-    assert name in left_out or name.partition("/")[0] in left_out
+    not_copied = [each.name for each in companions(model_folder).not_copied]
+    assert name in not_copied or name.partition("/")[0] in not_copied
 
 
 CODE = [
@@ -112,7 +112,7 @@ def test_configurations_go_along_without_the_code_that_they_name(
     assert written["kept"] == [1, {"a": "é"}]
     assert "auto_map" not in str(written)
     assert "custom_pipelines" not in str(written)
-    assert any(each.name.endswith(f" in {name}") for each in companions(model_folder).left_out)
+    assert any(each.name.endswith(f" in {name}") for each in companions(model_folder).not_copied)
 
 
 json_values = st.recursive(
