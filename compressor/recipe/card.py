@@ -63,7 +63,7 @@ def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
             same = getattr(TrainingRecipe.from_dict({name: text}), name) == getattr(recipe, name)
         except BadInput:
             same = False
-        if same and text == " ".join(text.split()) and is_plain(text):
+        if same and text == " ".join(text.split()) and (not value or is_plain(text)):
             lines.append(f"- {name}: {text}")
     return lines
 
