@@ -75,10 +75,13 @@ def restore(
     if factory is not None:
         _require_fit(checkpoint, planned, factory)
     recorded = text_mapping(file_record(checkpoint).get("aliases"))
+    in_safetensors = checkpoint.folder is not None or target.suffix == ".safetensors"
+    # Names that the metadata note as tied are stored in no safetensors file: its loader has them from the module.
+    noted = checkpoint.metadata if in_safetensors else {}
     aliases = {
         alias: name
         for alias, name in (dense_aliases(checkpoint, pairs) | recorded).items()
-        if name in planned and alias not in planned
+        if name in planned and alias not in {*planned, *noted}
     }
     infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
     check_output(
@@ -103,7 +106,7 @@ def restore(
 
     metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
     with staged_output(target, checkpoint, overwrite) as staged:
-        if checkpoint.folder is not None or target.suffix == ".safetensors":
+        if in_safetensors:
             shards = shard_limit(checkpoint, shard_size)
             write_weights(staged, infos, tensors(), {"format": "pt"} | metadata, shards)
         else:

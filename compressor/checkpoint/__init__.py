@@ -30,6 +30,7 @@ from compressor.checkpoint.reader import (
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_module, transformers_skeleton
 from compressor.checkpoint.staging import staged_file, staged_folder
 from compressor.checkpoint.tensors import TensorInfo
+from compressor.checkpoint.ties import tied_names, with_ties
 from compressor.checkpoint.workspace import Workspace, temporary_workspace
 from compressor.checkpoint.writer import (
     SafetensorsWriter,
@@ -86,9 +87,11 @@ __all__ = [
     "staged_file",
     "staged_folder",
     "temporary_workspace",
+    "tied_names",
     "transformers_module",
     "transformers_skeleton",
     "with_separate_experts",
+    "with_ties",
     "write_config",
     "write_json",
     "write_state_dict_file",

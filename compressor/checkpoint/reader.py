@@ -299,6 +299,9 @@ def _checkpoint(
             tensors[name] = TensorInfo(name, tensor.shape, tensor.dtype)
         else:
             aliases[name] = canonical
+    # safetensors' `save_model` stores a tied tensor once, and notes its other names in the metadata.
+    noted = {alias: name for alias, name in metadata.items() if alias not in stored and name in stored}
+    aliases |= {alias: aliases.get(name, name) for alias, name in noted.items() if alias != "format"}
     return Checkpoint(
         source=source,
         form=form,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model
+from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model, tied_names
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
@@ -181,19 +181,19 @@ def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
     )
     whole = _saved_modules(difference, skeleton, layers)
     tuned = difference.tuned
-    state = skeleton.module.state_dict()
     file_names = {skeleton.module_name(name): name for name in (*tuned.tensors, *tuned.aliases)}
     # PEFT unties what it saves, so each of two tied modules has its own copy.
-    ties: Mapping[str, str] = getattr(skeleton.module, "all_tied_weights_keys", None) or {}
     changed = {skeleton.module_name(name) for name in difference.changed}
-    whole |= {target.rpartition(".")[0] for target, source in ties.items() if target in state and source in changed}
+    for group in tied_names(skeleton):
+        if not changed.isdisjoint(group):
+            whole |= {name.rpartition(".")[0] for name in group}
     pairs = [layer.module for layer, _ in _pairs(adaptation, skeleton)]
     whole = saved_by_peft(whole, skeleton.module, pairs, tuned.source)
     tensors = {}
-    for in_model in state:
+    for in_model in skeleton.module.state_dict():
         if _holder(in_model.rpartition(".")[0], whole) is None:
             continue
-        name = file_names.get(in_model) or file_names.get(ties.get(in_model, ""))
+        name = file_names.get(in_model)
         if name is None:
             what = f"{in_model} is to be saved with its module, and the fine-tune has no tensor for it"
             raise BadInput(what, where=tuned.source, remedy=REMEDY)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint
+from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint, with_ties
 from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
@@ -63,6 +63,7 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     Raises `BadInput` when the file is no difference, or of another base.
     """
     stored, start = open_checkpoint(difference), open_checkpoint(base)
+    start = with_ties(start, skeleton_of(start, None))
     if not is_difference(stored):
         raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out `base`")
     digest, spec = _base_digest(stored), spec_of(stored)
@@ -71,7 +72,9 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     tensors: dict[str, StoredTensor] = {name: start._stored[name] for name in start.tensors}
     pairs = stored_pairs(stored)
     of_pairs = {name for pair in pairs.values() for name in pair.tensors.values()}
-    tensors |= {name: stored._stored[name] for name in stored.tensors if name not in of_pairs}
+    # A tied tensor may have another of its names in the base.
+    own = {name: start.aliases.get(name, name) for name in stored.tensors if name not in of_pairs}
+    tensors |= {own[name]: stored._stored[name] for name in own}
     for pair in pairs.values():
         tensors[pair.tensors["weight"]] = _Sum(stored, pair, start, _share(spec, pair.name))
     infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
@@ -94,7 +97,8 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
             where=stored.source,
             remedy="compress the fine-tune again with `base` and a folder as output",
         )
-    changed = frozenset(name for name in stored.tensors if name in tuned.tensors)
+    names = (start.aliases.get(name, name) for name in stored.tensors)
+    changed = frozenset(name for name in names if name in tuned.tensors)
     between = Difference(tuned, start, changed, {}, tuned)
     skeleton = skeleton_of(start, None)
     found = tuple(

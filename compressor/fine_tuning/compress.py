@@ -25,6 +25,7 @@ from compressor.checkpoint import (
     safetensors_size,
     staged_file,
     staged_folder,
+    with_ties,
     write_json,
 )
 from compressor.destination import target_of
@@ -101,7 +102,8 @@ def compress_fine_tune(
     if isinstance(model, nn.Module) != isinstance(base, nn.Module):
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
-    start = open_checkpoint(base)
+    subject = replace(subject, checkpoint=with_ties(subject.checkpoint, subject.skeleton))
+    start = with_ties(open_checkpoint(base), subject.skeleton)
     kind = _kind(subject, output)
     target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
     # PEFT adds to all of the base.

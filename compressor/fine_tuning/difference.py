@@ -71,6 +71,7 @@ def compare(
     refuse_adapter(base)
     refuse_fp8(base)
     _require_one_architecture(tuned, base)
+    _require_same_ties(tuned, base)
     changed: set[str] = set()
     shares: dict[str, float] = {}
     stored: dict[str, StoredTensor] = {}
@@ -134,6 +135,21 @@ def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:
             )
         if info.dtype.is_floating_point != other.dtype.is_floating_point:
             raise BadInput(f"{name} is of another kind of numbers in its base", where=tuned.source, remedy=remedy)
+
+
+def _require_same_ties(tuned: Checkpoint, base: Checkpoint) -> None:
+    """What is one tensor in one of the two has to be one, or two of the same values, in the other."""
+    for one, other, words in ((tuned, base, "two in its base"), (base, tuned, "one in its base")):
+        for alias, name in one.aliases.items():
+            if other.aliases.get(alias, alias) == other.aliases.get(name, name):
+                continue
+            if not torch.equal(other.read(alias), other.read(name)):
+                number = "one tensor" if one is tuned else "two tensors"
+                raise BadInput(
+                    f"{alias} and {name} are {number} in it, and {words}",
+                    where=tuned.source,
+                    remedy="save both with the same tie_word_embeddings, or compress the fine-tune itself",
+                )
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, TensorInfo]:

@@ -51,6 +51,7 @@ from compressor.merging.overlap import (
 )
 from compressor.merging.parts import (
     Part,
+    common_ties,
     normalisation,
     open_part,
     require_equal,
@@ -450,6 +451,8 @@ def _metadata(combination: Combination, start: Part | None, mode: Mode, spec: Lo
     if start is not None:
         record["base"] = _described(start)
     metadata = {"format": "pt", MERGE_KEY: json.dumps(record, sort_keys=True)}
+    if combination.parts[0].checkpoint.folder is None:  # in a folder the configuration says what is tied
+        metadata = common_ties(combination.parts) | metadata
     if spec.layers:
         pairs = {**spec.to_dict(), "version": record["version"], "aliases": {}}
         metadata[METADATA_KEY] = json.dumps(pairs, sort_keys=True)

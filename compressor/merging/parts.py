@@ -26,6 +26,7 @@ from compressor.checkpoint import (
     require_finite,
     skeleton_mismatch,
     transformers_skeleton,
+    with_ties,
 )
 from compressor.checkpoint.files import read_json_object
 from compressor.errors import BadInput
@@ -129,6 +130,7 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") == METADATA_KEY):
         raise BadInput("is quantized", where=checkpoint.source, remedy="merge the originals, and quantize the result")
     skeleton = _skeleton(checkpoint, factory)
+    checkpoint = with_ties(checkpoint, skeleton)
     if factory is not None and skeleton is not None:
         mismatch = skeleton_mismatch(checkpoint, skeleton)
         if mismatch is not None:
@@ -185,8 +187,21 @@ def _require_order(part: Part, pair: StoredPair) -> None:
 
 def merged_names(parts: Sequence[Part]) -> list[str]:
     """The tensors of the merged network: all of the first part's but the names that are tied in every part alike."""
-    tied = set.intersection(*(set(part.checkpoint.aliases.items()) for part in parts))
-    return [name for name in parts[0].infos if (name, parts[0].checkpoint.aliases.get(name, "")) not in tied]
+    tied = common_ties(parts)
+    return [name for name in parts[0].infos if name not in tied]
+
+
+def common_ties(parts: Sequence[Part]) -> dict[str, str]:
+    """The names of the first part that are tied in every part alike -> the name that stands for them."""
+    return {
+        alias: name
+        for alias, name in parts[0].checkpoint.aliases.items()
+        if all(_stored_name(part, alias) == _stored_name(part, name) for part in parts)
+    }
+
+
+def _stored_name(part: Part, name: str) -> str:
+    return part.checkpoint.aliases.get(name, name)
 
 
 def require_same_architecture(parts: Sequence[Part], *, same_shapes: bool) -> None:
