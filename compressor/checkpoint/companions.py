@@ -37,18 +37,13 @@ _KINDS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "normalizer.json"),
     *("vocab*.json", "*_vocab.json", "vocab*.txt", "merges*.txt", "dict*.txt", "bpe.codes", "byte_maps.json"),
     *("word_shape.json", "word_pronunciation.json", "emoji.json"),
-    *("*.model", "*.spm", "*.tiktoken", "*.jinja", "chat_template.json"),
+    *("*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.jinja", "chat_template.json"),
     # names of classes
     *("id2label.json", "label2id.json", "labels.txt", "labels.json", "label_map*.json", "label_map*.txt"),
     *("classes.txt", "class_names.txt"),
-    # texts for people
-    *(
-        name + ending
-        for name in ("README*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "CITATION*")
-        for ending in (".md", ".txt", ".cff", ".bib")
-    ),
-    *("README", "LICENSE", "LICENCE", "COPYING", "NOTICE"),
 )
+# Texts for people, in capitals or not.
+_TEXTS = ("README*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "CITATION*")
 # Parts of sentence-transformers such as 1_Pooling, and what processors and tokenizers have apart.
 _SUBFOLDERS = re.compile(
     r"\d+_\w+|additional_chat_templates|(\w+_)?tokenizer(_\w+)?|(pre|image_)?processor|feature_extractor", re.ASCII
@@ -228,12 +223,14 @@ def _why_no_companion(file: Path, inside: Path) -> str | None:
         return "a broken link or no regular file"
     if not file.resolve().is_relative_to(inside):
         return "a link out of the model folder"
+    if file.name.lower().endswith(_CODE):
+        return "code; copy it yourself if you trust it"
+    if file.name.lower().endswith(_PICKLES):
+        return "pickles, which run code when they are loaded"
     if _is_any_of(file.name, _KINDS):
         return _why_no_configuration(file)
-    if file.name.endswith(_CODE):
-        return "code; copy it yourself if you trust it"
-    if file.name.endswith(_PICKLES):
-        return "pickles, which run code when they are loaded"
+    if _is_any_of(file.name.upper(), _TEXTS):
+        return None
     if _is_any_of(file.name, _RESULTS):
         return "measured on the dense weights"
     if _is_any_of(file.name, _TRAINING):

@@ -31,6 +31,7 @@ from compressor.checkpoint.torch_file import (
     without_wrapper_prefixes,
 )
 from compressor.checkpoint.training_state import LeftOut, of_an_optimizer
+from compressor.checkpoint.workspace import remove_abandoned
 from compressor.documents import reading
 from compressor.errors import BadInput
 
@@ -157,6 +158,9 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     require_model(model)
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
+    if not os.path.lexists(model):
+        # A run that was killed while it replaced a folder may have left both beside their place.
+        remove_abandoned(Path(model).absolute().parent)
     source = Path(local_model(model))
     with reading(source):
         is_folder = stat.S_ISDIR(source.stat().st_mode)

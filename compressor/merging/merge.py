@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from compressor.arguments import one_of
 from compressor.checkpoint import (
     PLAN_FILE,
+    NotCopied,
     check_output,
     layer_name,
     parse_size,
     transformers_skeleton,
     write_config,
 )
-from compressor.destination import form_of, shard_limit, staged_output
+from compressor.destination import form_of, not_copied_from, shard_limit, staged_output
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
     EvaluationData,
@@ -94,7 +95,7 @@ class Merging:
 
     `inputs` and `layers` were measured before merging; `tasks` after it, and empty without data. `parts_parameters` and
     `parts_bytes` are the stored numbers and the weight files of all parts together. `output` is None where the merge
-    was refused.
+    was refused. `not_copied` is what of the first folder did not go along, and why.
     """
 
     models: tuple[str, ...]
@@ -111,6 +112,7 @@ class Merging:
     parts_bytes: int
     bytes: int
     seconds: float
+    not_copied: tuple[NotCopied, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -120,6 +122,7 @@ class Merging:
             "layers": [layer.to_dict() for layer in self.layers],
             "warnings": list(self.warnings),
             "tasks": [asdict(task) for task in self.tasks],
+            "not_copied": [each._asdict() for each in self.not_copied],
         }
 
 
@@ -209,6 +212,7 @@ def merge(
             parts_bytes=sum(part.checkpoint.weight_bytes for part in parts),
             bytes=size,
             seconds=time.monotonic() - started,
+            not_copied=() if written is None else not_copied_from(checkpoint),
         )
 
     with staged_output(target, checkpoint, overwrite) as staged:

@@ -179,3 +179,11 @@ def test_files_of_a_hugging_face_cache_are_copied_through_their_links(tmp_path: 
     save_file({"w": torch.ones(1)}, snapshot / "model.safetensors")
     (snapshot / "config.json").symlink_to(Path("../../blobs/abc"))
     assert copied(snapshot, tmp_path / "out") == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "license.txt", "LICENSE-APACHE", "NOTICE", "tokenizer.model.v3", "spiece.model"]
+)
+def test_licenses_and_vocabularies_go_along(tmp_path: Path, model_folder: Path, name: str) -> None:
+    (model_folder / name).write_text("text")
+    assert copied(model_folder, tmp_path / "out")[name] == b"text"

@@ -22,6 +22,7 @@ from compressor.checkpoint import (
     SafetensorsWriter,
     TensorInfo,
     check_output,
+    open_checkpoint,
     staged_file,
     staged_folder,
     staging,
@@ -214,6 +215,24 @@ def test_a_kill_leaves_nothing_or_a_complete_output_where_there_was_none(
         if not was_killed(lambda: write(path), number):
             break
         assert contents(path) in (None, complete), number
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_model_opens_again_though_a_kill_has_left_nothing_at_its_path(tmp_path: Path, no_renameat2: None) -> None:
+    def killed_between_the_renames() -> None:
+        rename = os.rename
+
+        def rename_and_die(source: Path, target: Path) -> None:
+            rename(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.rename = rename_and_die  # type: ignore[assignment]
+        write_folder(tmp_path / "out", 2.0)
+
+    write_folder(tmp_path / "out", 1.0)
+    os.waitpid(in_a_child(killed_between_the_renames), 0)
+    assert contents(tmp_path / "out") is None
+    assert open_checkpoint(tmp_path / "out").read("w")[0] == 2.0
     assert names(tmp_path) == ["out"]
 
 
