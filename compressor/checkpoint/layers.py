@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from compressor.arguments import as_patterns
+from compressor.checkpoint.adapters import is_adapter_factor
 from compressor.checkpoint.reader import Checkpoint
 from compressor.checkpoint.skeleton import Skeleton
 from compressor.errors import BadInput
@@ -116,6 +117,8 @@ def find_layers(
             skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
         if known[layer.tensor].dtype not in _FACTORIZABLE:
             skip = skip or f"its numbers are {str(known[layer.tensor].dtype).removeprefix('torch.')}"
+        if is_adapter_factor(layer.tensor):
+            skip = skip or "part of an adapter, which is of low rank as it is"
         if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
             skip = skip or "the names of its factors are taken"
         layers[index] = replace(layer, skip=skip)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from compressor.arguments import require_model
+from compressor.checkpoint.adapters import adapter_kind
 from compressor.checkpoint.files import (
     read_at,
     read_bytes_at,
@@ -21,6 +22,7 @@ from compressor.checkpoint.files import (
     regular_file_size,
     require_content,
 )
+from compressor.checkpoint.foreign import HEAD, refuse_foreign, refuse_foreign_in
 from compressor.checkpoint.hub import hub_model, local_model
 from compressor.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
 from compressor.checkpoint.tensors import StoredTensor, TensorInfo, TensorInMemory, bytes_of
@@ -265,12 +267,14 @@ def refuse_fp8(checkpoint: Checkpoint) -> None:
 
 
 def refuse_adapter(checkpoint: Checkpoint) -> None:
-    """Refuse the weights of a PEFT adapter: they are no model, but what is added to one.
+    """Refuse the weights of an adapter: they are no model, but what is added to one.
 
     Raises:
-        BadInput: the folder, or that of the file, is an adapter's.
+        BadInput: the tensors are called an adapter's, or the folder, or that of the file, is one of PEFT.
     """
     source = checkpoint.source
+    if (kind := adapter_kind({*checkpoint.tensors, *checkpoint.aliases})) is not None:
+        raise BadInput(f"is a {kind[0]}, not a model", where=source, remedy=kind[1])
     if source is None or (checkpoint.folder is None and not source.name.startswith("adapter_model.")):
         return
     if ((checkpoint.folder or source.parent) / ADAPTER_CONFIG).is_file():
@@ -345,6 +349,7 @@ def _weights_in(folder: Path) -> Path:
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_training_state(Path(name))]
     found = indices or weights
     if not found:
+        refuse_foreign_in(folder, names)
         remedy = "give the folder that has model.safetensors or pytorch_model.bin, or a weight file"
         raise BadInput("is a folder without a weight file", where=folder, remedy=remedy)
     if len(found) > 1:
@@ -364,13 +369,14 @@ class _WeightFile(NamedTuple):
 
 def _read_weight_file(path: Path) -> _WeightFile:
     size = regular_file_size(path)
-    head = read_bytes_at(path, 0, min(size, 256))
+    head = read_bytes_at(path, 0, min(size, HEAD))
     require_content(path, head)
     if looks_like_safetensors(head) or (size < 9 and path.suffix == ".safetensors"):
         tensors, metadata = read_safetensors(path)
         # The values come from the file that was checked, wherever a link or the working directory goes later.
         resolved = path.resolve()
         return _WeightFile({name: replace(t, file=resolved) for name, t in tensors.items()}, metadata, False)
+    refuse_foreign(path, head)
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
         # The name promises that nothing is unpickled, and torch.load goes by the name too.
         if path.suffix == ".safetensors":

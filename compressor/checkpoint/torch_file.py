@@ -28,7 +28,10 @@ ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of what `torch.save` wrote before torch 1.6: its magic number, pickled."""
 
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_STATE_DICT_KEYS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "module"),
+    *("net", "network", "params", "weights"),
+)
 _NESTING_LIMIT = 3  # such as {"model": {"state_dict": ...}}; a damaged file can even contain itself
 _PREFIXES = ("module.", "_orig_mod.")
 # What a small file may ask for beside its own bytes: of a deflated record, of tensors that repeat what is stored

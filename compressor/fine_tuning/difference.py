@@ -68,6 +68,7 @@ def compare(
     `compressor.measure.memory_window`, if the recipe tells it and the rest is smaller for it: then only `W_T - p_T W_0`
     is of the rank that training wrote. Raises `BadInput` when both are not of one architecture, or hold NaN.
     """
+    refuse_adapter(tuned)
     refuse_adapter(base)
     refuse_fp8(base)
     _require_one_architecture(tuned, base)

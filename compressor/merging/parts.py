@@ -22,6 +22,7 @@ from compressor.checkpoint import (
     layer_name,
     module_skeleton,
     open_checkpoint,
+    refuse_adapter,
     refuse_fp8,
     require_finite,
     skeleton_mismatch,
@@ -125,6 +126,7 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
         BadInput: as `open_checkpoint`; or its numbers cannot be added, or it is of another architecture.
     """
     checkpoint = open_checkpoint(model)
+    refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
     quantized = (checkpoint.config or {}).get("quantization_config") if checkpoint.folder is not None else None
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") == METADATA_KEY):

@@ -208,7 +208,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("m.pt", b"\n <HTML><body>404", "web page"),
         ("m.safetensors", b"", "is empty"),
         ("m.safetensors", b"abc", "truncated"),
-        ("m.bin", b"\x93NUMPY\x01\x00", "neither safetensors nor a torch checkpoint"),
+        ("m.bin", b"\x94UNKNOWN\x01\x00", "neither safetensors nor a torch checkpoint"),
         ("m.safetensors", b"\xff" * 64, "neither safetensors nor a torch checkpoint"),
         ("m.json", b'{"model_type": "bert"}', "is JSON"),
         ("model.safetensors.index.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

@@ -102,7 +102,7 @@ def test_a_file_of_the_other_byte_order_is_loaded_by_torch(tmp_path: Path) -> No
     assert torch.equal(open_checkpoint(tmp_path / "swapped.pt").read("w"), torch.tensor([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "module"])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model_state", "model", "module", "net", "params"])
 def test_the_model_is_found_inside_a_training_checkpoint(tmp_path: Path, key: str) -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
