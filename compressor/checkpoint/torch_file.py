@@ -9,8 +9,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,8 +62,7 @@ def read_torch_file(path: Path) -> TorchFile:
     """The model's tensors in a torch checkpoint, and what else it holds.
 
     From a zip file (torch 1.6 and later) only the structure is loaded; each tensor is then read from the
-    file by itself. A file in the older format, one written on a machine of the other byte order, or one
-    read by a torch that does not tell where it would find the values (2.6) is loaded whole.
+    file by itself. A file in the older format, or one written on a machine of the other byte order, is loaded whole.
 
     In a training checkpoint the model's own mapping is taken (`state_dict`, `model_state_dict`, `model` or
     `module`, the first that holds tensors); one that is called an EMA only where there is no other.
@@ -76,16 +74,15 @@ def read_torch_file(path: Path) -> TorchFile:
         is_zip = file.read(4) == ZIP_MAGIC
     records = _stored_records(path) if is_zip else None
     if records is not None:
-        for context, location in _structure_only():
-            with context:
-                document = _load(path, location)
-                keys, weights = _weights(path, document)
-            state_dict = _tensors(weights)
-            if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
-                on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
-                _require_stored_values(path, on_disk)
-                number = partial(_number_on_disk, path, records)
-                return _torch_file(document, keys, weights, on_disk, number)
+        # torch.load leaves `_checkpoint_offset` on the storages that it does not fill.
+        document = _load(path, "meta")
+        keys, weights = _weights(path, document)
+        state_dict = _tensors(weights)
+        if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
+            on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
+            _require_stored_values(path, on_disk)
+            number = partial(_number_on_disk, path, records)
+            return _torch_file(document, keys, weights, on_disk, number)
     if not is_zip:
         _require_few_containers(path)
     document = _load(path, "cpu")
@@ -138,16 +135,6 @@ def without_wrapper_prefixes(names: list[str]) -> list[str]:
         if all(name.startswith(prefix) for name in names):
             names = [name.removeprefix(prefix) for name in names]
     return names
-
-
-def _structure_only() -> Iterator[tuple[AbstractContextManager[Any], str]]:
-    # torch.load leaves `_checkpoint_offset` on the storages that it does not fill. Older releases do so under
-    # FakeTensorMode only, which costs two seconds of imports, so it comes second.
-    yield nullcontext(), "meta"
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    fake_mode: Callable[[], AbstractContextManager[Any]] = FakeTensorMode
-    yield fake_mode(), "cpu"
 
 
 def _load(path: Path, location: str) -> object:

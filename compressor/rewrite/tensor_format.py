@@ -171,7 +171,12 @@ def stored_tensors(
             bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
-    return {info.name: value.reshape(info.shape).contiguous() for info, value in zip(infos, values, strict=True)}
+    return {info.name: _row_major(value.reshape(info.shape)) for info, value in zip(infos, values, strict=True)}
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    """A copy with the strides that a loader gives it: `contiguous` keeps others where a side is 1, and kernels mind."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def stored_error(

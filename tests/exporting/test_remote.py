@@ -98,6 +98,7 @@ print("equal")
 
 
 def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0")
