@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
@@ -35,7 +35,6 @@ infos = st.lists(st.integers(0, 40), min_size=1, max_size=12).map(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(infos, st.integers(1, 400))
 def test_shards_keep_the_limit_and_every_tensor_in_order(infos: list[TensorInfo], limit: int) -> None:
     shards = plan_shards(infos, limit)
@@ -229,7 +228,6 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.text(max_size=12))
 def test_any_text_is_a_positive_size_or_bad_input(text: str) -> None:
     try:

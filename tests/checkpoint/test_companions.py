@@ -122,7 +122,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=30)  # the machine may be busy
+@settings(max_examples=30)  # the machine may be busy
 @given(st.dictionaries(st.sampled_from(["auto_map", "a"]), json_values))
 def test_a_written_configuration_names_no_code_but_our_own(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -145,7 +145,6 @@ names = st.sampled_from(["a", "b", "c", "d"]) | st.text(max_size=4)
 places = st.sampled_from([*TWO_SHARDS, "model.safetensors.index.json", "x" * 300, "..", "sub/x"]) | st.text(max_size=5)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.dictionaries(names, places | st.none(), max_size=4),
     st.none() | st.tuples(st.floats(0, 0.999), st.integers(0, 255)),

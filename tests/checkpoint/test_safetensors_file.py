@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,7 +76,6 @@ def test_every_dtype_goes_through_a_file_unchanged(tmp_path: Path, every_dtype: 
         assert file.metadata() == checkpoint.metadata == {"format": "pt", "recipe": "{}"}
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.dictionaries(
         st.text(max_size=12).filter(lambda name: name != "__metadata__"),
@@ -216,7 +215,6 @@ def test_a_header_without_tensors_is_an_empty_checkpoint(tmp_path: Path) -> None
         open_checkpoint(put(tmp_path / "m.safetensors", {}, b""))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.binary(min_size=0, max_size=200), st.binary(max_size=40), st.booleans())
 def test_random_bytes_are_refused(
     tmp_path_factory: pytest.TempPathFactory, header: bytes, data: bytes, framed: bool
@@ -244,7 +242,6 @@ entries = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values, max_size=3))
 def test_structured_random_headers_are_refused_or_read_whole(
     tmp_path_factory: pytest.TempPathFactory, header: dict[str, Any]
@@ -259,7 +256,6 @@ def test_structured_random_headers_are_refused_or_read_whole(
         assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.data())
 def test_mutated_files_are_refused_or_agree_with_the_official_reader(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -225,7 +225,6 @@ def seed_file(folder: Path, legacy: bool) -> bytearray:
     return bytearray(cache)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.booleans(),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),

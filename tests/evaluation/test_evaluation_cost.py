@@ -36,7 +36,7 @@ def llama_macs(config, length: int) -> int:
     return config.num_hidden_layers * (projections + scores_and_values) + length * d * config.vocab_size
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=5), st.integers(1, 7))
 def test_macs_of_an_mlp_are_its_matrices_times_the_batch(widths, batch):
     layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
@@ -44,7 +44,7 @@ def test_macs_of_an_mlp_are_its_matrices_times_the_batch(widths, batch):
     assert macs(nn.Sequential(*layers), batch, widths[0]) == expected
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     dimensions=st.integers(1, 3),
     groups=st.integers(1, 3),
@@ -120,7 +120,7 @@ def test_counting_macs_leaves_the_backends_as_they_were():
     )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
 def test_a_pair_costs_r_times_the_sum_of_its_sides(d_in, d_out, rank, batch):
     pair = nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False))

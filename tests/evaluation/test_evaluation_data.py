@@ -53,7 +53,7 @@ def images(tmp_path: Path) -> Path:
 # Batches
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(1, 20), batch_size=st.integers(1, 9), limit=st.none() | st.integers(1, 25))
 def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, count, batch_size, limit):
     path = tmp_path_factory.mktemp("arrays") / "data.npz"
@@ -83,7 +83,7 @@ def test_impossible_numbers_are_bad_input(option, value):
 # Language modelling
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(length=st.integers(2, 60), window=st.integers(2, 70))
 def test_windows_are_the_text_cut_without_overlap(tmp_path_factory, tokenizer, length, window):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -262,7 +262,7 @@ def test_bad_jsonl(tmp_path, tokenizer, text, message):
 # Arrays
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(
@@ -367,7 +367,7 @@ def test_bad_arrays(tmp_path, arrays, message):
         open_data(tmp_path / "data.npz")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cut=st.integers(0, 400), suffix=st.sampled_from([".npz", ".safetensors"]))
 def test_a_truncated_file_of_arrays_is_bad_input(tmp_path_factory, cut, suffix):
     path = tmp_path_factory.mktemp("cut") / f"data{suffix}"

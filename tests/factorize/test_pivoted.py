@@ -12,7 +12,7 @@ from compressor.factorize.pivoted import LARGEST_COEFFICIENT
 from compressor.planning.form import stored_bytes, stored_parameters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.data())
 def test_it_is_lossless_with_coefficients_of_order_one(d_out: int, d_in: int, seed: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))
@@ -57,7 +57,6 @@ def test_swaps_reach_order_one_where_the_pivots_of_lu_do_not() -> None:
     assert float(pivoted.up.abs().max()) <= LARGEST_COEFFICIENT * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.data())
 def test_sizes_are_counted_as_stored(d_out: int, d_in: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))

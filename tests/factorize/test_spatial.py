@@ -45,7 +45,7 @@ def start_in_the_nearest_product(kernel: Tensor, rank: int, metric: Metric) -> S
 
 
 @given(kernels, st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_pair_is_the_sum_of_products_of_a_vertical_and_a_horizontal_kernel(
     shape: tuple[int, int, int, int], seed: int
 ) -> None:
@@ -61,7 +61,7 @@ def test_a_pair_is_the_sum_of_products_of_a_vertical_and_a_horizontal_kernel(
 
 
 @given(kernels, st.integers(0, 2**31), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_without_a_metric_the_error_is_the_least_by_eckart_and_young(
     shape: tuple[int, int, int, int], seed: int, data: st.DataObject
 ) -> None:
@@ -77,7 +77,7 @@ def test_without_a_metric_the_error_is_the_least_by_eckart_and_young(
 
 
 @given(kernels, st.floats(0, 5), st.integers(0, 2**31), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_in_a_metric_the_cost_never_rises_from_that_of_the_best_pair_in_the_nearest_product(
     shape: tuple[int, int, int, int], spread: float, seed: int, data: st.DataObject
 ) -> None:
@@ -98,7 +98,7 @@ def test_in_a_metric_the_cost_never_rises_from_that_of_the_best_pair_in_the_near
 
 
 @given(kernels, st.floats(0, 4), st.integers(0, 2**31), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_where_the_moment_is_a_product_the_pair_is_the_best_there_is(
     shape: tuple[int, int, int, int], spread: float, seed: int, data: st.DataObject
 ) -> None:
@@ -127,7 +127,7 @@ def test_no_other_horizontal_kernels_cost_less_with_the_same_vertical_ones() -> 
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_nearest_kronecker_product_is_that_of_van_loan_and_pitsianis(height: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     moment = positive_definite(height * width, 2)

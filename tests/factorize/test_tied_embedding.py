@@ -52,7 +52,7 @@ def brute_cost(metric: TiedMetric, change: Tensor) -> float:
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.floats(0, 4), st.integers(0, 2**31))
 def test_the_cost_is_the_quadratic_form(size: tuple[int, int], spread: float, seed: int) -> None:
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def test_the_cost_is_the_quadratic_form(size: tuple[int, int], spread: float, se
     assert metric.squared_size(change) == pytest.approx(brute_cost(metric, change), rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.floats(0, 4), st.integers(0, 2**31))
 def test_the_start_is_the_nearest_kronecker_product(size: tuple[int, int], spread: float, seed: int) -> None:
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def test_the_start_is_the_nearest_kronecker_product(size: tuple[int, int], sprea
     assert float(distance) == pytest.approx(float(values[1:].norm()), rel=1e-6, abs=1e-7 * float(values[0]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.floats(0, 4), st.integers(0, 2**31), st.data())
 def test_it_costs_no_more_than_its_start_and_what_is_planned_with(
     size: tuple[int, int], spread: float, seed: int, data: st.DataObject

@@ -12,7 +12,7 @@ from compressor.factorize import truncated_svd
 sides = st.integers(1, 24)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sides, sides, st.integers(0, 2**31), st.data())
 def test_the_error_is_the_tail_of_the_singular_values(d_out: int, d_in: int, seed: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))

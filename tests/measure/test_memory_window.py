@@ -247,7 +247,7 @@ momenta = st.floats(0.0, 0.95)
 
 
 @given(learning_rates, decays, momenta, st.sampled_from(["sgd", "nesterov", "sgdw"]), st.floats(0.01, 0.9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_unknown_length_of_a_constant_schedule_does_not_matter(
     learning_rate: float, decay: float, momentum: float, optimizer: str, epsilon: float
 ) -> None:
@@ -276,7 +276,7 @@ def test_unknown_length_of_a_constant_schedule_does_not_matter(
 
 
 @given(learning_rates, decays, momenta, st.booleans(), st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_retention_is_the_impulse_response_of_the_characteristic_roots(
     learning_rate: float, decay: float, momentum: float, nesterov: bool, last: int
 ) -> None:

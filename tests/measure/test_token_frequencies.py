@@ -115,7 +115,7 @@ def test_what_is_held_back_is_not_counted() -> None:
     torch.testing.assert_close(found.lookup.inputs, (counts + 1) / (36 + TOKENS))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=50))
 def test_smoothed_frequencies_keep_the_order_and_sum_to_one(counts: list[int]) -> None:
     found = smoothed_frequencies(torch.tensor(counts))
@@ -124,7 +124,7 @@ def test_smoothed_frequencies_keep_the_order_and_sum_to_one(counts: list[int]) -
     assert torch.equal(found.argsort(stable=True), torch.tensor(counts).argsort(stable=True))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 2**31), st.integers(1, 5))
 def test_absent_tokens_lose_no_more_than_truncation_without_data_would_lose_counted_as_the_data_do(
     seen: int, seed: int, rank: int

@@ -32,7 +32,7 @@ def matrix(each: Weight) -> Tensor:
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_matrix_is_that_of_the_parts_in_blocks(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 3))
     shared_inputs, shared_outputs = data.draw(st.booleans()), data.draw(st.booleans())

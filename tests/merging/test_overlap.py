@@ -38,7 +38,7 @@ def examples(inputs: Tensor, name: str = "inputs") -> EvaluationData:
 
 
 @given(d=st.integers(2, 12), seed=st.integers(0, 99), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_principal_angles_are_those_of_scipy(d: int, seed: int, data: st.DataObject) -> None:
     ranks = [data.draw(st.integers(1, d)) for _ in range(2)]
     first, second = (normal(d, rank, seed=seed + i) for i, rank in enumerate(ranks))

@@ -27,7 +27,7 @@ def total(layers: list[Choices], chosen: list[int]) -> tuple[int, float]:
     return sum(int(layer.cost[i]) for layer, i in pairs), sum(float(layer.loss[i]) for layer, i in pairs)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tables(), st.integers(1, 160))
 def test_the_budget_is_kept_and_no_single_better_step_is_left_within_it(layers: list[Choices], budget: int) -> None:
     chosen = allocate(layers, budget)
@@ -42,7 +42,7 @@ def test_the_budget_is_kept_and_no_single_better_step_is_left_within_it(layers: 
         assert not (affordable & (layer.loss < layer.loss[i])).any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.floats(0.01, 1), min_size=2, max_size=5), min_size=1, max_size=3), st.data())
 def test_where_every_step_saves_less_than_the_one_before_it_is_optimal_at_its_own_cost(
     savings: list[list[float]], data: st.DataObject
@@ -63,7 +63,7 @@ def test_where_every_step_saves_less_than_the_one_before_it_is_optimal_at_its_ow
     assert loss <= best + 1e-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tables(), st.integers(1, 120), st.integers(1, 40))
 def test_a_larger_budget_is_never_refused_where_a_smaller_one_was_met(
     layers: list[Choices], budget: int, more: int

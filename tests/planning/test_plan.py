@@ -53,7 +53,7 @@ def models(draw: st.DrawFn) -> list[MeasuredLayer]:
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.floats(0.05, 1.0), st.sampled_from(["auto", "plain", "pivoted"]))
 def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[MeasuredLayer], keep: float, form: Any) -> None:
     total = sum(m.layer.parameters for m in layers)
@@ -82,7 +82,7 @@ def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[Measured
         assert after - plan.parameters + cheapest > keep * total or truncation_errors(m.singular_values)[plan.rank] == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.floats(0.01, 0.9))
 def test_a_tolerance_holds_in_every_layer_with_the_smallest_rank(layers: list[MeasuredLayer], tolerance: float) -> None:
     for m, plan in zip(layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", no_files), strict=True):
@@ -94,7 +94,7 @@ def test_a_tolerance_holds_in_every_layer_with_the_smallest_rank(layers: list[Me
             assert plan.rank == 1 or errors[plan.rank - 1] > tolerance
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.integers(0, 3000), st.integers(100, 20000))
 def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
     layers: list[MeasuredLayer], header: int, limit: int
@@ -263,7 +263,7 @@ def models_of_known_start(draw: st.DrawFn) -> list[MeasuredLayer]:
     return layers
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     models_of_known_start(), st.floats(0.05, 1.0), st.sampled_from(["auto", "plain", "pivoted"]), st.sampled_from("pb")
 )

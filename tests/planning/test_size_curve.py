@@ -26,7 +26,7 @@ def measured(index: int, d_out: int, d_in: int, *, calibrated: bool, **known: An
 SIZES = st.lists(st.tuples(st.integers(2, 24), st.integers(2, 24)), min_size=1, max_size=4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SIZES, st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["auto", "plain"]))
 def test_every_point_is_what_the_allocation_loses_at_that_size(
     shapes: list[tuple[int, int]], calibrated: bool, power: float, form: Any
@@ -46,7 +46,7 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
         assert spent(curve, plans, predicted) == pytest.approx(loss, rel=1e-6, abs=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.booleans())
 def test_a_larger_size_never_loses_more_where_the_loss_itself_is_allocated(
     shapes: list[tuple[int, int]], calibrated: bool

@@ -65,7 +65,7 @@ def as_chosen(m: MeasuredLayer, layer: LayerPlan) -> None:
     assert (layer.parameters, layer.error) in possible(m)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.floats(0.01, 0.9))
 def test_a_tolerance_holds_in_the_smallest_form(layers: list[MeasuredLayer], tolerance: float) -> None:
     for m, layer in zip(layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", no_files), strict=True):
@@ -73,7 +73,7 @@ def test_a_tolerance_holds_in_the_smallest_form(layers: list[MeasuredLayer], tol
         assert layer.parameters == min(size for size, error in possible(m) if error <= tolerance)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.floats(0.1, 1.0))
 def test_a_share_is_never_exceeded_and_no_layer_could_lose_less_within_it(
     layers: list[MeasuredLayer], keep: float
@@ -91,7 +91,7 @@ def test_a_share_is_never_exceeded_and_no_layer_could_lose_less_within_it(
         assert not any(error < layer.error for size, error in possible(m) if size <= layer.parameters + left)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(models(), st.floats(0.05, 1.0), st.integers(1, 6))
 def test_a_cap_on_the_channel_pair_also_limits_the_size_of_a_spatial_one(
     layers: list[MeasuredLayer], keep: float, cap: int

@@ -69,9 +69,7 @@ values = st.recursive(
 )
 documents = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), values, max_size=8)
 
-fuzzed = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+fuzzed = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def read_with_all(path: Path) -> None:

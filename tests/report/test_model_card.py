@@ -300,7 +300,7 @@ METADATA = st.dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(metadata=METADATA)
 def test_no_metadata_stop_a_card(metadata: dict[str, Any]) -> None:
     original = f"---\n{yaml.safe_dump(metadata)}---\n# Kept\n"
@@ -352,7 +352,7 @@ RECIPES = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(recipe=RECIPES)
 def test_a_recipe_that_was_written_is_read_again(recipe: TrainingRecipe, tmp_path_factory: Any) -> None:
     lines = hyperparameter_lines(recipe)

@@ -64,7 +64,7 @@ def inputs_of(layer: Any, *, batched: bool, seed: int) -> torch.Tensor:
     return torch.randn(*([2] if batched else []), layer.in_channels, *sides, dtype=torch.float64)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(convolutions(), st.booleans(), st.integers(0, 2**31))
 def test_a_channel_pair_of_full_rank_is_the_convolution(dense: Any, batched: bool, seed: int) -> None:
     x = inputs_of(dense, batched=batched, seed=seed)
@@ -77,7 +77,7 @@ def test_a_channel_pair_of_full_rank_is_the_convolution(dense: Any, batched: boo
     torch.testing.assert_close(small(x), dense(x), rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(transposed_convolutions(), st.booleans(), st.integers(0, 2**31))
 def test_a_channel_pair_of_full_rank_is_the_transposed_convolution(dense: Any, batched: bool, seed: int) -> None:
     x = inputs_of(dense, batched=batched, seed=seed)
@@ -106,7 +106,7 @@ def test_a_truncated_transposed_convolution_has_the_nearest_kernel(rank: int) ->
     torch.testing.assert_close(small(x, [9, 10]), expected(x, [9, 10]), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(transposed_convolutions(), st.integers(0, 2**31))
 def test_the_moments_vectors_of_a_transposed_convolution_make_up_its_gradient(layer: Any, seed: int) -> None:
     # The gradient of the weight is the sum over positions of x g^T: all that autograd knows of both.

@@ -45,7 +45,7 @@ def convolutions(draw: st.DrawFn) -> nn.Conv2d:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(convolutions(), st.integers(7, 11), st.integers(7, 11), st.booleans(), st.integers(0, 2**31))
 def test_at_full_rank_it_is_the_dense_convolution_whatever_its_geometry(
     dense: nn.Conv2d, height: int, width: int, batched: bool, seed: int
