@@ -185,6 +185,8 @@ def open_data_for(
         image_processor=prepared.image_processor,
         classes=prepared.classes,
         sequence_length=sequence_length or prepared.sequence_length,
+        reading=prepared.reading,
+        inputs=prepared.inputs,
         limit=limit,
         least_windows=least_windows,
     )

@@ -6,7 +6,7 @@ Three examples of four give the moments; the fourth is held back, so that what i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -88,8 +88,12 @@ def _split_data(data: EvaluationData) -> CalibrationData:
     every = min(HELD_BACK, data.count)
     held = list(range(every - 1, data.count, every))
     rest = [position for position in range(data.count) if position not in set(held)]
-    unused = f"{data.left_out:,} of {data.count + data.left_out:,} examples" if data.left_out else ""
-    return CalibrationData(tuple(_in_batches(data, rest)), tuple(_in_batches(data, held)), True, unused)
+    fitted, held_back = tuple(_in_batches(data, rest)), tuple(_in_batches(data, held))
+    return CalibrationData(fitted, held_back, _labelled((*fitted, *held_back)), data.unused)
+
+
+def _labelled(batches: Sequence[Batch]) -> bool:
+    return all(batch.labels.numel() > 0 for batch in batches)
 
 
 def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData:
@@ -119,7 +123,7 @@ def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData
     return CalibrationData(
         tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
         tuple(batches[every - 1 :: every]),
-        all(batch.labels.numel() > 0 for batch in batches),
+        _labelled(batches),
         unused,
     )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from compressor.errors import BadInput
-from compressor.evaluation.builtin_data import Split, digits, standard_library_text
+from compressor.evaluation.builtin_data import Split, digits, standard_library_files
 from compressor.evaluation.images import (
     channels_of,
     channels_wanted,
@@ -22,9 +23,21 @@ from compressor.evaluation.images import (
     scale,
     wants_size,
 )
-from compressor.evaluation.readers import Arrays, LabelledImages, LabelledTexts, Texts, read_contents
+from compressor.evaluation.readers import (
+    Arrays,
+    LabelledImages,
+    LabelledTexts,
+    NamedArrays,
+    TextPairs,
+    Texts,
+    read_contents,
+)
+from compressor.evaluation.text import Corpus, documents, separator, windows
 
-Task = Literal["image-classification", "text-classification", "classification", "language-modeling"]
+Task = Literal["image-classification", "text-classification", "classification", "language-modeling", "text-to-text"]
+
+# How a model reads text: on from token to token; a document at a time; or one text, of which it makes another.
+Reading = Literal["tokens", "documents", "pairs"]
 
 # The window of published perplexities of large language models (Frantar et al. 2023, GPTQ, section 4).
 LONGEST_DEFAULT_WINDOW = 2048
@@ -39,7 +52,8 @@ class Batch:
     """Some examples: the model's inputs by name, `(B, ...)` each, and what it should predict, as int64.
 
     `labels` is the class of each example, `(B,)`; or, for language modelling with windows `input_ids` of
-    `(B, L)`, the next token at each position but the last: `input_ids[:, 1:]`, `(B, L - 1)`.
+    `(B, L)`, the next token at each position but the last: `input_ids[:, 1:]`, `(B, L - 1)`; or the token at each
+    position of the outputs, `(B, L)`. -100 is not to be predicted. There are none, `(0,)`, in data without labels.
     """
 
     inputs: Mapping[str, Tensor]
@@ -72,7 +86,7 @@ class EvaluationData:
     """Examples in a fixed order, to be iterated over any number of times, in batches of `batch_size`.
 
     `count` is the number of examples: images, rows, texts, or windows of text. `read` gives the batch of the
-    examples at some positions, such as `range(32)`. `left_out` is the number of examples beyond a limit.
+    examples at some positions, such as `range(32)`. `unused` says what was left out by a limit.
     """
 
     name: str
@@ -80,7 +94,7 @@ class EvaluationData:
     count: int
     batch_size: int
     read: Callable[[Sequence[int]], Batch]
-    left_out: int = 0
+    unused: str = ""
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self.count, self.batch_size):
@@ -95,6 +109,8 @@ def open_data(
     image_processor: Callable[..., Any] | None = None,
     classes: Mapping[str, int] | None = None,
     sequence_length: int | None = None,
+    reading: Reading = "tokens",
+    inputs: Collection[str] = (),
     batch_size: int = 32,
     limit: int | None = None,
     least_windows: int | None = None,
@@ -102,21 +118,25 @@ def open_data(
     """Open the data that `spec` names: `builtin:digits`, `builtin:stdlib`, a file or a folder.
 
     - Text (.txt, .md, .py, a folder of them; .jsonl or .csv with `text` only; `builtin:stdlib`) is for
-      language modelling: documents are joined by an empty line, tokenised as one text with the special tokens
-      that the tokenizer adds to it, and cut into windows of `sequence_length` tokens that do not overlap.
-      Each window of L tokens scores L - 1 predictions. What is left over at the end is dropped, unless there
-      is no whole window. Without `sequence_length` it is 2048, or the tokenizer's `model_max_length` if that
-      is less.
+      language modelling. A file is a document, and so is a row of .jsonl or .csv. For a model that reads `tokens`
+      documents are joined by the tokenizer's end-of-text token, or by an empty line if it has none, and cut into
+      windows of `sequence_length` tokens that do not overlap. Each window of L tokens scores L - 1 predictions.
+      What is left over at the end is dropped, unless there is no whole window. Without `sequence_length` it is
+      2048, or the tokenizer's `model_max_length` if that is less. Of a text of more than 2 MB, with a `limit`, only
+      so many windows are read and tokenised. A model that reads `documents`, an encoder, gets one in a row with its
+      special tokens, padded, longer ones in several rows; there a line of a .txt file is a document.
+    - .jsonl or .csv with `source` and `target`, for an encoder-decoder, which reads `pairs`.
     - .jsonl or .csv with `text` and `label`: text classification, texts cut at `sequence_length` tokens.
     - .csv with columns of numbers and `label`: their classification, columns in the file's order.
     - .npz or .safetensors with inputs (`inputs`, `x`, `images`, `pixel_values`, `input_ids`) and labels
-      (`labels`, `y`, `targets`): as they are, without preprocessing. `input_ids` alone are windows of text.
+      (`labels`, `y`, `targets`): as they are, without preprocessing. `input_ids` alone are windows of text. Or with
+      everything that the model's forward takes, under the names `inputs` that it has there.
     - A folder of images in one subfolder per class, and `builtin:digits`: image classification. Images are
       made one or three channels and preprocessed by `image_processor`; without one they are only scaled to
       [0, 1].
 
-    `tokenizer`, `image_processor` and `classes` (class name to number, `label2id` of its configuration) are
-    the transformers model's own. `split` chooses a part of the built-in data; files have no parts. `limit`
+    `tokenizer`, `image_processor`, `classes` (class name to number, `label2id` of its configuration), `reading` and
+    `inputs` are the transformers model's own. `split` chooses a part of the built-in data; files have no parts. `limit`
     keeps at most so many examples, evenly spaced. Text must have `least_windows` whole windows.
     Raises `BadInput` naming the file, and the line, where the data is bad.
     """
@@ -126,15 +146,21 @@ def open_data(
     if name == "builtin:digits":
         data = _digits(split, image_processor)
     elif name == "builtin:stdlib":
-        text = standard_library_text(split)
-        data = _language(f"{name}, {split} split", text, tokenizer, sequence_length, least_windows)
+        files = standard_library_files(split)
+        reader = _TextReader(f"{name}, {split} split", tokenizer, sequence_length, reading, limit, least_windows)
+        data = reader.examples(Corpus(files))
     elif name.startswith("builtin:"):
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
-        contents = read_contents(Path(name))
+        contents = read_contents(Path(name), inputs)
         match contents:
             case Texts():
-                data = _language(name, "\n\n".join(contents.texts), tokenizer, sequence_length, least_windows)
+                reader = _TextReader(name, tokenizer, sequence_length, reading, limit, least_windows)
+                data = reader.examples(Corpus(contents.documents, separator(tokenizer)))
+            case TextPairs():
+                data = _text_pairs(name, contents, tokenizer, sequence_length, reading)
+            case NamedArrays():
+                data = _by_name(name, contents.arrays, reading)
             case LabelledTexts():
                 labels = _class_numbers(contents.labels, classes, name)
                 data = _labelled_texts(name, contents.texts, labels, tokenizer, sequence_length)
@@ -142,7 +168,7 @@ def open_data(
                 labels = _class_numbers(contents.labels, classes, name, names_may_be_sorted=True)
                 data = _images(name, contents.paths, labels, image_processor)
             case Arrays(labels=None):
-                data = _token_windows(name, contents.inputs)
+                data = _array_windows(name, contents.inputs)
             case Arrays():
                 data = _arrays(name, contents.inputs, _class_numbers(contents.labels or (), classes, name))
     return _in_batches(data, batch_size, limit)
@@ -204,6 +230,7 @@ class _Examples:
     count: int
     read: Callable[[Sequence[int]], Batch]
     stacks: bool = True
+    unused: str = ""
 
 
 def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> EvaluationData:
@@ -219,7 +246,8 @@ def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> Eval
         count,
         batch_size if examples.stacks else 1,
         read=read,
-        left_out=examples.count - count,
+        unused=examples.unused
+        or (f"{examples.count - count:,} of {examples.count:,} examples" if count < examples.count else ""),
     )
 
 
@@ -270,38 +298,49 @@ def _arrays(name: str, inputs: Tensor, labels: Tensor) -> _Examples:
     return _Examples(name, task, len(inputs), read)
 
 
-def _language(
-    name: str,
-    text: str,
-    tokenizer: Callable[..., Any] | None,
-    sequence_length: int | None,
-    least_windows: int | None,
-) -> _Examples:
-    if not text.strip():
-        raise BadInput("there is no text in it", where=name, remedy="pass data with text")
-    if tokenizer is None:
-        raise _no_tokenizer(name)
-    # not verbose: that the whole text is longer than the model's window is as it should be
-    encoded = tokenizer(text, return_attention_mask=False, verbose=False)
-    token_ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    if len(token_ids) < 2:
-        raise BadInput(
-            f"the text is {len(token_ids)} token long, too short to predict one from another",
-            where=name,
-            remedy="pass more text",
+@dataclass(frozen=True)
+class _TextReader:
+    """How texts become rows of tokens for a model."""
+
+    name: str
+    tokenizer: Callable[..., Any] | None
+    sequence_length: int | None
+    reading: Reading
+    limit: int | None
+    least_windows: int | None
+
+    def examples(self, corpus: Corpus) -> _Examples:
+        if corpus.blank:
+            raise BadInput("there is no text in it", where=self.name, remedy="pass data with text")
+        if self.tokenizer is None:
+            raise _no_tokenizer(self.name)
+        length = self.sequence_length
+        if length is None:
+            longest = getattr(self.tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
+            length = min(LONGEST_DEFAULT_WINDOW, int(longest))
+        if self.reading == "tokens":
+            found = windows(corpus, self.tokenizer, length, self.limit, self.name, self.least_windows or 0)
+            return replace(_token_windows(self.name, found.rows), unused=found.unused)
+        found = documents(corpus, self.tokenizer, length, self.limit, self.name)
+        padding = getattr(self.tokenizer, "pad_token_id", None)
+        return replace(
+            _padded_rows(self.name, found.rows, padding, labelled=self.reading == "pairs"), unused=found.unused
         )
-    if sequence_length is None:
-        longest = getattr(tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
-        sequence_length = min(LONGEST_DEFAULT_WINDOW, int(longest))
-    if least_windows is not None and len(token_ids) < least_windows * sequence_length:
-        raise BadInput(
-            f"the text is {len(token_ids):,} tokens long, less than {least_windows} windows of {sequence_length:,}",
-            where=name,
-            remedy="give more text, or ask for shorter windows with `calibration_sequence_length`",
-        )
-    length = min(sequence_length, len(token_ids))
-    count = len(token_ids) // length
-    return _token_windows(name, token_ids[: count * length].reshape(count, length))
+
+
+def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labelled: bool) -> _Examples:
+    """Documents; an encoder-decoder (`labelled`) is to make each of itself."""
+
+    def read(positions: Sequence[int]) -> Batch:
+        chosen = [rows[position].long() for position in positions]
+        token_ids = pad_sequence(chosen, batch_first=True, padding_value=padding or 0)
+        mask = pad_sequence([torch.ones_like(row) for row in chosen], batch_first=True)
+        labels = token_ids.masked_fill(mask == 0, IGNORED_LABEL)
+        inputs = {"input_ids": token_ids, "attention_mask": mask}
+        return Batch(inputs | ({"labels": labels} if labelled else {}), labels)
+
+    task: Task = "text-to-text" if labelled else "language-modeling"
+    return _Examples(name, task, len(rows), read, stacks=padding is not None)
 
 
 def _no_tokenizer(name: str) -> BadInput:
@@ -312,16 +351,19 @@ def _no_tokenizer(name: str) -> BadInput:
     )
 
 
-def _token_windows(name: str, windows: Tensor) -> _Examples:
+def _array_windows(name: str, windows: Tensor) -> _Examples:
     if windows.ndim != 2 or windows.shape[1] < 2:
         raise BadInput(
             f"`input_ids` without labels are of shape {tuple(windows.shape)}",
             where=name,
             remedy="give windows of at least two tokens, (windows, tokens), or labels",
         )
+    return _token_windows(name, windows)
 
+
+def _token_windows(name: str, windows: Sequence[Tensor] | Tensor) -> _Examples:
     def read(positions: Sequence[int]) -> Batch:
-        token_ids = windows[positions]
+        token_ids = torch.stack([windows[position] for position in positions]).long()
         return Batch({"input_ids": token_ids}, token_ids[:, 1:])
 
     return _Examples(name, "language-modeling", len(windows), read)
@@ -350,6 +392,57 @@ def _labelled_texts(
         return Batch(dict(encoded), labels[positions])
 
     return _Examples(name, "text-classification", len(texts), read, stacks=pads)
+
+
+def _text_pairs(
+    name: str,
+    pairs: TextPairs,
+    tokenizer: Callable[..., Any] | None,
+    sequence_length: int | None,
+    reading: Reading,
+) -> _Examples:
+    if tokenizer is None:
+        raise _no_tokenizer(name)
+    if reading != "pairs":
+        raise BadInput(
+            "`source` and `target` are for encoder-decoders, and the model is none",
+            where=name,
+            remedy="give texts as `text`",
+        )
+    pads = getattr(tokenizer, "pad_token", None) is not None
+    shape = {"padding": pads, "truncation": True, "max_length": sequence_length, "return_tensors": "pt"}
+
+    def read(positions: Sequence[int]) -> Batch:
+        encoded = tokenizer([pairs.sources[position] for position in positions], **shape)
+        targets = tokenizer(text_target=[pairs.targets[position] for position in positions], **shape)
+        labels = targets["input_ids"].masked_fill(targets["attention_mask"] == 0, IGNORED_LABEL)
+        inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        return Batch({**inputs, "labels": labels}, labels)
+
+    return _Examples(name, "text-to-text", len(pairs.sources), read, stacks=pads)
+
+
+def _by_name(name: str, arrays: Mapping[str, Tensor], reading: Reading) -> _Examples:
+    """What a forward is given; its `labels` are the next tokens, those of a target, or classes."""
+    labels = arrays.get("labels")
+    others = {key: array for key, array in arrays.items() if key != "labels"}
+    task: Task = "image-classification" if "pixel_values" in arrays else "text-classification"
+    if labels is None and reading == "tokens" and others.keys() <= {"input_ids", "attention_mask"}:
+        labels = arrays["input_ids"].masked_fill(others.get("attention_mask", torch.ones(())) == 0, IGNORED_LABEL)
+    if labels is not None and labels.ndim == 2 and reading == "pairs":
+        task = "text-to-text"
+    elif labels is not None and labels.ndim == 2 and reading == "tokens":
+        task = "language-modeling"
+
+    def read(positions: Sequence[int]) -> Batch:
+        inputs = {key: array[positions] for key, array in others.items()}
+        if labels is None:
+            return Batch(inputs, torch.empty(0, dtype=torch.int64))
+        if task == "text-to-text":
+            return Batch({**inputs, "labels": labels[positions]}, labels[positions])
+        return Batch(inputs, labels[positions][:, 1:] if task == "language-modeling" else labels[positions])
+
+    return _Examples(name, task, len(next(iter(arrays.values()))), read)
 
 
 def _digits(split: Split, image_processor: Callable[..., Any] | None) -> _Examples:

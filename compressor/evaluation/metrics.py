@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.evaluation.data import Batch, EvaluationData
+from compressor.evaluation.data import IGNORED_LABEL, Batch, EvaluationData
 from compressor.evaluation.inference import forward_call, logits_of, prepared, resolve_device
 
 # Logits scored at once in float64: 128 MB, whatever the vocabulary.
@@ -35,7 +35,8 @@ class Quality:
 
     `value` is a fraction in [0, 1] for accuracy (higher is better) and at least 1 for perplexity (lower is
     better). `loss` is the mean cross-entropy in nats per prediction, and `count` the number of predictions:
-    one per example for a classifier, one per token but the first of each window for a language model.
+    one per example for a classifier, one per token but the first of each window for a language model, and one per
+    target token, padding aside, for an encoder-decoder.
     A model whose loss is not finite has `loss` (and perplexity) infinity. `examples` holds what each example
     contributed.
     """
@@ -66,12 +67,14 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
             labels = batch.labels.to(logits.device)
             for found, each in zip((losses, right), _score(logits.flatten(0, -2), labels.flatten()), strict=True):
                 found.append(each.reshape(len(labels), -1).sum(1).cpu().numpy())
-            predictions.append(np.full(len(labels), labels[0].numel(), dtype=np.float64))
+            predictions.append((batch.labels != IGNORED_LABEL).reshape(len(labels), -1).sum(1).double().numpy())
     examples = ExampleScores(*(np.concatenate(each) for each in (losses, right, predictions)))
     count = int(examples.predictions.sum())
+    if count == 0:
+        raise BadInput("no label is to be predicted", where=data.name, remedy=f"{IGNORED_LABEL} is for padding alone")
     total_loss = float(examples.losses.sum())
     loss = total_loss / count if math.isfinite(total_loss) else math.inf
-    if data.task == "language-modeling":
+    if data.task in ("language-modeling", "text-to-text"):
         return Quality("perplexity", _exp(loss), loss, count, examples)
     return Quality("accuracy", float(examples.right.sum()) / count, loss, count, examples)
 
@@ -133,6 +136,10 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
             where=data.name,
             remedy="evaluate a causal language model, or a classifier on labelled data",
         )
+    if batch.labels.numel() == 0:
+        raise BadInput(
+            "there are no labels to measure by", where=data.name, remedy="add `labels`, or use it for calibration"
+        )
     # A model that took one batch takes them all: what fails later is not the user's choice of data.
     logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)
     if data.task == "language-modeling" and logits.ndim == 3:
@@ -143,7 +150,10 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
             where=data.name,
             remedy=f"use a model whose head is for {data.task.replace('-', ' ')}",
         )
-    lowest, highest = int(batch.labels.min()), int(batch.labels.max())
+    predicted = batch.labels[batch.labels != IGNORED_LABEL]
+    if predicted.numel() == 0:
+        return logits
+    lowest, highest = int(predicted.min()), int(predicted.max())
     if lowest < 0 or highest >= logits.shape[-1]:
         bad = lowest if lowest < 0 else highest
         raise BadInput(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.evaluation.data import LONGEST_DEFAULT_WINDOW
+from compressor.evaluation.data import LONGEST_DEFAULT_WINDOW, Reading
 
 FACTORY_FORM = "use package.module:name or path/to/file.py:name"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -33,6 +34,8 @@ class Preprocessing:
     image_processor: Callable[..., Any] | None = None
     classes: Mapping[str, int] | None = None
     sequence_length: int | None = None
+    reading: Reading = "tokens"
+    inputs: tuple[str, ...] = ()
 
 
 def load_factory(spec: str) -> Callable[[], nn.Module]:
@@ -162,7 +165,38 @@ def load_preprocessing(folder: Path) -> Preprocessing:
         image_processor=image_processor,
         classes=config.get("label2id"),
         sequence_length=min(positions, LONGEST_DEFAULT_WINDOW) if isinstance(positions, int) else None,
+        reading=_reading(config, inputs := _forward_inputs(config)),
+        inputs=inputs,
     )
+
+
+def _forward_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that the forward of a transformers model has for its inputs; none where the model is not known."""
+    import transformers
+
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    model = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(model, type) or not issubclass(model, nn.Module):
+        return ()
+    named = signature(model.forward).parameters.values()
+    return tuple(each.name for each in named if each.name != "self" and each.kind is not each.VAR_KEYWORD)
+
+
+def _reading(config: Mapping[str, Any], inputs: Sequence[str]) -> Reading:
+    """How a transformers model reads text."""
+    from transformers.models.auto import modeling_auto
+
+    if "decoder_input_ids" in inputs:
+        return "pairs"
+    name = str((config.get("architectures") or [""])[0])
+    if not inputs or config.get("is_decoder") or name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "tokens"
+    masked, encoding, causal = (
+        set(getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES"))
+        for kind in ("MASKED_LM", "TEXT_ENCODING", "CAUSAL_LM")
+    )
+    return "documents" if config.get("model_type") in masked | (encoding - causal) else "tokens"
 
 
 def _import_module(name: str) -> Any:

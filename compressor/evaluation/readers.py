@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,21 @@ from torch import Tensor
 
 from compressor.documents import bounded_json
 from compressor.errors import BadInput
+from compressor.evaluation.text import Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+PAIR = ("source", "target")
 INPUT_NAMES = ("inputs", "x", "images", "pixel_values", "input_ids")
 LABEL_NAMES = ("labels", "y", "targets")
-COLUMNS = "use the columns `text`, or `text` and `label`, or (csv) numbers and `label`"
+COLUMNS = "use the columns `text`, or `text` and `label`, or `source` and `target`, or (csv) numbers and `label`"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents without labels, in order."""
+    """Documents without labels, in order: texts, or files that are not read yet."""
 
-    texts: tuple[str, ...]
+    documents: tuple[Document, ...]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,21 @@ class LabelledTexts:
 
     texts: tuple[str, ...]
     labels: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class TextPairs:
+    """One text and the text that is to be made of it, per example."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NamedArrays:
+    """Everything that a model's forward is given, by its names there, `(N, ...)` each: float32 or int64."""
+
+    arrays: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,14 +72,15 @@ class LabelledImages:
     labels: tuple[str | int, ...]
 
 
-Contents = Texts | LabelledTexts | Arrays | LabelledImages
+Contents = Texts | LabelledTexts | TextPairs | Arrays | NamedArrays | LabelledImages
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
     """Read a text, .jsonl, .csv, .npz or .safetensors file, or a folder of texts or of images by class.
 
-    Files of a folder come in the order of their paths. Image files are listed, not yet opened. Raises
-    `BadInput` when the path is missing, empty, of another kind, or holds what cannot be used.
+    Files of a folder come in the order of their paths. Files of text and images are listed, not yet opened. `inputs`
+    are the names that the model's forward has, by which arrays may go. Raises `BadInput` when the path is missing,
+    empty, of another kind, or holds what cannot be used.
     """
     if not path.exists():
         raise BadInput("there is no such data file or folder", where=path, remedy="check the path")
@@ -70,13 +88,13 @@ def read_contents(path: Path) -> Contents:
         return _read_folder(path)
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        return Texts((_read_text(path),))
+        return Texts((path,))
     if suffix == ".jsonl":
         return _read_jsonl(path)
     if suffix == ".csv":
         return _read_csv(path)
     if suffix in {".npz", ".safetensors"}:
-        return _read_arrays(path)
+        return _read_arrays(path, inputs)
     raise BadInput(
         f"data of the kind {suffix or 'without a suffix'} cannot be read",
         where=path,
@@ -98,7 +116,7 @@ def _read_folder(folder: Path) -> Texts | LabelledImages:
         return LabelledImages(tuple(images), tuple(path.parent.name for path in images))
     texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
     if texts:
-        return Texts(tuple(_read_text(path) for path in texts))
+        return Texts(tuple(texts))
     raise BadInput(
         "the folder holds neither images in class subfolders nor texts",
         where=folder,
@@ -116,7 +134,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _read_jsonl(path: Path) -> Texts | LabelledTexts:
+def _read_jsonl(path: Path) -> Texts | LabelledTexts | TextPairs:
     rows: list[tuple[str, Mapping[str, Any]]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -132,7 +150,7 @@ def _read_jsonl(path: Path) -> Texts | LabelledTexts:
     return _texts_in_rows(rows, path)
 
 
-def _read_csv(path: Path) -> Texts | LabelledTexts | Arrays:
+def _read_csv(path: Path) -> Texts | LabelledTexts | TextPairs | Arrays:
     lines = _csv_lines(path)
     _, header = next(lines, (0, []))
     names = [name.strip() for name in header]
@@ -142,7 +160,7 @@ def _read_csv(path: Path) -> Texts | LabelledTexts | Arrays:
         if len(cells) != len(names):
             raise BadInput(f"{len(cells)} cells under {len(names)} column names", where=where, remedy="mend the row")
         rows.append((where, dict(zip(names, cells, strict=True))))
-    if not rows or "text" in names:
+    if not rows or "text" in names or all(name in names for name in PAIR):
         return _texts_in_rows(rows, path)
     if "label" not in names or len(names) < 2:
         raise BadInput(f"the columns are {', '.join(names)}", where=path, remedy=COLUMNS)
@@ -176,9 +194,14 @@ def _csv_number(cell: str, name: str, where: str) -> float:
     return number
 
 
-def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Texts | LabelledTexts:
+def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Texts | LabelledTexts | TextPairs:
     if not rows:
         raise BadInput("the file is empty", where=path, remedy="pass a file with at least one example")
+    if all(name in rows[0][1] for name in PAIR):
+        for where, row in rows:
+            if not all(isinstance(row.get(name), str) for name in PAIR):
+                raise BadInput("there is no `source` and `target` with a string", where=where, remedy=COLUMNS)
+        return TextPairs(*(tuple(row[name] for _, row in rows) for name in PAIR))
     for where, row in rows:
         if not isinstance(row.get("text"), str):
             raise BadInput("there is no `text` with a string", where=where, remedy=COLUMNS)
@@ -195,8 +218,10 @@ def _label(row: Mapping[str, Any], where: str) -> str | int:
     return label
 
 
-def _read_arrays(path: Path) -> Arrays:
+def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
     arrays = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
+    if _go_by_name(arrays, inputs):
+        return _named_arrays(arrays, path)
     input_name = _only_name(arrays, INPUT_NAMES, path)
     label_name = None
     if input_name != "input_ids" or any(name in arrays for name in LABEL_NAMES):
@@ -230,6 +255,35 @@ def _read_arrays(path: Path) -> Arrays:
             remedy="give each input one class number",
         )
     return Arrays(inputs, tuple(int(label) for label in labels))
+
+
+def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:
+    """Whether these are inputs of a forward by their names, and not one array with a class for each row."""
+    if not arrays or not all(name in inputs for name in arrays):
+        return False
+    plain = len(arrays.keys() & set(INPUT_NAMES)) == 1 and len(arrays.keys() - {"labels"}) == 1
+    return not plain or ("labels" in arrays and arrays["labels"].ndim > 1)
+
+
+def _named_arrays(arrays: Mapping[str, Tensor], path: Path) -> NamedArrays:
+    found = {}
+    examples = len(next(iter(arrays.values()))) if next(iter(arrays.values())).ndim else 0
+    for name, array in arrays.items():
+        if array.ndim == 0 or array.numel() == 0 or len(array) != examples:
+            shapes = ", ".join(f"{key} {tuple(each.shape)}" for key, each in arrays.items())
+            raise BadInput(
+                f"the arrays do not have one row for each example: {shapes}",
+                where=path,
+                remedy="give all of them the same first dimension",
+            )
+        if array.is_complex():
+            raise BadInput(f"`{name}` is complex", where=path, remedy="store real numbers")
+        if array.is_floating_point() and not bool(array.isfinite().all()):
+            raise BadInput(f"`{name}` has NaN or Inf in it", where=path, remedy="repair or remove them")
+        found[name] = array.to(torch.float32 if array.is_floating_point() else torch.int64)
+    if "labels" in found:
+        found["labels"] = _integers(arrays["labels"], "labels", path)
+    return NamedArrays(found)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

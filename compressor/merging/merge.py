@@ -356,6 +356,8 @@ def _task_data(
                 image_processor=prepared.image_processor,
                 classes=prepared.classes,
                 sequence_length=prepared.sequence_length,
+                reading=prepared.reading,
+                inputs=prepared.inputs,
                 limit=limit,
             )
         )
