@@ -24,6 +24,7 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
+from compressor.evaluation.data import IGNORED_LABEL
 from compressor.findings import Finding, find
 from compressor.inspection import Progress, inspect_layers
 from compressor.measure import (
@@ -326,7 +327,9 @@ def _summed_loss(model: nn.Module, batch: Batch, data: EvaluationData) -> tuple[
     if data.task == "language-modeling":
         logits = logits[:, :-1]
     labels = batch.labels.flatten()
-    rows = logits.flatten(0, -2).float() if logits.dtype != torch.float64 else logits.flatten(0, -2)
+    predicted = labels != IGNORED_LABEL
+    labels, logits = labels[predicted], logits.flatten(0, -2)[predicted.to(logits.device)]
+    rows = logits.float() if logits.dtype != torch.float64 else logits
     loss = nn.functional.cross_entropy(rows, labels.to(logits.device), reduction="sum")
     return loss, labels, logits.shape[-1]
 

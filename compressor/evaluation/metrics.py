@@ -195,20 +195,27 @@ def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _require_known_tokens(model: nn.Module, batch: Batch, where: str) -> None:
     """Say what else would be an IndexError on the CPU and on CUDA an assertion that ends the process."""
-    token_ids, config = batch.inputs.get("input_ids"), getattr(model, "config", None)
-    if token_ids is None or config is None:
+    config = getattr(model, "config", None)
+    if config is None:
         return
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is not None and int(token_ids.max()) >= vocabulary:
-        raise BadInput(
-            f"token id {int(token_ids.max())} is beyond the model's vocabulary of {vocabulary}",
-            where=where,
-            remedy="use the tokenizer that the model was trained with",
-        )
+    for name in ("input_ids", "decoder_input_ids", "labels"):
+        given = batch.inputs.get(name)
+        if given is None or vocabulary is None:
+            continue
+        given = given[given != IGNORED_LABEL] if name == "labels" else given
+        bad = [int(each) for each in (given.amin(), given.amax()) if not 0 <= each < vocabulary] if len(given) else []
+        if bad:
+            raise BadInput(
+                f"token id {bad[-1]} is beyond the model's vocabulary of {vocabulary}",
+                where=where,
+                remedy="use the tokenizer that the model was trained with",
+            )
+    token_ids = batch.inputs.get("input_ids")
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and token_ids.shape[-1] > positions:
+    if token_ids is not None and positions is not None and token_ids.shape[-1] > positions:
         raise BadInput(
             f"{token_ids.shape[-1]} tokens are longer than the model's {positions} positions",
             where=where,

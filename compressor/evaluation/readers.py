@@ -222,39 +222,39 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
     arrays = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
     if _go_by_name(arrays, inputs):
         return _named_arrays(arrays, path)
-    input_name = _only_name(arrays, INPUT_NAMES, path)
+    input_name = _only_name(arrays, INPUT_NAMES, path, inputs)
     label_name = None
     if input_name != "input_ids" or any(name in arrays for name in LABEL_NAMES):
-        label_name = _only_name(arrays, LABEL_NAMES, path)
-    inputs = arrays[input_name]
-    if inputs.ndim < 2 or inputs.numel() == 0:
+        label_name = _only_name(arrays, LABEL_NAMES, path, inputs)
+    values = arrays[input_name]
+    if values.ndim < 2 or values.numel() == 0:
         raise BadInput(
-            f"`{input_name}` is of shape {tuple(inputs.shape)}",
+            f"`{input_name}` is of shape {tuple(values.shape)}",
             where=path,
             remedy="give it one row per example, (examples, ...), and at least one",
         )
     if input_name == "input_ids":
-        inputs = _integers(inputs, input_name, path)
-    elif not inputs.is_floating_point():
+        values = _integers(values, input_name, path)
+    elif not values.is_floating_point():
         raise BadInput(
-            f"`{input_name}` is of {str(inputs.dtype).removeprefix('torch.')}",
+            f"`{input_name}` is of {str(values.dtype).removeprefix('torch.')}",
             where=path,
             remedy="store it as the floats that the model was trained on (pixels scaled and normalised)",
         )
     else:
-        inputs = inputs.to(torch.float32)
-        if not bool(inputs.isfinite().all()):
+        values = values.to(torch.float32)
+        if not bool(values.isfinite().all()):
             raise BadInput(f"`{input_name}` has NaN or Inf in it", where=path, remedy="repair or remove them")
     if label_name is None:
-        return Arrays(inputs, None)
+        return Arrays(values, None)
     labels = _integers(arrays[label_name], label_name, path)
-    if labels.shape != inputs.shape[:1]:
+    if labels.shape != values.shape[:1]:
         raise BadInput(
-            f"`{label_name}` is of shape {tuple(labels.shape)} for {len(inputs)} inputs",
+            f"`{label_name}` is of shape {tuple(labels.shape)} for {len(values)} inputs",
             where=path,
             remedy="give each input one class number",
         )
-    return Arrays(inputs, tuple(int(label) for label in labels))
+    return Arrays(values, tuple(int(label) for label in labels))
 
 
 def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:
@@ -308,14 +308,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _only_name(arrays: Mapping[str, Tensor], known: tuple[str, ...], path: Path) -> str:
+def _only_name(arrays: Mapping[str, Tensor], known: tuple[str, ...], path: Path, inputs: Collection[str] = ()) -> str:
     found = [name for name in known if name in arrays]
     if len(found) != 1:
         held = ", ".join(arrays) or "nothing"
         raise BadInput(
             f"it holds {held}, where exactly one of {', '.join(known)} is needed",
             where=path,
-            remedy="rename or remove arrays",
+            remedy="rename or remove arrays"
+            + (f", or give those of the model's forward alone: {', '.join(inputs)}" if inputs else ""),
         )
     return found[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_windows_that_decide_and_windows_that_are_reported_have_nothing_in_commo
     ):
         places = sorted(place_of(row) for row in (*one, *other))
         assert len(places) == 40
-        assert all(after - before >= LENGTH for before, after in zip(places, places[1:], strict=False))
+        assert all(after - before >= LENGTH for before, after in pairwise(places))
 
 
 def test_without_a_limit_every_window_of_a_large_text_is_used(tmp_path: Path) -> None:
