@@ -99,7 +99,7 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
     batches = list(digits("train")[0][:256].split(32)) if calibrated else None
-    report = compress(trained, max_drop=0.02, data="builtin:digits", calibration=batches)
+    report = compress(trained, max_drop=0.02, data="builtin:digits", calibration=batches, allow_miss=True)
     assert report.plan.search is not None
     lost = accuracy(trained, *digits("validation")) - accuracy(report.model, *digits("validation"))
     assert lost <= 0.02
