@@ -22,7 +22,7 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def explained(
-    error: BaseException, *, doing: str, folder: Path | None, elsewhere: str, where: Path | None = None
+    error: BaseException, *, doing: str, folder: Path | None, elsewhere: str, where: str | Path | None = None
 ) -> BadInput | None:
     """What a failure of the operating system means for the user; None for any other error.
 

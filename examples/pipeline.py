@@ -118,7 +118,7 @@ def log(result: compressor.Compression, candidate: Path, asked: argparse.Namespa
         mlflow.set_tag("gate", "passed" if passed else "not met")
         report, plan = Path(place) / "report.html", Path(place) / "plan.json"
         write_report(result, report, overwrite=False)
-        plan.write_text(json.dumps(result.plan.to_dict(), indent=2), encoding="utf-8")
+        plan.write_text(json.dumps(result.plan.portable().to_dict(), indent=2), encoding="utf-8")
         for artifact in (report, plan, candidate / "README.md"):
             if artifact.exists():  # a single weight file has no card
                 mlflow.log_artifact(str(artifact), run_id=run.info.run_id)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from compressor.calibration.spool import Spool
-from compressor.checkpoint import staged_folder
+from compressor.checkpoint import open_checkpoint, staged_folder
 from compressor.cli.run import run
 from compressor.errors import BadInput
 from compressor.system_errors import explained_anywhere, temporary_space
@@ -116,6 +116,13 @@ def test_too_many_open_files_are_told_with_the_limit(tmp_path: Path) -> None:
     assert isinstance(error, BadInput)
     assert str(error).startswith(f"{tmp_path / 'out'}: cannot be written: too many files are open")
     assert "'ulimit -n " in str(error)
+
+
+def test_a_full_cache_of_the_hub_is_not_taken_for_a_missing_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: fail_with(full)())
+    with pytest.raises(BadInput, match=r"is full \(No space left on device\); free some space there, or set HF_HOME"):
+        open_checkpoint("org/name")
 
 
 @pytest.mark.parametrize(

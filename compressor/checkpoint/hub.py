@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from compressor.arguments import require_model
 from compressor.errors import BadInput, CompressorError
+from compressor.system_errors import explained
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _may_be_of_the_hub(model: str) -> bool:
 
 def _fetched(repository: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
     _LOGGER.info("looking for %s on the hub", repository)
     try:
@@ -107,6 +108,9 @@ def _fetched(repository: str, revision: str | None) -> Path:
         raise BadInput("no such file or folder, and no name of the hub", where=repository, remedy=remedy) from error
     # The library under huggingface_hub, and so the class of a connection's failure, differs with its version.
     except Exception as error:
+        cache, elsewhere = Path(HF_HUB_CACHE), "set HF_HOME to a folder on another disk"
+        if refused := explained(error, doing="cannot be fetched", folder=cache, elsewhere=elsewhere, where=repository):
+            raise refused from error
         of = "" if revision is None else f" of revision {revision}"
         if is_offline_mode():
             what = f"no such file or folder, and no whole copy{of} in the cache of the hub, which is offline"
