@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import typer
 
@@ -14,7 +15,7 @@ from compressor.cli.commands import main_command, subcommands
 from compressor.cli.main import FAILED
 from compressor.cli.messages import with_flags
 from compressor.cli.terminal import write_error
-from compressor.errors import CompressorError
+from compressor.errors import BadInput, CompressorError
 from compressor.system_errors import explained_anywhere
 
 SUBCOMMANDS = frozenset(command.name for command in subcommands.registered_commands)
@@ -38,6 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_LOGS", "-all")
     for name in ("torchao", "onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if (meant := _misspelled(arguments)) is not None:
+        write_error(f"error: {arguments[0]} is neither a command nor a file; did you mean 'compress {meant}'?")
+        return BadInput.exit_status
     app = subcommands if arguments and arguments[0] in SUBCOMMANDS else main_command
     try:
         # What typer returns is the status of an early exit: --help, --version, Ctrl-C.
@@ -49,6 +53,14 @@ def run(arguments: Sequence[str]) -> int:
     if status == INTERRUPTED:
         write_error("interrupted")
     return int(status or DONE)
+
+
+def _misspelled(arguments: Sequence[str]) -> str | None:
+    """The subcommand that is meant by a first word that is nearly one, and nothing that could be a model."""
+    word = arguments[0] if arguments else ""
+    if word in SUBCOMMANDS or not word.isalpha() or os.path.lexists(word):
+        return None
+    return next(iter(get_close_matches(word.lower(), sorted(SUBCOMMANDS), n=1, cutoff=0.7)), None)
 
 
 def _failed(error: Exception, help_of: str) -> int:

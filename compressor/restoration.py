@@ -14,6 +14,7 @@ from compressor.checkpoint import (
     Checkpoint,
     TensorInfo,
     check_output,
+    in_natural_order,
     open_checkpoint,
     skeleton_mismatch,
     write_config,
@@ -119,7 +120,7 @@ def restore(
     return Restoration(
         source=str(model),
         output=str(target),
-        layers=tuple(pairs),
+        layers=tuple(in_natural_order(pairs)),
         bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
         seconds=time.monotonic() - started,
         not_copied=not_copied_from(checkpoint),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -89,7 +89,9 @@ def find_layers(
     exclude: str | Sequence[str] = (),
     embeddings: bool = False,
 ) -> tuple[Layer, ...]:
-    """Every matrix of the checkpoint in the order of the file, eligible or with the reason why it is not.
+    """Every matrix of the checkpoint, eligible or with the reason why it is not.
+
+    They come in the order of the file, but by numbers where their names differ in these: 2 before 10.
 
     With a skeleton its modules decide; without one the shapes and names do. Embeddings are eligible where `embeddings`
     asks for them and their modules are known, each together with an output head that is tied to it. `include` and
@@ -122,7 +124,9 @@ def find_layers(
         if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
             skip = skip or "the names of its factors are taken"
         layers[index] = replace(layer, skip=skip)
-    return _select(layers, as_patterns(include, "include"), as_patterns(exclude, "exclude"))
+    selected = _select(layers, as_patterns(include, "include"), as_patterns(exclude, "exclude"))
+    by_tensor = {layer.tensor: layer for layer in selected}
+    return tuple(by_tensor[tensor] for tensor in in_natural_order(by_tensor))
 
 
 def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
@@ -145,6 +149,24 @@ def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
 
 def _sides(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names as they come, but those that differ first in a number by that number: 0, 1, 2, 10."""
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    places: dict[tuple[str, ...], int] = {}
+
+    def key(name: str) -> tuple[int, ...]:
+        """Numbers, at the odd places, count themselves; words in which order they came after the same beginning."""
+        parts = split[name]
+        beginnings = (tuple(parts[: end + 1]) for end in range(len(parts)))
+        return tuple(
+            int(parts[place]) if place % 2 else places.setdefault(beginning, len(places))
+            for place, beginning in enumerate(beginnings)
+        )
+
+    keys = {name: key(name) for name in split}
+    return sorted(split, key=keys.__getitem__)
 
 
 def is_weight(tensor: str) -> bool:

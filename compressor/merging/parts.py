@@ -18,6 +18,7 @@ from compressor.checkpoint import (
     Skeleton,
     TensorInfo,
     find_layers,
+    in_natural_order,
     is_weight,
     layer_name,
     module_skeleton,
@@ -174,7 +175,7 @@ def _matrices(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], skeleton:
         module = None if skeleton is None else skeleton.module_name(tensor)
         sides = (shape[1], shape[0]) if pair.kind in TRANSPOSED else (shape[0], math.prod(shape[1:]))
         matrices[tensor] = Layer(name, layer_name(module or tensor), tensor, None, pair.kind, shape, sides)
-    return matrices
+    return {tensor: matrices[tensor] for tensor in in_natural_order(matrices)}
 
 
 def _require_order(part: Part, pair: StoredPair) -> None:

@@ -6,12 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import LlamaConfig
 
-from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint, skeleton, transformers_skeleton
+from compressor.checkpoint import (
+    Layer,
+    find_layers,
+    in_natural_order,
+    module_skeleton,
+    open_checkpoint,
+    skeleton,
+    transformers_skeleton,
+)
 from compressor.checkpoint.safetensors_file import DTYPES
 from compressor.errors import BadInput
 
@@ -59,6 +69,51 @@ def test_stacks_of_matrices_are_no_convolutions(tmp_path: Path, bias: tuple[int,
     assert "neither a matrix nor, by its shape, a convolution" in (
         layers_of_file(tmp_path, tensors)["experts"].skip or ""
     )
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 120), st.sampled_from(["w", "v"])), unique=True))
+def test_names_that_differ_in_numbers_come_by_number(parts: list[tuple[str, int, str]]) -> None:
+    names = [f"{letter}.{number}.{end}" for letter, number, end in parts]
+    ordered = in_natural_order(sorted(names))
+    assert sorted(ordered) == sorted(names)
+    assert ordered == [f"{letter}.{number}.{end}" for letter, number, end in sorted(parts)]
+
+
+def test_names_that_differ_in_words_stay_as_they_come(tmp_path: Path) -> None:
+    names = [
+        "wte",
+        "h.0.b",
+        "h.0.a",
+        "h.10.b",
+        "h.2.b",
+        "h.2.a",
+        "head",
+        "conv2",
+        "conv10",
+        "conv1",
+        "x",
+        "x.1",
+        "x.01",
+    ]
+    expected = [
+        "wte",
+        "h.0.b",
+        "h.0.a",
+        "h.2.b",
+        "h.2.a",
+        "h.10.b",
+        "head",
+        "conv1",
+        "conv2",
+        "conv10",
+        "x",
+        "x.1",
+        "x.01",
+    ]
+    assert in_natural_order(names) == expected
+    assert in_natural_order([]) == []
+    found = layers_of_file(tmp_path, {f"layers.{index}.weight": torch.zeros(4, 4) for index in range(12)})
+    assert list(found) == [f"layers.{index}" for index in range(12)]
 
 
 def test_names_and_shapes_of_a_strangers_file(tmp_path: Path) -> None:

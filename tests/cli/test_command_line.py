@@ -654,3 +654,27 @@ def test_a_name_that_the_encoding_lacks_does_not_stop_the_output(model: Path) ->
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Effective ranks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("inspct", "inspect"), ("Inspect", "inspect"), ("evalute", "evaluate"), ("restor", "restore"), ("plann", "plan")],
+)
+def test_a_misspelled_command_is_answered_with_the_nearest(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([word, "model.safetensors"], [word, "--series", "x"], [word]):
+        assert run(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"error: {word} is neither a command nor a file; did you mean 'compress {meant}'?\n"
+        )
+
+
+@pytest.mark.parametrize("word", ["model", "./inspct", "inspct.pt", "org/inspct"])
+def test_what_may_be_a_model_is_not_taken_for_a_command(
+    word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert run([word]) == 2
+    assert "did you mean" not in capsys.readouterr().err
