@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import BadInput
 from compressor.evaluation.models import load_factory, load_state, load_transformers
-from compressor.rewrite import TRANSPOSED, can_be_pair, join, put_factors, put_pair, stored_pairs, widened
+from compressor.rewrite import TRANSPOSED, can_be_pair, join, let_script, put_factors, put_pair, stored_pairs, widened
 
 
 def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
@@ -67,5 +67,6 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
                 where=checkpoint.source,
                 remedy="compress again with `factory`, which tells such layers apart",
             ) from error
+    let_script(module)
     load_state(module, {names[name]: checkpoint.read(name) for name in checkpoint.tensors})
     return module

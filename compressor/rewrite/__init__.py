@@ -1,6 +1,6 @@
 """Stage 6: pairs into files, torch modules and a transformers configuration, and back to dense."""
 
-from compressor.rewrite.effective_weights import with_effective_weights
+from compressor.rewrite.effective_weights import let_script, with_effective_weights
 from compressor.rewrite.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.rewrite.modules import (
     MARKERS,
@@ -89,6 +89,7 @@ __all__ = [
     "filled_layer",
     "join",
     "layer_spec",
+    "let_script",
     "low_rank_layer",
     "merge_record",
     "put_factors",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -57,6 +58,25 @@ def with_effective_weights(module: nn.Module) -> nn.Module:
             _drop_parametrizations(part)
     for part in copied.modules():
         part.training = flags[part]
+    return copied
+
+
+def let_script(root: nn.Module) -> None:
+    """Let TorchScript, which compiles no parametrized module, compile a model whose parameters are factored.
+
+    It compiles a copy with the products of the factors, which shares all other tensors. A part of the model that is
+    given to TorchScript by itself is refused.
+    """
+    if any(factored_parameters(part) for part in root.modules()):
+        root.__prepare_scriptable__ = partial(_multiplied_out, root)  # type: ignore[assignment]
+
+
+def _multiplied_out(root: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(root, {id(tensor): tensor for tensor in chain(root.parameters(), root.buffers())})
+    del copied.__prepare_scriptable__
+    for part in list(copied.modules()):
+        if factored_parameters(part):
+            _drop_parametrizations(part)
     return copied
 
 

@@ -53,8 +53,7 @@ class FactoredWeight(nn.Module):
 
     def __prepare_scriptable__(self) -> FactoredWeight:
         raise RuntimeError(
-            "TorchScript compiles no parametrized modules: save the model, make it dense with 'compress restore', and "
-            "script the dense one"
+            "TorchScript compiles no parametrized modules: give it the whole model, which it compiles with the product"
         )
 
     def _forget(self) -> None:

@@ -281,14 +281,19 @@ def carry_over(dense: nn.Module, layer: nn.Module) -> None:
 
     The hooks of `state_dict` are not among them.
     """
-    for name in _CALL_HOOKS:
-        hooks = getattr(dense, name)
-        left = {key: hook for key, hook in hooks.items() if not isinstance(hook, _OF_WEIGHTS)}
-        setattr(layer, name, type(hooks)(left))
-    layer._is_full_backward_hook = dense._is_full_backward_hook
+    carry_hooks(dense, layer)
     for name, value in vars(dense).items():
         if not hasattr(layer, name):
             setattr(layer, name, value)
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a module the hooks that run when another one is called."""
+    for name in _CALL_HOOKS:
+        hooks = getattr(old, name)
+        left = {key: hook for key, hook in hooks.items() if not isinstance(hook, _OF_WEIGHTS)}
+        setattr(new, name, type(hooks)(left))
+    new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def carry_state_hooks(dense: nn.Module, layer: nn.Module) -> None:
@@ -304,7 +309,7 @@ def carry_state_hooks(dense: nn.Module, layer: nn.Module) -> None:
 
 
 def remove_call_hooks(layer: nn.Module) -> None:
-    """Take from a layer the hooks that `carry_over` gave to another."""
+    """Take from a layer the hooks that `carry_hooks` gave to another."""
     for name in _CALL_HOOKS:
         getattr(layer, name).clear()
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.checkpoint import fuse_experts, open_checkpoint
-from compressor.rewrite.modules import TiedHead, carry_over, put_layer, tied_head
+from compressor.rewrite.modules import TiedHead, carry_hooks, put_layer, tied_head
 from compressor.rewrite.tensor_format import dense_weight, stored_pairs
 
 
@@ -29,7 +29,7 @@ def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dty
         dense.load_state_dict(own, assign=True)
         for parameter, tensor in low_rank.named_parameters():
             dense.get_parameter("bias" if parameter.endswith("bias") else "weight").requires_grad_(tensor.requires_grad)
-        carry_over(low_rank, dense)
+        carry_hooks(low_rank, dense)
         module = put_layer(module, name, dense.train(low_rank.training))
         if (head := heads[name]) is not None:
             _tie(module, architecture, head, dense)
@@ -46,7 +46,7 @@ def _tie(module: nn.Module, architecture: nn.Module, head: str, embedding: nn.Mo
     assert isinstance(embedding.weight, nn.Parameter)
     dense.register_parameter("weight", embedding.weight)
     dense.register_parameter("bias", tied.bias)
-    carry_over(tied, dense)
+    carry_hooks(tied, dense)
     put_layer(module, head, dense.train(tied.training))
     for place, original in architecture.named_modules():
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):

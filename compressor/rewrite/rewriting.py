@@ -31,6 +31,7 @@ from compressor.checkpoint import (
 )
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.rewrite.effective_weights import let_script
 from compressor.rewrite.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.rewrite.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.rewrite.spec import METADATA_KEY, LayerSpec, LowRankSpec
@@ -166,6 +167,7 @@ def rewritten_module(
         for in_model, tensor in rewriting.statistics.values():
             own[in_model].copy_(tensor)
     compressed = fuse_experts(compressed)
+    let_script(compressed)
     modeling = sys.modules.get("transformers.modeling_utils")
     if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
         from compressor.rewrite.quantizer import tell_transformers

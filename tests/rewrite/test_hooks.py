@@ -197,6 +197,23 @@ def test_a_pair_beside_a_layer_is_inside_its_hooks() -> None:
     torch.testing.assert_close(adapted(x), tuned(x), rtol=1e-4, atol=1e-4)
 
 
+def test_calibration_sees_what_hooks_do() -> None:
+    def changed(model: nn.Module) -> nn.Module:
+        model[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.tensor([1.0] * 4 + [0.0] * 12),))
+        model[0].register_forward_hook(lambda _, inputs, output: output.square())
+        return model
+
+    torch.manual_seed(0)
+    model = changed(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    batches = [torch.randn(16, 16) for _ in range(8)]
+    layers = (LayerPlan("0", (0, 0), "", 4, "plain", 0, 0.0, ""),)
+    small = compress(model, calibration=batches, plan=Plan("", None, Budget("plan"), layers)).model
+    assert small is not None
+    x = torch.randn(8, 16)
+    # Only four of the inputs reach the layer, so that rank four computes all that it does.
+    torch.testing.assert_close(small(x), model(x), rtol=1e-2, atol=1e-2)
+
+
 def replaced(layer: nn.Module) -> None:
     own = layer.forward
     layer.forward = lambda *inputs, **named: own(*inputs, **named) * 2  # type: ignore[method-assign]

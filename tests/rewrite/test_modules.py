@@ -154,7 +154,24 @@ def test_a_layer_with_a_pair_beside_it_scripts() -> None:
     torch.testing.assert_close(torch.jit.script(adapted)(x), tuned(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_factored_parameter_says_why_it_does_not_script() -> None:
-    small = compress(nn.LSTM(16, 16), keep=0.5).model
-    with pytest.raises(RuntimeError, match="script the dense one"):
-        torch.jit.script(small)
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+def test_a_model_with_factored_parameters_scripts_with_their_products_and_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    small = compress(Recurrent(), keep=0.5).model
+    assert small is not None
+    state, x = {name: each.clone() for name, each in small.state_dict().items()}, torch.rand(3, 2, 16)
+    assert "rnn.weight_ih_l0.down.weight" in state
+    for model in (small, copy.deepcopy(small)):
+        torch.testing.assert_close(torch.jit.script(model)(x), small(x))
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="give it the whole model"):
+        torch.jit.script(small.rnn)
