@@ -129,7 +129,8 @@ def open_data(
     - .jsonl or .csv with `text` and `label`: text classification, texts cut at `sequence_length` tokens.
     - .csv with columns of numbers and `label`: their classification, columns in the file's order.
     - .npz or .safetensors with inputs (`inputs`, `x`, `images`, `pixel_values`, `input_ids`) and labels
-      (`labels`, `y`, `targets`): as they are, without preprocessing. `input_ids` alone are windows of text. Or with
+      (`labels`, `y`, `targets`): as they are, without preprocessing. `input_ids`, and integers of two bytes or more
+      by any name, are token ids, and alone are windows of text. Or with
       everything that the model's forward takes, under the names `inputs` that it has there.
     - A folder of images in one subfolder per class, and `builtin:digits`: image classification. Images are
       made one or three channels and preprocessed by `image_processor`; without one they are only scaled to

@@ -223,8 +223,9 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
     if _go_by_name(arrays, inputs):
         return _named_arrays(arrays, path)
     input_name = _only_name(arrays, INPUT_NAMES, path, inputs)
+    tokens = input_name == "input_ids" or arrays[input_name].dtype in _TOKEN_IDS
     label_name = None
-    if input_name != "input_ids" or any(name in arrays for name in LABEL_NAMES):
+    if not tokens or any(name in arrays for name in LABEL_NAMES):
         label_name = _only_name(arrays, LABEL_NAMES, path, inputs)
     values = arrays[input_name]
     if values.ndim < 2 or values.numel() == 0:
@@ -233,7 +234,7 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
             where=path,
             remedy="give it one row per example, (examples, ...), and at least one",
         )
-    if input_name == "input_ids":
+    if tokens:
         values = _integers(values, input_name, path)
     elif not values.is_floating_point():
         raise BadInput(
@@ -255,6 +256,10 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
             remedy="give each input one class number",
         )
     return Arrays(values, tuple(int(label) for label in labels))
+
+
+# Integers of a byte are pixels that nobody scaled.
+_TOKEN_IDS = (torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
 
 
 def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
 from compressor.errors import BadInput
-from compressor.evaluation import Batch, EvaluationData, open_data
+from compressor.evaluation import Batch, EvaluationData, measure_quality, open_data
 from compressor.evaluation.builtin_data import digits, standard_library_text
 
 
@@ -548,3 +548,31 @@ def test_some_examples_of_a_batch_keep_whole_what_has_no_row_for_each() -> None:
     assert some.inputs["scale"].tolist() == 2
     assert some.labels.tolist() == [1, 2]
     assert Batch(inputs, torch.empty(0))[slice(1, 3)].labels.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
+@pytest.mark.parametrize("name", ["inputs", "x", "input_ids"])
+def test_whole_numbers_are_token_ids_by_any_name(tmp_path, name, dtype):
+    ids = np.arange(24, dtype=dtype).reshape(4, 6)
+    np.savez(tmp_path / "classes.npz", **{name: ids, "labels": np.array([0, 1, 0, 1])})
+    np.savez(tmp_path / "windows.npz", **{name: ids})
+    classes, windows = (open_data(tmp_path / f"{kind}.npz").read(range(4)) for kind in ("classes", "windows"))
+    for batch in (classes, windows):
+        assert torch.equal(batch.inputs["input_ids"], torch.arange(24).reshape(4, 6))
+    assert classes.labels.tolist() == [0, 1, 0, 1]
+    assert torch.equal(windows.labels, torch.arange(24).reshape(4, 6)[:, 1:])
+
+
+def test_pixels_of_a_byte_are_not_token_ids(tmp_path):
+    np.savez(tmp_path / "pixels.npz", x=np.zeros((4, 6), dtype=np.uint8), y=np.zeros(4, dtype=np.int64))
+    with pytest.raises(BadInput, match="is of uint8; store it as the floats"):
+        open_data(tmp_path / "pixels.npz")
+
+
+def test_a_network_of_ones_own_is_measured_on_token_ids(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(24, 8), nn.Flatten(), nn.Linear(48, 2))
+    np.savez(tmp_path / "ids.npz", x=np.arange(24).reshape(4, 6), y=np.array([0, 1, 0, 1]))
+    quality = measure_quality(network, open_data(tmp_path / "ids.npz"), device="cpu")
+    expected = network(torch.arange(24).reshape(4, 6)).argmax(1).eq(torch.tensor([0, 1, 0, 1])).double().mean()
+    assert quality.value == pytest.approx(float(expected))
