@@ -113,7 +113,7 @@ def compress_fine_tune(
         layers = adaptable_layers(difference, subject.skeleton, layers)
     changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
     inspected = inspect_layers(changes, EPSILON, device, progress)
-    measured = measured_differences(changes, inspected, difference.shares)
+    measured = measured_differences(changes, inspected, difference)
     if not measured:
         raise BadInput(
             "no layer that changed is eligible",
@@ -275,6 +275,7 @@ def _adapter_card(
         config=base.config,
         original=read_text(own) if own is not None and own.is_file() else "",
         sizes=BeforeAfter(tuned.weight_bytes, after_bytes),
+        rounding_share=adaptation.difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
         base_bytes=base.weight_bytes,
         layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
         saved=adapter.saved.modules,
@@ -314,6 +315,7 @@ def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str, verified: str
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
         verified_with=verified,
+        rounding_share=difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
     )
 
 
@@ -349,13 +351,13 @@ def _layer(layer: Layer, difference: Difference) -> Layer:
 
 
 def measured_differences(
-    subject: OpenedModel, inspected: tuple[InspectedLayer, ...], shares: Mapping[str, float]
+    subject: OpenedModel, inspected: tuple[InspectedLayer, ...], difference: Difference
 ) -> list[MeasuredLayer]:
     """What the planning needs to know of differences: the window rule's bound is that of all steps of the fine-tuning.
 
     Training started from the base, so `W_T - p_T W_0` is of rank `B * R * T` at most
     (`MemoryWindow.learned_rank_bound`), and no other difference is: the rule applies where the share of the base that
-    was taken away, of `shares`, is `p_T`, and the bound is below the full rank. Pairs are plain.
+    was taken away is `p_T`, and the bound is below the full rank. Pairs are plain, and none fits what rounding added.
     """
     windows = {each.layer.name: each.window for each in inspected}
     measured = []
@@ -364,11 +366,18 @@ def measured_differences(
         bound = None if window is None else window.learned_rank_bound
         unknown = "the rank bound of the fine-tuning is unknown or vacuous"
         binds = bound is not None and bound < min(m.layer.shape)
-        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != shares.get(m.layer.tensor, 1.0):
+        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != difference.shares.get(
+            m.layer.tensor, 1.0
+        ):
             binds, unknown = False, "weight decay has changed the rest of the base, which no rank bound is for"
+        rounded = difference.rounding.get(m.layer.tensor)
+        learned = None if rounded is None else int((m.singular_values > rounded.edge).sum())
         measured.append(
             replace(
                 m,
+                rounding_share=0.0 if rounded is None else rounded.share,
+                above_rounding=learned,
+                rank_cap=None if learned is None else max(1, learned),
                 above_edge=min(m.layer.shape) if binds else None,
                 surviving_share=0.0 if binds else None,
                 rank_bound=bound if binds else None,

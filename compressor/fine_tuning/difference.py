@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -15,6 +15,7 @@ from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
 from compressor.inspection import Progress
 from compressor.measure.memory_window import retention
+from compressor.measure.rounding import Rounding, rounding
 from compressor.recipe import TrainingRecipe
 
 
@@ -49,7 +50,8 @@ class Difference:
     """A fine-tune, the model that it started from, and the names of the tensors in which they differ.
 
     `checkpoint` holds the differences of the floating-point tensors under the fine-tune's names: `W_T - share * W_0`,
-    with the share of the base that `shares` says, one where it says none.
+    with the share of the base that `shares` says, one where it says none. `rounding` says for each changed matrix what
+    of the difference is the rounding of the fine-tune to the dtype that it is stored in.
     """
 
     tuned: Checkpoint
@@ -57,6 +59,13 @@ class Difference:
     changed: frozenset[str]
     shares: Mapping[str, float]
     checkpoint: Checkpoint
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
+
+    def rounding_share(self, tensors: Iterable[str]) -> float:
+        """How much of the difference of some matrices together is rounding, in the Frobenius norm."""
+        found = [self.rounding[name] for name in tensors if name in self.rounding]
+        total = sum(each.size**2 for each in found)
+        return (sum((each.share * each.size) ** 2 for each in found) / total) ** 0.5 if total > 0 else 0.0
 
 
 def compare(
@@ -75,6 +84,7 @@ def compare(
     _require_same_ties(tuned, base)
     changed: set[str] = set()
     shares: dict[str, float] = {}
+    rounded: dict[str, Rounding] = {}
     stored: dict[str, StoredTensor] = {}
     for done, (name, info) in enumerate(tuned.tensors.items(), start=1):
         new, old = tuned.read(name), base.read(name)
@@ -87,6 +97,8 @@ def compare(
                 share = share_left(recipe.of_parameter(name))
             if share is not None and share != 1.0 and _norm(new, old, share) < _norm(new, old, 1.0):
                 shares[name] = share
+            if info.dtype.is_floating_point and len(info.shape) >= 2:
+                rounded[name] = rounding(new, _subtracted(new, old, shares.get(name, 1.0)))
         if info.dtype.is_floating_point:
             stored[name] = _Subtracted(tuned, base, name, shares.get(name, 1.0))
         if progress:
@@ -95,11 +107,15 @@ def compare(
         raise BadInput("does not differ from its base", where=tuned.source, remedy="give the model that was fine-tuned")
     tensors = {name: tuned.tensors[name] for name in stored}
     differences = replace(tuned, tensors=tensors, metadata={}, _stored=stored)
-    return Difference(tuned, base, frozenset(changed), shares, differences)
+    return Difference(tuned, base, frozenset(changed), shares, differences, rounded)
+
+
+def _subtracted(new: Tensor, old: Tensor, share: float) -> Tensor:
+    return new.to(torch.float64, copy=True).sub_(old.to(torch.float64), alpha=share)
 
 
 def _norm(new: Tensor, old: Tensor, share: float) -> float:
-    return float(new.to(torch.float64).sub_(old.to(torch.float64), alpha=share).norm())
+    return float(_subtracted(new, old, share).norm())
 
 
 @lru_cache(maxsize=64)

@@ -44,8 +44,13 @@ class Combination:
         return self._tensors(Part.read)
 
     def is_kept(self, name: str) -> bool:
-        """Whether a tensor is taken over as it is: what is not floating-point, and what normalises shared inputs."""
-        if not self.parts[0].infos[name].dtype.is_floating_point:
+        """Whether a tensor is taken over as it is.
+
+        It is what is not floating-point, what normalises shared inputs, and without a base a single number: that is
+        a scale or a temperature, and no sum.
+        """
+        info = self.parts[0].infos[name]
+        if not info.dtype.is_floating_point or (not info.shape and set(self.factors) == {1.0}):
             return True
         return self.chain is not None and self.chain.batch_norms.get(layer_of(name)) == "inputs"
 

@@ -80,6 +80,8 @@ def scaled(weight: Weight, factor: float) -> Weight:
 
 def _placed(parts: Sequence[Tensor], *, shared_inputs: bool, shared_outputs: bool) -> Tensor:
     """Tensors of `outputs x inputs x ...` in one, each at its own outputs and inputs where these are not shared."""
+    if parts[0].ndim == 0:  # a single number, which only sums have
+        return torch.stack(list(parts)).sum(0)
     outputs, inputs = [p.shape[0] for p in parts], [p.shape[1] if p.ndim > 1 else 1 for p in parts]
     sides = (max(outputs) if shared_outputs else sum(outputs), max(inputs) if shared_inputs else sum(inputs))
     whole = parts[0].new_zeros(sides[: parts[0].ndim] + tuple(parts[0].shape[2:]))

@@ -142,9 +142,11 @@ class MeasuredLayer:
     and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
     `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
     layer; `stays_dense` says why a layer is not to be touched. A layer that shares a size stores no more than its pair
-    of rank `rank_cap`, where there is one and this pair is smaller than the dense layer. A convolution that can become
-    a spatial pair has the singular values of the matrix that this one factorizes, `spatial_values`, and with
-    calibration `spatial_errors`, the relative errors of its spatial pairs of rank 0, 1, .. in the metric of the loss.
+    of rank `rank_cap`, where there is one and this pair is smaller than the dense layer. Of a matrix `rounding_share`
+    is rounding, and no tolerance is below it; `above_rounding` counts the singular values that are larger than any of
+    the rounding's. A convolution that can become a spatial pair has the singular values of the matrix that this one
+    factorizes, `spatial_values`, and with calibration `spatial_errors`, the relative errors of its spatial pairs of
+    rank 0, 1, .. in the metric of the loss.
     """
 
     layer: Layer
@@ -159,6 +161,8 @@ class MeasuredLayer:
     uses: float = 1.0
     stays_dense: str | None = None
     rank_cap: int | None = None
+    rounding_share: float = 0.0
+    above_rounding: int | None = None
     spatial_values: Spectrum | None = None
     spatial_errors: Spectrum | None = None
 
@@ -241,11 +245,16 @@ def plan_by_tolerance(
 
 
 def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest) -> LayerPlan:
+    reason = f"relative error <= {tolerance:g}"
+    if tolerance < m.rounding_share:
+        tolerance = m.rounding_share
+        reason = f"relative error <= {tolerance:.2g}, which is rounding"
     if tolerance <= m.precision:
         return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
     truncation = math.sqrt(tolerance**2 - m.precision**2)
     rank = max(1, frobenius_rank(m.singular_values, truncation))
-    reason = f"relative error <= {tolerance:g}"
+    if m.above_rounding is not None and max(1, m.above_rounding) < rank:
+        rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
     plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason)
     return _spatial_if_smaller(plan, m, truncation, reason)
 
@@ -275,6 +284,8 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
             "singular values above the edge of its initialisation": m.above_edge,
             f"relative error <= {WINDOW_RULE_TOLERANCE:g}": frobenius_rank(m.singular_values, WINDOW_RULE_TOLERANCE),
         }
+        if m.above_rounding is not None:
+            ranks["singular values above those of rounding"] = m.above_rounding
         if m.rank_bound is not None:
             ranks[f"rank bound of the memory window at epsilon {EPSILON:g}"] = m.rank_bound
         reason = min(ranks, key=lambda name: ranks[name])

@@ -21,7 +21,7 @@ from compressor.report.card_parts import (
     python_block,
     repository_name,
 )
-from compressor.report.wording import error_words, in_bytes, percent, shape_of
+from compressor.report.wording import error_words, in_bytes, percent, rounding_words, shape_of
 
 if TYPE_CHECKING:
     from compressor.planning import LayerPlan
@@ -41,6 +41,7 @@ def adapter_card(
     original: str,
     sizes: BeforeAfter,
     base_bytes: int,
+    rounding_share: float,
     layers: Sequence[LayerPlan],
     saved: Sequence[str],
     peft: str,
@@ -50,8 +51,9 @@ def adapter_card(
 
     `name` is what the folder is loaded by, `base` and `tuned` are the models' names, `revision` the base's commit on
     the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose licence, language and
-    data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `layers` the plans
-    of the pairs, `saved` the modules that are saved whole, and `peft` and `vllm` say what those make of it.
+    data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `rounding_share` is
+    how much of the difference rounding explains, `layers` are the plans of the pairs, `saved` the modules that are
+    saved whole, and `peft` and `vllm` say what those make of it.
     """
     carried = _carried(original)
     if (config or {}).get("architectures") and architecture_of(config).endswith("ForCausalLM"):
@@ -98,6 +100,8 @@ def adapter_card(
         "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
         " norm.",
     ]
+    if words := rounding_words(rounding_share):
+        parts.append(f"Rounding {words}.")
     if saved:
         parts.append(f"Saved whole: {', '.join(map(code, saved))}.")
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"

@@ -30,6 +30,7 @@ from compressor.report.wording import (
     quality_words,
     recipe_sources,
     recipe_words,
+    rounding_words,
     search_rows,
     search_words,
     shape_of,
@@ -129,6 +130,8 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     in_full = f", {len(fine_tune.in_full)} tensors in full" if fine_tune.in_full else ""
     unchanged = f"; {fine_tune.unchanged} tensors are the base's" if fine_tune.unchanged else ""
     yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if words := rounding_words(fine_tune.rounding_share):
+        yield "rounding", words
     if fine_tune.verified_with is not None:
         yield "PEFT", f"{fine_tune.verified_with} loads it and makes every change"
     elif fine_tune.max_lora_rank is not None and compression.output is not None:

@@ -125,6 +125,13 @@ def error_words(error: float, decimals: int) -> str:
     return f"<{least:.{decimals}f}" if error < least / 2 else f"{error:.{decimals}f}"
 
 
+def rounding_words(share: float) -> str:
+    """How much of a difference is rounding; empty where it is less than a tenth of a percent."""
+    if share < 1e-3:
+        return ""
+    return f"explains {percent(share)} of the difference of the paired matrices (Frobenius norm), and gets no rank"
+
+
 def in_seconds(seconds: float) -> str:
     """A time in the unit that leaves it readable."""
     if seconds < 1e-3:

@@ -393,10 +393,10 @@ def test_adapters_are_no_models(llama: Path, tmp_path: Path, capsys: pytest.Capt
     compress(llama / "linear", base=llama / "base", output=adapter, tolerance=0.01)
     for model in (adapter, adapter / "adapter_model.safetensors"):
         assert run([str(model), "--keep", "0.5", "-o", str(tmp_path / "out")]) == 2
-        assert "is a PEFT adapter" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="is a PEFT adapter"):
+        assert "is a LoRA adapter of PEFT" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="is a LoRA adapter of PEFT"):
         inspect(adapter)
-    with pytest.raises(BadInput, match="is a PEFT adapter"):
+    with pytest.raises(BadInput, match="is a LoRA adapter of PEFT"):
         compress(llama / "linear", base=adapter, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

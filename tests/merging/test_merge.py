@@ -391,3 +391,21 @@ def test_interference_and_inputs_are_measured_on_the_data(saved: Any, task_files
     assert found is not None
     first, second = (part[0].weight.detach() for part in parts)
     assert found[0] == pytest.approx(float((left @ second.T).norm() / (left @ first.T).norm()), rel=1e-5)
+
+
+def test_single_numbers_are_summed_with_a_base_and_shared_without(tmp_path: Path) -> None:
+    """A scale or a temperature is no weight of a sum, but what fine-tuning added to it can be added."""
+    weights = {name: torch.randn(8, 8) for name in "abc"}
+    scales = {"a": 4.0, "b": 4.0, "c": 5.0}
+    for name, weight in weights.items():
+        save_file({"fc.weight": weight, "logit_scale": torch.tensor(scales[name])}, tmp_path / f"{name}.safetensors")
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    merge([a, b], output=tmp_path / "shared.safetensors", mode="sum")
+    merge([a, c], base=b, output=tmp_path / "added.safetensors", mode="sum")
+    shared, added = (load_file(tmp_path / f"{name}.safetensors") for name in ("shared", "added"))
+    assert shared["logit_scale"] == 4
+    torch.testing.assert_close(shared["fc.weight"], weights["a"] + weights["b"])
+    assert added["logit_scale"] == 5
+    torch.testing.assert_close(added["fc.weight"], weights["a"] + weights["c"] - weights["b"])
+    with pytest.raises(BadInput, match="logit_scale differs between"):
+        merge([a, c], output=tmp_path / "other.safetensors", mode="sum")

@@ -1,0 +1,64 @@
+"""How much of the difference between two stored weights is rounding, and which of its singular values carry it.
+
+A weight that was computed in a wider type and rounded to the one that it is stored in has an error of variance
+`ulp^2 / 12`, as long as the change is not small beside the spacing `ulp` of the stored numbers. Where it is small, most
+numbers have not moved at all, and rounding added no more to the others than they moved by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The part of a difference that rounding explains.
+
+    `size` is the Frobenius norm of the difference, `share` that of the part relative to it, and `edge` the largest
+    singular value that it has by itself: of independent errors of variance `v_ij` the largest is close to
+    `sqrt(max_i sum_j v_ij) + sqrt(max_j sum_i v_ij)` at most (Bandeira and van Handel, 2016), which is
+    `s (sqrt(m) + sqrt(n))` where all are `s^2`.
+    """
+
+    size: float
+    share: float
+    edge: float
+
+
+def rounding(stored: Tensor, difference: Tensor) -> Rounding:
+    """What rounding to the dtype of `stored` makes of `difference`, which is `stored` less an exact start, in float64.
+
+    Numbers are taken together by their spacing: rounding never has more energy than the differences themselves.
+    """
+    weights = stored.to(torch.float64)
+    exponents = _spacing_exponents(weights, _narrowest(stored))
+    steps, group = torch.unique(exponents, return_inverse=True)
+    uniform = torch.exp2(2.0 * steps) / 12
+    energy = torch.zeros_like(uniform).index_add_(0, group.flatten(), difference.square().flatten())
+    counts = torch.bincount(group.flatten(), minlength=len(steps))
+    variances = torch.minimum(uniform, energy / counts)[group]
+    total, rounded = float(energy.sum()), float(variances.sum())
+    matrix = variances.flatten(1) if variances.dim() > 1 else variances.reshape(1, -1)
+    edge = float(matrix.sum(1).max().sqrt() + matrix.sum(0).max().sqrt())
+    return Rounding(total**0.5, (rounded / total) ** 0.5 if total > 0 else 0.0, edge)
+
+
+def _narrowest(stored: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds all of the numbers: what was rounded may have been stored in a wider one since."""
+    if stored.dtype in _NARROW:
+        return stored.dtype
+    return next((dtype for dtype in _NARROW if torch.equal(stored.to(dtype).to(stored.dtype), stored)), stored.dtype)
+
+
+def _spacing_exponents(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logarithm to base 2 of the spacing of the dtype's numbers at each weight."""
+    precision = torch.finfo(dtype)
+    # frexp's mantissas are below one, where the spacing is that of numbers just below the power of two.
+    exponents = torch.frexp(weights).exponent.to(torch.float64) - 1 + torch.log2(torch.tensor(precision.eps)).double()
+    smallest = torch.log2(torch.tensor(precision.smallest_normal * precision.eps, dtype=torch.float64))
+    return exponents.clamp_min(float(smallest))
