@@ -207,7 +207,7 @@ def _diagnosed(
     assert inspected.singular_values is not None
     assert start is not None
     own = recipe.of_parameter(layer.tensor)
-    norm = math.sqrt(sum(value * value for value in inspected.singular_values))
+    norm = math.hypot(*inspected.singular_values)
     random_start = start.init_std is not None and recipe.base_model is None
     initial = start.init_std * math.sqrt(math.prod(layer.shape)) if random_start and start.init_std else None
     energy = (start.share * initial / norm) ** 2 if start.share is not None and initial and norm > 0 else None

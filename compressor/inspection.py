@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from compressor.checkpoint import require_finite
+from compressor.errors import BadInput
 from compressor.factorize import spatial_matrix
 from compressor.measure import (
     effective_ranks,
@@ -40,6 +41,12 @@ def inspect_layers(
         require_finite(layer.tensor, weight, subject.checkpoint.source)
         weight = weight.to(device)
         values = singular_values(as_matrix(layer, weight))
+        if not np.isfinite(values).all():
+            raise BadInput(
+                "its singular values exceed the range of float64",
+                where=layer.tensor,
+                remedy="use a checkpoint from before the training diverged",
+            )
         spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
         del weight
         of_layer = recipe.of_parameter(layer.tensor)

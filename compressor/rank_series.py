@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def measure_series(
             require_finite(layer.tensor, weight, path)
             values = singular_values(as_matrix(layer, weight.to(device)))
             ranks[layer.name].append(effective_ranks(values))
-            norms[layer.name].append(float((values**2).sum() ** 0.5))
+            norms[layer.name].append(math.hypot(*values))
         if progress:
             progress("series", done, len(found))
     measured = tuple(SeriesLayer(layer.name, tuple(ranks[layer.name]), tuple(norms[layer.name])) for layer in layers)

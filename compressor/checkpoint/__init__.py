@@ -27,6 +27,7 @@ from compressor.checkpoint.reader import (
     refuse_adapter,
     refuse_fp8,
     require_finite,
+    require_in_range,
 )
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_module, transformers_skeleton
 from compressor.checkpoint.staging import staged_file, staged_folder
@@ -83,6 +84,7 @@ __all__ = [
     "refuse_adapter",
     "refuse_fp8",
     "require_finite",
+    "require_in_range",
     "safetensors_size",
     "shard_index",
     "skeleton_mismatch",

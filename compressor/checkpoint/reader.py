@@ -248,6 +248,23 @@ def require_finite(name: str, tensor: torch.Tensor, source: Path | None = None) 
     raise BadInput(what, where=f"tensor {name}" if source is None else f"{source}: tensor {name}", remedy=remedy)
 
 
+def require_in_range(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, of numbers that were computed and rounded to its dtype; refused where they exceed this one's range.
+
+    Raises:
+        BadInput: naming the tensor and the dtype.
+    """
+    if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        dtype, limit = str(tensor.dtype).removeprefix("torch."), torch.finfo(tensor.dtype).max
+        count = int((~torch.isfinite(tensor)).sum())
+        raise BadInput(
+            f"{count} of {tensor.numel()} numbers exceed the range of {dtype} (up to {limit:g})",
+            where=f"tensor {name}",
+            remedy="convert the model to bfloat16 or float32, or leave this layer as it is with --exclude",
+        )
+    return tensor
+
+
 def refuse_fp8(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint with 8-bit floating-point weights: its numbers mean nothing without their scales.
 

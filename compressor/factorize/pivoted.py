@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
+from compressor.measure.scale import power_of_two
 
 # A swap of two rows is worth its cost while it enlarges the volume of the chosen rows by more than this factor;
 # afterwards no coefficient is larger.
@@ -43,7 +44,7 @@ def pivoted_pair(pair: FactorPair) -> PivotedPair:
     et al., ICML 2025).
     """
     d_out, rank = pair.up.shape
-    basis = torch.linalg.qr(pair.up.to(torch.float64)).Q
+    basis = torch.linalg.qr(pair.up.to(torch.float64) / power_of_two(pair.up)).Q
     permutation = torch.linalg.lu_factor(basis).pivots
     rows = _apply_transpositions(permutation, d_out)
     coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)

@@ -21,6 +21,7 @@ from torch import Tensor
 from compressor.factorize.truncated_svd import truncated_svd
 from compressor.factorize.weighted_svd import Metric
 from compressor.measure.effective_rank import Spectrum
+from compressor.measure.scale import power_of_two
 
 # Alternating least squares stops after this many sweeps, or when one lowers the cost by a smaller share than this.
 MOST_SWEEPS = 10
@@ -103,12 +104,14 @@ def spatial_pair(kernel: Tensor, rank: int, metric: Metric | None = None) -> Spa
         pair = truncated_svd(spatial_matrix(kernel), rank)
         left, down = pair.up, pair.down
     else:
-        problem = whitened(kernel, metric)
+        scale = power_of_two(kernel)
+        problem = whitened(kernel.to(torch.float64) / scale, metric)
         best = _best(problem, truncated_svd(_rows(problem.kernel), rank).down)
         up = best.up @ problem.horizontal_root.inverse()
         up = torch.linalg.solve_triangular(problem.gradients_root.T, up.flatten(1), upper=True).reshape(up.shape)
         left, triangular = torch.linalg.qr(_rows(up))
         down = triangular @ torch.linalg.solve_triangular(problem.vertical_root, best.down, upper=False, left=False)
+        down *= scale
     return SpatialPair(up=_from_rows(left, k_w), down=down.reshape(rank, c, k_h))
 
 
@@ -119,7 +122,7 @@ def spatial_errors(kernel: Tensor, metric: Metric) -> Spectrum:
     pair is no larger than the kernel. Between them it is interpolated linearly, which overstates it where the errors
     are convex in the rank, as they mostly are.
     """
-    problem = whitened(kernel, metric)
+    problem = whitened(kernel.to(torch.float64) / power_of_two(kernel), metric)
     rows, columns = _rows(problem.kernel).shape
     full = min(rows, columns)
     if problem.total <= 0:

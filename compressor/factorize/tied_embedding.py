@@ -20,6 +20,7 @@ from compressor.factorize.truncated_svd import FactorPair
 from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
 from compressor.measure.effective_rank import Spectrum
 from compressor.measure.moments import shrunk
+from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments
 
 # Alternating least squares ends where a sweep lowers the cost by less than this share of it, or after so many sweeps.
@@ -80,7 +81,8 @@ def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
     The squares from the r-th on sum to twice the loss at which `tied_truncated_svd` starts for rank r, exact in the sum
     of both metrics and for all ranks in one go. What it ends at costs no more.
     """
-    parts = weighted_components(matrix, nearest_kronecker(metric))
+    scale = power_of_two(matrix)
+    parts = weighted_components(matrix.to(torch.float64) / scale, nearest_kronecker(metric))
     products = sum(
         (parts.up.T @ term.gradients @ parts.up) * ((parts.down * term.inputs) @ parts.down.T)
         for term in (metric.lookup, metric.head)
@@ -90,7 +92,7 @@ def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
     costs = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).cpu().numpy()
     # A lower rank can be stored as well.
     costs = np.minimum.accumulate(np.append(costs, 0.0).clip(min=0))
-    return np.asarray(np.sqrt(costs[:-1] - costs[1:]), dtype=np.float64)
+    return scale * np.asarray(np.sqrt(costs[:-1] - costs[1:]), dtype=np.float64)
 
 
 def tied_truncated_svd(matrix: Tensor, rank: int, metric: TiedMetric) -> FactorPair:
@@ -99,8 +101,9 @@ def tied_truncated_svd(matrix: Tensor, rank: int, metric: TiedMetric) -> FactorP
     Not always the closest, but none that differs in one factor only is closer by more than `SMALLEST_GAIN`. Columns of
     zeros, such as a padding token's, stay zero.
     """
-    pair = weighted_truncated_svd(matrix, rank, nearest_kronecker(metric))
-    wide = matrix.to(torch.float64)
+    scale = power_of_two(matrix)
+    wide = matrix.to(torch.float64) / scale
+    pair = weighted_truncated_svd(wide, rank, nearest_kronecker(metric))
     cost = metric.squared_size(wide - pair.product())
     vectors = _diagonalizing(metric.lookup.gradients, metric.head.gradients)
     for _ in range(MOST_SWEEPS):
@@ -111,7 +114,7 @@ def tied_truncated_svd(matrix: Tensor, rank: int, metric: TiedMetric) -> FactorP
         gain, pair, cost = 1 - lower / cost, better, lower
         if gain < SMALLEST_GAIN:
             break
-    return pair
+    return FactorPair(up=pair.up, down=scale * pair.down)
 
 
 def _best_up(wide: Tensor, down: Tensor, metric: TiedMetric, vectors: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.measure.scale import power_of_two
 from compressor.measure.spectrum import smaller_gram
 
 
@@ -36,8 +37,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     d_out, d_in = matrix.shape
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
-    scale = float(matrix.abs().max()) or 1.0
-    basis = torch.linalg.eigh(smaller_gram(matrix, scale)).eigenvectors[:, -rank:].flip(1)
+    basis = torch.linalg.eigh(smaller_gram(matrix, power_of_two(matrix))).eigenvectors[:, -rank:].flip(1)
     wide = matrix.to(torch.float64)
     if d_out <= d_in:
         return FactorPair(up=basis.contiguous(), down=basis.T @ wide)

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, TensorInfo
+from compressor.checkpoint import Checkpoint, Layer, TensorInfo, require_in_range
 from compressor.errors import BadInput
 from compressor.evaluation import load_state
 from compressor.fine_tuning.difference import Difference
@@ -74,6 +74,8 @@ class Adaptation:
         matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
         dtype = self.difference.tuned.tensors[layer.tensor].dtype
         tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix, None), matrix, None, None, dtype)
+        for name, tensor in tensors.items():
+            require_in_range(name, tensor)
         return Factors(tensors, stored_error(layer, plan, tensors, matrix, None))
 
 

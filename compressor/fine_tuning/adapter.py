@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model, tied_names
+from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model, require_in_range, tied_names
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
@@ -330,7 +330,7 @@ def _lora_tensors(adapter: Adapter, layer: Layer, down: Tensor, up: Tensor) -> I
         bias = torch.zeros(layer.shape[0], dtype=torch.float64)
         if layer.bias in difference.changed and layer.bias is not None:
             bias = difference.tuned.read(layer.bias).double() - difference.base.read(layer.bias).double()
-        yield f"{place}.lora_B.bias", bias.to(up.dtype)
+        yield f"{place}.lora_B.bias", require_in_range(f"{place}.lora_B.bias", bias.to(up.dtype))
 
 
 def vllm_obstacles(adapter: Adapter) -> tuple[str, ...]:

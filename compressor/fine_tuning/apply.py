@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint, with_ties
+from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint, require_in_range, with_ties
 from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
@@ -20,8 +20,7 @@ from compressor.fine_tuning.difference import Difference
 from compressor.opened_model import skeleton_of
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite import LowRankSpec, StoredPair, file_record, spec_of, stored_pairs
-from compressor.rewrite.tensor_format import dense_weight
+from compressor.rewrite import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
 
 _REMEDY = "give the model that `base` named when the difference was made"
 
@@ -54,7 +53,8 @@ class _Sum:
 
     def read(self) -> Tensor:
         start = self.base.read(self.pair.tensors["weight"]).to(torch.float64).mul_(self.share)
-        return start.add_(dense_weight(self.stored, self.pair).to(torch.float64)).to(self.dtype)
+        total = start.add_(multiplied(self.stored, self.pair)).to(self.dtype)
+        return require_in_range(self.pair.tensors["weight"], total)
 
 
 def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Checkpoint, Checkpoint]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compressor.measure.scale import power_of_two
+
 Spectrum = npt.NDArray[np.float64]
 
 FROBENIUS_ERROR = 0.1
@@ -48,7 +50,7 @@ def frobenius_rank(s: Spectrum, epsilon: float = FROBENIUS_ERROR) -> int:
 
 def energy_rank(s: Spectrum, share: float = 0.99) -> int:
     """Smallest k whose leading singular values hold `share` of the energy, the sum of squares."""
-    energy = np.square(s)
+    energy = np.square(s / power_of_two(s))
     total = float(energy.sum())
     return int(np.searchsorted(np.cumsum(energy), share * total * (1 - 1e-12)) + 1) if total > 0 else 0
 
@@ -77,7 +79,7 @@ def stable_rank(s: Spectrum) -> float:
 
 def truncation_errors(s: Spectrum) -> Spectrum:
     """Relative Frobenius error of the best rank-k approximation for k = 0 .. len(s); the last is exactly 0."""
-    tail = np.concatenate([np.cumsum(np.square(s)[::-1])[::-1], [0.0]])
+    tail = np.concatenate([np.cumsum(np.square(s / power_of_two(s))[::-1])[::-1], [0.0]])
     return np.sqrt(tail / tail[0]) if tail[0] > 0 else np.zeros_like(tail)
 
 

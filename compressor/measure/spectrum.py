@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.measure.effective_rank import Spectrum
+from compressor.measure.scale import power_of_two
 
 
 def smaller_gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
@@ -30,11 +31,9 @@ def singular_values(matrix: Tensor) -> Spectrum:
 
     Accurate to about 1e-7 of the largest (the square root of float64's precision, since the Gram matrix squares the
     spectrum; what is below is given as zero): finer than the rounding of float32 weights, at a fraction of the cost of
-    a singular value decomposition.
+    a singular value decomposition. A matrix times a power of two has the same singular values times it, in every digit.
     """
-    scale = float(matrix.abs().max())
-    if scale == 0:
-        return np.zeros(min(matrix.shape))
+    scale = power_of_two(matrix)
     eigenvalues = torch.linalg.eigvalsh(smaller_gram(matrix, scale)).flip(0)
     # What is left of a zero eigenvalue is rounding, not rank.
     noise = len(eigenvalues) * torch.finfo(torch.float64).eps * float(eigenvalues[0])

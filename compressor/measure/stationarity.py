@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compressor.measure.scale import power_of_two
 from compressor.recipe import TrainingRecipe
 
 # A normalisation's epsilon keeps it from undoing a scale exactly; this share of another change's effect is let pass.
@@ -107,7 +108,9 @@ def stationarity(weight: Tensor, gradient: Tensor, recipe: TrainingRecipe, *, sc
     <W, grad> = 0 wherever training ends, and nothing is measured.
     """
     w, g = weight.detach().to("cpu", torch.float64).flatten(), gradient.detach().to("cpu", torch.float64).flatten()
-    norm, gradient_norm = float(w.norm()), float(g.norm())
+    scale, gradient_scale = power_of_two(w), power_of_two(g)
+    w, g = w / scale, g / gradient_scale
+    norm, gradient_norm = scale * float(w.norm()), gradient_scale * float(g.norm())
     if scale_invariant:
         reason = "scale-invariant: the gradient is orthogonal to the matrix by design"
         return Stationarity(None, None, gradient_norm, reason)
@@ -115,7 +118,7 @@ def stationarity(weight: Tensor, gradient: Tensor, recipe: TrainingRecipe, *, sc
         return Stationarity(None, None, gradient_norm, f"the {'matrix' if norm == 0 else 'gradient'} is zero")
     penalty, reason = stationary_penalty(recipe)
     ratio = None if penalty is None else gradient_norm / (penalty * norm)
-    return Stationarity(-float(w @ g) / (norm * gradient_norm), ratio, gradient_norm, reason)
+    return Stationarity(-float(w @ g) / float(w.norm() * g.norm()), ratio, gradient_norm, reason)
 
 
 def scaling_degree(weight: Tensor, outputs: Callable[[], Tensor], *, seed: int = 0) -> Literal[0, 1] | None:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Kind, TensorInfo, layer_name
+from compressor.checkpoint import Kind, TensorInfo, layer_name, require_in_range
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.merging.chain import Chain
 from compressor.merging.parts import Part, merged_names
@@ -75,14 +75,14 @@ class Combination:
             weight = self._joined(name, read)
             if isinstance(weight, Tensor):
                 oriented = weight.T if self._is_transposed(name) else weight
-                yield self._place(name), oriented.to(dtype).contiguous()
+                yield self._place(name), require_in_range(name, oriented.to(dtype).contiguous())
                 continue
             layer, kind = layer_name(name), self._kind_of_pairs(name)
             assert kind is not None
             down = weight.down.T if kind == "embedding" else weight.down
             yield name, torch.empty(MARKERS[kind], dtype=dtype)
-            yield join(layer, "down.weight"), down.to(dtype).contiguous()
-            yield join(layer, "up.weight"), weight.up.to(dtype).contiguous()
+            for role, factor in (("down.weight", down), ("up.weight", weight.up)):
+                yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous())
             if isinstance(weight, PivotedPair):
                 yield join(layer, "order"), weight.order
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor.evaluation import EvaluationData, prepared
 from compressor.evaluation.inference import logits_of
 from compressor.measure import energy_rank
+from compressor.measure.scale import power_of_two
 from compressor.rewrite import LowRankConvolution, LowRankLinear, PivotedLinear
 
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
@@ -62,8 +63,7 @@ class LayerOverlap:
 def row_space(matrix: Tensor) -> Tensor:
     """Orthonormal columns, `d_in x r`, that span the leading right singular vectors with 99 % of the energy."""
     d_out, d_in = matrix.shape
-    scale = float(matrix.abs().max()) or 1.0
-    wide = matrix.to(torch.float64) / scale
+    wide = matrix.to(torch.float64) / power_of_two(matrix)
     eigenvalues, vectors = torch.linalg.eigh(wide.T @ wide if d_in <= d_out else wide @ wide.T)
     values = eigenvalues.flip(0).clamp_min(0).sqrt()
     rank = energy_rank(values.cpu().numpy()) if float(values[0]) > 0 else 0
@@ -107,8 +107,9 @@ def layer_overlap(name: str, matrices: Sequence[Tensor], interference: Sequence[
 
 
 def _interference_of(matrices: Sequence[Tensor], task: int) -> float:
-    own = matrices[task]
-    others = sum((matrix for index, matrix in enumerate(matrices) if index != task), start=torch.zeros_like(own))
+    scale = power_of_two(matrices[task])
+    own = matrices[task] / scale
+    others = sum((matrix / scale for index, matrix in enumerate(matrices) if index != task), torch.zeros_like(own))
     norm = float((own @ own.T).norm())
     return float((others @ own.T).norm()) / norm if norm > 0 else 0.0
 

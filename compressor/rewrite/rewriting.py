@@ -25,6 +25,7 @@ from compressor.checkpoint import (
     is_weight,
     plan_shards,
     require_finite,
+    require_in_range,
     safetensors_size,
     write_config,
     write_json,
@@ -116,16 +117,23 @@ def rewritten_tensors(
     read = rewriting.checkpoint.read
     for name in rewriting.passed_through:
         if name in rewriting.statistics:
-            yield name, rewriting.statistics[name][1]
+            yield name, require_in_range(name, rewriting.statistics[name][1])
             continue
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):
             require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
     for layer, plan in rewriting.factorized:
-        factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+        factors = _factors(rewriting, layer, plan, device)
         yield from factors.tensors.items()
         done(layer.name, factors.error)
+
+
+def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+    factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+    for name, tensor in factors.tensors.items():
+        require_in_range(name, tensor)
+    return factors
 
 
 def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
@@ -149,7 +157,7 @@ def rewritten_module(
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan in rewriting.factorized:
-        factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+        factors = _factors(rewriting, layer, plan, device)
         if layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
             _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors.tensors)
@@ -165,7 +173,7 @@ def rewritten_module(
     own = dict(compressed.named_buffers())
     with torch.no_grad():
         for in_model, tensor in rewriting.statistics.values():
-            own[in_model].copy_(tensor)
+            own[in_model].copy_(require_in_range(in_model, tensor))
     compressed = fuse_experts(compressed)
     let_script(compressed)
     modeling = sys.modules.get("transformers.modeling_utils")

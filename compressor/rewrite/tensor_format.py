@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, Kind, Layer, TensorInfo, is_weight, layer_name
+from compressor.checkpoint import Checkpoint, Kind, Layer, TensorInfo, is_weight, layer_name, require_in_range
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.factorize import (
@@ -36,6 +37,7 @@ from compressor.factorize import (
     truncated_svd,
     weighted_truncated_svd,
 )
+from compressor.measure.scale import power_of_two
 from compressor.planning import LayerPlan
 from compressor.planning.form import Form
 from compressor.rewrite.modules import MARKERS
@@ -155,10 +157,12 @@ def stored_tensors(
 
     Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
     """
-    stored: FactorPair | PivotedPair | SpatialPair = pair
+    stored: FactorPair | PivotedPair | SpatialPair
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
         stored = pivoted_pair(pair)
+    else:
+        stored = balanced(pair, dtype)
     stored = replace(stored, up=stored.up.to(dtype), down=stored.down.to(dtype))
     down = stored.down.T if layer.kind in ("embedding", "transposed convolution") else stored.down
     up = stored.up.T if layer.kind == "transposed convolution" else stored.up
@@ -174,6 +178,22 @@ def stored_tensors(
     return {info.name: _row_major(value.reshape(info.shape)) for info, value in zip(infos, values, strict=True)}
 
 
+def balanced(pair: FactorPair | SpatialPair, dtype: torch.dtype) -> FactorPair | SpatialPair:
+    """The same pair, each component's column of `up` and row of `down` brought to like size, where `dtype` needs it.
+
+    float16 does: what the factors of a matrix span is wider than its range. The other types only near their limits, and
+    elsewhere a power of two changes no digit.
+    """
+    sizes = [factor.transpose(0, side).flatten(1).abs().amax(1) for factor, side in ((pair.up, 1), (pair.down, 0))]
+    if dtype != torch.float16 and max(float(size.max()) for size in sizes) <= torch.finfo(dtype).max:
+        return pair
+    above, below = (np.frexp(size.cpu().numpy())[1] for size in sizes)
+    powers = torch.from_numpy(np.ldexp(1.0, (below - above) // 2)).to(pair.up)
+    powers[(sizes[0] == 0) | (sizes[1] == 0)] = 1
+    up = (pair.up.transpose(0, 1) * powers.view(-1, *[1] * (pair.up.dim() - 1))).transpose(0, 1)
+    return replace(pair, up=up, down=pair.down / powers.view(-1, *[1] * (pair.down.dim() - 1)))
+
+
 def _row_major(tensor: Tensor) -> Tensor:
     """A copy with the strides that a loader gives it: `contiguous` keeps others where a side is 1, and kernels mind."""
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -187,8 +207,10 @@ def stored_error(
     In the metric of the loss where there is one, else in the Frobenius norm.
     """
     change = matrix - stored_matrix(layer, plan, tensors).to(matrix.device)
+    scale = power_of_two(matrix)
     total, changed = (
-        float(each.square().sum()) if metric is None else metric.squared_size(each) for each in (matrix, change)
+        float(each.square().sum()) if metric is None else metric.squared_size(each)
+        for each in (matrix / scale, change / scale)
     )
     return (changed / total) ** 0.5 if total > 0 else 0.0
 
@@ -293,6 +315,12 @@ def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     """The dense tensor a pair stands for, multiplied in float64 and rounded to the factors' dtype."""
+    dtype = checkpoint.tensors[_stored_name(checkpoint, pair.tensors["down"])].dtype
+    return require_in_range(pair.tensors["weight"], multiplied(checkpoint, pair).to(dtype))
+
+
+def multiplied(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
+    """The dense tensor a pair stands for, in float64."""
     down = checkpoint.read(pair.tensors["down"])
     up = checkpoint.read(pair.tensors["up"])
     wide_down = down.to(torch.float64).flatten(1)
@@ -315,7 +343,7 @@ def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
         matrix = FactorPair(up=wide_up, down=wide_down).product()
     if pair.kind in ("transposed linear", "embedding"):
         matrix = matrix.T
-    return matrix.reshape(pair.tensor_shape).to(down.dtype).contiguous()
+    return matrix.reshape(pair.tensor_shape).contiguous()
 
 
 def dense_infos(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict[str, tuple[TensorInfo, str | None]]:

@@ -1,0 +1,19 @@
+"""A common factor that is taken out of numbers before they are squared, so that the squares stay in float64's range."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+
+def power_of_two(values: Tensor | npt.NDArray[np.float64]) -> float:
+    """The largest power of two that does not exceed the largest absolute value; 1 where there is none but zeros.
+
+    Dividing by it is exact, so results do not depend on the scale of their input in any digit.
+    """
+    sizes = values.abs() if isinstance(values, Tensor) else np.abs(values)
+    largest = float(sizes.max()) if math.prod(values.shape) else 0.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
