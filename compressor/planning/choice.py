@@ -65,19 +65,29 @@ def choose_ranks(
     if budget.kind == "keep":
         eligible = sum(m.layer.parameters for m in measured)
         layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", power=power)
-        least = smallest_size(measured, form, "parameters") / eligible
-        smallest = f"{least + 5e-5:.4f}" if least < 1 else "1: low rank cannot make these layers smaller"
     else:
         layers = plan_by_file_size(measured, int(budget.value), form, file_bytes, power=power)
-        rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
-        # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
-        smallest = "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
     if layers is None:
         raise BadInput(
             f"--{budget.kind} {budget.value:g} is below the smallest that low rank reaches here",
-            remedy=f"allow at least {smallest}",
+            remedy=f"allow at least {_smallest(measured, budget, form, file_bytes)}",
         )
     return layers
+
+
+def _smallest(
+    measured: Sequence[MeasuredLayer],
+    budget: Budget,
+    form: FormRequest,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+) -> str:
+    """The smallest budget of this kind that can be met, in words."""
+    if budget.kind == "keep":
+        least = smallest_size(measured, form, "parameters") / sum(m.layer.parameters for m in measured)
+        return f"{least + 5e-5:.4f}" if least < 1 else "1: low rank cannot make these layers smaller"
+    rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
+    # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
+    return "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
 
 
 def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamily, form: FormRequest) -> str | None:

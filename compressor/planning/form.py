@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from compressor.checkpoint.layers import Layer
 
 Form = Literal["dense", "plain", "pivoted", "channel", "spatial"]
+
+
+# One rank, or many at once.
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
 
 
 def pair_forms(layer: Layer) -> tuple[Form, ...]:
@@ -30,7 +37,7 @@ def factorized_shape(layer: Layer, form: Form) -> tuple[int, int]:
     return (d_out * k_w, c * k_h)
 
 
-def stored_parameters(shape: tuple[int, int], form: Form, rank: int) -> int:
+def stored_parameters(shape: tuple[int, int], form: Form, rank: Count) -> Count:
     """Numbers in the file for a `d_out x d_in` layer in a form; the index of a pivoted pair counts as `d_out` of them.
 
     A plain pair and the pairs of a convolution store `r (d_out + d_in)` numbers, a pivoted pair `r (d_out + d_in - r)`
@@ -39,13 +46,13 @@ def stored_parameters(shape: tuple[int, int], form: Form, rank: int) -> int:
     """
     d_out, d_in = shape
     if form == "dense":
-        return d_out * d_in
+        return d_out * d_in + 0 * rank
     if form == "pivoted":
         return rank * (d_out + d_in - rank) + d_out
     return rank * (d_out + d_in)
 
 
-def stored_bytes(shape: tuple[int, int], form: Form, rank: int, itemsize: int) -> int:
+def stored_bytes(shape: tuple[int, int], form: Form, rank: Count, itemsize: int) -> Count:
     """Bytes of the tensors counted by `stored_parameters`, with `itemsize` bytes a number and int32 for the order."""
     order = shape[0] if form == "pivoted" else 0
     return (stored_parameters(shape, form, rank) - order) * itemsize + order * 4

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from compressor.checkpoint.layers import Layer
 from compressor.checkpoint.reader import portable_name
@@ -19,7 +20,7 @@ from compressor.measure.memory_window import EPSILON
 from compressor.planning.allocation import Choices, allocate
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
 from compressor.planning.drop_search import DropSearch
-from compressor.planning.form import Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
+from compressor.planning.form import Count, Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -310,18 +311,22 @@ def plan_by_size(
     to lose, for when the estimate saturates. Without calibration the squared relative Frobenius error takes its place.
     None when even rank one everywhere is larger.
     """
-    tables = [layer_choices(m, request, unit, power) for m in measured]
-    chosen = allocate([choices for choices, _ in tables], budget)
+    return _allocated(measured, [layer_choices(m, request, unit, power) for m in measured], budget)
+
+
+def _allocated(
+    measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int
+) -> tuple[LayerPlan, ...] | None:
+    chosen = allocate([each.choices for each in choices], budget)
     if chosen is None:
         return None
     plans = []
-    for m, (_, pairs), index in zip(measured, tables, chosen, strict=True):
-        pair = pairs[index]
-        if pair is None:
+    for m, each, index in zip(measured, choices, chosen, strict=True):
+        if each.forms[index] == "dense":
             plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
         else:
-            form, rank = pair
-            plans.append(layer_plan(m, rank, form, "its share of the budget at least error"))
+            reason = "its share of the budget at least error"
+            plans.append(layer_plan(m, int(each.ranks[index]), each.forms[index], reason))
     return tuple(plans)
 
 
@@ -333,7 +338,7 @@ def plan_by_file_size(
     *,
     power: float = 1.0,
 ) -> tuple[LayerPlan, ...] | None:
-    """Ranks of least summed squared relative error whose weight files, by `file_bytes`, are at most `limit` bytes.
+    """The ranks of `plan_by_size` for weight files that have at most `limit` bytes by `file_bytes`.
 
     What the files hold besides the layers' numbers (other tensors, headers) depends a little on the ranks, so it is
     found by repetition. None when no plan was found within the limit.
@@ -346,12 +351,13 @@ def plan_by_file_size(
         )
         return file_bytes(layers) - numbers
 
+    choices = [layer_choices(m, request, "bytes", power) for m in measured]
     overhead = beside(tuple(dense_plan(m.layer, "") for m in measured))
     best: tuple[int, tuple[LayerPlan, ...]] | None = None
     tried: set[int] = set()
     while overhead not in tried:
         tried.add(overhead)
-        layers = plan_by_size(measured, limit - overhead, request, unit="bytes", power=power)
+        layers = _allocated(measured, choices, limit - overhead)
         if layers is None:
             break
         size = file_bytes(layers)
@@ -363,56 +369,82 @@ def plan_by_file_size(
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
     """What the layers would store at rank one: no budget below it can be met."""
-    return sum(int(layer_choices(m, request, unit)[0].cost.min()) for m in measured)
+    return sum(int(layer_choices(m, request, unit).choices.cost.min()) for m in measured)
 
 
-def _pairs(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, int, float]]:
-    """Form, rank and relative error of everything but dense that a layer could become."""
-    if m.stays_dense is not None:
-        return
-    for rank, error in enumerate(m.errors("plain")[1:], start=1):
-        yield form_for(m.layer, rank, request), rank, float(error)
-    if m.spatial_values is not None:
-        for rank, error in enumerate(m.errors("spatial")[1:], start=1):
-            yield "spatial", rank, float(error)
+@dataclass(frozen=True)
+class LayerChoices:
+    """Everything that one layer could become: what it costs and loses, in which form and of which rank.
+
+    `errors` are the relative errors of the choices. The rank of a layer that stays dense is 0.
+    """
+
+    choices: Choices
+    forms: Sequence[Form]
+    ranks: npt.NDArray[np.int64]
+    errors: Spectrum
 
 
 def layer_choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
-) -> tuple[Choices, list[tuple[Form, int] | None]]:
-    """Every form and rank whose pair is smaller than the dense layer, and dense (None) last.
+) -> LayerChoices:
+    """Every form and rank whose pair is smaller than the dense layer, and dense last.
 
     Under a cap there is no dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise
     with the rank, and the cap says nothing of the matrix of a spatial pair.
     """
-    scale = m.total ** (1 - power) if m.total > 0 else 0.0
+    layer = m.layer
 
-    def cost(form: Form, rank: int) -> int:
-        shape = factorized_shape(m.layer, form)
+    def parameters(form: Form, ranks: Count) -> Count:
+        return stored_parameters(factorized_shape(layer, form), form, ranks)
+
+    def cost(form: Form, ranks: Count) -> Count:
         if unit == "parameters":
-            return stored_parameters(shape, form, rank)
-        return stored_bytes(shape, form, rank, m.itemsize)
+            return parameters(form, ranks)
+        return stored_bytes(factorized_shape(layer, form), form, ranks, m.itemsize)
 
-    def parameters(form: Form, rank: int) -> int:
-        return stored_parameters(factorized_shape(m.layer, form), form, rank)
-
-    largest, capped = m.layer.parameters - 1, False
+    largest, capped = layer.parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
-        at_cap = form_for(m.layer, m.rank_cap, request), m.rank_cap
+        at_cap = form_for(layer, m.rank_cap, request), m.rank_cap
         capped = parameters(*at_cap) <= largest and cost(*at_cap) < cost("dense", 0)
         largest = parameters(*at_cap) if capped else largest
-    pairs: list[tuple[Form, int] | None] = []
-    costs, losses = [], []
-    for form, rank, error in _pairs(m, request):
-        if parameters(form, rank) <= largest:
-            pairs.append((form, rank))
-            costs.append(cost(form, rank))
-            losses.append(scale * error**2)
+    forms: list[Form] = []
+    ranks, costs, errors = [], [], []
+    for form, own in _ranks_of_forms(m, request):
+        fitting = own[parameters(form, own) <= largest]
+        forms += [form] * len(fitting)
+        ranks.append(fitting)
+        costs.append(cost(form, fitting))
+        errors.append(m.errors(form)[fitting])
     if not capped:
-        pairs.append(None)
-        costs.append(cost("dense", 0))
-        losses.append(0.0)
-    return Choices(np.array(costs, dtype=np.int64), np.array(losses)), pairs
+        forms.append("dense")
+        ranks.append(np.zeros(1, dtype=np.int64))
+        costs.append(np.full(1, cost("dense", 0)))
+        errors.append(np.zeros(1))
+    error = np.concatenate(errors)
+    choices = Choices(np.concatenate(costs), objective(m, error, power))
+    return LayerChoices(choices, forms, np.concatenate(ranks), error)
+
+
+def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, npt.NDArray[np.int64]]]:
+    """The ranks at which each form of a pair is a choice: of a matrix's two forms the smaller one, unless asked for."""
+    if m.stays_dense is not None:
+        return
+    ranks = np.arange(1, len(m.singular_values) + 1)
+    if len(m.layer.tensor_shape) > 2 or m.layer.kind == "embedding" or request != "auto":
+        yield form_for(m.layer, 1, request), ranks
+    else:
+        pivoted, plain = (stored_parameters(m.layer.shape, form, ranks) for form in ("pivoted", "plain"))
+        yield "plain", ranks[pivoted >= plain]
+        yield "pivoted", ranks[pivoted < plain]
+    if m.spatial_values is not None:
+        yield "spatial", np.arange(1, len(m.spatial_values) + 1)
+
+
+def objective(m: MeasuredLayer, errors: Spectrum, power: float) -> Spectrum:
+    """What a layer adds to the sum that an allocation minimises, for relative errors."""
+    scale = m.total ** (1 - power) if m.total > 0 else 0.0
+    return np.asarray(scale * np.square(errors))
 
 
 def read_plan(path: Path) -> Plan:
