@@ -60,12 +60,9 @@ from compressor.opened_model import (
 from compressor.planning import (
     Budget,
     FormRequest,
-    LossUnit,
     MeasuredLayer,
     Plan,
-    SizeCurve,
     holds,
-    size_curve,
     window_rule_advice,
 )
 from compressor.recipe import TrainingRecipe
@@ -397,17 +394,11 @@ def compress(
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
-        curve=_curve(planned, measured, form),
+        measured=tuple(planned.weighted or measured),
+        form=form,
         pushed=pushed,
         seconds=time.monotonic() - started,
     )
-
-
-def _curve(planned: PlannedModel, measured: Sequence[MeasuredLayer], form: FormRequest) -> SizeCurve:
-    calibration = planned.plan.calibration
-    power = None if calibration is None else calibration.power
-    unit: LossUnit = "nats per prediction" if calibration is None else calibration.unit
-    return size_curve(planned.weighted or measured, form, 1.0 if power is None else power, unit)
 
 
 def _carried_out(

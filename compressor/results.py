@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +13,7 @@ from compressor.checkpoint import Layer, NotCopied
 from compressor.checkpoint.training_state import LeftOut
 from compressor.evaluation import Evaluation
 from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
-from compressor.planning import Plan, SizeCurve
+from compressor.planning import FormRequest, MeasuredLayer, Plan, SizeCurve, size_curve
 from compressor.recipe import TrainingRecipe
 
 SCHEMA_VERSION = 1
@@ -117,7 +118,7 @@ class Compression:
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
     `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was
-    measured of the eligible layers, and `curve` what other sizes would lose by it. `warnings` are sentences on what
+    measured of the eligible layers, and `measured` what the plan was made from. `warnings` are sentences on what
     must not be overlooked. `command` is the one that does the same, with paths by their last part (empty for a module),
     and `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
     `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at`
@@ -138,7 +139,8 @@ class Compression:
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
     warnings: tuple[str, ...] = ()
     inspected: tuple[InspectedLayer, ...] = field(default=(), repr=False, compare=False)
-    curve: SizeCurve | None = field(default=None, repr=False, compare=False)
+    measured: tuple[MeasuredLayer, ...] = field(default=(), repr=False, compare=False)
+    form: FormRequest = field(default="auto", repr=False, compare=False)
     command: str = ""
     pushed: str | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
@@ -146,6 +148,17 @@ class Compression:
     not_copied: tuple[NotCopied, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
+
+    @cached_property
+    def curve(self) -> SizeCurve | None:
+        """What other sizes would lose, by the measurements behind the plan; None for a fine-tune's difference."""
+        if not self.measured:
+            return None
+        calibration = self.plan.calibration
+        if calibration is None:
+            return size_curve(self.measured, self.form)
+        power = 1.0 if calibration.power is None else calibration.power
+        return size_curve(self.measured, self.form, power, calibration.unit)
 
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.

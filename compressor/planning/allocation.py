@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,55 +24,81 @@ class Choices:
 def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
     """Index of the choice for every layer that loses the least in sum at a cost of at most `budget`.
 
-    A Lagrange multiplier prices the cost and every layer minimises `loss + multiplier * cost`; the multiplier is
-    bisected to the budget, and what is then left of it goes to the single steps that save most loss for their cost. So
-    no layer can take a better choice within the budget. None when even the smallest choices exceed it.
+    A Lagrange multiplier prices the cost, and every layer minimises `loss + multiplier * cost`: as the price falls it
+    goes from its smallest choice along the lower convex hull of its choices. What is then left of the budget goes to
+    the single steps that save most loss for their cost. So no layer can take a better choice within the budget. None
+    when even the smallest choices exceed it.
     """
-    if sum(int(layer.cost.min()) for layer in layers) > budget:
+    hulls = [lower_hull(layer) for layer in layers]
+    left = budget - sum(int(layer.cost[hull[0]]) for layer, hull in zip(layers, hulls, strict=True))
+    if left < 0:
         return None
-
-    def priced(multiplier: float) -> list[int]:
-        return [cheapest(layer.loss + multiplier * layer.cost, layer.cost) for layer in layers]
-
-    def cost(chosen: list[int]) -> int:
-        return sum(int(layer.cost[i]) for layer, i in zip(layers, chosen, strict=True))
-
-    chosen = priced(0.0)
-    if cost(chosen) > budget:
-        # Costs are whole numbers, so at a price above the largest loss every layer takes its smallest choice.
-        low, high = 1e-300, 1.0 + max(float(layer.loss.max()) for layer in layers)
-        chosen = priced(high)
-        for _ in range(100):
-            middle = float(np.sqrt(low) * np.sqrt(high))
-            trial = priced(middle)
-            if cost(trial) <= budget:
-                high, chosen = middle, trial
-            else:
-                low = middle
-    return _spend(layers, chosen, budget - cost(chosen))
+    extra = [np.diff(layer.cost[hull]) for layer, hull in zip(layers, hulls, strict=True)]
+    saved = [-np.diff(layer.loss[hull]) for layer, hull in zip(layers, hulls, strict=True)]
+    prices = np.concatenate([gain / cost for gain, cost in zip(saved, extra, strict=True)])
+    order = np.argsort(-prices, kind="stable")
+    spent = np.cumsum(np.concatenate(extra)[order])
+    taken = int(np.searchsorted(spent, left, side="right"))
+    if taken < len(order):
+        # At one price every layer takes its smallest choice, so steps of one price are taken together.
+        taken = int(np.searchsorted(-prices[order], -prices[order[taken]]))
+    left -= int(spent[taken - 1]) if taken else 0
+    counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
+    return _spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
 
 
-def cheapest(price: npt.NDArray[np.float64], cost: npt.NDArray[np.int64]) -> int:
-    """Index of the lowest price, and of equal prices the lowest cost."""
-    tied = np.flatnonzero(price == price.min())
-    return int(tied[np.argmin(cost[tied])])
+def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
+    """Indices of the choices that are cheapest at some price, from the lowest cost to the lowest loss."""
+    hull: npt.NDArray[np.int64] = np.lexsort((choices.loss, choices.cost))
+    least = np.minimum.accumulate(choices.loss[hull])
+    hull = hull[np.append(True, least[1:] < least[:-1])]
+    while True:
+        slopes = np.diff(choices.loss[hull]) / np.diff(choices.cost[hull])
+        # A choice on or above the line between its neighbors is on no hull.
+        below = np.append(np.append(True, slopes[:-1] < slopes[1:]), True) if len(hull) > 1 else np.ones(1, dtype=bool)
+        if below.all():
+            return hull
+        hull = hull[below]
+
+
+def even_shares(layers: Sequence[Choices], budget: int) -> list[int]:
+    """Index of the choice for every layer that loses the least within one share of the layer's largest cost.
+
+    The share is the largest at which all of them cost at most `budget`. A layer that has no choice within the share
+    takes its smallest.
+    """
+    # What a layer takes at a share: its best choice so far, in the order of cost.
+    ladders = []
+    for layer in layers:
+        order = np.lexsort((layer.loss, layer.cost))
+        least = np.minimum.accumulate(layer.loss[order])
+        ladders.append(order[np.append(True, least[1:] < least[:-1])])
+    costs = [layer.cost[ladder] for layer, ladder in zip(layers, ladders, strict=True)]
+    shares = np.concatenate([cost[1:] / layer.cost.max() for layer, cost in zip(layers, costs, strict=True)])
+    extra = [np.diff(cost) for cost in costs]
+    order = np.argsort(shares, kind="stable")
+    spent = np.cumsum(np.concatenate(extra)[order])
+    taken = int(np.searchsorted(spent, budget - sum(int(cost[0]) for cost in costs), side="right"))
+    counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
+    return [int(ladder[count]) for ladder, count in zip(ladders, counts, strict=True)]
+
+
+def _owners(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
+    """For every entry of some arrays in a row, which of them it is of."""
+    return np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
 def _spend(layers: Sequence[Choices], chosen: list[int], left: int) -> list[int]:
     """Spend what is left on the steps that save most loss for their cost, until none fits."""
+    cost, loss = (np.concatenate(each) for each in zip(*((layer.cost, layer.loss) for layer in layers), strict=True))
+    owner = _owners([layer.cost for layer in layers])
+    first = np.cumsum([0, *(len(layer.cost) for layer in layers)])
+    current = first[:-1] + np.array(chosen, dtype=np.int64)
     while True:
-        best, best_gain = None, 0.0
-        for index, (layer, current) in enumerate(zip(layers, chosen, strict=True)):
-            extra = layer.cost - layer.cost[current]
-            saved = layer.loss[current] - layer.loss
-            fits = (extra <= left) & (saved > 0)
-            if fits.any():
-                gain = np.where(fits, saved / np.maximum(extra, 1), 0.0)
-                step = int(gain.argmax())
-                if gain[step] > best_gain:
-                    best, best_gain = (index, step), float(gain[step])
-        if best is None:
-            return chosen
-        index, step = best
-        left -= int(layers[index].cost[step] - layers[index].cost[chosen[index]])
-        chosen[index] = step
+        extra, saved = cost - cost[current][owner], loss[current][owner] - loss
+        gain = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
+        best = int(gain.argmax())
+        if gain[best] <= 0:
+            return [int(index) for index in current - first[:-1]]
+        left -= int(extra[best])
+        current[owner[best]] = best

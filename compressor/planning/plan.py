@@ -17,12 +17,15 @@ from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.measure.memory_window import EPSILON
-from compressor.planning.allocation import Choices, allocate
+from compressor.planning.allocation import Choices, allocate, even_shares
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
 from compressor.planning.drop_search import DropSearch
 from compressor.planning.form import Count, Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
+
+# The relative precision of float64, in which errors are computed.
+ROUNDING = float(np.finfo(np.float64).eps)
 
 # `auto` stores every linear layer in whichever pair is smaller at its rank.
 FormRequest = Literal["auto", "plain", "pivoted"]
@@ -308,8 +311,8 @@ def plan_by_size(
     """Ranks of least summed `dropped loss / total loss ** power` with at most `budget` stored parameters or bytes.
 
     A `power` of 0 trusts the second-order loss, which holds while little is removed; 1 is relative to what a layer has
-    to lose, for when the estimate saturates. Without calibration the squared relative Frobenius error takes its place.
-    None when even rank one everywhere is larger.
+    to lose, for when the estimate saturates. What takes its place without calibration is told at `comparable`. None
+    when even rank one everywhere is larger.
     """
     return _allocated(measured, [layer_choices(m, request, unit, power) for m in measured], budget)
 
@@ -317,7 +320,7 @@ def plan_by_size(
 def _allocated(
     measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int
 ) -> tuple[LayerPlan, ...] | None:
-    chosen = allocate([each.choices for each in choices], budget)
+    chosen = chosen_within(measured, choices, budget)
     if chosen is None:
         return None
     plans = []
@@ -328,6 +331,38 @@ def _allocated(
             reason = "its share of the budget at least error"
             plans.append(layer_plan(m, int(each.ranks[index]), each.forms[index], reason))
     return tuple(plans)
+
+
+def chosen_within(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[int] | None:
+    """Index of every layer's choice that loses least in sum within the budget; None when the smallest exceed it."""
+    if any(m.weighted_values is not None for m in measured):
+        return allocate([each.choices for each in choices], budget)
+    return allocate(comparable(measured, choices, budget), budget)
+
+
+def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[Choices]:
+    """The choices with losses that compare between layers without data: beside those at an even share of `budget`.
+
+    Were the inputs of every layer alike in all directions, a relative error e would leave the share 1 - e^2 of its
+    outputs' energy, shares of layers in a row would multiply, and a layer's part in the loss of the network would be l
+    = -log(1 - e^2). But inputs are not alike in all directions, by a factor that differs between layers and is unknown:
+    one layer is ruined by an error that another does not notice. The factor cancels in l / l', where l' is what the
+    same layer loses when all layers keep the same share of their size. So what is minimised is the sum of `l / mean l'
+    + (l / l')^2 / 2`: both views weigh the same near the even share, and far from it the second keeps any layer from
+    being given up for the others. Of k layers none loses more than sqrt(3 k) times l', for the even share has 3 k / 2.
+    """
+    even = even_shares([each.choices for each in choices], budget)
+    # What rounding does to a layer anyway is no loss.
+    own = np.array(
+        [
+            each.choices.loss[index] + max(m.precision**2, ROUNDING)
+            for m, each, index in zip(measured, choices, even, strict=True)
+        ]
+    )
+    return [
+        Choices(each.choices.cost, each.choices.loss / own.mean() + np.square(each.choices.loss / alone) / 2)
+        for each, alone in zip(choices, own, strict=True)
+    ]
 
 
 def plan_by_file_size(
@@ -422,7 +457,7 @@ def layer_choices(
         costs.append(np.full(1, cost("dense", 0)))
         errors.append(np.zeros(1))
     error = np.concatenate(errors)
-    choices = Choices(np.concatenate(costs), objective(m, error, power))
+    choices = Choices(np.concatenate(costs), _losses(m, error, power))
     return LayerChoices(choices, forms, np.concatenate(ranks), error)
 
 
@@ -441,10 +476,12 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Fo
         yield "spatial", np.arange(1, len(m.spatial_values) + 1)
 
 
-def objective(m: MeasuredLayer, errors: Spectrum, power: float) -> Spectrum:
-    """What a layer adds to the sum that an allocation minimises, for relative errors."""
-    scale = m.total ** (1 - power) if m.total > 0 else 0.0
-    return np.asarray(scale * np.square(errors))
+def _losses(m: MeasuredLayer, errors: Spectrum, power: float) -> Spectrum:
+    """What a layer loses by relative errors: see `plan_by_size`, and without calibration `comparable`."""
+    squared = np.square(errors)
+    if m.weighted_values is None:
+        return np.asarray(-np.log1p(-np.minimum(squared, 1 - ROUNDING)))
+    return np.asarray((m.total ** (1 - power) if m.total > 0 else 0.0) * squared)
 
 
 def read_plan(path: Path) -> Plan:

@@ -63,7 +63,6 @@ def calibrated(compression: Compression) -> Compression:
         Trial(0.3, eligible * 3 // 10, 0.08, 0.01),
         Trial(0.8, 16000, -0.002, 0.0),
     )
-    assert compression.curve is not None
     return replace(
         compression,
         plan=replace(
@@ -72,7 +71,7 @@ def calibrated(compression: Compression) -> Compression:
             calibration=CalibrationResult(96, 32, 1.0, predicted_loss=0.02, held_back_loss=0.05),
             search=DropSearch("accuracy", "builtin:digits, validation split", 360, 0.01, trials),
         ),
-        curve=replace(compression.curve, unit="nats per prediction"),
+        measured=tuple(replace(m, weighted_values=m.singular_values) for m in compression.measured),
     )
 
 
