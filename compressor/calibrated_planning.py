@@ -102,6 +102,7 @@ def open_calibration_data(
         subject.checkpoint,
         "train",
         samples or DEFAULT_SAMPLES,
+        module=subject.architecture,
         sequence_length=sequence_length,
         least_windows=2,
     )

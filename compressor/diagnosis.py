@@ -174,7 +174,11 @@ def diagnose(
     if data is not None and not isinstance(model, nn.Module):
         require_architecture(subject.checkpoint, factory)
     chosen = resolve_device(device)
-    examples = None if data is None else open_data_for(data, subject.checkpoint, "train", data_samples)
+    examples = (
+        None
+        if data is None
+        else open_data_for(data, subject.checkpoint, "train", data_samples, module=subject.architecture)
+    )
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
     predictions: Predictions | None = None

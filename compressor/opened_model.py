@@ -28,6 +28,7 @@ from compressor.checkpoint.torch_file import read_state_file
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, build_model, halves, has_splits, load_preprocessing, open_data
 from compressor.evaluation.builtin_data import Split
+from compressor.evaluation.models import forward_inputs, reading_of
 from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe, recipes_inside
 from compressor.rewrite import METADATA_KEY, merge_record, stored_pairs, widened
 
@@ -49,6 +50,11 @@ class OpenedModel:
     skeleton: Skeleton | None
     layers: tuple[Layer, ...]
     recipe: TrainingRecipe
+
+    @property
+    def architecture(self) -> nn.Module | None:
+        """The model's module tree, if it is known."""
+        return None if self.skeleton is None else self.skeleton.module
 
     @cached_property
     def digest(self) -> str | None:
@@ -168,15 +174,21 @@ def open_data_for(
     split: Split,
     limit: int | None = None,
     *,
+    module: nn.Module | None = None,
     sequence_length: int | None = None,
     least_windows: int | None = None,
 ) -> EvaluationData:
     """The data prepared as the model's folder says, or as it is where the folder says nothing.
 
-    The other parameters are those of `open_data`.
+    `module` is the model, or one that only has its architecture, where there is no such folder. The other parameters
+    are those of `open_data`.
     """
     if checkpoint.source is None or checkpoint.config is None:
-        return open_data(data, split=split, limit=limit)
+        inputs = () if module is None else forward_inputs(type(module))
+        config = getattr(module, "config", None)
+        own = config.to_dict() if hasattr(config, "to_dict") else {}
+        reading = reading_of(own | {"architectures": [type(module).__name__]}, inputs)
+        return open_data(data, split=split, limit=limit, inputs=inputs, reading=reading)
     prepared = load_preprocessing(folder_of(checkpoint))
     return open_data(
         data,
@@ -193,7 +205,7 @@ def open_data_for(
 
 
 def open_search_data(
-    data: str | Path, checkpoint: Checkpoint, limit: int | None
+    data: str | Path, checkpoint: Checkpoint, limit: int | None, module: nn.Module | None = None
 ) -> tuple[EvaluationData, EvaluationData]:
     """Data to choose a size by, and other data to report the drop on.
 
@@ -202,7 +214,7 @@ def open_search_data(
     """
     if has_splits(data):
         return open_data_for(data, checkpoint, "validation", limit), open_data_for(data, checkpoint, "test", limit)
-    return halves(open_data_for(data, checkpoint, "test", limit))
+    return halves(open_data_for(data, checkpoint, "test", limit, module=module))
 
 
 def text_mapping(value: object) -> dict[str, str]:

@@ -39,6 +39,7 @@ from compressor.evaluation import (
     Cost,
     Evaluation,
     EvaluationData,
+    build_model,
     compare,
     load_model,
     require_accepted,
@@ -326,7 +327,7 @@ def compress(
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     where = resolve_device(device)
-    deciding, reported = data_to_measure_on(data, data_samples, checkpoint, max_drop, calibration)
+    deciding, reported = data_to_measure_on(data, data_samples, subject, max_drop, calibration)
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
     shard_size = in_bytes(max_shard_size, "max_shard_size")
 
@@ -506,7 +507,10 @@ def evaluate(
     where = resolve_device(device)
     model = uncompiled(local_model(model))
     baseline = None if baseline is None else uncompiled(local_model(baseline))
-    evaluated = open_data_for(data, open_checkpoint(model), split, data_samples)
+    module = model if isinstance(model, nn.Module) else None
+    if factory is not None and Path(data).suffix in (".npz", ".safetensors"):  # whose arrays may go by its names
+        module = build_model(factory)
+    evaluated = open_data_for(data, open_checkpoint(model), split, data_samples, module=module)
     return _evaluate(baseline, model, evaluated, factory, where, progress)
 
 
@@ -526,7 +530,8 @@ def _compressed_fine_tune(
         checkpoint = open_checkpoint(model)
         if not isinstance(model, nn.Module):
             require_architecture(checkpoint, factory)
-        reported = open_data_for(data, checkpoint, "test", data_samples)
+        module = model if isinstance(model, nn.Module) else None
+        reported = open_data_for(data, checkpoint, "test", data_samples, module=module)
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None

@@ -11,7 +11,7 @@ from compressor.checkpoint import Checkpoint, check_push, hub_model, parse_size
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, has_splits, require_apart
 from compressor.max_drop import require_possible_drop
-from compressor.opened_model import open_data_for, open_search_data
+from compressor.opened_model import OpenedModel, open_data_for, open_search_data
 from compressor.planning import Budget, FormRequest, Plan, requested_budget
 from compressor.recipe import TrainingRecipe
 
@@ -116,7 +116,7 @@ def require_fine_tune(
 def data_to_measure_on(
     data: str | Path | None,
     limit: int | None,
-    checkpoint: Checkpoint,
+    subject: OpenedModel,
     max_drop: float | None,
     calibration: str | Path | Iterable[Any] | None,
 ) -> tuple[EvaluationData | None, EvaluationData | None]:
@@ -126,8 +126,8 @@ def data_to_measure_on(
     if isinstance(calibration, str | Path):
         require_apart(calibration, data)
     if max_drop is None:
-        return None, open_data_for(data, checkpoint, "test", limit)
-    deciding, reported = open_search_data(data, checkpoint, limit)
+        return None, open_data_for(data, subject.checkpoint, "test", limit, module=subject.architecture)
+    deciding, reported = open_search_data(data, subject.checkpoint, limit, subject.architecture)
     require_possible_drop(max_drop, deciding)
     return deciding, reported
 

@@ -161,7 +161,7 @@ def open_data(
             case TextPairs():
                 data = _text_pairs(name, contents, tokenizer, sequence_length, reading)
             case NamedArrays():
-                data = _by_name(name, contents.arrays, reading)
+                data = _by_name(name, contents.arrays, reading, inputs)
             case LabelledTexts():
                 labels = _class_numbers(contents.labels, classes, name)
                 data = _labelled_texts(name, contents.texts, labels, tokenizer, sequence_length)
@@ -423,8 +423,11 @@ def _text_pairs(
     return _Examples(name, "text-to-text", len(pairs.sources), read, stacks=pads)
 
 
-def _by_name(name: str, arrays: Mapping[str, Tensor], reading: Reading) -> _Examples:
-    """What a forward is given; its `labels` are the next tokens, those of a target, or classes."""
+def _by_name(name: str, arrays: Mapping[str, Tensor], reading: Reading, known: Collection[str]) -> _Examples:
+    """What a forward is given; its `labels` are the next tokens, those of a target, or classes.
+
+    An encoder-decoder makes what its decoder is given of the labels, where it is not given that.
+    """
     labels = arrays.get("labels")
     others = {key: array for key, array in arrays.items() if key != "labels"}
     task: Task = "image-classification" if "pixel_values" in arrays else "text-classification"
@@ -440,7 +443,8 @@ def _by_name(name: str, arrays: Mapping[str, Tensor], reading: Reading) -> _Exam
         if labels is None:
             return Batch(inputs, torch.empty(0, dtype=torch.int64))
         if task == "text-to-text":
-            return Batch({**inputs, "labels": labels[positions]}, labels[positions])
+            needed = "labels" in known and "decoder_input_ids" not in inputs
+            return Batch(inputs | ({"labels": labels[positions]} if needed else {}), labels[positions])
         return Batch(inputs, labels[positions][:, 1:] if task == "language-modeling" else labels[positions])
 
     return _Examples(name, task, len(next(iter(arrays.values()))), read)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -165,30 +165,36 @@ def load_preprocessing(folder: Path) -> Preprocessing:
         image_processor=image_processor,
         classes=config.get("label2id"),
         sequence_length=min(positions, LONGEST_DEFAULT_WINDOW) if isinstance(positions, int) else None,
-        reading=_reading(config, inputs := _forward_inputs(config)),
+        reading=reading_of(config, inputs := _architecture_inputs(config)),
         inputs=inputs,
     )
 
 
-def _forward_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names that the forward of a transformers model has for its inputs; none where the model is not known."""
+def forward_inputs(model: type[nn.Module]) -> tuple[str, ...]:
+    """The names that the forward of a model has for its inputs."""
+    named = signature(model.forward).parameters.values()
+    several = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    return tuple(each.name for each in named if each.name != "self" and each.kind not in several)
+
+
+def _architecture_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the inputs of a transformers model; none where the model is not known."""
     import transformers
 
     architectures = config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     model = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(model, type) or not issubclass(model, nn.Module):
-        return ()
-    named = signature(model.forward).parameters.values()
-    return tuple(each.name for each in named if each.name != "self" and each.kind is not each.VAR_KEYWORD)
+    return forward_inputs(model) if isinstance(model, type) and issubclass(model, nn.Module) else ()
 
 
-def _reading(config: Mapping[str, Any], inputs: Sequence[str]) -> Reading:
-    """How a transformers model reads text."""
-    from transformers.models.auto import modeling_auto
-
+def reading_of(config: Mapping[str, Any], inputs: Sequence[str]) -> Reading:
+    """How a model reads text, by its configuration and the inputs of its forward."""
     if "decoder_input_ids" in inputs:
         return "pairs"
+    if "model_type" not in config:
+        return "tokens"
+    from transformers.models.auto import modeling_auto
+
     name = str((config.get("architectures") or [""])[0])
     if not inputs or config.get("is_decoder") or name.endswith(("ForCausalLM", "LMHeadModel")):
         return "tokens"

@@ -264,7 +264,7 @@ _TOKEN_IDS = (torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
 
 def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:
     """Whether these are inputs of a forward by their names, and not one array with a class for each row."""
-    if not arrays or not all(name in inputs for name in arrays):
+    if not inputs or not arrays or not all(name in inputs or name == "labels" for name in arrays):
         return False
     plain = len(arrays.keys() & set(INPUT_NAMES)) == 1 and len(arrays.keys() - {"labels"}) == 1
     return not plain or ("labels" in arrays and arrays["labels"].ndim > 1)

@@ -254,19 +254,19 @@ def _tokens(ids: Sequence[int]) -> Tensor:
 def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None, name: str) -> TokenRows:
     """A document in a row with its special tokens; longer ones in several rows of `length` tokens.
 
-    A line of a .txt file is a document. Of a large corpus no more than `limit` are read, evenly spaced, or where it has
-    fewer documents than that, windows of them.
+    A line of a .txt file is a document. With a `limit` no more are tokenized, evenly spaced, of each its first row; of a
+    large corpus of fewer documents windows from evenly spaced places.
     """
     before, after = special_tokens(tokenizer)
     inside = max(1, length - len(before) - len(after))
-    large = limit is not None and corpus.size > WHOLE_BYTES
     lines = [_Lines.of(each) if _is_lined(each) else None for each in corpus.documents]
     counts = [1 if each is None else len(each) for each in lines]
     number = sum(counts)
-    if large and limit is not None and number < limit:
+    if limit is not None and number < limit and corpus.size > WHOLE_BYTES:
         found = windows(corpus, tokenizer, inside, limit, name)
         return TokenRows([torch.cat([before, row, after]) for row in found.rows], found.unused)
-    chosen = range(number) if not large or limit is None else [i * number // limit for i in range(limit)]
+    few = limit is not None and number >= limit
+    chosen = [i * number // limit for i in range(limit)] if limit is not None and few else range(number)
     ends = list(accumulate(counts))
     rows: list[Tensor] = []
     for index in chosen:
@@ -274,7 +274,7 @@ def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | No
         document, own = corpus.documents[place], lines[place]
         text = "".join(_texts(document)) if own is None else own.read(index - (ends[place - 1] if place else 0))
         ids = _ids(tokenizer, text, special=False)
-        starts = range(0, min(len(ids), inside) if large else len(ids), inside)
+        starts = range(0, min(len(ids), inside) if few else len(ids), inside)
         rows += [torch.cat([before, ids[start : start + inside], after]) for start in starts]
     if not any(len(row) >= 2 for row in rows):
         raise BadInput("no document is two tokens long", where=name, remedy="pass more text")

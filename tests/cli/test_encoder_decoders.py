@@ -218,3 +218,51 @@ def test_sources_and_targets_are_for_encoder_decoders(
     (tmp_path / "pairs.jsonl").write_text('{"source": "a", "target": "b"}\n' * 4)
     error = result(capsys, "evaluate", folders["clip"], "--data", tmp_path / "pairs.jsonl", "-q", status=2)
     assert "for encoder-decoders" in error
+
+
+class Gated(torch.nn.Module):
+    """Takes two inputs by names of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = torch.nn.Linear(12, 24), torch.nn.Linear(8, 24)
+        self.head = torch.nn.Linear(24, 4)
+
+    def forward(self, signal: Tensor, control: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.left(signal)) * torch.sigmoid(self.right(control)))
+
+
+def gated_arrays() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    labels = torch.arange(EXAMPLES) % 4
+    return {"signal": torch.randn(EXAMPLES, 12), "control": torch.randn(EXAMPLES, 8), "labels": labels}
+
+
+def test_a_network_of_ones_own_takes_arrays_by_the_names_of_its_forward(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import compressor
+
+    data = written(gated_arrays(), tmp_path / "data.npz")
+    save_file(Gated().state_dict(), tmp_path / "model.safetensors")
+    factory = f"{__file__}:Gated"
+    found = result(
+        capsys, tmp_path / "model.safetensors", "--model", factory, "--keep", "0.6", "--calibration", data, "--json",
+        "--dry-run", "-q",
+    )  # fmt: skip
+    assert found["calibration"]["unit"] == "nats per prediction"
+    measured = result(
+        capsys, "evaluate", tmp_path / "model.safetensors", "--model", factory, "--data", data, "--json", "-q"
+    )
+    assert (measured["metric"], measured["count"]) == ("accuracy", EXAMPLES)
+    assert compressor.evaluate(Gated(), data=data).count == EXAMPLES
+
+
+def test_a_module_in_memory_takes_arrays_by_the_names_of_its_forward(tmp_path: Path) -> None:
+    import compressor
+
+    data = written(inputs_of("whisper", 1), tmp_path / "data.npz")
+    torch.manual_seed(0)
+    found = compressor.compress(whisper(), keep=0.7, calibration=data, refine=False)
+    assert found.plan.calibration is not None
+    assert found.plan.calibration.unit == "nats per prediction"
