@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -185,7 +186,7 @@ def open_data_for(
     """
     if checkpoint.source is None or checkpoint.config is None:
         inputs = () if module is None else forward_inputs(type(module))
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         own = config.to_dict() if hasattr(config, "to_dict") else {}
         reading = reading_of(own | {"architectures": [type(module).__name__]}, inputs)
         return open_data(data, split=split, limit=limit, inputs=inputs, reading=reading)

@@ -254,8 +254,8 @@ def _tokens(ids: Sequence[int]) -> Tensor:
 def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None, name: str) -> TokenRows:
     """A document in a row with its special tokens; longer ones in several rows of `length` tokens.
 
-    A line of a .txt file is a document. With a `limit` no more are tokenized, evenly spaced, of each its first row; of a
-    large corpus of fewer documents windows from evenly spaced places.
+    A line of a .txt file is a document. With a `limit` no more are tokenized, evenly spaced, of each its first row; of
+    a large corpus of fewer documents windows from evenly spaced places.
     """
     before, after = special_tokens(tokenizer)
     inside = max(1, length - len(before) - len(after))
