@@ -260,7 +260,7 @@ def require_in_range(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise BadInput(
             f"{count} of {tensor.numel()} numbers exceed the range of {dtype} (up to {limit:g})",
             where=f"tensor {name}",
-            remedy="convert the model to bfloat16 or float32, or leave this layer as it is with --exclude",
+            remedy="convert the model to bfloat16 or float32, or leave this layer as it is with `exclude`",
         )
     return tensor
 
