@@ -79,7 +79,10 @@ Base = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace outputs that exist.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace outputs that exist: files, and model folders that hold nothing else."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
 ShardSize = Annotated[str, typer.Option(help="Largest weight file of an output.", rich_help_panel=RUN)]

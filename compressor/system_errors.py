@@ -12,8 +12,8 @@ from pathlib import Path
 
 from compressor.errors import BadInput
 
-# Rust's libraries, such as safetensors, give the number in the text of an error of their own.
-_NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+# safetensors and torch give the number in the text of an error of their own: "(os error 28)", "No space ... (28)".
+_NUMBER_IN_TEXT = re.compile(r"([A-Z][\w ]+) \((?:os error )?(\d{1,4})\)")
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|(can't|cannot|could not) allocate|not enough memory|bad_?alloc", re.IGNORECASE
 )
@@ -85,8 +85,10 @@ def error_number(error: BaseException) -> int | None:
     """The operating system's number of an error, if it has one."""
     if isinstance(error, OSError):
         return error.errno
-    found = _NUMBER_IN_TEXT.search(str(error)) if isinstance(error, Exception) else None
-    return None if found is None else int(found[1])
+    for found in _NUMBER_IN_TEXT.finditer(str(error)):
+        if found[1].endswith(os.strerror(int(found[2]))):
+            return int(found[2])
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -57,6 +57,7 @@ def test_running_out_of_memory_is_told_as_that(fail: Callable[[], object]) -> No
     "error",
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("Expected 2 tensors in Linear (28), not Linear (99999999999999999999)"),
         ValueError("out of range"),
         FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/nowhere"),
         SafetensorError("Error while deserializing header: InvalidHeader"),
@@ -132,6 +133,7 @@ def test_a_full_cache_of_the_hub_is_not_taken_for_a_missing_network(monkeypatch:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/a/b"), "error: stopped: /data/a is full (No space"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "error: stopped: too many files are open"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "error: stopped: the disk is full"),
+        (RuntimeError("unable to open file </t>: Too many open files (24)"), "error: stopped: too many files are open"),
     ],
 )
 def test_the_command_line_never_calls_them_internal_errors(
