@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, compress, export, merge, restore
+from compressor import compress, export, merge, restore
 from compressor.evaluation import load_model
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.planning.form import Form
@@ -46,7 +46,6 @@ TRANSFORMERS: dict[str, dict[str, Form]] = {
     "channel": {f"{STAGE}.0.convolution": "channel"},
     "spatial": {f"{STAGE}.0.convolution": "spatial", f"{STAGE}.1.convolution": "channel"},
 }
-NOT_MERGED = ("transposed", "parameter")
 
 
 class OwnCode(nn.Module):
@@ -233,11 +232,6 @@ def test_own_code_merged(form: str, container: str, tmp_path: Path) -> None:
         parts.append(Path(str(compress(place, output=tmp_path / f"small{seed}{ending}", **given).output)))
     output = tmp_path / f"merged{ending}"
     options: Any = {"base": parts[0], "output": output, "mode": "sum", "factory": OwnCode, "max_shard_size": SHARD}
-    if form in NOT_MERGED:
-        with pytest.raises(BadInput, match="such layers are merged only dense"):
-            merge(parts[1:], **options)
-        assert not output.exists()
-        return
     merge(parts[1:], **options)
     expected, loaded = merged_state(models[1:], models[0]), load_model(output, OwnCode)
     assert low_rank(loaded) > 0

@@ -13,9 +13,9 @@ from torch import Tensor
 from compressor.checkpoint import Kind, TensorInfo, layer_name, require_in_range
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.merging.chain import Chain
-from compressor.merging.parts import Part, merged_names
-from compressor.merging.weights import Weight, form_of_weight, joined, scaled
-from compressor.rewrite import MARKERS, TRANSPOSED, LayerSpec, LowRankSpec, join
+from compressor.merging.parts import TURNED, Part, merged_names
+from compressor.merging.weights import Weight, form_of_weight, joined, scaled, turned
+from compressor.rewrite import MARKERS, LayerSpec, LowRankSpec, join
 
 Head = Literal["shared", "separate"]
 Read = Callable[[Part, str], Weight]
@@ -79,20 +79,24 @@ class Combination:
                 continue
             layer, kind = layer_name(name), self._kind_of_pairs(name)
             assert kind is not None
-            down = weight.down.T if kind == "embedding" else weight.down
+            up, down = weight.up, weight.down
+            if kind == "embedding":
+                down = down.T
+            if kind == "transposed convolution":
+                up, down = down, up
             yield name, torch.empty(MARKERS[kind], dtype=dtype)
-            for role, factor in (("down.weight", down), ("up.weight", weight.up)):
+            for role, factor in (("down.weight", down), ("up.weight", up)):
                 yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous())
             if isinstance(weight, PivotedPair):
                 yield join(layer, "order"), weight.order
 
     def _joined(self, name: str, read: Read) -> Weight:
-        transposed = self._is_transposed(name)
         weights = []
         for part, factor in zip(self.parts, self.factors, strict=True):
-            weight = read(part, name)
-            if transposed and isinstance(weight, Tensor):
-                weight = weight.T
+            weight, pair = read(part, name), part.pair(name)
+            # A network that was compressed without its code may hold a pair the other way round.
+            if (pair is not None and pair.kind in TURNED) != self._is_transposed(name):
+                weight = turned(weight)
             weights.append(weight if factor == 1 else scaled(weight, factor))
         layer = layer_of(name)
         return joined(
@@ -106,14 +110,14 @@ class Combination:
         return next((pair.kind for part in self.parts if (pair := part.pair(name)) is not None), None)
 
     def _is_transposed(self, name: str) -> bool:
-        """Whether a dense weight has to be turned to stand beside pairs; among dense ones it does not matter."""
-        return self._kind_of_pairs(name) in TRANSPOSED
+        """Whether the weights stand turned beside each other; among dense ones it does not matter."""
+        return self._kind_of_pairs(name) in TURNED
 
     def _place(self, name: str) -> str:
         """Where a dense tensor is stored: the bias of a plain pair is that of its `up`."""
         layer, last = layer_of(name), name.rpartition(".")[2]
         weight = join(layer, "weight")
-        if last != "bias" or all(part.pair(weight) is None for part in self.parts):
+        if last != "bias" or self._kind_of_pairs(weight) in (None, "parameter"):
             return name
         return join(layer, "up.bias") if isinstance(self._joined(weight, Part.shape_of), FactorPair) else name
 

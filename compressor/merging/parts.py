@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import (
     Checkpoint,
+    Kind,
     Layer,
     Skeleton,
     TensorInfo,
     find_layers,
     in_natural_order,
-    is_weight,
     layer_name,
     module_skeleton,
     open_checkpoint,
@@ -35,7 +35,11 @@ from compressor.errors import BadInput
 from compressor.evaluation import build_model
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.merging.weights import Weight, dense
-from compressor.rewrite import METADATA_KEY, TRANSPOSED, StoredPair, dense_infos, stored_pairs, widened
+from compressor.rewrite import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
+
+# Layers whose tensor is the transpose of the product of a pair as it is held here.
+TURNED: tuple[Kind, ...] = ("transposed linear", "embedding")
+_MATRICES: tuple[Kind, ...] = ("linear", "transposed linear", "convolution")
 
 # Entries of config.json that say nothing about what the network computes from its weights.
 _WITHOUT_EFFECT = {
@@ -67,7 +71,8 @@ class Part:
 
     def pair(self, name: str) -> StoredPair | None:
         """The pair that stands for a dense weight, if one does."""
-        return self.pairs.get(layer_name(name)) if is_weight(name) else None
+        pair = self.pairs.get(layer_name(name))
+        return pair if pair is not None and pair.tensor == name else None
 
     def read(self, name: str) -> Weight:
         """A tensor of the dense network in float64, or the pair that stands for it; BadInput if it is not finite."""
@@ -76,7 +81,7 @@ class Part:
     def matrix(self, name: str) -> Tensor:
         """A layer's `d_out x d_in` matrix in float64, multiplied out if it is low-rank."""
         weight = self.read(name)
-        if isinstance(weight, Tensor) and self.matrices[name].kind in TRANSPOSED:
+        if isinstance(weight, Tensor) and self.matrices[name].kind in TURNED:
             return weight.T
         return dense(weight).flatten(1)
 
@@ -114,7 +119,10 @@ class Part:
             weight: Tensor = read(stored)
             return weight
         up, down = read(pair.tensors["up"]), read(pair.tensors["down"])
-        down = down.T if pair.kind == "embedding" else down
+        if pair.kind == "embedding":
+            down = down.T
+        if pair.kind == "transposed convolution":  # its own tensor is their product in the other order
+            up, down = down, up
         if pair.form != "pivoted":
             return FactorPair(up=up, down=down)
         return PivotedPair(up=up, down=down, order=read(pair.tensors["order"]).to(torch.int32))
@@ -145,12 +153,6 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
     pairs = stored_pairs(checkpoint)
     part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, skeleton))
     for pair in pairs.values():
-        if pair.kind in {"parameter", "transposed convolution"}:
-            raise BadInput(
-                f"{pair.name}, a {pair.kind}, is low-rank, and such layers are merged only dense",
-                where=checkpoint.source,
-                remedy="bring the network back with 'compress restore MODEL'",
-            )
         if pair.form == "pivoted":
             _require_order(part, pair)
     return part
@@ -168,12 +170,14 @@ def _matrices(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], skeleton:
     matrices = {
         layer.tensor: layer
         for layer in find_layers(checkpoint, skeleton)
-        if layer.kind in {"linear", "transposed linear", "convolution"} and layer.tensor not in factors
+        if layer.kind in _MATRICES and layer.tensor not in factors
     }
     for name, pair in pairs.items():
         tensor, shape = pair.tensors["weight"], pair.tensor_shape
         module = None if skeleton is None else skeleton.module_name(tensor)
-        sides = (shape[1], shape[0]) if pair.kind in TRANSPOSED else (shape[0], math.prod(shape[1:]))
+        if pair.kind not in (*_MATRICES, "embedding"):
+            continue
+        sides = (shape[1], shape[0]) if pair.kind in TURNED else (shape[0], math.prod(shape[1:]))
         matrices[tensor] = Layer(name, layer_name(module or tensor), tensor, None, pair.kind, shape, sides)
     return {tensor: matrices[tensor] for tensor in in_natural_order(matrices)}
 

@@ -78,6 +78,14 @@ def scaled(weight: Weight, factor: float) -> Weight:
     return replace(weight, down=weight.down * factor)
 
 
+def turned(weight: Weight) -> Weight:
+    """The transpose of a matrix."""
+    if isinstance(weight, Tensor):
+        return weight.T
+    pair = as_pair(weight) if isinstance(weight, PivotedPair) else weight
+    return FactorPair(up=pair.down.T, down=pair.up.T)
+
+
 def _placed(parts: Sequence[Tensor], *, shared_inputs: bool, shared_outputs: bool) -> Tensor:
     """Tensors of `outputs x inputs x ...` in one, each at its own outputs and inputs where these are not shared."""
     if parts[0].ndim == 0:  # a single number, which only sums have

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor.cli.run import run
@@ -72,16 +72,45 @@ def test_bad_requests_end_with_one_line(request_of_two: list[str], capsys: pytes
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_networks_with_factored_parameters_are_merged_only_dense(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_networks_with_factored_parameters_keep_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name in ("a", "b"):
-        save_file(nn.GRU(16, 16).state_dict(), tmp_path / f"{name}.safetensors")
-        assert run([str(tmp_path / f"{name}.safetensors"), "--keep", "0.5"]) == 0
+        state = {key: tensor.clone() for key, tensor in nn.GRU(16, 16).state_dict().items()}
+        for key in ("weight_ih_l0", "weight_hh_l0"):
+            state[key] = torch.rand(48, 2) @ torch.rand(2, 16)
+        save_file(state, tmp_path / f"{name}.safetensors")
+        assert run([str(tmp_path / f"{name}.safetensors"), "--tolerance", "1e-4"]) == 0
     parts = [str(tmp_path / f"{name}-compressed.safetensors") for name in ("a", "b")]
-    capsys.readouterr()
-    assert run(["merge", *parts, "-o", str(tmp_path / "both.safetensors"), "--mode", "sum"]) == 2
-    said = capsys.readouterr().err
-    assert "a parameter, is low-rank" in said
-    assert "compress restore" in said
+    both, again = tmp_path / "both.safetensors", tmp_path / "again.safetensors"
+    assert run(["merge", *parts, "-o", str(both), "--mode", "sum"]) == 0
+    assert load_file(both)["weight_hh_l0.down.weight"].shape == (4, 16)
+    assert run(["restore", str(both), "-o", str(again)]) == 0
+    dense = [load_file(tmp_path / f"{name}.safetensors") for name in ("a", "b")]
+    for key, tensor in load_file(again).items():
+        torch.testing.assert_close(tensor, dense[0][key] + dense[1][key], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_was_compressed_without_its_code_is_added_the_right_way_round(tmp_path: Path) -> None:
+    code = tmp_path / "net.py"
+    code.write_text(
+        "import torch\nfrom torch import nn\n\n"
+        "class Conv1D(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.nf, self.weight = 16, nn.Parameter(torch.zeros(16, 16))\n\n"
+        "def build():\n    return nn.Sequential(Conv1D())\n"
+    )
+    torch.manual_seed(0)
+    dense = [torch.rand(16, 2) @ torch.rand(2, 16) for _ in range(3)]
+    options = [[], ["--model", f"{code}:build"], ["--model", f"{code}:build", "--form", "pivoted"]]
+    for index, (weight, option) in enumerate(zip(dense, options, strict=True)):
+        save_file({"0.weight": weight}, tmp_path / f"{index}.safetensors")
+        small = str(tmp_path / f"small{index}.safetensors")
+        assert run([str(tmp_path / f"{index}.safetensors"), "--tolerance", "1e-4", "-o", small, *option]) == 0
+    for order in ([0, 1, 2], [2, 1, 0]):
+        parts = [str(tmp_path / f"small{index}.safetensors") for index in order]
+        both, again = str(tmp_path / "both.safetensors"), str(tmp_path / "again.safetensors")
+        assert run(["merge", *parts, "-o", both, "--mode", "sum", "--overwrite"]) == 0
+        assert load_file(both)["0.weight"].numel() == 0
+        assert run(["restore", both, "-o", again, "--overwrite"]) == 0
+        torch.testing.assert_close(load_file(again)["0.weight"], dense[0] + dense[1] + dense[2], rtol=1e-4, atol=1e-4)
