@@ -71,6 +71,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     (dense / "README.md").write_text(CARD)
     for name in ("config.json", "tokenizer_config.json"):
         (dense / name).write_text(json.dumps(json.loads((dense / name).read_text()) | FOREIGN_CODE))
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"_name_or_path": str(dense)}))
     for name in ("modeling_theirs.py", "custom_generate/generate.py", ".env", ".git/config", "training_args.bin"):
         (dense / name).parent.mkdir(exist_ok=True)
         (dense / name).write_text("secret or code of theirs")

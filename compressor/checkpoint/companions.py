@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from compressor.checkpoint.reader import WEIGHT_SUFFIXES
+from compressor.checkpoint.reader import WEIGHT_SUFFIXES, portable_name
 from compressor.checkpoint.writer import write_json
 from compressor.documents import read_json, read_regular_file, reading
 from compressor.errors import BadInput
@@ -157,7 +157,10 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(folder: Path, config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
     """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`."""
-    own = {} if code is None else {"auto_map": dict(code)}
+    own: dict[str, Any] = {} if code is None else {"auto_map": dict(code)}
+    # Where a model was loaded from on the machine that saved it, as transformers before 5 notes it.
+    if isinstance(place := config.get("_name_or_path"), str):
+        own["_name_or_path"] = portable_name(place)
     write_json(folder / "config.json", without_code(config) | own)
 
 
