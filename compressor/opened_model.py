@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ logger = logging.getLogger(__name__)
 # What a Trainer and accelerate save beside the model.
 _STATE_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin")
 
+# Of a transformer's config.json the number of its attention heads, under one of its names.
+ATTENTION_SETTINGS = frozenset({"num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads", "n_head"})
+
+# What projects to queries is called so in the attention layers of PyTorch, transformers, timm, diffusers and llama.
+QUERIES = frozenset(
+    {"q_proj", "query", "qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value", "in_proj_weight", "to_q", "wq", "q_lin"}
+)
+
 Model = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
 
@@ -56,6 +65,18 @@ class OpenedModel:
     def architecture(self) -> nn.Module | None:
         """The model's module tree, if it is known."""
         return None if self.skeleton is None else self.skeleton.module
+
+    @cached_property
+    def has_attention(self) -> bool:
+        """Whether it has attention layers, by its configuration or the usual names of their weights."""
+        if set(self.checkpoint.config or {}) & ATTENTION_SETTINGS:
+            return True
+        parts = (name.split(".") for name in self.checkpoint.tensors)
+        return any(
+            part in QUERIES or (part == "q" and "attention" in owner.lower())
+            for name in parts
+            for owner, part in pairwise(["", *name])
+        )
 
     @cached_property
     def digest(self) -> str | None:

@@ -61,14 +61,18 @@ from compressor.opened_model import (
 from compressor.planning import (
     Budget,
     FormRequest,
+    LayerPlan,
     MeasuredLayer,
     Plan,
     holds,
+    is_worthwhile,
     window_rule_advice,
+    worthwhile_size,
 )
 from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
-from compressor.report.wording import command_words, warning_words
+from compressor.report.wording import command_words, needs_calibration, percent, warning_words
+from compressor.report.wording import in_bytes as in_size
 from compressor.requests import (
     SHARD_SIZE,
     data_to_measure_on,
@@ -331,6 +335,8 @@ def compress(
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
     shard_size = in_bytes(max_shard_size, "max_shard_size")
 
+    if samples is None:
+        _warn_of_missing_data(subject, budget)
     inspected = inspect_layers(subject, EPSILON, where, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
@@ -345,11 +351,10 @@ def compress(
     else:
         planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress, refine=refine)
     chosen = planned.plan
-    if budget is None and all(layer.rank is None for layer in chosen.layers):
-        raise QualityGateNotMet(
-            f"{subject.name}: nothing can be removed safely ({chosen.budget}); ask for a size with `keep=0.8`, or for a"
-            " larger `tolerance`"
-        )
+    if budget is None:
+        _require_worthwhile(subject, measured, chosen, form, shard_size)
+    if chosen.budget.kind != "plan":
+        _require_no_growth(subject, chosen)
 
     asked = {
         "revision": revision,
@@ -460,6 +465,7 @@ def _carried_out(
             },
             command=command,
             model=compressed,
+            has_attention=subject.has_attention,
             left_out=checkpoint.left_out,
             weights_at=checkpoint.weights_at,
             not_copied=() if target is None else not_copied_from(checkpoint),
@@ -555,6 +561,56 @@ def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
             "no layer of this model is eligible",
             where=name,
             remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
+        )
+
+
+def _warn_of_missing_data(subject: OpenedModel, budget: Budget | None) -> None:
+    """Say before the work what compressing attention layers by their weights alone can do, and how to avoid it."""
+    asked = budget or Budget("tolerance")
+    if not needs_calibration(asked, has_attention=subject.has_attention):
+        return
+    size = " with a size, such as `keep=0.8`, and" if asked.kind in ("tolerance", "window-rule") else " with"
+    logger.warning(
+        "%s has attention layers: compressed by its weights alone it may lose most of what it knows; to avoid that, run"
+        " it%s `calibration=FILE`, about a hundred examples (or builtin:stdlib for text, builtin:digits for images)",
+        subject.name,
+        size,
+    )
+
+
+def _require_worthwhile(
+    subject: OpenedModel, measured: Sequence[MeasuredLayer], chosen: Plan, form: FormRequest, shard_size: int
+) -> None:
+    """Raise `QualityGateNotMet` where nothing was asked and little was saved, naming a size that saves enough."""
+
+    def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
+        plan = replace(chosen, layers=layers)
+        return weight_file_bytes(Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan), shard_size)
+
+    before, after = subject.checkpoint.weight_bytes, file_bytes(chosen.layers)
+    if is_worthwhile(after, before):
+        return
+    suggested = worthwhile_size(measured, form, file_bytes, before)
+    remedy = (
+        "low rank does not make these weight files worthwhile smaller"
+        if suggested is None
+        else f"ask for a size with `keep={suggested.value:g}`, better with `calibration=DATA`"
+    )
+    nothing = all(layer.rank is None for layer in chosen.layers)
+    little = f"what can be removed safely leaves {percent(after, before)} of the weight files"
+    found = "nothing can be removed safely" if nothing else little
+    raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
+
+
+def _require_no_growth(subject: OpenedModel, chosen: Plan) -> None:
+    """Raise `QualityGateNotMet` for tensors that would become larger, as copies of those that were tied do."""
+    before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
+    infos = rewritten_infos(Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen))
+    after = sum(info.nbytes for info in infos)
+    if after > before:
+        raise QualityGateNotMet(
+            f"{subject.name}: the tensors would grow from {in_size(before)} to {in_size(after)}, because some that were"
+            " tied become copies; keep less, leave these layers out with `exclude`, or give the ranks as a `plan`"
         )
 
 

@@ -117,13 +117,14 @@ class Compression:
     """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
 
     `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
-    `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was
-    measured of the eligible layers, and `measured` what the plan was made from. `warnings` are sentences on what
-    must not be overlooked. `command` is the one that does the same, with paths by their last part (empty for a module),
-    and `pushed` the address of the commit on the hub. `model` is the compressed module when a module was compressed.
-    `left_out` is what the source's files hold beside the weights (they are not counted in `bytes`), and `weights_at`
-    the keys under which the weights were found. With a base the matrices are differences to it, `after` is what is
-    stored beside it, and `fine_tune` says how. `not_copied` is what of a model folder did not go along, and why.
+    `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured
+    of the eligible layers, and `measured` what the plan was made from. `has_attention` tells whether the model has
+    attention layers, and `warnings` are sentences on what must not be overlooked. `command` is the one that does the
+    same, with paths by their last part (empty for a module), and `pushed` the address of the commit on the hub.
+    `model` is the compressed module when a module was compressed. `left_out` is what the source's files hold beside
+    the weights (they are not counted in `bytes`), and `weights_at` the keys under which the weights were found. With
+    a base the matrices are differences to it, `after` is what is stored beside it, and `fine_tune` says how.
+    `not_copied` is what of a model folder did not go along, and why.
     """
 
     source: str
@@ -137,6 +138,7 @@ class Compression:
     peak_memory_bytes: int
     skipped: tuple[Layer, ...]
     spectra: Mapping[str, Spectrum] = field(repr=False, compare=False)
+    has_attention: bool = False
     warnings: tuple[str, ...] = ()
     inspected: tuple[InspectedLayer, ...] = field(default=(), repr=False, compare=False)
     measured: tuple[MeasuredLayer, ...] = field(default=(), repr=False, compare=False)

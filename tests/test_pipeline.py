@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import stat
 from collections import OrderedDict
 from pathlib import Path
@@ -15,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import compressor
-from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, evaluate, inspect, plan, restore
+from compressor import BadInput, QualityGateNotMet, TrainingRecipe, compress, evaluate, inspect, pipeline, plan, restore
 from compressor.evaluation import load_model
+from compressor.planning import Budget, LayerPlan, Plan
+from compressor.report.html import report_page
+from tests.calibration.tiny_models import transformer
 
 
 def build() -> nn.Sequential:
@@ -294,9 +299,46 @@ def test_inspection_reports_every_matrix(file: Path) -> None:
 
 def test_nothing_safe_to_remove_is_a_quality_gate(tmp_path: Path) -> None:
     save_file({"a.weight": torch.eye(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(QualityGateNotMet, match=r"`keep=0\.8`"):
+    with pytest.raises(QualityGateNotMet, match="does not make these weight files worthwhile smaller"):
         compress(tmp_path / "model.safetensors")
     assert set(snapshot(tmp_path)) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
+def test_what_saves_less_than_a_twentieth_is_refused_where_nothing_was_asked_and_what_is_suggested_works(
+    tmp_path: Path, share: float
+) -> None:
+    """One layer that the default makes smaller beside more and more that it leaves."""
+    torch.manual_seed(0)
+    low_rank, rest = torch.randn(64, 3) @ torch.randn(3, 64), round(64 / share)
+    tensors = {"a.weight": low_rank, "b.weight": torch.linalg.qr(torch.randn(rest, rest))[0].contiguous()}
+    save_file(tensors if share < 1 else {"b.weight": tensors["b.weight"]}, tmp_path / "model.safetensors")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    if share == 0.5:
+        assert Path(str(compress(tmp_path / "model.safetensors").output)).stat().st_size <= 0.95 * size
+        return
+    with pytest.raises(QualityGateNotMet, match="safely") as refused:
+        compress(tmp_path / "model.safetensors")
+    suggested = re.search(r"`keep=([\d.]+)`", str(refused.value))
+    assert suggested is not None
+    report = compress(tmp_path / "model.safetensors", keep=float(suggested[1]))
+    assert Path(str(report.output)).stat().st_size <= 0.95 * size
+
+
+def test_a_size_near_the_whole_is_given_where_it_is_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "model.safetensors")
+    report = compress(tmp_path / "model.safetensors", keep=0.97)
+    assert report.plan.eligible_after <= 0.97 * report.plan.eligible_before
+    assert report.plan.layers[0].rank is not None
+
+
+def test_a_given_plan_is_obeyed_where_the_tensors_grow_and_that_is_said() -> None:
+    model = nn.Linear(40, 40)
+    given = Plan("m", None, Budget("plan"), (LayerPlan("", (40, 40), "linear", 39, "plain", 0, math.nan, ""),))
+    report = compress(model, plan=given)
+    assert report.bytes.after > report.bytes.before
+    assert any("grow from" in words for words in report.warnings)
 
 
 def test_outputs_respect_the_umask_and_the_input_is_never_touched(file: Path) -> None:
@@ -327,7 +369,8 @@ def test_pivoted_pairs_of_every_rank_come_back(tmp_path: Path) -> None:
 
 def test_a_fine_tuned_model_is_not_cut_by_what_is_left_of_a_random_start(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_file({"a.weight": torch.randn(64, 64)}, tmp_path / "model.safetensors")
+    falling = torch.randn(64, 64) * torch.exp(-torch.arange(64) / 8)
+    save_file({"a.weight": falling}, tmp_path / "model.safetensors")
     recipe = {
         "optimizer": "sgd", "momentum": 0, "learning_rate": 0.01, "weight_decay": 1e-4, "schedule": "constant",
         "steps": 100, "batch_size": 8,
@@ -509,3 +552,42 @@ def test_importing_the_package_is_light() -> None:
     heavy = "import sys, compressor; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "module"])
+def test_attention_without_data_is_said_before_the_work_and_in_every_result(
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformer("llama").save_pretrained(tmp_path / "llama")
+    model: Any = {
+        "folder": tmp_path / "llama",
+        "file": tmp_path / "alone.safetensors",
+        "module": nn.TransformerEncoderLayer(16, 2, 32),
+    }[form]
+    if form == "file":
+        save_file(load_file(tmp_path / "llama" / "model.safetensors"), model)
+    said_before: list[str] = []
+    inspect_layers = pipeline.inspect_layers
+
+    def noting(*given: Any) -> Any:
+        said_before.extend(caplog.messages)
+        return inspect_layers(*given)
+
+    monkeypatch.setattr(pipeline, "inspect_layers", noting)
+    result = compress(model, keep=0.6)
+    [before] = [message for message in said_before if "attention layers" in message]
+    assert "`calibration=FILE`" in before
+    assert "builtin:stdlib" in before
+    [words] = [words for words in result.warnings if "compressed without data; not evaluated" in words]
+    assert words in result.to_dict()["warnings"]
+    assert words in report_page(result)
+    if form == "folder":
+        assert words in (Path(str(result.output)) / "README.md").read_text()
+
+
+def test_nothing_is_said_without_attention_or_with_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    convolutional = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+    assert compress(convolutional, keep=0.6).warnings == ()
+    texts = [{"input_ids": torch.randint(3, 40, (8, 8))} for _ in range(2)]
+    assert compress(transformer("llama"), keep=0.6, calibration=texts, refine=False).warnings == ()
+    assert not any("attention" in message for message in caplog.messages)

@@ -64,6 +64,7 @@ from compressor.planning import (
     apply_edits,
     choose_ranks,
     default_budget,
+    is_worthwhile,
     read_plan,
 )
 from compressor.recipe import TrainingRecipe
@@ -141,6 +142,11 @@ def compress_fine_tune(
         )
     adaptation = form.adaptation(planned, chosen)
     stored = form.stored(adaptation)
+    if budget is None and plan is None and not is_worthwhile(stored.bytes, subject.checkpoint.weight_bytes):
+        raise QualityGateNotMet(
+            f"{subject.name}: what was added to the base would take nearly as much as the fine-tune itself ({chosen});"
+            " ask for a size with `keep=0.2`, or for a larger `tolerance`"
+        )
     if stored.adapter is not None:
         require_pairs(stored.adapter)
     errors: dict[str, float] = {}

@@ -1,7 +1,14 @@
 """Stage 4: a budget becomes a rank for every layer, and why."""
 
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, Budget, requested_budget
-from compressor.planning.choice import choose_ranks, default_budget, rank_caps, window_rule_advice
+from compressor.planning.choice import (
+    choose_ranks,
+    default_budget,
+    is_worthwhile,
+    rank_caps,
+    window_rule_advice,
+    worthwhile_size,
+)
 from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
 from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
@@ -36,6 +43,7 @@ __all__ = [
     "choose_ranks",
     "default_budget",
     "holds",
+    "is_worthwhile",
     "pair_forms",
     "predicted_loss",
     "rank_caps",
@@ -47,4 +55,5 @@ __all__ = [
     "smallest_size",
     "spent",
     "window_rule_advice",
+    "worthwhile_size",
 ]

@@ -19,6 +19,13 @@ WINDOW_RULE_TOLERANCE = 0.1
 # points of accuracy with forgetting exponents below two: what they learned was below the edge of the start.
 LARGEST_SHARE = math.exp(-2)
 
+# The least share of its bytes that a layer has to save to be factorized: two small products are slower than a large
+# one, and a little space is not worth that.
+LEAST_LAYER_SAVING = 0.05
+
+# The least share of the weight files' bytes that a result has to save where nothing was asked.
+LEAST_FILE_SAVING = 0.05
+
 BudgetKind = Literal["keep", "max-size", "max-drop", "tolerance", "window-rule", "plan"]
 
 

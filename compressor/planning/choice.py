@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from compressor.errors import BadInput
-from compressor.planning.budget import SAFE_TOLERANCE, Budget
+from compressor.planning.budget import LEAST_FILE_SAVING, SAFE_TOLERANCE, Budget
 from compressor.planning.plan import (
     FormRequest,
     LayerPlan,
@@ -88,6 +88,32 @@ def _smallest(
     rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
     # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
     return "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
+
+
+def worthwhile_size(
+    measured: Sequence[MeasuredLayer],
+    form: FormRequest,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+    dense_bytes: int,
+) -> Budget | None:
+    """A size to suggest where nothing was asked and little was saved: the largest of a few whose files are worthwhile.
+
+    None where low rank makes the weight files, of `dense_bytes`, next to no smaller at any of them.
+    """
+    for keep in (0.8, 0.6, 0.4, 0.2, 0.1):
+        budget = Budget("keep", keep)
+        try:
+            layers = choose_ranks(measured, budget, form, file_bytes)
+        except BadInput:  # below the smallest size
+            return None
+        if is_worthwhile(file_bytes(layers), dense_bytes):
+            return budget
+    return None
+
+
+def is_worthwhile(after: int, before: int) -> bool:
+    """Whether weight files save enough of their bytes, where nothing was asked."""
+    return after <= (1 - LEAST_FILE_SAVING) * before
 
 
 def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamily, form: FormRequest) -> str | None:

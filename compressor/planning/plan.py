@@ -18,7 +18,7 @@ from compressor.errors import BadInput
 from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
 from compressor.measure.memory_window import EPSILON
 from compressor.planning.allocation import Choices, allocate, even_shares
-from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
+from compressor.planning.budget import LARGEST_SHARE, LEAST_LAYER_SAVING, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
 from compressor.planning.drop_search import DropSearch
 from compressor.planning.form import Count, Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
 
@@ -215,15 +215,21 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
 
 
 def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> LayerPlan:
-    """The plan for one layer at a rank; dense where the pair would not be smaller or the layer is to stay."""
+    """The plan for one layer at a rank; dense where the pair would save next to nothing or the layer is to stay."""
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
     parameters = stored_parameters(factorized_shape(layer, form), form, rank)
-    if parameters >= layer.parameters:
-        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be smaller")
+    if stored_bytes(factorized_shape(layer, form), form, rank, measured.itemsize) > _most_bytes(measured):
+        saving = "not be smaller" if parameters >= layer.parameters else f"save less than {LEAST_LAYER_SAVING:.0%}"
+        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
     error = float(measured.errors(form)[rank])
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
+
+
+def _most_bytes(m: MeasuredLayer) -> float:
+    """The most bytes that a pair may take to be worth its slower products."""
+    return (1 - LEAST_LAYER_SAVING) * stored_bytes(m.layer.shape, "dense", 0, m.itemsize)
 
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
@@ -423,7 +429,7 @@ class LayerChoices:
 def layer_choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
 ) -> LayerChoices:
-    """Every form and rank whose pair is smaller than the dense layer, and dense last.
+    """Every form and rank whose pair saves enough of the dense layer, and dense last.
 
     Under a cap there is no dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise
     with the rank, and the cap says nothing of the matrix of a spatial pair.
@@ -438,15 +444,16 @@ def layer_choices(
             return parameters(form, ranks)
         return stored_bytes(factorized_shape(layer, form), form, ranks, m.itemsize)
 
-    largest, capped = layer.parameters - 1, False
+    largest, capped = layer.parameters, False
     if m.rank_cap is not None and m.stays_dense is None:
         at_cap = form_for(layer, m.rank_cap, request), m.rank_cap
-        capped = parameters(*at_cap) <= largest and cost(*at_cap) < cost("dense", 0)
+        capped = stored_bytes(layer.shape, *at_cap, m.itemsize) <= _most_bytes(m)
         largest = parameters(*at_cap) if capped else largest
     forms: list[Form] = []
     ranks, costs, errors = [], [], []
     for form, own in _ranks_of_forms(m, request):
-        fitting = own[parameters(form, own) <= largest]
+        stored = stored_bytes(factorized_shape(layer, form), form, own, m.itemsize)
+        fitting = own[(parameters(form, own) <= largest) & (stored <= _most_bytes(m))]
         forms += [form] * len(fitting)
         ranks.append(fitting)
         costs.append(cost(form, fitting))

@@ -287,6 +287,31 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
 
 
+def needs_calibration(budget: Budget, *, has_attention: bool) -> bool:
+    """Whether a model without calibration data may well be destroyed unnoticed: a drop that is measured is noticed."""
+    return has_attention and budget.kind != "max-drop"
+
+
+def without_data_words(compression: Compression) -> str | None:
+    """That a model with attention layers was compressed without calibration data; None where there were any."""
+    plan = compression.plan
+    at_risk = needs_calibration(plan.budget, has_attention=compression.has_attention)
+    if plan.calibration is not None or not at_risk or not any(layer.rank is not None for layer in plan.layers):
+        return None
+    if compression.evaluation is not None:
+        return "compressed without calibration data"
+    return "compressed without data; not evaluated: models with attention layers often lose most of what they know so"
+
+
+def _growth_words(compression: Compression) -> str | None:
+    """That the weight files become larger; None where they do not."""
+    before, after = compression.bytes.before, compression.bytes.after
+    if after <= before:
+        return None
+    said = f"the weight files grow from {in_bytes(before)} to {in_bytes(after)}"
+    return f"{said}: what the format says of the layers outweighs what they save"
+
+
 # A share that was asked for is missed where less than this part of the saving is achieved.
 LEAST_SHARE_OF_THE_SAVING = 0.5
 
@@ -295,8 +320,10 @@ def warning_words(compression: Compression) -> tuple[str, ...]:
     """What a reader of a result must not overlook."""
     plan, evaluation = compression.plan, compression.evaluation
     found = [
+        without_data_words(compression),
         unchanged_words(plan.layers, written=compression.output is not None),
         missed_share_words(compression),
+        _growth_words(compression),
     ]
     if evaluation is not None:
         found.append(larger_drop_words(evaluation, plan.budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,12 @@ def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[Measured
         if plan.rank is None:
             assert plan.parameters == m.layer.parameters
             continue
-        assert plan.parameters < m.layer.parameters
+        assert plan.parameters <= 0.95 * m.layer.parameters
         larger = [
             size
             for rank in range(plan.rank + 1, min(m.layer.shape) + 1)
             for stored in forms_of(form)
-            if (size := stored_parameters(m.layer.shape, stored, rank)) < m.layer.parameters
+            if (size := stored_parameters(m.layer.shape, stored, rank)) <= 0.95 * m.layer.parameters
         ]
         cheapest = min([*larger, m.layer.parameters])
         assert after - plan.parameters + cheapest > keep * total or truncation_errors(m.singular_values)[plan.rank] == 0
@@ -299,14 +300,40 @@ def smaller_at_its_cap(m: MeasuredLayer, form: Any, unit: str) -> bool:
     return numbers[chosen] < dense and (unit == "p" or in_bytes < dense * m.itemsize)
 
 
-def test_a_cap_whose_pair_is_smaller_in_numbers_but_not_in_bytes_is_none_of_a_size_in_bytes() -> None:
+@pytest.mark.parametrize("unit", ["parameters", "bytes"])
+def test_a_cap_whose_pair_is_smaller_in_numbers_but_not_in_bytes_is_none(unit: Any) -> None:
     # 33 x 47 numbers of two bytes and 40 indices of four, instead of 40 x 40 numbers.
     layer = replace(measured("a", 40, 40), rank_cap=33, itemsize=2)
-    assert plan_by_size([layer], 3200, "pivoted", unit="bytes") == plan_by_size(
-        [replace(layer, rank_cap=None)], 3200, "pivoted", unit="bytes"
+    assert plan_by_size([layer], 3200, "pivoted", unit=unit) == plan_by_size(
+        [replace(layer, rank_cap=None)], 3200, "pivoted", unit=unit
     )
-    [capped] = plan_by_size([layer], 1600, "pivoted", unit="parameters") or ()
-    assert capped.rank == 33
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("request_", ["plain", "pivoted", "auto"])
+@given(st.integers(2, 40), st.integers(2, 40), st.floats(0.02, 1.0))
+def test_a_layer_is_factorized_only_where_that_saves_a_twentieth_of_its_bytes(
+    request_: Any, itemsize: int, d_out: int, d_in: int, share: float
+) -> None:
+    layer = replace(measured("a", d_out, d_in), itemsize=itemsize)
+    dense = itemsize * d_out * d_in
+    budgets = [(Budget("keep", share), no_files), (Budget("tolerance", min(share, 0.99)), no_files)]
+    for budget, files in budgets:
+        try:
+            [chosen] = choose_ranks([layer], budget, request_, files)
+        except BadInput:
+            continue
+        if chosen.rank is not None:
+            assert stored_bytes((d_out, d_in), chosen.form, chosen.rank, itemsize) <= 0.95 * dense
+        elif budget.kind == "tolerance":
+            assert "would save less than 5%" in chosen.reason or "would not be smaller" in chosen.reason
+
+
+def test_a_plan_that_is_given_is_obeyed_where_it_saves_next_to_nothing() -> None:
+    layer = measured("a", 40, 40)
+    edit = LayerPlan("a", (40, 40), "linear", 39, "plain", 0, math.nan, "")
+    [chosen] = apply_edits(Plan("m", None, Budget("plan"), (edit,)), [layer], "plan.json")
+    assert chosen.rank == 39
 
 
 @pytest.mark.parametrize("family", ["adaptive", None])

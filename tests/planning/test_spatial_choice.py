@@ -48,7 +48,7 @@ def models(draw: st.DrawFn) -> list[MeasuredLayer]:
 
 
 def possible(m: MeasuredLayer) -> list[tuple[int, float]]:
-    """Size and error of all that a layer may become."""
+    """Size and error of all that a layer may become: a pair has to save a twentieth."""
     values = {"channel": m.singular_values, "spatial": m.spatial_values}
     choices = [(m.layer.parameters, 0.0)]
     for form in pair_forms(m.layer):
@@ -57,7 +57,7 @@ def possible(m: MeasuredLayer) -> list[tuple[int, float]]:
         errors = truncation_errors(spectrum)
         shape = factorized_shape(m.layer, form)
         choices += [(stored_parameters(shape, form, rank), float(errors[rank])) for rank in range(1, len(errors))]
-    return choices
+    return [choices[0], *((size, error) for size, error in choices[1:] if size <= 0.95 * m.layer.parameters)]
 
 
 def as_chosen(m: MeasuredLayer, layer: LayerPlan) -> None:
