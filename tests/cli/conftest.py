@@ -22,7 +22,7 @@ def model(tmp_path: Path) -> Path:
     tensors = {
         f"encoder.layers.{block}.a_rather_long_block_name.{name}.weight": low_rank(48, 32, 4, generator)
         for block in range(3)
-        for name in ("attention.query", "feed_forward.up")
+        for name in ("projector.first", "feed_forward.up")
     }
     tensors["\x1b[2Jhead.weight"] = low_rank(32, 48, 4, generator)
     tensors["embed_tokens.weight"] = torch.randn(20, 32, generator=generator)

@@ -471,7 +471,7 @@ def test_a_pipe_gets_whole_names(arguments: list[str], model: Path, capsys: Capt
     assert run([*arguments, str(model)]) == 0
     out = capsys.readouterr().out
     for block in range(3):
-        for end in ("attention.query", "feed_forward.up"):
+        for end in ("projector.first", "feed_forward.up"):
             assert f"\nencoder.layers.{block}.a_rather_long_block_name.{end} " in out
     assert "…" not in out
 
