@@ -462,7 +462,7 @@ def test_tables_fit_a_terminal_of_80_columns_and_nothing_steers_it(
     assert all(line.isprintable() for line in out.splitlines())
     # Shortened names still say which block and which matrix they are.
     for block in range(3):
-        for end in ("query", "up"):
+        for end in ("first", "up"):
             assert any(re.match(f"…{block}[.…].*{end} ", line) for line in out.splitlines())
 
 
