@@ -111,7 +111,11 @@ def _require_plain(module: nn.Module) -> None:
 
 def require_copyable(module: nn.Module) -> None:
     """Refuse a module that cannot be copied, which the compressed one is made by; its tensors are not copied here."""
-    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    from torch import Tensor
+
+    # Old ways of normalisation and pruning keep their last result as an attribute, which is computed anew in the copy.
+    results = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers(), results)}
     name = type(module).__name__
     try:
         copy.deepcopy(module, tensors)
