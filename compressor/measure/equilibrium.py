@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from compressor.measure.memory_window import forgetting_exponent, recursion_of
+from compressor.measure.memory_window import forgetting_exponent
+from compressor.measure.retention import recursion_of
 from compressor.recipe import TrainingRecipe
 
 # The fourth power of the norm approaches its equilibrium as exp(-4 K) times its distance at the start: at this K a

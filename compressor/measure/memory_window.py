@@ -15,22 +15,22 @@ et al. (2022, arXiv:2206.05794, Lemma 3.2) with their mu*lambda = lr*wd/2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from compressor.errors import BadInput
+from compressor.measure.retention import (
+    constant_window,
+    first_step_below,
+    recursion_of,
+    state_before_the_end,
+)
 from compressor.recipe import TrainingRecipe
 
 EPSILON = 0.1
 """The share of a matrix that a memory window leaves out where nothing else is asked."""
 
-_CHUNK = 65536
-_MOST_DOUBLINGS = 50
 _NORM_RATIO_ALLOWED = 2.0
 _PRECONDITIONERS = frozenset({"adafactor", "shampoo"})
 _NO_CONTRACTION = "weight decay this strong does not contract the weights"
@@ -210,9 +210,7 @@ def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Re
         raise BadInput(f"what training retains is open: {unknown}", remedy="complete the training recipe")
     if steps > (recipe.total_steps or 0):
         raise BadInput(f"the training has fewer than {steps} steps", remedy="ask for fewer")
-    p, q, log_scale = 1.0, 0.0, 0.0
-    for _, p, q, log_scale in islice(_walk_back(recipe), steps):  # noqa: B007 - the last one counts
-        pass
+    p, q, log_scale = state_before_the_end(recipe, steps)
     return Retention(p * math.exp(log_scale), q * math.exp(log_scale))
 
 
@@ -237,75 +235,9 @@ def _unknown_in_update(recipe: TrainingRecipe) -> str:
     return unknown
 
 
-@dataclass(frozen=True)
-class Recursion:
-    """A step that is linear in weights, buffer and gradient of the loss:
-
-    W' = W - lr * (decay * W + pull * b + push * g), b' = feed * W + momentum * b + fill * g.
-    """
-
-    decay: float
-    pull: float
-    feed: float
-    momentum: float
-    push: float
-    fill: float
-
-    def matrix(self, learning_rate: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The 2x2 map of (W, b)."""
-        return np.array(
-            [
-                [1.0 - learning_rate * self.decay, -learning_rate * self.pull],
-                [self.feed, self.momentum],
-            ]
-        )
-
-
-def recursion_of(recipe: TrainingRecipe, *, first: bool = False) -> Recursion:
-    """The recursion of a recipe in which nothing needed is unknown; `first` is that of the run's first step.
-
-    After `torch.optim.SGD`; with decoupled decay after SGDW (Loshchilov & Hutter 2019, arXiv:1711.05101,
-    Algorithm 1), whose part without momentum is also what AdamW and its like do to the weights. A named
-    optimizer has torch's definition where the recipe does not qualify it: no Nesterov momentum, no dampening,
-    and for "sgd" weight decay in the gradient.
-    """
-    decay = recipe.weight_decay or 0.0
-    momentum = (recipe.momentum or 0.0) if recipe.family == "sgd" else 0.0
-    # The first buffer is the gradient itself: torch dampens from the second step on, and only with momentum.
-    undampened = 1.0 if first or momentum == 0 else 1.0 - (recipe.dampening or 0.0)
-    pull = momentum**2 if recipe.nesterov else momentum
-    push = 1.0 + momentum * undampened if recipe.nesterov else undampened
-    if recipe.decoupled_weight_decay:
-        return Recursion(decay, pull, 0.0, momentum, push, undampened)
-    return Recursion(push * decay, pull, undampened * decay, momentum, push, undampened)
-
-
-def _walk_back(recipe: TrainingRecipe) -> Iterator[tuple[int, float, float, float]]:
-    """For n = 1 to T: n, and p_n, q_n and the logarithm of a scale that both are to be multiplied by.
-
-    The row (p_n, q_n) is the first one of the product of the last n steps' matrices.
-    """
-    total = recipe.total_steps or 0
-    step = recursion_of(recipe)
-    p, q, log_scale, count = 1.0, 0.0, 0.0, 0
-    for stop in range(total, 0, -_CHUNK):
-        rates = recipe.learning_rates(max(0, stop - _CHUNK), stop)
-        for rate in () if rates is None else rates[::-1].tolist():
-            count += 1
-            if count == total:
-                step = recursion_of(recipe, first=True)
-            p, q = p - rate * step.decay * p + step.feed * q, step.momentum * q - rate * step.pull * p
-            size = abs(p) + abs(q)
-            if not 1e-100 < size < 1e100 and size > 0:
-                p, q, log_scale = p / size, q / size, log_scale + math.log(size)
-            yield count, p, q, log_scale
-
-
 @lru_cache(maxsize=64)
 def _exponent(recipe: TrainingRecipe) -> float:
-    p, log_scale = 1.0, 0.0
-    for _, p, _, log_scale in _walk_back(recipe):  # noqa: B007 - the last one counts
-        pass
+    p, _, log_scale = state_before_the_end(recipe, recipe.total_steps or 0)
     return -(math.log(abs(p)) + log_scale) if p else math.inf
 
 
@@ -316,47 +248,16 @@ def _window(recipe: TrainingRecipe, epsilon: float) -> tuple[int | None, bool | 
     unknown = _unknown_in_update(recipe)
     if not unknown and peak is not None and recipe.schedule == "constant" and total is None:
         # The end of a constant schedule is the same after any number of steps.
-        steps = _constant_window(recursion_of(recipe), peak, epsilon)
+        steps = constant_window(recursion_of(recipe), peak, epsilon)
         return steps, None, "" if steps else f"no window: {_NO_CONTRACTION}"
     unknown = unknown or recipe.unknown_in_schedule
     if unknown or peak is None or total is None:
         return None, None, f"no window: {unknown}"
-    for count, p, q, log_scale in _walk_back(recipe):
-        # Training starts with an empty buffer.
-        left = abs(p) + (abs(q) / peak if count < total else 0.0)
-        if left == 0 or math.log(left) + log_scale <= math.log(epsilon):
-            return count, False, ""
+    steps = first_step_below(recipe, epsilon)
+    if steps is not None:
+        return steps, False, ""
     exponent = _exponent(recipe)
     if exponent < 0:
         return None, None, f"no window: {_NO_CONTRACTION}"
     left_of_start = f"{math.exp(-exponent):.3g} of the start is left"
     return None, True, f"the window exceeds the training's {total} steps: {left_of_start}"
-
-
-def _constant_window(recursion: Recursion, learning_rate: float, epsilon: float) -> int | None:
-    """The window at a constant learning rate: doubling the steps until they suffice, then halving.
-
-    What is left falls all the time where the roots of the recursion are real and positive. Elsewhere it oscillates,
-    and the steps are walked one by one, up to the number that doubling found.
-    """
-    powers = [recursion.matrix(learning_rate)]
-    roots = np.linalg.eigvals(powers[0])
-    oscillates = np.iscomplexobj(roots) or bool((roots < 0).any())
-
-    def left(row: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-        return float(abs(row[0]) + abs(row[1]) / learning_rate)
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        while not left(powers[-1][0]) <= epsilon:
-            if len(powers) == _MOST_DOUBLINGS or not np.isfinite(powers[-1]).all():
-                return None
-            powers.append(powers[-1] @ powers[-1])
-    steps, row = 0, np.array([1.0, 0.0])
-    if oscillates:
-        while left(row) > epsilon:
-            steps, row = steps + 1, row @ powers[0]
-        return steps
-    for exponent in reversed(range(len(powers))):
-        if left(row @ powers[exponent]) > epsilon:
-            steps, row = steps + 2**exponent, row @ powers[exponent]
-    return steps + 1

@@ -17,7 +17,7 @@ from compressor.errors import BadInput
 
 KNOWN_SCHEDULES = ("constant", "linear", "cosine", "step")
 
-# Steps are walked one by one, so their number is limited to what a computer can walk.
+# More than any training has taken.
 MOST_STEPS = 10**8
 _MOST = 10**15
 
@@ -287,12 +287,14 @@ class TrainingRecipe:
         schedule for which no warm-up is stated has none.
         """
         total = self.total_steps
-        if self.unknown_in_schedule or total is None or self.learning_rate is None:
+        if self.unknown_in_schedule or total is None:
             return None
-        length = self.schedule_steps or total
-        warmup = self.warmup_steps or 0
-        warmup = math.ceil(length * warmup) if warmup < 1 else int(warmup)
-        step = np.arange(start, total if stop is None else min(stop, total), dtype=np.float64)
+        return self.learning_rates_at(np.arange(start, total if stop is None else min(stop, total), dtype=np.float64))
+
+    def learning_rates_at(self, step: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The learning rates of a schedule that is known, at any step, between two also."""
+        assert self.learning_rate is not None
+        length, warmup = self.schedule_steps or self.total_steps or 0, self.warmup_length
         annealed = np.maximum(0.0, step - warmup) / max(1, length - warmup)
         factor: np.ndarray[Any, np.dtype[Any]]
         if self.schedule == "linear":
@@ -305,6 +307,12 @@ class TrainingRecipe:
             factor = np.ones_like(step)
         ramp = np.minimum(1.0, step / warmup) if warmup else 1.0
         return np.asarray(self.learning_rate * ramp * factor, dtype=np.float64)
+
+    @property
+    def warmup_length(self) -> int:
+        """The steps of the warm-up."""
+        warmup = self.warmup_steps or 0
+        return math.ceil((self.schedule_steps or self.total_steps or 0) * warmup) if warmup < 1 else int(warmup)
 
     def decays(self, name: str) -> bool | None:
         """Whether the parameter called `name` gets weight decay; None if that is unknown."""
