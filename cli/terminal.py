@@ -23,6 +23,9 @@ Progress = Callable[[str, int, int], None]
 # Without a terminal a line of progress needs 10 s since the one before, and a tenth more done or a minute passed.
 LINE_SECONDS, SILENCE_SECONDS = 10.0, 60.0
 
+# The least time that an estimate of the whole is made from.
+SHORTEST_MEASUREMENT = 2.0
+
 
 def write_error(text: str) -> None:
     """Write to standard error; where nobody reads it any more there is nobody to tell."""
@@ -102,56 +105,116 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
             with _bars(console) as progress:
                 yield progress
         else:
-            yield progress_lines(write_error, time.monotonic)
+            if "torch" not in sys.modules:
+                write_error("loading the libraries")
+            yield ProgressLines(write_error, time.monotonic)
+
+
+class _Bars:
+    """Progress as one bar for each stage, and beside it the time left in all where it is known."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars, self._pace = bars, Pace(time.monotonic)
+        # Importing the libraries takes seconds.
+        self._starting = bars.add_task("starting", total=None, left="")
+        self._tasks: dict[str, Any] = {}
+
+    def expect(self, costs: Mapping[str, float]) -> None:
+        self._pace.expect(costs)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self._pace.note(stage, done, total)
+        self._bars.update(self._starting, visible=False)
+        left = self._pace.left()
+        words = "" if left is None else f"about {_duration(left)} left in all"
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, left="")
+        for task in self._tasks.values():
+            self._bars.update(task, left="")
+        self._bars.update(self._tasks[stage], completed=done, total=total, left=words)
 
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield progress
+    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as bars:
+        yield _Bars(bars)
 
 
-def progress_lines(write: Callable[[str], None], clock: Callable[[], float]) -> Progress:
-    """Progress as plain lines for a log: stage, steps done, the time left at the stage's pace; and when it is done.
+class Pace:
+    """The time left of a whole command, from what its stages were said to cost and the time that was taken so far.
 
-    What takes less than `LINE_SECONDS` in all writes nothing.
+    Nothing is said before a twentieth is done and two seconds have passed: a shorter measurement is none.
     """
-    # The first call of a stage may come after its first step, and other work before that, so the pace counts from it.
-    first_calls: dict[str, tuple[float, int]] = {}
-    began = written_at = clock()
-    written_done = 0
 
-    def progress(stage: str, done: int, total: int) -> None:
-        nonlocal written_at, written_done
-        now = clock()
-        if stage not in first_calls:
-            first_calls[stage], written_done = (now, done), 0
-        waited, a_tenth_more = now - written_at, 10 * (done - written_done) >= total
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started: float | None = None
+        self._costs: dict[str, float] = {}
+        self._done: dict[str, float] = {}
+
+    def expect(self, costs: Mapping[str, float]) -> None:
+        """Take what all stages will cost, in their order and in one unit."""
+        self._started, self._costs, self._done = self._clock(), dict(costs), {}
+
+    def note(self, stage: str, done: int, total: int) -> None:
+        """Take how far a stage is; those before it are over."""
+        if stage in self._costs:
+            before = list(self._costs)[: list(self._costs).index(stage)]
+            self._done |= dict.fromkeys(before, 1.0) | {stage: done / max(total, 1)}
+
+    def left(self) -> float | None:
+        """The seconds left; None while they are not known."""
+        whole = sum(self._costs.values())
+        done = sum(cost * self._done.get(stage, 0.0) for stage, cost in self._costs.items())
+        if self._started is None or done < whole / 20:
+            return None
+        taken = self._clock() - self._started
+        return taken * (whole - done) / done if taken >= SHORTEST_MEASUREMENT else None
+
+
+class ProgressLines:
+    """Progress as plain lines for a log: stage, steps done, the time left; and when a stage is done.
+
+    The time left is that of the whole command where its stages have said what they cost, else of the stage at its own
+    pace. What takes less than `LINE_SECONDS` in all writes nothing.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
+        self._write, self._clock, self._pace = write, clock, Pace(clock)
+        # The first call of a stage may come after its first step and other work, so its pace counts from it.
+        self._first_calls: dict[str, tuple[float, int]] = {}
+        self._began = self._written_at = clock()
+        self._written_done = 0
+
+    def expect(self, costs: Mapping[str, float]) -> None:
+        self._pace.expect(costs)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = self._clock()
+        self._pace.note(stage, done, total)
+        if stage not in self._first_calls:
+            self._first_calls[stage], self._written_done = (now, done), 0
+        waited, a_tenth_more = now - self._written_at, 10 * (done - self._written_done) >= total
         if done >= total:
-            if now - began < LINE_SECONDS:
+            if now - self._began < LINE_SECONDS:
                 return
-            write(f"{stage}: all {total} done" if total > 1 else f"{stage}: done")
+            self._write(f"{stage}: all {total} done" if total > 1 else f"{stage}: done")
         elif waited < LINE_SECONDS or (not a_tenth_more and waited < SILENCE_SECONDS):
             return
         else:
-            first_at, first_done = first_calls[stage]
-            steps = done - first_done
-            left = f", about {_duration((now - first_at) * (total - done) / steps)} left" if steps > 0 else ""
-            write(f"{stage}: {done} of {total}{left}")
-        written_at, written_done = now, done
+            self._write(f"{stage}: {done} of {total}{self._left(stage, now, done, total)}")
+        self._written_at, self._written_done = now, done
 
-    return progress
+    def _left(self, stage: str, now: float, done: int, total: int) -> str:
+        if (left := self._pace.left()) is not None:
+            return f", about {_duration(left)} left in all"
+        first_at, first_done = self._first_calls[stage]
+        steps = done - first_done
+        return f", about {_duration((now - first_at) * (total - done) / steps)} left of this step" if steps > 0 else ""
 
 
 def _duration(seconds: float) -> str:

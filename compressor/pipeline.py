@@ -48,7 +48,7 @@ from compressor.evaluation import (
 )
 from compressor.evaluation.builtin_data import Split
 from compressor.fine_tuning import compress_fine_tune
-from compressor.inspection import Progress, inspect_layers, measured_layers
+from compressor.inspection import FACTORS_COST, Progress, expect, inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop
 from compressor.measure import EPSILON
 from compressor.opened_model import (
@@ -337,6 +337,8 @@ def compress(
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
+        # With data the time is that of running the model, which is known only once it has run.
+        expect(progress, {"measure": 1.0, "factorize": FACTORS_COST} if data is None and not dry_run else {})
     inspected = inspect_layers(subject, EPSILON, where, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
