@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,12 @@ def one_of(value: object, option: str, choices: Sequence[str]) -> None:
         raise BadInput(what, option=option, remedy=f"use one of {', '.join(choices)}")
 
 
+def require_kind(value: object, option: str, kinds: tuple[Any, ...], *, remedy: str) -> None:
+    """Refuse a value that is given and of none of the kinds that an option takes."""
+    if value is not None and not isinstance(value, kinds):
+        raise BadInput(f"`{option}` is a {type(value).__name__}", option=option, remedy=remedy)
+
+
 def require_model(model: object) -> None:
     """Refuse what is neither a path nor a module whose layers can be seen and replaced."""
     from torch import nn
@@ -111,14 +118,17 @@ def _require_plain(module: nn.Module) -> None:
 
 def require_copyable(module: nn.Module) -> None:
     """Refuse a module that cannot be copied, which the compressed one is made by; its tensors are not copied here."""
-    from torch import Tensor
+    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    with copying(module):
+        copy.deepcopy(module, tensors)
 
-    # Old ways of normalisation and pruning keep their last result as an attribute, which is computed anew in the copy.
-    results = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
-    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers(), results)}
+
+@contextmanager
+def copying(module: nn.Module) -> Iterator[None]:
+    """Turn the ways in which a module refuses to be copied into `BadInput`."""
     name = type(module).__name__
     try:
-        copy.deepcopy(module, tensors)
+        yield
     except RecursionError:
         raise _too_deep(name) from None
     except Exception as error:  # the code of any class may raise anything

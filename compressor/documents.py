@@ -98,7 +98,9 @@ def parse_json(content: bytes | str, *, where: str | Path, remedy: str = _CORREC
     try:
         return bounded_json(content)
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"is not valid JSON ({str(error)[:200]})", where=where, remedy=remedy) from None
+        # Python's own words on a number of thousands of digits are advice to programmers.
+        why = "a number of too many digits" if "int_max_str_digits" in str(error) else str(error)[:200]
+        raise BadInput(f"is not valid JSON ({why})", where=where, remedy=remedy) from None
 
 
 def parse_yaml(text: str, *, where: str | Path) -> Any:

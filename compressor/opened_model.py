@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from compressor.arguments import require_kind
 from compressor.checkpoint import (
     Checkpoint,
     Layer,
@@ -104,6 +105,10 @@ def open_model(
     checkpoint = open_checkpoint(model)
     refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
+    require_kind(
+        recipe, "recipe", (TrainingRecipe, str, Path), remedy="give a TrainingRecipe, or the path of a file with one"
+    )
+    require_kind(factory, "factory", (str, Callable), remedy="give a function that builds the model, or its name")
     if isinstance(recipe, str | Path):
         recipe, recipe_file = None, recipe
     if checkpoint.source is not None:

@@ -80,6 +80,7 @@ from compressor.requests import (
     named_data,
     requested,
     require_fine_tune,
+    require_known_kinds,
     require_pushable,
     require_what_is_needed,
     training_options,
@@ -285,10 +286,11 @@ def compress(
     seed = as_count(seed, "seed", least=0, most=2**64 - 1)
     calibration_samples = as_count_if_given(calibration_samples, "calibration_samples", least=2)
     data_samples = as_count_if_given(data_samples, "data_samples", least=1)
+    require_known_kinds(output, data, recipe_file, plan, calibration)
     model = uncompiled(model)
     if isinstance(model, nn.Module):
-        require_copyable(model)
         model = with_effective_weights(model)
+        require_copyable(model)
     budget = requested(keep, max_size, max_drop, tolerance, plan, form)
     if base is not None:
         require_fine_tune(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from compressor.arguments import as_count, as_number
+from compressor.arguments import as_count, as_number, require_kind
 from compressor.checkpoint import Checkpoint, check_push, hub_model, parse_size
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, has_splits, require_apart
@@ -41,6 +41,15 @@ def requested(
     if budget is not None:
         raise BadInput(f"`plan` and `{budget.kind.replace('-', '_')}` are two budgets", remedy="ask for one of them")
     return Budget("plan")
+
+
+def require_known_kinds(output: object, data: object, recipe_file: object, plan: object, calibration: object) -> None:
+    """Raise `BadInput` for objects that are not of the kind that an option takes."""
+    a_path = "give the path of a file or folder"
+    for option, value in (("output", output), ("data", data), ("recipe_file", recipe_file)):
+        require_kind(value, option, (str, Path), remedy=a_path)
+    require_kind(plan, "plan", (Plan, str, Path), remedy="give a plan, or the path of one")
+    require_kind(calibration, "calibration", (str, Path, Iterable), remedy=f"{a_path}, or batches")
 
 
 def require_what_is_needed(

@@ -110,6 +110,12 @@ def test_hostile_json_is_refused_by_every_reader_in_little_memory(tmp_path: Path
         assert len(str(caught.value)) < 500
 
 
+def test_digits_are_refused_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(HOSTILE_JSON["thousands of digits"])
+    with pytest.raises(BadInput, match=r"is not valid JSON \(a number of too many digits\)"):
+        read_plan(tmp_path / "plan.json")
+
+
 def test_files_that_are_read_unasked_cost_no_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("README.md", "recipe.yaml", "args.yaml"):
         (tmp_path / name).write_text(f"---\n{merged(9)}---\n" if name == "README.md" else merged(9))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint, open_checkpoint
 from compressor.errors import BadInput
-from compressor.evaluation.models import load_factory, load_state, load_transformers
+from compressor.evaluation.models import built, load_factory, load_state, load_transformers
 from compressor.rewrite import TRANSPOSED, can_be_pair, join, let_script, put_factors, put_pair, stored_pairs, widened
 
 
 def build_model(factory: str | Callable[[], nn.Module]) -> nn.Module:
     """The architecture that the user's own code builds: `package.module:name`, `file.py:name` or a callable."""
-    return load_factory(factory)() if isinstance(factory, str) else factory()
+    return load_factory(factory)() if isinstance(factory, str) else built(factory, getattr(factory, "__name__", "it"))
 
 
 def require_architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> None:

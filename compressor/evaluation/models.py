@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -54,24 +55,26 @@ def load_factory(spec: str) -> Callable[[], nn.Module]:
         what = "not callable" if hasattr(module, name) else "not defined"
         raise BadInput(f"{name} is {what} there", where=source, remedy="name a function that returns the model")
 
-    def build() -> nn.Module:
-        try:
-            model = factory()
-        except Exception as error:
-            raise BadInput(
-                f"building the model raised {type(error).__name__}: {error}",
-                where=spec,
-                remedy="mend the function; it is called without arguments",
-            ) from error
-        if not isinstance(model, nn.Module):
-            raise BadInput(
-                f"it returned {type(model).__name__}, not a torch.nn.Module",
-                where=spec,
-                remedy="name a function that returns the model",
-            )
-        return model
+    return partial(built, factory, spec)
 
-    return build
+
+def built(factory: Callable[[], object], where: str) -> nn.Module:
+    """What the user's function builds; raises `BadInput` when it fails or returns anything but an `nn.Module`."""
+    try:
+        model = factory()
+    except Exception as error:
+        raise BadInput(
+            f"building the model raised {type(error).__name__}: {error}",
+            where=where,
+            remedy="mend the function; it is called without arguments",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise BadInput(
+            f"it returned {type(model).__name__}, not a torch.nn.Module",
+            where=where,
+            remedy="name a function that returns the model",
+        )
+    return model
 
 
 def load_transformers(folder: Path) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from compressor.arguments import copying
 from compressor.rewrite.factored_parameter import factored_parameters
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def with_effective_weights(module: nn.Module) -> nn.Module:
         for value in _tensors_in(vars(part))
         if not value.is_leaf
     }
-    copied = copy.deepcopy(module, {**results, **made_in_inference})
+    with copying(module):
+        copied = copy.deepcopy(module, {**results, **made_in_inference})
     flags = {part: part.training for part in copied.modules()}
     copied.eval()  # in training mode spectral normalisation would go on estimating
     for part in list(copied.modules()):

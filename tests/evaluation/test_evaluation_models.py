@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from compressor.errors import BadInput
-from compressor.evaluation import load_factory, load_preprocessing, load_state, load_transformers
+from compressor.evaluation import build_model, load_factory, load_preprocessing, load_state, load_transformers
 
 SOURCE = """
 from dataclasses import dataclass
@@ -79,6 +79,19 @@ def test_a_factory_in_a_module_may_be_a_class_or_lie_in_the_current_folder(sourc
 def test_a_factory_that_cannot_be_found_is_bad_input(source, spec, message):
     with pytest.raises(BadInput, match=message):
         load_factory(spec.replace("FILE", str(source)))
+
+
+def test_a_callable_that_builds_no_module_is_bad_input():
+    def build():
+        return {}
+
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(BadInput, match="build: it returned dict, not a torch"):
+        build_model(build)
+    with pytest.raises(BadInput, match=r"broken: building the model raised ZeroDivisionError: .*mend the function"):
+        build_model(broken)
 
 
 @pytest.mark.parametrize(
