@@ -281,12 +281,11 @@ def compress(
     """
     started = time.monotonic()
     require_model(model)
-    one_of(form, "form", get_args(FormRequest))
     include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
     seed = as_count(seed, "seed", least=0, most=2**64 - 1)
     calibration_samples = as_count_if_given(calibration_samples, "calibration_samples", least=2)
     data_samples = as_count_if_given(data_samples, "data_samples", least=1)
-    require_known_kinds(output, data, recipe_file, plan, calibration)
+    require_known_kinds(output, data, recipe_file, plan, calibration, form)
     model = uncompiled(model)
     if isinstance(model, nn.Module):
         model = with_effective_weights(model)

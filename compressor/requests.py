@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from compressor.arguments import as_count, as_number, require_kind
+from compressor.arguments import as_count, as_number, one_of, require_kind
 from compressor.checkpoint import Checkpoint, check_push, hub_model, parse_size
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData, has_splits, require_apart
@@ -43,11 +43,14 @@ def requested(
     return Budget("plan")
 
 
-def require_known_kinds(output: object, data: object, recipe_file: object, plan: object, calibration: object) -> None:
+def require_known_kinds(
+    output: object, data: object, recipe_file: object, plan: object, calibration: object, form: object
+) -> None:
     """Raise `BadInput` for objects that are not of the kind that an option takes."""
     a_path = "give the path of a file or folder"
     for option, value in (("output", output), ("data", data), ("recipe_file", recipe_file)):
         require_kind(value, option, (str, Path), remedy=a_path)
+    one_of(form, "form", get_args(FormRequest))
     require_kind(plan, "plan", (Plan, str, Path), remedy="give a plan, or the path of one")
     require_kind(calibration, "calibration", (str, Path, Iterable), remedy=f"{a_path}, or batches")
 
