@@ -44,7 +44,7 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
         taken = int(np.searchsorted(-prices[order], -prices[order[taken]]))
     left -= int(spent[taken - 1]) if taken else 0
     counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
-    return _spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
+    return spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
 
 
 def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
@@ -88,7 +88,7 @@ def _owners(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     return np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
-def _spend(layers: Sequence[Choices], chosen: list[int], left: int) -> list[int]:
+def spend(layers: Sequence[Choices], chosen: list[int], left: int) -> list[int]:
     """Spend what is left on the steps that save most loss for their cost, until none fits."""
     cost, loss = (np.concatenate(each) for each in zip(*((layer.cost, layer.loss) for layer in layers), strict=True))
     owner = _owners([layer.cost for layer in layers])

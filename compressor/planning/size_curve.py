@@ -22,7 +22,7 @@ from compressor.planning.plan import (
 # So many prices per number are tried with calibration, and no more points are kept than a figure can show.
 _PRICES, _POINTS = 400, 120
 # So many sizes are allocated without it.
-_SIZES = 60
+_SIZES = 30
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_a_pivoted_row_beyond_the_range_is_refused_by_the_name_of_its_layer(tmp_
     def planned(form: Form) -> Plan:
         return Plan("m", None, Budget("plan"), (LayerPlan("deep.fc", (64, 64), "linear", 8, form, 0, 0.0, ""),))
 
-    with pytest.raises(BadInput, match=r"deep\.fc\.down\.weight.*range of float16.*--exclude"):
+    with pytest.raises(BadInput, match=r"deep\.fc\.down\.weight.*range of float16.*`exclude`"):
         compress(tmp_path / "m.safetensors", plan=planned("pivoted"), output=small)
     assert not small.exists()
     compress(tmp_path / "m.safetensors", plan=planned("plain"), output=small)
