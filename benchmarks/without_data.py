@@ -27,7 +27,7 @@ from without_data_networks import NETWORKS, Network, Task, measured, trained
 from compressor.inspection import inspect_layers, measured_layers
 from compressor.opened_model import open_model
 from compressor.planning import MeasuredLayer
-from compressor.planning.allocation import Choices, allocate, even_shares
+from compressor.planning.allocation import Choices, allocate, even_shares, spend
 from compressor.planning.plan import LayerChoices, chosen_within, layer_choices, layer_plan
 from compressor.rewrite import TRANSPOSED, approximate, as_matrix
 
@@ -46,7 +46,11 @@ def summed(losses: Callable[[LayerChoices], np.ndarray[Any, Any]]) -> Rule:
 
 
 def even(layers: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], budget: int) -> list[int]:
-    return even_shares([each.choices for each in tables], budget)
+    """The same share of every layer; what is left of the budget goes where it saves most error, mostly small layers."""
+    choices = [Choices(each.choices.cost, np.square(each.errors)) for each in tables]
+    chosen = even_shares(choices, budget)
+    left = budget - sum(int(each.cost[i]) for each, i in zip(choices, chosen, strict=True))
+    return spend(choices, chosen, left) if left > 0 else chosen
 
 
 def half_even(layers: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], budget: int) -> list[int] | None:

@@ -198,10 +198,20 @@ class Generator(nn.Module):
         return self.layers(code)
 
 
-def perceptron() -> nn.Module:
+def perceptron() -> nn.Sequential:
     sides = ((64, 192), (192, 192), (192, 96), (96, 10))
     layers = [layer for side in sides for layer in (nn.Linear(*side), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+def perceptron_with_unused_inputs() -> nn.Module:
+    """Pixels that are zero in all images have large weights, which training does not change and nothing notices."""
+    model = perceptron()
+    unused = images()[0].flatten(1).amax(0) == 0
+    first = model[1].weight
+    with torch.no_grad():
+        first[:, unused] = 5 * first.norm(dim=1, keepdim=True)
+    return model
 
 
 def normalised_perceptron() -> nn.Module:
@@ -346,6 +356,7 @@ NETWORKS = (
     Network("perceptron", perceptron, classified_digits, steps=1500),
     Network("perceptron, SGD", perceptron, classified_digits, steps=1500, rate=0.05, decay=1e-3, sgd=True),
     Network("perceptron, batch norm", normalised_perceptron, classified_digits, steps=1000),
+    Network("perceptron, unused inputs", perceptron_with_unused_inputs, classified_digits, steps=1000),
     Network("VGG", vgg, classified_digits, steps=400, rate=1e-3),
     Network("ResNet", resnet, classified_digits, steps=250, rate=2e-3),
     Network("LSTM", lambda: Recurrent(nn.LSTM), sequences, steps=350),
