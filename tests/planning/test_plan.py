@@ -28,7 +28,7 @@ from compressor.planning import (
     rank_caps,
     read_plan,
 )
-from compressor.planning.budget import requested_budget
+from compressor.planning.budget import LEAST_LAYER_SAVING, requested_budget
 from compressor.planning.form import stored_bytes, stored_parameters
 from compressor.planning.plan import plan_by_file_size, plan_by_size
 
@@ -284,20 +284,19 @@ def test_under_the_window_rules_caps_no_rank_is_above_them_and_every_size_that_c
     plans = allocated(under_caps)
     assert (plans is None) == (free is None)
     for m, plan in zip(under_caps, plans or (), strict=bool(plans)):
-        if m.rank_cap is not None and m.stays_dense is None and smaller_at_its_cap(m, form, unit):
+        if m.rank_cap is not None and m.stays_dense is None and smaller_at_its_cap(m, form):
             assert plan.rank is not None
             assert plan.rank <= m.rank_cap
 
 
-def smaller_at_its_cap(m: MeasuredLayer, form: Any, unit: str) -> bool:
-    """Whether the pair of as few numbers as possible at the cap is smaller than the dense layer, in both units."""
+def smaller_at_its_cap(m: MeasuredLayer, form: Any) -> bool:
+    """Whether the pair of as few numbers as possible at the cap saves enough bytes of the dense layer."""
     (d_out, d_in), rank = m.layer.shape, m.rank_cap or 0
     numbers = {"plain": rank * (d_out + d_in), "pivoted": rank * (d_out + d_in - rank) + d_out}
     chosen = form if form != "auto" else min(numbers, key=lambda each: (numbers[each], each == "pivoted"))
     indices = d_out if chosen == "pivoted" else 0
     in_bytes = (numbers[chosen] - indices) * m.itemsize + 4 * indices
-    dense = d_out * d_in
-    return numbers[chosen] < dense and (unit == "p" or in_bytes < dense * m.itemsize)
+    return in_bytes <= (1 - LEAST_LAYER_SAVING) * d_out * d_in * m.itemsize
 
 
 @pytest.mark.parametrize("unit", ["parameters", "bytes"])
