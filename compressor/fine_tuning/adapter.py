@@ -9,8 +9,10 @@ PEFT and vLLM stack, and are named to PEFT by the parameters that transformers h
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,16 @@ def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: 
     """
     skeleton = _required(skeleton, difference.tuned)
     modules = dict(skeleton.module.named_modules())
-    layers = tuple(
-        replace(layer, skip="PEFT's convolutions know no dilation and no padding mode")
-        if layer.skip in (None, UNCHANGED) and _strange_convolution(modules[layer.module])
-        else layer
-        for layer in layers
-    )
+    for obstacle, reason in (
+        (_strange_convolution, "PEFT's convolutions know no dilation and no padding mode"),
+        (_read_by_parent, "its model reads more of it than PEFT's layers have"),
+    ):
+        layers = tuple(
+            replace(layer, skip=reason)
+            if layer.skip in (None, UNCHANGED) and obstacle(layer.module, modules)
+            else layer
+            for layer in layers
+        )
     # PEFT adapts parameters without biases, and then no layer of the model can have one beside its pair.
     linear = [layer.module for layer in layers if layer.kind == "linear" and layer.tensor in difference.changed]
     if adapted_as_parameters(linear, expert_blocks(skeleton.module)):
@@ -91,10 +97,23 @@ def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: 
     )
 
 
-def _strange_convolution(module: nn.Module) -> bool:
+def _strange_convolution(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    module = modules[name]
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (
         set(module.dilation) != {1} or module.padding_mode != "zeros" or isinstance(module.padding, str)
     )
+
+
+def _read_by_parent(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the module that holds a layer does more with it than calling it, by its code: reading its stride, say.
+
+    PEFT's layers have weight and bias, and nothing else of the layer that they stand for.
+    """
+    parent, _, attribute = name.rpartition(".")
+    with suppress(OSError, TypeError, KeyError):  # code that is not there to be read
+        code = inspect.getsource(type(modules[parent]).forward)
+        return re.search(rf"\bself\.{re.escape(attribute)}\b(?!\(|\.weight\b|\.bias\b)", code) is not None
+    return False
 
 
 def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Layer, ...]) -> set[str]:
@@ -113,7 +132,12 @@ def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Lay
         module = in_model.rpartition(".")[0]
         require_pairs_of_experts(module, name, blocks, difference.tuned.source, REMEDY)
         whole.add(module)
-    return {name for name in whole if _holder(name.rpartition(".")[0], whole) is None}
+    return _outermost(whole)
+
+
+def _outermost(modules: set[str]) -> set[str]:
+    """The modules that lie in no other of them."""
+    return {name for name in modules if _holder(name.rpartition(".")[0], modules) is None}
 
 
 def _holder(module: str, whole: set[str]) -> str | None:
@@ -187,6 +211,7 @@ def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
     for group in tied_names(skeleton):
         if not changed.isdisjoint(group):
             whole |= {name.rpartition(".")[0] for name in group}
+    whole = _outermost(whole)
     pairs = [layer.module for layer, _ in _pairs(adaptation, skeleton)]
     whole = saved_by_peft(whole, skeleton.module, pairs, tuned.source)
     tensors = {}
