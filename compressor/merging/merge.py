@@ -38,6 +38,7 @@ from compressor.evaluation import (
     resolve_device,
 )
 from compressor.inspection import Progress
+from compressor.measure.rounding import rounding
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
 from compressor.merging.combination import Combination, Head, layer_of
 from compressor.merging.guarantee import interference_warning, sum_warnings
@@ -381,7 +382,9 @@ def _layer_overlaps(
     squares = [0.0] * len(parts)
     for done, name in enumerate(names, start=1):
         matrices = _matrices(parts, start, name, device)
-        overlaps.append(layer_overlap(layer_name(name), matrices, measured.get(parts[0].matrices[name].module)))
+        edges = None if start is None else _rounding_edges(parts, matrices, name)
+        interference = measured.get(parts[0].matrices[name].module)
+        overlaps.append(layer_overlap(layer_name(name), matrices, interference, edges))
         if len({matrix.shape for matrix in matrices}) == 1:
             for first, second in products:
                 products[first, second] += float((matrices[first] * matrices[second]).sum())
@@ -404,6 +407,16 @@ def _matrices(parts: Sequence[Part], start: Part | None, name: str, device: torc
         return matrices
     before = start.matrix(name).to(device)
     return [matrix - before for matrix in matrices]
+
+
+def _rounding_edges(parts: Sequence[Part], differences: Sequence[Tensor], name: str) -> list[float]:
+    """The largest singular value that rounding has in each network's difference to the base; 0 for low-rank layers."""
+    return [
+        0.0
+        if part.pair(name) is not None
+        else rounding(part.matrix(name).to(part.infos[name].dtype), difference.cpu()).edge
+        for part, difference in zip(parts, differences, strict=True)
+    ]
 
 
 def _first_layer_overlap(parts: Sequence[Part], start: Part | None, chain: Chain | None) -> InputOverlap | None:

@@ -60,13 +60,18 @@ class LayerOverlap:
         return asdict(self) | {"shape": list(self.shape)}
 
 
-def row_space(matrix: Tensor) -> Tensor:
-    """Orthonormal columns, `d_in x r`, that span the leading right singular vectors with 99 % of the energy."""
+def row_space(matrix: Tensor, edge: float = 0.0) -> Tensor:
+    """Orthonormal columns, `d_in x r`, that span the leading right singular vectors with 99 % of the energy.
+
+    Singular values up to `edge` are left out, such as those of rounding.
+    """
     d_out, d_in = matrix.shape
-    wide = matrix.to(torch.float64) / power_of_two(matrix)
+    scale = power_of_two(matrix)
+    wide = matrix.to(torch.float64) / scale
     eigenvalues, vectors = torch.linalg.eigh(wide.T @ wide if d_in <= d_out else wide @ wide.T)
     values = eigenvalues.flip(0).clamp_min(0).sqrt()
     rank = energy_rank(values.cpu().numpy()) if float(values[0]) > 0 else 0
+    rank = min(rank, int((values > edge / scale).sum()))
     leading = vectors.flip(1)[:, :rank]
     # From the left side the right vectors are W^T u / s; no s among the leading ones is small.
     basis: Tensor = leading if d_in <= d_out else wide.T @ leading / values[:rank]
@@ -83,13 +88,17 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
     return cosines.clamp(max=1.0)
 
 
-def layer_overlap(name: str, matrices: Sequence[Tensor], interference: Sequence[float] | None) -> LayerOverlap:
+def layer_overlap(
+    name: str, matrices: Sequence[Tensor], interference: Sequence[float] | None, edges: Sequence[float] | None = None
+) -> LayerOverlap:
     """The overlap of one layer's matrices, each `d_out x d_in` with the same d_in, in float64.
+
+    `edges` are the singular values up to which each is rounding.
 
     The interference is that measured on data, if it was; else it is computed from the matrices if they are of one
     shape.
     """
-    spaces = [row_space(matrix) for matrix in matrices]
+    spaces = [row_space(matrix, edge) for matrix, edge in zip(matrices, edges or [0.0] * len(matrices), strict=True)]
     d_in = matrices[0].shape[1]
     largest, expected, angle = 0.0, 0.0, 90.0
     for first, second in combinations(spaces, 2):

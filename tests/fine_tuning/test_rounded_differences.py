@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor import compress, export
+from compressor import compress, export, merge
 from compressor.cli.run import run
 
 torch.set_num_threads(1)
@@ -111,3 +111,22 @@ def test_the_share_of_rounding_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Rounding explains 8." in (tmp_path / "adapter" / "README.md").read_text()
     plan = json.loads((tmp_path / "adapter" / "compression.json").read_text())
     assert {layer["rank"] for layer in plan["layers"]} == {2}
+
+
+def test_fine_tunes_that_share_nothing_are_found_apart(tmp_path: Path) -> None:
+    """Two changes whose row spaces are orthogonal: rounding, which has no direction, is not taken for an overlap."""
+    base, _, _ = merged(torch.bfloat16, 0.02)
+    generator = torch.Generator().manual_seed(2)
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    for name, weight in base.items():
+        rows, _ = torch.linalg.qr(torch.randn(weight.shape[1], 4, generator=generator, dtype=torch.float64))
+        for part, directions in zip(parts, (rows[:, :2], rows[:, 2:]), strict=True):
+            change = torch.randn(len(weight), 2, generator=generator).double() @ directions.T
+            part[name] = (weight.double() + change * (0.005 * weight.double().norm() / change.norm())).to(weight.dtype)
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "base.safetensors"]
+    for path, tensors in zip(paths, (*parts, base), strict=True):
+        save_file(tensors, path)
+    merging = merge(paths[:2], base=paths[2], output=tmp_path / "sum.safetensors", mode="sum")
+    for layer in merging.layers:
+        assert layer.subspace < 0.01
+        assert layer.random == pytest.approx(2 / layer.shape[1])
