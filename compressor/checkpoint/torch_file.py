@@ -209,7 +209,7 @@ def _require_few_containers(path: Path) -> None:
                     containers += opcode.code.encode("latin-1") in _CONTAINER_OPCODES
                     if containers > _MOST_CONTAINERS:
                         raise _too_many_containers(path)
-        except ValueError:
+        except (ValueError, MemoryError, OverflowError):  # a length that was damaged asks for any amount of memory
             return  # damaged: torch.load says of what kind
 
 
