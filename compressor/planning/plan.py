@@ -220,7 +220,8 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> L
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
     parameters = stored_parameters(factorized_shape(layer, form), form, rank)
-    if stored_bytes(factorized_shape(layer, form), form, rank, measured.itemsize) > _most_bytes(measured):
+    in_bytes = stored_bytes(factorized_shape(layer, form), form, rank, measured.itemsize)
+    if parameters >= layer.parameters or in_bytes > _most_bytes(measured):
         saving = "not be smaller" if parameters >= layer.parameters else f"save less than {LEAST_LAYER_SAVING:.0%}"
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
     error = float(measured.errors(form)[rank])
@@ -444,10 +445,11 @@ def layer_choices(
             return parameters(form, ranks)
         return stored_bytes(factorized_shape(layer, form), form, ranks, m.itemsize)
 
-    largest, capped = layer.parameters, False
+    largest, capped = layer.parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
         at_cap = form_for(layer, m.rank_cap, request), m.rank_cap
-        capped = stored_bytes(layer.shape, *at_cap, m.itemsize) <= _most_bytes(m)
+        in_bytes = stored_bytes(layer.shape, *at_cap, m.itemsize)
+        capped = parameters(*at_cap) <= largest and in_bytes <= _most_bytes(m)
         largest = parameters(*at_cap) if capped else largest
     forms: list[Form] = []
     ranks, costs, errors = [], [], []

@@ -296,7 +296,7 @@ def smaller_at_its_cap(m: MeasuredLayer, form: Any) -> bool:
     chosen = form if form != "auto" else min(numbers, key=lambda each: (numbers[each], each == "pivoted"))
     indices = d_out if chosen == "pivoted" else 0
     in_bytes = (numbers[chosen] - indices) * m.itemsize + 4 * indices
-    return in_bytes <= (1 - LEAST_LAYER_SAVING) * d_out * d_in * m.itemsize
+    return numbers[chosen] < d_out * d_in and in_bytes <= (1 - LEAST_LAYER_SAVING) * d_out * d_in * m.itemsize
 
 
 @pytest.mark.parametrize("unit", ["parameters", "bytes"])
