@@ -341,10 +341,20 @@ def _allocated(
 
 
 def chosen_within(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[int] | None:
-    """Index of every layer's choice that loses least in sum within the budget; None when the smallest exceed it."""
-    if any(m.weighted_values is not None for m in measured):
-        return allocate([each.choices for each in choices], budget)
-    return allocate(comparable(measured, choices, budget), budget)
+    """Index of every layer's choice that loses least in sum within the budget; None when the smallest exceed it.
+
+    A file and a module list the same layers in different orders. They are allocated in the order of their names, so
+    that neither ties nor the rounding of sums depend on it.
+    """
+    order = sorted(range(len(measured)), key=lambda place: measured[place].layer.name)
+    measured, choices = [measured[place] for place in order], [choices[place] for place in order]
+    weighted = any(m.weighted_values is not None for m in measured)
+    losses = [each.choices for each in choices] if weighted else comparable(measured, choices, budget)
+    chosen = allocate(losses, budget)
+    if chosen is None:
+        return None
+    by_place = dict(zip(order, chosen, strict=True))
+    return [by_place[place] for place in range(len(order))]
 
 
 def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[Choices]:

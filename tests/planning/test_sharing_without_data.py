@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,21 @@ def beside_an_even_share(layers: list[MeasuredLayer], keep: float) -> tuple[tupl
     ]
     before, after = (-np.log1p(-np.minimum(each, 1 - 2**-52)) for each in squares)
     return plans, before + 2**-46, after
+
+
+@given(SHAPES, st.integers(0, 2**32 - 1), KEEPS, st.randoms(use_true_random=False))
+def test_the_order_of_the_layers_does_not_matter(
+    shapes: list[tuple[int, int]], seed: int, keep: float, random: Random
+) -> None:
+    # Layers of one shape and spectrum tie.
+    layers = layers_with(shapes, seed)
+    layers += [replace(m, layer=replace(m.layer, name=f"{m.layer.name} again")) for m in layers]
+    shuffled = random.sample(layers, len(layers))
+    budget = int(keep * sum(m.layer.parameters for m in layers))
+    plans, others = (plan_by_size(each, budget, "auto", unit="parameters") for each in (layers, shuffled))
+    assert (plans is None) == (others is None)
+    if plans is not None and others is not None:
+        assert {plan.name: plan.rank for plan in plans} == {plan.name: plan.rank for plan in others}
 
 
 @settings(max_examples=60, deadline=None)
