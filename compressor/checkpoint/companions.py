@@ -49,6 +49,9 @@ _SUBFOLDERS = re.compile(
     r"\d+_\w+|additional_chat_templates|(\w+_)?tokenizer(_\w+)?|(pre|image_)?processor|feature_extractor", re.ASCII
 )
 
+# In these a part in a folder of its own brings its weights.
+_SAFE_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
 # The same weights in the formats of other frameworks: dense, so stale beside compressed ones.
 _OTHER_WEIGHT_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 _PICKLES = (".bin", ".pkl", ".pickle", ".joblib", ".dill", ".npy")
@@ -79,8 +82,8 @@ def companions(source: Path) -> Companions:
     """What of a model folder goes along with new weights.
 
     Weights and the state of optimizers are replaced, and our own code is written anew: they neither go along nor are
-    listed. A link to a file is
-    followed only inside the folder, or inside the Hugging Face cache that it is part of.
+    listed. The weights of a part in a folder of its own, such as 2_Dense of sentence-transformers, stay as they are. A
+    link to a file is followed only inside the folder, or inside the Hugging Face cache that it is part of.
 
     Raises:
         BadInput: the folder or one of its files cannot be read.
@@ -99,7 +102,7 @@ def companions(source: Path) -> Companions:
                 reason = _why_no_subfolder(entry, nested=folder != source)
                 if reason is None:
                     visit(entry)
-            elif _holds_weights(entry) or entry.name == CODE_FILE:
+            elif (_holds_weights(entry) and folder == source) or entry.name == CODE_FILE:
                 continue
             else:
                 reason = _why_no_companion(entry, inside)
@@ -230,6 +233,8 @@ def _why_no_companion(file: Path, inside: Path) -> str | None:
         return "code; copy it yourself if you trust it"
     if file.name.lower().endswith(_PICKLES):
         return "pickles, which run code when they are loaded"
+    if _holds_weights(file):
+        return None if file.name.endswith(_SAFE_WEIGHTS) else "weights that are no safetensors"
     if _is_any_of(file.name, _KINDS):
         return _why_no_configuration(file)
     if _is_any_of(file.name.upper(), _TEXTS):
@@ -265,8 +270,9 @@ def _why_no_subfolder(folder: Path, *, nested: bool) -> str | None:
         return "hidden"
     if folder.name.startswith("checkpoint-"):
         return "checkpoints of the training"
-    if any(_holds_weights(entry) for entry in _entries(folder) if not entry.is_dir()):
-        return "with weights of its own"
+    weights = [entry for entry in _entries(folder) if not entry.is_dir() and _holds_weights(entry)]
+    if weights and not any(entry.name.endswith(_SAFE_WEIGHTS) for entry in weights):
+        return "with weights of its own that are no safetensors"
     if not nested and _SUBFOLDERS.fullmatch(folder.name) is None:
         return "not known as part of a model"
     return None

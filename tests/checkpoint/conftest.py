@@ -29,10 +29,13 @@ def model_folder(tmp_path: Path) -> Path:
         *("tf_model.h5", "flax_model.msgpack", "model.gguf", "model.onnx", "other.safetensors"),
     ):
         (folder / name).write_text("x")
-    for name in ("checkpoint-500", ".git", "1_Pooling", "1_Pooling/.cache", "1_Pooling/words", "2_Dense", "onnx"):
+    parts = ("1_Pooling", "1_Pooling/.cache", "1_Pooling/words", "2_Dense", "3_Dense")
+    for name in ("checkpoint-500", ".git", *parts, "onnx"):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(f'{{"of": "{name}"}}')
     save_file({"w": torch.ones(4)}, folder / "2_Dense" / "model.safetensors")
+    for part in ("2_Dense", "3_Dense"):
+        (folder / part / "pytorch_model.bin").write_text("x")
     (folder / "onnx" / "model.onnx").write_text("x")
     (folder / "again").symlink_to(folder, target_is_directory=True)
     (folder / "gone.json").symlink_to("nowhere")

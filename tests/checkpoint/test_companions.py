@@ -41,6 +41,8 @@ def test_a_folder_gets_what_a_model_consists_of_and_the_rest_is_named(
         "merges.txt",
         "1_Pooling/config.json",
         "1_Pooling/words/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
     }
     assert written.keys() == kept
     assert all(written[name] == before[name] for name in kept)
@@ -49,8 +51,9 @@ def test_a_folder_gets_what_a_model_consists_of_and_the_rest_is_named(
     assert not_copied == {
         ".git": "hidden",
         "1_Pooling/.cache": "hidden",
-        "2_Dense": "with weights of its own",
-        "onnx": "with weights of its own",
+        "2_Dense/pytorch_model.bin": "pickles, which run code when they are loaded",
+        "3_Dense": "with weights of its own that are no safetensors",
+        "onnx": "with weights of its own that are no safetensors",
         "checkpoint-500": "checkpoints of the training",
         "again": "a link to a folder",
         "gone.json": "a broken link or no regular file",
