@@ -30,7 +30,7 @@ from compressor.checkpoint.reader import (
     require_in_range,
 )
 from compressor.checkpoint.skeleton import Skeleton, module_skeleton, transformers_module, transformers_skeleton
-from compressor.checkpoint.staging import staged_file, staged_folder
+from compressor.checkpoint.staging import note_file, staged_file, staged_folder
 from compressor.checkpoint.tensors import TensorInfo
 from compressor.checkpoint.ties import tied_names, with_ties
 from compressor.checkpoint.workspace import Workspace, temporary_workspace
@@ -75,6 +75,7 @@ __all__ = [
     "layer_name",
     "local_model",
     "module_skeleton",
+    "note_file",
     "open_checkpoint",
     "own_state",
     "parse_size",

@@ -131,7 +131,7 @@ def require_replaceable(path: Path, form: Literal["file", "folder"], new: Set[Pa
         raise BadInput(what, where=path, remedy="choose another output")
     if form == "file" or path.is_symlink():
         return
-    foreign = sorted(str(entry) for entry in _foreign_entries(path, new | _noted_files(path)))
+    foreign = sorted(str(entry) for entry in _foreign_entries(path, new | noted_files(path)))
     if foreign:
         more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
         what = f"also holds {', '.join(foreign[:4])}{more}, which would be lost"
@@ -165,7 +165,7 @@ def _foreign_entries(root: Path, ours: Set[Path]) -> Iterator[Path]:
     return visit(root)
 
 
-def _noted_files(folder: Path) -> set[Path]:
+def noted_files(folder: Path) -> set[Path]:
     """The files that we wrote into a folder, by its `compression.json`."""
     try:
         noted = json.loads((folder / PLAN_FILE).read_bytes())["files"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.companions import PLAN_FILE
-from compressor.checkpoint.output import files_below, located, require_replaceable
+from compressor.checkpoint.output import files_below, located, noted_files, require_replaceable
 from compressor.checkpoint.workspace import Workspace, is_workspace, remove_abandoned, workspace_beside
 from compressor.checkpoint.writer import write_json
 from compressor.errors import BadInput
@@ -200,6 +200,18 @@ def _note_files(folder: Path) -> None:
     document: dict[str, Any] = json.loads(manifest.read_bytes())
     document["files"] = sorted(map(str, files_below(folder)))
     write_json(manifest, document)
+
+
+def note_file(path: Path) -> None:
+    """Note a file that was written into a folder of ours in its `compression.json`, so that it is replaced with it."""
+    path = located(path)
+    manifest, ours = path.parent / PLAN_FILE, noted_files(path.parent)
+    if not ours or Path(path.name) in ours:
+        return
+    document: dict[str, Any] = json.loads(manifest.read_bytes())
+    document["files"] = sorted(map(str, ours | {Path(path.name)}))
+    with staged_file(manifest, overwrite=True) as staged:
+        write_json(staged, document)
 
 
 def _sync(path: Path) -> None:

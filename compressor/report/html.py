@@ -58,11 +58,11 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
 
 
 def write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
-    """Write what a compression did as one HTML file, whole or not at all.
+    """Write what a compression did as one HTML file, whole or not at all; in a folder of ours it is replaced with it.
 
     Raises `BadInput` as `check_report_path` does, and when the disk is full.
     """
-    from compressor.checkpoint import staged_file
+    from compressor.checkpoint import note_file, staged_file
 
     source = Path(compression.source) if compression.model is None else None
     check_report_path(path, source=source, overwrite=overwrite)
@@ -70,6 +70,7 @@ def write_report(compression: Compression, path: Path, *, overwrite: bool) -> No
     with staged_file(path, overwrite=overwrite) as staged:
         # A name in a checkpoint may hold half a surrogate pair, which UTF-8 has no bytes for.
         staged.write_bytes(page.encode("utf-8", "backslashreplace"))
+    note_file(path)
 
 
 def report_page(compression: Compression) -> str:

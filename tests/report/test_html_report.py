@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressor.checkpoint import staged_folder, write_json
 from compressor.errors import BadInput
 from compressor.evaluation import Cost, Evaluation, Latency
 from compressor.planning import Budget, CalibrationResult, LayerPlan, Plan
@@ -274,6 +275,26 @@ def test_a_report_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, m
     monkeypatch.setattr("compressor.report.html.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'lowrank-compressor\[report\]'"):
         check_report_path(tmp_path / "new.html", source=None, overwrite=False)
+
+
+def test_a_report_in_an_output_folder_is_replaced_with_it_and_no_other_page_is(tmp_path: Path) -> None:
+    def write_model() -> None:
+        with staged_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "model.safetensors").write_bytes(b"")
+            write_json(folder / "compression.json", {})
+
+    for _ in range(2):
+        write_model()
+        write_report(compression("a"), tmp_path / "out" / "report.html", overwrite=True)
+    write_model()
+    assert not (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "out" / "mine.html").write_text("mine")
+    with pytest.raises(BadInput, match=r"also holds mine\.html"):
+        write_model()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "compression.json").write_text("{}")
+    write_report(compression("a"), tmp_path / "elsewhere" / "report.html", overwrite=False)
+    assert (tmp_path / "elsewhere" / "compression.json").read_text() == "{}"
 
 
 def test_a_report_inside_the_model_folder_is_refused(tmp_path: Path) -> None:
