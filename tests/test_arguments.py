@@ -114,6 +114,10 @@ def batches(width: int) -> list[torch.Tensor]:
         ({"keep": "a lot"}, "`keep` 'a lot' is not a number"),
         ({"keep": 0}, "`keep` 0 is out of range"),
         ({"calibration": batches(10)}, r"Sequential does not take calibration batches of inputs \(4, 10\)"),
+        (
+            {"calibration": [*batches(16), *batches(10)]},
+            r"Sequential does not take calibration batches of inputs \(4, 10\)",
+        ),
         ({"calibration": [torch.ones(4, 16, dtype=torch.long)] * 2}, "does not take calibration batches of inputs"),
     ],
     ids=str,

@@ -88,7 +88,8 @@ def calibrate(
     spool = Spool()
     with prepared(device, model), frozen(model):
         first = data.fitted[0]
-        outputs = _first_outputs(model, first)
+        outputs = _accepted_outputs(model, first)
+        _require_accepted(model, [*data.fitted, *data.held_back])
         segments = find_segments(model, layers, first)
         logger.info("calibration runs the model in %d segments", segments.count)
         for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
@@ -122,7 +123,20 @@ def calibrate(
     return replace(bare, metrics=metrics, uses=uses)
 
 
-def _first_outputs(model: nn.Module, batch: Batch) -> Tensor:
+def _require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Run the model once on every further shape of batch, so that a bad one is refused before the work."""
+    known = {_shape(batches[0])}
+    for batch in batches:
+        if _shape(batch) not in known:
+            known.add(_shape(batch))
+            _accepted_outputs(model, batch)
+
+
+def _shape(batch: Batch) -> tuple[tuple[str, torch.Size, torch.dtype], ...]:
+    return tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in batch.inputs.items())
+
+
+def _accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:
     try:
         return outputs_of(model, batch.inputs)
     except torch.OutOfMemoryError:
