@@ -539,7 +539,7 @@ def test_help_takes_less_than_half_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "MODEL"], ["--help"], ["plan", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["inspect", "-q", "MODEL"], ["--help"], ["plan", "--help"], ["--version"]])
 def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) -> None:
     command = [*COMPRESS, *(str(model) if word == "MODEL" else word for word in arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
