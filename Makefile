@@ -29,7 +29,7 @@ test: .venv/dev
 # Every lower bound of pyproject.toml at once.
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,peft,test]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,peft,mlflow,test]'
 	touch $@
 
 # The tests of what meets those packages most closely.
