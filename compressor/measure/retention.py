@@ -147,7 +147,9 @@ def _first_below(
 def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
     """The steps of a training from the last to the first, in stretches of one or many."""
     step, state, total = recursion_of(recipe), _State(1.0, 0.0, 0.0), recipe.total_steps or 0
-    peak = recipe.learning_rate or 0.0
+    # Milestones may also raise the learning rate.
+    peak = float(recipe.learning_rates_at(np.array([recipe.warmup_length, *(recipe.step_milestones or ())])).max())
+    peak = max(peak, recipe.learning_rate or 0.0)
     # Logarithms can be added up where p never changes its sign.
     weak = peak * step.decay < _WEAK_DECAY and _forgetting(step, peak) is not None
     done = 0
@@ -220,11 +222,11 @@ def _one_by_one(
     for end in range(stop, start, -_CHUNK):
         rates = recipe.learning_rates(max(start, end - _CHUNK), end)
         for rate in () if rates is None else rates[::-1].tolist():
-            if weak:
-                ratio = q / p
-                u = step.feed * ratio - rate * step.decay
-                p, q, log_scale = 1.0, (step.momentum * ratio - rate * step.pull) / (1 + u), log_scale + math.log1p(u)
+            u = step.feed * q / p - rate * step.decay if weak else -1.0
+            if u > -1:
+                p, q, log_scale = 1.0, (step.momentum * q / p - rate * step.pull) / (1 + u), log_scale + math.log1p(u)
             else:
+                # Where dampening starts after the first step, that one may turn the sign of p.
                 p, q = p - rate * step.decay * p + step.feed * q, step.momentum * q - rate * step.pull * p
                 size = abs(p) + abs(q)
                 if not 1e-100 < size < 1e100 and size > 0:
@@ -236,7 +238,7 @@ def _smooth_stretch(
     recipe: TrainingRecipe, step: Recursion, state: _State, start: int, end: int, burn: int
 ) -> Callable[[int], _State]:
     """The states after some of the steps from `end` down to `start`, where r follows the learning rate."""
-    log_before = math.log(abs(state.p)) + state.log_scale
+    log_before = math.log(abs(state.p)) + state.log_scale if state.p else -math.inf
 
     def after(steps: int) -> _State:
         begin = end - steps

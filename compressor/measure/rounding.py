@@ -7,6 +7,7 @@ numbers have not moved at all, and rounding added no more to the others than the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,7 @@ def _spacing_exponents(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """The logarithm to base 2 of the spacing of the dtype's numbers at each weight."""
     precision = torch.finfo(dtype)
     # frexp's mantissas are below one, where the spacing is that of numbers just below the power of two.
-    exponents = torch.frexp(weights).exponent.to(torch.float64) - 1 + torch.log2(torch.tensor(precision.eps)).double()
-    smallest = torch.log2(torch.tensor(precision.smallest_normal * precision.eps, dtype=torch.float64))
-    return exponents.clamp_min(float(smallest))
+    exponents = torch.frexp(weights).exponent.to(torch.float64) - 1 + math.log2(precision.eps)
+    smallest = math.log2(precision.smallest_normal * precision.eps)
+    # The exponent of zero says nothing: the numbers around it are the closest of all.
+    return exponents.clamp_min(smallest).masked_fill(weights == 0, smallest)

@@ -18,6 +18,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {},
     "cosine": {},
     "step": {"step_milestones": (9_000, 11_000, 29_000), "step_factor": 0.2},
+    "rising": {"schedule": "step", "step_milestones": (9_000, 11_000, 12_000, 29_000), "step_factor": 2.0},
     "stopped early": {"schedule": "cosine", "schedule_steps": 50_000},
 }
 
@@ -55,13 +56,14 @@ def one_by_one(of: TrainingRecipe, epsilon: float) -> tuple[float, int | None, l
         {"momentum": 0.0},
         {},
         {"nesterov": True},
+        {"nesterov": True, "momentum": 0.99},
         {"dampening": 0.3},
         {"decoupled_weight_decay": True, "momentum": 0.95},
         {"optimizer": "adamw", "momentum": None},
         # Weak at the end of a schedule, and too strong for a shortcut at its peak.
         {"weight_decay": 0.04},
     ],
-    ids=["plain", "momentum", "nesterov", "dampening", "sgdw", "adamw", "strong"],
+    ids=["plain", "momentum", "nesterov", "heavy", "dampening", "sgdw", "adamw", "strong"],
 )
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_shortcuts_give_what_all_steps_give(schedule: str, optimizer: dict[str, Any], warmup: int) -> None:
@@ -74,6 +76,17 @@ def test_shortcuts_give_what_all_steps_give(schedule: str, optimizer: dict[str, 
     for index in (0, 7, 20, 38):
         left = retention(of, 1000 * (index + 1))
         assert (left.weights, left.buffer) == pytest.approx(states[index], rel=1e-9, abs=1e-300)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10_000])
+@pytest.mark.parametrize("weight_decay", [0.007, 0.5, 3.0])
+def test_a_first_step_without_dampening_may_turn_the_sign(weight_decay: float, steps: int) -> None:
+    """The first buffer is the gradient itself, and so are the many steps' worth of decay that it leads to."""
+    of = recipe("constant", steps, learning_rate=1.67, weight_decay=weight_decay, momentum=0.999, dampening=1.0)
+    exponent, window, _ = one_by_one(of, 0.6)
+    found, reason = forgetting_exponent(of)
+    assert found == pytest.approx(exponent, rel=1e-9) if exponent >= 0 else "does not contract" in reason
+    assert memory_window(of, (9, 9), 1, epsilon=0.6).steps == window
 
 
 @pytest.mark.parametrize("warmup", [0, 2000, 0.03])

@@ -70,6 +70,20 @@ def test_the_smallest_numbers_of_a_dtype_have_one_spacing() -> None:
     assert found.share == pytest.approx(float((stored.double() - true).norm() / stored.double().norm()), rel=0.2)
 
 
+def test_a_weight_of_zero_is_rounded_least() -> None:
+    """Numbers that were pruned away, or that float16 cannot tell from zero, are no rounding of all that they were."""
+    start, _, stored = merged((64, 64), 0.2, torch.bfloat16)
+    pruned = stored.masked_fill(torch.arange(64 * 64).view(64, 64) % 2 == 0, 0.0)
+    assert rounding(pruned, pruned.double() - start.double()).share < 0.01
+    tiny = (1e-6 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))).to(torch.float16)
+    change = 5e-7 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).double()
+    moved = (tiny.double() + change).to(torch.float16)
+    difference = moved.double() - tiny.double()
+    assert rounding(moved, difference).share == pytest.approx(
+        float((difference - change).norm() / difference.norm()), rel=0.1
+    )
+
+
 def test_float32_is_hardly_rounded() -> None:
     start, _, stored = merged((64, 64), 0.02, torch.float32)
     assert rounding(stored, stored.double() - start.double()).share < 1e-4
