@@ -56,7 +56,7 @@ def one_by_one(of: TrainingRecipe, epsilon: float) -> tuple[float, int | None, l
         {"momentum": 0.0},
         {},
         {"nesterov": True},
-        {"nesterov": True, "momentum": 0.99},
+        {"nesterov": True, "momentum": 0.99, "weight_decay": 1e-4},
         {"dampening": 0.3},
         {"decoupled_weight_decay": True, "momentum": 0.95},
         {"optimizer": "adamw", "momentum": None},
