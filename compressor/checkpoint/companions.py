@@ -159,12 +159,16 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
-    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`."""
+    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`.
+
+    `transformers_weights` is left out: it names a weight file of the original.
+    """
     own: dict[str, Any] = {} if code is None else {"auto_map": dict(code)}
     # Where a model was loaded from on the machine that saved it, as transformers before 5 notes it.
     if isinstance(place := config.get("_name_or_path"), str):
         own["_name_or_path"] = portable_name(place)
-    write_json(folder / "config.json", without_code(config) | own)
+    others = {key: value for key, value in config.items() if key != "transformers_weights"}
+    write_json(folder / "config.json", without_code(others) | own)
 
 
 def _cleaned(value: Any) -> Any:

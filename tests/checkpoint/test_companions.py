@@ -145,6 +145,11 @@ def keys_of(value: Any) -> set[str]:
     return set(value if isinstance(value, dict) else ()).union(*map(keys_of, inner))
 
 
+def test_a_written_configuration_names_no_weight_file_of_the_original(tmp_path: Path) -> None:
+    write_config(tmp_path, {"model_type": "bert", "transformers_weights": "fine-tuned.safetensors"})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "bert"}
+
+
 def test_sentence_transformers_modules_go_along_where_they_are_the_librarys_own(
     tmp_path: Path, model_folder: Path
 ) -> None:
