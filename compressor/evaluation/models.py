@@ -151,7 +151,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_preprocessing(folder: Path) -> Preprocessing:
     """Load what a transformers folder prepares data with: tokenizer, image processor, classes, positions.
 
-    Raises `BadInput` when one of them is there but cannot be loaded.
+    One that is there but cannot be loaded raises `BadInput` where it is used: data of arrays need none of them.
     """
     config = _config(folder)
     text_config = config.get("text_config", config)
@@ -274,11 +274,21 @@ def _from_folder(auto_class: str, folder: Path) -> Any:
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise BadInput(
-            f"{auto_class} cannot load from it: {_first_line(error)}",
-            where=folder,
-            remedy="repair the folder",
-        ) from error
+        what, remedy = f"{auto_class} cannot load from it: {_first_line(error)}", "repair the folder"
+        return _Unloadable(BadInput(what, where=folder, remedy=remedy))
+
+
+class _Unloadable:
+    """In place of a tokenizer or an image processor that cannot be loaded: any use says why."""
+
+    def __init__(self, error: BadInput) -> None:
+        self._error = error
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise self._error
+
+    def __getattr__(self, _: str) -> Any:
+        raise self._error
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def inputs_of(name: str, seed: int) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with each model, and its tokenizer where it reads text."""
+    """A folder with each model, and the tokenizer or feature extractor that it reads with."""
     made = {}
     for name, build in MODELS.items():
         torch.manual_seed(0)
@@ -111,8 +111,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         made[name] = tmp_path_factory.mktemp(name) / "model"
         model.save_pretrained(made[name])
-        if name != "whisper":
-            tokenizer().save_pretrained(made[name])
+        reader = transformers.WhisperFeatureExtractor(feature_size=8) if name == "whisper" else tokenizer()
+        reader.save_pretrained(made[name])
     return made
 
 

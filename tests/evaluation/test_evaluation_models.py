@@ -6,13 +6,22 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from compressor.errors import BadInput
-from compressor.evaluation import build_model, load_factory, load_preprocessing, load_state, load_transformers
+from compressor.evaluation import (
+    build_model,
+    load_factory,
+    load_preprocessing,
+    load_state,
+    load_transformers,
+    open_data,
+)
 
 SOURCE = """
 from dataclasses import dataclass
@@ -231,9 +240,19 @@ def test_what_prepares_images_comes_from_the_folder(tmp_path):
     assert (found.tokenizer, found.sequence_length) == (None, None)
 
 
-def test_a_broken_tokenizer_or_image_processor_is_bad_input(llama, tmp_path):
+def test_a_tokenizer_or_image_processor_that_cannot_be_loaded_is_bad_input_where_it_is_needed(llama, tmp_path):
     llama.save_pretrained(tmp_path)
-    for name, what in (("preprocessor_config.json", "AutoImageProcessor"), ("tokenizer.json", "AutoTokenizer")):
+    for name in ("preprocessor_config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{")
-        with pytest.raises(BadInput, match=f"{what} cannot load from it"):
-            load_preprocessing(tmp_path)
+    (tmp_path / "text.txt").write_text("a text " * 100)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "one.png")
+    np.savez(tmp_path / "ids.npz", input_ids=np.zeros((4, 8), dtype=np.int64))
+    found = load_preprocessing(tmp_path)
+    named = {"tokenizer": found.tokenizer, "image_processor": found.image_processor}
+    with pytest.raises(BadInput, match="AutoTokenizer cannot load from it"):
+        open_data(tmp_path / "text.txt", **named)
+    with pytest.raises(BadInput, match="AutoImageProcessor cannot load from it"):
+        open_data(tmp_path / "images", **named)
+    assert open_data(tmp_path / "ids.npz", **named).count == 4
