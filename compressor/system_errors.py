@@ -59,6 +59,8 @@ def explained(
 def explained_anywhere(error: BaseException) -> BadInput | None:
     """`explained` for an error that nobody saw coming: the folder is that of the file that it names."""
     name = getattr(error, "filename", None)
+    if isinstance(error, FileNotFoundError) and name is None and not _has_working_directory():
+        return BadInput("the working directory no longer exists", remedy="change into another folder")
     folder = Path(os.fsdecode(name)).parent if isinstance(name, str | bytes) else None
     elsewhere = f"choose an output on another disk, or set TMPDIR (now {tempfile.gettempdir()})"
     return explained(error, doing="stopped", folder=folder, elsewhere=elsewhere)
@@ -89,6 +91,13 @@ def error_number(error: BaseException) -> int | None:
         if found[1].endswith(os.strerror(int(found[2]))):
             return int(found[2])
     return None
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

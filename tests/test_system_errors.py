@@ -147,3 +147,17 @@ def test_the_command_line_never_calls_them_internal_errors(
     said = capsys.readouterr().err
     assert said.startswith(says)
     assert said.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["inspect", str(tmp_path / "model.safetensors")]) == 2
+    assert run(["model.safetensors", "-o", "small.safetensors"]) == 2
+    errors = capsys.readouterr().err
+    assert "internal error" not in errors
+    error = explained_anywhere(raised(Path.cwd))
+    assert str(error) == "the working directory no longer exists; change into another folder"

@@ -140,6 +140,10 @@ def require_replaceable(path: Path, form: Literal["file", "folder"], new: Set[Pa
     if entries and PLAN_FILE not in entries and not any(name.endswith(WEIGHT_SUFFIXES) for name in entries):
         what = "holds files but no weights, so it is no model and is not replaced"
         raise BadInput(what, where=path, remedy="choose another output, or remove it yourself")
+    with suppress(FileNotFoundError):  # the working directory is gone already
+        if Path.cwd().is_relative_to(path):
+            what = "is or holds the working directory, and replacing it would leave the shell without one"
+            raise BadInput(what, where=path, remedy="run the command from another folder, or choose another output")
 
 
 def files_below(folder: Path) -> set[Path]:

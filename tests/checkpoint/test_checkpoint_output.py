@@ -144,6 +144,17 @@ def test_a_folder_of_the_same_model_is_replaced(tmp_path: Path, model_folder: Pa
     assert (out / "1_Pooling" / "config.json").is_file()
 
 
+def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out" / "1_Pooling").mkdir(parents=True)
+    for place in ("out", "out/1_Pooling"):
+        monkeypatch.chdir(tmp_path / place)
+        with pytest.raises(BadInput, match="holds the working directory"):
+            check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "1_Pooling").rmdir()
+    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+
+
 def test_the_input_is_out_of_reach(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = model_folder / "model.safetensors"
     (model_folder / "model.safetensors.index.json").unlink()
