@@ -145,13 +145,14 @@ def test_a_folder_of_the_same_model_is_replaced(tmp_path: Path, model_folder: Pa
 
 
 def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out" / "1_Pooling").mkdir(parents=True)
-    for place in ("out", "out/1_Pooling"):
-        monkeypatch.chdir(tmp_path / place)
+    part = tmp_path / "out" / "1_Pooling"
+    part.mkdir(parents=True)
+    (tmp_path / "out" / "compression.json").write_text('{"files": ["compression.json", "1_Pooling/config.json"]}')
+    for place in (tmp_path / "out", part):
+        monkeypatch.chdir(place)
         with pytest.raises(BadInput, match="holds the working directory"):
             check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out" / "1_Pooling").rmdir()
     check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
 
 
