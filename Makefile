@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 # One test process a core, each with one thread of its own: the models are too small for more.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
 .PHONY: demo test test-oldest lint types chromium clean
 
