@@ -43,15 +43,8 @@ def with_effective_weights(module: nn.Module) -> nn.Module:
     if computed:
         shown = ", ".join(list(computed)[:4]) + (f" and {len(computed) - 4} more" if len(computed) > 4 else "")
         logger.warning("computed weights become parameters of their own in the compressed model: %s", shown)
-    # The last results of old ways of normalisation are attributes, which cannot be copied with their graph.
-    results = {
-        id(value): value.detach().clone()
-        for part in module.modules()
-        for value in _tensors_in(vars(part))
-        if not value.is_leaf
-    }
     with copying(module):
-        copied = copy.deepcopy(module, {**results, **made_in_inference})
+        copied = copy.deepcopy(module, {**_last_results(module), **made_in_inference})
     flags = {part: part.training for part in copied.modules()}
     copied.eval()  # in training mode spectral normalisation would go on estimating
     for part in list(copied.modules()):
@@ -74,7 +67,8 @@ def let_script(root: nn.Module) -> None:
 
 
 def _multiplied_out(root: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(root, {id(tensor): tensor for tensor in chain(root.parameters(), root.buffers())})
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(root.parameters(), root.buffers())}
+    copied = copy.deepcopy(root, _last_results(root) | shared)
     del copied.__prepare_scriptable__
     for part in list(copied.modules()):
         if factored_parameters(part):
@@ -97,6 +91,15 @@ def _computed(part: nn.Module) -> Iterator[str]:
 def _usable(tensor: Tensor) -> Tensor:
     cloned = tensor.clone()
     return nn.Parameter(cloned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
+
+
+def _last_results(module: nn.Module) -> dict[int, Any]:
+    """What old ways of normalisation and recurrent layers keep of their last pass, without its graph, by its id.
+
+    With its graph it cannot be copied.
+    """
+    values = [value for part in module.modules() for value in _tensors_in(vars(part))]
+    return {id(value): value.detach().clone() for value in values if not value.is_leaf}
 
 
 def _tensors_in(attributes: dict[str, Any]) -> Iterator[Tensor]:
