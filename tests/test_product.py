@@ -226,14 +226,17 @@ def test_own_code_merged(form: str, container: str, tmp_path: Path) -> None:
     models, forms = [own_code(form, seed) for seed in range(3)], OWN_CODE[form]
     given: Any = {"embeddings": True, "plan": planned(forms), "factory": OwnCode}
     ending = "" if container == "sharded folder" else ".safetensors"
-    parts = []
+    dense, parts = [], []
     for seed, model in enumerate(models):
-        place = saved(model.state_dict(), tmp_path / f"dense{seed}", container)
-        parts.append(Path(str(compress(place, output=tmp_path / f"small{seed}{ending}", **given).output)))
+        dense.append(saved(model.state_dict(), tmp_path / f"dense{seed}", container))
+        parts.append(Path(str(compress(dense[-1], output=tmp_path / f"small{seed}{ending}", **given).output)))
     output = tmp_path / f"merged{ending}"
-    options: Any = {"base": parts[0], "output": output, "mode": "sum", "factory": OwnCode, "max_shard_size": SHARD}
-    merge(parts[1:], **options)
-    expected, loaded = merged_state(models[1:], models[0]), load_model(output, OwnCode)
+    options: Any = {"output": output, "mode": "sum", "factory": OwnCode, "max_shard_size": SHARD, "overwrite": True}
+    expected = merged_state(models[1:], models[0])
+    merge(parts[1:], base=dense[0], **options)
+    same(load_model(output, OwnCode), expected)
+    merge(parts[1:], base=parts[0], **options)
+    loaded = load_model(output, OwnCode)
     assert low_rank(loaded) > 0
     same(loaded, expected)
     again = tmp_path / f"again{ending}"

@@ -376,7 +376,8 @@ def _layer_overlaps(
 ) -> tuple[tuple[LayerOverlap, ...], float]:
     """The overlap of every layer whose inputs are equally many in all networks; the largest cosine of their weights."""
     measured = measured_interference(networks, tasks, device, foundation) if tasks else {}
-    names = [name for name in parts[0].matrices if _same_inputs(parts, name)]
+    known_in = parts if start is None else [*parts, start]
+    names = [name for name in parts[0].matrices if _same_inputs(known_in, name)]
     overlaps = []
     products = dict.fromkeys(combinations(range(len(parts)), 2), 0.0)
     squares = [0.0] * len(parts)
