@@ -29,7 +29,7 @@ from compressor.checkpoint import Layer, SeparateExperts
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.inspection import Progress
-from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches
+from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
 from compressor.planning import LayerPlan
 from compressor.rewrite import (
     LowRankEmbedding,
@@ -321,7 +321,7 @@ def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, T
 def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     if isinstance(layer, _BatchNorm):
         return x.movedim(1, -1).flatten(0, -2).double()
-    return kept_vectors(input_vectors(layer, x), x, masks).float()
+    return wide_enough(kept_vectors(input_vectors(layer, x), x, masks))
 
 
 @dataclass(frozen=True)

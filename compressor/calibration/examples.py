@@ -87,7 +87,7 @@ def _split_data(data: EvaluationData) -> CalibrationData:
         raise BadInput("calibration needs two examples at least", where=data.name, remedy="give more data")
     every = min(HELD_BACK, data.count)
     held = list(range(every - 1, data.count, every))
-    rest = [position for position in range(data.count) if position not in set(held)]
+    rest = sorted(set(range(data.count)) - set(held))
     fitted, held_back = tuple(_in_batches(data, rest)), tuple(_in_batches(data, held))
     return CalibrationData(fitted, held_back, _labelled((*fitted, *held_back)), data.unused)
 
@@ -98,13 +98,13 @@ def _labelled(batches: Sequence[Batch]) -> bool:
 
 def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData:
     batches: list[Batch] = []
-    taken, unused = 0, ""
+    taken, cut, follows = 0, 0, ""
     # One batch alone would leave nothing to choose by.
     most = None if samples is None else samples - max(1, samples // HELD_BACK)
     with caller_defaults():
         for each in data:
             if samples is not None and taken >= samples:
-                unused = _what_follows(data, len(batches))
+                follows = _what_follows(data, len(batches))
                 break
             if samples is None and _length(data) is None and taken >= MOST_WITHOUT_LENGTH:
                 raise BadInput(
@@ -115,16 +115,18 @@ def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData
             room = batch.examples if samples is None or most is None else min(most, samples - taken)
             batches.append(batch[:room] if room < batch.examples else batch)
             taken += batches[-1].examples
-            if room < batch.examples:
-                unused = "a part of a batch"
+            cut += batch.examples - batches[-1].examples
     if len(batches) < 2:
-        raise BadInput(f"the calibration data yields {len(batches)} batches", remedy="give two at least")
+        number = "one batch" if batches else "0 batches"
+        raise BadInput(f"the calibration data yields {number}", remedy="give two at least")
     every = min(HELD_BACK, len(batches))
     return CalibrationData(
         tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
         tuple(batches[every - 1 :: every]),
         _labelled(batches),
-        unused,
+        ", and ".join(
+            words for words in (f"{cut:,} examples of batches used in part" if cut else "", follows) if words
+        ),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.measure.scale import power_of_two
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
 
 
 def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
-    vectors = vectors.float()
+    vectors = wide_enough(vectors)
     product = outer_products(vectors, vectors)
     if not torch.isfinite(product).all():
         raise BadInput(
@@ -163,18 +164,27 @@ def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
     return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
 
 
-def outer_products(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of two matrices in float32, as float64 and as exact as their covariance needs it.
+def wide_enough(vectors: Tensor) -> Tensor:
+    """Vectors in float32, or in float64 where they are."""
+    return vectors if vectors.dtype == torch.float64 else vectors.float()
 
-    The products are formed about the means: of large ones float32 would leave nothing of what varies.
+
+def outer_products(x: Tensor, y: Tensor) -> Tensor:
+    """`x^T y` of two matrices, formed in float32, as float64 and as exact as their covariance needs it.
+
+    The products are formed about the means: of large ones float32 would leave nothing of what varies. Common factors
+    are taken out before, so that no square vanishes or overflows in float32.
     """
+    scale_x, scale_y = power_of_two(x), power_of_two(y)
+    x, y = (x / scale_x).float(), (y / scale_y).float()
     count = max(len(x), 1)
     about_x, about_y = x.sum(0) / count, y.sum(0) / count
     centred_x, centred_y = x - about_x, y - about_y
     product = (centred_x.T @ centred_y).to(torch.float64)
     about_x, about_y = about_x.to(torch.float64), about_y.to(torch.float64)
     product += torch.outer(about_x, y.sum(0, dtype=torch.float64))
-    return product + torch.outer(centred_x.sum(0, dtype=torch.float64), about_y)
+    product += torch.outer(centred_x.sum(0, dtype=torch.float64), about_y)
+    return product * (scale_x * scale_y)
 
 
 def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:

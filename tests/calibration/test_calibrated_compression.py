@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,9 @@ def test_any_iterable_of_batches_will_do(data: Any) -> None:
     ("data", "message"),
     [
         ([], "yields 0 batches"),
-        ([torch.randn(4, 1, 8, 8)], "yields 1 batches"),
+        ([torch.randn(4, 1, 8, 8)], "yields one batch"),
         (["text"], "yields str"),
-        ([torch.full((4, 1, 8, 8), 1e38)] * 2, "not finite"),
+        ([torch.full((4, 1, 8, 8), math.inf)] * 2, "not finite"),
         ("builtin:nothing", "builtin:nothing"),
     ],
 )

@@ -49,6 +49,20 @@ def test_as_many_examples_are_used_as_were_asked_for(sizes: list[int], samples: 
     assert bool(found.unused) == (len(taken) < sum(sizes))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "samples", "unused"),
+    [
+        ((500, 500), 128, "872 examples of batches used in part"),
+        ((400, 400, 400), 128, "672 examples of batches used in part, and 1 of 3 batches"),
+        ((64, 64, 64), 128, "1 of 3 batches"),
+    ],
+)
+def test_what_a_batch_has_more_than_was_used_of_it_is_counted(
+    sizes: tuple[int, ...], samples: int, unused: str
+) -> None:
+    assert split_examples(images(sizes), samples).unused == unused
+
+
 def endless(size: int = 64) -> Iterator[Tensor]:
     for _ in count():
         yield torch.zeros(size, 1)

@@ -155,7 +155,7 @@ def nothing() -> Any:
     ("batches", "message"),
     [
         (nothing(), "yields 0 batches"),
-        ([torch.ones(4, 20)], "yields 1 batches"),
+        ([torch.ones(4, 20)], "yields one batch"),
         ([np.ones((4, 20))] * 2, "yields ndarray"),
         ([None] * 2, "yields NoneType"),
         ([{"x": [1.0]}] * 2, "yields dict"),

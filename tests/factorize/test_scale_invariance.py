@@ -120,3 +120,19 @@ def test_a_network_of_extreme_weights_gets_the_ranks_and_errors_of_the_same_netw
     for expected, found in zip(plans[:2], plans[2:], strict=True):
         assert [each[:2] for each in found] == [each[:2] for each in expected]
         np.testing.assert_allclose([each[2] for each in found], [each[2] for each in expected], rtol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-120, -80, 80, 120])
+def test_calibrated_ranks_do_not_depend_on_the_unit_of_the_inputs(exponent: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(24, 48, bias=False), nn.Linear(48, 24, bias=False)).double()
+    inputs = torch.randn(4, 16, 24, dtype=torch.float64)
+    found = [
+        compress(network, keep=0.5, calibration=list(scale * inputs), refine=False).plan for scale in (1, 2.0**exponent)
+    ]
+    ranks, losses = zip(*(([layer.rank for layer in plan.layers], plan.calibration) for plan in found), strict=True)
+    assert ranks[0] == ranks[1]
+    assert losses[0] is not None
+    assert losses[1] is not None
+    assert losses[1].predicted_loss == pytest.approx(4.0**exponent * losses[0].predicted_loss, rel=1e-6)
+    assert losses[1].held_back_loss == pytest.approx(4.0**exponent * losses[0].held_back_loss, rel=1e-6)
