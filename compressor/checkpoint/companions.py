@@ -61,6 +61,8 @@ _TRAINING = ("trainer_state.json", "args.yaml", "ds_config.json", "recipe.*", "t
 
 # By these keys a configuration names classes in Python files, of the folder or of any repository of the hub.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
+# Under these transformers before 5 notes where things were on the machine that saved them.
+_PATH_KEYS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file")
 
 
 class NotCopied(NamedTuple):
@@ -128,8 +130,8 @@ def copy_companions(source: Path, target: Path) -> None:
         _LOGGER.warning("not copied from %s: %s", source, not_copied_words(found.not_copied))
     for file in found.files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if _code_keys_of(source / file):
-            write_json(target / file, without_code(_configuration(source / file) or {}))
+        if (config := _configuration_to_change(source / file)) is not None:
+            write_json(target / file, _cleaned(config))
             continue
         # The contents alone: the new file gets the permissions that the umask asks for.
         with reading(source / file):
@@ -152,29 +154,38 @@ def not_copied_words(not_copied: Iterable[NotCopied]) -> str:
     return "; ".join(words)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the keys by which it names Python code to be run."""
-    cleaned: dict[str, Any] = _cleaned(config)
-    return cleaned
-
-
 def write_config(folder: Path, config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
-    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`.
+    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`, and no path.
 
     `transformers_weights` is left out: it names a weight file of the original.
     """
     own: dict[str, Any] = {} if code is None else {"auto_map": dict(code)}
-    # Where a model was loaded from on the machine that saved it, as transformers before 5 notes it.
-    if isinstance(place := config.get("_name_or_path"), str):
-        own["_name_or_path"] = portable_name(place)
     others = {key: value for key, value in config.items() if key != "transformers_weights"}
-    write_json(folder / "config.json", without_code(others) | own)
+    write_json(folder / "config.json", _cleaned(others) | own)
 
 
 def _cleaned(value: Any) -> Any:
+    """A part of a configuration without the keys that name code, and without paths of the machine that saved it."""
     if isinstance(value, Mapping):
-        return {key: _cleaned(each) for key, each in value.items() if key not in _CODE_KEYS}
+        return {key: _without_path(key, _cleaned(each)) for key, each in value.items() if key not in _CODE_KEYS}
     return [_cleaned(each) for each in value] if isinstance(value, list) else value
+
+
+def _without_path(key: str, value: Any) -> Any:
+    return portable_name(value) if key in _PATH_KEYS and isinstance(value, str) else value
+
+
+def _names_paths(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_without_path(key, each) != each or _names_paths(each) for key, each in value.items())
+    return isinstance(value, list) and any(map(_names_paths, value))
+
+
+def _configuration_to_change(file: Path) -> dict[str, Any] | None:
+    """A configuration that names code or paths; None for any other file."""
+    if not _is_any_of(file.name, _CONFIGURATIONS) or (config := _configuration(file)) is None:
+        return None
+    return config if _code_keys_of(file) or _names_paths(config) else None
 
 
 def _code_keys_of(file: Path) -> list[str]:

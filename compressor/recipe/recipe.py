@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -109,6 +110,7 @@ class TrainingRecipe:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise self._bad(name, "is not a name")
+        self._set("base_model", _without_folders(self.base_model))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool | None):
                 raise self._bad(name, "is neither true nor false")
@@ -368,6 +370,11 @@ class TrainingRecipe:
             known = {name: source for name, value in typed.items() if value is not None}
             sources = {**known, **sources}
         return cls(**typed, sources=sources)
+
+
+def _without_folders(model: str | None) -> str | None:
+    """The last part of an absolute path: recipes are written into models, where a path of this machine helps nobody."""
+    return model if model is None or not Path(model).is_absolute() else Path(model).name or model
 
 
 def finite_number(value: object) -> float | None:

@@ -222,7 +222,7 @@ def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(_KEPT_TEXTS, lambda value: isinstance(value, str) and "<" not in value),
         **dict.fromkeys(_KEPT_AS_THEY_ARE, lambda value: isinstance(value, str)),
-        **dict.fromkeys(_KEPT_LISTS, lambda value: _texts(value) in (value, [value]) and "<" not in str(value)),
+        **dict.fromkeys(_KEPT_LISTS, _are_names),
         "inference": lambda value: isinstance(value, bool),
         "extra_gated_eu_disallowed": lambda value: isinstance(value, bool),
         "extra_gated_fields": _is_form,
@@ -267,6 +267,12 @@ def _result(evaluation: Evaluation) -> EvalResult:
         metric_name=evaluation.metric,
         metric_value=round(evaluation.compressed, 6),
     )
+
+
+def _are_names(value: object) -> bool:
+    """Whether a value is a text or a list of texts, without HTML and without paths of the machine it was written on."""
+    texts = _texts(value)
+    return texts in (value, [value]) and not any("<" in text or Path(text).is_absolute() for text in texts)
 
 
 def _texts(value: object) -> list[str]:

@@ -145,6 +145,26 @@ def keys_of(value: Any) -> set[str]:
     return set(value if isinstance(value, dict) else ()).union(*map(keys_of, inner))
 
 
+def test_configurations_go_along_without_paths_of_the_machine(tmp_path: Path, model_folder: Path) -> None:
+    given = {
+        "_name_or_path": "/home/me/run",
+        "text_config": {"_name_or_path": "/home/me/text", "activation": "/"},
+        "parts": [{"special_tokens_map_file": "/home/me/.cache/special_tokens_map.json", "name_or_path": "org/name"}],
+        "unk_token": "/home",
+    }
+    expected = {
+        "_name_or_path": "run",
+        "text_config": {"_name_or_path": "text", "activation": "/"},
+        "parts": [{"special_tokens_map_file": "special_tokens_map.json", "name_or_path": "org/name"}],
+        "unk_token": "/home",
+    }
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (model_folder / name).write_text(json.dumps(given))
+        assert json.loads(copied(model_folder, tmp_path / f"out of {name}")[name]) == expected
+    write_config(tmp_path, given)
+    assert json.loads((tmp_path / "config.json").read_text()) == expected
+
+
 def test_a_written_configuration_names_no_weight_file_of_the_original(tmp_path: Path) -> None:
     write_config(tmp_path, {"model_type": "bert", "transformers_weights": "fine-tuned.safetensors"})
     assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "bert"}

@@ -602,3 +602,8 @@ def test_the_log_of_a_trainer_tells_a_schedule_that_all_its_rates_lie_on(
     path.write_text(json.dumps({"global_step": 1000, "max_steps": 1000, "log_history": [{"eval_loss": 3}, *log]}))
     recipe = read_trainer_state(path)
     assert (recipe.schedule, recipe.learning_rate) == (expected[0], expected[1] and pytest.approx(expected[1]))
+
+
+def test_a_base_model_is_called_by_its_name_and_not_by_a_path_of_the_machine():
+    for given, name in (("/home/me/runs/first", "first"), ("org/name", "org/name"), ("runs/first", "runs/first")):
+        assert TrainingRecipe(base_model=given).base_model == name

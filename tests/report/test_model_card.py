@@ -271,12 +271,12 @@ def test_what_is_known_and_as_it_should_be_is_kept_and_what_is_not_is_named(capl
     assert (data["license"], data["license_name"], data["datasets"]) == ("other", "own", "org/words")
     assert (data["library_name"], data["pipeline_tag"], data["inference"]) == ("timm", "image-classification", False)
     assert data["metrics"] == ["accuracy"]
-    alone = "---\nlanguage: no\nself: 1\nlicense: 3\n---\n"
+    alone = "---\nlanguage: no\nself: 1\nlicense: 3\ndatasets: [org/words, /home/me/words]\n---\n"
     text = model_card(compression("a"), name="small", base_model="dense", config={}, original=alone)
     data = ModelCard(text).data.to_dict()
     assert (data["language"], "license" in data, "self" in data) == ("no", False, False)
     assert [record.getMessage() for record in caplog.records] == [
-        "metadata of the dense model's card that are not kept: self, license"
+        "metadata of the dense model's card that are not kept: self, license, datasets"
     ]
 
 
