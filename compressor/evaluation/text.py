@@ -286,6 +286,10 @@ def _is_lined(document: Document) -> bool:
     return isinstance(document, Path) and document.suffix.lower() == ".txt"
 
 
+# Whether each byte is white space.
+_BLANK = np.isin(np.arange(256), list(b" \t\r\n\v\f"))
+
+
 @dataclass(frozen=True)
 class _Lines:
     """The lines of a file that are not blank, by where they begin and end."""
@@ -297,16 +301,19 @@ class _Lines:
     @classmethod
     def of(cls, document: Document) -> _Lines:
         assert isinstance(document, Path)
-        places = [np.zeros(1, dtype=np.int64)]
-        place = 0
+        places, filled = [np.zeros(1, dtype=np.int64)], list[np.ndarray[Any, np.dtype[np.int64]]]()
+        place, line = 0, 0
         with document.open("rb") as file:
             while raw := file.read(PIECE):
-                places.append(place + 1 + np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == ord("\n")))
-                place += len(raw)
+                read = np.frombuffer(raw, dtype=np.uint8)
+                ends = read == ord("\n")
+                lines = line + np.cumsum(ends)
+                filled.append(np.unique(lines[~_BLANK[read]]))
+                places.append(place + 1 + np.flatnonzero(ends))
+                place, line = place + len(raw), int(lines[-1])
         edges = np.concatenate([*places, np.array([place])])
-        starts, ends = edges[:-1], edges[1:]
-        filled = ends - starts > 1  # more than a line's end
-        return cls(document, starts[filled], ends[filled])
+        chosen = np.unique(np.concatenate([*filled, np.zeros(0, dtype=np.int64)]))
+        return cls(document, edges[:-1][chosen], edges[1:][chosen])
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -212,6 +212,8 @@ def read_scheduler_state(state: Mapping[Any, Any]) -> Schedule | None:
     if "power" in state:
         return Schedule("linear" if state["power"] == 1 else "polynomial", taken, length, rate=rate)
     name = next((name for key, name in _OTHER_SCHEDULES if key in state), "")
+    if peaks := [peak for peak in map(finite_number, _list(state.get("max_lrs"))) if peak is not None]:
+        return Schedule(name, taken, length, rate=max(peaks))
     return Schedule(name, taken, length, rate=None if name in _RISING else rate)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compressor.recipe.recipe import MOST_STEPS, TrainingRecipe
+from compressor.recipe.recipe import KNOWN_SCHEDULES, MOST_STEPS, TrainingRecipe
 from compressor.recipe.settings import has_settings, possible_recipe, settings_recipe
 from compressor.recipe.torch_state import (
     OptimizerState,
@@ -46,9 +46,10 @@ def recipes_inside(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[in
             _log.warning("left out of the training recipe: %s of %s (%s)", where, file, reason)
         recipes.append(recipe)
 
-    if optimizer is not None:
-        add(optimizer.values, "optimizer")
     found = _schedule(document)
+    if optimizer is not None:
+        rising = found is not None and found[1].name == "cyclic"  # the optimizer knows the lowest rate alone
+        add({k: v for k, v in optimizer.values.items() if not (rising and k == "learning_rate")}, "optimizer")
     if found is not None:
         key, schedule = found
         values, remark = _in_optimizer_steps(schedule, steps, epochs)
@@ -116,7 +117,9 @@ def _in_optimizer_steps(schedule: Schedule, steps: int | None, epochs: float | N
     if whole is not None and whole < steps and schedule.name != "constant":
         return rate, f"training went on after its end at {whole} steps"
     # Without a name the recipe of what else is known is worth more than none.
-    values = rate | {"schedule": schedule.name, "warmup_steps": round(schedule.warmup * unit)}
+    values = rate | {"schedule": schedule.name}
+    if schedule.name in KNOWN_SCHEDULES:  # others may begin with a warm-up of their own
+        values["warmup_steps"] = round(schedule.warmup * unit)
     if whole is not None and steps <= whole <= MOST_STEPS:
         values["schedule_steps"] = whole
     if schedule.milestones is not None:

@@ -222,6 +222,15 @@ def test_of_many_documents_no_more_are_tokenized_than_are_used(
     assert data.unused == f"{number - 16:,} of {number:,} documents"
 
 
+@pytest.mark.parametrize("blank", ["\n", "\r\n", " \t\r\n"])
+def test_blank_lines_are_no_documents(blank: str, letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_bytes("".join(f"{blank}{letter * 3}\r\n" for letter in LETTERS[:8]).encode())
+    data = open_data(path, tokenizer=letters, sequence_length=8, reading="documents", limit=4)
+    assert rows_of(data).tolist() == [[2, *[5 + 2 * index] * 3, 3] for index in range(4)]
+    assert data.unused == "4 of 8 documents"
+
+
 def test_of_a_few_long_documents_an_encoder_gets_windows_with_special_tokens(
     letters: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
