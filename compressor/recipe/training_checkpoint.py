@@ -117,7 +117,7 @@ def _in_optimizer_steps(schedule: Schedule, steps: int | None, epochs: float | N
     if whole is not None and whole < steps and schedule.name != "constant":
         return rate, f"training went on after its end at {whole} steps"
     # Without a name the recipe of what else is known is worth more than none.
-    values = rate | {"schedule": schedule.name}
+    values: dict[str, Any] = rate | {"schedule": schedule.name}
     if schedule.name in KNOWN_SCHEDULES:  # others may begin with a warm-up of their own
         values["warmup_steps"] = round(schedule.warmup * unit)
     if whole is not None and steps <= whole <= MOST_STEPS:
