@@ -41,6 +41,8 @@ _WEIGHT_OF_PYTORCH = re.compile(r"weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|
 # What pruning and quantization keep beside a weight.
 _BESIDE_A_WEIGHT = re.compile(r"weight\w*_(mask|scales?|scale_inv|zeros?|zero_point|packed|shape|g_idx)$")
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
+# The attributes that every module has, hooks among them.
+_OF_PYTORCH = frozenset(vars(nn.Module()))
 _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
@@ -192,6 +194,7 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and names[id(module)] == [name]:
             holders.setdefault(id(weight), []).append(name)
     stored = {skeleton.module_name(tensor) for tensor in matrices}
+    called_apart = _called_apart(modules)
     layers = []
     for tensor in matrices:
         in_model = skeleton.module_name(tensor)
@@ -214,6 +217,8 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
                 layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
             )
         layer = replace(layer, skip=layer.skip or _own_code(modules, place, layer.kind))
+        if (holder := called_apart.get(id(owner))) is not None:
+            layer = replace(layer, skip=layer.skip or f"{holder} holds it too, where no other layer can take its place")
         others = holders.get(id(owner._parameters[parameter]), []) if parameter == "weight" else []
         others = [name for name in others if name not in names[id(owner)]]
         if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
@@ -240,6 +245,20 @@ def _own_code(modules: Mapping[str, nn.Module], place: str, kind: Kind) -> str |
         if replaced is not None and not isinstance(replaced, MethodType | partial):
             return f"the forward of {above or 'the model'} was replaced"
     return None
+
+
+def _called_apart(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The modules that an attribute holds without PyTorch knowing it, such as a list, by id -> that attribute."""
+    found: dict[int, str] = {}
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_PYTORCH:
+                held = value.values() if isinstance(value, dict) else value
+                for each in held if isinstance(value, dict | list | tuple) else (value,):
+                    target = each.__self__ if isinstance(each, MethodType) else each
+                    if isinstance(target, nn.Module):
+                        found.setdefault(id(target), f"{name}.{attribute}" if name else attribute)
+    return found
 
 
 def own_state(layer: nn.Module) -> str | None:

@@ -271,6 +271,36 @@ def test_layers_inside_a_replaced_forward_stay_dense_unless_it_is_bound(bound: b
     torch.testing.assert_close(small(x), expected)
 
 
+class Unregistered(nn.Module):
+    """Calls a layer that PyTorch knows by an attribute that it does not know."""
+
+    def __init__(self, hold: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        for layer in (self.layer, self.other):
+            layer.weight.data = torch.randn(16, 2) @ torch.randn(2, 16)
+        self.held = hold(self.layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held["layer"] if isinstance(self.held, dict) else self.held
+        return self.other(held[0](x) if isinstance(held, list) else held(x))
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [lambda layer: [layer], lambda layer: {"layer": layer}, lambda layer: layer.forward],
+    ids=["list", "dictionary", "bound method"],
+)
+def test_a_layer_that_is_called_where_pytorch_does_not_see_it_stays_dense(hold: Any) -> None:
+    model, x = Unregistered(hold).eval(), torch.randn(3, 16)
+    result = compress(model, tolerance=1e-3)
+    assert result.model is not None
+    assert [(layer.name, layer.rank) for layer in result.plan.layers] == [("other", 2)]
+    assert [layer.skip for layer in result.skipped] == ["held holds it too, where no other layer can take its place"]
+    torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 class Scaled(nn.Linear):
     """A linear layer with more state, and a forward of its own."""
 
