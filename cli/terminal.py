@@ -9,22 +9,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from compressor.cli.pace import Estimate, Pace
 from compressor.errors import CompressorError
+from compressor.progress import Progress, Step
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-Progress = Callable[[str, int, int], None]
-
 # Without a terminal a line of progress needs 10 s since the one before, and a tenth more done or a minute passed.
 LINE_SECONDS, SILENCE_SECONDS = 10.0, 60.0
-
-# The least time that an estimate of the whole is made from.
-SHORTEST_MEASUREMENT = 2.0
 
 
 def write_error(text: str) -> None:
@@ -111,110 +108,103 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
 
 
 class _Bars:
-    """Progress as one bar for each stage, and beside it the time left in all where it is known."""
+    """One bar: of the whole command with the time left in all, or of the present step where no steps were announced."""
 
     def __init__(self, bars: Any) -> None:
-        self._bars, self._pace = bars, Pace(time.monotonic)
+        self._bars, self._pace, self._announced = bars, Pace(time.monotonic), False
         # Importing the libraries takes seconds.
-        self._starting = bars.add_task("starting", total=None, left="")
-        self._tasks: dict[str, Any] = {}
+        self._task = bars.add_task("starting", total=None, left="")
+        self._step = ""
 
-    def expect(self, costs: Mapping[str, float]) -> None:
-        self._pace.expect(costs)
+    def expect(self, steps: Sequence[Step]) -> None:
+        self._announced = bool(steps)
+        self._pace.expect(steps)
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self._pace.note(stage, done, total)
-        self._bars.update(self._starting, visible=False)
-        left = self._pace.left()
-        words = "" if left is None else f"about {_duration(left)} left in all"
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, left="")
-        for task in self._tasks.values():
-            self._bars.update(task, left="")
-        self._bars.update(self._tasks[stage], completed=done, total=total, left=words)
+    def __call__(self, step: str, done: int, total: int) -> None:
+        self._pace.note(step, done, total)
+        if not self._announced:
+            if step != self._step:
+                self._bars.reset(self._task)
+            self._bars.update(self._task, description=step, completed=done, total=total, left=f"{done} of {total}")
+        elif (estimate := self._pace.estimate()) is None:
+            self._bars.update(self._task, description=step)
+        else:
+            left = f"{estimate.share:.0%}, {_left(estimate)}"
+            self._bars.update(self._task, description=step, completed=estimate.share, total=1.0, left=left)
+        self._step = step
 
 
 @contextmanager
 def _bars(console: Console) -> Iterator[Progress]:
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True) as bars:
+    columns = (TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    with Bars(*columns, console=console, transient=True) as bars:
         yield _Bars(bars)
 
 
-class Pace:
-    """The time left of a whole command, from what its stages were said to cost and the time that was taken so far.
-
-    Nothing is said before a twentieth is done and two seconds have passed: a shorter measurement is none.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._started: float | None = None
-        self._costs: dict[str, float] = {}
-        self._done: dict[str, float] = {}
-
-    def expect(self, costs: Mapping[str, float]) -> None:
-        """Take what all stages will cost, in their order and in one unit."""
-        self._started, self._costs, self._done = self._clock(), dict(costs), {}
-
-    def note(self, stage: str, done: int, total: int) -> None:
-        """Take how far a stage is; those before it are over."""
-        if stage in self._costs:
-            before = list(self._costs)[: list(self._costs).index(stage)]
-            self._done |= dict.fromkeys(before, 1.0) | {stage: done / max(total, 1)}
-
-    def left(self) -> float | None:
-        """The seconds left; None while they are not known."""
-        whole = sum(self._costs.values())
-        done = sum(cost * self._done.get(stage, 0.0) for stage, cost in self._costs.items())
-        if self._started is None or done < whole / 20:
-            return None
-        taken = self._clock() - self._started
-        return taken * (whole - done) / done if taken >= SHORTEST_MEASUREMENT else None
-
-
 class ProgressLines:
-    """Progress as plain lines for a log: stage, steps done, the time left; and when a stage is done.
+    """Progress as plain lines for a log.
 
-    The time left is that of the whole command where its stages have said what they cost, else of the stage at its own
-    pace. What takes less than `LINE_SECONDS` in all writes nothing.
+    Where steps were announced: the step, how much of the whole is done, and the time left in all. Where not: the step,
+    its parts that are done, and the time left of it at its own pace; and when it is done. What takes less than
+    `LINE_SECONDS` in all writes nothing.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float]) -> None:
-        self._write, self._clock, self._pace = write, clock, Pace(clock)
-        # The first call of a stage may come after its first step and other work, so its pace counts from it.
+        self._write, self._clock, self._pace, self._announced = write, clock, Pace(clock), False
+        # The first call of a step may come after its first part and other work, so its pace counts from it.
         self._first_calls: dict[str, tuple[float, int]] = {}
         self._began = self._written_at = clock()
-        self._written_done = 0
+        self._written = 0.0
 
-    def expect(self, costs: Mapping[str, float]) -> None:
-        self._pace.expect(costs)
+    def expect(self, steps: Sequence[Step]) -> None:
+        self._announced = bool(steps)
+        self._pace.expect(steps)
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = self._clock()
-        self._pace.note(stage, done, total)
-        if stage not in self._first_calls:
-            self._first_calls[stage], self._written_done = (now, done), 0
-        waited, a_tenth_more = now - self._written_at, 10 * (done - self._written_done) >= total
-        if done >= total:
-            if now - self._began < LINE_SECONDS:
-                return
-            self._write(f"{stage}: all {total} done" if total > 1 else f"{stage}: done")
-        elif waited < LINE_SECONDS or (not a_tenth_more and waited < SILENCE_SECONDS):
-            return
+    def __call__(self, step: str, done: int, total: int) -> None:
+        self._pace.note(step, done, total)
+        if self._announced:
+            self._of_the_whole(step, done, total)
         else:
-            self._write(f"{stage}: {done} of {total}{self._left(stage, now, done, total)}")
-        self._written_at, self._written_done = now, done
+            self._of_a_step(step, done, total)
 
-    def _left(self, stage: str, now: float, done: int, total: int) -> str:
-        if (left := self._pace.left()) is not None:
-            return f", about {_duration(left)} left in all"
-        first_at, first_done = self._first_calls[stage]
-        steps = done - first_done
-        return f", about {_duration((now - first_at) * (total - done) / steps)} left of this step" if steps > 0 else ""
+    def _of_the_whole(self, step: str, done: int, total: int) -> None:
+        estimate = self._pace.estimate()
+        share = self._written if estimate is None else estimate.share
+        if share >= 1.0 or not self._due(share - self._written):
+            return
+        of_all = "" if estimate is None else f"; {share:.0%} of all done, {_left(estimate)}"
+        self._put(f"{step} {done} of {total}{of_all}", share)
+
+    def _of_a_step(self, step: str, done: int, total: int) -> None:
+        now = self._clock()
+        if step not in self._first_calls:
+            self._first_calls[step], self._written = (now, done), 0.0
+        if done >= total:
+            if now - self._began >= LINE_SECONDS:
+                self._put(f"{step}: all {total} done" if total > 1 else f"{step}: done", 1.0)
+        elif self._due(done / total - self._written):
+            first_at, first_done = self._first_calls[step]
+            parts = done - first_done
+            left = (now - first_at) * (total - done) / parts if parts > 0 else None
+            self._put(
+                f"{step}: {done} of {total}" + ("" if left is None else f", about {_duration(left)} left of this step"),
+                done / total,
+            )
+
+    def _due(self, more: float) -> bool:
+        waited = self._clock() - self._written_at
+        return waited >= SILENCE_SECONDS or (waited >= LINE_SECONDS and more >= 0.1 - 1e-9)
+
+    def _put(self, line: str, share: float) -> None:
+        self._write(line)
+        self._written_at, self._written = self._clock(), share
+
+
+def _left(estimate: Estimate) -> str:
+    return f"{'at most about' if estimate.at_most else 'about'} {_duration(estimate.seconds)} left in all"
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,6 @@ from compressor.calibration import refine as fitted_to_dense
 from compressor.errors import BadInput
 from compressor.evaluation import EvaluationData
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
-from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel, open_data_for
 from compressor.planning import (
     Budget,
@@ -41,6 +40,7 @@ from compressor.planning import (
     read_plan,
     window_rule_advice,
 )
+from compressor.progress import Progress
 from compressor.rewrite import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
 
 # The exponents of the allocation, of which the one with the least loss on held-back data is kept.
@@ -160,7 +160,8 @@ def plan_ranks(
     best = search.best(chosen)
     for _ in range(STAGES if given is None and not best.as_predicted else 0):
         try:
-            fresh = recalibrate(calibrated, search.best(Budget("keep", math.sqrt(best.kept))).solution.modules)
+            halfway = search.best(Budget("keep", math.sqrt(best.kept)))
+            fresh = recalibrate(calibrated, halfway.solution.modules, progress)
             anew = replace(search, weighted=weighted_layers(measured, fresh), calibrated=fresh)
             best = min(best, anew.best(chosen), key=lambda found: found.loss)
         except BadInput as error:  # what was found without a stage stands
@@ -261,7 +262,12 @@ class _Search:
 
         Beside those of the powers stands the best of them under the window rule's caps, where these change it.
         """
-        found = min((self._candidate(budget, power) for power in self.powers), key=lambda each: each.loss)
+        candidates = []
+        for power in self.powers:
+            candidates.append(self._candidate(budget, power))
+            if self.progress:
+                self.progress("allocate", len(candidates), len(self.powers))
+        found = min(candidates, key=lambda each: each.loss)
         if self.caps:
             found = min(found, self._capped(found, budget), key=lambda each: each.loss)
         compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))

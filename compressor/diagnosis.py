@@ -26,7 +26,7 @@ from compressor.evaluation import (
 )
 from compressor.evaluation.data import IGNORED_LABEL
 from compressor.findings import Finding, find
-from compressor.inspection import Progress, inspect_layers
+from compressor.inspection import inspect_layers
 from compressor.measure import (
     EPSILON,
     EquilibriumNorm,
@@ -42,6 +42,7 @@ from compressor.measure import (
     stationary_penalty,
 )
 from compressor.opened_model import Factory, Model, OpenedModel, open_data_for, open_model
+from compressor.progress import Progress
 from compressor.rank_series import RankSeries, measure_series
 from compressor.recipe import TrainingRecipe
 from compressor.results import SCHEMA_VERSION, InspectedLayer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
-    from compressor.inspection import Progress
+    from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
     from compressor.report.explorer import ExploredLayers
     from compressor.results import Inspection

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,21 +20,9 @@ from compressor.measure import (
 )
 from compressor.opened_model import OpenedModel, folder_of
 from compressor.planning import MeasuredLayer, pair_forms
+from compressor.progress import Progress
 from compressor.results import InspectedLayer
 from compressor.rewrite import as_matrix
-
-# Called with the name of the stage, how many layers of it are done, and how many there are.
-Progress = Callable[[str, int, int], None]
-
-# What a layer's factors cost beside its singular values alone, measured on square matrices of side 1024.
-FACTORS_COST = 2.5
-
-
-def expect(progress: Progress | None, costs: Mapping[str, float]) -> None:
-    """Tell a progress that estimates the whole what all its stages will cost, in their order and in one unit."""
-    announce = getattr(progress, "expect", None)
-    if announce is not None:
-        announce(costs)
 
 
 def inspect_layers(

@@ -13,7 +13,6 @@ from compressor.calibrated_planning import NotFinite, PlannedModel, plan_ranks, 
 from compressor.calibration import Calibration
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import EvaluationData, Quality, drop_error, measure_quality, quality_drop
-from compressor.inspection import Progress
 from compressor.opened_model import OpenedModel
 from compressor.planning import (
     MOST_TRIALS,
@@ -30,6 +29,7 @@ from compressor.planning import (
     smallest_found,
     smallest_size,
 )
+from compressor.progress import Progress
 from compressor.rewrite import Rewriting, rewritten_module
 
 # What a first guess keeps at most: dense loses nothing, so the first trial is to be a real one.
@@ -77,7 +77,7 @@ def plan_within_drop(
         size = Budget("keep", keep)
         try:
             planned = plan_ranks(
-                subject, measured, size, None, form, shard_size, calibrated, weighted=layers, refine=refine
+                subject, measured, size, None, form, shard_size, calibrated, progress, weighted=layers, refine=refine
             )
         except NotFinite:
             return Trial(keep, round(keep * eligible), math.inf, math.inf)

@@ -24,7 +24,7 @@ from compressor.arguments import (
     require_model,
 )
 from compressor.calibrated_planning import PlannedModel, open_calibration_data, plan_ranks
-from compressor.calibration import Calibration, calibrate, split_examples
+from compressor.calibration import CalibrationData, calibrate, split_examples
 from compressor.checkpoint import (
     TensorInfo,
     check_output,
@@ -48,7 +48,7 @@ from compressor.evaluation import (
 )
 from compressor.evaluation.builtin_data import Split
 from compressor.fine_tuning import compress_fine_tune
-from compressor.inspection import FACTORS_COST, Progress, expect, inspect_layers, measured_layers
+from compressor.inspection import inspect_layers, measured_layers
 from compressor.max_drop import plan_within_drop
 from compressor.measure import EPSILON
 from compressor.opened_model import (
@@ -69,6 +69,7 @@ from compressor.planning import (
     window_rule_advice,
     worthwhile_size,
 )
+from compressor.progress import Progress, expect, takes_steps
 from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
 from compressor.report.wording import command_words, needs_calibration, percent, warning_words
@@ -98,6 +99,13 @@ from compressor.rewrite import (
     write_weights,
 )
 from compressor.torch_state import neutral_torch_state, uncompiled
+from compressor.workload import (
+    decomposition_costs,
+    steps_of_compression,
+    timed_decompositions,
+    work_on_calibration,
+    work_on_data,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -338,15 +346,27 @@ def compress(
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-        # With data the time is that of running the model, which is known only once it has run.
-        expect(progress, {"measure": 1.0, "factorize": FACTORS_COST} if data is None and not dry_run else {})
+    dense, examples = _loaded(model, factory, samples, deciding, where, calibration_samples)
+    _announce(
+        progress,
+        model,
+        factory,
+        subject,
+        dense,
+        examples,
+        deciding,
+        None if dry_run else reported,
+        where,
+        given=plan is not None,
+        refine=refine,
+        writes=not dry_run,
+    )
     inspected = inspect_layers(subject, EPSILON, where, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
-    dense = None if samples is None and deciding is None else with_separate_experts(load_model(model, factory))
     calibrated = None
-    if dense is not None and samples is not None:
-        calibrated = _calibrated(dense, measured, samples, where, calibration_samples, seed, progress)
+    if dense is not None and examples is not None:
+        calibrated = calibrate(dense, [m.layer for m in measured], examples, device=where, seed=seed, progress=progress)
     if dense is not None and deciding is not None and budget is not None:
         planned = plan_within_drop(
             subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress, refine=refine
@@ -617,19 +637,60 @@ def _require_no_growth(subject: OpenedModel, chosen: Plan) -> None:
         )
 
 
-def _calibrated(
-    dense: nn.Module,
-    measured: Sequence[MeasuredLayer],
-    samples: EvaluationData | Iterable[Any],
+def _loaded(
+    model: Model,
+    factory: Factory | None,
+    samples: EvaluationData | Iterable[Any] | None,
+    deciding: EvaluationData | None,
     device: torch.device,
     limit: int | None,
-    seed: int,
-    progress: Progress | None,
-) -> Calibration:
+) -> tuple[nn.Module | None, CalibrationData | None]:
+    """The model that data are run through before anything is written, and what calibration uses of its data."""
+    if samples is None and deciding is None:
+        return None, None
+    dense = with_separate_experts(load_model(model, factory))
+    if samples is None:
+        return dense, None
     if isinstance(samples, EvaluationData):
         require_accepted(dense, samples, device=device)
-    layers = [m.layer for m in measured]
-    return calibrate(dense, layers, split_examples(samples, limit), device=device, seed=seed, progress=progress)
+    return dense, split_examples(samples, limit)
+
+
+def _announce(
+    progress: Progress | None,
+    model: Model,
+    factory: Factory | None,
+    subject: OpenedModel,
+    dense: nn.Module | None,
+    examples: CalibrationData | None,
+    deciding: EvaluationData | None,
+    reported: EvaluationData | None,
+    device: torch.device,
+    *,
+    given: bool,
+    refine: bool,
+    writes: bool,
+) -> None:
+    """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
+
+    A short measurement says how long running the model takes.
+    """
+    if not takes_steps(progress):
+        return
+    if dense is None and reported is not None:
+        dense = load_model(model, factory)
+    eligible = [layer for layer in subject.layers if layer.eligible]
+    decompositions = decomposition_costs(eligible)
+    calibration = trial = evaluation = None
+    if dense is not None and eligible:
+        decompositions = timed_decompositions(subject.checkpoint, eligible, device)
+        calibration = None if examples is None else work_on_calibration(dense, eligible, examples, device)
+        trial = None if deciding is None else work_on_data(dense, deciding, device)
+        evaluation = None if reported is None else work_on_data(dense, reported, device)
+    expect(
+        progress,
+        steps_of_compression(decompositions, calibration, trial, evaluation, given=given, refine=refine, writes=writes),
+    )
 
 
 def _require_allowed_drop(evaluation: Evaluation, budget: Budget, name: str, *, allow_miss: bool) -> None:
@@ -654,18 +715,13 @@ def _evaluate(
     device: torch.device,
     progress: Progress | None,
 ) -> Evaluation:
-    if progress:
-        progress("evaluate", 0, 1)
     reference = None if baseline is None else load_model(baseline, factory)
-    evaluation = compare(reference, load_model(model, factory), data, device=device)
-    evaluation = replace(
+    evaluation = compare(reference, load_model(model, factory), data, device=device, progress=progress)
+    return replace(
         evaluation,
         baseline_cost=_on_disk(evaluation.baseline_cost, baseline),
         compressed_cost=_on_disk(evaluation.compressed_cost, model),
     )
-    if progress:
-        progress("evaluate", 1, 1)
-    return evaluation
 
 
 def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:

@@ -15,9 +15,9 @@ import torch
 from compressor.checkpoint import open_checkpoint, require_finite
 from compressor.checkpoint.reader import WEIGHT_SUFFIXES, is_training_state
 from compressor.errors import BadInput
-from compressor.inspection import Progress
 from compressor.measure import EffectiveRanks, effective_ranks, singular_values
 from compressor.opened_model import OpenedModel
+from compressor.progress import Progress
 from compressor.rewrite import as_matrix
 
 Unit = Literal["step", "epoch"]

@@ -23,8 +23,8 @@ from compressor.checkpoint import (
 from compressor.destination import form_of, not_copied_from, shard_limit, staged_output, target_of
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
-from compressor.inspection import Progress
 from compressor.opened_model import Factory, skeleton_of, text_mapping
+from compressor.progress import Progress
 from compressor.report.model_card import restore_card
 from compressor.requests import in_bytes
 from compressor.results import BeforeAfter, Restoration

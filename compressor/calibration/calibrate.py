@@ -35,11 +35,11 @@ from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.errors import BadInput
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import Metric, TiedMetric, embedding_metric
-from compressor.inspection import Progress
 from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, shrunk
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.planning import LossUnit
+from compressor.progress import Progress
 from compressor.rewrite import put_layer
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ def calibrate(
         _require_accepted(model, [*data.fitted, *data.held_back])
         segments = find_segments(model, layers, first)
         logger.info("calibration runs the model in %d segments", segments.count)
-        for part, batches in (("fitted", data.fitted), ("held back", data.held_back)):
-            _keep_boundaries(model, segments, batches, spool, part, modules)
+        batches = {"fitted": data.fitted, "held back": data.held_back}
+        _keep_boundaries(model, segments, batches, spool, modules, progress)
         known = {layer.name: layer for layer in layers}
         criterion = criterion_of(model, outputs, first.labels if data.labelled else None)
         bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
@@ -151,7 +151,9 @@ def _accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:
         ) from error
 
 
-def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:
+def recalibrate(
+    calibration: Calibration, modules: Mapping[str, nn.Module], progress: Progress | None = None
+) -> Calibration:
     """The same calibration with the metrics at a compressed model: `modules` in their places in the dense one.
 
     The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs. The
@@ -165,9 +167,10 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
         frozen(changed),
     ):
         stand_ins = _modules(changed, calibration.layers.values())
-        _keep_boundaries(changed, calibration.segments, calibration.data.fitted, spool, "fitted", stand_ins)
+        batches = {"fitted": calibration.data.fitted}
+        _keep_boundaries(changed, calibration.segments, batches, spool, stand_ins, progress)
         run = replace(calibration, model=changed, spool=spool)
-        metrics, uses = _metrics(run, layers, stand_ins, None)
+        metrics, uses = _metrics(run, layers, stand_ins, progress)
     for name in calibration.metrics.keys() - metrics.keys():
         metrics.put(name, calibration.metrics[name])
         uses[name] = calibration.uses[name]
@@ -249,13 +252,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _keep_boundaries(
     model: nn.Module,
     segments: Segments,
-    batches: Sequence[Batch],
+    batches: Mapping[str, Sequence[Batch]],
     spool: Spool,
-    part: str,
     layers: Mapping[str, nn.Module],
+    progress: Progress | None,
 ) -> None:
-    """Run all but the last segment, leaving on disk what enters each."""
-    for index, batch in enumerate(batches):
+    """Run all but the last segment on the batches of some parts of the data, leaving on disk what enters each."""
+    each_batch = [(part, *indexed) for part, of_part in batches.items() for indexed in enumerate(of_part)]
+    for done, (part, index, batch) in enumerate(each_batch, start=1):
         state: State = ()
         for segment in range(segments.count - 1):
             state = segments.run(model, segment, batch, state)
@@ -263,6 +267,8 @@ def _keep_boundaries(
             if not all(torch.isfinite(each).all() for each in made):
                 raise _overflow(model, batch, layers)
             spool.put_row(("dense", part, segment, index), made)
+        if progress:
+            progress("run", done, len(each_batch))
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:

@@ -28,9 +28,9 @@ from compressor.calibration.segments import State
 from compressor.checkpoint import Layer, SeparateExperts
 from compressor.evaluation import Batch, prepared
 from compressor.factorize import FactorPair, Metric, SpatialPair
-from compressor.inspection import Progress
 from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
 from compressor.planning import LayerPlan
+from compressor.progress import Progress
 from compressor.rewrite import (
     LowRankEmbedding,
     TiedHead,

@@ -23,7 +23,7 @@ from compressor.calibration.compensation import Compensated, advance, batches_of
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
 from compressor.evaluation import prepared
-from compressor.inspection import Progress
+from compressor.progress import Progress
 from compressor.rewrite import join
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
@@ -175,7 +175,7 @@ def fit_to_dense(
     masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
     kept, least, step = [master.clone() for master in masters], started, STEP
     generator = torch.Generator().manual_seed(seed)
-    optimizer = _adam(masters, step)
+    optimizer = adam(masters, step)
     with _trainable(parameters):
         try:
             for done in range(PASSES):
@@ -192,7 +192,7 @@ def fit_to_dense(
                     continue
                 step *= CUT
                 masters = [each.clone() for each in kept]
-                optimizer = _adam(masters, step)
+                optimizer = adam(masters, step)
                 _put(parameters, masters)
         finally:
             _put(parameters, kept)
@@ -208,7 +208,7 @@ def _gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], s
     return torch.autograd.grad(value, parameters, allow_unused=True)
 
 
-def _adam(masters: list[Tensor], step: float) -> torch.optim.Adam:
+def adam(masters: list[Tensor], step: float) -> torch.optim.Adam:
     """Adam with steps relative to the root mean square of each tensor."""
     groups = []
     for each in masters:

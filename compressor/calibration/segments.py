@@ -199,6 +199,13 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     return Segments()
 
 
+def most_segments(model: nn.Module, layers: Sequence[Layer]) -> int:
+    """How many `find_segments` gives at most, of the longest row of blocks, without running the model."""
+    wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
+    rows = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module))
+    return 1 + max((len(row) for row in rows if len(row) > 1 and _alike(row, wanted)), default=0)
+
+
 def _alike(parts: nn.Module, wanted: set[int]) -> bool:
     """Whether all parts are of one class and hold layers, without being layers themselves."""
     children = list(parts.children())

@@ -13,6 +13,7 @@ from compressor.evaluation.cost import Cost, Latency, measure_cost, measure_late
 from compressor.evaluation.data import EvaluationData, Task
 from compressor.evaluation.inference import resolve_device
 from compressor.evaluation.metrics import measure_quality, quality_drop
+from compressor.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def compare(
     *,
     device: str | torch.device = "auto",
     latency: bool = True,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Measure both models' quality on all of `data`, and what each costs to keep and to run.
 
@@ -98,12 +100,23 @@ def compare(
     """
     device = resolve_device(device)
     example, batch = data.read(range(1)), data.read(range(min(data.batch_size, data.count)))
-    qualities, costs = [], []
-    for model in (compressed,) if baseline is None else (baseline, compressed):
+    models = (compressed,) if baseline is None else (baseline, compressed)
+    sizes = [example] if len(batch.labels) == 1 else [example, batch]
+    timed = sizes if latency else []
+    parts = len(models) + len(timed)
+    qualities, costs, latencies = [], [], []
+    if progress:
+        progress("evaluate", 0, parts)
+    for model in models:
         qualities.append(measure_quality(model, data, device=device))
         costs.append(measure_cost(model, example.inputs, batch.inputs, device=device))
+        if progress:
+            progress("evaluate", len(costs), parts)
+    for each in timed:
+        latencies.append(measure_latency(compressed, each.inputs, baseline=baseline, device=device))
+        if progress:
+            progress("evaluate", len(costs) + len(latencies), parts)
     before, after = (None if baseline is None else qualities[0]), qualities[-1]
-    timed = [example] if len(batch.labels) == 1 else [example, batch]
     return Evaluation(
         metric=after.metric,
         baseline=before.value if before else None,
@@ -117,9 +130,7 @@ def compare(
         device=_device_name(device),
         baseline_cost=None if baseline is None else costs[0],
         compressed_cost=costs[-1],
-        latency=tuple(
-            measure_latency(compressed, each.inputs, baseline=baseline, device=device) for each in timed if latency
-        ),
+        latency=tuple(latencies),
     )
 
 

@@ -28,9 +28,9 @@ from compressor.evaluation import load_model, require_architecture
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
 from compressor.exporting.remote import remote_configuration, write_remote
 from compressor.fine_tuning import adapter_of_file, applied, is_difference, write_adapter
-from compressor.inspection import Progress
 from compressor.measure import image_size
 from compressor.opened_model import Factory, folder_of
+from compressor.progress import Progress
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import CARD_FILE, describe_remote
 from compressor.restoration import restore

@@ -53,7 +53,7 @@ from compressor.fine_tuning.adapter import (
 from compressor.fine_tuning.difference import Difference, compare, share_left
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
 from compressor.fine_tuning.verification import verify_with_peft
-from compressor.inspection import Progress, inspect_layers, measured_layers
+from compressor.inspection import inspect_layers, measured_layers
 from compressor.measure import EPSILON
 from compressor.opened_model import Factory, Model, OpenedModel, open_model
 from compressor.planning import (
@@ -67,6 +67,7 @@ from compressor.planning import (
     is_worthwhile,
     read_plan,
 )
+from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.model_card import CARD_FILE

@@ -13,9 +13,9 @@ from torch import Tensor
 from compressor.checkpoint import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
 from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
-from compressor.inspection import Progress
 from compressor.measure.memory_window import retention
 from compressor.measure.rounding import Rounding, rounding
+from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 
 

@@ -37,7 +37,6 @@ from compressor.evaluation import (
     require_architecture,
     resolve_device,
 )
-from compressor.inspection import Progress
 from compressor.measure.rounding import rounding
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
 from compressor.merging.combination import Combination, Head, layer_of
@@ -60,6 +59,7 @@ from compressor.merging.parts import (
     require_same_architecture,
 )
 from compressor.opened_model import Factory, training_of
+from compressor.progress import Progress
 from compressor.recipe import find_recipe
 from compressor.results import SCHEMA_VERSION
 from compressor.rewrite import MERGE_KEY, METADATA_KEY, LowRankSpec, join, write_weights

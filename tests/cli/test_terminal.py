@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.cli.terminal import Pace, ProgressLines, document_text, shown_progress, write_rendered
-from compressor.inspection import FACTORS_COST
+from compressor.cli import terminal
+from compressor.cli.terminal import ProgressLines, document_text, shown_progress, write_rendered
+from compressor.progress import Step
 
 finite = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -123,40 +124,26 @@ def test_styles_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[31" not in plain.getvalue()
 
 
-@given(st.floats(10, 5000), st.floats(0.7, 1.4), st.integers(20, 200))
-def test_the_time_left_in_all_is_near_the_truth_from_a_quarter_on(seconds: float, pace: float, layers: int) -> None:
-    """Stages whose costs were said to within two fifths: at a quarter, a half and three quarters of the time."""
-    now = 0.0
-    estimate = Pace(lambda: now)
-    estimate.expect({"measure": 1.0, "factorize": FACTORS_COST})
-    stages = {"measure": 1.0, "factorize": pace * FACTORS_COST}
-    whole = seconds * sum(stages.values())
-    wanted = [0.25, 0.5, 0.75]
-    for stage, cost in stages.items():
-        for done in range(1, layers + 1):
-            now += seconds * cost / layers
-            estimate.note(stage, done, layers)
-            if wanted and now >= wanted[0] * whole:
-                wanted.pop(0)
-                left = estimate.left()
-                assert left is not None
-                assert (whole - now) / 1.5 <= left <= 1.5 * (whole - now)
-    assert not wanted
-    assert estimate.left() == 0
-
-
-def test_an_estimate_waits_for_a_measurement_and_is_one_for_all_stages() -> None:
+def test_the_lines_of_a_command_that_announced_its_steps_are_few_and_of_the_whole() -> None:
     now, lines = 0.0, list[str]()
     progress = ProgressLines(lines.append, lambda: now)
-    progress.expect({"measure": 1.0, "factorize": 3.0})
-    for stage, taken in (("measure", 10), ("factorize", 30)):
-        for done in range(1, 11):
+    progress.expect([Step("measure", (1.0,) * 100), Step("factorize", (3.0,) * 100)])
+    for step, taken in (("measure", 1), ("factorize", 3)):
+        for done in range(1, 101):
             now += taken
-            progress(stage, done, 10)
-    left = [line.rpartition(", about ")[2] for line in lines if "left in all" in line]
-    # 400 s in all: the first lines of both stages, and the last.
-    assert (left[0], left[9], left[-1]) == ("6 min left in all", "4 min left in all", "30 s left in all")
-    assert not any("of this step" in line for line in lines)
+            progress(step, done, 100)
+    assert 6 <= len(lines) <= 10
+    assert lines[0] == "measure 40 of 100; 10% of all done, about 6 min left in all"
+    assert lines[-1] == "factorize 91 of 100; 93% of all done, about 27 s left in all"
+
+
+def test_the_most_that_may_be_left_is_called_so() -> None:
+    now, lines = 0.0, list[str]()
+    progress = ProgressLines(lines.append, lambda: now)
+    progress.expect([Step("measure", (1.0,)), Step("search", (1.0,) * 2, certain=False)])
+    now = 30.0
+    progress("measure", 1, 1)
+    assert lines == ["measure 1 of 1; 33% of all done, at most about 60 s left in all"]
 
 
 def test_something_is_shown_before_the_libraries_are_loaded(
@@ -165,3 +152,18 @@ def test_something_is_shown_before_the_libraries_are_loaded(
     monkeypatch.delitem(sys.modules, "torch")
     with shown_progress(quiet=False):
         assert capsys.readouterr().err == "loading the libraries\n"
+
+
+def test_on_a_terminal_there_is_one_bar_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    now, shown = 0.0, io.StringIO()
+    monkeypatch.setattr("compressor.cli.terminal.time.monotonic", lambda: now)
+    with terminal._bars(Console(file=shown, force_terminal=True, width=110)) as progress:
+        progress.expect([Step("measure", (1.0,)), Step("refine", (3.0,))])  # type: ignore[attr-defined]
+        now = 20.0
+        progress("measure", 1, 1)
+        progress._bars.refresh()  # type: ignore[attr-defined]
+        assert len(progress._bars.tasks) == 1  # type: ignore[attr-defined]
+    assert "measure" in shown.getvalue()
+    assert "25%, about 60 s left in all" in shown.getvalue()
