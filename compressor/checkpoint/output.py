@@ -131,6 +131,7 @@ def require_replaceable(path: Path, form: Literal["file", "folder"], new: Set[Pa
         raise BadInput(what, where=path, remedy="choose another output")
     if form == "file" or path.is_symlink():
         return
+    remove_abandoned(path)  # a run that was killed while it wrote its report there
     foreign = sorted(str(entry) for entry in _foreign_entries(path, new | noted_files(path)))
     if foreign:
         more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""

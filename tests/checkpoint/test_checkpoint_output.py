@@ -144,6 +144,15 @@ def test_a_folder_of_the_same_model_is_replaced(tmp_path: Path, model_folder: Pa
     assert (out / "1_Pooling" / "config.json").is_file()
 
 
+def test_what_a_killed_run_left_in_a_folder_does_not_keep_it_from_being_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".report.html.0123456789ab.partial"
+    (left / "new").mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "new" / "report.html").write_text("half")
+    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    assert not left.exists()
+
+
 def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = tmp_path / "out" / "1_Pooling"
     part.mkdir(parents=True)
