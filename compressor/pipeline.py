@@ -377,7 +377,7 @@ def compress(
     if budget is None:
         _require_worthwhile(subject, measured, chosen, form, shard_size)
     if chosen.budget.kind != "plan":
-        _require_no_growth(subject, chosen)
+        _require_smaller(subject, chosen)
 
     asked = {
         "revision": revision,
@@ -625,8 +625,16 @@ def _require_worthwhile(
     raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
 
 
-def _require_no_growth(subject: OpenedModel, chosen: Plan) -> None:
-    """Raise `QualityGateNotMet` for tensors that would become larger, as copies of those that were tied do."""
+def _require_smaller(subject: OpenedModel, chosen: Plan) -> None:
+    """Raise `QualityGateNotMet` where every layer stays dense, or tensors grow, as copies of tied ones do.
+
+    A model that is no larger than a `max_size` as it is has what was asked for.
+    """
+    if chosen.budget.kind != "max-size" and all(layer.rank is None for layer in chosen.layers):
+        raise QualityGateNotMet(
+            f"{subject.name}: every layer would stay dense ({chosen.budget}), so that nothing would be smaller; ask for"
+            " less, such as `keep=0.8`, or for a larger `tolerance`"
+        )
     before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
     infos = rewritten_infos(Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen))
     after = sum(info.nbytes for info in infos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -19,6 +20,8 @@ from compressor.measure import EffectiveRanks, effective_ranks, singular_values
 from compressor.opened_model import OpenedModel
 from compressor.progress import Progress
 from compressor.rewrite import as_matrix
+
+logger = logging.getLogger(__name__)
 
 Unit = Literal["step", "epoch"]
 
@@ -167,7 +170,13 @@ def _steps(folder: Path, checkpoints: list[Path]) -> tuple[Unit, dict[Path, int]
     epochs = {path: numbers["epoch"] for path, numbers in named.items() if "epoch" in numbers}
     # "checkpoint-500" and "model_500" are numbered by steps, unless the epoch stands beside.
     loose = {path: numbers["checkpoint"] for path, numbers in named.items() if numbers.keys() == {"checkpoint"}}
-    loose |= _lone_numbers(folder, [path for path, numbers in named.items() if not numbers])
+    lone = _lone_numbers(folder, [path for path, numbers in named.items() if not numbers])
+    if lone:
+        logger.warning(
+            "the number in %s is taken for its step; if it counts epochs, rename it to epoch=%d, and the others alike",
+            *((first := min(lone)).name, lone[first]),
+        )
+    loose |= lone
     only_epochs = sorted(epochs.keys() - steps.keys())
     if not only_epochs:
         by_epoch = sorted(epochs, key=lambda path: (epochs[path], steps[path]))

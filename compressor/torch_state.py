@@ -39,8 +39,9 @@ _caller: ContextVar[_Defaults | None] = ContextVar("caller", default=None)
 def neutral_torch_state() -> Iterator[None]:
     """Set what the caller may have changed to PyTorch's own defaults, and then restore it.
 
-    These are the default device and dtype, autocast, inference mode and gradients. Compiled code runs eagerly, because
-    it would not see the hooks that layers are watched with. The random number generators end as they began.
+    These are the default device and dtype, the precision of matrix products, autocast, inference mode and gradients.
+    Compiled code runs eagerly, because it would not see the hooks that layers are watched with. The random number
+    generators end as they began.
     """
     if _caller.get() is not None:  # one verb calls another
         yield
@@ -54,6 +55,8 @@ def neutral_torch_state() -> Iterator[None]:
             for device in _autocast_devices():
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(_defaults(_Defaults(CPU, torch.float32)))
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
             if "torch._dynamo" in sys.modules:  # without it nothing is compiled, and to import it takes a second
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield

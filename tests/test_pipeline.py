@@ -591,3 +591,12 @@ def test_nothing_is_said_without_attention_or_with_data(tmp_path: Path, caplog: 
     texts = [{"input_ids": torch.randint(3, 40, (8, 8))} for _ in range(2)]
     assert compress(transformer("llama"), keep=0.6, calibration=texts, refine=False).warnings == ()
     assert not any("attention" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("request_", [{"keep": 1.0}, {"tolerance": 1e-6}])
+def test_a_request_that_leaves_every_layer_dense_writes_nothing(tmp_path: Path, request_: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    save_file(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).state_dict(), tmp_path / "m.safetensors")
+    with pytest.raises(QualityGateNotMet, match="every layer would stay dense"):
+        compress(tmp_path / "m.safetensors", output=tmp_path / "small.safetensors", **request_)
+    assert not (tmp_path / "small.safetensors").exists()

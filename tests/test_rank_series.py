@@ -96,3 +96,14 @@ def test_the_norm_before_the_window_is_looked_up_in_steps() -> None:
     assert by_epoch.norm_before("fc", 250) is None
     by_step = RankSeries("run", ("a", "b", "c"), (1, 2, 300), (layer,), "step")
     assert by_step.norm_before("fc", 250) == 2
+
+
+def test_numbers_without_a_word_are_said_to_be_taken_for_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    series_of(tmp_path / "named", ["checkpoint-5", "checkpoint-10"])
+    assert not caplog.messages
+    assert series_of(tmp_path / "lone", ["model_5.pth", "model_10.pth"]).unit == "step"
+    [said] = caplog.messages
+    assert "the number in model_10.pth is taken for its step" in said
+    assert "epoch=10" in said

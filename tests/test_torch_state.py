@@ -327,3 +327,17 @@ def test_a_module_that_is_not_compiled_is_itself() -> None:
     model = network()
     assert uncompiled(model) is model
     assert uncompiled("folder") == "folder"
+
+
+def test_the_precision_of_matrix_products_is_the_highest_and_then_the_callers() -> None:
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    model = nn.Sequential(nn.Linear(32, 32))
+    model[0].register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    try:
+        torch.set_float32_matmul_precision("medium")
+        compressor.compress(model, keep=0.5, calibration=[torch.randn(8, 32)] * 2)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from types import MethodType
-from typing import Literal
+from types import CodeType, MethodType
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -267,7 +267,32 @@ def own_state(layer: nn.Module) -> str | None:
         return "its forward was replaced"
     names = [*layer._parameters, *layer._buffers, *layer._modules]
     further = [name for name in names if name not in ("weight", "bias")]
-    return f"it holds {', '.join(further)} beside its weight" if further else None
+    if further:
+        return f"it holds {', '.join(further)} beside its weight"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        "a hook reads its weight"
+        if any(map(_reads_weight, (hook for each in hooks for hook in each.values())))
+        else None
+    )
+
+
+def _reads_weight(hook: Any) -> bool:
+    """Whether the code of a hook, or of a function inside it, names `weight`, which a pair of factors does not have.
+
+    Hooks that compute the weight itself are PyTorch's own, and are undone before.
+    """
+    if type(hook).__module__.startswith("torch."):
+        return False
+    called = hook.func if isinstance(hook, partial) else hook
+    called = called if hasattr(called, "__code__") or isinstance(called, MethodType) else type(called).__call__
+    waiting: list[CodeType] = [called.__code__] if hasattr(called, "__code__") else []
+    while waiting:
+        code = waiting.pop()
+        if "weight" in code.co_names or "weight" in code.co_consts:
+            return True
+        waiting.extend(inner for inner in code.co_consts if isinstance(inner, CodeType))
+    return False
 
 
 def directly_read_by(owner: nn.Module, parent: nn.Module | None) -> nn.Module | None:

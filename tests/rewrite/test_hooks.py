@@ -256,6 +256,32 @@ def test_a_layer_that_does_more_stays_dense_and_says_why(name: str, change: Any,
     torch.testing.assert_close(report.model(TOKENS), model(TOKENS), rtol=1e-3, atol=1e-3)
 
 
+class ByItsWeight:
+    def __call__(self, layer: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * layer.weight.norm()
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda layer, _, output: output * layer.weight.norm(),
+        lambda layer, _, output: output * sum(getattr(each, "weight").norm() for each in [layer]),  # noqa: B009
+        partial(lambda scale, layer, _, output: output * scale * layer.weight.norm(), 2),
+        ByItsWeight(),
+    ],
+    ids=["directly", "inside", "partial", "called"],
+)
+def test_a_layer_whose_hook_reads_its_weight_stays_dense(hook: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.rand(3, 32)
+    model[0].register_forward_hook(hook)
+    model[1].register_forward_hook(lambda layer, _, output: output * layer.in_features)
+    report = compress(model, keep=0.5)
+    assert {layer.name: layer.skip for layer in report.skipped} == {"0": "a hook reads its weight"}
+    assert report.model is not None
+    torch.testing.assert_close(report.model[0](x), model[0](x))  # type: ignore[index]
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_layers_inside_a_replaced_forward_stay_dense_unless_it_is_bound(bound: bool) -> None:
     torch.manual_seed(0)
