@@ -377,7 +377,7 @@ def compress(
     if budget is None:
         _require_worthwhile(subject, measured, chosen, form, shard_size)
     if chosen.budget.kind != "plan":
-        _require_smaller(subject, chosen)
+        _require_smaller(subject, chosen, dry_run=dry_run)
 
     asked = {
         "revision": revision,
@@ -625,12 +625,13 @@ def _require_worthwhile(
     raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
 
 
-def _require_smaller(subject: OpenedModel, chosen: Plan) -> None:
+def _require_smaller(subject: OpenedModel, chosen: Plan, *, dry_run: bool) -> None:
     """Raise `QualityGateNotMet` where every layer stays dense, or tensors grow, as copies of tied ones do.
 
     A model that is no larger than a `max_size` as it is has what was asked for.
     """
-    if chosen.budget.kind != "max-size" and all(layer.rank is None for layer in chosen.layers):
+    unchanged = all(layer.rank is None for layer in chosen.layers)
+    if unchanged and chosen.budget.kind != "max-size" and not dry_run:
         raise QualityGateNotMet(
             f"{subject.name}: every layer would stay dense ({chosen.budget}), so that nothing would be smaller; ask for"
             " less, such as `keep=0.8`, or for a larger `tolerance`"

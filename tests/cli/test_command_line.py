@@ -374,7 +374,9 @@ def full_for(prefix: str, fail: Callable[..., NoReturn]) -> Callable[[int], None
 
 def test_an_output_with_the_same_weights_is_called_so(incompressible: Path, capsys: Captured) -> None:
     said = "no layer was factorized; the output holds the same weights"
-    assert run([str(incompressible), "--keep", "1"]) == 0
+    assert run([str(incompressible), "--keep", "1"]) == 3
+    assert "every layer would stay dense" in capsys.readouterr().err
+    assert run([str(incompressible), "--max-size", "1GB"]) == 0
     assert f"\nwarning  {said}\n" in capsys.readouterr().out
     assert run(["plan", str(incompressible), "--keep", "1"]) == 0
     assert "\nno layer would be factorized; " in capsys.readouterr().out
