@@ -14,6 +14,10 @@ SHORTEST_SECONDS, SMALLEST_SHARE = 2.0, 0.05
 # The share of a step after which its own pace counts as much as the pace of all steps so far.
 OWN_PACE_FROM = 0.2
 
+# Where steps that have not come yet might be over three times as slow as they might be fast, no time is told. How fast
+# is told by the steps that took a tenth of the time.
+WIDEST, COUNTS_FROM = 3.0, 0.1
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -77,7 +81,7 @@ class Pace:
         return None
 
     def estimate(self) -> Estimate | None:
-        """None while too little was measured."""
+        """None while too little was measured, or what was measured does not agree about what is to come."""
         now = self._clock()
         taken = now - self._began
         if not any(work.cost > 0 and work.seconds > 0 for work in self._of_kind.values()):
@@ -85,6 +89,11 @@ class Pace:
         ahead = [(self._steps[self._at], 1.0 - self._share_done)] if self._steps else []
         ahead += [(step, 1.0) for step in self._steps[self._at + 1 :]]
         seconds = sum(step.cost * share * self._seconds_for_one(step) for step, share in ahead)
+        unknown = sum(step.cost * share for step, share in ahead if step.name not in self._of_kind)
+        known = seconds - unknown * self._pace_of_all()
+        slowest, fastest = self._extreme_paces()
+        if known + unknown * slowest > WIDEST * (known + unknown * fastest):
+            return None
         # What is going on now has taken some of it since it was last heard of.
         seconds = max(0.0, seconds - (now - self._noted))
         share = taken / (taken + seconds) if taken + seconds > 0 else 1.0
@@ -92,6 +101,13 @@ class Pace:
             return None
         self._shown = max(self._shown, share)
         return Estimate(self._shown, seconds, not all(step.certain for step, share in ahead if share > 0))
+
+    def _extreme_paces(self) -> tuple[float, float]:
+        """The slowest and the fastest of the kinds of steps that took long."""
+        works = [work for work in self._of_kind.values() if work.cost > 0 and work.seconds > 0]
+        least = COUNTS_FROM * sum(work.seconds for work in works)
+        paces = [work.seconds / work.cost for work in works if work.seconds >= least]
+        return max(paces), min(paces)
 
     def _pace_of_all(self) -> float:
         """The geometric mean over kinds of steps, by announced cost: one that took much longer has no say in others."""

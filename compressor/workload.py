@@ -90,6 +90,10 @@ def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device
     return tuple(rate * cost for cost in decomposition_costs(layers))
 
 
+def _elements(layer: Layer) -> float:
+    return float(layer.shape[0] * layer.shape[1])
+
+
 def _multiplications(layer: Layer) -> float:
     return float(layer.shape[0] * layer.shape[1] * min(layer.shape))
 
@@ -100,6 +104,8 @@ class CalibrationWork:
 
     Compensation takes `groups` of layers that are given one tensor, one after the other, and runs for each of them one
     of `segments`. A step of the refinement takes `fitting` beside that.
+    The `products` of what a layer is given and of gradients are in forwards, and a decomposition in the metric takes
+    `in_metric` times as long as one without.
     """
 
     fitted: int
@@ -108,15 +114,17 @@ class CalibrationWork:
     groups: int
     segments: int
     fitting: float
+    products: float
+    in_metric: float
 
     def planning_steps(self, decompositions: float, powers: int, *, stages: int, refine: bool) -> list[Step]:
         """From a calibrated model to a plan and its factors; stages and all after them may be left out."""
         both = self.fitted + self.held_back
         run = partial(self.forward.of_segments, segments=self.segments)
-        factors, held = FACTORS_COST * decompositions, self.forward.of(self.held_back)
+        factors, held = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.held_back)
         one_allocation = factors + held * (1 + 1 / self.segments)
-        # Both models are run on all examples, and the products of what they give to a layer cost another forward.
-        statistics = 3 * run(both) * self.groups / self.segments
+        # Both models are run on all examples.
+        statistics = (2 + self.products) * run(both) * self.groups / self.segments
         best = [
             Step("allocate", (one_allocation,) * powers),
             Step("compensate", self._by_segment(statistics + (len(RIDGES) + 1) * factors)),
@@ -136,8 +144,7 @@ class CalibrationWork:
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
         run, both = self.forward.of, self.fitted + self.held_back
-        # The products of inputs and of gradients cost another forward.
-        backwards = self._by_segment((FORWARD_AND_BACKWARD + 1) * run(self.fitted))
+        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fitted))
         # Where the segments are is tried on the first batch.
         return [Step("run", (run(both) + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
 
@@ -229,7 +236,12 @@ def work_on_calibration(
         return None
     groups, segments = len({id(each) for each in inputs.values()}), most_segments(model, layers)
     fitting = 2 * len(modules) * _fitting_seconds([layer.parameters // 2 for layer in layers], device)
-    return CalibrationWork(data.examples, data.held_back_examples, forward, groups, segments, fitting)
+    # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
+    products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
+    in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
+    return CalibrationWork(
+        data.examples, data.held_back_examples, forward, groups, segments, fitting, products, in_metric
+    )
 
 
 def _fitting_seconds(sizes: Sequence[int], device: torch.device) -> float:

@@ -73,6 +73,16 @@ def test_the_share_of_a_recorded_run_grows_to_the_whole(run: tuple[list[Step], l
     assert shown[0].at_most
 
 
+def test_no_time_is_told_while_what_was_measured_disagrees_about_what_is_to_come() -> None:
+    """One kind of step took eight times what the other took for its cost, and most of the work is of a third."""
+    steps = [Step("measure", (10.0,)), Step("calibrate", (10.0,)), Step("refine", (40.0,) * 5)]
+    events: list[Event] = [("measure", 1, 1, 20.0), ("calibrate", 1, 1, 180.0), ("refine", 3, 5, 300.0)]
+    found = [estimate for _, estimate in estimates(steps, events)]
+    assert found[1] is None
+    assert found[2] is not None
+    assert 80 <= found[2].seconds <= 160
+
+
 kinds = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.8, 1.25), min_size=2)
 
 
