@@ -91,7 +91,7 @@ def plan_within_drop(
             # No change is 0.0, and not -0.0, which would be printed.
             trial = Trial(keep, stored, quality_drop(baseline, quality) + 0.0, drop_error(baseline, quality))
             tried[stored] = trial
-            logger.info("keep %.4f: %s worse by %.4g", keep, baseline.metric, trial.drop)
+            logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, baseline.metric)
             if holds(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
                 best = planned
             if progress:

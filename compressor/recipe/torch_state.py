@@ -158,7 +158,7 @@ def _weight_decays(
         names = _names_in(group, moments, shapes)
         if names is None or len(names) > _MOST_NAMES:
             known = False
-            remarks.append(f"{_size(group)} parameters have the weight decay {own:g}; which ones is not told")
+            remarks.append(f"a group has the weight decay {own:g}, and its {_size(group)} parameters are not named")
         elif own == 0:
             undecayed += names
         else:

@@ -121,14 +121,18 @@ def _left_out_facts(result: Compression | Inspection) -> Iterator[tuple[str, str
         yield "left out", one_line(left_out_words(result.left_out, result.weights_at))
 
 
+def _tensors(count: int) -> str:
+    return f"{count} tensor" if count == 1 else f"{count} tensors"
+
+
 def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     """What a fine-tune is compressed against, and how the difference is written."""
     fine_tune = compression.fine_tune
     if fine_tune is None:
         return
     yield "base", fine_tune.base
-    in_full = f", {len(fine_tune.in_full)} tensors in full" if fine_tune.in_full else ""
-    unchanged = f"; {fine_tune.unchanged} tensors are the base's" if fine_tune.unchanged else ""
+    in_full = f", {_tensors(len(fine_tune.in_full))} in full" if fine_tune.in_full else ""
+    unchanged = f"; unchanged: {_tensors(fine_tune.unchanged)}" if fine_tune.unchanged else ""
     yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
     if words := rounding_words(fine_tune.rounding_share):
         yield "rounding", words
