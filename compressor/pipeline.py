@@ -460,6 +460,8 @@ def _carried_out(
         if progress:
             progress("factorize", len(errors), len(rewriting.factorized))
 
+    not_copied = () if target is None else not_copied_from(checkpoint)
+
     def with_stored_errors() -> Plan:
         return replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers))
 
@@ -491,7 +493,7 @@ def _carried_out(
             has_attention=subject.has_attention,
             left_out=checkpoint.left_out,
             weights_at=checkpoint.weights_at,
-            not_copied=() if target is None else not_copied_from(checkpoint),
+            not_copied=not_copied,
         )
         return replace(made, warnings=warning_words(made))
 

@@ -39,7 +39,7 @@ def requested(
     if form != "auto":
         raise BadInput(f"`plan` and `form='{form}'` contradict each other", remedy="state the forms in the plan")
     if budget is not None:
-        raise BadInput(f"`plan` and `{budget.kind.replace('-', '_')}` are two budgets", remedy="ask for one of them")
+        raise BadInput(f"`plan` and `{budget.option}` are two budgets", remedy="ask for one of them")
     return Budget("plan")
 
 

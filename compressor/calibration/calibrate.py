@@ -89,7 +89,7 @@ def calibrate(
     with prepared(device, model), frozen(model):
         first = data.fitted[0]
         outputs = _accepted_outputs(model, first)
-        _require_accepted(model, [*data.fitted, *data.held_back])
+        _try_every_shape(model, [*data.fitted, *data.held_back])
         segments = find_segments(model, layers, first)
         logger.info("calibration runs the model in %d segments", segments.count)
         batches = {"fitted": data.fitted, "held back": data.held_back}
@@ -123,7 +123,7 @@ def calibrate(
     return replace(bare, metrics=metrics, uses=uses)
 
 
-def _require_accepted(model: nn.Module, batches: Sequence[Batch]) -> None:
+def _try_every_shape(model: nn.Module, batches: Sequence[Batch]) -> None:
     """Run the model once on every further shape of batch, so that a bad one is refused before the work."""
     known = {_shape(batches[0])}
     for batch in batches:

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,7 @@ def _note_files(folder: Path) -> None:
     manifest = folder / PLAN_FILE
     if not manifest.is_file():
         return
-    document: dict[str, Any] = json.loads(manifest.read_bytes())
-    document["files"] = sorted(map(str, files_below(folder)))
-    write_json(manifest, document)
+    write_json(manifest, _with_files(manifest, files_below(folder)))
 
 
 def note_file(path: Path) -> None:
@@ -208,10 +206,14 @@ def note_file(path: Path) -> None:
     manifest, ours = path.parent / PLAN_FILE, noted_files(path.parent)
     if not ours or Path(path.name) in ours:
         return
-    document: dict[str, Any] = json.loads(manifest.read_bytes())
-    document["files"] = sorted(map(str, ours | {Path(path.name)}))
     with staged_file(manifest, overwrite=True) as staged:
-        write_json(staged, document)
+        write_json(staged, _with_files(manifest, ours | {Path(path.name)}))
+
+
+def _with_files(manifest: Path, files: Set[Path]) -> dict[str, Any]:
+    """The document in a `compression.json`, with these files noted in it."""
+    document: dict[str, Any] = json.loads(manifest.read_bytes())
+    return document | {"files": sorted(map(str, files))}
 
 
 def _sync(path: Path) -> None:

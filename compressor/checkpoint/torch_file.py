@@ -70,8 +70,7 @@ def read_torch_file(path: Path) -> TorchFile:
     Raises:
         BadInput: the file is truncated, needs code to be unpickled, or holds no state dict.
     """
-    with reading(path), path.open("rb") as file:
-        is_zip = file.read(4) == ZIP_MAGIC
+    is_zip = _is_zip(path)
     records = _stored_records(path) if is_zip else None
     if records is not None:
         # torch.load leaves `_checkpoint_offset` on the storages that it does not fill.
@@ -98,9 +97,7 @@ def read_state_file(path: Path) -> Mapping[str, Any]:
     Raises:
         BadInput: the file is damaged, needs code to be unpickled, or is none whose structure alone can be read.
     """
-    with reading(path), path.open("rb") as file:
-        is_zip = file.read(4) == ZIP_MAGIC
-    records = _stored_records(path) if is_zip else None
+    records = _stored_records(path) if _is_zip(path) else None
     document = _load(path, "meta") if records is not None else None
     if records is None or not isinstance(document, Mapping):
         raise BadInput("is not a state whose structure can be read", where=path, remedy=_SAVE_STATE_DICT)
@@ -155,6 +152,11 @@ def _load(path: Path, location: str) -> object:
             what = f"is damaged or holds no state dict of plain tensors ({str(error)[:120]})"
             remedy = f"download or copy it again, or {_SAVE_STATE_DICT}"
             raise BadInput(what, where=path, remedy=remedy) from None
+
+
+def _is_zip(path: Path) -> bool:
+    with reading(path), path.open("rb") as file:
+        return file.read(4) == ZIP_MAGIC
 
 
 def _stored_records(path: Path) -> dict[int, int] | None:

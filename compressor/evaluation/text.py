@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -210,15 +210,12 @@ def _window(corpus: Corpus, tokenizer: Tokenizer, length: int, place: int, name:
 
 def _all_tokens(corpus: Corpus, tokenizer: Tokenizer) -> Tensor:
     """The tokens of all of a text, with the special tokens that the tokenizer adds to one."""
-    pieces = list[Tensor]()
     texts = corpus.pieces()
     first, second = next(texts, ""), next(texts, None)
     if second is None:
         return _ids(tokenizer, first, special=True)
     before, after = special_tokens(tokenizer)
-    for text in (first, second):
-        pieces.append(_ids(tokenizer, text, special=False))
-    pieces += [_ids(tokenizer, text, special=False) for text in texts]
+    pieces = (_ids(tokenizer, text, special=False) for text in chain((first, second), texts))
     return torch.cat([before, *pieces, after])
 
 

@@ -24,7 +24,7 @@ class Choices:
 def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
     """Index of the choice for every layer that loses the least in sum at a cost of at most `budget`.
 
-    A Lagrange multiplier prices the cost, and every layer minimises `loss + multiplier * cost`: as the price falls it
+    A Lagrange multiplier prices the cost, and every layer minimizes `loss + multiplier * cost`: as the price falls it
     goes from its smallest choice along the lower convex hull of its choices. What is then left of the budget goes to
     the single steps that save most loss for their cost. So no layer can take a better choice within the budget. None
     when even the smallest choices exceed it.
@@ -49,9 +49,7 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
 
 def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
     """Indices of the choices that are cheapest at some price, from the lowest cost to the lowest loss."""
-    hull: npt.NDArray[np.int64] = np.lexsort((choices.loss, choices.cost))
-    least = np.minimum.accumulate(choices.loss[hull])
-    hull = hull[np.append(True, least[1:] < least[:-1])]
+    hull = _frontier(choices)
     while True:
         slopes = np.diff(choices.loss[hull]) / np.diff(choices.cost[hull])
         # A choice on or above the line between its neighbors is on no hull.
@@ -67,20 +65,24 @@ def even_shares(layers: Sequence[Choices], budget: int) -> list[int]:
     The share is the largest at which all of them cost at most `budget`. A layer that has no choice within the share
     takes its smallest.
     """
-    # What a layer takes at a share: its best choice so far, in the order of cost.
-    ladders = []
-    for layer in layers:
-        order = np.lexsort((layer.loss, layer.cost))
-        least = np.minimum.accumulate(layer.loss[order])
-        ladders.append(order[np.append(True, least[1:] < least[:-1])])
-    costs = [layer.cost[ladder] for layer, ladder in zip(layers, ladders, strict=True)]
+    # What a layer takes at a share: the last choice on its frontier that costs no more.
+    frontiers = [_frontier(layer) for layer in layers]
+    costs = [layer.cost[frontier] for layer, frontier in zip(layers, frontiers, strict=True)]
     shares = np.concatenate([cost[1:] / layer.cost.max() for layer, cost in zip(layers, costs, strict=True)])
     extra = [np.diff(cost) for cost in costs]
     order = np.argsort(shares, kind="stable")
     spent = np.cumsum(np.concatenate(extra)[order])
     taken = int(np.searchsorted(spent, budget - sum(int(cost[0]) for cost in costs), side="right"))
     counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
-    return [int(ladder[count]) for ladder, count in zip(ladders, counts, strict=True)]
+    return [int(frontier[count]) for frontier, count in zip(frontiers, counts, strict=True)]
+
+
+def _frontier(choices: Choices) -> npt.NDArray[np.int64]:
+    """Indices of the choices that lose less than every cheaper one, in the order of cost."""
+    order = np.lexsort((choices.loss, choices.cost))
+    least = np.minimum.accumulate(choices.loss[order])
+    frontier: npt.NDArray[np.int64] = order[np.append(True, least[1:] < least[:-1])]
+    return frontier
 
 
 def _owners(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:

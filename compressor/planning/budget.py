@@ -42,6 +42,11 @@ class Budget:
     kind: BudgetKind
     value: float | None = None
 
+    @property
+    def option(self) -> str:
+        """The option that asks for such a budget."""
+        return self.kind.replace("-", "_")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -61,7 +66,7 @@ def requested_budget(
     )
     asked = [Budget(kind, value) for kind, value in given if value is not None]
     if len(asked) > 1:
-        names = " and ".join(f"`{budget.kind.replace('-', '_')}`" for budget in asked)
+        names = " and ".join(f"`{budget.option}`" for budget in asked)
         raise BadInput(f"{names} are two budgets", remedy="ask for one of them")
     if not asked:
         return None
@@ -80,6 +85,6 @@ def requested_budget(
             "max-drop": "that is not negative",
             "tolerance": "between 0 and 1",
         }
-        name, remedy = budget.kind.replace("-", "_"), f"give a number {ranges[budget.kind]}"
-        raise BadInput(f"`{name}` {value:g} is out of range", option=name, remedy=remedy)
+        what, remedy = f"`{budget.option}` {value:g} is out of range", f"give a number {ranges[budget.kind]}"
+        raise BadInput(what, option=budget.option, remedy=remedy)
     return budget

@@ -69,8 +69,8 @@ def choose_ranks(
         layers = plan_by_file_size(measured, int(budget.value), form, file_bytes, power=power)
     if layers is None:
         raise BadInput(
-            f"`{budget.kind.replace('-', '_')}` {budget.value:g} is below the smallest that low rank reaches here",
-            option=budget.kind.replace("-", "_"),
+            f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
+            option=budget.option,
             remedy=f"allow at least {_smallest(measured, budget, form, file_bytes)}",
         )
     return layers

@@ -364,7 +364,7 @@ def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices
     outputs' energy, shares of layers in a row would multiply, and a layer's part in the loss of the network would be l
     = -log(1 - e^2). But inputs are not alike in all directions, by a factor that differs between layers and is unknown:
     one layer is ruined by an error that another does not notice. The factor cancels in l / l', where l' is what the
-    same layer loses when all layers keep the same share of their size. So what is minimised is the sum of `l / mean l'
+    same layer loses when all layers keep the same share of their size. So what is minimized is the sum of `l / mean l'
     + (l / l')^2 / 2`: both views weigh the same near the even share, and far from it the second keeps any layer from
     being given up for the others. Of k layers none loses more than sqrt(3 k) times l', for the even share has 3 k / 2.
     """

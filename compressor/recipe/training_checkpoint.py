@@ -6,14 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from compressor.recipe.optimizer_state import OptimizerState, Schedule, read_optimizer_state, read_scheduler_state
 from compressor.recipe.recipe import KNOWN_SCHEDULES, MOST_STEPS, TrainingRecipe
 from compressor.recipe.settings import has_settings, possible_recipe, settings_recipe
-from compressor.recipe.torch_state import (
-    OptimizerState,
-    Schedule,
-    read_optimizer_state,
-    read_scheduler_state,
-)
 
 _log = logging.getLogger(__name__)
 

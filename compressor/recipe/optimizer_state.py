@@ -186,7 +186,8 @@ def _dimensions(moments: Mapping[Any, Any]) -> int | None:
     for name in ("exp_avg", "momentum_buffer", "square_avg", "sum", "exp_inf"):
         if (shape := getattr(moments.get(name), "shape", None)) is not None:
             return len(shape)
-    return 1 if any(name in moments and finite_number(moments[name]) is not None for name in ("exp_avg",)) else None
+    # The moments of a parameter of one number are read as numbers.
+    return None if finite_number(moments.get("exp_avg")) is None else 1
 
 
 def read_scheduler_state(state: Mapping[Any, Any]) -> Schedule | None:
