@@ -30,6 +30,9 @@ Kind = Literal[
     "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
 ]
 
+# Why a layer that could be compressed is not: the user chose so.
+NOT_INCLUDED, EXCLUDED = "not among --include", "left out by --exclude"
+
 # Torch has further floating-point numbers, and hardly computes with them.
 _FACTORIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What stands in the last part of the names that embeddings go by, where there is no module to ask.
@@ -515,9 +518,9 @@ def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[s
     selected = []
     for layer in layers:
         if layer.eligible and include and layer.name not in included:
-            layer = replace(layer, skip="not among --include")  # noqa: PLW2901
+            layer = replace(layer, skip=NOT_INCLUDED)  # noqa: PLW2901
         if layer.eligible and layer.name in excluded:
-            layer = replace(layer, skip="left out by --exclude")  # noqa: PLW2901
+            layer = replace(layer, skip=EXCLUDED)  # noqa: PLW2901
         selected.append(layer)
     return tuple(selected)
 

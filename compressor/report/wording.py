@@ -342,13 +342,14 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
 
 def missed_share_words(compression: Compression) -> str | None:
     """Why a share that was asked for is missed by more than half of the saving; None where it is not."""
+    from compressor.checkpoint.layers import EXCLUDED, NOT_INCLUDED
+
     asked = compression.plan.budget.value if compression.plan.budget.kind == "keep" else None
     if asked is None or compression.fine_tune is not None or not compression.skipped:
         return None
     before, after = compression.parameters.before, compression.parameters.after
     largest = max(compression.skipped, key=lambda layer: layer.parameters)
-    chosen = largest.skip is not None and ("--include" in largest.skip or "--exclude" in largest.skip)
-    if chosen or before - after >= LEAST_SHARE_OF_THE_SAVING * (1 - asked) * before:
+    if largest.skip in (NOT_INCLUDED, EXCLUDED) or before - after >= LEAST_SHARE_OF_THE_SAVING * (1 - asked) * before:
         return None
     eligible = compression.plan.eligible_before / before
     reason = one_line(largest.skip or "")
