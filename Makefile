@@ -1,20 +1,22 @@
 # Two commands set everything up on a machine that has Python (>= 3.11) and pip: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# The versions that were tested; empty for the newest ones.
+CONSTRAINTS ?= --constraint constraints.txt
 
 # One test process a core, each with one thread of its own: the models are too small for more.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: demo test test-oldest lint types chromium clean
+.PHONY: demo test test-oldest coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[data,report]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[data,report]'
 	touch $@
 
 .venv/dev: .venv/core
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 demo: .venv/core
@@ -25,6 +27,10 @@ demo: .venv/core
 
 test: .venv/dev
 	$(PYTEST)
+
+# Prints the lines and branches that no test runs, and writes the annotated sources to coverage/index.html.
+coverage: .venv/dev
+	$(PYTEST) --cov --cov-report=term --cov-report=html
 
 # Every lower bound of pyproject.toml at once.
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt
@@ -49,4 +55,4 @@ chromium:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf .venv .venv-oldest build demo *.egg-info
+	rm -rf .venv .venv-oldest build coverage demo *.egg-info
