@@ -41,11 +41,12 @@ coverage: .venv/dev
 # The tests of what meets those packages most closely.
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: .venv-oldest/dev
-	$(PYTEST) tests/checkpoint tests/rewrite tests/exporting tests/fine_tuning tests/report
+	$(PYTEST) tests/io tests/network tests/lowrank tests/exporting tests/fine_tuning tests/report
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pytest --noconftest tests/test_rooms.py
 
 types: .venv/dev
 	$(BIN)/mypy

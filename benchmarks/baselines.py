@@ -23,7 +23,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from compressor.evaluation import logits_of
+from compressor.model import logits_of
 
 Batches = Sequence[Mapping[str, Tensor]]
 Weights = dict[str, Tensor]

@@ -31,8 +31,8 @@ import torch
 import transformers
 
 import compressor
-from compressor.evaluation import load_transformers, logits_of
-from compressor.evaluation.builtin_data import standard_library_text
+from compressor.data.builtin_data import standard_library_text
+from compressor.model import load_transformers, logits_of
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "calibration_cost.json"

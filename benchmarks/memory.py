@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from compressor.checkpoint import ShardedWriter, TensorInfo, plan_shards, write_json
+from compressor.io import ShardedWriter, TensorInfo, plan_shards, write_json
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 HIDDEN, INTERMEDIATE, VOCABULARY, SHARD = 2048, 5632, 4096, 2**30

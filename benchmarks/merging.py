@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor import Merging, merge
-from compressor.evaluation.builtin_data import Split, digits
+from compressor.data.builtin_data import Split, digits
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

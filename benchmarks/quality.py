@@ -63,22 +63,15 @@ from torch import Tensor, nn
 from compressor import Plan, compress, inspect
 from compressor.calibration import Calibration, Compensated, uncompensated
 from compressor.calibration.criterion import divergence
-from compressor.checkpoint import Layer
-from compressor.evaluation import (
-    Batch,
-    EvaluationData,
-    Preprocessing,
-    load_model,
-    load_preprocessing,
-    logits_of,
-    measure_quality,
-    open_data,
-)
-from compressor.evaluation.builtin_data import standard_library_files
+from compressor.data import Batch, EvaluationData, Preprocessing, load_preprocessing, open_data
+from compressor.data.builtin_data import standard_library_files
+from compressor.evaluation import measure_quality
 from compressor.factorize import Metric
-from compressor.planning import Budget, LayerPlan, pair_forms
-from compressor.planning.form import Form, stored_parameters
-from compressor.rewrite import put_layer
+from compressor.lowrank import put_layer
+from compressor.model import load_model, logits_of
+from compressor.network import Layer, pair_forms
+from compressor.network.forms import Form, stored_parameters
+from compressor.planning import Budget, LayerPlan
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -365,16 +358,16 @@ OURS: dict[str, Method] = {
         unrefined, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
     ),
     "ours without refinement, with one allocation (p = 1)": partial(
-        unrefined, constants={"compressor.calibrated_planning.ALLOCATION_POWERS": (1.0,)}
+        unrefined, constants={"compressor.calibration.search.ALLOCATION_POWERS": (1.0,)}
     ),
     "ours without refinement and compensation": partial(
-        unrefined, constants={"compressor.calibrated_planning.compensate": not_compensated}
+        unrefined, constants={"compressor.calibration.search.compensate": not_compensated}
     ),
-    "ours without refinement and stages": partial(unrefined, constants={"compressor.calibrated_planning.STAGES": 0}),
+    "ours without refinement and stages": partial(unrefined, constants={"compressor.calibration.search.STAGES": 0}),
     "ours without refinement, at the published ranks": at_published_ranks,
     "ours without refinement, with plain pairs": partial(unrefined, form="plain"),
     "ours without refinement, with channel pairs": partial(
-        unrefined, constants={"compressor.inspection.pair_forms": without_spatial_pairs}
+        unrefined, constants={"compressor.model.measurements.pair_forms": without_spatial_pairs}
     ),
     "ours without data": partial(ours, calibration=None),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,

@@ -45,7 +45,7 @@ from theory_networks import NETWORKS, Network, accuracy, steps_of, trained
 from torch import nn
 
 from compressor import TrainingRecipe, inspect, memory_window
-from compressor.measure.effective_rank import Spectrum, energy_rank, frobenius_rank, stable_rank
+from compressor.measure import Spectrum, energy_rank, frobenius_rank, stable_rank
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

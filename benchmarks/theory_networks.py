@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import TrainingRecipe
-from compressor.evaluation.builtin_data import digits
+from compressor.data.builtin_data import digits
 
 
 class Attention(nn.Module):

@@ -30,15 +30,16 @@ from reference_models import MODELS, SAMPLES
 from torch import nn
 
 from compressor import BadInput, Compression, QualityGateNotMet, TrainingRecipe, compress, inspect
-from compressor.evaluation import measure_quality, open_data
-from compressor.evaluation.builtin_data import digits
+from compressor.data import open_data
+from compressor.data.builtin_data import digits
+from compressor.evaluation import measure_quality
 
 RESULT = ROOT / "benchmarks" / "results" / "window_rule.json"
 KEEPS = (0.4, 0.2, 0.1, 0.05)
 SEEDS = (0, 1, 2)
 LEARNING_RATE, BATCH_SIZE, EPOCHS = 0.05, 16, 80
 WEIGHT_DECAYS = (0.002, 0.004)
-SWITCH = "compressor.calibrated_planning.WINDOW_CAPS"
+SWITCH = "compressor.calibration.search.WINDOW_CAPS"
 LIMIT = {"compressor.planning.plan.LARGEST_SHARE": math.exp(-0.5)}
 
 Compress = Callable[..., Compression]

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 from without_data_networks import NETWORKS, Network, Task, measured, trained
 
-from compressor.inspection import inspect_layers, measured_layers
-from compressor.opened_model import open_model
+from compressor.lowrank import TRANSPOSED, approximate, as_matrix
+from compressor.model import inspect_layers, measured_layers, open_model
 from compressor.planning import MeasuredLayer
 from compressor.planning.allocation import Choices, allocate, even_shares, spend
 from compressor.planning.plan import LayerChoices, chosen_within, layer_choices, layer_plan
-from compressor.rewrite import TRANSPOSED, approximate, as_matrix
 
 RESULT = Path(__file__).parent / "results" / "without_data.json"
 KEEPS = (0.8, 0.6, 0.4)

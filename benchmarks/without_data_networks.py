@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from compressor.evaluation.builtin_data import digits, standard_library_files
+from compressor.data.builtin_data import digits, standard_library_files
 
 # Share of the examples that nothing is trained on.
 TESTED = 0.25

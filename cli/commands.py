@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
+import compressor
 from compressor.cli import options
 from compressor.cli.terminal import (
     document_text,
@@ -187,13 +188,12 @@ def compress(
     safe without data.
     """
     with shown_progress(quiet=quiet) as progress:
-        from compressor import pipeline
         from compressor.report import check_report_path, compression_text
 
         if report is not None:
             check_report_path(report, source=Path(model), overwrite=overwrite)
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
-        compression = pipeline.compress(
+        compression = compressor.compress(
             model,
             revision=revision,
             base=base,
@@ -251,10 +251,9 @@ def inspect(
 ) -> None:
     """Show effective ranks and memory windows, layer by layer."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import pipeline
         from compressor.report import inspection_text
 
-        inspection = pipeline.inspect(
+        inspection = compressor.inspect(
             model,
             revision=revision,
             recipe=recipe,
@@ -314,14 +313,13 @@ def plan(
 ) -> None:
     """Choose the ranks without doing the work; edit the file and apply it with 'compress MODEL --plan FILE'."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import pipeline
-        from compressor.checkpoint import check_output, staged_file
+        from compressor.io import check_output, staged_file
         from compressor.report import plan_text
 
         if output is not None:
             check_output(output, source=Path(model), form="file", overwrite=overwrite)
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
-        chosen = pipeline.plan(
+        chosen = compressor.plan(
             model,
             revision=revision,
             base=base,
@@ -382,11 +380,10 @@ def evaluate(
 ) -> None:
     """Measure a compressed model beside its baseline: quality, size, arithmetic, memory, latency."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import pipeline
         from compressor.report import evaluation_text
         from compressor.results import SCHEMA_VERSION
 
-        evaluation = pipeline.evaluate(
+        evaluation = compressor.evaluate(
             model,
             data=data,
             baseline=baseline,
@@ -413,10 +410,9 @@ def restore(
 ) -> None:
     """Multiply factor pairs back to a dense checkpoint that the original code loads."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import restoration
         from compressor.report import restoration_text
 
-        restored = restoration.restore(
+        restored = compressor.restore(
             model, output=output, factory=factory, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     _show(restored.to_dict(), restoration_text(restored), json=json, written=restored.output)
@@ -452,10 +448,9 @@ def export(
 ) -> None:
     """Write a compressed model in the form in which something else runs it."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import exporting
         from compressor.report import export_text
 
-        exported = exporting.export(
+        exported = compressor.export(
             model,
             to=to,
             output=output,
@@ -516,7 +511,6 @@ def diagnose(
 ) -> None:
     """Find out what training did to a model: what it forgot, how near a stationary point it ended, what collapsed."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import diagnosis
         from compressor.errors import BadInput
         from compressor.report import check_figure_path, diagnosis_text, write_rank_figure
 
@@ -524,7 +518,7 @@ def diagnose(
             if series is None:
                 raise BadInput("--output is for the figure of --series", remedy="give --series DIR, or leave it out")
             check_figure_path(output, source=Path(model), overwrite=overwrite)
-        found = diagnosis.diagnose(
+        found = compressor.diagnose(
             model,
             data=data,
             data_samples=data_samples,
@@ -565,9 +559,7 @@ def explore(
 ) -> None:
     """Write a page that plays how SGD writes a matrix and weight decay forgets it; it opens in a browser, offline."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import exploration
-
-        path = exploration.explore(output, recipe=recipe, overwrite=overwrite, progress=progress)
+        path = compressor.explore(output, recipe=recipe, overwrite=overwrite, progress=progress)
     write_text(f"explorer  {path}\n")
 
 
@@ -639,12 +631,12 @@ def merge(
 ) -> None:
     """Merge networks of one architecture into one, and measure what that costs each of their tasks."""
     with shown_progress(quiet=quiet) as progress:
-        from compressor import merging
         from compressor.report import merging_text
+        from compressor.results import MergeRefused
 
         refused = None
         try:
-            merged = merging.merge(
+            merged = compressor.merge(
                 models,
                 output=output,
                 mode=mode,
@@ -659,7 +651,7 @@ def merge(
                 overwrite=overwrite,
                 progress=progress,
             )
-        except merging.MergeRefused as error:
+        except MergeRefused as error:
             refused, merged = error, error.merging
     _show(merged.to_dict(), merging_text(merged), json=json, written=merged.output)
     if refused is not None:

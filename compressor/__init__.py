@@ -13,42 +13,44 @@ from compressor.errors import BadInput, CompressorError, QualityGateNotMet
 from compressor.registration import register
 
 if TYPE_CHECKING:
-    from compressor.checkpoint import Checkpoint, open_checkpoint
-    from compressor.diagnosis import Diagnosis, diagnose
+    from compressor.api.compress import compress, plan
+    from compressor.api.diagnose import diagnose
+    from compressor.api.evaluate import evaluate
+    from compressor.api.explore import explore
+    from compressor.api.export import export
+    from compressor.api.inspect import inspect
+    from compressor.api.merge import merge
+    from compressor.api.restore import restore
     from compressor.evaluation import Evaluation
-    from compressor.exploration import explore
-    from compressor.exporting import Export, export
+    from compressor.io import Checkpoint, open_checkpoint
     from compressor.measure import MemoryWindow, memory_window
-    from compressor.merging import Merging, merge
-    from compressor.pipeline import compress, evaluate, inspect, plan
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.restoration import restore
-    from compressor.results import Compression, Inspection, Restoration
+    from compressor.results import Compression, Diagnosis, Export, Inspection, Merging, Restoration
 
 _HOME = {
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "io",
     "Compression": "results",
-    "Diagnosis": "diagnosis",
+    "Diagnosis": "results",
     "Evaluation": "evaluation",
-    "Export": "exporting",
+    "Export": "results",
     "Inspection": "results",
-    "Merging": "merging",
+    "Merging": "results",
     "MemoryWindow": "measure",
     "Plan": "planning",
     "Restoration": "results",
     "TrainingRecipe": "recipe",
-    "compress": "pipeline",
-    "diagnose": "diagnosis",
-    "evaluate": "pipeline",
-    "explore": "exploration",
-    "export": "exporting",
-    "inspect": "pipeline",
-    "merge": "merging",
+    "compress": "api.compress",
+    "diagnose": "api.diagnose",
+    "evaluate": "api.evaluate",
+    "explore": "api.explore",
+    "export": "api.export",
+    "inspect": "api.inspect",
+    "merge": "api.merge",
     "memory_window": "measure",
-    "open_checkpoint": "checkpoint",
-    "plan": "pipeline",
-    "restore": "restoration",
+    "open_checkpoint": "io",
+    "plan": "api.compress",
+    "restore": "api.restore",
 }
 
 __all__ = [

@@ -36,3 +36,7 @@ class QualityGateNotMet(CompressorError):  # noqa: N818 - the gate's name, not t
     """The best that was found is worse than what was asked for."""
 
     exit_status = 3
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 _REGISTRY = "transformers.quantizers.auto"
-_QUANTIZER = "compressor.rewrite.quantizer"
+_QUANTIZER = "compressor.lowrank.quantizer"
 
 
 class _RegisterOnImport(MetaPathFinder):

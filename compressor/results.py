@@ -9,10 +9,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from compressor.checkpoint import Layer, NotCopied
-from compressor.checkpoint.training_state import LeftOut
+from compressor.diagnosis.findings import Finding
+from compressor.diagnosis.series import RankSeries
+from compressor.diagnosis.types import DiagnosedLayer, Predictions
+from compressor.errors import QualityGateNotMet
 from compressor.evaluation import Evaluation
-from compressor.measure import EffectiveRanks, MemoryWindow, Spectrum, SurvivingInitialisation
+from compressor.io import NotCopied
+from compressor.io.training_state import LeftOut
+from compressor.measure import NormBalance, Spectrum
+from compressor.merging import InputOverlap, LayerOverlap
+from compressor.merging.combination import Head
+from compressor.model import InspectedLayer
+from compressor.network import Layer
 from compressor.planning import FormRequest, MeasuredLayer, Plan, SizeCurve, size_curve
 from compressor.recipe import TrainingRecipe
 
@@ -25,36 +33,6 @@ class BeforeAfter:
 
     before: int
     after: int
-
-
-@dataclass(frozen=True)
-class InspectedLayer:
-    """What was measured of one layer; a skipped layer has nothing but its `layer.skip`."""
-
-    layer: Layer
-    uses: int | None = None
-    ranks: EffectiveRanks | None = None
-    window: MemoryWindow | None = None
-    initialisation: SurvivingInitialisation | None = None
-    singular_values: tuple[float, ...] | None = None
-    spatial_values: tuple[float, ...] | None = None
-    """Singular values of the matrix that a spatial pair factorizes, for convolutions that can become one."""
-
-    def to_dict(self) -> dict[str, Any]:
-        layer = self.layer
-        return {
-            "name": layer.name,
-            "kind": layer.kind,
-            "shape": list(layer.shape),
-            "parameters": layer.parameters,
-            "skip": layer.skip,
-            "uses": self.uses,
-            "ranks": self.ranks.to_dict() if self.ranks else None,
-            "window": self.window.to_dict() if self.window else None,
-            "initialisation": self.initialisation.to_dict() if self.initialisation else None,
-            "singular_values": list(self.singular_values) if self.singular_values is not None else None,
-            "spatial_values": list(self.spatial_values) if self.spatial_values is not None else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -243,3 +221,123 @@ class Restoration:
             "not_copied": [each._asdict() for each in self.not_copied],
             "seconds": self.seconds,
         }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found, with the numbers behind it."""
+
+    source: str
+    recipe: TrainingRecipe
+    layers: tuple[DiagnosedLayer, ...]
+    predictions: Predictions | None
+    balance: NormBalance | None
+    series: RankSeries | None
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as one JSON document."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "recipe": self.recipe.to_dict(),
+            "predictions": self.predictions.to_dict() if self.predictions else None,
+            "balance": self.balance.to_dict() if self.balance else None,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "layers": [layer.to_dict() for layer in self.layers],
+            "series": self.series.to_dict() if self.series else None,
+        }
+
+
+Mode = Literal["sum", "concat"]
+
+
+@dataclass(frozen=True)
+class TaskQuality:
+    """One task before and after the merge: the metric of its own network alone, and of the merged one.
+
+    The values are those of `Quality` and `quality_drop`; `output_change` is `||f_merged - f|| / ||f||` of the logits.
+    """
+
+    model: str
+    data: str
+    metric: Literal["accuracy", "perplexity"]
+    alone: float
+    merged: float
+    drop: float
+    loss_alone: float
+    loss_merged: float
+    count: int
+    output_change: float
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What was merged, how much the networks overlap, and what merging did to each task.
+
+    `inputs` and `layers` were measured before merging; `tasks` after it, and empty without data. `parts_parameters` and
+    `parts_bytes` are the stored numbers and the weight files of all parts together. `output` is None where the merge
+    was refused. `not_copied` is what of the first folder did not go along, and why.
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    output: str | None
+    mode: Mode
+    head: Head
+    inputs: InputOverlap | None
+    layers: tuple[LayerOverlap, ...]
+    warnings: tuple[str, ...]
+    tasks: tuple[TaskQuality, ...]
+    parts_parameters: int
+    parameters: int
+    parts_bytes: int
+    bytes: int
+    seconds: float
+    not_copied: tuple[NotCopied, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(self),
+            "models": list(self.models),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "warnings": list(self.warnings),
+            "tasks": [asdict(task) for task in self.tasks],
+            "not_copied": [each._asdict() for each in self.not_copied],
+        }
+
+
+class MergeRefused(QualityGateNotMet):
+    """A task would lose more than was allowed: nothing was written, and `merging` says what was measured."""
+
+    def __init__(self, what: str, merging: Merging) -> None:
+        super().__init__(what)
+        self.merging = merging
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported: to where, how large it is, and how to load it.
+
+    `layers` counts the low-rank layers of the model that was given. `difference` is the largest one between the outputs
+    of torch and of what was written, where it was run (onnx); None elsewhere. `not_copied` is what of a folder did not
+    go along, and why.
+    """
+
+    source: str
+    output: str
+    to: Target
+    layers: int
+    bytes: BeforeAfter
+    difference: float | None
+    load: str
+    seconds: float
+    not_copied: tuple[NotCopied, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        not_copied = [each._asdict() for each in self.not_copied]
+        return {"schema_version": SCHEMA_VERSION, **asdict(self), "not_copied": not_copied}
+
+
+Target = Literal["dense", "hf-remote", "onnx", "lora"]

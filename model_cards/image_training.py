@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTImageProcessor, get_cosine_schedule_with_warmup
 
-from compressor.evaluation.builtin_data import Split, digits
+from compressor.data.builtin_data import Split, digits
 
 SIZE = 8  # pixels, both ways
 
 DATA = """
 The 1797 digits of the UCI repository as scikit-learn carries them, 8 x 8 pixels in [0, 1]:
-`compressor.evaluation.builtin_data.digits` puts 60 % into training, 20 % into validation and 20 % into the test.
+`compressor.data.builtin_data.digits` puts 60 % into training, 20 % into validation and 20 % into the test.
 `preprocessor_config.json` normalises pixels by their mean and standard deviation over the training split.
 """
 

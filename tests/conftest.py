@@ -2,8 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
 from hypothesis import settings
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from compressor.data import Batch, EvaluationData
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+torch.set_num_threads(1)
+
+
+ALPHABET = "abcdefgh \n"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character: 0 is padding, 1 unknown, the letters of the alphabet follow."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<unk>": 1, **{letter: 2 + i for i, letter in enumerate(ALPHABET)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    """Two layers with grouped-query attention, vocabulary 12."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=12,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def vector_data() -> Callable[[Tensor, Tensor], EvaluationData]:
+    def from_tensors(inputs: Tensor, labels: Tensor, batch_size: int = 4) -> EvaluationData:
+        def read(positions: object) -> Batch:
+            chosen = list(positions)  # type: ignore[call-overload]
+            return Batch({"inputs": inputs[chosen]}, labels[chosen])
+
+        return EvaluationData("vectors", "classification", len(inputs), batch_size, read)
+
+    return from_tensors
+
+
+class Lookup(nn.Module):
+    """Looks its predictions up: the logits of token or example number i are row i of a table."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.table[numbers.long().squeeze(-1) if numbers.is_floating_point() else numbers]
+
+
+@pytest.fixture
+def lookup() -> type[Lookup]:
+    return Lookup
+
+
+Saved = Callable[..., list[Path]]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """Writes networks to weight files, named A, B, C."""
+
+    def save(networks: Sequence[nn.Module]) -> list[Path]:
+        paths = [tmp_path / f"{name}.safetensors" for name, _ in zip("ABC", networks, strict=False)]
+        for path, network in zip(paths, networks, strict=True):
+            save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+        return paths
+
+    return save
+
+
+@pytest.fixture
+def task_files(tmp_path: Path) -> Callable[[Sequence[tuple[Tensor, Tensor]]], list[Path]]:
+    """Writes each task's inputs and labels to a file of arrays."""
+
+    def save(tasks: Sequence[tuple[Tensor, Tensor]]) -> list[Path]:
+        paths = [tmp_path / f"data-{number}.safetensors" for number, _ in enumerate(tasks)]
+        for path, (inputs, labels) in zip(paths, tasks, strict=True):
+            save_file({"inputs": inputs.contiguous(), "labels": labels.contiguous()}, path)
+        return paths
+
+    return save

@@ -16,10 +16,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.data import load_preprocessing
 from compressor.documents import parse_json, parse_yaml, read_json, read_regular_file, read_yaml
 from compressor.errors import BadInput
-from compressor.evaluation.models import load_preprocessing
-from compressor.planning.plan import read_plan
+from compressor.planning import read_plan
 from compressor.recipe import find_recipe, read_model_card, read_recipe_file
 from compressor.recipe.card import front_matter
 

@@ -19,9 +19,8 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 import compressor
-from compressor import pipeline
 from compressor.cli.run import run
-from compressor.evaluation import load_model
+from compressor.model import load_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pipeline.py"
 MODEL = Path(__file__).parents[1] / "model_cards" / "digits-mlp"
@@ -136,7 +135,7 @@ def test_the_gate_of_the_readme_is_a_workflow_whose_command_can_be_given(monkeyp
         asked.append((model, options))
         raise compressor.QualityGateNotMet("no size holds")
 
-    monkeypatch.setattr(pipeline, "compress", refuse)
+    monkeypatch.setattr(compressor, "compress", refuse)
     monkeypatch.chdir(EXAMPLE.parents[1])
     monkeypatch.setattr("compressor.report.check_report_path", lambda *_, **__: None)
     assert run(shlex.split(command)[1:]) == 3

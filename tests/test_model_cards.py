@@ -16,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor import compress, inspect, open_checkpoint
-from compressor.evaluation import build_model, load_model, load_preprocessing, measure_quality, open_data
-from compressor.evaluation.builtin_data import Split, standard_library_text
+from compressor.data import load_preprocessing, open_data
+from compressor.data.builtin_data import Split, standard_library_text
+from compressor.evaluation import measure_quality
+from compressor.model import build_model, load_model
 from compressor.recipe import find_recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_cards"

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from compressor.calibration.spool import Spool
-from compressor.checkpoint import open_checkpoint, staged_folder
+from compressor.calibration.activation_cache import Spool
 from compressor.cli.run import run
 from compressor.errors import BadInput
+from compressor.io import open_checkpoint, staged_folder
 from compressor.system_errors import explained_anywhere, temporary_space
 
 
@@ -142,7 +142,7 @@ def test_the_command_line_never_calls_them_internal_errors(
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("compressor.pipeline.inspect", fail)
+    monkeypatch.setattr("compressor.inspect", fail)
     assert run(["inspect", "model.safetensors", "-q"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(says)

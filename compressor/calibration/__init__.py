@@ -1,5 +1,7 @@
 """What data say about a model before it is compressed, and what they put right afterwards."""
 
+from __future__ import annotations
+
 from compressor.calibration.calibrate import Calibration, calibrate, held_back_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.examples import CalibrationData, split_examples

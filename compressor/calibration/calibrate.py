@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.activation_cache import Spool, SpooledMetrics
 from compressor.calibration.criterion import (
     UNITS,
     Criterion,
@@ -30,17 +31,17 @@ from compressor.calibration.criterion import (
 )
 from compressor.calibration.examples import CalibrationData, with_decoder_inputs
 from compressor.calibration.segments import Segments, State, find_segments
-from compressor.calibration.spool import Spool, SpooledMetrics
-from compressor.checkpoint import TRANSPOSED_CONVOLUTIONS, Layer
+from compressor.data import Batch
 from compressor.errors import BadInput
-from compressor.evaluation import Batch, prepared
 from compressor.factorize import Metric, TiedMetric, embedding_metric
+from compressor.lowrank import put_layer
 from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, shrunk
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
+from compressor.model import prepared
+from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
 from compressor.progress import Progress
-from compressor.rewrite import put_layer
 
 logger = logging.getLogger(__name__)
 

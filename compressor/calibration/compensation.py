@@ -25,13 +25,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.calibrate import Calibration, entering, with_layers
 from compressor.calibration.segments import State
-from compressor.checkpoint import Layer, SeparateExperts
-from compressor.evaluation import Batch, prepared
+from compressor.data import Batch
 from compressor.factorize import FactorPair, Metric, SpatialPair
-from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
-from compressor.planning import LayerPlan
-from compressor.progress import Progress
-from compressor.rewrite import (
+from compressor.lowrank import (
     LowRankEmbedding,
     TiedHead,
     approximate,
@@ -40,6 +36,11 @@ from compressor.rewrite import (
     filled_layer,
     stored_tensors,
 )
+from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
+from compressor.model import prepared
+from compressor.network import Layer, SeparateExperts
+from compressor.planning import LayerPlan
+from compressor.progress import Progress
 
 # Relative to the mean of the inputs' second moments; the best on the data held back is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.evaluation.inference import forward_call
 from compressor.measure.moments import kept_rows
+from compressor.model.inference import forward_call
 from compressor.planning import LossUnit
 from compressor.torch_state import scratch_buffers
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
-from compressor.evaluation import Batch, EvaluationData
 from compressor.torch_state import caller_defaults
 
 HELD_BACK = 4  # every fourth example

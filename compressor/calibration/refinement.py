@@ -22,9 +22,9 @@ from compressor.calibration.calibrate import Calibration, frozen, made_by
 from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
-from compressor.evaluation import prepared
+from compressor.lowrank import join
+from compressor.model import prepared
 from compressor.progress import Progress
-from compressor.rewrite import join
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
 # where a pass does not help.

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.criterion import outputs_of
-from compressor.checkpoint import Layer
-from compressor.evaluation import Batch
+from compressor.data import Batch
+from compressor.network import Layer
 
 # What enters a segment: what its block is given, then what each chain that has come to its end gave. Empty for the
 # first segment; and what the last hands on is the model's outputs alone.

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.evaluation.inference import forward_call, prepared, resolve_device
+from compressor.model import prepared, resolve_device
+from compressor.model.inference import forward_call
 
 WARM_UPS = 3
 FEWEST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 7, 100, 3.0

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from compressor.data import EvaluationData
+from compressor.data.data import Task
 from compressor.evaluation.cost import Cost, Latency, measure_cost, measure_latency
-from compressor.evaluation.data import EvaluationData, Task
-from compressor.evaluation.inference import resolve_device
 from compressor.evaluation.metrics import measure_quality, quality_drop
+from compressor.model import resolve_device
 from compressor.progress import Progress
 
 

@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from compressor.data import Batch, EvaluationData
+from compressor.data.data import IGNORED_LABEL
 from compressor.errors import BadInput
-from compressor.evaluation.data import IGNORED_LABEL, Batch, EvaluationData
-from compressor.evaluation.inference import forward_call, logits_of, prepared, resolve_device
+from compressor.model import logits_of, prepared, resolve_device
+from compressor.model.inference import forward_call
 
 # Logits scored at once in float64: 128 MB, whatever the vocabulary.
 SCORED_AT_ONCE = 2**24

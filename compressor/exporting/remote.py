@@ -1,6 +1,6 @@
 """A folder that brings the code of its low-rank layers along: loads wherever torch and transformers are.
 
-The code is that of `compressor.rewrite.modules`, copied when the folder is written, and two classes that transformers
+The code is that of `compressor.lowrank.modules`, copied when the folder is written, and two classes that transformers
 finds through `auto_map`: the architecture whose layers are swapped as soon as it is built, and its configuration.
 """
 
@@ -13,16 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint import CODE_FILE, Checkpoint, write_config
 from compressor.errors import BadInput, CompressorError
-from compressor.rewrite import (
-    CODE_CLASS_PREFIX,
-    CODE_CONFIG_KEY,
-    METADATA_KEY,
-    LowRankSpec,
-    write_weights,
-)
-from compressor.rewrite import modules as low_rank_modules
+from compressor.io import CODE_FILE, Checkpoint, write_config
+from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec, write_weights
+from compressor.lowrank import modules as low_rank_modules
 
 _CLASSES = '''
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compressor.factorize.truncated_svd import truncated_svd
 from compressor.factorize.weighted_svd import Metric
-from compressor.measure.effective_rank import Spectrum
+from compressor.measure import Spectrum
 from compressor.measure.scale import power_of_two
 
 # Alternating least squares stops after this many sweeps, or when one lowers the cost by a smaller share than this.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
-from compressor.measure.effective_rank import Spectrum
+from compressor.measure import Spectrum
 from compressor.measure.moments import shrunk
 from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
-from compressor.measure.effective_rank import Spectrum
+from compressor.measure import Spectrum
 from compressor.measure.scale import power_of_two
 
 

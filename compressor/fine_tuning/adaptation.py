@@ -17,13 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, TensorInfo, require_in_range
 from compressor.errors import BadInput
-from compressor.evaluation import load_state
 from compressor.fine_tuning.difference import Difference
-from compressor.planning import LayerPlan, Plan
-from compressor.recipe import TrainingRecipe
-from compressor.rewrite import (
+from compressor.io import Checkpoint, TensorInfo, require_in_range
+from compressor.lowrank import (
     METADATA_KEY,
     Factors,
     LowRankSpec,
@@ -38,7 +35,11 @@ from compressor.rewrite import (
     stored_error,
     stored_tensors,
 )
-from compressor.rewrite.tensor_format import pair_infos
+from compressor.lowrank.tensor_format import pair_infos
+from compressor.model import load_state
+from compressor.network import Layer
+from compressor.planning import LayerPlan, Plan
+from compressor.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, Skeleton, TensorInfo, hub_model, require_in_range, tied_names
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.difference import Difference
@@ -31,7 +30,9 @@ from compressor.fine_tuning.mixture import (
     padded_ranks,
     require_pairs_of_experts,
 )
-from compressor.rewrite import join
+from compressor.io import Checkpoint, TensorInfo, hub_model, require_in_range
+from compressor.lowrank import join
+from compressor.network import Layer, Skeleton, tied_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, TensorInfo, find_layers, open_checkpoint, require_in_range, with_ties
-from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
 from compressor.fine_tuning.difference import Difference
-from compressor.opened_model import skeleton_of
+from compressor.io import Checkpoint, TensorInfo, open_checkpoint, require_in_range
+from compressor.io.tensors import StoredTensor
+from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
+from compressor.model.opened import skeleton_of
+from compressor.network import find_layers, with_ties
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.rewrite import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
 
 _REMEDY = "give the model that `base` named when the difference was made"
 

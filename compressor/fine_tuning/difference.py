@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
-from compressor.checkpoint.tensors import StoredTensor
 from compressor.errors import BadInput
+from compressor.io import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
+from compressor.io.tensors import StoredTensor
 from compressor.measure.memory_window import retention
 from compressor.measure.rounding import Rounding, rounding
 from compressor.progress import Progress

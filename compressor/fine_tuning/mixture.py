@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from compressor.checkpoint import Layer, SeparateExperts
 from compressor.errors import BadInput
+from compressor.network import Layer, SeparateExperts
+from compressor.network.forms import factorized_shape, stored_parameters
 from compressor.planning import Budget, LayerPlan, MeasuredLayer
-from compressor.planning.form import factorized_shape, stored_parameters
 
 # Names that PEFT takes for those of experts in any linear layer of a mixture, and drops from `target_modules`.
 _NAMES_OF_EXPERTS = frozenset({"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"})

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import Checkpoint, Layer, open_checkpoint, transformers_module
 from compressor.errors import BadInput
 from compressor.fine_tuning.adapter import ADAPTER_WEIGHTS, REMEDY, Adapter
 from compressor.fine_tuning.mixture import ExpertBlock
+from compressor.io import Checkpoint, open_checkpoint
+from compressor.network import Layer, transformers_module
 
 # Changes of matrices are compared by what they make of a few random vectors: none that differ agree on these.
 _PROBES = 4

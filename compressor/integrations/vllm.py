@@ -23,8 +23,8 @@ from compressor.integrations.sharding import (
     shard_rows,
     stacked_down,
 )
-from compressor.planning.form import Form
-from compressor.rewrite import METADATA_KEY, LowRankSpec
+from compressor.lowrank import METADATA_KEY, LowRankSpec
+from compressor.network.forms import Form
 
 # Where vLLM's fused layers put the shards that it names.
 _SHARDS = {"q": 0, "k": 1, "v": 2}

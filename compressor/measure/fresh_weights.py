@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.layers import Layer
-from compressor.checkpoint.skeleton import Skeleton
+from compressor.network import Layer, Skeleton
 
 
 def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed: int = 0) -> float | None:

@@ -20,12 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from compressor.errors import BadInput
-from compressor.measure.retention import (
-    constant_window,
-    first_step_below,
-    recursion_of,
-    state_before_the_end,
-)
+from compressor.measure.retention import constant_window, first_step_below, recursion_of, state_before_the_end
 from compressor.recipe import TrainingRecipe
 
 EPSILON = 0.1

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint.layers import Layer
-from compressor.checkpoint.skeleton import Skeleton
 from compressor.documents import read_json
 from compressor.errors import BadInput
+from compressor.network import Layer, Skeleton
 
 
 def uses_per_example(

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from compressor.checkpoint import is_weight, layer_name
 from compressor.errors import BadInput
-from compressor.rewrite.tensor_format import join
+from compressor.lowrank import join
+from compressor.network import is_weight, layer_name
 
 # What runs before the first layer works on the inputs, which are shared; what runs after it on channels of each part.
 Where = Literal["inputs", "channels"]

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Kind, TensorInfo, layer_name, require_in_range
 from compressor.factorize import FactorPair, PivotedPair
+from compressor.io import TensorInfo, require_in_range
+from compressor.lowrank import MARKERS, LayerSpec, LowRankSpec, join
 from compressor.merging.chain import Chain
 from compressor.merging.parts import TURNED, Part, merged_names
 from compressor.merging.weights import Weight, form_of_weight, joined, scaled, turned
-from compressor.rewrite import MARKERS, LayerSpec, LowRankSpec, join
+from compressor.network import Kind, layer_name
 
 Head = Literal["shared", "separate"]
 Read = Callable[[Part, str], Weight]

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.evaluation import EvaluationData, prepared
-from compressor.evaluation.inference import logits_of
+from compressor.data import EvaluationData
+from compressor.lowrank import LowRankConvolution, LowRankLinear, PivotedLinear
 from compressor.measure import energy_rank
 from compressor.measure.scale import power_of_two
-from compressor.rewrite import LowRankConvolution, LowRankLinear, PivotedLinear
+from compressor.model import logits_of, prepared
 
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
 # over pairs of examples and over all outputs, so they settle early.

@@ -12,30 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.checkpoint import (
-    Checkpoint,
+from compressor.errors import BadInput
+from compressor.factorize import FactorPair, PivotedPair
+from compressor.io import Checkpoint, TensorInfo, open_checkpoint, refuse_adapter, refuse_fp8, require_finite
+from compressor.io.files import read_json_object
+from compressor.lowrank import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
+from compressor.merging.weights import Weight, dense
+from compressor.model import build_model
+from compressor.network import (
     Kind,
     Layer,
     Skeleton,
-    TensorInfo,
     find_layers,
     in_natural_order,
     layer_name,
     module_skeleton,
-    open_checkpoint,
-    refuse_adapter,
-    refuse_fp8,
-    require_finite,
     skeleton_mismatch,
     transformers_skeleton,
     with_ties,
 )
-from compressor.checkpoint.files import read_json_object
-from compressor.errors import BadInput
-from compressor.evaluation import build_model
-from compressor.factorize import FactorPair, PivotedPair
-from compressor.merging.weights import Weight, dense
-from compressor.rewrite import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
 
 # Layers whose tensor is the transpose of the product of a pair as it is held here.
 TURNED: tuple[Kind, ...] = ("transposed linear", "embedding")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.factorize import FactorPair, PivotedPair, SpatialPair
-from compressor.planning.form import Form
+from compressor.network.forms import Form
 
 # A dense weight is `d_out x d_in x kernel`, a bias `d_out`; the factors of a convolution have its kernel in `down`.
 Weight = Tensor | FactorPair | PivotedPair

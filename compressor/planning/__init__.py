@@ -1,5 +1,7 @@
 """Stage 4: a budget becomes a rank for every layer, and why."""
 
+from __future__ import annotations
+
 from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, Budget, requested_budget
 from compressor.planning.choice import (
     choose_ranks,
@@ -10,7 +12,6 @@ from compressor.planning.choice import (
     worthwhile_size,
 )
 from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
-from compressor.planning.form import pair_forms
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -44,7 +45,6 @@ __all__ = [
     "default_budget",
     "holds",
     "is_worthwhile",
-    "pair_forms",
     "predicted_loss",
     "rank_caps",
     "read_plan",

@@ -11,16 +11,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from compressor.checkpoint.layers import Layer
-from compressor.checkpoint.reader import portable_name
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.measure.effective_rank import Spectrum, frobenius_rank, truncation_errors
-from compressor.measure.memory_window import EPSILON
+from compressor.io import portable_name
+from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
+from compressor.network import Layer, pair_forms
+from compressor.network.forms import Count, Form, factorized_shape, stored_bytes, stored_parameters
 from compressor.planning.allocation import Choices, allocate, even_shares
 from compressor.planning.budget import LARGEST_SHARE, LEAST_LAYER_SAVING, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
 from compressor.planning.drop_search import DropSearch
-from compressor.planning.form import Count, Form, factorized_shape, pair_forms, stored_bytes, stored_parameters
 
 PLAN_SCHEMA_VERSION = 1
 

@@ -6,15 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compressor.report.wording import (
-    change_words,
-    compact,
-    in_bytes,
-    in_seconds,
-    percent,
-    quality_words,
-    thousands,
-)
+from compressor.report.wording import change_words, compact, in_bytes, in_seconds, percent, quality_words, thousands
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation

@@ -13,8 +13,8 @@ from compressor.report.text import LayerTable, _facts, _number, _recipe_facts, _
 from compressor.report.wording import compact, one_line, quality_words, shape_of, shortened_apart
 
 if TYPE_CHECKING:
-    from compressor.diagnosis import Diagnosis
-    from compressor.rank_series import RankSeries
+    from compressor.diagnosis.series import RankSeries
+    from compressor.results import Diagnosis
 
 # The table of a series fits into 80 columns: so many checkpoints of five characters, and a name beside them.
 MOST_COLUMNS, NAME_WIDTH = 7, 30

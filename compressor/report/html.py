@@ -42,7 +42,7 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
     Raises `BadInput` when the path is not named .html, exists and `overwrite` is not set, lies in no writable folder or
     in the model folder `source`, and when the libraries that draw the report are not installed.
     """
-    from compressor.checkpoint.output import check_output
+    from compressor.io import check_output
 
     for library in ("jinja2", "matplotlib"):
         if find_spec(library) is None:
@@ -62,7 +62,7 @@ def write_report(compression: Compression, path: Path, *, overwrite: bool) -> No
 
     Raises `BadInput` as `check_report_path` does, and when the disk is full.
     """
-    from compressor.checkpoint import note_file, staged_file
+    from compressor.io import note_file, staged_file
 
     source = Path(compression.source) if compression.model is None else None
     check_report_path(path, source=source, overwrite=overwrite)
@@ -144,7 +144,7 @@ def report_page(compression: Compression) -> str:
 
 def _portable(compression: Compression) -> Compression:
     """A compression without absolute paths of this machine, for a page that goes to others."""
-    from compressor.checkpoint import portable_name
+    from compressor.io import portable_name
 
     evaluation = compression.evaluation
     return replace(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from compressor.checkpoint import hub_model
 from compressor.documents import read_text
 from compressor.errors import BadInput
+from compressor.io import hub_model
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.report.card_parts import (
     LOADING,
@@ -52,8 +52,8 @@ from compressor.report.wording import (
 )
 
 if TYPE_CHECKING:
-    from compressor.checkpoint import Checkpoint
     from compressor.evaluation import Evaluation
+    from compressor.io import Checkpoint
     from compressor.planning import Plan
     from compressor.results import Compression
 
@@ -308,7 +308,7 @@ def _loading(name: str, config: Mapping[str, Any] | None) -> str:
     quoted = json.dumps(name, ensure_ascii=False)  # a string of JSON is one of Python
     if config is None:
         return python_block(
-            "from compressor.evaluation import load_model",
+            "from compressor.model import load_model",
             f"model = load_model({quoted}, build_model)  # the function that builds the architecture",
         )
     return python_block(

@@ -10,7 +10,7 @@ from compressor.errors import BadInput
 from compressor.report.wording import one_line, shortened_apart
 
 if TYPE_CHECKING:
-    from compressor.rank_series import RankSeries
+    from compressor.diagnosis.series import RankSeries
 
 # More lines than these have no distinguishable colours, and are named by their order instead.
 MOST_NAMED = 10
@@ -22,7 +22,7 @@ def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> No
     Raises `BadInput` when the path is not named .svg or .png, exists and `overwrite` is not set, lies in no writable
     folder or in the model folder `source`, and when matplotlib is not installed.
     """
-    from compressor.checkpoint.output import check_output
+    from compressor.io import check_output
 
     if find_spec("matplotlib") is None:
         raise BadInput(
@@ -43,7 +43,7 @@ def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> Non
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
-    from compressor.checkpoint import staged_file
+    from compressor.io import staged_file
     from compressor.measure import FROBENIUS_ERROR
 
     names = shortened_apart([one_line(layer.name) for layer in series.layers], 32)

@@ -41,13 +41,12 @@ from compressor.report.wording import (
 )
 
 if TYPE_CHECKING:
-    from compressor.checkpoint import Layer
     from compressor.evaluation import Evaluation
-    from compressor.exporting import Export
-    from compressor.merging import Merging
+    from compressor.model import InspectedLayer
+    from compressor.network import Layer
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import Compression, InspectedLayer, Inspection, Restoration
+    from compressor.results import Compression, Export, Inspection, Merging, Restoration
 
 NARROWEST_NAME = 8
 PATHS = frozenset({"model", "base", "output", "plan"})

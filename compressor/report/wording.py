@@ -12,8 +12,8 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from compressor.checkpoint.training_state import LeftOut
     from compressor.evaluation import Evaluation
+    from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression
@@ -342,7 +342,7 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
 
 def missed_share_words(compression: Compression) -> str | None:
     """Why a share that was asked for is missed by more than half of the saving; None where it is not."""
-    from compressor.checkpoint.layers import EXCLUDED, NOT_INCLUDED
+    from compressor.network.layers import EXCLUDED, NOT_INCLUDED
 
     asked = compression.plan.budget.value if compression.plan.budget.kind == "keep" else None
     if asked is None or compression.fine_tune is not None or not compression.skipped:

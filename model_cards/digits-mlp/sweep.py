@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.evaluation.builtin_data import digits
+from compressor.data.builtin_data import digits
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = (0, 1)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressor.evaluation.builtin_data import digits
+from compressor.data.builtin_data import digits
 
 FOLDER = Path(__file__).resolve().parent
 EPSILON = 0.1  # the share of a weight matrix that is left out of its effective rank
@@ -207,7 +207,7 @@ below its size, which hardly any training recipe does. Not the way to read digit
 """,
             data=f"""
 The 1797 digits of the UCI repository as scikit-learn carries them, 8 x 8 pixels in [0, 1]:
-`compressor.evaluation.builtin_data.digits` puts 60 % into training, 20 % into validation, 20 % into the test.
+`compressor.data.builtin_data.digits` puts 60 % into training, 20 % into validation, 20 % into the test.
 Each step of training draws {settings.candidates} of the {len(digits("train")[1])} training images and learns from
 the one with the largest loss.
 """,

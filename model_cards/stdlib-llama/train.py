@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from compressor.evaluation.builtin_data import Split, standard_library_files, standard_library_text
+from compressor.data.builtin_data import Split, standard_library_files, standard_library_text
 
 FOLDER = Path(__file__).resolve().parent
 SEED = 0
@@ -143,7 +143,7 @@ A reference for compressing language models: small enough to train, compress and
 that every layer matters. It continues Python source in the style of the standard library and is of no other use.
 """,
             data=f"""
-The pure-Python source of the standard library, without its tests; `compressor.evaluation.builtin_data` splits it by
+The pure-Python source of the standard library, without its tests; `compressor.data.builtin_data` splits it by
 file into {sizes["train"]:,} bytes for training, {sizes["validation"]:,} for validation and {sizes["test"]:,} for the
 test. The text belongs to the Python version: with another one the figures differ. A token is a byte; perplexity is per
 byte, over windows of {WINDOW} bytes that do not overlap, of which the first byte is not predicted. The figure for the

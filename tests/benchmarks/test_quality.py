@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import inspect
-from compressor.evaluation import Batch, EvaluationData
+from compressor.data import Batch, EvaluationData
 
 KEEP = 0.5
 
@@ -72,13 +72,13 @@ def test_all_methods_store_what_was_asked_for_and_differ(quality: ModuleType) ->
 
 
 def test_a_part_is_switched_off_only_while_it_is_measured_and_must_exist(quality: ModuleType) -> None:
-    from compressor import calibrated_planning
+    from compressor.calibration import search as calibrated_planning
 
     before = calibrated_planning.ALLOCATION_POWERS
-    with quality.with_constants({"compressor.calibrated_planning.ALLOCATION_POWERS": (0.25,)}):
+    with quality.with_constants({"compressor.calibration.search.ALLOCATION_POWERS": (0.25,)}):
         assert calibrated_planning.ALLOCATION_POWERS == (0.25,)
     assert before == calibrated_planning.ALLOCATION_POWERS
-    with pytest.raises(AttributeError), quality.with_constants({"compressor.calibrated_planning.NO_SUCH_PART": ()}):
+    with pytest.raises(AttributeError), quality.with_constants({"compressor.calibration.search.NO_SUCH_PART": ()}):
         pass
 
 
@@ -101,7 +101,7 @@ def test_compress_reads_whatever_is_replaced_to_switch_a_part_off(quality: Modul
     assert paths
     for path in paths:
         # No prediction is trusted, so that there is a further stage.
-        replaced = {"compressor.calibrated_planning.TRUSTED": 1.0, path: Unusable()}
+        replaced = {"compressor.calibration.search.TRUSTED": 1.0, path: Unusable()}
         with pytest.raises(Unusable.UsedError):
             quality.ours(given, constants=replaced)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import calibrated, eligible, planned
 from torch import Tensor, nn
 
 from compressor import compress
 from compressor.calibration import Calibration, Compensated, compensate
 from compressor.calibration.calibrate import with_layers
+from tests.calibration.tiny_models import calibrated, eligible, planned
 
 
 def build() -> nn.Sequential:

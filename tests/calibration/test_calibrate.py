@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor, nn
+
+from compressor import BadInput, compress
+from compressor.calibration import Calibration, held_back_loss
+from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
+from compressor.calibration.segments import Segments
+from compressor.data import Batch
+from compressor.factorize import Metric, TiedMetric
+from compressor.measure.moments import kept_rows, shrunk
+from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
     ODD,
@@ -22,15 +31,6 @@ from tiny_models import (
     odd,
     transformer,
 )
-from torch import Tensor, nn
-
-from compressor import BadInput, compress
-from compressor.calibration import Calibration, held_back_loss
-from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
-from compressor.calibration.segments import Segments
-from compressor.evaluation import Batch
-from compressor.factorize import Metric, TiedMetric
-from compressor.measure.moments import kept_rows, shrunk
 
 
 def uncut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,22 @@ import importlib
 
 import pytest
 import torch
-from tiny_models import CHAINS, calibrated, eligible, inputs_for, left_as_it_was, odd, planned, transformer
 from torch import Tensor, nn
 
 from compressor import compress
 from compressor.calibration import Calibration, Compensated, compensate, held_back_loss, uncompensated
 from compressor.calibration.calibrate import with_layers
 from compressor.planning import LayerPlan
+from tests.calibration.tiny_models import (
+    CHAINS,
+    calibrated,
+    eligible,
+    inputs_for,
+    left_as_it_was,
+    odd,
+    planned,
+    transformer,
+)
 
 compensation = importlib.import_module("compressor.calibration.compensation")
 

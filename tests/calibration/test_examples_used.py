@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import compressor
-from compressor.calibration import split_examples
-from compressor.calibration.examples import MOST_WITHOUT_LENGTH, CalibrationData
+from compressor.calibration import CalibrationData, split_examples
+from compressor.calibration.examples import MOST_WITHOUT_LENGTH
 from compressor.planning import CalibrationResult
 from compressor.report.wording import calibration_words, loss_axis
 

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor, nn
+
+from compressor import BadInput, Compression, compress
+from compressor.calibration import Calibration, Compensated, held_back_loss, refine, uncompensated
+from compressor.calibration.refinement import fit_to_dense
+from compressor.data.builtin_data import digits
+from compressor.report.wording import calibration_words
+from tests.calibration.tiny_models import (
     CHAINS,
     ODD,
     calibrated,
@@ -20,13 +27,6 @@ from tiny_models import (
     trained_on_digits,
     transformer,
 )
-from torch import Tensor, nn
-
-from compressor import BadInput, Compression, compress
-from compressor.calibration import Calibration, Compensated, held_back_loss, refine, uncompensated
-from compressor.calibration.refinement import fit_to_dense
-from compressor.evaluation.builtin_data import digits
-from compressor.report.wording import calibration_words
 
 
 def low_rank() -> nn.Sequential:

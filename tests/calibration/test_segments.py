@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import (
+from torch import Tensor, nn
+
+from compressor.calibration.criterion import outputs_of
+from compressor.calibration.segments import Segments, State, find_segments
+from compressor.data import Batch
+from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
     ODD,
@@ -18,11 +23,6 @@ from tiny_models import (
     odd,
     transformer,
 )
-from torch import Tensor, nn
-
-from compressor.calibration.criterion import outputs_of
-from compressor.calibration.segments import Segments, State, find_segments
-from compressor.evaluation import Batch
 
 
 def cut(model: nn.Module, batch: Batch) -> Segments:

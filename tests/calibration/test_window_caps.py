@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, Plan, TrainingRecipe, inspect, plan
-from compressor.evaluation.builtin_data import digits
+from compressor.data.builtin_data import digits
 from compressor.planning import LayerPlan, MeasuredLayer, choose_ranks
 from compressor.report.wording import calibration_words
 
-SEARCH = "compressor.calibrated_planning"
+SEARCH = "compressor.calibration.search"
 STEPS, LEARNING_RATE, WEIGHT_DECAY = 400, 0.1, 0.03
 KEEP = 0.6
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration import Calibration, CalibrationData, calibrate
-from compressor.checkpoint import Layer, find_layers, module_skeleton, open_checkpoint
-from compressor.evaluation import Batch
-from compressor.evaluation.builtin_data import digits
+from compressor.data import Batch
+from compressor.data.builtin_data import digits
+from compressor.io import open_checkpoint
+from compressor.network import Layer, find_layers, module_skeleton
 from compressor.planning import LayerPlan
 
 torch.set_num_threads(1)

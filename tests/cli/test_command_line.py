@@ -15,12 +15,11 @@ from typing import Any, NoReturn
 
 import pytest
 
-from compressor import pipeline, restoration
-from compressor.checkpoint import open_checkpoint
-from compressor.checkpoint.writer import SafetensorsWriter
+import compressor
 from compressor.cli.options import TRAINING_FLAGS
 from compressor.cli.run import SUBCOMMANDS, run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
+from compressor.io import SafetensorsWriter, open_checkpoint
 
 COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
 
@@ -44,8 +43,8 @@ def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...
         return note
 
     for name in ("compress", "inspect", "plan", "evaluate"):
-        monkeypatch.setattr(pipeline, name, stand_in(name))
-    monkeypatch.setattr(restoration, "restore", stand_in("restore"))
+        monkeypatch.setattr(compressor, name, stand_in(name))
+    monkeypatch.setattr(compressor, "restore", stand_in("restore"))
     return calls
 
 
@@ -183,7 +182,7 @@ def test_an_error_becomes_its_exit_status_and_one_line_on_standard_error(
         def fail(*_: Any, error: BaseException = error, **__: Any) -> NoReturn:
             raise error
 
-        monkeypatch.setattr(pipeline, "compress", fail)
+        monkeypatch.setattr(compressor, "compress", fail)
         assert run([str(model)]) == status
         out, err = capsys.readouterr()
         assert out == ""
@@ -197,7 +196,7 @@ def test_the_traceback_of_an_unexpected_error_is_shown_on_request(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(restoration, "restore", fail)
+    monkeypatch.setattr(compressor, "restore", fail)
     monkeypatch.setenv("COMPRESSOR_DEBUG", "1")
     assert run(["restore", "m.bin"]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -344,7 +343,7 @@ def test_a_report_that_fails_does_not_hide_the_model_that_was_written(
 
     output, report = model.with_name("small.safetensors"), model.with_name("report.html")
     monkeypatch.setattr("compressor.report.html.report_page", lambda _: "x" * 10)
-    monkeypatch.setattr("compressor.checkpoint.files.os.fsync", full_for("report.html", full))
+    monkeypatch.setattr("compressor.io.files.os.fsync", full_for("report.html", full))
     asked = [str(model), "--keep", "0.5", "-q", "-o", str(output), "--report", str(report)]
     assert run([*asked, *(["--json"] if json_asked else [])]) == 1
     out, err = capsys.readouterr()
@@ -575,7 +574,7 @@ def test_a_closed_standard_error_is_no_failure(model: Path) -> None:
 
 STOP_WHILE_WRITING = """
 import os, sys, time
-from compressor.checkpoint.writer import SafetensorsWriter
+from compressor.io.writer import SafetensorsWriter
 write, number = SafetensorsWriter.write, int(sys.argv.pop(1))
 
 def stopped(self, name, tensor):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from compressor import diagnosis
+import compressor
 from compressor.cli.run import run
 from compressor.measure import EPSILON
 
@@ -138,7 +138,7 @@ def test_every_option_reaches_the_library(monkeypatch: Any) -> None:
         calls.append((given, named))
         sys.exit()
 
-    monkeypatch.setattr(diagnosis, "diagnose", note)
+    monkeypatch.setattr(compressor, "diagnose", note)
     files = ["--data", "d.csv", "--data-samples", "9", "--series", "run", "--recipe", "r.yaml", "--lr", "0.5"]
     others = ["--model", "a.b:make", "--include", "x", "--exclude", "y", "--device", "cpu", "-q"]
     with pytest.raises(SystemExit):

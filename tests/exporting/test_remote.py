@@ -23,7 +23,7 @@ from compressor import BadInput, compress, export, restore
 from compressor.cli.run import run
 from compressor.errors import CompressorError
 from compressor.exporting.remote import remote_code
-from compressor.rewrite import modules
+from compressor.lowrank import modules
 
 WITHOUT_THIS_PACKAGE = """
 import sys

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compressor.factorize import FactorPair, pivoted_pair, truncated_svd
 from compressor.factorize.pivoted import LARGEST_COEFFICIENT
-from compressor.planning.form import stored_bytes, stored_parameters
+from compressor.network.forms import stored_bytes, stored_parameters
 
 
 @settings(max_examples=60)

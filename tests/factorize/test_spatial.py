@@ -11,8 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.factorize import Metric, spatial_errors, spatial_matrix, spatial_pair, weighted_truncated_svd
-from compressor.factorize.spatial import SpatialPair, alternating_least_squares, nearest_kronecker, whitened
+from compressor.factorize import (
+    Metric,
+    SpatialPair,
+    spatial_errors,
+    spatial_matrix,
+    spatial_pair,
+    weighted_truncated_svd,
+)
+from compressor.factorize.spatial import alternating_least_squares, nearest_kronecker, whitened
 
 kernels = st.tuples(st.integers(1, 7), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4))
 

@@ -15,8 +15,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from compressor import BadInput, compress, export, plan
+from compressor.api import fine_tune as writing
 from compressor.fine_tuning import apply
-from compressor.fine_tuning import compress as writing
 from compressor.fine_tuning.verification import verify_with_peft
 
 peft = pytest.importorskip("peft")

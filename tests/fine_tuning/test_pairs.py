@@ -14,7 +14,7 @@ from torch import nn
 
 from compressor import BadInput, TrainingRecipe, compress, export, restore
 from compressor.cli.run import run
-from compressor.rewrite import METADATA_KEY
+from compressor.lowrank import METADATA_KEY
 
 torch.set_num_threads(1)
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.checkpoint import Layer
 from compressor.integrations.sharding import ShardedPart, fused_product, row_shard, shard_rows, stacked_down
 from compressor.integrations.vllm import Gathered, forms_of, part_names, shards_of
+from compressor.lowrank import LayerSpec, LowRankSpec
+from compressor.lowrank.tensor_format import factorize
+from compressor.network import Layer
 from compressor.planning import LayerPlan
-from compressor.rewrite import LayerSpec, LowRankSpec
-from compressor.rewrite.tensor_format import factorize
 
 HEAD, HIDDEN = 4, 24
 generator = torch.Generator().manual_seed(0)

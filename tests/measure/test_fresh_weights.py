@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from compressor.checkpoint import find_layers, module_skeleton, open_checkpoint, transformers_skeleton
+from compressor.io import open_checkpoint
 from compressor.measure import initial_standard_deviation
+from compressor.network import find_layers, module_skeleton, transformers_skeleton
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(288, 500), nn.Conv2d(32, 500, 3)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressor.errors import BadInput
-from compressor.measure.initialisation import surviving_initialisation
+from compressor.measure import surviving_initialisation
 from compressor.recipe import TrainingRecipe
 
 RECIPE = TrainingRecipe(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from compressor.errors import BadInput
-from compressor.measure.memory_window import forgetting_exponent, memory_window, retention
+from compressor.measure import memory_window
+from compressor.measure.memory_window import forgetting_exponent, retention
 from compressor.recipe import TrainingRecipe
 
 STEPS = 60

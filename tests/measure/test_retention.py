@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from compressor.measure.memory_window import forgetting_exponent, memory_window, retention
+from compressor.measure import memory_window
+from compressor.measure.memory_window import forgetting_exponent, retention
 from compressor.measure.retention import recursion_of, state_before_the_end
 from compressor.recipe import TrainingRecipe
 

@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.measure import (
-    TrainedNorm,
-    norm_balance,
-    scaling_degree,
-    stationarity,
-    stationary_penalty,
-)
+from compressor.measure import TrainedNorm, norm_balance, scaling_degree, stationarity, stationary_penalty
 from compressor.recipe import TrainingRecipe
 
 DECAY = 0.05

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from compressor import compress
 from compressor.calibration.criterion import sampled_loss
-from compressor.checkpoint import find_layers, module_skeleton, open_checkpoint
 from compressor.factorize import Metric, TiedMetric, truncated_svd, weighted_truncated_svd
+from compressor.io import open_checkpoint
 from compressor.measure.moments import MomentPass, collect_moments
 from compressor.measure.token_frequencies import EmbeddingCollector, EmbeddingMoments, smoothed_frequencies
+from compressor.network import find_layers, module_skeleton
 
 TOKENS = 12
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, merge, restore
-from compressor.evaluation import load_model
-from compressor.merging import MergeRefused
+from compressor.model import load_model
+from compressor.results import MergeRefused
 
 
 def chain(*sizes: int, bias: bool = True, seed: int = 0) -> nn.Sequential:

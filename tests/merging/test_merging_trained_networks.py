@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import Merging, merge
-from compressor.evaluation.builtin_data import Split, digits
+from compressor.data.builtin_data import Split, digits
 
 ONE_POINT = 0.01
 BLOCK, WIDTH, STEPS, LEARNING_RATE = 64, 128, 1500, 0.2

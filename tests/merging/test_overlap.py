@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
-from compressor.evaluation import Batch, EvaluationData
+from compressor.data import Batch, EvaluationData
+from compressor.merging import principal_cosines, row_space
 from compressor.merging.overlap import (
     data_overlap,
     layer_overlap,
     measured_interference,
     output_change,
-    principal_cosines,
-    row_space,
     row_space_overlap,
 )
 

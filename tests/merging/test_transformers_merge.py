@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from compressor import BadInput, compress, merge
-from compressor.rewrite import LowRankSpec
+from compressor.lowrank import LowRankSpec
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 60}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 60, "n_positions": 32, "bos_token_id": 1}

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.checkpoint import Layer
 from compressor.errors import BadInput
 from compressor.measure import truncation_errors
+from compressor.network import Layer
+from compressor.network.forms import stored_bytes, stored_parameters
 from compressor.planning import (
     SAFE_TOLERANCE,
     Budget,
@@ -27,9 +28,9 @@ from compressor.planning import (
     default_budget,
     rank_caps,
     read_plan,
+    requested_budget,
 )
-from compressor.planning.budget import LEAST_LAYER_SAVING, requested_budget
-from compressor.planning.form import stored_bytes, stored_parameters
+from compressor.planning.budget import LEAST_LAYER_SAVING
 from compressor.planning.plan import plan_by_file_size, plan_by_size
 
 

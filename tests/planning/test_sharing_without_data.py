@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor import compress
-from compressor.checkpoint import Layer
-from compressor.evaluation.builtin_data import digits
-from compressor.planning import MeasuredLayer
+from compressor.data.builtin_data import digits
+from compressor.network import Layer
+from compressor.planning import LayerPlan, MeasuredLayer
 from compressor.planning.allocation import even_shares
-from compressor.planning.plan import LayerPlan, layer_choices, plan_by_size
+from compressor.planning.plan import layer_choices, plan_by_size
 
 Array = np.ndarray[Any, Any]
 

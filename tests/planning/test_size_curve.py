@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor import compress, results
-from compressor.checkpoint import Layer
+from compressor.network import Layer
 from compressor.planning import MeasuredLayer, SizeCurve, predicted_loss, size_curve, smallest_size, spent
 from compressor.planning.plan import plan_by_size
 

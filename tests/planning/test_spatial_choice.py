@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor import BadInput, compress, plan
-from compressor.checkpoint import Layer
 from compressor.measure import truncation_errors
+from compressor.network import Layer, pair_forms
+from compressor.network.forms import factorized_shape, stored_parameters
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks
-from compressor.planning.form import factorized_shape, pair_forms, stored_parameters
 from compressor.planning.plan import plan_by_size
 
 

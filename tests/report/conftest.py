@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from browsing import CHROMIUM
 from playwright.sync_api import Browser, sync_playwright
+
+from tests.report.browsing import CHROMIUM
 
 
 @pytest.fixture(scope="module")

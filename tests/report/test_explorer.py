@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browsing import OpenedPage, contrast, in_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from playwright.sync_api import Browser, Page
@@ -35,6 +34,7 @@ from compressor.measure.simulation import (
 )
 from compressor.recipe import TrainingRecipe
 from compressor.report.explorer import LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
+from tests.report.browsing import OpenedPage, contrast, in_browser
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\""
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressor.checkpoint import staged_folder, write_json
 from compressor.errors import BadInput
 from compressor.evaluation import Cost, Evaluation, Latency
+from compressor.io import staged_folder, write_json
 from compressor.planning import Budget, CalibrationResult, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.report import check_report_path, write_report

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from compressor import compress, restore
 from compressor.calibration import calibrate, split_examples
-from compressor.checkpoint import find_layers, module_skeleton, open_checkpoint
-from compressor.evaluation import load_model, open_data
+from compressor.data import open_data
+from compressor.io import open_checkpoint
+from compressor.model import load_model
+from compressor.network import find_layers, module_skeleton
 from compressor.report import compression_text
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browsing import OpenedPage, contrast, in_browser
 from playwright.sync_api import Browser
 from safetensors.torch import save_file
 
@@ -20,6 +19,7 @@ from compressor.report.figures import RankMarks, curve_figure, ranks_figure
 from compressor.report.html import report_page
 from compressor.report.losses import curve_points
 from compressor.results import Compression
+from tests.report.browsing import OpenedPage, contrast, in_browser
 
 PHONE, DESK = 380, 1280
 

@@ -1,0 +1,1 @@
+"""The verbs, a module each: open, compute, write, and return a result."""

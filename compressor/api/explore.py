@@ -1,0 +1,115 @@
+"""Writes the interactive explorer, for the presets or for a real recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.errors import BadInput
+
+if TYPE_CHECKING:
+    from compressor.progress import Progress
+    from compressor.recipe import TrainingRecipe
+    from compressor.report.explorer import ExploredLayers
+    from compressor.results import Inspection
+
+
+def explore(
+    output: str | Path = "explorer.html",
+    *,
+    recipe: TrainingRecipe | str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the interactive explorer as one offline HTML file, and return its path.
+
+    `recipe` is what the page opens on: a `TrainingRecipe`, a file that holds one, or a model, which is measured first
+    and whose layers are then listed with their windows. Without it the page opens on a preset.
+
+    Raises `BadInput` for a path that is not named .html or cannot be written, and for a recipe or model that cannot be
+    used.
+    """
+    from compressor.io import check_output, staged_file
+    from compressor.report.explorer import explorer_page
+
+    path = Path(output)
+    # A slip such as -o MODEL --overwrite must not cost anybody a model.
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise BadInput("the explorer is an HTML file", where=path, remedy="give it a name that ends in .html")
+    source = Path(recipe) if isinstance(recipe, str | Path) else None
+    check_output(path, source=source, form="file", overwrite=overwrite)
+    known, layers = (None, ()) if recipe is None else _explored(recipe, progress)
+    page = explorer_page(known, layers)
+    with staged_file(path, overwrite=overwrite) as staged:
+        staged.write_bytes(page.encode())
+    return path
+
+
+def _explored(
+    recipe: TrainingRecipe | str | Path, progress: Progress | None
+) -> tuple[TrainingRecipe, tuple[ExploredLayers, ...]]:
+    from compressor.io import local_model
+    from compressor.measure import memory_window
+    from compressor.recipe import TrainingRecipe, read_recipe
+    from compressor.report.explorer import ExploredLayers
+
+    if isinstance(recipe, str):
+        recipe = local_model(recipe)
+    if not isinstance(recipe, TrainingRecipe) and _is_model(Path(recipe)):
+        from compressor.api.inspect import inspect
+
+        inspection = inspect(recipe, progress=progress)
+        return inspection.recipe, _alike(inspection)
+    known = recipe if isinstance(recipe, TrainingRecipe) else read_recipe(recipe)
+    window = memory_window(known, shape=(1, 1), uses=known.sequence_length)
+    if window.rank_bound is not None:
+        # Nobody can say of a recipe alone whether the bound is vacuous: that is all that hangs on the shape.
+        window = replace(window, vacuous=None, reason="")
+    return known, (ExploredLayers((), None, known.sequence_length, window, None),)
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a path is that of weights, and not of a file that tells how some were trained."""
+    from compressor.io.checkpoint import WEIGHT_SUFFIXES
+
+    if path.name == "training_args.bin":
+        return False
+    return path.is_dir() or path.name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+
+
+def _alike(inspection: Inspection) -> tuple[ExploredLayers, ...]:
+    """The eligible layers, those together that the explorer cannot tell apart, most parameters first."""
+    from compressor.report.explorer import ExploredLayers
+
+    groups: dict[object, list[int]] = {}
+    for index, each in enumerate(inspection.layers):
+        if each.window is not None:
+            groups.setdefault((each.layer.shape, each.uses, each.window), []).append(index)
+    explored = []
+    for indices in groups.values():
+        members = [inspection.layers[index] for index in indices]
+        ranks = [member.ranks.entropy for member in members if member.ranks is not None]
+        first = members[0]
+        assert first.window is not None
+        explored.append(
+            ExploredLayers(
+                names=tuple(member.layer.name for member in members),
+                shape=first.layer.shape,
+                uses=first.uses,
+                window=first.window,
+                entropy_ranks=(min(ranks), max(ranks)) if ranks else None,
+            )
+        )
+    if not explored:
+        raise BadInput(
+            "no layer of this model is a matrix that can be explored",
+            where=inspection.source,
+            remedy="see why with 'compress inspect MODEL'",
+        )
+    return tuple(sorted(explored, key=lambda each: -_parameters(each)))
+
+
+def _parameters(layers: ExploredLayers) -> int:
+    d_out, d_in = layers.shape or (0, 0)
+    return len(layers.names) * d_out * d_in

@@ -1,0 +1,469 @@
+"""Merging networks of one architecture: their weights added, or the networks put side by side in one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from compressor.arguments import one_of
+from compressor.data import EvaluationData, load_preprocessing, open_data
+from compressor.errors import BadInput
+from compressor.evaluation import measure_quality, quality_drop
+from compressor.io import PLAN_FILE, check_output, parse_size, write_config
+from compressor.io.destination import form_of, not_copied_from, shard_limit, staged_output
+from compressor.lowrank import MERGE_KEY, METADATA_KEY, LowRankSpec, join, write_weights
+from compressor.measure.rounding import rounding
+from compressor.merging import InputOverlap, LayerOverlap
+from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
+from compressor.merging.combination import Combination, Head, layer_of
+from compressor.merging.guarantee import interference_warning, sum_warnings
+from compressor.merging.overlap import (
+    data_overlap,
+    layer_overlap,
+    measured_interference,
+    output_change,
+    row_space_overlap,
+)
+from compressor.merging.parts import (
+    Part,
+    common_ties,
+    normalisation,
+    open_part,
+    require_equal,
+    require_same_architecture,
+)
+from compressor.model import Factory, build_model, load_model, require_architecture, resolve_device
+from compressor.model.opened import training_of
+from compressor.network import layer_name, transformers_skeleton
+from compressor.progress import Progress
+from compressor.recipe import find_recipe
+from compressor.results import MergeRefused, Merging, Mode, TaskQuality
+from compressor.torch_state import neutral_torch_state
+
+# What goes along and tells how one model alone was trained or compressed.
+_OF_ONE_PART = ("README.md", PLAN_FILE)
+
+
+@neutral_torch_state()
+def merge(
+    models: Sequence[str | Path],
+    *,
+    output: str | Path,
+    mode: Mode,
+    head: Head = "shared",
+    base: str | Path | None = None,
+    data: Sequence[str | Path] = (),
+    data_samples: int | None = None,
+    max_drop: float | None = None,
+    factory: Factory | None = None,
+    max_shard_size: int | str = "5GB",
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Merging:
+    """Merge two or more trained networks of one architecture into one that does what each of them does.
+
+    `sum` adds the weights, for networks trained with weight decay on nearly orthogonal inputs; with a `base` it adds
+    what each was fine-tuned by, `base + sum of (W_i - base)` (task arithmetic, Ilharco et al., arXiv 2212.04089).
+    `concat` puts feed-forward networks side by side: first layers stacked, middle layers as blocks of a diagonal; a
+    `shared` head adds their outputs, a `separate` one puts out those of the first, then those of the second. Factor
+    pairs stay pairs. `data` is that of each network, in order: overlap is then measured on it, and each task's metric
+    before and after. With `max_drop` nothing is written if a task loses more (a fraction of accuracy, or an increase in
+    perplexity). `factory` builds the architecture of weights that are not a transformers model's. Files give a
+    safetensors file and folders a folder.
+
+    Raises `BadInput` for a request or input that is bad and `MergeRefused` where `max_drop` is not held.
+    """
+    started = time.monotonic()
+    _require_request(models, mode, head, base, data, max_drop)
+    where = resolve_device(device)
+    parts = tuple(open_part(model, factory) for model in models)
+    start = None if base is None else open_part(base, factory)
+    combination = _combination(parts, start, mode, head, factory)
+    target = _checked_target(parts, start, Path(output), overwrite=overwrite)
+    tasks = _task_data(parts, data, data_samples, factory)
+
+    networks = [load_model(model, factory) for model in models] if tasks else []
+    foundation = load_model(base, factory) if tasks and base is not None else None
+    overlaps, cosine = _layer_overlaps(parts, start, networks, foundation, tasks, where, progress)
+    inputs = data_overlap(tasks, networks) if tasks else None
+    inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
+    warnings = _warnings(combination, mode, start, overlaps, cosine, factory)
+
+    infos = combination.infos()
+    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    needed = sum(info.nbytes for info in infos)
+    checkpoint = parts[0].checkpoint
+    check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=needed)
+    spec = combination.spec
+    metadata = _metadata(combination, start, mode, spec)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(combination.tensors(), start=1):
+            yield name, tensor
+            if progress:
+                progress("merge", done, len(infos))
+
+    qualities: list[TaskQuality] = []
+
+    def result(written: Path | None, size: int) -> Merging:
+        return Merging(
+            models=tuple(str(model) for model in models),
+            base=None if base is None else str(base),
+            output=None if written is None else str(written),
+            mode=mode,
+            head=head,
+            inputs=inputs,
+            layers=overlaps,
+            warnings=tuple(warnings),
+            tasks=tuple(qualities),
+            parts_parameters=sum(info.elements for part in parts for info in part.checkpoint.tensors.values()),
+            parameters=sum(info.elements for info in infos),
+            parts_bytes=sum(part.checkpoint.weight_bytes for part in parts),
+            bytes=size,
+            seconds=time.monotonic() - started,
+            not_copied=() if written is None else not_copied_from(checkpoint),
+        )
+
+    with staged_output(target, checkpoint, overwrite) as staged:
+        write_weights(staged, infos, tensors(), metadata, shard_limit(checkpoint, shard_size))
+        if checkpoint.folder is not None:
+            _describe_folder(staged, parts[0], spec)
+        merged = load_model(staged, factory) if tasks else None
+        for index, task in enumerate(tasks):
+            assert merged is not None
+            own = merged if head == "shared" else _outputs_of(merged, combination, index)
+            qualities.append(_quality(parts[index], networks[index], own, task, where))
+            if progress:
+                progress("evaluate", index + 1, len(tasks))
+        size = sum(
+            path.stat().st_size for path in ([staged] if checkpoint.folder is None else staged.glob("*.safetensors"))
+        )
+        if (lost := _lost_too_much(qualities, max_drop)) is not None:
+            raise MergeRefused(lost, result(None, size))
+    return result(target, size)
+
+
+def _require_request(
+    models: Sequence[str | Path],
+    mode: Mode,
+    head: Head,
+    base: str | Path | None,
+    data: Sequence[str | Path],
+    max_drop: float | None,
+) -> None:
+    one_of(mode, "mode", get_args(Mode))
+    one_of(head, "head", get_args(Head))
+    if isinstance(models, str | Path) or len(models) < 2:
+        raise BadInput("one network is nothing to merge", remedy="give two or more")
+    if mode == "sum" and head == "separate":
+        raise BadInput("a sum has one head", remedy="leave out `head`, or merge with `mode='concat'`")
+    if mode == "concat" and base is not None:
+        raise BadInput("`base` and `mode='concat'` contradict each other", remedy="merge fine-tunes with `mode='sum'`")
+    if data and len(data) != len(models):
+        raise BadInput(
+            f"{len(models)} networks and data of {len(data)} tasks",
+            remedy="give `data` once for each network, in order",
+        )
+    if max_drop is not None and not data:
+        raise BadInput("`max_drop` needs to measure", remedy="give `data` once for each network, in order")
+    if max_drop is not None and not max_drop >= 0:
+        raise BadInput(f"`max_drop` {max_drop:g} is out of range", remedy="give a number from 0 on, such as 0.01")
+
+
+def _combination(
+    parts: tuple[Part, ...], start: Part | None, mode: Mode, head: Head, factory: Factory | None
+) -> Combination:
+    """How the parts are put together, once they are known to fit."""
+    everything = parts if start is None else (*parts, start)
+    if mode == "concat" and parts[0].checkpoint.folder is not None:
+        raise BadInput(
+            "concat is for feed-forward networks in weight files, and this is a model folder",
+            where=parts[0].name,
+            remedy="merge fine-tunes of one model with `mode='sum'` `base=ORIGINAL`",
+        )
+    require_same_architecture(everything, same_shapes=mode == "sum")
+    if mode == "sum":
+        if start is None and (name := normalisation(parts[0])) is not None:
+            raise BadInput(
+                f"{name} is of a normalisation layer, which is no sum",
+                where=parts[0].name,
+                remedy="merge fine-tunes with `base=ORIGINAL`, or feed-forward networks with `mode='concat'`",
+            )
+        factors = (1.0,) * len(parts) if start is None else (*(1.0,) * len(parts), 1.0 - len(parts))
+        combination = Combination(everything, factors)
+    else:
+        chain = _chain(parts, factory)
+        combination = Combination(parts, (1.0,) * len(parts), chain, head)
+        _require_sides(parts, chain, head)
+    for name in parts[0].infos:
+        if combination.is_kept(name):
+            require_equal(parts, name)
+    return combination
+
+
+def _chain(parts: Sequence[Part], factory: Factory | None) -> Chain:
+    if factory is None:
+        chains = [
+            chain_of_shapes({name: info.shape for name, info in part.infos.items()}, part.checkpoint.source)
+            for part in parts
+        ]
+        if any(chain.layers != chains[0].layers for chain in chains):
+            raise BadInput("the layers of the networks come in different orders", remedy="pass `factory`")
+        return chains[0]
+    chain = traced_chain(build_model(factory))
+    known = {*chain.layers, *chain.batch_norms}
+    if strange := [name for name in parts[0].infos if layer_of(name) not in known]:
+        raise BadInput(
+            f"the networks cannot be concatenated: {strange[0]} is in no layer that runs",
+            where=parts[0].name,
+            remedy="pass `factory` with the function that builds them",
+        )
+    return chain
+
+
+def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
+    """What the networks share must be equally large in all of them: their inputs, and the outputs of a shared head."""
+    sides = [(f"{layer}.weight", 1, "inputs") for layer in chain.first]
+    if head == "shared":
+        sides.append((f"{chain.head}.weight", 0, "outputs"))
+    for tensor, side, what in sides:
+        name = tensor.removeprefix(".")
+        sizes = [part.infos[name].shape[side] for part in parts]
+        if len(set(sizes)) > 1:
+            remedy = (
+                "give each its own outputs with `head='separate'`" if side == 0 else "merge networks of the same inputs"
+            )
+            raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
+
+
+def _checked_target(parts: Sequence[Part], start: Part | None, target: Path, *, overwrite: bool) -> Path:
+    """Where the result goes, known to be writable, and none of the inputs, before any work is done."""
+    form = form_of(parts[0].checkpoint)
+    if form == "file" and target.suffix != ".safetensors":
+        raise BadInput("a file is written as safetensors", where=target, remedy="name it with .safetensors")
+    for part in (*parts, *(() if start is None else (start,))):
+        check_output(target, source=part.checkpoint, form=form, overwrite=overwrite)
+    return target
+
+
+def _task_data(
+    parts: Sequence[Part], data: Sequence[str | Path], limit: int | None, factory: Factory | None
+) -> list[EvaluationData]:
+    """Each network's data, prepared as its folder says."""
+    opened = []
+    for part, spec in zip(parts, data, strict=False):
+        require_architecture(part.checkpoint, factory)
+        folder = part.checkpoint.folder
+        if folder is None:
+            opened.append(open_data(spec, limit=limit))
+            continue
+        prepared = load_preprocessing(folder)
+        opened.append(
+            open_data(
+                spec,
+                tokenizer=prepared.tokenizer,
+                image_processor=prepared.image_processor,
+                classes=prepared.classes,
+                sequence_length=prepared.sequence_length,
+                reading=prepared.reading,
+                inputs=prepared.inputs,
+                limit=limit,
+            )
+        )
+    return opened
+
+
+def _layer_overlaps(
+    parts: Sequence[Part],
+    start: Part | None,
+    networks: Sequence[nn.Module],
+    foundation: nn.Module | None,
+    tasks: Sequence[EvaluationData],
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[tuple[LayerOverlap, ...], float]:
+    """The overlap of every layer whose inputs are equally many in all networks; the largest cosine of their weights."""
+    measured = measured_interference(networks, tasks, device, foundation) if tasks else {}
+    known_in = parts if start is None else [*parts, start]
+    names = [name for name in parts[0].matrices if _same_inputs(known_in, name)]
+    overlaps = []
+    products = dict.fromkeys(combinations(range(len(parts)), 2), 0.0)
+    squares = [0.0] * len(parts)
+    for done, name in enumerate(names, start=1):
+        matrices = _matrices(parts, start, name, device)
+        edges = None if start is None else _rounding_edges(parts, matrices, name)
+        interference = measured.get(parts[0].matrices[name].module)
+        overlaps.append(layer_overlap(layer_name(name), matrices, interference, edges))
+        if len({matrix.shape for matrix in matrices}) == 1:
+            for first, second in products:
+                products[first, second] += float((matrices[first] * matrices[second]).sum())
+            squares = [total + float(m.square().sum()) for total, m in zip(squares, matrices, strict=True)]
+        if progress:
+            progress("measure", done, len(names))
+    norms = {pair: (squares[pair[0]] * squares[pair[1]]) ** 0.5 for pair in products}
+    cosine = max(product / norms[pair] if norms[pair] > 0 else 0.0 for pair, product in products.items())
+    return tuple(overlaps), cosine
+
+
+def _same_inputs(parts: Sequence[Part], name: str) -> bool:
+    return len({part.matrices[name].shape[1] if name in part.matrices else None for part in parts}) == 1
+
+
+def _matrices(parts: Sequence[Part], start: Part | None, name: str, device: torch.device) -> list[Tensor]:
+    """Each network's `d_out x d_in` matrix, or what was trained on top of the base, in float64."""
+    matrices = [part.matrix(name).to(device) for part in parts]
+    if start is None:
+        return matrices
+    before = start.matrix(name).to(device)
+    return [matrix - before for matrix in matrices]
+
+
+def _rounding_edges(parts: Sequence[Part], differences: Sequence[Tensor], name: str) -> list[float]:
+    """The largest singular value that rounding has in each network's difference to the base; 0 for low-rank layers."""
+    return [
+        0.0
+        if part.pair(name) is not None
+        else rounding(part.matrix(name).to(part.infos[name].dtype), difference.cpu()).edge
+        for part, difference in zip(parts, differences, strict=True)
+    ]
+
+
+def _first_layer_overlap(parts: Sequence[Part], start: Part | None, chain: Chain | None) -> InputOverlap | None:
+    """What the first layers' row spaces let expect of the inputs, where it is known which layers are the first."""
+    if chain is None:
+        try:
+            shapes = {name: info.shape for name, info in parts[0].infos.items()}
+            chain = chain_of_shapes(shapes, parts[0].checkpoint.source)
+        except BadInput:
+            return None
+    name = f"{chain.layers[0]}.weight".removeprefix(".")
+    return row_space_overlap(_matrices(parts, start, name, torch.device("cpu")))
+
+
+def _warnings(
+    combination: Combination,
+    mode: Mode,
+    start: Part | None,
+    overlaps: Sequence[LayerOverlap],
+    cosine: float,
+    factory: Factory | None,
+) -> list[str]:
+    parts = combination.parts
+    if mode == "concat":
+        assert combination.chain is not None
+        warnings = [] if factory is not None else ["taken for a plain chain: " + " -> ".join(combination.chain.layers)]
+        first = [layer for layer in overlaps if layer.name in combination.chain.first]
+        return warnings + (interference_warning(first) if combination.head == "shared" else [])
+    if start is not None:
+        said = ["theory says nothing about the sum of fine-tunes: it is known to work often, from experiments"]
+        return said + interference_warning(overlaps)
+    recipes = [(part.name, find_recipe(part.name, inside=training_of(part.checkpoint))) for part in parts]
+    return sum_warnings(len(parts[0].matrices), _is_linear(factory), recipes, cosine) + interference_warning(overlaps)
+
+
+def _is_linear(factory: Factory | None) -> bool | None:
+    if factory is None:
+        return None
+    try:
+        return traced_chain(build_model(factory)).linear
+    except BadInput:
+        return None
+
+
+def _metadata(combination: Combination, start: Part | None, mode: Mode, spec: LowRankSpec) -> dict[str, str]:
+    """What the merged file says of itself: what it was made from, and which of its layers are pairs."""
+    made_from = [_described(part) for part in combination.parts if part is not start]
+    record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": version("lowrank-compressor")}
+    if mode == "concat":
+        record["head"] = combination.head
+    if start is not None:
+        record["base"] = _described(start)
+    metadata = {"format": "pt", MERGE_KEY: json.dumps(record, sort_keys=True)}
+    if combination.parts[0].checkpoint.folder is None:  # in a folder the configuration says what is tied
+        metadata = common_ties(combination.parts) | metadata
+    if spec.layers:
+        pairs = {**spec.to_dict(), "version": record["version"], "aliases": {}}
+        metadata[METADATA_KEY] = json.dumps(pairs, sort_keys=True)
+    return metadata
+
+
+def _described(part: Part) -> dict[str, str]:
+    assert part.checkpoint.source is not None
+    return {"source": part.checkpoint.source.name, "digest": part.checkpoint.digest()}
+
+
+def _describe_folder(folder: Path, first: Part, spec: LowRankSpec) -> None:
+    """Tell transformers which layers are pairs, and drop what was true of the first network alone."""
+    for name in _OF_ONE_PART:
+        (folder / name).unlink(missing_ok=True)
+    config = {key: value for key, value in (first.checkpoint.config or {}).items() if key != "quantization_config"}
+    if spec.layers:
+        skeleton = transformers_skeleton(folder)
+
+        def in_model(layer: str) -> str:
+            tensor = join(layer, "weight")
+            return layer_name((skeleton and skeleton.module_name(tensor)) or tensor)
+
+        config["quantization_config"] = spec.renamed(in_model).to_config()
+    if config:
+        write_config(folder, config)
+
+
+class _Outputs(nn.Module):
+    """Some of a network's outputs, those from `start` up to `stop`."""
+
+    def __init__(self, network: nn.Module, start: int, stop: int) -> None:
+        super().__init__()
+        self.network, self.start, self.stop = network, start, stop
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.network(x)
+        return outputs[:, self.start : self.stop]
+
+
+def _outputs_of(merged: nn.Module, combination: Combination, index: int) -> nn.Module:
+    """The merged network as a task sees it whose outputs are separate from the others'."""
+    assert combination.chain is not None
+    name = f"{combination.chain.head}.weight".removeprefix(".")
+    sizes = [part.infos[name].shape[0] for part in combination.parts]
+    return _Outputs(merged, sum(sizes[:index]), sum(sizes[: index + 1]))
+
+
+def _quality(
+    part: Part, alone: nn.Module, merged: nn.Module, data: EvaluationData, device: torch.device
+) -> TaskQuality:
+    before, after = (measure_quality(network, data, device=device) for network in (alone, merged))
+    return TaskQuality(
+        model=part.name,
+        data=data.name,
+        metric=after.metric,
+        alone=before.value,
+        merged=after.value,
+        drop=quality_drop(before, after),
+        loss_alone=before.loss,
+        loss_merged=after.loss,
+        count=after.count,
+        output_change=output_change(alone, merged, data, device),
+    )
+
+
+def _lost_too_much(tasks: Sequence[TaskQuality], max_drop: float | None) -> str | None:
+    """Which task loses most, in words, if it loses more than is allowed."""
+    if max_drop is None:
+        return None
+    worst = max(tasks, key=lambda task: task.drop)
+    if worst.drop <= max_drop:
+        return None
+    return (
+        f"{worst.data}: {worst.metric} {worst.merged:.4g} after merging and {worst.alone:.4g} alone, a drop of "
+        f"{worst.drop:.4g} where at most {max_drop:g} was allowed; nothing was written"
+    )

@@ -1,0 +1,286 @@
+"""The steps that a command will go through, and the seconds that each is expected to take.
+
+Two things are timed before the work starts: a decomposition of the layer in the middle, and the model on one example
+and on a batch. All else is counting: decompositions cost the product of the sides and the smaller one, and calibration,
+compensation and refinement run the model a number of times that is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import CalibrationData
+from compressor.calibration.compensation import RIDGES
+from compressor.calibration.examples import with_decoder_inputs
+from compressor.calibration.refinement import PASSES, STEPS, adam
+from compressor.calibration.search import ALLOCATION_POWERS, STAGES
+from compressor.calibration.segments import most_segments
+from compressor.data import Batch, EvaluationData
+from compressor.errors import BadInput
+from compressor.evaluation.cost import ENOUGH_SECONDS, FEWEST_REPEATS, MOST_REPEATS, WARM_UPS
+from compressor.io import Checkpoint
+from compressor.lowrank import as_matrix
+from compressor.measure import singular_values
+from compressor.model import prepared
+from compressor.model.inference import forward_call
+from compressor.network import Layer
+from compressor.planning import MOST_TRIALS
+from compressor.progress import Step
+
+# What a layer's factors cost beside its singular values alone, measured on square matrices of side 1024.
+FACTORS_COST = 2.5
+
+# A backward pass costs two forward ones: one product each for the gradients of inputs and of weights.
+FORWARD_AND_BACKWARD = 3
+
+# What is measured is run so often, at most, and no more once it took that long: the first time is slow.
+MOST_RUNS, LONG_ENOUGH = 5, 0.5
+
+
+@dataclass(frozen=True)
+class ForwardTime:
+    """The seconds of a forward on one example and on a batch of `size`."""
+
+    one: float
+    batch: float
+    size: int
+
+    def of(self, examples: int) -> float:
+        """That of some examples, in batches."""
+        return self.of_segments(examples, segments=1)
+
+    def of_segments(self, examples: int, at_once: int | None = None, *, segments: int) -> float:
+        """That of all segments of the model, one after another: each of them walks the whole model."""
+        at_once = min(examples, at_once or self.size)
+        if at_once == 0:
+            return 0.0
+        return examples / at_once * (self.overhead * segments + self.each * at_once)
+
+    @property
+    def each(self) -> float:
+        """What an example more costs."""
+        return max(0.0, self.batch - self.one) / (self.size - 1) if self.size > 1 else self.one
+
+    @property
+    def overhead(self) -> float:
+        """What a forward costs beside its examples."""
+        return max(0.0, self.one - self.each)
+
+
+def decomposition_costs(layers: Sequence[Layer]) -> tuple[float, ...]:
+    """What the singular values of each layer cost, in multiplications."""
+    return tuple(_multiplications(layer) for layer in layers)
+
+
+def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device: torch.device) -> tuple[float, ...]:
+    """The seconds that the singular values of each layer are expected to take, by those of the one in the middle."""
+    if not layers:
+        return ()
+    middle = sorted(layers, key=_multiplications)[len(layers) // 2]
+    matrix = as_matrix(middle, checkpoint.read(middle.tensor).to(device))
+    if not torch.isfinite(matrix).all():
+        return decomposition_costs(layers)
+    rate = _least_seconds(lambda: singular_values(matrix), device) / _multiplications(middle)
+    return tuple(rate * cost for cost in decomposition_costs(layers))
+
+
+def _elements(layer: Layer) -> float:
+    return float(layer.shape[0] * layer.shape[1])
+
+
+def _multiplications(layer: Layer) -> float:
+    return float(layer.shape[0] * layer.shape[1] * min(layer.shape))
+
+
+@dataclass(frozen=True)
+class CalibrationWork:
+    """How often and how long calibration runs the model.
+
+    Compensation takes `groups` of layers that are given one tensor, one after the other, and runs for each of them one
+    of `segments`. A step of the refinement takes `fitting` beside that.
+    The `products` of what a layer is given and of gradients are in forwards, and a decomposition in the metric takes
+    `in_metric` times as long as one without.
+    """
+
+    fitted: int
+    held_back: int
+    forward: ForwardTime
+    groups: int
+    segments: int
+    fitting: float
+    products: float
+    in_metric: float
+
+    def planning_steps(self, decompositions: float, powers: int, *, stages: int, refine: bool) -> list[Step]:
+        """From a calibrated model to a plan and its factors; stages and all after them may be left out."""
+        both = self.fitted + self.held_back
+        run = partial(self.forward.of_segments, segments=self.segments)
+        factors, held = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.held_back)
+        one_allocation = factors + held * (1 + 1 / self.segments)
+        # Both models are run on all examples.
+        statistics = (2 + self.products) * run(both) * self.groups / self.segments
+        best = [
+            Step("allocate", (one_allocation,) * powers),
+            Step("compensate", self._by_segment(statistics + (len(RIDGES) + 1) * factors)),
+        ]
+        stage = [*best, *self.calibration_steps(), *best]
+        steps = [*best, *(replace(step, certain=False) for _ in range(stages) for step in stage)]
+        if refine:
+            at_once = max(1, self.fitted // STEPS)
+            fitting = self.fitting * self.fitted / at_once
+            one_pass = FORWARD_AND_BACKWARD * run(self.fitted, at_once) + run(self.held_back) + fitting
+            *others, last = self._by_segment(PASSES * one_pass + 2 * run(both))
+            # The last segment is compared with the model's outputs, for which the dense one is run again.
+            last += PASSES * run(both, at_once) / max(1, self.segments - 1)
+            steps.append(Step("refine", (*others, last)))
+        return steps
+
+    def calibration_steps(self) -> list[Step]:
+        """From the model to the metric of its layers."""
+        run, both = self.forward.of, self.fitted + self.held_back
+        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fitted))
+        # Where the segments are is tried on the first batch.
+        return [Step("run", (run(both) + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
+
+    def _by_segment(self, seconds: float) -> tuple[float, ...]:
+        """The first of several segments ends where the first block begins, and holds hardly any layer."""
+        others = max(1, self.segments - 1)
+        return (*(0.0 for _ in range(self.segments - others)), *(seconds / others,) * others)
+
+
+@dataclass(frozen=True)
+class EvaluationWork:
+    """How long running the model on data takes."""
+
+    examples: int
+    forward: ForwardTime
+
+    def quality_seconds(self) -> float:
+        return self.forward.of(self.examples)
+
+    def step(self) -> Step:
+        """Two models compared: the quality and the cost of each, then the time of one example and of a batch."""
+        forward = self.forward
+        # Arithmetic and memory are counted while the model runs on an example and on a batch.
+        each = self.quality_seconds() + forward.one + forward.batch
+        sizes = [forward.one] if forward.size == 1 else [forward.one, forward.batch]
+        return Step("evaluate", (each, each, *map(_timing_seconds, sizes)))
+
+
+def _timing_seconds(forward: float) -> float:
+    """How long two models are timed, that take so long for a forward."""
+    pair = 2 * forward
+    repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, ENOUGH_SECONDS / pair)) if pair > 0 else MOST_REPEATS
+    return pair * (WARM_UPS + repeats)
+
+
+def steps_of_compression(
+    decompositions: Sequence[float],
+    calibration: CalibrationWork | None,
+    deciding: EvaluationWork | None,
+    reported: EvaluationWork | None,
+    *,
+    given: bool,
+    refine: bool,
+    writes: bool,
+) -> list[Step]:
+    """Those of `compress`: with data that decide, as many trials as there can be; with a `given` plan, one allocation.
+
+    Costs are in seconds, or in the unit of the decompositions where there are no data.
+    """
+    steps, decomposing = [Step("measure", tuple(decompositions))], sum(decompositions)
+    planning: list[Step] = []
+    if calibration is not None:
+        steps += calibration.calibration_steps()
+        powers, stages = (1, 0) if given else (len(ALLOCATION_POWERS), STAGES)
+        planning = calibration.planning_steps(decomposing, powers, stages=stages, refine=refine)
+    if deciding is None:
+        steps += planning
+    else:
+        factors = 0.0 if calibration is not None else FACTORS_COST * decomposing
+        measured = Step("search", (deciding.quality_seconds() + factors,))
+        for number in range(1, MOST_TRIALS + 1):
+            trial = [*planning, replace(measured, number=number)]
+            steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
+    if writes:
+        done_before = calibration is not None
+        steps.append(Step("factorize", (0.0 if done_before else FACTORS_COST * decomposing,)))
+        if reported is not None:
+            steps.append(reported.step())
+    return steps
+
+
+def work_on_calibration(
+    model: nn.Module, layers: Sequence[Layer], data: CalibrationData, device: torch.device
+) -> CalibrationWork | None:
+    """None where the model does not take the data, which is said where they are used."""
+    modules = {model.get_submodule(layer.module) for layer in layers if layer.kind not in ("embedding", "parameter")}
+    inputs: dict[nn.Module, Tensor] = {}  # kept, so that an address stands for one tensor
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.setdefault(module, arguments[0] if arguments else next(iter(named.values())))
+
+    batch = with_decoder_inputs(data, model).fitted[0]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        failed = _forward_seconds(model, batch[:1], device) is None
+    forward = None if failed else timed_forward(model, batch, device)
+    if forward is None:
+        return None
+    groups, segments = len({id(each) for each in inputs.values()}), most_segments(model, layers)
+    fitting = 2 * len(modules) * _fitting_seconds([layer.parameters // 2 for layer in layers], device)
+    # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
+    products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
+    in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
+    return CalibrationWork(
+        data.examples, data.held_back_examples, forward, groups, segments, fitting, products, in_metric
+    )
+
+
+def _fitting_seconds(sizes: Sequence[int], device: torch.device) -> float:
+    """How long a step of Adam takes for a factor, by one of the size in the middle."""
+    factor = torch.ones(sorted(sizes)[len(sizes) // 2], device=device)
+    factor.grad = torch.ones_like(factor)
+    optimizer = adam([factor], 0.0)
+    return _least_seconds(optimizer.step, device)
+
+
+def work_on_data(model: nn.Module, data: EvaluationData, device: torch.device) -> EvaluationWork | None:
+    """None where the model does not take the data, which is said where they are used."""
+    forward = timed_forward(model, data.read(range(min(data.batch_size, data.count))), device)
+    return None if forward is None else EvaluationWork(data.count, forward)
+
+
+def timed_forward(model: nn.Module, batch: Batch, device: torch.device) -> ForwardTime | None:
+    """The least of a few forwards on one example, and on the batch; None where it fails."""
+    one = _forward_seconds(model, batch[:1], device)
+    whole = None if one is None else _forward_seconds(model, batch, device)
+    return None if one is None or whole is None else ForwardTime(one, whole, batch.examples)
+
+
+def _forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> float | None:
+    try:
+        with prepared(device, model):
+            return _least_seconds(forward_call(model, batch.inputs), device)
+    except (BadInput, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return None
+
+
+def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    found: list[float] = []
+    while len(found) < MOST_RUNS and sum(found) < LONG_ENOUGH:
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -1,0 +1,67 @@
+"""Files <-> named tensors: lazy and safe reading, writing that is complete or absent."""
+
+from __future__ import annotations
+
+from compressor.io.checkpoint import (
+    ADAPTER_CONFIG,
+    Checkpoint,
+    open_checkpoint,
+    portable_name,
+    refuse_adapter,
+    refuse_fp8,
+    require_finite,
+    require_in_range,
+)
+from compressor.io.companions import CODE_FILE, PLAN_FILE, NotCopied, companions, copy_companions, write_config
+from compressor.io.hub import check_push, hub_model, local_model, push_folder
+from compressor.io.output import check_output, parse_size
+from compressor.io.staging import note_file, staged_file, staged_folder
+from compressor.io.tensors import TensorInfo
+from compressor.io.workspace import Workspace, temporary_workspace
+from compressor.io.writer import (
+    SafetensorsWriter,
+    Shard,
+    ShardedWriter,
+    plan_shards,
+    safetensors_size,
+    shard_index,
+    write_json,
+    write_state_dict_file,
+)
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "CODE_FILE",
+    "PLAN_FILE",
+    "Checkpoint",
+    "NotCopied",
+    "SafetensorsWriter",
+    "Shard",
+    "ShardedWriter",
+    "TensorInfo",
+    "Workspace",
+    "check_output",
+    "check_push",
+    "companions",
+    "copy_companions",
+    "hub_model",
+    "local_model",
+    "note_file",
+    "open_checkpoint",
+    "parse_size",
+    "plan_shards",
+    "portable_name",
+    "push_folder",
+    "refuse_adapter",
+    "refuse_fp8",
+    "require_finite",
+    "require_in_range",
+    "safetensors_size",
+    "shard_index",
+    "staged_file",
+    "staged_folder",
+    "temporary_workspace",
+    "write_config",
+    "write_json",
+    "write_state_dict_file",
+]

@@ -1,0 +1,123 @@
+"""Low-rank models in transformers: the quantizer that swaps the layers before `from_pretrained` fills them.
+
+Importing this module registers the quantisation method `lowrank`; `import compressor` arranges that it happens as soon
+as transformers' own registry is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compressor.lowrank.modules import put_pair
+from compressor.lowrank.restoring import restored_module
+from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
+from compressor.network import SeparateExperts
+from compressor.network.conversions import merged_experts, name_conversions, without_merges
+from compressor.network.experts import separable_experts, separate_experts
+
+
+@register_quantization_config(METADATA_KEY)
+class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `config.json` says of the low-rank layers, by module name."""
+
+    def __init__(self, quant_method: str = METADATA_KEY, **said: Any) -> None:
+        self.quant_method = quant_method
+        self.spec = LowRankSpec.from_dict(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.spec.to_config()
+
+
+@register_quantizer(METADATA_KEY)
+class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts unfilled low-rank layers into the model that transformers is about to fill."""
+
+    requires_calibration = True  # a dense model has to be compressed first; this only loads the result
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        layers = self.quantization_config.spec.layers
+        prefix = f"{model.base_model_prefix}."
+        # The names are those of the class that was compressed, with a head or without, and so with the prefix or not.
+        if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers):
+            separate_experts(model)
+        modules = dict(model.named_modules())
+        for name, layer in layers.items():
+            place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            if place in modules:  # a head may be absent from the class that is loaded
+                put_pair(model, place, layer.form, layer.rank)
+                _spare_initialisation(model, place.rpartition(".")[0])
+        self._names = set(model.state_dict())
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The conversions less those that would merge experts which are apart; some releases do not pass the model."""
+        return without_merges(super().update_weight_conversions(weight_conversions, *model), self._names)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        config = copy.deepcopy(model.config)
+        del config.quantization_config
+        # A model that was saved has the name of its dtype there.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        own = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+        with torch.device("meta"):
+            architecture = type(model)(config)
+        architecture.tie_weights()
+        if any(isinstance(module, SeparateExperts) for module in model.modules()):
+            separate_experts(architecture)
+        model = restored_module(model, architecture, dtype)
+        if dtype not in (None, own):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        used = getattr(model, "_weight_conversions", None)  # in loading, which are reversed in saving
+        if used is not None and not any(merged_experts(conversion) for conversion in used):
+            model._weight_conversions = used + [each for each in name_conversions(model) if merged_experts(each)]
+        return model
+
+
+def _spare_initialisation(model: Any, holder: str) -> None:
+    """Keep transformers from giving initial values to what holds a low-rank layer, where it could not.
+
+    It does that, without effect, for modules that it loads too, and stops where they depend on the shape of a dense
+    weight (Whisper's table of positions). A module with parameters or buffers of its own is left to it.
+    """
+    names = [holder]
+    while names[-1] and not hasattr(model.get_submodule(names[-1]), "_init_weights"):
+        names.append(names[-1].rpartition(".")[0])
+    module, pretrained = model.get_submodule(holder), model.get_submodule(names[-1])
+    if any(True for _ in chain(module.parameters(recurse=False), module.buffers(recurse=False))):
+        return
+    try:
+        pretrained._init_weights(module)  # of no values yet, on the meta device
+    except (TypeError, ValueError, IndexError, ArithmeticError):
+        module._is_hf_initialized = True
+
+
+def tell_transformers(model: Any, spec: LowRankSpec) -> None:
+    """Let a model that was compressed in memory be saved as one that was loaded would be.
+
+    `spec` has the names of its modules.
+    """
+    model.config.quantization_config = LowRankConfig(**spec.to_config())
+    model.hf_quantizer = LowRankQuantizer(model.config.quantization_config)

@@ -1,0 +1,55 @@
+"""A low-rank module made dense again in memory, as `restore` does it with files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.io import open_checkpoint
+from compressor.lowrank.modules import TiedHead, carry_hooks, put_layer, tied_head
+from compressor.lowrank.tensor_format import dense_weight, stored_pairs
+from compressor.network import fuse_experts
+
+
+def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module, changed in place: every low-rank layer multiplied back to the dense one that it stands for.
+
+    `architecture` is the model as it was before, on any device and with any numbers; layers are taken out of it. The
+    dense weights are on the factors' device, in their dtype or in `dtype`.
+    """
+    checkpoint = open_checkpoint(module)
+    pairs = stored_pairs(checkpoint)
+    heads = {name: tied_head(architecture, name) for name in pairs}
+    for name, pair in pairs.items():
+        low_rank, dense = module.get_submodule(name), architecture.get_submodule(name)
+        like = low_rank.weight
+        assert isinstance(like, Tensor)
+        own = {"weight": dense_weight(checkpoint, pair).to(like.device, dtype or like.dtype)}
+        if pair.has_bias:
+            own["bias"] = checkpoint.read(pair.tensors["bias"]).to(own["weight"])
+        dense.load_state_dict(own, assign=True)
+        for parameter, tensor in low_rank.named_parameters():
+            dense.get_parameter("bias" if parameter.endswith("bias") else "weight").requires_grad_(tensor.requires_grad)
+        carry_hooks(low_rank, dense)
+        module = put_layer(module, name, dense.train(low_rank.training))
+        if (head := heads[name]) is not None:
+            _tie(module, architecture, head, dense)
+    return fuse_experts(module)
+
+
+def _tie(module: nn.Module, architecture: nn.Module, head: str, embedding: nn.Module) -> None:
+    """Put a linear layer in the place of a head that was tied to a low-rank embedding, and tie it to the dense one.
+
+    A transformers model is told.
+    """
+    tied, dense = module.get_submodule(head), architecture.get_submodule(head)
+    assert isinstance(tied, TiedHead)
+    assert isinstance(embedding.weight, nn.Parameter)
+    dense.register_parameter("weight", embedding.weight)
+    dense.register_parameter("bias", tied.bias)
+    carry_hooks(tied, dense)
+    put_layer(module, head, dense.train(tied.training))
+    for place, original in architecture.named_modules():
+        for name in ("_tied_weights_keys", "all_tied_weights_keys"):
+            if isinstance(declared := getattr(original, name, None), dict):
+                setattr(module.get_submodule(place), name, declared)

@@ -1,0 +1,284 @@
+"""A plan carried out: the tensors, the metadata and the module of the compressed model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.io import (
+    PLAN_FILE,
+    Checkpoint,
+    SafetensorsWriter,
+    ShardedWriter,
+    TensorInfo,
+    plan_shards,
+    require_finite,
+    require_in_range,
+    safetensors_size,
+    write_config,
+    write_json,
+)
+from compressor.lowrank.effective_weights import let_script
+from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
+from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
+from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.lowrank.tensor_format import Factors, factorize, join, pair_infos
+from compressor.network import Layer, fuse_experts, is_weight
+from compressor.planning import LayerPlan, Plan
+from compressor.recipe import TrainingRecipe
+
+# What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
+CODE_CONFIG_KEY = "low_rank"
+CODE_CLASS_PREFIX = "LowRank"
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A checkpoint, the recipe it was trained by, and what becomes of its layers."""
+
+    checkpoint: Checkpoint
+    recipe: TrainingRecipe
+    layers: tuple[Layer, ...]
+    plan: Plan
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """What stands for layers that are factorized already, by name."""
+    statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
+    """Tensors of batch normalisations that changed, by name: what they are called in the model, and their values."""
+
+    @property
+    def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
+        """The layers that do not stay dense, in the order of the plan."""
+        layers = {layer.name: layer for layer in self.layers}
+        return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
+
+    @property
+    def spec(self) -> LowRankSpec:
+        """The low-rank layers by their names in the checkpoint."""
+        return LowRankSpec({layer.name: layer_spec(layer, plan) for layer, plan in self.factorized})
+
+    @property
+    def spec_of_modules(self) -> LowRankSpec:
+        """The low-rank layers by their names in the model."""
+        return self.spec.renamed({layer.name: layer.module for layer, _ in self.factorized}.__getitem__)
+
+    @property
+    def passed_through(self) -> list[str]:
+        """The tensors that are copied as they are.
+
+        A further name of one that moves is among them: what was tied becomes two tensors of the same values. Not so the
+        name of a tied head's weight, which moves with its embedding, and those that a module has in its other places.
+        """
+        moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
+        untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
+        untied -= {name for layer, _ in self.factorized if layer.places for name in (layer.tensor, layer.bias)}
+        left = [name for name in self.checkpoint.tensors if name not in moved]
+        return left + [
+            alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
+        ]
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor of the original checkpoint by any of its names."""
+        return replace(self.checkpoint.tensors[self.checkpoint.aliases.get(name, name)], name=name)
+
+
+def layer_spec(layer: Layer, plan: LayerPlan, share: float | None = None) -> LayerSpec:
+    """What is said of a layer that a plan makes low-rank."""
+    assert plan.rank is not None
+    return LayerSpec(plan.form, plan.rank, layer.kind, share)
+
+
+def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
+    """Name, shape and dtype of every tensor of the compressed checkpoint, before any of them is computed."""
+    infos = [rewriting.info(name) for name in rewriting.passed_through]
+    for layer, plan in rewriting.factorized:
+        bias = None if layer.bias is None else rewriting.info(layer.bias)
+        infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias)
+    return infos
+
+
+def rewritten_tensors(
+    rewriting: Rewriting, device: torch.device, done: Callable[[str, float], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the compressed checkpoint, read and computed one layer at a time on `device`.
+
+    `done` is told the name of each factorized layer and the relative error of what is stored for it.
+    """
+    read = rewriting.checkpoint.read
+    for name in rewriting.passed_through:
+        if name in rewriting.statistics:
+            yield name, require_in_range(name, rewriting.statistics[name][1])
+            continue
+        tensor = read(name)
+        if is_weight(name) or name.endswith("bias"):
+            require_finite(name, tensor, rewriting.checkpoint.source)
+        yield name, tensor
+    for layer, plan in rewriting.factorized:
+        factors = _factors(rewriting, layer, plan, device)
+        yield from factors.tensors.items()
+        done(layer.name, factors.error)
+
+
+def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+    factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+    for name, tensor in factors.tensors.items():
+        require_in_range(name, tensor)
+    return factors
+
+
+def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+    weight = rewriting.checkpoint.read(layer.tensor).to(device)
+    bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
+    if layer.bias is not None and bias is not None:
+        require_finite(layer.bias, bias, rewriting.checkpoint.source)
+    return factorize(layer, plan, weight, bias)
+
+
+def rewritten_module(
+    rewriting: Rewriting, module: nn.Module, device: torch.device, done: Callable[[str, float], None]
+) -> nn.Module:
+    """A copy of `module` with low-rank layers; the weights that are factorized are never copied.
+
+    A transformers model is told of them, so that it can be saved.
+
+    `done` is told what `rewritten_tensors` tells it.
+    """
+    dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
+    left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
+    compressed = copy.deepcopy(module, left_out)
+    for layer, plan in rewriting.factorized:
+        factors = _factors(rewriting, layer, plan, device)
+        if layer.kind == "parameter":
+            like = getattr(dense[layer.name], layer.parameter)
+            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors.tensors)
+        else:
+            copied = compressed.get_submodule(layer.module)
+            low_rank = filled_layer(layer, plan, dense[layer.name], factors.tensors, copied)
+            carry_state_hooks(copied, low_rank)
+            for place in (layer.module, *layer.places):
+                compressed = put_layer(compressed, place, low_rank)
+        if layer.head is not None:
+            tie_head(compressed, layer.head, layer.module)
+        done(layer.name, factors.error)
+    own = dict(compressed.named_buffers())
+    with torch.no_grad():
+        for in_model, tensor in rewriting.statistics.values():
+            own[in_model].copy_(require_in_range(in_model, tensor))
+    compressed = fuse_experts(compressed)
+    let_script(compressed)
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
+        from compressor.lowrank.quantizer import tell_transformers
+
+        tell_transformers(compressed, rewriting.spec_of_modules)
+    return compressed
+
+
+def filled_layer(
+    layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mapping[str, Tensor], copied: nn.Module | None = None
+) -> nn.Module:
+    """The low-rank layer that takes the place of a dense one, with the numbers that stand for it, and its hooks.
+
+    Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it. Hooks
+    may be bound to other modules of a model; where the model is a copy, they are those of the layer as it was `copied`.
+    """
+    assert plan.rank is not None
+    if layer.kind == "parameter":
+        copied = to_be_factored(dense)
+        _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), tensors)
+        return copied
+    low_rank = low_rank_layer(dense, plan.form, plan.rank)
+    prefix = f"{layer.name}." if layer.name else ""
+    # Assigned, not copied: the factors are the layer's own numbers from here on.
+    assert isinstance(low_rank.weight, Tensor)
+    place = low_rank.weight.device
+    own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in tensors.items()}
+    low_rank.load_state_dict(own, assign=True)
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.dim() == dimensions and not weight.is_contiguous() and weight.is_contiguous(memory_format=order):
+            low_rank.to(memory_format=order)  # type: ignore[call-overload]
+    carry_over(dense if copied is None else copied, low_rank)
+    return low_rank
+
+
+def _put_filled_factors(
+    owner: nn.Module, layer: Layer, plan: LayerPlan, like: Tensor, tensors: Mapping[str, Tensor]
+) -> None:
+    assert plan.rank is not None
+    put_factors(owner, layer.parameter, plan.form, plan.rank, like, layer.tensor_shape)
+    values = {role: tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
+    down, up, order = values.values()
+    assert down is not None
+    assert up is not None
+    fill_factors(owner, layer.parameter, down, up, order)
+
+
+def file_metadata(rewriting: Rewriting) -> dict[str, str]:
+    """What a compressed safetensors file says of itself: enough to know how it was made, and to undo it."""
+    checkpoint, plan = rewriting.checkpoint, rewriting.plan
+    record = {
+        **rewriting.spec.to_dict(),
+        "version": version("lowrank-compressor"),
+        "source": checkpoint.name if checkpoint.source is not None else plan.source,
+        "digest": plan.digest,
+        "budget": plan.budget.to_dict(),
+        "recipe": {key: value for key, value in rewriting.recipe.to_dict().items() if value not in (None, {})},
+        "aliases": dict(checkpoint.aliases),
+    }
+    kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+    return {"format": "pt"} | kept | {METADATA_KEY: json.dumps(record, sort_keys=True)}
+
+
+def weight_file_bytes(rewriting: Rewriting, shard_size: int) -> int:
+    """Size of the weight files that the plan leads to, headers included and index not, without writing them."""
+    infos, metadata = rewritten_infos(rewriting), file_metadata(rewriting)
+    if rewriting.checkpoint.form == "module":
+        return sum(info.nbytes for info in infos)
+    if rewriting.checkpoint.form == "file":
+        return safetensors_size(infos, metadata)
+    return sum(safetensors_size(shard.infos, metadata) for shard in plan_shards(infos, shard_size))
+
+
+def write_weights(
+    place: Path,
+    infos: Sequence[TensorInfo],
+    tensors: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    shard_size: int | None,
+) -> None:
+    """Write a stream of tensors as the file `place`, or with a shard size as the weight files of that folder."""
+    writer = (
+        SafetensorsWriter(place, infos, metadata)
+        if shard_size is None
+        else ShardedWriter(place, plan_shards(infos, shard_size), metadata)
+    )
+    with writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+
+
+def describe_folder(folder: Path, rewriting: Rewriting) -> None:
+    """Tell transformers which layers are low-rank, and leave the plan and the recipe beside the weights."""
+    config = rewriting.checkpoint.config
+    if config is not None:
+        write_config(folder, {**config, "quantization_config": rewriting.spec_of_modules.to_config()})
+    write_json(folder / PLAN_FILE, rewriting.plan.portable().to_dict() | {"recipe": rewriting.recipe.to_dict()})
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` of the dense model: without what it says of low-rank layers, and of code that comes along."""
+    dense = {key: value for key, value in config.items() if key not in ("quantization_config", CODE_CONFIG_KEY)}
+    if CODE_CONFIG_KEY in config:
+        dense.pop("auto_map", None)
+        dense["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
+    return dense

@@ -1,0 +1,95 @@
+"""What a compressed model says of its low-rank layers; the only place that knows how this is spelled in a file.
+
+It stands in the metadata of a safetensors file, by the names of the checkpoint's layers, and under
+`quantization_config` in a transformers folder's `config.json`, by the names of the model's modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from compressor.network import Kind
+from compressor.network.forms import Form
+
+FORMAT_VERSION = 1
+METADATA_KEY = "lowrank"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One low-rank layer: the form and rank of its pair, and the kind of layer that it stands for.
+
+    `share` is what remains of the base's weight, which the pair is added to, where it stands for a difference to one.
+    """
+
+    form: Form
+    rank: int
+    kind: Kind
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form) or self.form == "dense":
+            raise ValueError(f"there is no low-rank form {self.form!r}")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"{self.rank!r} is not a rank")
+        if self.kind not in get_args(Kind) or self.kind == "other":
+            raise ValueError(f"there is no kind of layer {self.kind!r}")
+        share = 1.0 if self.share is None else self.share
+        if type(share) not in (int, float) or not math.isfinite(share):
+            raise ValueError(f"{share!r} is not a share")
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"form": self.form, "rank": self.rank, "kind": self.kind}
+        return own if self.share is None else own | {"share": self.share}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> LayerSpec:
+        """Read what `to_dict` gives; ValueError says in what the document is something else."""
+        known = {"form", "rank", "kind", "share"}
+        if not isinstance(document, Mapping) or not known - {"share"} <= set(document) <= known:
+            raise ValueError("a low-rank layer has a form, a rank and a kind")
+        return cls(document["form"], document["rank"], document["kind"], document.get("share"))
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """The low-rank layers of a model, by name."""
+
+    layers: Mapping[str, LayerSpec]
+
+    def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
+        """The same layers under other names."""
+        return LowRankSpec({name(old): layer for old, layer in self.layers.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = {name: layer.to_dict() for name, layer in self.layers.items()}
+        return {"format_version": FORMAT_VERSION, "layers": layers}
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` of a transformers model."""
+        return {"quant_method": METADATA_KEY, **self.to_dict()}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> LowRankSpec:
+        """Read what `to_dict` and `to_config` give; other entries are left alone, and ValueError says what is wrong."""
+        written_in = document.get("format_version")
+        if type(written_in) is not int or written_in < 1:
+            raise ValueError(f"{written_in!r} is not a version of the low-rank format")
+        if written_in > FORMAT_VERSION:
+            raise ValueError(
+                f"this model was written in low-rank format {written_in}, and this lowrank-compressor reads "
+                f"formats up to {FORMAT_VERSION}: upgrade it"
+            )
+        layers = document.get("layers")
+        if not isinstance(layers, Mapping) or not all(isinstance(name, str) for name in layers):
+            raise ValueError("it does not say which layers are low-rank")
+        found = {}
+        for name, layer in layers.items():
+            try:
+                found[name] = LayerSpec.from_dict(layer)
+            except ValueError as error:
+                raise ValueError(f"it does not say which layers are low-rank: {name}: {error}") from None
+        return cls(found)

@@ -1,0 +1,28 @@
+"""A model to measure and to run: opened with what is known about it, built, loaded, run."""
+
+from __future__ import annotations
+
+from compressor.model.build import build_model, load_factory, load_state, load_transformers
+from compressor.model.inference import logits_of, prepared, resolve_device
+from compressor.model.load import load_model, require_architecture
+from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
+from compressor.model.opened import Factory, Model, OpenedModel, open_model
+
+__all__ = [
+    "Factory",
+    "InspectedLayer",
+    "Model",
+    "OpenedModel",
+    "build_model",
+    "inspect_layers",
+    "load_factory",
+    "load_model",
+    "load_state",
+    "load_transformers",
+    "logits_of",
+    "measured_layers",
+    "open_model",
+    "prepared",
+    "require_architecture",
+    "resolve_device",
+]

@@ -1,0 +1,122 @@
+"""Every eligible layer read once and measured: what is reported of it, and what its rank is chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor.errors import BadInput
+from compressor.factorize import spatial_matrix
+from compressor.io import require_finite
+from compressor.lowrank import as_matrix
+from compressor.measure import (
+    EffectiveRanks,
+    MemoryWindow,
+    SurvivingInitialisation,
+    effective_ranks,
+    initial_standard_deviation,
+    memory_window,
+    singular_values,
+    surviving_initialisation,
+    uses_per_example,
+)
+from compressor.model.opened import OpenedModel, folder_of
+from compressor.network import Layer, pair_forms
+from compressor.planning import MeasuredLayer
+from compressor.progress import Progress
+
+
+def inspect_layers(
+    subject: OpenedModel, epsilon: float, device: torch.device, progress: Progress | None
+) -> tuple[InspectedLayer, ...]:
+    """Read every eligible layer once, and measure it."""
+    recipe, skeleton = subject.recipe, subject.skeleton
+    folder = None if subject.checkpoint.source is None else folder_of(subject.checkpoint)
+    uses = uses_per_example(subject.layers, skeleton, folder, recipe.sequence_length)
+    eligible = [layer for layer in subject.layers if layer.eligible]
+    inspected: dict[str, InspectedLayer] = {}
+    for done, layer in enumerate(eligible, start=1):
+        weight = subject.checkpoint.read(layer.tensor)
+        require_finite(layer.tensor, weight, subject.checkpoint.source)
+        weight = weight.to(device)
+        values = singular_values(as_matrix(layer, weight))
+        if not np.isfinite(values).all():
+            raise BadInput(
+                "its singular values exceed the range of float64",
+                where=layer.tensor,
+                remedy="use a checkpoint from before the training diverged",
+            )
+        spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
+        del weight
+        of_layer = recipe.of_parameter(layer.tensor)
+        inspected[layer.name] = InspectedLayer(
+            layer=layer,
+            uses=uses[layer.name],
+            ranks=effective_ranks(values),
+            window=memory_window(of_layer, layer.shape, uses[layer.name], epsilon=epsilon),
+            initialisation=surviving_initialisation(
+                of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton)
+            ),
+            singular_values=tuple(values.tolist()),
+            spatial_values=None if spatial is None else tuple(spatial.tolist()),
+        )
+        if progress:
+            progress("measure", done, len(eligible))
+    return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+def measured_layers(subject: OpenedModel, inspected: Sequence[InspectedLayer]) -> list[MeasuredLayer]:
+    """What the planning needs to know of the eligible layers."""
+    measured = []
+    for each in inspected:
+        if each.singular_values is None or each.window is None or each.initialisation is None:
+            continue
+        window = each.window
+        measured.append(
+            MeasuredLayer(
+                layer=each.layer,
+                singular_values=np.array(each.singular_values),
+                itemsize=subject.checkpoint.tensors[each.layer.tensor].dtype.itemsize,
+                precision=torch.finfo(subject.checkpoint.tensors[each.layer.tensor].dtype).eps,
+                above_edge=each.initialisation.above_edge,
+                surviving_share=each.initialisation.share,
+                unknown_start=each.initialisation.reason,
+                rank_bound=window.rank_bound if window.vacuous is False else None,
+                spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
+            )
+        )
+    return measured
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """What was measured of one layer; a skipped layer has nothing but its `layer.skip`."""
+
+    layer: Layer
+    uses: int | None = None
+    ranks: EffectiveRanks | None = None
+    window: MemoryWindow | None = None
+    initialisation: SurvivingInitialisation | None = None
+    singular_values: tuple[float, ...] | None = None
+    spatial_values: tuple[float, ...] | None = None
+    """Singular values of the matrix that a spatial pair factorizes, for convolutions that can become one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        layer = self.layer
+        return {
+            "name": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "parameters": layer.parameters,
+            "skip": layer.skip,
+            "uses": self.uses,
+            "ranks": self.ranks.to_dict() if self.ranks else None,
+            "window": self.window.to_dict() if self.window else None,
+            "initialisation": self.initialisation.to_dict() if self.initialisation else None,
+            "singular_values": list(self.singular_values) if self.singular_values is not None else None,
+            "spatial_values": list(self.spatial_values) if self.spatial_values is not None else None,
+        }

@@ -1,0 +1,89 @@
+"""A model's module tree without its weights: what knows which tensor is a linear layer and which a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from compressor.network.conversions import name_conversions, name_in_model, without_merges
+from compressor.network.experts import separate_experts
+
+_MOST_MODULES = 200_000
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A module tree, and the name in it of every tensor of a checkpoint.
+
+    `module_name` maps a tensor's name in the file to its name in the tree; None where the tree assembles the tensor
+    from several or does not have it. `untrained` says that its weights are those of a new model.
+    """
+
+    module: nn.Module
+    module_name: Callable[[str], str | None]
+    untrained: bool = False
+
+
+def module_skeleton(module: nn.Module, *, untrained: bool = False) -> Skeleton:
+    """The skeleton of a module in memory: names in its state dict are names of its modules."""
+    return Skeleton(module, lambda name: name, untrained)
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Stop building a model that has far more modules than any published one."""
+    built = 0
+
+    def count(_module: nn.Module, _name: str, _submodule: nn.Module) -> None:
+        nonlocal built
+        built += 1
+        if built > _MOST_MODULES:
+            raise ValueError(f"more than {_MOST_MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def transformers_skeleton(folder: Path) -> Skeleton | None:
+    """The tree that transformers builds for the `config.json` in `folder`, on the meta device, its experts apart.
+
+    None when transformers does not know the architecture or cannot build it without running the checkpoint's own code.
+    """
+    model = transformers_module(folder)
+    if model is None:
+        return None
+    try:
+        separate_experts(model)
+    except Exception:  # as in `transformers_module`
+        return None
+    known = model.state_dict()
+    conversions = without_merges(name_conversions(model), known)
+    return Skeleton(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
+
+
+def transformers_module(folder: Path) -> Any | None:
+    """The model that transformers builds for the `config.json` in `folder`, on the meta device; None as above."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"), _few_modules():
+            build = architecture.from_config if architecture is transformers.AutoModel else architecture._from_config
+            model: Any = build(config)
+        model.tie_weights()
+    except Exception:  # whatever a foreign configuration makes transformers raise, the file itself can still be read
+        return None
+    return model

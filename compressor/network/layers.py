@@ -1,0 +1,537 @@
+"""Which tensors of a checkpoint are matrices that can be factorized, and why the others are not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from types import CodeType, MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from compressor.arguments import as_patterns
+from compressor.errors import BadInput
+from compressor.io import Checkpoint
+from compressor.io.adapters import is_adapter_factor
+from compressor.network.architecture import Skeleton
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+Kind = Literal[
+    "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
+]
+
+# Why a layer that could be compressed is not: the user chose so.
+NOT_INCLUDED, EXCLUDED = "not among --include", "left out by --exclude"
+
+# Torch has further floating-point numbers, and hardly computes with them.
+_FACTORIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What stands in the last part of the names that embeddings go by, where there is no module to ask.
+_EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
+# A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
+_WEIGHT = re.compile(r"(^|_)weight(_|$)")
+# The names of PyTorch's own weights, the only ones to be believed where there is no module to ask.
+_WEIGHT_OF_PYTORCH = re.compile(r"weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|k|v)_proj_weight")
+# What pruning and quantization keep beside a weight.
+_BESIDE_A_WEIGHT = re.compile(r"weight\w*_(mask|scales?|scale_inv|zeros?|zero_point|packed|shape|g_idx)$")
+_PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
+# The attributes that every module has, hooks among them.
+_OF_PYTORCH = frozenset(vars(nn.Module()))
+_IMAGE_CHANNELS = (3, 4)
+_LARGEST_KERNEL = 15
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A tensor of two or more dimensions as the matrix `d_out x d_in` that it applies to its inputs.
+
+    The inputs of an embedding are its tokens: `d_out` is the length of its vectors and `d_in` the size of the
+    vocabulary. A transposed convolution applies its matrix of `d_out = channels x kernel` at every position of its
+    input, and adds up where the results overlap. `name` is the layer's name in the checkpoint and `module` its name in
+    the model (for some architectures another); `skip` says why it cannot or should not be factorized, and is None for
+    the eligible ones. `head` is the name in the model of the output head that is tied to an embedding, and changes with
+    it, and `places` are further names in the model of the very same module.
+
+    A `parameter` is a matrix that a module multiplies with in code of its own: the attribute `parameter` of the module
+    `module`. It can be stored as factors, and is multiplied out when the module runs.
+    """
+
+    name: str
+    module: str
+    tensor: str
+    bias: str | None
+    kind: Kind
+    tensor_shape: tuple[int, ...]
+    shape: tuple[int, int]
+    skip: str | None = None
+    head: str | None = None
+    parameter: str = "weight"
+    places: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.tensor_shape)
+
+    @property
+    def eligible(self) -> bool:
+        return self.skip is None
+
+
+def find_layers(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton | None = None,
+    *,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    embeddings: bool = False,
+) -> tuple[Layer, ...]:
+    """Every matrix of the checkpoint, eligible or with the reason why it is not.
+
+    They come in the order of the file, but by numbers where their names differ in these: 2 before 10.
+
+    With a skeleton its modules decide; without one the shapes and names do. Embeddings are eligible where `embeddings`
+    asks for them and their modules are known, each together with an output head that is tied to it. `include` and
+    `exclude` are globs on layer names, or regular expressions after `re:`; a pattern that matches no layer is a
+    BadInput.
+    """
+    known = checkpoint.tensors
+    shapes = {name: info.shape for name, info in known.items()}
+    shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
+    matrices = [name for name, info in known.items() if len(info.shape) >= 2 and min(info.shape) > 0]
+    layers = _from_file(matrices, shapes) if skeleton is None else _from_skeleton(matrices, shapes, skeleton)
+    # A head that is tied to an embedding changes with it, and one module under several names is one layer.
+    together = {f"{layer.head}.weight" for layer in layers}
+    together |= {f"{place}.{layer.parameter}" for layer in layers for place in layer.places}
+    shared = {
+        name: alias
+        for alias, name in checkpoint.aliases.items()
+        if skeleton is None or skeleton.module_name(alias) not in together
+    }
+    for index, layer in enumerate(layers):
+        skip = layer.skip
+        if layer.kind == "embedding" and not embeddings:
+            skip = skip or "an embedding; --embeddings includes it"
+        if layer.tensor in shared:
+            skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
+        if known[layer.tensor].dtype not in _FACTORIZABLE:
+            skip = skip or f"its numbers are {str(known[layer.tensor].dtype).removeprefix('torch.')}"
+        if is_adapter_factor(layer.tensor):
+            skip = skip or "part of an adapter, which is of low rank as it is"
+        if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
+            skip = skip or "the names of its factors are taken"
+        layers[index] = replace(layer, skip=skip)
+    selected = _select(layers, as_patterns(include, "include"), as_patterns(exclude, "exclude"))
+    by_tensor = {layer.tensor: layer for layer in selected}
+    return tuple(by_tensor[tensor] for tensor in in_natural_order(by_tensor))
+
+
+def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
+    """In what the tensors of a checkpoint do not fit a model, in a few words; None where they do.
+
+    They fit when some of them are in the model, and each that is has the shape that it has there.
+    """
+    state = skeleton.module.state_dict()
+    fitting = 0
+    for name, info in checkpoint.tensors.items():
+        in_model = skeleton.module_name(name)
+        if in_model is None or in_model not in state:
+            continue
+        shape = tuple(state[in_model].shape)
+        if info.shape != shape and min(math.prod(info.shape), math.prod(shape)) > 0:
+            return f"{name} is {_sides(info.shape)} in the file and {_sides(shape)} in the model"
+        fitting += 1
+    return None if fitting else "none of the tensors is in the model"
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def in_natural_order(names: Iterable[str]) -> list[str]:
+    """Names as they come, but those that differ first in a number by that number: 0, 1, 2, 10."""
+    split = {name: re.split(r"(\d+)", name) for name in names}
+    places: dict[tuple[str, ...], int] = {}
+
+    def key(name: str) -> tuple[int, ...]:
+        """Numbers, at the odd places, count themselves; words in which order they came after the same beginning."""
+        parts = split[name]
+        beginnings = (tuple(parts[: end + 1]) for end in range(len(parts)))
+        return tuple(
+            int(parts[place]) if place % 2 else places.setdefault(beginning, len(places))
+            for place, beginning in enumerate(beginnings)
+        )
+
+    keys = {name: key(name) for name in split}
+    return sorted(split, key=keys.__getitem__)
+
+
+def is_weight(tensor: str) -> bool:
+    """Whether a tensor is called the weight of a layer."""
+    return tensor == "weight" or tensor.endswith(".weight")
+
+
+def layer_name(tensor: str) -> str:
+    """The name of the layer that a tensor is the weight of; the tensor's own name when it is called otherwise.
+
+    A model that is a single layer has the empty name.
+    """
+    return tensor.removesuffix("weight").removesuffix(".") if is_weight(tensor) else tensor
+
+
+def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> list[Layer]:
+    """The layers of a model whose modules are known."""
+    modules = dict(skeleton.module.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and names[id(module)] == [name]:
+            holders.setdefault(id(weight), []).append(name)
+    stored = {skeleton.module_name(tensor) for tensor in matrices}
+    called_apart = _called_apart(modules)
+    layers = []
+    for tensor in matrices:
+        in_model = skeleton.module_name(tensor)
+        place, _, parameter = (in_model or "").rpartition(".")
+        owner = modules.get(place)
+        if in_model is None or owner is None or owner._parameters.get(parameter) is None:
+            shape, name = shapes[tensor], layer_name(tensor)
+            what = "a buffer" if owner is not None and parameter in owner._buffers else None
+            reason = what or "no single layer of the model holds it as its weight"
+            layers.append(Layer(name, name, tensor, None, "other", shape, _flattened(shape), reason))
+            continue
+        reader = directly_read_by(owner, modules.get(place.rpartition(".")[0]))
+        layer = _from_module(tensor, shapes, owner, parameter, reader)
+        places = tuple(name for name in names[id(owner)] if name != place)
+        layer = replace(layer, module=place, parameter=parameter, places=places)
+        if again := [name for name in places if f"{name}.{parameter}" in stored]:
+            layer = replace(layer, skip=layer.skip or f"the same module as {again[0]}, but stored apart from it")
+        if layer.kind == "parameter" and _of_transformers(skeleton.module):
+            layer = replace(
+                layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
+            )
+        layer = replace(layer, skip=layer.skip or _own_code(modules, place, layer.kind))
+        if (holder := called_apart.get(id(owner))) is not None:
+            layer = replace(layer, skip=layer.skip or f"{holder} holds it too, where no other layer can take its place")
+        others = holders.get(id(owner._parameters[parameter]), []) if parameter == "weight" else []
+        others = [name for name in others if name not in names[id(owner)]]
+        if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
+            [head] = others
+            apart = f"{head} shares its weight, but is stored apart from it" if f"{head}.weight" in stored else None
+            own = _own_code(modules, head, "linear")
+            layer = replace(layer, head=head, skip=layer.skip or apart or (own and f"{head}, tied to it: {own}"))
+        elif others:
+            layer = replace(layer, skip=layer.skip or f"shares its weight with {', '.join(others)}")
+        layers.append(layer)
+    return layers
+
+
+def _own_code(modules: Mapping[str, nn.Module], place: str, kind: Kind) -> str | None:
+    """Why a module cannot do its work with factors, where someone changed what it computes by hand."""
+    if kind != "parameter" and (own := own_state(modules[place])) is not None:
+        return own
+    if "forward" in vars(modules[place]):
+        return "its forward was replaced"
+    parts = place.split(".") if place else []
+    for above in (".".join(parts[:depth]) for depth in range(len(parts))):
+        # In a copy of the model a function would go on calling the original; what is bound to a module is copied too.
+        replaced = vars(modules[above]).get("forward")
+        if replaced is not None and not isinstance(replaced, MethodType | partial):
+            return f"the forward of {above or 'the model'} was replaced"
+    return None
+
+
+def _called_apart(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The modules that an attribute holds without PyTorch knowing it, such as a list, by id -> that attribute."""
+    found: dict[int, str] = {}
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_PYTORCH:
+                held = value.values() if isinstance(value, dict) else value
+                for each in held if isinstance(value, dict | list | tuple) else (value,):
+                    target = each.__self__ if isinstance(each, MethodType) else each
+                    if isinstance(target, nn.Module):
+                        found.setdefault(id(target), f"{name}.{attribute}" if name else attribute)
+    return found
+
+
+def own_state(layer: nn.Module) -> str | None:
+    """What makes a layer more than its class, so that no other layer can take its place; None for most."""
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    names = [*layer._parameters, *layer._buffers, *layer._modules]
+    further = [name for name in names if name not in ("weight", "bias")]
+    if further:
+        return f"it holds {', '.join(further)} beside its weight"
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return (
+        "a hook reads its weight"
+        if any(map(_reads_weight, (hook for each in hooks for hook in each.values())))
+        else None
+    )
+
+
+def _reads_weight(hook: Any) -> bool:
+    """Whether the code of a hook, or of a function inside it, names `weight`, which a pair of factors does not have.
+
+    Hooks that compute the weight itself are PyTorch's own, and are undone before.
+    """
+    if type(hook).__module__.startswith("torch."):
+        return False
+    called = hook.func if isinstance(hook, partial) else hook
+    called = called if hasattr(called, "__code__") or isinstance(called, MethodType) else type(called).__call__
+    waiting: list[CodeType] = [called.__code__] if hasattr(called, "__code__") else []
+    while waiting:
+        code = waiting.pop()
+        if "weight" in code.co_names or "weight" in code.co_consts:
+            return True
+        waiting.extend(inner for inner in code.co_consts if isinstance(inner, CodeType))
+    return False
+
+
+def directly_read_by(owner: nn.Module, parent: nn.Module | None) -> nn.Module | None:
+    """The module that reads the weight of a layer instead of calling the layer, where PyTorch has one that does."""
+    if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return parent or owner
+    return parent if isinstance(parent, nn.TransformerEncoderLayer) else None
+
+
+def _owner(owner: nn.Module, reader: nn.Module | None) -> str:
+    return type(reader or owner).__name__
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("transformers.") for base in type(module).__mro__)
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:]))
+
+
+def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    bias = tensor.removesuffix("weight") + "bias"
+    return bias if is_weight(tensor) and len(shapes.get(bias, ())) == 1 else None
+
+
+def _from_module(
+    tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str, reader: nn.Module | None
+) -> Layer:
+    """The layer whose module is known: its class decides."""
+    shape, name = shapes[tensor], layer_name(tensor)
+    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
+    if parameter != "weight" or (reader is not None and type(owner).__name__.endswith("Linear")):
+        return _as_parameter(layer, shapes, owner, parameter)
+    if isinstance(owner, nn.Embedding):
+        layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
+        if type(owner) is not nn.Embedding:
+            return replace(layer, skip=f"an embedding, but {type(owner).__name__} does more than look rows up")
+        return replace(layer, skip="an embedding whose rows max_norm rescales" if owner.max_norm is not None else None)
+    if type(owner) is nn.Linear:
+        return replace(layer, kind="linear")
+    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):
+        return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))
+    if type(owner) in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
+        assert isinstance(owner, _ConvNd)
+        layer = replace(layer, kind="convolution")
+        if type(owner) in TRANSPOSED_CONVOLUTIONS:
+            layer = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
+        if owner.groups == 1:
+            return layer
+        depthwise = owner.groups == owner.in_channels
+        return replace(layer, skip="depthwise" if depthwise else f"{owner.groups} groups")
+    return _as_parameter(layer, shapes, owner, parameter)
+
+
+def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str) -> Layer:
+    """A matrix that the module uses in code of its own, if it is one by its module or its name."""
+    layer, matrix = replace(layer, bias=None), len(layer.tensor_shape) == 2
+    if isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.EmbeddingBag):
+        return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+    if isinstance(owner, ParametrizationList):
+        computing = ", ".join(type(each).__name__ for each in owner)
+        if [type(each) for each in owner] not in ([_WeightNorm], [_SpectralNorm]):
+            return replace(layer, skip=f"what {computing} computes from it is not known")
+        if _is_called_embedding(layer.tensor, layer.tensor_shape):
+            return replace(layer, skip="an embedding, by its name")
+        return _checked_parameter(layer, known=True)
+    if isinstance(owner, nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase) and matrix:
+        known = parameter not in ("bias_k", "bias_v") and _BESIDE_A_WEIGHT.search(parameter) is None
+    else:
+        named = _is_called_embedding(layer.tensor, layer.tensor_shape) or any(
+            _EMBEDDING.search(name) for name in (parameter, type(owner).__name__.lower())
+        )
+        if named and not isinstance(owner, nn.Linear) and matrix:
+            return replace(layer, skip=f"an embedding, by its name or its class's, {type(owner).__name__}")
+        known = matrix and _WEIGHT.search(parameter) is not None and _BESIDE_A_WEIGHT.search(parameter) is None
+        known = known or _is_normalised(layer.tensor, shapes)
+    if not known and parameter == "weight":
+        return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
+    return _checked_parameter(layer, known)
+
+
+def _is_called_embedding(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight, or what it is computed from, is a matrix of a module that goes by an embedding's name."""
+    module, _, parameter = _PARAMETRIZED.sub(r"\1", tensor).rpartition(".")
+    weight = parameter.removesuffix("_orig").removesuffix("_v") == "weight"
+    return weight and len(shape) == 2 and _EMBEDDING.search(module.rpartition(".")[2]) is not None
+
+
+def _is_normalised(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a pruned or normalised weight is computed from a tensor, by its name and by what is stored with it.
+
+    Of parametrizations weight and spectral normalisation are known by that, as are the older ways of PyTorch.
+    """
+    if _PARAMETRIZED.search(tensor):
+        stem = tensor.rpartition(".")[0]
+        if tensor.endswith(".original1"):
+            return _is_norm_of(shapes.get(f"{stem}.original0"), shapes[tensor])
+        vectors = [shapes.get(f"{stem}.0.{vector}", ()) for vector in ("_u", "_v")]
+        return tensor.endswith(".original") and [len(vector) for vector in vectors] == [1, 1]
+    weight, _, role = tensor.rpartition("_")
+    if not _WEIGHT.search(weight.rpartition(".")[2]):
+        return False
+    if role == "v":
+        return _is_norm_of(shapes.get(f"{weight}_g"), shapes[tensor])
+    pruned = shapes.get(f"{weight}_mask") == shapes[tensor]
+    return role == "orig" and (pruned or len(shapes.get(f"{weight}_u", ())) == 1)
+
+
+def _is_norm_of(norm: tuple[int, ...] | None, weight: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape of a weight's norm: along all of its dimensions but one, or along all."""
+    if not norm:
+        return norm == ()
+    fitting = len(norm) == len(weight) and all(side in (1, whole) for side, whole in zip(norm, weight, strict=True))
+    return fitting and sum(side > 1 for side in norm) <= 1
+
+
+def _checked_parameter(layer: Layer, known: bool) -> Layer:
+    if min(layer.shape) <= 1:
+        return replace(layer, skip="a vector")
+    if not known:
+        return replace(layer, skip="a table or a matrix: its name does not say that it is a weight")
+    return replace(layer, kind="parameter")
+
+
+def _from_file(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
+    """The layers of a stranger's file, of which only names and shapes are known."""
+    transposed = any(_looks_transposed(tensor, shapes) for tensor in matrices)
+    layers = [_from_name(tensor, shapes, transposed) for tensor in matrices]
+    outputs = {
+        layer.tensor_shape[1 if layer.kind == "transposed convolution" else 0]
+        for layer in layers
+        if layer.kind != "embedding"
+    } | {layer.shape[0] for layer in layers}
+    for index, layer in enumerate(layers):
+        channels = layer.tensor_shape[1]
+        first = all(earlier.kind != "convolution" for earlier in layers[:index])
+        # A grouped convolution cannot be told from its shape, but its channels seldom are what another layer puts out.
+        if layer.kind == "convolution" and not first and channels not in {*outputs, *_IMAGE_CHANNELS}:
+            reason = f"no layer puts out its {channels} channels, so it may be grouped; --model would tell"
+            layers[index] = replace(layer, skip=layer.skip or reason)
+    return layers
+
+
+def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: bool) -> Layer:
+    shape, name = shapes[tensor], layer_name(tensor)
+    layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
+    outputs = shapes[layer.bias][0] if layer.bias else None
+    if not is_weight(tensor):
+        return _parameter_by_name(layer, shapes)
+    if len(shape) == 2:
+        if _EMBEDDING.search(name.rpartition(".")[2]):
+            reason = "an embedding, by its name; --model would tell which head is tied to it"
+            return replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]), skip=reason)
+        square_among_transposed = conv1d_file and re.search(r"\bc_(attn|proj|fc)$", name)
+        if _looks_transposed(tensor, shapes) or square_among_transposed:
+            return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))
+        if outputs not in (None, shape[0]):
+            return replace(layer, skip="its bias fits neither of its sides")
+        return replace(layer, kind="linear")
+    if not _looks_like_convolution(shape, outputs):
+        return replace(layer, skip="neither a matrix nor, by its shape, a convolution; --model would tell")
+    layer = replace(layer, kind="convolution")
+    if outputs not in (None, shape[0]):
+        transposed = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
+        grouped = f"its bias is as long as neither {shape[0]} nor {shape[1]}: a transposed convolution with groups"
+        return replace(transposed, skip=None if outputs == shape[1] else grouped)
+    if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
+        return replace(layer, skip="depthwise, or a single input channel")
+    return layer
+
+
+def _looks_like_convolution(shape: tuple[int, ...], outputs: int | None) -> bool:
+    """Whether a weight of three dimensions or more is a kernel, and not a stack of matrices, such as those of experts.
+
+    A kernel is small, or a line (`k x 1`), or has one bias for each of its outputs.
+    """
+    kernel = shape[2:]
+    line = len(kernel) > 1 and sum(side > 1 for side in kernel) <= 1
+    return len(shape) <= 5 and (max(kernel) <= _LARGEST_KERNEL or line or outputs in shape[:2])
+
+
+def _parameter_by_name(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
+    """What a tensor is that is not called the weight of a layer."""
+    last, matrix = layer.tensor.rpartition(".")[2], len(layer.tensor_shape) == 2
+    if _is_normalised(layer.tensor, shapes) and len(layer.tensor_shape) <= 5:
+        if _is_called_embedding(layer.tensor, layer.tensor_shape):
+            return replace(layer, skip="an embedding, by its name")
+        return _checked_parameter(layer, known=True)
+    if _PARAMETRIZED.search(layer.tensor):
+        return replace(layer, skip="its parametrization is not known; --model would tell")
+    if _BESIDE_A_WEIGHT.search(last):
+        return replace(layer, skip="belongs to a weight, by its name, and is none itself")
+    known = _WEIGHT_OF_PYTORCH.fullmatch(last) is not None
+    if _WEIGHT.search(last) and not known:
+        return replace(layer, skip="not a name of PyTorch's own weights; --model would tell")
+    return _checked_parameter(layer, known and matrix)
+
+
+def _looks_transposed(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """GPT-2's Conv1D stores `d_in x d_out`: its bias has the length of the second side and not of the first."""
+    shape, bias = shapes[tensor], _bias(tensor, shapes)
+    return len(shape) == 2 and bias is not None and shape[0] != shapes[bias][0] == shape[1]
+
+
+def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str]) -> tuple[Layer, ...]:
+    """Mark as skipped what the patterns leave out."""
+    included, excluded = (
+        {layer.name for layer in layers for pattern in patterns if _matches(pattern, layer.name)}
+        for patterns in (include, exclude)
+    )
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(pattern, layer.name) for layer in layers):
+                raise BadInput(
+                    f"`{option}` {pattern} matches no layer",
+                    option=option,
+                    remedy="list the layers with 'compress inspect MODEL'; '*.mlp.*' is a glob, 're:...' an expression",
+                )
+    selected = []
+    for layer in layers:
+        if layer.eligible and include and layer.name not in included:
+            layer = replace(layer, skip=NOT_INCLUDED)  # noqa: PLW2901
+        if layer.eligible and layer.name in excluded:
+            layer = replace(layer, skip=EXCLUDED)  # noqa: PLW2901
+        selected.append(layer)
+    return tuple(selected)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatchcase(name, pattern)
+    try:
+        return re.search(pattern[3:], name) is not None
+    except re.error as error:
+        raise BadInput(
+            f"'{pattern}' is not a regular expression ({error})",
+            remedy="correct it, or use a glob without 're:'",
+        ) from error

@@ -1,0 +1,125 @@
+"""The steps that `compress` announces, against those that it goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressor import Plan, compress, plan
+from compressor.api.workload import ForwardTime
+from compressor.cli.pace import Pace
+from compressor.evaluation import cost
+from compressor.progress import Step
+
+
+class Followed:
+    """Takes what is announced and told, and which announced step each event belongs to."""
+
+    def __init__(self) -> None:
+        self.steps: Sequence[Step] = ()
+        self.seen: list[int | None] = []
+        self._pace = Pace(lambda: 0.0)
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        assert not self.steps, "announced once"
+        self.steps = steps
+        self._pace.expect(steps)
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        assert self.steps, "announced before the first step"
+        self.seen.append(self._pace.note(name, done, total))
+
+    @property
+    def left_out(self) -> list[Step]:
+        return [step for at, step in enumerate(self.steps) if at not in self.seen]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(8, 16), nn.Sequential(*blocks), nn.Linear(16, 5))
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cost, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(cost, "FEWEST_REPEATS", 1)
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "data.npz", x=generator.normal(size=(40, 8)).astype("f4"), y=np.arange(40) % 5)
+    return tmp_path / "data.npz"
+
+
+COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
+    "weights alone": lambda _, seen: compress(model(), keep=0.5, progress=seen),
+    "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen),
+    "calibrated": lambda _, seen: compress(model(), keep=0.5, calibration=batches(), progress=seen),
+    "not refined": lambda data, seen: compress(
+        model(), keep=0.5, data=data, calibration=batches(), refine=False, progress=seen
+    ),
+    "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen),
+    "within a drop, calibrated": lambda data, seen: compress(
+        model(), max_drop=0.5, data=data, calibration=batches(), progress=seen
+    ),
+    "planned": lambda _, seen: plan(model(), keep=0.5, calibration=batches(), progress=seen),
+    "a given plan": lambda _, seen: compress(model(), plan=_given(), calibration=batches(), progress=seen),
+}
+
+
+def _given() -> Plan:
+    return plan(model(), keep=0.5)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_step_was_announced_and_those_that_are_certain_come(command: str, data: Path) -> None:
+    seen = Followed()
+    COMMANDS[command](data, seen)
+    assert None not in seen.seen
+    assert not [step for step in seen.left_out if step.certain]
+    assert seen.seen[-1] == len(seen.steps) - 1 or not seen.steps[-1].certain
+    assert all(cost >= 0 for step in seen.steps for cost in step.costs)
+    assert all(step.cost > 0 for step in seen.steps if step.name != "factorize")
+
+
+def test_a_progress_that_takes_no_steps_costs_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("compressor.api.compress.work_on_calibration", fail)
+    compress(model(), keep=0.5, calibration=batches(), progress=lambda *_: None)
+
+
+def test_the_measurement_changes_nothing_of_the_result() -> None:
+    subject, random = model(), torch.random.get_rng_state()
+    plain, watched = (
+        compress(subject, keep=0.5, calibration=batches(), progress=progress).model for progress in (None, Followed())
+    )
+    assert plain is not None
+    assert watched is not None
+    torch.testing.assert_close(watched.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not any(module._forward_pre_hooks for module in subject.modules())
+
+
+@given(st.floats(1e-4, 1), st.floats(1e-5, 1), st.integers(2, 64), st.integers(1, 1000), st.integers(1, 40))
+def test_small_batches_and_many_segments_cost_more(
+    fixed: float, each: float, size: int, examples: int, segments: int
+) -> None:
+    forward = ForwardTime(fixed + each, fixed + size * each, size)
+    whole = forward.of(examples)
+    assert whole >= examples * each * (1 - 1e-6)
+    in_segments = forward.of_segments(examples, segments=segments)
+    assert in_segments >= whole * (1 - 1e-9)
+    assert forward.of_segments(examples, 1, segments=segments) >= in_segments * (1 - 1e-6)
+    assert forward.of(0) == 0

@@ -1,0 +1,98 @@
+"""What calibration leaves on disk is gone when it is done, and one seed gives one result."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor import compress
+from compressor.calibration.activation_cache import Spool
+from tests.calibration.tiny_models import inputs_for, transformer
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> None:
+    spool, cpu = Spool(), torch.device("cpu")
+    first, second = torch.randn(3, 4), torch.randn(5).to(torch.bfloat16)
+    spool.put(("a", 1), x=first, y=second)
+    found = spool.get(("a", 1), cpu)
+    assert torch.equal(found["x"], first)
+    assert torch.equal(found["y"], second)
+    spool.put(("a", 1), x=first.T)
+    assert torch.equal(spool.get(("a", 1), cpu)["x"], first.T)
+    assert torch.equal(found["x"], first)  # what was read stays what it was
+    assert (("a", 1) in spool, ("a", 2) in spool) == (True, False)
+    with pytest.raises(KeyError):
+        spool.get(("a", 2), cpu)
+    assert len(list(temporary.iterdir())) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del spool
+    assert not list(temporary.iterdir())
+
+
+def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
+    seen: dict[str, int] = {}
+
+    def look(stage: str, *_: int) -> None:
+        seen[stage] = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+
+    data = [inputs_for("llama", 4) for _ in range(4)]
+    compress(transformer("llama"), keep=0.4, calibration=data, progress=look)
+    assert seen["calibrate"] > 0
+    assert seen["compensate"] > 0
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "compensate"])
+def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) -> None:
+    def fail(reached: str, *_: int) -> None:
+        if reached == stage:
+            assert list(temporary.iterdir())
+            raise KeyboardInterrupt
+
+    data = [inputs_for("llama", 4) for _ in range(4)]
+    try:
+        compress(transformer("llama"), keep=0.4, calibration=data, progress=fail)
+    except KeyboardInterrupt:
+        pass
+    else:
+        pytest.fail("it did not get there")
+    assert not list(temporary.iterdir())
+
+
+def test_a_seed_gives_one_result_whatever_ran_before() -> None:
+    data = [inputs_for("llama", 4) for _ in range(4)]
+    state = torch.get_rng_state()
+    found = []
+    for seed in (1, 2, 1):
+        model = compress(transformer("llama"), keep=0.4, calibration=data, seed=seed).model
+        assert model is not None
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        torch.randn(3)  # the global generator has no part in it
+    first, other, again = found
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first.keys() != other.keys() or not all(torch.equal(first[n], other[n]) for n in first)
+    torch.set_rng_state(state)
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    model = transformer("llama").to(torch.bfloat16)
+    data = [inputs_for("llama", 8) for _ in range(4)]
+    report = compress(model, keep=0.6, calibration=data)
+    assert report.model is not None
+    assert report.plan.calibration is not None
+    assert 0 < report.plan.calibration.held_back_loss < 10
+    assert all(t.dtype in {torch.bfloat16, torch.int32} for t in report.model.parameters())
+    with torch.no_grad():
+        assert torch.isfinite(report.model(**data[0]).logits).all()

@@ -1,0 +1,306 @@
+"""A budget of quality: the smallest model whose measured drop is allowed, and nothing where there is none."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressor import BadInput, QualityGateNotMet, compress, evaluate, plan
+from compressor.api import compress as pipeline
+from compressor.calibration import drop as max_drop
+from compressor.calibration.search import NotFinite
+from compressor.cli.run import run
+from compressor.data import halves, open_data
+from compressor.data.builtin_data import digits
+from compressor.model import measurements as inspection
+from compressor.planning import MOST_TRIALS, smallest_found
+
+MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
+Captured = pytest.CaptureFixture[str]
+
+IDENTITY = """
+from torch import nn
+
+def build():
+    return nn.Linear(16, 16, bias=False)
+"""
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10))
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = build()
+    images, labels = digits("train")
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(8):
+        for batch in torch.randperm(len(images)).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module | None, images: Tensor, labels: Tensor) -> float:
+    assert model is not None
+    return float((model(images).argmax(-1) == labels).double().mean())
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> list[str]:
+    """Arguments for a model of the identity, which loses a class with every rank, in a folder with its code."""
+    save_file({"weight": torch.eye(16)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.py").write_text(IDENTITY)
+    return [str(tmp_path / "model.safetensors"), "--model", f"{tmp_path / 'model.py'}:build"]
+
+
+def classes(path: Path, labels: list[int]) -> Path:
+    """Data in which example i is the unit vector of class `labels[i]`."""
+    np.savez(path, inputs=np.eye(16, dtype=np.float32)[labels], labels=np.array(labels))
+    return path
+
+
+def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_not(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    source, small, factory = (
+        MLP / "model.safetensors",
+        tmp_path / "small.safetensors",
+        f"{MLP / 'train.py'}:build_model",
+    )
+    arguments = ["--max-drop", "0.02", "--data", "builtin:digits", "--model", factory, "-o", str(small), "--json", "-q"]
+    assert run([str(source), *arguments]) == 0
+    document = json.loads(capsys.readouterr().out)
+    search = document["search"]
+    assert search["evaluations"] == 1 + len(search["tried"]) <= 1 + MOST_TRIALS
+    assert (search["metric"], search["data"]) == ("accuracy", "builtin:digits, validation split")
+    [found] = [tried for tried in search["tried"] if tried["parameters"] == document["eligible"]["after"]]
+    smaller = [tried for tried in search["tried"] if tried["parameters"] < found["parameters"]]
+    assert found["drop"] + found["standard_error"] <= 0.02
+    assert all(tried["drop"] + tried["standard_error"] > 0.02 for tried in smaller)
+    # The file itself loses on the validation split what the search measured in memory, and the report is of the other.
+    of_file = evaluate(small, baseline=source, data="builtin:digits", split="validation", factory=factory)
+    assert of_file.drop == pytest.approx(found["drop"], abs=1e-9)
+    assert document["evaluation"]["data"] == "builtin:digits, test split"
+    assert document["budget"] == {"kind": "max-drop", "value": 0.02}
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
+    batches = list(digits("train")[0][:256].split(32)) if calibrated else None
+    report = compress(trained, max_drop=0.02, data="builtin:digits", calibration=batches, allow_miss=True)
+    assert report.plan.search is not None
+    lost = accuracy(trained, *digits("validation")) - accuracy(report.model, *digits("validation"))
+    assert lost <= 0.02
+    [found] = [t for t in report.plan.search.trials if t.parameters == report.plan.eligible_after]
+    assert found.drop == pytest.approx(lost, abs=1e-9)
+    assert found.parameters < report.plan.eligible_before
+    assert report.evaluation is not None
+    unseen = accuracy(trained, *digits("test")) - accuracy(report.model, *digits("test"))
+    assert report.evaluation.drop == pytest.approx(unseen, abs=1e-9)
+
+
+def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            calls.append(name)
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(pipeline, "calibrate")
+    counted(inspection, "singular_values")
+    found = plan(trained, max_drop=0.02, data="builtin:digits", calibration="builtin:digits")
+    assert found.search is not None
+    assert len(found.search.trials) > 1
+    assert (calls.count("calibrate"), calls.count("singular_values")) == (1, len(found.layers))
+
+
+def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(
+    trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = max_drop.plan_ranks
+    tried = []
+
+    def overflowing(subject: Any, measured: Any, budget: Any, *given: Any, **named: Any) -> Any:
+        tried.append(budget.value)
+        if budget.value < 0.6:
+            raise NotFinite("the predictions are not finite", remedy="keep more")
+        return planned(subject, measured, budget, *given, **named)
+
+    monkeypatch.setattr(max_drop, "plan_ranks", overflowing)
+    found = plan(trained, max_drop=0.05, data="builtin:digits")
+    assert found.search is not None
+    assert min(tried) < 0.6
+    assert found.eligible_after >= 0.59 * found.eligible_before
+    assert any(trial.drop == math.inf for trial in found.search.trials)
+
+
+def test_a_dry_run_and_a_plan_search_and_write_nothing(trained: nn.Sequential, tmp_path: Path) -> None:
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    request: dict[str, Any] = {"max_drop": 0.02, "data": "builtin:digits", "factory": build}
+    dry = compress(tmp_path / "model.safetensors", dry_run=True, **request)
+    planned = plan(tmp_path / "model.safetensors", **request)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert dry.plan == planned
+    assert dry.to_dict()["search"] == planned.to_dict()["search"] is not None
+    (tmp_path / "plan.json").write_text(json.dumps(planned.to_dict()))
+    applied = compress(tmp_path / "model.safetensors", plan=tmp_path / "plan.json")
+    assert sum(tensor.numel() for tensor in load_file(str(applied.output)).values()) == dry.parameters.after
+
+
+def test_the_search_keeps_a_margin_of_one_standard_error(trained: nn.Sequential) -> None:
+    found = plan(trained, max_drop=0.02, data="builtin:digits").search
+    assert found is not None
+    chosen = smallest_found(found.trials, 0.02)
+    assert chosen is not None
+    again = compress(trained, keep=chosen.keep)
+    images, labels = digits("validation")
+    with torch.no_grad():
+        right = [(model(images).argmax(-1) == labels).double() for model in (trained, again.model) if model is not None]
+    difference = right[0] - right[1]
+    assert chosen.drop == pytest.approx(float(difference.mean()), abs=1e-9)
+    assert chosen.standard_error == pytest.approx(float(difference.std() / math.sqrt(len(labels))), rel=1e-9)
+    assert chosen.drop + chosen.standard_error <= 0.02
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_drop_that_is_too_large_on_the_reported_data_writes_nothing(
+    identity: list[str], tmp_path: Path, capsys: Captured, overwrite: bool
+) -> None:
+    path = classes(tmp_path / "data.npz", [label for other in range(1, 16) for label in (0, other)])
+    target = tmp_path / "small.safetensors"
+    if overwrite:
+        target.write_bytes(b"what was there before")
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()}
+    options = ["--max-drop", "0.1", "--data", str(path), "-o", str(target), "-q", *["--overwrite"][: int(overwrite)]]
+    assert run([*identity, *options]) == 3
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "more than --max-drop 0.1" in err
+    assert "--allow-miss" in err
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()} == before
+
+
+def test_a_module_whose_reported_drop_is_too_large_is_not_returned(tmp_path: Path) -> None:
+    path = classes(tmp_path / "data.npz", [label for other in range(1, 16) for label in (0, other)])
+    model = nn.Linear(16, 16, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(16))
+    with pytest.raises(QualityGateNotMet, match="the other examples"):
+        compress(model, max_drop=0.1, data=path)
+    assert compress(model, max_drop=0.1, data=path, allow_miss=True).model is not None
+
+
+def test_of_a_file_every_second_example_decides_and_the_others_are_reported(
+    identity: list[str], tmp_path: Path, capsys: Captured, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Every second example is of class 0, which ties leave right; the others are of classes that low rank loses.
+    path = classes(tmp_path / "data.npz", [label for other in range(1, 16) for label in (0, other)])
+    with caplog.at_level(logging.WARNING, "compressor"):
+        assert run([*identity, "--max-drop", "0.1", "--allow-miss", "--data", str(path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["search"]["data"] == f"{path}, every second example"
+    assert document["search"]["predictions"] == document["evaluation"]["count"] == 15
+    assert document["evaluation"]["data"] == f"{path}, the other examples"
+    assert document["evaluation"]["drop"] > 0.1
+    [warning] = [message for message in caplog.messages if "the drop on" in message]
+    assert "more than `max_drop` 0.1" in warning
+
+
+def test_the_report_tells_what_was_tried_and_that_other_data_show_more(
+    identity: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = classes(Path("data.npz"), [label for other in range(1, 16) for label in (0, other)])
+    report = Path("report.html")
+    options = ["--max-drop", "0.1", "--allow-miss", "--data", str(path), "--report", str(report)]
+    assert run([*identity, *options, "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith("warning: the drop on ")
+    said = " ".join(out.split())
+    page = " ".join(report.read_text().split())
+    for text in (said, page):
+        assert f"evaluations on {path}, every second example (15 predictions)" in text
+        assert "the loss is larger than allowed" in text
+    assert re.search(r"kept +drop +standard error +verdict", said)
+    assert re.search(r"0\.\d{3} 0\.00 points 0\.00 points chosen", said)
+    for cell in ("<th>verdict</th>", "<td>chosen</td>", '<td class="number">0.00 points</td>'):
+        assert cell in page
+
+
+def test_where_every_size_loses_too_much_nothing_is_written_and_the_closest_is_named(
+    identity: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    path = classes(tmp_path / "data.npz", list(range(16)) * 2)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()}
+    assert run([*identity, "--max-drop", "0.01", "--data", str(path), "-q"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "the closest, --keep 0." in err
+    assert "eligible parameters), loses 0." in err
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()} == before
+
+
+def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    np.savez(tmp_path / "data.npz", inputs=np.eye(2, dtype=np.float32).repeat(3, 0), labels=np.arange(2).repeat(3))
+    with pytest.raises(QualityGateNotMet, match="closest"):
+        compress(model, max_drop=1.0, data=tmp_path / "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-drop", "0.01"], "pass --data"),
+        (["--max-drop", "-0.01", "--data", "builtin:digits"], "out of range"),
+        (["--max-drop", "nan", "--data", "builtin:digits"], "out of range"),
+        (["--max-drop", "1.5", "--data", "builtin:digits"], "is a fraction"),
+        (["--max-drop", "0.01", "--keep", "0.5", "--data", "builtin:digits"], "two budgets"),
+    ],
+)
+@pytest.mark.parametrize("command", [[], ["plan"]])
+def test_a_bad_request_is_status_2_in_one_line(
+    command: list[str], options: list[str], message: str, identity: list[str], capsys: Captured
+) -> None:
+    assert run([*command, *identity, *options, "-q"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_a_miss_is_allowed_only_where_there_is_a_gate(identity: list[str], capsys: Captured) -> None:
+    assert run([*identity, "--keep", "0.5", "--allow-miss", "-q"]) == 2
+    assert "about --max-drop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9])
+def test_halves_are_apart_and_together_everything(count: int, tmp_path: Path) -> None:
+    path = classes(tmp_path / "data.npz", list(range(count)))
+    parts = [[int(label) for batch in half for label in batch.labels] for half in halves(open_data(path))]
+    assert parts == [list(range(0, count, 2)), list(range(1, count, 2))]
+
+
+def test_one_example_cannot_be_halved(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="one example"):
+        halves(open_data(classes(tmp_path / "data.npz", [3])))

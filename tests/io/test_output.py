@@ -1,0 +1,263 @@
+"""Outputs that cannot be written are refused before the work, and never at the input's expense; weights in shards."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from compressor.errors import BadInput, CompressorError
+from compressor.io import (
+    Shard,
+    ShardedWriter,
+    TensorInfo,
+    check_output,
+    copy_companions,
+    open_checkpoint,
+    parse_size,
+    plan_shards,
+    safetensors_size,
+    shard_index,
+    staged_folder,
+    write_json,
+)
+
+infos = st.lists(st.integers(0, 40), min_size=1, max_size=12).map(
+    lambda sizes: [TensorInfo(f"t{i}", (size,), torch.float32) for i, size in enumerate(sizes)]
+)
+
+
+@given(infos, st.integers(1, 400))
+def test_shards_keep_the_limit_and_every_tensor_in_order(infos: list[TensorInfo], limit: int) -> None:
+    shards = plan_shards(infos, limit)
+    assert [info for shard in shards for info in shard.infos] == infos
+    for shard in shards:
+        assert len(shard.infos) == 1 or sum(info.nbytes for info in shard.infos) <= limit
+    # No shard could have taken the first tensor of the next one.
+    for shard, following in itertools.pairwise(shards):
+        assert sum(info.nbytes for info in (*shard.infos, following.infos[0])) > limit
+    assert len({shard.file_name for shard in shards}) == len(shards)
+
+
+def test_one_shard_is_model_safetensors_and_several_are_numbered() -> None:
+    infos = [TensorInfo(name, (10,), torch.float32) for name in "abc"]
+    assert plan_shards(infos, 120) == (Shard("model.safetensors", tuple(infos)),)
+    shards = plan_shards(infos, 80)
+    assert [shard.file_name for shard in shards] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    first, second = (shard.file_name for shard in shards)
+    assert shard_index(shards) == {
+        "metadata": {"total_size": 120},
+        "weight_map": {"a": first, "b": first, "c": second},
+    }
+
+
+@pytest.mark.parametrize("limit", [100, 10**9])
+def test_a_sharded_model_opens_whatever_the_order_of_writing(tmp_path: Path, limit: int) -> None:
+    tensors = {f"t{i}": torch.full((i + 1, 3), float(i)) for i in range(8)}
+    infos = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    shards = plan_shards(infos, limit)
+    with ShardedWriter(tmp_path, shards, {"format": "pt"}) as writer:
+        for name in reversed(tensors):
+            writer.write(name, tensors[name])
+    checkpoint = open_checkpoint(tmp_path)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
+    assert len(checkpoint.tensors) == len(tensors)
+    sizes = [safetensors_size(shard.infos, {"format": "pt"}) for shard in shards]
+    assert sum(sizes) == checkpoint.weight_bytes
+    assert (tmp_path / "model.safetensors.index.json").exists() == (len(shards) > 1)
+
+
+def test_transformers_loads_what_the_sharded_writer_writes(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    model = BertModel(config)
+    source = open_checkpoint(model)
+    with ShardedWriter(tmp_path, plan_shards(list(source.tensors.values()), 2000), {"format": "pt"}) as writer:
+        for name in source.tensors:
+            writer.write(name, source.read(name))
+    config.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_sharded_model_with_a_tensor_missing_does_not_get_an_index(tmp_path: Path) -> None:
+    shards = plan_shards([TensorInfo(name, (10,), torch.float32) for name in "ab"], 40)
+    with pytest.raises(CompressorError, match="never written"), ShardedWriter(tmp_path, shards, {}) as writer:
+        writer.write("a", torch.zeros(10))
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    (tmp_path / "again").mkdir()
+    with pytest.raises(CompressorError, match="not announced"), ShardedWriter(tmp_path / "again", shards, {}) as writer:
+        writer.write("c", torch.zeros(10))
+
+
+def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
+    check_output(tmp_path / "out", source=None, form="file", overwrite=False)
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(BadInput, match=r"already exists.*`overwrite`"):
+        check_output(tmp_path / "out", source=None, form="file", overwrite=False)
+    check_output(tmp_path / "out", source=None, form="file", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="already exists"):
+        check_output(tmp_path / "link", source=None, form="file", overwrite=False)
+    assert (tmp_path / "out").read_text() == "x"
+
+
+def test_overwriting_keeps_the_kind_and_never_takes_more_than_a_model(tmp_path: Path) -> None:
+    def refuse(path: Path, form: str, says: str) -> None:
+        with pytest.raises(BadInput, match=says):
+            check_output(path, source=None, form=form, overwrite=True)  # type: ignore[arg-type]
+
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refuse(tmp_path / "file", "folder", "is a file, and a folder")
+    refuse(folder, "file", "is a folder, and a file")
+    check_output(folder, source=None, form="folder", overwrite=True)
+    (folder / "README.md").write_text("")
+    refuse(folder, "folder", "no weights")
+    (folder / "model.safetensors").write_text("")
+    check_output(folder, source=None, form="folder", overwrite=True)
+    (folder / "thesis.tex").write_text("")
+    (folder / ".git").mkdir()
+    refuse(folder, "folder", r"also holds \.git, thesis\.tex, which would be lost")
+    refuse(Path("/"), "folder", "which would be lost")
+
+
+def test_a_folder_of_the_same_model_is_replaced(tmp_path: Path, model_folder: Path) -> None:
+    (model_folder / "model.safetensors.index.json").unlink()
+    source, out = open_checkpoint(model_folder), tmp_path / "out"
+    for _ in range(2):
+        check_output(out, source=source, form="folder", overwrite=True)
+        with staged_folder(out, overwrite=True) as folder:
+            copy_companions(model_folder, folder)
+            save_file({"w": torch.zeros(4)}, folder / "model.safetensors")
+    assert (out / "1_Pooling" / "config.json").is_file()
+
+
+def test_what_a_killed_run_left_in_a_folder_does_not_keep_it_from_being_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "out" / ".report.html.0123456789ab.partial"
+    (left / "new").mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "new" / "report.html").write_text("half")
+    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    assert not left.exists()
+
+
+def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "out" / "1_Pooling"
+    part.mkdir(parents=True)
+    (tmp_path / "out" / "compression.json").write_text('{"files": ["compression.json", "1_Pooling/config.json"]}')
+    for place in (tmp_path / "out", part):
+        monkeypatch.chdir(place)
+        with pytest.raises(BadInput, match="holds the working directory"):
+            check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+
+
+def test_the_input_is_out_of_reach(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = model_folder / "model.safetensors"
+    (model_folder / "model.safetensors.index.json").unlink()
+    from_folder, from_file = open_checkpoint(model_folder), open_checkpoint(weights)
+    (tmp_path / "link").symlink_to(model_folder)
+    monkeypatch.chdir(model_folder)
+    refused = [
+        (from_folder, model_folder, "is the input itself"),
+        (from_folder, tmp_path / "link", "is the input itself"),
+        (from_folder, Path(), "is the input itself"),
+        (from_folder, Path("out"), "inside the input folder"),
+        (from_folder, tmp_path / "link" / "out", "inside the input folder"),
+        (from_folder, tmp_path, "contains the input"),
+        (from_folder, weights, "inside the input folder"),
+        (from_file, weights, "is the input itself"),
+        (from_file, Path("model.safetensors"), "is the input itself"),
+        (from_file, tmp_path / "link" / "model.safetensors", "is the input itself"),
+        (from_file, model_folder, "contains the input"),
+        (weights, weights, "is the input itself"),
+    ]
+    for source, output, says in refused:
+        with pytest.raises(BadInput, match=says):
+            check_output(output, source=source, form="folder", overwrite=True)
+    check_output(Path("out.safetensors"), source=from_file, form="file", overwrite=False)
+    check_output(tmp_path / "model-compressed", source=from_folder, form="folder", overwrite=False)
+
+
+def test_the_shards_of_an_index_are_inputs_too(tmp_path: Path) -> None:
+    infos = [TensorInfo(name, (10,), torch.float32) for name in "ab"]
+    with ShardedWriter(tmp_path, plan_shards(infos, 40), {}) as writer:
+        for name in "ab":
+            writer.write(name, torch.zeros(10))
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(BadInput, match="is the input itself"):
+        check_output(checkpoint.files[1], source=checkpoint, form="file", overwrite=True)
+
+
+@pytest.mark.parametrize("place", ["missing/out", "file/out", "/proc/out", "x" * 300])
+def test_an_unwritable_place_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"):
+        check_output(tmp_path / place, source=None, form="file", overwrite=False)
+
+
+def test_small_sizes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=81_200)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(BadInput, match=r"needs 123\.4 kB, and the disk has 81\.2 kB free"):
+        check_output(tmp_path / "o", source=None, form="file", overwrite=False, needed_bytes=123_400)
+
+
+def test_too_little_space_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"needs 1,000,000,000,000\.0 MB, and the disk has [\d,.]+ MB free"):
+        check_output(tmp_path / "o", source=None, form="file", overwrite=False, needed_bytes=10**18)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("40MB", 40_000_000),
+        ("40 mb", 40_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("0.1MB", 100_000),
+        ("2KB", 2000),
+        ("2KiB", 2048),
+        ("3MiB", 3 * 2**20),
+        ("5GB", 5 * 10**9),
+        ("1TB", 10**12),
+        ("1TiB", 2**40),
+        ("17", 17),
+        ("17B", 17),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "0.1B", "1e3", "1,5GB", "5XB", "5 M B", "nan", "inf", "٣MB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(BadInput, match="not a size"):
+        parse_size(text)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_positive_size_or_bad_input(text: str) -> None:
+    try:
+        assert parse_size(text) > 0
+    except BadInput:
+        return
+
+
+def test_written_json_is_what_was_given(tmp_path: Path) -> None:
+    document = {"ranks": {"é": 3}, "none": None}
+    write_json(tmp_path / "config.json", document)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == document

@@ -1,0 +1,252 @@
+"""Models from a user's own code and from transformers folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from compressor.data import load_preprocessing, open_data
+from compressor.errors import BadInput
+from compressor.model import build_model, load_factory, load_state, load_transformers
+
+SOURCE = """
+from dataclasses import dataclass
+
+from torch import nn
+
+@dataclass
+class Widths:
+    hidden: "int" = 3
+
+def build():
+    return nn.Linear(2, Widths().hidden)
+
+def wrong():
+    return 3
+
+def fails():
+    raise ValueError("no such\\nwidth")
+
+def needs_an_argument(width):
+    return nn.Linear(width, width)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "my_model.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_a_factory_in_a_file(source):
+    path_before = list(sys.path)
+    assert load_factory(f"{source}:build")().weight.shape == (3, 2)
+    assert sys.path == path_before
+
+
+def test_a_file_may_import_its_neighbours(source):
+    (source.parent / "neighbour_of_my_model.py").write_text("from my_model import build")
+    assert isinstance(load_factory(f"{source.parent}/neighbour_of_my_model.py:build")(), nn.Linear)
+
+
+def test_a_factory_in_a_module_may_be_a_class_or_lie_in_the_current_folder(source, monkeypatch):
+    assert isinstance(load_factory("torch.nn:ReLU")(), nn.ReLU)
+    monkeypatch.chdir(source.parent)
+    source.rename(source.with_name("my_model_in_the_current_folder.py"))
+    assert isinstance(load_factory("my_model_in_the_current_folder:build")(), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("build", "names no function"),
+        ("FILE", "names no function"),
+        ("FILE:", "names no function"),
+        ("missing.py:build", "there is no such file"),
+        ("no_such_module_at_all:build", "No module named"),
+        ("FILE:absent", "absent is not defined there"),
+        ("FILE:number", "number is not callable there"),
+    ],
+)
+def test_a_factory_that_cannot_be_found_is_bad_input(source, spec, message):
+    with pytest.raises(BadInput, match=message):
+        load_factory(spec.replace("FILE", str(source)))
+
+
+def test_a_callable_that_builds_no_module_is_bad_input():
+    def build():
+        return {}
+
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(BadInput, match="build: it returned dict, not a torch"):
+        build_model(build)
+    with pytest.raises(BadInput, match=r"broken: building the model raised ZeroDivisionError: .*mend the function"):
+        build_model(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrong", "returned int, not a torch.nn.Module"),
+        ("fails", "ValueError: no such width"),
+        ("needs_an_argument", "called without arguments"),
+    ],
+)
+def test_a_factory_that_gives_no_module_is_bad_input(source, name, message):
+    factory = load_factory(f"{source}:{name}")
+    with pytest.raises(BadInput, match=message) as raised:
+        factory()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_imported_is_bad_input(source):
+    source.write_text("def build(:")
+    with pytest.raises(BadInput, match="SyntaxError"):
+        load_factory(f"{source}:build")
+
+
+def test_a_transformers_folder_loads_as_it_was_saved(llama, tmp_path, capfd):
+    llama.save_pretrained(tmp_path)
+    capfd.readouterr()
+    loaded = load_transformers(tmp_path)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, llama(ids).logits, rtol=0, atol=0)
+    assert type(loaded) is type(llama)
+    assert capfd.readouterr() == ("", ""), "nothing is printed"
+
+
+def edited_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no architecture"),
+        ({"architectures": []}, "names no architecture"),
+        ({"architectures": ["NobodysForCausalLM"]}, "has no model NobodysForCausalLM"),
+        ({"architectures": ["pipeline"]}, "has no model pipeline"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "missing score.weight"),
+        ({"num_hidden_layers": 3}, "missing model.layers.2.* and 6 more"),
+        ({"hidden_size": 32}, "cannot load it"),
+    ],
+)
+def test_a_transformers_folder_that_does_not_fit_is_bad_input(llama, tmp_path, changes, message):
+    llama.save_pretrained(tmp_path)
+    edited_config(tmp_path, **changes)
+    with pytest.raises(BadInput, match=message) as raised:
+        load_transformers(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_folder_without_a_usable_config_is_bad_input(tmp_path):
+    for load in (load_transformers, load_preprocessing):
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        with pytest.raises(BadInput, match=r"there is no config\.json"):
+            load(tmp_path)
+        for text, message in (("{", "not valid JSON"), ("[]", "holds a list")):
+            (tmp_path / "config.json").write_text(text)
+            with pytest.raises(BadInput, match=message):
+                load(tmp_path)
+
+
+def test_a_folder_without_weights_is_bad_input(llama, tmp_path):
+    llama.config.save_pretrained(tmp_path)
+    edited_config(tmp_path, architectures=["LlamaForCausalLM"])
+    with pytest.raises(BadInput, match="transformers cannot load it"):
+        load_transformers(tmp_path)
+
+
+def test_a_state_round_trips_and_keeps_the_modules_dtype():
+    source, target = nn.Linear(3, 2).to(torch.bfloat16), nn.Linear(3, 2)
+    load_state(target, source.state_dict())
+    assert target.weight.dtype == torch.float32
+    torch.testing.assert_close(target.weight, source.weight.float(), rtol=0, atol=0)
+
+
+def test_a_tied_tensor_may_be_stored_once():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3)
+            self.head = nn.Linear(3, 4, bias=False)
+            self.head.weight = self.embedding.weight
+
+    model = Tied()
+    for name in ("embedding.weight", "head.weight"):
+        weight = torch.randn(4, 3)
+        load_state(model, {name: weight})
+        assert torch.equal(model.embedding.weight, weight)
+        assert torch.equal(model.head.weight, weight)
+
+
+def test_a_state_that_does_not_fit_is_bad_input_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {
+        "0.weight": torch.ones(2, 3),
+        "0.bias": torch.ones(5),
+        "1.weight": torch.ones(2, 2),
+        "2.weight": torch.ones(1),
+    }
+    message = r"missing 1\.bias; unexpected 2\.weight; misshapen 0\.bias \(5,\) for \(2,\)"
+    with pytest.raises(BadInput, match=message):
+        load_state(model, state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_prepares_data_comes_from_the_folder(llama, tokenizer, tmp_path):
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    found = load_preprocessing(tmp_path)
+    assert found.tokenizer is not None
+    assert found.tokenizer("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+    assert (found.image_processor, found.sequence_length) == (None, 64)
+    edited_config(tmp_path, max_position_embeddings=131072)
+    assert load_preprocessing(tmp_path).sequence_length == 2048
+
+
+def test_what_prepares_images_comes_from_the_folder(tmp_path):
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    config.label2id, config.id2label = {"cat": 0, "dog": 1}, {0: "cat", 1: "dog"}
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    found = load_preprocessing(tmp_path)
+    assert found.image_processor is not None
+    assert found.classes == {"cat": 0, "dog": 1}
+    assert (found.tokenizer, found.sequence_length) == (None, None)
+
+
+def test_a_tokenizer_or_image_processor_that_cannot_be_loaded_is_bad_input_where_it_is_needed(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    for name in ("preprocessor_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{")
+    (tmp_path / "text.txt").write_text("a text " * 100)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "one.png")
+    np.savez(tmp_path / "ids.npz", input_ids=np.zeros((4, 8), dtype=np.int64))
+    found = load_preprocessing(tmp_path)
+    named = {"tokenizer": found.tokenizer, "image_processor": found.image_processor}
+    with pytest.raises(BadInput, match="AutoTokenizer cannot load from it"):
+        open_data(tmp_path / "text.txt", **named)
+    with pytest.raises(BadInput, match="AutoImageProcessor cannot load from it"):
+        open_data(tmp_path / "images", **named)
+    assert open_data(tmp_path / "ids.npz", **named).count == 4
