@@ -94,7 +94,7 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
-    pair = approximate(layer, plan, matrix, metric)
+    pair = approximate(layer, plan, matrix, metric=metric)
     return stored_tensors(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
 
 
@@ -194,7 +194,7 @@ def _refitted(
         candidates.append(_Target(target, shifted, Metric(moment, metric.gradients, y), x, y))
     best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
     for each in candidates:
-        pair = approximate(layer, plan, each.matrix, each.metric)
+        pair = approximate(layer, plan, each.matrix, metric=each.metric)
         about = held if each.x is None or each.y is None else held.centred(each.x, each.y)
         error = _error(matrix, pair.product(), about, metric.gradients)
         if best is None or error < best[0]:

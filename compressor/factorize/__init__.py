@@ -1,6 +1,7 @@
 """Stage 5: a matrix and a rank become factors."""
 
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
+from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import TiedMetric, embedding_metric, tied_singular_values, tied_truncated_svd
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
@@ -8,6 +9,7 @@ from compressor.factorize.weighted_svd import Metric, weighted_singular_values, 
 
 __all__ = [
     "FactorPair",
+    "FactorizationSettings",
     "Metric",
     "PivotedPair",
     "SpatialPair",

@@ -18,22 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.factorize.settings import DEFAULTS, FactorizationSettings
 from compressor.factorize.truncated_svd import truncated_svd
 from compressor.factorize.weighted_svd import Metric
 from compressor.measure import Spectrum
 from compressor.measure.scale import power_of_two
-
-# Alternating least squares stops after this many sweeps, or when one lowers the cost by a smaller share than this.
-MOST_SWEEPS = 10
-LEAST_GAIN = 0.05
-
-# Conjugate gradients for the vertical kernels stop after this many steps, each of which lowers the cost, or when the
-# residual is this much smaller: the next sweep changes the equations anyway.
-MOST_STEPS = 20
-RESIDUAL = 0.2
-
-# Ranks at which the error in the metric of the loss is computed; between them it is interpolated.
-GRID = 12
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,9 @@ def spatial_matrix(kernel: Tensor) -> Tensor:
     return kernel.permute(0, 3, 1, 2).reshape(d_out * k_w, c * k_h)
 
 
-def spatial_pair(kernel: Tensor, rank: int, metric: Metric | None = None) -> SpatialPair:
+def spatial_pair(
+    kernel: Tensor, rank: int, metric: Metric | None = None, *, settings: FactorizationSettings = DEFAULTS
+) -> SpatialPair:
     """The spatial pair of a `d_out x c x k_h x k_w` kernel, in float64.
 
     Without a metric it is the truncated SVD of `spatial_matrix`, the best pair in the Frobenius norm (Eckart and Young,
@@ -106,7 +97,7 @@ def spatial_pair(kernel: Tensor, rank: int, metric: Metric | None = None) -> Spa
     else:
         scale = power_of_two(kernel)
         problem = whitened(kernel.to(torch.float64) / scale, metric)
-        best = _best(problem, truncated_svd(_rows(problem.kernel), rank).down)
+        best = _best(problem, truncated_svd(_rows(problem.kernel), rank).down, settings)
         up = best.up @ problem.horizontal_root.inverse()
         up = torch.linalg.solve_triangular(problem.gradients_root.T, up.flatten(1), upper=True).reshape(up.shape)
         left, triangular = torch.linalg.qr(_rows(up))
@@ -115,12 +106,12 @@ def spatial_pair(kernel: Tensor, rank: int, metric: Metric | None = None) -> Spa
     return SpatialPair(up=_from_rows(left, k_w), down=down.reshape(rank, c, k_h))
 
 
-def spatial_errors(kernel: Tensor, metric: Metric) -> Spectrum:
+def spatial_errors(kernel: Tensor, metric: Metric, *, settings: FactorizationSettings = DEFAULTS) -> Spectrum:
     """Relative error in the metric of the loss of the spatial pair of rank 0, 1, .. of a kernel.
 
-    It is that of `spatial_pair` at up to `GRID` ranks, geometrically spaced, the last of them the largest at which a
-    pair is no larger than the kernel. Between them it is interpolated linearly, which overstates it where the errors
-    are convex in the rank, as they mostly are.
+    It is that of `spatial_pair` at up to `settings.spatial_ranks` ranks, geometrically spaced, the last of them the
+    largest at which a pair is no larger than the kernel. Between them it is interpolated linearly, which overstates it
+    where the errors are convex in the rank, as they mostly are.
     """
     problem = whitened(kernel.to(torch.float64) / power_of_two(kernel), metric)
     rows, columns = _rows(problem.kernel).shape
@@ -128,11 +119,12 @@ def spatial_errors(kernel: Tensor, metric: Metric) -> Spectrum:
     if problem.total <= 0:
         return np.zeros(full + 1)
     largest = max(1, kernel.numel() // (rows + columns))
-    ranks = (
-        np.unique(np.geomspace(1, largest, GRID).round().astype(int)) if largest > GRID else np.arange(1, largest + 1)
-    )
+    if largest > settings.spatial_ranks:
+        ranks = np.unique(np.geomspace(1, largest, settings.spatial_ranks).round().astype(int))
+    else:
+        ranks = np.arange(1, largest + 1)
     start = truncated_svd(_rows(problem.kernel), largest).down
-    costs = [_best(problem, start[: int(rank)]).cost for rank in ranks]
+    costs = [_best(problem, start[: int(rank)], settings).cost for rank in ranks]
     # A pair of lower rank is also one of a higher rank, so what the search missed there is known to be possible.
     errors = np.sqrt(np.minimum.accumulate(costs) / problem.total)
     return np.asarray(np.interp(np.arange(full + 1), [0, *ranks, full], [1.0, *errors, 0.0]), dtype=np.float64)
@@ -176,7 +168,9 @@ def whitened(kernel: Tensor, metric: Metric) -> WhitenedKernel:
     )
 
 
-def alternating_least_squares(problem: WhitenedKernel, down: Tensor) -> Iterator[Solution]:
+def alternating_least_squares(
+    problem: WhitenedKernel, down: Tensor, settings: FactorizationSettings = DEFAULTS
+) -> Iterator[Solution]:
     """Pairs of a cost that never rises, in whitened coordinates, from vertical kernels `down` of `r x (c k_h)`.
 
     Every pair's `up` is the best one for its `down`. So the first costs at most what any pair with the given `down`
@@ -188,18 +182,18 @@ def alternating_least_squares(problem: WhitenedKernel, down: Tensor) -> Iterator
         up, cost = _best_up(problem, down)
         yield Solution(up, down, cost)
         left, triangular = torch.linalg.qr(_rows(up))
-        down = _better_down(problem, _from_rows(left, up.shape[2]), triangular @ down)
+        down = _better_down(problem, _from_rows(left, up.shape[2]), triangular @ down, settings)
 
 
-def _best(problem: WhitenedKernel, down: Tensor) -> Solution:
+def _best(problem: WhitenedKernel, down: Tensor, settings: FactorizationSettings) -> Solution:
     """The last solution of alternating least squares that was worth its sweep."""
-    solutions = islice(alternating_least_squares(problem, down), MOST_SWEEPS)
+    solutions = islice(alternating_least_squares(problem, down, settings), settings.spatial_sweeps)
     best = next(solutions)
     for solution in solutions:
         gain = best.cost - solution.cost
         if gain > 0:
             best = solution
-        if gain <= LEAST_GAIN * best.cost:
+        if gain <= settings.spatial_gain * best.cost:
             break
     return best
 
@@ -215,7 +209,7 @@ def _best_up(problem: WhitenedKernel, down: Tensor) -> tuple[Tensor, float]:
     return up, max(0.0, problem.total - float((up * right_side).sum()))
 
 
-def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor) -> Tensor:
+def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor, settings: FactorizationSettings) -> Tensor:
     """Vertical kernels that cost less than `down` with orthonormal `up`, by conjugate gradients from `down`.
 
     Their normal equations have `r c k_h` unknowns and are too large to be solved by elimination. The gradient of half
@@ -231,8 +225,8 @@ def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor) -> Tensor:
     right_side = torch.einsum("orj,oaj->ra", up, problem.weighted)
     residual = right_side - normal(down)
     direction, squares = residual, float(residual.square().sum())
-    enough = squares * RESIDUAL**2
-    for _ in range(MOST_STEPS):
+    enough = squares * settings.spatial_residual**2
+    for _ in range(settings.spatial_steps):
         if squares <= enough:
             break
         image = normal(direction)

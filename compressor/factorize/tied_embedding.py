@@ -16,16 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.factorize.settings import DEFAULTS, FactorizationSettings
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
 from compressor.measure import Spectrum
 from compressor.measure.moments import shrunk
 from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments
-
-# Alternating least squares ends where a sweep lowers the cost by less than this share of it, or after so many sweeps.
-SMALLEST_GAIN = 1e-3
-MOST_SWEEPS = 30
 
 
 @dataclass(frozen=True)
@@ -95,24 +92,26 @@ def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
     return scale * np.asarray(np.sqrt(costs[:-1] - costs[1:]), dtype=np.float64)
 
 
-def tied_truncated_svd(matrix: Tensor, rank: int, metric: TiedMetric) -> FactorPair:
+def tied_truncated_svd(
+    matrix: Tensor, rank: int, metric: TiedMetric, *, settings: FactorizationSettings = DEFAULTS
+) -> FactorPair:
     """A matrix of rank `rank` that is close to a `d_out x d_in` one in the sum of both metrics, in float64.
 
-    Not always the closest, but none that differs in one factor only is closer by more than `SMALLEST_GAIN`. Columns of
-    zeros, such as a padding token's, stay zero.
+    Not always the closest, but none that differs in one factor only is closer by more than `settings.tied_gain`.
+    Columns of zeros, such as a padding token's, stay zero.
     """
     scale = power_of_two(matrix)
     wide = matrix.to(torch.float64) / scale
     pair = weighted_truncated_svd(wide, rank, nearest_kronecker(metric))
     cost = metric.squared_size(wide - pair.product())
     vectors = _diagonalizing(metric.lookup.gradients, metric.head.gradients)
-    for _ in range(MOST_SWEEPS):
+    for _ in range(settings.tied_sweeps):
         better = _best_down(wide, _best_up(wide, pair.down, metric, vectors), metric)
         lower = metric.squared_size(wide - better.product())
         if lower >= cost:  # by rounding: no exact step raises it
             break
         gain, pair, cost = 1 - lower / cost, better, lower
-        if gain < SMALLEST_GAIN:
+        if gain < settings.tied_gain:
             break
     return FactorPair(up=pair.up, down=scale * pair.down)
 

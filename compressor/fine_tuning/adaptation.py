@@ -74,7 +74,7 @@ class Adaptation:
             return Factors({name: self.stored.read(name) for name in roles}, math.nan)
         matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
         dtype = self.difference.tuned.tensors[layer.tensor].dtype
-        tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix, None), matrix, None, None, dtype)
+        tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix), matrix, None, None, dtype)
         for name, tensor in tensors.items():
             require_in_range(name, tensor)
         return Factors(tensors, stored_error(layer, plan, tensors, matrix, None))

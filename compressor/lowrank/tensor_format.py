@@ -25,6 +25,7 @@ from torch import Tensor
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.factorize import (
+    FactorizationSettings,
     FactorPair,
     Metric,
     PivotedPair,
@@ -36,6 +37,7 @@ from compressor.factorize import (
     truncated_svd,
     weighted_truncated_svd,
 )
+from compressor.factorize.settings import DEFAULTS
 from compressor.io import Checkpoint, TensorInfo, require_in_range
 from compressor.lowrank.modules import MARKERS
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
@@ -127,21 +129,26 @@ def factorize(
     are of the Frobenius norm.
     """
     matrix = as_matrix(layer, weight).to(torch.float64)
-    pair = approximate(layer, plan, matrix, metric)
+    pair = approximate(layer, plan, matrix, metric=metric)
     tensors = stored_tensors(layer, plan, pair, matrix, bias, metric, weight.dtype)
     return Factors(tensors, stored_error(layer, plan, tensors, matrix, metric))
 
 
 def approximate(
-    layer: Layer, plan: LayerPlan, matrix: Tensor, metric: Metric | TiedMetric | None
+    layer: Layer,
+    plan: LayerPlan,
+    matrix: Tensor,
+    *,
+    metric: Metric | TiedMetric | None = None,
+    settings: FactorizationSettings = DEFAULTS,
 ) -> FactorPair | SpatialPair:
     """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64."""
     assert plan.rank is not None
     if plan.form == "spatial":
         assert not isinstance(metric, TiedMetric)
-        return spatial_pair(matrix.reshape(layer.tensor_shape), plan.rank, metric)
+        return spatial_pair(matrix.reshape(layer.tensor_shape), plan.rank, metric, settings=settings)
     if isinstance(metric, TiedMetric):
-        return tied_truncated_svd(matrix, plan.rank, metric)
+        return tied_truncated_svd(matrix, plan.rank, metric, settings=settings)
     return truncated_svd(matrix, plan.rank) if metric is None else weighted_truncated_svd(matrix, plan.rank, metric)
 
 

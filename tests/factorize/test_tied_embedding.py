@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.factorize import (
+    FactorizationSettings,
     Metric,
     TiedMetric,
     tied_singular_values,
@@ -107,16 +108,10 @@ def test_what_is_planned_with_is_the_exact_cost_of_the_start() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 30), (12, 5)])
-def test_no_other_factor_costs_less_than_alternating_least_squares_found(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from compressor.factorize import tied_embedding
-
-    monkeypatch.setattr(tied_embedding, "SMALLEST_GAIN", 1e-10)
-    monkeypatch.setattr(tied_embedding, "MOST_SWEEPS", 2000)
+def test_no_other_factor_costs_less_than_alternating_least_squares_found(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     metric, matrix = tied_metric(*size, 2), torch.randn(*size, dtype=torch.float64)
-    pair = tied_truncated_svd(matrix, 3, metric)
+    pair = tied_truncated_svd(matrix, 3, metric, settings=FactorizationSettings(tied_gain=1e-10, tied_sweeps=2000))
     least = brute_cost(metric, matrix - pair.product())
     # Least squares on all numbers of one factor at once, with the other as it is.
     d, tokens = size
@@ -132,15 +127,13 @@ def test_no_other_factor_costs_less_than_alternating_least_squares_found(
         assert least == pytest.approx(best, rel=1e-6)
 
 
-def test_every_sweep_lowers_the_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compressor.factorize import tied_embedding
-
+def test_every_sweep_lowers_the_cost() -> None:
     torch.manual_seed(0)
     metric, matrix = tied_metric(16, 60, 3), torch.randn(16, 60, dtype=torch.float64)
     costs = []
     for sweeps in range(8):
-        monkeypatch.setattr(tied_embedding, "MOST_SWEEPS", sweeps)
-        costs.append(brute_cost(metric, matrix - tied_truncated_svd(matrix, 6, metric).product()))
+        pair = tied_truncated_svd(matrix, 6, metric, settings=FactorizationSettings(tied_sweeps=sweeps))
+        costs.append(brute_cost(metric, matrix - pair.product()))
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.99 * costs[0], "the start was not the best"
 

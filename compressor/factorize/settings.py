@@ -1,0 +1,38 @@
+"""When the iterative factorizations stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FactorizationSettings:
+    """When the factorizations that have no closed form stop: spatial pairs and tied embeddings, both in a metric.
+
+    The defaults were chosen on the reference models: more sweeps and steps take longer, and lower their loss by less
+    than its standard error.
+    """
+
+    spatial_sweeps: int = 10
+    """Most sweeps of alternating least squares for a spatial pair."""
+
+    spatial_gain: float = 0.05
+    """Share of its cost that a sweep for a spatial pair must remove for another sweep to follow."""
+
+    spatial_steps: int = 20
+    """Most steps of conjugate gradients for the vertical kernels in a sweep; each step lowers the cost."""
+
+    spatial_residual: float = 0.2
+    """Relative residual at which these conjugate gradients stop: the next sweep changes the equations anyway."""
+
+    spatial_ranks: int = 12
+    """Ranks at which the error of a spatial pair is computed for the allocation; in between it is interpolated."""
+
+    tied_sweeps: int = 30
+    """Most sweeps of alternating least squares for an embedding that an output head is tied to."""
+
+    tied_gain: float = 1e-3
+    """Share of its cost that a sweep for a tied embedding must remove for another sweep to follow."""
+
+
+DEFAULTS = FactorizationSettings()
