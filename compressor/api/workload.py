@@ -7,6 +7,7 @@ compensation and refinement run the model a number of times that is known.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,14 +26,14 @@ from compressor.calibration.search import ALLOCATION_POWERS, STAGES
 from compressor.calibration.segments import most_segments
 from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
-from compressor.evaluation.cost import ENOUGH_SECONDS, FEWEST_REPEATS, MOST_REPEATS, WARM_UPS
+from compressor.evaluation.cost import TIMING, TimingSettings
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix
 from compressor.measure import singular_values
 from compressor.model import prepared
 from compressor.model.inference import forward_call
 from compressor.network import Layer
-from compressor.planning import MOST_TRIALS
+from compressor.planning import PLANNING
 from compressor.progress import Step
 
 # What a layer's factors cost beside its singular values alone, measured on square matrices of side 1024.
@@ -41,8 +42,8 @@ FACTORS_COST = 2.5
 # A backward pass costs two forward ones: one product each for the gradients of inputs and of weights.
 FORWARD_AND_BACKWARD = 3
 
-# What is measured is run so often, at most, and no more once it took that long: the first time is slow.
-MOST_RUNS, LONG_ENOUGH = 5, 0.5
+# Of a few runs the fastest counts: the first is slow.
+ESTIMATE = TimingSettings(warm_ups=0, fewest_repeats=1, most_repeats=5, enough_seconds=0.5)
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class EvaluationWork:
 
     examples: int
     forward: ForwardTime
+    timing: TimingSettings = TIMING
 
     def quality_seconds(self) -> float:
         return self.forward.of(self.examples)
@@ -172,14 +174,14 @@ class EvaluationWork:
         # Arithmetic and memory are counted while the model runs on an example and on a batch.
         each = self.quality_seconds() + forward.one + forward.batch
         sizes = [forward.one] if forward.size == 1 else [forward.one, forward.batch]
-        return Step("evaluate", (each, each, *map(_timing_seconds, sizes)))
+        return Step("evaluate", (each, each, *(_timing_seconds(size, self.timing) for size in sizes)))
 
 
-def _timing_seconds(forward: float) -> float:
-    """How long two models are timed, that take so long for a forward."""
+def _timing_seconds(forward: float, timing: TimingSettings) -> float:
+    """How long it takes to time two models whose forward takes that long."""
     pair = 2 * forward
-    repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, ENOUGH_SECONDS / pair)) if pair > 0 else MOST_REPEATS
-    return pair * (WARM_UPS + repeats)
+    repeats = timing.enough_seconds / pair if pair > 0 else math.inf
+    return pair * (timing.warm_ups + min(timing.most_repeats, max(timing.fewest_repeats, repeats)))
 
 
 def steps_of_compression(
@@ -207,7 +209,7 @@ def steps_of_compression(
     else:
         factors = 0.0 if calibration is not None else FACTORS_COST * decomposing
         measured = Step("search", (deciding.quality_seconds() + factors,))
-        for number in range(1, MOST_TRIALS + 1):
+        for number in range(1, PLANNING.most_trials + 1):
             trial = [*planning, replace(measured, number=number)]
             steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
     if writes:
@@ -277,7 +279,7 @@ def _forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> fl
 
 def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
     found: list[float] = []
-    while len(found) < MOST_RUNS and sum(found) < LONG_ENOUGH:
+    while len(found) < ESTIMATE.most_repeats and sum(found) < ESTIMATE.enough_seconds:
         started = time.perf_counter()
         call()
         if device.type == "cuda":

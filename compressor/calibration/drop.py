@@ -17,7 +17,7 @@ from compressor.evaluation import Quality, drop_error, measure_quality, quality_
 from compressor.lowrank import Rewriting, rewritten_module
 from compressor.model import OpenedModel
 from compressor.planning import (
-    MOST_TRIALS,
+    PLANNING,
     Budget,
     DropSearch,
     FormRequest,
@@ -32,9 +32,6 @@ from compressor.planning import (
     smallest_size,
 )
 from compressor.progress import Progress
-
-# What a first guess keeps at most: dense loses nothing, so the first trial is to be a real one.
-LARGEST_FIRST_GUESS = 0.95
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +93,7 @@ def plan_within_drop(
             if holds(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
                 best = planned
             if progress:
-                progress("search", len(tried), MOST_TRIALS)
+                progress("search", len(tried), PLANNING.most_trials)
         return tried[stored]
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
@@ -104,7 +101,7 @@ def plan_within_drop(
     first = _first_guess(layers, limit, form, baseline, least, calibrated)
     trials = search_by_drop(measure, limit, eligible=eligible, least=least, first=first)
     if progress:
-        progress("search", MOST_TRIALS, MOST_TRIALS)
+        progress("search", PLANNING.most_trials, PLANNING.most_trials)
     search = DropSearch(baseline.metric, data.name, baseline.count, limit, trials)
     found = smallest_found([t for t in trials if t.parameters < eligible], limit)
     if found is None or best is None:
@@ -151,7 +148,7 @@ def _first_guess(
             high = keep
         else:
             low = keep
-    return max(least, min(high, LARGEST_FIRST_GUESS))
+    return max(least, min(high, PLANNING.largest_first_keep))
 
 
 def _nothing_holds(name: str, search: DropSearch) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compressor.measure import EPSILON, FROBENIUS_ERROR, NormBalance
-from compressor.planning import LARGEST_SHARE
+from compressor.planning import PLANNING
 from compressor.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
@@ -190,12 +190,13 @@ def _start(layers: Sequence[DiagnosedLayer]) -> Finding | None:
     known = [(each, start.share) for each, start in shares if start is not None and start.share is not None]
     if not known:
         return None
-    kept = [each for each, share in known if share > LARGEST_SHARE]
+    limit = PLANNING.largest_surviving_share
+    kept = [each for each, share in known if share > limit]
     largest = max(share for _, share in known)
     if kept:
         return Finding(
             "initialisation",
-            f"{_of(kept, layers)} kept more than {LARGEST_SHARE:.0%} of their initial weights (up to {largest:.0%}).",
+            f"{_of(kept, layers)} kept more than {limit:.0%} of their initial weights (up to {largest:.0%}).",
             "Their spectra are full of a start that was never learned: choose ranks with --calibration.",
             _names(kept),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compressor.evaluation.cost import (
     Cost,
     Latency,
+    TimingSettings,
     count_bytes,
     count_macs,
     count_parameters,
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluation",
     "Latency",
     "Quality",
+    "TimingSettings",
     "compare",
     "count_bytes",
     "count_macs",

@@ -21,8 +21,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from compressor.model import prepared, resolve_device
 from compressor.model.inference import forward_call
 
-WARM_UPS = 3
-FEWEST_REPEATS, MOST_REPEATS, ENOUGH_SECONDS = 7, 100, 3.0
+
+@dataclass(frozen=True)
+class TimingSettings:
+    """How often a forward is timed: until it took long enough, between the fewest repeats and the most."""
+
+    warm_ups: int = 3
+    """Forwards of each model before the timing, which allocate memory and choose kernels."""
+
+    fewest_repeats: int = 7
+    """Timed forwards of each model at least: a median of fewer is not steady."""
+
+    most_repeats: int = 100
+    """Timed forwards of each model at most."""
+
+    enough_seconds: float = 3.0
+    """Seconds of timing after which, from the fewest repeats on, no further repeat is begun."""
+
+
+TIMING = TimingSettings()
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,7 @@ def measure_latency(
     *,
     baseline: nn.Module | None = None,
     device: str | torch.device = "auto",
+    timing: TimingSettings = TIMING,
 ) -> Latency:
     """Time forwards on `inputs` after a warm-up; with a `baseline`, the two models in turn on the device.
 
@@ -145,12 +163,12 @@ def measure_latency(
     models = [compressed] if baseline is None else [compressed, baseline]
     with prepared(device, *models):
         calls = [forward_call(model, inputs) for model in models]
-        for call in calls * WARM_UPS:
+        for call in calls * timing.warm_ups:
             call()
         repeats: list[list[float]] = []
         began = time.perf_counter()
-        while len(repeats) < FEWEST_REPEATS or (
-            len(repeats) < MOST_REPEATS and time.perf_counter() - began < ENOUGH_SECONDS
+        while len(repeats) < timing.fewest_repeats or (
+            len(repeats) < timing.most_repeats and time.perf_counter() - began < timing.enough_seconds
         ):
             order = 1 if len(repeats) % 2 == 0 else -1
             repeats.append([_seconds(call, device) for call in calls[::order]][::order])

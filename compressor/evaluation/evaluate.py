@@ -11,7 +11,7 @@ from torch import nn
 
 from compressor.data import EvaluationData
 from compressor.data.data import Task
-from compressor.evaluation.cost import Cost, Latency, measure_cost, measure_latency
+from compressor.evaluation.cost import TIMING, Cost, Latency, TimingSettings, measure_cost, measure_latency
 from compressor.evaluation.metrics import measure_quality, quality_drop
 from compressor.model import resolve_device
 from compressor.progress import Progress
@@ -89,21 +89,21 @@ def compare(
     data: EvaluationData,
     *,
     device: str | torch.device = "auto",
-    latency: bool = True,
+    timing: TimingSettings | None = TIMING,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure both models' quality on all of `data`, and what each costs to keep and to run.
 
     Quality, multiply-accumulates (one example) and peak memory (one batch) are measured on one model after
     the other; only the timing, on batches of 1 and of `data.batch_size` examples, needs both on the device.
-    Both models are left as they were found. Raises `BadInput` when a model and the data do not fit, or for a
-    device that is not there.
+    Both models are left as they were found; nothing is timed where `timing` is None. Raises `BadInput` when a
+    model and the data do not fit, or for a device that is not there.
     """
     device = resolve_device(device)
     example, batch = data.read(range(1)), data.read(range(min(data.batch_size, data.count)))
     models = (compressed,) if baseline is None else (baseline, compressed)
     sizes = [example] if len(batch.labels) == 1 else [example, batch]
-    timed = sizes if latency else []
+    timed = [] if timing is None else [(each, timing) for each in sizes]
     parts = len(models) + len(timed)
     qualities, costs, latencies = [], [], []
     if progress:
@@ -113,8 +113,8 @@ def compare(
         costs.append(measure_cost(model, example.inputs, batch.inputs, device=device))
         if progress:
             progress("evaluate", len(costs), parts)
-    for each in timed:
-        latencies.append(measure_latency(compressed, each.inputs, baseline=baseline, device=device))
+    for each, settings in timed:
+        latencies.append(measure_latency(compressed, each.inputs, baseline=baseline, device=device, timing=settings))
         if progress:
             progress("evaluate", len(costs) + len(latencies), parts)
     before, after = (None if baseline is None else qualities[0]), qualities[-1]

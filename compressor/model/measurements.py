@@ -26,7 +26,7 @@ from compressor.measure import (
 )
 from compressor.model.opened import OpenedModel, folder_of
 from compressor.network import Layer, pair_forms
-from compressor.planning import MeasuredLayer
+from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.progress import Progress
 
 
@@ -69,7 +69,9 @@ def inspect_layers(
     return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
 
 
-def measured_layers(subject: OpenedModel, inspected: Sequence[InspectedLayer]) -> list[MeasuredLayer]:
+def measured_layers(
+    subject: OpenedModel, inspected: Sequence[InspectedLayer], settings: PlanningSettings = PLANNING
+) -> list[MeasuredLayer]:
     """What the planning needs to know of the eligible layers."""
     measured = []
     for each in inspected:
@@ -87,6 +89,7 @@ def measured_layers(subject: OpenedModel, inspected: Sequence[InspectedLayer]) -
                 unknown_start=each.initialisation.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
                 spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
+                settings=settings,
             )
         )
     return measured

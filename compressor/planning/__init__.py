@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.planning.budget import LARGEST_SHARE, SAFE_TOLERANCE, Budget, requested_budget
+from compressor.planning.budget import Budget, requested_budget
 from compressor.planning.choice import (
     choose_ranks,
     default_budget,
@@ -11,7 +11,7 @@ from compressor.planning.choice import (
     window_rule_advice,
     worthwhile_size,
 )
-from compressor.planning.drop_search import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning.drop_search import DropSearch, Trial, holds, search_by_drop, smallest_found
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -24,12 +24,11 @@ from compressor.planning.plan import (
     read_plan,
     smallest_size,
 )
+from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size_curve import SizeCurve, size_curve, spent
 
 __all__ = [
-    "LARGEST_SHARE",
-    "MOST_TRIALS",
-    "SAFE_TOLERANCE",
+    "PLANNING",
     "Budget",
     "CalibrationResult",
     "DropSearch",
@@ -38,6 +37,7 @@ __all__ = [
     "LossUnit",
     "MeasuredLayer",
     "Plan",
+    "PlanningSettings",
     "SizeCurve",
     "Trial",
     "apply_edits",

@@ -8,24 +8,6 @@ from typing import Any, Literal
 
 from compressor.errors import BadInput
 
-# The relative Frobenius error per layer when nothing is asked, nothing is known of the training and there is no data.
-SAFE_TOLERANCE = 0.05
-
-# The relative Frobenius error that the window rule allows a layer besides the edge of its surviving initialisation.
-WINDOW_RULE_TOLERANCE = 0.1
-
-# The largest share of the initialisation that may survive where the window rule decides. Of the networks in
-# benchmarks/theory.py, plain SGD, perceptrons stood it at all shares, but those with normalisation layers lost up to 87
-# points of accuracy with forgetting exponents below two: what they learned was below the edge of the start.
-LARGEST_SHARE = math.exp(-2)
-
-# The least share of its bytes that a layer has to save to be factorized: two small products are slower than a large
-# one, and a little space is not worth that.
-LEAST_LAYER_SAVING = 0.05
-
-# The least share of the weight files' bytes that a result has to save where nothing was asked.
-LEAST_FILE_SAVING = 0.05
-
 BudgetKind = Literal["keep", "max-size", "max-drop", "tolerance", "window-rule", "plan"]
 
 

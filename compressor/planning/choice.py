@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from compressor.errors import BadInput
-from compressor.planning.budget import LEAST_FILE_SAVING, SAFE_TOLERANCE, Budget
+from compressor.planning.budget import Budget
 from compressor.planning.plan import (
     FormRequest,
     LayerPlan,
@@ -17,18 +17,21 @@ from compressor.planning.plan import (
     plan_by_window_rule,
     smallest_size,
 )
+from compressor.planning.settings import PLANNING, PlanningSettings
 
 OptimizerFamily = Literal["sgd", "adaptive"] | None
 
 
-def default_budget(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> Budget:
+def default_budget(
+    measured: Sequence[MeasuredLayer], family: OptimizerFamily, settings: PlanningSettings = PLANNING
+) -> Budget:
     """What applies when nothing is asked: the window rule where it was validated, else a tolerance that is safe.
 
     The window rule needs a recipe of the SGD family that says how much of the initialisation survives.
     """
     if family == "sgd" and any(m.window_rule_applies for m in measured):
         return Budget("window-rule")
-    return Budget("tolerance", SAFE_TOLERANCE)
+    return Budget("tolerance", settings.safe_tolerance)
 
 
 def rank_caps(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> dict[str, int]:
@@ -96,6 +99,7 @@ def worthwhile_size(
     form: FormRequest,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
     dense_bytes: int,
+    settings: PlanningSettings = PLANNING,
 ) -> Budget | None:
     """A size to suggest where nothing was asked and little was saved: the largest of a few whose files are worthwhile.
 
@@ -107,14 +111,14 @@ def worthwhile_size(
             layers = choose_ranks(measured, budget, form, file_bytes)
         except BadInput:  # below the smallest size
             return None
-        if is_worthwhile(file_bytes(layers), dense_bytes):
+        if is_worthwhile(file_bytes(layers), dense_bytes, settings):
             return budget
     return None
 
 
-def is_worthwhile(after: int, before: int) -> bool:
+def is_worthwhile(after: int, before: int, settings: PlanningSettings = PLANNING) -> bool:
     """Whether weight files save enough of their bytes, where nothing was asked."""
-    return after <= (1 - LEAST_FILE_SAVING) * before
+    return after <= (1 - settings.least_file_saving) * before
 
 
 def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamily, form: FormRequest) -> str | None:

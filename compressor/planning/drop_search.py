@@ -7,14 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-# With the dense model's, a search takes eight evaluations at most.
-MOST_TRIALS = 7
-
-# The search ends when the largest size that failed is this close to the smallest that holds, relative to the latter.
-RESOLUTION = 0.02
-
-# No trial is closer to an end of the bracket than this share of its width, so that every trial narrows it.
-MARGIN = 1 / 8
+from compressor.planning.settings import PLANNING, PlanningSettings
 
 
 @dataclass(frozen=True)
@@ -80,9 +73,15 @@ def smallest_found(trials: Sequence[Trial], limit: float) -> Trial | None:
 
 
 def search_by_drop(
-    measure: Callable[[float], Trial], limit: float, *, eligible: int, least: float, first: float
+    measure: Callable[[float], Trial],
+    limit: float,
+    *,
+    eligible: int,
+    least: float,
+    first: float,
+    settings: PlanningSettings = PLANNING,
 ) -> tuple[Trial, ...]:
-    """Sizes tried on the way to the smallest one whose bound is at most `limit`, in at most `MOST_TRIALS` trials.
+    """Sizes tried on the way to the smallest one whose bound is at most `limit`, in `settings.most_trials` at most.
 
     `measure` tries a fraction of the `eligible` parameters to keep. `least` is the smallest fraction that can be asked
     for and `first` the one to begin with; dense, a fraction of one, drops nothing. Between the largest size that fails
@@ -92,18 +91,20 @@ def search_by_drop(
     """
     trials: dict[int, Trial] = {}
     keep: float | None = first
-    for _ in range(MOST_TRIALS):
+    for _ in range(settings.most_trials):
         if keep is None:
             break
         trial = measure(keep)
         # Of one size the most that was asked for is kept, for asking for less may lead to it again.
         known = trials.get(trial.parameters, trial)
         trials[trial.parameters] = replace(known, keep=max(known.keep, keep))
-        keep = _next_keep(trials, limit, eligible, least)
+        keep = _next_keep(trials, limit, eligible=eligible, least=least, settings=settings)
     return tuple(trials.values())
 
 
-def _next_keep(trials: Mapping[int, Trial], limit: float, eligible: int, least: float) -> float | None:
+def _next_keep(
+    trials: Mapping[int, Trial], limit: float, *, eligible: int, least: float, settings: PlanningSettings
+) -> float | None:
     """The next fraction to try, None when the bracket is narrow enough."""
     found = smallest_found(tuple(trials.values()), limit)
     # Asking for less than a trial stored leads to another model; asking for less than it was asked for may not.
@@ -112,12 +113,13 @@ def _next_keep(trials: Mapping[int, Trial], limit: float, eligible: int, least: 
     if lower is None:
         return max(least, upper / 2) if upper > least else None
     width = upper - lower
-    if width <= RESOLUTION * upper:
+    if width <= settings.drop_resolution * upper:
         return None
     wanted = _where_the_drop_is(limit, trials)
     if wanted is None:
         return (lower + upper) / 2
-    return min(max(wanted, lower + MARGIN * width), upper - MARGIN * width)
+    margin = settings.drop_margin * width
+    return min(max(wanted, lower + margin), upper - margin)
 
 
 def _where_the_drop_is(limit: float, trials: Mapping[int, Trial]) -> float | None:

@@ -18,8 +18,9 @@ from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_err
 from compressor.network import Layer, pair_forms
 from compressor.network.forms import Count, Form, factorized_shape, stored_bytes, stored_parameters
 from compressor.planning.allocation import Choices, allocate, even_shares
-from compressor.planning.budget import LARGEST_SHARE, LEAST_LAYER_SAVING, SAFE_TOLERANCE, WINDOW_RULE_TOLERANCE, Budget
+from compressor.planning.budget import Budget
 from compressor.planning.drop_search import DropSearch
+from compressor.planning.settings import PLANNING, PlanningSettings
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -149,7 +150,7 @@ class MeasuredLayer:
     is rounding, and no tolerance is below it; `above_rounding` counts the singular values that are larger than any of
     the rounding's. A convolution that can become a spatial pair has the singular values of the matrix that this one
     factorizes, `spatial_values`, and with calibration `spatial_errors`, the relative errors of its spatial pairs of
-    rank 0, 1, .. in the metric of the loss.
+    rank 0, 1, .. in the metric of the loss. The thresholds of the planning are in `settings`.
     """
 
     layer: Layer
@@ -168,6 +169,7 @@ class MeasuredLayer:
     above_rounding: int | None = None
     spatial_values: Spectrum | None = None
     spatial_errors: Spectrum | None = None
+    settings: PlanningSettings = PLANNING
 
     def errors(self, form: Form) -> Spectrum:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
@@ -193,7 +195,7 @@ class MeasuredLayer:
         """Why the window rule does not apply, in a few words; empty where it does."""
         if self.above_edge is None or self.surviving_share is None:
             return self.unknown_start or "how much of the initialisation survives is unknown"
-        if self.surviving_share > LARGEST_SHARE:
+        if self.surviving_share > self.settings.largest_surviving_share:
             return f"{self.surviving_share:.0%} of the initialisation survives, which is too much"
         return "" if self.above_edge else "no singular value stands above what survives of the initialisation"
 
@@ -221,7 +223,11 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> L
     parameters = stored_parameters(factorized_shape(layer, form), form, rank)
     in_bytes = stored_bytes(factorized_shape(layer, form), form, rank, measured.itemsize)
     if parameters >= layer.parameters or in_bytes > _most_bytes(measured):
-        saving = "not be smaller" if parameters >= layer.parameters else f"save less than {LEAST_LAYER_SAVING:.0%}"
+        saving = (
+            "not be smaller"
+            if parameters >= layer.parameters
+            else f"save less than {measured.settings.least_layer_saving:.0%}"
+        )
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
     error = float(measured.errors(form)[rank])
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
@@ -229,7 +235,7 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> L
 
 def _most_bytes(m: MeasuredLayer) -> float:
     """The most bytes that a pair may take to be worth its slower products."""
-    return (1 - LEAST_LAYER_SAVING) * stored_bytes(m.layer.shape, "dense", 0, m.itemsize)
+    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, "dense", 0, m.itemsize)
 
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
@@ -271,7 +277,7 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
 
 def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, reason: str) -> LayerPlan:
     """The spatial pair of the smallest rank with a relative error of at most `tolerance`, if it is smaller."""
-    if m.spatial_values is None:
+    if m.spatial_values is None or not m.settings.spatial_pairs:
         return plan
     spatial = layer_plan(m, max(1, frobenius_rank(m.spatial_values, tolerance)), "spatial", reason)
     return spatial if spatial.parameters < plan.parameters else plan
@@ -288,11 +294,12 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
     plans = []
     for m in measured:
         if not m.window_rule_applies or m.above_edge is None:
-            plans.append(_layer_by_tolerance(m, SAFE_TOLERANCE, request))
+            plans.append(_layer_by_tolerance(m, m.settings.safe_tolerance, request))
             continue
+        tolerance = m.settings.window_rule_tolerance
         ranks = {
             "singular values above the edge of its initialisation": m.above_edge,
-            f"relative error <= {WINDOW_RULE_TOLERANCE:g}": frobenius_rank(m.singular_values, WINDOW_RULE_TOLERANCE),
+            f"relative error <= {tolerance:g}": frobenius_rank(m.singular_values, tolerance),
         }
         if m.above_rounding is not None:
             ranks["singular values above those of rounding"] = m.above_rounding
@@ -301,8 +308,8 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
         reason = min(ranks, key=lambda name: ranks[name])
         rank = max(1, ranks[reason])
         plan = layer_plan(m, rank, form_for(m.layer, rank, request), f"window rule: {reason}")
-        within = f"window rule: relative error <= {WINDOW_RULE_TOLERANCE:g}"
-        plans.append(_spatial_if_smaller(plan, m, WINDOW_RULE_TOLERANCE, within))
+        within = f"window rule: relative error <= {tolerance:g}"
+        plans.append(_spatial_if_smaller(plan, m, tolerance, within))
     return tuple(plans)
 
 
@@ -490,7 +497,7 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Fo
         pivoted, plain = (stored_parameters(m.layer.shape, form, ranks) for form in ("pivoted", "plain"))
         yield "plain", ranks[pivoted >= plain]
         yield "pivoted", ranks[pivoted < plain]
-    if m.spatial_values is not None:
+    if m.spatial_values is not None and m.settings.spatial_pairs:
         yield "spatial", np.arange(1, len(m.spatial_values) + 1)
 
 

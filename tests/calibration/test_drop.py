@@ -23,7 +23,7 @@ from compressor.cli.run import run
 from compressor.data import halves, open_data
 from compressor.data.builtin_data import digits
 from compressor.model import measurements as inspection
-from compressor.planning import MOST_TRIALS, smallest_found
+from compressor.planning import PLANNING, smallest_found
 
 MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 Captured = pytest.CaptureFixture[str]
@@ -86,7 +86,7 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
     assert run([str(source), *arguments]) == 0
     document = json.loads(capsys.readouterr().out)
     search = document["search"]
-    assert search["evaluations"] == 1 + len(search["tried"]) <= 1 + MOST_TRIALS
+    assert search["evaluations"] == 1 + len(search["tried"]) <= 1 + PLANNING.most_trials
     assert (search["metric"], search["data"]) == ("accuracy", "builtin:digits, validation split")
     [found] = [tried for tried in search["tried"] if tried["parameters"] == document["eligible"]["after"]]
     smaller = [tried for tried in search["tried"] if tried["parameters"] < found["parameters"]]

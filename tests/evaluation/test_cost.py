@@ -13,7 +13,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from compressor.errors import BadInput
-from compressor.evaluation import count_bytes, count_macs, count_parameters, measure_latency, measure_peak_memory
+from compressor.evaluation import (
+    TimingSettings,
+    count_bytes,
+    count_macs,
+    count_parameters,
+    measure_latency,
+    measure_peak_memory,
+)
 from compressor.lowrank import low_rank_layer
 from compressor.model import resolve_device
 
@@ -188,6 +195,23 @@ def test_latency_of_a_model_against_itself():
     assert 0 < latency.ratio < math.inf
     assert latency.repeats >= 7
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("timing", "repeats"),
+    [
+        (TimingSettings(fewest_repeats=2, most_repeats=9, enough_seconds=0.0), 2),
+        (TimingSettings(fewest_repeats=2, most_repeats=9, enough_seconds=60.0), 9),
+    ],
+    ids=["enough after the fewest repeats", "not enough before the most"],
+)
+def test_the_repeats_are_those_of_the_settings(timing, repeats):
+    calls: list[int] = []
+    model = nn.Linear(8, 8)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    timed = measure_latency(model, {"inputs": torch.zeros(1, 8)}, device="cpu", timing=timing)
+    assert timed.repeats == repeats
+    assert len(calls) == timing.warm_ups + repeats
 
 
 def test_each_repeat_runs_both_models_and_takes_turns_in_which_is_first():

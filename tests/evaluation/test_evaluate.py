@@ -34,7 +34,7 @@ def test_a_model_beside_itself_drops_nothing(digits_model):
 def test_a_smaller_model_costs_less(digits_model):
     small = copy.deepcopy(digits_model)
     small[1] = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 32))
-    evaluation = compare(digits_model, small, open_data("builtin:digits", limit=5), device="cpu", latency=False)
+    evaluation = compare(digits_model, small, open_data("builtin:digits", limit=5), device="cpu", timing=None)
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     assert before is not None
     assert (before.macs, after.macs) == (64 * 32 + 320, 4 * (64 + 32) + 320)
@@ -59,7 +59,7 @@ def test_infinity_is_said_in_json_too(lookup, tokenizer, tmp_path):
     path.write_text("abcabcabc")
     data = open_data(path, tokenizer=tokenizer, sequence_length=3)
     good, bad = lookup(torch.zeros(12, 12)), lookup(torch.full((12, 12), math.nan))
-    worse, better = (compare(*pair, data, device="cpu", latency=False) for pair in ((good, bad), (bad, good)))
+    worse, better = (compare(*pair, data, device="cpu", timing=None) for pair in ((good, bad), (bad, good)))
     assert (worse.compressed, worse.drop) == (math.inf, math.inf)
     document = worse.to_dict()
     json.dumps(document, allow_nan=False)
@@ -87,7 +87,7 @@ def test_language_models_side_by_side(llama, tokenizer, tmp_path):
     other = copy.deepcopy(llama)
     with torch.no_grad():
         other.lm_head.weight.zero_()
-    evaluation = compare(llama, other, data, device="cpu", latency=False)
+    evaluation = compare(llama, other, data, device="cpu", timing=None)
     assert evaluation.compressed == pytest.approx(12, rel=1e-6)
     assert evaluation.baseline is not None
     assert evaluation.drop == evaluation.compressed - evaluation.baseline

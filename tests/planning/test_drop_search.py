@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.planning import MOST_TRIALS, DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning import PLANNING, DropSearch, Trial, holds, search_by_drop, smallest_found
 
 ELIGIBLE = 100_000
 LEAST = 0.02
@@ -43,7 +43,7 @@ def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
 ) -> None:
     scale, rate = curve
     trials, measured = search(lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first, share)
-    assert measured <= MOST_TRIALS
+    assert measured <= PLANNING.most_trials
     assert len({trial.parameters for trial in trials}) == len(trials)
     assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
     found = smallest_found(trials, limit)
@@ -79,7 +79,7 @@ def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
         return Trial(keep, step * 10, drops[step], 0.0)
 
     trials = search_by_drop(measure, limit, eligible=sizes * 10, least=1 / sizes, first=max(first, 1 / sizes))
-    assert len({trial.parameters for trial in trials}) == len(trials) <= MOST_TRIALS
+    assert len({trial.parameters for trial in trials}) == len(trials) <= PLANNING.most_trials
     found = smallest_found(trials, limit)
     assert found is None or holds(found.bound, limit)
     assert not any(holds(t.bound, limit) for t in trials if found is None or t.parameters < found.parameters)

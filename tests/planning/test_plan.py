@@ -18,11 +18,12 @@ from compressor.measure import truncation_errors
 from compressor.network import Layer
 from compressor.network.forms import stored_bytes, stored_parameters
 from compressor.planning import (
-    SAFE_TOLERANCE,
+    PLANNING,
     Budget,
     LayerPlan,
     MeasuredLayer,
     Plan,
+    PlanningSettings,
     apply_edits,
     choose_ranks,
     default_budget,
@@ -30,7 +31,6 @@ from compressor.planning import (
     read_plan,
     requested_budget,
 )
-from compressor.planning.budget import LEAST_LAYER_SAVING
 from compressor.planning.plan import plan_by_file_size, plan_by_size
 
 
@@ -144,8 +144,27 @@ def test_where_too_little_is_forgotten_or_known_the_window_rule_gives_way_to_a_s
     known: dict[str, Any],
 ) -> None:
     [plan] = choose_ranks([measured("a", 60, 60, 0.8, **known)], Budget("window-rule"), "auto", no_files)
-    assert 0 < plan.error <= SAFE_TOLERANCE
+    assert 0 < plan.error <= PLANNING.safe_tolerance
     assert "relative error" in plan.reason
+
+
+def test_the_settings_say_how_much_of_the_start_may_survive_and_what_a_layer_may_lose() -> None:
+    known = {"above_edge": 40, "surviving_share": 0.3}
+    strict = measured("a", 60, 60, 0.8, **known)
+    lenient = measured("a", 60, 60, 0.8, **known, settings=PlanningSettings(largest_surviving_share=0.5))
+    coarse = replace(lenient, settings=replace(lenient.settings, window_rule_tolerance=0.3))
+    assert (strict.window_rule_applies, lenient.window_rule_applies) == (False, True)
+    ranks = [choose_ranks([m], Budget("window-rule"), "auto", no_files)[0].rank for m in (strict, lenient, coarse)]
+    assert ranks == [14, 11, 6]  # 0.8^k <= 0.05, 0.1 and 0.3
+    safe = default_budget([strict], "sgd", PlanningSettings(safe_tolerance=0.2))
+    assert (safe.kind, safe.value) == ("tolerance", 0.2)
+
+
+def test_a_layer_saves_as_much_as_the_settings_want() -> None:
+    for saving, dense in ((0.05, False), (0.9, True)):
+        layer = measured("a", 60, 60, 0.5, settings=PlanningSettings(least_layer_saving=saving))
+        [chosen] = choose_ranks([layer], Budget("tolerance", 0.01), "auto", no_files)
+        assert (chosen.rank is None) == dense
 
 
 def test_what_applies_when_nothing_is_asked() -> None:
@@ -297,7 +316,7 @@ def smaller_at_its_cap(m: MeasuredLayer, form: Any) -> bool:
     chosen = form if form != "auto" else min(numbers, key=lambda each: (numbers[each], each == "pivoted"))
     indices = d_out if chosen == "pivoted" else 0
     in_bytes = (numbers[chosen] - indices) * m.itemsize + 4 * indices
-    return numbers[chosen] < d_out * d_in and in_bytes <= (1 - LEAST_LAYER_SAVING) * d_out * d_in * m.itemsize
+    return numbers[chosen] < d_out * d_in and in_bytes <= (1 - PLANNING.least_layer_saving) * d_out * d_in * m.itemsize
 
 
 @pytest.mark.parametrize("unit", ["parameters", "bytes"])

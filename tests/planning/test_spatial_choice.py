@@ -19,7 +19,7 @@ from compressor import BadInput, compress, plan
 from compressor.measure import truncation_errors
 from compressor.network import Layer, pair_forms
 from compressor.network.forms import factorized_shape, stored_parameters
-from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks
+from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettings, choose_ranks
 from compressor.planning.plan import plan_by_size
 
 
@@ -117,6 +117,13 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
     assert (first.form, first.rank) == ("channel", 9)
     assert (second.form, second.rank) == ("spatial", 2)  # 0.3^k <= 0.1 from k = 2
     assert "relative error" in second.reason
+
+
+@pytest.mark.parametrize("budget", [Budget("window-rule"), Budget("tolerance", 0.1), Budget("keep", 0.3)], ids=str)
+def test_spatial_pairs_can_be_switched_off(budget: Budget) -> None:
+    separable = replace(convolution("b", (16, 16, 3, 3), 0.7, 0.3), above_edge=4, surviving_share=0.1)
+    without = replace(separable, settings=PlanningSettings(spatial_pairs=False))
+    assert [choose_ranks([m], budget, "auto", no_files)[0].form for m in (separable, without)] == ["spatial", "channel"]
 
 
 def filter_banks() -> dict[str, torch.Tensor]:

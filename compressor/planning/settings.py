@@ -1,0 +1,50 @@
+"""The thresholds by which ranks are chosen."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PlanningSettings:
+    """The thresholds by which ranks and sizes are chosen, in Python alone: for ablations and experiments."""
+
+    safe_tolerance: float = 0.05
+    """Relative Frobenius error per layer with neither a budget, nor a training recipe that decides, nor data."""
+
+    window_rule_tolerance: float = 0.1
+    """Relative Frobenius error that the window rule allows a layer besides the edge of its surviving start."""
+
+    largest_surviving_share: float = math.exp(-2)
+    """Share of the initialization that may survive for the window rule to decide.
+
+    Of the networks in benchmarks/theory.py, all trained with plain SGD, perceptrons stood the rule at every share, but
+    those with normalization layers lost up to 87 points of accuracy where more than this share survived: what they
+    learned was below the edge of the start.
+    """
+
+    spatial_pairs: bool = True
+    """Whether a convolution may become a spatial pair where that loses less than a channel pair."""
+
+    least_layer_saving: float = 0.05
+    """Share of its bytes that a layer must save to be factorized: two small products are slower than a large one."""
+
+    least_file_saving: float = 0.05
+    """Share of their bytes that the weight files must save where no budget was given."""
+
+    most_trials: int = 7
+    """Sizes that a search by drop in quality measures at most, besides the dense model."""
+
+    drop_resolution: float = 0.02
+    """Relative width of the bracket at which that search ends: the largest size that failed beside the smallest that
+    passed."""
+
+    drop_margin: float = 1 / 8
+    """Share of the bracket's width by which each trial keeps from its ends, so that every trial narrows it."""
+
+    largest_first_keep: float = 0.95
+    """Fraction of the parameters that the first trial keeps at most: the dense model passes trivially."""
+
+
+PLANNING = PlanningSettings()
