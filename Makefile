@@ -8,7 +8,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: demo test test-oldest coverage lint types chromium clean
+.PHONY: demo test test-fast test-oldest coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ demo: .venv/core
 
 test: .venv/dev
 	$(PYTEST)
+
+# What is quick, in one process.
+test-fast: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
 
 # Prints the lines and branches that no test runs, and writes the annotated sources to coverage/index.html.
 coverage: .venv/dev

@@ -94,6 +94,7 @@ def logged(place: Path, name: str) -> tuple[Any, MlflowClient]:
     return run, client
 
 
+@pytest.mark.slow
 def test_only_what_passes_is_released(runs: tuple[Path, dict[str, int]]) -> None:
     place, statuses = runs
     assert statuses == {"good": 0, "bad": 3, "there": 2}
@@ -102,6 +103,7 @@ def test_only_what_passes_is_released(runs: tuple[Path, dict[str, int]]) -> None
     assert not list((place / "there").iterdir())
 
 
+@pytest.mark.slow
 def test_both_outcomes_are_logged_with_numbers_and_files(runs: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
     place, _ = runs
     for name, status, tag in (("good", "FINISHED", "passed"), ("bad", "FAILED", "not met")):
@@ -145,6 +147,7 @@ def test_the_gate_of_the_readme_is_a_workflow_whose_command_can_be_given(monkeyp
     assert {str(options["output"]), "report.html"} == set(job["steps"][-1]["with"]["path"].split())
 
 
+@pytest.mark.slow
 def test_plain_pairs_are_two_ordinary_layers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.ReLU(), torch.nn.Linear(20, 6))

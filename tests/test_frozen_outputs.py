@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import compressor
 
-pytestmark = pytest.mark.frozen
+pytestmark = [pytest.mark.frozen, pytest.mark.slow]
 
 FROZEN = Path(__file__).parent / "frozen"
 MOST_SHOWN = 40  # lines of a failure

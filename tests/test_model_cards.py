@@ -114,6 +114,7 @@ def test_the_training_script_builds_the_model_that_the_weights_are_of(name: str)
     assert sum(parameter.numel() for parameter in built.parameters()) == figures(name)["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_accuracy_measured_again_is_the_accuracy_in_the_card(name: str, split: Split) -> None:
@@ -125,6 +126,7 @@ def test_accuracy_measured_again_is_the_accuracy_in_the_card(name: str, split: S
         assert written >= LEAST_TEST_ACCURACY[name]
 
 
+@pytest.mark.slow
 def test_language_model_loss_measured_again_is_the_one_that_training_wrote() -> None:
     written = figures("stdlib-llama")
     text = standard_library_text("test")
@@ -166,6 +168,7 @@ def test_the_rank_bound_of_the_hidden_perceptron_layer_binds_and_holds() -> None
     assert max(written["norm_ratios"]) <= 2
 
 
+@pytest.mark.slow
 def test_the_perceptron_compresses_by_its_own_card_to_half_at_most_a_point_lost(tmp_path: Path) -> None:
     report = compress(
         MLP, output=tmp_path / "small.safetensors", factory=MLP_FACTORY, data="builtin:digits", device="cpu"

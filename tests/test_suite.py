@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
+import yaml
 from hypothesis import settings
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -25,3 +27,11 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
     oldest = {each.name: [Version(bound.version) for bound in each.specifier] for each in pinned}
     assert oldest == {each.name: [Version(bound.version) for bound in each.specifier] for each in bounded}
     assert f"[{','.join(extras)}]" in (ROOT / "Makefile").read_text()
+
+
+def test_project_citation_and_changelog_name_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    headings = re.findall(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == (version, citation["date-released"])
+    assert citation["version"] == version

@@ -76,6 +76,7 @@ def small_files_only() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_files_only")
 def test_temporary_files_that_do_not_fit_name_their_folder_and_tmpdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import compressor
 from compressor.torch_state import caller_defaults, neutral_torch_state, uncompiled
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 WIDTH = 16

@@ -555,6 +555,7 @@ def test_importing_the_package_is_light() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["folder", "file", "module"])
 def test_attention_without_data_is_said_before_the_work_and_in_every_result(
     form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -586,6 +587,7 @@ def test_attention_without_data_is_said_before_the_work_and_in_every_result(
         assert words in (Path(str(result.output)) / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_nothing_is_said_without_attention_or_with_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     convolutional = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
     assert compress(convolutional, keep=0.6).warnings == ()

@@ -73,6 +73,7 @@ def subjects(found: Diagnosis) -> dict[str, str]:
     return {finding.subject: f"{finding.message} {finding.advice}" for finding in found.findings}
 
 
+@pytest.mark.slow
 def test_network_trained_to_a_stationary_point(data: Path) -> None:
     model = fit(chain(nn.Identity), steps=2000, weight_decay=0.02)
     found = diagnose(model, data=data, recipe=RECIPE, device="cpu")
@@ -139,6 +140,7 @@ def test_scale_invariant_layers_are_skipped_and_the_model_is_left_as_it_was(data
         assert (now.requires_grad, now.grad) == (then.requires_grad, None)
 
 
+@pytest.mark.slow
 def test_scale_invariant_layers_come_to_the_norm_that_is_predicted(data: Path) -> None:
     """A third of the labels is noise, so that the gradients at the end are as large as they have been."""
     torch.manual_seed(0)

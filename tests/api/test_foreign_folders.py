@@ -17,6 +17,8 @@ from compressor import Compression, compress, export, restore
 from compressor.cli.run import run
 from compressor.report import write_report
 
+pytestmark = pytest.mark.slow
+
 HTML = "<img src=x onerror=alert(1)>"
 CARD = f"""---
 base_model: "{HTML}"

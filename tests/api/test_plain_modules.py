@@ -157,6 +157,7 @@ def dense_twin(build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.M
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_strangers_file_meets_its_budget_and_restores_into_its_own_code(
@@ -183,6 +184,7 @@ def test_a_strangers_file_meets_its_budget_and_restores_into_its_own_code(
         torch.testing.assert_close(load_model(tmp_path / "small.safetensors", build).eval()(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_module_its_state_dict_and_its_file_are_one_model(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
@@ -216,6 +218,7 @@ def drawn(inputs: Callable[..., Tensor], seed: int = 1) -> list[Tensor]:
     return [inputs(8) for _ in range(12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "generator with biases", "attention", "cells"])
 def test_calibration_makes_far_better_factors_of_every_kind(name: str) -> None:
     build, inputs = MODELS[name]
@@ -245,6 +248,7 @@ class Twice(nn.Module):
         return self.head(self.again(torch.relu(self.first(torch.relu(self.first(x))))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_under_several_names_becomes_one_pair_that_is_called_as_often(
     calibrated: bool, tmp_path: Path
@@ -316,6 +320,7 @@ def normalised(kind: str) -> nn.Sequential:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm", "pruning"])
@@ -454,6 +459,7 @@ class Raising(nn.Module):
         return self.head(self.conv(self.drop(self.rnn(self.stem(x))[0]).mT).mean(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [0, 1, 5, 13, 40, 10**6])
 @pytest.mark.parametrize("caller", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: Callable[[], Any]) -> None:
@@ -482,6 +488,7 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == state
 
 
+@pytest.mark.slow
 def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
     with torch.inference_mode():
         model = trained(Recurrent)

@@ -23,6 +23,8 @@ from compressor.model import load_model
 from compressor.network.forms import Form
 from compressor.planning import Budget, LayerPlan, Plan
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 RANK = 2
 SHARD = 4000

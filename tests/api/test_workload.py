@@ -19,6 +19,8 @@ from compressor.cli.pace import Pace
 from compressor.evaluation import cost
 from compressor.progress import Step
 
+pytestmark = pytest.mark.slow
+
 
 class Followed:
     """Takes what is announced and told, and which announced step each event belongs to."""

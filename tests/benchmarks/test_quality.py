@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from compressor import inspect
 from compressor.data import Batch, EvaluationData
 
+pytestmark = pytest.mark.slow
+
 KEEP = 0.5
 
 

@@ -17,6 +17,8 @@ from compressor.model import load_model, logits_of
 from compressor.network import find_layers, transformers_skeleton
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, Plan, choose_ranks
 
+pytestmark = pytest.mark.slow
+
 CARDS = Path(__file__).parents[2] / "model_cards"
 MLP = CARDS / "digits-mlp"
 MODELS = {

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 MODULES = ("theory", "theory_networks", "merging")
 
 

@@ -40,6 +40,7 @@ def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> No
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
     seen: dict[str, int] = {}
 
@@ -70,6 +71,7 @@ def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) ->
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_a_seed_gives_one_result_whatever_ran_before() -> None:
     data = [inputs_for("llama", 4) for _ in range(4)]
     state = torch.get_rng_state()
@@ -86,6 +88,7 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
     torch.set_rng_state(state)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16() -> None:
     model = transformer("llama").to(torch.bfloat16)
     data = [inputs_for("llama", 8) for _ in range(4)]

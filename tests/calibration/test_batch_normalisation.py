@@ -14,6 +14,8 @@ from compressor.calibration import Calibration, Compensated, compensate
 from compressor.calibration.calibrate import with_layers
 from tests.calibration.tiny_models import calibrated, eligible, planned
 
+pytestmark = pytest.mark.slow
+
 
 def build() -> nn.Sequential:
     return nn.Sequential(

@@ -54,6 +54,7 @@ def assert_same(one: Calibration, other: Calibration) -> None:
             assert float((left - right).abs().max()) <= 1e-4 * float(right.abs().max()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = transformer(name)
@@ -68,6 +69,7 @@ def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str, monk
         assert_same(cut, calibrated(model, data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = odd(name)
@@ -78,6 +80,7 @@ def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert_same(cut, calibrated(model, [inputs, inputs]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bart", "t5", "clip", "swin", "piped"])
 def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(name: str) -> None:
     model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
@@ -122,6 +125,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "clip", "t5"])
 def test_and_those_of_embeddings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
@@ -197,6 +201,7 @@ def test_a_module_of_several_inputs_takes_them_by_name() -> None:
         calibrated(Two(), [{"left": left, "other": right}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [6, 5])
 def test_padding_of_encoder_and_decoder_changes_no_moment(length: int) -> None:
     # The decoder's texts are as long as the encoder's, or shorter: each has its own padding.
@@ -329,6 +334,7 @@ def classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "inputs", "labels", "criterion"),
     [
@@ -437,6 +443,7 @@ def test_large_means_leave_what_varies() -> None:
     assert float((metric.inputs - covariance).norm()) < 0.05 * float(covariance.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [None, 1])
 def test_any_form_of_batches(labels: int | None) -> None:
     model = transformer("gpt2")

@@ -173,6 +173,7 @@ def test_with_a_bias_no_mean_is_moved() -> None:
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_stays_dense_is_bit_for_bit_as_it_was() -> None:
     model = transformer("llama")
     data = [inputs_for("llama", 8) for _ in range(4)]
@@ -185,6 +186,7 @@ def test_what_stays_dense_is_bit_for_bit_as_it_was() -> None:
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
+@pytest.mark.slow
 def test_the_model_is_restored_after_compensation_and_after_a_failure_in_it() -> None:
     model = transformer("llama")
     data = [inputs_for("llama", 8) for _ in range(4)]
@@ -273,6 +275,7 @@ def test_a_layer_without_a_metric_is_truncated_by_itself() -> None:
     torch.testing.assert_close(dense_of(pair)[0], best, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "vit", "t5", "clip", "swin"])
 def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch

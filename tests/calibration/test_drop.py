@@ -74,6 +74,7 @@ def classes(path: Path, labels: list[int]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_not(
     tmp_path: Path, capsys: Captured
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
     assert document["budget"] == {"kind": "max-drop", "value": 0.02}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
     batches = list(digits("train")[0][:256].split(32)) if calibrated else None
@@ -114,6 +116,7 @@ def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated:
     assert report.evaluation.drop == pytest.approx(unseen, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
@@ -226,6 +229,7 @@ def test_of_a_file_every_second_example_decides_and_the_others_are_reported(
     assert "more than `max_drop` 0.1" in warning
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_was_tried_and_that_other_data_show_more(
     identity: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def started(name: str, *, padded: bool = False) -> tuple[Calibration, Compensate
     return calibration, uncompensated(calibration, plans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CHAINS, *(name for name in ODD if name not in ("bart", "whisper"))])  # as T5
 def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None:
     calibration, start = started(name)
@@ -132,6 +133,7 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
         assert held_back_loss(calibration, one.modules) < held_back_loss(calibration, start.modules)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5"])
 def test_the_same_seed_gives_the_same_bits(name: str) -> None:
     calibration, start = started(name)
@@ -141,6 +143,7 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
         assert all(torch.equal(tensor, other[layer][key]) for key, tensor in factors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5", "bart", "clip", "swin"])
 def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration, start = started(name)
@@ -157,6 +160,7 @@ def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert all(result.factors[layer] is start.factors[layer] for layer in start.factors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper", "clip"])
 def test_the_last_block_of_a_chain_is_fitted_to_what_it_gives_to_all_that_follows(name: str) -> None:
     """What the next chain's first block is given does not depend on it."""
@@ -298,6 +302,7 @@ def scaled(dense: nn.Module, fitted: nn.Module, examples: Tensor, unit: float) -
     return of_examples(dense, fitted, examples) * unit
 
 
+@pytest.mark.slow
 def test_texts_of_padding_alone_leave_the_factors_finite() -> None:
     calibration, start = started("llama", padded=True)  # from the ninth on nothing but padding
     assert not calibration.data.fitted[0].inputs["attention_mask"][8:].any()
@@ -326,6 +331,7 @@ def same(a: Compression, b: Compression) -> bool:
     return mine.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
 def test_a_fit_is_taken_only_where_it_loses_less_on_the_examples_held_back(trained: nn.Module, keep: float) -> None:
     with_fit, without = (compressed(trained, keep, refine=refine) for refine in (True, False))

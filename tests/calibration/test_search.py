@@ -19,6 +19,8 @@ from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_skeleton
 from tests.calibration.tiny_models import trained_on_digits
 
+pytestmark = pytest.mark.slow
+
 
 def build() -> nn.Sequential:
     return nn.Sequential(

@@ -72,6 +72,7 @@ def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:
     return loss
 
 
+@pytest.mark.slow
 def test_the_caps_are_taken_where_they_lose_less_on_the_data_held_back(
     trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_caps_are_taken_where_they_lose_less_on_the_data_held_back(
     assert "capped by the window rule" in calibration_words(capped.calibration)
 
 
+@pytest.mark.slow
 def test_the_caps_are_left_where_they_lose_more(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{SEARCH}.held_back_loss", judged_by(lambda rank: -float(rank)))
     free, tried = planned(trained), planned(trained, recipe=recipe())
@@ -96,6 +98,7 @@ def test_the_caps_are_left_where_they_lose_more(trained: nn.Sequential, monkeypa
     assert "window rule" not in calibration_words(tried.calibration)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("known", "caps"),
     [(None, True), (recipe("adamw"), True), (recipe(), False)],
@@ -120,6 +123,7 @@ def test_nothing_more_is_measured_where_there_is_no_cap(
     assert len(measured) == with_caps - 1
 
 
+@pytest.mark.slow
 def test_where_no_ranks_are_found_under_the_caps_the_plan_is_that_without_them(
     trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_calibration_text_shorter_than_its_windows_is_named_with_both_lengths(
     assert f"{text}: the text is 21 tokens long, less than 2 windows of 32" in said
 
 
+@pytest.mark.slow
 def test_calibration_windows_have_the_length_asked_for(language_model: Path, tmp_path: Path, capsys: Captured) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc" * 7)

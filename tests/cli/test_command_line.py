@@ -278,6 +278,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(
     assert list(model.parent.iterdir()) == [model]
 
 
+@pytest.mark.slow
 def test_existing_outputs_are_replaced_only_on_request(model: Path, capsys: Captured) -> None:
     output, report, plan = (model.with_name(name) for name in ("out.safetensors", "r.html", "plan.json"))
     for path in (output, report, plan):
@@ -519,6 +520,7 @@ def test_the_version_is_that_of_the_distribution(capsys: Captured) -> None:
 # What only a process of its own shows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"], ["--no-such-option"]])
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
     script = (
@@ -529,6 +531,7 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> Non
     assert done.stdout.splitlines()[-1] == "HEAVY set()"
 
 
+@pytest.mark.slow
 def test_help_takes_less_than_half_a_second() -> None:
     # Processor time: what others do on the machine does not count.
     def seconds() -> float:
@@ -540,6 +543,7 @@ def test_help_takes_less_than_half_a_second() -> None:
     assert min(seconds() for _ in range(3)) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["inspect", "-q", "MODEL"], ["--help"], ["plan", "--help"], ["--version"]])
 def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) -> None:
     command = [*COMPRESS, *(str(model) if word == "MODEL" else word for word in arguments)]
@@ -552,6 +556,7 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) 
     process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "MODEL", "-q"]])
 @pytest.mark.parametrize("place", [">&-", ">/dev/full"])
 def test_a_standard_output_that_takes_nothing_is_a_failure_in_one_line(
@@ -566,6 +571,7 @@ def test_a_standard_output_that_takes_nothing_is_a_failure_in_one_line(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_closed_standard_error_is_no_failure(model: Path) -> None:
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMPRESS, "inspect", str(model)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -596,6 +602,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_writing_leaves_nothing_behind_even_when_it_is_sent_twice(number: int, model: Path) -> None:
     command = [sys.executable, "-c", STOP_WHILE_WRITING, str(int(number)), str(model), "--keep", "0.5", "-q"]
@@ -634,6 +641,7 @@ def test_a_signal_that_the_parent_silenced_stays_silent() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_warnings_of_transformers_stay_off_standard_error() -> None:
     script = (
         "from compressor.cli.run import run; run(['--version']); "
@@ -646,6 +654,7 @@ def test_warnings_of_transformers_stay_off_standard_error() -> None:
     assert "an error" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_name_that_the_encoding_lacks_does_not_stop_the_output(model: Path) -> None:
     done = subprocess.run(
         [*COMPRESS, "inspect", str(model), "-q"],

@@ -17,6 +17,8 @@ import compressor
 from compressor.cli.run import run
 from compressor.measure import EPSILON
 
+pytestmark = pytest.mark.slow
+
 CARDS = Path(__file__).parents[2] / "model_cards"
 DIGITS = [
     str(CARDS / "digits-mlp" / "model.safetensors"),

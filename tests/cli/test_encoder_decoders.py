@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from compressor.cli.run import run
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

@@ -86,6 +86,7 @@ def test_no_time_is_told_while_what_was_measured_disagrees_about_what_is_to_come
 kinds = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.8, 1.25), min_size=2)
 
 
+@pytest.mark.slow
 @given(kinds, st.data())
 def test_costs_that_are_nearly_right_give_a_time_that_is(paces: dict[str, float], data: st.DataObject) -> None:
     """Steps of some kinds, each as much slower or faster than announced each time, on a machine of any speed."""

@@ -25,6 +25,7 @@ finite = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=3), finite, max_size=3))
 def test_a_finite_document_comes_back_as_it_was(document: dict[str, Any]) -> None:
     assert json.loads(document_text(document)) == document

@@ -99,6 +99,7 @@ def test_standard_library_files_are_python_and_not_tests_or_installed_packages(s
     ast.parse(smallest.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_standard_library_text_is_the_same_in_another_process() -> None:
     program = (
         "import hashlib, json; from compressor.data.builtin_data import standard_library_text as text;"

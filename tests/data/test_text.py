@@ -56,6 +56,7 @@ def place_of(row: Tensor) -> int:
     return int(text[after : after + LINE - 1]) - after
 
 
+@pytest.mark.slow
 def test_of_a_large_text_no_more_is_read_and_tokenized_than_is_used(numbered: Path) -> None:
     tokenizer = CodePoints()
     tracemalloc.start()
@@ -93,6 +94,7 @@ def test_windows_that_decide_and_windows_that_are_reported_have_nothing_in_commo
         assert all(after - before >= LENGTH for before, after in pairwise(places))
 
 
+@pytest.mark.slow
 def test_without_a_limit_every_window_of_a_large_text_is_used(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     text = "".join(f"line {number} of many, é and 漢字\n" for number in range(WHOLE_BYTES // 20))
@@ -212,6 +214,7 @@ def test_a_decoders_documents_are_joined_by_its_end_of_text(form: str, tmp_path:
     assert rows_of(data).tolist() == [[2, 5, 6, 7, 4, 8, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 3]]
 
 
+@pytest.mark.slow
 def test_of_many_documents_no_more_are_tokenized_than_are_used(
     letters: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

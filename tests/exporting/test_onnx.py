@@ -18,6 +18,8 @@ from compressor import BadInput, compress, export
 from compressor.cli.run import run
 from compressor.exporting.onnx import example_inputs
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 

@@ -55,6 +55,7 @@ def remote_llama(small_llama: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_card_needs_no_more_than_the_folder(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
     said = (remote_llama / "README.md").read_text()
     assert "import compressor" in (small_llama / "README.md").read_text()
@@ -64,6 +65,7 @@ def test_the_card_needs_no_more_than_the_folder(small_llama: Path, remote_llama:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_logits_are_bit_equal_where_this_package_is_not(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
     tied = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=32)
@@ -97,6 +99,7 @@ print("equal")
     assert ran.stdout.endswith("equal\n")
 
 
+@pytest.mark.slow
 def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))

@@ -40,7 +40,7 @@ def moment(size: int, seed: int) -> Tensor:
     return spread @ spread.T / size + 0.1 * torch.eye(size, dtype=torch.float64)
 
 
-@hypothesis_settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30)
 @given(st.integers(2, 16), st.integers(2, 16), EXPONENTS, st.integers(0, 2**20), st.data())
 def test_spectra_and_factors_scale_with_their_matrix(
     d_out: int, d_in: int, exponent: int, seed: int, data: st.DataObject

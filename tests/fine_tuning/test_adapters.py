@@ -95,6 +95,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models())
 def test_base_and_adapter_are_the_fine_tune(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -120,6 +121,7 @@ def test_base_and_adapter_are_the_fine_tune(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_layers_of_which_the_model_reads_more_than_peft_has(tmp_path: Path) -> None:
     """Code that reads the stride of a convolution fails on PEFT's layers, so these are saved whole."""

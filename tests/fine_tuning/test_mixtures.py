@@ -19,6 +19,8 @@ from compressor.api import fine_tune as writing
 from compressor.fine_tuning import apply
 from compressor.fine_tuning.verification import verify_with_peft
 
+pytestmark = pytest.mark.slow
+
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
 

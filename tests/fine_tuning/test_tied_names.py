@@ -17,6 +17,8 @@ from torch import nn
 
 from compressor import BadInput, compress, export, merge, restore
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 SIZES: dict[str, Any] = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

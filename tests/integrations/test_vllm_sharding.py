@@ -157,6 +157,7 @@ def test_parts_are_found_by_the_names_on_disk() -> None:
     assert forms_of(names, whole, LowRankSpec({whole: plain})) == ["plain"]
 
 
+@pytest.mark.slow
 def test_the_entry_point_leads_there_and_vllm_is_not_imported() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, name = project["entry-points"]["vllm.general_plugins"]["lowrank"].partition(":")

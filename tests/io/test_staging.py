@@ -169,6 +169,7 @@ def report_of(value: float) -> Callable[[Path], None]:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_sync")
 @pytest.mark.parametrize("write_of", [folder_of, file_of, report_of])
 def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_output(
@@ -202,6 +203,7 @@ def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_output(
     assert contents(path) == after
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_sync")
 @pytest.mark.parametrize("write_of", [folder_of, file_of])
 def test_a_kill_leaves_nothing_or_a_complete_output_where_there_was_none(

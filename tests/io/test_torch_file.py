@@ -283,6 +283,7 @@ def test_tensors_that_repeat_what_the_file_stores_are_bounded_by_its_bytes(tmp_p
         open_checkpoint(saved(tmp_path / "sum.pt", each_small, _use_new_zipfile_serialization=not legacy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", ["data", "version"])
 def test_a_record_that_inflates_is_refused_before_it_is_read(tmp_path: Path, record: str) -> None:
     path = saved(tmp_path / "m.pt", {"w": torch.randn(3)})

@@ -17,6 +17,8 @@ from compressor import Compression, compress, restore
 from compressor.lowrank import MARKERS
 from tests.lowrank.architectures import ARCHITECTURES, Architecture
 
+pytestmark = pytest.mark.slow
+
 
 def stored(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's only weight file, read by the official library."""

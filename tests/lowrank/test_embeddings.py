@@ -79,6 +79,7 @@ def check_tied(model: Any, name: str) -> None:
         assert model.get_output_embeddings() is head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True], ids=["weights", "calibrated"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memory(
@@ -133,6 +134,7 @@ def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memor
             assert head.weight is embedding.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
 def test_generation(name: str, tmp_path: Path) -> None:
     dense = tiny_model(name)

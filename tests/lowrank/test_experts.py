@@ -98,6 +98,7 @@ def test_every_expert_has_its_own_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(small), logits(dense), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_with_calibration_experts_lose_less() -> None:
     dense = ARCHITECTURES["mixtral"].dense()
     with torch.no_grad():
@@ -150,6 +151,7 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
         assert torch.equal(rows, torch.stack([calls[0].given[calls[0].tokens.tolist().index(t)] for t in both]))
 
 
+@pytest.mark.slow
 def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
     dense = ARCHITECTURES["mixtral"].dense()
     dense.config.num_experts_per_tok = 1
@@ -172,6 +174,7 @@ def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
             assert layer.rank is None or (block, expert) in routed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> None:
     dense = ARCHITECTURES[name].dense()
@@ -184,6 +187,7 @@ def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> N
     assert torch.equal(logits(loaded), logits(in_memory))
 
 
+@pytest.mark.slow
 def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
     ARCHITECTURES["mixtral"].dense().save_pretrained(tmp_path / "dense")
     compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from compressor import compress, restore
 from tests.lowrank.architectures import ARCHITECTURES
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 
 

@@ -46,6 +46,7 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_models())
 def test_a_folder_in_bfloat16_loads_as_what_was_compressed_in_memory(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -60,6 +60,7 @@ def settled(recipe: TrainingRecipe, start: float, steps: int = STEPS, last: int 
     return statistics.mean(norms) ** 0.5, statistics.mean(strengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "start"), [("plain", 0.05), ("heavy-ball", 0.05), *((name, 3.0) for name in RECIPES)])
 def test_a_run_comes_to_the_norm_that_is_predicted_wherever_it_starts(name: str, start: float) -> None:
     recipe = recipe_of(name)

@@ -74,6 +74,7 @@ def test_the_predicted_loss_of_a_recurrent_weight_is_the_divergence_of_a_small_c
     assert all(0.4 < ratio < 2.5 for ratio in ratios)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 256])
 def test_a_sure_model_has_the_same_moments_in_batches_of_any_size(size: int) -> None:
     torch.manual_seed(0)

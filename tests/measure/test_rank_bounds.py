@@ -300,6 +300,7 @@ def test_sizes_are_positive(wrong: dict[str, object]) -> None:
         memory_window(RECIPE, **request)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_public_name_is_the_function_whatever_was_imported_before() -> None:
     code = (
         "import compressor.measure.memory_window; import compressor; "

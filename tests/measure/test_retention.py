@@ -50,6 +50,7 @@ def one_by_one(of: TrainingRecipe, epsilon: float) -> tuple[float, int | None, l
     return -math.log(abs(p)) - log_scale, window, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 6_000])
 @pytest.mark.parametrize(
     "optimizer",

@@ -129,6 +129,7 @@ def test_the_gaussian_reference_is_that_of_any_gaussian_matrix(width: int) -> No
     assert abs(np.mean(ours) - np.mean(others)) < 4 * np.std(others) / math.sqrt(len(ours))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
 def test_few_remembered_strokes_lower_the_participation_ratio_and_plenty_do_not(batch_size: int) -> None:
     n, steps = 16, 40
@@ -153,6 +154,7 @@ def test_few_remembered_strokes_lower_the_participation_ratio_and_plenty_do_not(
     assert 1 / ratio == pytest.approx(2 / n + 1 / n**2 + (1 + 2 / n + 3 / n**2) / strokes)
 
 
+@pytest.mark.slow
 def test_at_the_sources_settings_batch_1_is_of_low_rank_for_the_first_steps_only() -> None:
     def mean_rank(training: SimulatedTraining, steps: range) -> float:
         chosen = list(islice(simulated_weights(training), steps.start, steps.stop, steps.step))

@@ -50,6 +50,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_to_the_end_has_cosine_one_and_ratio_one(name: str) -> None:
     recipe = OPTIMIZERS[name]

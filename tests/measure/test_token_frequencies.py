@@ -166,6 +166,7 @@ def sequences(count: int, seed: int) -> Tensor:
     return torch.stack(steps, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_calibration_makes_a_pair_that_loses_less_and_says_what_it_loses(tied: bool) -> None:
     torch.manual_seed(0)

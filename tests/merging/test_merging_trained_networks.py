@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from compressor import Merging, merge
 from compressor.data.builtin_data import Split, digits
 
+pytestmark = pytest.mark.slow
+
 ONE_POINT = 0.01
 BLOCK, WIDTH, STEPS, LEARNING_RATE = 64, 128, 1500, 0.2
 

@@ -13,6 +13,8 @@ import transformers
 from compressor import BadInput, compress, merge
 from compressor.lowrank import LowRankSpec
 
+pytestmark = pytest.mark.slow
+
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 60}
 GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 60, "n_positions": 32, "bos_token_id": 1}
 

@@ -54,6 +54,7 @@ def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
         assert found.bound == found.drop + found.standard_error
 
 
+@pytest.mark.slow
 @given(falling, st.floats(0.001, 0.5), st.floats(LEAST, 0.95))
 def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size_there_is(
     curve: tuple[float, float], limit: float, first: float

@@ -74,7 +74,7 @@ def test_the_order_of_the_layers_does_not_matter(
         assert {plan.name: plan.rank for plan in plans} == {plan.name: plan.rank for plan in others}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SHAPES, st.integers(0, 2**20), KEEPS)
 def test_no_layer_is_ruined_for_others(shapes: list[tuple[int, int]], seed: int, keep: float) -> None:
     """A layer loses more than at an even share only by a bounded factor, however small its errors look.
@@ -110,7 +110,7 @@ def test_a_layer_with_a_dominating_direction_is_not_starved_by_a_flat_one(keep: 
         assert plan.parameters > 0.5 * keep * plan.dense_parameters, plan
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SHAPES, st.integers(0, 2**20), KEEPS)
 def test_an_even_share_is_within_the_budget_and_even(shapes: list[tuple[int, int]], seed: int, keep: float) -> None:
     layers = layers_with(shapes, seed)

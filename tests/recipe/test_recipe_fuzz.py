@@ -94,6 +94,7 @@ def test_text_of_yaml_and_json(tmp_path: Path, content: str) -> None:
     read_with_all(path)
 
 
+@pytest.mark.slow
 @given(documents)
 @fuzzed
 def test_documents(tmp_path: Path, document: dict[str, Any]) -> None:
@@ -117,6 +118,7 @@ class Arguments:
     """Stands for training arguments of any version and origin."""
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(
         st.sampled_from([*NAMES, "optim", "optim_args", "per_device_train_batch_size", "_n_gpu", "max_length"]),

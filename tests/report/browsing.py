@@ -11,7 +11,12 @@ from playwright.sync_api import Browser, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with 'make chromium'")
+_needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with 'make chromium'")
+
+
+def in_browser(test: Any) -> Any:
+    """Mark a test that runs in a browser: slow, and skipped where there is none."""
+    return pytest.mark.slow(_needs_chromium(test))
 
 
 class OpenedPage:

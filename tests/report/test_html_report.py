@@ -22,6 +22,8 @@ from compressor.report.html import report_page
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "</style><img src=http://evil.example/x onerror=alert(2)>",

@@ -28,6 +28,8 @@ from compressor.report.wording import above_one_words, error_words
 from compressor.results import Compression
 from tests.calibration.tiny_models import CPU, TOKENS, transformer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -36,6 +36,7 @@ def training_checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "run.pt"
 
 
+@pytest.mark.slow
 def test_weights_are_compared_with_weights(
     training_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def card(place: Path) -> ModelCard:
     return ModelCard.load(place / "small" / "README.md")
 
 
+@pytest.mark.slow
 def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path, card: ModelCard) -> None:
     data = card.data
     assert (data.base_model, data.base_model_relation, data.library_name) == ("dense", "quantized", "transformers")
@@ -167,6 +168,7 @@ def test_a_fine_tune_stays_one(tmp_path: Path) -> None:
     assert find_recipe(tmp_path / "small").base_model == find_recipe(model).base_model == "org/start"
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_card_without_paths_of_the_machine(place: Path, tmp_path: Path) -> None:
     for run_of in ("one", "two"):
         (tmp_path / run_of).mkdir()
@@ -300,6 +302,7 @@ METADATA = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(metadata=METADATA)
 def test_no_metadata_stop_a_card(metadata: dict[str, Any]) -> None:
