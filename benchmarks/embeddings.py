@@ -44,7 +44,7 @@ def run(size: int, embeddings: bool, folder: Path) -> dict[str, Any]:
         "embeddings": embeddings,
         "bytes": report.to_dict()["bytes"],
         "rank_of_embedding": ranks.get("model.embed_tokens"),
-        "held_back_loss": report.plan.calibration.held_back_loss,
+        "holdout_loss": report.plan.calibration.holdout_loss,
         "predictions": report.evaluation.count,
         "baseline": report.evaluation.baseline,
         "compressed": report.evaluation.compressed,

@@ -108,7 +108,7 @@ def with_calibration(name: str, compressed: Compress, seeds: Sequence[int]) -> l
                     continue
                 result = report.plan.calibration
                 assert result is not None
-                row |= sizes(report) | {"held_back_loss": result.held_back_loss, "capped": result.capped}
+                row |= sizes(report) | {"holdout_loss": result.holdout_loss, "capped": result.capped}
                 rows.append(row | quality(report))
                 show(rows[-1])
     return rows
@@ -199,7 +199,7 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
             rows.append({"model": name, "asked": asked, "seed": seed, "refused": str(refused)} | dict(extra))
             return None
         result = report.plan.calibration
-        chosen = {} if result is None else {"held_back_loss": result.held_back_loss, "capped": result.capped}
+        chosen = {} if result is None else {"holdout_loss": result.holdout_loss, "capped": result.capped}
         rows.append(row_of(asked, report) | dict(extra) | chosen)
         show(rows[-1])
         return report

@@ -125,7 +125,7 @@ Refine = Annotated[
     typer.Option(
         "--refine/--no-refine",
         help="Last, fit the factors, a block at a time, to what the dense model makes of the calibration data: kept "
-        "only where the examples held back agree. Changes no rank; without it is faster.",
+        "only where the holdout examples agree. Changes no rank; without it is faster.",
         rich_help_panel=CALIBRATION,
     ),
 ]

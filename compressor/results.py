@@ -144,8 +144,8 @@ class Compression:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.
 
         `parameters`, `eligible_parameters` and `bytes` with `_before` and `_after`; `kept`, the share of the eligible
-        parameters; of a calibration `predicted_loss` and `held_back_loss`, in nats per prediction, or for a model
-        without logits `predicted_output_change` and `held_back_output_change`, half the squared change of the outputs;
+        parameters; of a calibration `predicted_loss` and `holdout_loss`, in nats per prediction, or for a model
+        without logits `predicted_output_change` and `holdout_output_change`, half the squared change of the outputs;
         `seconds` of the work; and those of `Evaluation.metrics`.
         """
         before, after = self.plan.eligible_before, self.plan.eligible_after
@@ -162,7 +162,7 @@ class Compression:
         if (calibration := self.plan.calibration) is not None:
             what = "loss" if calibration.unit == "nats per prediction" else "output_change"
             found[f"predicted_{what}"] = calibration.predicted_loss
-            found[f"held_back_{what}"] = calibration.held_back_loss
+            found[f"holdout_{what}"] = calibration.holdout_loss
         measured = {} if self.evaluation is None else self.evaluation.metrics()
         return {name: float(value) for name, value in found.items()} | measured
 

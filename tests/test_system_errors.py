@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from compressor.calibration.activation_cache import Spool
+from compressor.calibration.activation_cache import ActivationCache
 from compressor.cli.run import run
 from compressor.errors import BadInput
 from compressor.io import open_checkpoint, staged_folder
@@ -82,15 +82,15 @@ def test_temporary_files_that_do_not_fit_name_their_folder_and_tmpdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    spool = Spool()
+    cache = ActivationCache()
     with pytest.raises(BadInput) as caught:
-        spool.put("a", x=torch.zeros(100_000))
+        cache.put("a", x=torch.zeros(100_000))
     said = str(caught.value)
     assert said.startswith(f"temporary files cannot be kept: a file is too large for {tmp_path} (File too large); ")
     assert "TMPDIR" in said
     assert "compressor-calibration" not in said
-    del spool, caught
-    gc.collect()  # the error's traceback holds the spool in a circle
+    del cache, caught
+    gc.collect()  # the error's traceback holds the cache in a circle
     assert not list(tmp_path.iterdir())
 
 

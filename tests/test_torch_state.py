@@ -294,7 +294,7 @@ def test_a_module_that_changes_its_buffers_is_calibrated_as_the_same_function_th
     for model in (drifting, still):
         calibration = compressor.compress(model, keep=0.5, calibration=batches()).plan.calibration
         assert calibration is not None
-        losses.append(calibration.held_back_loss)
+        losses.append(calibration.holdout_loss)
     assert losses[0] == losses[1]
 
 

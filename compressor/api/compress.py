@@ -18,8 +18,8 @@ from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.requests import (
     SHARD_SIZE,
+    as_size,
     data_to_measure_on,
-    in_bytes,
     named_data,
     requested,
     require_fine_tune,
@@ -59,7 +59,7 @@ from compressor.measure import EPSILON
 from compressor.model import (
     Factory,
     Model,
-    OpenedModel,
+    ModelLike,
     inspect_layers,
     load_model,
     measured_layers,
@@ -75,15 +75,14 @@ from compressor.planning import (
     LayerPlan,
     MeasuredLayer,
     Plan,
-    holds,
     is_worthwhile,
+    within_limit,
     worthwhile_size,
 )
 from compressor.progress import Progress, expect, takes_steps
 from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import write_card
-from compressor.report.wording import command_words, needs_calibration, percent, warning_words
-from compressor.report.wording import in_bytes as in_size
+from compressor.report.wording import command_words, format_size, needs_calibration, percent, warning_words
 from compressor.results import BeforeAfter, Compression
 from compressor.torch_state import neutral_torch_state, uncompiled
 
@@ -92,10 +91,10 @@ logger = logging.getLogger(__name__)
 
 @neutral_torch_state()
 def plan(
-    model: Model,
+    model: ModelLike,
     *,
     revision: str | None = None,
-    base: Model | None = None,
+    base: ModelLike | None = None,
     keep: float | str | None = None,
     max_size: int | str | None = None,
     max_drop: float | None = None,
@@ -152,10 +151,10 @@ def plan(
 
 @neutral_torch_state()
 def compress(
-    model: Model,
+    model: ModelLike,
     *,
     revision: str | None = None,
-    base: Model | None = None,
+    base: ModelLike | None = None,
     output: str | Path | None = None,
     push_to: str | None = None,
     keep: float | str | None = None,
@@ -204,9 +203,9 @@ def compress(
 
     `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
     least: at most `calibration_samples` of its examples, by default all of an iterable and 128 of other data; texts in
-    windows of `calibration_sequence_length` tokens (the model's own by default). A quarter of them are held back to
+    windows of `calibration_sequence_length` tokens (the model's own by default). A quarter of them are the holdout, to
     choose what loses least; `seed` draws the targets. With `refine` the factors are at last fitted, a block at a time,
-    to what the dense model makes of these examples, and kept so only where the examples held back agree; without is
+    to what the dense model makes of these examples, and kept so only where the holdout examples agree; without is
     faster.
 
     With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
@@ -273,14 +272,14 @@ def compress(
     require_pushable(checkpoint, push_to, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
-    where = resolve_device(device)
+    torch_device = resolve_device(device)
     deciding, reported = data_to_measure_on(data, data_samples, subject, max_drop, calibration)
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
-    shard_size = in_bytes(max_shard_size, "max_shard_size")
+    shard_size = as_size(max_shard_size, "max_shard_size")
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-    dense, examples = _loaded(model, factory, samples, deciding, where, calibration_samples)
+    dense, examples = _loaded(model, factory, samples, deciding, torch_device, calibration_samples)
     _announce(
         progress,
         model,
@@ -290,20 +289,32 @@ def compress(
         examples,
         deciding,
         None if dry_run else reported,
-        where,
+        torch_device,
         given=plan is not None,
         refine=refine,
         writes=not dry_run,
     )
-    inspected = inspect_layers(subject, EPSILON, where, progress)
+    inspected = inspect_layers(subject, EPSILON, torch_device, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
     calibrated = None
     if dense is not None and examples is not None:
-        calibrated = calibrate(dense, [m.layer for m in measured], examples, device=where, seed=seed, progress=progress)
+        calibrated = calibrate(
+            dense, [m.layer for m in measured], examples, device=torch_device, seed=seed, progress=progress
+        )
     if dense is not None and deciding is not None and budget is not None:
         planned = plan_within_drop(
-            subject, measured, budget, form, shard_size, calibrated, dense, deciding, where, progress, refine=refine
+            subject,
+            measured,
+            budget,
+            form,
+            shard_size,
+            calibrated,
+            dense,
+            deciding,
+            torch_device,
+            progress,
+            refine=refine,
         )
     else:
         planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress, refine=refine)
@@ -336,7 +347,7 @@ def compress(
         "form": None if form == "auto" else form,
         "max-shard-size": None if max_shard_size == SHARD_SIZE else max_shard_size,
     }
-    compression = _carried_out(
+    compression = write_compressed(
         model,
         subject,
         measured,
@@ -345,7 +356,7 @@ def compress(
         shard_size,
         reported,
         factory,
-        where,
+        torch_device,
         progress,
         command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
         name=push_to,
@@ -364,16 +375,16 @@ def compress(
     )
 
 
-def _carried_out(
-    model: Model,
-    subject: OpenedModel,
+def write_compressed(
+    model: ModelLike,
+    subject: Model,
     measured: Sequence[MeasuredLayer],
     planned: PlannedModel,
     target: Path | None,
     shard_size: int,
     reported: EvaluationData | None,
     factory: Factory | None,
-    where: torch.device,
+    device: torch.device,
     progress: Progress | None,
     *,
     command: str,
@@ -399,10 +410,10 @@ def _carried_out(
     def with_stored_errors() -> Plan:
         return replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers))
 
-    def evaluation_of(small: Model) -> Evaluation | None:
+    def evaluation_of(small: ModelLike) -> Evaluation | None:
         if reported is None:
             return None
-        evaluation = evaluate_models(model, small, reported, factory, where, progress)
+        evaluation = evaluate_models(model, small, reported, factory, device, progress)
         _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=allow_miss)
         return evaluation
 
@@ -433,12 +444,12 @@ def _carried_out(
 
     compressed, evaluation = None, None
     if isinstance(model, nn.Module) and not dry_run:
-        assert subject.skeleton is not None
-        compressed = rewritten_module(rewriting, subject.skeleton.module, where, done)
+        assert subject.architecture is not None
+        compressed = rewritten_module(rewriting, subject.architecture.module, device, done)
         evaluation = evaluation_of(compressed)
     if target is not None:
         check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)
-        tensors = rewritten_tensors(rewriting, where, done)
+        tensors = rewritten_tensors(rewriting, device, done)
         with staged_output(target, checkpoint, overwrite) as staged:
             write_weights(staged, infos, tensors, file_metadata(rewriting), shard_limit(checkpoint, shard_size))
             if checkpoint.folder is not None:
@@ -450,8 +461,8 @@ def _carried_out(
 
 
 def _compressed_fine_tune(
-    model: Model,
-    base: Model,
+    model: ModelLike,
+    base: ModelLike,
     data: str | Path | None,
     data_samples: int | None,
     factory: Factory | None,
@@ -493,7 +504,7 @@ def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
         )
 
 
-def _warn_of_missing_data(subject: OpenedModel, budget: Budget | None) -> None:
+def _warn_of_missing_data(subject: Model, budget: Budget | None) -> None:
     """Say before the work what compressing attention layers by their weights alone can do, and how to avoid it."""
     asked = budget or Budget("tolerance")
     if not needs_calibration(asked, has_attention=subject.has_attention):
@@ -508,7 +519,7 @@ def _warn_of_missing_data(subject: OpenedModel, budget: Budget | None) -> None:
 
 
 def _require_worthwhile(
-    subject: OpenedModel, measured: Sequence[MeasuredLayer], chosen: Plan, form: FormRequest, shard_size: int
+    subject: Model, measured: Sequence[MeasuredLayer], chosen: Plan, form: FormRequest, shard_size: int
 ) -> None:
     """Raise `QualityGateNotMet` where nothing was asked and little was saved, naming a size that saves enough."""
 
@@ -531,7 +542,7 @@ def _require_worthwhile(
     raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
 
 
-def _require_smaller(subject: OpenedModel, chosen: Plan, *, dry_run: bool) -> None:
+def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
     """Raise `QualityGateNotMet` where every layer stays dense, or tensors grow, as copies of tied ones do.
 
     A model that is no larger than a `max_size` as it is has what was asked for.
@@ -547,13 +558,14 @@ def _require_smaller(subject: OpenedModel, chosen: Plan, *, dry_run: bool) -> No
     after = sum(info.nbytes for info in infos)
     if after > before:
         raise QualityGateNotMet(
-            f"{subject.name}: the tensors would grow from {in_size(before)} to {in_size(after)}, because some that were"
-            " tied become copies; keep less, leave these layers out with `exclude`, or give the ranks as a `plan`"
+            f"{subject.name}: the tensors would grow from {format_size(before)} to {format_size(after)}, because some"
+            " that were tied become copies; keep less, leave these layers out with `exclude`, or give the ranks as a"
+            " `plan`"
         )
 
 
 def _loaded(
-    model: Model,
+    model: ModelLike,
     factory: Factory | None,
     samples: EvaluationData | Iterable[Any] | None,
     deciding: EvaluationData | None,
@@ -573,9 +585,9 @@ def _loaded(
 
 def _announce(
     progress: Progress | None,
-    model: Model,
+    model: ModelLike,
     factory: Factory | None,
-    subject: OpenedModel,
+    subject: Model,
     dense: nn.Module | None,
     examples: CalibrationData | None,
     deciding: EvaluationData | None,
@@ -611,7 +623,7 @@ def _announce(
 def _require_allowed_drop(evaluation: Evaluation, budget: Budget, name: str, *, allow_miss: bool) -> None:
     """Raise `QualityGateNotMet`, or only warn, when the data that did not decide show too large a drop."""
     limit = budget.value if budget.kind == "max-drop" else None
-    if limit is None or evaluation.drop is None or holds(evaluation.drop, limit):
+    if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return
     found = f"the drop on {evaluation.data} is {evaluation.drop:.4g}, more than `max_drop` {limit:g}"
     if not allow_miss:

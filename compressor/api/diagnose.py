@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compressor.diagnosis.findings import find
+from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
 from compressor.diagnosis.layers import balance_of, diagnosed_layer
 from compressor.diagnosis.series import measure_series
@@ -17,7 +17,7 @@ from compressor.io import local_model
 from compressor.measure import EPSILON
 from compressor.model import (
     Factory,
-    Model,
+    ModelLike,
     inspect_layers,
     load_model,
     open_model,
@@ -33,7 +33,7 @@ from compressor.torch_state import neutral_torch_state, uncompiled
 
 @neutral_torch_state()
 def diagnose(
-    model: Model,
+    model: ModelLike,
     *,
     data: str | Path | None = None,
     data_samples: int | None = None,
@@ -65,9 +65,7 @@ def diagnose(
         require_architecture(subject.checkpoint, factory)
     chosen = resolve_device(device)
     examples = (
-        None
-        if data is None
-        else open_data_for(data, subject.checkpoint, "train", data_samples, module=subject.architecture)
+        None if data is None else open_data_for(data, subject.checkpoint, "train", data_samples, module=subject.modules)
     )
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
@@ -78,5 +76,5 @@ def diagnose(
         predictions, seen = measured_on_data(runnable, subject, examples, chosen, progress)
     layers = tuple(diagnosed_layer(each, subject.recipe, seen.get(each.layer.name), evolved) for each in inspected)
     balance = balance_of(layers, subject.recipe)
-    findings = find(subject.recipe, layers, predictions, balance)
+    findings = all_findings(subject.recipe, layers, predictions, balance)
     return Diagnosis(subject.name, subject.recipe, layers, predictions, balance, evolved, findings)

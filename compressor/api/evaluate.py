@@ -14,7 +14,7 @@ from compressor.data import EvaluationData
 from compressor.data.builtin_data import Split
 from compressor.evaluation import Cost, Evaluation, compare
 from compressor.io import local_model, open_checkpoint
-from compressor.model import Factory, Model, build_model, load_model, resolve_device
+from compressor.model import Factory, ModelLike, build_model, load_model, resolve_device
 from compressor.model.opened import open_data_for
 from compressor.progress import Progress
 from compressor.torch_state import neutral_torch_state, uncompiled
@@ -22,11 +22,11 @@ from compressor.torch_state import neutral_torch_state, uncompiled
 
 @neutral_torch_state()
 def evaluate(
-    model: Model,
+    model: ModelLike,
     *,
     data: str | Path,
     data_samples: int | None = None,
-    baseline: Model | None = None,
+    baseline: ModelLike | None = None,
     factory: Factory | None = None,
     split: Split = "test",
     device: str = "auto",
@@ -40,19 +40,19 @@ def evaluate(
     """
     one_of(split, "split", get_args(Split))
     data_samples = as_count_if_given(data_samples, "data_samples", least=1)
-    where = resolve_device(device)
+    torch_device = resolve_device(device)
     model = uncompiled(local_model(model))
     baseline = None if baseline is None else uncompiled(local_model(baseline))
     module = model if isinstance(model, nn.Module) else None
     if factory is not None and Path(data).suffix in (".npz", ".safetensors"):  # whose arrays may go by its names
         module = build_model(factory)
     evaluated = open_data_for(data, open_checkpoint(model), split, data_samples, module=module)
-    return evaluate_models(baseline, model, evaluated, factory, where, progress)
+    return evaluate_models(baseline, model, evaluated, factory, torch_device, progress)
 
 
 def evaluate_models(
-    baseline: Model | None,
-    model: Model,
+    baseline: ModelLike | None,
+    model: ModelLike,
     data: EvaluationData,
     factory: Factory | None,
     device: torch.device,
@@ -67,7 +67,7 @@ def evaluate_models(
     )
 
 
-def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:
+def _on_disk(cost: CostOrNone, model: ModelLike | None) -> CostOrNone:
     """The cost with the size of the weight files, where the model came from files."""
     if cost is None or model is None or isinstance(model, nn.Module):
         return cost

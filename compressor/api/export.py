@@ -16,7 +16,7 @@ from compressor.documents import read_text
 from compressor.errors import BadInput
 from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
 from compressor.exporting.remote import remote_configuration, write_remote
-from compressor.fine_tuning import adapter_of_file, applied, is_difference
+from compressor.fine_tuning import adapter_of_file, is_difference, materialize_fine_tune
 from compressor.io import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -158,7 +158,7 @@ def _applied(
 ) -> Path:
     """Write the dense fine-tune: a folder where the base is one."""
     assert checkpoint.source is not None
-    tuned, _, start = applied(checkpoint.source, base)
+    tuned, _, start = materialize_fine_tune(checkpoint.source, base)
     named = output or checkpoint.source.with_name(
         checkpoint.source.stem + ("-dense" if start.folder is not None else "-dense.safetensors")
     )

@@ -32,7 +32,7 @@ from compressor.fine_tuning.adapter import (
     vllm_obstacles,
     vllm_rank,
 )
-from compressor.fine_tuning.difference import Difference, compare, share_left
+from compressor.fine_tuning.difference import Difference, compare_checkpoints, share_left
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
 from compressor.fine_tuning.verification import verify_with_peft
 from compressor.io import (
@@ -56,13 +56,13 @@ from compressor.model import (
     Factory,
     InspectedLayer,
     Model,
-    OpenedModel,
+    ModelLike,
     inspect_layers,
     load_model,
     measured_layers,
     open_model,
 )
-from compressor.network import Layer, module_skeleton, with_ties
+from compressor.network import Layer, module_architecture, with_ties
 from compressor.planning import (
     Budget,
     LayerPlan,
@@ -84,8 +84,8 @@ Kind = Literal["adapter", "pairs", "module"]
 
 
 def compress_fine_tune(
-    model: Model,
-    base: Model,
+    model: ModelLike,
+    base: ModelLike,
     *,
     output: str | Path | None,
     budget: Budget | None,
@@ -110,15 +110,15 @@ def compress_fine_tune(
     if isinstance(model, nn.Module) != isinstance(base, nn.Module):
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = open_model(model, recipe, recipe_file, factory, include, exclude)
-    subject = replace(subject, checkpoint=with_ties(subject.checkpoint, subject.skeleton))
-    start = with_ties(open_checkpoint(base), subject.skeleton)
+    subject = replace(subject, checkpoint=with_ties(subject.checkpoint, subject.architecture))
+    start = with_ties(open_checkpoint(base), subject.architecture)
     kind = _kind(subject, output)
     target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
     # PEFT adds to all of the base.
-    difference = compare(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
+    difference = compare_checkpoints(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
     layers = tuple(_layer(layer, difference) for layer in subject.layers)
     if kind == "adapter":
-        layers = adaptable_layers(difference, subject.skeleton, layers)
+        layers = adaptable_layers(difference, subject.architecture, layers)
     changes = replace(subject, checkpoint=difference.checkpoint, layers=layers)
     inspected = inspect_layers(changes, EPSILON, device, progress)
     measured = measured_differences(changes, inspected, difference)
@@ -131,7 +131,9 @@ def compress_fine_tune(
     digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
     form = _Form(kind, subject, portable_name(_called(base, start)), difference, layers, _advice(inspected), *digests)
 
-    blocks = expert_blocks(subject.skeleton.module) if kind == "adapter" and subject.skeleton is not None else ()
+    blocks = (
+        expert_blocks(subject.architecture.module) if kind == "adapter" and subject.architecture is not None else ()
+    )
 
     def with_budget(planned: tuple[LayerPlan, ...], of: Budget) -> tuple[LayerPlan, ...]:
         return with_common_ranks(planned, measured, layers, blocks, of) if plan is None else planned
@@ -166,7 +168,7 @@ def compress_fine_tune(
     module, evaluation = None, None
     if not dry_run and (kind == "module" or evaluated is not None):
         dense = load_model(base, factory)
-        names = subject.skeleton or module_skeleton(dense)
+        names = subject.architecture or module_architecture(dense)
         module = adapted_module(adaptation, dense, device, done, names.module_name)
         evaluation = None if evaluated is None else evaluated(module)
     verified = None
@@ -207,7 +209,7 @@ class _Form:
     """All that is known before the ranks: what they become is the same for every plan that is tried."""
 
     kind: Kind
-    subject: OpenedModel
+    subject: Model
     base_name: str
     difference: Difference
     layers: tuple[Layer, ...]
@@ -221,7 +223,7 @@ class _Form:
 
     def stored(self, adaptation: Adaptation) -> _Stored:
         if self.kind == "adapter":
-            adapter = adapter_of(adaptation, self.subject.skeleton, self.base_name)
+            adapter = adapter_of(adaptation, self.subject.architecture, self.base_name)
             infos = adapter.infos
             return _Stored(adapter, infos, safetensors_size(infos, adaptation_metadata(adaptation)))
         infos = pair_file_infos(adaptation)
@@ -310,7 +312,7 @@ def _peft_words(adapter: Adapter, verified: str | None) -> str:
     return words
 
 
-def _called(base: Model, start: Checkpoint) -> str:
+def _called(base: ModelLike, start: Checkpoint) -> str:
     """What a base is called: as it was given, or by its name on the hub."""
     if isinstance(base, nn.Module):
         return type(base).__name__
@@ -332,7 +334,7 @@ def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str, verified: str
     )
 
 
-def _kind(subject: OpenedModel, output: str | Path | None) -> Kind:
+def _kind(subject: Model, output: str | Path | None) -> Kind:
     if subject.checkpoint.source is None:
         return "module"
     as_file = output is not None and Path(output).suffix == ".safetensors"
@@ -340,7 +342,7 @@ def _kind(subject: OpenedModel, output: str | Path | None) -> Kind:
 
 
 def _checked_target(
-    subject: OpenedModel, base: Path | None, output: str | Path | None, kind: Kind, *, overwrite: bool
+    subject: Model, base: Path | None, output: str | Path | None, kind: Kind, *, overwrite: bool
 ) -> Path | None:
     if kind == "module":
         if output is not None:
@@ -364,7 +366,7 @@ def _layer(layer: Layer, difference: Difference) -> Layer:
 
 
 def measured_differences(
-    subject: OpenedModel, inspected: tuple[InspectedLayer, ...], difference: Difference
+    subject: Model, inspected: tuple[InspectedLayer, ...], difference: Difference
 ) -> list[MeasuredLayer]:
     """What the planning needs to know of differences: the window rule's bound is that of all steps of the fine-tuning.
 
@@ -405,7 +407,7 @@ def _planned(
     measured: list[MeasuredLayer],
     budget: Budget | None,
     given: Plan | str | Path | None,
-    subject: OpenedModel,
+    subject: Model,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
 ) -> tuple[Budget, tuple[LayerPlan, ...]]:
     if given is not None:

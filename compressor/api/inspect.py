@@ -12,7 +12,7 @@ from compressor.errors import BadInput
 from compressor.io import local_model
 from compressor.lowrank import with_effective_weights
 from compressor.measure import EPSILON
-from compressor.model import Factory, Model, inspect_layers, measured_layers, open_model, resolve_device
+from compressor.model import Factory, ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import window_rule_advice
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
@@ -22,7 +22,7 @@ from compressor.torch_state import neutral_torch_state, uncompiled
 
 @neutral_torch_state()
 def inspect(
-    model: Model,
+    model: ModelLike,
     *,
     revision: str | None = None,
     recipe: TrainingRecipe | str | Path | None = None,

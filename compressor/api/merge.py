@@ -42,7 +42,7 @@ from compressor.merging.parts import (
 )
 from compressor.model import Factory, build_model, load_model, require_architecture, resolve_device
 from compressor.model.opened import training_of
-from compressor.network import layer_name, transformers_skeleton
+from compressor.network import layer_name, transformers_architecture
 from compressor.progress import Progress
 from compressor.recipe import find_recipe
 from compressor.results import MergeRefused, Merging, Mode, TaskQuality
@@ -84,7 +84,7 @@ def merge(
     """
     started = time.monotonic()
     _require_request(models, mode, head, base, data, max_drop)
-    where = resolve_device(device)
+    torch_device = resolve_device(device)
     parts = tuple(open_part(model, factory) for model in models)
     start = None if base is None else open_part(base, factory)
     combination = _combination(parts, start, mode, head, factory)
@@ -93,7 +93,7 @@ def merge(
 
     networks = [load_model(model, factory) for model in models] if tasks else []
     foundation = load_model(base, factory) if tasks and base is not None else None
-    overlaps, cosine = _layer_overlaps(parts, start, networks, foundation, tasks, where, progress)
+    overlaps, cosine = _layer_overlaps(parts, start, networks, foundation, tasks, torch_device, progress)
     inputs = data_overlap(tasks, networks) if tasks else None
     inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
     warnings = _warnings(combination, mode, start, overlaps, cosine, factory)
@@ -141,7 +141,7 @@ def merge(
         for index, task in enumerate(tasks):
             assert merged is not None
             own = merged if head == "shared" else _outputs_of(merged, combination, index)
-            qualities.append(_quality(parts[index], networks[index], own, task, where))
+            qualities.append(_quality(parts[index], networks[index], own, task, torch_device))
             if progress:
                 progress("evaluate", index + 1, len(tasks))
         size = sum(
@@ -407,11 +407,11 @@ def _describe_folder(folder: Path, first: Part, spec: LowRankSpec) -> None:
         (folder / name).unlink(missing_ok=True)
     config = {key: value for key, value in (first.checkpoint.config or {}).items() if key != "quantization_config"}
     if spec.layers:
-        skeleton = transformers_skeleton(folder)
+        architecture = transformers_architecture(folder)
 
         def in_model(layer: str) -> str:
             tensor = join(layer, "weight")
-            return layer_name((skeleton and skeleton.module_name(tensor)) or tensor)
+            return layer_name((architecture and architecture.module_name(tensor)) or tensor)
 
         config["quantization_config"] = spec.renamed(in_model).to_config()
     if config:

@@ -11,7 +11,7 @@ from compressor.calibration.drop import require_possible_drop
 from compressor.data import EvaluationData, has_splits, require_apart
 from compressor.errors import BadInput
 from compressor.io import Checkpoint, check_push, hub_model, parse_size
-from compressor.model import OpenedModel
+from compressor.model import Model
 from compressor.model.opened import open_data_for, open_search_data
 from compressor.planning import Budget, FormRequest, Plan, requested_budget
 from compressor.recipe import TrainingRecipe
@@ -31,7 +31,7 @@ def requested(
     """The budget that is asked for by the options, None where nothing is; BadInput where they contradict each other."""
     budget = requested_budget(
         keep=as_number(keep, "keep", percent=True),
-        max_size=None if max_size is None else in_bytes(max_size, "max_size"),
+        max_size=None if max_size is None else as_size(max_size, "max_size"),
         max_drop=as_number(max_drop, "max_drop"),
         tolerance=as_number(tolerance, "tolerance", percent=True),
     )
@@ -129,7 +129,7 @@ def require_fine_tune(
 def data_to_measure_on(
     data: str | Path | None,
     limit: int | None,
-    subject: OpenedModel,
+    subject: Model,
     max_drop: float | None,
     calibration: str | Path | Iterable[Any] | None,
 ) -> tuple[EvaluationData | None, EvaluationData | None]:
@@ -139,8 +139,8 @@ def data_to_measure_on(
     if isinstance(calibration, str | Path):
         require_apart(calibration, data)
     if max_drop is None:
-        return None, open_data_for(data, subject.checkpoint, "test", limit, module=subject.architecture)
-    deciding, reported = open_search_data(data, subject.checkpoint, limit, subject.architecture)
+        return None, open_data_for(data, subject.checkpoint, "test", limit, module=subject.modules)
+    deciding, reported = open_search_data(data, subject.checkpoint, limit, subject.modules)
     require_possible_drop(max_drop, deciding)
     return deciding, reported
 
@@ -163,6 +163,6 @@ def named_data(data: object) -> object:
     return Path(data) if isinstance(data, str) and not has_splits(data) else data
 
 
-def in_bytes(size: int | str, option: str) -> int:
+def as_size(size: int | str, option: str) -> int:
     """A size as a number of bytes."""
     return parse_size(size) if isinstance(size, str) else as_count(size, option, least=1)

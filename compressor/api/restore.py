@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.api.requests import in_bytes
+from compressor.api.requests import as_size
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.io import (
@@ -33,8 +33,8 @@ from compressor.lowrank import (
     write_weights,
 )
 from compressor.model import Factory
-from compressor.model.opened import skeleton_of, text_mapping
-from compressor.network import in_natural_order, skeleton_mismatch
+from compressor.model.opened import known_architecture, text_mapping
+from compressor.network import architecture_mismatch, in_natural_order
 from compressor.progress import Progress
 from compressor.report.model_card import restore_card
 from compressor.results import BeforeAfter, Restoration
@@ -92,7 +92,7 @@ def restore(
         overwrite=overwrite,
         needed_bytes=sum(info.nbytes for info in infos),
     )
-    shard_size = in_bytes(max_shard_size, "max_shard_size")
+    shard_size = as_size(max_shard_size, "max_shard_size")
     copies: dict[str, list[str]] = {}
     for alias, name in aliases.items():
         copies.setdefault(name, []).append(alias)
@@ -129,8 +129,10 @@ def restore(
 
 def _require_fit(checkpoint: Checkpoint, planned: dict[str, TensorInfo], factory: Factory) -> None:
     """Raise `BadInput` where the dense tensors are not those of the model that the user's code builds."""
-    skeleton = skeleton_of(checkpoint, factory)
-    mismatch = None if skeleton is None else skeleton_mismatch(replace(checkpoint, tensors=planned), skeleton)
+    architecture = known_architecture(checkpoint, factory)
+    mismatch = (
+        None if architecture is None else architecture_mismatch(replace(checkpoint, tensors=planned), architecture)
+    )
     if mismatch is not None:
         raise BadInput(
             f"the model that `factory` builds does not fit: {mismatch}",

@@ -30,7 +30,7 @@ from compressor.evaluation.cost import TIMING, TimingSettings
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix
 from compressor.measure import singular_values
-from compressor.model import prepared
+from compressor.model import evaluation_mode
 from compressor.model.inference import forward_call
 from compressor.network import Layer
 from compressor.planning import PLANNING
@@ -111,8 +111,8 @@ class CalibrationWork:
     `in_metric` times as long as one without.
     """
 
-    fitted: int
-    held_back: int
+    fit: int
+    holdout: int
     forward: ForwardTime
     groups: int
     segments: int
@@ -122,9 +122,9 @@ class CalibrationWork:
 
     def planning_steps(self, decompositions: float, powers: int, *, stages: int, refine: bool) -> list[Step]:
         """From a calibrated model to a plan and its factors; stages and all after them may be left out."""
-        both = self.fitted + self.held_back
+        both = self.fit + self.holdout
         run = partial(self.forward.of_segments, segments=self.segments)
-        factors, held = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.held_back)
+        factors, held = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
         one_allocation = factors + held * (1 + 1 / self.segments)
         # Both models are run on all examples.
         statistics = (2 + self.products) * run(both) * self.groups / self.segments
@@ -135,9 +135,9 @@ class CalibrationWork:
         stage = [*best, *self.calibration_steps(), *best]
         steps = [*best, *(replace(step, certain=False) for _ in range(stages) for step in stage)]
         if refine:
-            at_once = max(1, self.fitted // STEPS)
-            fitting = self.fitting * self.fitted / at_once
-            one_pass = FORWARD_AND_BACKWARD * run(self.fitted, at_once) + run(self.held_back) + fitting
+            at_once = max(1, self.fit // STEPS)
+            fitting = self.fitting * self.fit / at_once
+            one_pass = FORWARD_AND_BACKWARD * run(self.fit, at_once) + run(self.holdout) + fitting
             *others, last = self._by_segment(PASSES * one_pass + 2 * run(both))
             # The last segment is compared with the model's outputs, for which the dense one is run again.
             last += PASSES * run(both, at_once) / max(1, self.segments - 1)
@@ -146,8 +146,8 @@ class CalibrationWork:
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
-        run, both = self.forward.of, self.fitted + self.held_back
-        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fitted))
+        run, both = self.forward.of, self.fit + self.holdout
+        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fit))
         # Where the segments are is tried on the first batch.
         return [Step("run", (run(both) + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
 
@@ -230,7 +230,7 @@ def work_on_calibration(
     def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.setdefault(module, arguments[0] if arguments else next(iter(named.values())))
 
-    batch = with_decoder_inputs(data, model).fitted[0]
+    batch = with_decoder_inputs(data, model).fit[0]
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
@@ -244,7 +244,7 @@ def work_on_calibration(
     products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
     return CalibrationWork(
-        data.examples, data.held_back_examples, forward, groups, segments, fitting, products, in_metric
+        data.examples, data.holdout_examples, forward, groups, segments, fitting, products, in_metric
     )
 
 
@@ -271,7 +271,7 @@ def timed_forward(model: nn.Module, batch: Batch, device: torch.device) -> Forwa
 
 def _forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> float | None:
     try:
-        with prepared(device, model):
+        with evaluation_mode(device, model):
             return _least_seconds(forward_call(model, batch.inputs), device)
     except (BadInput, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         return None

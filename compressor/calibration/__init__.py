@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.calibration.calibrate import Calibration, calibrate, held_back_loss, recalibrate
+from compressor.calibration.calibrate import Calibration, calibrate, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.examples import CalibrationData, split_examples
 from compressor.calibration.refinement import refine
@@ -13,7 +13,7 @@ __all__ = [
     "Compensated",
     "calibrate",
     "compensate",
-    "held_back_loss",
+    "holdout_loss",
     "recalibrate",
     "refine",
     "split_examples",

@@ -16,7 +16,7 @@ from compressor.io import temporary_workspace
 from compressor.system_errors import temporary_space
 
 
-class Spool:
+class ActivationCache:
     """Tensors by key in a temporary folder that goes with the object."""
 
     def __init__(self) -> None:
@@ -55,21 +55,21 @@ class Spool:
         return tensors
 
 
-class SpooledMetrics(Mapping[str, Metric | TiedMetric]):
+class CachedMetrics(Mapping[str, Metric | TiedMetric]):
     """The metrics of layers by name, each read when it is asked for."""
 
-    def __init__(self, spool: Spool, device: torch.device) -> None:
-        self._spool, self._device = spool, device
+    def __init__(self, cache: ActivationCache, device: torch.device) -> None:
+        self._cache, self._device = cache, device
         self._names: dict[str, Hashable] = {}
 
     def put(self, name: str, metric: Metric | TiedMetric) -> None:
         key = ("metric", name)
         parts = {"": metric} if isinstance(metric, Metric) else {"lookup.": metric.lookup, "head.": metric.head}
-        self._spool.put(key, **{prefix + what: t for prefix, part in parts.items() for what, t in _tensors(part)})
+        self._cache.put(key, **{prefix + what: t for prefix, part in parts.items() for what, t in _tensors(part)})
         self._names[name] = key
 
     def __getitem__(self, name: str) -> Metric | TiedMetric:
-        tensors = self._spool.get(self._names[name], self._device)
+        tensors = self._cache.get(self._names[name], self._device)
         if "lookup.inputs" in tensors:
             return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
         return _metric(tensors, "")

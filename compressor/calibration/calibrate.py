@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.activation_cache import Spool, SpooledMetrics
+from compressor.calibration.activation_cache import ActivationCache, CachedMetrics
 from compressor.calibration.criterion import (
     UNITS,
     Criterion,
@@ -35,10 +35,10 @@ from compressor.data import Batch
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
-from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, shrunk
+from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, oas_shrinkage
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
-from compressor.model import prepared
+from compressor.model import evaluation_mode
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
 from compressor.progress import Progress
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 class Calibration:
     """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
 
-    A layer that no example reached is in neither mapping. What each segment of the dense model makes is in `spool`,
+    A layer that no example reached is in neither mapping. What each segment of the dense model makes is in `cache`,
     under ("dense", part, segment, batch), and the second moments of the gradients there under ("boundary", segment).
     """
 
@@ -61,7 +61,7 @@ class Calibration:
     criterion: Criterion
     device: torch.device
     seed: int
-    spool: Spool = field(repr=False)
+    cache: ActivationCache = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,24 +80,24 @@ def calibrate(
     seed: int,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Moments of the layers' inputs and gradients on the fitted part of the data.
+    """Moments of the layers' inputs and gradients on the fit part of the data.
 
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
     modules = _modules(model, layers)
     data = with_decoder_inputs(data, model)
-    spool = Spool()
-    with prepared(device, model), frozen(model):
-        first = data.fitted[0]
+    cache = ActivationCache()
+    with evaluation_mode(device, model), frozen(model):
+        first = data.fit[0]
         outputs = _accepted_outputs(model, first)
-        _try_every_shape(model, [*data.fitted, *data.held_back])
+        _try_every_shape(model, [*data.fit, *data.holdout])
         segments = find_segments(model, layers, first)
         logger.info("calibration runs the model in %d segments", segments.count)
-        batches = {"fitted": data.fitted, "held back": data.held_back}
-        _keep_boundaries(model, segments, batches, spool, modules, progress)
+        batches = {"fit": data.fit, "holdout": data.holdout}
+        _keep_boundaries(model, segments, batches, cache, modules, progress)
         known = {layer.name: layer for layer in layers}
         criterion = criterion_of(model, outputs, first.labels if data.labelled else None)
-        bare = Calibration(model, known, data, segments, criterion, device, seed, spool)
+        bare = Calibration(model, known, data, segments, criterion, device, seed, cache)
         embeddings = EmbeddingCollector(
             {
                 layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
@@ -161,16 +161,16 @@ def recalibrate(
     metrics of embeddings, and of layers that the compressed model does not reach, stay those of the dense model.
     """
     layers = _modules(calibration.model, calibration.layers.values())
-    spool = Spool()
+    cache = ActivationCache()
     with (
-        prepared(calibration.device, calibration.model),
+        evaluation_mode(calibration.device, calibration.model),
         with_layers(calibration.model, modules) as changed,
         frozen(changed),
     ):
         stand_ins = _modules(changed, calibration.layers.values())
-        batches = {"fitted": calibration.data.fitted}
-        _keep_boundaries(changed, calibration.segments, batches, spool, stand_ins, progress)
-        run = replace(calibration, model=changed, spool=spool)
+        batches = {"fit": calibration.data.fit}
+        _keep_boundaries(changed, calibration.segments, batches, cache, stand_ins, progress)
+        run = replace(calibration, model=changed, cache=cache)
         metrics, uses = _metrics(run, layers, stand_ins, progress)
     for name in calibration.metrics.keys() - metrics.keys():
         metrics.put(name, calibration.metrics[name])
@@ -187,8 +187,8 @@ def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
     }
 
 
-def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
-    """Mean cost per prediction, on the examples held back, of having `modules` in their places in the dense model.
+def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
+    """Mean cost per prediction, on the holdout examples, of having `modules` in their places in the dense model.
 
     For a likelihood the Kullback-Leibler divergence from the dense model in nats: the increase in loss on targets drawn
     from it, which is what the second-order estimate predicts; else half the squared change of the outputs. Infinite if
@@ -196,9 +196,9 @@ def held_back_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -
     """
     total, count = 0.0, 0
     segments, last = calibration.segments, calibration.segments.count - 1
-    with prepared(calibration.device, calibration.model):
-        for index, batch in enumerate(calibration.data.held_back):
-            [before] = segments.run(calibration.model, last, batch, entering(calibration, "held back", last, index))
+    with evaluation_mode(calibration.device, calibration.model):
+        for index, batch in enumerate(calibration.data.holdout):
+            [before] = segments.run(calibration.model, last, batch, entering(calibration, "holdout", last, index))
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
             cost, rows = divergence(before, after, batch.masks, calibration.criterion)
@@ -216,7 +216,7 @@ def entering(calibration: Calibration, part: str, segment: int, batch: int) -> S
 
 def made_by(calibration: Calibration, part: str, segment: int, batch: int) -> State:
     """What a segment of the dense model makes, all but the last."""
-    return calibration.spool.row(("dense", part, segment, batch), calibration.device)
+    return calibration.cache.row(("dense", part, segment, batch), calibration.device)
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def _keep_boundaries(
     model: nn.Module,
     segments: Segments,
     batches: Mapping[str, Sequence[Batch]],
-    spool: Spool,
+    cache: ActivationCache,
     layers: Mapping[str, nn.Module],
     progress: Progress | None,
 ) -> None:
@@ -267,7 +267,7 @@ def _keep_boundaries(
             made = segments.made_by(segment, state)
             if not all(torch.isfinite(each).all() for each in made):
                 raise _overflow(model, batch, layers)
-            spool.put_row(("dense", part, segment, index), made)
+            cache.put_row(("dense", part, segment, index), made)
         if progress:
             progress("run", done, len(each_batch))
 
@@ -295,13 +295,13 @@ def _metrics(
     progress: Progress | None,
     embeddings: EmbeddingCollector | None = None,
     parameters: ParameterCollector | None = None,
-) -> tuple[SpooledMetrics, dict[str, float]]:
+) -> tuple[CachedMetrics, dict[str, float]]:
     """The metric and the uses of every layer that is reached, from the last segment to the first.
 
     `stand_ins` are what runs in the layers' places.
     """
-    model, segments, spool, device = calibration.model, calibration.segments, calibration.spool, calibration.device
-    metrics = SpooledMetrics(spool, device)
+    model, segments, cache, device = calibration.model, calibration.segments, calibration.cache, calibration.device
+    metrics = CachedMetrics(cache, device)
     uses: dict[str, float] = {}
     generator = torch.Generator(device).manual_seed(calibration.seed)
     rows = 0
@@ -309,7 +309,7 @@ def _metrics(
 
     def backwards(segment: int, index: int, batch: Batch) -> None:
         nonlocal rows
-        state = entering(calibration, "fitted", segment, index)
+        state = entering(calibration, "fit", segment, index)
         for each in state:
             each.requires_grad_(True)
         masks, last = batch.masks, segment == segments.count - 1
@@ -326,7 +326,7 @@ def _metrics(
                     "the model's own loss on the calibration data is not finite",
                     remedy="use the model in a wider dtype, or other data",
                 )
-        gradients = (None,) if last else spool.row(("gradient", index), device)
+        gradients = (None,) if last else cache.row(("gradient", index), device)
         # Of what the segment made of none of the layers and of nothing that entered it there is no gradient.
         reachable = [pair for pair in zip(handed_on, gradients, strict=True) if pair[0].requires_grad]
         if reachable:
@@ -334,14 +334,14 @@ def _metrics(
         if not state:
             return
         received = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in state)
-        spool.put_row(("gradient", index), received)
+        cache.put_row(("gradient", index), received)
         for number, each in enumerate(segments.made_by(segment - 1, received)):
             boundary[number].add(hidden_rows(each, masks))
 
     for done, segment in enumerate(reversed(range(segments.count)), start=1):
         passes = (
             MomentPass(partial(backwards, segment, index, batch), batch.masks)
-            for index, batch in enumerate(calibration.data.fitted)
+            for index, batch in enumerate(calibration.data.fit)
         )
         inside = segments.own_layers(model, segment, stand_ins)
         for name, found in collect_moments({name: layers[name] for name in inside}, passes, inside).items():
@@ -349,13 +349,13 @@ def _metrics(
                 metrics.put(name, metric)
                 uses[name] = found.positions / rows
         if boundary:
-            spool.put_row(("boundary", segment - 1), [each.moment() for each in boundary.values()])
+            cache.put_row(("boundary", segment - 1), [each.moment() for each in boundary.values()])
             boundary.clear()
         if progress:
             progress("calibrate", done, segments.count)
     for name, of_parameter in parameters.moments(rows).items() if parameters is not None else ():
-        inputs = shrunk(of_parameter.inputs, of_parameter.input_samples)
-        metrics.put(name, Metric(inputs, shrunk(of_parameter.gradients, of_parameter.gradient_samples)))
+        inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
+        metrics.put(name, Metric(inputs, oas_shrinkage(of_parameter.gradients, of_parameter.gradient_samples)))
         uses[name] = 1.0
     return metrics, uses
 
@@ -377,7 +377,7 @@ class _Boundary:
         assert self.product is not None
         if not float(self.product.trace()) > 0:
             return self.product
-        return shrunk(self.product / self.positions, self.positions)
+        return oas_shrinkage(self.product / self.positions, self.positions)
 
 
 def _metric(moments: Moments, layer: nn.Module) -> Metric | None:
@@ -391,7 +391,7 @@ def _metric(moments: Moments, layer: nn.Module) -> Metric | None:
     if float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
         return None
     return Metric(
-        shrunk(inputs, moments.positions),
-        shrunk(moments.gradients, moments.positions),
+        oas_shrinkage(inputs, moments.positions),
+        oas_shrinkage(moments.gradients, moments.positions),
         moments.mean if has_bias else None,
     )

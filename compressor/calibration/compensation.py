@@ -7,7 +7,7 @@ best solves a ridge regression towards the original weights W,
 
 so that in directions which calibration never excites the layer goes on doing what it did; T is then truncated in the
 metric of x' and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor towards zero.) For every layer
-the strength of the ridge, and whether to refit at all, is what loses least on the examples held back. Statistics of
+the strength of the ridge, and whether to refit at all, is what loses least on the holdout examples. Statistics of
 batch normalisation move in the same walk by as much as their inputs moved.
 """
 
@@ -37,12 +37,12 @@ from compressor.lowrank import (
     stored_tensors,
 )
 from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
-from compressor.model import prepared
+from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
 from compressor.progress import Progress
 
-# Relative to the mean of the inputs' second moments; the best on the data held back is taken.
+# Relative to the mean of the inputs' second moments; the best on the holdout data is taken.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -71,7 +71,7 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
     """Every layer truncated by itself, on the inputs of the dense model."""
     factors: dict[str, Mapping[str, Tensor]] = {}
     modules: dict[str, nn.Module] = {}
-    with prepared(calibration.device, calibration.model):
+    with evaluation_mode(calibration.device, calibration.model):
         for plan in planned:
             if plan.rank is None:
                 continue
@@ -117,25 +117,23 @@ def compensate(
     factors: dict[str, Mapping[str, Tensor]] = dict(start.factors)
     modules: dict[str, nn.Module] = dict(start.modules)
     segments = calibration.segments
-    with prepared(calibration.device, calibration.model):
+    with evaluation_mode(calibration.device, calibration.model):
         for segment in range(segments.count):
             for group in groups_run(calibration, segment, left):
                 left -= set(group)
                 first = calibration.model.get_submodule(group[0])
-                fitted, held = (
-                    _statistics(calibration, segment, part, first, modules) for part in ("fitted", "held back")
-                )
+                fit, holdout = (_statistics(calibration, segment, part, first, modules) for part in ("fit", "holdout"))
                 if isinstance(first, _BatchNorm):
-                    if fitted is not None and held is not None and (moved := _moved(first, fitted, held)) is not None:
+                    if fit is not None and holdout is not None and (moved := _moved(first, fit, holdout)) is not None:
                         modules[group[0]] = moved
                     continue
                 for place in group:
                     name = places[place]
                     layer, plan = calibration.layers[name], plans[name]
-                    if fitted is None or held is None or name not in calibration.metrics:
+                    if fit is None or holdout is None or name not in calibration.metrics:
                         factors[name] = _truncated(calibration, layer, plan)
                     else:
-                        factors[name] = _refitted(calibration, layer, plan, fitted, held)
+                        factors[name] = _refitted(calibration, layer, plan, fit, holdout)
                     low_rank_layer = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
                     modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
             if segment < segments.count - 1:
@@ -172,16 +170,16 @@ class _InputStatistics:
 
 
 def _refitted(
-    calibration: Calibration, layer: Layer, plan: LayerPlan, fitted: _InputStatistics, held: _InputStatistics
+    calibration: Calibration, layer: Layer, plan: LayerPlan, fit: _InputStatistics, holdout: _InputStatistics
 ) -> dict[str, Tensor]:
-    """The candidate that loses least on the examples held back."""
+    """The candidate that loses least on the holdout examples."""
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.device)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
-    x, y = (None, None) if metric.mean is None else (fitted.x, fitted.y)
-    about = fitted if x is None or y is None else fitted.centred(x, y)
+    x, y = (None, None) if metric.mean is None else (fit.x, fit.y)
+    about = fit if x is None or y is None else fit.centred(x, y)
     identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
     scale = about.yy.diagonal().mean()
     for relative in RIDGES if 0 < scale < torch.inf else ():
@@ -195,7 +193,7 @@ def _refitted(
     best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
     for each in candidates:
         pair = approximate(layer, plan, each.matrix, metric=each.metric)
-        about = held if each.x is None or each.y is None else held.centred(each.x, each.y)
+        about = holdout if each.x is None or each.y is None else holdout.centred(each.x, each.y)
         error = _error(matrix, pair.product(), about, metric.gradients)
         if best is None or error < best[0]:
             best = (error, each, pair)
@@ -221,8 +219,8 @@ def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients
     return float((gradients * moved).sum())
 
 
-def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) -> nn.Module | None:
-    """Batch normalisation whose statistics moved as its inputs did; None where that does not help on held-back data.
+def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) -> nn.Module | None:
+    """Batch normalisation whose statistics moved as its inputs did; None where that does not help on holdout data.
 
     The change on the same examples is added to what training left, so that few examples do not make them noisy. The
     mean may move without the variance: what a truncated layer lost of that is noise to the layers that follow, and
@@ -231,18 +229,18 @@ def _moved(dense: _BatchNorm, fitted: _InputStatistics, held: _InputStatistics) 
     assert dense.running_mean is not None
     assert dense.running_var is not None
     mean, variance = dense.running_mean.double(), dense.running_var.double()
-    before, after = fitted.xx - fitted.x**2, fitted.yy - fitted.y**2
+    before, after = fit.xx - fit.x**2, fit.yy - fit.y**2
     # A channel that hardly varies beside its size says nothing about how its variance changes.
     noise = torch.finfo(torch.float32).eps
-    varies = (before > noise * fitted.xx) & (after > noise * fitted.yy)
-    moved_mean, moved_variance = mean + fitted.y - fitted.x, variance * torch.where(varies, after / before, 1.0)
+    varies = (before > noise * fit.xx) & (after > noise * fit.yy)
+    moved_mean, moved_variance = mean + fit.y - fit.x, variance * torch.where(varies, after / before, 1.0)
 
     def error(running_mean: Tensor, running_variance: Tensor) -> float:
         a, b = (variance + dense.eps).rsqrt(), (running_variance + dense.eps).rsqrt()
         shift = b * running_mean - a * mean
-        squares = a**2 * held.xx - 2 * a * b * held.xy + b**2 * held.yy
+        squares = a**2 * holdout.xx - 2 * a * b * holdout.xy + b**2 * holdout.yy
         weight = 1.0 if dense.weight is None else dense.weight.double() ** 2
-        return float((weight * (squares + shift**2 + 2 * shift * (a * held.x - b * held.y))).sum())
+        return float((weight * (squares + shift**2 + 2 * shift * (a * holdout.x - b * holdout.y))).sum())
 
     candidates = [(mean, variance), (moved_mean, variance), (moved_mean, moved_variance)]
     chosen = min(candidates, key=lambda statistics: error(*statistics))
@@ -285,8 +283,8 @@ def groups_run(calibration: Calibration, segment: int, places: Iterable[str]) ->
                     groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
 
             stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        batch = calibration.data.fitted[0]
-        calibration.segments.run(model, segment, batch, entering(calibration, "fitted", segment, 0))
+        batch = calibration.data.fit[0]
+        calibration.segments.run(model, segment, batch, entering(calibration, "fit", segment, 0))
     return list(groups.values())
 
 
@@ -396,8 +394,8 @@ def run_segment(
 
     `rows` are the examples of the batch.
     """
-    if modules and segment > 0 and ("compressed", part, index) in calibration.spool:
-        state = calibration.spool.row(("compressed", part, index), calibration.device)
+    if modules and segment > 0 and ("compressed", part, index) in calibration.cache:
+        state = calibration.cache.row(("compressed", part, index), calibration.device)
     else:
         state = entering(calibration, part, segment, index)
     batch = batches_of(calibration, part)[index][rows]
@@ -407,15 +405,15 @@ def run_segment(
 
 def advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
     """Leave on disk what the compressed segment hands to the next."""
-    for part in ("fitted", "held back"):
+    for part in ("fit", "holdout"):
         for index in range(len(batches_of(calibration, part))):
             state = run_segment(calibration, segment, part, index, modules)
-            calibration.spool.put_row(("compressed", part, index), state)
+            calibration.cache.put_row(("compressed", part, index), state)
 
 
 def batches_of(calibration: Calibration, part: str) -> Sequence[Batch]:
-    """Those of a part of the data: "fitted" or "held back"."""
-    return calibration.data.fitted if part == "fitted" else calibration.data.held_back
+    """Those of a part of the data: "fit" or "holdout"."""
+    return calibration.data.fit if part == "fit" else calibration.data.holdout
 
 
 def _matrix(layer: Layer, dense: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:

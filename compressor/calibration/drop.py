@@ -15,7 +15,7 @@ from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
 from compressor.lowrank import Rewriting, rewritten_module
-from compressor.model import OpenedModel
+from compressor.model import Model
 from compressor.planning import (
     PLANNING,
     Budget,
@@ -25,11 +25,11 @@ from compressor.planning import (
     MeasuredLayer,
     Trial,
     choose_ranks,
-    holds,
     predicted_loss,
     search_by_drop,
     smallest_found,
     smallest_size,
+    within_limit,
 )
 from compressor.progress import Progress
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def plan_within_drop(
-    subject: OpenedModel,
+    subject: Model,
     measured: list[MeasuredLayer],
     budget: Budget,
     form: FormRequest,
@@ -90,7 +90,7 @@ def plan_within_drop(
             trial = Trial(keep, stored, quality_drop(baseline, quality) + 0.0, drop_error(baseline, quality))
             tried[stored] = trial
             logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, baseline.metric)
-            if holds(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
+            if within_limit(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
                 best = planned
             if progress:
                 progress("search", len(tried), PLANNING.most_trials)

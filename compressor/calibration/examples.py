@@ -1,6 +1,6 @@
-"""Calibration data as two parts: what the moments are estimated on, and what is held back to choose by.
+"""Calibration data as two parts: what the moments are estimated on, and a holdout to choose by.
 
-Three examples of four give the moments; the fourth is held back, so that what is chosen by it was not fitted to it.
+Three examples of four give the moments; the fourth is the holdout, so that what is chosen by it was not fitted to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
 from compressor.torch_state import caller_defaults
 
-HELD_BACK = 4  # every fourth example
+HOLDOUT = 4  # every fourth example
 
 # Tokens of which the activations are in memory at a time: a long window makes a batch of few.
 TOKENS_AT_ONCE = 8192
@@ -31,23 +31,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Batches for the moments and batches held back; `labelled` says whether examples come with classes to predict.
+    """Batches for the moments (`fit`) and to choose by (`holdout`).
 
-    `unused` says what was given and not taken, empty if all was.
+    `labelled` says whether examples come with classes to predict. `unused` says what was given and not
+    taken, empty if all was.
     """
 
-    fitted: tuple[Batch, ...]
-    held_back: tuple[Batch, ...]
+    fit: tuple[Batch, ...]
+    holdout: tuple[Batch, ...]
     labelled: bool
     unused: str = ""
 
     @property
     def examples(self) -> int:
-        return sum(batch.examples for batch in self.fitted)
+        return sum(batch.examples for batch in self.fit)
 
     @property
-    def held_back_examples(self) -> int:
-        return sum(batch.examples for batch in self.held_back)
+    def holdout_examples(self) -> int:
+        return sum(batch.examples for batch in self.holdout)
 
 
 def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationData:
@@ -64,12 +65,12 @@ def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationD
     takes_labels = "labels" in signature(model.forward).parameters
     if not takes_labels or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return data
-    fitted, held_back = (tuple(map(taught, batches)) for batches in (data.fitted, data.held_back))
-    return replace(data, fitted=fitted, held_back=held_back)
+    fit, holdout = (tuple(map(taught, batches)) for batches in (data.fit, data.holdout))
+    return replace(data, fit=fit, holdout=holdout)
 
 
 def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = None) -> CalibrationData:
-    """Every fourth example, or batch of an iterable, is held back.
+    """Every fourth example, or batch of an iterable, is the holdout.
 
     An iterable is used whole, or up to `samples` examples. `data` is what `open_data` gives, or any iterable of
     batches: a tensor, a mapping of a model's inputs, or a pair of inputs and labels, as a `DataLoader` gives them.
@@ -77,7 +78,7 @@ def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = N
     an iterable that has no length and does not end.
     """
     split = _split_data(data) if isinstance(data, EvaluationData) else _split_iterable(data, samples)
-    used = f"{split.examples:,} examples to fit and {split.held_back_examples:,} to choose by"
+    used = f"{split.examples:,} examples to fit and {split.holdout_examples:,} to choose by"
     logger.info("calibration uses %s; not used: %s", used, split.unused or "nothing")
     return split
 
@@ -85,11 +86,11 @@ def split_examples(data: EvaluationData | Iterable[Any], samples: int | None = N
 def _split_data(data: EvaluationData) -> CalibrationData:
     if data.count < 2:
         raise BadInput("calibration needs two examples at least", where=data.name, remedy="give more data")
-    every = min(HELD_BACK, data.count)
-    held = list(range(every - 1, data.count, every))
-    rest = sorted(set(range(data.count)) - set(held))
-    fitted, held_back = tuple(_in_batches(data, rest)), tuple(_in_batches(data, held))
-    return CalibrationData(fitted, held_back, _labelled((*fitted, *held_back)), data.unused)
+    every = min(HOLDOUT, data.count)
+    last = list(range(every - 1, data.count, every))
+    rest = sorted(set(range(data.count)) - set(last))
+    fit, holdout = tuple(_in_batches(data, rest)), tuple(_in_batches(data, last))
+    return CalibrationData(fit, holdout, _labelled((*fit, *holdout)), data.unused)
 
 
 def _labelled(batches: Sequence[Batch]) -> bool:
@@ -100,7 +101,7 @@ def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData
     batches: list[Batch] = []
     taken, cut, follows = 0, 0, ""
     # One batch alone would leave nothing to choose by.
-    most = None if samples is None else samples - max(1, samples // HELD_BACK)
+    most = None if samples is None else samples - max(1, samples // HOLDOUT)
     with caller_defaults():
         for each in data:
             if samples is not None and taken >= samples:
@@ -119,7 +120,7 @@ def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData
     if len(batches) < 2:
         number = "one batch" if batches else "0 batches"
         raise BadInput(f"the calibration data yields {number}", remedy="give two at least")
-    every = min(HELD_BACK, len(batches))
+    every = min(HOLDOUT, len(batches))
     return CalibrationData(
         tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
         tuple(batches[every - 1 :: every]),

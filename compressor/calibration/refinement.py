@@ -2,7 +2,7 @@
 
 Compensation solves for one layer at a time and for what is linear in it; the fit moves all factors of a segment
 together, through its nonlinearities, on the inputs that the compressed model gives it. It overfits a little data within
-a few passes, so a pass after which the examples held back lose more is undone.
+a few passes, so a pass after which the holdout examples lose more is undone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compressor.calibration.compensation import Compensated, advance, batches_of
 from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.segments import State
 from compressor.lowrank import join
-from compressor.model import prepared
+from compressor.model import evaluation_mode
 from compressor.progress import Progress
 
 # Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
@@ -32,7 +32,7 @@ STEP = 1e-2
 CUT = 0.3
 PASSES = 8
 
-# Steps in a pass over the fitted examples, at least, where there are as many of these.
+# Steps in a pass over the fit examples, at least, where there are as many of these.
 STEPS = 16
 
 ALL = slice(None)  # the rows of a batch
@@ -44,7 +44,7 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
     """The low-rank layers of `start` fitted, a segment at a time, in the metric of the loss; `start` stays as it is.
 
     Embeddings, the parameters of modules, and layers that the first calibration batch does not reach are not fitted,
-    nor is a segment whose error held back does not fall, or that cannot be differentiated in its factors.
+    nor is a segment whose holdout error does not fall, or that cannot be differentiated in its factors.
     """
     layers = {
         calibration.layers[name].module: calibration.layers[name]
@@ -55,11 +55,11 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
     own = {place: start.modules[place] for layer in layers.values() for place in (layer.module, *layer.places)}
     modules = {**start.modules, **deepcopy(own)}
     factors = dict(start.factors)
-    with prepared(calibration.device, calibration.model), frozen(calibration.model):
+    with evaluation_mode(calibration.device, calibration.model), frozen(calibration.model):
         for segment in range(calibration.segments.count):
             places = [place for group in groups_run(calibration, segment, left) for place in group]
             left -= set(places)
-            if _fitted(calibration, segment, modules, {place: modules[place] for place in places}):
+            if _fit_segment(calibration, segment, modules, {place: modules[place] for place in places}):
                 for place in places:
                     name = layers[place].name
                     factors[name] = {join(name, key): each for key, each in modules[place].state_dict().items()}
@@ -70,15 +70,15 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
     return Compensated(factors, modules)
 
 
-def _fitted(
+def _fit_segment(
     calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
 ) -> bool:
     """Fit the modules inside a segment, in place; whether they lose less."""
     if not inside:
         return False
-    losses, held_back_error = _costs(calibration, segment, modules)
+    losses, holdout_error = _costs(calibration, segment, modules)
     try:
-        return fit_to_dense(inside, losses, held_back_error, calibration.seed)
+        return fit_to_dense(inside, losses, holdout_error, calibration.seed)
     except RuntimeError as error:  # such as for what is changed in place after a layer took it
         logger.warning("the factors of segment %d are not fitted: %s", segment, error)
         return False
@@ -87,13 +87,13 @@ def _fitted(
 def _costs(
     calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]
 ) -> tuple[list[Callable[[], Tensor]], Callable[[], float]]:
-    """The mean cost of a compressed segment against the dense one: on some fitted examples each, and held back.
+    """The mean cost of a compressed segment against the dense one: of some fit examples each, and of the holdout.
 
     Where a segment makes two tensors their costs are added, as if the gradients of one told nothing of the other's.
     """
     last = segment == calibration.segments.count - 1
-    spool, device, segments = calibration.spool, calibration.device, calibration.segments
-    metrics = [] if last else [each.float() for each in spool.row(("boundary", segment), device)]
+    cache, device, segments = calibration.cache, calibration.device, calibration.segments
+    metrics = [] if last else [each.float() for each in cache.row(("boundary", segment), device)]
 
     @torch.no_grad()
     def target(part: str, index: int, rows: slice) -> State:
@@ -112,30 +112,30 @@ def _costs(
         return torch.stack(costs).sum(), len(changes[0])
 
     def mean_cost(index: int, rows: slice) -> Tensor:
-        total, count = cost("fitted", index, rows)
+        total, count = cost("fit", index, rows)
         return total / max(count, 1)  # an example may be all padding
 
     @torch.no_grad()
-    def held_back_error() -> float:
-        costs = [cost("held back", index, ALL) for index in range(len(calibration.data.held_back))]
+    def holdout_error() -> float:
+        costs = [cost("holdout", index, ALL) for index in range(len(calibration.data.holdout))]
         return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
 
     losses: list[Callable[[], Tensor]] = [
         partial(mean_cost, index, rows)
-        for index in range(len(calibration.data.fitted))
-        for rows in _parts(calibration, segment, index, target("fitted", index, ALL))
+        for index in range(len(calibration.data.fit))
+        for rows in _parts(calibration, segment, index, target("fit", index, ALL))
     ]
-    return losses, held_back_error
+    return losses, holdout_error
 
 
 @torch.no_grad()
 def _parts(calibration: Calibration, segment: int, index: int, outputs: State) -> list[slice]:
-    """Some examples of a fitted batch at a time, for `STEPS` steps in a pass over all.
+    """Some examples of a fit batch at a time, for `STEPS` steps in a pass over all.
 
     All at once where the dense segment does not put out the same `outputs` for some of them: rows may be something else
     than examples, or depend on each other.
     """
-    batch = calibration.data.fitted[index]
+    batch = calibration.data.fit[index]
     count = math.ceil(batch.examples / max(1, calibration.data.examples // STEPS))
     edges = [batch.examples * part // count for part in range(count + 1)]
     slices = [slice(start, end) for start, end in pairwise(edges)]
@@ -143,7 +143,7 @@ def _parts(calibration: Calibration, segment: int, index: int, outputs: State) -
         return slices
     rows = slices[-1]
     try:
-        alone = run_segment(calibration, segment, "fitted", index, {}, rows)
+        alone = run_segment(calibration, segment, "fit", index, {}, rows)
         pairs = list(zip(calibration.segments.made_by(segment, alone), (each[rows] for each in outputs), strict=True))
     except Exception:
         return [ALL]
@@ -160,16 +160,16 @@ def _same_examples(alone: Tensor, together: Tensor, examples: int) -> bool:
 def fit_to_dense(
     modules: Mapping[str, nn.Module],
     losses: Sequence[Callable[[], Tensor]],
-    held_back_error: Callable[[], float],
+    holdout_error: Callable[[], float],
     seed: int,
 ) -> bool:
-    """Fit the modules' parameters in place, and leave them at the least error on held-back data; whether that fell.
+    """Fit the modules' parameters in place, and leave them at the least error on holdout data; whether that fell.
 
-    `losses` gives that of some fitted examples each, and `held_back_error` the error after each pass over these; only
+    `losses` gives that of some of the fit examples each, and `holdout_error` the error after each pass over these; only
     their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
     """
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    started = held_back_error()
+    started = holdout_error()
     if not 0 < started < math.inf:
         return False
     masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
@@ -186,7 +186,7 @@ def fit_to_dense(
                         group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / PASSES)
                     optimizer.step()
                     _put(parameters, masters)
-                error = held_back_error()
+                error = holdout_error()
                 if error < least:
                     kept, least = [master.clone() for master in masters], error
                     continue

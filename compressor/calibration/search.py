@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.calibration.calibrate import Calibration, held_back_loss, recalibrate
+from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
-from compressor.calibration.refinement import refine as fitted_to_dense
+from compressor.calibration.refinement import refine as refine_factors
 from compressor.data import EvaluationData
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
 from compressor.lowrank import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
-from compressor.model import OpenedModel
+from compressor.model import Model
 from compressor.model.opened import open_data_for
 from compressor.planning import (
     Budget,
@@ -38,7 +38,7 @@ from compressor.planning import (
 )
 from compressor.progress import Progress
 
-# The exponents of the allocation, of which the one with the least loss on held-back data is kept.
+# The exponents of the allocation, of which the one with the least loss on holdout data is kept.
 ALLOCATION_POWERS = (1.0, 0.5, 0.0)
 
 # How often moments are taken anew at a compressed model, on the way to a budget that the first estimate cannot see.
@@ -75,7 +75,7 @@ class PlannedModel:
 
 def open_calibration_data(
     calibration: str | Path | Iterable[Any] | None,
-    subject: OpenedModel,
+    subject: Model,
     samples: int | None,
     sequence_length: int | None,
 ) -> EvaluationData | Iterable[Any] | None:
@@ -97,14 +97,14 @@ def open_calibration_data(
         subject.checkpoint,
         "train",
         samples or DEFAULT_SAMPLES,
-        module=subject.architecture,
+        module=subject.modules,
         sequence_length=sequence_length,
         least_windows=2,
     )
 
 
 def plan_ranks(
-    subject: OpenedModel,
+    subject: Model,
     measured: Sequence[MeasuredLayer],
     budget: Budget | None,
     given: Plan | str | Path | None,
@@ -118,7 +118,7 @@ def plan_ranks(
 ) -> PlannedModel:
     """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
 
-    With calibration the allocation is the one of several that loses least on the data held back, the window rule's caps
+    With calibration the allocation is the one of several that loses least on the holdout data, the window rule's caps
     on the ranks among them; compensation and a further stage are kept where they lose less still, and so is fitting the
     factors, with `refine`. Raises `BadInput` for a plan that does not fit the model, or a budget that cannot be met.
 
@@ -162,7 +162,7 @@ def plan_ranks(
         except BadInput as error:  # what was found without a stage stands
             logger.info("no stage: %s", error)
     if refine:
-        best = min(best, best.fitted(progress), key=lambda found: found.loss)
+        best = min(best, best.with_refined_factors(progress), key=lambda found: found.loss)
     if not math.isfinite(best.loss):
         raise NotFinite(
             "the compressed model's predictions on the calibration data are not finite",
@@ -171,10 +171,10 @@ def plan_ranks(
         )
     result = CalibrationResult(
         examples=calibrated.data.examples,
-        held_back=calibrated.data.held_back_examples,
+        holdout=calibrated.data.holdout_examples,
         power=best.power,
         predicted_loss=best.predicted,
-        held_back_loss=best.loss,
+        holdout_loss=best.loss,
         capped=best.capped,
         refined=best.refined,
         unit=calibrated.unit,
@@ -200,11 +200,11 @@ def _with_errors(calibrated: Calibration, found: _Candidate) -> dict[str, Factor
     return factors
 
 
-def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+def _by_tensor(subject: Model, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """Changed tensors by their names in the checkpoint, with those in the model, and in its dtypes."""
     found = {}
     for name, info in subject.checkpoint.tensors.items():
-        in_model = name if subject.skeleton is None else subject.skeleton.module_name(name)
+        in_model = name if subject.architecture is None else subject.architecture.module_name(name)
         if in_model is not None and in_model in statistics:
             found[name] = (in_model, statistics[in_model].to(info.dtype))
     return found
@@ -212,7 +212,7 @@ def _by_tensor(subject: OpenedModel, statistics: Mapping[str, Tensor]) -> dict[s
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Ranks, the layers that they give, and what these cost: to second order, and on the examples held back.
+    """Ranks, the layers that they give, and what these cost: to second order, and on the holdout examples.
 
     The layers of an allocation that is only compared are not kept: each is as large as the compressed model.
     """
@@ -235,10 +235,10 @@ class _Candidate:
         return self.predicted / TRUSTED <= self.loss <= self.predicted * TRUSTED
 
     def with_solution(self, solution: Compensated) -> _Candidate:
-        return replace(self, solution=solution, loss=held_back_loss(self.calibrated, solution.modules))
+        return replace(self, solution=solution, loss=holdout_loss(self.calibrated, solution.modules))
 
-    def fitted(self, progress: Progress | None) -> _Candidate:
-        return replace(self.with_solution(fitted_to_dense(self.calibrated, self.solution, progress)), refined=True)
+    def with_refined_factors(self, progress: Progress | None) -> _Candidate:
+        return replace(self.with_solution(refine_factors(self.calibrated, self.solution, progress)), refined=True)
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class _Search:
     progress: Progress | None
 
     def best(self, budget: Budget) -> _Candidate:
-        """The allocation that loses least on the examples held back, compensated where that loses less.
+        """The allocation that loses least on the holdout examples, compensated where that loses less.
 
         Beside those of the powers stands the best of them under the window rule's caps, where these change it.
         """
@@ -291,7 +291,7 @@ class _Search:
         return replace(self._measured(layers, found.power), capped=True)
 
     def _measured(self, layers: tuple[LayerPlan, ...], power: float | None) -> _Candidate:
-        loss = held_back_loss(self.calibrated, uncompensated(self.calibrated, layers).modules)
+        loss = holdout_loss(self.calibrated, uncompensated(self.calibrated, layers).modules)
         return _Candidate(self.calibrated, layers, power, predicted_loss(self.weighted, layers), loss)
 
 

@@ -28,7 +28,7 @@ State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Chain:
+class BlockChain:
     """The names of blocks in order, each of which is given what the one before gave.
 
     They return a tuple of `results`, of which that is the first; or with 0 the tensor itself. Of more than one the
@@ -43,7 +43,7 @@ class Chain:
 class Segments:
     """The chains of a model in order: segment 0 ends where the first block begins, and segment i runs block i - 1."""
 
-    chains: tuple[Chain, ...] = ()
+    chains: tuple[BlockChain, ...] = ()
 
     @property
     def count(self) -> int:
@@ -213,7 +213,7 @@ def _alike(parts: nn.Module, wanted: set[int]) -> bool:
     return len({type(child) for child in children}) == 1 and all(holding) and id(children[0]) not in wanted
 
 
-def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> list[Chain]:
+def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> list[BlockChain]:
     """Those of the rows of blocks that are chains, in the order in which they are called.
 
     Each block is called once, in order, first with the very tensor that the one before gave.
@@ -238,19 +238,19 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
                 hook = partial(note, row, number)
                 stack.callback(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
         outputs_of(model, batch.inputs)
-    return [Chain(row, last[row][1]) for row, calls in called.items() if calls == len(row)]
+    return [BlockChain(row, last[row][1]) for row, calls in called.items() if calls == len(row)]
 
 
-def _beside_each_other(chains: Sequence[Chain]) -> list[Chain]:
+def _beside_each_other(chains: Sequence[BlockChain]) -> list[BlockChain]:
     """Those of the chains that do not lie inside one before them or around it."""
-    chosen: list[Chain] = []
+    chosen: list[BlockChain] = []
     for chain in chains:
         if not any(_inside(chain, other) or _inside(other, chain) for other in chosen):
             chosen.append(chain)
     return chosen
 
 
-def _inside(inner: Chain, outer: Chain) -> bool:
+def _inside(inner: BlockChain, outer: BlockChain) -> bool:
     return any(inner.blocks[0].startswith(f"{block}.") for block in outer.blocks)
 
 

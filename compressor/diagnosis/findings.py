@@ -44,7 +44,7 @@ class Finding:
         }
 
 
-def find(
+def all_findings(
     recipe: TrainingRecipe,
     layers: Sequence[DiagnosedLayer],
     predictions: Predictions | None,

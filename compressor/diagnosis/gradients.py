@@ -17,7 +17,7 @@ from compressor.diagnosis.types import Predictions
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality
 from compressor.measure import counted_positions, scaling_degree
-from compressor.model import OpenedModel, logits_of, prepared
+from compressor.model import Model, evaluation_mode, logits_of
 from compressor.progress import Progress
 
 # Examples on which layers are scaled, each of which takes the model three runs.
@@ -40,7 +40,7 @@ class SeenLayer:
 
 def measured_on_data(
     model: nn.Module,
-    subject: OpenedModel,
+    subject: Model,
     data: EvaluationData,
     device: torch.device,
     progress: Progress | None,
@@ -52,7 +52,7 @@ def measured_on_data(
         name: model.get_submodule(layer.module).get_parameter(layer.parameter) for name, layer in eligible.items()
     }
     modules = {name: model.get_submodule(layer.module) for name, layer in eligible.items() if layer.kind != "parameter"}
-    with prepared(device, model):
+    with evaluation_mode(device, model):
         quality = measure_quality(model, data, device=device)
         gradients, counts = _gradients(model, weights, data, progress)
         chance = float(counts.max() / counts.sum()) if quality.metric == "accuracy" else float(len(counts))

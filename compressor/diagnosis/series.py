@@ -18,7 +18,7 @@ from compressor.io import open_checkpoint, require_finite
 from compressor.io.checkpoint import WEIGHT_SUFFIXES, is_training_state
 from compressor.lowrank import as_matrix
 from compressor.measure import EffectiveRanks, effective_ranks, singular_values
-from compressor.model import OpenedModel
+from compressor.model import Model
 from compressor.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class RankSeries:
 
 
 def measure_series(
-    folder: str | Path, subject: OpenedModel, device: torch.device, progress: Progress | None = None
+    folder: str | Path, subject: Model, device: torch.device, progress: Progress | None = None
 ) -> RankSeries:
     """Measure the eligible layers of a model in every checkpoint of `folder`: its files or folders with a step number.
 

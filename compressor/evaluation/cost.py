@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from compressor.model import prepared, resolve_device
+from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
 
 
@@ -100,7 +100,7 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | 
     counts, with every fused kernel that it does not know (attention, experts and, on the CPU, recurrent
     layers) switched off meanwhile.
     """
-    with prepared(resolve_device(device), model), _unfused_kernels(), _eager_experts(model):
+    with evaluation_mode(resolve_device(device), model), _unfused_kernels(), _eager_experts(model):
         call = forward_call(model, inputs)
         with FlopCounterMode(display=False, custom_mapping=MATRIX_VECTOR_PRODUCTS) as counter:
             call()
@@ -115,7 +115,7 @@ def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Tensor], *, devic
     exact and the same every time, but without what a kernel uses inside.
     """
     device = resolve_device(device)
-    with prepared(device, model):
+    with evaluation_mode(device, model):
         weights = _storage_bytes(chain(model.parameters(), model.buffers()))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -161,7 +161,7 @@ def measure_latency(
     """
     device = resolve_device(device)
     models = [compressed] if baseline is None else [compressed, baseline]
-    with prepared(device, *models):
+    with evaluation_mode(device, *models):
         calls = [forward_call(model, inputs) for model in models]
         for call in calls * timing.warm_ups:
             call()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.data import Batch, EvaluationData
 from compressor.data.data import IGNORED_LABEL
 from compressor.errors import BadInput
-from compressor.model import logits_of, prepared, resolve_device
+from compressor.model import evaluation_mode, logits_of, resolve_device
 from compressor.model.inference import forward_call
 
 # Logits scored at once in float64: 128 MB, whatever the vocabulary.
@@ -62,7 +62,7 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
     losses: list[npt.NDArray[np.float64]] = []
     right: list[npt.NDArray[np.float64]] = []
     predictions: list[npt.NDArray[np.float64]] = []
-    with prepared(resolve_device(device), model):
+    with evaluation_mode(resolve_device(device), model):
         for batch in data:
             _require_known_tokens(model, batch, data.name)
             logits = _predictions(model, batch, data, first=not losses)
@@ -83,7 +83,7 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
 
 def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> None:
     """Raise `BadInput` for data that a model cannot run on, labels aside: unknown token ids, wrong shapes."""
-    with prepared(resolve_device(device), model):
+    with evaluation_mode(resolve_device(device), model):
         for batch in data:
             _require_known_tokens(model, batch, data.name)
         _accepted(model, data.read(range(1)), data.name, lambda model, inputs: forward_call(model, inputs)())

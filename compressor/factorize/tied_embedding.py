@@ -20,7 +20,7 @@ from compressor.factorize.settings import DEFAULTS, FactorizationSettings
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
 from compressor.measure import Spectrum
-from compressor.measure.moments import shrunk
+from compressor.measure.moments import oas_shrinkage
 from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments
 
@@ -43,14 +43,14 @@ class TiedMetric:
 
 def embedding_metric(found: EmbeddingMoments) -> tuple[Metric | TiedMetric, float]:
     """The metric of the loss for an embedding, and its uses per prediction, which are folded into a tied one's."""
-    lookup = Metric(found.frequencies, shrunk(found.gradients, found.positions))
+    lookup = Metric(found.frequencies, oas_shrinkage(found.gradients, found.positions))
     if found.head is None:
         return lookup, found.uses
-    head = Metric(found.head.uses * found.head.logits, shrunk(found.head.hidden, found.head.positions))
+    head = Metric(found.head.uses * found.head.logits, oas_shrinkage(found.head.hidden, found.head.positions))
     return TiedMetric(Metric(found.uses * lookup.inputs, lookup.gradients), head), 1.0
 
 
-def nearest_kronecker(metric: TiedMetric) -> Metric:
+def nearest_kronecker_metric(metric: TiedMetric) -> Metric:
     """The single metric that is nearest in the Frobenius norm to the sum of the two, as `d_out d_in` square matrices.
 
     The sum of two Kronecker products `i x G` is, rearranged, the matrix `sum_t i_t vec(G_t)^T` of rank two, and the
@@ -79,7 +79,7 @@ def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
     of both metrics and for all ranks in one go. What it ends at costs no more.
     """
     scale = power_of_two(matrix)
-    parts = weighted_components(matrix.to(torch.float64) / scale, nearest_kronecker(metric))
+    parts = weighted_components(matrix.to(torch.float64) / scale, nearest_kronecker_metric(metric))
     products = sum(
         (parts.up.T @ term.gradients @ parts.up) * ((parts.down * term.inputs) @ parts.down.T)
         for term in (metric.lookup, metric.head)
@@ -102,7 +102,7 @@ def tied_truncated_svd(
     """
     scale = power_of_two(matrix)
     wide = matrix.to(torch.float64) / scale
-    pair = weighted_truncated_svd(wide, rank, nearest_kronecker(metric))
+    pair = weighted_truncated_svd(wide, rank, nearest_kronecker_metric(metric))
     cost = metric.squared_size(wide - pair.product())
     vectors = _diagonalizing(metric.lookup.gradients, metric.head.gradients)
     for _ in range(settings.tied_sweeps):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from compressor.fine_tuning.apply import adapter_of_file, applied, is_difference
+from compressor.fine_tuning.apply import adapter_of_file, is_difference, materialize_fine_tune
 
 __all__ = [
     "adapter_of_file",
-    "applied",
     "is_difference",
+    "materialize_fine_tune",
 ]

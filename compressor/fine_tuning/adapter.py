@@ -32,7 +32,7 @@ from compressor.fine_tuning.mixture import (
 )
 from compressor.io import Checkpoint, TensorInfo, hub_model, require_in_range
 from compressor.lowrank import join
-from compressor.network import Layer, Skeleton, tied_names
+from compressor.network import Architecture, Layer, tied_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -63,13 +63,15 @@ class Saved:
     tensors: Mapping[str, str]
 
 
-def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+def adaptable_layers(
+    difference: Difference, architecture: Architecture | None, layers: tuple[Layer, ...]
+) -> tuple[Layer, ...]:
     """The layers with those skipped that an adapter of PEFT cannot hold as pairs.
 
     Raises `BadInput` for a change that an adapter cannot hold at all.
     """
-    skeleton = _required(skeleton, difference.tuned)
-    modules = dict(skeleton.module.named_modules())
+    architecture = _required(architecture, difference.tuned)
+    modules = dict(architecture.module.named_modules())
     for obstacle, reason in (
         (_strange_convolution, "PEFT's convolutions know no dilation and no padding mode"),
         (_read_by_parent, "its model reads more of it than PEFT's layers have"),
@@ -82,14 +84,16 @@ def adaptable_layers(difference: Difference, skeleton: Skeleton | None, layers: 
         )
     # PEFT adapts parameters without biases, and then no layer of the model can have one beside its pair.
     linear = [layer.module for layer in layers if layer.kind == "linear" and layer.tensor in difference.changed]
-    if adapted_as_parameters(linear, expert_blocks(skeleton.module)):
+    if adapted_as_parameters(linear, expert_blocks(architecture.module)):
         layers = tuple(
             replace(layer, skip="its bias has changed, and PEFT has no biases beside the pairs of experts")
             if layer.skip in (None, UNCHANGED) and layer.bias in difference.changed
             else layer
             for layer in layers
         )
-    whole = saved_by_peft(_saved_modules(difference, skeleton, layers), skeleton.module, (), difference.tuned.source)
+    whole = saved_by_peft(
+        _saved_modules(difference, architecture, layers), architecture.module, (), difference.tuned.source
+    )
     return tuple(
         replace(layer, skip=f"saved whole with {holder}")
         if layer.skip in (None, UNCHANGED) and (holder := _holder(layer.module, whole)) is not None
@@ -117,12 +121,12 @@ def _read_by_parent(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-def _saved_modules(difference: Difference, skeleton: Skeleton, layers: tuple[Layer, ...]) -> set[str]:
+def _saved_modules(difference: Difference, architecture: Architecture, layers: tuple[Layer, ...]) -> set[str]:
     """The modules that hold a changed tensor which is neither weight nor bias of a layer that may have a pair."""
     pairs = {name for layer in layers if layer.skip in (None, UNCHANGED) for name in (layer.tensor, layer.bias)}
-    whole, blocks = set(), expert_blocks(skeleton.module)
+    whole, blocks = set(), expert_blocks(architecture.module)
     for name in sorted(difference.changed - pairs):
-        in_model = skeleton.module_name(name)
+        in_model = architecture.module_name(name)
         if in_model is None or "." not in in_model:
             what = "the model puts together from several" if in_model is None else "is in no module of its own"
             raise BadInput(
@@ -195,28 +199,28 @@ def lora_names(ranks: Mapping[str, int], module: nn.Module) -> dict[str, Any]:
     }
 
 
-def saved(adaptation: Adaptation, skeleton: Skeleton | None) -> Saved:
+def saved(adaptation: Adaptation, architecture: Architecture | None) -> Saved:
     """What the adapter saves whole once the plan is made: layers that stay dense are among it."""
     difference = adaptation.difference
-    skeleton = _required(skeleton, difference.tuned)
+    architecture = _required(architecture, difference.tuned)
     paired = {layer.name for layer, _ in adaptation.paired}
     layers = tuple(
         replace(layer, skip="stays dense") if layer.eligible and layer.name not in paired else layer
         for layer in adaptation.layers
     )
-    whole = _saved_modules(difference, skeleton, layers)
+    whole = _saved_modules(difference, architecture, layers)
     tuned = difference.tuned
-    file_names = {skeleton.module_name(name): name for name in (*tuned.tensors, *tuned.aliases)}
+    file_names = {architecture.module_name(name): name for name in (*tuned.tensors, *tuned.aliases)}
     # PEFT unties what it saves, so each of two tied modules has its own copy.
-    changed = {skeleton.module_name(name) for name in difference.changed}
-    for group in tied_names(skeleton):
+    changed = {architecture.module_name(name) for name in difference.changed}
+    for group in tied_names(architecture):
         if not changed.isdisjoint(group):
             whole |= {name.rpartition(".")[0] for name in group}
     whole = _outermost(whole)
-    pairs = [layer.module for layer, _ in _pairs(adaptation, skeleton)]
-    whole = saved_by_peft(whole, skeleton.module, pairs, tuned.source)
+    pairs = [layer.module for layer, _ in _pairs(adaptation, architecture)]
+    whole = saved_by_peft(whole, architecture.module, pairs, tuned.source)
     tensors = {}
-    for in_model in skeleton.module.state_dict():
+    for in_model in architecture.module.state_dict():
         if _holder(in_model.rpartition(".")[0], whole) is None:
             continue
         name = file_names.get(in_model)
@@ -271,30 +275,30 @@ class Adapter:
         return max((rank for _, rank in self.ranks), default=1)
 
 
-def adapter_of(adaptation: Adaptation, skeleton: Skeleton | None, base: str) -> Adapter:
+def adapter_of(adaptation: Adaptation, architecture: Architecture | None, base: str) -> Adapter:
     """The adapter of an adaptation; its configuration names `base`, or the repository of the hub that it came from."""
     start = adaptation.difference.base
     fetched = None if start.folder is None else hub_model(start.folder)
-    skeleton = _required(skeleton, adaptation.difference.tuned)
-    whole, changed = saved(adaptation, skeleton), adaptation.difference.changed
-    pairs = _pairs(adaptation, skeleton)
+    architecture = _required(architecture, adaptation.difference.tuned)
+    whole, changed = saved(adaptation, architecture), adaptation.difference.changed
+    pairs = _pairs(adaptation, architecture)
     config = {
         "peft_type": "LORA",
         "task_type": _peft_task(adaptation.difference.tuned),
         "base_model_name_or_path": base if fetched is None else fetched.repository,
         "revision": None if fetched is None else fetched.commit,
         "inference_mode": True,
-        **lora_names({layer.module: rank for layer, rank in pairs}, skeleton.module),
+        **lora_names({layer.module: rank for layer, rank in pairs}, architecture.module),
         "lora_dropout": 0.0,
         "bias": "none",
         "lora_bias": any(layer.bias in changed for layer, _ in pairs),
         "modules_to_save": list(whole.modules) or None,
         "fan_in_fan_out": any(layer.kind == "transposed linear" for layer, _ in pairs),
     }
-    return Adapter(adaptation, whole, pairs, config, expert_blocks(skeleton.module))
+    return Adapter(adaptation, whole, pairs, config, expert_blocks(architecture.module))
 
 
-def _pairs(adaptation: Adaptation, skeleton: Skeleton) -> tuple[tuple[Layer, int], ...]:
+def _pairs(adaptation: Adaptation, architecture: Architecture) -> tuple[tuple[Layer, int], ...]:
     """The layers that have pairs in an adapter, with their ranks.
 
     Those whose bias alone has changed are among them, and all experts of a block in which one has changed.
@@ -303,7 +307,7 @@ def _pairs(adaptation: Adaptation, skeleton: Skeleton) -> tuple[tuple[Layer, int
     layers = {layer.module: layer for layer in adaptation.layers}
     ranks = {layer.module: plan.rank or 1 for layer, plan in adaptation.paired}
     ranks |= {layer.module: 1 for layer in layers.values() if layer.skip == UNCHANGED and layer.bias in changed}
-    ranks = padded_ranks(ranks, expert_blocks(skeleton.module))
+    ranks = padded_ranks(ranks, expert_blocks(architecture.module))
     return tuple((layers[name], rank) for name, rank in ranks.items())
 
 
@@ -384,7 +388,7 @@ def _peft_task(checkpoint: Checkpoint) -> str | None:
     return "CAUSAL_LM" if str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _required(skeleton: Skeleton | None, tuned: Checkpoint) -> Skeleton:
-    if skeleton is None:
+def _required(architecture: Architecture | None, tuned: Checkpoint) -> Architecture:
+    if architecture is None:
         raise BadInput("its modules are not known, and an adapter names them", where=tuned.source, remedy=REMEDY)
-    return skeleton
+    return architecture

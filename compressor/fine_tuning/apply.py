@@ -18,7 +18,7 @@ from compressor.fine_tuning.difference import Difference
 from compressor.io import Checkpoint, TensorInfo, open_checkpoint, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
-from compressor.model.opened import skeleton_of
+from compressor.model.opened import known_architecture
 from compressor.network import find_layers, with_ties
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
@@ -32,7 +32,7 @@ def is_difference(checkpoint: Checkpoint) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Sum:
+class _Materialized:
     """`share * base + up @ down` of one matrix, in the dtype of the pair."""
 
     stored: Checkpoint
@@ -58,13 +58,13 @@ class _Sum:
         return require_in_range(self.pair.tensors["weight"], total)
 
 
-def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
+def materialize_fine_tune(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
     """The dense fine-tune that a file of pairs makes of its base; and the file, and the base.
 
     Raises `BadInput` when the file is no difference, or of another base.
     """
     stored, start = open_checkpoint(difference), open_checkpoint(base)
-    start = with_ties(start, skeleton_of(start, None))
+    start = with_ties(start, known_architecture(start, None))
     if not is_difference(stored):
         raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out `base`")
     digest, spec = _base_digest(stored), spec_of(stored)
@@ -77,7 +77,7 @@ def applied(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Check
     own = {name: start.aliases.get(name, name) for name in stored.tensors if name not in of_pairs}
     tensors |= {own[name]: stored._stored[name] for name in own}
     for pair in pairs.values():
-        tensors[pair.tensors["weight"]] = _Sum(stored, pair, start, _share(spec, pair.name))
+        tensors[pair.tensors["weight"]] = _Materialized(stored, pair, start, _share(spec, pair.name))
     infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, info in infos.items():
         if name not in start.tensors or start.tensors[name].shape != info.shape:
@@ -90,7 +90,7 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
 
     Raises `BadInput` where the pairs were made for a part of the base, or for modules that are not known.
     """
-    tuned, stored, start = applied(difference, base)
+    tuned, stored, start = materialize_fine_tune(difference, base)
     pairs, spec = stored_pairs(stored), spec_of(stored)
     if scaled := [name for name in pairs if _share(spec, name) != 1.0]:
         raise BadInput(
@@ -101,18 +101,18 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
     names = (start.aliases.get(name, name) for name in stored.tensors)
     changed = frozenset(name for name in names if name in tuned.tensors)
     between = Difference(tuned, start, changed, {}, tuned)
-    skeleton = skeleton_of(start, None)
+    architecture = known_architecture(start, None)
     found = tuple(
         layer if layer.tensor in changed else replace(layer, skip=layer.skip or UNCHANGED)
-        for layer in find_layers(start, skeleton)
+        for layer in find_layers(start, architecture)
     )
-    layers = adaptable_layers(between, skeleton, found)
+    layers = adaptable_layers(between, architecture, found)
     eligible = {layer.name: layer for layer in layers if layer.eligible}
     # Pairs of layers that an adapter has none for are multiplied out, and saved whole.
     planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items() if name in eligible)
     plan = Plan(str(difference), file_record(stored).get("digest"), Budget("plan"), planned)
     adaptation = Adaptation(between, layers, plan, TrainingRecipe(), _base_digest(stored), stored)
-    adapter = adapter_of(adaptation, skeleton, str(base))
+    adapter = adapter_of(adaptation, architecture, str(base))
     require_pairs(adapter)
     return adapter
 

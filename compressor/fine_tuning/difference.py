@@ -68,7 +68,7 @@ class Difference:
         return (sum((each.share * each.size) ** 2 for each in found) / total) ** 0.5 if total > 0 else 0.0
 
 
-def compare(
+def compare_checkpoints(
     tuned: Checkpoint, base: Checkpoint, recipe: TrainingRecipe | None = None, progress: Progress | None = None
 ) -> Difference:
     """Compare a fine-tune with its base, tensor by tensor.

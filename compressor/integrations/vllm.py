@@ -198,7 +198,7 @@ def _config_class() -> type:
             y = fused_product(x, down, list(ups), ranks)
             return y if bias is None else y + bias
 
-    class LowRankConfig(QuantizationConfig):  # type: ignore[misc]
+    class LowRankVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """What `config.json` says of the low-rank layers."""
 
         def __init__(self, spec: LowRankSpec) -> None:
@@ -220,7 +220,7 @@ def _config_class() -> type:
             return []
 
         @classmethod
-        def from_config(cls, config: dict[str, Any]) -> LowRankConfig:
+        def from_config(cls, config: dict[str, Any]) -> LowRankVllmConfig:
             spec = LowRankSpec.from_dict(config)
             if any(layer.form not in _ROLES for layer in spec.layers.values()):
                 raise ValueError("vLLM runs no low-rank convolutions")
@@ -236,7 +236,7 @@ def _config_class() -> type:
                 )
             return None
 
-    return LowRankConfig
+    return LowRankVllmConfig
 
 
 def _parameter(values: Tensor) -> nn.Parameter:

@@ -9,24 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.network import Layer, Skeleton
+from compressor.network import Architecture, Layer
 
 
-def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed: int = 0) -> float | None:
+def initial_standard_deviation(layer: Layer, architecture: Architecture | None, *, seed: int = 0) -> float | None:
     """Root mean square of the layer's weight as its own code initialises it.
 
-    A skeleton that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialised by its
-    transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear layers
-    and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialised on its own.
+    An architecture that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialised by
+    its transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear
+    layers and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialised
+    on its own.
     """
-    if skeleton is None:
+    if architecture is None:
         if layer.kind == "parameter":
             return None
         # PyTorch takes the second side of a transposed convolution's weight for the inputs.
         fan_in = layer.shape[0 if layer.kind == "transposed convolution" else 1]
         return 1 / math.sqrt(3 * fan_in)
-    owner = skeleton.module.get_submodule(layer.module)
-    if skeleton.untrained:
+    owner = architecture.module.get_submodule(layer.module)
+    if architecture.untrained:
         return _root_mean_square(getattr(owner, layer.parameter))
     # The trained values are not copied: the memo puts unfilled tensors in their place.
     unfilled = {
@@ -34,7 +35,7 @@ def initial_standard_deviation(layer: Layer, skeleton: Skeleton | None, *, seed:
     }
     memo = {key: nn.Parameter(values) if values.is_floating_point() else values for key, values in unfilled.items()}
     fresh: Any = copy.deepcopy(owner, memo)
-    initialise = getattr(skeleton.module, "_init_weights", None)
+    initialise = getattr(architecture.module, "_init_weights", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         if initialise is not None:

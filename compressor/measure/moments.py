@@ -269,7 +269,7 @@ def _scattered_patches(layer: nn.modules.conv._ConvNd, gradient: Tensor) -> Tens
     return gradient.movedim(1, 1 + spatial).flatten(0, spatial).flatten(1)
 
 
-def shrunk(moment: Tensor, samples: int) -> Tensor:
+def oas_shrinkage(moment: Tensor, samples: int) -> Tensor:
     """A positive definite estimate of a second moment from `samples` vectors, whatever their number and rank.
 
     The estimate is pulled towards the multiple of the identity with its trace, by the share that the oracle

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.network import Layer, Skeleton
+from compressor.network import Architecture, Layer
 
 
 def uses_per_example(
-    layers: tuple[Layer, ...], skeleton: Skeleton | None, folder: Path | None, sequence_length: int | None
+    layers: tuple[Layer, ...], architecture: Architecture | None, folder: Path | None, sequence_length: int | None
 ) -> dict[str, int | None]:
     """Positions per example at which each layer's matrix is applied, by layer name; None where nothing tells.
 
@@ -24,7 +24,7 @@ def uses_per_example(
     (output positions of a convolution, patches of a projection). Elsewhere a linear layer is used once per position of
     the training sequence: `sequence_length`, which is 1 for vector inputs.
     """
-    counted = _count_positions(skeleton.module, folder) if skeleton is not None and folder is not None else {}
+    counted = _count_positions(architecture.module, folder) if architecture is not None and folder is not None else {}
     return {
         layer.name: counted.get(layer.module, sequence_length if "linear" in layer.kind else None) for layer in layers
     }

@@ -14,7 +14,7 @@ from compressor.data import EvaluationData
 from compressor.lowrank import LowRankConvolution, LowRankLinear, PivotedLinear
 from compressor.measure import energy_rank
 from compressor.measure.scale import power_of_two
-from compressor.model import logits_of, prepared
+from compressor.model import evaluation_mode, logits_of
 
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
 # over pairs of examples and over all outputs, so they settle early.
@@ -225,7 +225,7 @@ def measured_interference(
             for name, layer in layers[task].items()
         ]
         try:
-            with prepared(device, *models, *([] if base is None else [base])):
+            with evaluation_mode(device, *models, *([] if base is None else [base])):
                 for batch in _batches(examples):
                     logits_of(model, batch)
         finally:
@@ -238,7 +238,7 @@ def measured_interference(
 def output_change(alone: nn.Module, merged: nn.Module, data: EvaluationData, device: torch.device) -> float:
     """`||f_merged - f|| / ||f||` of a task's logits, in the Frobenius norm over the measured examples."""
     change = size = 0.0
-    with prepared(device, alone, merged):
+    with evaluation_mode(device, alone, merged):
         for batch in _batches(data):
             before, after = logits_of(alone, batch).double(), logits_of(merged, batch).double()
             change += float((after - before).square().sum())

@@ -20,15 +20,15 @@ from compressor.lowrank import METADATA_KEY, StoredPair, dense_infos, stored_pai
 from compressor.merging.weights import Weight, dense
 from compressor.model import build_model
 from compressor.network import (
+    Architecture,
     Kind,
     Layer,
-    Skeleton,
+    architecture_mismatch,
     find_layers,
     in_natural_order,
     layer_name,
-    module_skeleton,
-    skeleton_mismatch,
-    transformers_skeleton,
+    module_architecture,
+    transformers_architecture,
     with_ties,
 )
 
@@ -135,10 +135,10 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
     quantized = (checkpoint.config or {}).get("quantization_config") if checkpoint.folder is not None else None
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") == METADATA_KEY):
         raise BadInput("is quantized", where=checkpoint.source, remedy="merge the originals, and quantize the result")
-    skeleton = _skeleton(checkpoint, factory)
-    checkpoint = with_ties(checkpoint, skeleton)
-    if factory is not None and skeleton is not None:
-        mismatch = skeleton_mismatch(checkpoint, skeleton)
+    architecture = _architecture(checkpoint, factory)
+    checkpoint = with_ties(checkpoint, architecture)
+    if factory is not None and architecture is not None:
+        mismatch = architecture_mismatch(checkpoint, architecture)
         if mismatch is not None:
             raise BadInput(
                 f"the model that `factory` builds does not fit: {mismatch}",
@@ -146,30 +146,32 @@ def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) 
                 remedy="use the function that builds the networks that were trained",
             )
     pairs = stored_pairs(checkpoint)
-    part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, skeleton))
+    part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, architecture))
     for pair in pairs.values():
         if pair.form == "pivoted":
             _require_order(part, pair)
     return part
 
 
-def _skeleton(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> Skeleton | None:
+def _architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> Architecture | None:
     """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
     if factory is not None:
-        return module_skeleton(widened(build_model(factory), checkpoint))
-    return None if checkpoint.folder is None else transformers_skeleton(checkpoint.folder)
+        return module_architecture(widened(build_model(factory), checkpoint))
+    return None if checkpoint.folder is None else transformers_architecture(checkpoint.folder)
 
 
-def _matrices(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], skeleton: Skeleton | None) -> dict[str, Layer]:
+def _matrices(
+    checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], architecture: Architecture | None
+) -> dict[str, Layer]:
     factors = {tensor for pair in pairs.values() for tensor in pair.tensors.values()}
     matrices = {
         layer.tensor: layer
-        for layer in find_layers(checkpoint, skeleton)
+        for layer in find_layers(checkpoint, architecture)
         if layer.kind in _MATRICES and layer.tensor not in factors
     }
     for name, pair in pairs.items():
         tensor, shape = pair.tensors["weight"], pair.tensor_shape
-        module = None if skeleton is None else skeleton.module_name(tensor)
+        module = None if architecture is None else architecture.module_name(tensor)
         if pair.kind not in (*_MATRICES, "embedding"):
             continue
         sides = (shape[1], shape[0]) if pair.kind in TURNED else (shape[0], math.prod(shape[1:]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
-from compressor.model.inference import logits_of, prepared, resolve_device
+from compressor.model.inference import evaluation_mode, logits_of, resolve_device
 from compressor.model.load import load_model, require_architecture
 from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
-from compressor.model.opened import Factory, Model, OpenedModel, open_model
+from compressor.model.opened import Factory, Model, ModelLike, open_model
 
 __all__ = [
     "Factory",
     "InspectedLayer",
     "Model",
-    "OpenedModel",
+    "ModelLike",
     "build_model",
+    "evaluation_mode",
     "inspect_layers",
     "load_factory",
     "load_model",
@@ -22,7 +23,6 @@ __all__ = [
     "logits_of",
     "measured_layers",
     "open_model",
-    "prepared",
     "require_architecture",
     "resolve_device",
 ]

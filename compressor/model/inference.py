@@ -41,7 +41,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def prepared(device: torch.device, *models: nn.Module) -> Iterator[None]:
+def evaluation_mode(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Hold `models` on `device`, in evaluation mode and without gradients; then put back what was changed.
 
     That includes buffers and attributes that a forward changes. A model that is spread over several devices stays where

@@ -24,19 +24,19 @@ from compressor.measure import (
     surviving_initialisation,
     uses_per_example,
 )
-from compressor.model.opened import OpenedModel, folder_of
+from compressor.model.opened import Model, folder_of
 from compressor.network import Layer, pair_forms
 from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.progress import Progress
 
 
 def inspect_layers(
-    subject: OpenedModel, epsilon: float, device: torch.device, progress: Progress | None
+    subject: Model, epsilon: float, device: torch.device, progress: Progress | None
 ) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
-    recipe, skeleton = subject.recipe, subject.skeleton
+    recipe, architecture = subject.recipe, subject.architecture
     folder = None if subject.checkpoint.source is None else folder_of(subject.checkpoint)
-    uses = uses_per_example(subject.layers, skeleton, folder, recipe.sequence_length)
+    uses = uses_per_example(subject.layers, architecture, folder, recipe.sequence_length)
     eligible = [layer for layer in subject.layers if layer.eligible]
     inspected: dict[str, InspectedLayer] = {}
     for done, layer in enumerate(eligible, start=1):
@@ -59,7 +59,7 @@ def inspect_layers(
             ranks=effective_ranks(values),
             window=memory_window(of_layer, layer.shape, uses[layer.name], epsilon=epsilon),
             initialisation=surviving_initialisation(
-                of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, skeleton)
+                of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, architecture)
             ),
             singular_values=tuple(values.tolist()),
             spatial_values=None if spatial is None else tuple(spatial.tolist()),
@@ -70,7 +70,7 @@ def inspect_layers(
 
 
 def measured_layers(
-    subject: OpenedModel, inspected: Sequence[InspectedLayer], settings: PlanningSettings = PLANNING
+    subject: Model, inspected: Sequence[InspectedLayer], settings: PlanningSettings = PLANNING
 ) -> list[MeasuredLayer]:
     """What the planning needs to know of the eligible layers."""
     measured = []

@@ -22,15 +22,15 @@ from compressor.io.torch_file import read_state_file
 from compressor.lowrank import METADATA_KEY, merge_record, stored_pairs, widened
 from compressor.model.build import build_model
 from compressor.network import (
+    Architecture,
     Layer,
-    Skeleton,
+    architecture_mismatch,
     find_layers,
-    module_skeleton,
-    skeleton_mismatch,
-    transformers_skeleton,
+    module_architecture,
+    transformers_architecture,
     with_separate_experts,
 )
-from compressor.recipe import TrainingRecipe, find_recipe, merge, read_recipe, recipes_inside
+from compressor.recipe import TrainingRecipe, find_recipe, merge_recipes, read_recipe, recipes_inside
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +45,24 @@ QUERIES = frozenset(
     {"q_proj", "query", "qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value", "in_proj_weight", "to_q", "wq", "q_lin"}
 )
 
-Model = str | Path | nn.Module
+ModelLike = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class Model:
     """An opened model with what is known about it."""
 
     name: str
     checkpoint: Checkpoint
-    skeleton: Skeleton | None
+    architecture: Architecture | None
     layers: tuple[Layer, ...]
     recipe: TrainingRecipe
 
     @property
-    def architecture(self) -> nn.Module | None:
+    def modules(self) -> nn.Module | None:
         """The model's module tree, if it is known."""
-        return None if self.skeleton is None else self.skeleton.module
+        return None if self.architecture is None else self.architecture.module
 
     @cached_property
     def has_attention(self) -> bool:
@@ -83,7 +83,7 @@ class OpenedModel:
 
 
 def open_model(
-    model: Model,
+    model: ModelLike,
     recipe: TrainingRecipe | str | Path | None,
     recipe_file: str | Path | None,
     factory: Factory | None,
@@ -91,7 +91,7 @@ def open_model(
     exclude: str | Sequence[str],
     *,
     embeddings: bool = False,
-) -> OpenedModel:
+) -> Model:
     """Open a model, find out how it was trained, and list its matrices.
 
     Raises `BadInput` for a model that cannot be read, is quantized or compressed already, or does not fit its
@@ -112,8 +112,10 @@ def open_model(
         inside = training_of(checkpoint)
         known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file, inside=inside)
     else:
-        known = merge(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
-    skeleton = module_skeleton(model) if isinstance(model, nn.Module) else skeleton_of(checkpoint, factory)
+        known = merge_recipes(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
+    architecture = (
+        module_architecture(model) if isinstance(model, nn.Module) else known_architecture(checkpoint, factory)
+    )
     quantized = (checkpoint.config or {}).get("quantization_config")
     if quantized is not None and text_mapping(quantized).get("quant_method") != METADATA_KEY:
         raise BadInput(
@@ -127,14 +129,14 @@ def open_model(
             where=checkpoint.source,
             remedy="give the original, or bring it back with 'compress restore MODEL'",
         )
-    skeleton = _fitting(checkpoint, skeleton, factory)
-    layers = find_layers(checkpoint, skeleton, include=include, exclude=exclude, embeddings=embeddings)
+    architecture = _fitting(checkpoint, architecture, factory)
+    layers = find_layers(checkpoint, architecture, include=include, exclude=exclude, embeddings=embeddings)
     if known.optimizer is not None and known.family is None:
         logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
         name = checkpoint.name
-    return OpenedModel(name, checkpoint, skeleton, layers, known)
+    return Model(name, checkpoint, architecture, layers, known)
 
 
 def training_of(checkpoint: Checkpoint) -> list[TrainingRecipe]:
@@ -155,21 +157,21 @@ def training_of(checkpoint: Checkpoint) -> list[TrainingRecipe]:
     return found + recipes_inside(document, shapes, " and ".join(names))
 
 
-def skeleton_of(checkpoint: Checkpoint, factory: Factory | None) -> Skeleton | None:
+def known_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Architecture | None:
     """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
     if factory is not None:
         # Layers that networks side by side make wider than the architecture's were not initialised by it.
         merged = merge_record(checkpoint) != {}
-        return module_skeleton(widened(build_model(factory), checkpoint), untrained=not merged)
+        return module_architecture(widened(build_model(factory), checkpoint), untrained=not merged)
     if checkpoint.config is None or checkpoint.source is None:
         return None
-    return transformers_skeleton(folder_of(checkpoint))
+    return transformers_architecture(folder_of(checkpoint))
 
 
-def _fitting(checkpoint: Checkpoint, skeleton: Skeleton | None, factory: Factory | None) -> Skeleton | None:
-    """The skeleton, if it is that of the checkpoint; BadInput where it ought to be."""
-    if skeleton is None or (mismatch := skeleton_mismatch(checkpoint, skeleton)) is None:
-        return skeleton
+def _fitting(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> Architecture | None:
+    """The architecture, if it is that of the checkpoint; BadInput where it ought to be."""
+    if architecture is None or (mismatch := architecture_mismatch(checkpoint, architecture)) is None:
+        return architecture
     if factory is not None:
         raise BadInput(
             f"the model that `factory` builds does not fit: {mismatch}",

@@ -19,7 +19,7 @@ _MOST_MODULES = 200_000
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class Architecture:
     """A module tree, and the name in it of every tensor of a checkpoint.
 
     `module_name` maps a tensor's name in the file to its name in the tree; None where the tree assembles the tensor
@@ -31,9 +31,9 @@ class Skeleton:
     untrained: bool = False
 
 
-def module_skeleton(module: nn.Module, *, untrained: bool = False) -> Skeleton:
-    """The skeleton of a module in memory: names in its state dict are names of its modules."""
-    return Skeleton(module, lambda name: name, untrained)
+def module_architecture(module: nn.Module, *, untrained: bool = False) -> Architecture:
+    """The architecture of a module in memory: names in its state dict are names of its modules."""
+    return Architecture(module, lambda name: name, untrained)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _few_modules() -> Iterator[None]:
         hook.remove()
 
 
-def transformers_skeleton(folder: Path) -> Skeleton | None:
+def transformers_architecture(folder: Path) -> Architecture | None:
     """The tree that transformers builds for the `config.json` in `folder`, on the meta device, its experts apart.
 
     None when transformers does not know the architecture or cannot build it without running the checkpoint's own code.
@@ -68,7 +68,7 @@ def transformers_skeleton(folder: Path) -> Skeleton | None:
         return None
     known = model.state_dict()
     conversions = without_merges(name_conversions(model), known)
-    return Skeleton(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
+    return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
 
 
 def transformers_module(folder: Path) -> Any | None:

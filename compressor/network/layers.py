@@ -21,7 +21,7 @@ from compressor.arguments import as_patterns
 from compressor.errors import BadInput
 from compressor.io import Checkpoint
 from compressor.io.adapters import is_adapter_factor
-from compressor.network.architecture import Skeleton
+from compressor.network.architecture import Architecture
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -88,7 +88,7 @@ class Layer:
 
 def find_layers(
     checkpoint: Checkpoint,
-    skeleton: Skeleton | None = None,
+    architecture: Architecture | None = None,
     *,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -98,23 +98,25 @@ def find_layers(
 
     They come in the order of the file, but by numbers where their names differ in these: 2 before 10.
 
-    With a skeleton its modules decide; without one the shapes and names do. Embeddings are eligible where `embeddings`
-    asks for them and their modules are known, each together with an output head that is tied to it. `include` and
-    `exclude` are globs on layer names, or regular expressions after `re:`; a pattern that matches no layer is a
-    BadInput.
+    With an architecture its modules decide; without one the shapes and names do. Embeddings are eligible where
+    `embeddings` asks for them and their modules are known, each together with an output head that is tied to it.
+    `include` and `exclude` are globs on layer names, or regular expressions after `re:`; a pattern that matches no
+    layer is a BadInput.
     """
     known = checkpoint.tensors
     shapes = {name: info.shape for name, info in known.items()}
     shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
     matrices = [name for name, info in known.items() if len(info.shape) >= 2 and min(info.shape) > 0]
-    layers = _from_file(matrices, shapes) if skeleton is None else _from_skeleton(matrices, shapes, skeleton)
+    layers = (
+        _from_file(matrices, shapes) if architecture is None else _from_architecture(matrices, shapes, architecture)
+    )
     # A head that is tied to an embedding changes with it, and one module under several names is one layer.
     together = {f"{layer.head}.weight" for layer in layers}
     together |= {f"{place}.{layer.parameter}" for layer in layers for place in layer.places}
     shared = {
         name: alias
         for alias, name in checkpoint.aliases.items()
-        if skeleton is None or skeleton.module_name(alias) not in together
+        if architecture is None or architecture.module_name(alias) not in together
     }
     for index, layer in enumerate(layers):
         skip = layer.skip
@@ -134,15 +136,15 @@ def find_layers(
     return tuple(by_tensor[tensor] for tensor in in_natural_order(by_tensor))
 
 
-def skeleton_mismatch(checkpoint: Checkpoint, skeleton: Skeleton) -> str | None:
+def architecture_mismatch(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     """In what the tensors of a checkpoint do not fit a model, in a few words; None where they do.
 
     They fit when some of them are in the model, and each that is has the shape that it has there.
     """
-    state = skeleton.module.state_dict()
+    state = architecture.module.state_dict()
     fitting = 0
     for name, info in checkpoint.tensors.items():
-        in_model = skeleton.module_name(name)
+        in_model = architecture.module_name(name)
         if in_model is None or in_model not in state:
             continue
         shape = tuple(state[in_model].shape)
@@ -187,20 +189,22 @@ def layer_name(tensor: str) -> str:
     return tensor.removesuffix("weight").removesuffix(".") if is_weight(tensor) else tensor
 
 
-def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]], skeleton: Skeleton) -> list[Layer]:
+def _from_architecture(
+    matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]], architecture: Architecture
+) -> list[Layer]:
     """The layers of a model whose modules are known."""
-    modules = dict(skeleton.module.named_modules(remove_duplicate=False))
+    modules = dict(architecture.module.named_modules(remove_duplicate=False))
     names: dict[int, list[str]] = {}
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
         names.setdefault(id(module), []).append(name)
         if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and names[id(module)] == [name]:
             holders.setdefault(id(weight), []).append(name)
-    stored = {skeleton.module_name(tensor) for tensor in matrices}
+    stored = {architecture.module_name(tensor) for tensor in matrices}
     called_apart = _called_apart(modules)
     layers = []
     for tensor in matrices:
-        in_model = skeleton.module_name(tensor)
+        in_model = architecture.module_name(tensor)
         place, _, parameter = (in_model or "").rpartition(".")
         owner = modules.get(place)
         if in_model is None or owner is None or owner._parameters.get(parameter) is None:
@@ -215,7 +219,7 @@ def _from_skeleton(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]
         layer = replace(layer, module=place, parameter=parameter, places=places)
         if again := [name for name in places if f"{name}.{parameter}" in stored]:
             layer = replace(layer, skip=layer.skip or f"the same module as {again[0]}, but stored apart from it")
-        if layer.kind == "parameter" and _of_transformers(skeleton.module):
+        if layer.kind == "parameter" and _of_transformers(architecture.module):
             layer = replace(
                 layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
             )

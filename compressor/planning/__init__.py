@@ -11,7 +11,7 @@ from compressor.planning.choice import (
     window_rule_advice,
     worthwhile_size,
 )
-from compressor.planning.drop_search import DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning.drop_search import DropSearch, Trial, search_by_drop, smallest_found, within_limit
 from compressor.planning.plan import (
     CalibrationResult,
     FormRequest,
@@ -25,7 +25,7 @@ from compressor.planning.plan import (
     smallest_size,
 )
 from compressor.planning.settings import PLANNING, PlanningSettings
-from compressor.planning.size_curve import SizeCurve, size_curve, spent
+from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
 
 __all__ = [
     "PLANNING",
@@ -43,8 +43,8 @@ __all__ = [
     "apply_edits",
     "choose_ranks",
     "default_budget",
-    "holds",
     "is_worthwhile",
+    "plan_loss",
     "predicted_loss",
     "rank_caps",
     "read_plan",
@@ -53,7 +53,7 @@ __all__ = [
     "size_curve",
     "smallest_found",
     "smallest_size",
-    "spent",
     "window_rule_advice",
+    "within_limit",
     "worthwhile_size",
 ]

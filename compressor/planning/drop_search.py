@@ -56,20 +56,20 @@ class DropSearch:
             "evaluations": self.evaluations,
             "tried": [
                 {name: value if math.isfinite(value) else "infinity" for name, value in asdict(trial).items()}
-                | {"allowed": holds(trial.bound, self.limit)}
+                | {"allowed": within_limit(trial.bound, self.limit)}
                 for trial in self.trials
             ],
         }
 
 
-def holds(drop: float, limit: float) -> bool:
+def within_limit(drop: float, limit: float) -> bool:
     """Whether a drop is at most the limit; the last digits of a difference of two fractions are rounding."""
     return drop <= limit or math.isclose(drop, limit, rel_tol=1e-9)
 
 
 def smallest_found(trials: Sequence[Trial], limit: float) -> Trial | None:
     """The smallest size tried whose bound on the drop is at most `limit`, None when there is none."""
-    return min((t for t in trials if holds(t.bound, limit)), key=lambda t: t.parameters, default=None)
+    return min((t for t in trials if within_limit(t.bound, limit)), key=lambda t: t.parameters, default=None)
 
 
 def search_by_drop(
@@ -109,7 +109,7 @@ def _next_keep(
     found = smallest_found(tuple(trials.values()), limit)
     # Asking for less than a trial stored leads to another model; asking for less than it was asked for may not.
     upper = 1.0 if found is None else found.parameters / eligible
-    lower = max((t.keep for t in trials.values() if not holds(t.bound, limit) and t.keep < upper), default=None)
+    lower = max((t.keep for t in trials.values() if not within_limit(t.bound, limit) and t.keep < upper), default=None)
     if lower is None:
         return max(least, upper / 2) if upper > least else None
     width = upper - lower

@@ -65,20 +65,20 @@ LossUnit = Literal["nats per prediction", "half the squared change of the output
 class CalibrationResult:
     """How a calibrated plan was chosen, and what it is expected to cost.
 
-    `predicted_loss` is the increase of loss per prediction to second order, and `held_back_loss` the increase measured
-    on the examples held back, against the dense model's own predictions; both in `unit`. Where they differ much the
+    `predicted_loss` is the increase of loss per prediction to second order, and `holdout_loss` the increase measured
+    on the holdout examples, against the dense model's own predictions; both in `unit`. Where they differ much the
     second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
-    loss held back is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
+    holdout loss is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
     caps on the ranks lost less there, before compensation, than the allocation without them, and `refined` whether the
     factors are those fitted to the dense blocks, because they lose less there. `unused` says what part of the data
     given was not used, empty if all was.
     """
 
     examples: int
-    held_back: int
+    holdout: int
     power: float | None
     predicted_loss: float
-    held_back_loss: float
+    holdout_loss: float
     capped: bool = False
     refined: bool = False
     unit: LossUnit = "nats per prediction"

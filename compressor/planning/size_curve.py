@@ -89,7 +89,7 @@ def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerC
     return SizeCurve(tuple(sizes[shown].tolist()), tuple(lost[shown].tolist()), unit)
 
 
-def spent(curve: SizeCurve, layers: Sequence[LayerPlan], predicted: float | None) -> float:
+def plan_loss(curve: SizeCurve, layers: Sequence[LayerPlan], predicted: float | None) -> float:
     """What a plan loses in the unit of the curve; `predicted` is that of a plan made with calibration."""
     if curve.unit != "relative error" and predicted is not None:
         return predicted

@@ -5,7 +5,7 @@ from __future__ import annotations
 from compressor.recipe.card import read_model_card
 from compressor.recipe.deepspeed import read_deepspeed_config
 from compressor.recipe.find import find_recipe, read_recipe, read_recipe_file
-from compressor.recipe.recipe import TrainingRecipe, merge
+from compressor.recipe.recipe import TrainingRecipe, merge_recipes
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
 from compressor.recipe.training_checkpoint import recipes_inside
@@ -13,7 +13,7 @@ from compressor.recipe.training_checkpoint import recipes_inside
 __all__ = [
     "TrainingRecipe",
     "find_recipe",
-    "merge",
+    "merge_recipes",
     "read_deepspeed_config",
     "read_model_card",
     "read_recipe",

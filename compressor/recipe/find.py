@@ -15,7 +15,7 @@ from compressor.documents import read_regular_file, read_text, read_yaml
 from compressor.errors import BadInput
 from compressor.recipe.card import has_hyperparameters, read_model_card
 from compressor.recipe.deepspeed import read_deepspeed_config
-from compressor.recipe.recipe import TrainingRecipe, fields_like, merge
+from compressor.recipe.recipe import TrainingRecipe, fields_like, merge_recipes
 from compressor.recipe.settings import has_settings, possible_recipe, read_settings
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
@@ -133,7 +133,7 @@ def find_recipe(
     folder = folder if folder.is_dir() else folder.parent
     asked = flags or TrainingRecipe()
     if recipe_file is not None:
-        asked = merge(asked, read_recipe(recipe_file))
+        asked = merge_recipes(asked, read_recipe(recipe_file))
     found: list[TrainingRecipe] = list(inside)
     for name, read in _BESIDE_THE_MODEL:
         path = folder / name
@@ -147,7 +147,7 @@ def find_recipe(
     for each in found:
         _warn_of_disagreement(recipe, each, asked)
         try:
-            recipe = merge(recipe, each)
+            recipe = merge_recipes(recipe, each)
         except BadInput as error:
             source = next(iter(each.sources.values()), "a file")
             _log.warning("left out of the training recipe: %s (%s)", source, error)

@@ -419,7 +419,7 @@ def _typed(name: str, value: object) -> object:
         return text
 
 
-def merge(*recipes: TrainingRecipe) -> TrainingRecipe:
+def merge_recipes(*recipes: TrainingRecipe) -> TrainingRecipe:
     """One recipe out of several, the most trusted first: field by field, the first that is known.
 
     What is said about an optimizer (momentum, dampening, Nesterov, decoupled decay) is taken only from

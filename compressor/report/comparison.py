@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compressor.report.wording import change_words, compact, in_bytes, in_seconds, percent, quality_words, thousands
+from compressor.report.wording import change_words, compact, format_size, in_seconds, percent, quality_words, thousands
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
@@ -36,7 +36,7 @@ def compression_rows(compression: Compression) -> list[Comparison]:
     rows = [
         compared("parameters", thousands, compression.parameters.before, compression.parameters.after),
         compared("of them eligible", thousands, plan.eligible_before, plan.eligible_after),
-        compared("weight files", in_bytes, compression.bytes.before, compression.bytes.after),
+        compared("weight files", format_size, compression.bytes.before, compression.bytes.after),
     ]
     return rows if evaluation is None else rows + quality_rows(evaluation)
 
@@ -46,7 +46,7 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     return [
         compared("parameters", thousands, before.parameters if before else None, after.parameters),
-        compared("weights", in_bytes, before.bytes if before else None, after.bytes),
+        compared("weights", format_size, before.bytes if before else None, after.bytes),
         *quality_rows(evaluation),
     ]
 
@@ -67,7 +67,9 @@ def quality_rows(evaluation: Evaluation) -> list[Comparison]:
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     rows = [
         *computed_rows(evaluation),
-        compared("memory of a batch", in_bytes, before.peak_memory_bytes if before else None, after.peak_memory_bytes),
+        compared(
+            "memory of a batch", format_size, before.peak_memory_bytes if before else None, after.peak_memory_bytes
+        ),
     ]
     for timing in evaluation.latency:
         rows.append(

@@ -21,7 +21,7 @@ from compressor.report.card_parts import (
     python_block,
     repository_name,
 )
-from compressor.report.wording import error_words, in_bytes, percent, rounding_words, shape_of
+from compressor.report.wording import error_words, format_size, percent, rounding_words, shape_of
 
 if TYPE_CHECKING:
     from compressor.planning import LayerPlan
@@ -90,9 +90,9 @@ def adapter_card(
         markdown_table(
             ("", "weight files", "of the fine-tune"),
             [
-                ("fine-tune", in_bytes(sizes.before), ""),
-                ("adapter", in_bytes(sizes.after), percent(sizes.after, sizes.before)),
-                ("base, needed beside it", in_bytes(base_bytes), ""),
+                ("fine-tune", format_size(sizes.before), ""),
+                ("adapter", format_size(sizes.after), percent(sizes.after, sizes.before)),
+                ("base, needed beside it", format_size(base_bytes), ""),
             ],
         ),
         "## Ranks",

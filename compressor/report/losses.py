@@ -32,7 +32,7 @@ class CurvePoint:
 
 def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
     """The loss predicted for the plan and what was measured of it, as far as they are in the unit of the curve."""
-    from compressor.planning import spent
+    from compressor.planning import plan_loss
 
     plan, curve, evaluation = compression.plan, compression.curve, compression.evaluation
     if curve is None:
@@ -40,10 +40,10 @@ def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
     size, calibration = plan.eligible_after, plan.calibration
     predicted = None if calibration is None else calibration.predicted_loss
     said = "of the ranks chosen" if curve.unit == "relative error" else "predicted for the ranks chosen"
-    points = [CurvePoint(said, size, spent(curve, plan.layers, predicted), "o", "●")]
+    points = [CurvePoint(said, size, plan_loss(curve, plan.layers, predicted), "o", "●")]
     if calibration is not None:
-        label = f"measured on the {calibration.held_back} examples held back"
-        points.append(CurvePoint(label, size, calibration.held_back_loss, "^", "▲"))
+        label = f"measured on the {calibration.holdout} holdout examples"
+        points.append(CurvePoint(label, size, calibration.holdout_loss, "^", "▲"))
     if curve.unit == "nats per prediction" and evaluation is not None and evaluation.baseline_loss is not None:
         change = evaluation.compressed_loss - evaluation.baseline_loss
         if math.isfinite(change):

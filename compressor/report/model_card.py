@@ -41,7 +41,7 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     error_words,
-    in_bytes,
+    format_size,
     left_out_words,
     one_line,
     percent,
@@ -292,7 +292,7 @@ def _summary(compression: Compression, base_model: str) -> str:
     return (
         f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
         f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
-        f" of {in_bytes(sizes.before)} become {in_bytes(sizes.after)}.{_left_out(compression)} Made by"
+        f" of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)} Made by"
         " lowrank-compressor."
     )
 

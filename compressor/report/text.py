@@ -21,7 +21,7 @@ from compressor.report.wording import (
     change_words,
     compact,
     error_words,
-    in_bytes,
+    format_size,
     in_seconds,
     large_loss_words,
     left_out_words,
@@ -89,7 +89,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
 def compression_text(compression: Compression) -> RenderableType:
     """What `compress MODEL` did: the request, the layers, sizes and quality before and after, and where it is."""
     plan = compression.plan
-    effort = f"{in_seconds(compression.seconds)}, peak memory {in_bytes(compression.peak_memory_bytes)}"
+    effort = f"{in_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
     parts: list[RenderableType] = [
         _facts(
             ("model", compression.source),
@@ -132,7 +132,7 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     yield "base", fine_tune.base
     in_full = f", {_tensors(len(fine_tune.in_full))} in full" if fine_tune.in_full else ""
     unchanged = f"; unchanged: {_tensors(fine_tune.unchanged)}" if fine_tune.unchanged else ""
-    yield "as", f"{fine_tune.written_as} beside {in_bytes(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    yield "as", f"{fine_tune.written_as} beside {format_size(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
     if words := rounding_words(fine_tune.rounding_share):
         yield "rounding", words
     if fine_tune.verified_with is not None:
@@ -179,7 +179,7 @@ def inspection_text(inspection: Inspection) -> RenderableType:
     """Effective ranks and memory of every eligible layer, the others grouped by why they are skipped."""
     measured = [layer for layer in inspection.layers if layer.layer.eligible]
     totals = (
-        f"{inspection.parameters:,} parameters, {in_bytes(inspection.weight_bytes)}; "
+        f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}; "
         f"{percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
     )
     parts: list[RenderableType] = [
@@ -211,7 +211,7 @@ def evaluation_text(evaluation: Evaluation) -> RenderableType:
 
 def restoration_text(restoration: Restoration) -> RenderableType:
     """What `compress restore` brought back, and where it is."""
-    size = compared("weight files", in_bytes, restoration.bytes.before, restoration.bytes.after)
+    size = compared("weight files", format_size, restoration.bytes.before, restoration.bytes.after)
     layers = f"{len(restoration.layers)} brought back to dense"
     return _spaced(
         [
@@ -224,7 +224,7 @@ def restoration_text(restoration: Restoration) -> RenderableType:
 
 def export_text(export: Export) -> RenderableType:
     """What `compress export` wrote, and how to load it."""
-    size = compared("weight files", in_bytes, export.bytes.before, export.bytes.after)
+    size = compared("weight files", format_size, export.bytes.before, export.bytes.after)
     facts = [("output", export.output), ("load", export.load)]
     if export.difference is not None:
         facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
@@ -271,7 +271,7 @@ def merging_text(merging: Merging) -> RenderableType:
         _side_by_side(
             [
                 compared("parameters", thousands, merging.parts_parameters, merging.parameters),
-                compared("weight files", in_bytes, merging.parts_bytes, merging.bytes),
+                compared("weight files", format_size, merging.parts_bytes, merging.bytes),
             ],
             "apart",
             "merged",

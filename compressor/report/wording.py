@@ -77,7 +77,7 @@ def left_out_words(
     left_out: Sequence[LeftOut], weights_at: str, quoted: Callable[[str], str] = repr, *, remedy: bool = True
 ) -> str:
     """What a checkpoint holds beside the weights that are used, and how to use an average of them instead."""
-    words = ", ".join(f"{each.kind} ({quoted(each.key)}, {in_bytes(each.bytes)})" for each in left_out)
+    words = ", ".join(f"{each.kind} ({quoted(each.key)}, {format_size(each.bytes)})" for each in left_out)
     average = next((each.key for each in left_out if each.kind.startswith("EMA")), None)
     if average is None:
         return words
@@ -88,7 +88,7 @@ def left_out_words(
     return f"{words}: for the average save torch.load(FILE){keys} to a file of its own and give that"
 
 
-def in_bytes(size: float) -> str:
+def format_size(size: float) -> str:
     """A size in the decimal units that `--max-size 40MB` is written in."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -205,7 +205,7 @@ def budget_words(budget: Budget) -> str:
     value = math.nan if budget.value is None else budget.value
     return {
         "keep": f"keep {value:.4g} of the eligible parameters",
-        "max-size": f"weight files of at most {in_bytes(value)}",
+        "max-size": f"weight files of at most {format_size(value)}",
         "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
         "window-rule": "window rule: what training wrote above its initialisation",
@@ -230,10 +230,10 @@ def calibration_words(result: CalibrationResult) -> str:
     caps = "; ranks capped by the window rule" if result.capped else ""
     fitted = "; factors fitted to the dense blocks" if result.refined else ""
     unused = f"; not used: {result.unused}" if result.unused else ""
-    loss = f"{result.held_back_loss:.2g}"
+    loss = f"{result.holdout_loss:.2g}"
     lost = f"loss increase {loss} {result.unit}" if result.unit == "nats per prediction" else f"{result.unit} {loss}"
     return (
-        f"{result.examples} examples; {lost} on {result.held_back} held back,"
+        f"{result.examples} examples; {lost} on a holdout of {result.holdout},"
         f" {result.predicted_loss:.2g} predicted to second order{caps}{fitted}{unused}"
     )
 
@@ -266,12 +266,12 @@ SEARCH_HEADERS = ("kept", "drop", "standard error", "verdict")
 
 def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
     """Every size that was tried, the largest first, under `SEARCH_HEADERS`."""
-    from compressor.planning import holds, smallest_found
+    from compressor.planning import smallest_found, within_limit
 
     chosen = smallest_found(search.trials, search.limit)
     rows = []
     for trial in sorted(search.trials, key=lambda trial: -trial.parameters):
-        verdict = "chosen" if trial is chosen else "allowed" if holds(trial.bound, search.limit) else "too much"
+        verdict = "chosen" if trial is chosen else "allowed" if within_limit(trial.bound, search.limit) else "too much"
         numbers = (drop_words(search.metric, each) for each in (trial.drop, trial.standard_error))
         rows.append((f"{trial.keep:.3f}", *numbers, verdict))
     return rows
@@ -279,10 +279,10 @@ def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
 
 def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     """That data which did not decide show a larger drop than was allowed; None where they do not."""
-    from compressor.planning import holds
+    from compressor.planning import within_limit
 
     limit = budget.value if budget.kind == "max-drop" else None
-    if limit is None or evaluation.drop is None or holds(evaluation.drop, limit):
+    if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return None
     return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
 
@@ -308,7 +308,7 @@ def _growth_words(compression: Compression) -> str | None:
     before, after = compression.bytes.before, compression.bytes.after
     if after <= before:
         return None
-    said = f"the weight files grow from {in_bytes(before)} to {in_bytes(after)}"
+    said = f"the weight files grow from {format_size(before)} to {format_size(after)}"
     return f"{said}: what the format says of the layers outweighs what they save"
 
 

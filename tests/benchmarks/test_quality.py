@@ -65,7 +65,7 @@ def test_all_methods_store_what_was_asked_for_and_differ(quality: ModuleType) ->
         outputs[name] = small.model(x)
     pairs = [(a, b) for a in outputs for b in outputs if a < b]
     same = {pair for pair in pairs if torch.equal(outputs[pair[0]], outputs[pair[1]])}
-    # What is kept only where it lowers the loss held back may not have been kept; and no layer is a convolution.
+    # What is kept only where it lowers the holdout loss may not have been kept; and no layer is a convolution.
     optional = {"ours", "ours without refinement", "ours without refinement, with one allocation (p = 1)"}
     optional |= {"ours without refinement and compensation", "ours without refinement and stages"}
     optional |= {"ours without refinement, with channel pairs"}

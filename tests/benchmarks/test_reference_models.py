@@ -14,7 +14,7 @@ from compressor.data import load_preprocessing, open_data
 from compressor.evaluation import measure_quality
 from compressor.io import open_checkpoint
 from compressor.model import load_model, logits_of
-from compressor.network import find_layers, transformers_skeleton
+from compressor.network import find_layers, transformers_architecture
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, Plan, choose_ranks
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def channel_pairs_only(keep: float, *, shared: bool) -> Plan:
     """
     folder = CARDS / "digits-resnet"
     checkpoint = open_checkpoint(folder)
-    eligible = [layer for layer in find_layers(checkpoint, transformers_skeleton(folder)) if layer.eligible]
+    eligible = [layer for layer in find_layers(checkpoint, transformers_architecture(folder)) if layer.eligible]
     if shared:
         matrices = [checkpoint.read(layer.tensor).double().flatten(1).numpy() for layer in eligible]
         values = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]

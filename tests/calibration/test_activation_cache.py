@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressor import compress
-from compressor.calibration.activation_cache import Spool
+from compressor.calibration.activation_cache import ActivationCache
 from tests.calibration.tiny_models import inputs_for, transformer
 
 
@@ -21,22 +21,22 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> None:
-    spool, cpu = Spool(), torch.device("cpu")
+    cache, cpu = ActivationCache(), torch.device("cpu")
     first, second = torch.randn(3, 4), torch.randn(5).to(torch.bfloat16)
-    spool.put(("a", 1), x=first, y=second)
-    found = spool.get(("a", 1), cpu)
+    cache.put(("a", 1), x=first, y=second)
+    found = cache.get(("a", 1), cpu)
     assert torch.equal(found["x"], first)
     assert torch.equal(found["y"], second)
-    spool.put(("a", 1), x=first.T)
-    assert torch.equal(spool.get(("a", 1), cpu)["x"], first.T)
+    cache.put(("a", 1), x=first.T)
+    assert torch.equal(cache.get(("a", 1), cpu)["x"], first.T)
     assert torch.equal(found["x"], first)  # what was read stays what it was
-    assert (("a", 1) in spool, ("a", 2) in spool) == (True, False)
+    assert (("a", 1) in cache, ("a", 2) in cache) == (True, False)
     with pytest.raises(KeyError):
-        spool.get(("a", 2), cpu)
+        cache.get(("a", 2), cpu)
     assert len(list(temporary.iterdir())) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        del spool
+        del cache
     assert not list(temporary.iterdir())
 
 
@@ -95,7 +95,7 @@ def test_bfloat16_stays_bfloat16() -> None:
     report = compress(model, keep=0.6, calibration=data)
     assert report.model is not None
     assert report.plan.calibration is not None
-    assert 0 < report.plan.calibration.held_back_loss < 10
+    assert 0 < report.plan.calibration.holdout_loss < 10
     assert all(t.dtype in {torch.bfloat16, torch.int32} for t in report.model.parameters())
     with torch.no_grad():
         assert torch.isfinite(report.model(**data[0]).logits).all()

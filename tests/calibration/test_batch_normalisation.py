@@ -46,8 +46,8 @@ def network() -> nn.Sequential:
 
 def calibrations(network: nn.Sequential, shift: float = 0.0) -> Calibration:
     torch.manual_seed(1)
-    fitted, held = ([{"inputs": images(60, s)} for _ in range(3)] for s in (0.0, shift))
-    return calibrated(network, fitted, held)
+    fit, holdout = ([{"inputs": images(60, s)} for _ in range(3)] for s in (0.0, shift))
+    return calibrated(network, fit, holdout)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def inputs_of(calibration: Calibration, solution: Compensated | None, place: str
     modules = {} if solution is None else {p: m for p, m in solution.modules.items() if p != place}
     with with_layers(calibration.model, modules) as model:
         handle = model.get_submodule(place).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-        for batch in calibration.data.fitted if part == "fitted" else calibration.data.held_back:
+        for batch in calibration.data.fit if part == "fit" else calibration.data.holdout:
             model(*batch.inputs.values())
         handle.remove()
     return torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
@@ -69,7 +69,7 @@ def normalised(x: Tensor, mean: Tensor, variance: Tensor, module: nn.BatchNorm2d
 
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [0.0, -2.0])
-def test_statistics_move_by_as_much_as_their_inputs_exactly_where_that_helps_on_held_back_data(
+def test_statistics_move_by_as_much_as_their_inputs_exactly_where_that_helps_on_holdout_data(
     network: nn.Sequential, shift: float
 ) -> None:
     calibration = calibrations(network, shift)
@@ -78,10 +78,10 @@ def test_statistics_move_by_as_much_as_their_inputs_exactly_where_that_helps_on_
     moved = []
     for place in ("1", "4", "8"):
         dense = network.get_submodule(place)
-        x, y = (inputs_of(calibration, each, place, "fitted") for each in (None, solution))
+        x, y = (inputs_of(calibration, each, place, "fit") for each in (None, solution))
         mean = dense.running_mean + y.mean(0) - x.mean(0)
         variance = dense.running_var * y.var(0, correction=0) / x.var(0, correction=0)
-        x, y = (inputs_of(calibration, each, place, "held back") for each in (None, solution))
+        x, y = (inputs_of(calibration, each, place, "holdout") for each in (None, solution))
         wanted = normalised(x, dense.running_mean, dense.running_var, dense)
         candidates = [(dense.running_mean, dense.running_var), (mean, dense.running_var), (mean, variance)]
         errors = [float((normalised(y, *each, dense) - wanted).square().sum()) for each in candidates]

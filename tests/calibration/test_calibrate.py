@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.calibration import Calibration, held_back_loss
+from compressor.calibration import Calibration, holdout_loss
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.calibration.segments import Segments
 from compressor.data import Batch
 from compressor.factorize import Metric, TiedMetric
-from compressor.measure.moments import kept_rows, shrunk
+from compressor.measure.moments import kept_rows, oas_shrinkage
 from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
@@ -85,7 +85,7 @@ def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(name: str) -> None:
     model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
     calibration = calibrated(model.eval(), [inputs])
-    batch, chains = calibration.data.fitted[0], calibration.segments.chains
+    batch, chains = calibration.data.fit[0], calibration.segments.chains
     # What enters each block, then what each chain but the last gives, each followed by autograd alone.
     entering: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
 
     def moment(gradient: Tensor) -> Tensor:
         rows = hidden_rows(gradient, batch.masks)
-        return shrunk((rows.T @ rows).double() / len(rows), len(rows))
+        return oas_shrinkage((rows.T @ rows).double() / len(rows), len(rows))
 
     blocks = [block for chain in chains for block in chain.blocks]
     for segment, block in enumerate(blocks):
@@ -118,7 +118,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
         if segment > 0 and blocks[segment - 1] in given:
             # Where all that follows takes it from the next chain's first block there is nothing left of its own.
             expected.append(None if name in ("swin", "piped") else given[blocks[segment - 1]].grad)
-        found = calibration.spool.row(("boundary", segment), torch.device("cpu"))
+        found = calibration.cache.row(("boundary", segment), torch.device("cpu"))
         assert len(found) == len(expected)
         for one, gradient in zip(found, expected, strict=True):
             other = torch.zeros_like(one) if gradient is None else moment(gradient)
@@ -357,13 +357,13 @@ def test_the_predicted_loss_is_the_measured_one_for_small_changes(
         for seed in range(4):
             module, cost = changed_layer(calibration, name, 0.01, seed)
             predicted += cost
-            measured += held_back_loss(calibration, {layer.module: module})
+            measured += holdout_loss(calibration, {layer.module: module})
         ratios.append(predicted / measured)
     # Positions, and inputs and gradients, are taken as independent, which they are not quite.
     assert 0.7 < sum(ratios) / len(ratios) < 1.4, ratios
 
 
-def test_the_held_back_loss_of_an_encoder_is_half_the_squared_change_of_its_outputs() -> None:
+def test_the_holdout_loss_of_an_encoder_is_half_the_squared_change_of_its_outputs() -> None:
     model = bert_encoder()
     held = [inputs_for("bert", 3, padded=True), inputs_for("bert", 2, length=5)]
     calibration = calibrated(model, [inputs_for("bert", 4)], held)
@@ -371,7 +371,7 @@ def test_the_held_back_loss_of_an_encoder_is_half_the_squared_change_of_its_outp
     name = next(iter(calibration.layers))
     layer = calibration.layers[name]
     changed, _ = changed_layer(calibration, name, 0.5, 0)
-    found = held_back_loss(calibration, {layer.module: changed})
+    found = holdout_loss(calibration, {layer.module: changed})
     total, rows = 0.0, 0
     with torch.no_grad():
         before = [model(**inputs).last_hidden_state for inputs in held]
@@ -384,12 +384,12 @@ def test_the_held_back_loss_of_an_encoder_is_half_the_squared_change_of_its_outp
     assert found == pytest.approx(total / rows, rel=1e-4)
 
 
-def test_the_held_back_loss_of_a_classifier_is_the_divergence_of_its_predictions() -> None:
+def test_the_holdout_loss_of_a_classifier_is_the_divergence_of_its_predictions() -> None:
     model, held = classifier(), torch.randn(50, 6)
     data = [{"inputs": torch.randn(50, 6)}], [{"inputs": held[:20]}, {"inputs": held[20:]}]
     calibration = calibrated(model, *data, labels=torch.zeros(50, dtype=torch.long))
     changed, _ = changed_layer(calibration, "2", 0.5, 0)
-    found = held_back_loss(calibration, {"2": changed})
+    found = holdout_loss(calibration, {"2": changed})
     with torch.no_grad():
         p = model(held).double().softmax(-1)
         model[2] = changed
@@ -491,4 +491,4 @@ def test_start_and_end_of_an_answer_both_count() -> None:
         changed = head(model.bert(**inputs).last_hidden_state)
         after, before = (each.double().log_softmax(-1) for each in (changed[..., 1], said.end_logits))
         expected = float((before.exp() * (before - after)).sum()) / (2 * 5)
-    assert held_back_loss(found, {"qa_outputs": head}) == pytest.approx(expected, rel=1e-4)
+    assert holdout_loss(found, {"qa_outputs": head}) == pytest.approx(expected, rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import compress
-from compressor.calibration import Calibration, Compensated, compensate, held_back_loss, uncompensated
+from compressor.calibration import Calibration, Compensated, compensate, holdout_loss, uncompensated
 from compressor.calibration.calibrate import with_layers
 from compressor.planning import LayerPlan
 from tests.calibration.tiny_models import (
@@ -43,11 +43,11 @@ def toy(*, bias: bool, silent: bool = False, rank: int = 3) -> tuple[Calibration
     """A calibrated toy of which the first layer is to be of low rank, the second of full; `silent` inputs are zero."""
     torch.manual_seed(0)
     mixed = torch.randn(7, 12) / 7**0.5  # so that what passes by tells of what the first layer loses
-    fitted, held = ([torch.randn(200, 7) @ mixed + 0.5 for _ in range(3)] for _ in range(2))
-    for x in (*fitted, *held):
+    fit, holdout = ([torch.randn(200, 7) @ mixed + 0.5 for _ in range(3)] for _ in range(2))
+    for x in (*fit, *holdout):
         x[:, 8:] *= 0 if silent else 1
     model = Toy(bias=bias).eval()
-    calibration = calibrated(model, [{"inputs": x} for x in fitted], [{"inputs": x} for x in held])
+    calibration = calibrated(model, [{"inputs": x} for x in fit], [{"inputs": x} for x in holdout])
     first, second = eligible(model)
     assert (first.name, second.name) == ("first", "second")
     return calibration, [planned(first, rank), planned(second, 6)]
@@ -60,13 +60,13 @@ def dense_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def given(calibration: Calibration, solution: Compensated | None, place: str, part: str = "fitted") -> Tensor:
+def given(calibration: Calibration, solution: Compensated | None, place: str, part: str = "fit") -> Tensor:
     """What a layer is given in the dense model or, with a solution, in the compressed one."""
     seen: list[Tensor] = []
     modules = {} if solution is None else solution.modules
     with with_layers(calibration.model, modules) as model:
         handle = model.get_submodule(place).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-        for batch in calibration.data.fitted if part == "fitted" else calibration.data.held_back:
+        for batch in calibration.data.fit if part == "fit" else calibration.data.holdout:
             model(*batch.inputs.values())
         handle.remove()
     return torch.cat([x.flatten(0, -2) for x in seen])
@@ -118,9 +118,9 @@ def test_what_calibration_never_excites_is_left_as_it_was(bias: bool) -> None:
 
 
 @torch.no_grad()
-def held_back_error(calibration: Calibration, before: Compensated, place: str, module: nn.Module) -> float:
-    """What the outputs of one layer lose on the held-back examples, in the metric of the gradients, by brute force."""
-    x, y = (given(calibration, solution, place, "held back") for solution in (None, before))
+def holdout_error(calibration: Calibration, before: Compensated, place: str, module: nn.Module) -> float:
+    """What the outputs of one layer lose on the holdout examples, in the metric of the gradients, by brute force."""
+    x, y = (given(calibration, solution, place, "holdout") for solution in (None, before))
     dense = calibration.model.get_submodule(place).double()
     change = dense(x) - module.double()(y)
     dense.float()
@@ -130,31 +130,31 @@ def held_back_error(calibration: Calibration, before: Compensated, place: str, m
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rank", "share"), [(2, 1.0), (4, 0.9)])
-def test_a_refitted_layer_loses_less_on_held_back_examples_than_the_truncated_one(
+def test_a_refitted_layer_loses_less_on_holdout_examples_than_the_truncated_one(
     bias: bool, rank: int, share: float
 ) -> None:
     calibration, (first, second) = toy(bias=bias)
     plans = [first, planned(calibration.layers[second.name], rank)]
     solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
-    refitted = held_back_error(calibration, solution, "second", solution.modules["second"])
-    without = held_back_error(calibration, solution, "second", truncated.modules["second"])
+    refitted = holdout_error(calibration, solution, "second", solution.modules["second"])
+    without = holdout_error(calibration, solution, "second", truncated.modules["second"])
     assert refitted < share * without
 
 
-def test_a_refit_that_does_not_help_on_held_back_examples_is_not_taken() -> None:
+def test_a_refit_that_does_not_help_on_holdout_examples_is_not_taken() -> None:
     # Fitted on next to nothing in one direction, and judged on much in all others.
     torch.manual_seed(0)
     direction = torch.randn(1, 12)
-    fitted = [{"inputs": torch.randn(4, 1) * direction + 1e-3 * torch.randn(4, 12)} for _ in range(2)]
-    held = [{"inputs": 10 * torch.randn(400, 12)}]
+    fit = [{"inputs": torch.randn(4, 1) * direction + 1e-3 * torch.randn(4, 12)} for _ in range(2)]
+    holdout = [{"inputs": 10 * torch.randn(400, 12)}]
     for bias in (False, True):
         model = Toy(bias=bias).eval()
-        calibration = calibrated(model, fitted, held)
+        calibration = calibrated(model, fit, holdout)
         first, second = eligible(model)
         plans = [planned(first, 2), planned(second, 2)]
         solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
-        refitted = held_back_error(calibration, solution, "second", solution.modules["second"])
-        assert refitted <= 1.0001 * held_back_error(calibration, solution, "second", truncated.modules["second"])
+        refitted = holdout_error(calibration, solution, "second", solution.modules["second"])
+        assert refitted <= 1.0001 * holdout_error(calibration, solution, "second", truncated.modules["second"])
 
 
 def test_with_a_bias_no_mean_is_moved() -> None:
@@ -282,17 +282,17 @@ def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
 ) -> None:
     if name in CHAINS:
         model = transformer(name).eval()
-        fitted, held = ([inputs_for(name, 12) for _ in range(2)] for _ in range(2))
+        fit, holdout = ([inputs_for(name, 12) for _ in range(2)] for _ in range(2))
     else:
         (model, inputs), more = odd(name), (odd(name, seed)[1] for seed in (1, 2, 3))
-        fitted, held = [inputs, next(more)], list(more)
+        fit, holdout = [inputs, next(more)], list(more)
         model.eval()
-    cut = calibrated(model, fitted, held)
+    cut = calibrated(model, fit, holdout)
     assert cut.segments.count > 1
     plans = [planned(layer, max(1, min(layer.shape) // 2)) for layer in cut.layers.values()]
     one = compensate(cut, plans)
     calibrate_room = importlib.import_module("compressor.calibration.calibrate")
     monkeypatch.setattr(calibrate_room, "find_segments", lambda *_: type(cut.segments)())
-    whole = calibrated(model, fitted, held)
+    whole = calibrated(model, fit, holdout)
     other = compensate(whole, plans)
-    assert held_back_loss(cut, one.modules) == pytest.approx(held_back_loss(whole, other.modules), rel=0.02)
+    assert holdout_loss(cut, one.modules) == pytest.approx(holdout_loss(whole, other.modules), rel=0.02)

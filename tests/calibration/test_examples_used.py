@@ -29,7 +29,7 @@ def images(sizes: Iterable[int]) -> list[Tensor]:
 
 
 def used(data: CalibrationData) -> list[float]:
-    return sorted(x for batch in (*data.fitted, *data.held_back) for x in batch.inputs["inputs"].flatten().tolist())
+    return sorted(x for batch in (*data.fit, *data.holdout) for x in batch.inputs["inputs"].flatten().tolist())
 
 
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=9))
@@ -45,7 +45,7 @@ def test_as_many_examples_are_used_as_were_asked_for(sizes: list[int], samples: 
     found = split_examples(images(sizes), samples)
     taken = used(found)
     assert len(taken) <= samples
-    assert len(taken) == samples or len(found.fitted) + len(found.held_back) == len(sizes)
+    assert len(taken) == samples or len(found.fit) + len(found.holdout) == len(sizes)
     assert bool(found.unused) == (len(taken) < sum(sizes))
 
 
@@ -93,8 +93,8 @@ def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.Lo
         part = compressor.plan(model, keep=0.5, calibration=loader, calibration_samples=128, refine=False).calibration
     assert whole is not None
     assert part is not None
-    assert (whole.examples + whole.held_back, whole.unused) == (500, "")
-    assert (part.examples, part.held_back, part.unused) == (64, 64, "6 of 8 batches")
+    assert (whole.examples + whole.holdout, whole.unused) == (500, "")
+    assert (part.examples, part.holdout, part.unused) == (64, 64, "6 of 8 batches")
     assert "not used: 6 of 8 batches" in calibration_words(part)
     assert [record.message.rpartition("; ")[2] for record in caplog.records] == [
         "not used: nothing",
@@ -106,7 +106,7 @@ def test_of_named_data_128_examples_are_used_and_the_rest_is_said() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     found = compressor.plan(model, keep=0.5, calibration="builtin:digits", refine=False).calibration
     assert found is not None
-    assert (found.examples + found.held_back, found.unused) == (128, "950 of 1,078 examples")
+    assert (found.examples + found.holdout, found.unused) == (128, "950 of 1,078 examples")
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -125,8 +125,8 @@ def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labelled: bool) 
     assert unit in calibration_words(calibration)
     assert ("nats" in calibration_words(calibration)) == labelled
     assert ("nats" in loss_axis(found.curve.unit)) == labelled
-    named = {"predicted_loss", "held_back_loss"} if labelled else {"predicted_output_change", "held_back_output_change"}
-    assert {name for name in found.metrics() if name.startswith(("predicted", "held_back"))} == named
+    named = {"predicted_loss", "holdout_loss"} if labelled else {"predicted_output_change", "holdout_output_change"}
+    assert {name for name in found.metrics() if name.startswith(("predicted", "holdout"))} == named
 
 
 def test_what_was_not_used_is_said_only_where_something_was_not() -> None:

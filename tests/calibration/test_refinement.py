@@ -1,4 +1,4 @@
-"""The factors of a block fitted to what the dense block puts out: kept only where that lowers the error held back."""
+"""The factors of a block fitted to what the dense block puts out: kept only where that lowers the holdout error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, Compression, compress
-from compressor.calibration import Calibration, Compensated, held_back_loss, refine, uncompensated
+from compressor.calibration import Calibration, Compensated, holdout_loss, refine, uncompensated
 from compressor.calibration.refinement import fit_to_dense
 from compressor.data.builtin_data import digits
 from compressor.report.wording import calibration_words
@@ -58,7 +58,7 @@ def test_the_fit_comes_near_the_best_matrix_of_the_rank() -> None:
 
 
 @pytest.mark.parametrize("helps", [0, 1, 3])
-def test_the_factors_are_those_of_the_least_error_held_back(helps: int) -> None:
+def test_the_factors_are_those_of_the_least_holdout_error(helps: int) -> None:
     """An error that rises from some pass on gives the factors of the pass before, bit for bit."""
     torch.manual_seed(0)
     dense, pair = nn.Linear(12, 8, bias=False), low_rank()
@@ -130,7 +130,7 @@ def test_all_kinds_of_models_are_fitted_and_left_as_they_were(name: str) -> None
             )
     assert changed
     if calibration.segments.count == 1:
-        assert held_back_loss(calibration, one.modules) < held_back_loss(calibration, start.modules)
+        assert holdout_loss(calibration, one.modules) < holdout_loss(calibration, start.modules)
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_the_last_block_of_a_chain_is_fitted_to_what_it_gives_to_all_that_follow
     inside = [layer for key, layer in calibration.layers.items() if key.startswith(f"{block}.")]
     start = uncompensated(calibration, [planned(layer, max(1, min(layer.shape) // 2)) for layer in inside])
     result = refine(calibration, start)
-    assert held_back_loss(calibration, result.modules) < held_back_loss(calibration, start.modules)
+    assert holdout_loss(calibration, result.modules) < holdout_loss(calibration, start.modules)
 
 
 class Graph(nn.Module):
@@ -246,7 +246,7 @@ def test_rows_that_are_no_examples_stay_together(name: str, monkeypatch: pytest.
     calibration = calibrated(model.eval(), batches[:4], batches[4:])
     plans = [planned(each, 2) for each in calibration.layers.values() if each.kind == "linear"]
     start = uncompensated(calibration, plans)
-    assert held_back_loss(calibration, refine(calibration, start).modules) < held_back_loss(calibration, start.modules)
+    assert holdout_loss(calibration, refine(calibration, start).modules) < holdout_loss(calibration, start.modules)
     monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
     refine(calibration, start)
     assert sizes == [4]
@@ -305,10 +305,10 @@ def scaled(dense: nn.Module, fitted: nn.Module, examples: Tensor, unit: float) -
 @pytest.mark.slow
 def test_texts_of_padding_alone_leave_the_factors_finite() -> None:
     calibration, start = started("llama", padded=True)  # from the ninth on nothing but padding
-    assert not calibration.data.fitted[0].inputs["attention_mask"][8:].any()
+    assert not calibration.data.fit[0].inputs["attention_mask"][8:].any()
     result = refine(calibration, start)
     assert all(tensor.isfinite().all() for factors in result.factors.values() for tensor in factors.values())
-    assert held_back_loss(calibration, result.modules) < held_back_loss(calibration, start.modules)
+    assert holdout_loss(calibration, result.modules) < holdout_loss(calibration, start.modules)
 
 
 @pytest.fixture(scope="module")
@@ -333,16 +333,16 @@ def same(a: Compression, b: Compression) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
-def test_a_fit_is_taken_only_where_it_loses_less_on_the_examples_held_back(trained: nn.Module, keep: float) -> None:
+def test_a_fit_is_taken_only_where_it_loses_less_on_the_holdout(trained: nn.Module, keep: float) -> None:
     with_fit, without = (compressed(trained, keep, refine=refine) for refine in (True, False))
     fitted, unfitted = (found.plan.calibration for found in (with_fit, without))
     assert fitted is not None
     assert unfitted is not None
     assert not unfitted.refined
-    assert fitted.held_back_loss <= unfitted.held_back_loss
-    assert fitted.refined == (fitted.held_back_loss < unfitted.held_back_loss) != same(with_fit, without)
+    assert fitted.holdout_loss <= unfitted.holdout_loss
+    assert fitted.refined == (fitted.holdout_loss < unfitted.holdout_loss) != same(with_fit, without)
     if keep == 0.1:
-        assert fitted.held_back_loss < 0.9 * unfitted.held_back_loss
+        assert fitted.holdout_loss < 0.9 * unfitted.holdout_loss
         assert "factors fitted to the dense blocks" in calibration_words(fitted)
         assert "factors fitted" not in calibration_words(unfitted)
 

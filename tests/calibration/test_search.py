@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, plan, restore
-from compressor.calibration import calibrate, compensate, held_back_loss, split_examples, uncompensated
+from compressor.calibration import calibrate, compensate, holdout_loss, split_examples, uncompensated
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
-from compressor.network import find_layers, module_skeleton
+from compressor.network import find_layers, module_architecture
 from tests.calibration.tiny_models import trained_on_digits
 
 pytestmark = pytest.mark.slow
@@ -56,19 +56,19 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(t
 
 
 @pytest.mark.parametrize(("keep", "share"), [(0.25, 1.0), (0.07, 0.8)])
-def test_compensation_loses_less_on_held_back_data_and_is_kept_only_there(
+def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
     trained: nn.Module, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compressor.calibration.search.STAGES", 0)
     chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256, refine=False)
-    layers = [layer for layer in find_layers(open_checkpoint(trained), module_skeleton(trained)) if layer.eligible]
+    layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(batches()), device=torch.device("cpu"), seed=0)
     refitted, truncated = (
-        held_back_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
+        holdout_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
     )
     assert refitted < share * truncated
     assert chosen.calibration is not None
-    assert chosen.calibration.held_back_loss == pytest.approx(min(refitted, truncated))
+    assert chosen.calibration.holdout_loss == pytest.approx(min(refitted, truncated))
 
 
 def test_the_dense_model_is_left_as_it_was(trained: nn.Module) -> None:
@@ -109,12 +109,12 @@ def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
     chosen = plan(trained, keep=0.5, calibration=batches(), calibration_samples=256)
     found = chosen.calibration
     assert found is not None
-    assert (found.examples, found.held_back) == (192, 64)
+    assert (found.examples, found.holdout) == (192, 64)
     assert 0 < found.predicted_loss < 1
-    assert 0 < found.held_back_loss < 1
+    assert 0 < found.holdout_loss < 1
     assert found.power in (0.0, 0.5, 1.0)
     document = json.loads(json.dumps(chosen.to_dict()))
-    assert document["calibration"]["held_back_loss"] == found.held_back_loss
+    assert document["calibration"]["holdout_loss"] == found.holdout_loss
     assert plan(trained, keep=0.5).to_dict()["calibration"] is None
 
 

@@ -63,7 +63,7 @@ def edges(model: nn.Module) -> dict[str, int]:
 
 
 def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:
-    """A loss on the data held back that depends on the largest rank alone."""
+    """A loss on the holdout data that depends on the largest rank alone."""
 
     def loss(_: object, modules: Mapping[str, nn.Module]) -> float:
         ranks = [module.get_submodule("down").weight.shape[0] for module in modules.values()]
@@ -73,13 +73,13 @@ def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:
 
 
 @pytest.mark.slow
-def test_the_caps_are_taken_where_they_lose_less_on_the_data_held_back(
+def test_the_caps_are_taken_where_they_lose_less_on_the_data_holdout(
     trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caps = edges(trained)
     free = planned(trained)
     assert any((layer.rank or min(layer.shape)) > caps[layer.name] for layer in free.layers)
-    monkeypatch.setattr(f"{SEARCH}.held_back_loss", judged_by(float))
+    monkeypatch.setattr(f"{SEARCH}.holdout_loss", judged_by(float))
     capped = planned(trained, recipe=recipe())
     assert all(layer.rank is not None and layer.rank <= caps[layer.name] for layer in capped.layers)
     assert capped.calibration is not None
@@ -90,7 +90,7 @@ def test_the_caps_are_taken_where_they_lose_less_on_the_data_held_back(
 
 @pytest.mark.slow
 def test_the_caps_are_left_where_they_lose_more(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{SEARCH}.held_back_loss", judged_by(lambda rank: -float(rank)))
+    monkeypatch.setattr(f"{SEARCH}.holdout_loss", judged_by(lambda rank: -float(rank)))
     free, tried = planned(trained), planned(trained, recipe=recipe())
     assert tried.layers == free.layers
     assert tried.calibration is not None
@@ -113,7 +113,7 @@ def test_nothing_more_is_measured_where_there_is_no_cap(
         measured.append(len(modules))
         return 1.0
 
-    monkeypatch.setattr(f"{SEARCH}.held_back_loss", counted)
+    monkeypatch.setattr(f"{SEARCH}.holdout_loss", counted)
     monkeypatch.setattr(f"{SEARCH}.STAGES", 0)
     planned(trained, recipe=recipe())
     with_caps = len(measured)

@@ -13,7 +13,7 @@ from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.data import Batch
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
-from compressor.network import Layer, find_layers, module_skeleton
+from compressor.network import Layer, find_layers, module_architecture
 from compressor.planning import LayerPlan
 
 torch.set_num_threads(1)
@@ -247,23 +247,23 @@ ODD = ("mlp", "stages", "bypassed", *SEVERAL)
 
 
 def eligible(model: nn.Module, *, embeddings: bool = False) -> list[Layer]:
-    found = find_layers(open_checkpoint(model), module_skeleton(model), embeddings=embeddings)
+    found = find_layers(open_checkpoint(model), module_architecture(model), embeddings=embeddings)
     return [each for each in found if each.eligible]
 
 
 def calibrated(
     model: nn.Module,
-    fitted: Sequence[Mapping[str, Tensor]],
-    held_back: Sequence[Mapping[str, Tensor]] | None = None,
+    fit: Sequence[Mapping[str, Tensor]],
+    holdout: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     seed: int = 0,
     labels: Tensor | None = None,
     embeddings: bool = False,
 ) -> Calibration:
-    """Calibration of all eligible layers; what is fitted is also held back where nothing else is given."""
+    """Calibration of all eligible layers; the fit examples are also the holdout where none is given."""
     parts = [
         tuple(Batch(dict(inputs), torch.empty(0) if labels is None else labels) for inputs in part)
-        for part in (fitted, fitted if held_back is None else held_back)
+        for part in (fit, fit if holdout is None else holdout)
     ]
     data = CalibrationData(parts[0], parts[1], labelled=labels is not None)
     return calibrate(model, eligible(model, embeddings=embeddings), data, device=CPU, seed=seed)

@@ -144,7 +144,7 @@ def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forw
         "--data", data, "--no-refine", "-q",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "nats per prediction"
-    assert (found["calibration"]["examples"], found["calibration"]["held_back"]) == (6, 2)
+    assert (found["calibration"]["examples"], found["calibration"]["holdout"]) == (6, 2)
     evaluation = found["evaluation"]
     inputs = inputs_of(name, 2)
     assert (evaluation["metric"], evaluation["task"]) == ("perplexity", "text-to-text")
@@ -167,7 +167,7 @@ def test_sources_and_targets_are_tokenized_and_padding_is_not_to_be_predicted(
         capsys, folders[name], "--keep", "0.7", "--dry-run", "--json", "--no-refine", "-q",
         "--calibration", tmp_path / "calibration.jsonl",
     )  # fmt: skip
-    assert found["calibration"]["examples"] + found["calibration"]["held_back"] == 5
+    assert found["calibration"]["examples"] + found["calibration"]["holdout"] == 5
     measured = result(capsys, "evaluate", folders[name], "--data", tmp_path / "data.jsonl", "--json", "-q")
     # The letters of every target, and its end.
     assert measured["count"] == sum(len(target) - 1 + 1 + 1 for _, target in pairs)

@@ -84,10 +84,7 @@ def test_windows_that_decide_and_windows_that_are_reported_have_nothing_in_commo
     parts = [rows_of(half) for half in halves(data)]
     for one, other in (
         parts,
-        [
-            torch.cat([batch.inputs["input_ids"] for batch in part])
-            for part in (calibration.fitted, calibration.held_back)
-        ],
+        [torch.cat([batch.inputs["input_ids"] for batch in part]) for part in (calibration.fit, calibration.holdout)],
     ):
         places = sorted(place_of(row) for row in (*one, *other))
         assert len(places) == 40
@@ -280,4 +277,4 @@ def test_an_encoder_folder_is_calibrated_on_documents(letters: PreTrainedTokeniz
     (tmp_path / "chains.txt").write_text("".join(f"{text}\n" for text in DOCUMENTS * 4))
     found = compressor.plan(tmp_path / "model", keep=0.5, calibration=tmp_path / "chains.txt", refine=False)
     assert found.calibration is not None
-    assert (found.calibration.examples, found.calibration.held_back) == (9, 3)
+    assert (found.calibration.examples, found.calibration.holdout) == (9, 3)

@@ -135,4 +135,4 @@ def test_calibrated_ranks_do_not_depend_on_the_unit_of_the_inputs(exponent: int)
     assert losses[0] is not None
     assert losses[1] is not None
     assert losses[1].predicted_loss == pytest.approx(4.0**exponent * losses[0].predicted_loss, rel=1e-6)
-    assert losses[1].held_back_loss == pytest.approx(4.0**exponent * losses[0].held_back_loss, rel=1e-6)
+    assert losses[1].holdout_loss == pytest.approx(4.0**exponent * losses[0].holdout_loss, rel=1e-6)

@@ -18,7 +18,7 @@ from compressor.factorize import (
     weighted_singular_values,
     weighted_truncated_svd,
 )
-from compressor.factorize.tied_embedding import nearest_kronecker
+from compressor.factorize.tied_embedding import nearest_kronecker_metric
 
 
 def positive_definite(size: int, spread: float) -> Tensor:
@@ -67,7 +67,7 @@ def test_the_start_is_the_nearest_kronecker_product(size: tuple[int, int], sprea
     torch.manual_seed(seed)
     d, tokens = size
     metric = tied_metric(d, tokens, spread)
-    near = nearest_kronecker(metric)
+    near = nearest_kronecker_metric(metric)
     assert float(near.inputs.min()) > 0
     assert float(torch.linalg.eigvalsh(near.gradients)[0]) > 0
     # The rearrangement of Van Loan and Pitsianis, and by Eckart and Young the distance to its best rank-one matrix.
@@ -86,7 +86,7 @@ def test_it_costs_no_more_than_its_start_and_what_is_planned_with(
     torch.manual_seed(seed)
     metric, matrix = tied_metric(*size, spread), torch.randn(*size, dtype=torch.float64)
     total = brute_cost(metric, matrix)
-    start = weighted_truncated_svd(matrix, rank, nearest_kronecker(metric))
+    start = weighted_truncated_svd(matrix, rank, nearest_kronecker_metric(metric))
     pair = tied_truncated_svd(matrix, rank, metric)
     assert pair.rank == rank
     cost = brute_cost(metric, matrix - pair.product())
@@ -102,7 +102,7 @@ def test_what_is_planned_with_is_the_exact_cost_of_the_start() -> None:
     metric, matrix = tied_metric(8, 30, 1), torch.randn(8, 30, dtype=torch.float64)
     planned = tied_singular_values(matrix, metric)
     for rank in range(1, 9):
-        start = weighted_truncated_svd(matrix, rank, nearest_kronecker(metric))
+        start = weighted_truncated_svd(matrix, rank, nearest_kronecker_metric(metric))
         exact = brute_cost(metric, matrix - start.product())
         assert float((planned[rank:] ** 2).sum()) == pytest.approx(exact, rel=1e-6, abs=1e-9)
 

@@ -17,7 +17,7 @@ from compressor.calibration import calibrate, split_examples
 from compressor.calibration.compensation import _given, _of_the_same_positions
 from compressor.evaluation import count_macs
 from compressor.io import open_checkpoint
-from compressor.network import find_layers, fuse_experts, module_skeleton, with_separate_experts
+from compressor.network import find_layers, fuse_experts, module_architecture, with_separate_experts
 from tests.lowrank.architectures import ARCHITECTURES
 
 TOKENS = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -129,7 +129,7 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
     layer = dense.get_submodule(f"{name}.2").layers[0]
     calibration = calibrate(
         dense,
-        find_layers(open_checkpoint(dense), module_skeleton(dense)),
+        find_layers(open_checkpoint(dense), module_architecture(dense)),
         split_examples(data),
         device=torch.device("cpu"),
         seed=0,
@@ -139,7 +139,7 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
         changed.weight.mul_(-3)
     segment = 2  # the second block
     before, after = (
-        _given(calibration, segment, "fitted", 0, layer, replaced)
+        _given(calibration, segment, "fit", 0, layer, replaced)
         for replaced in ({}, {"model.layers.1.self_attn.o_proj": changed})
     )
     tokens = [set(call.tokens.tolist()) for call in (*before, *after)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from compressor.io import open_checkpoint
 from compressor.measure import initial_standard_deviation
-from compressor.network import find_layers, module_skeleton, transformers_skeleton
+from compressor.network import find_layers, module_architecture, transformers_architecture
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(288, 500), nn.Conv2d(32, 500, 3)])
@@ -26,16 +26,16 @@ def test_a_trained_module_is_initialised_once_more_and_left_alone() -> None:
     expected = float(model[0].weight.detach().std())
     with torch.no_grad():
         model[0].weight.fill_(7.0)
-    [found] = find_layers(open_checkpoint(model), module_skeleton(model))
-    assert initial_standard_deviation(found, module_skeleton(model)) == pytest.approx(expected, rel=0.01)
+    [found] = find_layers(open_checkpoint(model), module_architecture(model))
+    assert initial_standard_deviation(found, module_architecture(model)) == pytest.approx(expected, rel=0.01)
     assert bool((model[0].weight == 7.0).all())
 
 
 def test_a_new_model_says_it_itself() -> None:
     model = nn.Sequential(nn.Linear(300, 200))
     nn.init.normal_(model[0].weight, std=0.001)
-    [found] = find_layers(open_checkpoint(model), module_skeleton(model, untrained=True))
-    measured = initial_standard_deviation(found, module_skeleton(model, untrained=True))
+    [found] = find_layers(open_checkpoint(model), module_architecture(model, untrained=True))
+    measured = initial_standard_deviation(found, module_architecture(model, untrained=True))
     assert measured == pytest.approx(0.001, rel=0.01)
 
 
@@ -44,7 +44,7 @@ def test_transformers_initialises_by_the_configuration(tmp_path: Path) -> None:
 
     config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=2, vocab_size=20, initializer_range=0.3)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    skeleton = transformers_skeleton(tmp_path)
-    for layer in find_layers(open_checkpoint(tmp_path), skeleton):
+    architecture = transformers_architecture(tmp_path)
+    for layer in find_layers(open_checkpoint(tmp_path), architecture):
         if layer.eligible:
-            assert initial_standard_deviation(layer, skeleton) == pytest.approx(0.3, rel=0.05)
+            assert initial_standard_deviation(layer, architecture) == pytest.approx(0.3, rel=0.05)

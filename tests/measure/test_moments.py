@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.criterion import sampled_loss
 from compressor.errors import BadInput
-from compressor.measure.moments import MomentPass, collect_moments, shrunk
+from compressor.measure.moments import MomentPass, collect_moments, oas_shrinkage
 
 CONVOLUTIONS = [
     nn.Conv1d(3, 4, 3, stride=2, padding=1),
@@ -168,7 +168,7 @@ def test_shrinkage_makes_any_moment_positive_definite_and_keeps_its_trace(sample
     torch.manual_seed(0)
     factor = torch.randn(8, rank, dtype=torch.float64)
     moment = factor @ factor.T
-    estimate = shrunk(moment, samples)
+    estimate = oas_shrinkage(moment, samples)
     assert float(torch.linalg.eigvalsh(estimate)[0]) > 0
     torch.linalg.cholesky(estimate)
     expected = float(moment.trace()) if rank else 8.0
@@ -184,14 +184,14 @@ def test_shrinkage_is_nearer_to_the_truth_than_the_sample_and_vanishes_with_the_
     def errors(samples: int) -> tuple[float, float]:
         data = torch.randn(samples, size, dtype=torch.float64) * scales.sqrt()
         sample = data.T @ data / samples
-        return float((shrunk(sample, samples) - truth).norm()), float((sample - truth).norm())
+        return float((oas_shrinkage(sample, samples) - truth).norm()), float((sample - truth).norm())
 
     for samples in (10, 30, 60):
         pairs = [errors(samples) for _ in range(20)]
         assert sum(shrunken for shrunken, _ in pairs) < sum(plain for _, plain in pairs)
     data = torch.randn(100_000, size, dtype=torch.float64) * scales.sqrt()
     sample = data.T @ data / len(data)
-    assert float((shrunk(sample, len(data)) - sample).norm() / sample.norm()) < 1e-3
+    assert float((oas_shrinkage(sample, len(data)) - sample).norm() / sample.norm()) < 1e-3
 
 
 class TwoPaths(nn.Module):

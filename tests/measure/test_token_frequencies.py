@@ -18,7 +18,7 @@ from compressor.factorize import Metric, TiedMetric, truncated_svd, weighted_tru
 from compressor.io import open_checkpoint
 from compressor.measure.moments import MomentPass, collect_moments
 from compressor.measure.token_frequencies import EmbeddingCollector, EmbeddingMoments, smoothed_frequencies
-from compressor.network import find_layers, module_skeleton
+from compressor.network import find_layers, module_architecture
 
 TOKENS = 12
 
@@ -103,13 +103,13 @@ def test_the_heads_moment_is_exact_over_all_targets_whatever_follows_the_head() 
     assert float(added.mean()) > 0
 
 
-def test_what_is_held_back_is_not_counted() -> None:
+def test_the_holdout_is_not_counted() -> None:
     from compressor.calibration import calibrate, split_examples
 
     model = Capped()
     torch.manual_seed(0)
-    batches = [torch.full((1, 6), token) for token in range(8)]  # of which 3 and 7 are held back
-    layers = find_layers(open_checkpoint(model), module_skeleton(model), embeddings=True)
+    batches = [torch.full((1, 6), token) for token in range(8)]  # of which 3 and 7 are the holdout
+    layers = find_layers(open_checkpoint(model), module_architecture(model), embeddings=True)
     found = calibrate(model, layers, split_examples(batches), device=torch.device("cpu"), seed=0).metrics["words"]
     assert isinstance(found, TiedMetric)
     counts = 6 * torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]).double()
@@ -193,4 +193,4 @@ def test_calibration_makes_a_pair_that_loses_less_and_says_what_it_loses(tied: b
     assert divergence(calibrated.model) < divergence(plain.model) / 2
     result = calibrated.plan.calibration
     assert result is not None
-    assert 1 / 3 < result.predicted_loss / result.held_back_loss < 3
+    assert 1 / 3 < result.predicted_loss / result.holdout_loss < 3

@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 from compressor.errors import BadInput
 from compressor.io import open_checkpoint
 from compressor.io.safetensors_file import DTYPES
-from compressor.network import Layer, find_layers, in_natural_order, module_skeleton, transformers_skeleton
-from compressor.network import architecture as skeleton
+from compressor.network import Layer, find_layers, in_natural_order, module_architecture, transformers_architecture
+from compressor.network import architecture as architectures
 
 ODD_DTYPES = set(DTYPES.values()) - {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -28,7 +28,7 @@ def layers_of_file(folder: Path, tensors: dict[str, torch.Tensor], **patterns: l
 
 
 def layers_of_module(module: nn.Module) -> dict[str, Layer]:
-    return {layer.name: layer for layer in find_layers(open_checkpoint(module), module_skeleton(module))}
+    return {layer.name: layer for layer in find_layers(open_checkpoint(module), module_architecture(module))}
 
 
 @pytest.mark.parametrize("dtype", sorted(ODD_DTYPES, key=str), ids=str)
@@ -331,9 +331,9 @@ def test_transformers_names_on_disk_are_mapped_to_modules(tmp_path: Path) -> Non
     )
     model = transformers.ViTForImageClassification(config)
     model.save_pretrained(tmp_path)
-    skeleton = transformers_skeleton(tmp_path)
-    assert skeleton is not None
-    found = [layer for layer in find_layers(open_checkpoint(tmp_path), skeleton) if layer.eligible]
+    architecture = transformers_architecture(tmp_path)
+    assert architecture is not None
+    found = [layer for layer in find_layers(open_checkpoint(tmp_path), architecture) if layer.eligible]
     modules = dict(model.named_modules())
     assert any(layer.name != layer.module for layer in found), "this architecture renames"
     state = model.state_dict()
@@ -347,14 +347,14 @@ def test_a_head_that_is_tied_to_the_embedding_is_not_touched(tmp_path: Path) -> 
 
     config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    found = find_layers(open_checkpoint(tmp_path), transformers_skeleton(tmp_path))
+    found = find_layers(open_checkpoint(tmp_path), transformers_architecture(tmp_path))
     assert {layer.kind for layer in found if layer.eligible} == {"transposed linear"}
     assert {layer.name for layer in found if layer.kind == "embedding"} == {"transformer.wte", "transformer.wpe"}
 
 
-def test_an_unknown_architecture_has_no_skeleton(tmp_path: Path) -> None:
+def test_an_unknown_architecture_has_no_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "made-up", "architectures": ["MadeUp"]}')
-    assert transformers_skeleton(tmp_path) is None
+    assert transformers_architecture(tmp_path) is None
 
 
 def test_patterns_select_layers(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path, monkeypatch: p
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(tmp_path)
-    assert transformers_skeleton(tmp_path) is not None
-    monkeypatch.setattr(skeleton, "_MOST_MODULES", 20)
-    assert transformers_skeleton(tmp_path) is None
+    assert transformers_architecture(tmp_path) is not None
+    monkeypatch.setattr(architectures, "_MOST_MODULES", 20)
+    assert transformers_architecture(tmp_path) is None
     nn.Sequential(*(nn.ReLU() for _ in range(30)))  # nothing is counted any more

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.planning import PLANNING, DropSearch, Trial, holds, search_by_drop, smallest_found
+from compressor.planning import PLANNING, DropSearch, Trial, search_by_drop, smallest_found, within_limit
 
 ELIGIBLE = 100_000
 LEAST = 0.02
@@ -48,9 +48,9 @@ def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
     assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
     found = smallest_found(trials, limit)
     smaller = [t for t in trials if found is None or t.parameters < found.parameters]
-    assert not any(holds(trial.bound, limit) for trial in smaller)
+    assert not any(within_limit(trial.bound, limit) for trial in smaller)
     if found is not None:
-        assert holds(found.bound, limit)
+        assert within_limit(found.bound, limit)
         assert found.bound == found.drop + found.standard_error
 
 
@@ -64,7 +64,9 @@ def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size
     def drop(kept: float) -> float:
         return scale * (math.exp(-rate * kept) - math.exp(-rate))
 
-    smallest = next((k for k in range(int(LEAST * ELIGIBLE), ELIGIBLE) if holds(drop(k / ELIGIBLE), limit)), ELIGIBLE)
+    smallest = next(
+        (k for k in range(int(LEAST * ELIGIBLE), ELIGIBLE) if within_limit(drop(k / ELIGIBLE), limit)), ELIGIBLE
+    )
     found = smallest_found(search(drop, limit, first)[0], limit)
     assert (ELIGIBLE if found is None else found.parameters) - smallest <= ELIGIBLE / 10
 
@@ -82,8 +84,8 @@ def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
     trials = search_by_drop(measure, limit, eligible=sizes * 10, least=1 / sizes, first=max(first, 1 / sizes))
     assert len({trial.parameters for trial in trials}) == len(trials) <= PLANNING.most_trials
     found = smallest_found(trials, limit)
-    assert found is None or holds(found.bound, limit)
-    assert not any(holds(t.bound, limit) for t in trials if found is None or t.parameters < found.parameters)
+    assert found is None or within_limit(found.bound, limit)
+    assert not any(within_limit(t.bound, limit) for t in trials if found is None or t.parameters < found.parameters)
 
 
 def test_on_a_straight_logarithm_three_trials_bracket_the_root_closely() -> None:
@@ -111,8 +113,8 @@ def test_where_nothing_holds_sizes_near_dense_were_tried() -> None:
 def test_accuracies_that_differ_by_exactly_the_limit_hold(counts: tuple[int, int, int]) -> None:
     count, before, after = counts
     lost = before - after
-    assert holds(before / count - after / count, lost / count)
-    assert not holds(before / count - after / count, (lost - 1) / count)
+    assert within_limit(before / count - after / count, lost / count)
+    assert not within_limit(before / count - after / count, (lost - 1) / count)
 
 
 @pytest.mark.parametrize("drop", [0.25, math.inf])

@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor import compress, results
 from compressor.network import Layer
-from compressor.planning import MeasuredLayer, SizeCurve, predicted_loss, size_curve, smallest_size, spent
+from compressor.planning import MeasuredLayer, SizeCurve, plan_loss, predicted_loss, size_curve, smallest_size
 from compressor.planning.plan import plan_by_size
 
 
@@ -45,7 +45,7 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
         assert plans is not None
         assert sum(plan.parameters for plan in plans) <= size
         predicted = predicted_loss(layers, plans) if calibrated else None
-        assert spent(curve, plans, predicted) == pytest.approx(loss, rel=1e-6, abs=1e-12)
+        assert plan_loss(curve, plans, predicted) == pytest.approx(loss, rel=1e-6, abs=1e-12)
 
 
 @settings(max_examples=30)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from compressor.errors import BadInput
-from compressor.recipe import TrainingRecipe, merge
+from compressor.recipe import TrainingRecipe, merge_recipes
 
 STEPS = 47
 
@@ -278,7 +278,7 @@ def test_dictionary_survives_json(recipe: TrainingRecipe) -> None:
 
 @given(recipes, recipes)
 def test_merging_keeps_the_more_trusted_of_every_field(trusted: TrainingRecipe, other: TrainingRecipe) -> None:
-    merged = merge(trusted, other).to_dict()
+    merged = merge_recipes(trusted, other).to_dict()
     values = trusted.to_dict()
     assert all(merged[name] == value for name, value in values.items() if value is not None and name != "sources")
     independent = {"learning_rate", "schedule", "weight_decay", "batch_size", "steps"}
@@ -289,7 +289,7 @@ def test_merging_keeps_the_more_trusted_of_every_field(trusted: TrainingRecipe, 
 
 @given(recipes)
 def test_merging_with_nothing_or_itself_changes_nothing(recipe: TrainingRecipe) -> None:
-    assert merge(recipe) == merge(TrainingRecipe(), recipe) == merge(recipe, recipe) == recipe
+    assert merge_recipes(recipe) == merge_recipes(TrainingRecipe(), recipe) == merge_recipes(recipe, recipe) == recipe
 
 
 def test_merging_keeps_the_source_of_what_it_took() -> None:
@@ -297,7 +297,7 @@ def test_merging_keeps_the_source_of_what_it_took() -> None:
     card = TrainingRecipe(
         learning_rate=0.2, weight_decay=0.01, sources={"learning_rate": "card", "weight_decay": "card"}
     )
-    merged = merge(trusted, card)
+    merged = merge_recipes(trusted, card)
     assert (merged.learning_rate, merged.weight_decay) == (0.1, 0.01)
     assert merged.sources == {"learning_rate": "flag --lr", "weight_decay": "card"}
 
@@ -305,12 +305,12 @@ def test_merging_keeps_the_source_of_what_it_took() -> None:
 def test_what_is_said_of_one_optimizer_is_not_taken_for_another() -> None:
     flags = TrainingRecipe(optimizer="sgd", learning_rate=0.1)
     card = TrainingRecipe(optimizer="adamw", momentum=0.9, weight_decay=0.05)
-    merged = merge(flags, card)
+    merged = merge_recipes(flags, card)
     assert merged.decoupled_weight_decay is None
     assert merged.momentum is None
     assert merged.weight_decay == 0.05
-    assert merge(flags, TrainingRecipe(optimizer="sgd", momentum=0.9)).momentum == 0.9
-    assert merge(flags, TrainingRecipe(momentum=0.9)).momentum == 0.9
+    assert merge_recipes(flags, TrainingRecipe(optimizer="sgd", momentum=0.9)).momentum == 0.9
+    assert merge_recipes(flags, TrainingRecipe(momentum=0.9)).momentum == 0.9
 
 
 @pytest.mark.parametrize(

@@ -153,12 +153,12 @@ def test_every_layer_and_its_reason_is_in_the_table() -> None:
 
 def test_calibration_is_told_where_it_was_done() -> None:
     plain = compression("a")
-    result = CalibrationResult(examples=96, held_back=32, power=0.5, predicted_loss=0.0123, held_back_loss=0.0341)
+    result = CalibrationResult(examples=96, holdout=32, power=0.5, predicted_loss=0.0123, holdout_loss=0.0341)
     calibrated = replace(plain, plan=replace(plain.plan, calibration=result))
     text = " ".join(Page(report_page(calibrated)).text.split())
-    for words in ("96 examples", "32 held back", "0.034", "0.012"):
+    for words in ("96 examples", "holdout of 32", "0.034", "0.012"):
         assert words in text
-    assert "held back" not in Page(report_page(plain)).text
+    assert "holdout" not in Page(report_page(plain)).text
 
 
 def test_an_output_that_is_the_input_again_is_called_so() -> None:

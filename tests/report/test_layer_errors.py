@@ -21,7 +21,7 @@ from compressor.calibration import calibrate, split_examples
 from compressor.data import open_data
 from compressor.io import open_checkpoint
 from compressor.model import load_model
-from compressor.network import find_layers, module_skeleton
+from compressor.network import find_layers, module_architecture
 from compressor.report import compression_text
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words
@@ -84,7 +84,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
     if options is not None:
         assert result.plan.calibration is not None
         model = load_model(folder)
-        layers = [each for each in find_layers(open_checkpoint(folder), module_skeleton(model)) if each.eligible]
+        layers = [each for each in find_layers(open_checkpoint(folder), module_architecture(model)) if each.eligible]
         examples = split_examples(open_data(texts), 16)
         metrics = calibrate(model, layers, examples, device=CPU, seed=0).metrics
     before = load_file(folder / "model.safetensors")

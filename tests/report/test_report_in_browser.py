@@ -68,7 +68,7 @@ def calibrated(compression: Compression) -> Compression:
         plan=replace(
             plan,
             budget=Budget("max-drop", 0.01),
-            calibration=CalibrationResult(96, 32, 1.0, predicted_loss=0.02, held_back_loss=0.05),
+            calibration=CalibrationResult(96, 32, 1.0, predicted_loss=0.02, holdout_loss=0.05),
             search=DropSearch("accuracy", "builtin:digits, validation split", 360, 0.01, trials),
         ),
         measured=tuple(replace(m, weighted_values=m.singular_values) for m in compression.measured),
@@ -97,7 +97,7 @@ def test_the_losses_predicted_and_measured_are_told_and_one_that_has_no_logarith
 ) -> None:
     page = report_page(calibrated)
     assert "predicted for the ranks chosen:\n 0.02" in page
-    assert "measured on the 32 examples held back:\n 0.05" in page
+    assert "measured on the 32 holdout examples:\n 0.05" in page
     assert calibrated.curve is not None
     points = curve_points(calibrated)
     negative = [replace(point, loss=-0.01) for point in points]

@@ -18,7 +18,7 @@ from compressor.report.wording import (
     change_words,
     compact,
     error_words,
-    in_bytes,
+    format_size,
     in_seconds,
     large_loss_words,
     one_line,
@@ -120,7 +120,7 @@ UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 @given(st.integers(0, 10**15))
 def test_a_size_in_words_is_the_size_to_three_digits(size: int) -> None:
-    number, unit = in_bytes(size).split()
+    number, unit = format_size(size).split()
     assert float(number) * UNITS[unit] == pytest.approx(size, rel=0.006)
 
 
