@@ -60,7 +60,7 @@ def stored(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], size
     return sum(size(shapes[name], rank) for name, rank in ranks.items())
 
 
-def equalised(shapes: Mapping[str, tuple[int, int]], target: int, size: Size) -> dict[str, int]:
+def equalized(shapes: Mapping[str, tuple[int, int]], target: int, size: Size) -> dict[str, int]:
     """Uniform ranks that store as many numbers as fit into `target`.
 
     What bisection leaves is spread by rank, round after round until nothing fits.

@@ -4,7 +4,7 @@
 
 Two tasks share five classes: the digits 0 to 4 in one block of 64 of 128 inputs, 5 to 9 (as classes 0 to 4) in another,
 which lies beside the first or over some of it. Bias-free ReLU networks are trained on each by plain SGD, with PyTorch's
-initialisation or four times it, and merged by `compressor.merge`.
+initialization or four times it, and merged by `compressor.merge`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from matplotlib import pyplot as plt
 
 INPUTS, BLOCK, CLASSES, WIDTH = 128, 64, 5, 128
 BATCH, LEARNING_RATE = 16, 0.2
-# PyTorch's initialisation is studied at every overlap, the large one on disjoint inputs.
-INITIALISATIONS = (1.0, 4.0)
+# PyTorch's initialization is studied at every overlap, the large one on disjoint inputs.
+INITIALIZATIONS = (1.0, 4.0)
 LEARNED = 0.9  # the accuracy of a network alone from which on a loss of it is one of merging
 
 
@@ -75,7 +75,7 @@ def trained(
     tasks: Sequence[tuple[Tensor, Tensor]],
     seeds: Sequence[int],
     depth: int,
-    initialisation: float,
+    initialization: float,
     weight_decay: float,
     steps: int,
 ) -> list[dict[str, Tensor]]:
@@ -88,7 +88,7 @@ def trained(
         torch.manual_seed(seed)
         starts.append(network(depth).state_dict())
     names = list(starts[0])
-    weights = [torch.stack([initialisation * start[name] for start in starts]).requires_grad_() for name in names]
+    weights = [torch.stack([initialization * start[name] for start in starts]).requires_grad_() for name in names]
     optimizer = torch.optim.SGD(weights, lr=LEARNING_RATE, weight_decay=weight_decay)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(steps):
@@ -117,8 +117,8 @@ def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
                 f"optimizer: sgd\nlearning_rate: {LEARNING_RATE}\nweight_decay: {weight_decay}\nsteps: {grid.steps}\n"
                 f"batch_size: {BATCH}\nschedule: constant\nmomentum: 0\n"
             )
-            for initialisation in INITIALISATIONS:
-                overlaps = grid.shared if initialisation == 1 else (0,)
+            for initialization in INITIALIZATIONS:
+                overlaps = grid.shared if initialization == 1 else (0,)
                 blocks = [(0, 0), *((BLOCK - shared, CLASSES) for shared in overlaps)]
                 tasks = [task_data(*block, "train") for block in blocks]
                 # No two networks start alike: the seed of each is its own.
@@ -126,7 +126,7 @@ def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
                     [task for _ in grid.seeds for task in tasks],
                     [1000 * seed + number for seed in grid.seeds for number in range(len(tasks))],
                     depth,
-                    initialisation,
+                    initialization,
                     weight_decay,
                     grid.steps,
                 )
@@ -135,7 +135,7 @@ def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
                     for shared, block, second in zip(overlaps, blocks[1:], others, strict=True):
                         if not all(tensor.isfinite().all() for each in (first, second) for tensor in each.values()):
                             continue  # five layers of four times the usual start diverge at this learning rate
-                        setting = {"depth": depth, "weight_decay": weight_decay, "initialisation": initialisation}
+                        setting = {"depth": depth, "weight_decay": weight_decay, "initialization": initialization}
                         modes = merged(folder, depth, (first, second), (blocks[0], block))
                         rows.append({**setting, "shared_inputs": shared, "seed": seed, **described(modes)})
                         sys.stderr.write(f"{rows[-1]}\n")
@@ -205,26 +205,26 @@ def in_words(values: Sequence[float], starts: int) -> str:
 
 
 def tables(rows: Sequence[dict[str, Any]], grid: Grid) -> str:
-    """The Markdown tables of the README: disjoint inputs by initialisation and decay, and PyTorch's by overlap."""
-    lines = ["| layers | weight decay | start left | sum | sum, initialisation x 4 | concat | concat, x 4 |"]
+    """The Markdown tables of the README: disjoint inputs by initialization and decay, and PyTorch's by overlap."""
+    lines = ["| layers | weight decay | start left | sum | sum, initialization x 4 | concat | concat, x 4 |"]
     lines.append("|---|---|---|---|---|---|---|")
     for depth in grid.depths:
         for decay in grid.weight_decays:
             left = math.exp(grid.steps * math.log1p(-LEARNING_RATE * decay))
             cells = [
                 in_words(
-                    drops(rows, mode, depth=depth, weight_decay=decay, initialisation=initialisation, shared_inputs=0),
+                    drops(rows, mode, depth=depth, weight_decay=decay, initialization=initialization, shared_inputs=0),
                     len(grid.seeds),
                 )
                 for mode in ("sum", "concat")
-                for initialisation in INITIALISATIONS
+                for initialization in INITIALIZATIONS
             ]
             lines.append(f"| {depth} | {decay:g} | {left:.1%} | {' | '.join(cells)} |")
     lines += ["", "| layers | mode | " + " | ".join(f"{shared} of 64 shared" for shared in grid.shared) + " |"]
     lines.append("|---|---|" + "---|" * len(grid.shared))
     for depth in grid.depths:
         for mode in ("sum", "concat"):
-            setting = {"depth": depth, "weight_decay": grid.weight_decays[-1], "initialisation": 1.0}
+            setting = {"depth": depth, "weight_decay": grid.weight_decays[-1], "initialization": 1.0}
             cells = [
                 in_words(drops(rows, mode, shared_inputs=shared, **setting), len(grid.seeds)) for shared in grid.shared
             ]
@@ -237,31 +237,31 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(grid.depths), figsize=(3.4 * len(grid.depths), 6.4), squeeze=False, sharey="row", layout="constrained"
     )
-    colours = dict(zip(grid.weight_decays, ("#b2182b", "#ef8a62", "#2166ac"), strict=False))
+    colors = dict(zip(grid.weight_decays, ("#b2182b", "#ef8a62", "#2166ac"), strict=False))
     for column, depth in enumerate(grid.depths):
         over_overlap, over_decay = axes[0, column], axes[1, column]
         for mode, style in (("sum", "o-"), ("concat", "s--")):
             for decay in grid.weight_decays:
-                setting = {"depth": depth, "weight_decay": decay, "initialisation": 1.0}
+                setting = {"depth": depth, "weight_decay": decay, "initialization": 1.0}
                 series = [drops(rows, mode, shared_inputs=shared, **setting) for shared in grid.shared]
                 _line(
                     over_overlap,
                     [shared / BLOCK for shared in grid.shared],
                     series,
                     style,
-                    colours[decay],
+                    colors[decay],
                     f"{mode}, {decay:g}",
                 )
-            for initialisation, colour in zip(INITIALISATIONS, ("#4d4d4d", "#b35806"), strict=True):
-                setting = {"depth": depth, "initialisation": initialisation, "shared_inputs": 0}
+            for initialization, color in zip(INITIALIZATIONS, ("#4d4d4d", "#b35806"), strict=True):
+                setting = {"depth": depth, "initialization": initialization, "shared_inputs": 0}
                 series = [drops(rows, mode, weight_decay=decay, **setting) for decay in grid.weight_decays]
                 _line(
                     over_decay,
                     range(len(grid.weight_decays)),
                     series,
                     style,
-                    colour,
-                    f"{mode}, start x {initialisation:g}",
+                    color,
+                    f"{mode}, start x {initialization:g}",
                 )
         over_overlap.set_title(f"{depth} layers")
         over_overlap.set_xlabel("share of inputs in common")
@@ -279,14 +279,14 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
 
 
 def _line(
-    axis: Any, places: Sequence[float], series: Sequence[Sequence[float]], style: str, colour: str, label: str
+    axis: Any, places: Sequence[float], series: Sequence[Sequence[float]], style: str, color: str, label: str
 ) -> None:
     places = [place for place, values in zip(places, series, strict=True) if values]
     series = [values for values in series if values]
     means = [statistics.mean(values) for values in series]
     below = [mean - min(values) for mean, values in zip(means, series, strict=True)]
     above = [max(values) - mean for mean, values in zip(means, series, strict=True)]
-    axis.errorbar(places, means, yerr=[below, above], fmt=style, color=colour, capsize=2, markersize=4, label=label)
+    axis.errorbar(places, means, yerr=[below, above], fmt=style, color=color, capsize=2, markersize=4, label=label)
 
 
 def whole_study(output: Path, *, quick: bool = False) -> str:

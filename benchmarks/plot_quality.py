@@ -3,7 +3,7 @@
     python benchmarks/plot_quality.py [--output FILE]
 
 Writes benchmarks/results/quality.svg, or FILE in the format of its suffix. Points are means over the calibration seeds,
-bars reach from the least to the most. Methods differ in marker and dash as well as in colour.
+bars reach from the least to the most. Methods differ in marker and dash as well as in color.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODELS = ("stdlib-llama", "stdlib-llama-large", "digits-vit", "digits-resnet", "
 CONDITION = "test split"
 SMALLEST = 1e-3  # nats: what is less, or negative, is noise on test data of this size, and drawn here
 
-# Marker, dash and colour of each method; ours is the only thick line.
+# Marker, dash and color of each method; ours is the only thick line.
 STYLES: dict[str, dict[str, Any]] = {
     "truncated SVD": {"marker": "o", "linestyle": ":", "color": "0.55"},
     "ASVD": {"marker": "v", "linestyle": ":", "color": "0.4"},
@@ -82,7 +82,7 @@ def main() -> None:
         draw(axes, name, rows)
     for axes in places[len(results) :]:
         axes.axis("off")
-    panels[0][0].set_ylabel(f"loss increase, nats per prediction\n(grey: at most {SMALLEST:g})")
+    panels[0][0].set_ylabel(f"loss increase, nats per prediction\n(gray: at most {SMALLEST:g})")
     lines = {label: line for axes in places for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = [method for method in STYLES if method in lines]
     places[len(results)].legend([lines[method] for method in shown], shown, loc="center", frameon=False)

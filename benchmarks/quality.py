@@ -44,7 +44,7 @@ from baselines import (
     Size,
     Weights,
     asvd,
-    equalised,
+    equalized,
     factors,
     input_statistics,
     matrices,
@@ -187,7 +187,7 @@ class Cell:
 
     def uniform_ranks(self, size: Size) -> dict[str, int]:
         """Those of the published methods: the same fraction of every layer."""
-        return equalised(self.shapes, self.room, size)
+        return equalized(self.shapes, self.room, size)
 
 
 @dataclass(frozen=True)
@@ -420,8 +420,8 @@ def setting(name: str, condition: str) -> Setting:
     source = "".join(
         path.read_text(encoding="utf-8") for path in standard_library_files("train") if "pydoc_data" not in path.parts
     )
-    windows = tokenised(name, source)
-    prose = tokenised(name, topics())
+    windows = tokenized(name, source)
+    prose = tokenized(name, topics())
     chosen = prose[torch.linspace(0, len(prose) - 1, subject.test_examples or len(prose)).long()]
     return given(len(windows), partial(token_windows, windows), partial(measured, data=as_data("pydoc topics", chosen)))
 
@@ -431,7 +431,7 @@ def token_windows(windows: Tensor, positions: Sequence[int]) -> Mapping[str, Ten
 
 
 def as_data(name: str, windows: Tensor) -> EvaluationData:
-    """Windows of token ids `(N, L)` as data for language modelling."""
+    """Windows of token ids `(N, L)` as data for language modeling."""
 
     def read(positions: Sequence[int]) -> Batch:
         return Batch({"input_ids": windows[list(positions)]}, windows[list(positions), 1:])
@@ -446,7 +446,7 @@ def topics() -> str:
     return "\n".join(texts[name] for name in sorted(texts))
 
 
-def tokenised(name: str, text: str) -> Tensor:
+def tokenized(name: str, text: str) -> Tensor:
     """The text as windows of the model's length that do not overlap."""
     prepared = load_preprocessing(SUBJECTS[name].weights)
     assert prepared.tokenizer is not None

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/theory.py [--quick] [--studies ranks rules merging] [--output FOLDER]
 
-Perceptrons, small convolutional networks with batch normalisation and small transformers are trained on the digits by
+Perceptrons, small convolutional networks with batch normalization and small transformers are trained on the digits by
 plain SGD at a constant learning rate (`theory_networks.py`), over a grid of batch size B, learning rate and weight
 decay.
 
@@ -105,9 +105,9 @@ def run(network: Network, recipe: TrainingRecipe, lengths: Mapping[str, int], se
 
 def measured(network: Network, model: nn.Module, recipe: TrainingRecipe) -> Row:
     """The ranks of the hidden matrices, and what the rules keep of all matrices and lose."""
-    found = [each for each in inspect(model, recipe=recipe).layers if each.initialisation and each.singular_values]
+    found = [each for each in inspect(model, recipe=recipe).layers if each.initialization and each.singular_values]
     spectra = {each.layer.name: np.array(each.singular_values) for each in found}
-    above = {each.layer.name: each.initialisation.above_edge for each in found if each.initialisation}
+    above = {each.layer.name: each.initialization.above_edge for each in found if each.initialization}
     hidden = {}
     for each in found:
         if (uses := network.hidden.get(each.layer.name)) is None or each.ranks is None:
@@ -116,7 +116,7 @@ def measured(network: Network, model: nn.Module, recipe: TrainingRecipe) -> Row:
         ranks = each.ranks.to_dict()
         counted = int(np.count_nonzero(spectra[each.layer.name] > COUNTED * np.linalg.norm(spectra[each.layer.name])))
         hidden[each.layer.name] = ranks | {"counted": counted, "bound": window.rank_bound, "vacuous": window.vacuous}
-    exponent = found[0].initialisation.forgetting_exponent if found[0].initialisation else None
+    exponent = found[0].initialization.forgetting_exponent if found[0].initialization else None
     return {"K": exponent, "hidden": hidden, "rules": ruled(model, spectra, above)}
 
 
@@ -365,9 +365,9 @@ def plot_rules(rows: Sequence[Row], path: Path) -> None:
     for axis in list(axes.flat)[len(found) :]:
         axis.axis("off")
     for axis, (name, runs) in zip(axes.flat, found.items(), strict=False):
-        for rule, (marker, colour) in STYLES.items():
+        for rule, (marker, color) in STYLES.items():
             points = [(row["rules"][rule]["kept"], lost(row, rule)) for row in runs]
-            axis.scatter(*zip(*points, strict=True), s=16, marker=marker, color=colour, alpha=0.6, label=rule)
+            axis.scatter(*zip(*points, strict=True), s=16, marker=marker, color=color, alpha=0.6, label=rule)
         axis.axhspan(-1, 1, color="0.93", zorder=0)
         axis.set_yscale("symlog", linthresh=1)
         axis.set(title=f"{name} ({len(runs)} runs)", xlim=(0, 1), ylim=(-2, 100))

@@ -7,7 +7,7 @@ of 0.1 in every layer (the energy rank at 0.99), and beside the same number of s
 Frobenius errors. With calibration: every size with and without the rule's caps on the ranks, three draws each. Where
 the rule caps nothing there is one row, with the reason that `inspect` gives.
 
-The reference models forgot nearly all of their initialisation or kept most of it, and the edge of what survives matters
+The reference models forgot nearly all of their initialization or kept most of it, and the edge of what survives matters
 in between. So networks are trained here that kept a third to two thirds of it: 64-128-128-10 with biases, plain SGD,
 digits. The rule, which is silent above a share of exp(-2), is made to speak up to exp(-1/2) for all of this. Writes
 benchmarks/results/window_rule.json and prints its rows.
@@ -163,16 +163,16 @@ def trained(weight_decay: float, seed: int) -> tuple[nn.Module, TrainingRecipe]:
 
 
 def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
-    """Each with its own initialisation, calibration draw and order of the training data."""
+    """Each with its own initialization, calibration draw and order of the training data."""
     model, recipe = trained(weight_decay, seed)
     test = open_data("builtin:digits", split="test")
     before = measure_quality(model, test)
     name = f"perceptron, weight decay {weight_decay}"
-    found = [each for each in inspect(model, recipe=recipe).layers if each.initialisation is not None]
+    found = [each for each in inspect(model, recipe=recipe).layers if each.initialization is not None]
     about: dict[str, Any] = {
         "seed": seed,
-        "start_left": found[0].initialisation.share if found[0].initialisation else None,
-        "above_edge": {each.layer.name: each.initialisation.above_edge for each in found if each.initialisation},
+        "start_left": found[0].initialization.share if found[0].initialization else None,
+        "above_edge": {each.layer.name: each.initialization.above_edge for each in found if each.initialization},
     }
 
     def row_of(asked: str, report: Compression) -> dict[str, Any]:

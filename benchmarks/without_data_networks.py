@@ -23,7 +23,7 @@ WINDOW = 64
 class Task:
     """Examples to train on and to measure on, and what a network's outputs for them are worth.
 
-    `loss` is what is minimised and reported. `score` is larger for the better; it is `chance` for a network that has
+    `loss` is what is minimized and reported. `score` is larger for the better; it is `chance` for a network that has
     learned nothing.
     """
 
@@ -178,7 +178,7 @@ class Autoencoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """A digit from its class and 16 numbers of noise, by transposed convolutions with batch normalisation."""
+    """A digit from its class and 16 numbers of noise, by transposed convolutions with batch normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def perceptron_with_unused_inputs() -> nn.Module:
     return model
 
 
-def normalised_perceptron() -> nn.Module:
+def normalized_perceptron() -> nn.Module:
     layers: list[nn.Module] = [nn.Flatten()]
     for d_in, d_out in ((64, 192), (192, 192), (192, 96)):
         layers += [nn.Linear(d_in, d_out, bias=False), nn.BatchNorm1d(d_out), nn.ReLU()]
@@ -270,7 +270,7 @@ def classified_digits(seed: int) -> Task:
 
 
 def raw_digits(seed: int) -> Task:
-    """Pixels as they were scanned, from 0 to 16: neither scaled nor centred."""
+    """Pixels as they were scanned, from 0 to 16: neither scaled nor centered."""
     task = classified_digits(seed)
     (inputs, labels), (tested, truth) = task.trained, task.tested
     return replace(task, trained=(16 * inputs, labels), tested=(16 * tested, truth))
@@ -355,7 +355,7 @@ def source_text(seed: int) -> Task:
 NETWORKS = (
     Network("perceptron", perceptron, classified_digits, steps=1500),
     Network("perceptron, SGD", perceptron, classified_digits, steps=1500, rate=0.05, decay=1e-3, sgd=True),
-    Network("perceptron, batch norm", normalised_perceptron, classified_digits, steps=1000),
+    Network("perceptron, batch norm", normalized_perceptron, classified_digits, steps=1000),
     Network("perceptron, unused inputs", perceptron_with_unused_inputs, classified_digits, steps=1000),
     Network("VGG", vgg, classified_digits, steps=400, rate=1e-3),
     Network("ResNet", resnet, classified_digits, steps=250, rate=2e-3),

@@ -46,7 +46,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_rendered(content: RenderableType) -> None:
-    """Write what a person reads to standard output: coloured on a terminal; elsewhere words are wrapped at 80 columns,
+    """Write what a person reads to standard output: colored on a terminal; elsewhere words are wrapped at 80 columns,
     and tables as wide as they are.
     """
     from rich.console import Console

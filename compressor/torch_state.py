@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,14 +116,14 @@ def _autocast_devices() -> list[str]:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """Restore the state of the global generators of Python, NumPy and PyTorch."""
-    python, legacy = random.getstate(), numpy.random.get_state()
+    python, legacy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python)
-        numpy.random.set_state(legacy)
+        np.random.set_state(legacy)
 
 
 def uncompiled(model: AnyModel) -> AnyModel | nn.Module:

@@ -16,7 +16,7 @@ SIZE = 8  # pixels, both ways
 DATA = """
 The 1797 digits of the UCI repository as scikit-learn carries them, 8 x 8 pixels in [0, 1]:
 `compressor.data.builtin_data.digits` puts 60 % into training, 20 % into validation and 20 % into the test.
-`preprocessor_config.json` normalises pixels by their mean and standard deviation over the training split.
+`preprocessor_config.json` normalizes pixels by their mean and standard deviation over the training split.
 """
 
 

@@ -35,7 +35,7 @@ def inspect(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Inspection:
-    """Measure every matrix of a model: effective ranks, memory window, surviving initialisation.
+    """Measure every matrix of a model: effective ranks, memory window, surviving initialization.
 
     `model` is a weight file, a model folder, a module, or `org/name` of the Hugging Face hub at a `revision`. `recipe`
     says how it was trained where the files beside it do not, as a `TrainingRecipe` or the path of a file. `factory`

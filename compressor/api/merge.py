@@ -35,7 +35,7 @@ from compressor.merging.overlap import (
 from compressor.merging.parts import (
     Part,
     common_ties,
-    normalisation,
+    normalization,
     open_part,
     require_equal,
     require_same_architecture,
@@ -192,9 +192,9 @@ def _combination(
         )
     require_same_architecture(everything, same_shapes=mode == "sum")
     if mode == "sum":
-        if start is None and (name := normalisation(parts[0])) is not None:
+        if start is None and (name := normalization(parts[0])) is not None:
             raise BadInput(
-                f"{name} is of a normalisation layer, which is no sum",
+                f"{name} is of a normalization layer, which is no sum",
                 where=parts[0].name,
                 remedy="merge fine-tunes with `base=ORIGINAL`, or feed-forward networks with `mode='concat'`",
             )

@@ -96,7 +96,7 @@ def calibrate(
         batches = {"fit": data.fit, "holdout": data.holdout}
         _keep_boundaries(model, segments, batches, cache, modules, progress)
         known = {layer.name: layer for layer in layers}
-        criterion = criterion_of(model, outputs, first.labels if data.labelled else None)
+        criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         bare = Calibration(model, known, data, segments, criterion, device, seed, cache)
         embeddings = EmbeddingCollector(
             {

@@ -1,14 +1,14 @@
 """Layers refitted, in forward order, to what they will really be given.
 
 Once earlier layers are truncated, a layer sees other inputs x' than the x it was made for. The matrix that answers them
-best solves a ridge regression towards the original weights W,
+best solves a ridge regression toward the original weights W,
 
     T = argmin E||W x - T x'||^2 + ridge ||T - W||^2 = (W E[x x'^T] + ridge W) (E[x' x'^T] + ridge I)^-1,
 
 so that in directions which calibration never excites the layer goes on doing what it did; T is then truncated in the
-metric of x' and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor towards zero.) For every layer
+metric of x' and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor toward zero.) For every layer
 the strength of the ridge, and whether to refit at all, is what loses least on the holdout examples. Statistics of
-batch normalisation move in the same walk by as much as their inputs moved.
+batch normalization move in the same walk by as much as their inputs moved.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 class Compensated:
     """The tensors that stand for the layers, by name, and the modules, by their place in the model, that carry it.
 
-    Among the modules are batch normalisations with statistics of their own.
+    Among the modules are batch normalizations with statistics of their own.
     """
 
     factors: Mapping[str, Mapping[str, Tensor]]
@@ -58,7 +58,7 @@ class Compensated:
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """The changed means and variances of batch normalisations, by their names in the model."""
+        """The changed means and variances of batch normalizations, by their names in the model."""
         return {
             f"{place}.{name}": getattr(module, name)
             for place, module in self.modules.items()
@@ -149,7 +149,7 @@ def compensate(
 class _InputStatistics:
     """Of what a layer is given: x in the dense model and y in the compressed one, position by position, in float64.
 
-    For batch normalisation the second moments are those of each channel alone.
+    For batch normalization the second moments are those of each channel alone.
     """
 
     xx: Tensor
@@ -158,7 +158,7 @@ class _InputStatistics:
     x: Tensor
     y: Tensor
 
-    def centred(self, x: Tensor, y: Tensor) -> _InputStatistics:
+    def centered(self, x: Tensor, y: Tensor) -> _InputStatistics:
         """The same of x and y less what is given."""
         return _InputStatistics(
             self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x),
@@ -179,7 +179,7 @@ def _refitted(
     assert isinstance(metric, Metric)
     candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
     x, y = (None, None) if metric.mean is None else (fit.x, fit.y)
-    about = fit if x is None or y is None else fit.centred(x, y)
+    about = fit if x is None or y is None else fit.centered(x, y)
     identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
     scale = about.yy.diagonal().mean()
     for relative in RIDGES if 0 < scale < torch.inf else ():
@@ -193,7 +193,7 @@ def _refitted(
     best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
     for each in candidates:
         pair = approximate(layer, plan, each.matrix, metric=each.metric)
-        about = holdout if each.x is None or each.y is None else holdout.centred(each.x, each.y)
+        about = holdout if each.x is None or each.y is None else holdout.centered(each.x, each.y)
         error = _error(matrix, pair.product(), about, metric.gradients)
         if best is None or error < best[0]:
             best = (error, each, pair)
@@ -220,7 +220,7 @@ def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients
 
 
 def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) -> nn.Module | None:
-    """Batch normalisation whose statistics moved as its inputs did; None where that does not help on holdout data.
+    """Batch normalization whose statistics moved as its inputs did; None where that does not help on holdout data.
 
     The change on the same examples is added to what training left, so that few examples do not make them noisy. The
     mean may move without the variance: what a truncated layer lost of that is noise to the layers that follow, and
@@ -254,7 +254,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
 
 
 def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:
-    """Places of what the walk changes: the given ones, and batch normalisations that keep statistics."""
+    """Places of what the walk changes: the given ones, and batch normalizations that keep statistics."""
     return {*places} | {
         place
         for place, module in calibration.model.named_modules()
@@ -265,7 +265,7 @@ def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:
 def groups_run(calibration: Calibration, segment: int, places: Iterable[str]) -> list[list[str]]:
     """Those of the places that a segment runs, in order, layers that are given one tensor together.
 
-    Every batch normalisation is a group of its own.
+    Every batch normalization is a group of its own.
     """
     model = calibration.model
     wanted = {place: model.get_submodule(place) for place in places}

@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 class CalibrationData:
     """Batches for the moments (`fit`) and to choose by (`holdout`).
 
-    `labelled` says whether examples come with classes to predict. `unused` says what was given and not
+    `labeled` says whether examples come with classes to predict. `unused` says what was given and not
     taken, empty if all was.
     """
 
     fit: tuple[Batch, ...]
     holdout: tuple[Batch, ...]
-    labelled: bool
+    labeled: bool
     unused: str = ""
 
     @property
@@ -90,10 +90,10 @@ def _split_data(data: EvaluationData) -> CalibrationData:
     last = list(range(every - 1, data.count, every))
     rest = sorted(set(range(data.count)) - set(last))
     fit, holdout = tuple(_in_batches(data, rest)), tuple(_in_batches(data, last))
-    return CalibrationData(fit, holdout, _labelled((*fit, *holdout)), data.unused)
+    return CalibrationData(fit, holdout, _labeled((*fit, *holdout)), data.unused)
 
 
-def _labelled(batches: Sequence[Batch]) -> bool:
+def _labeled(batches: Sequence[Batch]) -> bool:
     return all(batch.labels.numel() > 0 for batch in batches)
 
 
@@ -124,7 +124,7 @@ def _split_iterable(data: Iterable[Any], samples: int | None) -> CalibrationData
     return CalibrationData(
         tuple(batch for index, batch in enumerate(batches) if index % every != every - 1),
         tuple(batches[every - 1 :: every]),
-        _labelled(batches),
+        _labeled(batches),
         ", and ".join(
             words for words in (f"{cut:,} examples of batches used in part" if cut else "", follows) if words
         ),

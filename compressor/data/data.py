@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from compressor.data.builtin_data import Split, digits, standard_library_files
 from compressor.data.images import channels_of, channels_wanted, preprocess, read_images, scale, wants_size
-from compressor.data.readers import Arrays, LabelledImages, LabelledTexts, NamedArrays, TextPairs, Texts, read_contents
+from compressor.data.readers import Arrays, LabeledImages, LabeledTexts, NamedArrays, TextPairs, Texts, read_contents
 from compressor.data.text import Corpus, documents, separator, windows
 from compressor.errors import BadInput
 
@@ -36,7 +36,7 @@ IGNORED_LABEL = -100  # of a position that is not to be predicted, as torch and 
 class Batch:
     """Some examples: the model's inputs by name, `(B, ...)` each, and what it should predict, as int64.
 
-    `labels` is the class of each example, `(B,)`; or, for language modelling with windows `input_ids` of
+    `labels` is the class of each example, `(B,)`; or, for language modeling with windows `input_ids` of
     `(B, L)`, the next token at each position but the last: `input_ids[:, 1:]`, `(B, L - 1)`; or the token at each
     position of the outputs, `(B, L)`. -100 is not to be predicted. There are none, `(0,)`, in data without labels.
     """
@@ -103,12 +103,12 @@ def open_data(
     """Open the data that `spec` names: `builtin:digits`, `builtin:stdlib`, a file or a folder.
 
     - Text (.txt, .md, .py, a folder of them; .jsonl or .csv with `text` only; `builtin:stdlib`) is for
-      language modelling. A file is a document, and so is a row of .jsonl or .csv. For a model that reads `tokens`
+      language modeling. A file is a document, and so is a row of .jsonl or .csv. For a model that reads `tokens`
       documents are joined by the tokenizer's end-of-text token, or by an empty line if it has none, and cut into
       windows of `sequence_length` tokens that do not overlap. Each window of L tokens scores L - 1 predictions.
       What is left over at the end is dropped, unless there is no whole window. Without `sequence_length` it is
       2048, or the tokenizer's `model_max_length` if that is less. Of a text of more than 2 MB, with a `limit`, only
-      so many windows are read and tokenised. A model that reads `documents`, an encoder, gets one in a row with its
+      so many windows are read and tokenized. A model that reads `documents`, an encoder, gets one in a row with its
       special tokens, padded, longer ones in several rows; there a line of a .txt file is a document.
     - .jsonl or .csv with `source` and `target`, for an encoder-decoder, which reads `pairs`.
     - .jsonl or .csv with `text` and `label`: text classification, texts cut at `sequence_length` tokens.
@@ -147,10 +147,10 @@ def open_data(
                 data = _text_pairs(name, contents, tokenizer, sequence_length, reading)
             case NamedArrays():
                 data = _by_name(name, contents.arrays, reading, inputs)
-            case LabelledTexts():
+            case LabeledTexts():
                 labels = _class_numbers(contents.labels, classes, name)
-                data = _labelled_texts(name, contents.texts, labels, tokenizer, sequence_length)
-            case LabelledImages():
+                data = _labeled_texts(name, contents.texts, labels, tokenizer, sequence_length)
+            case LabeledImages():
                 labels = _class_numbers(contents.labels, classes, name, names_may_be_sorted=True)
                 data = _images(name, contents.paths, labels, image_processor)
             case Arrays(labels=None):
@@ -310,12 +310,12 @@ class _TextReader:
         found = documents(corpus, self.tokenizer, length, self.limit, self.name)
         padding = getattr(self.tokenizer, "pad_token_id", None)
         return replace(
-            _padded_rows(self.name, found.rows, padding, labelled=self.reading == "pairs"), unused=found.unused
+            _padded_rows(self.name, found.rows, padding, labeled=self.reading == "pairs"), unused=found.unused
         )
 
 
-def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labelled: bool) -> _Examples:
-    """Documents; an encoder-decoder (`labelled`) is to make each of itself."""
+def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labeled: bool) -> _Examples:
+    """Documents; an encoder-decoder (`labeled`) is to make each of itself."""
 
     def read(positions: Sequence[int]) -> Batch:
         chosen = [rows[position].long() for position in positions]
@@ -323,9 +323,9 @@ def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labe
         mask = pad_sequence([torch.ones_like(row) for row in chosen], batch_first=True)
         labels = token_ids.masked_fill(mask == 0, IGNORED_LABEL)
         inputs = {"input_ids": token_ids, "attention_mask": mask}
-        return Batch(inputs | ({"labels": labels} if labelled else {}), labels)
+        return Batch(inputs | ({"labels": labels} if labeled else {}), labels)
 
-    task: Task = "text-to-text" if labelled else "language-modeling"
+    task: Task = "text-to-text" if labeled else "language-modeling"
     return _Examples(name, task, len(rows), read, stacks=padding is not None)
 
 
@@ -355,7 +355,7 @@ def _token_windows(name: str, windows: Sequence[Tensor] | Tensor) -> _Examples:
     return _Examples(name, "language-modeling", len(windows), read)
 
 
-def _labelled_texts(
+def _labeled_texts(
     name: str,
     texts: Sequence[str],
     labels: Tensor,

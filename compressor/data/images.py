@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressor.errors import BadInput
 
-Pixels = numpy.ndarray[Any, numpy.dtype[Any]]
+Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 def read_images(paths: Sequence[Path], channels: int) -> list[Pixels]:
-    """Read image files as uint8 arrays `(height, width, channels)`: grey for one channel, RGB for three."""
+    """Read image files as uint8 arrays `(height, width, channels)`: gray for one channel, RGB for three."""
     images = (_open(path).convert("L" if channels == 1 else "RGB") for path in paths)
-    return [numpy.array(image).reshape(image.height, image.width, channels) for image in images]
+    return [np.array(image).reshape(image.height, image.width, channels) for image in images]
 
 
 def channels_of(image_processor: Any, path: Path) -> int:
@@ -30,7 +30,7 @@ def channels_of(image_processor: Any, path: Path) -> int:
 
 
 def channels_wanted(image_processor: Any) -> int | None:
-    """Return how many channels a transformers image processor normalises, None where it does not."""
+    """Return how many channels a transformers image processor normalizes, None where it does not."""
     mean = getattr(image_processor, "image_mean", None)
     normalizes = getattr(image_processor, "do_normalize", False)
     return len(mean) if normalizes and isinstance(mean, list | tuple) else None
@@ -69,7 +69,7 @@ def scale(images: Sequence[Pixels], paths: Sequence[Path]) -> Tensor:
                 where=path,
                 remedy="make them one size, or add a preprocessor_config.json to the model",
             )
-    return torch.from_numpy(numpy.stack(images)).permute(0, 3, 1, 2).to(torch.float32) / 255
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
 def _open(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What is in a data file or folder: texts, labelled texts, arrays or labelled images, as yet for no model."""
+"""What is in a data file or folder: texts, labeled texts, arrays or labeled images, as yet for no model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
+class LabeledTexts:
     """One text and one class, by name or number, per example."""
 
     texts: tuple[str, ...]
@@ -65,14 +65,14 @@ class Arrays:
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """One image file and one class, the name of its folder, per example."""
 
     paths: tuple[Path, ...]
     labels: tuple[str | int, ...]
 
 
-Contents = Texts | LabelledTexts | TextPairs | Arrays | NamedArrays | LabelledImages
+Contents = Texts | LabeledTexts | TextPairs | Arrays | NamedArrays | LabeledImages
 
 
 def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
@@ -102,7 +102,7 @@ def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
     )
 
 
-def _read_folder(folder: Path) -> Texts | LabelledImages:
+def _read_folder(folder: Path) -> Texts | LabeledImages:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if images:
@@ -113,7 +113,7 @@ def _read_folder(folder: Path) -> Texts | LabelledImages:
                     where=path,
                     remedy="arrange the images as DATA/CLASS/IMAGE, and pass DATA",
                 )
-        return LabelledImages(tuple(images), tuple(path.parent.name for path in images))
+        return LabeledImages(tuple(images), tuple(path.parent.name for path in images))
     texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
     if texts:
         return Texts(tuple(texts))
@@ -134,7 +134,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _read_jsonl(path: Path) -> Texts | LabelledTexts | TextPairs:
+def _read_jsonl(path: Path) -> Texts | LabeledTexts | TextPairs:
     rows: list[tuple[str, Mapping[str, Any]]] = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -150,7 +150,7 @@ def _read_jsonl(path: Path) -> Texts | LabelledTexts | TextPairs:
     return _texts_in_rows(rows, path)
 
 
-def _read_csv(path: Path) -> Texts | LabelledTexts | TextPairs | Arrays:
+def _read_csv(path: Path) -> Texts | LabeledTexts | TextPairs | Arrays:
     lines = _csv_lines(path)
     _, header = next(lines, (0, []))
     names = [name.strip() for name in header]
@@ -194,7 +194,7 @@ def _csv_number(cell: str, name: str, where: str) -> float:
     return number
 
 
-def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Texts | LabelledTexts | TextPairs:
+def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Texts | LabeledTexts | TextPairs:
     if not rows:
         raise BadInput("the file is empty", where=path, remedy="pass a file with at least one example")
     if all(name in rows[0][1] for name in PAIR):
@@ -208,7 +208,7 @@ def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Tex
     texts = tuple(row["text"] for _, row in rows)
     if not any("label" in row for _, row in rows):
         return Texts(texts)
-    return LabelledTexts(texts, tuple(_label(row, where) for where, row in rows))
+    return LabeledTexts(texts, tuple(_label(row, where) for where, row in rows))
 
 
 def _label(row: Mapping[str, Any], where: str) -> str | int:
@@ -240,7 +240,7 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
         raise BadInput(
             f"`{input_name}` is of {str(values.dtype).removeprefix('torch.')}",
             where=path,
-            remedy="store it as the floats that the model was trained on (pixels scaled and normalised)",
+            remedy="store it as the floats that the model was trained on (pixels scaled and normalized)",
         )
     else:
         values = values.to(torch.float32)

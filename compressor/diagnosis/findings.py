@@ -115,7 +115,7 @@ def _fading(layers: Sequence[DiagnosedLayer]) -> Finding | None:
 
 
 def _fades(layer: DiagnosedLayer) -> bool:
-    window, start = layer.inspected.window, layer.inspected.initialisation
+    window, start = layer.inspected.window, layer.inspected.initialization
     if window is not None and window.collapsing:
         return True
     forgotten = start is not None and start.share is not None and start.share < math.exp(-1)
@@ -186,7 +186,7 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
 
 
 def _start(layers: Sequence[DiagnosedLayer]) -> Finding | None:
-    shares = [(each, each.inspected.initialisation) for each in layers]
+    shares = [(each, each.inspected.initialization) for each in layers]
     known = [(each, start.share) for each, start in shares if start is not None and start.share is not None]
     if not known:
         return None
@@ -195,13 +195,13 @@ def _start(layers: Sequence[DiagnosedLayer]) -> Finding | None:
     largest = max(share for _, share in known)
     if kept:
         return Finding(
-            "initialisation",
+            "initialization",
             f"{_of(kept, layers)} kept more than {limit:.0%} of their initial weights (up to {largest:.0%}).",
             "Their spectra are full of a start that was never learned: choose ranks with --calibration.",
             _names(kept),
         )
     return Finding(
-        "initialisation",
+        "initialization",
         f"At most {largest:.2g} of the initial weights is left in a layer.",
         "Singular values above what is left ('above edge' in 'compress inspect') were learned.",
     )
@@ -224,7 +224,7 @@ def _stationary(layers: Sequence[DiagnosedLayer], predictions: Predictions | Non
         if cosine >= NEAR_COSINE and 1 / NEAR_RATIO <= ratio <= NEAR_RATIO
     ]
     message = (
-        f"{len(near)} of {len(judged)} layers that can be judged are near a stationary point of the penalised loss "
+        f"{len(near)} of {len(judged)} layers that can be judged are near a stationary point of the penalized loss "
         f"(cosines {min(cosines):.2f} to {max(cosines):.2f}, ratios {min(ratios):.2g} to {max(ratios):.2g})."
     )
     if len(near) == len(judged):
@@ -250,7 +250,7 @@ def _scale_invariant(layers: Sequence[DiagnosedLayer]) -> Finding | None:
     else:
         reason = next((found.reason for found in held if found.reason), "")
         advice += f". At which norms weight decay holds them is open: {reason}." if reason else "."
-    message = f"{_of(invariant, layers)} are followed by a normalisation that undoes their scale."
+    message = f"{_of(invariant, layers)} are followed by a normalization that undoes their scale."
     return Finding("scale-invariant layers", message, advice, _names(invariant))
 
 
@@ -263,7 +263,7 @@ def _balance(balance: NormBalance | None) -> Finding | None:
         left = f"{balance.predicted_gap:.2g}" if balance.predicted_gap > 0.01 * balance.gap else "next to nothing"
         message += f"; their squares by {balance.gap:.3g}, where gradient flow leaves {left}"
     if balance.spread <= BALANCED:
-        advice = "As at a stationary point: no layer is favoured."
+        advice = "As at a stationary point: no layer is favored."
     elif balance.predicted_gap is not None and balance.gap <= 2 * balance.predicted_gap:
         advice = "That is the start, which was not forgotten: longer training or more weight decay evens it out."
     else:

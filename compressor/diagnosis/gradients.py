@@ -159,9 +159,9 @@ def _only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[
 
 @contextmanager
 def _batch_statistics(model: nn.Module, examples: int) -> Iterator[None]:
-    """Normalise by the batch's statistics, as in training, where there are several examples; change none that are kept.
+    """Normalize by the batch's statistics, as in training, where there are several examples; change none that are kept.
 
-    With the kept ones a matrix before batch normalisation is not scale-invariant, and in training it was.
+    With the kept ones a matrix before batch normalization is not scale-invariant, and in training it was.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     flags = [(module, module.training, module.track_running_stats) for module in norms]

@@ -25,7 +25,7 @@ from compressor.recipe import TrainingRecipe
 def diagnosed_layer(
     inspected: InspectedLayer, recipe: TrainingRecipe, seen: SeenLayer | None, series: RankSeries | None
 ) -> DiagnosedLayer:
-    layer, start = inspected.layer, inspected.initialisation
+    layer, start = inspected.layer, inspected.initialization
     assert inspected.singular_values is not None
     assert start is not None
     own = recipe.of_parameter(layer.tensor)
@@ -63,7 +63,7 @@ def balance_of(layers: Sequence[DiagnosedLayer], recipe: TrainingRecipe) -> Norm
     norms = {}
     for each in layers:
         if each.scaling_degree == 1:
-            start = each.inspected.initialisation
+            start = each.inspected.initialization
             penalty, _ = stationary_penalty(recipe.of_parameter(each.inspected.layer.tensor))
             exponent = start.forgetting_exponent if start else None
             norms[each.name] = TrainedNorm(each.norm, each.initial_norm, penalty, exponent)

@@ -14,8 +14,8 @@ from compressor.model import InspectedLayer
 class DiagnosedLayer:
     """One matrix: what `inspect` measures of it, and what the training data say.
 
-    `norm`: ||W||_F. `initial_norm`: the expected norm of its initialisation, None if unknown. `start_energy`: the share
-    of ||W||_F^2 that is what decay left of the initialisation, None if unknown. `scaling_degree`: 0 if the outputs do
+    `norm`: ||W||_F. `initial_norm`: the expected norm of its initialization, None if unknown. `start_energy`: the share
+    of ||W||_F^2 that is what decay left of the initialization, None if unknown. `scaling_degree`: 0 if the outputs do
     not depend on the matrix's scale, 1 if they are proportional to it, None for neither or without data.
     `stationarity`: None without data. `equilibrium`: for scale-invariant matrices only.
     """

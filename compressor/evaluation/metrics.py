@@ -136,7 +136,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
         raise BadInput(
             f"{name} predicts masked tokens, so its perplexity is not defined",
             where=data.name,
-            remedy="evaluate a causal language model, or a classifier on labelled data",
+            remedy="evaluate a causal language model, or a classifier on labeled data",
         )
     if batch.labels.numel() == 0:
         raise BadInput(

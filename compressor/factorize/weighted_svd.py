@@ -48,7 +48,7 @@ def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:
 
 
 def weighted_truncated_svd(matrix: Tensor, rank: int, metric: Metric) -> FactorPair:
-    """The rank-`rank` matrix W' that minimises `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
+    """The rank-`rank` matrix W' that minimizes `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
 
     With the Cholesky factor L of one side's moment it is a projection of W: `L^-T U_r U_r^T L^T W` for `S_g = L L^T`
     and U the eigenvectors of `L^T W S_x W^T L`, or its mirror image from the side of the inputs; the smaller side is

@@ -268,7 +268,7 @@ def refuse_fp8(checkpoint: Checkpoint) -> None:
         what = f"weight {name} is FP8 ({str(info.dtype).removeprefix('torch.')}) " + (
             f"scaled by {scale}" if scale else "without its scales"
         )
-        remedy = "compress the bfloat16 original, or dequantise it first"
+        remedy = "compress the bfloat16 original, or dequantize it first"
         raise BadInput(what, where=checkpoint.source, remedy=remedy)
 
 

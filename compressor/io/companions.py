@@ -16,7 +16,7 @@ from compressor.errors import BadInput
 from compressor.io.checkpoint import WEIGHT_SUFFIXES, portable_name
 from compressor.io.writer import write_json
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PLAN_FILE = "compression.json"
 """What a compressed folder carries besides its weights: the plan, the recipe, and the names of its files."""
@@ -127,7 +127,7 @@ def copy_companions(source: Path, target: Path) -> None:
     """
     found = companions(source)
     if found.not_copied:
-        _LOGGER.warning("not copied from %s: %s", source, not_copied_words(found.not_copied))
+        logger.warning("not copied from %s: %s", source, not_copied_words(found.not_copied))
     for file in found.files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         if (config := _configuration_to_change(source / file)) is not None:

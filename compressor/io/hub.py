@@ -14,7 +14,7 @@ from compressor.arguments import require_model
 from compressor.errors import BadInput, CompressorError
 from compressor.system_errors import explained
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Weights, and what is copied to a compressed folder with them; no code, and of the weights no second format.
 _FETCHED = (
@@ -87,7 +87,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
-    _LOGGER.info("looking for %s on the hub", repository)
+    logger.info("looking for %s on the hub", repository)
     try:
         patterns = [*_FETCHED, *_FETCHED_FOR_THE_RECIPE]
         folder = Path(

@@ -1,6 +1,6 @@
-"""Modules whose weights are computed from others, such as by weight normalisation, with the weights themselves.
+"""Modules whose weights are computed from others, such as by weight normalization, with the weights themselves.
 
-What is deployed is the effective weight: weight and spectral normalisation, in both of PyTorch's ways, and pruning
+What is deployed is the effective weight: weight and spectral normalization, in both of PyTorch's ways, and pruning
 serve training. Low-rank layers take its place, and what it was computed from is dropped.
 """
 
@@ -46,7 +46,7 @@ def with_effective_weights(module: nn.Module) -> nn.Module:
     with copying(module):
         copied = copy.deepcopy(module, {**_last_results(module), **made_in_inference})
     flags = {part: part.training for part in copied.modules()}
-    copied.eval()  # in training mode spectral normalisation would go on estimating
+    copied.eval()  # in training mode spectral normalization would go on estimating
     for part in list(copied.modules()):
         _drop_hooks(part)
         if parametrize.is_parametrized(part) and not factored_parameters(part):
@@ -94,7 +94,7 @@ def _usable(tensor: Tensor) -> Tensor:
 
 
 def _last_results(module: nn.Module) -> dict[int, Any]:
-    """What old ways of normalisation and recurrent layers keep of their last pass, without its graph, by its id.
+    """What old ways of normalization and recurrent layers keep of their last pass, without its graph, by its id.
 
     With its graph it cannot be copied.
     """

@@ -1,6 +1,6 @@
 """Low-rank models in transformers: the quantizer that swaps the layers before `from_pretrained` fills them.
 
-Importing this module registers the quantisation method `lowrank`; `import compressor` arranges that it happens as soon
+Importing this module registers the quantization method `lowrank`; `import compressor` arranges that it happens as soon
 as transformers' own registry is loaded.
 """
 
@@ -67,7 +67,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
                 put_pair(model, place, layer.form, layer.rank)
-                _spare_initialisation(model, place.rpartition(".")[0])
+                _spare_initialization(model, place.rpartition(".")[0])
         self._names = set(model.state_dict())
         return model
 
@@ -96,7 +96,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _spare_initialisation(model: Any, holder: str) -> None:
+def _spare_initialization(model: Any, holder: str) -> None:
     """Keep transformers from giving initial values to what holds a low-rank layer, where it could not.
 
     It does that, without effect, for modules that it loads too, and stops where they depend on the shape of a dense

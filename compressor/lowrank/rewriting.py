@@ -52,7 +52,7 @@ class Rewriting:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     """What stands for layers that are factorized already, by name."""
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
-    """Tensors of batch normalisations that changed, by name: what they are called in the model, and their values."""
+    """Tensors of batch normalizations that changed, by name: what they are called in the model, and their values."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:

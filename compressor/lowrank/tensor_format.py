@@ -239,7 +239,7 @@ def stored_matrix(layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor]) 
 
 
 def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
-    """The low-rank layers of a checkpoint by name, recognised by the tensors that stand for them.
+    """The low-rank layers of a checkpoint by name, recognized by the tensors that stand for them.
 
     A layer that several names share is there under the first.
     """

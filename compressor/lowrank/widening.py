@@ -27,7 +27,7 @@ def merge_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def widened(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """The module, changed in place: its linear layers, convolutions and batch normalisations as wide as in the file.
+    """The module, changed in place: its linear layers, convolutions and batch normalizations as wide as in the file.
 
     The new tensors have no values yet. A module is left as it is unless the file says that it holds concatenated
     networks.

@@ -1,4 +1,4 @@
-"""Stage 3: spectra and effective ranks, memory windows, what survives of the initialisation."""
+"""Stage 3: spectra and effective ranks, memory windows, what survives of the initialization."""
 
 from compressor.measure.effective_rank import (
     FROBENIUS_ERROR,
@@ -15,7 +15,7 @@ from compressor.measure.effective_rank import (
 )
 from compressor.measure.equilibrium import EquilibriumNorm, equilibrium_norm
 from compressor.measure.fresh_weights import initial_standard_deviation
-from compressor.measure.initialisation import SurvivingInitialisation, surviving_initialisation
+from compressor.measure.initialization import SurvivingInitialization, surviving_initialization
 from compressor.measure.memory_window import EPSILON, MemoryWindow, memory_window
 from compressor.measure.spectrum import singular_values
 from compressor.measure.stationarity import (
@@ -38,7 +38,7 @@ __all__ = [
     "NormBalance",
     "Spectrum",
     "Stationarity",
-    "SurvivingInitialisation",
+    "SurvivingInitialization",
     "TrainedNorm",
     "counted_positions",
     "effective_ranks",
@@ -57,7 +57,7 @@ __all__ = [
     "stable_rank",
     "stationarity",
     "stationary_penalty",
-    "surviving_initialisation",
+    "surviving_initialization",
     "truncation_errors",
     "uses_per_example",
 ]

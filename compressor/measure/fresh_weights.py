@@ -1,4 +1,4 @@
-"""The standard deviation of a layer's weights before training, measured by initialising the layer once more."""
+"""The standard deviation of a layer's weights before training, measured by initializing the layer once more."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from compressor.network import Architecture, Layer
 
 
 def initial_standard_deviation(layer: Layer, architecture: Architecture | None, *, seed: int = 0) -> float | None:
-    """Root mean square of the layer's weight as its own code initialises it.
+    """Root mean square of the layer's weight as its own code initializes it.
 
-    An architecture that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialised by
+    An architecture that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialized by
     its transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear
-    layers and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialised
+    layers and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialized
     on its own.
     """
     if architecture is None:
@@ -35,11 +35,11 @@ def initial_standard_deviation(layer: Layer, architecture: Architecture | None, 
     }
     memo = {key: nn.Parameter(values) if values.is_floating_point() else values for key, values in unfilled.items()}
     fresh: Any = copy.deepcopy(owner, memo)
-    initialise = getattr(architecture.module, "_init_weights", None)
+    initialize = getattr(architecture.module, "_init_weights", None)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        if initialise is not None:
-            initialise(fresh)
+        if initialize is not None:
+            initialize(fresh)
         elif hasattr(fresh, "reset_parameters"):
             fresh.reset_parameters()
         else:

@@ -37,7 +37,7 @@ class MemoryWindow:
 
     `steps`: n, the steps after which at most `epsilon` of the weights is left; None if there is no such n.
     `exceeds_training`: whether n is more than the steps taken; None if those, or the window, are unknown.
-    `forgetting_exponent`: K, where exp(-K) of the initialisation is still in the weights; None if unknown.
+    `forgetting_exponent`: K, where exp(-K) of the initialization is still in the weights; None if unknown.
     `rank_bound`: B*R*n, which bounds the rank of all of W but `epsilon`; None if no bound holds.
     `vacuous`: whether the bound says no more than the shape does; None without a bound.
     `reason`: why something is None, or why the bound is vacuous; empty if there is nothing to explain.
@@ -180,7 +180,7 @@ def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, s
 
 
 def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tuple[float | None, str]:
-    """K, where exp(-K) of the initialisation is still in the trained weights; else None, and why.
+    """K, where exp(-K) of the initialization is still in the trained weights; else None, and why.
 
     Exactly -log|p_T| (module docstring): -sum_t log|1 - lr_t wd| without momentum or with decoupled decay,
     nearly -sum_t log|1 - lr_t wd / (1 - momentum)| with momentum. Infinite if nothing is left.

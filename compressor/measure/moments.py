@@ -179,11 +179,11 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
     x, y = (x / scale_x).float(), (y / scale_y).float()
     count = max(len(x), 1)
     about_x, about_y = x.sum(0) / count, y.sum(0) / count
-    centred_x, centred_y = x - about_x, y - about_y
-    product = (centred_x.T @ centred_y).to(torch.float64)
+    centered_x, centered_y = x - about_x, y - about_y
+    product = (centered_x.T @ centered_y).to(torch.float64)
     about_x, about_y = about_x.to(torch.float64), about_y.to(torch.float64)
     product += torch.outer(about_x, y.sum(0, dtype=torch.float64))
-    product += torch.outer(centred_x.sum(0, dtype=torch.float64), about_y)
+    product += torch.outer(centered_x.sum(0, dtype=torch.float64), about_y)
     return product * (scale_x * scale_y)
 
 
@@ -272,7 +272,7 @@ def _scattered_patches(layer: nn.modules.conv._ConvNd, gradient: Tensor) -> Tens
 def oas_shrinkage(moment: Tensor, samples: int) -> Tensor:
     """A positive definite estimate of a second moment from `samples` vectors, whatever their number and rank.
 
-    The estimate is pulled towards the multiple of the identity with its trace, by the share that the oracle
+    The estimate is pulled toward the multiple of the identity with its trace, by the share that the oracle
     approximating shrinkage of Chen, Wiesel, Eldar and Hero (IEEE Transactions on Signal Processing, 2010, equation 23)
     finds in the data: much where there are few samples for the dimensions, hardly where there are many. The identity
     for a moment that is zero.

@@ -9,7 +9,7 @@ with B the batch size and R the uses per example: the gradient of a mean loss, o
 on the rank is the window's, the start's or the gradients' own anisotropy.
 
 Entry i of u_k and v_k is normal with variance d_i^2 / sqrt(width), where d_i^2 is proportional to i^-anisotropy and
-has mean 1. W_0 is `surviving_initialisation` times a fresh matrix with the standard deviation 1/sqrt(3 width) of
+has mean 1. W_0 is `surviving_initialization` times a fresh matrix with the standard deviation 1/sqrt(3 width) of
 `torch.nn.Linear`.
 
 The random numbers are specified to the bit, so that other programs can repeat a run. Output k = 0, 1, ... of seed s is
@@ -41,7 +41,7 @@ _REFERENCE_SEED = 0
 class SimulatedTraining:
     """The hyperparameters of a simulated run; `learning_rate` and `weight_decay` are `torch.optim.SGD`'s numbers.
 
-    `surviving_initialisation` is the share exp(-K) of a fresh initialisation that the run starts from: 0 is a start
+    `surviving_initialization` is the share exp(-K) of a fresh initialization that the run starts from: 0 is a start
     from zero, 1 a fresh network. `width` is even, since normal numbers come in pairs.
 
     Raises `BadInput` for numbers that no such run can have.
@@ -53,7 +53,7 @@ class SimulatedTraining:
     learning_rate: float
     weight_decay: float
     anisotropy: float = 0.0
-    surviving_initialisation: float = 0.0
+    surviving_initialization: float = 0.0
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class SimulatedTraining:
             ("learning_rate", 0 <= self.learning_rate < math.inf, "at least 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("anisotropy", 0 <= self.anisotropy < math.inf, "at least 0"),
-            ("surviving_initialisation", 0 <= self.surviving_initialisation <= 1, "between 0 and 1"),
+            ("surviving_initialization", 0 <= self.surviving_initialization <= 1, "between 0 and 1"),
             ("seed", 0 <= self.seed < 2**32, "a number of 32 bits"),
         ):
             if not possible:
@@ -84,7 +84,7 @@ def simulated_weights(training: SimulatedTraining) -> Iterator[Matrix]:
     """W_0, W_1, W_2, ... without end: the weights before the first step and after every one, each width x width."""
     n = training.width
     fresh = standard_normals(training.seed, 0, n * n).reshape(n, n) / math.sqrt(3 * n)
-    weights = training.surviving_initialisation * fresh
+    weights = training.surviving_initialization * fresh
     step = 0
     while True:
         yield weights

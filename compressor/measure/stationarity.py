@@ -1,8 +1,8 @@
-"""How close training came to a stationary point of the regularised loss, and what that point says about norms.
+"""How close training came to a stationary point of the regularized loss, and what that point says about norms.
 
 With the penalty lambda/2 ||W||^2 on every matrix a stationary point has grad_l = -lambda_l W_l, where grad is the
 gradient of the mean training loss without the penalty: the matrix and the negative gradient are parallel, and
-||grad_l|| = lambda_l ||W_l||. Kuzborskij and Abbasi-Yadkori (arXiv:2502.17340) analyse such points.
+||grad_l|| = lambda_l ||W_l||. Kuzborskij and Abbasi-Yadkori (arXiv:2502.17340) analyze such points.
 
 Where the outputs f are homogeneous of degree one in each of several matrices, <W_l, grad_l> = E<dloss/df, f> is the
 same number for all of them (Euler), so at a stationary point lambda_l ||W_l||^2 is too. Under gradient flow with one
@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor.measure.scale import power_of_two
 from compressor.recipe import TrainingRecipe
 
-# A normalisation's epsilon keeps it from undoing a scale exactly; this share of another change's effect is let pass.
+# A normalization's epsilon keeps it from undoing a scale exactly; this share of another change's effect is let pass.
 _INVARIANT = 0.1
 
 
@@ -90,7 +90,7 @@ def stationary_penalty(recipe: TrainingRecipe) -> tuple[float | None, str]:
     if not recipe.decoupled_weight_decay:
         return recipe.weight_decay, ""
     if recipe.family == "adaptive":
-        return None, f"{recipe.optimizer} scales the gradient but not the decay, and so minimises no penalised loss"
+        return None, f"{recipe.optimizer} scales the gradient but not the decay, and so minimizes no penalized loss"
     if recipe.momentum is None:
         return None, "the momentum is unknown"
     if recipe.momentum == 0:

@@ -23,7 +23,7 @@ from compressor.network import is_weight, layer_name
 Where = Literal["inputs", "channels"]
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LINEAR_MODULES = (
     nn.Identity,
     nn.Flatten,
@@ -52,7 +52,7 @@ _LARGEST_SEARCH = 10_000
 class Chain:
     """The layers of a feed-forward network in the order in which they run, the last one being its head.
 
-    `first` are the layers that read the inputs of the network, `batch_norms` where its batch normalisations are;
+    `first` are the layers that read the inputs of the network, `batch_norms` where its batch normalizations are;
     `linear` says that nothing but linear maps is in it, None where that is not known.
     """
 
@@ -69,7 +69,7 @@ class Chain:
 def traced_chain(module: nn.Module) -> Chain:
     """The chain of a module, from the graph of its `forward` (torch.fx).
 
-    Between the layers there may be elementwise activations, pooling, dropout, batch normalisation, flattening from
+    Between the layers there may be elementwise activations, pooling, dropout, batch normalization, flattening from
     the channels on, and sums of such streams.
 
     Raises:
@@ -173,7 +173,7 @@ class _Tracing:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, LAYERS):
             return self._layer(node, module, origins)
-        if isinstance(module, NORMALISATIONS):
+        if isinstance(module, NORMALIZATIONS):
             self.batch_norms[str(node.target)] = "inputs" if origins == {"inputs"} else "channels"
         elif module is not None and next(module.parameters(), None) is not None:
             raise _refused(f"{node.target} ({type(module).__name__}) is no layer that can be put side by side")
@@ -210,7 +210,7 @@ class _Tracing:
             return bool(module.start_dim == 1)
         if module is not None:
             self.linear &= not isinstance(module, _NONLINEAR_MODULES)
-            return isinstance(module, (*_LINEAR_MODULES, *_NONLINEAR_MODULES, *NORMALISATIONS))
+            return isinstance(module, (*_LINEAR_MODULES, *_NONLINEAR_MODULES, *NORMALIZATIONS))
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if name in {"view", "reshape"}:
             return len(node.args) == 3 and isinstance(node.args[1], fx.Node) and bool(node.args[2] == -1)

@@ -47,7 +47,7 @@ class Combination:
     def is_kept(self, name: str) -> bool:
         """Whether a tensor is taken over as it is.
 
-        It is what is not floating-point, what normalises shared inputs, and without a base a single number: that is
+        It is what is not floating-point, what normalizes shared inputs, and without a base a single number: that is
         a scale or a temperature, and no sum.
         """
         info = self.parts[0].infos[name]

@@ -252,8 +252,8 @@ def require_equal(parts: Iterable[Part], name: str) -> None:
             )
 
 
-def normalisation(part: Part) -> str | None:
-    """The first tensor of a normalisation layer, told by name and shape: running statistics, or a vector of scales."""
+def normalization(part: Part) -> str | None:
+    """The first tensor of a normalization layer, told by name and shape: running statistics, or a vector of scales."""
     for name, info in part.infos.items():
         last = name.rpartition(".")[2]
         if last in {"running_mean", "running_var"} or (last == "weight" and len(info.shape) == 1):

@@ -107,6 +107,6 @@ def logits_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(logits, Tensor):
         raise BadInput(
             f"{type(model).__name__} returns {type(output).__name__}, which has no logits",
-            remedy="pass a model with a classification or language-modelling head",
+            remedy="pass a model with a classification or language-modeling head",
         )
     return logits

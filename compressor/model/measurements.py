@@ -16,12 +16,12 @@ from compressor.lowrank import as_matrix
 from compressor.measure import (
     EffectiveRanks,
     MemoryWindow,
-    SurvivingInitialisation,
+    SurvivingInitialization,
     effective_ranks,
     initial_standard_deviation,
     memory_window,
     singular_values,
-    surviving_initialisation,
+    surviving_initialization,
     uses_per_example,
 )
 from compressor.model.opened import Model, folder_of
@@ -58,7 +58,7 @@ def inspect_layers(
             uses=uses[layer.name],
             ranks=effective_ranks(values),
             window=memory_window(of_layer, layer.shape, uses[layer.name], epsilon=epsilon),
-            initialisation=surviving_initialisation(
+            initialization=surviving_initialization(
                 of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, architecture)
             ),
             singular_values=tuple(values.tolist()),
@@ -75,7 +75,7 @@ def measured_layers(
     """What the planning needs to know of the eligible layers."""
     measured = []
     for each in inspected:
-        if each.singular_values is None or each.window is None or each.initialisation is None:
+        if each.singular_values is None or each.window is None or each.initialization is None:
             continue
         window = each.window
         measured.append(
@@ -84,9 +84,9 @@ def measured_layers(
                 singular_values=np.array(each.singular_values),
                 itemsize=subject.checkpoint.tensors[each.layer.tensor].dtype.itemsize,
                 precision=torch.finfo(subject.checkpoint.tensors[each.layer.tensor].dtype).eps,
-                above_edge=each.initialisation.above_edge,
-                surviving_share=each.initialisation.share,
-                unknown_start=each.initialisation.reason,
+                above_edge=each.initialization.above_edge,
+                surviving_share=each.initialization.share,
+                unknown_start=each.initialization.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
                 spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
                 settings=settings,
@@ -103,7 +103,7 @@ class InspectedLayer:
     uses: int | None = None
     ranks: EffectiveRanks | None = None
     window: MemoryWindow | None = None
-    initialisation: SurvivingInitialisation | None = None
+    initialization: SurvivingInitialization | None = None
     singular_values: tuple[float, ...] | None = None
     spatial_values: tuple[float, ...] | None = None
     """Singular values of the matrix that a spatial pair factorizes, for convolutions that can become one."""
@@ -119,7 +119,7 @@ class InspectedLayer:
             "uses": self.uses,
             "ranks": self.ranks.to_dict() if self.ranks else None,
             "window": self.window.to_dict() if self.window else None,
-            "initialisation": self.initialisation.to_dict() if self.initialisation else None,
+            "initialization": self.initialization.to_dict() if self.initialization else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
             "spatial_values": list(self.spatial_values) if self.spatial_values is not None else None,
         }

@@ -160,7 +160,7 @@ def training_of(checkpoint: Checkpoint) -> list[TrainingRecipe]:
 def known_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Architecture | None:
     """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
     if factory is not None:
-        # Layers that networks side by side make wider than the architecture's were not initialised by it.
+        # Layers that networks side by side make wider than the architecture's were not initialized by it.
         merged = merge_record(checkpoint) != {}
         return module_architecture(widened(build_model(factory), checkpoint), untrained=not merged)
     if checkpoint.config is None or checkpoint.source is None:

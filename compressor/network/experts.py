@@ -1,7 +1,7 @@
 """The experts of transformers' mixtures taken apart: one linear layer for every matrix, as they are in the file.
 
 In memory transformers holds the matrices of all experts of a block in two parameters of three dimensions. Apart, each
-is a layer like any other: with a rank of its own, seen by calibration, by adapters and by quantisation.
+is a layer like any other: with a rank of its own, seen by calibration, by adapters and by quantization.
 """
 
 from __future__ import annotations

@@ -376,7 +376,7 @@ def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn
         if named and not isinstance(owner, nn.Linear) and matrix:
             return replace(layer, skip=f"an embedding, by its name or its class's, {type(owner).__name__}")
         known = matrix and _WEIGHT.search(parameter) is not None and _BESIDE_A_WEIGHT.search(parameter) is None
-        known = known or _is_normalised(layer.tensor, shapes)
+        known = known or _is_normalized(layer.tensor, shapes)
     if not known and parameter == "weight":
         return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
     return _checked_parameter(layer, known)
@@ -389,10 +389,10 @@ def _is_called_embedding(tensor: str, shape: tuple[int, ...]) -> bool:
     return weight and len(shape) == 2 and _EMBEDDING.search(module.rpartition(".")[2]) is not None
 
 
-def _is_normalised(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a pruned or normalised weight is computed from a tensor, by its name and by what is stored with it.
+def _is_normalized(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a pruned or normalized weight is computed from a tensor, by its name and by what is stored with it.
 
-    Of parametrizations weight and spectral normalisation are known by that, as are the older ways of PyTorch.
+    Of parametrizations weight and spectral normalization are known by that, as are the older ways of PyTorch.
     """
     if _PARAMETRIZED.search(tensor):
         stem = tensor.rpartition(".")[0]
@@ -485,7 +485,7 @@ def _looks_like_convolution(shape: tuple[int, ...], outputs: int | None) -> bool
 def _parameter_by_name(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
     """What a tensor is that is not called the weight of a layer."""
     last, matrix = layer.tensor.rpartition(".")[2], len(layer.tensor_shape) == 2
-    if _is_normalised(layer.tensor, shapes) and len(layer.tensor_shape) <= 5:
+    if _is_normalized(layer.tensor, shapes) and len(layer.tensor_shape) <= 5:
         if _is_called_embedding(layer.tensor, layer.tensor_shape):
             return replace(layer, skip="an embedding, by its name")
         return _checked_parameter(layer, known=True)

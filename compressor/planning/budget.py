@@ -17,7 +17,7 @@ class Budget:
 
     `keep`: the fraction of the eligible layers' parameters that may remain. `max-size`: bytes of the weight files.
     `max-drop`: the smallest model that is at most so much worse, in accuracy as a fraction or in perplexity.
-    `tolerance`: relative Frobenius error per layer. `window-rule`: what training wrote above its initialisation, with
+    `tolerance`: relative Frobenius error per layer. `window-rule`: what training wrote above its initialization, with
     no value. `plan`: the ranks of a plan made before, with no value.
     """
 

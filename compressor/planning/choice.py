@@ -27,7 +27,7 @@ def default_budget(
 ) -> Budget:
     """What applies when nothing is asked: the window rule where it was validated, else a tolerance that is safe.
 
-    The window rule needs a recipe of the SGD family that says how much of the initialisation survives.
+    The window rule needs a recipe of the SGD family that says how much of the initialization survives.
     """
     if family == "sgd" and any(m.window_rule_applies for m in measured):
         return Budget("window-rule")
@@ -37,7 +37,7 @@ def default_budget(
 def rank_caps(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> dict[str, int]:
     """The most rank that the window rule lets a layer keep, by name, of the layers that it applies to.
 
-    The number of singular values above the edge of the surviving initialisation, or the memory window's bound where it
+    The number of singular values above the edge of the surviving initialization, or the memory window's bound where it
     is not vacuous and smaller. Empty unless the optimizer is of the SGD family.
     """
     if family != "sgd":

@@ -142,7 +142,7 @@ class MeasuredLayer:
     """An eligible layer with its singular values and what the window rule needs.
 
     `precision` is the relative precision of the stored numbers and `itemsize` their size in bytes. `above_edge` counts
-    the singular values above the edge of what survives of the initialisation, `surviving_share` says how much that is,
+    the singular values above the edge of what survives of the initialization, `surviving_share` says how much that is,
     and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
     `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
     layer; `stays_dense` says why a layer is not to be touched. A layer that shares a size stores no more than its pair
@@ -187,17 +187,17 @@ class MeasuredLayer:
 
     @property
     def window_rule_applies(self) -> bool:
-        """Whether enough of the initialisation is forgotten, and something stands above the rest of it."""
+        """Whether enough of the initialization is forgotten, and something stands above the rest of it."""
         return not self.window_rule_obstacle
 
     @property
     def window_rule_obstacle(self) -> str:
         """Why the window rule does not apply, in a few words; empty where it does."""
         if self.above_edge is None or self.surviving_share is None:
-            return self.unknown_start or "how much of the initialisation survives is unknown"
+            return self.unknown_start or "how much of the initialization survives is unknown"
         if self.surviving_share > self.settings.largest_surviving_share:
-            return f"{self.surviving_share:.0%} of the initialisation survives, which is too much"
-        return "" if self.above_edge else "no singular value stands above what survives of the initialisation"
+            return f"{self.surviving_share:.0%} of the initialization survives, which is too much"
+        return "" if self.above_edge else "no singular value stands above what survives of the initialization"
 
 
 def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
@@ -286,7 +286,7 @@ def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, rea
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
     """Every layer at the rank that training wrote and the spectrum needs, whichever is smaller.
 
-    The number of singular values above the edge of the surviving initialisation, the Frobenius rank at 0.1, and the
+    The number of singular values above the edge of the surviving initialization, the Frobenius rank at 0.1, and the
     memory window's bound where it is not vacuous. A layer of which too little was forgotten, or too little is known,
     gets the tolerance that is safe without data. A spatial pair is taken where it is smaller at the error of 0.1: the
     edge and the bound say nothing of its matrix.
@@ -298,7 +298,7 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
             continue
         tolerance = m.settings.window_rule_tolerance
         ranks = {
-            "singular values above the edge of its initialisation": m.above_edge,
+            "singular values above the edge of its initialization": m.above_edge,
             f"relative error <= {tolerance:g}": frobenius_rank(m.singular_values, tolerance),
         }
         if m.above_rounding is not None:

@@ -20,9 +20,9 @@ from compressor.recipe.settings import has_settings, possible_recipe, read_setti
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-# Keys by which a DeepSpeed configuration is recognised.
+# Keys by which a DeepSpeed configuration is recognized.
 _MOST_BYTES = 2**26
 # Fields in which two files are compared; of the others some are told in several ways that do not contradict.
 _COMPARED = (
@@ -51,7 +51,7 @@ def read_recipe_file(path: str | Path) -> TrainingRecipe:
             remedy="name them as " + ", ".join(entry.name for entry in fields(TrainingRecipe)[:-1]),
         )
     if unknown:
-        _log.warning("%s: no part of a training recipe, and left out: %s", path, _listed(unknown))
+        logger.warning("%s: no part of a training recipe, and left out: %s", path, _listed(unknown))
     return recipe
 
 
@@ -63,12 +63,12 @@ def _read_recipe_beside(path: Path) -> TrainingRecipe:
     if isinstance(sources, dict) and all(isinstance(each, str) for pair in sources.items() for each in pair):
         recipe = replace(recipe, sources={**recipe.sources, **sources})
     for reason in why:
-        _log.warning("left out of the training recipe: %s (%s)", path, reason)
+        logger.warning("left out of the training recipe: %s (%s)", path, reason)
     for key in unknown:
         if close := fields_like(key):
-            _log.warning("%s: unknown hyperparameter %r; did you mean %s?", path, key[:80], " or ".join(close))
+            logger.warning("%s: unknown hyperparameter %r; did you mean %s?", path, key[:80], " or ".join(close))
     if others := {key: value for key, value in unknown.items() if not fields_like(key)}:
-        _log.warning("%s: no part of a training recipe, and left out: %s", path, _listed(others))
+        logger.warning("%s: no part of a training recipe, and left out: %s", path, _listed(others))
     return recipe
 
 
@@ -142,7 +142,7 @@ def find_recipe(
         try:
             found.append(read(path))
         except BadInput as error:
-            _log.warning("left out of the training recipe: %s (%s)", path, error)
+            logger.warning("left out of the training recipe: %s (%s)", path, error)
     recipe = asked
     for each in found:
         _warn_of_disagreement(recipe, each, asked)
@@ -150,7 +150,7 @@ def find_recipe(
             recipe = merge_recipes(recipe, each)
         except BadInput as error:
             source = next(iter(each.sources.values()), "a file")
-            _log.warning("left out of the training recipe: %s (%s)", source, error)
+            logger.warning("left out of the training recipe: %s (%s)", source, error)
     return recipe
 
 
@@ -162,7 +162,7 @@ def _warn_of_disagreement(trusted: TrainingRecipe, other: TrainingRecipe, asked:
             continue
         if isinstance(one, float) and isinstance(two, float) and math.isclose(one, two, rel_tol=1e-6):
             continue
-        _log.warning(
+        logger.warning(
             "the training recipe is not the same everywhere: %s is %s in %s and %s in %s; the first is used",
             name.replace("_", " "),
             one,

@@ -10,7 +10,7 @@ from compressor.recipe.optimizer_state import OptimizerState, Schedule, read_opt
 from compressor.recipe.recipe import KNOWN_SCHEDULES, MOST_STEPS, TrainingRecipe
 from compressor.recipe.settings import has_settings, possible_recipe, settings_recipe
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Mappings of settings, the most deliberate first.
 _SETTINGS = (
@@ -38,7 +38,7 @@ def recipes_inside(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[in
     def add(values: Mapping[str, Any], where: str) -> None:
         recipe, why = possible_recipe(values, f"{file}: {where}")
         for reason in why:
-            _log.warning("left out of the training recipe: %s of %s (%s)", where, file, reason)
+            logger.warning("left out of the training recipe: %s of %s (%s)", where, file, reason)
         recipes.append(recipe)
 
     found = _schedule(document)
@@ -49,7 +49,7 @@ def recipes_inside(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[in
         key, schedule = found
         values, remark = _in_optimizer_steps(schedule, steps, epochs)
         if remark:
-            _log.warning("%s: the schedule of %s is not taken: %s", file, key, remark)
+            logger.warning("%s: the schedule of %s is not taken: %s", file, key, remark)
         add(values, key)
     if settings is not None:
         recipes.append(settings)
@@ -73,12 +73,12 @@ def _optimizer(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[int]],
         return None
     first, *others = states
     for remark in dict.fromkeys(remark for state in states for remark in state.remarks):
-        _log.warning("%s: the optimizer's state leaves something open: %s", file, remark)
+        logger.warning("%s: the optimizer's state leaves something open: %s", file, remark)
     if not others:
         return first
     agreed = {name: value for name, value in first.values.items() if all(o.values.get(name) == value for o in others)}
     if any(state.values != agreed for state in states):
-        _log.warning("%s holds %d optimizers; only what they agree on is taken", file, len(states))
+        logger.warning("%s holds %d optimizers; only what they agree on is taken", file, len(states))
     rates = {state.rate for state in states}
     return OptimizerState(agreed, first.rate if len(rates) == 1 else None, any(s.scheduled for s in states), ())
 

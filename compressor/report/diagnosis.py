@@ -57,7 +57,7 @@ def _layers(diagnosis: Diagnosis) -> RenderableType:
     )
     rows = []
     for layer in diagnosis.layers:
-        ranks, window, start = layer.inspected.ranks, layer.inspected.window, layer.inspected.initialisation
+        ranks, window, start = layer.inspected.ranks, layer.inspected.window, layer.inspected.initialization
         exponent = window.forgetting_exponent if window else None
         bound = window.rank_bound if window else None
         rows.append(
@@ -79,7 +79,7 @@ def _layers(diagnosis: Diagnosis) -> RenderableType:
             "Frobenius",
             f"least rank with a relative error of at most {FROBENIUS_ERROR:g}; entropy: Roy and Vetterli (2007)",
         ),
-        ("K", "exp(-K) of the initialisation is left ('start left'), and makes up so much of the squared norm"),
+        ("K", "exp(-K) of the initialization is left ('start left'), and makes up so much of the squared norm"),
         (
             "rank bound",
             f"of the memory window at epsilon {EPSILON:g}"

@@ -28,7 +28,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (1e-4, 1.0),
     "width": (8, 64),
     "anisotropy": (0.0, 3.0),
-    "surviving_initialisation": (0.0, 1.0),
+    "surviving_initialization": (0.0, 1.0),
 }
 
 
@@ -74,15 +74,15 @@ PRESETS = (
     ),
     Preset(
         "Anisotropic gradients",
-        "The window is long and the bound vacuous, yet the effective rank is low: gradients that favour few directions "
+        "The window is long and the bound vacuous, yet the effective rank is low: gradients that favor few directions "
         "are enough, without any forgetting.",
         SimulatedTraining(32, 8, 1, learning_rate=0.1, weight_decay=0.1, anisotropy=1.5),
     ),
     Preset(
-        "Surviving initialisation",
+        "Surviving initialization",
         "A fresh network: its random start has full rank and fades by 1 − lr wd per step. Singular values below the "
         "edge may be nothing but what is left of it.",
-        SimulatedTraining(32, 8, 1, learning_rate=0.05, weight_decay=0.1, anisotropy=1.5, surviving_initialisation=1.0),
+        SimulatedTraining(32, 8, 1, learning_rate=0.05, weight_decay=0.1, anisotropy=1.5, surviving_initialization=1.0),
         windows=0.8,
     ),
 )

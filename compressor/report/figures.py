@@ -1,4 +1,4 @@
-"""Figures of the report as SVG that takes its colours and fonts from the page, so it is legible in light and dark."""
+"""Figures of the report as SVG that takes its colors and fonts from the page, so it is legible in light and dark."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from compressor.planning import DropSearch, LayerPlan, SizeCurve
     from compressor.report.losses import CurvePoint
 
-# Drawn in these colours, which then become names that the page's style sheet defines for light and for dark.
+# Drawn in these colors, which then become names that the page's style sheet defines for light and for dark.
 INK, FAINT, BEFORE, AFTER, EDGE, BOUND = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f", "#101112"
 NAMES = {INK: "ink", FAINT: "faint", BEFORE: "before", AFTER: "after", EDGE: "edge", BOUND: "bound"}
-COLOURS = {drawn: f"var(--{name})" for drawn, name in NAMES.items()}
+COLORS = {drawn: f"var(--{name})" for drawn, name in NAMES.items()}
 
 STYLE = {
     # Text stays text: smaller, selectable, and in the page's font.
@@ -68,7 +68,7 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
 class RankMarks:
     """What is marked beside the ranks of a layer: the largest of them, and what the training recipe says.
 
-    `edge` is the largest singular value of the surviving initialisation, `above_edge` how many are larger, and `bound`
+    `edge` is the largest singular value of the surviving initialization, `above_edge` how many are larger, and `bound`
     the memory window's bound on the rank where it binds; None where unknown.
     """
 
@@ -90,13 +90,13 @@ def ranks_figure(layers: Sequence[LayerPlan], marks: Sequence[RankMarks]) -> str
         axes.barh(rows, [mark.full for mark in marks], height=0.72, color=BEFORE)
         kept = [mark.full if layer.rank is None else layer.rank for layer, mark in zip(layers, marks, strict=True)]
         axes.barh(rows, kept, height=0.72, color=AFTER)
-        for counts, colour, shape in (
+        for counts, color, shape in (
             ([mark.above_edge for mark in marks], EDGE, "D"),
             ([mark.bound for mark in marks], BOUND, "|"),
         ):
             places = [(count, row) for row, count in zip(rows, counts, strict=True) if count is not None]
             if places:
-                axes.plot(*zip(*places, strict=True), shape, color=colour, markersize=5 if shape == "D" else 11, mew=2)
+                axes.plot(*zip(*places, strict=True), shape, color=color, markersize=5 if shape == "D" else 11, mew=2)
         _label_rows(axes, layers)
         axes.set_xlim(0, 1.03 * max(mark.full for mark in marks))
         axes.set_xlabel("rank")
@@ -154,8 +154,8 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
         axes = figure.add_subplot()
         # No line joins them: the drop need not rise evenly, and few examples make it jump.
         for parameters, drop in tried:
-            colour, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
-            axes.plot(100 * parameters / eligible, drop, "o", color=colour, markersize=size)
+            color, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
+            axes.plot(100 * parameters / eligible, drop, "o", color=color, markersize=size)
         if limit is not None:
             axes.axhline(scale * limit, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))
         axes.set_xlim(0, 102)
@@ -168,7 +168,7 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
 def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | None = None, *, prefix: str) -> str:
     """Singular values over their index, relative to the largest, with the rank that was chosen, as SVG.
 
-    A level line marks the edge of the surviving initialisation, and an upright one a bound on the rank that binds.
+    A level line marks the edge of the surviving initialization, and an upright one a bound on the rank that binds.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -209,13 +209,13 @@ def _apart(rank: int | None, count: int) -> bool:
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an SVG element for a page that holds many: its own ids, the page's colours, no date."""
+    """The figure as an SVG element for a page that holds many: its own ids, the page's colors, no date."""
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    for drawn, named in COLOURS.items():
+    for drawn, named in COLORS.items():
         svg = svg.replace(drawn, named)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

@@ -50,7 +50,7 @@ def adapter_card(
     """The card of an adapter folder as text.
 
     `name` is what the folder is loaded by, `base` and `tuned` are the models' names, `revision` the base's commit on
-    the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose licence, language and
+    the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose license, language and
     data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `rounding_share` is
     how much of the difference rounding explains, `layers` are the plans of the pairs, `saved` the modules that are
     saved whole, and `peft` and `vllm` say what those make of it.
@@ -110,7 +110,7 @@ def adapter_card(
 def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, Any] | None, original: str) -> str:
     """The card of the dense fine-tune that a base and a file of pairs make; `original` is the card of the base.
 
-    Its results and its training are those of other weights, so of its card only licence, language, data and task stay.
+    Its results and its training are those of other weights, so of its card only license, language, data and task stay.
     """
     data = ModelCardData(
         library_name="transformers",

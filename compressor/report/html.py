@@ -176,7 +176,7 @@ def _marks(compression: Compression) -> dict[str, RankMarks]:
         spectrum, each = compression.spectra.get(layer.name), measured.get(layer.name)
         mark = RankMarks(full=min(layer.shape) if spectrum is None else len(spectrum))
         if each is not None and layer.form != "spatial":
-            start, window = each.initialisation, each.window
+            start, window = each.initialization, each.window
             if start is not None:
                 mark = replace(mark, edge=start.edge, above_edge=start.above_edge)
             if window is not None and window.vacuous is False:

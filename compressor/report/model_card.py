@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from compressor.planning import Plan
     from compressor.results import Compression
 
-_LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
@@ -83,15 +83,15 @@ def write_card(folder: Path, compression: Compression, source: Checkpoint, *, na
     """
     path = folder / CARD_FILE
     if path.is_dir():
-        _LOGGER.warning("%s of %s is a folder, so no card was written", CARD_FILE, source.name)
+        logger.warning("%s of %s is a folder, so no card was written", CARD_FILE, source.name)
         return
     try:
         original = read_text(path) if path.is_file() else None
     except BadInput as error:
-        _LOGGER.warning("the card of %s is not kept: %s", source.name, error)
+        logger.warning("the card of %s is not kept: %s", source.name, error)
         original = None
     if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
-        _LOGGER.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
+        logger.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
     fetched = None if source.folder is None else hub_model(source.folder)
     text = model_card(
         compression,
@@ -233,7 +233,7 @@ def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in carried.items() if key in known and known[key](value)}
     dropped = [key for key, value in carried.items() if key not in kept and value is not None]
     if dropped:
-        _LOGGER.warning("metadata of the dense model's card that are not kept: %s", ", ".join(map(one_line, dropped)))
+        logger.warning("metadata of the dense model's card that are not kept: %s", ", ".join(map(one_line, dropped)))
     return kept
 
 

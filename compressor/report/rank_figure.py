@@ -12,7 +12,7 @@ from compressor.report.wording import one_line, shortened_apart
 if TYPE_CHECKING:
     from compressor.diagnosis.series import RankSeries
 
-# More lines than these have no distinguishable colours, and are named by their order instead.
+# More lines than these have no distinguishable colors, and are named by their order instead.
 MOST_NAMED = 10
 
 
@@ -55,8 +55,8 @@ def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> Non
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("entropy", "frobenius"), strict=True):
             for index, layer in enumerate(series.layers):
                 shares = [getattr(ranks, kind) / ranks.full for ranks in layer.ranks]
-                colour = f"C{index}" if few else shades(index / (len(names) - 1))
-                axes.plot(series.steps, shares, color=colour, linewidth=1.4, marker=".", label=names[index])
+                color = f"C{index}" if few else shades(index / (len(names) - 1))
+                axes.plot(series.steps, shares, color=color, linewidth=1.4, marker=".", label=names[index])
             axes.set_title({"entropy": "entropy rank", "frobenius": f"Frobenius rank at {FROBENIUS_ERROR:g}"}[kind])
             axes.set_xlabel(series.unit)
             axes.set_ylim(0, 1.02)

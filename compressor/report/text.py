@@ -374,7 +374,7 @@ def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
 
 
 def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:
-    window, start = layer.window, layer.initialisation
+    window, start = layer.window, layer.initialization
     bound, exponent = (window.rank_bound, window.forgetting_exponent) if window else (None, None)
     share, above = (start.share, start.above_edge) if start else (None, None)
     return (
@@ -389,7 +389,7 @@ def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:
 
 def _why_unknown(layer: InspectedLayer) -> list[str]:
     """Why there is no rank bound or no edge, each reason once."""
-    window, start = layer.window, layer.initialisation
+    window, start = layer.window, layer.initialization
     bound = window.reason if window and window.rank_bound is None else ""
     edge = start.reason if start and not bound.endswith(start.reason) else ""
     return [one_line(reason) for reason in (bound, edge) if reason]
@@ -423,8 +423,8 @@ def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
         ("uses", "how often the matrix is used per example"),
         ("window", f"at epsilon {epsilon:g}: all but {epsilon:g} of the matrix was written in the last so many steps"),
         ("rank bound", "batch x uses x window; vacuous where it is not below the full rank"),
-        ("K", "forgetting exponent: exp(-K) of the initialisation is left ('start left')"),
-        ("above edge", "singular values above what is left of the initialisation"),
+        ("K", "forgetting exponent: exp(-K) of the initialization is left ('start left')"),
+        ("above edge", "singular values above what is left of the initialization"),
     ]
     numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
     explained = [_facts(*numbered), Text()] if numbered else []
@@ -482,7 +482,7 @@ def _advice(advice: str | None) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Facts:
-    """Labelled words, wrapped beside their labels; a path stays whole, to be copied and searched for."""
+    """Labeled words, wrapped beside their labels; a path stays whole, to be copied and searched for."""
 
     facts: tuple[tuple[str, str], ...]
 

@@ -208,7 +208,7 @@ def budget_words(budget: Budget) -> str:
         "max-size": f"weight files of at most {format_size(value)}",
         "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
-        "window-rule": "window rule: what training wrote above its initialisation",
+        "window-rule": "window rule: what training wrote above its initialization",
         "plan": "the ranks of a given plan",
     }[budget.kind]
 

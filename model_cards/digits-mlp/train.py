@@ -61,7 +61,7 @@ class Settings:
 def build_model(width: int = Settings.width, standardized: bool = Settings.standardized) -> nn.Sequential:
     """Return the untrained model: `(N, 1, 8, 8)` images in, `(N, 10)` logits out.
 
-    The normalisation has no weights: it holds the mean and variance of the training images' pixels.
+    The normalization has no weights: it holds the mean and variance of the training images' pixels.
     """
     return nn.Sequential(
         nn.Flatten(),
@@ -143,7 +143,7 @@ def frobenius_rank(singular_values: Tensor) -> int:
 def truncated(model: nn.Sequential, settings: Settings) -> tuple[nn.Sequential, dict[str, object]]:
     """Return the model cut to what it learned, and what that leaves.
 
-    Each matrix keeps `min(singular values above the edge of the surviving initialisation, Frobenius 0.1-rank)`
+    Each matrix keeps `min(singular values above the edge of the surviving initialization, Frobenius 0.1-rank)`
     singular values, where that is smaller than the matrix.
     """
     cut = build_model(settings.width, settings.standardized).eval()
@@ -167,7 +167,7 @@ def truncated(model: nn.Sequential, settings: Settings) -> tuple[nn.Sequential, 
             {
                 "shape": [rows, columns],
                 "frobenius_rank": effective,
-                "above_initialisation_edge": above,
+                "above_initialization_edge": above,
                 "rank_kept": rank if smaller else None,
             }
         )

@@ -60,7 +60,7 @@ def main() -> None:
         FOLDER,
         Card(
             name=FOLDER.name,
-            summary="A small residual network with batch normalisation that reads handwritten digits.",
+            summary="A small residual network with batch normalization that reads handwritten digits.",
             intended_use="""
 A reference for compressing convolutions: small enough to train, compress and evaluate anywhere. Its images are
 8 x 8 pixels; it is of no use for others.

@@ -293,8 +293,8 @@ def test_inspection_reports_every_matrix(file: Path) -> None:
     assert first.window is not None
     assert first.window.steps == 460  # the smallest n with 0.995^n <= 0.1
     assert (first.window.rank_bound, first.window.vacuous) == (460, True)
-    assert first.initialisation is not None
-    assert first.initialisation.above_edge == 64
+    assert first.initialization is not None
+    assert first.initialization.above_edge == 64
     json.dumps(found.to_dict(), allow_nan=False)
 
 

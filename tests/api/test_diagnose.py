@@ -33,8 +33,8 @@ def examples(count: int = 60, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Clusters of three classes that a little noise blurs."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % CLASSES
-    centres = 2 * torch.randn(CLASSES, 6, dtype=torch.float64, generator=generator)
-    inputs = centres[labels] + torch.randn(count, 6, dtype=torch.float64, generator=generator)
+    centers = 2 * torch.randn(CLASSES, 6, dtype=torch.float64, generator=generator)
+    inputs = centers[labels] + torch.randn(count, 6, dtype=torch.float64, generator=generator)
     return inputs.float().double(), labels  # data are read as float32
 
 
@@ -85,7 +85,7 @@ def test_network_trained_to_a_stationary_point(data: Path) -> None:
     assert found.balance is not None
     assert found.balance.spread == pytest.approx(1, abs=1e-6)
     assert "3 of 3 layers" in subjects(found)["stationary point"]
-    assert "no layer is favoured" in subjects(found)["norm balance"]
+    assert "no layer is favored" in subjects(found)["norm balance"]
     assert not any(finding.warning for finding in found.findings)
 
 
@@ -179,7 +179,7 @@ def test_scale_invariant_layers_come_to_the_norm_that_is_predicted(data: Path) -
 
 
 def test_low_rank_at_chance_is_no_compressibility(data: Path) -> None:
-    """Matrices of rank one whose outputs favour the same class whatever comes in."""
+    """Matrices of rank one whose outputs favor the same class whatever comes in."""
     model = chain()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -292,7 +292,7 @@ def test_recipe_decides_what_is_said_without_data() -> None:
     assert "stationary point" not in nothing
     short = subjects(diagnose(chain(), recipe=replace(RECIPE, steps=3), device="cpu"))
     assert "longer than the training" in short["memory window"]
-    assert "initial weights" in short["initialisation"]
+    assert "initial weights" in short["initialization"]
     adamw = replace(RECIPE, optimizer="adamw", steps=3, decoupled_weight_decay=True)
     assert "Nothing then bounds" in subjects(diagnose(chain(), recipe=adamw, device="cpu"))["memory window"]
 

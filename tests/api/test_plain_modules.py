@@ -306,7 +306,7 @@ def test_factored_parameters_of_a_module_under_several_names_come_back_from_a_fi
         torch.testing.assert_close(loaded(x), twin(x), rtol=1e-4, atol=1e-5)
 
 
-def normalised(kind: str) -> nn.Sequential:
+def normalized(kind: str) -> nn.Sequential:
     wrap: Any = {
         "weight_norm": nn.utils.parametrizations.weight_norm,
         "old weight_norm": nn.utils.weight_norm,
@@ -328,7 +328,7 @@ def test_computed_weights_are_compressed_as_what_they_are_and_the_model_is_left_
     kind: str, training: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    model, x = normalised(kind), torch.randn(4, 2, 8, 8)
+    model, x = normalized(kind), torch.randn(4, 2, 8, 8)
     model(x).sum().backward()  # old ways keep the result, with its graph, as an attribute
     model.eval()
     expected = model(x).detach()
@@ -359,9 +359,9 @@ def test_computed_weights_are_compressed_as_what_they_are_and_the_model_is_left_
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "spectral_norm", "old spectral_norm"])
 @pytest.mark.parametrize("factory", [True, False], ids=["code", "bare file"])
-def test_a_file_of_normalised_weights_comes_back_into_its_own_code(kind: str, factory: bool, tmp_path: Path) -> None:
+def test_a_file_of_normalized_weights_comes_back_into_its_own_code(kind: str, factory: bool, tmp_path: Path) -> None:
     def build() -> nn.Module:
-        return normalised(kind)
+        return normalized(kind)
 
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(4, 2, 8, 8)

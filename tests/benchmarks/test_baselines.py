@@ -52,7 +52,7 @@ def chain() -> tuple[Chain, dict[str, nn.Module], list[dict[str, Tensor]]]:
 def test_sizes_are_met_to_within_one_rank_and_never_exceeded(baselines: ModuleType, keep: float, form: str) -> None:
     target = int(keep * sum(d_out * d_in for d_out, d_in in SHAPES.values()))
     size = getattr(baselines, f"{form}_size")
-    ranks = baselines.equalised(SHAPES, target, size)
+    ranks = baselines.equalized(SHAPES, target, size)
     stored = baselines.stored(SHAPES, ranks, size)
     assert target - min(sum(shape) for shape in SHAPES.values()) < stored <= target
 
@@ -141,7 +141,7 @@ def chain_inputs(model: Chain, first: Tensor, batches: list[dict[str, Tensor]]) 
 
 
 def test_mpifa_fits_each_factor_to_its_mixture_of_targets(baselines: ModuleType) -> None:
-    # Zhao et al.: U minimises ||Y - U V X'||, then V minimises ||Y - U V X'||^2 + e ||U^+ W - V||^2 within
+    # Zhao et al.: U minimizes ||Y - U V X'||, then V minimizes ||Y - U V X'||^2 + e ||U^+ W - V||^2 within
     # the columns of U, Y the mixture. numpy's least squares, on the inputs themselves, is the oracle.
     model, layers, batches = chain()
     ranks = {"first": 6, "second": 5}

@@ -138,7 +138,7 @@ def test_merging_is_studied_over_depth_decay_and_overlap(
     tables = theory.merging.whole_study(tmp_path, quick=True)
     assert "100.0%" in tables
     found = json.loads((tmp_path / "merging.json").read_text())["rows"]
-    assert len(found) == 2 * 3  # both overlaps with PyTorch's initialisation, and the large one on disjoint inputs
+    assert len(found) == 2 * 3  # both overlaps with PyTorch's initialization, and the large one on disjoint inputs
     for row in found:
         assert (row["largest_input_cosine"] == 0) == (row["shared_inputs"] == 0)
     assert (tmp_path / "merging.svg").stat().st_size > 1000

@@ -230,7 +230,7 @@ def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_gener
     g = torch.cat(gradients).double()
     found = calibrated(model, data, seed=7).metrics["classifier"].gradients
     expected = g.T @ g / len(g)
-    # Shrinkage keeps the eigenvectors and pulls towards the trace's multiple of the identity.
+    # Shrinkage keeps the eigenvectors and pulls toward the trace's multiple of the identity.
     identity = torch.eye(len(expected), dtype=torch.float64) * expected.trace() / len(expected)
     weight = float(((found - expected) * (identity - expected)).sum() / (identity - expected).square().sum())
     assert 0 <= weight <= 1

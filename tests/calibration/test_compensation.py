@@ -81,7 +81,7 @@ def test_a_first_layer_has_nothing_to_make_up_for() -> None:
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_refit_is_ridge_regression_towards_the_weights(
+def test_the_refit_is_ridge_regression_toward_the_weights(
     bias: bool, relative: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compensation, "RIDGES", (relative,))
@@ -93,7 +93,7 @@ def test_the_refit_is_ridge_regression_towards_the_weights(
     about_x, about_y = (x.mean(0), y.mean(0)) if bias else (0.0, 0.0)
     x, y = x - about_x, y - about_y
     ridge = relative * (y**2).sum(0).mean() / len(y)
-    # Rows for the examples and, below, for the pull towards the weights.
+    # Rows for the examples and, below, for the pull toward the weights.
     left = torch.cat([y / len(y) ** 0.5, ridge.sqrt() * torch.eye(14, dtype=torch.float64)])
     right = torch.cat([x @ weight.T / len(x) ** 0.5, ridge.sqrt() * weight.T])
     expected = torch.linalg.lstsq(left, right).solution.T

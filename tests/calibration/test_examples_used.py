@@ -109,23 +109,23 @@ def test_of_named_data_128_examples_are_used_and_the_rest_is_said() -> None:
     assert (found.examples + found.holdout, found.unused) == (128, "950 of 1,078 examples")
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labelled: bool) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labeled: bool) -> None:
     """A model with labels predicts; without any it is not known to, and its outputs are what changes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
     inputs, labels = torch.randn(6, 8, 8), torch.randint(0, 5, (6, 8))
-    batches = list(zip(inputs, labels, strict=True)) if labelled else list(inputs)
+    batches = list(zip(inputs, labels, strict=True)) if labeled else list(inputs)
     found = compressor.compress(model, keep=0.5, calibration=batches, refine=False)
     calibration = found.plan.calibration
     assert calibration is not None
     assert found.curve is not None
-    unit = "nats per prediction" if labelled else "half the squared change of the outputs"
+    unit = "nats per prediction" if labeled else "half the squared change of the outputs"
     assert calibration.unit == found.curve.unit == found.to_dict()["calibration"]["unit"] == unit
     assert unit in calibration_words(calibration)
-    assert ("nats" in calibration_words(calibration)) == labelled
-    assert ("nats" in loss_axis(found.curve.unit)) == labelled
-    named = {"predicted_loss", "holdout_loss"} if labelled else {"predicted_output_change", "holdout_output_change"}
+    assert ("nats" in calibration_words(calibration)) == labeled
+    assert ("nats" in loss_axis(found.curve.unit)) == labeled
+    named = {"predicted_loss", "holdout_loss"} if labeled else {"predicted_output_change", "holdout_output_change"}
     assert {name for name in found.metrics() if name.startswith(("predicted", "holdout"))} == named
 
 

@@ -27,7 +27,7 @@ def speaking_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Sequential:
-    """A perceptron that kept exp(-1.2) of its initialisation, above which only a few singular values stand."""
+    """A perceptron that kept exp(-1.2) of its initialization, above which only a few singular values stand."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     images, labels = digits("train")
@@ -57,9 +57,9 @@ def planned(model: nn.Module, **options: Any) -> Plan:
 
 
 def edges(model: nn.Module) -> dict[str, int]:
-    """How many singular values of each layer stand above the edge of its initialisation."""
+    """How many singular values of each layer stand above the edge of its initialization."""
     found = inspect(model, recipe=recipe()).layers
-    return {each.layer.name: each.initialisation.above_edge or 0 for each in found if each.initialisation is not None}
+    return {each.layer.name: each.initialization.above_edge or 0 for each in found if each.initialization is not None}
 
 
 def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:

@@ -265,7 +265,7 @@ def calibrated(
         tuple(Batch(dict(inputs), torch.empty(0) if labels is None else labels) for inputs in part)
         for part in (fit, fit if holdout is None else holdout)
     ]
-    data = CalibrationData(parts[0], parts[1], labelled=labels is not None)
+    data = CalibrationData(parts[0], parts[1], labeled=labels is not None)
     return calibrate(model, eligible(model, embeddings=embeddings), data, device=CPU, seed=seed)
 
 

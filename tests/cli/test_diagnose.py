@@ -79,7 +79,7 @@ def test_reference_model_as_json(capsys: Captured) -> None:
     assert [layer["scaling_degree"] for layer in document["layers"]] == [1, 1, 1]
     for layer in document["layers"]:
         assert 0 < layer["stationarity"]["cosine"] < 1
-    assert {finding["subject"] for finding in document["findings"]} >= {"ranks", "memory window", "initialisation"}
+    assert {finding["subject"] for finding in document["findings"]} >= {"ranks", "memory window", "initialization"}
     assert all(finding["message"] and finding["advice"] for finding in document["findings"])
 
 

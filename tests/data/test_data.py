@@ -42,7 +42,7 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Three grey images of 6 x 5 pixels in each of the classes cat, dog and eel."""
+    """Three gray images of 6 x 5 pixels in each of the classes cat, dog and eel."""
     generator = np.random.default_rng(0)
     for name in ("dog", "cat", "eel"):
         for number in range(3):
@@ -81,7 +81,7 @@ def test_impossible_numbers_are_bad_input(option, value):
         open_data("builtin:digits", **{option: value})
 
 
-# Language modelling
+# Language modeling
 
 
 @settings(max_examples=25)
@@ -182,7 +182,7 @@ def test_text_that_is_not_utf8_is_bad_input(tmp_path, tokenizer):
 # Text classification
 
 
-def test_labelled_texts_round_trip(tmp_path, tokenizer):
+def test_labeled_texts_round_trip(tmp_path, tokenizer):
     rows = [("ab", 1), ("cde fgh", 0), ('a "b",\nc', 2)]
     jsonl, table = tmp_path / "texts.jsonl", tmp_path / "texts.csv"
     jsonl.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
@@ -328,7 +328,7 @@ def test_arrays_become_float32(tmp_path, dtype):
     assert labels_of(data) == [0, 0]
 
 
-def test_labelled_token_ids_are_text_classification(tmp_path):
+def test_labeled_token_ids_are_text_classification(tmp_path):
     np.savez(tmp_path / "data.npz", input_ids=np.ones((3, 4), dtype=np.int32), labels=np.array([0, 1, 0]))
     data = open_data(tmp_path / "data.npz")
     (batch,) = data
@@ -421,7 +421,7 @@ def test_folders_named_by_numbers_are_those_classes(images):
 
 
 def test_images_are_preprocessed_as_the_model_says(images):
-    """Bilinear to 8 x 8, scaled, normalised: the same by hand, on Pillow's own resizing."""
+    """Bilinear to 8 x 8, scaled, normalized: the same by hand, on Pillow's own resizing."""
     data = open_data(images, image_processor=vit_processor(), batch_size=2)
     path = images / "cat" / "0.png"
     resized = np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BILINEAR), dtype=np.float32)
@@ -431,8 +431,8 @@ def test_images_are_preprocessed_as_the_model_says(images):
 
 
 def test_images_get_the_channels_that_the_model_wants(images):
-    colour = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    save_image(images / "cat" / "0.png", colour)
+    color = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    save_image(images / "cat" / "0.png", color)
     three = vit_processor(image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 1.0, 1.0])
     assert inputs_of(open_data(images, image_processor=three)).shape == (9, 3, 8, 8)
     assert inputs_of(open_data(images, image_processor=vit_processor())).shape == (9, 1, 8, 8)
@@ -501,7 +501,7 @@ def test_digits_are_the_digits():
     assert labels_of(data) == labels.tolist()
 
 
-def test_digits_are_normalised_without_being_rounded():
+def test_digits_are_normalized_without_being_rounded():
     pixels, _ = digits("test")
     data = open_data("builtin:digits", image_processor=vit_processor())
     torch.testing.assert_close(inputs_of(data), (pixels - 0.5) / 0.25, rtol=0, atol=1e-6)

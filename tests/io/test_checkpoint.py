@@ -398,7 +398,7 @@ def test_tensors_that_cannot_be_infinite_pass(tensor: torch.Tensor) -> None:
 def test_fp8_weights_are_refused_with_and_without_scales(tmp_path: Path) -> None:
     fp8 = torch.ones(2, 2).to(torch.float8_e4m3fn)
     save_file({"a.weight": torch.ones(2), "b.weight": fp8}, tmp_path / "bare.safetensors")
-    with pytest.raises(BadInput, match=r"b\.weight is FP8 \(float8_e4m3fn\) without its scales; .*dequantise"):
+    with pytest.raises(BadInput, match=r"b\.weight is FP8 \(float8_e4m3fn\) without its scales; .*dequantize"):
         refuse_fp8(open_checkpoint(tmp_path / "bare.safetensors"))
     scaled = {"b.weight": fp8, "b.weight_scale_inv": torch.ones(1)}
     save_file(scaled, tmp_path / "scaled.safetensors")

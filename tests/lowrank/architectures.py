@@ -1,4 +1,4 @@
-"""Tiny randomly initialised models of the transformers architectures that the tests compress."""
+"""Tiny randomly initialized models of the transformers architectures that the tests compress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scale of a layer before training, against layers that their own libraries initialise."""
+"""The scale of a layer before training, against layers that their own libraries initialize."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_without_a_module_it_is_the_default_of_torch(layer: nn.Linear | nn.Conv2
     assert initial_standard_deviation(found, None) == pytest.approx(layer.weight.std().item(), rel=0.01)
 
 
-def test_a_trained_module_is_initialised_once_more_and_left_alone() -> None:
+def test_a_trained_module_is_initialized_once_more_and_left_alone() -> None:
     model = nn.Sequential(nn.Linear(300, 200))
     expected = float(model[0].weight.detach().std())
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_a_new_model_says_it_itself() -> None:
     assert measured == pytest.approx(0.001, rel=0.01)
 
 
-def test_transformers_initialises_by_the_configuration(tmp_path: Path) -> None:
+def test_transformers_initializes_by_the_configuration(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(n_embd=48, n_layer=1, n_head=2, vocab_size=20, initializer_range=0.3)

@@ -160,7 +160,7 @@ def test_window_is_the_first_at_which_no_more_than_epsilon_is_left(optimizer: st
 
 @every_schedule
 @every_optimizer
-def test_exponent_is_what_is_left_of_the_initialisation(optimizer: str, schedule: str) -> None:
+def test_exponent_is_what_is_left_of_the_initialization(optimizer: str, schedule: str) -> None:
     recipe = combine(optimizer, schedule)
     gradients = random(STEPS, 4, 5)
     first, second = random(4, 5, seed=3), random(4, 5, seed=4)

@@ -31,11 +31,11 @@ class Convolution(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.studied = nn.Conv2d(5, 40, 3)
-        self.normalise = nn.BatchNorm2d(40)
+        self.normalize = nn.BatchNorm2d(40)
         self.head = nn.Linear(40, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.normalise(self.studied(x)).relu().mean((2, 3)))
+        return self.head(self.normalize(self.studied(x)).relu().mean((2, 3)))
 
 
 class Attention(nn.Module):
@@ -94,7 +94,7 @@ class Case:
 CASES = {
     "dense": Case(Dense, (30,), 2, 1),
     "gradient accumulation over two processes": Case(Dense, (30,), 1, 1, parts=4),
-    "convolution with batch normalisation": Case(Convolution, (5, 4, 4), 2, 4),
+    "convolution with batch normalization": Case(Convolution, (5, 4, 4), 2, 4),
     "tokens": Case(Attention, (3, 36), 2, 3),
     "routed tokens": Case(Experts, (4, 36), 2, 2),
     "classifier": Case(Classifier, (30,), 8, 1, span=CLASSES - 1),
@@ -187,7 +187,7 @@ def test_first_layer_writes_within_the_span_of_fixed_inputs_and_a_hidden_layer_d
     ],
 )
 def test_window_longer_than_training_bounds_what_training_added(optimizer: dict[str, object]) -> None:
-    """Not W_T, not W_T - W_0: the initialisation faded by weight decay is what has to be taken off."""
+    """Not W_T, not W_T - W_0: the initialization faded by weight decay is what has to be taken off."""
     steps = 6
     common = {"learning_rate": 0.05, "weight_decay": 0.05, "schedule": "constant", "steps": steps, "batch_size": 2}
     recipe = TrainingRecipe.from_dict(optimizer | common)

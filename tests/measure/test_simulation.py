@@ -66,7 +66,7 @@ def test_normals_have_the_moments_of_a_standard_normal_distribution() -> None:
 
 
 def test_a_run_is_torchs_sgd_on_the_same_gradients() -> None:
-    training = replace(TRAINING, surviving_initialisation=0.6)
+    training = replace(TRAINING, surviving_initialization=0.6)
     weights = torch.nn.Parameter(torch.from_numpy(weights_after(training, 0)).clone())
     optimizer = torch.optim.SGD([weights], lr=training.learning_rate, weight_decay=training.weight_decay)
     for step in range(40):
@@ -96,12 +96,12 @@ def test_all_but_the_share_of_the_window_is_of_the_rank_that_bounds_it() -> None
 
 
 def test_the_start_survives_by_its_share_and_changes_nothing_else() -> None:
-    fresh, none = (weights_after(replace(TRAINING, surviving_initialisation=share), 9) for share in (1.0, 0.0))
-    start = weights_after(replace(TRAINING, surviving_initialisation=1.0), 0)
+    fresh, none = (weights_after(replace(TRAINING, surviving_initialization=share), 9) for share in (1.0, 0.0))
+    start = weights_after(replace(TRAINING, surviving_initialization=1.0), 0)
     np.testing.assert_allclose(fresh - none, TRAINING.retention**9 * start, atol=1e-14)
     assert np.all(weights_after(TRAINING, 0) == 0)
-    # The standard deviation of torch's own initialisation, to within three standard errors of each.
-    wide = weights_after(replace(TRAINING, width=64, surviving_initialisation=1.0), 0)
+    # The standard deviation of torch's own initialization, to within three standard errors of each.
+    wide = weights_after(replace(TRAINING, width=64, surviving_initialization=1.0), 0)
     torch.manual_seed(0)
     assert np.std(wide) == pytest.approx(torch.nn.Linear(64, 64).weight.std().item(), rel=3 * math.sqrt(2 / 2 / 64**2))
 
@@ -185,7 +185,7 @@ def test_at_the_sources_settings_batch_1_is_of_low_rank_for_the_first_steps_only
         ("learning_rate", math.nan),
         ("weight_decay", math.inf),
         ("anisotropy", -1.0),
-        ("surviving_initialisation", 1.5),
+        ("surviving_initialization", 1.5),
         ("seed", 2**32),
     ],
 )

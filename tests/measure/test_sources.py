@@ -47,15 +47,15 @@ def test_at_an_error_of_a_tenth_theorem_3_3_says_nothing_of_figure_6() -> None:
     assert theorem.vacuous is True
 
 
-@pytest.mark.parametrize(("rate", "penalty", "labelled", "steps"), [(0.10, 0.10, 461, 228), (0.02, 0.01, 23026, 11511)])
+@pytest.mark.parametrize(("rate", "penalty", "labeled", "steps"), [(0.10, 0.10, 461, 228), (0.02, 0.01, 23026, 11511)])
 def test_horizons_that_the_blog_labels_are_twice_its_own_recursions(
-    rate: float, penalty: float, labelled: int, steps: int
+    rate: float, penalty: float, labeled: int, steps: int
 ) -> None:
-    assert round(math.log(100) / (rate * penalty)) == labelled
+    assert round(math.log(100) / (rate * penalty)) == labeled
     assert memory_window(plain(rate, 2 * penalty, 1), (8, 8), 1, epsilon=0.01).steps == steps
     # As PyTorch's weight decay the label would be right, to first order in the rate.
     as_decay = memory_window(plain(rate, penalty, 1), (8, 8), 1, epsilon=0.01).steps
-    assert as_decay == pytest.approx(labelled, rel=0.01)
+    assert as_decay == pytest.approx(labeled, rel=0.01)
 
 
 COMMON = {"momentum": 0.9, "schedule": "cosine", "nesterov": False}

@@ -17,7 +17,7 @@ from compressor.merging.chain import chain_of_shapes, traced_chain
 
 
 class Convolutional(nn.Module):
-    """Written the way people write them: functions, methods, a skip connection, batch normalisation."""
+    """Written the way people write them: functions, methods, a skip connection, batch normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def test_layers_come_in_the_order_in_which_they_run() -> None:
     assert chain.linear is False
 
 
-def test_normalised_inputs_are_shared() -> None:
+def test_normalized_inputs_are_shared() -> None:
     chain = traced_chain(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)))
     assert chain.batch_norms == {"1": "inputs"}
     assert chain.layers == ("2",)

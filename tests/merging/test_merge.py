@@ -76,7 +76,7 @@ def test_a_shared_head_adds_the_outputs(saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", ["shared", "separate"])
 @torch.no_grad()
-def test_convolutions_and_batch_normalisation_stand_side_by_side(head: Any, saved: Any, tmp_path: Path) -> None:
+def test_convolutions_and_batch_normalization_stand_side_by_side(head: Any, saved: Any, tmp_path: Path) -> None:
     parts = [convolutional(seed) for seed in range(2)]
     out = tmp_path / "merged.safetensors"
     merge(saved(parts), output=out, mode="concat", head=head, factory=convolutional)
@@ -279,7 +279,7 @@ def test_a_sum_without_a_guarantee_warns(sizes: Any, recipes: Any, said: str, tm
     assert any(said in warning for warning in merging.warnings)
 
 
-def test_fine_tunes_of_one_model_are_recognised(saved: Any, tmp_path: Path) -> None:
+def test_fine_tunes_of_one_model_are_recognized(saved: Any, tmp_path: Path) -> None:
     tuned = []
     for seed in range(2):
         tuned.append(chain(6, 8, 3))
@@ -332,14 +332,14 @@ def test_networks_that_do_not_match_are_refused_in_one_line(saved: Any, tmp_path
     refused("architectures differ", saved([chain(6, 8, 3), chain(6, 8, 3, bias=False)]), output=out, mode="concat")
     refused("6 and 5 inputs", saved([chain(6, 8, 3), chain(5, 8, 3)]), output=out, mode="concat")
     refused("3 and 4 outputs; give each its own", saved([chain(6, 8, 3), chain(6, 8, 4)]), output=out, mode="concat")
-    refused("normalisation", saved([convolutional(0), convolutional(1)]), output=out, mode="sum")
+    refused("normalization", saved([convolutional(0), convolutional(1)]), output=out, mode="sum")
     refused("order of its layers|belongs to no", saved([convolutional(0), convolutional(1)]), output=out, mode="concat")
     broken = chain(6, 8, 3)
     broken[0].weight.data[0, 0] = torch.nan
     refused("NaN", saved([broken, chain(6, 8, 3)]), output=out, mode="sum")
 
 
-def test_shared_normalisation_of_inputs_must_be_the_same(saved: Any, tmp_path: Path) -> None:
+def test_shared_normalization_of_inputs_must_be_the_same(saved: Any, tmp_path: Path) -> None:
     def build() -> nn.Sequential:
         return nn.Sequential(nn.BatchNorm1d(6, affine=False), *chain(6, 8, 3))
 

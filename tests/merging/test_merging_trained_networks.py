@@ -39,7 +39,7 @@ def network(depth: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-# Weight decay and the factor of the initialisation: both, and the start that nothing forgets.
+# Weight decay and the factor of the initialization: both, and the start that nothing forgets.
 DECAYED, DECAYED_LARGE, UNDECAYED_LARGE = (0.01, 1.0), (0.01, 4.0), (0.0, 4.0)
 SETTINGS = {2: (DECAYED, DECAYED_LARGE, UNDECAYED_LARGE), 3: (DECAYED,), 4: (DECAYED,)}
 STARTS = {2: 3, 3: 1, 4: 1}
@@ -49,11 +49,11 @@ def trained(depth: int) -> dict[tuple[float, float], list[list[nn.Sequential]]]:
     """For each setting and random start the networks of both tasks, all trained at once as batched matrix products."""
     runs = [(setting, number) for setting in SETTINGS[depth] for _ in range(STARTS[depth]) for number in range(2)]
     nets = []
-    for seed, ((_, initialisation), _) in enumerate(runs):
+    for seed, ((_, initialization), _) in enumerate(runs):
         torch.manual_seed(seed)
         nets.append(network(depth))
         for parameter in nets[-1].parameters():
-            parameter.data *= initialisation
+            parameter.data *= initialization
     weights = [
         torch.stack(layers).detach().requires_grad_() for layers in zip(*(n.parameters() for n in nets), strict=True)
     ]
@@ -124,7 +124,7 @@ def test_shallow_networks_with_weight_decay_can_be_added(setting: tuple[float, f
     assert not any("no guarantee" in warning for merging in mergings for warning in merging.warnings)
 
 
-def test_without_weight_decay_a_large_initialisation_is_in_the_way(merged: Any) -> None:
+def test_without_weight_decay_a_large_initialization_is_in_the_way(merged: Any) -> None:
     """The inputs are as orthogonal as before; what interferes is the random start that was never forgotten."""
     mergings = merged("sum", 2, UNDECAYED_LARGE)
     assert max(mean_drops(mergings)) > 5 * ONE_POINT

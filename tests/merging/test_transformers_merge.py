@@ -109,7 +109,7 @@ def test_folders_that_do_not_match_are_refused_in_one_line(folders: Any, tmp_pat
     out = tmp_path / "out"
     base = model("llama")
     a, b, start = folders(a=fine_tuned(base, 1), b=fine_tuned(base, 2), base=base)
-    refused("normalisation", [a, b], out, mode="sum")
+    refused("normalization", [a, b], out, mode="sum")
     refused("concat is for feed-forward", [a, b], out, mode="concat")
     (heads,) = folders(heads=model("llama", num_attention_heads=2))
     refused("num_attention_heads|head_dim", [a, heads], out, mode="sum", base=start)

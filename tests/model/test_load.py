@@ -55,9 +55,9 @@ def test_a_factory_in_a_file(source):
     assert sys.path == path_before
 
 
-def test_a_file_may_import_its_neighbours(source):
-    (source.parent / "neighbour_of_my_model.py").write_text("from my_model import build")
-    assert isinstance(load_factory(f"{source.parent}/neighbour_of_my_model.py:build")(), nn.Linear)
+def test_a_file_may_import_its_neighbors(source):
+    (source.parent / "neighbor_of_my_model.py").write_text("from my_model import build")
+    assert isinstance(load_factory(f"{source.parent}/neighbor_of_my_model.py:build")(), nn.Linear)
 
 
 def test_a_factory_in_a_module_may_be_a_class_or_lie_in_the_current_folder(source, monkeypatch):

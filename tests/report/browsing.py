@@ -1,4 +1,4 @@
-"""Pages opened in a real browser, and what is asked of their colours."""
+"""Pages opened in a real browser, and what is asked of their colors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class OpenedPage:
 
 
 def contrast(first: str, second: str) -> float:
-    """The contrast ratio of WCAG 2.1 of two colours written #rrggbb."""
+    """The contrast ratio of WCAG 2.1 of two colors written #rrggbb."""
 
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 

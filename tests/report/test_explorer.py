@@ -140,7 +140,7 @@ def test_the_picture_of_a_recipe_is_the_recipe_or_says_where_it_is_not(
         drawn = getattr(training, name)
         assert LIMITS[name][0] <= drawn <= LIMITS[name][1] or (name, drawn) == ("weight_decay", 0)
         assert (drawn == value) != (words in said)
-    assert 0 <= training.surviving_initialisation <= 1
+    assert 0 <= training.surviving_initialization <= 1
 
 
 def test_what_the_picture_leaves_out_of_a_recipe_is_said() -> None:
@@ -179,7 +179,7 @@ def test_the_command_says_what_it_wrote_and_fails_in_one_line(
     assert (out, err.count("\n")) == ("", 1)
 
 
-ODD = SimulatedTraining(12, 3, 5, learning_rate=0.15, weight_decay=0.0347, anisotropy=0.7, surviving_initialisation=0.4)
+ODD = SimulatedTraining(12, 3, 5, learning_rate=0.15, weight_decay=0.0347, anisotropy=0.7, surviving_initialization=0.4)
 DIGITS_MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 
 
@@ -368,12 +368,12 @@ def test_the_heat_map_is_strongest_where_the_matrix_is_largest(opened: Opened) -
         "() => { const c = document.getElementById('matrix');"
         " return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data); }"
     )
-    colours = np.reshape(pixels, (*weights.shape, 4))[..., :3].astype(float)
-    zero = colours[np.abs(weights) < 0.01 * np.abs(weights).max()].mean(axis=0)
-    strength = np.linalg.norm(colours - zero, axis=2)
+    colors = np.reshape(pixels, (*weights.shape, 4))[..., :3].astype(float)
+    zero = colors[np.abs(weights) < 0.01 * np.abs(weights).max()].mean(axis=0)
+    strength = np.linalg.norm(colors - zero, axis=2)
     assert np.argmax(np.where(weights > 0, strength, 0)) == np.argmax(weights)
     assert np.argmax(np.where(weights < 0, strength, 0)) == np.argmin(weights)
-    positive, negative = (colours[np.unravel_index(i, weights.shape)] for i in (weights.argmax(), weights.argmin()))
+    positive, negative = (colors[np.unravel_index(i, weights.shape)] for i in (weights.argmax(), weights.argmin()))
     assert positive[0] > positive[2]
     assert negative[0] < negative[2]
 
@@ -425,17 +425,17 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
     papers = []
     for scheme in ("light", "dark"):
         opened = Opened(browser, path, color_scheme=scheme)
-        colour = opened.page.evaluate(
+        color = opened.page.evaluate(
             "names => Object.fromEntries(names.map("
             "n => [n, getComputedStyle(document.documentElement).getPropertyValue('--' + n)]))",
             ["paper", "card", "ink", "quiet", "accent", "on-accent", "entropy", "stable", "start", "reference"],
         )
-        papers.append(colour["paper"])
+        papers.append(color["paper"])
         for ground in ("paper", "card"):
             # WCAG 2.1: 4.5 for text, 3 for what a figure is understood by.
-            assert min(contrast(colour[name], colour[ground]) for name in ("ink", "quiet")) >= 4.5
-            assert min(contrast(colour[n], colour[ground]) for n in ("entropy", "stable", "start", "reference")) >= 3
-        assert contrast(colour["accent"], colour["on-accent"]) >= 4.5
+            assert min(contrast(color[name], color[ground]) for name in ("ink", "quiet")) >= 4.5
+            assert min(contrast(color[n], color[ground]) for n in ("entropy", "stable", "start", "reference")) >= 3
+        assert contrast(color["accent"], color["on-accent"]) >= 4.5
         matrix = opened.drawn("matrix")
         opened.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
         # The browser tells the page of the change when it comes to it.
@@ -511,7 +511,7 @@ def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) ->
         assert words in rows.first.inner_text()
     training = opened.state()["training"]
     assert (training["learning_rate"], training["weight_decay"], training["batch_size"]) == (0.07, 0.13, 64)
-    assert training["surviving_initialisation"] == pytest.approx(math.exp(-head.window.forgetting_exponent))
+    assert training["surviving_initialization"] == pytest.approx(math.exp(-head.window.forgetting_exponent))
     assert "the batch size, 500, is beyond the picture, which shows 64" in opened.text("remarks")
     rows.nth(1).get_by_role("button").click()
     assert opened.settle()["training"]["width"] == 24

@@ -115,7 +115,7 @@ def test_ids_are_unique_and_every_reference_has_its_target() -> None:
     assert targets | set(re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
 
 
-def test_every_colour_comes_from_the_page_so_that_dark_mode_has_its_own() -> None:
+def test_every_color_comes_from_the_page_so_that_dark_mode_has_its_own() -> None:
     svg = sizes_figure([layer("a"), layer("b", None)]) + spectrum_figure(np.geomspace(1, 0.1, 30), 3, prefix="s")
     assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) <= {
         *("none", "var(--ink)", "var(--faint)", "var(--before)", "var(--after)")
@@ -203,11 +203,11 @@ def test_the_page_tells_what_it_cost() -> None:
     assert "97.0 %" in Page(report_page(compression("a", evaluation=alone))).text
 
 
-def widths(svg: str, colour: str) -> list[float]:
-    """The widths of the filled shapes of a colour."""
+def widths(svg: str, color: str) -> list[float]:
+    """The widths of the filled shapes of a color."""
     found = []
     for outline, style in re.findall(r'<path d="([^"]*)"[^>]*style="([^"]*)"', svg):
-        if f"fill: var(--{colour})" in style:
+        if f"fill: var(--{color})" in style:
             across = [float(x) for x, _ in re.findall(r"[ML] (\S+) (\S+)", outline)]
             found.append(max(across) - min(across))
     return found
@@ -216,7 +216,7 @@ def widths(svg: str, colour: str) -> list[float]:
 def test_bars_are_in_proportion_to_the_stored_parameters() -> None:
     layers = [layer("a", 3), layer("b", None), layer("c", 9)]
     svg = sizes_figure(layers)
-    before, after = (np.array(widths(svg, colour)) for colour in ("before", "after"))
+    before, after = (np.array(widths(svg, color)) for color in ("before", "after"))
     scale = before[0] / layers[0].dense_parameters
     np.testing.assert_allclose(before / scale, [each.dense_parameters for each in layers], rtol=1e-4)
     np.testing.assert_allclose(after / scale, [each.parameters for each in layers], rtol=1e-4)

@@ -148,7 +148,7 @@ def test_the_recipe_of_the_flags_is_found_in_the_card_and_in_that_of_the_dense_f
     }
     # A model compressed from a dense one was not trained from it: the start is known as before.
     inspected = compressor.inspect(place / "again").layers
-    assert all(each.initialisation.edge is not None for each in inspected if each.initialisation is not None)
+    assert all(each.initialization.edge is not None for each in inspected if each.initialization is not None)
     assert compressor.compress(place / "again", dry_run=True, keep=0.5).recipe == recipes[0]
 
 

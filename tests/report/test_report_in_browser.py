@@ -83,7 +83,7 @@ def test_an_edge_and_a_bound_are_told_and_drawn_where_they_are_known(compression
     for layer in compression.inspected:
         assert layer.window is not None
         assert layer.window.vacuous is False
-        words = f"{layer.initialisation.above_edge} above the edge, bound {layer.window.rank_bound}"
+        words = f"{layer.initialization.above_edge} above the edge, bound {layer.window.rank_bound}"
         assert page.count(words) >= 1
     assert page.count("var(--edge)") > len(compression.inspected)
     assert page.count("var(--bound)") > len(compression.inspected)
@@ -114,9 +114,9 @@ def test_bars_of_ranks_are_in_proportion_to_the_ranks(compression: Compression) 
     layers = compression.plan.layers
     svg = ranks_figure(layers, [RankMarks(full=48) for _ in layers])
     widths: dict[str, list[float]] = {}
-    for outline, colour in re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--(before|after)\)', svg):
+    for outline, color in re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--(before|after)\)', svg):
         across = [float(x) for x, _ in re.findall(r"[ML] (\S+) (\S+)", outline)]
-        widths.setdefault(colour, []).append(max(across) - min(across))
+        widths.setdefault(color, []).append(max(across) - min(across))
     shares = np.array(widths["after"]) / np.array(widths["before"])
     np.testing.assert_allclose(shares, [(layer.rank or 48) / 48 for layer in layers], rtol=1e-4)
 
@@ -179,16 +179,16 @@ def test_light_and_dark_differ_and_both_can_be_read(browser: Browser, path: Path
     seen = []
     for scheme in ("light", "dark"):
         opened = OpenedPage(browser, path, color_scheme=scheme)
-        colour = opened.page.evaluate(
+        color = opened.page.evaluate(
             "names => Object.fromEntries(names.map("
             "n => [n, getComputedStyle(document.documentElement).getPropertyValue('--' + n)]))",
             ["paper", "ink", "quiet", "before", "after", "edge", "bound"],
         )
         # WCAG 2.1: 4.5 for text, which marks are explained in too, and 3 for what a figure is understood by.
-        assert min(contrast(colour[name], colour["paper"]) for name in ("ink", "quiet", "after", "edge", "bound")) > 4.5
-        assert contrast(colour["before"], colour["paper"]) >= 3
+        assert min(contrast(color[name], color["paper"]) for name in ("ink", "quiet", "after", "edge", "bound")) > 4.5
+        assert contrast(color["before"], color["paper"]) >= 3
         shown = opened.page.locator("svg text").first.evaluate("e => getComputedStyle(e).fill")
-        seen.append((colour["paper"], shown))
+        seen.append((color["paper"], shown))
         opened.context.close()
     assert all(light != dark for light, dark in zip(*seen, strict=True))
 

@@ -1,4 +1,4 @@
-"""Statistics of batch normalisation move as their inputs do, only where that helps, and are written as they are."""
+"""Statistics of batch normalization move as their inputs do, only where that helps, and are written as they are."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def calibrations(network: nn.Sequential, shift: float = 0.0) -> Calibration:
 
 @torch.no_grad()
 def inputs_of(calibration: Calibration, solution: Compensated | None, place: str, part: str) -> Tensor:
-    """What a batch normalisation is given, as one row for every position."""
+    """What a batch normalization is given, as one row for every position."""
     seen: list[Tensor] = []
     modules = {} if solution is None else {p: m for p, m in solution.modules.items() if p != place}
     with with_layers(calibration.model, modules) as model:
@@ -63,7 +63,7 @@ def inputs_of(calibration: Calibration, solution: Compensated | None, place: str
     return torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
 
 
-def normalised(x: Tensor, mean: Tensor, variance: Tensor, module: nn.BatchNorm2d) -> Tensor:
+def normalized(x: Tensor, mean: Tensor, variance: Tensor, module: nn.BatchNorm2d) -> Tensor:
     return (x - mean.double()) / (variance.double() + module.eps).sqrt() * module.weight.double()
 
 
@@ -82,9 +82,9 @@ def test_statistics_move_by_as_much_as_their_inputs_exactly_where_that_helps_on_
         mean = dense.running_mean + y.mean(0) - x.mean(0)
         variance = dense.running_var * y.var(0, correction=0) / x.var(0, correction=0)
         x, y = (inputs_of(calibration, each, place, "holdout") for each in (None, solution))
-        wanted = normalised(x, dense.running_mean, dense.running_var, dense)
+        wanted = normalized(x, dense.running_mean, dense.running_var, dense)
         candidates = [(dense.running_mean, dense.running_var), (mean, dense.running_var), (mean, variance)]
-        errors = [float((normalised(y, *each, dense) - wanted).square().sum()) for each in candidates]
+        errors = [float((normalized(y, *each, dense) - wanted).square().sum()) for each in candidates]
         best = min(range(3), key=errors.__getitem__)
         moved.append(best > 0)
         assert moved[-1] == (place in solution.modules)

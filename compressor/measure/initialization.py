@@ -1,10 +1,10 @@
-"""How much of the random initialisation training has left, and which singular values it may hide.
+"""How much of the random initialization training has left, and which singular values it may hide.
 
-The share exp(-K) of the initialisation that survives (`compressor.measure.memory_window`) is a random matrix
+The share exp(-K) of the initialization that survives (`compressor.measure.memory_window`) is a random matrix
 of known scale. The largest singular value of a d_out x d_in matrix of independent entries with standard
 deviation sigma is close to sigma * (sqrt(d_out) + sqrt(d_in)) (Bai & Yin 1993; for Gaussian entries its mean
 is below that, Davidson & Szarek 2001, Theorem II.13), so a trained matrix's singular values below that edge,
-scaled by the share, may be initialisation and not learning.
+scaled by the share, may be initialization and not learning.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from compressor.recipe import TrainingRecipe
 
 
 @dataclass(frozen=True)
-class SurvivingInitialisation:
-    """What is left of the initialisation in a trained matrix.
+class SurvivingInitialization:
+    """What is left of the initialization in a trained matrix.
 
     `share`: exp(-K), the factor before the initial weights; `forgetting_exponent`: K. `init_std`: sigma, the
     standard deviation of the initial entries. `edge`: the largest singular value of what is left.
@@ -43,15 +43,15 @@ class SurvivingInitialisation:
         return asdict(self)
 
 
-def surviving_initialisation(
+def surviving_initialization(
     recipe: TrainingRecipe,
     shape: tuple[int, int],
     singular_values: Sequence[float] | np.ndarray[Any, Any],
     *,
     init_std: float | None,
     decayed: bool = True,
-) -> SurvivingInitialisation:
-    """How much of its initialisation a trained matrix keeps, and how many singular values stand above that.
+) -> SurvivingInitialization:
+    """How much of its initialization a trained matrix keeps, and how many singular values stand above that.
 
     `shape` is (d_out, d_in), a convolution's d_in being channels x kernel positions; `singular_values` are
     the trained matrix's, in its unit; `decayed` says whether the matrix gets weight decay. `init_std` is the
@@ -64,17 +64,17 @@ def surviving_initialisation(
     d_out, d_in = shape
     sigma = None if init_std is None else float(init_std)
     if sigma is not None and not 0 <= sigma < math.inf:
-        raise BadInput(f"the standard deviation of the initialisation is {sigma}", remedy="pass one that is not")
+        raise BadInput(f"the standard deviation of the initialization is {sigma}", remedy="pass one that is not")
     exponent, reason = forgetting_exponent(recipe, decayed=decayed)
     if exponent is None:
-        return SurvivingInitialisation(None, None, sigma, None, None, reason)
+        return SurvivingInitialization(None, None, sigma, None, None, reason)
     share = math.exp(-exponent)
     if recipe.base_model is not None:
         reason = f"training started from {recipe.base_model}, not from random weights"
     elif sigma is None:
-        reason = "how the layer is initialised is unknown"
+        reason = "how the layer is initialized is unknown"
     if recipe.base_model is not None or sigma is None:
-        return SurvivingInitialisation(share, exponent, sigma, None, None, reason)
+        return SurvivingInitialization(share, exponent, sigma, None, None, reason)
     edge = share * sigma * (math.sqrt(d_out) + math.sqrt(d_in))
     above = int(np.count_nonzero(np.asarray(singular_values) > edge))
-    return SurvivingInitialisation(share, exponent, sigma, edge, above, reason)
+    return SurvivingInitialization(share, exponent, sigma, edge, above, reason)

@@ -1,4 +1,4 @@
-"""What is left of the initialisation, against matrices that torch initialised and trained."""
+"""What is left of the initialization, against matrices that torch initialized and trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compressor.errors import BadInput
-from compressor.measure import surviving_initialisation
+from compressor.measure import surviving_initialization
 from compressor.recipe import TrainingRecipe
 
 RECIPE = TrainingRecipe(
@@ -32,7 +32,7 @@ def test_edge_is_the_largest_singular_value_of_what_is_left() -> None:
     torch.manual_seed(0)
     weights = trained_without_a_signal(torch.nn.Linear(400, 250).weight)
     values = torch.linalg.svdvals(weights)
-    found = surviving_initialisation(RECIPE, (250, 400), values.tolist(), init_std=1 / math.sqrt(3 * 400))
+    found = surviving_initialization(RECIPE, (250, 400), values.tolist(), init_std=1 / math.sqrt(3 * 400))
     assert found.edge is not None
     # Finite matrices stay below the limit by a share of the order d^(-2/3), here 1.5 % (Tracy & Widom).
     assert 0.97 * found.edge < values[0] <= found.edge
@@ -47,31 +47,31 @@ def test_singular_values_above_the_edge_are_those_that_were_learned(rank: int) -
     torch.manual_seed(1)
     left = trained_without_a_signal(torch.nn.Linear(300, 200).weight)
     u, v = torch.linalg.qr(torch.randn(200, rank)).Q, torch.linalg.qr(torch.randn(300, rank)).Q
-    edge = surviving_initialisation(RECIPE, (200, 300), [], init_std=1 / 30).edge
+    edge = surviving_initialization(RECIPE, (200, 300), [], init_std=1 / 30).edge
     assert edge is not None
     # A learned direction of twice the edge is far above what Weyl's inequality lets the rest reach.
     values = torch.linalg.svdvals(left + 2 * edge * (u @ v.T).double())
-    assert surviving_initialisation(RECIPE, (200, 300), values.tolist(), init_std=1 / 30).above_edge == rank
+    assert surviving_initialization(RECIPE, (200, 300), values.tolist(), init_std=1 / 30).above_edge == rank
 
 
 def test_nothing_is_said_of_a_start_that_was_not_random_or_is_unknown() -> None:
     fine_tuned = TrainingRecipe.from_dict(RECIPE.to_dict() | {"base_model": "bert-base-uncased"})
     for recipe, scale, reason in ((fine_tuned, 0.1, "bert-base-uncased"), (RECIPE, None, "unknown")):
-        found = surviving_initialisation(recipe, (30, 40), [1.0], init_std=scale)
+        found = surviving_initialization(recipe, (30, 40), [1.0], init_std=scale)
         assert (found.edge, found.above_edge) == (None, None)
         assert found.share is not None
         assert reason in found.reason
 
 
-def test_edge_scales_with_the_initialisation() -> None:
-    narrow = surviving_initialisation(RECIPE, (30, 40), [1.0], init_std=0.02)
-    wide = surviving_initialisation(RECIPE, (30, 40), [1.0], init_std=0.04)
+def test_edge_scales_with_the_initialization() -> None:
+    narrow = surviving_initialization(RECIPE, (30, 40), [1.0], init_std=0.02)
+    wide = surviving_initialization(RECIPE, (30, 40), [1.0], init_std=0.04)
     assert narrow.edge is not None
     assert wide.edge == pytest.approx(2 * narrow.edge)
 
 
 def test_without_decay_all_of_it_is_left() -> None:
-    found = surviving_initialisation(RECIPE, (100, 25), [3.1, 2.9], init_std=0.2, decayed=False)
+    found = surviving_initialization(RECIPE, (100, 25), [3.1, 2.9], init_std=0.2, decayed=False)
     assert found.share == 1
     assert found.edge == pytest.approx(0.2 * (10 + 5))
     assert found.above_edge == 1
@@ -79,12 +79,12 @@ def test_without_decay_all_of_it_is_left() -> None:
 
 def test_unknown_exponent_says_why() -> None:
     unknown = TrainingRecipe.from_dict(RECIPE.to_dict() | {"steps": None})
-    found = surviving_initialisation(unknown, (30, 40), [1.0], init_std=0.1)
+    found = surviving_initialization(unknown, (30, 40), [1.0], init_std=0.1)
     assert (found.share, found.edge, found.above_edge, found.forgetting_exponent) == (None, None, None, None)
     assert found.reason == "the number of steps is unknown"
 
 
 @pytest.mark.parametrize("scale", [-0.1, math.nan, math.inf])
-def test_scale_of_the_initialisation_is_a_scale(scale: float) -> None:
+def test_scale_of_the_initialization_is_a_scale(scale: float) -> None:
     with pytest.raises(BadInput, match="standard deviation"):
-        surviving_initialisation(RECIPE, (3, 4), [1.0], init_std=scale)
+        surviving_initialization(RECIPE, (3, 4), [1.0], init_std=scale)
