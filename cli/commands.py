@@ -108,9 +108,9 @@ def _write_report(compression: Compression, path: Path, *, overwrite: bool) -> N
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from compressor.version import VERSION
 
-        write_text(f"compress {version('lowrank-compressor')}\n")
+        write_text(f"compress {VERSION}\n")
         raise typer.Exit
 
 

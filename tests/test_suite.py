@@ -11,6 +11,8 @@ from hypothesis import settings
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from compressor.version import VERSION
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -30,8 +32,7 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
 
 
 def test_project_citation_and_changelog_name_one_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     headings = re.findall(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0] == (version, citation["date-released"])
-    assert citation["version"] == version
+    assert headings[0] == (VERSION, citation["date-released"])
+    assert citation["version"] == VERSION

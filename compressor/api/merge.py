@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
@@ -47,6 +46,7 @@ from compressor.progress import Progress
 from compressor.recipe import find_recipe
 from compressor.results import MergeRefused, Merging, Mode, TaskQuality
 from compressor.torch_state import neutral_torch_state
+from compressor.version import VERSION
 
 # What goes along and tells how one model alone was trained or compressed.
 _OF_ONE_PART = ("README.md", PLAN_FILE)
@@ -382,7 +382,7 @@ def _is_linear(factory: Factory | None) -> bool | None:
 def _metadata(combination: Combination, start: Part | None, mode: Mode, spec: LowRankSpec) -> dict[str, str]:
     """What the merged file says of itself: what it was made from, and which of its layers are pairs."""
     made_from = [_described(part) for part in combination.parts if part is not start]
-    record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": version("lowrank-compressor")}
+    record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": VERSION}
     if mode == "concat":
         record["head"] = combination.head
     if start is not None:

@@ -40,7 +40,7 @@ def digits(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
         raise BadInput(
             "the digits come with scikit-learn, which is not installed",
             where="builtin:digits",
-            remedy="pip install 'lowrank-compressor[data]'",
+            remedy="pip install 'compressor[data]'",
         ) from None
     import numpy
     import torch

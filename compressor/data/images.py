@@ -79,7 +79,7 @@ def _open(path: Path) -> Any:
         raise BadInput(
             "images are read by Pillow, which is not installed",
             where=path,
-            remedy="pip install 'lowrank-compressor[data]'",
+            remedy="pip install 'compressor[data]'",
         ) from None
     try:
         image = Image.open(path)

@@ -34,7 +34,7 @@ def require_onnx() -> None:
         except ImportError as error:
             raise BadInput(
                 f"writing ONNX needs {name}, which is not installed",
-                remedy="pip install 'lowrank-compressor[onnx]'",
+                remedy="pip install 'compressor[onnx]'",
             ) from error
 
 

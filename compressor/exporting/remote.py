@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from compressor.errors import BadInput, CompressorError
 from compressor.io import CODE_FILE, Checkpoint, write_config
 from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec, write_weights
 from compressor.lowrank import modules as low_rank_modules
+from compressor.version import VERSION
 
 _CLASSES = '''
 
@@ -101,9 +101,7 @@ def remote_code(architecture: str, configuration: str) -> str:
     imported = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom))
     if needed := [node.module for node in imported if (node.module or "").partition(".")[0] == "compressor"]:
         raise CompressorError(f"the layers' code cannot stand alone: it imports {', '.join(map(str, needed))}")
-    header = (
-        f"# Written by lowrank-compressor {version('lowrank-compressor')}, Apache-2.0: needs torch and transformers.\n"
-    )
+    header = f"# Written by compressor {VERSION}, Apache-2.0: needs torch and transformers.\n"
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import ClassVar
 
 import torch
@@ -40,6 +39,7 @@ from compressor.model import load_state
 from compressor.network import Layer
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
     )
     record = {
         **spec.to_dict(),
-        "version": version("lowrank-compressor"),
+        "version": VERSION,
         "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
         "digest": plan.digest,
         "base": {

@@ -1,4 +1,4 @@
-"""vLLM runs compressed folders: a quantization method `lowrank` for its linear layers.
+"""vLLM runs compressed folders: a quantization method `compressor` for its linear layers.
 
 vLLM calls `register` through the entry point `vllm.general_plugins` in each of its processes. Names on disk stay as
 they are: vLLM maps `q_proj.down.weight` to shard "q" of `qkv_proj.down.weight`. A layer gathers the tensors of all its

@@ -181,7 +181,7 @@ def push_folder(folder: Path, repository: str, *, overwrite: bool) -> str:
         commit = api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
-            commit_message="Compressed by lowrank-compressor",
+            commit_message="Compressed by compressor",
             delete_patterns=[glob.escape(name) for name in old] or None,
         )
     except Exception as error:

@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from compressor.lowrank.tensor_format import Factors, factorize, join, pair_info
 from compressor.network import Layer, fuse_experts, is_weight
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.version import VERSION
 
 # What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
 CODE_CONFIG_KEY = "low_rank"
@@ -228,7 +228,7 @@ def file_metadata(rewriting: Rewriting) -> dict[str, str]:
     checkpoint, plan = rewriting.checkpoint, rewriting.plan
     record = {
         **rewriting.spec.to_dict(),
-        "version": version("lowrank-compressor"),
+        "version": VERSION,
         "source": checkpoint.name if checkpoint.source is not None else plan.source,
         "digest": plan.digest,
         "budget": plan.budget.to_dict(),

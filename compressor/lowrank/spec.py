@@ -15,7 +15,7 @@ from compressor.network import Kind
 from compressor.network.forms import Form
 
 FORMAT_VERSION = 1
-METADATA_KEY = "lowrank"
+METADATA_KEY = "compressor"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LowRankSpec:
             raise ValueError(f"{written_in!r} is not a version of the low-rank format")
         if written_in > FORMAT_VERSION:
             raise ValueError(
-                f"this model was written in low-rank format {written_in}, and this lowrank-compressor reads "
+                f"this model was written in low-rank format {written_in}, and this version of compressor reads "
                 f"formats up to {FORMAT_VERSION}: upgrade it"
             )
         layers = document.get("layers")

@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.report.wording import one_line
 
-TAG = "lowrank-compressor"
+TAG = "compressor"
 TAGS = ("low-rank", "compressed", TAG)
 
 LOADING = "## How to load it"

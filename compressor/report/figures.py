@@ -31,7 +31,7 @@ STYLE = {
     "svg.fonttype": "none",
     # Names of layers are not formulas, whatever dollars they hold.
     "text.parse_math": False,
-    "svg.hashsalt": "lowrank-compressor",
+    "svg.hashsalt": "compressor",
     "font.size": 9.0,
     "text.color": INK,
     "axes.edgecolor": FAINT,

@@ -49,7 +49,7 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
             raise BadInput(
                 f"a report needs {library}, which is not installed",
                 where=path,
-                remedy="run pip install 'lowrank-compressor[report]'",
+                remedy="run pip install 'compressor[report]'",
             )
     # A slip such as --report MODEL --overwrite must not cost anybody a model.
     if path.suffix.lower() not in (".html", ".htm"):

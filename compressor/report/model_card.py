@@ -50,6 +50,7 @@ from compressor.report.wording import (
     search_words,
     shape_of,
 )
+from compressor.version import VERSION
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
@@ -61,9 +62,7 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 
-# By this tag a card is known to be one of ours.
-
-_LIBRARIES = ("lowrank-compressor", "torch", "transformers", "safetensors")
+_LIBRARIES = ("torch", "transformers", "safetensors")
 # What a card says of the dense weights alone, and is not true of others.
 _OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
 _KEPT_TEXTS = ("library_name", "pipeline_tag", "license_name", "license_link", "thumbnail", "author")
@@ -293,7 +292,7 @@ def _summary(compression: Compression, base_model: str) -> str:
         f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
         f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
         f" of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)} Made by"
-        " lowrank-compressor."
+        " compressor."
     )
 
 
@@ -312,7 +311,7 @@ def _loading(name: str, config: Mapping[str, Any] | None) -> str:
             f"model = load_model({quoted}, build_model)  # the function that builds the architecture",
         )
     return python_block(
-        "import compressor, transformers  # pip install lowrank-compressor; transformers learns of the format",
+        "import compressor, transformers  # pip install compressor; transformers learns of the format",
         f"model = transformers.{architecture_of(config)}.from_pretrained({quoted})",
     )
 
@@ -370,7 +369,7 @@ def _making(compression: Compression, commit: str | None) -> str:
     known = {"commit": commit, "sha256": compression.plan.digest}
     facts = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
     of = f" ({facts})" if facts else ""
-    used = [f"- {library} {version(library)}" for library in _LIBRARIES]
+    used = [f"- compressor {VERSION}", *(f"- {library} {version(library)}" for library in _LIBRARIES)]
     return "\n\n".join(
         (
             f"From the dense weights{of} by",

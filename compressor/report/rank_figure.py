@@ -28,7 +28,7 @@ def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> No
         raise BadInput(
             "a figure needs matplotlib, which is not installed",
             where=path,
-            remedy="run pip install 'lowrank-compressor[report]'",
+            remedy="run pip install 'compressor[report]'",
         )
     if path.suffix.lower() not in (".svg", ".png"):
         raise BadInput("a figure is an SVG or PNG file", where=path, remedy="give it a name that ends in .svg or .png")
@@ -49,7 +49,7 @@ def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> Non
     names = shortened_apart([one_line(layer.name) for layer in series.layers], 32)
     few = len(names) <= MOST_NAMED
     shades = colormaps["viridis"]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "lowrank-compressor", "text.parse_math": False, "font.size": 9.0}
+    style = {"svg.fonttype": "none", "svg.hashsalt": "compressor", "text.parse_math": False, "font.size": 9.0}
     with rc_context(style):
         figure = Figure(figsize=(9.2, 3.6), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("entropy", "frobenius"), strict=True):

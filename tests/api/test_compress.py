@@ -213,7 +213,7 @@ def test_documents_have_the_promised_keys(file: Path) -> None:
 
 def test_what_a_file_says_of_itself(file: Path) -> None:
     report = compress(file, keep=0.5, recipe=TrainingRecipe(optimizer="adamw", sources={"optimizer": "a test"}))
-    record = json.loads(compressor.open_checkpoint(str(report.output)).metadata["lowrank"])
+    record = json.loads(compressor.open_checkpoint(str(report.output)).metadata["compressor"])
     assert record["digest"] == compressor.open_checkpoint(file).digest()
     assert record["source"] == "model.safetensors"
     assert record["recipe"]["optimizer"] == "adamw"

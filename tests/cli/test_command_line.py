@@ -511,10 +511,10 @@ def test_every_command_has_a_help_of_its_own(command: str, capsys: Captured) -> 
 
 
 def test_the_version_is_that_of_the_distribution(capsys: Captured) -> None:
-    from importlib.metadata import version
+    from compressor.version import VERSION
 
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out == f"compress {version('lowrank-compressor')}\n"
+    assert capsys.readouterr().out == f"compress {VERSION}\n"
 
 
 # What only a process of its own shows

@@ -60,7 +60,7 @@ def test_digits_permutation_never_changes() -> None:
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(BadInput, match=r"pip install 'lowrank-compressor\[data\]'"):
+    with pytest.raises(BadInput, match=r"pip install 'compressor\[data\]'"):
         digits("test")
 
 

@@ -485,7 +485,7 @@ def test_an_image_processor_that_does_not_fit_is_bad_input(images):
 
 def test_without_pillow_the_remedy_is_said(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(BadInput, match=r"pip install 'lowrank-compressor\[data\]'"):
+    with pytest.raises(BadInput, match=r"pip install 'compressor\[data\]'"):
         open_data(images)
 
 

@@ -208,7 +208,7 @@ def test_a_missing_extra_is_named(small_llama: Path, tmp_path: Path, monkeypatch
         return known(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(BadInput, match=r"needs onnxscript.*lowrank-compressor\[onnx\]"):
+    with pytest.raises(BadInput, match=r"needs onnxscript.*compressor\[onnx\]"):
         export(small_llama, to="onnx", output=tmp_path / "llama.onnx")
 
 

@@ -92,7 +92,7 @@ def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path,
     data = card.data
     assert (data.base_model, data.base_model_relation, data.library_name) == ("dense", "quantized", "transformers")
     assert (data.license, data.language, data.datasets) == ("apache-2.0", ["en", "de"], ["org/words"])
-    assert set(data.tags) >= {"words", "causal", "low-rank", "lowrank-compressor"}
+    assert set(data.tags) >= {"words", "causal", "low-rank", "compressor"}
     # The original's 1.5 is no figure of these weights.
     [result] = data.eval_results
     measured = compressor.evaluate(place / "small", data=place / "words.npz").compressed
@@ -240,7 +240,7 @@ def test_any_card_of_the_original_gives_a_card_that_can_be_read(original: str) -
     text = model_card(compression("a"), name="small", base_model="dense", config=None, original=original)
     card = ModelCard(text)
     assert card.data.base_model == "dense"
-    assert {"low-rank", "lowrank-compressor"} <= set(card.data.tags)
+    assert {"low-rank", "compressor"} <= set(card.data.tags)
     assert (card.data.eval_results, card.data.library_name, card.data.pipeline_tag) == (None, "pytorch", None)
     text.encode("utf-8", errors="backslashreplace")
     assert ("# Kept" in original) == ("# Kept" in card.text)
