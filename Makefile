@@ -32,7 +32,7 @@ test: .venv/dev
 test-fast: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
 
-# Prints the lines and branches that no test runs, and writes the annotated sources to coverage/index.html.
+# Prints the lines and branches that no test runs, and writes the annotated sources to htmlcov/index.html.
 coverage: .venv/dev
 	$(PYTEST) --cov --cov-report=term --cov-report=html
 
@@ -60,4 +60,4 @@ chromium:
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 clean:
-	rm -rf .venv .venv-oldest build coverage demo *.egg-info
+	rm -rf .venv .venv-oldest build htmlcov demo *.egg-info
