@@ -25,6 +25,8 @@ COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
 
 Captured = pytest.CaptureFixture[str]
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full or /proc")
+
 
 class StoppedError(Exception):
     """Ends a command once what was asked of the library is known."""
@@ -335,6 +337,7 @@ def test_an_empty_name_is_refused_by_the_name_of_its_argument(
     assert list(model.parent.iterdir()) == [model]
 
 
+@on_linux
 @pytest.mark.parametrize("json_asked", [False, True])
 def test_a_report_that_fails_does_not_hide_the_model_that_was_written(
     json_asked: bool, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
@@ -387,6 +390,7 @@ def test_compressed_layers_are_not_called_unchanged(model: Path, capsys: Capture
     assert "was factorized" not in capsys.readouterr().out
 
 
+@on_linux
 def test_what_was_written_is_said_when_the_result_cannot_be(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -556,6 +560,7 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], model: Path) 
     process.stderr.close()
 
 
+@on_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "MODEL", "-q"]])
 @pytest.mark.parametrize("place", [">&-", ">/dev/full"])
