@@ -317,7 +317,7 @@ def plan(
         from compressor.report import plan_text
 
         if output is not None:
-            check_output(output, source=Path(model), form="file", overwrite=overwrite)
+            check_output(output, sources=[Path(model)], form="file", overwrite=overwrite)
         recipe, sequence_length = options.training_and_windows(recipe, calibration)
         chosen = compressor.plan(
             model,

@@ -198,3 +198,9 @@ def _size_of_scalar(text: str) -> int:
     if len(text) > _MOST_DIGITS:
         raise _TooLargeError(f"a number of more than {_MOST_DIGITS:,} digits")
     return 10
+
+
+def text_mapping(value: object) -> dict[str, str]:
+    """A mapping of names read from a file, {} if it is none."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return {key: text for key, text in entries if isinstance(key, str) and isinstance(text, str)}

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from compressor.api.requests import (
     requested,
     require_fine_tune,
     require_known_kinds,
-    require_pushable,
     require_what_is_needed,
     training_options,
 )
@@ -35,6 +35,7 @@ from compressor.api.workload import (
     work_on_calibration,
     work_on_data,
 )
+from compressor.api.write import Output, written
 from compressor.arguments import as_count, as_count_if_given, as_patterns, require_copyable, require_model
 from compressor.calibration import CalibrationData, calibrate, split_examples
 from compressor.calibration.drop import plan_within_drop
@@ -42,18 +43,15 @@ from compressor.calibration.search import PlannedModel, open_calibration_data, p
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, require_accepted
-from compressor.io import TensorInfo, check_output, local_model, open_checkpoint, push_folder
-from compressor.io.destination import checked_target, form_of, not_copied_from, shard_limit, staged_output
+from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of, local_model, open_checkpoint
+from compressor.io.output import require_no_output
 from compressor.lowrank import (
     Rewriting,
-    describe_folder,
-    file_metadata,
+    StoredErrors,
+    compressed_artifact,
     rewritten_infos,
-    rewritten_module,
-    rewritten_tensors,
     weight_file_bytes,
     with_effective_weights,
-    write_weights,
 )
 from compressor.measure import EPSILON
 from compressor.model import (
@@ -81,7 +79,7 @@ from compressor.planning import (
 )
 from compressor.progress import Progress, expect, takes_steps
 from compressor.recipe import TrainingRecipe
-from compressor.report.model_card import write_card
+from compressor.report.model_card import compressed_card
 from compressor.report.wording import command_words, format_size, needs_calibration, percent, warning_words
 from compressor.results import BeforeAfter, Compression
 from compressor.torch_state import neutral_torch_state, uncompiled
@@ -268,8 +266,7 @@ def compress(
         )
     subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
-    target = checked_target(checkpoint, output, dry_run=dry_run, overwrite=overwrite)
-    require_pushable(checkpoint, push_to, dry_run=dry_run, overwrite=overwrite)
+    target = _target(checkpoint, output, push_to, dry_run=dry_run, overwrite=overwrite)
     if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
         require_architecture(checkpoint, factory)
     torch_device = resolve_device(device)
@@ -359,18 +356,15 @@ def compress(
         torch_device,
         progress,
         command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
-        name=push_to,
         allow_miss=allow_miss,
         dry_run=dry_run,
-        overwrite=overwrite,
     )
-    pushed = None if push_to is None or target is None else push_folder(target, push_to, overwrite=overwrite)
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
         measured=tuple(planned.weighted or measured),
         form=form,
-        pushed=pushed,
+        pushed=None if target is None else target.push(),
         seconds=time.monotonic() - started,
     )
 
@@ -380,7 +374,7 @@ def write_compressed(
     subject: Model,
     measured: Sequence[MeasuredLayer],
     planned: PlannedModel,
-    target: Path | None,
+    target: Target | None,
     shard_size: int,
     reported: EvaluationData | None,
     factory: Factory | None,
@@ -388,43 +382,31 @@ def write_compressed(
     progress: Progress | None,
     *,
     command: str,
-    name: str | None,
     allow_miss: bool,
     dry_run: bool,
-    overwrite: bool,
 ) -> Compression:
-    """The plan carried out: the output written whole with its card, which calls it `name` if given, and measured."""
+    """The plan carried out: the output written whole with its card, and measured."""
     checkpoint, chosen = subject.checkpoint, planned.plan
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
-    infos = rewritten_infos(rewriting)
-    after_bytes = weight_file_bytes(rewriting, shard_size)
-    errors: dict[str, float] = {}
+    errors = StoredErrors(len(rewriting.factorized), progress)
+    module = subject.modules if isinstance(model, nn.Module) and not dry_run else None
+    artifact = compressed_artifact(rewriting, shard_size, device=device, errors=errors, module=module)
 
-    def done(name: str, error: float) -> None:
-        errors[name] = error
-        if progress:
-            progress("factorize", len(errors), len(rewriting.factorized))
-
-    not_copied = () if target is None else not_copied_from(checkpoint)
-
-    def with_stored_errors() -> Plan:
-        return replace(chosen, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in chosen.layers))
-
-    def evaluation_of(small: ModelLike) -> Evaluation | None:
-        if reported is None:
+    def evaluation_of(small: ModelLike | None) -> Evaluation | None:
+        if reported is None or small is None:
             return None
         evaluation = evaluate_models(model, small, reported, factory, device, progress)
         _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=allow_miss)
         return evaluation
 
-    def result(evaluation: Evaluation | None) -> Compression:
-        made = Compression(
+    def result(made: Output, evaluation: Evaluation | None) -> Compression:
+        compression = Compression(
             source=subject.name,
-            output=None if target is None else str(target),
+            output=None if target is None else str(target.path),
             recipe=subject.recipe,
-            plan=with_stored_errors(),
-            parameters=BeforeAfter(_elements(checkpoint.tensors.values()), _elements(infos)),
-            bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
+            plan=chosen.with_errors(errors.of),
+            parameters=BeforeAfter(_elements(checkpoint.tensors.values()), artifact.elements),
+            bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
             evaluation=evaluation,
             seconds=0.0,
             peak_memory_bytes=_peak_memory_bytes(),
@@ -434,30 +416,37 @@ def write_compressed(
                 for m, p in zip(measured, chosen.layers, strict=True)
             },
             command=command,
-            model=compressed,
+            model=made.model if isinstance(made.model, nn.Module) else None,
             has_attention=subject.has_attention,
             left_out=checkpoint.left_out,
             weights_at=checkpoint.weights_at,
-            not_copied=not_copied,
+            not_copied=made.not_copied,
         )
-        return replace(made, warnings=warning_words(made))
+        return replace(compression, warnings=warning_words(compression))
 
-    compressed, evaluation = None, None
-    if isinstance(model, nn.Module) and not dry_run:
-        assert subject.architecture is not None
-        compressed = rewritten_module(rewriting, subject.architecture.module, device, done)
-        evaluation = evaluation_of(compressed)
-    if target is not None:
-        check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=after_bytes)
-        tensors = rewritten_tensors(rewriting, device, done)
-        with staged_output(target, checkpoint, overwrite) as staged:
-            write_weights(staged, infos, tensors, file_metadata(rewriting), shard_limit(checkpoint, shard_size))
-            if checkpoint.folder is not None:
-                describe_folder(staged, replace(rewriting, plan=with_stored_errors()))
-            evaluation = evaluation_of(staged)
-            if checkpoint.folder is not None:
-                write_card(staged, result(evaluation), checkpoint, name=name or target.name)
-    return result(evaluation)
+    with written(artifact, target) as made:
+        evaluation = evaluation_of(made.model)
+        compression = result(made, evaluation)
+        if target is not None:
+            made.write_card(partial(compressed_card, compression=compression, source=checkpoint, name=target.name))
+    return compression
+
+
+def _target(
+    checkpoint: Checkpoint, output: str | Path | None, push_to: str | None, *, dry_run: bool, overwrite: bool
+) -> Target | None:
+    """Where the result goes; None where nothing is written."""
+    if checkpoint.source is None:
+        require_no_output(output)
+    if dry_run and push_to is not None:
+        raise BadInput("`push_to` and `dry_run` contradict each other", remedy="leave one of them out")
+    if checkpoint.source is None and push_to is not None:
+        what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
+        raise BadInput(what, remedy=remedy)
+    if checkpoint.source is None or dry_run:
+        return None
+    named = Naming(form_of(checkpoint), "-compressed")
+    return checked_target(checkpoint, output, named, overwrite=overwrite).pushed_to(push_to)
 
 
 def _compressed_fine_tune(

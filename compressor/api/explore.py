@@ -37,8 +37,8 @@ def explore(
     # A slip such as -o MODEL --overwrite must not cost anybody a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("the explorer is an HTML file", where=path, remedy="give it a name that ends in .html")
-    source = Path(recipe) if isinstance(recipe, str | Path) else None
-    check_output(path, source=source, form="file", overwrite=overwrite)
+    sources = [Path(recipe)] if isinstance(recipe, str | Path) else []
+    check_output(path, sources=sources, form="file", overwrite=overwrite)
     known, layers = (None, ()) if recipe is None else _explored(recipe, progress)
     page = explorer_page(known, layers)
     with staged_file(path, overwrite=overwrite) as staged:

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from compressor.api.fine_tune import write_adapter
+from compressor.api.fine_tune import finish_adapter
+from compressor.api.requests import as_size
 from compressor.api.restore import restore
-from compressor.documents import read_text
+from compressor.api.write import written
 from compressor.errors import BadInput
-from compressor.exporting.onnx import example_inputs, require_onnx, write_onnx
-from compressor.exporting.remote import remote_configuration, write_remote
-from compressor.fine_tuning import adapter_of_file, is_difference, materialize_fine_tune
+from compressor.exporting.onnx import example_inputs, largest_difference, onnx_artifact, require_onnx
+from compressor.exporting.remote import remote_artifact, remote_configuration
+from compressor.fine_tuning import adapter_of_file, applied_artifact, is_difference, materialize_fine_tune
+from compressor.fine_tuning.adapter import adapter_artifact
 from compressor.io import (
     ADAPTER_CONFIG,
     Checkpoint,
-    check_output,
+    Naming,
+    NotCopied,
+    checked_target,
+    form_of,
     local_model,
     open_checkpoint,
-    parse_size,
-    staged_file,
 )
-from compressor.io.destination import form_of, not_copied_from, shard_limit, staged_output, target_of
-from compressor.lowrank import stored_pairs, write_weights
+from compressor.lowrank import StoredErrors, stored_pairs
 from compressor.measure import image_size
 from compressor.model import Factory, load_model, require_architecture
 from compressor.model.opened import folder_of
 from compressor.progress import Progress
 from compressor.report.fine_tune_card import applied_card
-from compressor.report.model_card import CARD_FILE, describe_remote
+from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export, Target
 from compressor.torch_state import neutral_torch_state
-
-logger = logging.getLogger(__name__)
 
 
 @neutral_torch_state()
@@ -68,11 +69,13 @@ def export(
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
     base = None if base is None else local_model(base)
-    layers = len(stored_pairs(checkpoint))
     _require_base(checkpoint, to, base)
     _require_use(to, base, factory, input_shape)
-    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    if to == "dense" and base is None:
+    shard_size = as_size(max_shard_size, "max_shard_size")
+    if base is not None:
+        export_it = _applied if to == "dense" else _to_adapter
+        exported = export_it(checkpoint, base, output, shard_size, overwrite=overwrite)
+    elif to == "dense":
         restored = restore(
             model,
             output=output,
@@ -81,40 +84,34 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-        return Export(
-            source=restored.source,
-            output=restored.output,
-            to=to,
-            layers=len(restored.layers),
-            bytes=restored.bytes,
-            difference=None,
-            load="as the original model",
-            seconds=restored.seconds,
-            not_copied=restored.not_copied,
-        )
-    difference = None
-    if to == "hf-remote":
-        place, load = _to_remote(checkpoint, output, shard_size, overwrite=overwrite)
-    elif base is not None and to == "dense":
-        place, load = _applied(checkpoint, base, output, shard_size, overwrite=overwrite), "as the base model"
-    elif base is not None:
-        place = _to_adapter(checkpoint, base, output, overwrite=overwrite)
-        load = f"peft.PeftModel.from_pretrained(base, {str(place)!r})"
+        load = "as the original model"
+        exported = _Exported(Path(restored.output), restored.bytes.after, load, not_copied=restored.not_copied)
+    elif to == "hf-remote":
+        exported = _to_remote(checkpoint, output, shard_size, overwrite=overwrite)
     else:
-        place, difference = _to_onnx(checkpoint, output, factory, input_shape, overwrite=overwrite)
-        load = f"onnxruntime.InferenceSession({str(place)!r})"
-    size = place.stat().st_size if place.is_file() else open_checkpoint(place).weight_bytes
+        exported = _to_onnx(checkpoint, output, factory, input_shape, overwrite=overwrite)
     return Export(
         source=str(model),
-        output=str(place),
+        output=str(exported.path),
         to=to,
-        layers=layers,
-        bytes=BeforeAfter(checkpoint.weight_bytes, size),
-        difference=difference,
-        load=load,
+        layers=len(stored_pairs(checkpoint)),
+        bytes=BeforeAfter(checkpoint.weight_bytes, exported.bytes),
+        difference=exported.difference,
+        load=exported.load,
         seconds=time.monotonic() - started,
-        not_copied=not_copied_from(checkpoint) if to == "hf-remote" else (),
+        not_copied=exported.not_copied,
     )
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """What was written where, and how it is loaded."""
+
+    path: Path
+    bytes: int
+    load: str
+    difference: float | None = None
+    not_copied: tuple[NotCopied, ...] = ()
 
 
 def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -> None:
@@ -155,56 +152,41 @@ def _require_use(
 
 def _applied(
     checkpoint: Checkpoint, base: str | Path, output: str | Path | None, shard_size: int, *, overwrite: bool
-) -> Path:
+) -> _Exported:
     """Write the dense fine-tune: a folder where the base is one."""
     assert checkpoint.source is not None
     tuned, _, start = materialize_fine_tune(checkpoint.source, base)
-    named = output or checkpoint.source.with_name(
-        checkpoint.source.stem + ("-dense" if start.folder is not None else "-dense.safetensors")
-    )
-    target = target_of(start, named)
-    infos = list(tuned.tensors.values())
-    for source in (checkpoint, start):
-        needed = sum(info.nbytes for info in infos)
-        check_output(target, source=source, form=form_of(start), overwrite=overwrite, needed_bytes=needed)
-    tensors = ((name, tuned.read(name)) for name in tuned.tensors)
-    with staged_output(target, start, overwrite) as staged:
-        write_weights(staged, infos, tensors, {"format": "pt"}, shard_limit(start, shard_size))
-        if start.folder is not None:
-            _describe_applied(staged, target.name, start, checkpoint)
-    return target
+    named = Naming(form_of(start), "-dense")
+    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[start])
+    card = partial(applied_card, name=target.name, base=start.name, difference=checkpoint.name, config=start.config)
+    with written(applied_artifact(tuned, start, shard_size), target) as made:
+        made.write_card(card)
+    return _Exported(target.path, made.bytes, "as the base model")
 
 
-def _describe_applied(folder: Path, name: str, base: Checkpoint, difference: Checkpoint) -> None:
-    """A card in place of the base's, which is of other weights."""
-    card = folder / CARD_FILE
-    original = read_text(card) if card.is_file() else ""
-    text = applied_card(name=name, base=base.name, difference=difference.name, config=base.config, original=original)
-    card.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def _to_adapter(checkpoint: Checkpoint, base: str | Path, output: str | Path | None, *, overwrite: bool) -> Path:
+def _to_adapter(
+    checkpoint: Checkpoint, base: str | Path, output: str | Path | None, _: int, *, overwrite: bool
+) -> _Exported:
+    """Write a folder that PEFT loads beside the base."""
     assert checkpoint.source is not None
-    target = Path(output or checkpoint.source.with_name(checkpoint.source.stem + "-adapter"))
-    for source in (checkpoint, open_checkpoint(base)):
-        check_output(target, source=source, form="folder", overwrite=overwrite)
+    named = Naming("folder", "-adapter")
+    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[open_checkpoint(base)])
     adapter = adapter_of_file(checkpoint.source, base)
-    write_adapter(target, adapter, torch.device("cpu"), lambda name, error: None, overwrite=overwrite)
-    return target
+    errors = StoredErrors()
+    with written(adapter_artifact(adapter, torch.device("cpu"), errors), target) as made:
+        finish_adapter(made, adapter, target.name, errors.of)
+    return _Exported(target.path, made.bytes, f"peft.PeftModel.from_pretrained(base, {str(target.path)!r})")
 
 
-def _to_remote(
-    checkpoint: Checkpoint, output: str | Path | None, shard_size: int, *, overwrite: bool
-) -> tuple[Path, str]:
+def _to_remote(checkpoint: Checkpoint, output: str | Path | None, shard_size: int, *, overwrite: bool) -> _Exported:
+    """Write a folder that transformers loads with the code in it."""
     config = remote_configuration(checkpoint)
     auto = next((name for name in config["auto_map"] if name != "AutoConfig"), "AutoModel")
-    target = target_of(checkpoint, output, suffix="-remote")
-    needed = checkpoint.weight_bytes
-    check_output(target, source=checkpoint, form="folder", overwrite=overwrite, needed_bytes=needed)
-    with staged_output(target, checkpoint, overwrite) as staged:
-        write_remote(staged, checkpoint, config, shard_size)
-        describe_remote(staged, auto_class=auto, name=target.name)
-    return target, f"transformers.{auto}.from_pretrained({str(target)!r}, trust_remote_code=True)"
+    target = checked_target(checkpoint, output, Naming("folder", "-remote"), overwrite=overwrite)
+    with written(remote_artifact(checkpoint, config, shard_size), target) as made:
+        made.write_card(partial(remote_card, auto_class=auto, name=target.name))
+    load = f"transformers.{auto}.from_pretrained({str(target.path)!r}, trust_remote_code=True)"
+    return _Exported(target.path, made.bytes, load, not_copied=made.not_copied)
 
 
 def _to_onnx(
@@ -214,25 +196,17 @@ def _to_onnx(
     input_shape: Sequence[int] | None,
     *,
     overwrite: bool,
-) -> tuple[Path, float]:
+) -> _Exported:
+    """Write a file, once onnxruntime has been seen to compute with it what torch does."""
     require_onnx()
     assert checkpoint.source is not None
-    target = Path(output) if output is not None else _onnx_target(checkpoint)
-    if target.suffix != ".onnx":
-        raise BadInput("an ONNX model is one file", where=target, remedy="name it with .onnx")
-    check_output(target, source=checkpoint, form="file", overwrite=overwrite)
+    target = checked_target(checkpoint, output, Naming("file", "", (".onnx",)), overwrite=overwrite)
     require_architecture(checkpoint, factory)
     module = load_model(checkpoint.source, factory)
     config = getattr(module, "config", None)
     size = None if config is None else image_size(config, folder_of(checkpoint))
     inputs = example_inputs(module, size, input_shape)
-    with staged_file(target, overwrite=overwrite) as staged:
-        difference = write_onnx(module, inputs, staged)
-    return target, difference
-
-
-def _onnx_target(checkpoint: Checkpoint) -> Path:
-    """Beside a folder under all of its name, which may have dots, and beside a file under its stem."""
-    place = target_of(checkpoint, None, suffix="")
-    stem = place.stem if place.suffix == ".safetensors" and checkpoint.folder is None else place.name
-    return place.with_name(f"{stem}.onnx")
+    with written(onnx_artifact(module, inputs), target) as made:
+        assert isinstance(made.model, Path)
+        difference = largest_difference(module, inputs, made.model)
+    return _Exported(target.path, made.bytes, f"onnxruntime.InferenceSession({str(target.path)!r})", difference)

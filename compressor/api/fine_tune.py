@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,23 +11,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from compressor.documents import read_text
+from compressor.api.write import Output, written
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation
-from compressor.fine_tuning.adaptation import (
-    Adaptation,
-    adaptation_metadata,
-    adapted_module,
-    pair_file_infos,
-    pair_file_tensors,
-)
+from compressor.fine_tuning.adaptation import Adaptation, adapted_module, pair_file_artifact
 from compressor.fine_tuning.adapter import (
-    ADAPTER_WEIGHTS,
     UNCHANGED,
     Adapter,
     adaptable_layers,
+    adapter_artifact,
     adapter_of,
-    adapter_tensors,
     require_pairs,
     vllm_obstacles,
     vllm_rank,
@@ -36,21 +29,17 @@ from compressor.fine_tuning.difference import Difference, compare_checkpoints, s
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
 from compressor.fine_tuning.verification import verify_with_peft
 from compressor.io import (
-    ADAPTER_CONFIG,
-    PLAN_FILE,
+    Artifact,
     Checkpoint,
-    TensorInfo,
-    check_output,
+    Naming,
+    Target,
+    checked_target,
     hub_model,
     open_checkpoint,
     portable_name,
-    safetensors_size,
-    staged_file,
-    staged_folder,
-    write_json,
 )
-from compressor.io.destination import target_of
-from compressor.lowrank import write_weights
+from compressor.io.output import require_no_output
+from compressor.lowrank import StoredErrors
 from compressor.measure import EPSILON
 from compressor.model import (
     Factory,
@@ -77,7 +66,6 @@ from compressor.planning import (
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 from compressor.report.fine_tune_card import adapter_card
-from compressor.report.model_card import CARD_FILE
 from compressor.results import BeforeAfter, Compression, FineTune
 
 Kind = Literal["adapter", "pairs", "module"]
@@ -113,7 +101,7 @@ def compress_fine_tune(
     subject = replace(subject, checkpoint=with_ties(subject.checkpoint, subject.architecture))
     start = with_ties(open_checkpoint(base), subject.architecture)
     kind = _kind(subject, output)
-    target = None if dry_run else _checked_target(subject, start.source, output, kind, overwrite=overwrite)
+    target = None if dry_run else _target(subject, start, output, kind, overwrite=overwrite)
     # PEFT adds to all of the base.
     difference = compare_checkpoints(subject.checkpoint, start, None if kind == "adapter" else subject.recipe, progress)
     layers = tuple(_layer(layer, difference) for layer in subject.layers)
@@ -128,8 +116,19 @@ def compress_fine_tune(
             where=subject.name,
             remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
         )
-    digests = [each.digest() if each.source is not None else None for each in (subject.checkpoint, start)]
-    form = _Form(kind, subject, portable_name(_called(base, start)), difference, layers, _advice(inspected), *digests)
+    digest, base_digest = (each.digest() if each.source is not None else None for each in (subject.checkpoint, start))
+    form = _Form(
+        kind=kind,
+        subject=subject,
+        base_name=portable_name(_called(base, start)),
+        difference=difference,
+        layers=layers,
+        advice=_advice(inspected),
+        digest=digest,
+        base_digest=base_digest,
+        device=device,
+        progress=progress,
+    )
 
     blocks = (
         expert_blocks(subject.architecture.module) if kind == "adapter" and subject.architecture is not None else ()
@@ -140,7 +139,7 @@ def compress_fine_tune(
 
     def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
         asked = budget or Budget("plan")
-        return form.stored(form.adaptation(with_budget(planned, asked), asked)).bytes
+        return form.stored(form.adaptation(with_budget(planned, asked), asked)).artifact.bytes
 
     chosen, planned = _planned(measured, budget, plan, subject, file_bytes)
     planned = with_budget(planned, chosen)
@@ -151,40 +150,30 @@ def compress_fine_tune(
         )
     adaptation = form.adaptation(planned, chosen)
     stored = form.stored(adaptation)
-    if budget is None and plan is None and not is_worthwhile(stored.bytes, subject.checkpoint.weight_bytes):
+    if budget is None and plan is None and not is_worthwhile(stored.artifact.bytes, subject.checkpoint.weight_bytes):
         raise QualityGateNotMet(
             f"{subject.name}: what was added to the base would take nearly as much as the fine-tune itself ({chosen});"
             " ask for a size with `keep=0.2`, or for a larger `tolerance`"
         )
     if stored.adapter is not None:
         require_pairs(stored.adapter)
-    errors: dict[str, float] = {}
-
-    def done(name: str, error: float) -> None:
-        errors[name] = error
-        if progress:
-            progress("factorize", len(errors), len(adaptation.paired))
-
-    module, evaluation = None, None
+    errors, module, evaluation, verified = stored.errors, None, None, None
     if not dry_run and (kind == "module" or evaluated is not None):
         dense = load_model(base, factory)
         names = subject.architecture or module_architecture(dense)
-        module = adapted_module(adaptation, dense, device, done, names.module_name)
+        module = adapted_module(adaptation, dense, device, errors, names.module_name)
         evaluation = None if evaluated is None else evaluated(module)
-    verified = None
-    if target is not None:
-        verified = _write(target, adaptation, stored, device, done, overwrite=overwrite)
+    with written(stored.artifact, target) as made:
+        if stored.adapter is not None and target is not None:
+            verified = finish_adapter(made, stored.adapter, target.name, errors.of)
     tuned = subject.checkpoint
-    by = adaptation.plan
     return Compression(
         source=subject.name,
-        output=None if target is None else str(target),
+        output=None if target is None else str(target.path),
         recipe=subject.recipe,
-        plan=replace(by, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in by.layers)),
-        parameters=BeforeAfter(
-            sum(info.elements for info in tuned.tensors.values()), sum(info.elements for info in stored.infos)
-        ),
-        bytes=BeforeAfter(tuned.weight_bytes, stored.bytes),
+        plan=adaptation.plan.with_errors(errors.of),
+        parameters=BeforeAfter(sum(info.elements for info in tuned.tensors.values()), stored.artifact.elements),
+        bytes=BeforeAfter(tuned.weight_bytes, stored.artifact.bytes),
         evaluation=evaluation,
         seconds=time.monotonic() - started,
         peak_memory_bytes=0,
@@ -197,11 +186,11 @@ def compress_fine_tune(
 
 @dataclass(frozen=True)
 class _Stored:
-    """What is stored for an adaptation; an adapter where it is one."""
+    """What is stored for an adaptation, an adapter where it is one, and the errors of its pairs."""
 
     adapter: Adapter | None
-    infos: Sequence[TensorInfo]
-    bytes: int
+    artifact: Artifact
+    errors: StoredErrors
 
 
 @dataclass(frozen=True)
@@ -216,100 +205,33 @@ class _Form:
     advice: str | None
     digest: str | None
     base_digest: str | None
+    device: torch.device
+    progress: Progress | None
 
     def adaptation(self, planned: tuple[LayerPlan, ...], budget: Budget) -> Adaptation:
         by = Plan(self.subject.name, self.digest, budget, planned, self.advice)
         return Adaptation(self.difference, self.layers, by, self.subject.recipe, self.base_digest)
 
     def stored(self, adaptation: Adaptation) -> _Stored:
+        errors = StoredErrors(len(adaptation.paired), self.progress)
         if self.kind == "adapter":
             adapter = adapter_of(adaptation, self.subject.architecture, self.base_name)
-            infos = adapter.infos
-            return _Stored(adapter, infos, safetensors_size(infos, adaptation_metadata(adaptation)))
-        infos = pair_file_infos(adaptation)
-        if self.kind == "module":
-            return _Stored(None, infos, sum(info.nbytes for info in infos))
-        return _Stored(None, infos, safetensors_size(infos, adaptation_metadata(adaptation)))
+            return _Stored(adapter, adapter_artifact(adapter, self.device, errors), errors)
+        artifact = pair_file_artifact(adaptation, self.device, errors)
+        return _Stored(None, replace(artifact, form="module") if self.kind == "module" else artifact, errors)
 
 
-def _write(
-    target: Path,
-    adaptation: Adaptation,
-    stored: _Stored,
-    device: torch.device,
-    done: Callable[[str, float], None],
-    *,
-    overwrite: bool,
-) -> str | None:
-    """Write what is stored; the version of PEFT that an adapter was tried with."""
-    if stored.adapter is not None:
-        return write_adapter(target, stored.adapter, device, done, overwrite=overwrite)
-    with staged_file(target, overwrite=overwrite) as staged:
-        tensors = pair_file_tensors(adaptation, device, done)
-        write_weights(staged, stored.infos, tensors, adaptation_metadata(adaptation), None)
-    return None
+def finish_adapter(made: Output, adapter: Adapter, name: str, errors: Mapping[str, float]) -> str | None:
+    """Try an adapter that is not yet in its place with PEFT, and write its card; the version of PEFT.
 
-
-def write_adapter(
-    target: Path, adapter: Adapter, device: torch.device, done: Callable[[str, float], None], *, overwrite: bool
-) -> str | None:
-    """Write the folder of an adapter with its card, complete or not at all; the version of PEFT that it was tried with.
-
-    None where PEFT is not installed. Raises `BadInput` where PEFT does not make of the folder what it stands for.
+    None where PEFT is not installed; BadInput where it does not make of the adapter what this stands for.
     """
-    adaptation = adapter.adaptation
-    errors: dict[str, float] = {}
-
-    def noted(name: str, error: float) -> None:
-        errors[name] = error
-        done(name, error)
-
-    with staged_folder(target, overwrite=overwrite) as folder:
-        tensors = adapter_tensors(adapter, device, noted)
-        write_weights(folder / ADAPTER_WEIGHTS, adapter.infos, tensors, adaptation_metadata(adaptation), None)
-        write_json(folder / ADAPTER_CONFIG, adapter.config)
-        write_json(folder / PLAN_FILE, adaptation.plan.portable().to_dict() | {"recipe": adaptation.recipe.to_dict()})
-        verified = verify_with_peft(folder, adapter)
-        card = _adapter_card(target.name, adapter, (folder / ADAPTER_WEIGHTS).stat().st_size, errors, verified)
-        (folder / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
-    return verified
-
-
-def _adapter_card(
-    name: str, adapter: Adapter, after_bytes: int, errors: Mapping[str, float], verified: str | None
-) -> str:
-    adaptation, obstacles = adapter.adaptation, vllm_obstacles(adapter)
-    tuned, base = adaptation.difference.tuned, adaptation.difference.base
-    # Put together from pairs the fine-tune has no card, and its other files are the base's.
-    own = None if tuned.folder is None or tuned.folder == base.folder else tuned.folder / CARD_FILE
-    return adapter_card(
-        name=name,
-        base=base.name,
-        revision=adapter.config["revision"],
-        tuned=(adaptation.stored or tuned).name,
-        config=base.config,
-        original=read_text(own) if own is not None and own.is_file() else "",
-        sizes=BeforeAfter(tuned.weight_bytes, after_bytes),
-        rounding_share=adaptation.difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
-        base_bytes=base.weight_bytes,
-        layers=[replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired],
-        saved=adapter.saved.modules,
-        peft=_peft_words(adapter, verified),
-        vllm=f"vLLM refuses {' and '.join(obstacles)}."
-        if obstacles
-        else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`.",
+    assert isinstance(made.model, Path)
+    verified_with = verify_with_peft(made.model, adapter)
+    made.write_card(
+        lambda _: adapter_card(adapter, name=name, weight_bytes=made.bytes, errors=errors, verified_with=verified_with)
     )
-
-
-def _peft_words(adapter: Adapter, verified: str | None) -> str:
-    """Whether PEFT was tried with the adapter, and what of its warnings is to be known."""
-    if verified is None:
-        words = "It was written without being loaded by PEFT, which was not installed."
-    else:
-        words = f"PEFT {verified} loaded it before it was written, and made each of these changes of the base."
-    if adapter.config["target_parameters"] and adapter.config["rank_pattern"]:
-        words += " PEFT may warn that rank patterns match no module: they match parameters, and it follows them."
-    return words
+    return verified_with
 
 
 def _called(base: ModelLike, start: Checkpoint) -> str:
@@ -341,24 +263,14 @@ def _kind(subject: Model, output: str | Path | None) -> Kind:
     return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
 
 
-def _checked_target(
-    subject: Model, base: Path | None, output: str | Path | None, kind: Kind, *, overwrite: bool
-) -> Path | None:
+def _target(
+    subject: Model, base: Checkpoint, output: str | Path | None, kind: Kind, *, overwrite: bool
+) -> Target | None:
     if kind == "module":
-        if output is not None:
-            raise BadInput(
-                "a module is compressed in memory", remedy="leave out the output, and save Compression.model"
-            )
+        require_no_output(output)
         return None
-    suffix = "-adapter" if kind == "adapter" else "-difference"
-    as_folder = kind == "adapter" or output is not None
-    target = Path(output) if output is not None and as_folder else target_of(subject.checkpoint, output, suffix=suffix)
-    if kind == "pairs" and target.suffix != ".safetensors":
-        raise BadInput("a file is written as safetensors", where=target, remedy="name it with .safetensors")
-    for source in (subject.checkpoint, base):
-        form: Literal["file", "folder"] = "folder" if kind == "adapter" else "file"
-        check_output(target, source=source, form=form, overwrite=overwrite)
-    return target
+    named = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
+    return checked_target(subject.checkpoint, output, named, overwrite=overwrite, others=[base])
 
 
 def _layer(layer: Layer, difference: Difference) -> Layer:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from compressor.api.requests import as_size
+from compressor.api.write import written
 from compressor.arguments import one_of
 from compressor.data import EvaluationData, load_preprocessing, open_data
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality, quality_drop
-from compressor.io import PLAN_FILE, check_output, parse_size, write_config
-from compressor.io.destination import form_of, not_copied_from, shard_limit, staged_output
-from compressor.lowrank import MERGE_KEY, METADATA_KEY, LowRankSpec, join, write_weights
+from compressor.io import Naming, checked_target, form_of
 from compressor.measure.rounding import rounding
 from compressor.merging import InputOverlap, LayerOverlap
+from compressor.merging.artifact import merged_artifact
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
 from compressor.merging.combination import Combination, Head, layer_of
 from compressor.merging.guarantee import interference_warning, sum_warnings
@@ -33,7 +33,6 @@ from compressor.merging.overlap import (
 )
 from compressor.merging.parts import (
     Part,
-    common_ties,
     normalization,
     open_part,
     require_equal,
@@ -41,15 +40,11 @@ from compressor.merging.parts import (
 )
 from compressor.model import Factory, build_model, load_model, require_architecture, resolve_device
 from compressor.model.opened import training_of
-from compressor.network import layer_name, transformers_architecture
+from compressor.network import layer_name
 from compressor.progress import Progress
 from compressor.recipe import find_recipe
 from compressor.results import MergeRefused, Merging, Mode, TaskQuality
 from compressor.torch_state import neutral_torch_state
-from compressor.version import VERSION
-
-# What goes along and tells how one model alone was trained or compressed.
-_OF_ONE_PART = ("README.md", PLAN_FILE)
 
 
 @neutral_torch_state()
@@ -88,7 +83,9 @@ def merge(
     parts = tuple(open_part(model, factory) for model in models)
     start = None if base is None else open_part(base, factory)
     combination = _combination(parts, start, mode, head, factory)
-    target = _checked_target(parts, start, Path(output), overwrite=overwrite)
+    others = [part.checkpoint for part in (*parts[1:], *(() if start is None else (start,)))]
+    named = Naming(form_of(parts[0].checkpoint), "-merged")
+    target = checked_target(parts[0].checkpoint, output, named, overwrite=overwrite, others=others)
     tasks = _task_data(parts, data, data_samples, factory)
 
     networks = [load_model(model, factory) for model in models] if tasks else []
@@ -98,27 +95,15 @@ def merge(
     inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
     warnings = _warnings(combination, mode, start, overlaps, cosine, factory)
 
-    infos = combination.infos()
-    shard_size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    needed = sum(info.nbytes for info in infos)
-    checkpoint = parts[0].checkpoint
-    check_output(target, source=checkpoint, form=form_of(checkpoint), overwrite=overwrite, needed_bytes=needed)
-    spec = combination.spec
-    metadata = _metadata(combination, start, mode, spec)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(combination.tensors(), start=1):
-            yield name, tensor
-            if progress:
-                progress("merge", done, len(infos))
-
+    shard_size = as_size(max_shard_size, "max_shard_size")
+    artifact = merged_artifact(combination, shard_size, base=start, progress=progress)
     qualities: list[TaskQuality] = []
 
-    def result(written: Path | None, size: int) -> Merging:
+    def result(output: Path | None) -> Merging:
         return Merging(
             models=tuple(str(model) for model in models),
             base=None if base is None else str(base),
-            output=None if written is None else str(written),
+            output=None if output is None else str(output),
             mode=mode,
             head=head,
             inputs=inputs,
@@ -126,30 +111,25 @@ def merge(
             warnings=tuple(warnings),
             tasks=tuple(qualities),
             parts_parameters=sum(info.elements for part in parts for info in part.checkpoint.tensors.values()),
-            parameters=sum(info.elements for info in infos),
+            parameters=artifact.elements,
             parts_bytes=sum(part.checkpoint.weight_bytes for part in parts),
-            bytes=size,
+            bytes=artifact.bytes,
             seconds=time.monotonic() - started,
-            not_copied=() if written is None else not_copied_from(checkpoint),
+            not_copied=() if output is None else artifact.not_copied,
         )
 
-    with staged_output(target, checkpoint, overwrite) as staged:
-        write_weights(staged, infos, tensors(), metadata, shard_limit(checkpoint, shard_size))
-        if checkpoint.folder is not None:
-            _describe_folder(staged, parts[0], spec)
-        merged = load_model(staged, factory) if tasks else None
+    with written(artifact, target) as made:
+        assert made.model is not None
+        merged = load_model(made.model, factory) if tasks else None
         for index, task in enumerate(tasks):
             assert merged is not None
             own = merged if head == "shared" else _outputs_of(merged, combination, index)
             qualities.append(_quality(parts[index], networks[index], own, task, torch_device))
             if progress:
                 progress("evaluate", index + 1, len(tasks))
-        size = sum(
-            path.stat().st_size for path in ([staged] if checkpoint.folder is None else staged.glob("*.safetensors"))
-        )
         if (lost := _lost_too_much(qualities, max_drop)) is not None:
-            raise MergeRefused(lost, result(None, size))
-    return result(target, size)
+            raise MergeRefused(lost, result(None))
+    return result(target.path)
 
 
 def _require_request(
@@ -243,16 +223,6 @@ def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
                 "give each its own outputs with `head='separate'`" if side == 0 else "merge networks of the same inputs"
             )
             raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
-
-
-def _checked_target(parts: Sequence[Part], start: Part | None, target: Path, *, overwrite: bool) -> Path:
-    """Where the result goes, known to be writable, and none of the inputs, before any work is done."""
-    form = form_of(parts[0].checkpoint)
-    if form == "file" and target.suffix != ".safetensors":
-        raise BadInput("a file is written as safetensors", where=target, remedy="name it with .safetensors")
-    for part in (*parts, *(() if start is None else (start,))):
-        check_output(target, source=part.checkpoint, form=form, overwrite=overwrite)
-    return target
 
 
 def _task_data(
@@ -377,45 +347,6 @@ def _is_linear(factory: Factory | None) -> bool | None:
         return traced_chain(build_model(factory)).linear
     except BadInput:
         return None
-
-
-def _metadata(combination: Combination, start: Part | None, mode: Mode, spec: LowRankSpec) -> dict[str, str]:
-    """What the merged file says of itself: what it was made from, and which of its layers are pairs."""
-    made_from = [_described(part) for part in combination.parts if part is not start]
-    record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": VERSION}
-    if mode == "concat":
-        record["head"] = combination.head
-    if start is not None:
-        record["base"] = _described(start)
-    metadata = {"format": "pt", MERGE_KEY: json.dumps(record, sort_keys=True)}
-    if combination.parts[0].checkpoint.folder is None:  # in a folder the configuration says what is tied
-        metadata = common_ties(combination.parts) | metadata
-    if spec.layers:
-        pairs = {**spec.to_dict(), "version": record["version"], "aliases": {}}
-        metadata[METADATA_KEY] = json.dumps(pairs, sort_keys=True)
-    return metadata
-
-
-def _described(part: Part) -> dict[str, str]:
-    assert part.checkpoint.source is not None
-    return {"source": part.checkpoint.source.name, "digest": part.checkpoint.digest()}
-
-
-def _describe_folder(folder: Path, first: Part, spec: LowRankSpec) -> None:
-    """Tell transformers which layers are pairs, and drop what was true of the first network alone."""
-    for name in _OF_ONE_PART:
-        (folder / name).unlink(missing_ok=True)
-    config = {key: value for key, value in (first.checkpoint.config or {}).items() if key != "quantization_config"}
-    if spec.layers:
-        architecture = transformers_architecture(folder)
-
-        def in_model(layer: str) -> str:
-            tensor = join(layer, "weight")
-            return layer_name((architecture and architecture.module_name(tensor)) or tensor)
-
-        config["quantization_config"] = spec.renamed(in_model).to_config()
-    if config:
-        write_config(folder, config)
 
 
 class _Outputs(nn.Module):

@@ -10,7 +10,7 @@ from compressor.arguments import as_count, as_number, one_of, require_kind
 from compressor.calibration.drop import require_possible_drop
 from compressor.data import EvaluationData, has_splits, require_apart
 from compressor.errors import BadInput
-from compressor.io import Checkpoint, check_push, hub_model, parse_size
+from compressor.io import parse_size
 from compressor.model import Model
 from compressor.model.opened import open_data_for, open_search_data
 from compressor.planning import Budget, FormRequest, Plan, requested_budget
@@ -81,19 +81,6 @@ def require_what_is_needed(
             "calibration shares a size among the layers, and none was asked for",
             remedy="ask for one with `keep` or `max_size`, for a `max_drop`, or give a `plan`",
         )
-
-
-def require_pushable(checkpoint: Checkpoint, repository: str | None, *, dry_run: bool, overwrite: bool) -> None:
-    """Raise `BadInput` where there will be nothing to send to the hub, or it cannot be sent there without a loss."""
-    if repository is None:
-        return
-    if dry_run:
-        raise BadInput("`push_to` and `dry_run` contradict each other", remedy="leave one of them out")
-    if checkpoint.folder is None:
-        raise BadInput(
-            "`push_to` sends a model folder, and none is written", remedy="compress a folder, or leave it out"
-        )
-    check_push(repository, hub_model(checkpoint.folder), overwrite=overwrite)
 
 
 def require_fine_tune(

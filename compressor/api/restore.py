@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from compressor.api.requests import as_size
+from compressor.api.write import written
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
-from compressor.io import (
-    PLAN_FILE,
-    Checkpoint,
-    TensorInfo,
-    check_output,
-    open_checkpoint,
-    write_config,
-    write_state_dict_file,
-)
-from compressor.io.destination import form_of, not_copied_from, shard_limit, staged_output, target_of
-from compressor.lowrank import (
-    METADATA_KEY,
-    dense_aliases,
-    dense_config,
-    dense_infos,
-    dense_tensors,
-    file_record,
-    stored_pairs,
-    write_weights,
-)
+from compressor.io import Checkpoint, Naming, checked_target, form_of, open_checkpoint
+from compressor.io.output import WEIGHT_FILES
+from compressor.lowrank import StoredPair, dense_infos, restored_artifact, stored_pairs
 from compressor.model import Factory
-from compressor.model.opened import known_architecture, text_mapping
+from compressor.model.opened import known_architecture
 from compressor.network import architecture_mismatch, in_natural_order
 from compressor.progress import Progress
-from compressor.report.model_card import restore_card
+from compressor.report.model_card import restored_card
 from compressor.results import BeforeAfter, Restoration
 from compressor.torch_state import neutral_torch_state
 
@@ -60,6 +42,32 @@ def restore(
     """
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
+    pairs = _compressed_pairs(checkpoint)
+    if factory is not None:
+        _require_fit(checkpoint, pairs, factory)
+    named = Naming(form_of(checkpoint), "-restored", WEIGHT_FILES)
+    target = checked_target(checkpoint, output, named, overwrite=overwrite)
+    artifact = restored_artifact(
+        checkpoint,
+        pairs,
+        as_size(max_shard_size, "max_shard_size"),
+        torch_file=target.form == "file" and target.path.suffix != ".safetensors",
+        progress=progress,
+    )
+    with written(artifact, target) as made:
+        made.write_card(restored_card)
+    return Restoration(
+        source=str(model),
+        output=str(target.path),
+        layers=tuple(in_natural_order(pairs)),
+        bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
+        seconds=time.monotonic() - started,
+        not_copied=made.not_copied,
+    )
+
+
+def _compressed_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
+    """The low-rank layers of a checkpoint; BadInput where there are none, or they are to be added to a base."""
     if is_difference(checkpoint):
         raise BadInput(
             "holds what a fine-tune adds to its base",
@@ -71,68 +79,14 @@ def restore(
         raise BadInput(
             "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
         )
-    target = target_of(checkpoint, output, suffix="-restored", torch_files=True)
-    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
-    if factory is not None:
-        _require_fit(checkpoint, planned, factory)
-    recorded = text_mapping(file_record(checkpoint).get("aliases"))
-    in_safetensors = checkpoint.folder is not None or target.suffix == ".safetensors"
-    # Names that the metadata note as tied are stored in no safetensors file: its loader has them from the module.
-    noted = checkpoint.metadata if in_safetensors else {}
-    aliases = {
-        alias: name
-        for alias, name in (dense_aliases(checkpoint, pairs) | recorded).items()
-        if name in planned and alias not in {*planned, *noted}
-    }
-    infos = [*planned.values(), *(replace(planned[name], name=alias) for alias, name in aliases.items())]
-    check_output(
-        target,
-        source=checkpoint,
-        form=form_of(checkpoint),
-        overwrite=overwrite,
-        needed_bytes=sum(info.nbytes for info in infos),
-    )
-    shard_size = as_size(max_shard_size, "max_shard_size")
-    copies: dict[str, list[str]] = {}
-    for alias, name in aliases.items():
-        copies.setdefault(name, []).append(alias)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
-            yield name, tensor
-            for alias in copies.get(name, ()):
-                yield alias, tensor
-            if progress:
-                progress("restore", done, len(planned))
-
-    metadata = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
-    with staged_output(target, checkpoint, overwrite) as staged:
-        if in_safetensors:
-            shards = shard_limit(checkpoint, shard_size)
-            write_weights(staged, infos, tensors(), {"format": "pt"} | metadata, shards)
-        else:
-            write_state_dict_file(staged, dict(tensors()))
-        if checkpoint.folder is not None:
-            write_config(staged, dense_config(checkpoint.config or {}))
-            (staged / PLAN_FILE).unlink(missing_ok=True)
-            restore_card(staged)
-        after_bytes = open_checkpoint(staged).weight_bytes
-    return Restoration(
-        source=str(model),
-        output=str(target),
-        layers=tuple(in_natural_order(pairs)),
-        bytes=BeforeAfter(checkpoint.weight_bytes, after_bytes),
-        seconds=time.monotonic() - started,
-        not_copied=not_copied_from(checkpoint),
-    )
+    return pairs
 
 
-def _require_fit(checkpoint: Checkpoint, planned: dict[str, TensorInfo], factory: Factory) -> None:
+def _require_fit(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], factory: Factory) -> None:
     """Raise `BadInput` where the dense tensors are not those of the model that the user's code builds."""
+    dense = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
     architecture = known_architecture(checkpoint, factory)
-    mismatch = (
-        None if architecture is None else architecture_mismatch(replace(checkpoint, tensors=planned), architecture)
-    )
+    mismatch = None if architecture is None else architecture_mismatch(replace(checkpoint, tensors=dense), architecture)
     if mismatch is not None:
         raise BadInput(
             f"the model that `factory` builds does not fit: {mismatch}",

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput, CompressorError
+from compressor.io import Artifact
 
 # Relative to the largest output: more than rounding makes of it in float32, so another function was exported.
 LARGEST_DIFFERENCE = 1e-3
@@ -114,13 +116,16 @@ def _tensor_of(result: Any) -> Tensor:
     return chosen
 
 
-def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> float:
-    """Write a model in float32, run it in onnxruntime on inputs of other sizes, and return the largest difference.
+def onnx_artifact(model: nn.Module, inputs: Mapping[str, Tensor]) -> Artifact:
+    """The ONNX file of a model in float32.
 
-    The difference is absolute. The model is changed: made float32, and its cache is turned off. Raises `BadInput` for
-    a model that the exporter cannot trace or that is too large for one file, and `CompressorError` where onnxruntime
-    computes something else.
+    The model is changed: made float32, and its cache is turned off. Writing the file raises `BadInput` for a model that
+    the exporter cannot trace or that is too large for one file.
     """
+    return Artifact("file", infos=(), tensors=lambda: iter(()), metadata={}, write=partial(_write_onnx, model, inputs))
+
+
+def _write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
     weights = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point())
     if 4 * weights > LARGEST_FILE:
         raise BadInput(
@@ -131,12 +136,11 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.use_cache = False
-    wrapped = _TextFunction(model) if "input_ids" in inputs else _Function(model)
     dynamic = [_dynamic_axes(name) for name in inputs]
     with _quiet():
         try:
             program = torch.onnx.export(
-                wrapped,
+                _wrapped(model, inputs),
                 tuple(inputs.values()),
                 dynamo=True,
                 dynamic_shapes=dynamic,
@@ -154,7 +158,10 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> fl
                 remedy="export it with `to='dense'`, and from there with its own exporter",
             ) from error
     path.write_bytes(exported)
-    return _checked(wrapped, inputs, path)
+
+
+def _wrapped(model: nn.Module, inputs: Mapping[str, Tensor]) -> nn.Module:
+    return _TextFunction(model) if "input_ids" in inputs else _Function(model)
 
 
 def _without_traces(model: Any) -> Any:
@@ -174,10 +181,14 @@ def _dynamic_axes(name: str) -> dict[int, Any]:
 
 
 @torch.no_grad()
-def _checked(wrapped: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> float:
-    """The largest difference between onnxruntime and torch, on inputs of other sizes than those that were traced."""
+def largest_difference(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> float:
+    """The largest absolute difference between onnxruntime and torch, on inputs of other sizes than those traced.
+
+    Raises `CompressorError` where onnxruntime computes something else.
+    """
     import onnxruntime
 
+    wrapped = _wrapped(model, inputs)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     largest = 0.0
     one = {name: value[:1] for name, value in inputs.items()}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import BadInput, CompressorError
-from compressor.io import CODE_FILE, Checkpoint, write_config
-from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec, write_weights
+from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
+from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec
 from compressor.lowrank import modules as low_rank_modules
 from compressor.version import VERSION
 
@@ -79,17 +79,24 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def write_remote(folder: Path, checkpoint: Checkpoint, config: Mapping[str, Any], shard_size: int) -> None:
-    """Write weights, configuration and code into a folder; the tensors are those of the compressed one."""
-    infos = list(checkpoint.tensors.values())
-    tensors = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
-    write_weights(folder, infos, tensors, {"format": "pt"} | dict(checkpoint.metadata), shard_size)
-    write_config(folder, config, code=config["auto_map"])
+def remote_artifact(checkpoint: Checkpoint, config: Mapping[str, Any], shard_size: int) -> Artifact:
+    """The folder with its `remote_configuration` and the code; the tensors are those of the compressed one."""
     configuration, architecture = (
         name.rpartition(".")[2].removeprefix(CODE_CLASS_PREFIX)
         for name in (config["auto_map"]["AutoConfig"], config["architectures"][0])
     )
-    (folder / CODE_FILE).write_text(remote_code(architecture, configuration), encoding="utf-8")
+    return Artifact(
+        form="folder",
+        infos=list(checkpoint.tensors.values()),
+        tensors=checkpoint.stream,
+        metadata={"format": "pt"} | dict(checkpoint.metadata),
+        shard_size=shard_size,
+        companions_of=checkpoint,
+        documents=lambda: {
+            "config.json": portable_config(config, code=config["auto_map"]),
+            CODE_FILE: remote_code(architecture, configuration),
+        },
+    )
 
 
 def remote_code(architecture: str, configuration: str) -> str:

@@ -7,10 +7,10 @@ the base, and changed tensors under their own names; or put into a copy of the b
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.fine_tuning.difference import Difference
-from compressor.io import Checkpoint, TensorInfo, require_in_range
+from compressor.io import Artifact, Checkpoint, TensorInfo, require_in_range
 from compressor.lowrank import (
-    METADATA_KEY,
     Factors,
     LowRankSpec,
+    StoredErrors,
     approximate,
     as_matrix,
     carry_over,
@@ -39,7 +39,6 @@ from compressor.model import load_state
 from compressor.network import Layer
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,16 @@ def pair_file_tensors(
         done(layer.name, factors.error)
 
 
+def pair_file_artifact(adaptation: Adaptation, device: torch.device, errors: StoredErrors) -> Artifact:
+    """The file of pairs, computed on `device`; the errors of the pairs are noted meanwhile."""
+    return Artifact(
+        form="file",
+        infos=pair_file_infos(adaptation),
+        tensors=partial(pair_file_tensors, adaptation, device, errors),
+        metadata=adaptation_metadata(adaptation),
+    )
+
+
 def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
     """What a file of a difference says of itself: how it was made, and of which base."""
     difference, plan = adaptation.difference, adaptation.plan
@@ -112,8 +121,6 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
         }
     )
     record = {
-        **spec.to_dict(),
-        "version": VERSION,
         "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
         "digest": plan.digest,
         "base": {
@@ -121,9 +128,9 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
             "digest": adaptation.base_digest,
         },
         "budget": plan.budget.to_dict(),
-        "recipe": {key: value for key, value in adaptation.recipe.to_dict().items() if value not in (None, {})},
+        "recipe": adaptation.recipe.known(),
     }
-    return {"format": "pt", METADATA_KEY: json.dumps(record, sort_keys=True)}
+    return {"format": "pt"} | spec.to_metadata(record)
 
 
 class AdaptedLayer(nn.Module):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.fine_tuning.adaptation import Adaptation
+from compressor.fine_tuning.adaptation import Adaptation, adaptation_metadata
 from compressor.fine_tuning.difference import Difference
 from compressor.fine_tuning.mixture import (
     ExpertBlock,
@@ -30,8 +31,8 @@ from compressor.fine_tuning.mixture import (
     padded_ranks,
     require_pairs_of_experts,
 )
-from compressor.io import Checkpoint, TensorInfo, hub_model, require_in_range
-from compressor.lowrank import join
+from compressor.io import ADAPTER_CONFIG, PLAN_FILE, Artifact, Checkpoint, TensorInfo, hub_model, require_in_range
+from compressor.lowrank import StoredErrors, join
 from compressor.network import Architecture, Layer, tied_names
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -361,6 +362,20 @@ def _lora_tensors(adapter: Adapter, layer: Layer, down: Tensor, up: Tensor) -> I
         if layer.bias in difference.changed and layer.bias is not None:
             bias = difference.tuned.read(layer.bias).double() - difference.base.read(layer.bias).double()
         yield f"{place}.lora_B.bias", require_in_range(f"{place}.lora_B.bias", bias.to(up.dtype))
+
+
+def adapter_artifact(adapter: Adapter, device: torch.device, errors: StoredErrors) -> Artifact:
+    """The folder of an adapter, computed on `device`; the errors of the pairs are noted meanwhile."""
+    adaptation = adapter.adaptation
+    plan = adaptation.plan.portable().to_dict() | {"recipe": adaptation.recipe.to_dict()}
+    return Artifact(
+        form="folder",
+        infos=adapter.infos,
+        tensors=partial(adapter_tensors, adapter, device, errors),
+        metadata=adaptation_metadata(adaptation),
+        weight_file=ADAPTER_WEIGHTS,
+        documents=lambda: {ADAPTER_CONFIG: adapter.config, PLAN_FILE: plan},
+    )
 
 
 def vllm_obstacles(adapter: Adapter) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
 from compressor.fine_tuning.difference import Difference
-from compressor.io import Checkpoint, TensorInfo, open_checkpoint, require_in_range
+from compressor.io import Artifact, Checkpoint, TensorInfo, open_checkpoint, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
 from compressor.model.opened import known_architecture
@@ -83,6 +83,18 @@ def materialize_fine_tune(difference: str | Path, base: str | Path) -> tuple[Che
         if name not in start.tensors or start.tensors[name].shape != info.shape:
             raise BadInput(f"has no tensor {name} of that shape", where=start.source, remedy=_REMEDY)
     return replace(start, tensors=infos, _stored=tensors), stored, start
+
+
+def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Artifact:
+    """The dense fine-tune that `applied` gives, with what goes along from the folder of its base."""
+    return Artifact(
+        form=base.form,
+        infos=list(tuned.tensors.values()),
+        tensors=tuned.stream,
+        metadata={"format": "pt"},
+        shard_size=shard_size if base.folder is not None else None,
+        companions_of=base,
+    )
 
 
 def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:

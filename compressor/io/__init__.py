@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.io.artifact import Artifact, Document
 from compressor.io.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -12,9 +13,17 @@ from compressor.io.checkpoint import (
     require_finite,
     require_in_range,
 )
-from compressor.io.companions import CODE_FILE, PLAN_FILE, NotCopied, companions, copy_companions, write_config
-from compressor.io.hub import check_push, hub_model, local_model, push_folder
-from compressor.io.output import check_output, parse_size
+from compressor.io.companions import (
+    CARD_FILE,
+    CODE_FILE,
+    PLAN_FILE,
+    NotCopied,
+    companions,
+    copy_companions,
+    portable_config,
+)
+from compressor.io.hub import hub_model, local_model
+from compressor.io.output import Naming, Target, check_output, checked_target, form_of, parse_size
 from compressor.io.staging import note_file, staged_file, staged_folder
 from compressor.io.tensors import TensorInfo
 from compressor.io.workspace import Workspace, temporary_workspace
@@ -31,27 +40,33 @@ from compressor.io.writer import (
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "CARD_FILE",
     "CODE_FILE",
     "PLAN_FILE",
+    "Artifact",
     "Checkpoint",
+    "Document",
+    "Naming",
     "NotCopied",
     "SafetensorsWriter",
     "Shard",
     "ShardedWriter",
+    "Target",
     "TensorInfo",
     "Workspace",
     "check_output",
-    "check_push",
+    "checked_target",
     "companions",
     "copy_companions",
+    "form_of",
     "hub_model",
     "local_model",
     "note_file",
     "open_checkpoint",
     "parse_size",
     "plan_shards",
+    "portable_config",
     "portable_name",
-    "push_folder",
     "refuse_adapter",
     "refuse_fp8",
     "require_finite",
@@ -61,7 +76,6 @@ __all__ = [
     "staged_file",
     "staged_folder",
     "temporary_workspace",
-    "write_config",
     "write_json",
     "write_state_dict_file",
 ]

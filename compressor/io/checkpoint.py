@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -91,6 +91,10 @@ class Checkpoint:
             BadInput: the file is gone or has become shorter since it was opened.
         """
         return self._stored[self.aliases.get(name, name)].read()
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every stored tensor with its name, one at a time."""
+        return ((name, self.read(name)) for name in self.tensors)
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 PLAN_FILE = "compression.json"
 """What a compressed folder carries besides its weights: the plan, the recipe, and the names of its files."""
+
+CARD_FILE = "README.md"
+"""The model card of a folder."""
 
 CODE_FILE = "modeling_lowrank.py"
 """The code of the low-rank layers, in a folder that brings it along."""
@@ -119,8 +122,8 @@ def companions(source: Path) -> Companions:
     return Companions(tuple(files), tuple(not_copied))
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what goes along from a model folder into another, and log what is left out.
+def copy_companions(source: Path, target: Path, *, left_out: Sequence[str] = ()) -> None:
+    """Copy what goes along from a model folder into another, and log what does not; `left_out` are further ones.
 
     Raises:
         BadInput: a file of the source cannot be read.
@@ -129,6 +132,8 @@ def copy_companions(source: Path, target: Path) -> None:
     if found.not_copied:
         logger.warning("not copied from %s: %s", source, not_copied_words(found.not_copied))
     for file in found.files:
+        if str(file) in left_out:
+            continue
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         if (config := _configuration_to_change(source / file)) is not None:
             write_json(target / file, _cleaned(config))
@@ -154,14 +159,15 @@ def not_copied_words(not_copied: Iterable[NotCopied]) -> str:
     return "; ".join(words)
 
 
-def write_config(folder: Path, config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> None:
-    """Write the `config.json` of a folder; the only code that it may name is our own, an `auto_map`, and no path.
+def portable_config(config: Mapping[str, Any], code: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A `config.json` for a folder of ours; the only code that it may name is our own, an `auto_map`, and no path.
 
     `transformers_weights` is left out: it names a weight file of the original.
     """
     own: dict[str, Any] = {} if code is None else {"auto_map": dict(code)}
     others = {key: value for key, value in config.items() if key != "transformers_weights"}
-    write_json(folder / "config.json", _cleaned(others) | own)
+    cleaned: dict[str, Any] = _cleaned(others)
+    return cleaned | own
 
 
 def _cleaned(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which outputs may be written, found out before the work starts."""
+"""Where outputs go, and whether they may be written there: found out before the work starts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 from compressor.errors import BadInput
 from compressor.io.checkpoint import ADAPTER_CONFIG, WEIGHT_SUFFIXES, Checkpoint
 from compressor.io.companions import CODE_FILE, PLAN_FILE, companions
+from compressor.io.hub import check_push, hub_model, push_folder
 from compressor.io.workspace import remove_abandoned
 from compressor.system_errors import explained
 
@@ -31,6 +33,117 @@ _WRITTEN = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
     rf"|config\.json|README\.md|{re.escape(CODE_FILE)}|{re.escape(PLAN_FILE)}|{re.escape(ADAPTER_CONFIG)}"
 )
+
+
+Container = Literal["file", "folder"]
+
+WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin", ".th", ".ckpt")
+"""What the name of a file of dense weights may end with: all but the first are written as torch does."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What an output is: a file or a folder, what its name ends with, and what is added to the input's for it."""
+
+    form: Container
+    suffix: str
+    endings: tuple[str, ...] = (".safetensors",)
+    """Those that the name of a file may have; the first where no name is given."""
+
+    def place(self, source: Checkpoint, output: str | Path | None) -> Path:
+        """Where the output goes: as asked, or beside the input under its name and the suffix.
+
+        What was fetched from the hub has its place in the working directory.
+        """
+        if output is not None:
+            if self.form == "file" and Path(output).suffix not in self.endings:
+                what = "an ONNX model is one file" if ".onnx" in self.endings else "a file is written as safetensors"
+                raise BadInput(what, where=output, remedy=f"name it with {' or '.join(self.endings)}")
+            return Path(output)
+        assert source.source is not None
+        end = self.suffix + (self.endings[0] if self.form == "file" else "")
+        if hub_model(source.source) is not None:
+            return Path(source.name.rpartition("/")[2] + end)
+        if source.folder is not None:
+            beside = Path(os.path.abspath(source.source))  # noqa: PTH100 - a link is not followed, so it is beside it
+            return beside.with_name(beside.name + end)
+        return source.source.with_name(Path(source.source.name.removesuffix(".index.json")).stem + end)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a model is written.
+
+    Args:
+        path: The file or folder.
+        form: What is written there.
+        sources: What is read, and must stay untouched.
+        overwrite: Whether something that exists there may be replaced.
+        push_to: The repository of the hub that the folder is sent to.
+    """
+
+    path: Path
+    form: Container
+    sources: tuple[Checkpoint, ...]
+    overwrite: bool = False
+    push_to: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the output is loaded by."""
+        return self.push_to or self.path.name
+
+    def pushed_to(self, repository: str | None) -> Target:
+        """The target whose folder is sent to a repository of the hub too.
+
+        Raises:
+            BadInput: no folder will be written, or it cannot be sent there without a loss.
+        """
+        if repository is None:
+            return self
+        if self.form != "folder":
+            what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
+            raise BadInput(what, remedy=remedy)
+        folder = self.sources[0].folder
+        check_push(repository, None if folder is None else hub_model(folder), overwrite=self.overwrite)
+        return replace(self, push_to=repository)
+
+    def check(self, needed_bytes: int = 0) -> None:
+        """Raise `BadInput` where the output could not be written, by `check_output`."""
+        check_output(
+            self.path, sources=self.sources, form=self.form, overwrite=self.overwrite, needed_bytes=needed_bytes
+        )
+
+    def push(self) -> str | None:
+        """Send the finished folder to the hub, where that was asked for; the address of the commit."""
+        if self.push_to is None:
+            return None
+        return push_folder(self.path, self.push_to, overwrite=self.overwrite)
+
+
+def require_no_output(output: str | Path | None) -> None:
+    """Raise `BadInput` where an output is asked for of a module, which stays in memory."""
+    if output is not None:
+        what, remedy = "a module is compressed in memory", "leave out the output, and save Compression.model"
+        raise BadInput(what, remedy=remedy)
+
+
+def form_of(checkpoint: Checkpoint) -> Container:
+    """What is written for a checkpoint: a folder for a folder, else a file."""
+    return "folder" if checkpoint.folder is not None else "file"
+
+
+def checked_target(
+    source: Checkpoint, output: str | Path | None, naming: Naming, *, overwrite: bool, others: Sequence[Checkpoint] = ()
+) -> Target:
+    """Where the output goes, known to be writable before any work is done, and none of the inputs.
+
+    Raises:
+        BadInput: as `check_output`; or the name is none of such a file.
+    """
+    target = Target(naming.place(source, output), naming.form, (source, *others), overwrite)
+    target.check()
+    return target
 
 
 def parse_size(text: str) -> int:
@@ -50,8 +163,8 @@ def parse_size(text: str) -> int:
 def check_output(
     path: Path,
     *,
-    source: Checkpoint | Path | None,
-    form: Literal["file", "folder"],
+    sources: Sequence[Checkpoint | Path],
+    form: Container,
     overwrite: bool,
     needed_bytes: int = 0,
 ) -> None:
@@ -61,7 +174,7 @@ def check_output(
 
     Args:
         path: The file or folder to be written.
-        source: What is being read; it must stay untouched.
+        sources: What is being read; it must stay untouched.
         form: What will be written at `path`.
         overwrite: Whether something that exists at `path` may be replaced. A folder is replaced only when it
             is a model, by `require_replaceable`.
@@ -71,14 +184,15 @@ def check_output(
         BadInput: saying which of these it is and what to do.
     """
     path = located(path)
-    _require_apart(path, source)
+    for source in sources:
+        _require_apart(path, source)
     remove_abandoned(path.parent)
     if os.path.lexists(path):
         if not overwrite:
             remedy = "choose another output, or replace it with `overwrite`"
             raise BadInput("already exists", where=path, remedy=remedy)
-        folder = source.folder if isinstance(source, Checkpoint) else None
-        require_replaceable(path, form, set() if folder is None else set(companions(folder).files))
+        folders = {source.folder for source in sources if isinstance(source, Checkpoint) and source.folder is not None}
+        require_replaceable(path, form, {file for folder in folders for file in companions(folder).files})
     _require_writable(path)
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
@@ -93,9 +207,7 @@ def located(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def _require_apart(path: Path, source: Checkpoint | Path | None) -> None:
-    if source is None:
-        return
+def _require_apart(path: Path, source: Checkpoint | Path) -> None:
     inputs = [source] if isinstance(source, Path) else [source.source, source.folder, *source.files]
     for given in filter(None, inputs):
         for place in {located(given), given.resolve()}:
@@ -112,7 +224,7 @@ def _require_apart(path: Path, source: Checkpoint | Path | None) -> None:
                 raise BadInput(what, where=path, remedy=remedy)
 
 
-def require_replaceable(path: Path, form: Literal["file", "folder"], new: Set[Path]) -> None:
+def require_replaceable(path: Path, form: Container, new: Set[Path]) -> None:
     """Refuse to replace anything but a file by a file, and a model folder by a model folder.
 
     Of a folder only those files are replaced that its `compression.json` says we wrote, that the new one has too, or

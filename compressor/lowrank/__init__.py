@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.lowrank.artifacts import StoredErrors, compressed_artifact, restored_artifact, weight_file_bytes
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.lowrank.modules import (
@@ -20,21 +21,14 @@ from compressor.lowrank.modules import (
     remove_call_hooks,
 )
 from compressor.lowrank.rewriting import (
-    CODE_CLASS_PREFIX,
-    CODE_CONFIG_KEY,
     Rewriting,
-    dense_config,
-    describe_folder,
-    file_metadata,
     filled_layer,
     layer_spec,
     rewritten_infos,
     rewritten_module,
     rewritten_tensors,
-    weight_file_bytes,
-    write_weights,
 )
-from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.lowrank.spec import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import (
     TRANSPOSED,
     Factors,
@@ -74,20 +68,19 @@ __all__ = [
     "PivotedLinear",
     "Rewriting",
     "SpatialConvolution",
+    "StoredErrors",
     "StoredPair",
     "TiedHead",
     "approximate",
     "as_matrix",
     "can_be_pair",
     "carry_over",
+    "compressed_artifact",
     "dense_aliases",
-    "dense_config",
     "dense_infos",
     "dense_tensors",
     "dense_weight",
-    "describe_folder",
     "factored_parameters",
-    "file_metadata",
     "file_record",
     "filled_layer",
     "join",
@@ -100,6 +93,7 @@ __all__ = [
     "put_layer",
     "put_pair",
     "remove_call_hooks",
+    "restored_artifact",
     "rewritten_infos",
     "rewritten_module",
     "rewritten_tensors",
@@ -111,5 +105,4 @@ __all__ = [
     "weight_file_bytes",
     "widened",
     "with_effective_weights",
-    "write_weights",
 ]

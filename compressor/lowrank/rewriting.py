@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.io import (
-    PLAN_FILE,
-    Checkpoint,
-    SafetensorsWriter,
-    ShardedWriter,
-    TensorInfo,
-    plan_shards,
-    require_finite,
-    require_in_range,
-    safetensors_size,
-    write_config,
-    write_json,
-)
+from compressor.io import Checkpoint, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
-from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.lowrank.spec import LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import Factors, factorize, join, pair_infos
 from compressor.network import Layer, fuse_experts, is_weight
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
-from compressor.version import VERSION
-
-# What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
-CODE_CONFIG_KEY = "low_rank"
-CODE_CLASS_PREFIX = "LowRank"
 
 
 @dataclass(frozen=True)
@@ -221,64 +201,3 @@ def _put_filled_factors(
     assert down is not None
     assert up is not None
     fill_factors(owner, layer.parameter, down, up, order)
-
-
-def file_metadata(rewriting: Rewriting) -> dict[str, str]:
-    """What a compressed safetensors file says of itself: enough to know how it was made, and to undo it."""
-    checkpoint, plan = rewriting.checkpoint, rewriting.plan
-    record = {
-        **rewriting.spec.to_dict(),
-        "version": VERSION,
-        "source": checkpoint.name if checkpoint.source is not None else plan.source,
-        "digest": plan.digest,
-        "budget": plan.budget.to_dict(),
-        "recipe": {key: value for key, value in rewriting.recipe.to_dict().items() if value not in (None, {})},
-        "aliases": dict(checkpoint.aliases),
-    }
-    kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
-    return {"format": "pt"} | kept | {METADATA_KEY: json.dumps(record, sort_keys=True)}
-
-
-def weight_file_bytes(rewriting: Rewriting, shard_size: int) -> int:
-    """Size of the weight files that the plan leads to, headers included and index not, without writing them."""
-    infos, metadata = rewritten_infos(rewriting), file_metadata(rewriting)
-    if rewriting.checkpoint.form == "module":
-        return sum(info.nbytes for info in infos)
-    if rewriting.checkpoint.form == "file":
-        return safetensors_size(infos, metadata)
-    return sum(safetensors_size(shard.infos, metadata) for shard in plan_shards(infos, shard_size))
-
-
-def write_weights(
-    place: Path,
-    infos: Sequence[TensorInfo],
-    tensors: Iterator[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-    shard_size: int | None,
-) -> None:
-    """Write a stream of tensors as the file `place`, or with a shard size as the weight files of that folder."""
-    writer = (
-        SafetensorsWriter(place, infos, metadata)
-        if shard_size is None
-        else ShardedWriter(place, plan_shards(infos, shard_size), metadata)
-    )
-    with writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-
-
-def describe_folder(folder: Path, rewriting: Rewriting) -> None:
-    """Tell transformers which layers are low-rank, and leave the plan and the recipe beside the weights."""
-    config = rewriting.checkpoint.config
-    if config is not None:
-        write_config(folder, {**config, "quantization_config": rewriting.spec_of_modules.to_config()})
-    write_json(folder / PLAN_FILE, rewriting.plan.portable().to_dict() | {"recipe": rewriting.recipe.to_dict()})
-
-
-def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` of the dense model: without what it says of low-rank layers, and of code that comes along."""
-    dense = {key: value for key, value in config.items() if key not in ("quantization_config", CODE_CONFIG_KEY)}
-    if CODE_CONFIG_KEY in config:
-        dense.pop("auto_map", None)
-        dense["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
-    return dense

@@ -6,6 +6,7 @@ It stands in the metadata of a safetensors file, by the names of the checkpoint'
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,14 @@ from typing import Any, get_args
 
 from compressor.network import Kind
 from compressor.network.forms import Form
+from compressor.version import VERSION
 
 FORMAT_VERSION = 1
 METADATA_KEY = "compressor"
+
+# What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
+CODE_CONFIG_KEY = "low_rank"
+CODE_CLASS_PREFIX = "LowRank"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,22 @@ class LowRankSpec:
     def to_config(self) -> dict[str, Any]:
         """The `quantization_config` of a transformers model."""
         return {"quant_method": METADATA_KEY, **self.to_dict()}
+
+    def to_metadata(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """The entry in the metadata of a safetensors file: these layers, and a record of how they were made."""
+        said = {**self.to_dict(), "version": VERSION, **record}
+        return {METADATA_KEY: json.dumps(said, sort_keys=True)}
+
+    def described(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The `config.json` of a model that has these low-rank layers and no others; of a dense one where it has none.
+
+        What it says of code that comes along is left out too.
+        """
+        described = {key: value for key, value in config.items() if key not in ("quantization_config", CODE_CONFIG_KEY)}
+        if CODE_CONFIG_KEY in config:
+            described.pop("auto_map", None)
+            described["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
+        return described | ({"quantization_config": self.to_config()} if self.layers else {})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> LowRankSpec:

@@ -16,6 +16,7 @@ from compressor.arguments import require_kind
 from compressor.data import EvaluationData, halves, has_splits, load_preprocessing, open_data
 from compressor.data.builtin_data import Split
 from compressor.data.preprocessing import forward_inputs, reading_of
+from compressor.documents import text_mapping
 from compressor.errors import BadInput
 from compressor.io import Checkpoint, hub_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.io.torch_file import read_state_file
@@ -241,9 +242,3 @@ def open_search_data(
     if has_splits(data):
         return open_data_for(data, checkpoint, "validation", limit), open_data_for(data, checkpoint, "test", limit)
     return halves(open_data_for(data, checkpoint, "test", limit, module=module))
-
-
-def text_mapping(value: object) -> dict[str, str]:
-    """A mapping of names read from a file, {} if it is none."""
-    entries = value.items() if isinstance(value, dict) else ()
-    return {key: text for key, text in entries if isinstance(key, str) and isinstance(text, str)}

@@ -117,6 +117,10 @@ class Plan:
         """What the error of the layers is."""
         return "relative Frobenius error" if self.calibration is None else "relative loss error"
 
+    def with_errors(self, errors: Mapping[str, float]) -> Plan:
+        """The same plan with the errors of what is stored, where they are known."""
+        return replace(self, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in self.layers))
+
     def portable(self) -> Plan:
         """The same plan for a file that goes to others, without an absolute path of this machine."""
         search = None if self.search is None else replace(self.search, data=portable_name(self.search.data))

@@ -346,6 +346,10 @@ class TrainingRecipe:
             values["group_weight_decay"] = dict(self.group_weight_decay)
         return {**values, "sources": dict(self.sources)}
 
+    def known(self) -> dict[str, Any]:
+        """The fields that are known, and their sources."""
+        return {name: value for name, value in self.to_dict().items() if value not in (None, {})}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str | None = None) -> TrainingRecipe:
         """The recipe that `to_dict` wrote, or one written by hand with the same keys.

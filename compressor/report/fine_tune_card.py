@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from compressor.documents import read_text
+from compressor.fine_tuning.adapter import vllm_obstacles, vllm_rank
+from compressor.io import CARD_FILE
 from compressor.recipe.card import front_matter
 from compressor.report.card_parts import (
     LOADING,
@@ -24,38 +28,32 @@ from compressor.report.card_parts import (
 from compressor.report.wording import error_words, format_size, percent, rounding_words, shape_of
 
 if TYPE_CHECKING:
-    from compressor.planning import LayerPlan
-    from compressor.results import BeforeAfter
+    from compressor.fine_tuning.adapter import Adapter
+    from compressor.fine_tuning.difference import Difference
 
 # What is as true of a fine-tune's adapter as of itself, and of a fine-tune as of its base.
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
 def adapter_card(
-    *,
-    name: str,
-    base: str,
-    revision: str | None,
-    tuned: str,
-    config: Mapping[str, Any] | None,
-    original: str,
-    sizes: BeforeAfter,
-    base_bytes: int,
-    rounding_share: float,
-    layers: Sequence[LayerPlan],
-    saved: Sequence[str],
-    peft: str,
-    vllm: str,
+    adapter: Adapter, *, name: str, weight_bytes: int, errors: Mapping[str, float], verified_with: str | None
 ) -> str:
     """The card of an adapter folder as text.
 
-    `name` is what the folder is loaded by, `base` and `tuned` are the models' names, `revision` the base's commit on
-    the hub, `config` the base's `config.json`, and `original` the fine-tune's own card, whose license, language and
-    data are carried over. `sizes` are the bytes of the fine-tune's and the adapter's weight files, `rounding_share` is
-    how much of the difference rounding explains, `layers` are the plans of the pairs, `saved` the modules that are
-    saved whole, and `peft` and `vllm` say what those make of it.
+    `name` is what the folder is loaded by, `weight_bytes` the size of its weights, `errors` are those of its pairs by
+    layer, and `verified_with` is the version of PEFT that loaded it. Of the fine-tune's own card license, language and
+    data are carried over.
     """
-    carried = _carried(original)
+    adaptation, obstacles = adapter.adaptation, vllm_obstacles(adapter)
+    difference = adaptation.difference
+    tuned, base, config = (adaptation.stored or difference.tuned).name, difference.base.name, difference.base.config
+    layers = [replace(plan, error=errors.get(layer.name, plan.error)) for layer, plan in adaptation.paired]
+    vllm = (
+        f"vLLM refuses {' and '.join(obstacles)}."
+        if obstacles
+        else f"vLLM takes it with `--enable-lora --max-lora-rank {vllm_rank(adapter)}`."
+    )
+    carried = _carried(_own_card(difference))
     if (config or {}).get("architectures") and architecture_of(config).endswith("ForCausalLM"):
         carried.setdefault("pipeline_tag", "text-generation")
     data = ModelCardData(
@@ -65,6 +63,7 @@ def adapter_card(
         tags=["lora", *TAGS],
         **carried,
     )
+    revision, fine_tune_bytes = adapter.config["revision"], difference.tuned.weight_bytes
     at = "" if revision is None else f", revision={json.dumps(revision)}"
     rows = (
         (
@@ -85,14 +84,14 @@ def adapter_card(
             f"base = transformers.{architecture_of(config)}.from_pretrained({json.dumps(base)}{at})",
             f"model = peft.PeftModel.from_pretrained(base, {json.dumps(name)})",
         ),
-        f"{peft} {vllm}",
+        f"{_peft_words(adapter, verified_with)} {vllm}",
         "## Sizes",
         markdown_table(
             ("", "weight files", "of the fine-tune"),
             [
-                ("fine-tune", format_size(sizes.before), ""),
-                ("adapter", format_size(sizes.after), percent(sizes.after, sizes.before)),
-                ("base, needed beside it", format_size(base_bytes), ""),
+                ("fine-tune", format_size(fine_tune_bytes), ""),
+                ("adapter", format_size(weight_bytes), percent(weight_bytes, fine_tune_bytes)),
+                ("base, needed beside it", format_size(difference.base.weight_bytes), ""),
             ],
         ),
         "## Ranks",
@@ -100,14 +99,33 @@ def adapter_card(
         "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
         " norm.",
     ]
+    rounding_share = difference.rounding_share(layer.tensor for layer, _ in adaptation.paired)
     if words := rounding_words(rounding_share):
         parts.append(f"Rounding {words}.")
-    if saved:
-        parts.append(f"Saved whole: {', '.join(map(code, saved))}.")
+    if adapter.saved.modules:
+        parts.append(f"Saved whole: {', '.join(map(code, adapter.saved.modules))}.")
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def applied_card(*, name: str, base: str, difference: str, config: Mapping[str, Any] | None, original: str) -> str:
+def _own_card(difference: Difference) -> str:
+    """The card of a fine-tune; put together from pairs it has none, and its other files are the base's."""
+    folder = difference.tuned.folder
+    own = None if folder is None or folder == difference.base.folder else folder / CARD_FILE
+    return read_text(own) if own is not None and own.is_file() else ""
+
+
+def _peft_words(adapter: Adapter, verified_with: str | None) -> str:
+    """Whether PEFT was tried with the adapter, and what of its warnings is to be known."""
+    if verified_with is None:
+        words = "It was written without being loaded by PEFT, which was not installed."
+    else:
+        words = f"PEFT {verified_with} loaded it before it was written, and made each of these changes of the base."
+    if adapter.config["target_parameters"] and adapter.config["rank_pattern"]:
+        words += " PEFT may warn that rank patterns match no module: they match parameters, and it follows them."
+    return words
+
+
+def applied_card(original: str, *, name: str, base: str, difference: str, config: Mapping[str, Any] | None) -> str:
     """The card of the dense fine-tune that a base and a file of pairs make; `original` is the card of the base.
 
     Its results and its training are those of other weights, so of its card only license, language, data and task stay.

@@ -54,7 +54,7 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
     # A slip such as --report MODEL --overwrite must not cost anybody a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("a report is an HTML file", where=path, remedy="give it a name that ends in .html")
-    check_output(path, source=source, form="file", overwrite=overwrite)
+    check_output(path, sources=[] if source is None else [source], form="file", overwrite=overwrite)
 
 
 def write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from compressor.documents import read_text
-from compressor.errors import BadInput
-from compressor.io import hub_model
+from compressor.io import CARD_FILE, hub_model
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.report.card_parts import (
     LOADING,
@@ -60,8 +58,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
-
 _LIBRARIES = ("torch", "transformers", "safetensors")
 # What a card says of the dense weights alone, and is not true of others.
 _OF_THE_ORIGINAL = ("base_model", "base_model_relation", "model-index", "eval_results", "model_name", "quantized_by")
@@ -75,24 +71,15 @@ _KEPT_LISTS = ("language", "license", "datasets", "metrics", "arxiv")
 _PIPELINE_TAGS = {"image-classification": "image-classification", "text-classification": "text-classification"}
 
 
-def write_card(folder: Path, compression: Compression, source: Checkpoint, *, name: str) -> None:
-    """Write the card of a compressed folder, keeping what the copy of the dense model's card there says.
+def compressed_card(original: str, compression: Compression, source: Checkpoint, *, name: str) -> str:
+    """The card of a compressed folder, which keeps what that of the dense model says.
 
     `source` is the dense checkpoint, and `name` what the folder will be loaded by.
     """
-    path = folder / CARD_FILE
-    if path.is_dir():
-        logger.warning("%s of %s is a folder, so no card was written", CARD_FILE, source.name)
-        return
-    try:
-        original = read_text(path) if path.is_file() else None
-    except BadInput as error:
-        logger.warning("the card of %s is not kept: %s", source.name, error)
-        original = None
-    if original is not None and original.lstrip().startswith("---") and not front_matter(original)[0]:
+    if original.lstrip().startswith("---") and not front_matter(original)[0]:
         logger.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
     fetched = None if source.folder is None else hub_model(source.folder)
-    text = model_card(
+    return model_card(
         compression,
         name=name,
         base_model=source.name,
@@ -100,16 +87,6 @@ def write_card(folder: Path, compression: Compression, source: Checkpoint, *, na
         config=source.config,
         original=original,
     )
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def restore_card(folder: Path) -> None:
-    """Say in the card of a folder, where it is one of ours, that its weights are dense again."""
-    path = folder / CARD_FILE
-    if path.is_file():
-        card = read_text(path)
-        if (restored := restored_card(card)) != card:
-            path.write_text(restored, encoding="utf-8", errors="backslashreplace")
 
 
 def model_card(
@@ -118,7 +95,7 @@ def model_card(
     name: str,
     base_model: str,
     config: Mapping[str, Any] | None,
-    original: str | None,
+    original: str,
     commit: str | None = None,
 ) -> str:
     """The card of a compressed folder as text.
@@ -127,7 +104,7 @@ def model_card(
     compressed, `config` its `config.json`, and `original` the text of its own card: metadata are carried over, but for
     evaluation results, which are not those of these weights, and the text is kept at the end.
     """
-    metadata, text = front_matter(original or "")
+    metadata, text = front_matter(original)
     data = _metadata(metadata, compression.evaluation, name, base_model, config)
     parts = [
         f"# {plain_text(name.rpartition('/')[2])}",
@@ -161,20 +138,11 @@ def restored_card(card: str) -> str:
     return _otherwise_loaded(card, said)
 
 
-def describe_remote(folder: Path, *, auto_class: str, name: str) -> None:
-    """Say in the card of a folder, where it is one of ours, that its layers' code is in it and nothing else is needed.
+def remote_card(card: str, *, auto_class: str, name: str) -> str:
+    """The card of a compressed folder for one that brings the code of its layers along; others as they are.
 
     `auto_class` is the class of transformers that finds the code, and `name` what the folder is loaded by.
     """
-    path = folder / CARD_FILE
-    if path.is_file():
-        path.write_text(
-            remote_card(read_text(path), auto_class=auto_class, name=name), encoding="utf-8", errors="backslashreplace"
-        )
-
-
-def remote_card(card: str, *, auto_class: str, name: str) -> str:
-    """The card of a compressed folder for one that brings the code of its layers along; others as they are."""
     load = python_block(
         "import transformers  # the code of the low-rank layers is in this folder",
         f"model = transformers.{auto_class}.from_pretrained({json.dumps(name)}, trust_remote_code=True)",

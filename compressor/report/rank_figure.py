@@ -32,7 +32,7 @@ def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> No
         )
     if path.suffix.lower() not in (".svg", ".png"):
         raise BadInput("a figure is an SVG or PNG file", where=path, remedy="give it a name that ends in .svg or .png")
-    check_output(path, source=source, form="file", overwrite=overwrite)
+    check_output(path, sources=[] if source is None else [source], form="file", overwrite=overwrite)
 
 
 def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> None:

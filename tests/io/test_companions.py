@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from compressor.errors import BadInput
-from compressor.io import companions, copy_companions, staged_folder, write_config
+from compressor.io import companions, copy_companions, portable_config, staged_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -128,14 +128,11 @@ json_values = st.recursive(
 @settings(max_examples=30)  # the machine may be busy
 @given(st.dictionaries(st.sampled_from(["auto_map", "a"]), json_values))
 def test_a_written_configuration_names_no_code_but_our_own(
-    tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]
+    config: dict[str, Any],
 ) -> None:
-    folder = tmp_path_factory.mktemp("folder")
-    write_config(folder, config)
-    assert not {"auto_map", "custom_pipelines"} & keys_of(json.loads((folder / "config.json").read_text()))
+    assert not {"auto_map", "custom_pipelines"} & keys_of(portable_config(config))
     own = {"AutoModel": "modeling_lowrank.LowRankBertModel"}
-    write_config(folder, config, code=own)
-    written = json.loads((folder / "config.json").read_text())
+    written = portable_config(config, code=own)
     assert written.pop("auto_map") == own
     assert not {"auto_map", "custom_pipelines"} & keys_of(written)
 
@@ -161,13 +158,12 @@ def test_configurations_go_along_without_paths_of_the_machine(tmp_path: Path, mo
     for name in ("tokenizer_config.json", "generation_config.json"):
         (model_folder / name).write_text(json.dumps(given))
         assert json.loads(copied(model_folder, tmp_path / f"out of {name}")[name]) == expected
-    write_config(tmp_path, given)
-    assert json.loads((tmp_path / "config.json").read_text()) == expected
+    assert portable_config(given) == expected
 
 
-def test_a_written_configuration_names_no_weight_file_of_the_original(tmp_path: Path) -> None:
-    write_config(tmp_path, {"model_type": "bert", "transformers_weights": "fine-tuned.safetensors"})
-    assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "bert"}
+def test_a_written_configuration_names_no_weight_file_of_the_original() -> None:
+    given = {"model_type": "bert", "transformers_weights": "fine-tuned.safetensors"}
+    assert portable_config(given) == {"model_type": "bert"}
 
 
 def test_sentence_transformers_modules_go_along_where_they_are_the_librarys_own(

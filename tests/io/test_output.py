@@ -16,10 +16,13 @@ from transformers import BertConfig, BertModel
 
 from compressor.errors import BadInput, CompressorError
 from compressor.io import (
+    Naming,
     Shard,
     ShardedWriter,
+    Target,
     TensorInfo,
     check_output,
+    checked_target,
     copy_companions,
     open_checkpoint,
     parse_size,
@@ -101,32 +104,32 @@ def test_a_sharded_model_with_a_tensor_missing_does_not_get_an_index(tmp_path: P
 
 
 def test_an_existing_output_needs_overwrite(tmp_path: Path) -> None:
-    check_output(tmp_path / "out", source=None, form="file", overwrite=False)
+    check_output(tmp_path / "out", sources=[], form="file", overwrite=False)
     (tmp_path / "out").write_text("x")
     with pytest.raises(BadInput, match=r"already exists.*`overwrite`"):
-        check_output(tmp_path / "out", source=None, form="file", overwrite=False)
-    check_output(tmp_path / "out", source=None, form="file", overwrite=True)
+        check_output(tmp_path / "out", sources=[], form="file", overwrite=False)
+    check_output(tmp_path / "out", sources=[], form="file", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="already exists"):
-        check_output(tmp_path / "link", source=None, form="file", overwrite=False)
+        check_output(tmp_path / "link", sources=[], form="file", overwrite=False)
     assert (tmp_path / "out").read_text() == "x"
 
 
 def test_overwriting_keeps_the_kind_and_never_takes_more_than_a_model(tmp_path: Path) -> None:
     def refuse(path: Path, form: str, says: str) -> None:
         with pytest.raises(BadInput, match=says):
-            check_output(path, source=None, form=form, overwrite=True)  # type: ignore[arg-type]
+            check_output(path, sources=[], form=form, overwrite=True)  # type: ignore[arg-type]
 
     (tmp_path / "file").write_text("")
     folder = tmp_path / "folder"
     folder.mkdir()
     refuse(tmp_path / "file", "folder", "is a file, and a folder")
     refuse(folder, "file", "is a folder, and a file")
-    check_output(folder, source=None, form="folder", overwrite=True)
+    check_output(folder, sources=[], form="folder", overwrite=True)
     (folder / "README.md").write_text("")
     refuse(folder, "folder", "no weights")
     (folder / "model.safetensors").write_text("")
-    check_output(folder, source=None, form="folder", overwrite=True)
+    check_output(folder, sources=[], form="folder", overwrite=True)
     (folder / "thesis.tex").write_text("")
     (folder / ".git").mkdir()
     refuse(folder, "folder", r"also holds \.git, thesis\.tex, which would be lost")
@@ -137,7 +140,7 @@ def test_a_folder_of_the_same_model_is_replaced(tmp_path: Path, model_folder: Pa
     (model_folder / "model.safetensors.index.json").unlink()
     source, out = open_checkpoint(model_folder), tmp_path / "out"
     for _ in range(2):
-        check_output(out, source=source, form="folder", overwrite=True)
+        check_output(out, sources=[source], form="folder", overwrite=True)
         with staged_folder(out, overwrite=True) as folder:
             copy_companions(model_folder, folder)
             save_file({"w": torch.zeros(4)}, folder / "model.safetensors")
@@ -149,7 +152,7 @@ def test_what_a_killed_run_left_in_a_folder_does_not_keep_it_from_being_replaced
     (left / "new").mkdir(parents=True)
     (left / "lock").touch()
     (left / "new" / "report.html").write_text("half")
-    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    check_output(tmp_path / "out", sources=[], form="folder", overwrite=True)
     assert not left.exists()
 
 
@@ -160,9 +163,9 @@ def test_the_working_directory_is_never_replaced(tmp_path: Path, monkeypatch: py
     for place in (tmp_path / "out", part):
         monkeypatch.chdir(place)
         with pytest.raises(BadInput, match="holds the working directory"):
-            check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+            check_output(tmp_path / "out", sources=[], form="folder", overwrite=True)
     monkeypatch.chdir(tmp_path)
-    check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+    check_output(tmp_path / "out", sources=[], form="folder", overwrite=True)
 
 
 def test_the_input_is_out_of_reach(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +190,9 @@ def test_the_input_is_out_of_reach(tmp_path: Path, model_folder: Path, monkeypat
     ]
     for source, output, says in refused:
         with pytest.raises(BadInput, match=says):
-            check_output(output, source=source, form="folder", overwrite=True)
-    check_output(Path("out.safetensors"), source=from_file, form="file", overwrite=False)
-    check_output(tmp_path / "model-compressed", source=from_folder, form="folder", overwrite=False)
+            check_output(output, sources=[source], form="folder", overwrite=True)
+    check_output(Path("out.safetensors"), sources=[from_file], form="file", overwrite=False)
+    check_output(tmp_path / "model-compressed", sources=[from_folder], form="folder", overwrite=False)
 
 
 def test_the_shards_of_an_index_are_inputs_too(tmp_path: Path) -> None:
@@ -199,26 +202,26 @@ def test_the_shards_of_an_index_are_inputs_too(tmp_path: Path) -> None:
             writer.write(name, torch.zeros(10))
     checkpoint = open_checkpoint(tmp_path / "model.safetensors.index.json")
     with pytest.raises(BadInput, match="is the input itself"):
-        check_output(checkpoint.files[1], source=checkpoint, form="file", overwrite=True)
+        check_output(checkpoint.files[1], sources=[checkpoint], form="file", overwrite=True)
 
 
 @pytest.mark.parametrize("place", ["missing/out", "file/out", "/proc/out", "x" * 300])
 def test_an_unwritable_place_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot be written"):
-        check_output(tmp_path / place, source=None, form="file", overwrite=False)
+        check_output(tmp_path / place, sources=[], form="file", overwrite=False)
 
 
 def test_small_sizes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=81_200)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(BadInput, match=r"needs 123\.4 kB, and the disk has 81\.2 kB free"):
-        check_output(tmp_path / "o", source=None, form="file", overwrite=False, needed_bytes=123_400)
+        check_output(tmp_path / "o", sources=[], form="file", overwrite=False, needed_bytes=123_400)
 
 
 def test_too_little_space_is_refused_with_both_sizes(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"needs 1,000,000,000,000\.0 MB, and the disk has [\d,.]+ MB free"):
-        check_output(tmp_path / "o", source=None, form="file", overwrite=False, needed_bytes=10**18)
+        check_output(tmp_path / "o", sources=[], form="file", overwrite=False, needed_bytes=10**18)
     assert not list(tmp_path.iterdir())
 
 
@@ -261,3 +264,52 @@ def test_written_json_is_what_was_given(tmp_path: Path) -> None:
     document = {"ranks": {"é": 3}, "none": None}
     write_json(tmp_path / "config.json", document)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == document
+
+
+@pytest.mark.parametrize(
+    ("opened", "naming", "place"),
+    [
+        ("a.b.safetensors", Naming("file", "-small"), "a.b-small.safetensors"),
+        ("a.b.safetensors", Naming("file", "", (".onnx",)), "a.b.onnx"),
+        ("a.b.safetensors", Naming("folder", "-adapter"), "a.b-adapter"),
+        ("v1.0", Naming("folder", "-small"), "v1.0-small"),
+        ("v1.0", Naming("file", "", (".onnx",)), "v1.0.onnx"),
+        ("link", Naming("folder", "-small"), "link-small"),
+    ],
+)
+def test_an_output_without_a_name_has_that_of_the_input_and_a_suffix(
+    tmp_path: Path, opened: str, naming: Naming, place: str
+) -> None:
+    (tmp_path / "v1.0").mkdir()
+    for file in ("a.b.safetensors", "v1.0/model.safetensors"):
+        save_file({"w": torch.ones(2)}, tmp_path / file)
+    (tmp_path / "link").symlink_to("v1.0", target_is_directory=True)
+    source = open_checkpoint(tmp_path / opened)
+    assert naming.place(source, None) == tmp_path / place
+    assert checked_target(source, None, naming, overwrite=False).path == tmp_path / place
+    asked = tmp_path / f"asked{naming.endings[0]}"
+    assert checked_target(source, asked, naming, overwrite=False).path == asked
+
+
+def test_a_file_is_named_like_one(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    source = open_checkpoint(tmp_path / "a.safetensors")
+    for naming, words in ((Naming("file", ""), "as safetensors"), (Naming("file", "", (".onnx",)), "an ONNX model is")):
+        with pytest.raises(BadInput, match=words):
+            checked_target(source, tmp_path / "b.txt", naming, overwrite=False)
+
+
+def test_none_of_several_inputs_is_written_to(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    first, second = (open_checkpoint(tmp_path / f"{name}.safetensors") for name in "ab")
+    for output in ("a.safetensors", "b.safetensors"):
+        with pytest.raises(BadInput, match="is the input itself"):
+            checked_target(first, tmp_path / output, Naming("file", ""), overwrite=True, others=[second])
+
+
+def test_only_a_folder_is_pushed(tmp_path: Path) -> None:
+    target = Target(tmp_path / "out.safetensors", "file", ())
+    assert target.pushed_to(None).push() is None
+    with pytest.raises(BadInput, match="sends a model folder"):
+        target.pushed_to("me/small")

@@ -191,7 +191,7 @@ def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_output(
             break
         if contents(path) is None and either_system == "without":
             # Only where two folders cannot be exchanged, and only until the next run looks.
-            check_output(path, source=None, form="folder" if write_of is folder_of else "file", overwrite=True)
+            check_output(path, sources=[], form="folder" if write_of is folder_of else "file", overwrite=True)
         now = contents(path)
         assert now in (before, after), number
         found.add(now == after)
@@ -264,12 +264,12 @@ def test_what_a_killed_run_left_is_removed_by_the_next_and_that_of_a_living_one_
     living = Waiting(tmp_path / "living")
     [workspace] = names(tmp_path)
     write_folder(tmp_path / "out")
-    check_output(tmp_path / "other", source=None, form="folder", overwrite=False)
+    check_output(tmp_path / "other", sources=[], form="folder", overwrite=False)
     assert names(tmp_path) == [workspace, "out"]
     assert next((tmp_path / workspace).rglob("half"))
     living.kill()
     assert names(tmp_path) == [workspace, "out"]
-    check_output(tmp_path / "other", source=None, form="folder", overwrite=False)
+    check_output(tmp_path / "other", sources=[], form="folder", overwrite=False)
     assert names(tmp_path) == ["out"]
 
 
@@ -420,7 +420,7 @@ def test_what_is_no_part_of_the_model_is_named_and_never_deleted(tmp_path: Path,
     before = contents(tmp_path / "out")
     named = name if name.startswith("1_") else name.partition("/")[0]
     with pytest.raises(BadInput, match=rf"also holds {named}, which would be lost; move that elsewhere"):
-        check_output(tmp_path / "out", source=None, form="folder", overwrite=True)
+        check_output(tmp_path / "out", sources=[], form="folder", overwrite=True)
     # Nor when it comes after the check.
     with pytest.raises(BadInput, match=f"also holds {named}"):
         folder_of(2.0)(tmp_path / "out")

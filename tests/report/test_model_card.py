@@ -6,6 +6,7 @@ import ast
 import re
 import string
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressor
+from compressor.api.write import Output
 from compressor.cli.run import run
 from compressor.errors import BadInput
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe, find_recipe, read_model_card
 from compressor.recipe.card import front_matter, hyperparameter_lines
-from compressor.report.model_card import model_card, restored_card, write_card
+from compressor.report.model_card import compressed_card, model_card, restored_card
 from compressor.results import BeforeAfter, Compression
 
 ORIGINAL = """\
@@ -287,8 +289,9 @@ def test_a_card_that_is_too_long_or_none_stops_nothing(tmp_path: Path, caplog: p
     (tmp_path / "long").mkdir()
     (tmp_path / "long" / "README.md").write_text("long " * 2**20)
     (tmp_path / "folder" / "README.md").mkdir(parents=True)
+    card = partial(compressed_card, compression=compression("a"), source=source, name="small")
     for folder in ("long", "folder"):
-        write_card(tmp_path / folder, compression("a"), source, name="small")
+        Output(tmp_path / folder, 0).write_card(card)
     assert "is not kept" in caplog.records[0].getMessage()
     assert "is a folder" in caplog.records[1].getMessage()
     assert ModelCard.load(tmp_path / "long" / "README.md").data.base_model == "dense"
@@ -316,14 +319,14 @@ def test_no_metadata_stop_a_card(metadata: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ['we"ird', "it's", "back\\slash", "two\nlines", "x```y", "\u2028", "{config}"])
 @pytest.mark.parametrize("config", [None, {}])
 def test_the_lines_that_load_it_are_python_whatever_it_is_called(name: str, config: dict[str, Any] | None) -> None:
-    text = model_card(compression("a"), name=name, base_model="dense", config=config, original=None)
+    text = model_card(compression("a"), name=name, base_model="dense", config=config, original="")
     [code] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert name in [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
 
 
 def test_names_of_layers_stay_in_their_cells_and_names_of_models_are_names_of_the_hub() -> None:
     names = ["a|b", "`code` | more", "line\nbreak", "<script>alert(1)</script>", "[x](http://evil)"]
-    text = model_card(compression(*names), name="small", base_model="My Model (v1)!", config={}, original=None)
+    text = model_card(compression(*names), name="small", base_model="My Model (v1)!", config={}, original="")
     rows = re.findall(r"^\| `.*$", text, re.MULTILINE)
     assert len(rows) == len(names)
     for row in rows:
@@ -392,7 +395,7 @@ def test_a_command_that_failed_leaves_no_card(place: Path, tmp_path: Path) -> No
 def test_a_card_with_an_infinite_perplexity_has_no_result_of_it(place: Path) -> None:
     evaluation = replace(compressor.evaluate(place / "small", data=place / "words.npz"), compressed=float("inf"))
     text = model_card(
-        replace(compression("a"), evaluation=evaluation), name="small", base_model="dense", config=None, original=None
+        replace(compression("a"), evaluation=evaluation), name="small", base_model="dense", config=None, original=""
     )
     assert ModelCard(text).data.eval_results is None
 

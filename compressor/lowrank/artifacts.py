@@ -1,0 +1,138 @@
+"""A compressed model, and the dense one that is multiplied back from it, as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from compressor.documents import text_mapping
+from compressor.io import (
+    PLAN_FILE,
+    Artifact,
+    Checkpoint,
+    portable_config,
+    write_state_dict_file,
+)
+from compressor.io.artifact import Document
+from compressor.lowrank.rewriting import Rewriting, rewritten_infos, rewritten_module, rewritten_tensors
+from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
+from compressor.lowrank.tensor_format import StoredPair, dense_aliases, dense_infos, dense_tensors, file_record
+from compressor.progress import Progress
+
+
+@dataclass(frozen=True)
+class StoredErrors:
+    """The relative error of what is stored for each layer, noted as the layers are factorized.
+
+    `progress` is called with how many of the `layers` are.
+    """
+
+    layers: int = 0
+    progress: Progress | None = None
+    of: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, error: float) -> None:
+        self.of[name] = error
+        if self.progress:
+            self.progress("factorize", len(self.of), self.layers)
+
+
+def compressed_artifact(
+    rewriting: Rewriting,
+    shard_size: int,
+    *,
+    device: torch.device | None = None,
+    errors: StoredErrors | None = None,
+    module: nn.Module | None = None,
+) -> Artifact:
+    """The compressed model of a plan.
+
+    The weights are factorized on `device`, and `errors` are noted meanwhile; they are in the plan that is written. A
+    compressed module is built where the dense one is given.
+    """
+    checkpoint, plan = rewriting.checkpoint, rewriting.plan
+    where, errors = device or torch.device("cpu"), errors or StoredErrors()
+
+    def documents() -> dict[str, Document]:
+        stored = plan.with_errors(errors.of).portable()
+        described: dict[str, Document] = {PLAN_FILE: stored.to_dict() | {"recipe": rewriting.recipe.to_dict()}}
+        if checkpoint.config is not None:
+            config = rewriting.spec_of_modules.described(checkpoint.config)
+            described["config.json"] = portable_config(config)
+        return described
+
+    return Artifact(
+        form=checkpoint.form,
+        infos=rewritten_infos(rewriting),
+        tensors=partial(rewritten_tensors, rewriting, where, errors),
+        metadata=file_metadata(rewriting),
+        shard_size=shard_size if checkpoint.form == "folder" else None,
+        companions_of=checkpoint,
+        documents=documents,
+        module=None if module is None else partial(rewritten_module, rewriting, module, where, errors),
+    )
+
+
+def file_metadata(rewriting: Rewriting) -> dict[str, str]:
+    """What a compressed safetensors file says of itself: enough to know how it was made, and to undo it."""
+    checkpoint, plan = rewriting.checkpoint, rewriting.plan
+    record = {
+        "source": checkpoint.name if checkpoint.source is not None else plan.source,
+        "digest": plan.digest,
+        "budget": plan.budget.to_dict(),
+        "recipe": rewriting.recipe.known(),
+        "aliases": dict(checkpoint.aliases),
+    }
+    kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
+    return {"format": "pt"} | kept | rewriting.spec.to_metadata(record)
+
+
+def weight_file_bytes(rewriting: Rewriting, shard_size: int) -> int:
+    """Size of the weight files that the plan leads to, headers included and index not, without writing them."""
+    return compressed_artifact(rewriting, shard_size).bytes
+
+
+def restored_artifact(
+    checkpoint: Checkpoint,
+    pairs: Mapping[str, StoredPair],
+    shard_size: int,
+    *,
+    torch_file: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """The dense model that a compressed checkpoint with these pairs stands for; a file as torch writes it, if asked."""
+    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    # Names that the metadata note as tied are stored in no safetensors file: its loader has them from the module.
+    noted = {} if torch_file else checkpoint.metadata
+    recorded = dense_aliases(checkpoint, pairs) | text_mapping(file_record(checkpoint).get("aliases"))
+    tied = {alias: name for alias, name in recorded.items() if name in planned and alias not in {*planned, *noted}}
+    copies: dict[str, list[str]] = {}
+    for alias, name in tied.items():
+        copies.setdefault(name, []).append(alias)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
+            yield name, tensor
+            for alias in copies.get(name, ()):
+                yield alias, tensor
+            if progress:
+                progress("restore", done, len(planned))
+
+    def documents() -> dict[str, Document]:
+        return {"config.json": portable_config(LowRankSpec({}).described(checkpoint.config or {}))}
+
+    return Artifact(
+        form=checkpoint.form,
+        infos=[*planned.values(), *(replace(planned[name], name=alias) for alias, name in tied.items())],
+        tensors=tensors,
+        metadata={"format": "pt"} | {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY},
+        shard_size=shard_size if checkpoint.folder is not None else None,
+        companions_of=checkpoint,
+        left_out=(PLAN_FILE,),
+        documents=documents,
+        write=(lambda path: write_state_dict_file(path, dict(tensors()))) if torch_file else None,
+    )
