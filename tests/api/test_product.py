@@ -338,9 +338,13 @@ def test_a_fine_tune_of_a_transformers_folder(form: str, shard: int, folders: An
     options: Any = {"base": folder, "plan": planned(forms)}
     compress(tmp_path / "tuned", output=tmp_path / "adapter", **options)
     same(peft.PeftModel.from_pretrained(load(folder, form), tmp_path / "adapter").merge_and_unload(), model)
-    pairs = compress(tmp_path / "tuned", output=tmp_path / "pairs.safetensors", **options).output
-    exported = export(str(pairs), to="dense", base=folder, output=tmp_path / "dense", max_shard_size=shard).output
-    same(load(Path(exported), form), model)
+    pairs = str(compress(tmp_path / "tuned", output=tmp_path / "pairs.safetensors", **options).output)
+    for _ in range(2):  # the second replaces the first
+        given: Any = {"base": folder, "max_shard_size": shard, "overwrite": True}
+        dense = export(pairs, to="dense", output=tmp_path / "dense", **given).output
+        same(load(Path(dense), form), model)
+        lora = export(pairs, to="lora", output=tmp_path / "lora", **given).output
+        same(peft.PeftModel.from_pretrained(load(folder, form), lora).merge_and_unload(), model)
     adapted = compress(model, base=base, plan=planned(forms)).model
     assert adapted is not None
     same(adapted, model)
