@@ -26,6 +26,8 @@ from compressor.api.requests import (
     require_fine_tune,
     require_known_kinds,
     require_what_is_needed,
+    selection,
+    stated,
     training_options,
 )
 from compressor.api.workload import (
@@ -40,10 +42,10 @@ from compressor.arguments import as_count, as_count_if_given, as_patterns, requi
 from compressor.calibration import CalibrationData, calibrate, split_examples
 from compressor.calibration.drop import plan_within_drop
 from compressor.calibration.search import PlannedModel, open_calibration_data, plan_ranks
-from compressor.data import EvaluationData
+from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, require_accepted
-from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of, local_model, open_checkpoint
+from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.lowrank import (
     Rewriting,
@@ -51,7 +53,6 @@ from compressor.lowrank import (
     compressed_artifact,
     rewritten_infos,
     weight_file_bytes,
-    with_effective_weights,
 )
 from compressor.measure import EPSILON
 from compressor.model import (
@@ -59,14 +60,11 @@ from compressor.model import (
     Model,
     ModelLike,
     inspect_layers,
-    load_model,
     measured_layers,
     open_model,
-    require_architecture,
+    open_runnable,
     resolve_device,
 )
-from compressor.model.opened import open_data_for
-from compressor.network import with_separate_experts
 from compressor.planning import (
     Budget,
     FormRequest,
@@ -82,7 +80,7 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.model_card import compressed_card
 from compressor.report.wording import command_words, format_size, needs_calibration, percent, warning_words
 from compressor.results import BeforeAfter, Compression
-from compressor.torch_state import neutral_torch_state, uncompiled
+from compressor.torch_state import neutral_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -225,10 +223,6 @@ def compress(
     calibration_samples = as_count_if_given(calibration_samples, "calibration_samples", least=2)
     data_samples = as_count_if_given(data_samples, "data_samples", least=1)
     require_known_kinds(output, data, recipe_file, plan, calibration, form)
-    model = uncompiled(model)
-    if isinstance(model, nn.Module):
-        model = with_effective_weights(model)
-        require_copyable(model)
     budget = requested(keep, max_size, max_drop, tolerance, plan, form)
     if base is not None:
         require_fine_tune(
@@ -244,31 +238,33 @@ def compress(
             embeddings=embeddings,
         )
     require_what_is_needed(budget, data, calibration, refine=refine, allow_miss=allow_miss)
-    model = local_model(model, revision)
+    subject = open_model(
+        model,
+        recipe=stated(recipe, recipe_file),
+        factory=factory,
+        select=selection(include, exclude, embeddings=embeddings),
+        revision=revision,
+    )
+    if subject.in_memory:
+        require_copyable(subject.module)
     if base is not None:
         return _compressed_fine_tune(
-            model,
-            uncompiled(local_model(base)),
+            subject,
+            open_runnable(base, factory),
             data,
             data_samples,
-            factory,
             resolve_device(device),
             progress,
             output=output,
             budget=budget,
             plan=plan,
-            recipe=recipe,
-            recipe_file=recipe_file,
-            include=include,
-            exclude=exclude,
             dry_run=dry_run,
             overwrite=overwrite,
         )
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
     checkpoint = subject.checkpoint
     target = _target(checkpoint, output, push_to, dry_run=dry_run, overwrite=overwrite)
-    if (data is not None or calibration is not None) and not isinstance(model, nn.Module):
-        require_architecture(checkpoint, factory)
+    if data is not None or calibration is not None:
+        subject.require_runnable()
     torch_device = resolve_device(device)
     deciding, reported = data_to_measure_on(data, data_samples, subject, max_drop, calibration)
     samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
@@ -276,13 +272,10 @@ def compress(
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-    dense, examples = _loaded(model, factory, samples, deciding, torch_device, calibration_samples)
+    examples = None if samples is None else _examples(subject, samples, torch_device, calibration_samples)
     _announce(
         progress,
-        model,
-        factory,
         subject,
-        dense,
         examples,
         deciding,
         None if dry_run else reported,
@@ -295,11 +288,10 @@ def compress(
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
     calibrated = None
-    if dense is not None and examples is not None:
-        calibrated = calibrate(
-            dense, [m.layer for m in measured], examples, device=torch_device, seed=seed, progress=progress
-        )
-    if dense is not None and deciding is not None and budget is not None:
+    if examples is not None:
+        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
+        calibrated = calibrate(dense, layers, examples, device=torch_device, seed=seed, progress=progress)
+    if deciding is not None and budget is not None:
         planned = plan_within_drop(
             subject,
             measured,
@@ -307,7 +299,6 @@ def compress(
             form,
             shard_size,
             calibrated,
-            dense,
             deciding,
             torch_device,
             progress,
@@ -345,14 +336,12 @@ def compress(
         "max-shard-size": None if max_shard_size == SHARD_SIZE else max_shard_size,
     }
     compression = write_compressed(
-        model,
         subject,
         measured,
         planned,
         target,
         shard_size,
         reported,
-        factory,
         torch_device,
         progress,
         command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
@@ -370,14 +359,12 @@ def compress(
 
 
 def write_compressed(
-    model: ModelLike,
     subject: Model,
     measured: Sequence[MeasuredLayer],
     planned: PlannedModel,
     target: Target | None,
     shard_size: int,
     reported: EvaluationData | None,
-    factory: Factory | None,
     device: torch.device,
     progress: Progress | None,
     *,
@@ -389,13 +376,14 @@ def write_compressed(
     checkpoint, chosen = subject.checkpoint, planned.plan
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
     errors = StoredErrors(len(rewriting.factorized), progress)
-    module = subject.modules if isinstance(model, nn.Module) and not dry_run else None
+    module = subject.with_separate_experts if subject.in_memory and not dry_run else None
     artifact = compressed_artifact(rewriting, shard_size, device=device, errors=errors, module=module)
 
     def evaluation_of(small: ModelLike | None) -> Evaluation | None:
         if reported is None or small is None:
             return None
-        evaluation = evaluate_models(model, small, reported, factory, device, progress)
+        compressed_model = open_runnable(small, subject.factory)
+        evaluation = evaluate_models(subject, compressed_model, reported, device, progress)
         _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=allow_miss)
         return evaluation
 
@@ -450,11 +438,10 @@ def _target(
 
 
 def _compressed_fine_tune(
-    model: ModelLike,
-    base: ModelLike,
+    model: Model,
+    base: Model,
     data: str | Path | None,
     data_samples: int | None,
-    factory: Factory | None,
     device: torch.device,
     progress: Progress | None,
     **request: Any,
@@ -462,20 +449,16 @@ def _compressed_fine_tune(
     """`compress_fine_tune`, evaluated on `data` where they are given."""
     reported = None
     if data is not None:
-        checkpoint = open_checkpoint(model)
-        if not isinstance(model, nn.Module):
-            require_architecture(checkpoint, factory)
-        module = model if isinstance(model, nn.Module) else None
-        reported = open_data_for(data, checkpoint, "test", data_samples, module=module)
+        model.require_runnable()
+        reported = open_data_for(data, model.preprocessing, limit=data_samples)
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None
-        return evaluate_models(model, small, reported, factory, device, progress)
+        return evaluate_models(model, open_runnable(small), reported, device, progress)
 
     compression = compress_fine_tune(
         model,
         base,
-        factory=factory,
         device=device,
         progress=progress,
         evaluated=None if reported is None else evaluated,
@@ -553,31 +536,18 @@ def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
         )
 
 
-def _loaded(
-    model: ModelLike,
-    factory: Factory | None,
-    samples: EvaluationData | Iterable[Any] | None,
-    deciding: EvaluationData | None,
-    device: torch.device,
-    limit: int | None,
-) -> tuple[nn.Module | None, CalibrationData | None]:
-    """The model that data are run through before anything is written, and what calibration uses of its data."""
-    if samples is None and deciding is None:
-        return None, None
-    dense = with_separate_experts(load_model(model, factory))
-    if samples is None:
-        return dense, None
+def _examples(
+    subject: Model, samples: EvaluationData | Iterable[Any], device: torch.device, limit: int | None
+) -> CalibrationData:
+    """What calibration uses of its data, which the model is known to take."""
     if isinstance(samples, EvaluationData):
-        require_accepted(dense, samples, device=device)
-    return dense, split_examples(samples, limit)
+        require_accepted(subject.with_separate_experts, samples, device=device)
+    return split_examples(samples, limit)
 
 
 def _announce(
     progress: Progress | None,
-    model: ModelLike,
-    factory: Factory | None,
     subject: Model,
-    dense: nn.Module | None,
     examples: CalibrationData | None,
     deciding: EvaluationData | None,
     reported: EvaluationData | None,
@@ -593,12 +563,12 @@ def _announce(
     """
     if not takes_steps(progress):
         return
-    if dense is None and reported is not None:
-        dense = load_model(model, factory)
+    data = (examples, deciding, reported)
     eligible = [layer for layer in subject.layers if layer.eligible]
     decompositions = decomposition_costs(eligible)
     calibration = trial = evaluation = None
-    if dense is not None and eligible:
+    if eligible and any(each is not None for each in data):
+        dense = subject.with_separate_experts
         decompositions = timed_decompositions(subject.checkpoint, eligible, device)
         calibration = None if examples is None else work_on_calibration(dense, eligible, examples, device)
         trial = None if deciding is None else work_on_data(dense, deciding, device)

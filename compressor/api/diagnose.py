@@ -5,30 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
+from compressor.api.requests import selection, stated
+from compressor.data import open_data_for
 from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
 from compressor.diagnosis.layers import balance_of, diagnosed_layer
 from compressor.diagnosis.series import measure_series
 from compressor.diagnosis.types import Predictions
 from compressor.errors import BadInput
-from compressor.io import local_model
 from compressor.measure import EPSILON
 from compressor.model import (
     Factory,
     ModelLike,
     inspect_layers,
-    load_model,
     open_model,
-    require_architecture,
     resolve_device,
 )
-from compressor.model.opened import open_data_for
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 from compressor.results import Diagnosis
-from compressor.torch_state import neutral_torch_state, uncompiled
+from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
@@ -57,23 +53,19 @@ def diagnose(
     The gradient of every eligible layer is held in float64 on the CPU. Raises `BadInput` for a model, recipe, pattern,
     data or series that cannot be used.
     """
-    model = uncompiled(local_model(model))
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
+    subject = open_model(model, recipe=stated(recipe, recipe_file), factory=factory, select=selection(include, exclude))
     if not any(layer.eligible for layer in subject.layers):
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")
-    if data is not None and not isinstance(model, nn.Module):
-        require_architecture(subject.checkpoint, factory)
+    if data is not None:
+        subject.require_runnable()
     chosen = resolve_device(device)
-    examples = (
-        None if data is None else open_data_for(data, subject.checkpoint, "train", data_samples, module=subject.modules)
-    )
+    examples = None if data is None else open_data_for(data, subject.preprocessing, split="train", limit=data_samples)
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
     predictions: Predictions | None = None
     seen: dict[str, SeenLayer] = {}
     if examples is not None:
-        runnable = load_model(model, factory)
-        predictions, seen = measured_on_data(runnable, subject, examples, chosen, progress)
+        predictions, seen = measured_on_data(subject, examples, chosen, progress)
     layers = tuple(diagnosed_layer(each, subject.recipe, seen.get(each.layer.name), evolved) for each in inspected)
     balance = balance_of(layers, subject.recipe)
     findings = all_findings(subject.recipe, layers, predictions, balance)

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 import torch
-from torch import nn
 
 from compressor.arguments import as_count_if_given, one_of
-from compressor.data import EvaluationData
+from compressor.data import EvaluationData, open_data_for
 from compressor.data.builtin_data import Split
 from compressor.evaluation import Cost, Evaluation, compare
-from compressor.io import local_model, open_checkpoint
-from compressor.model import Factory, ModelLike, build_model, load_model, resolve_device
-from compressor.model.opened import open_data_for
+from compressor.model import Factory, Model, ModelLike, open_runnable, resolve_device
 from compressor.progress import Progress
-from compressor.torch_state import neutral_torch_state, uncompiled
+from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
@@ -41,25 +38,22 @@ def evaluate(
     one_of(split, "split", get_args(Split))
     data_samples = as_count_if_given(data_samples, "data_samples", least=1)
     torch_device = resolve_device(device)
-    model = uncompiled(local_model(model))
-    baseline = None if baseline is None else uncompiled(local_model(baseline))
-    module = model if isinstance(model, nn.Module) else None
-    if factory is not None and Path(data).suffix in (".npz", ".safetensors"):  # whose arrays may go by its names
-        module = build_model(factory)
-    evaluated = open_data_for(data, open_checkpoint(model), split, data_samples, module=module)
-    return evaluate_models(baseline, model, evaluated, factory, torch_device, progress)
+    opened = open_runnable(model, factory)
+    reference = None if baseline is None else open_runnable(baseline, factory)
+    examples = open_data_for(data, opened.preprocessing, split=split, limit=data_samples)
+    return evaluate_models(reference, opened, examples, torch_device, progress)
 
 
 def evaluate_models(
-    baseline: ModelLike | None,
-    model: ModelLike,
+    baseline: Model | None,
+    model: Model,
     data: EvaluationData,
-    factory: Factory | None,
     device: torch.device,
     progress: Progress | None,
 ) -> Evaluation:
-    reference = None if baseline is None else load_model(baseline, factory)
-    evaluation = compare(reference, load_model(model, factory), data, device=device, progress=progress)
+    """Compare two opened models; the cost of weight files has their size."""
+    reference = None if baseline is None else baseline.module
+    evaluation = compare(reference, model.module, data, device=device, progress=progress)
     return replace(
         evaluation,
         baseline_cost=_on_disk(evaluation.baseline_cost, baseline),
@@ -67,11 +61,11 @@ def evaluate_models(
     )
 
 
-def _on_disk(cost: CostOrNone, model: ModelLike | None) -> CostOrNone:
+def _on_disk(cost: CostOrNone, model: Model | None) -> CostOrNone:
     """The cost with the size of the weight files, where the model came from files."""
-    if cost is None or model is None or isinstance(model, nn.Module):
+    if cost is None or model is None or model.in_memory:
         return cost
-    return replace(cost, bytes=open_checkpoint(model).weight_bytes)
+    return replace(cost, bytes=model.checkpoint.weight_bytes)
 
 
 CostOrNone = TypeVar("CostOrNone", Cost, Cost | None)

@@ -32,8 +32,7 @@ from compressor.io import (
 )
 from compressor.lowrank import StoredErrors, stored_pairs
 from compressor.measure import image_size
-from compressor.model import Factory, load_model, require_architecture
-from compressor.model.opened import folder_of
+from compressor.model import Factory, open_runnable
 from compressor.progress import Progress
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
@@ -201,10 +200,10 @@ def _to_onnx(
     require_onnx()
     assert checkpoint.source is not None
     target = checked_target(checkpoint, output, Naming("file", "", (".onnx",)), overwrite=overwrite)
-    require_architecture(checkpoint, factory)
-    module = load_model(checkpoint.source, factory)
+    assert checkpoint.directory is not None
+    module = open_runnable(checkpoint.source, factory).module
     config = getattr(module, "config", None)
-    size = None if config is None else image_size(config, folder_of(checkpoint))
+    size = None if config is None else image_size(config, checkpoint.directory)
     inputs = example_inputs(module, size, input_shape)
     with written(onnx_artifact(module, inputs), target) as made:
         assert isinstance(made.model, Path)

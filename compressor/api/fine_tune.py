@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,22 +35,16 @@ from compressor.io import (
     Naming,
     Target,
     checked_target,
-    hub_model,
-    open_checkpoint,
     portable_name,
 )
 from compressor.io.output import require_no_output
 from compressor.lowrank import StoredErrors
 from compressor.measure import EPSILON
 from compressor.model import (
-    Factory,
     InspectedLayer,
     Model,
-    ModelLike,
     inspect_layers,
-    load_model,
     measured_layers,
-    open_model,
 )
 from compressor.network import Layer, module_architecture, with_ties
 from compressor.planning import (
@@ -64,7 +59,6 @@ from compressor.planning import (
     read_plan,
 )
 from compressor.progress import Progress
-from compressor.recipe import TrainingRecipe
 from compressor.report.fine_tune_card import adapter_card
 from compressor.results import BeforeAfter, Compression, FineTune
 
@@ -72,17 +66,12 @@ Kind = Literal["adapter", "pairs", "module"]
 
 
 def compress_fine_tune(
-    model: ModelLike,
-    base: ModelLike,
+    model: Model,
+    base: Model,
     *,
     output: str | Path | None,
     budget: Budget | None,
     plan: Plan | str | Path | None,
-    recipe: TrainingRecipe | str | Path | None,
-    recipe_file: str | Path | None,
-    factory: Factory | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
     device: torch.device,
     dry_run: bool,
     overwrite: bool,
@@ -95,11 +84,10 @@ def compress_fine_tune(
     of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
     """
     started = time.monotonic()
-    if isinstance(model, nn.Module) != isinstance(base, nn.Module):
+    if model.in_memory != base.in_memory:
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude)
-    subject = replace(subject, checkpoint=with_ties(subject.checkpoint, subject.architecture))
-    start = with_ties(open_checkpoint(base), subject.architecture)
+    subject = model.with_ties()
+    start = with_ties(base.checkpoint, subject.architecture)
     kind = _kind(subject, output)
     target = None if dry_run else _target(subject, start, output, kind, overwrite=overwrite)
     # PEFT adds to all of the base.
@@ -120,7 +108,7 @@ def compress_fine_tune(
     form = _Form(
         kind=kind,
         subject=subject,
-        base_name=portable_name(_called(base, start)),
+        base_name=portable_name(base.name),
         difference=difference,
         layers=layers,
         advice=_advice(inspected),
@@ -159,7 +147,8 @@ def compress_fine_tune(
         require_pairs(stored.adapter)
     errors, module, evaluation, verified = stored.errors, None, None, None
     if not dry_run and (kind == "module" or evaluated is not None):
-        dense = load_model(base, factory)
+        # What was loaded here needs no copy.
+        dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)
         module = adapted_module(adaptation, dense, device, errors, names.module_name)
         evaluation = None if evaluated is None else evaluated(module)
@@ -180,7 +169,7 @@ def compress_fine_tune(
         skipped=tuple(layer for layer in layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, _called(base, start), verified),
+        fine_tune=_fine_tune(adaptation, stored, base.name, verified),
     )
 
 
@@ -232,13 +221,6 @@ def finish_adapter(made: Output, adapter: Adapter, name: str, errors: Mapping[st
         lambda _: adapter_card(adapter, name=name, weight_bytes=made.bytes, errors=errors, verified_with=verified_with)
     )
     return verified_with
-
-
-def _called(base: ModelLike, start: Checkpoint) -> str:
-    """What a base is called: as it was given, or by its name on the hub."""
-    if isinstance(base, nn.Module):
-        return type(base).__name__
-    return start.name if start.folder is not None and hub_model(start.folder) is not None else str(base)
 
 
 def _fine_tune(adaptation: Adaptation, stored: _Stored, base: str, verified: str | None) -> FineTune:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
+from compressor.api.requests import selection, stated
 from compressor.arguments import as_number
 from compressor.errors import BadInput
-from compressor.io import local_model
-from compressor.lowrank import with_effective_weights
 from compressor.measure import EPSILON
 from compressor.model import Factory, ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import window_rule_advice
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
 from compressor.results import Inspection
-from compressor.torch_state import neutral_torch_state, uncompiled
+from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
@@ -48,9 +45,13 @@ def inspect(
     if not 0 < relative < 1:
         what = f"`epsilon` {relative:g} is out of range"
         raise BadInput(what, option="epsilon", remedy="give a number between 0 and 1")
-    model = uncompiled(local_model(model, revision))
-    model = with_effective_weights(model) if isinstance(model, nn.Module) else model
-    subject = open_model(model, recipe, recipe_file, factory, include, exclude, embeddings=embeddings)
+    subject = open_model(
+        model,
+        recipe=stated(recipe, recipe_file),
+        factory=factory,
+        select=selection(include, exclude, embeddings=embeddings),
+        revision=revision,
+    )
     inspected = inspect_layers(subject, relative, resolve_device(device), progress)
     return Inspection(
         source=subject.name,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor.api.requests import as_size
 from compressor.api.write import written
 from compressor.arguments import one_of
-from compressor.data import EvaluationData, load_preprocessing, open_data
+from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality, quality_drop
 from compressor.io import Naming, checked_target, form_of
@@ -38,11 +38,9 @@ from compressor.merging.parts import (
     require_equal,
     require_same_architecture,
 )
-from compressor.model import Factory, build_model, load_model, require_architecture, resolve_device
-from compressor.model.opened import training_of
+from compressor.model import Factory, build_model, open_runnable, resolve_device
 from compressor.network import layer_name
 from compressor.progress import Progress
-from compressor.recipe import find_recipe
 from compressor.results import MergeRefused, Merging, Mode, TaskQuality
 from compressor.torch_state import neutral_torch_state
 
@@ -86,10 +84,10 @@ def merge(
     others = [part.checkpoint for part in (*parts[1:], *(() if start is None else (start,)))]
     named = Naming(form_of(parts[0].checkpoint), "-merged")
     target = checked_target(parts[0].checkpoint, output, named, overwrite=overwrite, others=others)
-    tasks = _task_data(parts, data, data_samples, factory)
+    tasks = _task_data(parts, data, data_samples)
 
-    networks = [load_model(model, factory) for model in models] if tasks else []
-    foundation = load_model(base, factory) if tasks and base is not None else None
+    networks = [part.model.module for part in parts] if tasks else []
+    foundation = start.model.module if tasks and start is not None else None
     overlaps, cosine = _layer_overlaps(parts, start, networks, foundation, tasks, torch_device, progress)
     inputs = data_overlap(tasks, networks) if tasks else None
     inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
@@ -120,7 +118,7 @@ def merge(
 
     with written(artifact, target) as made:
         assert made.model is not None
-        merged = load_model(made.model, factory) if tasks else None
+        merged = open_runnable(made.model, factory).module if tasks else None
         for index, task in enumerate(tasks):
             assert merged is not None
             own = merged if head == "shared" else _outputs_of(merged, combination, index)
@@ -225,30 +223,12 @@ def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
             raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
 
 
-def _task_data(
-    parts: Sequence[Part], data: Sequence[str | Path], limit: int | None, factory: Factory | None
-) -> list[EvaluationData]:
-    """Each network's data, prepared as its folder says."""
+def _task_data(parts: Sequence[Part], data: Sequence[str | Path], limit: int | None) -> list[EvaluationData]:
+    """Each network's data, prepared for it."""
     opened = []
     for part, spec in zip(parts, data, strict=False):
-        require_architecture(part.checkpoint, factory)
-        folder = part.checkpoint.folder
-        if folder is None:
-            opened.append(open_data(spec, limit=limit))
-            continue
-        prepared = load_preprocessing(folder)
-        opened.append(
-            open_data(
-                spec,
-                tokenizer=prepared.tokenizer,
-                image_processor=prepared.image_processor,
-                classes=prepared.classes,
-                sequence_length=prepared.sequence_length,
-                reading=prepared.reading,
-                inputs=prepared.inputs,
-                limit=limit,
-            )
-        )
+        part.model.require_runnable()
+        opened.append(open_data_for(spec, part.model.preprocessing, limit=limit))
     return opened
 
 
@@ -336,7 +316,7 @@ def _warnings(
     if start is not None:
         said = ["theory says nothing about the sum of fine-tunes: it is known to work often, from experiments"]
         return said + interference_warning(overlaps)
-    recipes = [(part.name, find_recipe(part.name, inside=training_of(part.checkpoint))) for part in parts]
+    recipes = [(part.name, part.model.recipe) for part in parts]
     return sum_warnings(len(parts[0].matrices), _is_linear(factory), recipes, cosine) + interference_warning(overlaps)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from compressor.arguments import as_count, as_number, one_of, require_kind
+from compressor.arguments import as_count, as_number, as_patterns, one_of, require_kind
 from compressor.calibration.drop import require_possible_drop
-from compressor.data import EvaluationData, has_splits, require_apart
+from compressor.data import EvaluationData, has_splits, open_data_for, open_search_data, require_apart
 from compressor.errors import BadInput
 from compressor.io import parse_size
-from compressor.model import Model
-from compressor.model.opened import open_data_for, open_search_data
+from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, FormRequest, Plan, requested_budget
 from compressor.recipe import TrainingRecipe
 
@@ -126,8 +125,8 @@ def data_to_measure_on(
     if isinstance(calibration, str | Path):
         require_apart(calibration, data)
     if max_drop is None:
-        return None, open_data_for(data, subject.checkpoint, "test", limit, module=subject.modules)
-    deciding, reported = open_search_data(data, subject.checkpoint, limit, subject.modules)
+        return None, open_data_for(data, subject.preprocessing, limit=limit)
+    deciding, reported = open_search_data(data, subject.preprocessing, limit)
     require_possible_drop(max_drop, deciding)
     return deciding, reported
 
@@ -153,3 +152,16 @@ def named_data(data: object) -> object:
 def as_size(size: int | str, option: str) -> int:
     """A size as a number of bytes."""
     return parse_size(size) if isinstance(size, str) else as_count(size, option, least=1)
+
+
+def stated(
+    recipe: TrainingRecipe | str | Path | None, recipe_file: str | Path | None
+) -> tuple[TrainingRecipe | Path, ...]:
+    given = [Path(each) if isinstance(each, str) else each for each in (recipe, recipe_file)]
+    return tuple(each for each in given if each is not None)
+
+
+def selection(
+    include: str | Sequence[str], exclude: str | Sequence[str], *, embeddings: bool = False
+) -> LayerSelection:
+    return LayerSelection(as_patterns(include, "include"), as_patterns(exclude, "exclude"), embeddings)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from compressor.api.requests import as_size
@@ -13,10 +11,10 @@ from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.io import Checkpoint, Naming, checked_target, form_of, open_checkpoint
 from compressor.io.output import WEIGHT_FILES
-from compressor.lowrank import StoredPair, dense_infos, restored_artifact, stored_pairs
+from compressor.lowrank import StoredPair, restored_artifact, stored_pairs
 from compressor.model import Factory
-from compressor.model.opened import known_architecture
-from compressor.network import architecture_mismatch, in_natural_order
+from compressor.model.opened import fitting_architecture
+from compressor.network import in_natural_order
 from compressor.progress import Progress
 from compressor.report.model_card import restored_card
 from compressor.results import BeforeAfter, Restoration
@@ -44,7 +42,7 @@ def restore(
     checkpoint = open_checkpoint(model)
     pairs = _compressed_pairs(checkpoint)
     if factory is not None:
-        _require_fit(checkpoint, pairs, factory)
+        fitting_architecture(checkpoint, factory)
     named = Naming(form_of(checkpoint), "-restored", WEIGHT_FILES)
     target = checked_target(checkpoint, output, named, overwrite=overwrite)
     artifact = restored_artifact(
@@ -80,16 +78,3 @@ def _compressed_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
             "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
         )
     return pairs
-
-
-def _require_fit(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], factory: Factory) -> None:
-    """Raise `BadInput` where the dense tensors are not those of the model that the user's code builds."""
-    dense = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
-    architecture = known_architecture(checkpoint, factory)
-    mismatch = None if architecture is None else architecture_mismatch(replace(checkpoint, tensors=dense), architecture)
-    if mismatch is not None:
-        raise BadInput(
-            f"the model that `factory` builds does not fit: {mismatch}",
-            where=checkpoint.source,
-            remedy="use the function that builds the model that was compressed",
-        )

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, plan_ranks, weighted_layers
@@ -43,14 +42,13 @@ def plan_within_drop(
     form: FormRequest,
     shard_size: int,
     calibrated: Calibration | None,
-    dense: nn.Module,
     data: EvaluationData,
     device: torch.device,
     progress: Progress | None,
     *,
     refine: bool = True,
 ) -> PlannedModel:
-    """The smallest plan found whose model is at most the budget worse than `dense` on `data`, by one standard error.
+    """The smallest plan found whose model is at most the budget worse than it on `data`, by one standard error.
 
     Raises `QualityGateNotMet`, naming the closest that was tried, when only the dense model is good enough, and
     `BadInput` when the dense model has no finite score, or the budget is none of its metric.
@@ -58,6 +56,7 @@ def plan_within_drop(
     limit = budget.value
     assert limit is not None
     require_possible_drop(limit, data)
+    dense = subject.with_separate_experts
     baseline = measure_quality(dense, data, device=device)
     if not math.isfinite(baseline.value):
         raise BadInput(

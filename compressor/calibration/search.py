@@ -15,12 +15,11 @@ from torch import Tensor
 from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.refinement import refine as refine_factors
-from compressor.data import EvaluationData
+from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
 from compressor.lowrank import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
 from compressor.model import Model
-from compressor.model.opened import open_data_for
 from compressor.planning import (
     Budget,
     CalibrationResult,
@@ -92,15 +91,9 @@ def open_calibration_data(
             )
         return calibration
     # One window for the moments and one to hold back.
-    return open_data_for(
-        calibration,
-        subject.checkpoint,
-        "train",
-        samples or DEFAULT_SAMPLES,
-        module=subject.modules,
-        sequence_length=sequence_length,
-        least_windows=2,
-    )
+    preprocessing = subject.preprocessing
+    preprocessing = replace(preprocessing, sequence_length=sequence_length or preprocessing.sequence_length)
+    return open_data_for(calibration, preprocessing, split="train", limit=samples or DEFAULT_SAMPLES, least_windows=2)
 
 
 def plan_ranks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.data.data import Batch, EvaluationData, halves, has_splits, open_data, require_apart
-from compressor.data.preprocessing import Preprocessing, load_preprocessing
+from compressor.data.preprocessing import Preprocessing, load_preprocessing, open_data_for, open_search_data
 
 __all__ = [
     "Batch",
@@ -13,5 +13,7 @@ __all__ = [
     "has_splits",
     "load_preprocessing",
     "open_data",
+    "open_data_for",
+    "open_search_data",
     "require_apart",
 ]

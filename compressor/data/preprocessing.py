@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from compressor.data.data import LONGEST_DEFAULT_WINDOW, Reading
+from compressor.data.builtin_data import Split
+from compressor.data.data import LONGEST_DEFAULT_WINDOW, EvaluationData, Reading, halves, has_splits, open_data
 from compressor.documents import read_json
 from compressor.errors import BadInput, first_line
 
@@ -56,6 +57,56 @@ def load_preprocessing(folder: Path) -> Preprocessing:
         reading=reading_of(config, inputs := _architecture_inputs(config)),
         inputs=inputs,
     )
+
+
+def preprocessing_of(module: nn.Module | None) -> Preprocessing:
+    """What is known of a model without a folder: its inputs, and how it reads tokens."""
+    if module is None:
+        return Preprocessing()
+    config: Any = getattr(module, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    inputs = forward_inputs(type(module))
+    reading = reading_of(settings | {"architectures": [type(module).__name__]}, inputs)
+    return Preprocessing(reading=reading, inputs=inputs)
+
+
+def open_data_for(
+    spec: str | Path,
+    preprocessing: Preprocessing,
+    *,
+    split: Split = "test",
+    limit: int | None = None,
+    least_windows: int | None = None,
+) -> EvaluationData:
+    """The data that `spec` names, prepared for a model; the other parameters are those of `open_data`."""
+    return open_data(
+        spec,
+        split=split,
+        tokenizer=preprocessing.tokenizer,
+        image_processor=preprocessing.image_processor,
+        classes=preprocessing.classes,
+        sequence_length=preprocessing.sequence_length,
+        reading=preprocessing.reading,
+        inputs=preprocessing.inputs,
+        limit=limit,
+        least_windows=least_windows,
+    )
+
+
+def open_search_data(
+    spec: str | Path, preprocessing: Preprocessing, limit: int | None
+) -> tuple[EvaluationData, EvaluationData]:
+    """Data to choose a size by, and other data to report the drop on.
+
+    The validation and the test split of built-in data, at most `limit` examples of each; of other data two halves of at
+    most `limit` examples together.
+    """
+    if has_splits(spec):
+        search, report = (
+            open_data_for(spec, preprocessing, split=split, limit=limit) for split in ("validation", "test")
+        )
+        return search, report
+    return halves(open_data_for(spec, preprocessing, limit=limit))
 
 
 def forward_inputs(model: type[nn.Module]) -> tuple[str, ...]:

@@ -39,13 +39,13 @@ class SeenLayer:
 
 
 def measured_on_data(
-    model: nn.Module,
     subject: Model,
     data: EvaluationData,
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[Predictions, dict[str, SeenLayer]]:
     """Run the model forwards and backwards over the data."""
+    model = subject.with_separate_experts
     eligible = {layer.name: layer for layer in subject.layers if layer.eligible}
     places = {name: layer.module for name, layer in eligible.items()}
     weights = {

@@ -15,11 +15,12 @@ import torch
 
 from compressor.errors import BadInput
 from compressor.io import open_checkpoint, require_finite
-from compressor.io.checkpoint import WEIGHT_SUFFIXES, is_training_state
+from compressor.io.checkpoint import WEIGHT_SUFFIXES
 from compressor.lowrank import as_matrix
 from compressor.measure import EffectiveRanks, effective_ranks, singular_values
 from compressor.model import Model
 from compressor.progress import Progress
+from compressor.recipe.training_files import is_training_state
 
 logger = logging.getLogger(__name__)
 

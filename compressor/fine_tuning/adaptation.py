@@ -6,7 +6,6 @@ the base, and changed tensors under their own names; or put into a copy of the b
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,12 +160,12 @@ def adapted_module(
     done: Callable[[str, float], None],
     module_name: Callable[[str], str | None],
 ) -> nn.Module:
-    """A copy of the base module that computes what base and adaptation do together.
+    """The base module, changed in place, that computes what base and adaptation do together.
 
     `module_name` maps names of the checkpoint to names of the module's state. The layers of the base keep their
     weights, multiplied by the share of them that is left.
     """
-    module = copy.deepcopy(base)
+    module = base
     difference = adaptation.difference
     replaced = {}
     for name in adaptation.in_full:
@@ -193,7 +192,7 @@ def adapted_module(
         own = {name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()}
         if any(name == "up.bias" for name, _ in pair.named_parameters()):
             own["up.bias"] = dense.weight.new_zeros(layer.shape[0])
-        load_state(pair, own)
+        load_state(pair, {name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
         with torch.no_grad():
             dense.weight.mul_(difference.shares.get(layer.tensor, 1.0))
         adapted = AdaptedLayer(dense, pair).train(dense.training)

@@ -25,6 +25,7 @@ from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory, byte
 from compressor.io.torch_file import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file, without_wrapper_prefixes
 from compressor.io.training_state import LeftOut, of_an_optimizer
 from compressor.io.workspace import remove_abandoned
+from compressor.recipe.training_files import is_training_state
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 """File name endings under which trained weights are kept."""
@@ -36,7 +37,6 @@ _STANDARD_NAMES = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 # The configuration of a PEFT adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 _FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -103,6 +103,11 @@ class Checkpoint:
             return "module"
         fetched = hub_model(self.source)
         return fetched.repository if fetched is not None else Path(os.path.abspath(self.source)).name  # noqa: PTH100 - a link's own name
+
+    @property
+    def directory(self) -> Path | None:
+        """The folder that the weight files are in; None for a module."""
+        return None if self.source is None else self.folder or self.source.parent
 
     @property
     def weight_bytes(self) -> int:
@@ -290,11 +295,6 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
     if ((checkpoint.folder or source.parent) / ADAPTER_CONFIG).is_file():
         remedy = "make a model of it first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
         raise BadInput("is a PEFT adapter, not a model", where=source, remedy=remedy)
-
-
-def is_training_state(path: Path) -> bool:
-    """Whether a file name says optimizer, scheduler or random state of a training run, or its arguments."""
-    return path.name.startswith(_TRAINING_STATE)
 
 
 def _checkpoint(

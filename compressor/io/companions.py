@@ -15,6 +15,7 @@ from compressor.documents import read_json, read_regular_file, reading
 from compressor.errors import BadInput
 from compressor.io.checkpoint import WEIGHT_SUFFIXES, portable_name
 from compressor.io.writer import write_json
+from compressor.recipe.training_files import DESCRIPTIONS, TRAINING_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,6 @@ _OTHER_WEIGHT_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 _PICKLES = (".bin", ".pkl", ".pickle", ".joblib", ".dill", ".npy")
 _CODE = (".py", ".pyc", ".pyx", ".so", ".sh", ".dll", ".dylib", ".exe", ".js", ".ipynb")
 _RESULTS = ("metrics.json", "all_results.json", "*_results.json")
-_TRAINING = ("trainer_state.json", "args.yaml", "ds_config.json", "recipe.*", "training_args.json", "hparams.yaml")
 
 # By these keys a configuration names classes in Python files, of the folder or of any repository of the hub.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -237,7 +237,7 @@ def _is_any_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _holds_weights(file: Path) -> bool:
-    if file.name == "training_args.bin" or file.name.startswith("."):
+    if file.name == TRAINING_ARGUMENTS or file.name.startswith("."):
         return False
     indices = tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES)
     return file.name.endswith((*WEIGHT_SUFFIXES, *_OTHER_WEIGHT_SUFFIXES, *indices))
@@ -262,7 +262,7 @@ def _why_no_companion(file: Path, inside: Path) -> str | None:
         return None
     if _is_any_of(file.name, _RESULTS):
         return "measured on the dense weights"
-    if _is_any_of(file.name, _TRAINING):
+    if _is_any_of(file.name, DESCRIPTIONS):
         return "of the training; what it says is in the card"
     return "not known as part of a model"
 

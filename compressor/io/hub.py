@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from compressor.arguments import require_model
 from compressor.errors import BadInput, CompressorError
+from compressor.recipe.training_files import TRAINING_ARGUMENTS
 from compressor.system_errors import explained
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ _FETCHED = (
     "*.yml",
     "LICENSE*",
 )
-_FETCHED_FOR_THE_RECIPE = ("training_args.bin",)
 _LEFT_OUT = ("*/*.safetensors", "consolidated*", "checkpoint-*")
 # A name that ends like a file is a path with a slip in it.
 _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".pt", ".pth", ".th", ".ckpt", ".yaml", ".yml", ".md")
@@ -89,7 +89,7 @@ def _fetched(repository: str, revision: str | None) -> Path:
 
     logger.info("looking for %s on the hub", repository)
     try:
-        patterns = [*_FETCHED, *_FETCHED_FOR_THE_RECIPE]
+        patterns = [*_FETCHED, TRAINING_ARGUMENTS]
         folder = Path(
             snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_LEFT_OUT))
         )

@@ -7,18 +7,18 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressor.network import Architecture, Layer
+from compressor.network.architecture import root_mean_square
 
 
 def initial_standard_deviation(layer: Layer, architecture: Architecture | None, *, seed: int = 0) -> float | None:
     """Root mean square of the layer's weight as its own code initializes it.
 
-    An architecture that is a new model holds such a weight. Otherwise a fresh copy of the one layer is initialized by
-    its transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear
-    layers and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialized
-    on its own.
+    An architecture that was a new model knows it. Otherwise a fresh copy of the one layer is initialized by its
+    transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear layers
+    and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialized on its own.
     """
     if architecture is None:
         if layer.kind == "parameter":
@@ -26,9 +26,9 @@ def initial_standard_deviation(layer: Layer, architecture: Architecture | None, 
         # PyTorch takes the second side of a transposed convolution's weight for the inputs.
         fan_in = layer.shape[0 if layer.kind == "transposed convolution" else 1]
         return 1 / math.sqrt(3 * fan_in)
+    if architecture.initial_sizes is not None:
+        return architecture.initial_sizes[f"{layer.module}.{layer.parameter}".removeprefix(".")]
     owner = architecture.module.get_submodule(layer.module)
-    if architecture.untrained:
-        return _root_mean_square(getattr(owner, layer.parameter))
     # The trained values are not copied: the memo puts unfilled tensors in their place.
     unfilled = {
         id(values): torch.empty_like(values, device="cpu") for values in owner.state_dict(keep_vars=True).values()
@@ -44,9 +44,4 @@ def initial_standard_deviation(layer: Layer, architecture: Architecture | None, 
             fresh.reset_parameters()
         else:
             return None
-    return _root_mean_square(getattr(fresh, layer.parameter))
-
-
-def _root_mean_square(weight: Tensor | nn.Module) -> float:
-    assert isinstance(weight, Tensor)
-    return float(weight.detach().to(torch.float64).square().mean().sqrt())
+    return root_mean_square(getattr(fresh, layer.parameter))

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair
-from compressor.io import Checkpoint, TensorInfo, open_checkpoint, refuse_adapter, refuse_fp8, require_finite
+from compressor.io import Checkpoint, TensorInfo, require_finite
 from compressor.io.files import read_json_object
-from compressor.lowrank import METADATA_KEY, StoredPair, dense_infos, stored_pairs, widened
+from compressor.lowrank import StoredPair, dense_infos
 from compressor.merging.weights import Weight, dense
-from compressor.model import build_model
-from compressor.network import (
-    Architecture,
-    Kind,
-    Layer,
-    architecture_mismatch,
-    find_layers,
-    in_natural_order,
-    layer_name,
-    module_architecture,
-    transformers_architecture,
-    with_ties,
-)
+from compressor.model import Factory, Model, open_model
+from compressor.network import Kind, Layer, in_natural_order, layer_name
 
 # Layers whose tensor is the transpose of the product of a pair as it is held here.
 TURNED: tuple[Kind, ...] = ("transposed linear", "embedding")
@@ -48,16 +37,23 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Part:
-    """One of the networks: its checkpoint, and the low-rank layers in it."""
+    """One of the networks: the opened model, dense or low-rank, seen as dense tensors by name."""
 
-    checkpoint: Checkpoint
-    pairs: Mapping[str, StoredPair]
+    model: Model
     matrices: Mapping[str, Layer]
     """The linear layers and convolutions, low-rank or not, by the name of their dense weight."""
 
     @property
     def name(self) -> str:
-        return str(self.checkpoint.source)
+        return self.model.name
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    @property
+    def pairs(self) -> Mapping[str, StoredPair]:
+        return self.model.pairs
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
@@ -123,55 +119,27 @@ class Part:
         return PivotedPair(up=up, down=down, order=read(pair.tensors["order"]).to(torch.int32))
 
 
-def open_part(model: str | Path, factory: str | Callable[[], nn.Module] | None) -> Part:
-    """Open a network, and see that it can be merged at all and is one that `factory` builds.
+def open_part(model: str | Path, factory: Factory | None) -> Part:
+    """Open a network to merge.
 
-    Raises:
-        BadInput: as `open_checkpoint`; or its numbers cannot be added, or it is of another architecture.
+    Raises `BadInput` as `open_model` does, and for a pivoted pair whose order of rows is none.
     """
-    checkpoint = open_checkpoint(model)
-    refuse_adapter(checkpoint)
-    refuse_fp8(checkpoint)
-    quantized = (checkpoint.config or {}).get("quantization_config") if checkpoint.folder is not None else None
-    if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") == METADATA_KEY):
-        raise BadInput("is quantized", where=checkpoint.source, remedy="merge the originals, and quantize the result")
-    architecture = _architecture(checkpoint, factory)
-    checkpoint = with_ties(checkpoint, architecture)
-    if factory is not None and architecture is not None:
-        mismatch = architecture_mismatch(checkpoint, architecture)
-        if mismatch is not None:
-            raise BadInput(
-                f"the model that `factory` builds does not fit: {mismatch}",
-                where=checkpoint.source,
-                remedy="use the function that builds the networks that were trained",
-            )
-    pairs = stored_pairs(checkpoint)
-    part = Part(checkpoint, pairs, _matrices(checkpoint, pairs, architecture))
-    for pair in pairs.values():
+    opened = open_model(model, factory=factory, low_rank=True).with_ties()
+    part = Part(opened, _matrices(opened))
+    for pair in part.pairs.values():
         if pair.form == "pivoted":
             _require_order(part, pair)
     return part
 
 
-def _architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> Architecture | None:
-    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
-    if factory is not None:
-        return module_architecture(widened(build_model(factory), checkpoint))
-    return None if checkpoint.folder is None else transformers_architecture(checkpoint.folder)
-
-
-def _matrices(
-    checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], architecture: Architecture | None
-) -> dict[str, Layer]:
-    factors = {tensor for pair in pairs.values() for tensor in pair.tensors.values()}
+def _matrices(model: Model) -> dict[str, Layer]:
+    factors = {tensor for pair in model.pairs.values() for tensor in pair.tensors.values()}
     matrices = {
-        layer.tensor: layer
-        for layer in find_layers(checkpoint, architecture)
-        if layer.kind in _MATRICES and layer.tensor not in factors
+        layer.tensor: layer for layer in model.layers if layer.kind in _MATRICES and layer.tensor not in factors
     }
-    for name, pair in pairs.items():
+    for name, pair in model.pairs.items():
         tensor, shape = pair.tensors["weight"], pair.tensor_shape
-        module = None if architecture is None else architecture.module_name(tensor)
+        module = None if model.architecture is None else model.architecture.module_name(tensor)
         if pair.kind not in (*_MATRICES, "embedding"):
             continue
         sides = (shape[1], shape[0]) if pair.kind in TURNED else (shape[0], math.prod(shape[1:]))

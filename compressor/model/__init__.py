@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
 from compressor.model.inference import evaluation_mode, logits_of, resolve_device
-from compressor.model.load import load_model, require_architecture
 from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
-from compressor.model.opened import Factory, Model, ModelLike, open_model
+from compressor.model.opened import (
+    Factory,
+    LayerSelection,
+    Model,
+    ModelLike,
+    load_model,
+    open_model,
+    open_runnable,
+)
 
 __all__ = [
     "Factory",
     "InspectedLayer",
+    "LayerSelection",
     "Model",
     "ModelLike",
     "build_model",
@@ -23,6 +31,6 @@ __all__ = [
     "logits_of",
     "measured_layers",
     "open_model",
-    "require_architecture",
+    "open_runnable",
     "resolve_device",
 ]

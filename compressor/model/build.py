@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +96,27 @@ def load_transformers(folder: Path) -> nn.Module:
     return model
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of `state` into `module`, each to the parameter or buffer of the same name and shape.
+def load_state(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], *, at_once: int = 2**28
+) -> None:
+    """Copy tensors into `module`, each to the parameter or buffer of the same name and shape.
 
-    A name may be missing only if it is tied to one that is there, or has no numbers. Values are converted to the
-    module's dtype. Raises `BadInput` listing what is missing, unexpected or of another shape; the module is then
-    unchanged.
+    `read` gives the values of a tensor by its name; those of about `at_once` bytes are held at a time. A name may be
+    missing only if it is tied to one that is there, or has no numbers. Values are converted to the module's dtype.
+    Raises `BadInput` listing what is missing, unexpected or of another shape; the module is then unchanged.
     """
     expected = module.state_dict(keep_vars=True)
-    given = {id(expected[name]) for name in state if name in expected}
+    given = {id(expected[name]) for name in shapes if name in expected}
     missing = [
         name
         for name, tensor in expected.items()
-        if name not in state and id(tensor) not in given and tensor.numel() > 0
+        if name not in shapes and id(tensor) not in given and tensor.numel() > 0
     ]
-    unexpected = [name for name in state if name not in expected]
+    unexpected = [name for name in shapes if name not in expected]
     misshapen = [
-        f"{name} {tuple(state[name].shape)} for {tuple(tensor.shape)}"
+        f"{name} {shapes[name]} for {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
+        if name in shapes and shapes[name] != tuple(tensor.shape)
     ]
     problems = [
         f"{kind} {_some(names)}"
@@ -125,7 +128,14 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"the weights do not fit {type(module).__name__}: {'; '.join(problems)}",
             remedy="use the factory of the model that was saved",
         )
-    module.load_state_dict(dict(state), strict=False)
+    part: dict[str, Tensor] = {}
+    # The tensors of one module come together, because its own code may load them together.
+    for _, names in groupby((name for name in expected if name in shapes), key=lambda name: name.rpartition(".")[0]):
+        part |= {name: read(name) for name in names}
+        if sum(tensor.nbytes for tensor in part.values()) >= at_once:
+            module.load_state_dict(part, strict=False)
+            part = {}
+    module.load_state_dict(part, strict=False)
 
 
 def _import_module(name: str) -> Any:

@@ -1,42 +1,20 @@
-"""A model ready to run from whatever was given: a module, a folder or a file, dense or compressed."""
+"""The weights of a checkpoint, dense or low-rank, put into a module that was built for them."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.io import Checkpoint, open_checkpoint
-from compressor.lowrank import TRANSPOSED, can_be_pair, join, let_script, put_factors, put_pair, stored_pairs, widened
-from compressor.model.build import build_model, load_state, load_transformers
+from compressor.io import Checkpoint
+from compressor.lowrank import TRANSPOSED, can_be_pair, join, let_script, put_factors, put_pair, stored_pairs
+from compressor.model.build import load_state
 
 
-def require_architecture(checkpoint: Checkpoint, factory: str | Callable[[], nn.Module] | None) -> None:
-    """Raise `BadInput` for weights that cannot be run, because nothing says what model they are of."""
-    if factory is None and (checkpoint.folder is None or checkpoint.config is None):
-        raise BadInput(
-            "running it needs its architecture",
-            where=checkpoint.source,
-            remedy="pass `factory='file.py:function'` or package.module:function that builds it, or a model folder",
-        )
+def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """The module, changed in place, with the weights of a checkpoint; low-rank where they are.
 
-
-def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Module] | None = None) -> nn.Module:
-    """A module to run: `model` itself, or a checkpoint's weights in the architecture of its folder or of `factory`.
-
-    For a file of concatenated networks the layers of `factory`'s architecture are made as wide as they are there.
-    Raises `BadInput` when the checkpoint has no architecture that is known, or its weights do not fit.
+    Raises `BadInput` when the weights do not fit.
     """
-    if isinstance(model, nn.Module):
-        return model
-    checkpoint = open_checkpoint(model)
-    require_architecture(checkpoint, factory)
-    if factory is None:
-        assert checkpoint.folder is not None
-        return load_transformers(checkpoint.folder)
-    module = widened(build_model(factory), checkpoint)
     names = {name: name for name in checkpoint.tensors}
     for pair in stored_pairs(checkpoint).values():
         place, _, parameter = pair.tensor.rpartition(".")
@@ -63,5 +41,7 @@ def load_model(model: str | Path | nn.Module, factory: str | Callable[[], nn.Mod
                 remedy="compress again with `factory`, which tells such layers apart",
             ) from error
     let_script(module)
-    load_state(module, {names[name]: checkpoint.read(name) for name in checkpoint.tensors})
+    stored = {names[name]: name for name in checkpoint.tensors}
+    shapes = {own: checkpoint.tensors[name].shape for own, name in stored.items()}
+    load_state(module, shapes, lambda own: checkpoint.read(stored[own]))
     return module

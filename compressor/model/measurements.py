@@ -24,7 +24,7 @@ from compressor.measure import (
     surviving_initialization,
     uses_per_example,
 )
-from compressor.model.opened import Model, folder_of
+from compressor.model.opened import Model
 from compressor.network import Layer, pair_forms
 from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.progress import Progress
@@ -35,8 +35,7 @@ def inspect_layers(
 ) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
     recipe, architecture = subject.recipe, subject.architecture
-    folder = None if subject.checkpoint.source is None else folder_of(subject.checkpoint)
-    uses = uses_per_example(subject.layers, architecture, folder, recipe.sequence_length)
+    uses = uses_per_example(subject.layers, architecture, subject.checkpoint.directory, recipe.sequence_length)
     eligible = [layer for layer in subject.layers if layer.eligible]
     inspected: dict[str, InspectedLayer] = {}
     for done, layer in enumerate(eligible, start=1):

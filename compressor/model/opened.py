@@ -1,27 +1,32 @@
-"""A model that was opened, from a file, a folder or memory, with what is known about it."""
+"""A model that was opened, from a file, a folder, the hub or memory: the one front door of all verbs."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from compressor.arguments import require_kind
-from compressor.data import EvaluationData, halves, has_splits, load_preprocessing, open_data
-from compressor.data.builtin_data import Split
-from compressor.data.preprocessing import forward_inputs, reading_of
-from compressor.documents import text_mapping
+from compressor.data import Preprocessing, load_preprocessing
+from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
-from compressor.io import Checkpoint, hub_model, open_checkpoint, refuse_adapter, refuse_fp8
-from compressor.io.torch_file import read_state_file
-from compressor.lowrank import METADATA_KEY, merge_record, stored_pairs, widened
-from compressor.model.build import build_model
+from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
+from compressor.lowrank import (
+    METADATA_KEY,
+    StoredPair,
+    dense_infos,
+    merge_record,
+    stored_pairs,
+    widened,
+    with_effective_weights,
+)
+from compressor.model.build import build_model, load_transformers
+from compressor.model.load import fill
+from compressor.model.training import training_recipe
 from compressor.network import (
     Architecture,
     Layer,
@@ -30,148 +35,248 @@ from compressor.network import (
     module_architecture,
     transformers_architecture,
     with_separate_experts,
+    with_ties,
 )
-from compressor.recipe import TrainingRecipe, find_recipe, merge_recipes, read_recipe, recipes_inside
+from compressor.network.attention import has_attention
+from compressor.recipe import TrainingRecipe
+from compressor.torch_state import uncompiled
 
 logger = logging.getLogger(__name__)
-
-# What a Trainer and accelerate save beside the model.
-_STATE_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin")
-
-# Of a transformer's config.json the number of its attention heads, under one of its names.
-ATTENTION_SETTINGS = frozenset({"num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads", "n_head"})
-
-# What projects to queries is called so in the attention layers of PyTorch, transformers, timm, diffusers and llama.
-QUERIES = frozenset(
-    {"q_proj", "query", "qkv", "Wqkv", "qkv_proj", "c_attn", "query_key_value", "in_proj_weight", "to_q", "wq", "q_lin"}
-)
 
 ModelLike = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
+class LayerSelection:
+    """Which layers are eligible: globs, or regular expressions after `re:`, and whether embeddings are among them."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
-    """An opened model with what is known about it."""
+    """An opened model: its tensors, its architecture and layers, its training, and the network itself.
+
+    Opening reads no weights. The network is loaded when `module` is first asked for, and only once, also for copies
+    that `dataclasses.replace` makes of the model.
+    """
 
     name: str
     checkpoint: Checkpoint
     architecture: Architecture | None
     layers: tuple[Layer, ...]
-    recipe: TrainingRecipe
+    factory: Factory | None
+    _load: Callable[[], nn.Module] = field(repr=False)
+    _find_recipe: Callable[[], TrainingRecipe] = field(repr=False)
 
     @property
-    def modules(self) -> nn.Module | None:
-        """The model's module tree, if it is known."""
-        return None if self.architecture is None else self.architecture.module
+    def module(self) -> nn.Module:
+        """The network with its weights: the module that was given, or what its folder or `factory` builds.
+
+        Raises `BadInput` when the architecture is not known, or the weights do not fit.
+        """
+        return self._load()
+
+    @cached_property
+    def with_separate_experts(self) -> nn.Module:
+        """`module` with one linear layer for every matrix of its experts, whose weights it shares.
+
+        It is `module` itself for a network without fused experts. Calibration needs the layers, and evaluation the
+        speed of `module`, which stays as it is.
+        """
+        if self.in_memory and self.architecture is not None:
+            return self.architecture.module
+        return with_separate_experts(self.module)
+
+    @property
+    def recipe(self) -> TrainingRecipe:
+        """How it was trained, as far as that is known."""
+        return self._find_recipe()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was given as a module."""
+        return self.checkpoint.source is None
+
+    @cached_property
+    def pairs(self) -> Mapping[str, StoredPair]:
+        """The layers that are stored as low-rank pairs, by name."""
+        return stored_pairs(self.checkpoint)
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        """What prepares data for it."""
+        folder = self.checkpoint.directory
+        if folder is not None and self.checkpoint.config is not None:
+            return load_preprocessing(folder)
+        return preprocessing_of(None if self.architecture is None else self.architecture.module)
 
     @cached_property
     def has_attention(self) -> bool:
         """Whether it has attention layers, by its configuration or the usual names of their weights."""
-        if set(self.checkpoint.config or {}) & ATTENTION_SETTINGS:
-            return True
-        parts = (name.split(".") for name in self.checkpoint.tensors)
-        return any(
-            part in QUERIES or (part == "q" and "attention" in owner.lower())
-            for name in parts
-            for owner, part in pairwise(["", *name])
-        )
+        return has_attention(self.checkpoint.config or {}, self.checkpoint.tensors)
 
     @cached_property
     def digest(self) -> str | None:
-        """The sha256 of the checkpoint, which reads all of it; None of a module in memory."""
-        return self.checkpoint.digest() if self.checkpoint.source is not None else None
+        """The SHA-256 of the checkpoint, which reads all of it; None of a module in memory."""
+        return None if self.in_memory else self.checkpoint.digest()
+
+    def with_ties(self) -> Model:
+        """The same with the names that its tied tensors have in the architecture, and not in the file."""
+        return replace(self, checkpoint=with_ties(self.checkpoint, self.architecture))
+
+    def require_runnable(self) -> None:
+        """Raise `BadInput` for weights that cannot be run, because nothing says what model they are of."""
+        if not self.in_memory:
+            _require_architecture(self.checkpoint, self.factory)
 
 
 def open_model(
     model: ModelLike,
-    recipe: TrainingRecipe | str | Path | None,
-    recipe_file: str | Path | None,
-    factory: Factory | None,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
     *,
-    embeddings: bool = False,
+    recipe: Sequence[TrainingRecipe | Path] = (),
+    factory: Factory | None = None,
+    select: LayerSelection | None = None,
+    revision: str | None = None,
+    low_rank: bool = False,
 ) -> Model:
-    """Open a model, find out how it was trained, and list its matrices.
+    """Open a trained model and list its matrices.
 
-    Raises `BadInput` for a model that cannot be read, is quantized or compressed already, or does not fit its
-    architecture, and for a recipe or a pattern that cannot be used.
+    `recipe` is what the user states of the training, the most trusted first, and `factory` builds the architecture of
+    weights that are not a transformers model's. `revision` is of a model of the hub. Weights of a module that are
+    computed from others become parameters in a copy of it. A model that is compressed already is refused unless
+    `low_rank` allows it.
+
+    Raises `BadInput` for a model that cannot be read, is an adapter, is quantized, or does not fit its architecture,
+    and for a recipe or a pattern that cannot be used.
     """
-    if isinstance(model, nn.Module):
-        model = with_separate_experts(model)
-    checkpoint = open_checkpoint(model)
+    given = uncompiled(local_model(model, revision))
+    if isinstance(given, nn.Module):
+        given = with_effective_weights(given)
+    # Each expert's matrices are layers of their own in memory too, as they are in the files of such models.
+    separate = with_separate_experts(given) if isinstance(given, nn.Module) else given
+    checkpoint = open_checkpoint(separate)
     refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
-    require_kind(
-        recipe, "recipe", (TrainingRecipe, str, Path), remedy="give a TrainingRecipe, or the path of a file with one"
-    )
-    require_kind(factory, "factory", (str, Callable), remedy="give a function that builds the model, or its name")
-    if isinstance(recipe, str | Path):
-        recipe, recipe_file = None, recipe
-    if checkpoint.source is not None:
-        inside = training_of(checkpoint)
-        known = find_recipe(checkpoint.source, flags=recipe, recipe_file=recipe_file, inside=inside)
-    else:
-        known = merge_recipes(*filter(None, (recipe, read_recipe(recipe_file) if recipe_file is not None else None)))
+    _refuse_quantized(checkpoint)
+    if not low_rank:
+        _refuse_pairs(checkpoint)
     architecture = (
-        module_architecture(model) if isinstance(model, nn.Module) else known_architecture(checkpoint, factory)
+        module_architecture(separate) if isinstance(separate, nn.Module) else fitting_architecture(checkpoint, factory)
     )
-    quantized = (checkpoint.config or {}).get("quantization_config")
-    if quantized is not None and text_mapping(quantized).get("quant_method") != METADATA_KEY:
+    chosen = select or LayerSelection()
+    layers = find_layers(
+        checkpoint, architecture, include=chosen.include, exclude=chosen.exclude, embeddings=chosen.embeddings
+    )
+    return _opened(given, checkpoint, architecture, layers, factory, recipe)
+
+
+def open_runnable(model: ModelLike, factory: Factory | None = None, *, revision: str | None = None) -> Model:
+    """Open a model to run it or to read its tensors, dense or compressed; its layers are not looked for.
+
+    A module stays as it is. Raises `BadInput` for a model that cannot be read, and for a `factory` that fails.
+    """
+    given = uncompiled(local_model(model, revision))
+    checkpoint = open_checkpoint(given)
+    architecture = None
+    if isinstance(given, nn.Module):
+        architecture = module_architecture(given)
+    elif factory is not None:
+        architecture = module_architecture(widened(build_model(factory), checkpoint))
+    return _opened(given, checkpoint, architecture, (), factory, ())
+
+
+def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
+    """A module to run: `model` itself, or a checkpoint's weights in the architecture of its folder or of `factory`.
+
+    For a file of concatenated networks the layers of `factory`'s architecture are made as wide as they are there.
+    Raises `BadInput` when the architecture is not known, or the weights do not fit.
+    """
+    return open_runnable(model, factory).module
+
+
+def _opened(
+    given: str | Path | nn.Module,
+    checkpoint: Checkpoint,
+    architecture: Architecture | None,
+    layers: tuple[Layer, ...],
+    factory: Factory | None,
+    recipe: Sequence[TrainingRecipe | Path],
+) -> Model:
+    name = type(given).__name__ if isinstance(given, nn.Module) else str(given)
+    if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
+        name = checkpoint.name
+
+    def load() -> nn.Module:
+        return given if isinstance(given, nn.Module) else _loaded(checkpoint, architecture, factory)
+
+    find_recipe = partial(training_recipe, checkpoint, recipe)
+    return Model(name, checkpoint, architecture, layers, factory, functools.cache(load), functools.cache(find_recipe))
+
+
+def _loaded(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> nn.Module:
+    """The network of some files; a `factory` has built its architecture already, which gets the weights."""
+    _require_architecture(checkpoint, factory)
+    if factory is not None:
+        assert architecture is not None
+        return fill(architecture.module, checkpoint)
+    assert checkpoint.folder is not None
+    return load_transformers(checkpoint.folder)
+
+
+def _require_architecture(checkpoint: Checkpoint, factory: Factory | None) -> None:
+    if factory is None and (checkpoint.folder is None or checkpoint.config is None):
         raise BadInput(
-            f"is quantized already ({text_mapping(quantized).get('quant_method', 'by an unknown method')})",
+            "running it needs its architecture",
             where=checkpoint.source,
-            remedy="compress the original, and quantize the result",
+            remedy="pass `factory='file.py:function'` or package.module:function that builds it, or a model folder",
         )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    quantization = (checkpoint.config or {}).get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method != METADATA_KEY:
+        raise BadInput(
+            f"is quantized already ({method if isinstance(method, str) else 'by an unknown method'})",
+            where=checkpoint.source,
+            remedy="give the original, and quantize the result",
+        )
+
+
+def _refuse_pairs(checkpoint: Checkpoint) -> None:
     if stored_pairs(checkpoint):
         raise BadInput(
             "is compressed already",
             where=checkpoint.source,
             remedy="give the original, or bring it back with 'compress restore MODEL'",
         )
-    architecture = _fitting(checkpoint, architecture, factory)
-    layers = find_layers(checkpoint, architecture, include=include, exclude=exclude, embeddings=embeddings)
-    if known.optimizer is not None and known.family is None:
-        logger.warning("nothing is known about what the optimizer %r forgets", known.optimizer)
-    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
-    if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
-        name = checkpoint.name
-    return Model(name, checkpoint, architecture, layers, known)
-
-
-def training_of(checkpoint: Checkpoint) -> list[TrainingRecipe]:
-    """What a checkpoint tells about its training: inside, and in the states that lie beside the model."""
-    if checkpoint.source is None:
-        return []
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    found = recipes_inside(checkpoint.training, shapes, checkpoint.files[0].name)
-    document: dict[str, object] = {}
-    names = []
-    for path in (folder_of(checkpoint) / name for name in _STATE_FILES):
-        if path.is_file():
-            try:
-                document[path.stem] = read_state_file(path)
-                names.append(path.name)
-            except BadInput as error:
-                logger.warning("left out of the training recipe: %s", error)
-    return found + recipes_inside(document, shapes, " and ".join(names))
 
 
 def known_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Architecture | None:
-    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one."""
+    """The architecture behind a checkpoint as it is known, whether or not it fits."""
     if factory is not None:
         # Layers that networks side by side make wider than the architecture's were not initialized by it.
-        merged = merge_record(checkpoint) != {}
-        return module_architecture(widened(build_model(factory), checkpoint), untrained=not merged)
-    if checkpoint.config is None or checkpoint.source is None:
+        untrained = merge_record(checkpoint) == {}
+        return module_architecture(widened(build_model(factory), checkpoint), untrained=untrained)
+    if checkpoint.config is None or checkpoint.directory is None:
         return None
-    return transformers_architecture(folder_of(checkpoint))
+    return transformers_architecture(checkpoint.directory)
 
 
-def _fitting(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> Architecture | None:
-    """The architecture, if it is that of the checkpoint; BadInput where it ought to be."""
-    if architecture is None or (mismatch := architecture_mismatch(checkpoint, architecture)) is None:
+def fitting_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Architecture | None:
+    """The module tree behind a checkpoint, from the user's own code or from transformers, if there is one.
+
+    Raises `BadInput` where it does not fit the tensors and ought to.
+    """
+    architecture = known_architecture(checkpoint, factory)
+    mismatch = None if architecture is None else _mismatch(checkpoint, architecture)
+    if mismatch is None:
         return architecture
     if factory is not None:
         raise BadInput(
@@ -189,56 +294,7 @@ def _fitting(checkpoint: Checkpoint, architecture: Architecture | None, factory:
     return None
 
 
-def folder_of(checkpoint: Checkpoint) -> Path:
-    """The folder that a checkpoint's files are in."""
-    assert checkpoint.source is not None
-    return checkpoint.folder or checkpoint.source.parent
-
-
-def open_data_for(
-    data: str | Path,
-    checkpoint: Checkpoint,
-    split: Split,
-    limit: int | None = None,
-    *,
-    module: nn.Module | None = None,
-    sequence_length: int | None = None,
-    least_windows: int | None = None,
-) -> EvaluationData:
-    """The data prepared as the model's folder says, or as it is where the folder says nothing.
-
-    `module` is the model, or one that only has its architecture, where there is no such folder. The other parameters
-    are those of `open_data`.
-    """
-    if checkpoint.source is None or checkpoint.config is None:
-        inputs = () if module is None else forward_inputs(type(module))
-        config: Any = getattr(module, "config", None)
-        own = config.to_dict() if hasattr(config, "to_dict") else {}
-        reading = reading_of(own | {"architectures": [type(module).__name__]}, inputs)
-        return open_data(data, split=split, limit=limit, inputs=inputs, reading=reading)
-    prepared = load_preprocessing(folder_of(checkpoint))
-    return open_data(
-        data,
-        split=split,
-        tokenizer=prepared.tokenizer,
-        image_processor=prepared.image_processor,
-        classes=prepared.classes,
-        sequence_length=sequence_length or prepared.sequence_length,
-        reading=prepared.reading,
-        inputs=prepared.inputs,
-        limit=limit,
-        least_windows=least_windows,
-    )
-
-
-def open_search_data(
-    data: str | Path, checkpoint: Checkpoint, limit: int | None, module: nn.Module | None = None
-) -> tuple[EvaluationData, EvaluationData]:
-    """Data to choose a size by, and other data to report the drop on.
-
-    The validation and the test split of built-in data, at most `limit` examples of each; of other data two halves of at
-    most `limit` examples together.
-    """
-    if has_splits(data):
-        return open_data_for(data, checkpoint, "validation", limit), open_data_for(data, checkpoint, "test", limit)
-    return halves(open_data_for(data, checkpoint, "test", limit, module=module))
+def _mismatch(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
+    """In what the dense tensors that a checkpoint holds, or its pairs stand for, do not fit an architecture."""
+    dense = {name: info for name, (info, _) in dense_infos(checkpoint, stored_pairs(checkpoint)).items()}
+    return architecture_mismatch(replace(checkpoint, tensors=dense), architecture)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from compressor.network.conversions import name_conversions, name_in_model, without_merges
@@ -23,17 +23,31 @@ class Architecture:
     """A module tree, and the name in it of every tensor of a checkpoint.
 
     `module_name` maps a tensor's name in the file to its name in the tree; None where the tree assembles the tensor
-    from several or does not have it. `untrained` says that its weights are those of a new model.
+    from several or does not have it. `initial_sizes` is known of a model whose weights were new when it was opened:
+    the root mean square of each weight of two or more dimensions, by its name in the tree.
     """
 
     module: nn.Module
     module_name: Callable[[str], str | None]
-    untrained: bool = False
+    initial_sizes: Mapping[str, float] | None = None
 
 
 def module_architecture(module: nn.Module, *, untrained: bool = False) -> Architecture:
     """The architecture of a module in memory: names in its state dict are names of its modules."""
-    return Architecture(module, lambda name: name, untrained)
+    return Architecture(module, lambda name: name, _sizes(module) if untrained else None)
+
+
+def root_mean_square(weight: Tensor) -> float:
+    """The root mean square of a tensor, in float64."""
+    return float(weight.detach().to(torch.float64).square().mean().sqrt())
+
+
+def _sizes(module: nn.Module) -> dict[str, float]:
+    return {
+        name: root_mean_square(weight)
+        for name, weight in module.named_parameters(remove_duplicate=False)
+        if weight.dim() >= 2
+    }
 
 
 @contextmanager

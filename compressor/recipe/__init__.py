@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compressor.recipe.card import read_model_card
 from compressor.recipe.deepspeed import read_deepspeed_config
-from compressor.recipe.find import find_recipe, read_recipe, read_recipe_file
+from compressor.recipe.find import find_recipe, read_recipe, read_recipe_file, stated_recipe
 from compressor.recipe.recipe import TrainingRecipe, merge_recipes
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
@@ -22,4 +22,5 @@ __all__ = [
     "read_trainer_state",
     "read_training_args",
     "recipes_inside",
+    "stated_recipe",
 ]

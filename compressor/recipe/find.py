@@ -19,6 +19,7 @@ from compressor.recipe.recipe import TrainingRecipe, fields_like, merge_recipes
 from compressor.recipe.settings import has_settings, possible_recipe, read_settings
 from compressor.recipe.timm import read_timm_args
 from compressor.recipe.trainer import read_trainer_state, read_training_args
+from compressor.recipe.training_files import TRAINING_ARGUMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _read_arguments(path: Path) -> TrainingRecipe:
 
 # The files that tell how a model was trained, the most trusted first.
 _BESIDE_THE_MODEL: tuple[tuple[str, Reader], ...] = (
-    ("training_args.bin", read_training_args),
+    (TRAINING_ARGUMENTS, read_training_args),
     ("trainer_state.json", read_trainer_state),
     ("args.yaml", _read_arguments),
     ("hparams.yaml", read_settings),
@@ -113,27 +114,31 @@ def read_recipe(path: str | Path) -> TrainingRecipe:
     return _reader_for(path)(path)
 
 
+def stated_recipe(stated: Sequence[TrainingRecipe | Path]) -> TrainingRecipe:
+    """One recipe out of recipes and files that hold one, the most trusted first.
+
+    Raises `BadInput` if a file cannot be read, or they contradict each other.
+    """
+    return merge_recipes(*(read_recipe(each) if isinstance(each, Path) else each for each in stated))
+
+
 def find_recipe(
     model: str | Path,
-    *,
-    flags: TrainingRecipe | None = None,
-    recipe_file: str | Path | None = None,
+    stated: Sequence[TrainingRecipe | Path] = (),
     inside: Sequence[TrainingRecipe] = (),
 ) -> TrainingRecipe:
     """What is known about how `model` (a folder, or a file in one) was trained.
 
-    By order of trust: `flags`, `recipe_file`, what the checkpoint itself tells (`inside`, of `recipes_inside`), and
+    In order of trust: what the user `stated`, what the checkpoint itself tells (`inside`, of `recipes_inside`), and
     the files beside the model: `training_args.bin`, `trainer_state.json`, `args.yaml`, `hparams.yaml`, a
     `config.yaml` (also of hydra), `ds_config.json`, the card `README.md`, and a plain `recipe.yaml` or
     `recipe.json`. Of a file that was only found everything that can be used is; what cannot, and where two of them
     disagree, is told by a warning in the log.
-    Raises `BadInput` if `recipe_file` is broken or contradicts `flags`.
+    Raises `BadInput` if what is stated is broken or contradicts itself.
     """
     folder = Path(model)
     folder = folder if folder.is_dir() else folder.parent
-    asked = flags or TrainingRecipe()
-    if recipe_file is not None:
-        asked = merge_recipes(asked, read_recipe(recipe_file))
+    asked = stated_recipe(stated)
     found: list[TrainingRecipe] = list(inside)
     for name, read in _BESIDE_THE_MODEL:
         path = folder / name

@@ -27,7 +27,7 @@ def series_of(folder: Path, names: list[str]) -> RankSeries:
         )
     model = folder.parent / "model.safetensors"
     save_file({"fc.weight": torch.eye(4)}, model)
-    return measure_series(folder, open_model(model, None, None, None, (), ()), torch.device("cpu"))
+    return measure_series(folder, open_model(model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -172,9 +172,23 @@ def test_a_folder_without_weights_is_bad_input(llama, tmp_path):
         load_transformers(tmp_path)
 
 
+def load(module: nn.Module, state: dict[str, torch.Tensor], **options: int) -> None:
+    load_state(module, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__, **options)
+
+
+def test_a_state_is_read_in_parts_of_whole_modules():
+    source, target = (nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(2))
+    state, loaded = source.state_dict(), []
+    for module in target.modules():
+        module.register_load_state_dict_post_hook(lambda module, _: loaded.append(module))
+    load(target, state, at_once=8 * 9 * 4)
+    assert loaded.count(target) == 3, "the last part has what is left: here nothing but the last layer"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in target.state_dict().items())
+
+
 def test_a_state_round_trips_and_keeps_the_modules_dtype():
     source, target = nn.Linear(3, 2).to(torch.bfloat16), nn.Linear(3, 2)
-    load_state(target, source.state_dict())
+    load(target, source.state_dict())
     assert target.weight.dtype == torch.float32
     torch.testing.assert_close(target.weight, source.weight.float(), rtol=0, atol=0)
 
@@ -190,7 +204,7 @@ def test_a_tied_tensor_may_be_stored_once():
     model = Tied()
     for name in ("embedding.weight", "head.weight"):
         weight = torch.randn(4, 3)
-        load_state(model, {name: weight})
+        load(model, {name: weight})
         assert torch.equal(model.embedding.weight, weight)
         assert torch.equal(model.head.weight, weight)
 
@@ -206,7 +220,7 @@ def test_a_state_that_does_not_fit_is_bad_input_and_changes_nothing():
     }
     message = r"missing 1\.bias; unexpected 2\.weight; misshapen 0\.bias \(5,\) for \(2,\)"
     with pytest.raises(BadInput, match=message):
-        load_state(model, state)
+        load(model, state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

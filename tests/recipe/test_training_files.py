@@ -457,7 +457,7 @@ def test_files_are_trusted_in_order(tmp_path: Path) -> None:
     plain = tmp_path / "mine.yaml"
     plain.write_text("learning_rate: 0.02\nbatch_size: 2\n")
     flags = TrainingRecipe(learning_rate=0.01, sources={"learning_rate": "flag --lr"})
-    found = find_recipe(tmp_path, flags=flags, recipe_file=plain)
+    found = find_recipe(tmp_path, [flags, plain])
     assert (found.learning_rate, found.sources["learning_rate"]) == (0.01, "flag --lr")
     assert (found.batch_size, found.sources["batch_size"]) == (2, "mine.yaml")
     assert (found.schedule, found.sources["schedule"]) == ("linear", "training_args.bin")
@@ -465,7 +465,7 @@ def test_files_are_trusted_in_order(tmp_path: Path) -> None:
     assert (found.epochs, found.sources["epochs"]) == (5, "args.yaml")
     assert (found.dataset_size, found.sources["dataset_size"]) == (1000, "README.md (model card)")
     # One by one the most trusted goes, and the next one is believed.
-    rates = [find_recipe(tmp_path, recipe_file=plain).learning_rate]
+    rates = [find_recipe(tmp_path, [plain]).learning_rate]
     for name in ("training_args.bin", "args.yaml", "ds_config.json", "README.md"):
         rates.append(find_recipe(tmp_path).learning_rate)
         (tmp_path / name).unlink()
@@ -492,17 +492,17 @@ def test_broken_file_beside_the_model_is_left_out(tmp_path: Path, caplog: pytest
         assert find_recipe(tmp_path).learning_rate == 0.05
     assert name in caplog.text
     with pytest.raises(BadInput):
-        find_recipe(tmp_path, recipe_file=tmp_path / name)
+        find_recipe(tmp_path, [tmp_path / name])
 
 
 def test_file_that_contradicts_the_flags_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     card = tmp_path / "README.md"
     card.write_text("### Training hyperparameters\n\n- warmup_steps: 50\n- learning_rate: 0.1\n")
     flags = TrainingRecipe(steps=20)
-    assert find_recipe(tmp_path, flags=flags) == flags
+    assert find_recipe(tmp_path, [flags]) == flags
     assert "warmup_steps" in caplog.text
     with pytest.raises(BadInput, match="warmup_steps"):
-        find_recipe(tmp_path, flags=flags, recipe_file=card)
+        find_recipe(tmp_path, [flags, card])
 
 
 def old_arguments(tmp_path: Path, **attributes: Any) -> Path:
