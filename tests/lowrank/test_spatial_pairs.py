@@ -94,7 +94,7 @@ def test_a_file_holds_two_convolutions_counts_them_and_comes_back(factory: Any, 
     assert spatial.parameters == sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("2."))
     assert report.bytes.after == (tmp_path / "s.safetensors").stat().st_size
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
-        record = json.loads(file.metadata()["lowrank"])
+        record = json.loads(file.metadata()["compressor"])
     assert record["layers"]["2"] == {"rank": 7, "form": "spatial", "kind": "convolution"}
 
     kernel = torch.einsum("orj,rci->ocij", tensors["2.up.weight"][:, :, 0], tensors["2.down.weight"][..., 0])

@@ -125,7 +125,7 @@ def test_buffers_that_are_not_finite_are_copied_and_weights_are_refused(tmp_path
     compress(tmp_path / "m.safetensors", keep=0.5, output=tmp_path / "s.safetensors")
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("mask"), mask)
-        assert json.loads(file.metadata()["lowrank"])["layers"]
+        assert json.loads(file.metadata()["compressor"])["layers"]
     network = nn.Sequential(nn.Linear(8, 8))
     network[0].weight.data[3, 3] = torch.nan
     with pytest.raises(BadInput, match=r"0\.weight: holds 1 NaN"):
