@@ -6,16 +6,9 @@ import re
 from collections.abc import Mapping
 from functools import cache
 
-import typer
+from compressor.api.option import described
+from compressor.api.options import VERBS
 
-from compressor.cli.commands import main_command, subcommands
-
-# Parameters of the Python interface that are called otherwise by the functions behind the commands.
-_COMMAND_PARAMETERS = {
-    "push_to": "push",
-    "calibration_sequence_length": "sequence_length",
-    "recipe": "recipe_file",
-}
 _OPTION = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
 
@@ -26,7 +19,7 @@ def with_flags(message: str) -> str:
 
 def _flag(option: re.Match[str]) -> str:
     name, value = option[1], option[2]
-    flags = _flags().get(_COMMAND_PARAMETERS.get(name, name))
+    flags = _flags().get(name)
     if flags is None:
         return option[0]
     flag, opposite = flags
@@ -37,13 +30,11 @@ def _flag(option: re.Match[str]) -> str:
 
 @cache
 def _flags() -> Mapping[str, tuple[str, str]]:
-    """The flag of each parameter of the commands, and the one that says the opposite."""
+    """The flag of each option, and the one that says the opposite."""
     flags = {}
-    for app in (subcommands, main_command):
-        command = typer.main.get_command(app)
-        for each in [command, *getattr(command, "commands", {}).values()]:
-            for parameter in each.params:
-                if parameter.param_type_name == "option" and parameter.name:
-                    opposite = parameter.secondary_opts[:1] or [f"no {parameter.opts[0]}"]
-                    flags[parameter.name] = (parameter.opts[0], opposite[0])
+    for verb in VERBS:
+        for name, option, _ in described(verb):
+            if not option.only_python:
+                flag, _, opposite = option.flag_of(name).partition("/")
+                flags[name] = (flag, opposite or f"no {flag}")
     return flags

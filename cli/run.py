@@ -18,7 +18,7 @@ from compressor.cli.terminal import write_error
 from compressor.errors import BadInput, CompressorError
 from compressor.system_errors import explained_anywhere
 
-SUBCOMMANDS = frozenset(command.name for command in subcommands.registered_commands)
+SUBCOMMANDS = frozenset(command.name or "" for command in subcommands.registered_commands)
 DONE, INTERRUPTED = 0, 130
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 _A_MODEL = "give a path, org/name of the hub, or a torch.nn.Module"
 _MOST_SHOWN = 40
+_UNITS = {
+    unit: base**power
+    for base, infix in ((1000, ""), (1024, "I"))
+    for power, letter in enumerate("KMGT", start=1)
+    for unit in (letter + infix + "B",)
+} | {"": 1, "B": 1}
 
 
 def as_number(value: object, option: str, *, percent: bool = False) -> float | None:
@@ -56,6 +64,19 @@ def as_count_if_given(value: object, option: str, *, least: int) -> int | None:
     return None if value is None else as_count(value, option, least=least)
 
 
+def as_size(value: object, option: str) -> int:
+    """A size as a number of bytes: a whole number, or text such as 40MB or 1.5GiB; KB is 1000 bytes, KiB is 1024."""
+    if not isinstance(value, str):
+        return as_count(value, option, least=1)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", value, re.ASCII)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    size = 0 if match is None or unit is None else int(Decimal(match[1]) * unit)
+    if size <= 0:
+        what, remedy = f"`{option}` {_shown(value)} is not a size", "write a number and a unit, such as 40MB or 1.5GiB"
+        raise BadInput(what, option=option, remedy=remedy)
+    return size
+
+
 def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ...]:
     """The patterns on layer names; a text is one pattern, and not its letters."""
     patterns: Any = (value,) if isinstance(value, str) else value or ()
@@ -82,7 +103,7 @@ def require_kind(value: object, option: str, kinds: tuple[Any, ...], *, remedy: 
         raise BadInput(f"`{option}` is a {type(value).__name__}", option=option, remedy=remedy)
 
 
-def require_model(model: object) -> None:
+def require_model(model: object, option: str = "model") -> None:
     """Refuse what is neither a path nor a module whose layers can be seen and replaced."""
     from torch import nn
 
@@ -95,7 +116,7 @@ def require_model(model: object) -> None:
     remedy = _A_MODEL
     if isinstance(model, dict):
         remedy = "load the state dict into its module and give that, or save it to a file"
-    raise BadInput(what, option="model", remedy=remedy)
+    raise BadInput(what, option=option, remedy=remedy)
 
 
 def _require_plain(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from compressor.choices import ExportTarget, FormRequest, Head, MergeMode
 from compressor.diagnosis.findings import Finding
 from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
@@ -18,10 +19,9 @@ from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
 from compressor.measure import NormBalance, Spectrum
 from compressor.merging import InputOverlap, LayerOverlap
-from compressor.merging.combination import Head
 from compressor.model import InspectedLayer
 from compressor.network import Layer
-from compressor.planning import FormRequest, MeasuredLayer, Plan, SizeCurve, size_curve
+from compressor.planning import MeasuredLayer, Plan, SizeCurve, size_curve
 from compressor.recipe import TrainingRecipe
 
 SCHEMA_VERSION = 1
@@ -249,9 +249,6 @@ class Diagnosis:
         }
 
 
-Mode = Literal["sum", "concat"]
-
-
 @dataclass(frozen=True)
 class TaskQuality:
     """One task before and after the merge: the metric of its own network alone, and of the merged one.
@@ -283,7 +280,7 @@ class Merging:
     models: tuple[str, ...]
     base: str | None
     output: str | None
-    mode: Mode
+    mode: MergeMode
     head: Head
     inputs: InputOverlap | None
     layers: tuple[LayerOverlap, ...]
@@ -327,7 +324,7 @@ class Export:
 
     source: str
     output: str
-    to: Target
+    to: ExportTarget
     layers: int
     bytes: BeforeAfter
     difference: float | None
@@ -338,6 +335,3 @@ class Export:
     def to_dict(self) -> dict[str, Any]:
         not_copied = [each._asdict() for each in self.not_copied]
         return {"schema_version": SCHEMA_VERSION, **asdict(self), "not_copied": not_copied}
-
-
-Target = Literal["dense", "hf-remote", "onnx", "lora"]

@@ -18,7 +18,7 @@ from torch import nn
 
 import compressor
 from compressor import BadInput, Compression, compress
-from compressor.arguments import as_count, as_number, as_patterns, require_copyable
+from compressor.arguments import as_count, as_number, as_patterns, as_size, require_copyable
 from compressor.cli.run import run
 
 
@@ -105,7 +105,7 @@ def batches(width: int) -> list[torch.Tensor]:
         ({"keep": None, "max_size": 0}, "`max_size` 0 is out of range"),
         ({"keep": None, "max_size": [1]}, r"`max_size` \[1\] is out of range"),
         ({"max_shard_size": 0.5}, r"`max_shard_size` 0\.5 is out of range"),
-        ({"recipe": {"learning_rate": 0.1}}, "`recipe` is a dict; give a TrainingRecipe"),
+        ({"recipe": 5}, "`recipe` is a int; give a TrainingRecipe"),
         ({"factory": 5}, "`factory` is a int; give a function"),
         ({"keep": None, "plan": 5}, "`plan` is a int; give a plan"),
         ({"data": [1]}, "`data` is a list; give the path"),
@@ -207,3 +207,38 @@ def test_merging_one_text_is_not_merging_its_letters(tmp_path: Path) -> None:
         merge("ab", mode="sum", output=tmp_path / "out")
     with pytest.raises(BadInput, match="`mode` 'mean' does not exist; use one of sum, concat"):
         merge(["a", "b"], mode="mean", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("40MB", 40_000_000),
+        ("40 mb", 40_000_000),
+        ("1.5GiB", 3 * 2**29),
+        ("0.1MB", 100_000),
+        ("2KB", 2000),
+        ("2KiB", 2048),
+        ("3MiB", 3 * 2**20),
+        ("5GB", 5 * 10**9),
+        ("1TB", 10**12),
+        ("1TiB", 2**40),
+        ("17", 17),
+        ("17B", 17),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert as_size(text, "max_size") == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "0.1B", "1e3", "1,5GB", "5XB", "5 M B", "nan", "inf", "٣MB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(BadInput, match="not a size"):
+        as_size(text, "max_size")
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_positive_size_or_bad_input(text: str) -> None:
+    try:
+        assert as_size(text, "max_size") > 0
+    except BadInput:
+        return

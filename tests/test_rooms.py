@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "compressor"
-FOUNDATIONS = ("version", "errors", "system_errors", "progress", "torch_state", "documents", "arguments")
+FOUNDATIONS = ("version", "errors", "choices", "system_errors", "progress", "torch_state", "documents", "arguments")
 ROOMS = (
     *("recipe", "io", "network", "data", "measure", "factorize", "planning", "lowrank", "model", "evaluation"),
     *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "results", "report", "api"),

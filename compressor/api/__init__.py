@@ -1,1 +1,1 @@
-"""The verbs, a module each: open, compute, write, and return a result."""
+"""The verbs, a page each: read the options, open the model, compute, write, and return a result."""

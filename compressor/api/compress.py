@@ -9,26 +9,20 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
+from compressor.api.keywords import CompressKeywords, PlanKeywords
+from compressor.api.option import verb
+from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
-    SHARD_SIZE,
-    as_size,
     data_to_measure_on,
-    named_data,
-    requested,
-    require_fine_tune,
-    require_known_kinds,
-    require_what_is_needed,
+    requested_budget,
     selection,
-    stated,
-    training_options,
 )
 from compressor.api.workload import (
     decomposition_costs,
@@ -38,10 +32,11 @@ from compressor.api.workload import (
     work_on_data,
 )
 from compressor.api.write import Output, written
-from compressor.arguments import as_count, as_count_if_given, as_patterns, require_copyable, require_model
+from compressor.arguments import require_copyable
 from compressor.calibration import CalibrationData, calibrate, split_examples
 from compressor.calibration.drop import plan_within_drop
 from compressor.calibration.search import PlannedModel, open_calibration_data, plan_ranks
+from compressor.choices import FormRequest
 from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, require_accepted
@@ -56,7 +51,6 @@ from compressor.lowrank import (
 )
 from compressor.measure import EPSILON
 from compressor.model import (
-    Factory,
     Model,
     ModelLike,
     inspect_layers,
@@ -67,7 +61,6 @@ from compressor.model import (
 )
 from compressor.planning import (
     Budget,
-    FormRequest,
     LayerPlan,
     MeasuredLayer,
     Plan,
@@ -75,10 +68,9 @@ from compressor.planning import (
     within_limit,
     worthwhile_size,
 )
-from compressor.progress import Progress, expect, takes_steps
-from compressor.recipe import TrainingRecipe
+from compressor.progress import expect, takes_steps
 from compressor.report.model_card import compressed_card
-from compressor.report.wording import command_words, format_size, needs_calibration, percent, warning_words
+from compressor.report.wording import format_size, needs_calibration, percent, warning_words
 from compressor.results import BeforeAfter, Compression
 from compressor.torch_state import neutral_torch_state
 
@@ -86,211 +78,99 @@ logger = logging.getLogger(__name__)
 
 
 @neutral_torch_state()
-def plan(
-    model: ModelLike,
-    *,
-    revision: str | None = None,
-    base: ModelLike | None = None,
-    keep: float | str | None = None,
-    max_size: int | str | None = None,
-    max_drop: float | None = None,
-    tolerance: float | str | None = None,
-    recipe: TrainingRecipe | str | Path | None = None,
-    recipe_file: str | Path | None = None,
-    factory: Factory | None = None,
-    data: str | Path | None = None,
-    data_samples: int | None = None,
-    calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int | None = None,
-    calibration_sequence_length: int | None = None,
-    refine: bool = True,
-    seed: int = 0,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    embeddings: bool = False,
-    form: FormRequest = "auto",
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Plan:
-    """The ranks that `compress` would choose, and why, without the work; raises what `compress` raises.
+@verb(PlanOptions)
+def plan(model: ModelLike, options: PlanOptions | None = None, **given: Unpack[PlanKeywords]) -> Plan:
+    """Choose the ranks that `compress` would choose, without the work.
 
-    Only `max_drop` uses the data, and compresses in memory to find them. The refinement changes no rank, only the loss
-    that is told: without it a plan is made faster.
+    Only `max_drop` uses `data`, and compresses in memory to find the ranks. The refinement changes no rank, only the
+    predicted loss; without it a plan is made faster.
+
+    Args:
+        model: As for `compress`.
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        The plan: a rank and a form for every eligible layer, and why.
+
+    Raises:
+        BadInput: as `compress`.
+        QualityGateNotMet: as `compress`.
     """
-    return compress(
-        model,
-        revision=revision,
-        base=base,
-        keep=keep,
-        max_size=max_size,
-        max_drop=max_drop,
-        tolerance=tolerance,
-        recipe=recipe,
-        recipe_file=recipe_file,
-        factory=factory,
-        data=data,
-        data_samples=data_samples,
-        calibration=calibration,
-        calibration_samples=calibration_samples,
-        calibration_sequence_length=calibration_sequence_length,
-        refine=refine,
-        seed=seed,
-        include=include,
-        exclude=exclude,
-        embeddings=embeddings,
-        form=form,
-        device=device,
-        dry_run=True,
-        progress=progress,
-    ).plan
+    asked = PlanOptions.of(options, given)
+    return compress(model, CompressOptions(**asked.as_given(), dry_run=True)).plan
 
 
 @neutral_torch_state()
+@verb(CompressOptions)
 def compress(
-    model: ModelLike,
-    *,
-    revision: str | None = None,
-    base: ModelLike | None = None,
-    output: str | Path | None = None,
-    push_to: str | None = None,
-    keep: float | str | None = None,
-    max_size: int | str | None = None,
-    max_drop: float | None = None,
-    tolerance: float | str | None = None,
-    plan: Plan | str | Path | None = None,
-    recipe: TrainingRecipe | str | Path | None = None,
-    recipe_file: str | Path | None = None,
-    factory: Factory | None = None,
-    data: str | Path | None = None,
-    data_samples: int | None = None,
-    calibration: str | Path | Iterable[Any] | None = None,
-    calibration_samples: int | None = None,
-    calibration_sequence_length: int | None = None,
-    refine: bool = True,
-    seed: int = 0,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    embeddings: bool = False,
-    form: FormRequest = "auto",
-    max_shard_size: int | str = SHARD_SIZE,
-    device: str = "auto",
-    allow_miss: bool = False,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    model: ModelLike, options: CompressOptions | None = None, **given: Unpack[CompressKeywords]
 ) -> Compression:
     """Make a trained model smaller: measure, plan, factorize, rewrite, and evaluate on `data` where it is given.
 
-    Of the data at most `data_samples` examples are used, evenly spaced; all by default. With `embeddings` these are
-    among the eligible layers, each together with an output head that is tied to it.
+    Without a budget, the window rule decides where the recipe is of the SGD family, else a tolerance that is safe
+    without data. `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that: the
+    validation split of built-in data decides and the test split is reported; of other data every second example
+    decides. One standard error is added to a measured drop. A quarter of the calibration examples are the holdout, by
+    which candidates are compared.
 
-    At most one of `keep` (fraction of the eligible parameters, 0.6 or "60%"), `max_size` (bytes of the weight files),
-    `max_drop` (accuracy as a fraction, or increase in perplexity), `tolerance` (relative error per layer) and `plan`;
-    with none of them the window rule where the recipe is of the SGD family, else a tolerance that is safe without data.
-
-    `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that. The validation split
-    of built-in data decides, and their test split gives the evaluation; of other data every second example decides,
-    and the others give it. What decides is the drop with one standard error added; `plan.search` tells what was tried.
-    Where the evaluation shows a larger drop than was allowed nothing is written, unless `allow_miss` is set.
-
-    `org/name`, where there is no such path, is a model of the Hugging Face hub, at a `revision` or its default branch.
-    A folder that was written is sent to the hub as `push_to`: a repository made for it is private, weights that one
-    has already are replaced only with `overwrite`, and those that are compressed never.
-
-    `calibration` is data, or an iterable of batches, by which ranks and factors are chosen so that the loss notices
-    least: at most `calibration_samples` of its examples, by default all of an iterable and 128 of other data; texts in
-    windows of `calibration_sequence_length` tokens (the model's own by default). A quarter of them are the holdout, to
-    choose what loses least; `seed` draws the targets. With `refine` the factors are at last fitted, a block at a time,
-    to what the dense model makes of these examples, and kept so only where the holdout examples agree; without is
-    faster.
-
-    With a `base`, the model that this one was fine-tuned from, the difference to it is compressed instead of the
-    weights: a folder gives a LoRA adapter folder, for PEFT, or factor pairs where `output` is named .safetensors; a
-    file gives pairs, and a module (and its base) a copy of the base with pairs beside its layers.
+    With a `base`, the difference to it is compressed instead of the weights: a folder gives a LoRA adapter folder for
+    PEFT, or factor pairs where `output` is named .safetensors; a file gives pairs, and a module a copy of the base with
+    pairs beside its layers.
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
-    module gives `Compression.model` and is itself left as it is. Nothing is written in a `dry_run`. The same input
-    gives the same bytes.
+    module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
+    same bytes.
 
-    Raises `BadInput` for a request or input that is bad and `QualityGateNotMet` when nothing was asked and nothing can
-    be removed safely, or when `max_drop` is missed; no output is left behind. Raises
-    `CompressorError` when the output was written, and could not be pushed.
+    Args:
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        options: The options as an object, for pipelines that keep them in files; keywords go before them.
+
+    Returns:
+        The plan, the sizes, the evaluation, and for a module the compressed model.
+
+    Raises:
+        BadInput: the request or an input is bad.
+        QualityGateNotMet: nothing was asked and nothing can be removed safely, or `max_drop` is missed; nothing is
+            written.
+        CompressorError: the output was written, and could not be pushed.
+
+    Example:
+        >>> small = compressor.compress("model/", output="small/", keep=0.6, calibration="corpus.txt")
     """
     started = time.monotonic()
-    require_model(model)
-    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
-    seed = as_count(seed, "seed", least=0, most=2**64 - 1)
-    calibration_samples = as_count_if_given(calibration_samples, "calibration_samples", least=2)
-    data_samples = as_count_if_given(data_samples, "data_samples", least=1)
-    require_known_kinds(output, data, recipe_file, plan, calibration, form)
-    budget = requested(keep, max_size, max_drop, tolerance, plan, form)
-    if base is not None:
-        require_fine_tune(
-            budget,
-            calibration,
-            calibration_samples,
-            calibration_sequence_length,
-            form,
-            push_to,
-            max_shard_size,
-            seed,
-            refine=refine,
-            embeddings=embeddings,
-        )
-    require_what_is_needed(budget, data, calibration, refine=refine, allow_miss=allow_miss)
+    asked = CompressOptions.of(options, given)
+    budget = requested_budget(asked)
     subject = open_model(
         model,
-        recipe=stated(recipe, recipe_file),
-        factory=factory,
-        select=selection(include, exclude, embeddings=embeddings),
-        revision=revision,
+        recipe=asked.recipe,
+        factory=asked.factory,
+        select=selection(asked),
+        revision=asked.revision,
     )
     if subject.in_memory:
         require_copyable(subject.module)
-    if base is not None:
-        return _compressed_fine_tune(
-            subject,
-            open_runnable(base, factory),
-            data,
-            data_samples,
-            resolve_device(device),
-            progress,
-            output=output,
-            budget=budget,
-            plan=plan,
-            dry_run=dry_run,
-            overwrite=overwrite,
-        )
+    if asked.base is not None:
+        return _compressed_fine_tune(subject, open_runnable(asked.base, asked.factory), budget, asked)
     checkpoint = subject.checkpoint
-    target = _target(checkpoint, output, push_to, dry_run=dry_run, overwrite=overwrite)
-    if data is not None or calibration is not None:
+    target = _target(checkpoint, asked)
+    if asked.data is not None or asked.calibration is not None:
         subject.require_runnable()
-    torch_device = resolve_device(device)
-    deciding, reported = data_to_measure_on(data, data_samples, subject, max_drop, calibration)
-    samples = open_calibration_data(calibration, subject, calibration_samples, calibration_sequence_length)
-    shard_size = as_size(max_shard_size, "max_shard_size")
+    device = resolve_device(asked.device)
+    deciding, reported = data_to_measure_on(asked, subject)
+    samples = open_calibration_data(asked.calibration, subject, asked.calibration_samples, asked.calibration_length)
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-    examples = None if samples is None else _examples(subject, samples, torch_device, calibration_samples)
-    _announce(
-        progress,
-        subject,
-        examples,
-        deciding,
-        None if dry_run else reported,
-        torch_device,
-        given=plan is not None,
-        refine=refine,
-        writes=not dry_run,
-    )
-    inspected = inspect_layers(subject, EPSILON, torch_device, progress)
+    examples = None if samples is None else _examples(subject, samples, device, asked.calibration_samples)
+    _announce(asked, subject, examples, deciding, reported, device)
+    progress, form, shard_size, refine = asked.progress, asked.form, asked.max_shard_size, asked.refine
+    inspected = inspect_layers(subject, EPSILON, device, progress)
     measured = measured_layers(subject, inspected)
     _require_some(measured, subject.name)
     calibrated = None
     if examples is not None:
         dense, layers = subject.with_separate_experts, [m.layer for m in measured]
-        calibrated = calibrate(dense, layers, examples, device=torch_device, seed=seed, progress=progress)
+        calibrated = calibrate(dense, layers, examples, device=device, seed=asked.seed, progress=progress)
     if deciding is not None and budget is not None:
         planned = plan_within_drop(
             subject,
@@ -300,54 +180,21 @@ def compress(
             shard_size,
             calibrated,
             deciding,
-            torch_device,
+            device,
             progress,
             refine=refine,
         )
     else:
-        planned = plan_ranks(subject, measured, budget, plan, form, shard_size, calibrated, progress, refine=refine)
+        planned = plan_ranks(
+            subject, measured, budget, asked.plan, form, shard_size, calibrated, progress, refine=refine
+        )
     chosen = planned.plan
     if budget is None:
         _require_worthwhile(subject, measured, chosen, form, shard_size)
     if chosen.budget.kind != "plan":
-        _require_smaller(subject, chosen, dry_run=dry_run)
+        _require_smaller(subject, chosen, dry_run=asked.dry_run)
 
-    asked = {
-        "revision": revision,
-        "keep": keep,
-        "max-size": max_size,
-        "max-drop": max_drop,
-        "allow-miss": allow_miss,
-        "tolerance": tolerance,
-        "plan": Path(plan) if isinstance(plan, str) else plan,
-        **training_options(subject.recipe, recipe, recipe_file),
-        "data": named_data(data),
-        "data-samples": data_samples,
-        "calibration": named_data(calibration),
-        "calibration-samples": None if calibration is None else calibration_samples,
-        "sequence-length": calibration_sequence_length,
-        "no-refine": not refine,
-        "seed": seed or None,
-        "model": Path(factory) if isinstance(factory, str) else factory,
-        "include": include,
-        "exclude": exclude,
-        "embeddings": embeddings,
-        "form": None if form == "auto" else form,
-        "max-shard-size": None if max_shard_size == SHARD_SIZE else max_shard_size,
-    }
-    compression = write_compressed(
-        subject,
-        measured,
-        planned,
-        target,
-        shard_size,
-        reported,
-        torch_device,
-        progress,
-        command="" if checkpoint.source is None else command_words(checkpoint.name, asked),
-        allow_miss=allow_miss,
-        dry_run=dry_run,
-    )
+    compression = write_compressed(subject, measured, planned, target, reported, device, asked)
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
@@ -363,20 +210,16 @@ def write_compressed(
     measured: Sequence[MeasuredLayer],
     planned: PlannedModel,
     target: Target | None,
-    shard_size: int,
     reported: EvaluationData | None,
     device: torch.device,
-    progress: Progress | None,
-    *,
-    command: str,
-    allow_miss: bool,
-    dry_run: bool,
+    asked: CompressOptions,
 ) -> Compression:
-    """The plan carried out: the output written whole with its card, and measured."""
+    """Write the planned model with its card, and measure it."""
+    progress, shard_size = asked.progress, asked.max_shard_size
     checkpoint, chosen = subject.checkpoint, planned.plan
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
     errors = StoredErrors(len(rewriting.factorized), progress)
-    module = subject.with_separate_experts if subject.in_memory and not dry_run else None
+    module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, shard_size, device=device, errors=errors, module=module)
 
     def evaluation_of(small: ModelLike | None) -> Evaluation | None:
@@ -384,7 +227,7 @@ def write_compressed(
             return None
         compressed_model = open_runnable(small, subject.factory)
         evaluation = evaluate_models(subject, compressed_model, reported, device, progress)
-        _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=allow_miss)
+        _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=asked.allow_miss)
         return evaluation
 
     def result(made: Output, evaluation: Evaluation | None) -> Compression:
@@ -403,7 +246,7 @@ def write_compressed(
                 m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
                 for m, p in zip(measured, chosen.layers, strict=True)
             },
-            command=command,
+            command="" if checkpoint.source is None else asked.command(checkpoint.name),
             model=made.model if isinstance(made.model, nn.Module) else None,
             has_attention=subject.has_attention,
             left_out=checkpoint.left_out,
@@ -420,49 +263,32 @@ def write_compressed(
     return compression
 
 
-def _target(
-    checkpoint: Checkpoint, output: str | Path | None, push_to: str | None, *, dry_run: bool, overwrite: bool
-) -> Target | None:
+def _target(checkpoint: Checkpoint, asked: CompressOptions) -> Target | None:
     """Where the result goes; None where nothing is written."""
     if checkpoint.source is None:
-        require_no_output(output)
-    if dry_run and push_to is not None:
-        raise BadInput("`push_to` and `dry_run` contradict each other", remedy="leave one of them out")
-    if checkpoint.source is None and push_to is not None:
-        what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
-        raise BadInput(what, remedy=remedy)
-    if checkpoint.source is None or dry_run:
+        require_no_output(asked.output)
+        if asked.push_to is not None:
+            what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
+            raise BadInput(what, option="push_to", remedy=remedy)
+    if checkpoint.source is None or asked.dry_run:
         return None
     named = Naming(form_of(checkpoint), "-compressed")
-    return checked_target(checkpoint, output, named, overwrite=overwrite).pushed_to(push_to)
+    return checked_target(checkpoint, asked.output, named, overwrite=asked.overwrite).pushed_to(asked.push_to)
 
 
-def _compressed_fine_tune(
-    model: Model,
-    base: Model,
-    data: str | Path | None,
-    data_samples: int | None,
-    device: torch.device,
-    progress: Progress | None,
-    **request: Any,
-) -> Compression:
+def _compressed_fine_tune(model: Model, base: Model, budget: Budget | None, asked: CompressOptions) -> Compression:
     """`compress_fine_tune`, evaluated on `data` where they are given."""
-    reported = None
-    if data is not None:
+    reported, device = None, resolve_device(asked.device)
+    if asked.data is not None:
         model.require_runnable()
-        reported = open_data_for(data, model.preprocessing, limit=data_samples)
+        reported = open_data_for(asked.data, model.preprocessing, limit=asked.data_samples)
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None
-        return evaluate_models(model, open_runnable(small), reported, device, progress)
+        return evaluate_models(model, open_runnable(small), reported, device, asked.progress)
 
     compression = compress_fine_tune(
-        model,
-        base,
-        device=device,
-        progress=progress,
-        evaluated=None if reported is None else evaluated,
-        **request,
+        model, base, budget, asked, device=device, evaluated=None if reported is None else evaluated
     )
     return replace(compression, peak_memory_bytes=_peak_memory_bytes(), warnings=warning_words(compression))
 
@@ -546,21 +372,19 @@ def _examples(
 
 
 def _announce(
-    progress: Progress | None,
+    asked: CompressOptions,
     subject: Model,
     examples: CalibrationData | None,
     deciding: EvaluationData | None,
     reported: EvaluationData | None,
     device: torch.device,
-    *,
-    given: bool,
-    refine: bool,
-    writes: bool,
 ) -> None:
     """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
 
     A short measurement says how long running the model takes.
     """
+    progress, reported = asked.progress, None if asked.dry_run else reported
+    given, refine, writes = asked.plan is not None, asked.refine, not asked.dry_run
     if not takes_steps(progress):
         return
     data = (examples, deciding, reported)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Unpack
 
-from compressor.api.requests import selection, stated
+from compressor.api.keywords import DiagnoseKeywords
+from compressor.api.option import verb
+from compressor.api.options import DiagnoseOptions
+from compressor.api.requests import selection
 from compressor.data import open_data_for
 from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
@@ -15,51 +17,48 @@ from compressor.diagnosis.types import Predictions
 from compressor.errors import BadInput
 from compressor.measure import EPSILON
 from compressor.model import (
-    Factory,
     ModelLike,
     inspect_layers,
     open_model,
     resolve_device,
 )
-from compressor.progress import Progress
-from compressor.recipe import TrainingRecipe
 from compressor.results import Diagnosis
 from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
-def diagnose(
-    model: ModelLike,
-    *,
-    data: str | Path | None = None,
-    data_samples: int | None = None,
-    recipe: TrainingRecipe | str | Path | None = None,
-    recipe_file: str | Path | None = None,
-    factory: Factory | None = None,
-    series: str | Path | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Diagnosis:
+@verb(DiagnoseOptions)
+def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: Unpack[DiagnoseKeywords]) -> Diagnosis:
     """Find out what training did to the eligible matrices of a model, and say what follows, one sentence a finding.
 
-    `data` are what the model was trained on: of built-in ones the training split, at most `data_samples` examples,
-    evenly spaced. With them the gradient of the mean cross-entropy is compared with the weights, in evaluation mode;
-    augmentation, label smoothing and dropout of the training are not in it. Without them only what the weights and the
-    recipe tell is said. `series` is a folder with checkpoints of the same run, whose names tell their step or epoch.
-    The other parameters are those of `inspect`.
+    With `data`, of which built-in ones give the training split, the gradient of the mean cross-entropy is compared with
+    the weights, in evaluation mode; augmentation, label smoothing and dropout of the training are not in it. Without
+    them only what the weights and the recipe tell is said. The gradient of every eligible layer is held in float64 on
+    the CPU.
 
-    The gradient of every eligible layer is held in float64 on the CPU. Raises `BadInput` for a model, recipe, pattern,
-    data or series that cannot be used.
+    Args:
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        The layers, the balance of their norms, and the findings.
+
+    Raises:
+        BadInput: a model, recipe, pattern, data or series that cannot be used.
+
+    Example:
+        >>> compressor.diagnose("model/", data="train.jsonl").findings
     """
-    subject = open_model(model, recipe=stated(recipe, recipe_file), factory=factory, select=selection(include, exclude))
+    asked = DiagnoseOptions.of(options, given)
+    subject = open_model(model, recipe=asked.recipe, factory=asked.factory, select=selection(asked))
     if not any(layer.eligible for layer in subject.layers):
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")
-    if data is not None:
+    if asked.data is not None:
         subject.require_runnable()
-    chosen = resolve_device(device)
-    examples = None if data is None else open_data_for(data, subject.preprocessing, split="train", limit=data_samples)
+    chosen = resolve_device(asked.device)
+    data, series, progress = asked.data, asked.series, asked.progress
+    limit = asked.data_samples
+    examples = None if data is None else open_data_for(data, subject.preprocessing, split="train", limit=limit)
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
     predictions: Predictions | None = None

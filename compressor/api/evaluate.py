@@ -3,45 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar, Unpack
 
 import torch
 
-from compressor.arguments import as_count_if_given, one_of
+from compressor.api.keywords import EvaluateKeywords
+from compressor.api.option import verb
+from compressor.api.options import EvaluateOptions
 from compressor.data import EvaluationData, open_data_for
-from compressor.data.builtin_data import Split
 from compressor.evaluation import Cost, Evaluation, compare
-from compressor.model import Factory, Model, ModelLike, open_runnable, resolve_device
+from compressor.model import Model, ModelLike, open_runnable, resolve_device
 from compressor.progress import Progress
 from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
-def evaluate(
-    model: ModelLike,
-    *,
-    data: str | Path,
-    data_samples: int | None = None,
-    baseline: ModelLike | None = None,
-    factory: Factory | None = None,
-    split: Split = "test",
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
+@verb(EvaluateOptions)
+def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: Unpack[EvaluateKeywords]) -> Evaluation:
+    """Measure quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
 
-    At most `data_samples` examples are used, evenly spaced; all by default. Without a baseline the model is measured
-    alone. `factory` builds the architecture of weights that are not a transformers model's. Raises `BadInput` for a
-    model or data that cannot be used.
+    Args:
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        What was measured; of the model alone without a baseline.
+
+    Raises:
+        BadInput: a model or data that cannot be used.
+
+    Example:
+        >>> compressor.evaluate("small/", baseline="model/", data="test.jsonl").drop
     """
-    one_of(split, "split", get_args(Split))
-    data_samples = as_count_if_given(data_samples, "data_samples", least=1)
-    torch_device = resolve_device(device)
-    opened = open_runnable(model, factory)
-    reference = None if baseline is None else open_runnable(baseline, factory)
-    examples = open_data_for(data, opened.preprocessing, split=split, limit=data_samples)
-    return evaluate_models(reference, opened, examples, torch_device, progress)
+    asked = EvaluateOptions.of(options, given)
+    device = resolve_device(asked.device)
+    opened = open_runnable(model, asked.factory)
+    reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
+    examples = open_data_for(asked.data, opened.preprocessing, split=asked.split, limit=asked.data_samples)
+    return evaluate_models(reference, opened, examples, device, asked.progress)
 
 
 def evaluate_models(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
+from compressor.api.keywords import ExploreKeywords
+from compressor.api.option import verb
+from compressor.api.options import ExploreOptions
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -15,31 +18,37 @@ if TYPE_CHECKING:
     from compressor.results import Inspection
 
 
-def explore(
-    output: str | Path = "explorer.html",
-    *,
-    recipe: TrainingRecipe | str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Path:
+@verb(ExploreOptions)
+def explore(options: ExploreOptions | None = None, **given: Unpack[ExploreKeywords]) -> Path:
     """Write the interactive explorer as one offline HTML file, and return its path.
 
     `recipe` is what the page opens on: a `TrainingRecipe`, a file that holds one, or a model, which is measured first
     and whose layers are then listed with their windows. Without it the page opens on a preset.
 
-    Raises `BadInput` for a path that is not named .html or cannot be written, and for a recipe or model that cannot be
-    used.
+    Args:
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        BadInput: a path that is not named .html or cannot be written, or a recipe or model that cannot be used.
+
+    Example:
+        >>> compressor.explore(output="explorer.html", recipe="model/")
     """
+    asked = ExploreOptions.of(options, given)
+    recipe, overwrite = asked.recipe, asked.overwrite
     from compressor.io import check_output, staged_file
     from compressor.report.explorer import explorer_page
 
-    path = Path(output)
+    path = asked.output
     # A slip such as -o MODEL --overwrite must not cost anybody a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("the explorer is an HTML file", where=path, remedy="give it a name that ends in .html")
     sources = [Path(recipe)] if isinstance(recipe, str | Path) else []
     check_output(path, sources=sources, form="file", overwrite=overwrite)
-    known, layers = (None, ()) if recipe is None else _explored(recipe, progress)
+    known, layers = (None, ()) if recipe is None else _explored(recipe, asked.progress)
     page = explorer_page(known, layers)
     with staged_file(path, overwrite=overwrite) as staged:
         staged.write_bytes(page.encode())

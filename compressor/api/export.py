@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Unpack
 
 import torch
 
 from compressor.api.fine_tune import finish_adapter
-from compressor.api.requests import as_size
+from compressor.api.keywords import ExportKeywords
+from compressor.api.option import verb
+from compressor.api.options import ExportOptions, RestoreOptions
 from compressor.api.restore import restore
 from compressor.api.write import written
+from compressor.choices import ExportTarget
 from compressor.errors import BadInput
 from compressor.exporting.onnx import example_inputs, largest_difference, onnx_artifact, require_onnx
 from compressor.exporting.remote import remote_artifact, remote_configuration
@@ -33,26 +36,15 @@ from compressor.io import (
 from compressor.lowrank import StoredErrors, stored_pairs
 from compressor.measure import image_size
 from compressor.model import Factory, open_runnable
-from compressor.progress import Progress
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
-from compressor.results import BeforeAfter, Export, Target
+from compressor.results import BeforeAfter, Export
 from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
-def export(
-    model: str | Path,
-    *,
-    to: Target,
-    output: str | Path | None = None,
-    base: str | Path | None = None,
-    factory: Factory | None = None,
-    input_shape: Sequence[int] | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Export:
+@verb(ExportOptions)
+def export(model: str | Path, options: ExportOptions | None = None, **given: Unpack[ExportKeywords]) -> Export:
     """Write a compressed model, a folder or a file, in the form in which something else runs it.
 
     `dense` multiplies the pairs back, as `restore` does. `hf-remote` is a folder with the code of its low-rank layers,
@@ -61,38 +53,42 @@ def export(
     a linear layer, the `input_shape` of one example. A file of what a fine-tune adds to its `base` becomes the `dense`
     fine-tune, or a `lora` adapter folder for PEFT.
 
-    Raises `BadInput` for a model that cannot be exported so, or an output that cannot be written.
+    Args:
+        model: A compressed weight file or folder.
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        What was written, and how it is loaded.
+
+    Raises:
+        BadInput: a model that cannot be exported so, or an output that cannot be written.
+
+    Example:
+        >>> compressor.export("small/", to="onnx", output="small.onnx")
     """
-    if to not in get_args(Target):
-        raise BadInput(f"there is no export to {to!r}", remedy=f"choose one of {', '.join(get_args(Target))}")
     started = time.monotonic()
+    asked = ExportOptions.of(options, given)
     checkpoint = open_checkpoint(model)
-    base = None if base is None else local_model(base)
-    _require_base(checkpoint, to, base)
-    _require_use(to, base, factory, input_shape)
-    shard_size = as_size(max_shard_size, "max_shard_size")
+    base = None if asked.base is None else local_model(asked.base)
+    _require_base(checkpoint, asked.to, base)
+    _require_use(asked)
+    output, shard_size, overwrite = asked.output, asked.max_shard_size, asked.overwrite
     if base is not None:
-        export_it = _applied if to == "dense" else _to_adapter
+        export_it = _applied if asked.to == "dense" else _to_adapter
         exported = export_it(checkpoint, base, output, shard_size, overwrite=overwrite)
-    elif to == "dense":
-        restored = restore(
-            model,
-            output=output,
-            factory=factory,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    elif asked.to == "dense":
+        of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
+        restored = restore(model, RestoreOptions(**of_restore))
         load = "as the original model"
         exported = _Exported(Path(restored.output), restored.bytes.after, load, not_copied=restored.not_copied)
-    elif to == "hf-remote":
+    elif asked.to == "hf-remote":
         exported = _to_remote(checkpoint, output, shard_size, overwrite=overwrite)
     else:
-        exported = _to_onnx(checkpoint, output, factory, input_shape, overwrite=overwrite)
+        exported = _to_onnx(checkpoint, output, asked.factory, asked.input_shape, overwrite=overwrite)
     return Export(
         source=str(model),
         output=str(exported.path),
-        to=to,
+        to=asked.to,
         layers=len(stored_pairs(checkpoint)),
         bytes=BeforeAfter(checkpoint.weight_bytes, exported.bytes),
         difference=exported.difference,
@@ -113,7 +109,7 @@ class _Exported:
     not_copied: tuple[NotCopied, ...] = ()
 
 
-def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -> None:
+def _require_base(checkpoint: Checkpoint, to: ExportTarget, base: str | Path | None) -> None:
     """Differences go with their base to dense and lora, and nothing else does."""
     where = checkpoint.source
     if checkpoint.folder is not None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
@@ -139,14 +135,13 @@ def _require_base(checkpoint: Checkpoint, to: Target, base: str | Path | None) -
         )
 
 
-def _require_use(
-    to: Target, base: str | Path | None, factory: Factory | None, input_shape: Sequence[int] | None
-) -> None:
+def _require_use(asked: ExportOptions) -> None:
     """Refuse what was asked for and would change nothing."""
-    if factory is not None and (to in ("hf-remote", "lora") or base is not None):
-        raise BadInput(f"`{to=}` takes the architecture from the folder", remedy="leave out `factory`")
-    if input_shape is not None and to != "onnx":
-        raise BadInput(f"`{to=}` runs nothing", remedy="leave out `input_shape`")
+    if asked.factory is not None and (asked.to in ("hf-remote", "lora") or asked.base is not None):
+        what, remedy = f"`to={asked.to!r}` takes the architecture from the folder", "leave out `factory`"
+        raise BadInput(what, option="factory", remedy=remedy)
+    if asked.input_shape is not None and asked.to != "onnx":
+        raise BadInput(f"`to={asked.to!r}` runs nothing", option="input_shape", remedy="leave out `input_shape`")
 
 
 def _applied(

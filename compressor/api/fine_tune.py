@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from compressor.api.options import CompressOptions
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
 from compressor.evaluation import Evaluation
@@ -42,9 +43,7 @@ from compressor.model import (
 from compressor.network import module_architecture, with_ties
 from compressor.planning import (
     Budget,
-    Plan,
 )
-from compressor.progress import Progress
 from compressor.report.fine_tune_card import adapter_card
 from compressor.results import BeforeAfter, Compression, FineTune
 
@@ -52,28 +51,25 @@ from compressor.results import BeforeAfter, Compression, FineTune
 def compress_fine_tune(
     model: Model,
     base: Model,
-    *,
-    output: str | Path | None,
     budget: Budget | None,
-    plan: Plan | str | Path | None,
+    asked: CompressOptions,
+    *,
     device: torch.device,
-    dry_run: bool,
-    overwrite: bool,
-    progress: Progress | None,
     evaluated: Callable[[nn.Module], Evaluation] | None,
 ) -> Compression:
-    """Compress the difference of a fine-tune to its base; the parameters are those of `compress`.
+    """Compress the difference of a fine-tune to its base.
 
     A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors; a file gives a file
     of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
     """
     started = time.monotonic()
+    output, plan, progress = asked.output, asked.plan, asked.progress
     if model.in_memory != base.in_memory:
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = model.with_ties()
     start = with_ties(base.checkpoint, subject.architecture)
     kind = _kind(subject, output)
-    target = None if dry_run else _target(subject, start, output, kind, overwrite=overwrite)
+    target = None if asked.dry_run else _target(subject, start, output, kind, overwrite=asked.overwrite)
     changes = measured_changes(
         subject, start, kind, base_name=portable_name(base.name), device=device, progress=progress
     )
@@ -82,7 +78,7 @@ def compress_fine_tune(
     if stored.adapter is not None:
         require_pairs(stored.adapter)
     errors, module, evaluation, verified = stored.errors, None, None, None
-    if not dry_run and (kind == "module" or evaluated is not None):
+    if not asked.dry_run and (kind == "module" or evaluated is not None):
         # What was loaded here needs no copy.
         dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)

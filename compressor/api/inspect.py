@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Unpack
 
-from compressor.api.requests import selection, stated
-from compressor.arguments import as_number
-from compressor.errors import BadInput
-from compressor.measure import EPSILON
-from compressor.model import Factory, ModelLike, inspect_layers, measured_layers, open_model, resolve_device
+from compressor.api.keywords import InspectKeywords
+from compressor.api.option import verb
+from compressor.api.options import InspectOptions
+from compressor.api.requests import selection
+from compressor.model import ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import window_rule_advice
-from compressor.progress import Progress
-from compressor.recipe import TrainingRecipe
 from compressor.results import Inspection
 from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
-def inspect(
-    model: ModelLike,
-    *,
-    revision: str | None = None,
-    recipe: TrainingRecipe | str | Path | None = None,
-    recipe_file: str | Path | None = None,
-    factory: Factory | None = None,
-    include: str | Sequence[str] = (),
-    exclude: str | Sequence[str] = (),
-    embeddings: bool = False,
-    epsilon: float = EPSILON,
-    device: str = "auto",
-    progress: Progress | None = None,
-) -> Inspection:
+@verb(InspectOptions)
+def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Unpack[InspectKeywords]) -> Inspection:
     """Measure every matrix of a model: effective ranks, memory window, surviving initialization.
 
-    `model` is a weight file, a model folder, a module, or `org/name` of the Hugging Face hub at a `revision`. `recipe`
-    says how it was trained where the files beside it do not, as a `TrainingRecipe` or the path of a file. `factory`
-    builds the model's architecture, for weights that are not a transformers model's. `embeddings` has these measured
-    too. `epsilon` is the share of a matrix that the memory window may leave out.
+    Args:
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        options: The options as an object; keywords go before them.
 
-    Raises `BadInput` for a model, recipe or pattern that cannot be used.
+    Returns:
+        What was measured, layer by layer.
+
+    Raises:
+        BadInput: a model, recipe or pattern that cannot be used.
+
+    Example:
+        >>> inspection = compressor.inspect("model.safetensors", recipe="train.yaml")
     """
-    relative = as_number(epsilon, "epsilon") or 0.0
-    if not 0 < relative < 1:
-        what = f"`epsilon` {relative:g} is out of range"
-        raise BadInput(what, option="epsilon", remedy="give a number between 0 and 1")
+    asked = InspectOptions.of(options, given)
     subject = open_model(
-        model,
-        recipe=stated(recipe, recipe_file),
-        factory=factory,
-        select=selection(include, exclude, embeddings=embeddings),
-        revision=revision,
+        model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
-    inspected = inspect_layers(subject, relative, resolve_device(device), progress)
+    inspected = inspect_layers(subject, asked.epsilon, resolve_device(asked.device), asked.progress)
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,

@@ -6,14 +6,16 @@ import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import get_args
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from compressor.api.requests import as_size
+from compressor.api.keywords import MergeKeywords
+from compressor.api.option import verb
+from compressor.api.options import MergeOptions
 from compressor.api.write import written
-from compressor.arguments import one_of
+from compressor.choices import Head, MergeMode
 from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality, quality_drop
@@ -22,7 +24,7 @@ from compressor.measure.rounding import rounding
 from compressor.merging import InputOverlap, LayerOverlap
 from compressor.merging.artifact import merged_artifact
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
-from compressor.merging.combination import Combination, Head, layer_of
+from compressor.merging.combination import Combination, layer_of
 from compressor.merging.guarantee import interference_warning, sum_warnings
 from compressor.merging.overlap import (
     data_overlap,
@@ -41,50 +43,48 @@ from compressor.merging.parts import (
 from compressor.model import Factory, build_model, open_runnable, resolve_device
 from compressor.network import layer_name
 from compressor.progress import Progress
-from compressor.results import MergeRefused, Merging, Mode, TaskQuality
+from compressor.results import MergeRefused, Merging, TaskQuality
 from compressor.torch_state import neutral_torch_state
 
 
 @neutral_torch_state()
-def merge(
-    models: Sequence[str | Path],
-    *,
-    output: str | Path,
-    mode: Mode,
-    head: Head = "shared",
-    base: str | Path | None = None,
-    data: Sequence[str | Path] = (),
-    data_samples: int | None = None,
-    max_drop: float | None = None,
-    factory: Factory | None = None,
-    max_shard_size: int | str = "5GB",
-    device: str = "auto",
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Merging:
+@verb(MergeOptions)
+def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **given: Unpack[MergeKeywords]) -> Merging:
     """Merge two or more trained networks of one architecture into one that does what each of them does.
 
     `sum` adds the weights, for networks trained with weight decay on nearly orthogonal inputs; with a `base` it adds
     what each was fine-tuned by, `base + sum of (W_i - base)` (task arithmetic, Ilharco et al., arXiv 2212.04089).
     `concat` puts feed-forward networks side by side: first layers stacked, middle layers as blocks of a diagonal; a
-    `shared` head adds their outputs, a `separate` one puts out those of the first, then those of the second. Factor
-    pairs stay pairs. `data` is that of each network, in order: overlap is then measured on it, and each task's metric
-    before and after. With `max_drop` nothing is written if a task loses more (a fraction of accuracy, or an increase in
-    perplexity). `factory` builds the architecture of weights that are not a transformers model's. Files give a
-    safetensors file and folders a folder.
+    `shared` head adds their outputs, a `separate` one concatenates them. Factor pairs stay pairs. With `data` of each
+    network, overlap is measured on it, and each task's metric before and after. Files give a safetensors file and
+    folders a folder.
 
-    Raises `BadInput` for a request or input that is bad and `MergeRefused` where `max_drop` is not held.
+    Args:
+        models: Two or more weight files, or model folders.
+        options: The options as an object; keywords go before them.
+
+    Returns:
+        How much the networks overlap, and what merging did to each task.
+
+    Raises:
+        BadInput: the request or an input is bad.
+        MergeRefused: `max_drop` is not held; nothing is written.
+
+    Example:
+        >>> compressor.merge(["a.safetensors", "b.safetensors"], output="ab.safetensors", mode="concat")
     """
     started = time.monotonic()
-    _require_request(models, mode, head, base, data, max_drop)
-    torch_device = resolve_device(device)
+    asked = MergeOptions.of(options, given)
+    _require_several(models, asked)
+    mode, head, base, factory, progress = asked.mode, asked.head, asked.base, asked.factory, asked.progress
+    torch_device = resolve_device(asked.device)
     parts = tuple(open_part(model, factory) for model in models)
     start = None if base is None else open_part(base, factory)
     combination = _combination(parts, start, mode, head, factory)
     others = [part.checkpoint for part in (*parts[1:], *(() if start is None else (start,)))]
     named = Naming(form_of(parts[0].checkpoint), "-merged")
-    target = checked_target(parts[0].checkpoint, output, named, overwrite=overwrite, others=others)
-    tasks = _task_data(parts, data, data_samples)
+    target = checked_target(parts[0].checkpoint, asked.output, named, overwrite=asked.overwrite, others=others)
+    tasks = _task_data(parts, asked.data, asked.data_samples)
 
     networks = [part.model.module for part in parts] if tasks else []
     foundation = start.model.module if tasks and start is not None else None
@@ -93,8 +93,7 @@ def merge(
     inputs = inputs or _first_layer_overlap(parts, start, combination.chain)
     warnings = _warnings(combination, mode, start, overlaps, cosine, factory)
 
-    shard_size = as_size(max_shard_size, "max_shard_size")
-    artifact = merged_artifact(combination, shard_size, base=start, progress=progress)
+    artifact = merged_artifact(combination, asked.max_shard_size, base=start, progress=progress)
     qualities: list[TaskQuality] = []
 
     def result(output: Path | None) -> Merging:
@@ -125,40 +124,21 @@ def merge(
             qualities.append(_quality(parts[index], networks[index], own, task, torch_device))
             if progress:
                 progress("evaluate", index + 1, len(tasks))
-        if (lost := _lost_too_much(qualities, max_drop)) is not None:
+        if (lost := _lost_too_much(qualities, asked.max_drop)) is not None:
             raise MergeRefused(lost, result(None))
     return result(target.path)
 
 
-def _require_request(
-    models: Sequence[str | Path],
-    mode: Mode,
-    head: Head,
-    base: str | Path | None,
-    data: Sequence[str | Path],
-    max_drop: float | None,
-) -> None:
-    one_of(mode, "mode", get_args(Mode))
-    one_of(head, "head", get_args(Head))
+def _require_several(models: Sequence[str | Path], asked: MergeOptions) -> None:
     if isinstance(models, str | Path) or len(models) < 2:
-        raise BadInput("one network is nothing to merge", remedy="give two or more")
-    if mode == "sum" and head == "separate":
-        raise BadInput("a sum has one head", remedy="leave out `head`, or merge with `mode='concat'`")
-    if mode == "concat" and base is not None:
-        raise BadInput("`base` and `mode='concat'` contradict each other", remedy="merge fine-tunes with `mode='sum'`")
-    if data and len(data) != len(models):
-        raise BadInput(
-            f"{len(models)} networks and data of {len(data)} tasks",
-            remedy="give `data` once for each network, in order",
-        )
-    if max_drop is not None and not data:
-        raise BadInput("`max_drop` needs to measure", remedy="give `data` once for each network, in order")
-    if max_drop is not None and not max_drop >= 0:
-        raise BadInput(f"`max_drop` {max_drop:g} is out of range", remedy="give a number from 0 on, such as 0.01")
+        raise BadInput("one network is nothing to merge", option="models", remedy="give two or more")
+    if asked.data and len(asked.data) != len(models):
+        what = f"{len(models)} networks and data of {len(asked.data)} tasks"
+        raise BadInput(what, option="data", remedy="give `data` once for each network, in order")
 
 
 def _combination(
-    parts: tuple[Part, ...], start: Part | None, mode: Mode, head: Head, factory: Factory | None
+    parts: tuple[Part, ...], start: Part | None, mode: MergeMode, head: Head, factory: Factory | None
 ) -> Combination:
     """How the parts are put together, once they are known to fit."""
     everything = parts if start is None else (*parts, start)
@@ -301,7 +281,7 @@ def _first_layer_overlap(parts: Sequence[Part], start: Part | None, chain: Chain
 
 def _warnings(
     combination: Combination,
-    mode: Mode,
+    mode: MergeMode,
     start: Part | None,
     overlaps: Sequence[LayerOverlap],
     cosine: float,

@@ -10,6 +10,7 @@ import torch
 
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, plan_ranks, weighted_layers
+from compressor.choices import FormRequest
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
@@ -19,7 +20,6 @@ from compressor.planning import (
     PLANNING,
     Budget,
     DropSearch,
-    FormRequest,
     LayerPlan,
     MeasuredLayer,
     Trial,

@@ -15,6 +15,7 @@ from torch import Tensor
 from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.refinement import refine as refine_factors
+from compressor.choices import FormRequest
 from compressor.data import EvaluationData, open_data_for
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
@@ -23,7 +24,6 @@ from compressor.model import Model
 from compressor.planning import (
     Budget,
     CalibrationResult,
-    FormRequest,
     LayerPlan,
     MeasuredLayer,
     Plan,

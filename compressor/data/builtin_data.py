@@ -7,14 +7,14 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
+from compressor.choices import Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
 
-Split = Literal["train", "validation", "test"]
 
 DIGITS_SEED = 0
 DIGITS_TRAIN, DIGITS_VALIDATION = 0.6, 0.2

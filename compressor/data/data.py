@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from compressor.data.builtin_data import Split, digits, standard_library_files
+from compressor.choices import Split
+from compressor.data.builtin_data import digits, standard_library_files
 from compressor.data.images import channels_of, channels_wanted, preprocess, read_images, scale, wants_size
 from compressor.data.readers import Arrays, LabeledImages, LabeledTexts, NamedArrays, TextPairs, Texts, read_contents
 from compressor.data.text import Corpus, documents, separator, windows

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from compressor.data.builtin_data import Split
+from compressor.choices import Split
 from compressor.data.data import LONGEST_DEFAULT_WINDOW, EvaluationData, Reading, halves, has_splits, open_data
 from compressor.documents import read_json
 from compressor.errors import BadInput, first_line

@@ -184,7 +184,7 @@ def windows(
         raise BadInput(
             f"the text is {len(tokens):,} tokens long, less than {least} windows of {length:,}",
             where=name,
-            remedy="give more text, or ask for shorter windows with `calibration_sequence_length`",
+            remedy="give more text, or ask for shorter windows with `calibration_length`",
         )
     size = min(length, len(tokens))
     return TokenRows(tokens[: len(tokens) // size * size].reshape(-1, size).unbind())

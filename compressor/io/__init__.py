@@ -23,7 +23,7 @@ from compressor.io.companions import (
     portable_config,
 )
 from compressor.io.hub import hub_model, local_model
-from compressor.io.output import Naming, Target, check_output, checked_target, form_of, parse_size
+from compressor.io.output import Naming, Target, check_output, checked_target, form_of
 from compressor.io.staging import note_file, staged_file, staged_folder
 from compressor.io.tensors import TensorInfo
 from compressor.io.workspace import Workspace, temporary_workspace
@@ -63,7 +63,6 @@ __all__ = [
     "local_model",
     "note_file",
     "open_checkpoint",
-    "parse_size",
     "plan_shards",
     "portable_config",
     "portable_name",

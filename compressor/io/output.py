@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +19,6 @@ from compressor.io.companions import CODE_FILE, PLAN_FILE, companions
 from compressor.io.hub import check_push, hub_model, push_folder
 from compressor.io.workspace import remove_abandoned
 from compressor.system_errors import explained
-
-_UNITS = {
-    unit: base**power
-    for base, infix in ((1000, ""), (1024, "I"))
-    for power, letter in enumerate("KMGT", start=1)
-    for unit in (letter + infix + "B",)
-} | {"": 1, "B": 1}
 
 # What a model folder is written as, beside the companions of its weights.
 _WRITTEN = re.compile(
@@ -144,20 +136,6 @@ def checked_target(
     target = Target(naming.place(source, output), naming.form, (source, *others), overwrite)
     target.check()
     return target
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as `40MB`, `1.5GiB` or `4096`: KB is 1000 bytes, KiB is 1024.
-
-    Raises:
-        BadInput: the text is no positive size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    size = 0 if match is None or unit is None else int(Decimal(match[1]) * unit)
-    if size <= 0:
-        raise BadInput(f"{text!r} is not a size", remedy="write a number and a unit, such as 40MB or 1.5GiB")
-    return size
 
 
 def check_output(

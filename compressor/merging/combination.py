@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from compressor.choices import Head
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.io import TensorInfo, require_in_range
 from compressor.lowrank import MARKERS, LayerSpec, LowRankSpec, join
@@ -18,7 +18,6 @@ from compressor.merging.parts import TURNED, Part, merged_names
 from compressor.merging.weights import Weight, form_of_weight, joined, scaled, turned
 from compressor.network import Kind, layer_name
 
-Head = Literal["shared", "separate"]
 Read = Callable[[Part, str], Weight]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.planning.budget import Budget, requested_budget
+from compressor.planning.budget import Budget, checked_budget
 from compressor.planning.choice import (
     choose_ranks,
     default_budget,
@@ -14,7 +14,6 @@ from compressor.planning.choice import (
 from compressor.planning.drop_search import DropSearch, Trial, search_by_drop, smallest_found, within_limit
 from compressor.planning.plan import (
     CalibrationResult,
-    FormRequest,
     LayerPlan,
     LossUnit,
     MeasuredLayer,
@@ -32,7 +31,6 @@ __all__ = [
     "Budget",
     "CalibrationResult",
     "DropSearch",
-    "FormRequest",
     "LayerPlan",
     "LossUnit",
     "MeasuredLayer",
@@ -41,6 +39,7 @@ __all__ = [
     "SizeCurve",
     "Trial",
     "apply_edits",
+    "checked_budget",
     "choose_ranks",
     "default_budget",
     "is_worthwhile",
@@ -48,7 +47,6 @@ __all__ = [
     "predicted_loss",
     "rank_caps",
     "read_plan",
-    "requested_budget",
     "search_by_drop",
     "size_curve",
     "smallest_found",

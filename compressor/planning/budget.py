@@ -36,23 +36,8 @@ class Budget:
         return self.kind if self.value is None else f"{self.kind} {self.value:g}"
 
 
-def requested_budget(
-    *, keep: float | None, max_size: int | None, max_drop: float | None, tolerance: float | None
-) -> Budget | None:
-    """The one budget that was asked for, None if none was; BadInput for two, or for a value out of its range."""
-    given: tuple[tuple[BudgetKind, float | None], ...] = (
-        ("keep", keep),
-        ("max-size", max_size),
-        ("max-drop", max_drop),
-        ("tolerance", tolerance),
-    )
-    asked = [Budget(kind, value) for kind, value in given if value is not None]
-    if len(asked) > 1:
-        names = " and ".join(f"`{budget.option}`" for budget in asked)
-        raise BadInput(f"{names} are two budgets", remedy="ask for one of them")
-    if not asked:
-        return None
-    [budget] = asked
+def checked_budget(budget: Budget) -> Budget:
+    """The budget itself; `BadInput` where its value is out of range."""
     value = float(budget.value if budget.value is not None else math.nan)
     in_range = {
         "keep": 0 < value <= 1,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from compressor.choices import FormRequest
 from compressor.errors import BadInput
 from compressor.planning.budget import Budget
 from compressor.planning.plan import (
-    FormRequest,
     LayerPlan,
     MeasuredLayer,
     plan_by_file_size,

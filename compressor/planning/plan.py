@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from compressor.choices import FormRequest
 from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.io import portable_name
@@ -28,7 +29,6 @@ PLAN_SCHEMA_VERSION = 1
 ROUNDING = float(np.finfo(np.float64).eps)
 
 # `auto` stores every linear layer in whichever pair is smaller at its rank.
-FormRequest = Literal["auto", "plain", "pivoted"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from compressor.choices import FormRequest
 from compressor.planning.allocation import lower_hull
 from compressor.planning.plan import (
-    FormRequest,
     LayerChoices,
     LayerPlan,
     LossUnit,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -174,30 +172,6 @@ def recipe_sources(recipe: TrainingRecipe) -> str:
     flags = [place.removeprefix("flag ") for place in places if place.startswith("flag ")]
     files = [place for place in places if not place.startswith("flag ")]
     return ", ".join([*flags, *files])
-
-
-def command_words(model: str, options: Mapping[str, object]) -> str:
-    """The command that does what was asked for, with paths by their last part.
-
-    Options of None, False or () are left out; what was given in Python and has no name stands as `...`.
-    """
-    words = ["compress", shlex.quote(one_line(model))]
-    for name, value in options.items():
-        for each in value if isinstance(value, list | tuple) else (value,):
-            if each is None or each is False:
-                continue
-            words.append(f"--{name}")
-            if each is not True:
-                words.append(shlex.quote(one_line(_named(each))))
-    return " ".join(words)
-
-
-def _named(value: object) -> str:
-    if isinstance(value, PurePath):
-        return value.name
-    if isinstance(value, int | float):
-        return f"{value:.10g}" if isinstance(value, float) else str(value)
-    return value if isinstance(value, str) else "..."
 
 
 def budget_words(budget: Budget) -> str:

@@ -87,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         calibration=str(home / "b.txt"),
         calibration_samples=8,
         refine=False,
-        recipe_file=str(home / "recipe.json"),
+        recipe=str(home / "recipe.json"),
     )
     write_report(compression, home / "report.html", overwrite=False)
     export(home / "small", to="hf-remote", output=home / "remote")

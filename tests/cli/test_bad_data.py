@@ -62,15 +62,15 @@ def test_calibration_windows_have_the_length_asked_for(language_model: Path, tmp
     text = tmp_path / "text.txt"
     text.write_text("abc" * 7)
     arguments = [str(language_model), "--keep", "0.5", "--calibration", str(text), "--dry-run", "-q", "--json"]
-    assert run([*arguments, "--sequence-length", "10"]) == 0
+    assert run([*arguments, "--calibration-length", "10"]) == 0
     assert '"examples": 1' in capsys.readouterr().out
-    assert run([*arguments, "--sequence-length", "7"]) == 0
+    assert run([*arguments, "--calibration-length", "7"]) == 0
     out = capsys.readouterr().out
     assert '"examples": 2' in out
     assert '"sequence_length": null' in out
-    said = refused([*arguments, "--sequence-length", "11"], capsys)
+    said = refused([*arguments, "--calibration-length", "11"], capsys)
     assert "less than 2 windows of 11" in said
-    assert "at least 2" in refused([*arguments, "--sequence-length", "1"], capsys)
+    assert "at least 2" in refused([*arguments, "--calibration-length", "1"], capsys)
 
 
 def test_windows_longer_than_the_models_positions_are_named(
@@ -78,7 +78,7 @@ def test_windows_longer_than_the_models_positions_are_named(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc" * 70)
-    arguments = [language_model, "--keep", "0.5", "--dry-run", "--calibration", text, "--sequence-length", "40"]
+    arguments = [language_model, "--keep", "0.5", "--dry-run", "--calibration", text, "--calibration-length", "40"]
     assert "40 tokens are longer than the model's 32 positions" in refused(arguments, capsys)
 
 
@@ -171,7 +171,7 @@ def test_a_loader_that_yields_no_tensors_is_named_with_what_it_yields(batches: A
 
 def test_a_length_of_windows_is_refused_for_batches() -> None:
     with pytest.raises(BadInput, match="cuts texts"):
-        compress(nn.Linear(20, 12), keep=0.5, calibration=[torch.ones(2, 20)] * 2, calibration_sequence_length=8)
+        compress(nn.Linear(20, 12), keep=0.5, calibration=[torch.ones(2, 20)] * 2, calibration_length=8)
 
 
 def test_the_layer_whose_activations_overflow_in_half_precision_is_named() -> None:

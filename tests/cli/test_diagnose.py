@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import compressor
 from compressor.cli.run import run
 from compressor.measure import EPSILON
 
@@ -131,31 +129,3 @@ def test_figure_needs_matplotlib(run_folder: Path, tmp_path: Path, monkeypatch: 
     request = ["diagnose", DIGITS[0], "--series", str(run_folder), "-o", str(tmp_path / "ranks.svg"), "-q"]
     assert run(request) == 2
     assert "compressor[report]" in capsys.readouterr().err
-
-
-def test_every_option_reaches_the_library(monkeypatch: Any) -> None:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(*given: Any, **named: Any) -> None:
-        calls.append((given, named))
-        sys.exit()
-
-    monkeypatch.setattr(compressor, "diagnose", note)
-    files = ["--data", "d.csv", "--data-samples", "9", "--series", "run", "--recipe", "r.yaml", "--lr", "0.5"]
-    others = ["--model", "a.b:make", "--include", "x", "--exclude", "y", "--device", "cpu", "-q"]
-    with pytest.raises(SystemExit):
-        run(["diagnose", "m.bin", *files, *others])
-    [(given, named)] = calls
-    assert given == ("m.bin",)
-    assert named.pop("recipe").learning_rate == 0.5
-    assert named == {
-        "data": "d.csv",
-        "data_samples": 9,
-        "series": Path("run"),
-        "recipe_file": Path("r.yaml"),
-        "factory": "a.b:make",
-        "include": ("x",),
-        "exclude": ("y",),
-        "device": "cpu",
-        "progress": None,
-    }

@@ -24,8 +24,8 @@ from compressor.cli.terminal import shown_progress
         ("the model that `factory` builds", "the model that --model builds"),
         ("`refine=False` is about calibration data", "--no-refine is about calibration data"),
         ("`embeddings=True` includes it", "--embeddings includes it"),
-        ("`push_to` 'a b' is no name of the hub", "--push 'a b' is no name of the hub"),
-        ("`calibration_sequence_length` or `recipe`", "--sequence-length or --recipe"),
+        ("`push_to` 'a b' is no name of the hub", "--push-to 'a b' is no name of the hub"),
+        ("`calibration_length` or `recipe`", "--calibration-length or --recipe"),
         ("run `git lfs pull`", "run `git lfs pull`"),
         ("`model.state_dict()` and `nothing`", "`model.state_dict()` and `nothing`"),
     ],
@@ -35,8 +35,7 @@ def test_options_become_flags_and_other_code_stays(python: str, shell: str) -> N
 
 
 def test_every_option_of_python_has_a_flag() -> None:
-    # Objects that only a program has, and what the commands state otherwise: --revision stands beside them.
-    of_python_alone = {"model", "progress"}
+    of_python_alone = {"model", "options", "given", "progress"}
     for verb in (compressor.compress, compressor.inspect):
         for name in set(inspect.signature(verb).parameters) - of_python_alone:
             assert with_flags(f"`{name}`").startswith("--"), name

@@ -25,7 +25,6 @@ from compressor.io import (
     checked_target,
     copy_companions,
     open_checkpoint,
-    parse_size,
     plan_shards,
     safetensors_size,
     shard_index,
@@ -223,41 +222,6 @@ def test_too_little_space_is_refused_with_both_sizes(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"needs 1,000,000,000,000\.0 MB, and the disk has [\d,.]+ MB free"):
         check_output(tmp_path / "o", sources=[], form="file", overwrite=False, needed_bytes=10**18)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("40MB", 40_000_000),
-        ("40 mb", 40_000_000),
-        ("1.5GiB", 3 * 2**29),
-        ("0.1MB", 100_000),
-        ("2KB", 2000),
-        ("2KiB", 2048),
-        ("3MiB", 3 * 2**20),
-        ("5GB", 5 * 10**9),
-        ("1TB", 10**12),
-        ("1TiB", 2**40),
-        ("17", 17),
-        ("17B", 17),
-    ],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "-1MB", "0", "0.1B", "1e3", "1,5GB", "5XB", "5 M B", "nan", "inf", "٣MB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(BadInput, match="not a size"):
-        parse_size(text)
-
-
-@given(st.text(max_size=12))
-def test_any_text_is_a_positive_size_or_bad_input(text: str) -> None:
-    try:
-        assert parse_size(text) > 0
-    except BadInput:
-        return
 
 
 def test_written_json_is_what_was_given(tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""The parameters of the commands, generated from the options that the verbs take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from types import GenericAlias
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from compressor.api.option import Option, Options, described
+from compressor.api.options import TRAINING, TRAINING_FLAGS
+from compressor.cli.messages import with_flags
+from compressor.errors import BadInput
+
+Asked = TypeVar("Asked", bound=Options)
+
+_CONTEXT, _CONFIG = "context", "config"
+
+
+def typer_command(function: Callable[..., None], of: type[Options]) -> Callable[..., None]:
+    """A command for typer: the function's own parameters, and a flag for each option that the shell can give.
+
+    The function is called with the options in place of these flags.
+    """
+    own = [each for each in signature(function, eval_str=True).parameters.values() if each.name != "options"]
+    arguments = [each for each in own if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    flags = [parameter for name, option, default in described(of) for parameter in _parameters(name, option, default)]
+    context = Parameter(_CONTEXT, Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    last = [each for each in own if each.kind is Parameter.KEYWORD_ONLY]
+    parameters = [*(each.replace(kind=Parameter.KEYWORD_ONLY) for each in arguments), *flags, _config(), *last, context]
+    named = {each.name for each in own}
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        context = values.pop(_CONTEXT)
+        given = {name: value for name, value in values.items() if _is_given(context, name)}
+        options = _options(of, given.pop(_CONFIG, None), {k: v for k, v in given.items() if k not in named})
+        function(options=options, **{name: value for name, value in values.items() if name in named})
+
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Asked:
+    base = None if config is None else of.from_file(config)
+    training = {name: given.pop(name) for name in TRAINING_FLAGS if name in given}
+    if training:
+        given["recipe"] = [_recipe(training), *([given["recipe"]] if "recipe" in given else [])]
+    known = given.keys() | (set() if base is None else base.given)
+    for name, option, default in described(of):
+        if default is MISSING and name not in known:
+            raise BadInput(f"`{name}` is missing", option=name, remedy=f"give it: {option.help}")
+    return of.of(base, given)
+
+
+def _recipe(flags: Mapping[str, object]) -> Any:
+    """What the flags say about the training, each field with its flag as source."""
+    from compressor.recipe import TrainingRecipe
+
+    return TrainingRecipe.from_dict({**flags, "sources": {name: f"flag {TRAINING_FLAGS[name][1]}" for name in flags}})
+
+
+def _parameters(name: str, option: Option, default: Any) -> list[Parameter]:
+    if option.only_python:
+        return []
+    kind = option.kind
+    switch = kind.switch
+    declared = [option.flag_of(name), *([option.short] if option.short else [])]
+    shown: bool | str = option.default_text or (not switch and default not in (None, (), MISSING))
+    described_as = typer.Option(
+        *declared,
+        metavar=None if switch else option.metavar or kind.metavar,
+        help=with_flags(option.help),
+        rich_help_panel=option.panel,
+        show_default=shown,
+    )
+    annotation: Any = GenericAlias(list, kind.shell) if kind.repeated else kind.shell
+    value = default if default not in ((), MISSING) else None
+    found = [_parameter(name, annotation if value is not None else annotation | None, described_as, value)]
+    if name == "recipe" and option.panel == TRAINING:
+        found += [_training_parameter(field) for field in TRAINING_FLAGS]
+    return found
+
+
+def _training_parameter(name: str) -> Parameter:
+    kind, flag, text = TRAINING_FLAGS[name]
+    described_as = typer.Option(flag, help=text, rich_help_panel=TRAINING, show_default=False)
+    return _parameter(name, kind | None, described_as, None)
+
+
+def _config() -> Parameter:
+    text = "Options in YAML or JSON, by their names in Python; flags go before it."
+    return _parameter(_CONFIG, Path | None, typer.Option("--config", metavar="FILE", help=text), None)
+
+
+def _parameter(name: str, annotation: Any, option: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option])
+
+
+def given(what: str, kind: Callable[[str], Any] = Path) -> Callable[[str], Any]:
+    """A parser for the name of a file or folder that refuses the empty one, which would mean the folder one is in."""
+
+    def parse(text: str) -> Any:
+        if not text:
+            raise BadInput(f"{what} is empty", remedy="name a file or folder")
+        return kind(text)
+
+    return parse

@@ -1,0 +1,11 @@
+"""What can be chosen by name, each list once: light, so that a command line can show it before anything is imported."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FormRequest = Literal["auto", "plain", "pivoted"]
+Split = Literal["train", "validation", "test"]
+ExportTarget = Literal["dense", "hf-remote", "onnx", "lora"]
+MergeMode = Literal["sum", "concat"]
+Head = Literal["shared", "separate"]

@@ -1,0 +1,175 @@
+"""Options are stated once, and read alike from Python, a file and a shell."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.api.keywords import CompressKeywords
+from compressor.api.option import Options, described, verb
+from compressor.api.options import VERBS, CompressOptions, EvaluateOptions, InspectOptions, MergeOptions, PlanOptions
+from compressor.api.reference import keywords_source, reference_page
+from compressor.cli.commands import main_command, subcommands
+from compressor.cli.messages import with_flags
+from compressor.errors import BadInput
+from compressor.recipe import TrainingRecipe
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_was_given_is_known_and_not_guessed_from_a_default() -> None:
+    assert CompressOptions(calibration="c.txt", keep=0.5, seed=0).given == {"calibration", "keep", "seed"}
+    assert CompressOptions(keep=0.5, data=None).given == {"keep"}
+
+
+@given(st.floats(0.001, 1.0))
+def test_a_share_is_read_alike_as_a_number_as_text_and_as_percent(share: float) -> None:
+    assert CompressOptions(keep=share) == CompressOptions(keep=f"{share!r}")
+    assert CompressOptions(keep=f"{100 * share!r}%").keep == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [
+        ({"keep": 0.5, "max_size": "1MB"}, "keep"),
+        ({"keep": "half"}, "keep"),
+        ({"max_size": "big"}, "max_size"),
+        ({"form": "square"}, "form"),
+        ({"include": ""}, "include"),
+        ({"output": ""}, "output"),
+        ({"data_samples": 0, "data": "d.txt"}, "data_samples"),
+        ({"seed": 3}, "seed"),
+        ({"refine": False}, "refine"),
+        ({"max_drop": 0.01}, "max_drop"),
+        ({"allow_miss": True}, "allow_miss"),
+        ({"calibration": "c.txt"}, "calibration"),
+        ({"calibration": "c.txt", "tolerance": 0.1}, "calibration"),
+        ({"base": "b", "form": "pivoted"}, "form"),
+        ({"base": "b", "seed": 0, "calibration": "c.txt", "keep": 0.2}, "calibration"),
+        ({"push_to": "me/it", "dry_run": True}, "push_to"),
+        ({"plan": "p.json", "form": "plain"}, "plan"),
+    ],
+)
+def test_bad_options_are_refused_with_the_option_they_are_about(asked: dict[str, object], option: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        CompressOptions(**asked)
+    assert refused.value.option == option
+    assert "--" not in str(refused.value)
+
+
+def test_an_unknown_keyword_is_answered_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match="'kepe'; did you mean 'keep'"):
+        CompressOptions.of(None, {"kepe": 0.5})
+
+
+def test_a_required_option_that_is_missing_is_named() -> None:
+    with pytest.raises(TypeError, match=r"evaluate\(\) lacks the keyword argument 'data'"):
+        EvaluateOptions.of(None, {})
+
+
+def test_keywords_go_before_the_options_that_they_come_with() -> None:
+    asked = CompressOptions.of(CompressOptions(keep=0.5, embeddings=True), {"keep": 0.7})
+    assert (asked.keep, asked.embeddings, asked.given) == (0.7, True, {"keep", "embeddings"})
+
+
+def test_options_survive_a_file(tmp_path: Path) -> None:
+    asked = CompressOptions(
+        keep="60%", calibration="c.txt", seed=3, include=("*.mlp.*",), recipe=TrainingRecipe(optimizer="sgd")
+    )
+    path = tmp_path / "options.yaml"
+    path.write_text(yaml.safe_dump(asked.portable()))
+    assert CompressOptions.from_file(path) == asked
+
+
+def test_an_unknown_option_in_a_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("kepe: 0.5\n")
+    with pytest.raises(
+        BadInput, match=r"options\.yaml: holds the unknown option 'kepe'; leave it out; did you mean 'keep'"
+    ):
+        CompressOptions.from_file(path)
+
+
+def test_an_object_is_in_no_file_and_stands_as_dots_in_the_command() -> None:
+    asked = CompressOptions(keep=0.5, calibration=[object()])
+    assert asked.portable() == {"keep": 0.5}
+    assert asked.command("m") == "compress m --keep 0.5 --calibration ..."
+
+
+def test_the_command_holds_no_folder_of_this_machine() -> None:
+    asked = CompressOptions(
+        keep=0.5,
+        factory="/home/me/train.py:build",
+        data="/home/me/data.txt",
+        recipe=[TrainingRecipe(learning_rate=0.1, nesterov=True), "/home/me/r.yaml"],
+    )
+    assert asked.command("a model") == (
+        "compress 'a model' --keep 0.5 --lr 0.1 --nesterov --recipe r.yaml --data data.txt --model train.py:build"
+    )
+
+
+def test_each_option_of_each_verb_has_one_flag_and_help_at_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    import typer
+
+    commands = {"compress": typer.main.get_command(main_command), **typer.main.get_command(subcommands).commands}
+    for of in VERBS:
+        shown = {parameter.name: parameter for parameter in commands[of.verb].params}
+        for name, option, _ in described(of):
+            if option.only_python:
+                assert name not in shown
+            else:
+                assert shown[name].opts[0] == option.flag_of(name).partition("/")[0]
+                assert shown[name].help == with_flags(option.help)
+
+
+@pytest.mark.parametrize("of", VERBS, ids=lambda of: of.verb)
+def test_an_option_is_stated_once(of: type[Options]) -> None:
+    flags = [option.flag_of(name) for name, option, _ in described(of)]
+    assert len(flags) == len(set(flags))
+    assert all(option.help.endswith(".") for _, option, _ in described(of))
+
+
+def test_the_signature_and_the_docstring_show_the_options() -> None:
+    @verb(InspectOptions)
+    def look(model: str, options: InspectOptions | None = None, **given: object) -> None:
+        """Look at it.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Nothing.
+        """
+
+    shown = inspect.signature(look)
+    assert list(shown.parameters)[2:] == [name for name, _, _ in described(InspectOptions)]
+    assert shown.parameters["epsilon"].default == 0.1
+    assert look.__doc__ is not None
+    arguments = look.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    assert all(f"    {name}: " in arguments for name, _, _ in described(InspectOptions))
+
+
+def test_what_is_generated_from_the_options_is_up_to_date() -> None:
+    remedy = "run `python -m compressor.api.reference`"
+    assert (ROOT / "compressor" / "api" / "keywords.py").read_text() == keywords_source(), remedy
+    assert (ROOT / "docs" / "reference" / "options.md").read_text() == reference_page(), remedy
+
+
+def test_the_types_of_the_keywords_name_every_option() -> None:
+    assert list(CompressKeywords.__annotations__) == [name for name, _, _ in described(CompressOptions)]
+
+
+def test_plan_takes_what_compress_takes_but_for_what_is_written() -> None:
+    names = {name for name, _, _ in described(PlanOptions)}
+    more = {name for name, _, _ in described(CompressOptions)} - names
+    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run"}
+
+
+def test_merge_refuses_what_contradicts() -> None:
+    with pytest.raises(BadInput, match="one head"):
+        MergeOptions(output="o", mode="sum", head="separate")
