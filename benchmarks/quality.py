@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from compressor import Plan, compress, inspect
 from compressor.calibration import Calibration, Compensated, uncompensated
 from compressor.calibration.criterion import divergence
-from compressor.data import Batch, EvaluationData, Preprocessing, load_preprocessing, open_data
+from compressor.data import Batch, EvaluationData, Preprocessing, Sample, load_preprocessing, open_data
 from compressor.data.builtin_data import standard_library_files
 from compressor.evaluation import measure_quality
 from compressor.factorize import Metric
@@ -383,15 +383,7 @@ COMPARED_UNDER_CONDITIONS = ("truncated SVD", "SVD-LLM", "SVD-LLM, pivoted", "MP
 def opened(name: str, split: Any, limit: int | None) -> EvaluationData:
     subject = SUBJECTS[name]
     prepared = load_preprocessing(subject.weights) if subject.weights.is_dir() else Preprocessing()
-    return open_data(
-        subject.data,
-        split=split,
-        tokenizer=prepared.tokenizer,
-        image_processor=prepared.image_processor,
-        classes=prepared.classes,
-        sequence_length=prepared.sequence_length,
-        limit=limit,
-    )
+    return open_data(subject.data, prepared, Sample(split=split, limit=limit))
 
 
 def setting(name: str, condition: str) -> Setting:

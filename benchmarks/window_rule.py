@@ -30,7 +30,7 @@ from reference_models import MODELS, SAMPLES
 from torch import nn
 
 from compressor import BadInput, Compression, QualityGateNotMet, TrainingRecipe, compress, inspect
-from compressor.data import open_data
+from compressor.data import Sample, open_data
 from compressor.data.builtin_data import digits
 from compressor.evaluation import measure_quality
 
@@ -165,7 +165,7 @@ def trained(weight_decay: float, seed: int) -> tuple[nn.Module, TrainingRecipe]:
 def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
     """Each with its own initialization, calibration draw and order of the training data."""
     model, recipe = trained(weight_decay, seed)
-    test = open_data("builtin:digits", split="test")
+    test = open_data("builtin:digits", sample=Sample(split="test"))
     before = measure_quality(model, test)
     name = f"perceptron, weight decay {weight_decay}"
     found = [each for each in inspect(model, recipe=recipe).layers if each.initialization is not None]

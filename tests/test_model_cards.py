@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor import compress, inspect, open_checkpoint
-from compressor.data import load_preprocessing, open_data
+from compressor.data import Preprocessing, Sample, load_preprocessing, open_data
 from compressor.data.builtin_data import Split, standard_library_text
 from compressor.evaluation import measure_quality
 from compressor.model import build_model, load_model
@@ -60,7 +60,7 @@ def tokenizer() -> Any:
 
 def measured_accuracy(model: torch.nn.Module, name: str, split: Split) -> float:
     processor = None if name == "digits-mlp" else load_preprocessing(FOLDER / name).image_processor
-    data = open_data("builtin:digits", split=split, image_processor=processor, batch_size=512)
+    data = open_data("builtin:digits", Preprocessing(image_processor=processor), Sample(split=split), batch_size=512)
     return measure_quality(model, data, device="cpu").value
 
 
@@ -120,7 +120,7 @@ def test_the_training_script_builds_the_model_that_the_weights_are_of(name: str)
 def test_accuracy_measured_again_is_the_accuracy_in_the_card(name: str, split: Split) -> None:
     written = figures(name)["metrics"]["accuracy"][split]
     # a fraction of some hundred images: at most one of them may stand on the edge between two digits
-    images = open_data("builtin:digits", split=split).count
+    images = open_data("builtin:digits", sample=Sample(split=split)).count
     assert abs(measured_accuracy(load(name), name, split) - written) <= 1.5 / images
     if split == "test":
         assert written >= LEAST_TEST_ACCURACY[name]
@@ -135,7 +135,9 @@ def test_language_model_loss_measured_again_is_the_one_that_training_wrote() -> 
     (key,) = [key for key in written if key.startswith("nats_per_byte_first_")]
     count = int(key.split("_")[4])
     windows = (
-        open_data("builtin:stdlib", tokenizer=tokenizer(), sequence_length=256).read(range(count)).inputs["input_ids"]
+        open_data("builtin:stdlib", Preprocessing(tokenizer=tokenizer(), sequence_length=256))
+        .read(range(count))
+        .inputs["input_ids"]
     )
     with torch.inference_mode():
         logits = load("stdlib-llama").eval()(input_ids=windows).logits[:, :-1].double()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from compressor.calibration import CalibrationData, calibrate, split_examples
 from compressor.calibration.drop import plan_within_drop
 from compressor.calibration.search import PlannedModel, open_calibration_data, plan_ranks
 from compressor.choices import FormRequest
-from compressor.data import EvaluationData, open_data_for
+from compressor.data import EvaluationData, Sample, open_data
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, require_accepted
 from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of
@@ -157,11 +157,11 @@ def compress(
         subject.require_runnable()
     device = resolve_device(asked.device)
     deciding, reported = data_to_measure_on(asked, subject)
-    samples = open_calibration_data(asked.calibration, subject, asked.calibration_samples, asked.calibration_length)
+    samples = _calibration_data(asked, subject)
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-    examples = None if samples is None else _examples(subject, samples, device, asked.calibration_samples)
+    examples = None if samples is None else _examples(subject, samples, device)
     _announce(asked, subject, examples, deciding, reported, device)
     progress, form, shard_size, refine = asked.progress, asked.form, asked.max_shard_size, asked.refine
     inspected = inspect_layers(subject, EPSILON, device, progress)
@@ -281,7 +281,7 @@ def _compressed_fine_tune(model: Model, base: Model, budget: Budget | None, aske
     reported, device = None, resolve_device(asked.device)
     if asked.data is not None:
         model.require_runnable()
-        reported = open_data_for(asked.data, model.preprocessing, limit=asked.data_samples)
+        reported = open_data(asked.data, model.preprocessing, Sample(limit=asked.data_samples))
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None
@@ -362,13 +362,18 @@ def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
         )
 
 
-def _examples(
-    subject: Model, samples: EvaluationData | Iterable[Any], device: torch.device, limit: int | None
-) -> CalibrationData:
+def _calibration_data(asked: CompressOptions, subject: Model) -> EvaluationData | None:
+    if asked.calibration is None:
+        return None
+    return open_calibration_data(
+        asked.calibration, subject.preprocessing, asked.calibration_samples, asked.calibration_length
+    )
+
+
+def _examples(subject: Model, samples: EvaluationData, device: torch.device) -> CalibrationData:
     """What calibration uses of its data, which the model is known to take."""
-    if isinstance(samples, EvaluationData):
-        require_accepted(subject.with_separate_experts, samples, device=device)
-    return split_examples(samples, limit)
+    require_accepted(subject.with_separate_experts, samples, device=device)
+    return split_examples(samples)
 
 
 def _announce(

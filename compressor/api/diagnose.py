@@ -8,7 +8,7 @@ from compressor.api.keywords import DiagnoseKeywords
 from compressor.api.option import verb
 from compressor.api.options import DiagnoseOptions
 from compressor.api.requests import selection
-from compressor.data import open_data_for
+from compressor.data import Sample, open_data
 from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
 from compressor.diagnosis.layers import balance_of, diagnosed_layer
@@ -58,7 +58,7 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     chosen = resolve_device(asked.device)
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples
-    examples = None if data is None else open_data_for(data, subject.preprocessing, split="train", limit=limit)
+    examples = None if data is None else open_data(data, subject.preprocessing, Sample("train", limit))
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
     predictions: Predictions | None = None

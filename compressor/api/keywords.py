@@ -25,7 +25,7 @@ class CompressKeywords(TypedDict, total=False):
     tolerance: float | str | None
     plan: Plan | str | Path | None
     recipe: RecipeLike | None
-    data: str | Path | None
+    data: DataLike | None
     data_samples: int | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -72,7 +72,7 @@ class PlanKeywords(TypedDict, total=False):
     tolerance: float | str | None
     plan: Plan | str | Path | None
     recipe: RecipeLike | None
-    data: str | Path | None
+    data: DataLike | None
     data_samples: int | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -91,7 +91,7 @@ class PlanKeywords(TypedDict, total=False):
 class EvaluateKeywords(TypedDict, total=False):
     """The keyword arguments of `evaluate`."""
 
-    data: str | Path
+    data: DataLike
     data_samples: int | None
     factory: Factory | None
     progress: Progress | None
@@ -126,7 +126,7 @@ class ExportKeywords(TypedDict, total=False):
 class DiagnoseKeywords(TypedDict, total=False):
     """The keyword arguments of `diagnose`."""
 
-    data: str | Path | None
+    data: DataLike | None
     data_samples: int | None
     recipe: RecipeLike | None
     factory: Factory | None
@@ -149,7 +149,7 @@ class MergeKeywords(TypedDict, total=False):
     mode: Literal["sum", "concat"]
     head: Literal["shared", "separate"] | None
     base: str | Path | None
-    data: Sequence[str | Path] | None
+    data: Sequence[DataLike] | None
     data_samples: int | None
     max_drop: float | None
 

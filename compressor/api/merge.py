@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from compressor.api.option import verb
 from compressor.api.options import MergeOptions
 from compressor.api.write import written
 from compressor.choices import Head, MergeMode
-from compressor.data import EvaluationData, open_data_for
+from compressor.data import EvaluationData, Sample, open_data
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality, quality_drop
 from compressor.io import Naming, checked_target, form_of
@@ -203,12 +203,12 @@ def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
             raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
 
 
-def _task_data(parts: Sequence[Part], data: Sequence[str | Path], limit: int | None) -> list[EvaluationData]:
+def _task_data(parts: Sequence[Part], data: Sequence[Any], limit: int | None) -> list[EvaluationData]:
     """Each network's data, prepared for it."""
     opened = []
     for part, spec in zip(parts, data, strict=False):
         part.model.require_runnable()
-        opened.append(open_data_for(spec, part.model.preprocessing, limit=limit))
+        opened.append(open_data(spec, part.model.preprocessing, Sample(limit=limit)))
     return opened
 
 

@@ -18,12 +18,15 @@ from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from compressor.model import Factory, ModelLike
     from compressor.planning import Plan
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
 
-    DataLike = str | Path | Iterable[Any]
+    # Tensors, arrays, pairs, mappings, loaders and texts are all iterable.
+    DataLike = str | Path | Iterable[Any] | Dataset[Any]
     RecipeLike = TrainingRecipe | str | Path | Mapping[str, Any] | Sequence[TrainingRecipe | str | Path]
 
 # The panels of the help.
@@ -73,15 +76,14 @@ def _saved_model(value: Any, name: str) -> Any:
 
 
 def _data(value: Any, name: str) -> Any:
-    require_kind(value, name, (str, Path, Iterable), remedy="give the path of a file or folder, or batches")
-    if not isinstance(value, str | Path):
+    """A path, the name of built-in data, or an object, of which more is said where it is opened."""
+    if not isinstance(value, str | Path) or str(value).startswith("builtin:"):
         return value
-    return value if str(value).startswith("builtin:") else _path(value, name)
+    return _path(value, name)
 
 
-def _data_path(value: Any, name: str) -> Any:
-    require_kind(value, name, (str, Path), remedy="give the path of a file or folder")
-    return _data(value, name)
+def _named_data(value: Any) -> str | None:
+    return value.name if isinstance(value, Path) else value if isinstance(value, str) else None
 
 
 def _text(value: Any, name: str) -> str:
@@ -172,7 +174,7 @@ def _input_shape(value: Any, name: str) -> tuple[int, ...]:
 
 def _several_data(value: Any, name: str) -> tuple[Any, ...]:
     require_kind(value, name, (list, tuple), remedy="give a list, one for each network")
-    return tuple(_data_path(each, name) for each in value)
+    return tuple(_data(each, name) for each in value)
 
 
 def _as_is(value: Any, name: str) -> Any:
@@ -201,9 +203,8 @@ PATH = Kind("str | Path", _path, metavar="PATH")
 PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=True)
 MODEL = Kind("ModelLike", _model, metavar="MODEL")
 SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
-DATA = Kind("str | Path", _data_path, metavar="DATA")
-BATCHES = Kind("DataLike", _data, metavar="DATA")
-SEVERAL_DATA = Kind("Sequence[str | Path]", _several_data, metavar="DATA", repeated=True)
+DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
+SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
 FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
 RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
@@ -273,7 +274,7 @@ class FormOptions(EmbeddingOptions):
 class DataOptions(Options):
     """What the model is measured on."""
 
-    data: str | Path | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA)
+    data: DataLike | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA)
     data_samples: int | None = option(
         "Examples, or windows of text, to measure on, evenly spaced.", _count(1), default_text="all"
     )
@@ -339,10 +340,10 @@ class BudgetOptions(Options):
 class CalibrationOptions(Options):
     """Data by which ranks and factors are chosen so that the loss changes least."""
 
-    calibration: str | Path | Iterable[Any] | None = option(
+    calibration: DataLike | None = option(
         "Choose ranks and factors by what the loss notices on this: the same kinds of data as `data`, the training "
-        "split of builtin ones, or in Python batches. Needs the model's architecture.",
-        BATCHES,
+        "split of builtin ones. Needs the model's architecture.",
+        DATA,
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
@@ -489,7 +490,7 @@ class EvaluateOptions(RunOptions, ArchitectureOptions, DataOptions):
 
     verb = "evaluate"
 
-    data: str | Path = option(f"What to measure on: {KINDS_OF_DATA}.", DATA, MISSING)
+    data: DataLike = option(f"What to measure on: {KINDS_OF_DATA}.", DATA, MISSING)
     baseline: ModelLike | None = option("The model to compare with.", MODEL, metavar="ORIGINAL")
     split: Split = option("Which part of builtin data.", _choice(Split), "test")
 
@@ -525,7 +526,7 @@ class DiagnoseOptions(RunOptions, LayerOptions, ArchitectureOptions, TrainingOpt
 
     verb = "diagnose"
 
-    data: str | Path | None = option(
+    data: DataLike | None = option(
         f"What the model was trained on, to compare weights with the gradient of the loss: {KINDS_OF_DATA}.", DATA
     )
     series: Path | None = option(
@@ -567,7 +568,7 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
     base: str | Path | None = option(
         "With sum, the model that all were fine-tuned from: what each changed in it is added.", SAVED_MODEL
     )
-    data: tuple[str | Path, ...] = option(
+    data: tuple[DataLike, ...] = option(
         "Each network's data, once for each and in their order: measure interference and quality on it.",
         SEVERAL_DATA,
         (),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from compressor.api.options import CompressOptions, EmbeddingOptions, LayerOptions, PlanOptions
 from compressor.calibration.drop import require_possible_drop
-from compressor.data import EvaluationData, open_data_for, open_search_data, require_apart
+from compressor.data import EvaluationData, Sample, open_data, open_search_data, require_apart
 from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, checked_budget
 from compressor.planning.budget import BudgetKind
@@ -33,10 +31,10 @@ def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[Evaluation
     data, limit = asked.data, asked.data_samples
     if data is None:
         return None, None
-    if isinstance(asked.calibration, str | Path):
+    if asked.calibration is not None:
         require_apart(asked.calibration, data)
     if asked.max_drop is None:
-        return None, open_data_for(data, model.preprocessing, limit=limit)
-    deciding, reported = open_search_data(data, model.preprocessing, limit)
+        return None, open_data(data, model.preprocessing, Sample(limit=limit))
+    deciding, reported = open_search_data(data, model.preprocessing, Sample(limit=limit))
     require_possible_drop(asked.max_drop, deciding)
     return deciding, reported

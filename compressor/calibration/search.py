@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from compressor.calibration.calibrate import Calibration, holdout_loss, recalibr
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.refinement import refine as refine_factors
 from compressor.choices import FormRequest
-from compressor.data import EvaluationData, open_data_for
+from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
 from compressor.lowrank import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
@@ -73,27 +73,23 @@ class PlannedModel:
 
 
 def open_calibration_data(
-    calibration: str | Path | Iterable[Any] | None,
-    subject: Model,
-    samples: int | None,
-    sequence_length: int | None,
-) -> EvaluationData | Iterable[Any] | None:
-    """At most `samples` examples of the training split, 128 by default, where calibration names data; else what was
-    given.
+    calibration: Any, preprocessing: Preprocessing, samples: int | None, sequence_length: int | None
+) -> EvaluationData:
+    """At most `samples` examples, of the training split of built-in data; by default all batches, and 128 of others.
 
     Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
     """
-    if not isinstance(calibration, str | Path):
-        if sequence_length is not None:
-            raise BadInput(
-                "calibration_sequence_length cuts texts, and none were given for calibration",
-                remedy="leave it out, or give batches of that length",
-            )
-        return calibration
-    # One window for the moments and one to hold back.
-    preprocessing = subject.preprocessing
     preprocessing = replace(preprocessing, sequence_length=sequence_length or preprocessing.sequence_length)
-    return open_data_for(calibration, preprocessing, split="train", limit=samples or DEFAULT_SAMPLES, least_windows=2)
+    # One window for the moments and one to hold back.
+    sample = Sample("train", samples, DEFAULT_SAMPLES, least_windows=2, option="calibration")
+    data = open_data(calibration, preprocessing, sample)
+    if sequence_length is not None and data.batches:
+        raise BadInput(
+            "calibration_sequence_length cuts texts, and none were given for calibration",
+            option="calibration_sequence_length",
+            remedy="leave it out, or give batches of that length",
+        )
+    return data
 
 
 def plan_ranks(

@@ -1,19 +1,33 @@
-"""Examples: files, folders and built-in data as batches that a model reads."""
+"""Examples: files, folders, objects and built-in data as batches that a model reads."""
 
 from __future__ import annotations
 
-from compressor.data.data import Batch, EvaluationData, halves, has_splits, open_data, require_apart
-from compressor.data.preprocessing import Preprocessing, load_preprocessing, open_data_for, open_search_data
+from compressor.data.batches import IGNORED_LABEL, Batch, placed
+from compressor.data.data import (
+    EvaluationData,
+    Sample,
+    Task,
+    halves,
+    has_splits,
+    open_data,
+    open_search_data,
+    require_apart,
+)
+from compressor.data.preprocessing import Preprocessing, load_preprocessing, preprocessing_of
 
 __all__ = [
+    "IGNORED_LABEL",
     "Batch",
     "EvaluationData",
     "Preprocessing",
+    "Sample",
+    "Task",
     "halves",
     "has_splits",
     "load_preprocessing",
     "open_data",
-    "open_data_for",
     "open_search_data",
+    "placed",
+    "preprocessing_of",
     "require_apart",
 ]

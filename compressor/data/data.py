@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,65 +15,45 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from compressor.choices import Split
+from compressor.data.batches import IGNORED_LABEL, Batch, NotUnderstood, as_batch
 from compressor.data.builtin_data import digits, standard_library_files
 from compressor.data.images import channels_of, channels_wanted, preprocess, read_images, scale, wants_size
-from compressor.data.readers import Arrays, LabeledImages, LabeledTexts, NamedArrays, TextPairs, Texts, read_contents
+from compressor.data.objects import DataOption, Given, contents_of
+from compressor.data.preprocessing import LONGEST_DEFAULT_WINDOW, Preprocessing
+from compressor.data.readers import (
+    Arrays,
+    Batches,
+    Contents,
+    Images,
+    LabeledImages,
+    LabeledTexts,
+    NamedArrays,
+    Rows,
+    TextPairs,
+    Texts,
+    read_contents,
+)
 from compressor.data.text import Corpus, documents, separator, windows
 from compressor.errors import BadInput
 
-Task = Literal["image-classification", "text-classification", "classification", "language-modeling", "text-to-text"]
+logger = logging.getLogger(__name__)
 
-# How a model reads text: on from token to token; a document at a time; or one text, of which it makes another.
-Reading = Literal["tokens", "documents", "pairs"]
+Task = Literal[
+    "image-classification", "text-classification", "classification", "language-modeling", "text-to-text", "other"
+]
 
-# The window of published perplexities of large language models (Frantar et al. 2023, GPTQ, section 4).
-LONGEST_DEFAULT_WINDOW = 2048
 BUILTINS = ("builtin:digits", "builtin:stdlib")
-
-
-IGNORED_LABEL = -100  # of a position that is not to be predicted, as torch and transformers have it
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some examples: the model's inputs by name, `(B, ...)` each, and what it should predict, as int64.
-
-    `labels` is the class of each example, `(B,)`; or, for language modeling with windows `input_ids` of
-    `(B, L)`, the next token at each position but the last: `input_ids[:, 1:]`, `(B, L - 1)`; or the token at each
-    position of the outputs, `(B, L)`. -100 is not to be predicted. There are none, `(0,)`, in data without labels.
-    """
-
-    inputs: Mapping[str, Tensor]
-    labels: Tensor
-
-    def __getitem__(self, rows: slice) -> Batch:
-        """Some of the examples; what has not a row for each stays whole."""
-        inputs = {name: each[rows] if self._has_row_for_each(each) else each for name, each in self.inputs.items()}
-        return Batch(inputs, self.labels[rows] if self._has_row_for_each(self.labels) else self.labels)
-
-    def _has_row_for_each(self, tensor: Tensor) -> bool:
-        """Whether a tensor has one row for each of the examples."""
-        return tensor.shape[:1] == (self.examples,)
-
-    @property
-    def examples(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-    @property
-    def masks(self) -> tuple[Tensor, ...]:
-        """What is false on padding, `(B, L)` each: of what a decoder is given, then of the encoder's or only text."""
-        decoder, labels = self.inputs.get("decoder_attention_mask"), self.inputs.get("labels")
-        if decoder is None and labels is not None:
-            decoder = labels != IGNORED_LABEL
-        return tuple(mask for mask in (decoder, self.inputs.get("attention_mask")) if mask is not None)
+TOKENS = {"input_ids", "attention_mask"}
+NO_LABELS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class EvaluationData:
     """Examples in a fixed order, to be iterated over any number of times, in batches of `batch_size`.
 
-    `count` is the number of examples: images, rows, texts, or windows of text. `read` gives the batch of the
-    examples at some positions, such as `range(32)`. `unused` says what was left out by a limit.
+    `count` is the number of examples: images, rows, texts, or windows of text; of batches that cannot be taken apart
+    it is their number. `read` gives the batch of the examples at some positions, such as `range(32)`. `unused` says
+    what was left out by a limit. `batches` are those that the data came in, if they did.
     """
 
     name: str
@@ -81,27 +62,52 @@ class EvaluationData:
     batch_size: int
     read: Callable[[Sequence[int]], Batch]
     unused: str = ""
+    batches: tuple[Batch, ...] = ()
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.batches:
+            yield from self.batches
+            return
         for start in range(0, self.count, self.batch_size):
             yield self.read(range(start, min(start + self.batch_size, self.count)))
 
+    def at(self, positions: Sequence[int], name: str) -> EvaluationData:
+        """The examples at some positions."""
+
+        def read(chosen: Sequence[int]) -> Batch:
+            return self.read([positions[place] for place in chosen])
+
+        return replace(self, name=name, count=len(positions), read=read, batches=())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which examples of some data are used, and what for.
+
+    `split` chooses a part of the built-in data; files have no parts. `limit` keeps at most so many examples, evenly
+    spaced, or of an iterable the first ones; `default_limit` applies without it, but not to data in batches. Text must
+    have `least_windows` whole windows. `option` is the one that the data were given for. With `as_given` batches are
+    kept as the caller's loader makes them, understood or not.
+    """
+
+    split: Split = "test"
+    limit: int | None = None
+    default_limit: int | None = None
+    least_windows: int | None = None
+    option: DataOption = "data"
+    as_given: bool = False
+
+    def limited(self) -> Sample:
+        """The same with the default limit where there is no other."""
+        return replace(self, limit=self.limit or self.default_limit)
+
 
 def open_data(
-    spec: str | os.PathLike[str],
-    *,
-    split: Split = "test",
-    tokenizer: Callable[..., Any] | None = None,
-    image_processor: Callable[..., Any] | None = None,
-    classes: Mapping[str, int] | None = None,
-    sequence_length: int | None = None,
-    reading: Reading = "tokens",
-    inputs: Collection[str] = (),
-    batch_size: int = 32,
-    limit: int | None = None,
-    least_windows: int | None = None,
+    data: Any, preprocessing: Preprocessing | None = None, sample: Sample | None = None, *, batch_size: int = 32
 ) -> EvaluationData:
-    """Open the data that `spec` names: `builtin:digits`, `builtin:stdlib`, a file or a folder.
+    """Open data for a model: a path, `builtin:digits`, `builtin:stdlib`, or an object.
+
+    Files and folders:
 
     - Text (.txt, .md, .py, a folder of them; .jsonl or .csv with `text` only; `builtin:stdlib`) is for
       language modeling. A file is a document, and so is a row of .jsonl or .csv. For a model that reads `tokens`
@@ -122,48 +128,73 @@ def open_data(
       made one or three channels and preprocessed by `image_processor`; without one they are only scaled to
       [0, 1].
 
-    `tokenizer`, `image_processor`, `classes` (class name to number, `label2id` of its configuration), `reading` and
-    `inputs` are the transformers model's own. `split` chooses a part of the built-in data; files have no parts. `limit`
-    keeps at most so many examples, evenly spaced. Text must have `least_windows` whole windows.
-    Raises `BadInput` naming the file, and the line, where the data is bad.
+    Objects, which are the same examples as a file with the same contents:
+
+    - A tensor or array with one example in each row, a pair (inputs, labels), or a mapping of arrays, as .npz.
+    - A list or another iterable of texts, or of mappings with `text`, as .jsonl.
+    - A `torch.utils.data.Dataset` or a `datasets.Dataset`, whose examples are texts, PIL images, mappings, tensors,
+      or pairs of one of these and a label. They are read where they are needed, and so are those behind a `DataLoader`
+      with its `collate_fn`, in an order that its sampler gives.
+    - Any other iterable of batches, each a tensor, a mapping of inputs and `labels`, or a pair of inputs and labels: it
+      is read once and kept, to the end or up to the `limit`.
+
+    Raises `BadInput` naming the file, and the line, or the object, where the data are bad.
     """
-    _require_at_least(2, sequence_length=sequence_length)
-    _require_at_least(1, batch_size=batch_size, limit=limit, least_windows=least_windows)
-    name = os.fspath(spec)
+    preprocessing, sample = preprocessing or Preprocessing(), sample or Sample()
+    _require_at_least(2, sequence_length=preprocessing.sequence_length)
+    _require_at_least(1, batch_size=batch_size, limit=sample.limit, least_windows=sample.least_windows)
+    if not isinstance(data, str | os.PathLike):
+        given = Given(data, sample.option, preprocessing.inputs, sample.limit, sample.default_limit)
+        contents = contents_of(given)
+        batched = isinstance(contents, Batches) or (isinstance(contents, Rows) and contents.batch_size is not None)
+        sample = sample if batched else sample.limited()
+        return _in_batches(_opened(given.name, contents, preprocessing, sample), batch_size, sample.limit)
+    name, sample = os.fspath(data), sample.limited()
     if name == "builtin:digits":
-        data = _digits(split, image_processor)
+        examples = _digits(sample.split, preprocessing.image_processor)
     elif name == "builtin:stdlib":
-        files = standard_library_files(split)
-        reader = _TextReader(f"{name}, {split} split", tokenizer, sequence_length, reading, limit, least_windows)
-        data = reader.examples(Corpus(files))
+        files = standard_library_files(sample.split)
+        reader = _TextReader(f"{name}, {sample.split} split", preprocessing, sample)
+        examples = reader.examples(Corpus(files))
     elif name.startswith("builtin:"):
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
-        contents = read_contents(Path(name), inputs)
-        match contents:
-            case Texts():
-                reader = _TextReader(name, tokenizer, sequence_length, reading, limit, least_windows)
-                data = reader.examples(Corpus(contents.documents, separator(tokenizer)))
-            case TextPairs():
-                data = _text_pairs(name, contents, tokenizer, sequence_length, reading)
-            case NamedArrays():
-                data = _by_name(name, contents.arrays, reading, inputs)
-            case LabeledTexts():
-                labels = _class_numbers(contents.labels, classes, name)
-                data = _labeled_texts(name, contents.texts, labels, tokenizer, sequence_length)
-            case LabeledImages():
-                labels = _class_numbers(contents.labels, classes, name, names_may_be_sorted=True)
-                data = _images(name, contents.paths, labels, image_processor)
-            case Arrays(labels=None):
-                data = _array_windows(name, contents.inputs)
-            case Arrays():
-                data = _arrays(name, contents.inputs, _class_numbers(contents.labels or (), classes, name))
-    return _in_batches(data, batch_size, limit)
+        examples = _opened(name, read_contents(Path(name), preprocessing.inputs), preprocessing, sample)
+    return _in_batches(examples, batch_size, sample.limit)
 
 
-def has_splits(spec: str | os.PathLike[str]) -> bool:
+def _opened(name: str, contents: Contents, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+    match contents:
+        case Texts():
+            reader = _TextReader(name, preprocessing, sample)
+            return reader.examples(Corpus(contents.documents, separator(preprocessing.tokenizer)))
+        case TextPairs():
+            return _text_pairs(name, contents, preprocessing)
+        case NamedArrays():
+            return _by_name(name, contents.arrays, preprocessing)
+        case LabeledTexts():
+            labels = _class_numbers(contents.labels, preprocessing.classes, name)
+            return _labeled_texts(name, contents.texts, labels, preprocessing)
+        case LabeledImages():
+            labels = _class_numbers(contents.labels, preprocessing.classes, name, names_may_be_sorted=True)
+            return _image_files(name, contents.paths, labels, preprocessing.image_processor)
+        case Images():
+            return _images(name, contents, preprocessing)
+        case Arrays(labels=None):
+            if contents.inputs.is_floating_point():
+                return _arrays(name, contents.inputs, None)
+            return _array_windows(name, contents.inputs)
+        case Arrays():
+            return _arrays(name, contents.inputs, _class_numbers(contents.labels or (), preprocessing.classes, name))
+        case Rows():
+            return _rows(name, contents, preprocessing, sample)
+        case Batches():
+            return _batches(name, contents, preprocessing, sample)
+
+
+def has_splits(data: object) -> bool:
     """Whether the data have a training, a validation and a test split: the built-in ones do."""
-    return os.fspath(spec).startswith("builtin:")
+    return isinstance(data, str | os.PathLike) and os.fspath(data).startswith("builtin:")
 
 
 def halves(data: EvaluationData) -> tuple[EvaluationData, EvaluationData]:
@@ -172,25 +203,36 @@ def halves(data: EvaluationData) -> tuple[EvaluationData, EvaluationData]:
     Raises `BadInput` for data of one example.
     """
     if data.count < 2:
-        raise BadInput(
-            "one example cannot both decide and be measured", where=data.name, remedy="give two examples at least"
-        )
-
-    def half(first: int, name: str) -> EvaluationData:
-        def read(positions: Sequence[int]) -> Batch:
-            return data.read([first + 2 * position for position in positions])
-
-        return replace(data, name=f"{data.name}, {name}", count=len(range(first, data.count, 2)), read=read)
-
-    return half(0, "every second example"), half(1, "the other examples")
+        what = "one batch" if data.batches else "one example"
+        raise BadInput(f"{what} cannot both decide and be measured", where=data.name, remedy="give two at least")
+    first, second = range(0, data.count, 2), range(1, data.count, 2)
+    return data.at(first, f"{data.name}, every second example"), data.at(second, f"{data.name}, the other examples")
 
 
-def require_apart(calibration: str | os.PathLike[str], data: str | os.PathLike[str]) -> None:
+def open_search_data(data: Any, preprocessing: Preprocessing, sample: Sample) -> tuple[EvaluationData, EvaluationData]:
+    """Data to choose a size by, and other data to report the drop on.
+
+    The validation and the test split of built-in data, at most the limit of examples of each; of other data two halves
+    of at most so many examples together.
+    """
+    if has_splits(data):
+        search = open_data(data, preprocessing, replace(sample, split="validation"))
+        return search, open_data(data, preprocessing, replace(sample, split="test"))
+    return halves(open_data(data, preprocessing, sample))
+
+
+def require_apart(calibration: object, data: object) -> None:
     """Raise `BadInput` when calibration and evaluation would see the same examples.
 
     That is when they are the same file or folder, files of the same bytes, or one lies in the other. Built-in data are
-    kept apart by their splits.
+    kept apart by their splits. The same object for both is only warned of.
     """
+    if calibration is data and not isinstance(data, str | os.PathLike):
+        logger.warning(
+            "`calibration` and `data` are the same object: what is measured on it is better than on other data"
+        )
+    if not isinstance(calibration, str | os.PathLike) or not isinstance(data, str | os.PathLike):
+        return
     if has_splits(calibration) or has_splits(data):
         return
     fitted, measured = Path(calibration), Path(data)
@@ -210,18 +252,20 @@ def require_apart(calibration: str | os.PathLike[str], data: str | os.PathLike[s
 
 @dataclass(frozen=True)
 class _Examples:
-    """All examples of some data; `stacks` says whether several of them go into one batch."""
+    """All examples of some data; `batch_size` is None where any number of them goes into one batch."""
 
     name: str
     task: Task
     count: int
     read: Callable[[Sequence[int]], Batch]
-    stacks: bool = True
+    batch_size: int | None = None
     unused: str = ""
+    batches: tuple[Batch, ...] = ()
 
 
 def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> EvaluationData:
-    count = examples.count if limit is None else min(limit, examples.count)
+    # What came in batches was limited when it was read.
+    count = examples.count if limit is None or examples.batches else min(limit, examples.count)
 
     def read(positions: Sequence[int]) -> Batch:
         # Spread over all, because the first ones are often all of one class.
@@ -231,10 +275,11 @@ def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> Eval
         examples.name,
         examples.task,
         count,
-        batch_size if examples.stacks else 1,
+        examples.batch_size or batch_size,
         read=read,
         unused=examples.unused
         or (f"{examples.count - count:,} of {examples.count:,} examples" if count < examples.count else ""),
+        batches=examples.batches,
     )
 
 
@@ -271,18 +316,24 @@ def _class_numbers(
     return torch.tensor([numbers[str(label)] for label in labels], dtype=torch.int64)
 
 
-def _arrays(name: str, inputs: Tensor, labels: Tensor) -> _Examples:
-    task: Task = "classification"
+def _arrays(name: str, inputs: Tensor, labels: Tensor | None) -> _Examples:
     input_name = "inputs"
     if not inputs.is_floating_point():
-        task, input_name = "text-classification", "input_ids"
+        input_name = "input_ids"
     elif inputs.ndim == 4:
-        task, input_name = "image-classification", "pixel_values"
+        input_name = "pixel_values"
 
     def read(positions: Sequence[int]) -> Batch:
-        return Batch({input_name: inputs[positions]}, labels[positions])
+        return Batch({input_name: inputs[positions]}, NO_LABELS if labels is None else labels[positions])
 
-    return _Examples(name, task, len(inputs), read)
+    return _Examples(name, _classification(inputs), len(inputs), read)
+
+
+def _classification(inputs: Tensor) -> Task:
+    """What telling the classes of these is called."""
+    if not inputs.is_floating_point():
+        return "text-classification"
+    return "image-classification" if inputs.ndim == 4 else "classification"
 
 
 @dataclass(frozen=True)
@@ -290,29 +341,25 @@ class _TextReader:
     """How texts become rows of tokens for a model."""
 
     name: str
-    tokenizer: Callable[..., Any] | None
-    sequence_length: int | None
-    reading: Reading
-    limit: int | None
-    least_windows: int | None
+    preprocessing: Preprocessing
+    sample: Sample
 
     def examples(self, corpus: Corpus) -> _Examples:
+        tokenizer, length = self.preprocessing.tokenizer, self.preprocessing.sequence_length
         if corpus.blank:
             raise BadInput("there is no text in it", where=self.name, remedy="pass data with text")
-        if self.tokenizer is None:
+        if tokenizer is None:
             raise _no_tokenizer(self.name)
-        length = self.sequence_length
         if length is None:
-            longest = getattr(self.tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
+            longest = getattr(tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
             length = min(LONGEST_DEFAULT_WINDOW, int(longest))
-        if self.reading == "tokens":
-            found = windows(corpus, self.tokenizer, length, self.limit, self.name, self.least_windows or 0)
+        limit, reading = self.sample.limit, self.preprocessing.reading
+        if reading == "tokens":
+            found = windows(corpus, tokenizer, length, limit, self.name, self.sample.least_windows or 0)
             return replace(_token_windows(self.name, found.rows), unused=found.unused)
-        found = documents(corpus, self.tokenizer, length, self.limit, self.name)
-        padding = getattr(self.tokenizer, "pad_token_id", None)
-        return replace(
-            _padded_rows(self.name, found.rows, padding, labeled=self.reading == "pairs"), unused=found.unused
-        )
+        found = documents(corpus, tokenizer, length, limit, self.name)
+        padding = getattr(tokenizer, "pad_token_id", None)
+        return replace(_padded_rows(self.name, found.rows, padding, labeled=reading == "pairs"), unused=found.unused)
 
 
 def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labeled: bool) -> _Examples:
@@ -327,14 +374,14 @@ def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labe
         return Batch(inputs | ({"labels": labels} if labeled else {}), labels)
 
     task: Task = "text-to-text" if labeled else "language-modeling"
-    return _Examples(name, task, len(rows), read, stacks=padding is not None)
+    return _Examples(name, task, len(rows), read, None if padding is not None else 1)
 
 
 def _no_tokenizer(name: str) -> BadInput:
     return BadInput(
         "text needs the model's tokenizer, and there is none",
         where=name,
-        remedy="pass a model folder that has its tokenizer files",
+        remedy="pass a model folder that has its tokenizer files, or in Python a `tokenizer`",
     )
 
 
@@ -356,13 +403,8 @@ def _token_windows(name: str, windows: Sequence[Tensor] | Tensor) -> _Examples:
     return _Examples(name, "language-modeling", len(windows), read)
 
 
-def _labeled_texts(
-    name: str,
-    texts: Sequence[str],
-    labels: Tensor,
-    tokenizer: Callable[..., Any] | None,
-    sequence_length: int | None,
-) -> _Examples:
+def _labeled_texts(name: str, texts: Sequence[str], labels: Tensor, preprocessing: Preprocessing) -> _Examples:
+    tokenizer = preprocessing.tokenizer
     if tokenizer is None:
         raise _no_tokenizer(name)
     # without a padding token texts of different lengths do not go into one batch
@@ -373,31 +415,27 @@ def _labeled_texts(
             [texts[position] for position in positions],
             padding=pads,
             truncation=True,
-            max_length=sequence_length,
+            max_length=preprocessing.sequence_length,
             return_tensors="pt",
         )
         return Batch(dict(encoded), labels[positions])
 
-    return _Examples(name, "text-classification", len(texts), read, stacks=pads)
+    return _Examples(name, "text-classification", len(texts), read, None if pads else 1)
 
 
-def _text_pairs(
-    name: str,
-    pairs: TextPairs,
-    tokenizer: Callable[..., Any] | None,
-    sequence_length: int | None,
-    reading: Reading,
-) -> _Examples:
+def _text_pairs(name: str, pairs: TextPairs, preprocessing: Preprocessing) -> _Examples:
+    tokenizer = preprocessing.tokenizer
     if tokenizer is None:
         raise _no_tokenizer(name)
-    if reading != "pairs":
+    if preprocessing.reading != "pairs":
         raise BadInput(
             "`source` and `target` are for encoder-decoders, and the model is none",
             where=name,
             remedy="give texts as `text`",
         )
     pads = getattr(tokenizer, "pad_token", None) is not None
-    shape = {"padding": pads, "truncation": True, "max_length": sequence_length, "return_tensors": "pt"}
+    length = preprocessing.sequence_length
+    shape = {"padding": pads, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
     def read(positions: Sequence[int]) -> Batch:
         encoded = tokenizer([pairs.sources[position] for position in positions], **shape)
@@ -406,34 +444,94 @@ def _text_pairs(
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         return Batch({**inputs, "labels": labels}, labels)
 
-    return _Examples(name, "text-to-text", len(pairs.sources), read, stacks=pads)
+    return _Examples(name, "text-to-text", len(pairs.sources), read, None if pads else 1)
 
 
-def _by_name(name: str, arrays: Mapping[str, Tensor], reading: Reading, known: Collection[str]) -> _Examples:
-    """What a forward is given; its `labels` are the next tokens, those of a target, or classes.
+def _by_name(name: str, arrays: Mapping[str, Tensor], preprocessing: Preprocessing) -> _Examples:
+    """What a forward is given; its `labels` are the next tokens, those of a target, or classes."""
+    inputs = {key: array for key, array in arrays.items() if key != "labels"}
+    labels = arrays.get("labels")
+    task, _ = _named(inputs, labels, preprocessing)
+
+    def read(positions: Sequence[int]) -> Batch:
+        chosen = {key: array[positions] for key, array in inputs.items()}
+        return _named(chosen, None if labels is None else labels[positions], preprocessing)[1]
+
+    return _Examples(name, task, len(next(iter(arrays.values()))), read)
+
+
+def _named(inputs: Mapping[str, Tensor], labels: Tensor | None, preprocessing: Preprocessing) -> tuple[Task, Batch]:
+    """Inputs by name and their labels; without labels the tokens of a text are those to predict.
 
     An encoder-decoder makes what its decoder is given of the labels, where it is not given that.
     """
-    labels = arrays.get("labels")
-    others = {key: array for key, array in arrays.items() if key != "labels"}
-    task: Task = "image-classification" if "pixel_values" in arrays else "text-classification"
-    if labels is None and reading == "tokens" and others.keys() <= {"input_ids", "attention_mask"}:
-        labels = arrays["input_ids"].masked_fill(others.get("attention_mask", torch.ones(())) == 0, IGNORED_LABEL)
-    if labels is not None and labels.ndim == 2 and reading == "pairs":
-        task = "text-to-text"
-    elif labels is not None and labels.ndim == 2 and reading == "tokens":
-        task = "language-modeling"
+    reading = preprocessing.reading
+    if labels is None and reading == "tokens" and "input_ids" in inputs and inputs.keys() <= TOKENS:
+        labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(())) == 0, IGNORED_LABEL)
+    task: Task = "image-classification" if "pixel_values" in inputs else "text-classification"
+    if labels is None:
+        return task, Batch(inputs, NO_LABELS)
+    if labels.ndim == 2 and reading == "pairs":
+        needed = "labels" in preprocessing.inputs and "decoder_input_ids" not in inputs
+        return "text-to-text", Batch({**inputs, "labels": labels} if needed else inputs, labels)
+    if labels.ndim == 2 and reading == "tokens":
+        return "language-modeling", Batch(inputs, labels[:, 1:])
+    return task, Batch(inputs, labels)
+
+
+def _rows(name: str, rows: Rows, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+    def read(positions: Sequence[int]) -> Batch:
+        return _understood(rows.read(positions), preprocessing, sample)[1]
+
+    task, _ = _understood(rows.read([0]), preprocessing, sample)
+    return _Examples(name, task, rows.count, read, rows.batch_size)
+
+
+def _batches(name: str, given: Batches, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+    """Batches, taken apart into their examples only where all of them can be, and no metric wants them whole."""
+    found = [_understood(each, preprocessing, sample) for each in given.batches]
+    task, batches = found[0][0], tuple(batch for _, batch in found)
+    first = batches[0]
+    alike = {tuple((key, each.shape[1:], each.dtype) for key, each in _columns(batch)) for batch in batches}
+    if sample.as_given or len(alike) > 1 or not all(batch.aligned for batch in batches):
+        return _Examples(name, task, len(batches), lambda places: batches[places[0]], 1, given.unused, batches)
+    places = [(batch, row) for batch in batches for row in range(batch.examples)]
 
     def read(positions: Sequence[int]) -> Batch:
-        inputs = {key: array[positions] for key, array in others.items()}
-        if labels is None:
-            return Batch(inputs, torch.empty(0, dtype=torch.int64))
-        if task == "text-to-text":
-            needed = "labels" in known and "decoder_input_ids" not in inputs
-            return Batch(inputs | ({"labels": labels[positions]} if needed else {}), labels[positions])
-        return Batch(inputs, labels[positions][:, 1:] if task == "language-modeling" else labels[positions])
+        chosen = [(dict(_columns(batch)), row) for batch, row in (places[position] for position in positions)]
+        columns = {key: torch.stack([columns[key][row] for columns, row in chosen]) for key, _ in _columns(first)}
+        labels = columns.pop(None, NO_LABELS)
+        return Batch({key: each for key, each in columns.items() if key is not None}, labels)
 
-    return _Examples(name, task, len(next(iter(arrays.values()))), read)
+    return _Examples(name, task, len(places), read, first.examples, given.unused, batches)
+
+
+def _columns(batch: Batch) -> list[tuple[str | None, Tensor]]:
+    """The inputs of a batch by name, and its labels under none, if it has any."""
+    return [*batch.inputs.items(), *([(None, batch.labels)] if batch.labels.numel() else [])]
+
+
+def _understood(given: Any, preprocessing: Preprocessing, sample: Sample) -> tuple[Task, Batch]:
+    """A batch as a loader gives it with what it means for the model; with a metric it may mean nothing."""
+    try:
+        batch = as_batch(given)
+    except NotUnderstood as error:
+        if sample.as_given:
+            return "other", Batch({}, NO_LABELS, given)
+        words = "the calibration data yields" if sample.option == "calibration" else "the data yields"
+        raise BadInput(f"{words} {error.what}", option=sample.option, remedy=error.remedy) from None
+    labels = batch.labels.cpu().long() if batch.labels.numel() else None
+    if batch.inputs.keys() != {"inputs"}:
+        task, named = _named(batch.inputs, labels, preprocessing)
+        return task, replace(named, given=given)
+    [inputs] = batch.inputs.values()
+    next_tokens = labels is not None and not inputs.is_floating_point() and labels.shape == inputs.shape
+    if next_tokens and labels is not None and inputs.ndim == 2 and torch.equal(labels[:, :-1], inputs[:, 1:].cpu()):
+        return "language-modeling", Batch({"input_ids": inputs}, labels[:, :-1], given)
+    if labels is None and not inputs.is_floating_point() and "input_ids" in preprocessing.inputs:
+        task, named = _named({"input_ids": inputs}, None, preprocessing)
+        return task, replace(named, given=given)
+    return _classification(inputs), replace(batch, labels=NO_LABELS if labels is None else labels)
 
 
 def _digits(split: Split, image_processor: Callable[..., Any] | None) -> _Examples:
@@ -448,7 +546,9 @@ def _digits(split: Split, image_processor: Callable[..., Any] | None) -> _Exampl
     return _arrays(name, images, labels)
 
 
-def _images(name: str, paths: Sequence[Path], labels: Tensor, image_processor: Callable[..., Any] | None) -> _Examples:
+def _image_files(
+    name: str, paths: Sequence[Path], labels: Tensor, image_processor: Callable[..., Any] | None
+) -> _Examples:
     channels = channels_of(image_processor, paths[0])
 
     def read(positions: Sequence[int]) -> Batch:
@@ -458,3 +558,19 @@ def _images(name: str, paths: Sequence[Path], labels: Tensor, image_processor: C
         return Batch({"pixel_values": images}, labels[positions])
 
     return _Examples(name, "image-classification", len(paths), read)
+
+
+def _images(name: str, images: Images, preprocessing: Preprocessing) -> _Examples:
+    processor = preprocessing.image_processor
+    channels = channels_of(processor, images.read([0])[0][0])
+
+    def read(positions: Sequence[int]) -> Batch:
+        found, labels = images.read(positions)
+        pixels = read_images(found, channels)
+        places = [f"{name}, example {position}" for position in positions]
+        made = scale(pixels, places) if processor is None else preprocess(processor, pixels, name)
+        known = [label for label in labels if label is not None]
+        classes = _class_numbers(known, preprocessing.classes, name) if len(known) == len(labels) else NO_LABELS
+        return Batch({"pixel_values": made}, classes)
+
+    return _Examples(name, "image-classification", images.count, read)

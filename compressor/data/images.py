@@ -15,18 +15,18 @@ from compressor.errors import BadInput
 Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
-def read_images(paths: Sequence[Path], channels: int) -> list[Pixels]:
-    """Read image files as uint8 arrays `(height, width, channels)`: gray for one channel, RGB for three."""
-    images = (_open(path).convert("L" if channels == 1 else "RGB") for path in paths)
-    return [np.array(image).reshape(image.height, image.width, channels) for image in images]
+def read_images(images: Sequence[Any], channels: int) -> list[Pixels]:
+    """Files, or PIL images, as uint8 arrays `(height, width, channels)`: gray for one channel, RGB for three."""
+    opened = (_opened(each).convert("L" if channels == 1 else "RGB") for each in images)
+    return [np.array(image).reshape(image.height, image.width, channels) for image in opened]
 
 
-def channels_of(image_processor: Any, path: Path) -> int:
-    """Return how many channels the processor wants or, where it does not say, the file at `path` has."""
+def channels_of(image_processor: Any, image: Any) -> int:
+    """Return how many channels the processor wants or, where it does not say, a file or PIL image has."""
     wanted = channels_wanted(image_processor)
     if wanted is not None:
         return wanted
-    return 1 if _open(path).mode in {"1", "L", "LA"} else 3
+    return 1 if _opened(image).mode in {"1", "L", "LA"} else 3
 
 
 def channels_wanted(image_processor: Any) -> int | None:
@@ -59,20 +59,31 @@ def preprocess(image_processor: Callable[..., Any], images: Sequence[Pixels], wh
     return torch.as_tensor(pixel_values, dtype=torch.float32)
 
 
-def scale(images: Sequence[Pixels], paths: Sequence[Path]) -> Tensor:
+def scale(images: Sequence[Pixels], places: Sequence[str | Path]) -> Tensor:
     """Return uint8 `(height, width, channels)` arrays of one size as float32 `(B, C, H, W)` in [0, 1]."""
-    for image, path in zip(images, paths, strict=True):
+    for image, place in zip(images, places, strict=True):
         if image.shape != images[0].shape:
             sizes = [f"{width} x {height}" for height, width, _ in (image.shape, images[0].shape)]
             raise BadInput(
                 f"the image is of {sizes[0]} pixels, others are of {sizes[1]}",
-                where=path,
+                where=place,
                 remedy="make them one size, or add a preprocessor_config.json to the model",
             )
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(torch.float32) / 255
 
 
-def _open(path: Path) -> Any:
+def _opened(image: Any) -> Any:
+    """A file as a PIL image, or a PIL image as it is."""
+    path = image if isinstance(image, Path) else None
+    if path is not None:
+        image = _read(path)
+    if image.mode[0] in "IF":
+        what, remedy = f"the image has pixels of mode {image.mode}", "convert it to 8 bits per channel"
+        raise BadInput(what, where=path, remedy=remedy)
+    return image
+
+
+def _read(path: Path) -> Any:
     try:
         from PIL import Image
     except ImportError:
@@ -86,10 +97,4 @@ def _open(path: Path) -> Any:
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"the image is unreadable: {error}", where=path, remedy="repair or remove it") from None
-    if image.mode[0] in "IF":
-        raise BadInput(
-            f"the image has pixels of mode {image.mode}",
-            where=path,
-            remedy="convert it to 8 bits per channel",
-        )
     return image

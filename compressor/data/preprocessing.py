@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from compressor.choices import Split
-from compressor.data.data import LONGEST_DEFAULT_WINDOW, EvaluationData, Reading, halves, has_splits, open_data
 from compressor.documents import read_json
 from compressor.errors import BadInput, first_line
+
+# How a model reads text: on from token to token; a document at a time; or one text, of which it makes another.
+Reading = Literal["tokens", "documents", "pairs"]
+
+# The window of published perplexities of large language models (Frantar et al. 2023, GPTQ, section 4).
+LONGEST_DEFAULT_WINDOW = 2048
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns data into a transformers model's inputs, each None where its folder has none.
+    """What turns data into a model's inputs.
 
-    The fields are the parameters of the same names of `open_data`; `sequence_length` is the number of the
-    model's positions, at most 2048.
+    `tokenizer` and `image_processor` are called as those of transformers. `classes` are the numbers of classes by name
+    (`label2id` of a configuration). `sequence_length` is the number of the model's positions, at most 2048. `reading`
+    is how it reads text, and `inputs` are the names that its forward has. What is None is not known.
     """
 
     tokenizer: Callable[..., Any] | None = None
@@ -33,6 +38,16 @@ class Preprocessing:
     reading: Reading = "tokens"
     inputs: tuple[str, ...] = ()
 
+    def with_objects(self, tokenizer: Any = None, processor: Any = None) -> Preprocessing:
+        """The same with a tokenizer and an image processor, or a processor that has both, where they are given."""
+        texts = tokenizer or getattr(processor, "tokenizer", None)
+        images = getattr(processor, "image_processor", None) or processor
+        for option, value in (("tokenizer", texts), ("processor", images)):
+            if value is not None and not callable(value):
+                what = f"`{option}` is a {type(value).__name__}, which cannot be called"
+                raise BadInput(what, option=option, remedy=f"give one with the calls of transformers' {option}s")
+        return replace(self, tokenizer=texts or self.tokenizer, image_processor=images or self.image_processor)
+
 
 def load_preprocessing(folder: Path) -> Preprocessing:
     """Load what a transformers folder prepares data with: tokenizer, image processor, classes, positions.
@@ -40,73 +55,35 @@ def load_preprocessing(folder: Path) -> Preprocessing:
     One that is there but cannot be loaded raises `BadInput` where it is used: data of arrays need none of them.
     """
     config = read_config(folder)
-    text_config = config.get("text_config", config)
-    positions = next(
-        (text_config[key] for key in ("max_position_embeddings", "n_positions") if key in text_config), None
-    )
     tokenizer = image_processor = None
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = _from_folder("AutoTokenizer", folder)
     if (folder / "preprocessor_config.json").is_file():
         image_processor = _from_folder("AutoImageProcessor", folder)
-    return Preprocessing(
-        tokenizer=tokenizer,
-        image_processor=image_processor,
-        classes=config.get("label2id"),
-        sequence_length=min(positions, LONGEST_DEFAULT_WINDOW) if isinstance(positions, int) else None,
-        reading=reading_of(config, inputs := _architecture_inputs(config)),
-        inputs=inputs,
-    )
+    known = _configured(config, _architecture_inputs(config))
+    return replace(known, tokenizer=tokenizer, image_processor=image_processor)
 
 
 def preprocessing_of(module: nn.Module | None) -> Preprocessing:
-    """What is known of a model without a folder: its inputs, and how it reads tokens."""
+    """What a module tells of its inputs: the names in its forward, and of a transformers model its configuration."""
     if module is None:
         return Preprocessing()
     config: Any = getattr(module, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    inputs = forward_inputs(type(module))
-    reading = reading_of(settings | {"architectures": [type(module).__name__]}, inputs)
-    return Preprocessing(reading=reading, inputs=inputs)
+    own = config.to_dict() if hasattr(config, "to_dict") else {}
+    return _configured({**own, "architectures": [type(module).__name__]}, forward_inputs(type(module)))
 
 
-def open_data_for(
-    spec: str | Path,
-    preprocessing: Preprocessing,
-    *,
-    split: Split = "test",
-    limit: int | None = None,
-    least_windows: int | None = None,
-) -> EvaluationData:
-    """The data that `spec` names, prepared for a model; the other parameters are those of `open_data`."""
-    return open_data(
-        spec,
-        split=split,
-        tokenizer=preprocessing.tokenizer,
-        image_processor=preprocessing.image_processor,
-        classes=preprocessing.classes,
-        sequence_length=preprocessing.sequence_length,
-        reading=preprocessing.reading,
-        inputs=preprocessing.inputs,
-        limit=limit,
-        least_windows=least_windows,
+def _configured(config: Mapping[str, Any], inputs: tuple[str, ...]) -> Preprocessing:
+    text_config = config.get("text_config") or config
+    positions = next(
+        (text_config[key] for key in ("max_position_embeddings", "n_positions") if key in text_config), None
     )
-
-
-def open_search_data(
-    spec: str | Path, preprocessing: Preprocessing, limit: int | None
-) -> tuple[EvaluationData, EvaluationData]:
-    """Data to choose a size by, and other data to report the drop on.
-
-    The validation and the test split of built-in data, at most `limit` examples of each; of other data two halves of at
-    most `limit` examples together.
-    """
-    if has_splits(spec):
-        search, report = (
-            open_data_for(spec, preprocessing, split=split, limit=limit) for split in ("validation", "test")
-        )
-        return search, report
-    return halves(open_data_for(spec, preprocessing, limit=limit))
+    return Preprocessing(
+        classes=config.get("label2id"),
+        sequence_length=min(positions, LONGEST_DEFAULT_WINDOW) if isinstance(positions, int) else None,
+        reading=reading_of(config, inputs),
+        inputs=inputs,
+    )
 
 
 def forward_inputs(model: type[nn.Module]) -> tuple[str, ...]:

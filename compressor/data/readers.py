@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import math
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class NamedArrays:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Inputs `(N, ...)`, float32 or (token ids) int64; and the class of each, unless they are plain text."""
+    """Inputs `(N, ...)`, float32 or (token ids) int64; and the class of each, None without labels."""
 
     inputs: Tensor
     labels: tuple[str | int, ...] | None
@@ -72,7 +72,32 @@ class LabeledImages:
     labels: tuple[str | int, ...]
 
 
-Contents = Texts | LabeledTexts | TextPairs | Arrays | NamedArrays | LabeledImages
+@dataclass(frozen=True)
+class Images:
+    """Images in memory: `read` gives those at some positions as PIL images, and the class of each or None."""
+
+    count: int
+    read: Callable[[Sequence[int]], tuple[list[Any], list[Any]]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Examples read by position: `read` gives a batch of some as a loader does. `batch_size` is None for any."""
+
+    count: int
+    read: Callable[[Sequence[int]], Any]
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches as an iterable gave them; `unused` says what it gives beyond them."""
+
+    batches: tuple[Any, ...]
+    unused: str = ""
+
+
+Contents = Texts | LabeledTexts | TextPairs | Arrays | NamedArrays | LabeledImages | Images | Rows | Batches
 
 
 def read_contents(path: Path, inputs: Collection[str] = ()) -> Contents:
@@ -147,7 +172,7 @@ def _read_jsonl(path: Path) -> Texts | LabeledTexts | TextPairs:
         if not isinstance(row, dict):
             raise BadInput("not a JSON object", where=where, remedy="write one object per line")
         rows.append((where, row))
-    return _texts_in_rows(rows, path)
+    return texts_in_rows(rows, path)
 
 
 def _read_csv(path: Path) -> Texts | LabeledTexts | TextPairs | Arrays:
@@ -161,7 +186,7 @@ def _read_csv(path: Path) -> Texts | LabeledTexts | TextPairs | Arrays:
             raise BadInput(f"{len(cells)} cells under {len(names)} column names", where=where, remedy="mend the row")
         rows.append((where, dict(zip(names, cells, strict=True))))
     if not rows or "text" in names or all(name in names for name in PAIR):
-        return _texts_in_rows(rows, path)
+        return texts_in_rows(rows, path)
     if "label" not in names or len(names) < 2:
         raise BadInput(f"the columns are {', '.join(names)}", where=path, remedy=COLUMNS)
     features = [name for name in names if name != "label"]
@@ -194,21 +219,23 @@ def _csv_number(cell: str, name: str, where: str) -> float:
     return number
 
 
-def _texts_in_rows(rows: list[tuple[str, Mapping[str, Any]]], path: Path) -> Texts | LabeledTexts | TextPairs:
+def texts_in_rows(rows: Sequence[tuple[str, Mapping[str, Any]]], where: str | Path) -> Texts | LabeledTexts | TextPairs:
+    """The texts in rows with names, each of which comes with its place for messages."""
     if not rows:
-        raise BadInput("the file is empty", where=path, remedy="pass a file with at least one example")
+        what = "the file is empty" if isinstance(where, Path) else "there is no example"
+        raise BadInput(what, where=where, remedy="give at least one example")
     if all(name in rows[0][1] for name in PAIR):
-        for where, row in rows:
+        for place, row in rows:
             if not all(isinstance(row.get(name), str) for name in PAIR):
-                raise BadInput("there is no `source` and `target` with a string", where=where, remedy=COLUMNS)
+                raise BadInput("there is no `source` and `target` with a string", where=place, remedy=COLUMNS)
         return TextPairs(*(tuple(row[name] for _, row in rows) for name in PAIR))
-    for where, row in rows:
+    for place, row in rows:
         if not isinstance(row.get("text"), str):
-            raise BadInput("there is no `text` with a string", where=where, remedy=COLUMNS)
+            raise BadInput("there is no `text` with a string", where=place, remedy=COLUMNS)
     texts = tuple(row["text"] for _, row in rows)
     if not any("label" in row for _, row in rows):
         return Texts(texts)
-    return LabeledTexts(texts, tuple(_label(row, where) for where, row in rows))
+    return LabeledTexts(texts, tuple(_label(row, place) for place, row in rows))
 
 
 def _label(row: Mapping[str, Any], where: str) -> str | int:
@@ -220,12 +247,19 @@ def _label(row: Mapping[str, Any], where: str) -> str | int:
 
 def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
     arrays = _read_npz(path) if path.suffix.lower() == ".npz" else _read_safetensors(path)
+    return in_arrays(arrays, path, inputs)
+
+
+def in_arrays(
+    arrays: Mapping[str, Tensor], path: str | Path, inputs: Collection[str], *, labeled: bool = True
+) -> Arrays | NamedArrays:
+    """Arrays by their names, checked; unless `labeled`, inputs that are no text may come without labels."""
     if _go_by_name(arrays, inputs):
         return _named_arrays(arrays, path)
     input_name = _only_name(arrays, INPUT_NAMES, path, inputs)
     tokens = input_name == "input_ids" or arrays[input_name].dtype in _TOKEN_IDS
     label_name = None
-    if not tokens or any(name in arrays for name in LABEL_NAMES):
+    if (labeled and not tokens) or any(name in arrays for name in LABEL_NAMES):
         label_name = _only_name(arrays, LABEL_NAMES, path, inputs)
     values = arrays[input_name]
     if values.ndim < 2 or values.numel() == 0:
@@ -270,7 +304,7 @@ def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:
     return not plain or ("labels" in arrays and arrays["labels"].ndim > 1)
 
 
-def _named_arrays(arrays: Mapping[str, Tensor], path: Path) -> NamedArrays:
+def _named_arrays(arrays: Mapping[str, Tensor], path: str | Path) -> NamedArrays:
     found = {}
     examples = len(next(iter(arrays.values()))) if next(iter(arrays.values())).ndim else 0
     for name, array in arrays.items():
@@ -293,7 +327,7 @@ def _named_arrays(arrays: Mapping[str, Tensor], path: Path) -> NamedArrays:
 
 def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise BadInput(
@@ -313,7 +347,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _only_name(arrays: Mapping[str, Tensor], known: tuple[str, ...], path: Path, inputs: Collection[str] = ()) -> str:
+def _only_name(
+    arrays: Mapping[str, Tensor], known: tuple[str, ...], path: str | Path, inputs: Collection[str] = ()
+) -> str:
     found = [name for name in known if name in arrays]
     if len(found) != 1:
         held = ", ".join(arrays) or "nothing"
@@ -326,7 +362,7 @@ def _only_name(arrays: Mapping[str, Tensor], known: tuple[str, ...], path: Path,
     return found[0]
 
 
-def _integers(array: Tensor, name: str, path: Path) -> Tensor:
+def _integers(array: Tensor, name: str, path: str | Path) -> Tensor:
     integers = array.to(torch.int64)
     if array.dtype == torch.bool or array.is_complex() or not bool((integers == array).all()):
         raise BadInput(f"`{name}` has values that are not whole numbers", where=path, remedy="store integers")

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.data import Batch, EvaluationData
-from compressor.data.data import IGNORED_LABEL
+from compressor.data import IGNORED_LABEL, Batch, EvaluationData
 from compressor.diagnosis.types import Predictions
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from compressor.data import EvaluationData
-from compressor.data.data import Task
+from compressor.data import EvaluationData, Task
 from compressor.evaluation.cost import TIMING, Cost, Latency, TimingSettings, measure_cost, measure_latency
 from compressor.evaluation.metrics import measure_quality, quality_drop
 from compressor.model import resolve_device

@@ -12,11 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.data import Batch, EvaluationData
-from compressor.data.data import IGNORED_LABEL
+from compressor.data import IGNORED_LABEL, Batch, EvaluationData
 from compressor.errors import BadInput
 from compressor.model import evaluation_mode, logits_of, resolve_device
 from compressor.model.inference import forward_call
+
+# Inputs that are tokens of the model's vocabulary.
+TOKEN_IDS = ("input_ids", "decoder_input_ids", "labels")
 
 # Logits scored at once in float64: 128 MB, whatever the vocabulary.
 SCORED_AT_ONCE = 2**24
@@ -84,9 +86,11 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
 def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> None:
     """Raise `BadInput` for data that a model cannot run on, labels aside: unknown token ids, wrong shapes."""
     with evaluation_mode(resolve_device(device), model):
-        for batch in data:
-            _require_known_tokens(model, batch, data.name)
-        _accepted(model, data.read(range(1)), data.name, lambda model, inputs: forward_call(model, inputs)())
+        first = data.read(range(1))
+        if any(name in first.inputs for name in TOKEN_IDS):  # others are not read once more for nothing
+            for batch in data:
+                _require_known_tokens(model, batch, data.name)
+        _accepted(model, first, data.name, lambda model, inputs: forward_call(model, inputs)())
 
 
 def quality_drop(baseline: Quality, compressed: Quality) -> float:
@@ -203,7 +207,7 @@ def _require_known_tokens(model: nn.Module, batch: Batch, where: str) -> None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
-    for name in ("input_ids", "decoder_input_ids", "labels"):
+    for name in TOKEN_IDS:
         given = batch.inputs.get(name)
         if given is None or vocabulary is None:
             continue

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compressor import QualityGateNotMet, compress, inspect, restore
-from compressor.data import load_preprocessing, open_data
+from compressor.data import Preprocessing, Sample, load_preprocessing, open_data
 from compressor.evaluation import measure_quality
 from compressor.io import open_checkpoint
 from compressor.model import load_model, logits_of
@@ -40,10 +40,12 @@ def test_the_restored_model_scores_what_the_compressed_one_scores(name: str, kee
     prepared = load_preprocessing(source) if source.is_dir() else None
     data = open_data(
         spec,
-        limit=48,
-        tokenizer=prepared.tokenizer if prepared else None,
-        image_processor=prepared.image_processor if prepared else None,
-        sequence_length=prepared.sequence_length if prepared else None,
+        Preprocessing(
+            tokenizer=prepared.tokenizer if prepared else None,
+            image_processor=prepared.image_processor if prepared else None,
+            sequence_length=prepared.sequence_length if prepared else None,
+        ),
+        Sample(limit=48),
     )
     compressed, restored = (measure_quality(load_model(model, factory), data, device="cpu") for model in (small, dense))
     assert restored.loss == pytest.approx(compressed.loss, rel=1e-4)
@@ -102,7 +104,7 @@ def test_with_data_and_spatial_pairs_a_resnet_loses_at_most_half_of_what_channel
     assert uniform is not None
     assert shared is not None
     ours = load_model(tmp_path / "small")
-    data = open_data(spec, image_processor=load_preprocessing(source).image_processor)
+    data = open_data(spec, Preprocessing(image_processor=load_preprocessing(source).image_processor))
 
     before, *after = (measure_quality(model, data, device="cpu").value for model in (dense, ours, uniform))
     drop, of_uniform = (before - value for value in after)

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import compressor
 from compressor.calibration import CalibrationData, split_examples
-from compressor.calibration.examples import MOST_WITHOUT_LENGTH
+from compressor.data import Sample, open_data
+from compressor.data.objects import MOST_WITHOUT_LENGTH
 from compressor.planning import CalibrationResult
 from compressor.report.wording import calibration_words, loss_axis
 
@@ -32,17 +33,21 @@ def used(data: CalibrationData) -> list[float]:
     return sorted(x for batch in (*data.fit, *data.holdout) for x in batch.inputs["inputs"].flatten().tolist())
 
 
+def split(data: Any, samples: int | None = None) -> CalibrationData:
+    return split_examples(open_data(data, sample=Sample(limit=samples, option="calibration")))
+
+
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=9))
 def test_batches_that_were_made_by_the_user_are_used_whole(sizes: list[int]) -> None:
     for data in (images(sizes), iter(images(sizes))):
-        found = split_examples(data)
+        found = split(data)
         assert used(found) == list(range(sum(sizes)))
         assert found.unused == ""
 
 
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=9), st.integers(2, 300))
 def test_as_many_examples_are_used_as_were_asked_for(sizes: list[int], samples: int) -> None:
-    found = split_examples(images(sizes), samples)
+    found = split(images(sizes), samples)
     taken = used(found)
     assert len(taken) <= samples
     assert len(taken) == samples or len(found.fit) + len(found.holdout) == len(sizes)
@@ -60,7 +65,7 @@ def test_as_many_examples_are_used_as_were_asked_for(sizes: list[int], samples: 
 def test_what_a_batch_has_more_than_was_used_of_it_is_counted(
     sizes: tuple[int, ...], samples: int, unused: str
 ) -> None:
-    assert split_examples(images(sizes), samples).unused == unused
+    assert split(images(sizes), samples).unused == unused
 
 
 def endless(size: int = 64) -> Iterator[Tensor]:
@@ -76,12 +81,12 @@ class Stream(IterableDataset[Tensor]):
 @pytest.mark.parametrize("data", [endless(), DataLoader(Stream(), batch_size=64)])
 def test_what_may_never_end_is_refused_until_a_limit_is_given(data: Iterable[Any]) -> None:
     with pytest.raises(compressor.BadInput, match=r"no length.*calibration_samples"):
-        split_examples(data)
-    assert len(used(split_examples(data, 100))) == 100
+        split(data)
+    assert len(used(split(data, 100))) == 100
 
 
 def test_an_iterator_that_ends_is_used_whole() -> None:
-    assert len(used(split_examples(islice(endless(), MOST_WITHOUT_LENGTH // 64)))) == MOST_WITHOUT_LENGTH
+    assert len(used(split(islice(endless(), MOST_WITHOUT_LENGTH // 64)))) == MOST_WITHOUT_LENGTH
 
 
 def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -94,11 +99,11 @@ def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.Lo
     assert whole is not None
     assert part is not None
     assert (whole.examples + whole.holdout, whole.unused) == (500, "")
-    assert (part.examples, part.holdout, part.unused) == (64, 64, "6 of 8 batches")
-    assert "not used: 6 of 8 batches" in calibration_words(part)
+    assert (part.examples, part.holdout, part.unused) == (96, 32, "372 of 500 examples")
+    assert "not used: 372 of 500 examples" in calibration_words(part)
     assert [record.message.rpartition("; ")[2] for record in caplog.records] == [
         "not used: nothing",
-        "not used: 6 of 8 batches",
+        "not used: 372 of 500 examples",
     ]
 
 

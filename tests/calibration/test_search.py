@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress, plan, restore
 from compressor.calibration import calibrate, compensate, holdout_loss, split_examples, uncompensated
+from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture
@@ -62,7 +63,7 @@ def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
     monkeypatch.setattr("compressor.calibration.search.STAGES", 0)
     chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256, refine=False)
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
-    calibration = calibrate(trained, layers, split_examples(batches()), device=torch.device("cpu"), seed=0)
+    calibration = calibrate(trained, layers, split_examples(open_data(batches())), device=torch.device("cpu"), seed=0)
     refitted, truncated = (
         holdout_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
     )
@@ -152,8 +153,8 @@ def test_any_iterable_of_batches_will_do(data: Any) -> None:
     ("data", "message"),
     [
         ([], "yields 0 batches"),
-        ([torch.randn(4, 1, 8, 8)], "yields one batch"),
-        (["text"], "yields str"),
+        ([torch.randn(1, 1, 8, 8)], "two examples at least, and has one batch"),
+        (["text"], "needs the model's tokenizer"),
         ([torch.full((4, 1, 8, 8), math.inf)] * 2, "not finite"),
         ("builtin:nothing", "builtin:nothing"),
     ],

@@ -156,8 +156,7 @@ def nothing() -> Any:
     ("batches", "message"),
     [
         (nothing(), "yields 0 batches"),
-        ([torch.ones(4, 20)], "yields one batch"),
-        ([np.ones((4, 20))] * 2, "yields ndarray"),
+        ([torch.ones(1, 20)], "two examples at least, and has one batch"),
         ([None] * 2, "yields NoneType"),
         ([{"x": [1.0]}] * 2, "yields dict"),
         ([([1.0], [0])] * 2, "yields tuple"),

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import ViTImageProcessor
 
-from compressor.data import Batch, EvaluationData, open_data
+from compressor.data import Batch, EvaluationData, Preprocessing, Sample, open_data
 from compressor.data.builtin_data import digits, standard_library_text
 from compressor.errors import BadInput
 from compressor.evaluation import measure_quality
@@ -59,7 +59,7 @@ def images(tmp_path: Path) -> Path:
 def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, count, batch_size, limit):
     path = tmp_path_factory.mktemp("arrays") / "data.npz"
     np.savez(path, x=np.arange(count, dtype=np.float32)[:, None], y=np.arange(count))
-    data = open_data(path, batch_size=batch_size, limit=limit)
+    data = open_data(path, sample=Sample(limit=limit), batch_size=batch_size)
 
     kept = count if limit is None else min(limit, count)
     assert data.count == kept
@@ -77,8 +77,10 @@ def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, c
 
 @pytest.mark.parametrize(("option", "value"), [("limit", 0), ("limit", -1), ("batch_size", 0), ("sequence_length", 1)])
 def test_impossible_numbers_are_bad_input(option, value):
+    preprocessing = Preprocessing(sequence_length=value) if option == "sequence_length" else None
+    sample = Sample(limit=value) if option == "limit" else None
     with pytest.raises(BadInput, match=f"{option} is {value}"):
-        open_data("builtin:digits", **{option: value})
+        open_data("builtin:digits", preprocessing, sample, batch_size=value if option == "batch_size" else 32)
 
 
 # Language modeling
@@ -89,7 +91,7 @@ def test_impossible_numbers_are_bad_input(option, value):
 def test_windows_are_the_text_cut_without_overlap(tmp_path_factory, tokenizer, length, window):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(("abcdefgh" * 10)[:length])
-    data = open_data(path, tokenizer=tokenizer, sequence_length=window, batch_size=3)
+    data = open_data(path, Preprocessing(tokenizer=tokenizer, sequence_length=window), batch_size=3)
     ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
 
     assert data.task == "language-modeling"
@@ -108,9 +110,9 @@ def test_documents_of_a_folder_are_joined_in_the_order_of_their_paths(tmp_path, 
     (tmp_path / "whole.txt").write_text("aa\n\nbb\n\ncc")
     (tmp_path / "lines.jsonl").write_text('{"text": "aa"}\n\n{"text": "bb"}\n{"text": "cc"}\n')
     (tmp_path / "rows.csv").write_text("id,text\n1,aa\n2,bb\n3,cc\n")
-    whole = inputs_of(open_data(tmp_path / "whole.txt", tokenizer=tokenizer))
+    whole = inputs_of(open_data(tmp_path / "whole.txt", Preprocessing(tokenizer=tokenizer)))
     for name in ("texts", "lines.jsonl", "rows.csv"):
-        data = open_data(tmp_path / name, tokenizer=tokenizer)
+        data = open_data(tmp_path / name, Preprocessing(tokenizer=tokenizer))
         assert data.task == "language-modeling"
         assert torch.equal(inputs_of(data), whole)
 
@@ -118,11 +120,11 @@ def test_documents_of_a_folder_are_joined_in_the_order_of_their_paths(tmp_path, 
 def test_without_a_length_the_window_is_the_tokenizers_longest_up_to_2048(tmp_path, tokenizer, caplog):
     path = tmp_path / "text.txt"
     path.write_text("abcd" * 1500)
-    assert inputs_of(open_data(path, tokenizer=tokenizer)).shape == (2, 2048)
+    assert inputs_of(open_data(path, Preprocessing(tokenizer=tokenizer))).shape == (2, 2048)
     longest = tokenizer.model_max_length
     tokenizer.model_max_length = 100
     try:
-        assert inputs_of(open_data(path, tokenizer=tokenizer)).shape == (60, 100)
+        assert inputs_of(open_data(path, Preprocessing(tokenizer=tokenizer))).shape == (60, 100)
     finally:
         tokenizer.model_max_length = longest
     assert caplog.text == ""
@@ -132,7 +134,9 @@ def test_the_standard_library_is_text():
     def code_points(text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 
-    data = open_data("builtin:stdlib", split="validation", tokenizer=code_points, sequence_length=64, limit=3)
+    data = open_data(
+        "builtin:stdlib", Preprocessing(tokenizer=code_points, sequence_length=64), Sample(split="validation", limit=3)
+    )
     windows = inputs_of(data)
     text = standard_library_text("validation")
     third = len(text) // 64 // 3 * 64
@@ -161,7 +165,7 @@ def test_text_without_a_prediction_is_bad_input(tmp_path, tokenizer, text, messa
     path = tmp_path / "text.txt"
     path.write_text(text)
     with pytest.raises(BadInput, match=message):
-        open_data(path, tokenizer=tokenizer)
+        open_data(path, Preprocessing(tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_text_without_a_tokenizer_is_bad_input(tmp_path, name, text):
 def test_text_that_is_not_utf8_is_bad_input(tmp_path, tokenizer):
     (tmp_path / "latin.txt").write_bytes("abc é".encode("latin-1"))
     with pytest.raises(BadInput, match="not UTF-8 text, at byte 4"):
-        open_data(tmp_path / "latin.txt", tokenizer=tokenizer)
+        open_data(tmp_path / "latin.txt", Preprocessing(tokenizer=tokenizer))
 
 
 # Text classification
@@ -189,7 +193,7 @@ def test_labeled_texts_round_trip(tmp_path, tokenizer):
     table.write_text('label,text\n1,ab\n0,cde fgh\n2,"a ""b"",\nc"\n')
     expected = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
     for path in (jsonl, table):
-        data = open_data(path, tokenizer=tokenizer)
+        data = open_data(path, Preprocessing(tokenizer=tokenizer))
         assert data.task == "text-classification"
         (batch,) = data
         assert batch.labels.tolist() == [1, 0, 2]
@@ -199,7 +203,7 @@ def test_labeled_texts_round_trip(tmp_path, tokenizer):
 
 def test_long_texts_are_cut(tmp_path, tokenizer):
     (tmp_path / "texts.jsonl").write_text('{"text": "abcdef", "label": 0}')
-    (batch,) = open_data(tmp_path / "texts.jsonl", tokenizer=tokenizer, sequence_length=4)
+    (batch,) = open_data(tmp_path / "texts.jsonl", Preprocessing(tokenizer=tokenizer, sequence_length=4))
     assert batch.inputs["input_ids"].tolist() == [tokenizer("abcd")["input_ids"]]
 
 
@@ -207,7 +211,7 @@ def test_without_a_padding_token_texts_come_one_by_one(tmp_path, tokenizer):
     (tmp_path / "texts.jsonl").write_text('{"text": "abcdef", "label": 0}\n{"text": "a", "label": 1}')
     tokenizer.pad_token = None
     try:
-        data = open_data(tmp_path / "texts.jsonl", tokenizer=tokenizer, batch_size=8)
+        data = open_data(tmp_path / "texts.jsonl", Preprocessing(tokenizer=tokenizer), batch_size=8)
         assert [tuple(batch.inputs["input_ids"].shape) for batch in data] == [(1, 6), (1, 1)]
     finally:
         tokenizer.pad_token = "<pad>"
@@ -233,9 +237,9 @@ def test_labels_are_the_models_class_names_or_numbers(tmp_path, tokenizer, class
     path.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in labels))
     if numbers is None:
         with pytest.raises(BadInput, match=r"the model has no class '(1|awful|bad)'"):
-            open_data(path, tokenizer=tokenizer, classes=classes)
+            open_data(path, Preprocessing(tokenizer=tokenizer, classes=classes))
     else:
-        assert labels_of(open_data(path, tokenizer=tokenizer, classes=classes)) == numbers
+        assert labels_of(open_data(path, Preprocessing(tokenizer=tokenizer, classes=classes))) == numbers
 
 
 @pytest.mark.parametrize(
@@ -256,7 +260,7 @@ def test_labels_are_the_models_class_names_or_numbers(tmp_path, tokenizer, class
 def test_bad_jsonl(tmp_path, tokenizer, text, message):
     (tmp_path / "texts.jsonl").write_text(text)
     with pytest.raises(BadInput, match=message) as raised:
-        open_data(tmp_path / "texts.jsonl", tokenizer=tokenizer)
+        open_data(tmp_path / "texts.jsonl", Preprocessing(tokenizer=tokenizer))
     assert "\n" not in str(raised.value)
 
 
@@ -395,7 +399,7 @@ def test_images_of_a_folder_are_in_order_with_sorted_classes(images):
 
 
 def test_a_limit_keeps_some_of_each_class(images):
-    assert labels_of(open_data(images, limit=3)) == [0, 1, 2]
+    assert labels_of(open_data(images, sample=Sample(limit=3))) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -406,12 +410,12 @@ def test_a_limit_keeps_some_of_each_class(images):
     ],
 )
 def test_classes_are_the_models(images, classes, expected):
-    assert labels_of(open_data(images, classes=classes)) == expected
+    assert labels_of(open_data(images, Preprocessing(classes=classes))) == expected
 
 
 def test_a_folder_that_the_model_has_no_class_for_is_bad_input(images):
     with pytest.raises(BadInput, match="the model has no class 'eel'"):
-        open_data(images, classes={"cat": 0, "dog": 1})
+        open_data(images, Preprocessing(classes={"cat": 0, "dog": 1}))
 
 
 def test_folders_named_by_numbers_are_those_classes(images):
@@ -422,7 +426,7 @@ def test_folders_named_by_numbers_are_those_classes(images):
 
 def test_images_are_preprocessed_as_the_model_says(images):
     """Bilinear to 8 x 8, scaled, normalized: the same by hand, on Pillow's own resizing."""
-    data = open_data(images, image_processor=vit_processor(), batch_size=2)
+    data = open_data(images, Preprocessing(image_processor=vit_processor()), batch_size=2)
     path = images / "cat" / "0.png"
     resized = np.asarray(Image.open(path).resize((8, 8), Image.Resampling.BILINEAR), dtype=np.float32)
     expected = torch.from_numpy((resized / 255 - 0.5) / 0.25)
@@ -434,8 +438,8 @@ def test_images_get_the_channels_that_the_model_wants(images):
     color = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     save_image(images / "cat" / "0.png", color)
     three = vit_processor(image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 1.0, 1.0])
-    assert inputs_of(open_data(images, image_processor=three)).shape == (9, 3, 8, 8)
-    assert inputs_of(open_data(images, image_processor=vit_processor())).shape == (9, 1, 8, 8)
+    assert inputs_of(open_data(images, Preprocessing(image_processor=three))).shape == (9, 3, 8, 8)
+    assert inputs_of(open_data(images, Preprocessing(image_processor=vit_processor()))).shape == (9, 1, 8, 8)
     assert inputs_of(open_data(images)).shape == (9, 3, 5, 6), "as the first image has them"
 
 
@@ -461,7 +465,7 @@ def test_the_image_of_another_size_is_named(images):
     save_image(images / "eel" / "2.png", np.zeros((4, 4), dtype=np.uint8))
     with pytest.raises(BadInput, match=r"eel/2\.png: the image is of 4 x 4 pixels, others are of 6 x 5"):
         list(open_data(images))
-    assert inputs_of(open_data(images, image_processor=vit_processor())).shape == (9, 1, 8, 8)
+    assert inputs_of(open_data(images, Preprocessing(image_processor=vit_processor()))).shape == (9, 1, 8, 8)
 
 
 def test_images_of_16_bits_are_bad_input(images):
@@ -480,7 +484,7 @@ def test_images_at_another_level_are_bad_input(images):
 def test_an_image_processor_that_does_not_fit_is_bad_input(images):
     processor = vit_processor(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5])
     with pytest.raises(BadInput, match="image processor does not take these images"):
-        list(open_data(images, image_processor=processor))
+        list(open_data(images, Preprocessing(image_processor=processor)))
 
 
 def test_without_pillow_the_remedy_is_said(images, monkeypatch):
@@ -493,7 +497,7 @@ def test_without_pillow_the_remedy_is_said(images, monkeypatch):
 
 
 def test_digits_are_the_digits():
-    data = open_data("builtin:digits", split="validation")
+    data = open_data("builtin:digits", sample=Sample(split="validation"))
     pixels, labels = digits("validation")
     assert data.task == "image-classification"
     assert data.name == "builtin:digits, validation split"
@@ -503,13 +507,13 @@ def test_digits_are_the_digits():
 
 def test_digits_are_normalized_without_being_rounded():
     pixels, _ = digits("test")
-    data = open_data("builtin:digits", image_processor=vit_processor())
+    data = open_data("builtin:digits", Preprocessing(image_processor=vit_processor()))
     torch.testing.assert_close(inputs_of(data), (pixels - 0.5) / 0.25, rtol=0, atol=1e-6)
 
 
 def test_digits_are_resized_and_given_channels_as_the_model_says():
     processor = vit_processor(size={"height": 16, "width": 12}, image_mean=[0.0, 0.5, 1.0], image_std=[1.0] * 3)
-    pixels = inputs_of(open_data("builtin:digits", image_processor=processor, limit=5))
+    pixels = inputs_of(open_data("builtin:digits", Preprocessing(image_processor=processor), Sample(limit=5)))
     assert pixels.shape == (5, 3, 16, 12)
     torch.testing.assert_close(pixels[:, 0], pixels[:, 1] + 0.5)
     torch.testing.assert_close(pixels[:, 0], pixels[:, 2] + 1.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from compressor.calibration import split_examples
-from compressor.data import EvaluationData, halves, load_preprocessing, open_data
+from compressor.data import EvaluationData, Preprocessing, Sample, halves, load_preprocessing, open_data
 from compressor.data.text import PIECE, WHOLE_BYTES, Corpus
 from compressor.errors import BadInput
 
@@ -60,7 +60,7 @@ def place_of(row: Tensor) -> int:
 def test_of_a_large_text_no_more_is_read_and_tokenized_than_is_used(numbered: Path) -> None:
     tokenizer = CodePoints()
     tracemalloc.start()
-    data = open_data(numbered, tokenizer=tokenizer, sequence_length=LENGTH, limit=50)
+    data = open_data(numbered, Preprocessing(tokenizer=tokenizer, sequence_length=LENGTH), Sample(limit=50))
     windows = rows_of(data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -71,7 +71,10 @@ def test_of_a_large_text_no_more_is_read_and_tokenized_than_is_used(numbered: Pa
 
 
 def test_windows_come_from_evenly_spaced_places_and_are_the_same_each_time(numbered: Path) -> None:
-    first, again = (open_data(numbered, tokenizer=CodePoints(), sequence_length=LENGTH, limit=40) for _ in range(2))
+    first, again = (
+        open_data(numbered, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH), Sample(limit=40))
+        for _ in range(2)
+    )
     assert torch.equal(rows_of(first), rows_of(again))
     stride = numbered.stat().st_size / 40
     for index, row in enumerate(rows_of(first)):
@@ -79,7 +82,7 @@ def test_windows_come_from_evenly_spaced_places_and_are_the_same_each_time(numbe
 
 
 def test_windows_that_decide_and_windows_that_are_reported_have_nothing_in_common(numbered: Path) -> None:
-    data = open_data(numbered, tokenizer=CodePoints(), sequence_length=LENGTH, limit=40)
+    data = open_data(numbered, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH), Sample(limit=40))
     calibration = split_examples(data)
     parts = [rows_of(half) for half in halves(data)]
     for one, other in (
@@ -96,7 +99,7 @@ def test_without_a_limit_every_window_of_a_large_text_is_used(tmp_path: Path) ->
     path = tmp_path / "text.txt"
     text = "".join(f"line {number} of many, é and 漢字\n" for number in range(WHOLE_BYTES // 20))
     path.write_text(text)
-    windows = rows_of(open_data(path, tokenizer=CodePoints(), sequence_length=LENGTH))
+    windows = rows_of(open_data(path, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH)))
     whole = torch.tensor([ord(character) for character in text])
     assert torch.equal(windows.flatten(), whole[: len(whole) // LENGTH * LENGTH])
 
@@ -107,7 +110,7 @@ def test_windows_begin_and_end_between_characters(end: str, tmp_path: Path) -> N
     path = tmp_path / "text.md"
     path.write_bytes(text.encode("utf-8-sig"))
     assert path.stat().st_size > WHOLE_BYTES
-    data = open_data(path, tokenizer=CodePoints(), sequence_length=LENGTH, limit=33)
+    data = open_data(path, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH), Sample(limit=33))
     lines = "aé漢😀\n" * LENGTH
     assert all(words(row) in lines for row in rows_of(data))
 
@@ -128,12 +131,14 @@ def test_a_large_file_that_is_no_utf8_is_refused_with_the_place(limit: int | Non
     place = len(text) // 2 // 9 * 9
     path.write_bytes(text[:place] + b"\xe9" + text[place:])
     with pytest.raises(BadInput, match=f"not UTF-8 text, at byte {place}"):
-        list(open_data(path, tokenizer=CodePoints(), sequence_length=LENGTH, limit=limit))
+        list(open_data(path, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH), Sample(limit=limit)))
 
 
 def test_of_the_standard_library_no_more_is_tokenized_than_is_used() -> None:
     tokenizer = CodePoints()
-    data = open_data("builtin:stdlib", split="train", tokenizer=tokenizer, sequence_length=LENGTH, limit=128)
+    data = open_data(
+        "builtin:stdlib", Preprocessing(tokenizer=tokenizer, sequence_length=LENGTH), Sample(split="train", limit=128)
+    )
     assert rows_of(data).shape == (128, LENGTH)
     assert tokenizer.characters <= 128 * 8 * LENGTH
 
@@ -192,7 +197,7 @@ def written(form: str, folder: Path) -> Path:
 def test_an_encoder_gets_a_document_in_a_row_with_its_special_tokens(
     form: str, letters: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    data = open_data(written(form, tmp_path), tokenizer=letters, sequence_length=7, reading="documents")
+    data = open_data(written(form, tmp_path), Preprocessing(tokenizer=letters, sequence_length=7, reading="documents"))
     (batch,) = data
     assert batch.inputs["input_ids"].tolist() == [
         [2, 5, 6, 7, 3, 0, 0],
@@ -207,7 +212,9 @@ def test_an_encoder_gets_a_document_in_a_row_with_its_special_tokens(
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "folder"])
 def test_a_decoders_documents_are_joined_by_its_end_of_text(form: str, tmp_path: Path) -> None:
-    data = open_data(written(form, tmp_path), tokenizer=tokenizer_of_letters(eos_token="<end>"), sequence_length=17)
+    data = open_data(
+        written(form, tmp_path), Preprocessing(tokenizer=tokenizer_of_letters(eos_token="<end>"), sequence_length=17)
+    )
     assert rows_of(data).tolist() == [[2, 5, 6, 7, 4, 8, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12, 3]]
 
 
@@ -217,7 +224,7 @@ def test_of_many_documents_no_more_are_tokenized_than_are_used(
 ) -> None:
     path, number = tmp_path / "lines.txt", WHOLE_BYTES // 4
     path.write_text("".join(f"{LETTERS[index * 8 // number] * 3}\n" for index in range(number)) + "\n")
-    data = open_data(path, tokenizer=letters, sequence_length=8, reading="documents", limit=16)
+    data = open_data(path, Preprocessing(tokenizer=letters, sequence_length=8, reading="documents"), Sample(limit=16))
     assert rows_of(data).tolist() == [[2, *[5 + index // 2] * 3, 3] for index in range(16)]
     assert data.unused == f"{number - 16:,} of {number:,} documents"
 
@@ -226,7 +233,7 @@ def test_of_many_documents_no_more_are_tokenized_than_are_used(
 def test_blank_lines_are_no_documents(blank: str, letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_bytes("".join(f"{blank}{letter * 3}\r\n" for letter in LETTERS[:8]).encode())
-    data = open_data(path, tokenizer=letters, sequence_length=8, reading="documents", limit=4)
+    data = open_data(path, Preprocessing(tokenizer=letters, sequence_length=8, reading="documents"), Sample(limit=4))
     assert rows_of(data).tolist() == [[2, *[5 + 2 * index] * 3, 3] for index in range(4)]
     assert data.unused == "4 of 8 documents"
 
@@ -236,7 +243,9 @@ def test_of_a_few_long_documents_an_encoder_gets_windows_with_special_tokens(
 ) -> None:
     path = tmp_path / "book.md"
     path.write_text(f"{LETTERS} " * (WHOLE_BYTES // 8))
-    rows = rows_of(open_data(path, tokenizer=letters, sequence_length=32, reading="documents", limit=5))
+    rows = rows_of(
+        open_data(path, Preprocessing(tokenizer=letters, sequence_length=32, reading="documents"), Sample(limit=5))
+    )
     assert rows.shape == (5, 32)
     assert (rows[:, 0].tolist(), rows[:, -1].tolist()) == ([2] * 5, [3] * 5)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.data import open_data
+from compressor.data import Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 from compressor.evaluation import compare, measure_quality
 
@@ -22,7 +22,7 @@ def digits_model() -> nn.Module:
 
 
 def test_a_model_beside_itself_drops_nothing(digits_model):
-    data = open_data("builtin:digits", limit=70)
+    data = open_data("builtin:digits", sample=Sample(limit=70))
     evaluation = compare(digits_model, copy.deepcopy(digits_model), data, device="cpu")
     assert evaluation.drop == 0
     assert evaluation.baseline == evaluation.compressed == measure_quality(digits_model, data).value
@@ -34,7 +34,9 @@ def test_a_model_beside_itself_drops_nothing(digits_model):
 def test_a_smaller_model_costs_less(digits_model):
     small = copy.deepcopy(digits_model)
     small[1] = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 32))
-    evaluation = compare(digits_model, small, open_data("builtin:digits", limit=5), device="cpu", timing=None)
+    evaluation = compare(
+        digits_model, small, open_data("builtin:digits", sample=Sample(limit=5)), device="cpu", timing=None
+    )
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     assert before is not None
     assert (before.macs, after.macs) == (64 * 32 + 320, 4 * (64 + 32) + 320)
@@ -45,7 +47,9 @@ def test_a_smaller_model_costs_less(digits_model):
 
 
 def test_the_document_is_strict_json_with_the_documented_keys(digits_model):
-    document = compare(digits_model, digits_model, open_data("builtin:digits", limit=40), device="cpu").to_dict()
+    document = compare(
+        digits_model, digits_model, open_data("builtin:digits", sample=Sample(limit=40)), device="cpu"
+    ).to_dict()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert {"metric", "baseline", "compressed", "drop", "loss", "count", "macs", "latency"} <= set(document)
     assert {"parameters", "bytes", "peak_memory_bytes", "device"} <= set(document)
@@ -57,7 +61,7 @@ def test_the_document_is_strict_json_with_the_documented_keys(digits_model):
 def test_infinity_is_said_in_json_too(lookup, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcabcabc")
-    data = open_data(path, tokenizer=tokenizer, sequence_length=3)
+    data = open_data(path, Preprocessing(tokenizer=tokenizer, sequence_length=3))
     good, bad = lookup(torch.zeros(12, 12)), lookup(torch.full((12, 12), math.nan))
     worse, better = (compare(*pair, data, device="cpu", timing=None) for pair in ((good, bad), (bad, good)))
     assert (worse.compressed, worse.drop) == (math.inf, math.inf)
@@ -68,7 +72,7 @@ def test_infinity_is_said_in_json_too(lookup, tokenizer, tmp_path):
 
 
 def test_a_model_alone_is_measured_without_a_drop(digits_model):
-    evaluation = compare(None, digits_model, open_data("builtin:digits", limit=40), device="cpu")
+    evaluation = compare(None, digits_model, open_data("builtin:digits", sample=Sample(limit=40)), device="cpu")
     assert (evaluation.baseline, evaluation.drop, evaluation.baseline_cost) == (None, None, None)
     document = evaluation.to_dict()
     assert document["macs"] == {"before": None, "after": 64 * 32 + 320}
@@ -76,14 +80,14 @@ def test_a_model_alone_is_measured_without_a_drop(digits_model):
 
 
 def test_a_single_example_is_timed_once(digits_model):
-    evaluation = compare(digits_model, digits_model, open_data("builtin:digits", limit=1), device="cpu")
+    evaluation = compare(digits_model, digits_model, open_data("builtin:digits", sample=Sample(limit=1)), device="cpu")
     assert [timing.batch_size for timing in evaluation.latency] == [1]
 
 
 def test_language_models_side_by_side(llama, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abc def\n" * 20)
-    data = open_data(path, tokenizer=tokenizer, sequence_length=16, batch_size=2)
+    data = open_data(path, Preprocessing(tokenizer=tokenizer, sequence_length=16), batch_size=2)
     other = copy.deepcopy(llama)
     with torch.no_grad():
         other.lm_head.weight.zero_()
@@ -96,11 +100,11 @@ def test_language_models_side_by_side(llama, tokenizer, tmp_path):
 def test_both_models_are_left_as_they_were_found(digits_model):
     baseline, compressed = digits_model.train(), copy.deepcopy(digits_model).eval()
     shared = nn.Sequential(baseline[0], compressed[1], baseline[2], compressed[3])
-    compare(baseline, shared, open_data("builtin:digits", limit=40), device="cpu")
+    compare(baseline, shared, open_data("builtin:digits", sample=Sample(limit=40)), device="cpu")
     assert all(module.training for module in baseline)
     assert [module.training for module in shared] == [True, False, True, False]
 
 
 def test_an_impossible_device_is_bad_input(digits_model):
     with pytest.raises(BadInput, match="no device"):
-        compare(digits_model, digits_model, open_data("builtin:digits", limit=4), device="tpu")
+        compare(digits_model, digits_model, open_data("builtin:digits", sample=Sample(limit=4)), device="tpu")

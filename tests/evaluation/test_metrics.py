@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from compressor.data import Batch, EvaluationData, open_data
+from compressor.data import Batch, EvaluationData, Preprocessing, open_data
 from compressor.errors import BadInput
 from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
 
@@ -30,7 +30,7 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_perplexity_is_transformers_own_loss_on_the_same_windows(llama, tokenizer, text_file, batch_size):
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16, batch_size=batch_size)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16), batch_size=batch_size)
     quality = measure_quality(llama, data, device="cpu")
 
     windows = torch.tensor(tokenizer(text_file.read_text())["input_ids"][: 13 * 16]).reshape(13, 16)
@@ -44,7 +44,7 @@ def test_perplexity_is_transformers_own_loss_on_the_same_windows(llama, tokenize
 
 @pytest.mark.parametrize("vocabulary", [12, 257, 5_000])
 def test_a_uniform_model_has_its_vocabulary_for_perplexity(lookup, tokenizer, text_file, vocabulary):
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
     quality = measure_quality(lookup(torch.zeros(12, 1).expand(12, vocabulary)), data, device="cpu")
     assert quality.value == pytest.approx(vocabulary, rel=1e-12)
 
@@ -57,7 +57,7 @@ def test_a_bigram_model_has_the_perplexity_of_its_counts(lookup, tokenizer, text
     for first, second in set(pairs):
         table[first, second] = math.log(pairs.count((first, second)) / sum(a == first for a, _ in pairs))
     expected = -sum(float(table[first, second]) for first, second in pairs) / len(pairs)
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=len(ids))
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=len(ids)))
     quality = measure_quality(lookup(table), data, device="cpu")
     assert quality.count == len(pairs)
     assert quality.loss == pytest.approx(expected, rel=1e-6)
@@ -80,13 +80,13 @@ def test_the_accuracy_of_a_lookup_model_is_exact(lookup, vector_data, wrong):
 def test_what_is_not_finite_is_said_as_infinite_and_never_skipped(lookup, tokenizer, text_file, value):
     table = torch.zeros(12, 12)
     table[4, :] = value
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16, batch_size=1)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16), batch_size=1)
     quality = measure_quality(lookup(table), data, device="cpu")
     assert quality == Quality("perplexity", math.inf, math.inf, 13 * 15)
 
 
 def test_a_finite_loss_beyond_the_largest_float_is_an_infinite_perplexity(lookup, tokenizer, text_file):
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
     table = torch.zeros(12, 12)
     table[:, 0] = 1e4
     quality = measure_quality(lookup(table), data, device="cpu")
@@ -153,7 +153,8 @@ def test_padding_does_not_change_what_a_classifier_says(tokenizer, tmp_path):
     rows = [{"text": LETTERS[: 1 + i % 8], "label": i % 3} for i in range(10)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     together, alone = (
-        measure_quality(model, open_data(path, tokenizer=tokenizer, batch_size=size), device="cpu") for size in (10, 1)
+        measure_quality(model, open_data(path, Preprocessing(tokenizer=tokenizer), batch_size=size), device="cpu")
+        for size in (10, 1)
     )
     assert together.value == alone.value
     assert together.loss == pytest.approx(alone.loss, rel=1e-5)
@@ -262,20 +263,20 @@ def test_a_failure_after_the_first_batch_is_not_blamed_on_the_data(vector_data):
 
 def test_token_ids_beyond_the_vocabulary_are_bad_input(llama, tokenizer, text_file):
     llama.resize_token_embeddings(6)
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
     with pytest.raises(BadInput, match="token id 9 is beyond the model's vocabulary of 6"):
         measure_quality(llama, data, device="cpu")
 
 
 def test_windows_longer_than_the_positions_are_bad_input(llama, tokenizer, text_file):
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=65)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=65))
     with pytest.raises(BadInput, match="65 tokens are longer than the model's 64 positions"):
         measure_quality(llama, data, device="cpu")
 
 
 def test_a_masked_language_model_has_no_perplexity(tokenizer, text_file):
     config = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    data = open_data(text_file, tokenizer=tokenizer, sequence_length=16)
+    data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
     with pytest.raises(BadInput, match="predicts masked tokens"):
         measure_quality(BertForMaskedLM(config), data, device="cpu")
 
@@ -284,4 +285,4 @@ def test_a_plain_module_takes_one_tensor(lookup, tokenizer, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "ab", "label": 0}')
     with pytest.raises(BadInput, match="does not take what this data has"):
-        measure_quality(lookup(torch.eye(12)), open_data(path, tokenizer=tokenizer), device="cpu")
+        measure_quality(lookup(torch.eye(12)), open_data(path, Preprocessing(tokenizer=tokenizer)), device="cpu")

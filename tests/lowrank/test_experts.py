@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor import compress, inspect
 from compressor.calibration import calibrate, split_examples
 from compressor.calibration.compensation import _given, _of_the_same_positions
+from compressor.data import open_data
 from compressor.evaluation import count_macs
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, fuse_experts, module_architecture, with_separate_experts
@@ -130,7 +131,7 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
     calibration = calibrate(
         dense,
         find_layers(open_checkpoint(dense), module_architecture(dense)),
-        split_examples(data),
+        split_examples(open_data(data)),
         device=torch.device("cpu"),
         seed=0,
     )

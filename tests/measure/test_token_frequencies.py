@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor import compress
 from compressor.calibration.criterion import sampled_loss
+from compressor.data import open_data
 from compressor.factorize import Metric, TiedMetric, truncated_svd, weighted_truncated_svd
 from compressor.io import open_checkpoint
 from compressor.measure.moments import MomentPass, collect_moments
@@ -110,7 +111,9 @@ def test_the_holdout_is_not_counted() -> None:
     torch.manual_seed(0)
     batches = [torch.full((1, 6), token) for token in range(8)]  # of which 3 and 7 are the holdout
     layers = find_layers(open_checkpoint(model), module_architecture(model), embeddings=True)
-    found = calibrate(model, layers, split_examples(batches), device=torch.device("cpu"), seed=0).metrics["words"]
+    found = calibrate(model, layers, split_examples(open_data(batches)), device=torch.device("cpu"), seed=0).metrics[
+        "words"
+    ]
     assert isinstance(found, TiedMetric)
     counts = 6 * torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]).double()
     torch.testing.assert_close(found.lookup.inputs, (counts + 1) / (36 + TOKENS))

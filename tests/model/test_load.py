@@ -258,9 +258,8 @@ def test_a_tokenizer_or_image_processor_that_cannot_be_loaded_is_bad_input_where
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "one.png")
     np.savez(tmp_path / "ids.npz", input_ids=np.zeros((4, 8), dtype=np.int64))
     found = load_preprocessing(tmp_path)
-    named = {"tokenizer": found.tokenizer, "image_processor": found.image_processor}
     with pytest.raises(BadInput, match="AutoTokenizer cannot load from it"):
-        open_data(tmp_path / "text.txt", **named)
+        open_data(tmp_path / "text.txt", found)
     with pytest.raises(BadInput, match="AutoImageProcessor cannot load from it"):
-        open_data(tmp_path / "images", **named)
-    assert open_data(tmp_path / "ids.npz", **named).count == 4
+        open_data(tmp_path / "images", found)
+    assert open_data(tmp_path / "ids.npz", found).count == 4

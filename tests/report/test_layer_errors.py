@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compressor import compress, restore
 from compressor.calibration import calibrate, split_examples
-from compressor.data import open_data
+from compressor.data import Sample, open_data
 from compressor.io import open_checkpoint
 from compressor.model import load_model
 from compressor.network import find_layers, module_architecture
@@ -85,7 +85,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
         assert result.plan.calibration is not None
         model = load_model(folder)
         layers = [each for each in find_layers(open_checkpoint(folder), module_architecture(model)) if each.eligible]
-        examples = split_examples(open_data(texts), 16)
+        examples = split_examples(open_data(texts, sample=Sample(limit=16)))
         metrics = calibrate(model, layers, examples, device=CPU, seed=0).metrics
     before = load_file(folder / "model.safetensors")
     after = written_matrices(result, tmp_path)
