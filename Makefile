@@ -8,7 +8,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: demo test test-fast test-oldest coverage lint types chromium clean
+.PHONY: docs demo test test-fast test-oldest coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -57,6 +57,11 @@ types: .venv/dev
 	rm -rf build/typed && mkdir -p build/typed/compressor
 	ln -s $(CURDIR)/compressor/* build/typed/compressor && ln -s $(CURDIR)/cli build/typed/compressor/cli
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# What is generated: the types of the keyword arguments, the reference page, the picture of the rooms.
+docs: .venv/dev
+	$(BIN)/python -m compressor.api.reference
+	$(BIN)/python -m docs.design.rooms
 
 # The browser that the explorer's tests are run in, as root on Debian; without it they are skipped.
 chromium:
