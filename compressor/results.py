@@ -18,7 +18,7 @@ from compressor.evaluation import Evaluation
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
 from compressor.measure import NormBalance, Spectrum
-from compressor.merging import InputOverlap, LayerOverlap
+from compressor.merging import InputOverlap, LayerOverlap, TaskQuality
 from compressor.model import InspectedLayer
 from compressor.network import Layer
 from compressor.planning import MeasuredLayer, Plan, SizeCurve, size_curve
@@ -247,25 +247,6 @@ class Diagnosis:
             "layers": [layer.to_dict() for layer in self.layers],
             "series": self.series.to_dict() if self.series else None,
         }
-
-
-@dataclass(frozen=True)
-class TaskQuality:
-    """One task before and after the merge: the metric of its own network alone, and of the merged one.
-
-    The values are those of `Quality` and `quality_drop`; `output_change` is `||f_merged - f|| / ||f||` of the logits.
-    """
-
-    model: str
-    data: str
-    metric: Literal["accuracy", "perplexity"]
-    alone: float
-    merged: float
-    drop: float
-    loss_alone: float
-    loss_merged: float
-    count: int
-    output_change: float
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ from compressor.version import VERSION
 _OF_ONE_PART = (CARD_FILE, PLAN_FILE)
 
 
-def merged_artifact(
-    combination: Combination, shard_size: int, *, base: Part | None, progress: Progress | None
-) -> Artifact:
-    """The merged network, with what goes along from the folder of the first one; `base` is one of the parts or None."""
+def merged_artifact(combination: Combination, shard_size: int, progress: Progress | None) -> Artifact:
+    """The merged network, with what goes along from the folder of the first one."""
     infos, spec, first = combination.infos(), combination.spec, combination.parts[0].checkpoint
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -41,7 +39,7 @@ def merged_artifact(
         form=first.form,
         infos=infos,
         tensors=tensors,
-        metadata=_metadata(combination, spec, base),
+        metadata=_metadata(combination, spec),
         shard_size=shard_size if first.folder is not None else None,
         companions_of=first,
         left_out=_OF_ONE_PART,
@@ -61,15 +59,15 @@ def _with_names_of_modules(spec: LowRankSpec, part: Part) -> LowRankSpec:
     return spec.renamed(in_model)
 
 
-def _metadata(combination: Combination, spec: LowRankSpec, base: Part | None) -> dict[str, str]:
+def _metadata(combination: Combination, spec: LowRankSpec) -> dict[str, str]:
     """What the merged file says of itself: what it was made from, and which of its layers are pairs."""
-    made_from = [_described(part) for part in combination.parts if part is not base]
+    made_from = [_described(part) for part in combination.networks]
     mode = "sum" if combination.chain is None else "concat"
     record: dict[str, Any] = {"mode": mode, "parts": made_from, "version": VERSION}
     if combination.chain is not None:
         record["head"] = combination.head
-    if base is not None:
-        record["base"] = _described(base)
+    if combination.base is not None:
+        record["base"] = _described(combination.base)
     metadata = {"format": "pt", MERGE_KEY: json.dumps(record, sort_keys=True)}
     if combination.parts[0].checkpoint.folder is None:  # in a folder the configuration says what is tied
         metadata = common_ties(combination.parts) | metadata

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from compressor.choices import Head
+from compressor.choices import Head, MergeMode
+from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair
 from compressor.io import TensorInfo, require_in_range
 from compressor.lowrank import MARKERS, LayerSpec, LowRankSpec, join
-from compressor.merging.chain import Chain
-from compressor.merging.parts import TURNED, Part, merged_names
+from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
+from compressor.merging.parts import (
+    TURNED,
+    Part,
+    merged_names,
+    normalization,
+    require_equal,
+    require_same_architecture,
+)
 from compressor.merging.weights import Weight, form_of_weight, joined, scaled, turned
+from compressor.model import Factory, build_model
 from compressor.network import Kind, layer_name
 
 Read = Callable[[Part, str], Weight]
@@ -30,10 +39,21 @@ class Combination:
     stacked, those in the middle as blocks of a diagonal, the outputs of the head added if it is shared.
     """
 
-    parts: tuple[Part, ...]
-    factors: tuple[float, ...]
+    networks: tuple[Part, ...]
+    base: Part | None = None
     chain: Chain | None = None
     head: Head = "shared"
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The networks, and their base as the last."""
+        return self.networks if self.base is None else (*self.networks, self.base)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What the weights of each part are multiplied by."""
+        ones = (1.0,) * len(self.networks)
+        return ones if self.base is None else (*ones, 1.0 - len(ones))
 
     def infos(self) -> list[TensorInfo]:
         """Name, shape and dtype of every tensor of the merged checkpoint, before any of them is computed."""
@@ -125,3 +145,73 @@ class Combination:
 def layer_of(tensor: str) -> str:
     """The name of the layer that holds a tensor."""
     return tensor.rpartition(".")[0]
+
+
+def combined(
+    networks: tuple[Part, ...],
+    base: Part | None,
+    mode: MergeMode,
+    *,
+    head: Head,
+    factory: Factory | None,
+) -> Combination:
+    """How networks are put together.
+
+    Raises `BadInput` where they do not fit together, or cannot be merged in this mode.
+    """
+    if mode == "concat" and networks[0].checkpoint.folder is not None:
+        raise BadInput(
+            "concat is for feed-forward networks in weight files, and this is a model folder",
+            where=networks[0].name,
+            remedy="merge fine-tunes of one model with `mode='sum'` `base=ORIGINAL`",
+        )
+    require_same_architecture(networks if base is None else (*networks, base), same_shapes=mode == "sum")
+    chain = _chain(networks, factory) if mode == "concat" else None
+    combination = Combination(networks, base, chain, head)
+    if chain is not None:
+        _require_sides(networks, chain, head)
+    elif base is None and (name := normalization(networks[0])) is not None:
+        raise BadInput(
+            f"{name} is of a normalization layer, which is no sum",
+            where=networks[0].name,
+            remedy="merge fine-tunes with `base=ORIGINAL`, or feed-forward networks with `mode='concat'`",
+        )
+    for name in networks[0].infos:
+        if combination.is_kept(name):
+            require_equal(networks, name)
+    return combination
+
+
+def _chain(parts: Sequence[Part], factory: Factory | None) -> Chain:
+    if factory is None:
+        chains = [
+            chain_of_shapes({name: info.shape for name, info in part.infos.items()}, part.checkpoint.source)
+            for part in parts
+        ]
+        if any(chain.layers != chains[0].layers for chain in chains):
+            raise BadInput("the layers of the networks come in different orders", remedy="pass `factory`")
+        return chains[0]
+    chain = traced_chain(build_model(factory))
+    known = {*chain.layers, *chain.batch_norms}
+    if strange := [name for name in parts[0].infos if layer_of(name) not in known]:
+        raise BadInput(
+            f"the networks cannot be concatenated: {strange[0]} is in no layer that runs",
+            where=parts[0].name,
+            remedy="pass `factory` with the function that builds them",
+        )
+    return chain
+
+
+def _require_sides(parts: Sequence[Part], chain: Chain, head: Head) -> None:
+    """What the networks share must be equally large in all of them: their inputs, and the outputs of a shared head."""
+    sides = [(f"{layer}.weight", 1, "inputs") for layer in chain.first]
+    if head == "shared":
+        sides.append((f"{chain.head}.weight", 0, "outputs"))
+    for tensor, side, what in sides:
+        name = tensor.removeprefix(".")
+        sizes = [part.infos[name].shape[side] for part in parts]
+        if len(set(sizes)) > 1:
+            remedy = (
+                "give each its own outputs with `head='separate'`" if side == 0 else "merge networks of the same inputs"
+            )
+            raise BadInput(f"{name} has {' and '.join(map(str, sizes))} {what}", remedy=remedy)
