@@ -400,9 +400,9 @@ class PlanOptions(
         if self.plan is not None and "form" in self.given:
             what = f"`plan` and `form='{self.form}'` contradict each other"
             raise BadInput(what, option="plan", remedy="state the forms in the plan")
-        self._check_needs()
         if self.base is not None:
             self._check_base()
+        self._check_needs()
 
     def _check_needs(self) -> None:
         if self.calibration is None:

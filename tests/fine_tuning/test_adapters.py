@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
         ["--seed", "1"],
         ["--calibration-samples", "7"],
         ["--max-drop", "0.1"],
-        ["--max-shard-size", "a"],
+        ["--max-shard-size", "1GB"],
     ):
         assert "is not for differences to a base" in refused(tuned, llama / "base", *options)
 

@@ -125,7 +125,9 @@ def test_start_and_pairs_are_the_fine_tune(files: tuple[Path, Path], tmp_path: P
     }
 
 
-def test_a_module_gets_pairs_beside_its_layers(trained: tuple[nn.Sequential, nn.Sequential]) -> None:
+def test_a_module_gets_pairs_beside_its_layers(
+    trained: tuple[nn.Sequential, nn.Sequential], files: tuple[Path, Path]
+) -> None:
     start, tuned = trained
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in trained]
     report = compress(tuned, base=start, recipe=RECIPE, tolerance=1e-4)
@@ -139,7 +141,7 @@ def test_a_module_gets_pairs_beside_its_layers(trained: tuple[nn.Sequential, nn.
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert report.parameters.after < report.parameters.before
     with pytest.raises(BadInput, match="both as modules, or both as files"):
-        compress(tuned, base="start.safetensors")
+        compress(tuned, base=files[0])
 
 
 def test_a_wrong_recipe_takes_nothing_from_the_base(files: tuple[Path, Path], tmp_path: Path) -> None:
