@@ -150,7 +150,7 @@ def compress(
     if subject.in_memory:
         require_copyable(subject.module)
     if asked.base is not None:
-        return _compressed_fine_tune(subject, open_runnable(asked.base, asked.factory), budget, asked)
+        return _compressed_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     checkpoint = subject.checkpoint
     target = _target(checkpoint, asked)
     if asked.data is not None or asked.calibration is not None:
@@ -276,7 +276,7 @@ def _target(checkpoint: Checkpoint, asked: CompressOptions) -> Target | None:
     return checked_target(checkpoint, asked.output, named, overwrite=asked.overwrite).pushed_to(asked.push_to)
 
 
-def _compressed_fine_tune(model: Model, base: Model, budget: Budget | None, asked: CompressOptions) -> Compression:
+def _compressed_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Compression:
     """`compress_fine_tune`, evaluated on `data` where they are given."""
     reported, device = None, resolve_device(asked.device)
     if asked.data is not None:
@@ -287,9 +287,7 @@ def _compressed_fine_tune(model: Model, base: Model, budget: Budget | None, aske
         assert reported is not None
         return evaluate_models(model, open_runnable(small), reported, device, asked.progress)
 
-    compression = compress_fine_tune(
-        model, base, budget, asked, device=device, evaluated=None if reported is None else evaluated
-    )
+    compression = compress_fine_tune(model, base, asked, evaluated=None if reported is None else evaluated)
     return replace(compression, peak_memory_bytes=_peak_memory_bytes(), warnings=warning_words(compression))
 
 

@@ -168,7 +168,7 @@ def _to_adapter(
     adapter = adapter_of_file(checkpoint.source, base)
     errors = StoredErrors()
     with written(adapter_artifact(adapter, torch.device("cpu"), errors), target) as made:
-        finish_adapter(made, adapter, target.name, errors.of)
+        finish_adapter(made, adapter, name=target.name, errors=errors.of)
     return _Exported(target.path, made.bytes, f"peft.PeftModel.from_pretrained(base, {str(target.path)!r})")
 
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from compressor.api.options import CompressOptions
+from compressor.api.requests import requested_budget
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
 from compressor.evaluation import Evaluation
@@ -37,25 +37,14 @@ from compressor.io import (
     portable_name,
 )
 from compressor.io.output import require_no_output
-from compressor.model import (
-    Model,
-)
+from compressor.model import Model, resolve_device
 from compressor.network import module_architecture, with_ties
-from compressor.planning import (
-    Budget,
-)
 from compressor.report.fine_tune_card import adapter_card
 from compressor.results import BeforeAfter, Compression, FineTune
 
 
 def compress_fine_tune(
-    model: Model,
-    base: Model,
-    budget: Budget | None,
-    asked: CompressOptions,
-    *,
-    device: torch.device,
-    evaluated: Callable[[nn.Module], Evaluation] | None,
+    model: Model, base: Model, asked: CompressOptions, *, evaluated: Callable[[nn.Module], Evaluation] | None
 ) -> Compression:
     """Compress the difference of a fine-tune to its base.
 
@@ -63,17 +52,17 @@ def compress_fine_tune(
     of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
     """
     started = time.monotonic()
-    output, plan, progress = asked.output, asked.plan, asked.progress
+    device, progress = resolve_device(asked.device), asked.progress
     if model.in_memory != base.in_memory:
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = model.with_ties()
     start = with_ties(base.checkpoint, subject.architecture)
-    kind = _kind(subject, output)
-    target = None if asked.dry_run else _target(subject, start, output, kind, overwrite=asked.overwrite)
+    kind = _kind(subject, asked.output)
+    target = _target(subject, start, asked)
     changes = measured_changes(
         subject, start, kind, base_name=portable_name(base.name), device=device, progress=progress
     )
-    adaptation = planned_adaptation(changes, budget, plan)
+    adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
     stored = stored_changes(changes, adaptation, device=device, progress=progress)
     if stored.adapter is not None:
         require_pairs(stored.adapter)
@@ -82,11 +71,11 @@ def compress_fine_tune(
         # What was loaded here needs no copy.
         dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)
-        module = adapted_module(adaptation, dense, device, errors, names.module_name)
+        module = adapted_module(adaptation, dense, device=device, done=errors, module_name=names.module_name)
         evaluation = None if evaluated is None else evaluated(module)
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
-            verified = finish_adapter(made, stored.adapter, target.name, errors.of)
+            verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)
     tuned = subject.checkpoint
     return Compression(
         source=subject.name,
@@ -101,11 +90,11 @@ def compress_fine_tune(
         skipped=tuple(layer for layer in changes.layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in changes.measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, base.name, verified),
+        fine_tune=_fine_tune(adaptation, stored, base=base.name, verified_with=verified),
     )
 
 
-def finish_adapter(made: Output, adapter: Adapter, name: str, errors: Mapping[str, float]) -> str | None:
+def finish_adapter(made: Output, adapter: Adapter, *, name: str, errors: Mapping[str, float]) -> str | None:
     """Try an adapter that is not yet in its place with PEFT, and write its card; the version of PEFT.
 
     None where PEFT is not installed; BadInput where it does not make of the adapter what this stands for.
@@ -118,7 +107,7 @@ def finish_adapter(made: Output, adapter: Adapter, name: str, errors: Mapping[st
     return verified_with
 
 
-def _fine_tune(adaptation: Adaptation, stored: StoredChanges, base: str, verified: str | None) -> FineTune:
+def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, verified_with: str | None) -> FineTune:
     difference, adapter = adaptation.difference, stored.adapter
     return FineTune(
         base=base,
@@ -128,7 +117,7 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, base: str, verifie
         in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
-        verified_with=verified,
+        verified_with=verified_with,
         rounding_share=difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
     )
 
@@ -140,11 +129,12 @@ def _kind(subject: Model, output: str | Path | None) -> Kind:
     return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
 
 
-def _target(
-    subject: Model, base: Checkpoint, output: str | Path | None, kind: Kind, *, overwrite: bool
-) -> Target | None:
-    if kind == "module":
-        require_no_output(output)
+def _target(subject: Model, base: Checkpoint, asked: CompressOptions) -> Target | None:
+    """Where the result goes; None where nothing is written."""
+    if subject.in_memory:
+        require_no_output(asked.output)
+    if subject.in_memory or asked.dry_run:
         return None
-    named = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
-    return checked_target(subject.checkpoint, output, named, overwrite=overwrite, others=[base])
+    adapter = _kind(subject, asked.output) == "adapter"
+    named = Naming("folder", "-adapter") if adapter else Naming("file", "-difference")
+    return checked_target(subject.checkpoint, asked.output, named, overwrite=asked.overwrite, others=[base])

@@ -59,7 +59,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     combination = combined(networks, base, asked.mode, head=asked.head, factory=asked.factory)
     target = _target(combination, asked)
     tasks = [open_task(part, data, asked.data_samples) for part, data in zip(networks, asked.data, strict=False)]
-    overlaps, cosine = layer_overlaps(combination, tasks, device, asked.progress)
+    overlaps, cosine = layer_overlaps(combination, tasks, device=device, progress=asked.progress)
     artifact = merged_artifact(combination, asked.max_shard_size, asked.progress)
     merging = Merging(
         models=tuple(str(model) for model in models),
@@ -69,7 +69,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
         head=asked.head,
         inputs=input_overlap(combination, tasks),
         layers=overlaps,
-        warnings=tuple(merge_warnings(combination, overlaps, cosine, asked.factory)),
+        warnings=tuple(merge_warnings(combination, overlaps, cosine=cosine, factory=asked.factory)),
         tasks=(),
         parts_parameters=sum(info.elements for part in networks for info in part.checkpoint.tensors.values()),
         parameters=artifact.elements,

@@ -55,7 +55,7 @@ def example_inputs(
     if getattr(config, "is_encoder_decoder", False) or named not in ("input", "input_ids", "pixel_values"):
         what = f"{type(model).__name__} takes inputs that this exporter cannot make"
         raise BadInput(what, remedy="export it with `to='dense'`, and from there with its own exporter")
-    _require_fitting(input_shape, named, getattr(config, "num_channels", None), image_size)
+    _require_fitting(input_shape, named, channels=getattr(config, "num_channels", None), image_size=image_size)
     if named == "input_ids":
         text: Any = getattr(config, "text_config", config)
         tokens = torch.randint(0, text.vocab_size, (_BATCH, _SEQUENCE), generator=generator)
@@ -74,7 +74,7 @@ def example_inputs(
 
 
 def _require_fitting(
-    input_shape: Sequence[int] | None, named: str, channels: object, image_size: tuple[int, int] | None
+    input_shape: Sequence[int] | None, named: str, *, channels: object, image_size: tuple[int, int] | None
 ) -> None:
     """Raise `BadInput` for a shape that a transformers model does not take: its own is in its folder."""
     if input_shape is None or named == "input":

@@ -156,6 +156,7 @@ class AdaptedLayer(nn.Module):
 def adapted_module(
     adaptation: Adaptation,
     base: nn.Module,
+    *,
     device: torch.device,
     done: Callable[[str, float], None],
     module_name: Callable[[str], str | None],

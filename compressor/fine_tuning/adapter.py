@@ -93,7 +93,7 @@ def adaptable_layers(
             for layer in layers
         )
     whole = saved_by_peft(
-        _saved_modules(difference, architecture, layers), architecture.module, (), difference.tuned.source
+        _saved_modules(difference, architecture, layers), architecture.module, where=difference.tuned.source
     )
     return tuple(
         replace(layer, skip=f"saved whole with {holder}")
@@ -136,7 +136,7 @@ def _saved_modules(difference: Difference, architecture: Architecture, layers: t
                 remedy=REMEDY,
             )
         module = in_model.rpartition(".")[0]
-        require_pairs_of_experts(module, name, blocks, difference.tuned.source, REMEDY)
+        require_pairs_of_experts(module, name, blocks, where=difference.tuned.source, remedy=REMEDY)
         whole.add(module)
     return _outermost(whole)
 
@@ -151,7 +151,7 @@ def _holder(module: str, whole: set[str]) -> str | None:
     return next((name for name in sorted(whole) if module == name or module.startswith(f"{name}.")), None)
 
 
-def saved_by_peft(whole: set[str], module: nn.Module, pairs: Sequence[str], where: Path | None) -> set[str]:
+def saved_by_peft(whole: set[str], module: nn.Module, pairs: Sequence[str] = (), *, where: Path | None) -> set[str]:
     """The modules that PEFT saves where it is told to save `whole`: all whose names end as one of those does.
 
     `pairs` are the layers that shall have pairs. Raises `BadInput` where PEFT would save one of them, or a part of it.
@@ -219,7 +219,7 @@ def saved(adaptation: Adaptation, architecture: Architecture | None) -> Saved:
             whole |= {name.rpartition(".")[0] for name in group}
     whole = _outermost(whole)
     pairs = [layer.module for layer, _ in _pairs(adaptation, architecture)]
-    whole = saved_by_peft(whole, architecture.module, pairs, tuned.source)
+    whole = saved_by_peft(whole, architecture.module, pairs, where=tuned.source)
     tensors = {}
     for in_model in architecture.module.state_dict():
         if _holder(in_model.rpartition(".")[0], whole) is None:
@@ -257,7 +257,7 @@ class Adapter:
         ]
         for layer, rank in self.ranks:
             dtype = tuned.tensors[layer.tensor].dtype
-            infos += _lora_infos(self.place(layer), layer, rank, dtype, with_bias=self.with_bias)
+            infos += _lora_infos(layer, rank, dtype, place=self.place(layer), with_bias=self.with_bias)
         return infos
 
     def place(self, layer: Layer) -> str:
@@ -319,7 +319,7 @@ def require_pairs(adapter: Adapter) -> None:
         raise BadInput("no layer's difference is of low rank here", where=tuned.source, remedy=REMEDY)
 
 
-def _lora_infos(place: str, layer: Layer, rank: int, dtype: torch.dtype, *, with_bias: bool) -> list[TensorInfo]:
+def _lora_infos(layer: Layer, rank: int, dtype: torch.dtype, *, place: str, with_bias: bool) -> list[TensorInfo]:
     (d_out, d_in), kernel = layer.shape, layer.tensor_shape[2:] if layer.kind == "convolution" else ()
     down = (rank, layer.tensor_shape[1], *kernel) if layer.kind == "convolution" else (rank, d_in)
     infos = [
@@ -348,12 +348,12 @@ def adapter_tensors(
                 up = torch.cat([up, up.new_zeros(len(up), missing, *up.shape[2:])], dim=1)
         else:
             dtype = tuned.tensors[layer.tensor].dtype
-            infos = _lora_infos(adapter.place(layer), layer, rank, dtype, with_bias=False)
+            infos = _lora_infos(layer, rank, dtype, place=adapter.place(layer), with_bias=False)
             down, up = (torch.zeros(info.shape, dtype=info.dtype) for info in infos)
-        yield from _lora_tensors(adapter, layer, down, up)
+        yield from _lora_tensors(adapter, layer, down=down, up=up)
 
 
-def _lora_tensors(adapter: Adapter, layer: Layer, down: Tensor, up: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _lora_tensors(adapter: Adapter, layer: Layer, *, down: Tensor, up: Tensor) -> Iterator[tuple[str, Tensor]]:
     difference, place = adapter.adaptation.difference, adapter.place(layer)
     yield f"{place}.lora_A.weight", down
     yield f"{place}.lora_B.weight", up

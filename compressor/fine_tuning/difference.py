@@ -69,7 +69,7 @@ class Difference:
 
 
 def compare_checkpoints(
-    tuned: Checkpoint, base: Checkpoint, recipe: TrainingRecipe | None = None, progress: Progress | None = None
+    tuned: Checkpoint, base: Checkpoint, recipe: TrainingRecipe | None = None, *, progress: Progress | None = None
 ) -> Difference:
     """Compare a fine-tune with its base, tensor by tensor.
 

@@ -71,10 +71,11 @@ def padded_ranks(ranks: Mapping[str, int], blocks: Sequence[ExpertBlock]) -> dic
 
 def with_common_ranks(
     planned: Sequence[LayerPlan],
+    budget: Budget,
+    *,
     measured: Sequence[MeasuredLayer],
     layers: Sequence[Layer],
     blocks: Sequence[ExpertBlock],
-    budget: Budget,
 ) -> tuple[LayerPlan, ...]:
     """The plan with one rank for the experts that PEFT stacks.
 
@@ -115,7 +116,7 @@ def _at_rank(plan: LayerPlan, measured: MeasuredLayer, rank: int | None) -> Laye
 
 
 def require_pairs_of_experts(
-    module: str, tensor: str, blocks: Sequence[ExpertBlock], where: Path | None, remedy: str
+    module: str, tensor: str, blocks: Sequence[ExpertBlock], *, where: Path | None, remedy: str
 ) -> None:
     """Raise `BadInput` where a tensor that is to be saved whole, in `module`, is an expert's or beside experts."""
     for block in blocks:

@@ -91,7 +91,7 @@ def measured_changes(
     """
     # PEFT adds to all of the base.
     recipe = None if kind == "adapter" else subject.recipe
-    difference = compare_checkpoints(subject.checkpoint, base, recipe, progress)
+    difference = compare_checkpoints(subject.checkpoint, base, recipe, progress=progress)
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
@@ -119,13 +119,15 @@ def planned_adaptation(changes: Changes, budget: Budget | None, given: Plan | st
     blocks = expert_blocks(architecture.module) if stacked and architecture is not None else ()
 
     def with_budget(planned: tuple[LayerPlan, ...], of: Budget) -> tuple[LayerPlan, ...]:
-        return with_common_ranks(planned, changes.measured, changes.layers, blocks, of) if given is None else planned
+        if given is not None:
+            return planned
+        return with_common_ranks(planned, of, measured=changes.measured, layers=changes.layers, blocks=blocks)
 
     def file_bytes(planned: tuple[LayerPlan, ...]) -> int:
         asked = budget or Budget("plan")
         return stored_changes(changes, changes.adaptation(with_budget(planned, asked), asked)).artifact.bytes
 
-    chosen, planned = _planned_ranks(changes, budget, given, file_bytes)
+    chosen, planned = _planned_ranks(changes, budget, given, file_bytes=file_bytes)
     planned = with_budget(planned, chosen)
     adaptation = changes.adaptation(planned, chosen)
     if budget is None and given is None:
@@ -215,6 +217,7 @@ def _planned_ranks(
     changes: Changes,
     budget: Budget | None,
     given: Plan | str | Path | None,
+    *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
 ) -> tuple[Budget, tuple[LayerPlan, ...]]:
     if given is not None:

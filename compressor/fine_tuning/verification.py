@@ -49,7 +49,7 @@ def verify_with_peft(folder: Path, adapter: Adapter) -> str | None:
             raise BadInput(f"PEFT cannot load its adapter ({reason})", where=tuned.source, remedy=REMEDY) from error
     modules = {_plain_name(name): module for name, module in loaded.base_model.model.named_modules()}
     stored = open_checkpoint(folder / ADAPTER_WEIGHTS)
-    for name, same in _compared(adapter, stored, _parameters_of(loaded.base_model.model), modules):
+    for name, same in _compared(adapter, stored, adapted=_parameters_of(loaded.base_model.model), modules=modules):
         if not same:
             raise BadInput(
                 f"PEFT {peft.__version__} loads its adapter, but not the change of {name}",
@@ -101,7 +101,7 @@ def _parameters_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _compared(
-    adapter: Adapter, stored: Checkpoint, adapted: Mapping[str, Any], modules: Mapping[str, nn.Module]
+    adapter: Adapter, stored: Checkpoint, *, adapted: Mapping[str, Any], modules: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, bool]]:
     """Every change that the adapter stands for, and whether PEFT makes the same one."""
     tuned = adapter.adaptation.difference.tuned

@@ -29,7 +29,7 @@ from compressor.progress import Progress
 
 
 def layer_overlaps(
-    combination: Combination, tasks: Sequence[EvaluationData], device: torch.device, progress: Progress | None
+    combination: Combination, tasks: Sequence[EvaluationData], *, device: torch.device, progress: Progress | None
 ) -> tuple[tuple[LayerOverlap, ...], float]:
     """The overlap of every layer whose inputs are equally many in all networks; the largest cosine of their weights.
 
@@ -39,7 +39,9 @@ def layer_overlaps(
     measured = {}
     if tasks:
         modules = [part.model.module for part in parts]
-        measured = measured_interference(modules, tasks, device, None if base is None else base.model.module)
+        measured = measured_interference(
+            modules, tasks, device=device, base=None if base is None else base.model.module
+        )
     names = [name for name in parts[0].matrices if _same_inputs(combination.parts, name)]
     overlaps = []
     products = dict.fromkeys(combinations(range(len(parts)), 2), 0.0)
@@ -48,7 +50,7 @@ def layer_overlaps(
         matrices = _matrices(combination, name, device)
         edges = None if base is None else _rounding_edges(parts, matrices, name)
         interference = measured.get(parts[0].matrices[name].module)
-        overlaps.append(layer_overlap(layer_name(name), matrices, interference, edges))
+        overlaps.append(layer_overlap(layer_name(name), matrices, interference, edges=edges))
         if len({matrix.shape for matrix in matrices}) == 1:
             for first, second in products:
                 products[first, second] += float((matrices[first] * matrices[second]).sum())
@@ -103,7 +105,7 @@ def input_overlap(combination: Combination, tasks: Sequence[EvaluationData]) -> 
 
 
 def merge_warnings(
-    combination: Combination, overlaps: Sequence[LayerOverlap], cosine: float, factory: Factory | None
+    combination: Combination, overlaps: Sequence[LayerOverlap], *, cosine: float, factory: Factory | None
 ) -> list[str]:
     """What theory, recipes and the measured overlaps let fear of a merge."""
     chain, networks = combination.chain, combination.networks
@@ -115,9 +117,8 @@ def merge_warnings(
         said = ["theory says nothing about the sum of fine-tunes: it is known to work often, from experiments"]
         return said + interference_warning(overlaps)
     recipes = [(part.name, part.model.recipe) for part in networks]
-    return sum_warnings(len(networks[0].matrices), _is_linear(factory), recipes, cosine) + interference_warning(
-        overlaps
-    )
+    theory = sum_warnings(depth=len(networks[0].matrices), linear=_is_linear(factory), recipes=recipes, cosine=cosine)
+    return theory + interference_warning(overlaps)
 
 
 def _is_linear(factory: Factory | None) -> bool | None:

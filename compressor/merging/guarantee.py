@@ -16,6 +16,7 @@ SHARED_START = 0.5
 
 
 def sum_warnings(
+    *,
     depth: int,
     linear: bool | None,
     recipes: Sequence[tuple[str, TrainingRecipe]],

@@ -89,7 +89,11 @@ def principal_cosines(first: Tensor, second: Tensor) -> Tensor:
 
 
 def layer_overlap(
-    name: str, matrices: Sequence[Tensor], interference: Sequence[float] | None, edges: Sequence[float] | None = None
+    name: str,
+    matrices: Sequence[Tensor],
+    interference: Sequence[float] | None = None,
+    *,
+    edges: Sequence[float] | None = None,
 ) -> LayerOverlap:
     """The overlap of one layer's matrices, each `d_out x d_in` with the same d_in, in float64.
 
@@ -188,6 +192,7 @@ def _spread(data: EvaluationData) -> list[int]:
 def measured_interference(
     models: Sequence[nn.Module],
     data: Sequence[EvaluationData],
+    *,
     device: torch.device,
     base: nn.Module | None = None,
 ) -> dict[str, tuple[float, ...]]:
@@ -206,6 +211,7 @@ def measured_interference(
         def add(
             name: str,
             inputs: Tensor,
+            *,
             squares: dict[str, list[float]] = squares,
             others: Sequence[Mapping[str, nn.Module]] = others,
             task: int = task,
@@ -235,7 +241,7 @@ def measured_interference(
     return {name: tuple(each[name] for each in found) for name in found[0] if all(name in each for each in found)}
 
 
-def output_change(alone: nn.Module, merged: nn.Module, data: EvaluationData, device: torch.device) -> float:
+def output_change(alone: nn.Module, merged: nn.Module, data: EvaluationData, *, device: torch.device) -> float:
     """`||f_merged - f|| / ||f||` of a task's logits, in the Frobenius norm over the measured examples."""
     change = size = 0.0
     with evaluation_mode(device, alone, merged):

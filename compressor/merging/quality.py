@@ -66,7 +66,7 @@ def task_qualities(
     qualities = []
     for index, (part, data) in enumerate(zip(combination.networks, tasks, strict=True)):
         own = merged if combination.head == "shared" else _outputs_of(merged, combination, index)
-        qualities.append(_quality(part, own, data, device))
+        qualities.append(_quality(part, own, data, device=device))
         if progress:
             progress("evaluate", index + 1, len(tasks))
     return tuple(qualities)
@@ -80,7 +80,7 @@ def _outputs_of(merged: nn.Module, combination: Combination, index: int) -> nn.M
     return _Outputs(merged, sum(sizes[:index]), sum(sizes[: index + 1]))
 
 
-def _quality(part: Part, merged: nn.Module, data: EvaluationData, device: torch.device) -> TaskQuality:
+def _quality(part: Part, merged: nn.Module, data: EvaluationData, *, device: torch.device) -> TaskQuality:
     alone = part.model.module
     before, after = (measure_quality(network, data, device=device) for network in (alone, merged))
     return TaskQuality(
@@ -93,7 +93,7 @@ def _quality(part: Part, merged: nn.Module, data: EvaluationData, device: torch.
         loss_alone=before.loss,
         loss_merged=after.loss,
         count=after.count,
-        output_change=output_change(alone, merged, data, device),
+        output_change=output_change(alone, merged, data, device=device),
     )
 
 

@@ -260,11 +260,11 @@ def test_names_of_pairs_are_whole(ranks: dict[str, int], targets: object) -> Non
 
 
 def test_names_that_peft_confuses_are_refused(tmp_path: Path) -> None:
-    assert saved_by_peft({"block.norm"}, _Alike(), (), None) == {"block.norm"}
-    assert saved_by_peft({"fc"}, _Alike(), (), None) == {"fc", "block.fc"}
+    assert saved_by_peft({"block.norm"}, _Alike(), where=None) == {"block.norm"}
+    assert saved_by_peft({"fc"}, _Alike(), where=None) == {"fc", "block.fc"}
     for whole, pairs in (({"fc"}, ("block.fc",)), ({"block"}, ("block.fc",)), ({"layer"}, ("fc",))):
         with pytest.raises(BadInput, match="PEFT"):
-            saved_by_peft(whole, _Alike(), pairs, None)
+            saved_by_peft(whole, _Alike(), pairs, where=None)
 
 
 def test_a_plan_of_a_difference_can_be_edited(llama: Path, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_an_adapter_that_peft_loads_as_something_else_is_not_written(
         errors, target = StoredErrors(), Target(tmp_path / name, "folder", ())
         spoilt = replace(adapter, config={**adapter.config, **entries})
         with written(adapter_artifact(spoilt, torch.device("cpu"), errors), target) as made:
-            return finish_adapter(made, adapter, name, errors.of)
+            return finish_adapter(made, adapter, name=name, errors=errors.of)
 
     gate_and_up = [name for name in adapter.config["target_parameters"] if "down_proj" not in name]
     cases: dict[str, dict[str, Any]] = {

@@ -105,7 +105,7 @@ def network(seed: int) -> nn.Sequential:
 def test_interference_on_data_is_the_others_answer_to_what_a_layer_sees() -> None:
     nets = [network(seed) for seed in range(3)]
     data = [examples(normal(10, 6, seed=seed)) for seed in range(3)]
-    found = measured_interference(nets, data, CPU)
+    found = measured_interference(nets, data, device=CPU)
     for task, net in enumerate(nets):
         hidden = normal(10, 6, seed=task)
         for name in ("0", "2"):
@@ -120,7 +120,7 @@ def test_interference_on_data_is_the_others_answer_to_what_a_layer_sees() -> Non
 def test_with_a_base_what_interferes_is_what_the_others_added_to_it() -> None:
     base, first = network(0), network(1)
     data = [examples(normal(8, 6, seed=seed)) for seed in range(2)]
-    found = measured_interference([first, base], data, CPU, base)
+    found = measured_interference([first, base], data, device=CPU, base=base)
     assert found["0"][0] == pytest.approx(0, abs=1e-12)
     x = normal(8, 6, seed=1)
     change = x @ (first[0].weight - base[0].weight).T
@@ -129,7 +129,7 @@ def test_with_a_base_what_interferes_is_what_the_others_added_to_it() -> None:
 
 def test_measuring_leaves_no_hook_behind() -> None:
     nets = [network(seed).train() for seed in range(2)]
-    measured_interference(nets, [examples(normal(4, 6))] * 2, CPU)
+    measured_interference(nets, [examples(normal(4, 6))] * 2, device=CPU)
     assert all(not module._forward_pre_hooks and module.training for net in nets for module in net.modules())
 
 
@@ -188,4 +188,4 @@ def test_the_change_of_outputs_is_relative_to_their_size() -> None:
     doubled = nn.Sequential(first, nn.Linear(3, 3, bias=False).double())
     with torch.no_grad():
         doubled[1].weight.copy_(2 * torch.eye(3))
-    assert output_change(first, doubled, examples(normal(9, 6)), CPU) == pytest.approx(1)
+    assert output_change(first, doubled, examples(normal(9, 6)), device=CPU) == pytest.approx(1)
