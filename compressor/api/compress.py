@@ -21,6 +21,7 @@ from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
+    preprocessing,
     requested_budget,
     selection,
 )
@@ -281,7 +282,7 @@ def _compressed_fine_tune(model: Model, base: Model, asked: CompressOptions) -> 
     reported, device = None, resolve_device(asked.device)
     if asked.data is not None:
         model.require_runnable()
-        reported = open_data(asked.data, model.preprocessing, Sample(limit=asked.data_samples))
+        reported = open_data(asked.data, preprocessing(asked, model), Sample(limit=asked.data_samples))
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None
@@ -364,7 +365,7 @@ def _calibration_data(asked: CompressOptions, subject: Model) -> EvaluationData 
     if asked.calibration is None:
         return None
     return open_calibration_data(
-        asked.calibration, subject.preprocessing, asked.calibration_samples, asked.calibration_length
+        asked.calibration, preprocessing(asked, subject), asked.calibration_samples, asked.calibration_length
     )
 
 

@@ -7,7 +7,7 @@ from typing import Unpack
 from compressor.api.keywords import DiagnoseKeywords
 from compressor.api.option import verb
 from compressor.api.options import DiagnoseOptions
-from compressor.api.requests import selection
+from compressor.api.requests import preprocessing, selection
 from compressor.data import Sample, open_data
 from compressor.diagnosis.findings import all_findings
 from compressor.diagnosis.gradients import SeenLayer, measured_on_data
@@ -58,7 +58,7 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     chosen = resolve_device(asked.device)
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples
-    examples = None if data is None else open_data(data, subject.preprocessing, Sample("train", limit))
+    examples = None if data is None else open_data(data, preprocessing(asked, subject), Sample("train", limit))
     evolved = None if series is None else measure_series(series, subject, chosen, progress)
     inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
     predictions: Predictions | None = None

@@ -10,6 +10,7 @@ import torch
 from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
+from compressor.api.requests import preprocessing
 from compressor.data import EvaluationData, Sample, open_data
 from compressor.evaluation import Cost, Evaluation, compare
 from compressor.model import Model, ModelLike, open_runnable, resolve_device
@@ -39,7 +40,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     device = resolve_device(asked.device)
     opened = open_runnable(model, asked.factory)
     reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
-    examples = open_data(asked.data, opened.preprocessing, Sample(asked.split, asked.data_samples))
+    examples = open_data(asked.data, preprocessing(asked, opened), Sample(asked.split, asked.data_samples))
     return evaluate_models(reference, opened, examples, device, asked.progress)
 
 

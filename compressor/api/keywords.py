@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from compressor.api.options import DataLike, RecipeLike
@@ -27,6 +27,8 @@ class CompressKeywords(TypedDict, total=False):
     recipe: RecipeLike | None
     data: DataLike | None
     data_samples: int | None
+    tokenizer: Callable[..., Any] | None
+    processor: Callable[..., Any] | None
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
@@ -74,6 +76,8 @@ class PlanKeywords(TypedDict, total=False):
     recipe: RecipeLike | None
     data: DataLike | None
     data_samples: int | None
+    tokenizer: Callable[..., Any] | None
+    processor: Callable[..., Any] | None
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
@@ -93,6 +97,8 @@ class EvaluateKeywords(TypedDict, total=False):
 
     data: DataLike
     data_samples: int | None
+    tokenizer: Callable[..., Any] | None
+    processor: Callable[..., Any] | None
     factory: Factory | None
     progress: Progress | None
     device: str | None
@@ -128,6 +134,8 @@ class DiagnoseKeywords(TypedDict, total=False):
 
     data: DataLike | None
     data_samples: int | None
+    tokenizer: Callable[..., Any] | None
+    processor: Callable[..., Any] | None
     recipe: RecipeLike | None
     factory: Factory | None
     include: str | Sequence[str] | None

@@ -82,6 +82,16 @@ def _data(value: Any, name: str) -> Any:
     return _path(value, name)
 
 
+def _called(value: Any, name: str) -> Any:
+    if not callable(value):
+        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        raise BadInput(what, option=name, remedy=f"give one that is called as those of transformers: {_CALLS[name]}")
+    return value
+
+
+_CALLS = {"tokenizer": "`tokenizer(text)`", "processor": "`processor(images=images)`"}
+
+
 def _named_data(value: Any) -> str | None:
     return value.name if isinstance(value, Path) else value if isinstance(value, str) else None
 
@@ -204,6 +214,7 @@ PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=
 MODEL = Kind("ModelLike", _model, metavar="MODEL")
 SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
 DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
+CALLED = Kind("Callable[..., Any]", _called)
 SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
 FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
@@ -277,6 +288,20 @@ class DataOptions(Options):
     data: DataLike | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA)
     data_samples: int | None = option(
         "Examples, or windows of text, to measure on, evenly spaced.", _count(1), default_text="all"
+    )
+    tokenizer: Callable[..., Any] | None = option(
+        "What makes tokens of texts, for a loaded module or instead of the folder's own: called as those of "
+        "transformers.",
+        CALLED,
+        only_python=True,
+        repeatable=False,
+    )
+    processor: Callable[..., Any] | None = option(
+        "What makes inputs of images, for a loaded module or instead of the folder's own: an image processor of "
+        "transformers, or a processor that has one and a tokenizer.",
+        CALLED,
+        only_python=True,
+        repeatable=False,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compressor.api.options import CompressOptions, EmbeddingOptions, LayerOptions, PlanOptions
+from compressor.api.options import CompressOptions, DataOptions, EmbeddingOptions, LayerOptions, PlanOptions
 from compressor.calibration.drop import require_possible_drop
-from compressor.data import EvaluationData, Sample, open_data, open_search_data, require_apart
+from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
 from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, checked_budget
 from compressor.planning.budget import BudgetKind
@@ -26,15 +26,20 @@ def selection(asked: LayerOptions) -> LayerSelection:
     return LayerSelection(asked.include, asked.exclude, embeddings)
 
 
+def preprocessing(asked: DataOptions, model: Model) -> Preprocessing:
+    """What prepares data for the model: what was given, else its own."""
+    return model.preprocessing.with_objects(asked.tokenizer, asked.processor)
+
+
 def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[EvaluationData | None, EvaluationData | None]:
     """Data that decide about the size, where a drop does, and data for the report."""
-    data, limit = asked.data, asked.data_samples
+    data, prepared, sample = asked.data, preprocessing(asked, model), Sample(limit=asked.data_samples)
     if data is None:
         return None, None
     if asked.calibration is not None:
         require_apart(asked.calibration, data)
     if asked.max_drop is None:
-        return None, open_data(data, model.preprocessing, Sample(limit=limit))
-    deciding, reported = open_search_data(data, model.preprocessing, Sample(limit=limit))
+        return None, open_data(data, prepared, sample)
+    deciding, reported = open_search_data(data, prepared, sample)
     require_possible_drop(asked.max_drop, deciding)
     return deciding, reported

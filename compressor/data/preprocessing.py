@@ -40,13 +40,10 @@ class Preprocessing:
 
     def with_objects(self, tokenizer: Any = None, processor: Any = None) -> Preprocessing:
         """The same with a tokenizer and an image processor, or a processor that has both, where they are given."""
-        texts = tokenizer or getattr(processor, "tokenizer", None)
-        images = getattr(processor, "image_processor", None) or processor
-        for option, value in (("tokenizer", texts), ("processor", images)):
-            if value is not None and not callable(value):
-                what = f"`{option}` is a {type(value).__name__}, which cannot be called"
-                raise BadInput(what, option=option, remedy=f"give one with the calls of transformers' {option}s")
-        return replace(self, tokenizer=texts or self.tokenizer, image_processor=images or self.image_processor)
+        known = (tokenizer, getattr(processor, "tokenizer", None), self.tokenizer)
+        texts = next((each for each in known if each is not None), None)
+        images = self.image_processor if processor is None else getattr(processor, "image_processor", processor)
+        return replace(self, tokenizer=texts, image_processor=images)
 
 
 def load_preprocessing(folder: Path) -> Preprocessing:

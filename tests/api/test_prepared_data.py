@@ -1,0 +1,108 @@
+"""Tokenizers and image processors that are given as objects prepare data for a loaded module as a folder's own do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+import compressor
+from compressor.errors import BadInput
+from tests.conftest import ALPHABET
+
+
+class Processor:
+    """A processor of several kinds of inputs, as transformers has them."""
+
+    image_processor = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, **_: Any) -> Any:
+        raise AssertionError("its tokenizer is called")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(np.random.default_rng(0).choice(list(ALPHABET), 2000)))
+    return path
+
+
+def outcome(model: Any, data: Path, **options: Any) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses, and the tensors of the compressed model."""
+    small = compressor.compress(model, keep=0.5, calibration=data, calibration_samples=8, refine=False, **options)
+    measured = compressor.evaluate(model, data=data, data_samples=4, **options)
+    state = small.model.state_dict() if small.model is not None else {}
+    return [measured.compressed_loss, float(measured.count)], list(state.values())
+
+
+def test_a_loaded_module_with_a_tokenizer_is_measured_and_calibrated_as_its_folder(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    found = compressor.plan(llama, keep=0.5, calibration=corpus, tokenizer=tokenizer, calibration_samples=8)
+    expected = compressor.plan(folder, keep=0.5, calibration=corpus, calibration_samples=8)
+    assert found.calibration is not None
+    assert expected.calibration is not None
+    assert found.calibration.examples == expected.calibration.examples
+    assert found.calibration.holdout_loss == pytest.approx(expected.calibration.holdout_loss, rel=1e-6)
+    assert {p.name: p.rank for p in found.layers} == {p.name: p.rank for p in expected.layers}
+    measured, of_folder = (
+        compressor.evaluate(model, data=corpus, data_samples=4, **options)
+        for model, options in ((llama, {"tokenizer": tokenizer}), (folder, {}))
+    )
+    assert (measured.compressed, measured.count) == (of_folder.compressed, of_folder.count)
+
+
+def test_a_list_of_texts_and_a_file_with_them_are_the_same_data(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path
+) -> None:
+    text = corpus.read_text()
+    processor = Processor(tokenizer)
+    for data, options in ((corpus, {"tokenizer": tokenizer}), ([text], {"processor": processor})):
+        losses, tensors = outcome(llama, data, **options)
+        if data == corpus:
+            first = losses, tensors
+    assert losses == first[0]
+    assert all(torch.equal(one, other) for one, other in zip(tensors, first[1], strict=True))
+
+
+def test_an_image_processor_prepares_images_for_a_module(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=3, num_labels=2))
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 9, 3), dtype=np.uint8)
+    for number, each in enumerate(pixels):
+        path = tmp_path / "images" / str(number % 2) / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(each).save(path)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    found = compressor.evaluate(model, data=tmp_path / "images", processor=processor)
+    expected = compressor.evaluate(tmp_path / "model", data=tmp_path / "images")
+    assert (found.compressed, found.compressed_loss) == (expected.compressed, expected.compressed_loss)
+    with pytest.raises(BadInput, match="ViTForImageClassification does not accept this data"):
+        compressor.evaluate(model, data=tmp_path / "images")
+
+
+def test_what_cannot_be_called_is_no_tokenizer(llama: LlamaForCausalLM, corpus: Path) -> None:
+    with pytest.raises(BadInput, match=r"`tokenizer` is a str, which cannot be called; .*`tokenizer\(text\)`"):
+        compressor.evaluate(llama, data=corpus, tokenizer="gpt2")
+    with pytest.raises(BadInput, match=r"needs the model's tokenizer, and there is none; .* in Python a `tokenizer`"):
+        compressor.evaluate(llama, data=corpus)
