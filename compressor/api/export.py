@@ -30,12 +30,11 @@ from compressor.io import (
     NotCopied,
     checked_target,
     form_of,
-    local_model,
     open_checkpoint,
 )
 from compressor.lowrank import StoredErrors, stored_pairs
 from compressor.measure import image_size
-from compressor.model import Factory, open_runnable
+from compressor.model import Factory, Model, open_model, open_runnable
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export
@@ -69,13 +68,12 @@ def export(model: str | Path, options: ExportOptions | None = None, **given: Unp
     started = time.monotonic()
     asked = ExportOptions.of(options, given)
     checkpoint = open_checkpoint(model)
-    base = None if asked.base is None else local_model(asked.base)
-    _require_base(checkpoint, asked.to, base)
+    _require_base(checkpoint, asked.to, asked.base)
     _require_use(asked)
     output, shard_size, overwrite = asked.output, asked.max_shard_size, asked.overwrite
-    if base is not None:
+    if asked.base is not None:
         export_it = _applied if asked.to == "dense" else _to_adapter
-        exported = export_it(checkpoint, base, output, shard_size, overwrite=overwrite)
+        exported = export_it(checkpoint, open_model(asked.base), output, shard_size, overwrite=overwrite)
     elif asked.to == "dense":
         of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
         restored = restore(model, RestoreOptions(**of_restore))
@@ -145,11 +143,10 @@ def _require_use(asked: ExportOptions) -> None:
 
 
 def _applied(
-    checkpoint: Checkpoint, base: str | Path, output: str | Path | None, shard_size: int, *, overwrite: bool
+    checkpoint: Checkpoint, base: Model, output: str | Path | None, shard_size: int, *, overwrite: bool
 ) -> _Exported:
     """Write the dense fine-tune: a folder where the base is one."""
-    assert checkpoint.source is not None
-    tuned, _, start = materialize_fine_tune(checkpoint.source, base)
+    tuned, start = materialize_fine_tune(checkpoint, base), base.checkpoint
     named = Naming(form_of(start), "-dense")
     target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[start])
     card = partial(applied_card, name=target.name, base=start.name, difference=checkpoint.name, config=start.config)
@@ -159,13 +156,12 @@ def _applied(
 
 
 def _to_adapter(
-    checkpoint: Checkpoint, base: str | Path, output: str | Path | None, _: int, *, overwrite: bool
+    checkpoint: Checkpoint, base: Model, output: str | Path | None, _: int, *, overwrite: bool
 ) -> _Exported:
     """Write a folder that PEFT loads beside the base."""
-    assert checkpoint.source is not None
     named = Naming("folder", "-adapter")
-    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[open_checkpoint(base)])
-    adapter = adapter_of_file(checkpoint.source, base)
+    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[base.checkpoint])
+    adapter = adapter_of_file(checkpoint, base)
     errors = StoredErrors()
     with written(adapter_artifact(adapter, torch.device("cpu"), errors), target) as made:
         finish_adapter(made, adapter, name=target.name, errors=errors.of)

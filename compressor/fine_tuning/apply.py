@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
 from compressor.fine_tuning.difference import Difference
-from compressor.io import Artifact, Checkpoint, TensorInfo, open_checkpoint, require_in_range
+from compressor.io import Artifact, Checkpoint, TensorInfo, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
-from compressor.model.opened import known_architecture
-from compressor.network import find_layers, with_ties
+from compressor.model import Model
+from compressor.network import find_layers
 from compressor.planning import Budget, LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
 
@@ -58,13 +57,12 @@ class _Materialized:
         return require_in_range(self.pair.tensors["weight"], total)
 
 
-def materialize_fine_tune(difference: str | Path, base: str | Path) -> tuple[Checkpoint, Checkpoint, Checkpoint]:
-    """The dense fine-tune that a file of pairs makes of its base; and the file, and the base.
+def materialize_fine_tune(stored: Checkpoint, base: Model) -> Checkpoint:
+    """The dense fine-tune that a file of pairs makes of its base.
 
     Raises `BadInput` when the file is no difference, or of another base.
     """
-    stored, start = open_checkpoint(difference), open_checkpoint(base)
-    start = with_ties(start, known_architecture(start, None))
+    start = base.with_ties().checkpoint
     if not is_difference(stored):
         raise BadInput("holds no difference to a base model", where=stored.source, remedy="leave out `base`")
     digest, spec = _base_digest(stored), spec_of(stored)
@@ -82,11 +80,11 @@ def materialize_fine_tune(difference: str | Path, base: str | Path) -> tuple[Che
     for name, info in infos.items():
         if name not in start.tensors or start.tensors[name].shape != info.shape:
             raise BadInput(f"has no tensor {name} of that shape", where=start.source, remedy=_REMEDY)
-    return replace(start, tensors=infos, _stored=tensors), stored, start
+    return replace(start, tensors=infos, _stored=tensors)
 
 
 def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Artifact:
-    """The dense fine-tune that `applied` gives, with what goes along from the folder of its base."""
+    """The dense fine-tune that `materialize_fine_tune` gives, with what goes along from the folder of its base."""
     return Artifact(
         form=base.form,
         infos=list(tuned.tensors.values()),
@@ -97,12 +95,12 @@ def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Ar
     )
 
 
-def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
+def adapter_of_file(stored: Checkpoint, base: Model) -> Adapter:
     """The LoRA adapter that a file of pairs is beside a transformers folder.
 
     Raises `BadInput` where the pairs were made for a part of the base, or for modules that are not known.
     """
-    tuned, stored, start = materialize_fine_tune(difference, base)
+    tuned, start = materialize_fine_tune(stored, base), base.with_ties().checkpoint
     pairs, spec = stored_pairs(stored), spec_of(stored)
     if scaled := [name for name in pairs if _share(spec, name) != 1.0]:
         raise BadInput(
@@ -113,18 +111,17 @@ def adapter_of_file(difference: str | Path, base: str | Path) -> Adapter:
     names = (start.aliases.get(name, name) for name in stored.tensors)
     changed = frozenset(name for name in names if name in tuned.tensors)
     between = Difference(tuned, start, changed, {}, tuned)
-    architecture = known_architecture(start, None)
     found = tuple(
         layer if layer.tensor in changed else replace(layer, skip=layer.skip or UNCHANGED)
-        for layer in find_layers(start, architecture)
+        for layer in find_layers(start, base.architecture)
     )
-    layers = adaptable_layers(between, architecture, found)
+    layers = adaptable_layers(between, base.architecture, found)
     eligible = {layer.name: layer for layer in layers if layer.eligible}
     # Pairs of layers that an adapter has none for are multiplied out, and saved whole.
     planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items() if name in eligible)
-    plan = Plan(str(difference), file_record(stored).get("digest"), Budget("plan"), planned)
+    plan = Plan(str(stored.source), file_record(stored).get("digest"), Budget("plan"), planned)
     adaptation = Adaptation(between, layers, plan, TrainingRecipe(), _base_digest(stored), stored)
-    adapter = adapter_of(adaptation, architecture, str(base))
+    adapter = adapter_of(adaptation, base.architecture, base.name)
     require_pairs(adapter)
     return adapter
 

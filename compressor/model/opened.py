@@ -171,7 +171,10 @@ def open_model(
     layers = find_layers(
         checkpoint, architecture, include=chosen.include, exclude=chosen.exclude, embeddings=chosen.embeddings
     )
-    return _opened(given, checkpoint, architecture, layers, factory, recipe)
+    opened = _opened(given, checkpoint, architecture, layers, factory, recipe)
+    if recipe:
+        opened.recipe  # noqa: B018 - a bad one is refused before any work
+    return opened
 
 
 def open_runnable(model: ModelLike, factory: Factory | None = None, *, revision: str | None = None) -> Model:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from compressor import BadInput, compress, export, plan
 from compressor.api.fine_tune import finish_adapter
 from compressor.api.write import written
-from compressor.fine_tuning import apply
+from compressor.fine_tuning import adapter_of_file
 from compressor.fine_tuning.adapter import adapter_artifact
-from compressor.io import Target
+from compressor.io import Target, open_checkpoint
 from compressor.lowrank import StoredErrors
+from compressor.model import open_model
 
 pytestmark = pytest.mark.slow
 
@@ -204,7 +205,7 @@ def test_an_adapter_that_peft_loads_as_something_else_is_not_written(
     tuned = tuned_from(base, tmp_path / "tuned", _everything)
     pairs = tmp_path / "pairs.safetensors"
     compress(tuned, base=base, output=pairs, tolerance=1e-3)
-    adapter = apply.adapter_of_file(pairs, base)
+    adapter = adapter_of_file(open_checkpoint(pairs), open_model(base))
 
     def write(name: str, **entries: Any) -> str | None:
         errors, target = StoredErrors(), Target(tmp_path / name, "folder", ())
