@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from compressor.api.inspect import inspect
     from compressor.api.merge import merge
     from compressor.api.restore import restore
-    from compressor.evaluation import Evaluation
+    from compressor.calibration import CalibrationSettings
+    from compressor.evaluation import Evaluation, TimingSettings
     from compressor.io import Checkpoint, open_checkpoint
     from compressor.measure import MemoryWindow, memory_window
-    from compressor.planning import Plan
+    from compressor.planning import Plan, PlanningSettings
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression, Diagnosis, Export, Inspection, Merging, Restoration
 
 _HOME = {
+    "CalibrationSettings": "calibration",
     "Checkpoint": "io",
     "Compression": "results",
     "Diagnosis": "results",
@@ -38,7 +40,9 @@ _HOME = {
     "Merging": "results",
     "MemoryWindow": "measure",
     "Plan": "planning",
+    "PlanningSettings": "planning",
     "Restoration": "results",
+    "TimingSettings": "evaluation",
     "TrainingRecipe": "recipe",
     "compress": "api.compress",
     "diagnose": "api.diagnose",
@@ -55,6 +59,7 @@ _HOME = {
 
 __all__ = [
     "BadInput",
+    "CalibrationSettings",
     "Checkpoint",
     "Compression",
     "CompressorError",
@@ -65,8 +70,10 @@ __all__ = [
     "MemoryWindow",
     "Merging",
     "Plan",
+    "PlanningSettings",
     "QualityGateNotMet",
     "Restoration",
+    "TimingSettings",
     "TrainingRecipe",
     "compress",
     "diagnose",

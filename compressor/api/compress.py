@@ -26,21 +26,22 @@ from compressor.api.requests import (
     selection,
 )
 from compressor.api.workload import (
+    CompressionWork,
     decomposition_costs,
-    steps_of_compression,
     timed_decompositions,
     work_on_calibration,
     work_on_data,
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
-from compressor.calibration import CalibrationData, calibrate, split_examples
-from compressor.calibration.drop import plan_within_drop
-from compressor.calibration.search import PlannedModel, open_calibration_data, plan_ranks
+from compressor.calibration import CalibrationData, CalibrationSettings, calibrate, split_examples
+from compressor.calibration.drop import DropGate, plan_within_drop
+from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
+from compressor.calibration.settings import CALIBRATION
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Sample, open_data
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import Evaluation, require_accepted
+from compressor.evaluation import TIMING, Evaluation, require_accepted
 from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.lowrank import (
@@ -61,6 +62,7 @@ from compressor.model import (
     resolve_device,
 )
 from compressor.planning import (
+    PLANNING,
     Budget,
     LayerPlan,
     MeasuredLayer,
@@ -69,7 +71,7 @@ from compressor.planning import (
     within_limit,
     worthwhile_size,
 )
-from compressor.progress import expect, takes_steps
+from compressor.progress import Run, expect, takes_steps
 from compressor.report.model_card import compressed_card
 from compressor.report.wording import format_size, needs_calibration, percent, warning_words
 from compressor.results import BeforeAfter, Compression
@@ -158,44 +160,35 @@ def compress(
         subject.require_runnable()
     device = resolve_device(asked.device)
     deciding, reported = data_to_measure_on(asked, subject)
-    samples = _calibration_data(asked, subject)
+    settings = replace(asked.calibration_settings or CALIBRATION, refine=asked.refine)
+    samples = _calibration_data(asked, subject, settings)
 
     if samples is None:
         _warn_of_missing_data(subject, budget)
-    examples = None if samples is None else _examples(subject, samples, device)
-    _announce(asked, subject, examples, deciding, reported, device)
-    progress, form, shard_size, refine = asked.progress, asked.form, asked.max_shard_size, asked.refine
-    inspected = inspect_layers(subject, EPSILON, device, progress)
-    measured = measured_layers(subject, inspected)
+    run, planning = Run(device, asked.seed, asked.progress), asked.planning_settings or PLANNING
+    examples = None if samples is None else _examples(subject, samples, device, settings)
+    _announce(asked, subject, examples, deciding, reported, settings)
+    form, shard_size = asked.form, asked.max_shard_size
+    inspected = inspect_layers(subject, EPSILON, device, asked.progress)
+    measured = measured_layers(subject, inspected, planning)
     _require_some(measured, subject.name)
     calibrated = None
     if examples is not None:
         dense, layers = subject.with_separate_experts, [m.layer for m in measured]
-        calibrated = calibrate(dense, layers, examples, device=device, seed=asked.seed, progress=progress)
-    if deciding is not None and budget is not None:
-        planned = plan_within_drop(
-            subject,
-            measured,
-            budget,
-            form,
-            shard_size,
-            calibrated,
-            deciding,
-            device,
-            progress,
-            refine=refine,
-        )
+        calibrated = calibrate(dense, layers, examples, run=run, settings=settings)
+    request = PlanRequest(budget=budget, given=asked.plan, form=form, shard_size=shard_size, settings=planning)
+    if deciding is not None:
+        gate = DropGate(deciding, run)
+        planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
     else:
-        planned = plan_ranks(
-            subject, measured, budget, asked.plan, form, shard_size, calibrated, progress, refine=refine
-        )
+        planned = plan_ranks(subject, measured, request, calibration=calibrated)
     chosen = planned.plan
     if budget is None:
         _require_worthwhile(subject, measured, chosen, form, shard_size)
     if chosen.budget.kind != "plan":
         _require_smaller(subject, chosen, dry_run=asked.dry_run)
 
-    compression = write_compressed(subject, measured, planned, target, reported, device, asked)
+    compression = write_compressed(subject, measured, planned, target, reported, run, asked)
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
@@ -212,22 +205,23 @@ def write_compressed(
     planned: PlannedModel,
     target: Target | None,
     reported: EvaluationData | None,
-    device: torch.device,
+    run: Run,
     asked: CompressOptions,
 ) -> Compression:
     """Write the planned model with its card, and measure it."""
-    progress, shard_size = asked.progress, asked.max_shard_size
     checkpoint, chosen = subject.checkpoint, planned.plan
     rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
-    errors = StoredErrors(len(rewriting.factorized), progress)
+    errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
-    artifact = compressed_artifact(rewriting, shard_size, device=device, errors=errors, module=module)
+    artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
 
     def evaluation_of(small: ModelLike | None) -> Evaluation | None:
         if reported is None or small is None:
             return None
         compressed_model = open_runnable(small, subject.factory)
-        evaluation = evaluate_models(subject, compressed_model, reported, device, progress)
+        evaluation = evaluate_models(
+            subject, compressed_model, reported, run=run, timing=asked.timing_settings or TIMING
+        )
         _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=asked.allow_miss)
         return evaluation
 
@@ -286,7 +280,8 @@ def _compressed_fine_tune(model: Model, base: Model, asked: CompressOptions) -> 
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None
-        return evaluate_models(model, open_runnable(small), reported, device, asked.progress)
+        run = Run(device, progress=asked.progress)
+        return evaluate_models(model, open_runnable(small), reported, run=run, timing=asked.timing_settings or TIMING)
 
     compression = compress_fine_tune(model, base, asked, evaluated=None if reported is None else evaluated)
     return replace(compression, peak_memory_bytes=_peak_memory_bytes(), warnings=warning_words(compression))
@@ -325,9 +320,9 @@ def _require_worthwhile(
         return weight_file_bytes(Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan), shard_size)
 
     before, after = subject.checkpoint.weight_bytes, file_bytes(chosen.layers)
-    if is_worthwhile(after, before):
+    if is_worthwhile(after, before, measured[0].settings):
         return
-    suggested = worthwhile_size(measured, form, file_bytes, before)
+    suggested = worthwhile_size(measured, form, file_bytes, before, measured[0].settings)
     remedy = (
         "low rank does not make these weight files worthwhile smaller"
         if suggested is None
@@ -361,18 +356,24 @@ def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
         )
 
 
-def _calibration_data(asked: CompressOptions, subject: Model) -> EvaluationData | None:
+def _calibration_data(asked: CompressOptions, subject: Model, settings: CalibrationSettings) -> EvaluationData | None:
     if asked.calibration is None:
         return None
     return open_calibration_data(
-        asked.calibration, preprocessing(asked, subject), asked.calibration_samples, asked.calibration_length
+        asked.calibration,
+        preprocessing(asked, subject),
+        samples=asked.calibration_samples,
+        sequence_length=asked.calibration_length,
+        settings=settings,
     )
 
 
-def _examples(subject: Model, samples: EvaluationData, device: torch.device) -> CalibrationData:
+def _examples(
+    subject: Model, samples: EvaluationData, device: torch.device, settings: CalibrationSettings
+) -> CalibrationData:
     """What calibration uses of its data, which the model is known to take."""
     require_accepted(subject.with_separate_experts, samples, device=device)
-    return split_examples(samples)
+    return split_examples(samples, settings)
 
 
 def _announce(
@@ -381,30 +382,31 @@ def _announce(
     examples: CalibrationData | None,
     deciding: EvaluationData | None,
     reported: EvaluationData | None,
-    device: torch.device,
+    settings: CalibrationSettings,
 ) -> None:
     """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
 
     A short measurement says how long running the model takes.
     """
     progress, reported = asked.progress, None if asked.dry_run else reported
-    given, refine, writes = asked.plan is not None, asked.refine, not asked.dry_run
     if not takes_steps(progress):
         return
-    data = (examples, deciding, reported)
+    data, device = (examples, deciding, reported), resolve_device(asked.device)
     eligible = [layer for layer in subject.layers if layer.eligible]
     decompositions = decomposition_costs(eligible)
     calibration = trial = evaluation = None
     if eligible and any(each is not None for each in data):
         dense = subject.with_separate_experts
         decompositions = timed_decompositions(subject.checkpoint, eligible, device)
-        calibration = None if examples is None else work_on_calibration(dense, eligible, examples, device)
+        if examples is not None:
+            calibration = work_on_calibration(dense, eligible, examples, device=device, settings=settings)
         trial = None if deciding is None else work_on_data(dense, deciding, device)
-        evaluation = None if reported is None else work_on_data(dense, reported, device)
-    expect(
-        progress,
-        steps_of_compression(decompositions, calibration, trial, evaluation, given=given, refine=refine, writes=writes),
-    )
+        evaluation = (
+            None if reported is None else work_on_data(dense, reported, device, asked.timing_settings or TIMING)
+        )
+    trials = (asked.planning_settings or PLANNING).most_trials
+    work = CompressionWork(decompositions, calibration, trial, evaluation, trials)
+    expect(progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
 
 
 def _require_allowed_drop(evaluation: Evaluation, budget: Budget, name: str, *, allow_miss: bool) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar, Unpack
 
-import torch
-
 from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
 from compressor.api.requests import preprocessing
 from compressor.data import EvaluationData, Sample, open_data
-from compressor.evaluation import Cost, Evaluation, compare
+from compressor.evaluation import TIMING, Cost, Evaluation, TimingSettings, compare
 from compressor.model import Model, ModelLike, open_runnable, resolve_device
-from compressor.progress import Progress
+from compressor.progress import Run
 from compressor.torch_state import neutral_torch_state
 
 
@@ -41,19 +39,21 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     opened = open_runnable(model, asked.factory)
     reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
     examples = open_data(asked.data, preprocessing(asked, opened), Sample(asked.split, asked.data_samples))
-    return evaluate_models(reference, opened, examples, device, asked.progress)
+    run = Run(device, progress=asked.progress)
+    return evaluate_models(reference, opened, examples, run=run, timing=asked.timing_settings or TIMING)
 
 
 def evaluate_models(
     baseline: Model | None,
     model: Model,
     data: EvaluationData,
-    device: torch.device,
-    progress: Progress | None,
+    *,
+    run: Run,
+    timing: TimingSettings,
 ) -> Evaluation:
     """Compare two opened models; the cost of weight files has their size."""
     reference = None if baseline is None else baseline.module
-    evaluation = compare(reference, model.module, data, device=device, progress=progress)
+    evaluation = compare(reference, model.module, data, device=run.device, timing=timing, progress=run.progress)
     return replace(
         evaluation,
         baseline_cost=_on_disk(evaluation.baseline_cost, baseline),

@@ -9,7 +9,7 @@ from compressor.api.option import verb
 from compressor.api.options import InspectOptions
 from compressor.api.requests import selection
 from compressor.model import ModelLike, inspect_layers, measured_layers, open_model, resolve_device
-from compressor.planning import window_rule_advice
+from compressor.planning import PLANNING, window_rule_advice
 from compressor.results import Inspection
 from compressor.torch_state import neutral_torch_state
 
@@ -45,5 +45,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         weight_bytes=subject.checkpoint.weight_bytes,
         left_out=subject.checkpoint.left_out,
         weights_at=subject.checkpoint.weights_at,
-        advice=window_rule_advice(measured_layers(subject, inspected), subject.recipe.family, "auto"),
+        advice=window_rule_advice(
+            measured_layers(subject, inspected, asked.planning_settings or PLANNING), subject.recipe.family, "auto"
+        ),
     )

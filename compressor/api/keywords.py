@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from compressor.api.options import DataLike, RecipeLike
+    from compressor.calibration import CalibrationSettings
+    from compressor.evaluation import TimingSettings
     from compressor.model import Factory, ModelLike
-    from compressor.planning import Plan
+    from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
 
@@ -29,11 +31,13 @@ class CompressKeywords(TypedDict, total=False):
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
+    planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
     refine: bool | None
     seed: int | None
+    calibration_settings: CalibrationSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
@@ -41,6 +45,7 @@ class CompressKeywords(TypedDict, total=False):
     form: Literal["auto", "plain", "pivoted"] | None
     progress: Progress | None
     device: str | None
+    timing_settings: TimingSettings | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
@@ -54,6 +59,7 @@ class InspectKeywords(TypedDict, total=False):
 
     revision: str | None
     recipe: RecipeLike | None
+    planning_settings: PlanningSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
@@ -78,11 +84,13 @@ class PlanKeywords(TypedDict, total=False):
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
+    planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
     refine: bool | None
     seed: int | None
+    calibration_settings: CalibrationSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
@@ -100,6 +108,7 @@ class EvaluateKeywords(TypedDict, total=False):
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
     factory: Factory | None
+    timing_settings: TimingSettings | None
     progress: Progress | None
     device: str | None
     baseline: ModelLike | None

@@ -20,8 +20,10 @@ from compressor.errors import BadInput
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from compressor.calibration import CalibrationSettings
+    from compressor.evaluation import TimingSettings
     from compressor.model import Factory, ModelLike
-    from compressor.planning import Plan
+    from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
 
@@ -189,6 +191,16 @@ def _several_data(value: Any, name: str) -> tuple[Any, ...]:
 
 def _as_is(value: Any, name: str) -> Any:
     return value
+
+
+def _settings(name: str) -> Kind:
+    def read(value: Any, option: str) -> Any:
+        if type(value).__name__ != name:  # told by name, because importing the class would load torch
+            what = f"`{option}` is a {type(value).__name__}"
+            raise BadInput(what, option=option, remedy=f"give a compressor.{name}")
+        return value
+
+    return Kind(name, read)
 
 
 def _choice(literal: Any) -> Kind:
@@ -388,6 +400,29 @@ class CalibrationOptions(Options):
     seed: int = option(
         "Random seed of the targets sampled during calibration.", _count(0, 2**64 - 1), 0, panel=CALIBRATION
     )
+    calibration_settings: CalibrationSettings | None = option(
+        "Every knob of calibration and of the search over plans; `refine` goes before its `refine`.",
+        _settings("CalibrationSettings"),
+        only_python=True,
+    )
+
+
+@options
+class ThresholdOptions(Options):
+    """By which thresholds ranks are chosen."""
+
+    planning_settings: PlanningSettings | None = option(
+        "The thresholds by which ranks are chosen.", _settings("PlanningSettings"), only_python=True
+    )
+
+
+@options
+class TimingOptions(Options):
+    """How often forwards are timed."""
+
+    timing_settings: TimingSettings | None = option(
+        "How often forwards are timed.", _settings("TimingSettings"), only_python=True
+    )
 
 
 @options
@@ -407,6 +442,7 @@ class PlanOptions(
     FormOptions,
     ArchitectureOptions,
     CalibrationOptions,
+    ThresholdOptions,
     DataOptions,
     TrainingOptions,
     BudgetOptions,
@@ -431,7 +467,7 @@ class PlanOptions(
 
     def _check_needs(self) -> None:
         if self.calibration is None:
-            for name in ("refine", "calibration_samples", "calibration_length", "seed"):
+            for name in ("refine", "calibration_samples", "calibration_length", "seed", "calibration_settings"):
                 if name in self.given and (name != "refine" or not self.refine):
                     shown = "refine=False" if name == "refine" else name
                     what = f"`{shown}` is about calibration data, and none were given"
@@ -459,13 +495,13 @@ class PlanOptions(
 
 
 _NOT_FOR_DIFFERENCES = (
-    *("max_drop", "calibration", "calibration_samples", "calibration_length", "refine", "seed"),
-    *("form", "embeddings", "push_to", "max_shard_size"),
+    *("max_drop", "calibration", "calibration_samples", "calibration_length", "refine", "seed", "calibration_settings"),
+    *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
 )
 
 
 @options
-class CompressOptions(OutputOptions, PlanOptions):
+class CompressOptions(OutputOptions, TimingOptions, PlanOptions):
     """What can be asked of `compress`."""
 
     verb = "compress"
@@ -496,7 +532,7 @@ class CompressOptions(OutputOptions, PlanOptions):
 
 
 @options
-class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, TrainingOptions, HubOptions):
+class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, TrainingOptions, HubOptions):
     """What can be asked of `inspect`."""
 
     verb = "inspect"
@@ -510,7 +546,7 @@ class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, Training
 
 
 @options
-class EvaluateOptions(RunOptions, ArchitectureOptions, DataOptions):
+class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, DataOptions):
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     from compressor.api.options import DataLike, RecipeLike
+    from compressor.calibration import CalibrationSettings
+    from compressor.evaluation import TimingSettings
     from compressor.model import Factory, ModelLike
-    from compressor.planning import Plan
+    from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
 '''

@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import CalibrationData
-from compressor.calibration.compensation import RIDGES
+from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings
 from compressor.calibration.examples import with_decoder_inputs
-from compressor.calibration.refinement import PASSES, STEPS, adam
-from compressor.calibration.search import ALLOCATION_POWERS, STAGES
+from compressor.calibration.refinement import adam
 from compressor.calibration.segments import most_segments
 from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
@@ -105,10 +103,10 @@ def _multiplications(layer: Layer) -> float:
 class CalibrationWork:
     """How often and how long calibration runs the model.
 
-    Compensation takes `groups` of layers that are given one tensor, one after the other, and runs for each of them one
-    of `segments`. A step of the refinement takes `fitting` beside that.
-    The `products` of what a layer is given and of gradients are in forwards, and a decomposition in the metric takes
-    `in_metric` times as long as one without.
+    Compensation takes `groups` of layers that have one input, one after the other, and runs one of `segments` for each
+    of them. A step of the refinement takes `optimizing` seconds besides forward and backward.
+    The `products` of inputs and of gradients are in forwards, and a decomposition in the metric takes `in_metric` times
+    as long as one without.
     """
 
     fit: int
@@ -116,39 +114,42 @@ class CalibrationWork:
     forward: ForwardTime
     groups: int
     segments: int
-    fitting: float
+    optimizing: float
     products: float
     in_metric: float
+    settings: CalibrationSettings
 
-    def planning_steps(self, decompositions: float, powers: int, *, stages: int, refine: bool) -> list[Step]:
-        """From a calibrated model to a plan and its factors; stages and all after them may be left out."""
-        both = self.fit + self.holdout
+    def planning_steps(self, decompositions: float, *, given: bool) -> list[Step]:
+        """From a calibrated model to a plan and its factors; rounds, and all after them, may be left out."""
+        settings = self.settings
+        allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
+        factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
+        best = [Step("allocate", (factors + judged * (1 + 1 / self.segments),) * allocations)]
+        if settings.compensate:
+            # Both models are run on all examples.
+            run = self.forward.of_segments(self.fit + self.holdout, segments=self.segments)
+            statistics = (2 + self.products) * run * self.groups / self.segments
+            best.append(Step("compensate", self._by_segment(statistics + (len(settings.ridges) + 1) * factors)))
+        again = [*best, *self.calibration_steps(), *best]
+        steps = [*best, *(replace(step, certain=False) for _ in range(rounds) for step in again)]
+        return [*steps, self._refinement()] if settings.refine else steps
+
+    def _refinement(self) -> Step:
+        passes, steps = self.settings.refinement.passes, self.settings.refinement.steps
+        both, at_once = self.fit + self.holdout, max(1, self.fit // steps)
         run = partial(self.forward.of_segments, segments=self.segments)
-        factors, held = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
-        one_allocation = factors + held * (1 + 1 / self.segments)
-        # Both models are run on all examples.
-        statistics = (2 + self.products) * run(both) * self.groups / self.segments
-        best = [
-            Step("allocate", (one_allocation,) * powers),
-            Step("compensate", self._by_segment(statistics + (len(RIDGES) + 1) * factors)),
-        ]
-        stage = [*best, *self.calibration_steps(), *best]
-        steps = [*best, *(replace(step, certain=False) for _ in range(stages) for step in stage)]
-        if refine:
-            at_once = max(1, self.fit // STEPS)
-            fitting = self.fitting * self.fit / at_once
-            one_pass = FORWARD_AND_BACKWARD * run(self.fit, at_once) + run(self.holdout) + fitting
-            *others, last = self._by_segment(PASSES * one_pass + 2 * run(both))
-            # The last segment is compared with the model's outputs, for which the dense one is run again.
-            last += PASSES * run(both, at_once) / max(1, self.segments - 1)
-            steps.append(Step("refine", (*others, last)))
-        return steps
+        optimizing = self.optimizing * self.fit / at_once
+        one_pass = FORWARD_AND_BACKWARD * run(self.fit, at_once) + run(self.holdout) + optimizing
+        *others, last = self._by_segment(passes * one_pass + 2 * run(both))
+        # The last segment is compared with the model's outputs, for which the dense one is run again.
+        last += passes * run(both, at_once) / max(1, self.segments - 1)
+        return Step("refine", (*others, last))
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
         run, both = self.forward.of, self.fit + self.holdout
         backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fit))
-        # Where the segments are is tried on the first batch.
+        # The segments are found by running the first batch.
         return [Step("run", (run(both) + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
 
     def _by_segment(self, seconds: float) -> tuple[float, ...]:
@@ -184,44 +185,45 @@ def _timing_seconds(forward: float, timing: TimingSettings) -> float:
     return pair * (timing.warm_ups + min(timing.most_repeats, max(timing.fewest_repeats, repeats)))
 
 
-def steps_of_compression(
-    decompositions: Sequence[float],
-    calibration: CalibrationWork | None,
-    deciding: EvaluationWork | None,
-    reported: EvaluationWork | None,
-    *,
-    given: bool,
-    refine: bool,
-    writes: bool,
-) -> list[Step]:
-    """Those of `compress`: with data that decide, as many trials as there can be; with a `given` plan, one allocation.
+@dataclass(frozen=True)
+class CompressionWork:
+    """What `compress` will do: in seconds, or in the unit of the decompositions where there are no data."""
 
-    Costs are in seconds, or in the unit of the decompositions where there are no data.
-    """
-    steps, decomposing = [Step("measure", tuple(decompositions))], sum(decompositions)
-    planning: list[Step] = []
-    if calibration is not None:
-        steps += calibration.calibration_steps()
-        powers, stages = (1, 0) if given else (len(ALLOCATION_POWERS), STAGES)
-        planning = calibration.planning_steps(decomposing, powers, stages=stages, refine=refine)
-    if deciding is None:
-        steps += planning
-    else:
-        factors = 0.0 if calibration is not None else FACTORS_COST * decomposing
-        measured = Step("search", (deciding.quality_seconds() + factors,))
-        for number in range(1, PLANNING.most_trials + 1):
-            trial = [*planning, replace(measured, number=number)]
-            steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
-    if writes:
-        done_before = calibration is not None
-        steps.append(Step("factorize", (0.0 if done_before else FACTORS_COST * decomposing,)))
-        if reported is not None:
-            steps.append(reported.step())
-    return steps
+    decompositions: Sequence[float]
+    calibration: CalibrationWork | None = None
+    deciding: EvaluationWork | None = None
+    reported: EvaluationWork | None = None
+    most_trials: int = PLANNING.most_trials
+
+    def steps(self, *, given: bool, writes: bool) -> list[Step]:
+        """All steps: with data that decide, as many trials as there can be; with a given plan, one allocation."""
+        steps, decomposing = [Step("measure", tuple(self.decompositions))], sum(self.decompositions)
+        planning: list[Step] = []
+        if self.calibration is not None:
+            steps += self.calibration.calibration_steps()
+            planning = self.calibration.planning_steps(decomposing, given=given)
+        factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing
+        if self.deciding is None:
+            steps += planning
+        else:
+            measured = Step("search", (self.deciding.quality_seconds() + factors,))
+            for number in range(1, self.most_trials + 1):
+                trial = [*planning, replace(measured, number=number)]
+                steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
+        if writes:
+            steps.append(Step("factorize", (factors,)))
+            if self.reported is not None:
+                steps.append(self.reported.step())
+        return steps
 
 
 def work_on_calibration(
-    model: nn.Module, layers: Sequence[Layer], data: CalibrationData, device: torch.device
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: CalibrationData,
+    *,
+    device: torch.device,
+    settings: CalibrationSettings,
 ) -> CalibrationWork | None:
     """None where the model does not take the data, which is said where they are used."""
     modules = {model.get_submodule(layer.module) for layer in layers if layer.kind not in ("embedding", "parameter")}
@@ -239,27 +241,38 @@ def work_on_calibration(
     if forward is None:
         return None
     groups, segments = len({id(each) for each in inputs.values()}), most_segments(model, layers)
-    fitting = 2 * len(modules) * _fitting_seconds([layer.parameters // 2 for layer in layers], device)
+    factors = [layer.parameters // 2 for layer in layers]
+    optimizing = 2 * len(modules) * _optimizer_seconds(factors, device, settings.refinement)
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
     products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
     return CalibrationWork(
-        data.examples, data.holdout_examples, forward, groups, segments, fitting, products, in_metric
+        fit=data.examples,
+        holdout=data.holdout_examples,
+        forward=forward,
+        groups=groups,
+        segments=segments,
+        optimizing=optimizing,
+        products=products,
+        in_metric=in_metric,
+        settings=settings,
     )
 
 
-def _fitting_seconds(sizes: Sequence[int], device: torch.device) -> float:
+def _optimizer_seconds(sizes: Sequence[int], device: torch.device, settings: RefinementSettings) -> float:
     """How long a step of Adam takes for a factor, by one of the size in the middle."""
     factor = torch.ones(sorted(sizes)[len(sizes) // 2], device=device)
     factor.grad = torch.ones_like(factor)
-    optimizer = adam([factor], 0.0)
+    optimizer = adam([factor], 0.0, settings)
     return _least_seconds(optimizer.step, device)
 
 
-def work_on_data(model: nn.Module, data: EvaluationData, device: torch.device) -> EvaluationWork | None:
+def work_on_data(
+    model: nn.Module, data: EvaluationData, device: torch.device, timing: TimingSettings = TIMING
+) -> EvaluationWork | None:
     """None where the model does not take the data, which is said where they are used."""
     forward = timed_forward(model, data.read(range(min(data.batch_size, data.count))), device)
-    return None if forward is None else EvaluationWork(data.count, forward)
+    return None if forward is None else EvaluationWork(data.count, forward, timing)
 
 
 def timed_forward(model: nn.Module, batch: Batch, device: torch.device) -> ForwardTime | None:

@@ -6,11 +6,14 @@ from compressor.calibration.calibrate import Calibration, calibrate, holdout_los
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.examples import CalibrationData, split_examples
 from compressor.calibration.refinement import refine
+from compressor.calibration.settings import CalibrationSettings, RefinementSettings
 
 __all__ = [
     "Calibration",
     "CalibrationData",
+    "CalibrationSettings",
     "Compensated",
+    "RefinementSettings",
     "calibrate",
     "compensate",
     "holdout_loss",

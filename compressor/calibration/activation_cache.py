@@ -1,9 +1,10 @@
-"""Tensors kept on disk while a model is calibrated: what enters each segment, and the moments of each layer."""
+"""Tensors kept on disk during calibration: activations between segments, their gradients, and each layer's metric."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -11,79 +12,119 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.calibration.examples import Part
 from compressor.factorize import Metric, TiedMetric
 from compressor.io import temporary_workspace
 from compressor.system_errors import temporary_space
 
 
-class ActivationCache:
-    """Tensors by key in a temporary folder that goes with the object."""
+class _Folder:
+    """Named tensors in files of a temporary folder, which is removed with the object."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._temporary = Path(gettempdir())
         with temporary_space(self._temporary):
             workspace = temporary_workspace(self._temporary)
-            self._folder = workspace.new("tensors")
-            self._folder.mkdir()
+            self._path = workspace.new("tensors")
+            self._path.mkdir()
+        self._written: set[str] = set()
         weakref.finalize(self, workspace.remove)
-        self._files: dict[Hashable, Path] = {}
 
-    def put(self, key: Hashable, **tensors: Tensor) -> None:
-        """Keep named tensors under a key, in place of what it held."""
-        path = self._files.setdefault(key, self._folder / f"{len(self._files)}.safetensors")
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a file, in place of one of that name."""
+        path = self._path / f"{name}.safetensors"
+        self._written.add(name)
         with temporary_space(self._temporary):
             path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
 
-    def put_row(self, key: Hashable, row: Sequence[Tensor]) -> None:
-        """Keep tensors in order under a key, in place of what it held."""
-        self.put(key, **{str(number): tensor for number, tensor in enumerate(row)})
-
-    def row(self, key: Hashable, device: torch.device) -> tuple[Tensor, ...]:
-        """The tensors in order under a key, on a device. KeyError for one that was never kept."""
-        tensors = self.get(key, device)
-        return tuple(tensors[str(number)] for number in range(len(tensors)))
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._files
-
-    def get(self, key: Hashable, device: torch.device) -> dict[str, Tensor]:
-        """The tensors under a key, on a device. KeyError for one that was never kept."""
-        path = self._files[key]
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file, on the device. KeyError for one that was never written."""
+        if name not in self._written:
+            raise KeyError(name)
         with temporary_space(self._temporary):
-            tensors: dict[str, Tensor] = load_file(path, device=str(device))
+            tensors: dict[str, Tensor] = load_file(self._path / f"{name}.safetensors", device=str(self._device))
         return tensors
+
+
+@dataclass(frozen=True)
+class CachedBatches:
+    """For each batch some tensors in order, of one kind."""
+
+    _folder: _Folder
+    _kind: str
+
+    def write(self, batch: int, tensors: Sequence[Tensor]) -> None:
+        """Keep the tensors of a batch, in place of those before."""
+        self._folder.write(f"{self._kind}-{batch}", {str(place): each for place, each in enumerate(tensors)})
+
+    def read(self, batch: int) -> tuple[Tensor, ...]:
+        """The tensors of a batch, on the device. KeyError where there are none."""
+        tensors = self._folder.read(f"{self._kind}-{batch}")
+        return tuple(tensors[str(place)] for place in range(len(tensors)))
+
+
+class ActivationCache:
+    """What the walks through a model leave for each other, on disk until the object goes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._folder = _Folder(device)
+
+    def dense(self, part: Part, segment: int) -> CachedBatches:
+        """New outputs of a segment of the dense model."""
+        return CachedBatches(self._folder, f"dense-{part}-{segment}")
+
+    def compressed(self, part: Part) -> CachedBatches:
+        """Inputs of the segment of the compressed model that a walk is at."""
+        return CachedBatches(self._folder, f"compressed-{part}")
+
+    def gradients(self) -> CachedBatches:
+        """Gradients of the loss at the inputs of the segment that the backward pass is at, of the fit batches."""
+        return CachedBatches(self._folder, "gradients")
+
+    def write_boundary(self, segment: int, moments: Sequence[Tensor]) -> None:
+        """Keep the second moments of the gradients at the new outputs of a segment."""
+        CachedBatches(self._folder, "boundary").write(segment, moments)
+
+    def boundary(self, segment: int) -> tuple[Tensor, ...]:
+        """The second moments of the gradients at the new outputs of a segment."""
+        return CachedBatches(self._folder, "boundary").read(segment)
+
+    def metrics(self) -> CachedMetrics:
+        """Metrics by layer, of which there are none yet."""
+        return CachedMetrics(self._folder)
 
 
 class CachedMetrics(Mapping[str, Metric | TiedMetric]):
     """The metrics of layers by name, each read when it is asked for."""
 
-    def __init__(self, cache: ActivationCache, device: torch.device) -> None:
-        self._cache, self._device = cache, device
-        self._names: dict[str, Hashable] = {}
+    def __init__(self, folder: _Folder) -> None:
+        self._folder = folder
+        self._files: dict[str, str] = {}
 
     def put(self, name: str, metric: Metric | TiedMetric) -> None:
-        key = ("metric", name)
+        """Keep the metric of a layer, in place of the one before."""
         parts = {"": metric} if isinstance(metric, Metric) else {"lookup.": metric.lookup, "head.": metric.head}
-        self._cache.put(key, **{prefix + what: t for prefix, part in parts.items() for what, t in _tensors(part)})
-        self._names[name] = key
+        file = self._files.setdefault(name, f"metric-{len(self._files)}")
+        self._folder.write(file, {prefix + key: each for prefix, part in parts.items() for key, each in _tensors(part)})
 
     def __getitem__(self, name: str) -> Metric | TiedMetric:
-        tensors = self._cache.get(self._names[name], self._device)
+        tensors = self._folder.read(self._files[name])
         if "lookup.inputs" in tensors:
             return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
         return _metric(tensors, "")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._files)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._files)
 
 
 def _tensors(metric: Metric) -> list[tuple[str, Tensor]]:
-    found = [("inputs", metric.inputs), ("gradients", metric.gradients)]
-    return found if metric.mean is None else [*found, ("mean", metric.mean)]
+    tensors = [("inputs", metric.inputs), ("gradients", metric.gradients)]
+    return tensors if metric.mean is None else [*tensors, ("mean", metric.mean)]
 
 
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:

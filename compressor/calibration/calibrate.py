@@ -1,7 +1,7 @@
-"""What a little data says about a model before it is compressed: the metric of the loss for every layer.
+"""The metric of the loss for every layer of a model, from a little data, before the model is compressed.
 
-The model is run forwards once, what enters each of its segments being left on disk, and then backwards a segment at a
-time. So memory holds the moments of one segment, whatever the number of blocks, and time is linear in both blocks and
+The model is run forward once, with the inputs of each of its segments kept on disk, and then backward a segment at a
+time. So memory holds the moments of one segment, whatever the number of blocks, and time is linear in blocks and
 examples.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,8 +28,9 @@ from compressor.calibration.criterion import (
     outputs_of,
     sampled_loss,
 )
-from compressor.calibration.examples import CalibrationData, with_decoder_inputs
+from compressor.calibration.examples import PARTS, CalibrationData, Chunk, Part, with_decoder_inputs
 from compressor.calibration.segments import Segments, State, find_segments
+from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.data import Batch
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
@@ -41,17 +41,17 @@ from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.model import evaluation_mode
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
-from compressor.progress import Progress
+from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A model, how it is run on the calibration data, and what was found: metric and uses of its layers by name.
+    """A model, the calibration data, and what they say: metric and uses per prediction of the layers, by name.
 
-    A layer that no example reached is in neither mapping. What each segment of the dense model makes is in `cache`,
-    under ("dense", part, segment, batch), and the second moments of the gradients there under ("boundary", segment).
+    A layer that no example reached is in neither mapping. The `cache` holds the outputs of every segment of the dense
+    model, and the second moments of the gradients at them.
     """
 
     model: nn.Module
@@ -59,15 +59,15 @@ class Calibration:
     data: CalibrationData
     segments: Segments
     criterion: Criterion
-    device: torch.device
-    seed: int
+    run: Run
+    settings: CalibrationSettings
     cache: ActivationCache = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unit(self) -> LossUnit:
-        """What losses are in."""
+        """The unit of losses."""
         return UNITS[self.criterion]
 
 
@@ -76,56 +76,63 @@ def calibrate(
     layers: Sequence[Layer],
     data: CalibrationData,
     *,
-    device: torch.device,
-    seed: int,
-    progress: Progress | None = None,
+    run: Run,
+    settings: CalibrationSettings = CALIBRATION,
 ) -> Calibration:
-    """Moments of the layers' inputs and gradients on the fit part of the data.
+    """Estimate the moments of the layers' inputs and gradients on the fit examples.
 
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
-    modules = _modules(model, layers)
     data = with_decoder_inputs(data, model)
-    cache = ActivationCache()
-    with evaluation_mode(device, model), frozen(model):
+    with evaluation_mode(run.device, model), frozen(model):
         first = data.fit[0]
         outputs = _accepted_outputs(model, first)
         _try_every_shape(model, [*data.fit, *data.holdout])
-        segments = find_segments(model, layers, first)
+        segments = find_segments(model, layers, first) if settings.by_segment else Segments()
         logger.info("calibration runs the model in %d segments", segments.count)
-        batches = {"fit": data.fit, "holdout": data.holdout}
-        _keep_boundaries(model, segments, batches, cache, modules, progress)
-        known = {layer.name: layer for layer in layers}
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
-        bare = Calibration(model, known, data, segments, criterion, device, seed, cache)
-        embeddings = EmbeddingCollector(
-            {
-                layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
-                for layer in layers
-                if layer.kind == "embedding"
-            },
-            likelihood=criterion == "likelihood",
-        )
-        parameters = ParameterCollector(
-            {
-                layer.name: (model.get_submodule(layer.module), layer.parameter)
-                for layer in layers
-                if layer.kind == "parameter"
-            }
-        )
+        known = {layer.name: layer for layer in layers}
+        cache = ActivationCache(run.device)
+        bare = Calibration(model, known, data, segments, criterion, run, settings, cache)
+        modules = _modules(model, layers)
+        _cache_outputs(bare, PARTS, modules)
+        embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
-            metrics, uses = _metrics(bare, modules, modules, progress, embeddings, parameters)
-        for name, found in embeddings.moments().items():
-            if found is not None:
-                metric, uses[name] = embedding_metric(found)
+            backward = _BackwardPass(bare, modules, modules, embeddings)
+            metrics, uses = backward.metrics()
+        for name, of_parameter in parameters.moments(backward.predictions).items():
+            inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
+            gradients = oas_shrinkage(of_parameter.gradients, of_parameter.gradient_samples)
+            metrics.put(name, Metric(inputs, gradients if settings.gradient_moments else _identity(gradients)))
+            uses[name] = 1.0
+        for name, of_embedding in embeddings.moments().items():
+            if of_embedding is not None:
+                metric, uses[name] = embedding_metric(of_embedding)
                 metrics.put(name, metric)
     for name in known.keys() - metrics.keys():
         logger.warning("no calibration example reached %s with an effect on the outputs: it stays dense", name)
     return replace(bare, metrics=metrics, uses=uses)
 
 
+def _embedding_collector(calibration: Calibration) -> EmbeddingCollector:
+    model = calibration.model
+    embeddings = {
+        layer.name: (model.get_submodule(layer.module), model.get_submodule(layer.head) if layer.head else None)
+        for layer in calibration.layers.values()
+        if layer.kind == "embedding"
+    }
+    return EmbeddingCollector(embeddings, likelihood=calibration.criterion == "likelihood")
+
+
+def _parameter_collector(calibration: Calibration) -> ParameterCollector:
+    layers = (layer for layer in calibration.layers.values() if layer.kind == "parameter")
+    return ParameterCollector(
+        {layer.name: (calibration.model.get_submodule(layer.module), layer.parameter) for layer in layers}
+    )
+
+
 def _try_every_shape(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Run the model once on every further shape of batch, so that a bad one is refused before the work."""
+    """Run the model once on every other shape of batch, to refuse a bad one before the work."""
     known = {_shape(batches[0])}
     for batch in batches:
         if _shape(batch) not in known:
@@ -152,26 +159,22 @@ def _accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:
         ) from error
 
 
-def recalibrate(
-    calibration: Calibration, modules: Mapping[str, nn.Module], progress: Progress | None = None
-) -> Calibration:
-    """The same calibration with the metrics at a compressed model: `modules` in their places in the dense one.
+def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:
+    """Calibrate again at a compressed model: the dense one with `modules` in their places.
 
-    The inputs are those that the compressed model gives its layers, and the gradients those of its own outputs. The
-    metrics of embeddings, and of layers that the compressed model does not reach, stay those of the dense model.
+    Inputs are those of the layers in the compressed model, gradients those of its own loss. The metrics of embeddings
+    and parameters, and of layers that the compressed model does not reach, stay those of the dense model.
     """
     layers = _modules(calibration.model, calibration.layers.values())
-    cache = ActivationCache()
     with (
-        evaluation_mode(calibration.device, calibration.model),
+        evaluation_mode(calibration.run.device, calibration.model),
         with_layers(calibration.model, modules) as changed,
         frozen(changed),
     ):
-        stand_ins = _modules(changed, calibration.layers.values())
-        batches = {"fit": calibration.data.fit}
-        _keep_boundaries(changed, calibration.segments, batches, cache, stand_ins, progress)
-        run = replace(calibration, model=changed, cache=cache)
-        metrics, uses = _metrics(run, layers, stand_ins, progress)
+        at_compressed = replace(calibration, model=changed, cache=ActivationCache(calibration.run.device))
+        running = _modules(changed, calibration.layers.values())
+        _cache_outputs(at_compressed, ("fit",), running)
+        metrics, uses = _BackwardPass(at_compressed, layers, running).metrics()
     for name in calibration.metrics.keys() - metrics.keys():
         metrics.put(name, calibration.metrics[name])
         uses[name] = calibration.uses[name]
@@ -179,7 +182,7 @@ def recalibrate(
 
 
 def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Those of the layers that are applied to vectors, by their names."""
+    """Modules of the layers that are applied to vectors, by the layers' names."""
     return {
         layer.name: model.get_submodule(layer.module)
         for layer in layers
@@ -188,17 +191,18 @@ def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
 
 
 def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> float:
-    """Mean cost per prediction, on the holdout examples, of having `modules` in their places in the dense model.
+    """Mean cost per prediction, on the holdout examples, of replacing modules of the dense model.
 
-    For a likelihood the Kullback-Leibler divergence from the dense model in nats: the increase in loss on targets drawn
-    from it, which is what the second-order estimate predicts; else half the squared change of the outputs. Infinite if
-    it is not finite.
+    For a likelihood this is the Kullback-Leibler divergence from the dense model in nats: the increase in loss on
+    targets drawn from it, which the second-order estimate predicts. Otherwise it is half the squared change of the
+    outputs. Infinite if it is not finite.
     """
     total, count = 0.0, 0
     segments, last = calibration.segments, calibration.segments.count - 1
-    with evaluation_mode(calibration.device, calibration.model):
-        for index, batch in enumerate(calibration.data.holdout):
-            [before] = segments.run(calibration.model, last, batch, entering(calibration, "holdout", last, index))
+    with evaluation_mode(calibration.run.device, calibration.model):
+        for chunk in calibration.data.chunks("holdout"):
+            batch = calibration.data.read(chunk)
+            [before] = segments.run(calibration.model, last, batch, state=dense_inputs(calibration, last, chunk))
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
             cost, rows = divergence(before, after, batch.masks, calibration.criterion)
@@ -207,36 +211,41 @@ def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> 
     return total / count if math.isfinite(total) else math.inf
 
 
-def entering(calibration: Calibration, part: str, segment: int, batch: int) -> State:
-    """What the dense model hands to a segment; nothing to the first."""
-    return tuple(
-        made_by(calibration, part, maker, batch)[place] for maker, place in calibration.segments.makers(segment)
-    )
+def dense_inputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:
+    """Inputs of a segment in the dense model; none for the first."""
+    sources = calibration.segments.sources(segment)
+    cached = calibration.cache
+    return rows_of([cached.dense(chunk.part, source).read(chunk.batch)[place] for source, place in sources], chunk)
 
 
-def made_by(calibration: Calibration, part: str, segment: int, batch: int) -> State:
-    """What a segment of the dense model makes, all but the last."""
-    return calibration.cache.row(("dense", part, segment, batch), calibration.device)
+def dense_outputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:
+    """New outputs of a segment of the dense model, of any but the last."""
+    return rows_of(calibration.cache.dense(chunk.part, segment).read(chunk.batch), chunk)
+
+
+def rows_of(tensors: Sequence[Tensor], chunk: Chunk) -> State:
+    """The rows of a chunk in tensors of its whole batch."""
+    return tuple(tensors) if chunk.rows is None else tuple(each[chunk.rows] for each in tensors)
 
 
 @contextmanager
 def with_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """The model with other modules in their places, by name; those that were there then return."""
-    found = {place: model.get_submodule(place) for place in modules}
+    """Put other modules in their places in the model, by name, and the original ones back afterwards."""
+    originals = {place: model.get_submodule(place) for place in modules}
     changed = model
     try:
-        # A module that is replaced whole comes before the layers inside it.
+        # A module that is replaced as a whole comes before the layers inside it.
         for place in sorted(modules, key=lambda name: name.count(".")):
             changed = put_layer(changed, place, modules[place])
         yield changed
     finally:
-        for place, module in found.items():
+        for place, module in originals.items():
             put_layer(model, place, module)
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Keep the parameters out of the gradient's way."""
+    """Compute no gradients of the model's parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -250,30 +259,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _keep_boundaries(
-    model: nn.Module,
-    segments: Segments,
-    batches: Mapping[str, Sequence[Batch]],
-    cache: ActivationCache,
-    layers: Mapping[str, nn.Module],
-    progress: Progress | None,
-) -> None:
-    """Run all but the last segment on the batches of some parts of the data, leaving on disk what enters each."""
-    each_batch = [(part, *indexed) for part, of_part in batches.items() for indexed in enumerate(of_part)]
-    for done, (part, index, batch) in enumerate(each_batch, start=1):
+def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
+    """Run all segments but the last on some parts of the data, and cache the outputs of each."""
+    model, segments, data = calibration.model, calibration.segments, calibration.data
+    chunks = data.chunks(*parts)
+    for done, chunk in enumerate(chunks, start=1):
         state: State = ()
         for segment in range(segments.count - 1):
-            state = segments.run(model, segment, batch, state)
-            made = segments.made_by(segment, state)
-            if not all(torch.isfinite(each).all() for each in made):
-                raise _overflow(model, batch, layers)
-            cache.put_row(("dense", part, segment, index), made)
-        if progress:
-            progress("run", done, len(each_batch))
+            state = segments.run(model, segment, data.read(chunk), state=state)
+            outputs = segments.new_outputs(segment, state)
+            if not all(torch.isfinite(each).all() for each in outputs):
+                raise _overflow(model, data.read(chunk), layers)
+            calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
+        calibration.run.report("run", done, len(chunks))
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
-    """Which layer is the first to be given something that is not finite."""
+    """The error that names the first layer whose input is not finite."""
     found: list[str] = []
 
     def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], name: str) -> None:
@@ -288,81 +290,97 @@ def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -
     return BadInput(f"{what} are not finite on the calibration data", remedy="use the model in a wider dtype")
 
 
-def _metrics(
-    calibration: Calibration,
-    layers: Mapping[str, nn.Module],
-    stand_ins: Mapping[str, nn.Module],
-    progress: Progress | None,
-    embeddings: EmbeddingCollector | None = None,
-    parameters: ParameterCollector | None = None,
-) -> tuple[CachedMetrics, dict[str, float]]:
-    """The metric and the uses of every layer that is reached, from the last segment to the first.
+class _BackwardPass:
+    """Runs the model of a calibration backward, from the last segment to the first, for the metrics of its layers.
 
-    `stand_ins` are what runs in the layers' places.
+    `layers` are those of the dense model, `running` the modules that run in their places.
     """
-    model, segments, cache, device = calibration.model, calibration.segments, calibration.cache, calibration.device
-    metrics = CachedMetrics(cache, device)
-    uses: dict[str, float] = {}
-    generator = torch.Generator(device).manual_seed(calibration.seed)
-    rows = 0
-    boundary: defaultdict[int, _Boundary] = defaultdict(_Boundary)
 
-    def backwards(segment: int, index: int, batch: Batch) -> None:
-        nonlocal rows
-        state = entering(calibration, "fit", segment, index)
+    def __init__(
+        self,
+        calibration: Calibration,
+        layers: Mapping[str, nn.Module],
+        running: Mapping[str, nn.Module],
+        embeddings: EmbeddingCollector | None = None,
+    ) -> None:
+        self.predictions = 0
+        self._calibration, self._layers, self._running = calibration, layers, running
+        self._embeddings = embeddings
+        self._generator = torch.Generator(calibration.run.device).manual_seed(calibration.run.seed)
+        self._boundary: dict[int, _SecondMoment] = {}
+
+    def metrics(self) -> tuple[CachedMetrics, dict[str, float]]:
+        """The metric and the uses per prediction of every layer that is reached."""
+        calibration = self._calibration
+        metrics, uses = calibration.cache.metrics(), dict[str, float]()
+        count = calibration.segments.count
+        for done, segment in enumerate(reversed(range(count)), start=1):
+            for name, moments in self._moments(segment).items():
+                metric = None if moments is None else _metric(moments, self._layers[name], calibration.settings)
+                if moments is not None and metric is not None:
+                    metrics.put(name, metric)
+                    uses[name] = moments.positions / self.predictions
+            if self._boundary:
+                calibration.cache.write_boundary(segment - 1, [each.mean() for each in self._boundary.values()])
+                self._boundary.clear()
+            calibration.run.report("calibrate", done, count)
+        return metrics, uses
+
+    def _moments(self, segment: int) -> dict[str, Moments | None]:
+        data = self._calibration.data
+        inside = self._calibration.segments.own_layers(self._calibration.model, segment, self._running)
+        passes = (
+            MomentPass(partial(self._step, segment, chunk), data.read(chunk).masks) for chunk in data.chunks("fit")
+        )
+        return collect_moments({name: self._layers[name] for name in inside}, passes, inside)
+
+    def _step(self, segment: int, chunk: Chunk) -> None:
+        """Run a segment forward and backward on one batch, and cache the gradients at its inputs."""
+        calibration = self._calibration
+        batch, last = calibration.data.read(chunk), segment == calibration.segments.count - 1
+        state = dense_inputs(calibration, segment, chunk)
         for each in state:
             each.requires_grad_(True)
-        masks, last = batch.masks, segment == segments.count - 1
-        # A copy, because a segment may work in place on what enters it, which a leaf does not allow.
-        run: Callable[[], State] = partial(segments.run, model, segment, batch, tuple(each.clone() for each in state))
-        if embeddings is not None:
-            run = embeddings.watched(run, masks, logits=last)
-        handed_on = run()
+        outputs = self._run(segment, batch, state)
+        gradients: Sequence[Tensor | None] = (None,)
         if last:
-            rows += kept_rows(handed_on[0], masks).shape[0]
-            handed_on = (sampled_loss(handed_on[0], masks, calibration.criterion, generator),)
-            if not torch.isfinite(handed_on[0]):
-                raise BadInput(
-                    "the model's own loss on the calibration data is not finite",
-                    remedy="use the model in a wider dtype, or other data",
-                )
-        gradients = (None,) if last else cache.row(("gradient", index), device)
-        # Of what the segment made of none of the layers and of nothing that entered it there is no gradient.
-        reachable = [pair for pair in zip(handed_on, gradients, strict=True) if pair[0].requires_grad]
+            outputs = (self._loss(outputs[0], batch.masks),)
+        else:
+            gradients = calibration.cache.gradients().read(chunk.batch)
+        # An output that depends on none of the layers and inputs of the segment has no gradient.
+        reachable = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
         if reachable:
             torch.autograd.backward([each for each, _ in reachable], [gradient for _, gradient in reachable])
         if not state:
             return
         received = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in state)
-        cache.put_row(("gradient", index), received)
-        for number, each in enumerate(segments.made_by(segment - 1, received)):
-            boundary[number].add(hidden_rows(each, masks))
+        calibration.cache.gradients().write(chunk.batch, received)
+        for place, gradient in enumerate(calibration.segments.new_outputs(segment - 1, received)):
+            self._boundary.setdefault(place, _SecondMoment()).add(hidden_rows(gradient, batch.masks))
 
-    for done, segment in enumerate(reversed(range(segments.count)), start=1):
-        passes = (
-            MomentPass(partial(backwards, segment, index, batch), batch.masks)
-            for index, batch in enumerate(calibration.data.fit)
-        )
-        inside = segments.own_layers(model, segment, stand_ins)
-        for name, found in collect_moments({name: layers[name] for name in inside}, passes, inside).items():
-            if found is not None and (metric := _metric(found, layers[name])) is not None:
-                metrics.put(name, metric)
-                uses[name] = found.positions / rows
-        if boundary:
-            cache.put_row(("boundary", segment - 1), [each.moment() for each in boundary.values()])
-            boundary.clear()
-        if progress:
-            progress("calibrate", done, segments.count)
-    for name, of_parameter in parameters.moments(rows).items() if parameters is not None else ():
-        inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
-        metrics.put(name, Metric(inputs, oas_shrinkage(of_parameter.gradients, of_parameter.gradient_samples)))
-        uses[name] = 1.0
-    return metrics, uses
+    def _run(self, segment: int, batch: Batch, state: State) -> State:
+        segments, model = self._calibration.segments, self._calibration.model
+        # Copies, because a segment may work in place on its inputs, which a leaf does not allow.
+        copies = tuple(each.clone() for each in state)
+        run: Callable[[], State] = partial(segments.run, model, segment, batch, state=copies)
+        if self._embeddings is not None:
+            run = self._embeddings.watched(run, batch.masks, logits=segment == segments.count - 1)
+        return run()
+
+    def _loss(self, outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        self.predictions += kept_rows(outputs, masks).shape[0]
+        loss = sampled_loss(outputs, masks, self._calibration.criterion, self._generator)
+        if not torch.isfinite(loss):
+            raise BadInput(
+                "the model's own loss on the calibration data is not finite",
+                remedy="use the model in a wider dtype, or other data",
+            )
+        return loss
 
 
 @dataclass
-class _Boundary:
-    """The second moment of the gradients of what goes from one segment to the next, gathered batch by batch."""
+class _SecondMoment:
+    """Second moment of vectors, gathered batch by batch."""
 
     product: Tensor | None = None
     positions: int = 0
@@ -372,26 +390,31 @@ class _Boundary:
         self.product = product if self.product is None else self.product + product
         self.positions += len(vectors)
 
-    def moment(self) -> Tensor:
-        """Zero where no gradient came back, because the outputs do not depend on it."""
+    def mean(self) -> Tensor:
+        """The moment, oas_shrinkage; zero where all vectors are, because the outputs do not depend on them."""
         assert self.product is not None
         if not float(self.product.trace()) > 0:
             return self.product
         return oas_shrinkage(self.product / self.positions, self.positions)
 
 
-def _metric(moments: Moments, layer: nn.Module) -> Metric | None:
-    """The metric of a layer; None where inputs or gradients are all zero, so that nothing is known of what it is for.
+def _metric(moments: Moments, layer: nn.Module, settings: CalibrationSettings) -> Metric | None:
+    """The metric of a layer; None where inputs or gradients are all zero, and so say nothing about it.
 
-    A bias takes up what the mean of the inputs contributes, so that a layer with one has the inputs' covariance.
+    A bias takes up the mean of the inputs, so a layer with a bias has the covariance of its inputs.
     """
-    # A transposed convolution's has a number for every channel, and its matrix a row for every one at every position.
+    # A transposed convolution has a bias for each channel, but its matrix has rows for each channel and position.
     has_bias = getattr(layer, "bias", None) is not None and not isinstance(layer, TRANSPOSED_CONVOLUTIONS)
     inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if has_bias else moments.inputs
     if float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
         return None
+    gradients = oas_shrinkage(moments.gradients, moments.positions)
     return Metric(
         oas_shrinkage(inputs, moments.positions),
-        oas_shrinkage(moments.gradients, moments.positions),
+        gradients if settings.gradient_moments else _identity(gradients),
         moments.mean if has_bias else None,
     )
+
+
+def _identity(moment: Tensor) -> Tensor:
+    return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)

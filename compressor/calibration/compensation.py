@@ -1,31 +1,32 @@
-"""Layers refitted, in forward order, to what they will really be given.
+"""Layers refitted, in forward order, to the inputs that they get in the compressed model.
 
-Once earlier layers are truncated, a layer sees other inputs x' than the x it was made for. The matrix that answers them
-best solves a ridge regression toward the original weights W,
+Once earlier layers are truncated, a layer gets other inputs x' than the inputs x that it was trained for. The matrix
+that reproduces its outputs best solves a ridge regression toward the original weights W,
 
     T = argmin E||W x - T x'||^2 + ridge ||T - W||^2 = (W E[x x'^T] + ridge W) (E[x' x'^T] + ridge I)^-1,
 
-so that in directions which calibration never excites the layer goes on doing what it did; T is then truncated in the
-metric of x' and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor toward zero.) For every layer
-the strength of the ridge, and whether to refit at all, is what loses least on the holdout examples. Statistics of
-batch normalization move in the same walk by as much as their inputs moved.
+so that in directions which calibration never excites the layer stays as it was; T is then truncated in the metric of x'
+and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor toward zero.) For every layer the strength of
+the ridge, and whether to refit at all, is chosen by the holdout error. The statistics of batch normalization move in
+the same walk by as much as their inputs moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compressor.calibration.calibrate import Calibration, entering, with_layers
-from compressor.calibration.segments import State
-from compressor.data import Batch
+from compressor.calibration.calibrate import Calibration
+from compressor.calibration.examples import PARTS, Part
+from compressor.calibration.walk import Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.lowrank import (
     LowRankEmbedding,
@@ -36,14 +37,10 @@ from compressor.lowrank import (
     filled_layer,
     stored_tensors,
 )
-from compressor.measure.moments import input_vectors, kept_vectors, outer_products, patches, wide_enough
+from compressor.measure.moments import input_vectors, kept_vectors, outer_products, wide_enough
 from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
-from compressor.progress import Progress
-
-# Relative to the mean of the inputs' second moments; the best on the holdout data is taken.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,16 @@ class Compensated:
 
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
-    """Every layer truncated by itself, on the inputs of the dense model."""
+    """Truncate every layer by itself, in the metric of the dense model."""
     factors: dict[str, Mapping[str, Tensor]] = {}
     modules: dict[str, nn.Module] = {}
-    with evaluation_mode(calibration.device, calibration.model):
+    with evaluation_mode(calibration.run.device, calibration.model):
         for plan in planned:
             if plan.rank is None:
                 continue
             layer = calibration.layers[plan.name]
             factors[plan.name] = _truncated(calibration, layer, plan)
-            # A module that has several parameters factorized is the same one each time.
+            # A module of which several parameters are factorized is the same one each time.
             dense = modules.get(layer.module) or calibration.model.get_submodule(layer.module)
             low_rank = filled_layer(layer, plan, dense, factors[plan.name])
             modules |= dict.fromkeys((layer.module, *layer.places), low_rank)
@@ -93,61 +90,54 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
 def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(layer, dense, calibration.device)
-    pair = approximate(layer, plan, matrix, metric=metric)
+    matrix, bias = _matrix(layer, dense, calibration.run.device)
+    pair = approximate(layer, plan, matrix, metric=metric, settings=calibration.settings.factorization)
     return stored_tensors(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
 
 
-def compensate(
-    calibration: Calibration,
-    planned: Sequence[LayerPlan],
-    progress: Progress | None = None,
-) -> Compensated:
-    """The planned low-rank layers refitted in forward order; layers that stay dense are left as they are.
+def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
+    """Refit the planned low-rank layers in forward order; layers that stay dense are left as they are.
 
-    Embeddings are given the same tokens whatever was done to other layers, so there is nothing to make good in them,
-    and of the parameters of modules it is not known what they are given.
+    The inputs of embeddings are the same tokens whatever other layers lost, so there is nothing to refit; the inputs of
+    bare parameters are unknown.
     """
     low_rank = [plan for plan in planned if plan.rank is not None]
     as_they_are = [plan for plan in low_rank if calibration.layers[plan.name].kind in ("embedding", "parameter")]
     start = uncompensated(calibration, as_they_are)
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
-    places = {calibration.layers[name].module: name for name in plans}
-    left = _walked_places(calibration, places)
+    names = {calibration.layers[name].module: name for name in plans}
+    left = {*names, *_batch_normalizations(calibration.model)}
     factors: dict[str, Mapping[str, Tensor]] = dict(start.factors)
-    modules: dict[str, nn.Module] = dict(start.modules)
-    segments = calibration.segments
-    with evaluation_mode(calibration.device, calibration.model):
-        for segment in range(segments.count):
-            for group in groups_run(calibration, segment, left):
+    walk = Walk(calibration, dict(start.modules))
+    with evaluation_mode(calibration.run.device, calibration.model):
+        for segment in range(calibration.segments.count):
+            for group in walk.groups(left):
                 left -= set(group)
                 first = calibration.model.get_submodule(group[0])
-                fit, holdout = (_statistics(calibration, segment, part, first, modules) for part in ("fit", "holdout"))
+                fit, holdout = (_statistics(walk, part, first) for part in PARTS)
                 if isinstance(first, _BatchNorm):
-                    if fit is not None and holdout is not None and (moved := _moved(first, fit, holdout)) is not None:
-                        modules[group[0]] = moved
+                    moved = None if fit is None or holdout is None else _moved(first, fit, holdout)
+                    walk.modules |= {} if moved is None else {group[0]: moved}
                     continue
                 for place in group:
-                    name = places[place]
+                    name = names[place]
                     layer, plan = calibration.layers[name], plans[name]
                     if fit is None or holdout is None or name not in calibration.metrics:
                         factors[name] = _truncated(calibration, layer, plan)
                     else:
-                        factors[name] = _refitted(calibration, layer, plan, fit, holdout)
+                        factors[name] = _refit(calibration, plan, fit=fit, holdout=holdout)
                     low_rank_layer = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
-                    modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
-            if segment < segments.count - 1:
-                advance(calibration, segment, modules)
-            if progress:
-                progress("compensate", segment + 1, segments.count)
-    # What the first calibration batch does not pass through is truncated as it is.
+                    walk.modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
+            walk.advance()
+            calibration.run.report("compensate", segment + 1, calibration.segments.count)
+    # Layers that the first calibration batch does not reach are truncated as they are.
     rest = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
-    return Compensated({**factors, **rest.factors}, {**modules, **rest.modules})
+    return Compensated({**factors, **rest.factors}, {**walk.modules, **rest.modules})
 
 
 @dataclass(frozen=True)
 class _InputStatistics:
-    """Of what a layer is given: x in the dense model and y in the compressed one, position by position, in float64.
+    """Moments of a layer's inputs: x in the dense model and y in the compressed one, position by position, in float64.
 
     For batch normalization the second moments are those of each channel alone.
     """
@@ -158,8 +148,10 @@ class _InputStatistics:
     x: Tensor
     y: Tensor
 
-    def centered(self, x: Tensor, y: Tensor) -> _InputStatistics:
-        """The same of x and y less what is given."""
+    def centered(self, x: Tensor | None, y: Tensor | None) -> _InputStatistics:
+        """The same moments about x and y; about zero where these are None."""
+        if x is None or y is None:
+            return self
         return _InputStatistics(
             self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x),
             self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + torch.outer(x, y),
@@ -169,32 +161,20 @@ class _InputStatistics:
         )
 
 
-def _refitted(
-    calibration: Calibration, layer: Layer, plan: LayerPlan, fit: _InputStatistics, holdout: _InputStatistics
+def _refit(
+    calibration: Calibration, plan: LayerPlan, *, fit: _InputStatistics, holdout: _InputStatistics
 ) -> dict[str, Tensor]:
-    """The candidate that loses least on the holdout examples."""
+    """The tensors of the candidate with the least holdout error."""
+    layer, settings = calibration.layers[plan.name], calibration.settings
     dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(layer, dense, calibration.device)
+    matrix, bias = _matrix(layer, dense, calibration.run.device)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
-    candidates = [_Target(matrix, bias, metric, metric.mean, metric.mean)]
-    x, y = (None, None) if metric.mean is None else (fit.x, fit.y)
-    about = fit if x is None or y is None else fit.centered(x, y)
-    identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
-    scale = about.yy.diagonal().mean()
-    for relative in RIDGES if 0 < scale < torch.inf else ():
-        ridge = relative * scale
-        moment = about.yy + ridge * identity
-        target = torch.linalg.solve(moment, matrix @ about.xy + ridge * matrix, left=False)
-        shifted = bias
-        if bias is not None and x is not None and y is not None:
-            shifted = (bias.to(matrix) + matrix @ x - target @ y).to(bias.dtype)
-        candidates.append(_Target(target, shifted, Metric(moment, metric.gradients, y), x, y))
+    start = _Target(matrix, bias, metric, metric.mean, metric.mean)
     best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
-    for each in candidates:
-        pair = approximate(layer, plan, each.matrix, metric=each.metric)
-        about = holdout if each.x is None or each.y is None else holdout.centered(each.x, each.y)
-        error = _error(matrix, pair.product(), about, metric.gradients)
+    for each in (start, *_ridge_targets(start, fit, settings.ridges)):
+        pair = approximate(layer, plan, each.matrix, metric=each.metric, settings=settings.factorization)
+        error = _error(matrix, pair.product(), holdout.centered(each.x, each.y), metric.gradients)
         if best is None or error < best[0]:
             best = (error, each, pair)
     assert best is not None
@@ -213,6 +193,23 @@ class _Target:
     y: Tensor | None
 
 
+def _ridge_targets(start: _Target, fit: _InputStatistics, ridges: Sequence[float]) -> Iterator[_Target]:
+    """The layer refitted with each strength of the ridge; nothing where its inputs are all zero."""
+    matrix, bias = start.matrix, start.bias
+    x, y = (None, None) if start.x is None else (fit.x, fit.y)
+    about = fit.centered(x, y)
+    identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
+    scale = about.yy.diagonal().mean()
+    for relative in ridges if 0 < scale < torch.inf else ():
+        ridge = relative * scale
+        moment = about.yy + ridge * identity
+        target = torch.linalg.solve(moment, matrix @ about.xy + ridge * matrix, left=False)
+        shifted = bias
+        if bias is not None and x is not None and y is not None:
+            shifted = (bias.to(matrix) + matrix @ x - target @ y).to(bias.dtype)
+        yield _Target(target, shifted, Metric(moment, start.metric.gradients, y), x, y)
+
+
 def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients: Tensor) -> float:
     """E||W x - W' y||^2 in the metric of the gradients."""
     moved = matrix @ inputs.xx @ matrix.T - 2 * (matrix @ inputs.xy) @ low_rank.T + low_rank @ inputs.yy @ low_rank.T
@@ -220,17 +217,17 @@ def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients
 
 
 def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) -> nn.Module | None:
-    """Batch normalization whose statistics moved as its inputs did; None where that does not help on holdout data.
+    """A batch normalization whose statistics moved as its inputs did; None where the holdout error does not fall.
 
-    The change on the same examples is added to what training left, so that few examples do not make them noisy. The
-    mean may move without the variance: what a truncated layer lost of that is noise to the layers that follow, and
-    scaling up the rest does not bring it back.
+    The change on the same examples is added to the statistics from training, so that few examples do not make them
+    noisy. The mean may move without the variance: the variance that a truncated layer lost is noise to later layers,
+    and scaling up the rest does not bring it back.
     """
     assert dense.running_mean is not None
     assert dense.running_var is not None
     mean, variance = dense.running_mean.double(), dense.running_var.double()
     before, after = fit.xx - fit.x**2, fit.yy - fit.y**2
-    # A channel that hardly varies beside its size says nothing about how its variance changes.
+    # A channel that hardly varies, relative to its size, does not tell how its variance changes.
     noise = torch.finfo(torch.float32).eps
     varies = (before > noise * fit.xx) & (after > noise * fit.yy)
     moved_mean, moved_variance = mean + fit.y - fit.x, variance * torch.where(varies, after / before, 1.0)
@@ -253,58 +250,31 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     return moved
 
 
-def _walked_places(calibration: Calibration, places: Iterable[str]) -> set[str]:
-    """Places of what the walk changes: the given ones, and batch normalizations that keep statistics."""
-    return {*places} | {
-        place
-        for place, module in calibration.model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+def _batch_normalizations(model: nn.Module) -> Iterator[str]:
+    """Places of the batch normalizations that keep statistics."""
+    for place, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            yield place
 
 
-def groups_run(calibration: Calibration, segment: int, places: Iterable[str]) -> list[list[str]]:
-    """Those of the places that a segment runs, in order, layers that are given one tensor together.
+def _statistics(walk: Walk, part: Part, layer: nn.Module) -> _InputStatistics | None:
+    """Moments of a layer's inputs, in the dense model and in the one compressed so far, over a part of the data.
 
-    Every batch normalization is a group of its own.
-    """
-    model = calibration.model
-    wanted = {place: model.get_submodule(place) for place in places}
-    groups: dict[Any, list[str]] = {}
-    inputs: list[Tensor] = []  # kept, so that an address stands for one tensor
-
-    with ExitStack() as stack:
-        for place, module in wanted.items():
-
-            def note(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], place: str = place) -> None:
-                x = arguments[0] if arguments else next(iter(named.values()))
-                inputs.append(x)
-                alone = place if isinstance(layer, _BatchNorm) else None
-                if not any(place in group for group in groups.values()):
-                    groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
-
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        batch = calibration.data.fit[0]
-        calibration.segments.run(model, segment, batch, entering(calibration, "fit", segment, 0))
-    return list(groups.values())
-
-
-def _statistics(
-    calibration: Calibration, segment: int, part: str, layer: nn.Module, modules: Mapping[str, nn.Module]
-) -> _InputStatistics | None:
-    """What a layer is given in the dense model and in the one compressed so far, over all examples of a part.
-
-    Of an expert these are the tokens that are routed to it in both. None where it is given nothing, or not the same
+    Of an expert these are the tokens that both models route to it. None where it gets no inputs, or inputs at other
     positions.
     """
+    data = walk.calibration.data
     sums: list[Tensor] | None = None
     count = 0
-    for index, batch in enumerate(batches_of(calibration, part)):
-        dense, compressed = (_given(calibration, segment, part, index, layer, replaced) for replaced in ({}, modules))
+    for chunk in data.chunks(part):
+        dense, compressed = (
+            _calls(walk.calibration.model, layer, partial(run, chunk)) for run in (walk.run_dense, walk.run_compressed)
+        )
         together = _of_the_same_positions(dense, compressed)
         if together is None:
             return None
         for before, after in together:
-            x, y = (_vectors(layer, each, batch.masks) for each in (before, after))
+            x, y = (_vectors(layer, each, data.read(chunk).masks) for each in (before, after))
             count += len(x)
             one = [*_products(layer, x, y), x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64)]
             sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
@@ -325,14 +295,14 @@ def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer is given in a call; inside an expert also which tokens of the batch these are."""
+    """The input of a layer in one call; inside an expert also which tokens of the batch it has."""
 
-    given: Tensor
+    x: Tensor
     tokens: Tensor | None
 
 
 def _of_the_same_positions(dense: Sequence[_Call], compressed: Sequence[_Call]) -> list[tuple[Tensor, Tensor]] | None:
-    """The inputs of two models call by call, those of an expert without the tokens that only one routes to it.
+    """Inputs in two models, call by call; those of an expert without the tokens that only one model routes to it.
 
     None where the calls cannot be compared.
     """
@@ -343,23 +313,21 @@ def _of_the_same_positions(dense: Sequence[_Call], compressed: Sequence[_Call]) 
         assert before.tokens is not None
         assert after.tokens is not None
         kept = torch.isin(before.tokens, after.tokens), torch.isin(after.tokens, before.tokens)
-        return [(before.given[kept[0]], after.given[kept[1]])]
-    if [call.given.shape for call in dense] != [call.given.shape for call in compressed]:
+        return [(before.x[kept[0]], after.x[kept[1]])]
+    if [call.x.shape for call in dense] != [call.x.shape for call in compressed]:
         return None
-    return [(before.given, after.given) for before, after in zip(dense, compressed, strict=True)]
+    return [(before.x, after.x) for before, after in zip(dense, compressed, strict=True)]
 
 
-def _given(
-    calibration: Calibration, segment: int, part: str, index: int, layer: nn.Module, modules: Mapping[str, nn.Module]
-) -> list[_Call]:
-    """The calls of a layer while a segment runs one batch."""
+def _calls(model: nn.Module, layer: nn.Module, run: Callable[[], object]) -> list[_Call]:
+    """The calls of a layer during a run of the model, or of a part of it."""
     calls: list[_Call] = []
     routes: list[Tensor] = []
-    experts, expert = _expert_of(calibration.model, layer)
+    experts, expert = _expert_of(model, layer)
 
     def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = (arguments[0] if arguments else next(iter(named.values()))).detach().clone()
-        calls.append(_Call(given, None if experts is None else torch.where(routes[-1] == expert)[0]))
+        x = (arguments[0] if arguments else next(iter(named.values()))).detach().clone()
+        calls.append(_Call(x, None if experts is None else torch.where(routes[-1] == expert)[0]))
 
     def note_routes(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         routes.append(arguments[1] if len(arguments) > 1 else named["top_k_index"])
@@ -368,52 +336,18 @@ def _given(
         stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         if experts is not None:
             stack.callback(experts.register_forward_pre_hook(note_routes, with_kwargs=True).remove)
-        run_segment(calibration, segment, part, index, modules)
+        run()
     return calls
 
 
 def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | None, int]:
-    """The experts that a layer belongs to, and the number of its own among them."""
+    """The experts that a layer belongs to, and the number of its expert among them."""
     for experts in model.modules():
         if isinstance(experts, SeparateExperts):
             for number, expert in experts.named_children():
                 if any(module is layer for module in expert.modules()):
                     return experts, int(number)
     return None, -1
-
-
-def run_segment(
-    calibration: Calibration,
-    segment: int,
-    part: str,
-    index: int,
-    modules: Mapping[str, nn.Module],
-    rows: slice = slice(None),
-) -> State:
-    """Run a segment of the dense model, or with modules in their places of the compressed one, on its own input.
-
-    `rows` are the examples of the batch.
-    """
-    if modules and segment > 0 and ("compressed", part, index) in calibration.cache:
-        state = calibration.cache.row(("compressed", part, index), calibration.device)
-    else:
-        state = entering(calibration, part, segment, index)
-    batch = batches_of(calibration, part)[index][rows]
-    with with_layers(calibration.model, modules) as model:
-        return calibration.segments.run(model, segment, batch, tuple(each[rows] for each in state))
-
-
-def advance(calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]) -> None:
-    """Leave on disk what the compressed segment hands to the next."""
-    for part in ("fit", "holdout"):
-        for index in range(len(batches_of(calibration, part))):
-            state = run_segment(calibration, segment, part, index, modules)
-            calibration.cache.put_row(("compressed", part, index), state)
-
-
-def batches_of(calibration: Calibration, part: str) -> Sequence[Batch]:
-    """Those of a part of the data: "fit" or "holdout"."""
-    return calibration.data.fit if part == "fit" else calibration.data.holdout
 
 
 def _matrix(layer: Layer, dense: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:

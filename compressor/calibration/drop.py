@@ -1,26 +1,23 @@
-"""A budget of quality: sizes are tried in memory and measured, until the smallest that holds it is found."""
+"""A budget of quality: sizes are tried in memory until the smallest whose measured drop is allowed is found."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from compressor.calibration.calibrate import Calibration
-from compressor.calibration.search import NotFinite, PlannedModel, plan_ranks, weighted_layers
-from compressor.choices import FormRequest
+from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
 from compressor.lowrank import Rewriting, rewritten_module
 from compressor.model import Model
 from compressor.planning import (
-    PLANNING,
     Budget,
     DropSearch,
-    LayerPlan,
     MeasuredLayer,
     Trial,
     choose_ranks,
@@ -30,82 +27,118 @@ from compressor.planning import (
     smallest_size,
     within_limit,
 )
-from compressor.progress import Progress
+from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class DropGate:
+    """What drops in quality are measured on."""
+
+    data: EvaluationData
+    run: Run
+
+
+class Planner(Protocol):
+    """Makes a plan for a size, as `plan_ranks` does."""
+
+    def __call__(
+        self,
+        subject: Model,
+        measured: Sequence[MeasuredLayer],
+        request: PlanRequest,
+        *,
+        calibration: Calibration | None = None,
+        weighted: Sequence[MeasuredLayer] | None = None,
+    ) -> PlannedModel: ...
+
+
 def plan_within_drop(
     subject: Model,
-    measured: list[MeasuredLayer],
-    budget: Budget,
-    form: FormRequest,
-    shard_size: int,
-    calibrated: Calibration | None,
-    data: EvaluationData,
-    device: torch.device,
-    progress: Progress | None,
+    measured: Sequence[MeasuredLayer],
+    request: PlanRequest,
     *,
-    refine: bool = True,
+    gate: DropGate,
+    calibration: Calibration | None = None,
+    planner: Planner = plan_ranks,
 ) -> PlannedModel:
-    """The smallest plan found whose model is at most the budget worse than it on `data`, by one standard error.
+    """Find the smallest plan whose model is worse than the dense one by at most the budget, one standard error added.
 
-    Raises `QualityGateNotMet`, naming the closest that was tried, when only the dense model is good enough, and
-    `BadInput` when the dense model has no finite score, or the budget is none of its metric.
+    Raises `QualityGateNotMet`, naming the closest size that was tried, when only the dense model is good enough, and
+    `BadInput` when the dense model has no finite score, or the budget is out of its metric's range.
     """
+    budget = request.budget
+    assert budget is not None
     limit = budget.value
     assert limit is not None
-    require_possible_drop(limit, data)
+    require_possible_drop(limit, gate.data)
     dense = subject.with_separate_experts
-    baseline = measure_quality(dense, data, device=device)
+    baseline = measure_quality(dense, gate.data, device=gate.run.device)
     if not math.isfinite(baseline.value):
         raise BadInput(
-            f"the model's own {baseline.metric} on {data.name} is not finite",
+            f"the model's own {baseline.metric} on {gate.data.name} is not finite",
             where=subject.name,
             remedy="use the model in a wider dtype, or the data it was trained for",
         )
-    layers = measured if calibrated is None else weighted_layers(measured, calibrated)
+    layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
-    best: PlannedModel | None = None
-    tried: dict[int, Trial] = {}
+    most = request.settings.most_trials
+    trials = _Trials(limit, baseline, eligible)
 
     def measure(keep: float) -> Trial:
-        nonlocal best
-        size = Budget("keep", keep)
+        at_size = replace(request, budget=Budget("keep", keep))
         try:
-            planned = plan_ranks(
-                subject, measured, size, None, form, shard_size, calibrated, progress, weighted=layers, refine=refine
-            )
+            planned = planner(subject, measured, at_size, calibration=calibration, weighted=layers)
         except NotFinite:
             return Trial(keep, round(keep * eligible), math.inf, math.inf)
         stored = planned.plan.eligible_after
-        if stored not in tried:
+        if stored not in trials.by_size:
             rewriting = Rewriting(
                 subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
             )
-            compressed = rewritten_module(rewriting, dense, device, lambda _name, _error: None)
-            quality = measure_quality(compressed, data, device=device)
-            # No change is 0.0, and not -0.0, which would be printed.
-            trial = Trial(keep, stored, quality_drop(baseline, quality) + 0.0, drop_error(baseline, quality))
-            tried[stored] = trial
-            logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, baseline.metric)
-            if within_limit(trial.bound, limit) and (best is None or stored < best.plan.eligible_after):
-                best = planned
-            if progress:
-                progress("search", len(tried), PLANNING.most_trials)
-        return tried[stored]
+            compressed = rewritten_module(rewriting, dense, gate.run.device, lambda _name, _error: None)
+            trials.add(keep, planned, measure_quality(compressed, gate.data, device=gate.run.device))
+            gate.run.report("search", len(trials.by_size), most)
+        return trials.by_size[stored]
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
-    least = min(1.0, (smallest_size(layers, form, "parameters") + 0.5) / eligible)
-    first = _first_guess(layers, limit, form, baseline, least, calibrated)
-    trials = search_by_drop(measure, limit, eligible=eligible, least=least, first=first)
-    if progress:
-        progress("search", PLANNING.most_trials, PLANNING.most_trials)
-    search = DropSearch(baseline.metric, data.name, baseline.count, limit, trials)
-    found = smallest_found([t for t in trials if t.parameters < eligible], limit)
-    if found is None or best is None:
+    least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
+    first = _first_guess(layers, request, trials, least) if calibration is not None and limit > 0 else None
+    tried = search_by_drop(
+        measure,
+        limit,
+        eligible=eligible,
+        least=least,
+        first=max(least, (least + 1) / 2) if first is None else first,
+        settings=request.settings,
+    )
+    gate.run.report("search", most, most)
+    search = DropSearch(baseline.metric, gate.data.name, baseline.count, limit, tried)
+    found = smallest_found([t for t in tried if t.parameters < eligible], limit)
+    if found is None or trials.best is None:
         raise QualityGateNotMet(_nothing_holds(subject.name, search))
-    return replace(best, plan=replace(best.plan, budget=budget, search=search))
+    return replace(trials.best, plan=replace(trials.best.plan, budget=budget, search=search))
+
+
+@dataclass
+class _Trials:
+    """The sizes that were measured, by the number of parameters that they store, and the smallest allowed plan."""
+
+    limit: float
+    baseline: Quality
+    eligible: int
+    by_size: dict[int, Trial] = field(default_factory=dict)
+    best: PlannedModel | None = None
+
+    def add(self, keep: float, planned: PlannedModel, quality: Quality) -> None:
+        stored = planned.plan.eligible_after
+        # No change is 0.0, and not -0.0, which would be printed.
+        trial = Trial(keep, stored, quality_drop(self.baseline, quality) + 0.0, drop_error(self.baseline, quality))
+        self.by_size[stored] = trial
+        logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, self.baseline.metric)
+        if within_limit(trial.bound, self.limit) and (self.best is None or stored < self.best.plan.eligible_after):
+            self.best = planned
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:
@@ -121,33 +154,24 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
         )
 
 
-def _first_guess(
-    measured: list[MeasuredLayer],
-    limit: float,
-    form: FormRequest,
-    baseline: Quality,
-    least: float,
-    calibrated: Calibration | None,
-) -> float:
-    """What to try first: with calibration the size whose predicted loss would be the drop, else the middle.
+def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials: _Trials, least: float) -> float:
+    """The size whose predicted loss would be the drop, by the layers in the metric of the loss.
 
     A perplexity P becomes P exp(loss). By Pinsker's inequality (Cover and Thomas, Elements of Information Theory, lemma
     11.6.1) the probability that a prediction has of being right falls by at most sqrt(loss / 2).
     """
-    middle = max(least, (least + 1) / 2)
-    if calibrated is None or limit <= 0:
-        return middle
+    limit, baseline = trials.limit, trials.baseline
     allowed = math.log1p(limit / baseline.value) if baseline.metric == "perplexity" else 2 * limit**2
     low, high = least, 1.0
     # To one part in a thousand, which is far better than the prediction.
     for _ in range(10):
         keep = (low + high) / 2
-        layers: tuple[LayerPlan, ...] = choose_ranks(measured, Budget("keep", keep), form, lambda _: 0)
+        layers = choose_ranks(measured, Budget("keep", keep), request.form, lambda _: 0)
         if predicted_loss(measured, layers) <= allowed:
             high = keep
         else:
             low = keep
-    return max(least, min(high, PLANNING.largest_first_keep))
+    return max(least, min(high, request.settings.largest_first_keep))
 
 
 def _nothing_holds(name: str, search: DropSearch) -> str:

@@ -1,6 +1,6 @@
-"""Calibration data as two parts: what the moments are estimated on, and a holdout to choose by.
+"""Calibration data in two parts: fit examples, for statistics and factors, and holdout examples, to choose by.
 
-Three examples of four give the moments; the fourth is the holdout, so that what is chosen by it was not fitted to it.
+Every fourth example is holdout, so that nothing is chosen by the examples it was fit to.
 """
 
 from __future__ import annotations
@@ -9,25 +9,34 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from typing import Literal
 
 from torch import nn
 
+from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
 
-HOLDOUT = 4  # every fourth example
+Part = Literal["fit", "holdout"]
+PARTS: tuple[Part, ...] = ("fit", "holdout")
 
-# Tokens of which the activations are in memory at a time: a long window makes a batch of few.
-TOKENS_AT_ONCE = 8192
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CalibrationData:
-    """Batches for the moments (`fit`) and to choose by (`holdout`).
+class Chunk:
+    """Some examples of one batch: all of them, or some rows."""
 
-    `labeled` says whether examples come with classes to predict. `unused` says what was given and not
-    taken, empty if all was.
+    part: Part
+    batch: int
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Batches to fit to and holdout batches to choose by; `labeled` where all examples have classes to predict.
+
+    `unused` says which examples were not used, empty if all were.
     """
 
     fit: tuple[Batch, ...]
@@ -37,17 +46,30 @@ class CalibrationData:
 
     @property
     def examples(self) -> int:
+        """Number of fit examples."""
         return sum(batch.examples for batch in self.fit)
 
     @property
     def holdout_examples(self) -> int:
         return sum(batch.examples for batch in self.holdout)
 
+    def chunks(self, *parts: Part) -> list[Chunk]:
+        """Every batch of some parts, whole."""
+        return [Chunk(part, batch) for part in parts for batch in range(len(self._batches(part)))]
+
+    def read(self, chunk: Chunk) -> Batch:
+        """The examples of a chunk."""
+        batch = self._batches(chunk.part)[chunk.batch]
+        return batch if chunk.rows is None else batch[chunk.rows]
+
+    def _batches(self, part: Part) -> tuple[Batch, ...]:
+        return self.fit if part == "fit" else self.holdout
+
 
 def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationData:
-    """The data as an encoder-decoder takes them: with labels, to shift by itself, where its decoder is given nothing.
+    """The data with labels as an input, for an encoder-decoder that makes its decoder's inputs from them.
 
-    Data for any other model are returned as they are.
+    Data for any other model, and batches that have decoder inputs, are returned as they are.
     """
 
     def taught(batch: Batch) -> Batch:
@@ -58,34 +80,33 @@ def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationD
     takes_labels = "labels" in signature(model.forward).parameters
     if not takes_labels or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return data
-    fit, holdout = (tuple(map(taught, batches)) for batches in (data.fit, data.holdout))
-    return replace(data, fit=fit, holdout=holdout)
+    return replace(data, fit=tuple(map(taught, data.fit)), holdout=tuple(map(taught, data.holdout)))
 
 
-def split_examples(data: EvaluationData) -> CalibrationData:
-    """Every fourth example is the holdout, or every fourth batch of data that came in batches.
+def split_examples(data: EvaluationData, settings: CalibrationSettings = CALIBRATION) -> CalibrationData:
+    """Split data into fit and holdout: every fourth example is holdout, or every fourth batch of data in batches.
 
-    Raises `BadInput` for data of less than two examples.
+    Raises `BadInput` for data of fewer than two examples.
     """
-    split = _split_batches(data) if len(data.batches) > 1 else _split_examples(data)
+    split = _split_batches(data, settings) if len(data.batches) > 1 else _split_examples(data, settings)
     used = f"{split.examples:,} examples to fit and {split.holdout_examples:,} to choose by"
     logger.info("calibration uses %s; not used: %s", used, split.unused or "nothing")
     return split
 
 
-def _split_examples(data: EvaluationData) -> CalibrationData:
+def _split_examples(data: EvaluationData, settings: CalibrationSettings) -> CalibrationData:
     if data.count < 2:
         one = "one batch" if data.batches else "one example"
         raise BadInput(f"calibration needs two examples at least, and has {one}", where=data.name, remedy="give more")
-    every = min(HOLDOUT, data.count)
-    last = list(range(every - 1, data.count, every))
-    rest = sorted(set(range(data.count)) - set(last))
-    fit, holdout = tuple(_in_batches(data, rest)), tuple(_in_batches(data, last))
+    every = min(settings.holdout_every, data.count)
+    chosen = range(every - 1, data.count, every)
+    rest = sorted(set(range(data.count)) - set(chosen))
+    fit, holdout = (tuple(_in_batches(data, each, settings.tokens_at_once)) for each in (rest, chosen))
     return CalibrationData(fit, holdout, _labeled((*fit, *holdout)), data.unused)
 
 
-def _split_batches(data: EvaluationData) -> CalibrationData:
-    every = min(HOLDOUT, len(data.batches))
+def _split_batches(data: EvaluationData, settings: CalibrationSettings) -> CalibrationData:
+    every = min(settings.holdout_every, len(data.batches))
     fit = tuple(batch for index, batch in enumerate(data.batches) if index % every != every - 1)
     return CalibrationData(fit, data.batches[every - 1 :: every], _labeled(data.batches), data.unused)
 
@@ -94,9 +115,9 @@ def _labeled(batches: Sequence[Batch]) -> bool:
     return all(batch.labels.numel() > 0 for batch in batches)
 
 
-def _in_batches(data: EvaluationData, positions: list[int]) -> Iterator[Batch]:
+def _in_batches(data: EvaluationData, positions: Sequence[int], tokens_at_once: int) -> Iterator[Batch]:
     size = data.batch_size
     if data.task == "language-modeling" and positions:
-        size = max(1, min(size, TOKENS_AT_ONCE // data.read(positions[:1]).inputs["input_ids"].shape[1]))
+        size = max(1, min(size, tokens_at_once // data.read(positions[:1]).inputs["input_ids"].shape[1]))
     for start in range(0, len(positions), size):
         yield data.read(positions[start : start + size])

@@ -1,8 +1,8 @@
-"""The factors of one segment after the other fitted to what the dense segment puts out, by gradient descent.
+"""The factors of one segment after another fitted to the outputs of the dense segment, by gradient descent.
 
-Compensation solves for one layer at a time and for what is linear in it; the fit moves all factors of a segment
-together, through its nonlinearities, on the inputs that the compressed model gives it. It overfits a little data within
-a few passes, so a pass after which the holdout examples lose more is undone.
+Compensation solves for one layer at a time, and for what is linear in it; the refinement moves all factors of a segment
+together, through its nonlinearities, on the inputs that it gets in the compressed model. It overfits a little data
+within a few passes, so a pass that does not lower the holdout error is undone.
 """
 
 from __future__ import annotations
@@ -12,39 +12,90 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, frozen, made_by
-from compressor.calibration.compensation import Compensated, advance, batches_of, groups_run, run_segment
+from compressor.calibration.calibrate import Calibration, dense_outputs, frozen, rows_of
+from compressor.calibration.compensation import Compensated
 from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.calibration.examples import Chunk
 from compressor.calibration.segments import State
+from compressor.calibration.settings import RefinementSettings
+from compressor.calibration.walk import Walk
 from compressor.lowrank import join
 from compressor.model import evaluation_mode
-from compressor.progress import Progress
-
-# Adam's first step, relative to the root mean square of each tensor; it falls to nothing over the passes, and is cut
-# where a pass does not help.
-STEP = 1e-2
-CUT = 0.3
-PASSES = 8
-
-# Steps in a pass over the fit examples, at least, where there are as many of these.
-STEPS = 16
-
-ALL = slice(None)  # the rows of a batch
 
 logger = logging.getLogger(__name__)
 
 
-def refine(calibration: Calibration, start: Compensated, progress: Progress | None = None) -> Compensated:
-    """The low-rank layers of `start` fitted, a segment at a time, in the metric of the loss; `start` stays as it is.
+class Fit(Protocol):
+    """A way to fit modules in place; returns whether their holdout error fell."""
 
-    Embeddings, the parameters of modules, and layers that the first calibration batch does not reach are not fitted,
-    nor is a segment whose holdout error does not fall, or that cannot be differentiated in its factors.
+    def __call__(
+        self,
+        modules: Mapping[str, nn.Module],
+        losses: Sequence[Callable[[], Tensor]],
+        holdout_error: Callable[[], float],
+        *,
+        seed: int,
+        settings: RefinementSettings,
+    ) -> bool: ...
+
+
+def fit_to_dense(
+    modules: Mapping[str, nn.Module],
+    losses: Sequence[Callable[[], Tensor]],
+    holdout_error: Callable[[], float],
+    *,
+    seed: int,
+    settings: RefinementSettings,
+) -> bool:
+    """Fit the modules' parameters in place, and leave them at the least holdout error; whether it fell.
+
+    Each of `losses` is that of some fit examples, and `holdout_error` is computed after each pass over all of them;
+    only their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
+    """
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    started = holdout_error()
+    if not 0 < started < math.inf:
+        return False
+    masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
+    kept, least, rate = [master.clone() for master in masters], started, settings.learning_rate
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = adam(masters, rate, settings)
+    with _trainable(parameters):
+        try:
+            for done in range(settings.passes):
+                for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
+                    gradients = _gradients(losses[index], parameters, started)
+                    for master, gradient, group in zip(masters, gradients, optimizer.param_groups, strict=True):
+                        master.grad = None if gradient is None else gradient.to(master.dtype)
+                        group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / settings.passes)
+                    optimizer.step()
+                    _put(parameters, masters)
+                error = holdout_error()
+                if error < least:
+                    kept, least = [master.clone() for master in masters], error
+                    continue
+                rate *= settings.learning_rate_cut
+                masters = [each.clone() for each in kept]
+                optimizer = adam(masters, rate, settings)
+                _put(parameters, masters)
+        finally:
+            _put(parameters, kept)
+    return least < started
+
+
+def refine(calibration: Calibration, start: Compensated, *, fit: Fit = fit_to_dense) -> Compensated:
+    """Fit the low-rank layers of `start`, a segment at a time, in the metric of the loss; `start` stays as it is.
+
+    Embeddings, bare parameters, and layers that the first calibration batch does not reach are not fitted, nor is a
+    segment whose holdout error does not fall, or that cannot be differentiated with respect to its factors.
     """
     layers = {
         calibration.layers[name].module: calibration.layers[name]
@@ -53,101 +104,96 @@ def refine(calibration: Calibration, start: Compensated, progress: Progress | No
     }
     left = set(layers)
     own = {place: start.modules[place] for layer in layers.values() for place in (layer.module, *layer.places)}
-    modules = {**start.modules, **deepcopy(own)}
+    walk = Walk(calibration, {**start.modules, **deepcopy(own)})
     factors = dict(start.factors)
-    with evaluation_mode(calibration.device, calibration.model), frozen(calibration.model):
+    with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         for segment in range(calibration.segments.count):
-            places = [place for group in groups_run(calibration, segment, left) for place in group]
+            places = [place for group in walk.groups(left) for place in group]
             left -= set(places)
-            if _fit_segment(calibration, segment, modules, {place: modules[place] for place in places}):
+            if _fit(walk, {place: walk.modules[place] for place in places}, fit):
                 for place in places:
                     name = layers[place].name
-                    factors[name] = {join(name, key): each for key, each in modules[place].state_dict().items()}
-            if segment < calibration.segments.count - 1:
-                advance(calibration, segment, modules)
-            if progress:
-                progress("refine", segment + 1, calibration.segments.count)
-    return Compensated(factors, modules)
+                    factors[name] = {join(name, key): each for key, each in walk.modules[place].state_dict().items()}
+            walk.advance()
+            calibration.run.report("refine", segment + 1, calibration.segments.count)
+    return Compensated(factors, walk.modules)
 
 
-def _fit_segment(
-    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module], inside: Mapping[str, nn.Module]
-) -> bool:
-    """Fit the modules inside a segment, in place; whether they lose less."""
+def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:
+    """Fit the modules inside the segment, in place; whether they lose less."""
     if not inside:
         return False
-    losses, holdout_error = _costs(calibration, segment, modules)
+    costs = _SegmentCosts(walk)
+    run, settings = walk.calibration.run, walk.calibration.settings.refinement
+    losses = [partial(costs.mean, part) for chunk in walk.calibration.data.chunks("fit") for part in costs.parts(chunk)]
     try:
-        return fit_to_dense(inside, losses, holdout_error, calibration.seed)
-    except RuntimeError as error:  # such as for what is changed in place after a layer took it
-        logger.warning("the factors of segment %d are not fitted: %s", segment, error)
+        return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
+    except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
+        logger.warning("the factors of segment %d are not fitted: %s", walk.segment, error)
         return False
 
 
-def _costs(
-    calibration: Calibration, segment: int, modules: Mapping[str, nn.Module]
-) -> tuple[list[Callable[[], Tensor]], Callable[[], float]]:
-    """The mean cost of a compressed segment against the dense one: of some fit examples each, and of the holdout.
+class _SegmentCosts:
+    """Costs of the compressed segment that a walk is at, against the dense one.
 
-    Where a segment makes two tensors their costs are added, as if the gradients of one told nothing of the other's.
+    Where a segment has two new outputs their costs are added, as if the gradients of one told nothing of the other's.
     """
-    last = segment == calibration.segments.count - 1
-    cache, device, segments = calibration.cache, calibration.device, calibration.segments
-    metrics = [] if last else [each.float() for each in cache.row(("boundary", segment), device)]
 
-    @torch.no_grad()
-    def target(part: str, index: int, rows: slice) -> State:
-        if last:
-            return run_segment(calibration, segment, part, index, {}, rows)
-        return tuple(each[rows] for each in made_by(calibration, part, segment, index))
+    def __init__(self, walk: Walk) -> None:
+        self._walk, self._calibration = walk, walk.calibration
+        boundary = () if walk.last else walk.calibration.cache.boundary(walk.segment)
+        self._metrics = [each.float() for each in boundary]
 
-    def cost(part: str, index: int, rows: slice) -> tuple[Tensor, int]:
-        masks = batches_of(calibration, part)[index][rows].masks
-        before = target(part, index, rows)
-        after = segments.made_by(segment, run_segment(calibration, segment, part, index, modules, rows))
-        if last:
-            return divergence(before[0], after[0], masks, calibration.criterion)
-        changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
-        costs = [(change @ metric * change).sum() for change, metric in zip(changes, metrics, strict=True)]
-        return torch.stack(costs).sum(), len(changes[0])
-
-    def mean_cost(index: int, rows: slice) -> Tensor:
-        total, count = cost("fit", index, rows)
+    def mean(self, chunk: Chunk) -> Tensor:
+        """Mean cost over the rows of a chunk."""
+        total, count = self._sum(chunk)
         return total / max(count, 1)  # an example may be all padding
 
     @torch.no_grad()
-    def holdout_error() -> float:
-        costs = [cost("holdout", index, ALL) for index in range(len(calibration.data.holdout))]
+    def holdout_error(self) -> float:
+        """Mean cost over the holdout."""
+        costs = [self._sum(chunk) for chunk in self._calibration.data.chunks("holdout")]
         return float(sum(each for each, _ in costs)) / sum(rows for _, rows in costs)
 
-    losses: list[Callable[[], Tensor]] = [
-        partial(mean_cost, index, rows)
-        for index in range(len(calibration.data.fit))
-        for rows in _parts(calibration, segment, index, target("fit", index, ALL))
-    ]
-    return losses, holdout_error
+    @torch.no_grad()
+    def parts(self, batch: Chunk) -> list[Chunk]:
+        """A fit batch in parts of a few examples, so that a pass over all batches has the steps that are wanted.
 
+        The batch as a whole where the outputs of the dense segment for some examples alone are not those for all: rows
+        may be something else than examples, or depend on each other.
+        """
+        data, steps = self._calibration.data, self._calibration.settings.refinement.steps
+        examples = data.read(batch).examples
+        count = math.ceil(examples / max(1, data.examples // steps))
+        edges = [examples * part // count for part in range(count + 1)]
+        parts = [replace(batch, rows=slice(start, end)) for start, end in pairwise(edges)]
+        if count == 1:
+            return [batch]
+        last, together = parts[-1], self._dense(batch)
+        try:
+            alone = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_dense(last))
+            pairs = list(zip(alone, rows_of(together, last), strict=True))
+        except Exception:
+            return [batch]
+        return parts if all(_same_examples(*pair, edges[-1] - edges[-2]) for pair in pairs) else [batch]
 
-@torch.no_grad()
-def _parts(calibration: Calibration, segment: int, index: int, outputs: State) -> list[slice]:
-    """Some examples of a fit batch at a time, for `STEPS` steps in a pass over all.
+    def _sum(self, chunk: Chunk) -> tuple[Tensor, int]:
+        """The cost summed over the rows of a chunk, and their number."""
+        masks = self._calibration.data.read(chunk).masks
+        before = self._dense(chunk)
+        after = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_compressed(chunk))
+        if self._walk.last:
+            return divergence(before[0], after[0], masks, self._calibration.criterion)
+        changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
+        costs = [(change @ metric * change).sum() for change, metric in zip(changes, self._metrics, strict=True)]
+        return torch.stack(costs).sum(), len(changes[0])
 
-    All at once where the dense segment does not put out the same `outputs` for some of them: rows may be something else
-    than examples, or depend on each other.
-    """
-    batch = calibration.data.fit[index]
-    count = math.ceil(batch.examples / max(1, calibration.data.examples // STEPS))
-    edges = [batch.examples * part // count for part in range(count + 1)]
-    slices = [slice(start, end) for start, end in pairwise(edges)]
-    if count == 1:
-        return slices
-    rows = slices[-1]
-    try:
-        alone = run_segment(calibration, segment, "fit", index, {}, rows)
-        pairs = list(zip(calibration.segments.made_by(segment, alone), (each[rows] for each in outputs), strict=True))
-    except Exception:
-        return [ALL]
-    return slices if all(_same_examples(*pair, rows.stop - rows.start) for pair in pairs) else [ALL]
+    @torch.no_grad()
+    def _dense(self, chunk: Chunk) -> State:
+        """New outputs of the dense segment."""
+        if self._walk.last:
+            return self._walk.run_dense(chunk)
+        return dense_outputs(self._calibration, self._walk.segment, chunk)
 
 
 def _same_examples(alone: Tensor, together: Tensor, examples: int) -> bool:
@@ -157,64 +203,22 @@ def _same_examples(alone: Tensor, together: Tensor, examples: int) -> bool:
     return torch.allclose(alone, together, rtol=0, atol=tolerance)
 
 
-def fit_to_dense(
-    modules: Mapping[str, nn.Module],
-    losses: Sequence[Callable[[], Tensor]],
-    holdout_error: Callable[[], float],
-    seed: int,
-) -> bool:
-    """Fit the modules' parameters in place, and leave them at the least error on holdout data; whether that fell.
-
-    `losses` gives that of some of the fit examples each, and `holdout_error` the error after each pass over these; only
-    their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
-    """
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
-    started = holdout_error()
-    if not 0 < started < math.inf:
-        return False
-    masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
-    kept, least, step = [master.clone() for master in masters], started, STEP
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = adam(masters, step)
-    with _trainable(parameters):
-        try:
-            for done in range(PASSES):
-                for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
-                    gradients = _gradients(losses[index], parameters, started)
-                    for master, gradient, group in zip(masters, gradients, optimizer.param_groups, strict=True):
-                        master.grad = None if gradient is None else gradient.to(master.dtype)
-                        group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / PASSES)
-                    optimizer.step()
-                    _put(parameters, masters)
-                error = holdout_error()
-                if error < least:
-                    kept, least = [master.clone() for master in masters], error
-                    continue
-                step *= CUT
-                masters = [each.clone() for each in kept]
-                optimizer = adam(masters, step)
-                _put(parameters, masters)
-        finally:
-            _put(parameters, kept)
-    return least < started
-
-
 @torch.enable_grad()
 def _gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], scale: float) -> Sequence[Tensor | None]:
-    """Those of a loss in units of `scale`; None for what has no effect on it."""
+    """Gradients of a loss in units of `scale`; None for parameters that it does not depend on."""
     value = loss() / scale
     if not value.requires_grad:
         return [None] * len(parameters)
     return torch.autograd.grad(value, parameters, allow_unused=True)
 
 
-def adam(masters: list[Tensor], step: float) -> torch.optim.Adam:
-    """Adam with steps relative to the root mean square of each tensor."""
+def adam(masters: list[Tensor], rate: float, settings: RefinementSettings) -> torch.optim.Adam:
+    """Adam with learning rates relative to the root mean square of each tensor."""
     groups = []
     for each in masters:
-        rate = step * float(each.square().mean().sqrt())
-        groups.append({"params": [each], "lr": rate, "initial_lr": rate})
-    return torch.optim.Adam(groups, betas=(0.9, 0.99))
+        own = rate * float(each.square().mean().sqrt())
+        groups.append({"params": [each], "lr": own, "initial_lr": own})
+    return torch.optim.Adam(groups, betas=settings.betas)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From measured layers to a plan and, with calibration, to the factors that lose least."""
+"""From measured layers to a plan and, with calibration, to the factors with the least holdout loss."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
-from compressor.calibration.refinement import refine as refine_factors
+from compressor.calibration.refinement import refine
+from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
@@ -22,11 +23,13 @@ from compressor.factorize import TiedMetric, spatial_errors, tied_singular_value
 from compressor.lowrank import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
 from compressor.model import Model
 from compressor.planning import (
+    PLANNING,
     Budget,
     CalibrationResult,
     LayerPlan,
     MeasuredLayer,
     Plan,
+    PlanningSettings,
     apply_edits,
     choose_ranks,
     default_budget,
@@ -35,24 +38,14 @@ from compressor.planning import (
     read_plan,
     window_rule_advice,
 )
-from compressor.progress import Progress
-
-# The exponents of the allocation, of which the one with the least loss on holdout data is kept.
-ALLOCATION_POWERS = (1.0, 0.5, 0.0)
-
-# How often moments are taken anew at a compressed model, on the way to a budget that the first estimate cannot see.
-STAGES = 1
-
-# Whether an allocation in which the window rule caps the ranks is tried too, where the rule applies.
-WINDOW_CAPS = True
-
-# Of both losses, predicted and measured: nearer than this factor the second-order estimate is trusted.
-TRUSTED = 1.5
-
-# Examples of data that are named.
-DEFAULT_SAMPLES = 128
 
 logger = logging.getLogger(__name__)
+
+# Chooses a rank and a form for every layer within a budget, by an exponent; raises `BadInput` if it cannot be met.
+Allocate = Callable[[Sequence[MeasuredLayer], Budget, float], tuple[LayerPlan, ...]]
+
+# The loss of a calibrated model with other modules in their places, by which candidates are compared.
+Judge = Callable[[Calibration, Mapping[str, nn.Module]], float]
 
 
 class NotFinite(BadInput):
@@ -73,15 +66,20 @@ class PlannedModel:
 
 
 def open_calibration_data(
-    calibration: Any, preprocessing: Preprocessing, samples: int | None, sequence_length: int | None
+    calibration: Any,
+    preprocessing: Preprocessing,
+    *,
+    samples: int | None,
+    sequence_length: int | None,
+    settings: CalibrationSettings = CALIBRATION,
 ) -> EvaluationData:
     """At most `samples` examples, of the training split of built-in data; by default all batches, and 128 of others.
 
     Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
     """
     preprocessing = replace(preprocessing, sequence_length=sequence_length or preprocessing.sequence_length)
-    # One window for the moments and one to hold back.
-    sample = Sample("train", samples, DEFAULT_SAMPLES, least_windows=2, option="calibration")
+    # One window to fit and one holdout window.
+    sample = Sample("train", samples, settings.samples, least_windows=2, option="calibration")
     data = open_data(calibration, preprocessing, sample)
     if sequence_length is not None and data.batches:
         raise BadInput(
@@ -92,99 +90,105 @@ def open_calibration_data(
     return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What a plan must meet: a budget, or the ranks of a given plan; without either the default budget applies.
+
+    `shard_size` is the most bytes of a weight file.
+    """
+
+    budget: Budget | None = None
+    given: Plan | str | Path | None = None
+    form: FormRequest = "auto"
+    shard_size: int
+    settings: PlanningSettings = PLANNING
+
+
 def plan_ranks(
     subject: Model,
     measured: Sequence[MeasuredLayer],
-    budget: Budget | None,
-    given: Plan | str | Path | None,
-    form: FormRequest,
-    shard_size: int,
-    calibrated: Calibration | None = None,
-    progress: Progress | None = None,
+    request: PlanRequest,
     *,
+    calibration: Calibration | None = None,
     weighted: Sequence[MeasuredLayer] | None = None,
-    refine: bool = True,
+    judge: Judge = holdout_loss,
 ) -> PlannedModel:
-    """A rank and a form for every layer: those of a `given` plan, or what the budget leaves them.
+    """Choose a rank and a form for every layer: those of a given plan, or those that the budget allows.
 
-    With calibration the allocation is the one of several that loses least on the holdout data, the window rule's caps
-    on the ranks among them; compensation and a further stage are kept where they lose less still, and so is fitting the
-    factors, with `refine`. Raises `BadInput` for a plan that does not fit the model, or a budget that cannot be met.
-
-    `weighted` is what `weighted_layers` gives, for a caller that plans several times.
+    With calibration they are found by a `Search`. Raises `BadInput` for a plan that does not fit the model, or a budget
+    that cannot be met. `weighted` is the result of `weighted_layers`, for a caller that plans several times.
     """
-    checkpoint = subject.checkpoint
-    digest = subject.digest
-    chosen = budget or default_budget(measured, subject.recipe.family)
-    if given is not None:
-        edited = given if isinstance(given, Plan) else read_plan(Path(given))
-        where = "the plan" if isinstance(given, Plan) else str(given)
-        if edited.digest is not None and digest is not None and edited.digest != digest:
-            logger.warning("the plan was made for other weights than those of %s", subject.name)
-        if (edited.calibrated or edited.calibration is not None) and calibrated is None:
-            logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
-        chosen = Budget("plan")
+    budget = request.budget or default_budget(measured, subject.recipe.family, request.settings)
+    advice = None if request.budget else window_rule_advice(measured, subject.recipe.family, request.form)
+    given = None if request.given is None else _given_plan(request.given, subject, calibration)
+    bare = Plan(subject.name, subject.digest, budget if given is None else Budget("plan"), (), advice)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
-        plan = Plan(subject.name, digest, chosen, layers)
-        return weight_file_bytes(Rewriting(checkpoint, subject.recipe, subject.layers, plan), shard_size)
+        rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, replace(bare, layers=layers))
+        return weight_file_bytes(rewriting, request.shard_size)
 
-    def allocated(layers: Sequence[MeasuredLayer], budget: Budget, power: float = 1.0) -> tuple[LayerPlan, ...]:
+    def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
         if given is not None:
-            return apply_edits(edited, layers, where)
-        return choose_ranks(layers, budget, form, file_bytes, power)
+            return apply_edits(given, layers, "the plan" if isinstance(request.given, Plan) else str(request.given))
+        return choose_ranks(layers, budget, request.form, file_bytes, exponent)
 
-    advice = None if budget else window_rule_advice(measured, subject.recipe.family, form)
-    if calibrated is None:
-        return PlannedModel(Plan(subject.name, digest, chosen, allocated(measured, chosen), advice))
-    powers: Sequence[float | None] = ALLOCATION_POWERS if given is None else (None,)
-    caps = rank_caps(measured, subject.recipe.family) if WINDOW_CAPS and given is None else {}
-    weighted = weighted if weighted is not None else weighted_layers(measured, calibrated)
-    search = _Search(weighted, calibrated, allocated, powers, caps, progress)
-    best = search.best(chosen)
-    for _ in range(STAGES if given is None and not best.as_predicted else 0):
-        try:
-            halfway = search.best(Budget("keep", math.sqrt(best.kept)))
-            fresh = recalibrate(calibrated, halfway.solution.modules, progress)
-            anew = replace(search, weighted=weighted_layers(measured, fresh), calibrated=fresh)
-            best = min(best, anew.best(chosen), key=lambda found: found.loss)
-        except BadInput as error:  # what was found without a stage stands
-            logger.info("no stage: %s", error)
-    if refine:
-        best = min(best, best.with_refined_factors(progress), key=lambda found: found.loss)
-    if not math.isfinite(best.loss):
+    if calibration is None:
+        return PlannedModel(replace(bare, layers=allocate(measured, bare.budget)))
+    settings = calibration.settings
+    weighted = weighted if weighted is not None else weighted_layers(measured, calibration)
+    search = Search(calibration, weighted, allocate, settings.exponents, judge=judge)
+    if given is not None:
+        found = replace(search, exponents=(1.0,)).find(bare.budget)
+        found = replace(found, exponent=None)
+    else:
+        caps = rank_caps(measured, subject.recipe.family) if settings.window_caps else {}
+        found = replace(search, caps=caps, rounds=settings.recalibration_rounds).find(bare.budget)
+    if not math.isfinite(found.loss):
         raise NotFinite(
             "the compressed model's predictions on the calibration data are not finite",
             where=subject.name,
             remedy="keep more, or use the model in a wider dtype",
         )
-    result = CalibrationResult(
-        examples=calibrated.data.examples,
-        holdout=calibrated.data.holdout_examples,
-        power=best.power,
-        predicted_loss=best.predicted,
-        holdout_loss=best.loss,
-        capped=best.capped,
-        refined=best.refined,
-        unit=calibrated.unit,
-        unused=calibrated.data.unused,
+    factors = _with_errors(calibration, found)
+    layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in found.layers)
+    plan = replace(bare, layers=layers, calibration=_result(calibration, found))
+    return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted)
+
+
+def _given_plan(given: Plan | str | Path, subject: Model, calibration: Calibration | None) -> Plan:
+    """The plan that was given; with a warning where it was made for other weights, or with data that are missing."""
+    plan = given if isinstance(given, Plan) else read_plan(Path(given))
+    if plan.digest is not None and subject.digest is not None and plan.digest != subject.digest:
+        logger.warning("the plan was made for other weights than those of %s", subject.name)
+    if (plan.calibrated or plan.calibration is not None) and calibration is None:
+        logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
+    return plan
+
+
+def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
+    return CalibrationResult(
+        examples=calibration.data.examples,
+        holdout=calibration.data.holdout_examples,
+        power=found.exponent,
+        predicted_loss=found.predicted,
+        holdout_loss=found.loss,
+        capped=found.capped,
+        refined=found.refined,
+        unit=calibration.unit,
+        unused=calibration.data.unused,
     )
-    factors = _with_errors(calibrated, best)
-    layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in best.layers)
-    plan = Plan(subject.name, digest, chosen, layers, advice, calibration=result)
-    return PlannedModel(plan, factors, _by_tensor(subject, best.solution.statistics), weighted)
 
 
-def _with_errors(calibrated: Calibration, found: _Candidate) -> dict[str, Factors]:
-    """The factors that were chosen, each with its error in the metric of the dense model, however they were found."""
+def _with_errors(calibration: Calibration, found: Candidate) -> dict[str, Factors]:
+    """The factors that were chosen, each with its error in the metric of the dense model."""
     factors = {}
     for plan in found.layers:
         if plan.rank is None:
             continue
-        layer, tensors = calibrated.layers[plan.name], found.solution.factors[plan.name]
-        weight = getattr(calibrated.model.get_submodule(layer.module), layer.parameter)
-        matrix = as_matrix(layer, weight.detach().to(calibrated.device)).to(torch.float64)
-        error = stored_error(layer, plan, tensors, matrix, calibrated.metrics.get(plan.name))
+        layer, tensors = calibration.layers[plan.name], found.solution.factors[plan.name]
+        weight = getattr(calibration.model.get_submodule(layer.module), layer.parameter)
+        matrix = as_matrix(layer, weight.detach().to(calibration.run.device)).to(torch.float64)
+        error = stored_error(layer, plan, tensors, matrix, calibration.metrics.get(plan.name))
         factors[plan.name] = Factors(dict(tensors), error)
     return factors
 
@@ -200,15 +204,15 @@ def _by_tensor(subject: Model, statistics: Mapping[str, Tensor]) -> dict[str, tu
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """Ranks, the layers that they give, and what these cost: to second order, and on the holdout examples.
+class Candidate:
+    """Ranks, the layers that they give, and their loss: predicted to second order, and on the holdout.
 
-    The layers of an allocation that is only compared are not kept: each is as large as the compressed model.
+    The solution of an allocation that is only compared is not kept: it is as large as the compressed model.
     """
 
-    calibrated: Calibration
+    calibration: Calibration
     layers: tuple[LayerPlan, ...]
-    power: float | None
+    exponent: float | None
     predicted: float
     loss: float
     solution: Compensated = field(default_factory=lambda: Compensated({}, {}))
@@ -217,89 +221,113 @@ class _Candidate:
 
     @property
     def kept(self) -> float:
+        """Share of the parameters that are kept."""
         return sum(p.parameters for p in self.layers) / sum(p.dense_parameters for p in self.layers)
 
     @property
     def as_predicted(self) -> bool:
-        return self.predicted / TRUSTED <= self.loss <= self.predicted * TRUSTED
-
-    def with_solution(self, solution: Compensated) -> _Candidate:
-        return replace(self, solution=solution, loss=holdout_loss(self.calibrated, solution.modules))
-
-    def with_refined_factors(self, progress: Progress | None) -> _Candidate:
-        return replace(self.with_solution(refine_factors(self.calibrated, self.solution, progress)), refined=True)
+        """Whether the second-order estimate can be trusted."""
+        factor = self.calibration.settings.trust_factor
+        return self.predicted / factor <= self.loss <= self.predicted * factor
 
 
 @dataclass(frozen=True)
-class _Search:
-    """What the candidates for a budget are made from."""
+class Search:
+    """A search for the ranks and factors with the least holdout loss within a budget.
 
+    `weighted` are the layers in the metric of the loss. `caps` are the ranks that the window rule allows, by layer;
+    `judge` computes the loss of a candidate.
+    """
+
+    calibration: Calibration
     weighted: Sequence[MeasuredLayer]
-    calibrated: Calibration
-    allocated: Callable[..., tuple[LayerPlan, ...]]
-    powers: Sequence[float | None]
-    caps: Mapping[str, int]
-    progress: Progress | None
+    allocate: Allocate
+    exponents: Sequence[float]
+    caps: Mapping[str, int] = field(default_factory=dict)
+    rounds: int = 0
+    judge: Judge = holdout_loss
 
-    def best(self, budget: Budget) -> _Candidate:
-        """The allocation that loses least on the holdout examples, compensated where that loses less.
+    def find(self, budget: Budget) -> Candidate:
+        """The best candidate with the metric of the dense model, or, where that is not to be trusted, of a smaller one.
 
-        Beside those of the powers stands the best of them under the window rule's caps, where these change it.
+        In each round the moments are taken again at the best candidate of a size half as far. Last, the factors are
+        refined, where the settings want it and the loss falls.
+        """
+        best = self.best(budget)
+        for _ in range(0 if best.as_predicted else self.rounds):
+            try:
+                halfway = self.best(Budget("keep", math.sqrt(best.kept)))
+                again = recalibrate(self.calibration, halfway.solution.modules)
+                fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
+                best = min(best, fresh.best(budget), key=_loss)
+            except BadInput as error:  # the candidate before stands
+                logger.info("no recalibration: %s", error)
+        if self.calibration.settings.refine:
+            refined = self._solved(best, refine(best.calibration, best.solution))
+            best = min(best, replace(refined, refined=True), key=_loss)
+        return best
+
+    def best(self, budget: Budget) -> Candidate:
+        """The allocation with the least loss, compensated where that lowers the loss.
+
+        Besides those by each exponent, the best of them is tried under the window rule's caps, where they change it.
         """
         candidates = []
-        for power in self.powers:
-            candidates.append(self._candidate(budget, power))
-            if self.progress:
-                self.progress("allocate", len(candidates), len(self.powers))
-        found = min(candidates, key=lambda each: each.loss)
+        for exponent in self.exponents:
+            candidates.append(self._measured(self.allocate(self.weighted, budget, exponent), exponent))
+            self.calibration.run.report("allocate", len(candidates), len(self.exponents))
+        found = min(candidates, key=_loss)
         if self.caps:
-            found = min(found, self._capped(found, budget), key=lambda each: each.loss)
-        compensated = found.with_solution(compensate(self.calibrated, found.layers, self.progress))
-        allocation = f"{found.power}, capped" if found.capped else f"{found.power}"
-        logger.info("allocation power %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
-        if compensated.loss < found.loss:
-            return compensated
-        return replace(found, solution=uncompensated(self.calibrated, found.layers))
+            found = min(found, self._capped(found, budget), key=_loss)
+        if self.calibration.settings.compensate:
+            compensated = self._solved(found, compensate(self.calibration, found.layers))
+            allocation = f"{found.exponent}, capped" if found.capped else f"{found.exponent}"
+            logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
+            if compensated.loss < found.loss:
+                return compensated
+        return replace(found, solution=uncompensated(self.calibration, found.layers))
 
-    def _candidate(self, budget: Budget, power: float | None) -> _Candidate:
-        layers = (
-            self.allocated(self.weighted, budget) if power is None else self.allocated(self.weighted, budget, power)
-        )
-        return self._measured(layers, power)
+    def _solved(self, found: Candidate, solution: Compensated) -> Candidate:
+        return replace(found, solution=solution, loss=self.judge(found.calibration, solution.modules))
 
-    def _capped(self, found: _Candidate, budget: Budget) -> _Candidate:
+    def _capped(self, found: Candidate, budget: Budget) -> Candidate:
         """The same allocation under the caps; `found` itself where they change nothing."""
+        assert found.exponent is not None
         under_caps = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in self.weighted]
         try:
-            layers = self.allocated(under_caps, budget, found.power)
+            layers = self.allocate(under_caps, budget, found.exponent)
         except BadInput:
             # Whether ranks are found for a size in bytes depends on the file's header, and so a little on the ranks.
             return found
         if layers == found.layers:
             return found
-        return replace(self._measured(layers, found.power), capped=True)
+        return replace(self._measured(layers, found.exponent), capped=True)
 
-    def _measured(self, layers: tuple[LayerPlan, ...], power: float | None) -> _Candidate:
-        loss = holdout_loss(self.calibrated, uncompensated(self.calibrated, layers).modules)
-        return _Candidate(self.calibrated, layers, power, predicted_loss(self.weighted, layers), loss)
+    def _measured(self, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
+        loss = self.judge(self.calibration, uncompensated(self.calibration, layers).modules)
+        return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
 
 
-def weighted_layers(measured: Sequence[MeasuredLayer], calibrated: Calibration) -> list[MeasuredLayer]:
-    """The layers with their singular values in the metric of the loss; what calibration did not reach stays dense."""
-    weighted = []
+def _loss(candidate: Candidate) -> float:
+    return candidate.loss
+
+
+def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration) -> list[MeasuredLayer]:
+    """The layers with their singular values in the metric of the loss; a layer that no example reached stays dense."""
+    weighted, factorization = [], calibration.settings.factorization
     for m in measured:
-        if m.layer.name not in calibrated.metrics:
+        if m.layer.name not in calibration.metrics:
             weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
             continue
-        weight = getattr(calibrated.model.get_submodule(m.layer.module), m.layer.parameter)
+        weight = getattr(calibration.model.get_submodule(m.layer.module), m.layer.parameter)
         assert isinstance(weight, Tensor)
-        weight, metric = weight.detach().to(calibrated.device), calibrated.metrics[m.layer.name]
+        weight, metric = weight.detach().to(calibration.run.device), calibration.metrics[m.layer.name]
         matrix = as_matrix(m.layer, weight)
-        uses, spatial = calibrated.uses[m.layer.name], None
+        uses, spatial = calibration.uses[m.layer.name], None
         if isinstance(metric, TiedMetric):
             values = tied_singular_values(matrix, metric)
         else:
             values = weighted_singular_values(matrix, metric)
-            spatial = None if m.spatial_values is None else spatial_errors(weight, metric)
+            spatial = None if m.spatial_values is None else spatial_errors(weight, metric, settings=factorization)
         weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
     return weighted

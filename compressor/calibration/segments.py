@@ -58,12 +58,12 @@ class Segments:
         """Whether a segment runs the last block of a chain that another one follows."""
         return 0 < index < self.count - 1 and self._blocks[index][1] == 0
 
-    def made_by(self, index: int, handed_on: State) -> State:
-        """Those of the tensors that a segment hands on which it did not itself receive."""
-        return (handed_on[0], handed_on[-1]) if self._ends_a_chain(index) else handed_on[:1]
+    def new_outputs(self, index: int, outputs: State) -> State:
+        """Tensors that a segment outputs which were not among its inputs."""
+        return (outputs[0], outputs[-1]) if self._ends_a_chain(index) else outputs[:1]
 
-    def makers(self, index: int) -> list[tuple[int, int]]:
-        """For each tensor that enters a segment the segment that made it, and its place in `made_by` there."""
+    def sources(self, index: int) -> list[tuple[int, int]]:
+        """For each input of a segment, the segment that output it and its place among the `new_outputs` there."""
         ends = [(segment, 1) for segment in range(index) if self._ends_a_chain(segment)]
         return [(index - 1, 0), *ends] if index else []
 
@@ -74,10 +74,10 @@ class Segments:
         others = {module for name in names for module in model.get_submodule(name).modules()} - own
         return {name: layer for name, layer in layers.items() if layer not in others}
 
-    def run(self, model: nn.Module, index: int, batch: Batch, state: State) -> State:
-        """Run one segment on what enters it: what enters the next, or the model's outputs.
+    def run(self, model: nn.Module, index: int, batch: Batch, *, state: State) -> State:
+        """Run one segment on its inputs, and return those of the next, or the model's outputs.
 
-        `model` is the one that was cut or one with other layers inside the same blocks.
+        `model` is the one that was split, or that one with other layers inside the same blocks.
         """
         chains = [[model.get_submodule(name) for name in chain.blocks] for chain in self.chains]
         ended: list[Tensor] = []
@@ -259,7 +259,7 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
     state: State = ()
     try:
         for index in range(segments.count):
-            state = segments.run(model, index, batch, state)
+            state = segments.run(model, index, batch, state=state)
     except Exception:
         return False
     whole, [outputs] = outputs_of(model, batch.inputs), state
@@ -285,7 +285,7 @@ def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], batch:
             for name, parameter in parameters.items():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 outputs[name, 0] = parameter.requires_grad_(True)
-            handed_on = segments.run(model, index, batch, tuple(each.clone() for each in state))
+            handed_on = segments.run(model, index, batch, state=tuple(each.clone() for each in state))
             reachable = [each for each in handed_on if each.requires_grad]
             state = tuple(each.detach() for each in handed_on)
             if not outputs or not reachable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.evaluation.cost import (
+    TIMING,
     Cost,
     Latency,
     TimingSettings,
@@ -17,6 +18,7 @@ from compressor.evaluation.evaluate import Evaluation, compare
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
 
 __all__ = [
+    "TIMING",
     "Cost",
     "Evaluation",
     "Latency",

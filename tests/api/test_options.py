@@ -164,10 +164,10 @@ def test_the_types_of_the_keywords_name_every_option() -> None:
     assert list(CompressKeywords.__annotations__) == [name for name, _, _ in described(CompressOptions)]
 
 
-def test_plan_takes_what_compress_takes_but_for_what_is_written() -> None:
+def test_plan_takes_what_compress_takes_but_for_what_is_written_and_timed() -> None:
     names = {name for name, _, _ in described(PlanOptions)}
     more = {name for name, _, _ in described(CompressOptions)} - names
-    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run"}
+    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run", "timing_settings"}
 
 
 def test_merge_refuses_what_contradicts() -> None:

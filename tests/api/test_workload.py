@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from compressor import Plan, compress, plan
 from compressor.api.workload import ForwardTime
 from compressor.cli.pace import Pace
-from compressor.evaluation import cost
 from compressor.progress import Step
 
 pytestmark = pytest.mark.slow
@@ -55,9 +54,7 @@ def batches() -> list[Tensor]:
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(cost, "ENOUGH_SECONDS", 0.0)
-    monkeypatch.setattr(cost, "FEWEST_REPEATS", 1)
+def data(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=generator.normal(size=(40, 8)).astype("f4"), y=np.arange(40) % 5)
     return tmp_path / "data.npz"
@@ -94,12 +91,15 @@ def test_every_step_was_announced_and_those_that_are_certain_come(command: str, 
     assert all(step.cost > 0 for step in seen.steps if step.name != "factorize")
 
 
-def test_a_progress_that_takes_no_steps_costs_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise AssertionError
+def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
+    def forwards(progress: Any) -> int:
+        subject, calls = model(), []
+        subject.register_forward_pre_hook(lambda *_: calls.append(1))
+        compress(subject, keep=0.5, calibration=batches(), refine=False, progress=progress)
+        return len(calls)
 
-    monkeypatch.setattr("compressor.api.compress.work_on_calibration", fail)
-    compress(model(), keep=0.5, calibration=batches(), progress=lambda *_: None)
+    without, quiet, watched = (forwards(progress) for progress in (None, lambda *_: None, Followed()))
+    assert without == quiet < watched
 
 
 def test_the_measurement_changes_nothing_of_the_result() -> None:

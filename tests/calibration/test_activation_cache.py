@@ -11,7 +11,11 @@ import torch
 
 from compressor import compress
 from compressor.calibration.activation_cache import ActivationCache
+from compressor.calibration.examples import PARTS
+from compressor.factorize import Metric, TiedMetric
 from tests.calibration.tiny_models import inputs_for, transformer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -21,23 +25,62 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> None:
-    cache, cpu = ActivationCache(), torch.device("cpu")
+    cache = ActivationCache(CPU)
     first, second = torch.randn(3, 4), torch.randn(5).to(torch.bfloat16)
-    cache.put(("a", 1), x=first, y=second)
-    found = cache.get(("a", 1), cpu)
-    assert torch.equal(found["x"], first)
-    assert torch.equal(found["y"], second)
-    cache.put(("a", 1), x=first.T)
-    assert torch.equal(cache.get(("a", 1), cpu)["x"], first.T)
-    assert torch.equal(found["x"], first)  # what was read stays what it was
-    assert (("a", 1) in cache, ("a", 2) in cache) == (True, False)
-    with pytest.raises(KeyError):
-        cache.get(("a", 2), cpu)
+    states = cache.dense("fit", 1)
+    states.write(0, (first, second))
+    found = states.read(0)
+    assert torch.equal(found[0], first)
+    assert torch.equal(found[1], second)
+    cache.dense("fit", 1).write(0, (first.T,))
+    assert torch.equal(states.read(0)[0], first.T)
+    assert torch.equal(found[0], first)  # what was read stays what it was
+    del states
     assert len(list(temporary.iterdir())) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         del cache
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.usefixtures("temporary")
+def test_kinds_parts_segments_and_batches_are_kept_apart() -> None:
+    cache = ActivationCache(CPU)
+    kinds = [cache.dense(part, segment) for part in PARTS for segment in (1, 11)]
+    kinds += [cache.compressed(part) for part in PARTS] + [cache.gradients()]
+    places = [(kind, batch) for kind in kinds for batch in (0, 1, 10)]
+    for kind, batch in places:
+        with pytest.raises(KeyError):
+            kind.read(batch)
+    for number, (kind, batch) in enumerate(places):
+        kind.write(batch, [torch.full((1,), float(place + number)) for place in range(12)])
+    cache.write_boundary(1, [torch.full((1,), -1.0)])
+    assert [each.item() for each in cache.boundary(1)] == [-1.0]
+    for number, (kind, batch) in enumerate(places):
+        assert [each.item() for each in kind.read(batch)] == [place + number for place in range(12)]
+
+
+@pytest.mark.usefixtures("temporary")
+def test_metrics_are_read_back_as_they_were() -> None:
+    metrics = ActivationCache(CPU).metrics()
+    plain = Metric(torch.eye(3), torch.eye(2), torch.ones(3))
+    tied = TiedMetric(Metric(torch.rand(5), torch.eye(2)), Metric(torch.rand(5), 2 * torch.eye(2)))
+    names = ("a", "a/b", "c")
+    for name in names:
+        metrics.put(name, plain)
+    metrics.put("a/b", tied)
+    assert list(metrics) == list(names)
+    assert len(metrics) == 3
+    assert all(torch.equal(one, other) for one, other in zip(tensors(metrics["a"]), tensors(plain), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(tensors(metrics["a/b"]), tensors(tied), strict=True))
+    with pytest.raises(KeyError):
+        metrics["d"]
+
+
+def tensors(metric: Metric | TiedMetric) -> list[torch.Tensor]:
+    parts = [metric] if isinstance(metric, Metric) else [metric.lookup, metric.head]
+    found = [tensor for part in parts for tensor in (part.inputs, part.gradients, part.mean)]
+    return [each for each in found if each is not None]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compressor import compress
 from compressor.calibration import Calibration, Compensated, compensate
 from compressor.calibration.calibrate import with_layers
+from compressor.calibration.examples import Part
 from tests.calibration.tiny_models import calibrated, eligible, planned
 
 pytestmark = pytest.mark.slow
@@ -51,14 +52,14 @@ def calibrations(network: nn.Sequential, shift: float = 0.0) -> Calibration:
 
 
 @torch.no_grad()
-def inputs_of(calibration: Calibration, solution: Compensated | None, place: str, part: str) -> Tensor:
+def inputs_of(calibration: Calibration, solution: Compensated | None, place: str, part: Part) -> Tensor:
     """What a batch normalization is given, as one row for every position."""
     seen: list[Tensor] = []
     modules = {} if solution is None else {p: m for p, m in solution.modules.items() if p != place}
     with with_layers(calibration.model, modules) as model:
         handle = model.get_submodule(place).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-        for batch in calibration.data.fit if part == "fit" else calibration.data.holdout:
-            model(*batch.inputs.values())
+        for chunk in calibration.data.chunks(part):
+            model(*calibration.data.read(chunk).inputs.values())
         handle.remove()
     return torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
 

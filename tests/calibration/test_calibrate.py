@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.calibration import Calibration, holdout_loss
+from compressor.calibration import Calibration, CalibrationSettings, holdout_loss
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
-from compressor.calibration.segments import Segments
 from compressor.data import Batch
 from compressor.factorize import Metric, TiedMetric
 from compressor.measure.moments import kept_rows, oas_shrinkage
@@ -32,11 +30,7 @@ from tests.calibration.tiny_models import (
     transformer,
 )
 
-
-def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the whole model be one segment."""
-    module = importlib.import_module("compressor.calibration.calibrate")
-    monkeypatch.setattr(module, "find_segments", lambda *_: Segments())
+WHOLE = CalibrationSettings(by_segment=False)
 
 
 def assert_same(one: Calibration, other: Calibration) -> None:
@@ -56,7 +50,7 @@ def assert_same(one: Calibration, other: Calibration) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
-def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str) -> None:
     model = transformer(name)
     data = [inputs_for(name, 4), inputs_for(name, 3)]
     if name in TEXTS:
@@ -65,19 +59,17 @@ def test_moments_segment_by_segment_are_those_of_the_whole_model(name: str, monk
         cut = calibrated(model, data)
         assert cut.segments.count == BLOCKS + 1
         assert cut.criterion == "likelihood"
-        uncut(monkeypatch)
-        assert_same(cut, calibrated(model, data))
+        assert_same(cut, calibrated(model, data, settings=WHOLE))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
-def test_and_those_of_other_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_and_those_of_other_models(name: str) -> None:
     model, inputs = odd(name)
     with left_as_it_was(model):
         cut = calibrated(model, [inputs, inputs])
         assert cut.metrics.keys() == {layer.name for layer in eligible(model)}
-        uncut(monkeypatch)
-        assert_same(cut, calibrated(model, [inputs, inputs]))
+        assert_same(cut, calibrated(model, [inputs, inputs], settings=WHOLE))
 
 
 @pytest.mark.slow
@@ -105,7 +97,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
             model.get_submodule(block).register_forward_pre_hook(partial(enter, block), with_kwargs=True)
         if chain is not chains[-1]:
             model.get_submodule(chain.blocks[-1]).register_forward_hook(partial(leave, chain.blocks[-1]))
-    generator = torch.Generator().manual_seed(calibration.seed)
+    generator = torch.Generator().manual_seed(calibration.run.seed)
     sampled_loss(outputs_of(model, batch.inputs), batch.masks, calibration.criterion, generator).backward()
 
     def moment(gradient: Tensor) -> Tensor:
@@ -118,7 +110,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
         if segment > 0 and blocks[segment - 1] in given:
             # Where all that follows takes it from the next chain's first block there is nothing left of its own.
             expected.append(None if name in ("swin", "piped") else given[blocks[segment - 1]].grad)
-        found = calibration.cache.row(("boundary", segment), torch.device("cpu"))
+        found = calibration.cache.boundary(segment)
         assert len(found) == len(expected)
         for one, gradient in zip(found, expected, strict=True):
             other = torch.zeros_like(one) if gradient is None else moment(gradient)
@@ -127,13 +119,12 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "whisper", "clip", "t5"])
-def test_and_those_of_embeddings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_and_those_of_embeddings(name: str) -> None:
     model, inputs = (transformer(name), inputs_for(name, 5)) if name in CHAINS else odd(name)
     cut = calibrated(model, [inputs, inputs], embeddings=True)
     # The position bias of T5 is looked up once for all blocks.
     assert (cut.segments.count == 1) == (name == "t5")
-    uncut(monkeypatch)
-    whole = calibrated(model, [inputs, inputs], embeddings=True)
+    whole = calibrated(model, [inputs, inputs], embeddings=True, settings=WHOLE)
     found = [name for name, layer in cut.layers.items() if layer.kind == "embedding"]
     assert found
     for each in found:

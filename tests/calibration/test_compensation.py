@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compressor import compress
-from compressor.calibration import Calibration, Compensated, compensate, holdout_loss, uncompensated
+from compressor.calibration import (
+    Calibration,
+    CalibrationSettings,
+    Compensated,
+    compensate,
+    holdout_loss,
+    uncompensated,
+)
 from compressor.calibration.calibrate import with_layers
+from compressor.calibration.examples import Part
 from compressor.planning import LayerPlan
 from tests.calibration.tiny_models import (
     CHAINS,
@@ -22,8 +28,6 @@ from tests.calibration.tiny_models import (
     planned,
     transformer,
 )
-
-compensation = importlib.import_module("compressor.calibration.compensation")
 
 
 class Toy(nn.Module):
@@ -39,7 +43,9 @@ class Toy(nn.Module):
         return self.second(torch.cat([torch.relu(self.first(x[:, :8])), x[:, 8:]], 1))
 
 
-def toy(*, bias: bool, silent: bool = False, rank: int = 3) -> tuple[Calibration, list[LayerPlan]]:
+def toy(
+    *, bias: bool, silent: bool = False, rank: int = 3, settings: CalibrationSettings | None = None
+) -> tuple[Calibration, list[LayerPlan]]:
     """A calibrated toy of which the first layer is to be of low rank, the second of full; `silent` inputs are zero."""
     torch.manual_seed(0)
     mixed = torch.randn(7, 12) / 7**0.5  # so that what passes by tells of what the first layer loses
@@ -47,7 +53,8 @@ def toy(*, bias: bool, silent: bool = False, rank: int = 3) -> tuple[Calibration
     for x in (*fit, *holdout):
         x[:, 8:] *= 0 if silent else 1
     model = Toy(bias=bias).eval()
-    calibration = calibrated(model, [{"inputs": x} for x in fit], [{"inputs": x} for x in holdout])
+    batches = ([{"inputs": x} for x in part] for part in (fit, holdout))
+    calibration = calibrated(model, *batches, settings=settings)
     first, second = eligible(model)
     assert (first.name, second.name) == ("first", "second")
     return calibration, [planned(first, rank), planned(second, 6)]
@@ -60,14 +67,14 @@ def dense_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def given(calibration: Calibration, solution: Compensated | None, place: str, part: str = "fit") -> Tensor:
+def given(calibration: Calibration, solution: Compensated | None, place: str, part: Part = "fit") -> Tensor:
     """What a layer is given in the dense model or, with a solution, in the compressed one."""
     seen: list[Tensor] = []
     modules = {} if solution is None else solution.modules
     with with_layers(calibration.model, modules) as model:
         handle = model.get_submodule(place).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-        for batch in calibration.data.fit if part == "fit" else calibration.data.holdout:
-            model(*batch.inputs.values())
+        for chunk in calibration.data.chunks(part):
+            model(*calibration.data.read(chunk).inputs.values())
         handle.remove()
     return torch.cat([x.flatten(0, -2) for x in seen])
 
@@ -81,11 +88,8 @@ def test_a_first_layer_has_nothing_to_make_up_for() -> None:
 
 @pytest.mark.parametrize("relative", [1e-4, 1e-1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_refit_is_ridge_regression_toward_the_weights(
-    bias: bool, relative: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compensation, "RIDGES", (relative,))
-    calibration, plans = toy(bias=bias)
+def test_the_refit_is_ridge_regression_toward_the_weights(bias: bool, relative: float) -> None:
+    calibration, plans = toy(bias=bias, settings=CalibrationSettings(ridges=(relative,)))
     solution = compensate(calibration, plans)
     found, found_bias = dense_of(solution.modules["second"])
     x, y = given(calibration, None, "second"), given(calibration, solution, "second")
@@ -278,7 +282,7 @@ def test_a_layer_without_a_metric_is_truncated_by_itself() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "vit", "t5", "clip", "swin"])
 def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
 ) -> None:
     if name in CHAINS:
         model = transformer(name).eval()
@@ -291,8 +295,6 @@ def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
     assert cut.segments.count > 1
     plans = [planned(layer, max(1, min(layer.shape) // 2)) for layer in cut.layers.values()]
     one = compensate(cut, plans)
-    calibrate_room = importlib.import_module("compressor.calibration.calibrate")
-    monkeypatch.setattr(calibrate_room, "find_segments", lambda *_: type(cut.segments)())
-    whole = calibrated(model, fit, holdout)
+    whole = calibrated(model, fit, holdout, settings=CalibrationSettings(by_segment=False))
     other = compensate(whole, plans)
     assert holdout_loss(cut, one.modules) == pytest.approx(holdout_loss(whole, other.modules), rel=0.02)

@@ -16,16 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, QualityGateNotMet, compress, evaluate, plan
-from compressor.api import compress as pipeline
-from compressor.calibration import drop as max_drop
-from compressor.calibration.search import NotFinite
+from compressor.calibration.drop import DropGate, plan_within_drop
+from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks
 from compressor.cli.run import run
-from compressor.data import halves, open_data
+from compressor.data import Sample, halves, open_data
 from compressor.data.builtin_data import digits
-from compressor.model import measurements as inspection
-from compressor.planning import PLANNING, smallest_found
+from compressor.measure.memory_window import EPSILON
+from compressor.model.measurements import inspect_layers, measured_layers
+from compressor.model.opened import open_model
+from compressor.planning import PLANNING, Budget, smallest_found
+from compressor.progress import Run
 
 MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
+CPU = torch.device("cpu")
 Captured = pytest.CaptureFixture[str]
 
 IDENTITY = """
@@ -117,40 +120,40 @@ def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated:
 
 
 @pytest.mark.slow
-def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def counted(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def call(*given: Any, **named: Any) -> Any:
-            calls.append(name)
-            return original(*given, **named)
-
-        monkeypatch.setattr(owner, name, call)
-
-    counted(pipeline, "calibrate")
-    counted(inspection, "singular_values")
-    found = plan(trained, max_drop=0.02, data="builtin:digits", calibration="builtin:digits")
+def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential) -> None:
+    seen: list[tuple[str, int, int]] = []
+    found = plan(
+        trained,
+        max_drop=0.02,
+        data="builtin:digits",
+        calibration="builtin:digits",
+        progress=lambda *event: seen.append(event),
+    )
     assert found.search is not None
     assert len(found.search.trials) > 1
-    assert (calls.count("calibrate"), calls.count("singular_values")) == (1, len(found.layers))
+    assert [done for name, done, _ in seen if name == "measure"] == [*range(1, len(found.layers) + 1)]
+    # The dense model is run on fit and holdout, a compressed one only on the fit examples.
+    batches = [total for name, done, total in seen if name == "run" and done == total]
+    assert batches.count(batches[0]) == 1
+    assert batches[0] == max(batches)
 
 
-def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(
-    trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned = max_drop.plan_ranks
+def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(trained: nn.Sequential) -> None:
     tried = []
 
-    def overflowing(subject: Any, measured: Any, budget: Any, *given: Any, **named: Any) -> Any:
-        tried.append(budget.value)
-        if budget.value < 0.6:
+    def overflowing(subject: Any, measured: Any, request: PlanRequest, **named: Any) -> PlannedModel:
+        assert request.budget is not None
+        keep = request.budget.value or 0.0
+        tried.append(keep)
+        if keep < 0.6:
             raise NotFinite("the predictions are not finite", remedy="keep more")
-        return planned(subject, measured, budget, *given, **named)
+        return plan_ranks(subject, measured, request, **named)
 
-    monkeypatch.setattr(max_drop, "plan_ranks", overflowing)
-    found = plan(trained, max_drop=0.05, data="builtin:digits")
+    subject = open_model(trained)
+    measured = measured_layers(subject, inspect_layers(subject, EPSILON, CPU, None))
+    request = PlanRequest(budget=Budget("max-drop", 0.05), shard_size=10**9)
+    gate = DropGate(open_data("builtin:digits", sample=Sample("validation")), Run(CPU))
+    found = plan_within_drop(subject, measured, request, gate=gate, planner=overflowing).plan
     assert found.search is not None
     assert min(tried) < 0.6
     assert found.eligible_after >= 0.59 * found.eligible_before

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, Compression, compress
-from compressor.calibration import Calibration, Compensated, holdout_loss, refine, uncompensated
+from compressor.calibration import (
+    Calibration,
+    Compensated,
+    RefinementSettings,
+    holdout_loss,
+    refine,
+    uncompensated,
+)
 from compressor.calibration.refinement import fit_to_dense
 from compressor.data.builtin_data import digits
 from compressor.report.wording import calibration_words
@@ -27,6 +34,8 @@ from tests.calibration.tiny_models import (
     trained_on_digits,
     transformer,
 )
+
+ADAM: dict[str, Any] = {"seed": 0, "settings": RefinementSettings()}
 
 
 def low_rank() -> nn.Sequential:
@@ -51,7 +60,7 @@ def test_the_fit_comes_near_the_best_matrix_of_the_rank() -> None:
         return float(of_examples(dense, pair, held).detach())
 
     before = error()
-    assert fit_to_dense({"pair": pair}, losses, error, 0)
+    assert fit_to_dense({"pair": pair}, losses, error, **ADAM)
     # The weighted truncated SVD, in closed form.
     least = float(torch.linalg.svdvals(dense.weight.detach() * scales)[3:].square().sum())
     assert error() - least < 0.2 * (before - least)
@@ -70,7 +79,7 @@ def test_the_factors_are_those_of_the_least_holdout_error(helps: int) -> None:
         return float(20 - len(seen) if len(seen) <= helps + 1 else 20 + len(seen))
 
     losses = [partial(of_examples, dense, pair, x)]
-    assert fit_to_dense({"pair": pair}, losses, error, 0) == (helps > 0)
+    assert fit_to_dense({"pair": pair}, losses, error, **ADAM) == (helps > 0)
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), seen[helps], strict=True))
     assert not torch.equal(seen[helps + 1][0], seen[helps][0])
     assert all(parameter.grad is None for parameter in pair.parameters())
@@ -82,14 +91,14 @@ def test_an_error_that_is_not_finite_leaves_the_factors() -> None:
     before = [parameter.detach().clone() for parameter in pair.parameters()]
 
     losses = [lambda: pair(torch.full((2, 12), 1e30)).square().sum()]
-    assert not fit_to_dense({"pair": pair}, losses, lambda: float("nan"), 0)
+    assert not fit_to_dense({"pair": pair}, losses, lambda: float("nan"), **ADAM)
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
 
 
 def test_a_loss_that_nothing_has_an_effect_on_leaves_the_factors() -> None:
     pair = low_rank()
     before = [parameter.detach().clone() for parameter in pair.parameters()]
-    assert not fit_to_dense({"pair": pair}, [lambda: torch.zeros(())], lambda: 1.0, 0)
+    assert not fit_to_dense({"pair": pair}, [lambda: torch.zeros(())], lambda: 1.0, **ADAM)
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
 
 
@@ -145,17 +154,16 @@ def test_the_same_seed_gives_the_same_bits(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "vit", "in place", "t5", "bart", "clip", "swin"])
-def test_every_layer_is_fitted_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_is_fitted_once(name: str) -> None:
     calibration, start = started(name)
     assert calibration.segments.count > 1
     fitted: list[str] = []
 
-    def note(modules: Mapping[str, nn.Module], *_: object) -> bool:
+    def note(modules: Mapping[str, nn.Module], *_: object, **__: object) -> bool:
         fitted.extend(modules)
         return False
 
-    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
-    result = refine(calibration, start)
+    result = refine(calibration, start, fit=note)
     assert sorted(fitted) == sorted(calibration.layers[layer].module for layer in start.factors)
     assert all(result.factors[layer] is start.factors[layer] for layer in start.factors)
 
@@ -235,11 +243,11 @@ def rows_that_are_no_examples(name: str) -> tuple[nn.Module, list[dict[str, Tens
 
 
 @pytest.mark.parametrize("name", ["graph", "recurrent", "sequence first"])
-def test_rows_that_are_no_examples_stay_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_no_examples_stay_together(name: str) -> None:
     model, batches = rows_that_are_no_examples(name)
     sizes: list[int] = []
 
-    def note(_: object, losses: Sequence[Any], *__: object) -> bool:
+    def note(_: object, losses: Sequence[Any], *__: object, **___: object) -> bool:
         sizes.append(len(losses))
         return False
 
@@ -247,15 +255,12 @@ def test_rows_that_are_no_examples_stay_together(name: str, monkeypatch: pytest.
     plans = [planned(each, 2) for each in calibration.layers.values() if each.kind == "linear"]
     start = uncompensated(calibration, plans)
     assert holdout_loss(calibration, refine(calibration, start).modules) < holdout_loss(calibration, start.modules)
-    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
-    refine(calibration, start)
+    refine(calibration, start, fit=note)
     assert sizes == [4]
 
 
 @pytest.mark.parametrize(("examples", "steps"), [(1, [3]), (12, [18]), (40, [18])])
-def test_a_pass_has_sixteen_steps_or_as_many_as_there_are_examples(
-    examples: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_has_sixteen_steps_or_as_many_as_there_are_examples(examples: int, steps: list[int]) -> None:
     """The parts of three batches are the whole of them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
@@ -263,16 +268,16 @@ def test_a_pass_has_sixteen_steps_or_as_many_as_there_are_examples(
     start = uncompensated(calibration, [planned(each, 2) for each in calibration.layers.values()])
     found: list[int] = []
 
-    def note(_: object, losses: Sequence[Callable[[], Tensor]], error: Callable[[], float], __: int) -> bool:
+    def note(_: object, losses: Sequence[Callable[[], Tensor]], error: Callable[[], float], **__: object) -> bool:
         found.append(len(losses))
-        sizes = [len(range(*loss.args[1].indices(examples))) for loss in losses if isinstance(loss, partial)]
+        chunks = [loss.args[0] for loss in losses if isinstance(loss, partial)]
+        sizes = [calibration.data.read(chunk).examples for chunk in chunks]
         assert sum(sizes) == 3 * examples
         whole = sum(size * float(loss()) for size, loss in zip(sizes, losses, strict=True)) / sum(sizes)
         assert whole == pytest.approx(error(), rel=1e-5)
         return False
 
-    monkeypatch.setattr("compressor.calibration.refinement.fit_to_dense", note)
-    refine(calibration, start)
+    refine(calibration, start, fit=note)
     assert found == steps
 
 
@@ -293,7 +298,9 @@ def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
     x = torch.randn(128, 12)
     for each, unit in ((pair, 1.0), (other, scale)):
         losses = [partial(scaled, dense, each, part, unit) for part in x.split(16)]
-        assert fit_to_dense({"pair": each}, losses, lambda e=each, u=unit: float(scaled(dense, e, x, u).detach()), 0)
+        assert fit_to_dense(
+            {"pair": each}, losses, lambda e=each, u=unit: float(scaled(dense, e, x, u).detach()), **ADAM
+        )
     for a, b in zip(pair.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -13,11 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, plan, restore
-from compressor.calibration import calibrate, compensate, holdout_loss, split_examples, uncompensated
+from compressor.calibration import (
+    CalibrationSettings,
+    calibrate,
+    compensate,
+    holdout_loss,
+    split_examples,
+    uncompensated,
+)
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture
+from compressor.progress import Run
 from tests.calibration.tiny_models import trained_on_digits
 
 pytestmark = pytest.mark.slow
@@ -58,12 +66,12 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(t
 
 @pytest.mark.parametrize(("keep", "share"), [(0.25, 1.0), (0.07, 0.8)])
 def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
-    trained: nn.Module, keep: float, share: float, monkeypatch: pytest.MonkeyPatch
+    trained: nn.Module, keep: float, share: float
 ) -> None:
-    monkeypatch.setattr("compressor.calibration.search.STAGES", 0)
-    chosen = plan(trained, keep=keep, calibration=batches(), calibration_samples=256, refine=False)
+    settings, run = CalibrationSettings(recalibration_rounds=0, refine=False), Run(torch.device("cpu"))
+    chosen = plan(trained, keep=keep, calibration=batches(), calibration_settings=settings, refine=False)
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
-    calibration = calibrate(trained, layers, split_examples(open_data(batches())), device=torch.device("cpu"), seed=0)
+    calibration = calibrate(trained, layers, split_examples(open_data(batches())), run=run, settings=settings)
     refitted, truncated = (
         holdout_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
     )

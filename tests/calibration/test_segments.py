@@ -34,7 +34,7 @@ def cut(model: nn.Module, batch: Batch) -> Segments:
 def one_after_another(model: nn.Module, segments: Segments, batch: Batch) -> Tensor:
     state: State = ()
     for index in range(segments.count):
-        state = segments.run(model, index, batch, state)
+        state = segments.run(model, index, batch, state=state)
     [outputs] = state
     return outputs
 
@@ -70,7 +70,7 @@ def test_a_segment_is_what_lies_between_two_blocks(name: str) -> None:
         outputs_of(model, batch.inputs)
         entered = list(seen)
         for index, expected in enumerate(entered):
-            [after] = segments.run(model, index, batch, (entered[index - 1],) if index else ())
+            [after] = segments.run(model, index, batch, state=(entered[index - 1],) if index else ())
             assert torch.equal(after, expected)
     assert len(entered) == BLOCKS
 
@@ -166,7 +166,7 @@ def test_an_exception_in_a_segment_leaves_the_model_as_it_was(index: int) -> Non
     segments = cut(model, batch)
     broken = batch_of({"input_ids": torch.tensor([[10_000]])}) if index == 0 else batch
     with left_as_it_was(model), pytest.raises(Exception, match=r"out of range|shape|size"):
-        segments.run(model, index, broken, (torch.zeros(2, 8, 5),) if index else ())
+        segments.run(model, index, broken, state=(torch.zeros(2, 8, 5),) if index else ())
 
 
 def test_a_forward_of_a_blocks_own_is_put_back() -> None:

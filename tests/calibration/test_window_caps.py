@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import BadInput, Plan, TrainingRecipe, inspect, plan
+from compressor import BadInput, Plan, TrainingRecipe, inspect
+from compressor.calibration import Calibration, CalibrationSettings, calibrate, holdout_loss, split_examples
+from compressor.calibration.search import Judge, PlanRequest, Search, plan_ranks, weighted_layers
+from compressor.data import open_data
 from compressor.data.builtin_data import digits
-from compressor.planning import LayerPlan, MeasuredLayer, choose_ranks
+from compressor.measure.memory_window import EPSILON
+from compressor.model.measurements import inspect_layers, measured_layers
+from compressor.model.opened import open_model
+from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettings, choose_ranks, rank_caps
+from compressor.progress import Run
 from compressor.report.wording import calibration_words
+from tests.calibration.tiny_models import eligible
 
-SEARCH = "compressor.calibration.search"
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
 STEPS, LEARNING_RATE, WEIGHT_DECAY = 400, 0.1, 0.03
-KEEP = 0.6
-
-
-@pytest.fixture(autouse=True)
-def speaking_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the rule speak of a network that kept more of its start than it usually allows for: its caps then matter."""
-    monkeypatch.setattr("compressor.planning.plan.LARGEST_SHARE", 0.5)
+SIZE = Budget("keep", 0.6)
+# The rule applies to a network that kept more of its start than it usually allows for: its caps then matter.
+LENIENT = PlanningSettings(largest_surviving_share=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +58,22 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(images[:128].split(32), labels[:128].split(32), strict=True))
 
 
-def planned(model: nn.Module, **options: Any) -> Plan:
-    return plan(model, keep=KEEP, calibration=batches(), **options)
+@pytest.fixture(scope="module")
+def calibration(trained: nn.Sequential) -> Calibration:
+    settings = CalibrationSettings(refine=False)
+    return calibrate(trained, eligible(trained), split_examples(open_data(batches())), run=Run(CPU), settings=settings)
+
+
+def measured(model: nn.Module, known: Sequence[TrainingRecipe]) -> list[MeasuredLayer]:
+    subject = open_model(model, recipe=known)
+    return measured_layers(subject, inspect_layers(subject, EPSILON, CPU, None), LENIENT)
+
+
+def planned(calibration: Calibration, known: Sequence[TrainingRecipe] = (), *, judge: Judge = holdout_loss) -> Plan:
+    subject = open_model(calibration.model, recipe=known)
+    request = PlanRequest(budget=SIZE, shard_size=10**9)
+    layers = measured(calibration.model, known)
+    return plan_ranks(subject, layers, request, calibration=calibration, judge=judge).plan
 
 
 def edges(model: nn.Module) -> dict[str, int]:
@@ -62,8 +82,8 @@ def edges(model: nn.Module) -> dict[str, int]:
     return {each.layer.name: each.initialization.above_edge or 0 for each in found if each.initialization is not None}
 
 
-def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:
-    """A loss on the holdout data that depends on the largest rank alone."""
+def judged_by(rank_of_a_pair: Callable[[int], float]) -> Judge:
+    """A holdout loss that depends on the largest rank alone."""
 
     def loss(_: object, modules: Mapping[str, nn.Module]) -> float:
         ranks = [module.get_submodule("down").weight.shape[0] for module in modules.values()]
@@ -72,15 +92,11 @@ def judged_by(rank_of_a_pair: Callable[[int], float]) -> Callable[..., float]:
     return loss
 
 
-@pytest.mark.slow
-def test_the_caps_are_taken_where_they_lose_less_on_the_data_holdout(
-    trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caps = edges(trained)
-    free = planned(trained)
+def test_the_caps_are_taken_where_they_lose_less_on_the_holdout(calibration: Calibration) -> None:
+    caps = edges(calibration.model)
+    free = planned(calibration)
     assert any((layer.rank or min(layer.shape)) > caps[layer.name] for layer in free.layers)
-    monkeypatch.setattr(f"{SEARCH}.holdout_loss", judged_by(float))
-    capped = planned(trained, recipe=recipe())
+    capped = planned(calibration, [recipe()], judge=judged_by(float))
     assert all(layer.rank is not None and layer.rank <= caps[layer.name] for layer in capped.layers)
     assert capped.calibration is not None
     assert capped.calibration.capped
@@ -88,50 +104,45 @@ def test_the_caps_are_taken_where_they_lose_less_on_the_data_holdout(
     assert "capped by the window rule" in calibration_words(capped.calibration)
 
 
-@pytest.mark.slow
-def test_the_caps_are_left_where_they_lose_more(trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{SEARCH}.holdout_loss", judged_by(lambda rank: -float(rank)))
-    free, tried = planned(trained), planned(trained, recipe=recipe())
+def test_the_caps_are_left_where_they_lose_more(calibration: Calibration) -> None:
+    judge = judged_by(lambda rank: -float(rank))
+    free, tried = planned(calibration, judge=judge), planned(calibration, [recipe()], judge=judge)
     assert tried.layers == free.layers
     assert tried.calibration is not None
     assert not tried.calibration.capped
     assert "window rule" not in calibration_words(tried.calibration)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("known", "caps"),
-    [(None, True), (recipe("adamw"), True), (recipe(), False)],
+    [([], True), ([recipe("adamw")], True), ([recipe()], False)],
     ids=["no recipe", "AdamW", "switched off"],
 )
 def test_nothing_more_is_measured_where_there_is_no_cap(
-    trained: nn.Sequential, known: TrainingRecipe | None, caps: bool, monkeypatch: pytest.MonkeyPatch
+    calibration: Calibration, known: list[TrainingRecipe], caps: bool
 ) -> None:
-    measured: list[int] = []
+    judged: list[int] = []
 
     def counted(_: object, modules: Mapping[str, nn.Module]) -> float:
-        measured.append(len(modules))
+        judged.append(len(modules))
         return 1.0
 
-    monkeypatch.setattr(f"{SEARCH}.holdout_loss", counted)
-    monkeypatch.setattr(f"{SEARCH}.STAGES", 0)
-    planned(trained, recipe=recipe())
-    with_caps = len(measured)
-    measured.clear()
-    monkeypatch.setattr(f"{SEARCH}.WINDOW_CAPS", caps)
-    planned(trained, recipe=known)
-    assert len(measured) == with_caps - 1
+    once = replace(calibration, settings=replace(calibration.settings, recalibration_rounds=0))
+    planned(once, [recipe()], judge=counted)
+    with_caps = len(judged)
+    judged.clear()
+    planned(replace(once, settings=replace(once.settings, window_caps=caps)), known, judge=counted)
+    assert len(judged) == with_caps - 1
 
 
-@pytest.mark.slow
-def test_where_no_ranks_are_found_under_the_caps_the_plan_is_that_without_them(
-    trained: nn.Sequential, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refusing(layers: Sequence[MeasuredLayer], *arguments: Any) -> tuple[LayerPlan, ...]:
+def test_where_no_ranks_are_found_under_the_caps_the_plan_is_that_without_them(calibration: Calibration) -> None:
+    def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
         if any(m.rank_cap is not None for m in layers):
             raise BadInput("no ranks were found", remedy="allow more")
-        return choose_ranks(layers, *arguments)
+        return choose_ranks(layers, budget, "auto", lambda _: 0, exponent)
 
-    free = planned(trained)
-    monkeypatch.setattr(f"{SEARCH}.choose_ranks", refusing)
-    assert planned(trained, recipe=recipe()).layers == free.layers
+    layers = measured(calibration.model, [recipe()])
+    caps = rank_caps(layers, "sgd")
+    assert caps
+    free = Search(calibration, weighted_layers(layers, calibration), allocate, calibration.settings.exponents)
+    assert replace(free, caps=caps).find(SIZE).layers == free.find(SIZE).layers

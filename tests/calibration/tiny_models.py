@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, CalibrationData, calibrate
+from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate
 from compressor.data import Batch
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
 from compressor.network import Layer, find_layers, module_architecture
 from compressor.planning import LayerPlan
+from compressor.progress import Run
 
 torch.set_num_threads(1)
 
@@ -259,14 +260,16 @@ def calibrated(
     seed: int = 0,
     labels: Tensor | None = None,
     embeddings: bool = False,
+    settings: CalibrationSettings | None = None,
 ) -> Calibration:
-    """Calibration of all eligible layers; the fit examples are also the holdout where none is given."""
+    """Calibration of all eligible layers; the fit examples are the holdout too where there are no others."""
     parts = [
         tuple(Batch(dict(inputs), torch.empty(0) if labels is None else labels) for inputs in part)
         for part in (fit, fit if holdout is None else holdout)
     ]
     data = CalibrationData(parts[0], parts[1], labeled=labels is not None)
-    return calibrate(model, eligible(model, embeddings=embeddings), data, device=CPU, seed=seed)
+    layers = eligible(model, embeddings=embeddings)
+    return calibrate(model, layers, data, run=Run(CPU, seed), settings=settings or CalibrationSettings())
 
 
 def planned(layer: Layer, rank: int | None) -> LayerPlan:

@@ -22,12 +22,6 @@ pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a forward takes is measured elsewhere, for seconds."""
-    monkeypatch.setattr("compressor.evaluation.cost.ENOUGH_SECONDS", 0.0)
-
-
 EXAMPLES, TOKENS, TARGETS = 8, 6, 5
 LETTERS = "abcdefgh"
 PADDING, END = 0, 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from compressor import compress, inspect
 from compressor.calibration import calibrate, split_examples
-from compressor.calibration.compensation import _given, _of_the_same_positions
+from compressor.calibration.compensation import _calls, _of_the_same_positions
+from compressor.calibration.examples import Chunk
+from compressor.calibration.walk import Walk
 from compressor.data import open_data
 from compressor.evaluation import count_macs
 from compressor.io import open_checkpoint
+from compressor.model import evaluation_mode
 from compressor.network import find_layers, fuse_experts, module_architecture, with_separate_experts
+from compressor.progress import Run
 from tests.lowrank.architectures import ARCHITECTURES
 
 TOKENS = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -132,24 +137,23 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
         dense,
         find_layers(open_checkpoint(dense), module_architecture(dense)),
         split_examples(open_data(data)),
-        device=torch.device("cpu"),
-        seed=0,
+        run=Run(torch.device("cpu")),
     )
     changed = copy.deepcopy(dense.model.layers[0].self_attn.o_proj)
     with torch.no_grad():
         changed.weight.mul_(-3)
-    segment = 2  # the second block
-    before, after = (
-        _given(calibration, segment, "fit", 0, layer, replaced)
-        for replaced in ({}, {"model.layers.1.self_attn.o_proj": changed})
-    )
+    walk, chunk = Walk(calibration, {"model.layers.1.self_attn.o_proj": changed}), Chunk("fit", 0)
+    with evaluation_mode(torch.device("cpu"), dense):
+        for _ in range(2):
+            walk.advance()
+        before, after = (_calls(dense, layer, partial(run, chunk)) for run in (walk.run_dense, walk.run_compressed))
     tokens = [set(call.tokens.tolist()) for call in (*before, *after)]
     assert tokens[0] != tokens[1]
     [(x, y)] = _of_the_same_positions(before, after)
     both = sorted(tokens[0] & tokens[1])
     assert both
     for calls, rows in ((before, x), (after, y)):
-        assert torch.equal(rows, torch.stack([calls[0].given[calls[0].tokens.tolist().index(t)] for t in both]))
+        assert torch.equal(rows, torch.stack([calls[0].x[calls[0].tokens.tolist().index(t)] for t in both]))
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from compressor.io import open_checkpoint
 from compressor.measure.moments import MomentPass, collect_moments
 from compressor.measure.token_frequencies import EmbeddingCollector, EmbeddingMoments, smoothed_frequencies
 from compressor.network import find_layers, module_architecture
+from compressor.progress import Run
 
 TOKENS = 12
 
@@ -111,9 +112,8 @@ def test_the_holdout_is_not_counted() -> None:
     torch.manual_seed(0)
     batches = [torch.full((1, 6), token) for token in range(8)]  # of which 3 and 7 are the holdout
     layers = find_layers(open_checkpoint(model), module_architecture(model), embeddings=True)
-    found = calibrate(model, layers, split_examples(open_data(batches)), device=torch.device("cpu"), seed=0).metrics[
-        "words"
-    ]
+    run = Run(torch.device("cpu"))
+    found = calibrate(model, layers, split_examples(open_data(batches)), run=run).metrics["words"]
     assert isinstance(found, TiedMetric)
     counts = 6 * torch.tensor([1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]).double()
     torch.testing.assert_close(found.lookup.inputs, (counts + 1) / (36 + TOKENS))

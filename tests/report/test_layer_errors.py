@@ -22,6 +22,7 @@ from compressor.data import Sample, open_data
 from compressor.io import open_checkpoint
 from compressor.model import load_model
 from compressor.network import find_layers, module_architecture
+from compressor.progress import Run
 from compressor.report import compression_text
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words
@@ -86,7 +87,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
         model = load_model(folder)
         layers = [each for each in find_layers(open_checkpoint(folder), module_architecture(model)) if each.eligible]
         examples = split_examples(open_data(texts, sample=Sample(limit=16)))
-        metrics = calibrate(model, layers, examples, device=CPU, seed=0).metrics
+        metrics = calibrate(model, layers, examples, run=Run(CPU)).metrics
     before = load_file(folder / "model.safetensors")
     after = written_matrices(result, tmp_path)
     for layer in result.plan.layers:

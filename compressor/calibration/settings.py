@@ -1,0 +1,89 @@
+"""Every knob of calibration, of the search over plans, and of the refinement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from compressor.factorize import FactorizationSettings
+
+
+@dataclass(frozen=True)
+class RefinementSettings:
+    """How the factors of a block are fitted to the dense block's outputs, by Adam (Kingma and Ba, ICLR 2015).
+
+    A few passes over a hundred examples are all that a block can take before it overfits them.
+    """
+
+    passes: int = 8
+    """Passes over the fit examples."""
+
+    steps: int = 16
+    """Steps in a pass at least, where there are as many fit examples; never more than one example needs."""
+
+    learning_rate: float = 1e-2
+    """Learning rate of the first step, relative to the root mean square of each tensor; it falls linearly to zero over
+    the passes."""
+
+    learning_rate_cut: float = 0.3
+    """Factor on the learning rate after a pass that did not lower the holdout error; that pass is undone."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How calibration works, in Python alone: every part can be varied, or switched off to see what it contributes.
+
+    The defaults are what `compress` uses; benchmarks/quality.py measures what the parts are worth.
+    """
+
+    samples: int = 128
+    """Examples, or windows of text, that are used by default; of data that come in batches all are."""
+
+    holdout_every: int = 4
+    """Every how manyth example is holdout: statistics and factors are fit on the others, and chosen by these."""
+
+    tokens_at_once: int = 8192
+    """Tokens whose activations are in memory at a time: long windows make small batches."""
+
+    by_segment: bool = True
+    """Run the model a block at a time, in the memory of one block; False runs it whole, for comparison."""
+
+    gradient_moments: bool = True
+    """Weight the outputs of a layer by the loss gradient's second moment; False counts the error of all outputs
+    alike, as SVD-LLM does (Wang et al., ICLR 2025)."""
+
+    exponents: tuple[float, ...] = (1.0, 0.5, 0.0)
+    """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.
+    0 trusts the second-order estimate, 1 is relative; the one with the least holdout loss is kept."""
+
+    window_caps: bool = True
+    """Try the best allocation again with ranks capped by the window rule, where that rule applies."""
+
+    recalibration_rounds: int = 1
+    """How often the moments are taken again, at a model compressed half as far (by the square root of the share kept).
+    """
+
+    trust_factor: float = 1.5
+    """The second-order estimate is trusted, and no round is run, while predicted and holdout loss differ by less than
+    this factor."""
+
+    compensate: bool = True
+    """Refit each layer to the original's outputs on the inputs that it gets in the compressed model."""
+
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """Strengths of the ridge tried in that refit, relative to the mean second moment of the inputs; the one with the
+    least holdout error is kept, and the layer is left as it is where none lowers it."""
+
+    refine: bool = True
+    """Fit the factors, a block at a time, to the dense block's outputs; kept where the holdout loss falls."""
+
+    refinement: RefinementSettings = field(default_factory=RefinementSettings)
+    """How they are fitted."""
+
+    factorization: FactorizationSettings = field(default_factory=FactorizationSettings)
+    """When the factorizations that iterate stop."""
+
+
+CALIBRATION = CalibrationSettings()
