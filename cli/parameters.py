@@ -58,9 +58,10 @@ def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Ask
     if training:
         given["recipe"] = [_recipe(training), *([given["recipe"]] if "recipe" in given else [])]
     known = given.keys() | (set() if base is None else base.given)
-    for name, option, default in described(of):
+    for name, _, default in described(of):
         if default is MISSING and name not in known:
-            raise BadInput(f"`{name}` is missing", option=name, remedy=f"give it: {option.help}")
+            remedy = f"give it, or see 'compress {of.verb} --help'"
+            raise BadInput(f"`{name}` is missing", option=name, remedy=remedy)
     return of.of(base, given)
 
 
