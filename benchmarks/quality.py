@@ -23,15 +23,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import json
 import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -60,16 +58,14 @@ from baselines import (
 )
 from torch import Tensor, nn
 
-from compressor import Plan, compress, inspect
-from compressor.calibration import Calibration, Compensated, uncompensated
+from compressor import CalibrationSettings, Plan, PlanningSettings, compress, inspect
 from compressor.calibration.criterion import divergence
 from compressor.data import Batch, EvaluationData, Preprocessing, Sample, load_preprocessing, open_data
 from compressor.data.builtin_data import standard_library_files
 from compressor.evaluation import measure_quality
-from compressor.factorize import Metric
 from compressor.lowrank import put_layer
 from compressor.model import load_model, logits_of
-from compressor.network import Layer, pair_forms
+from compressor.network import Layer
 from compressor.network.forms import Form, stored_parameters
 from compressor.planning import Budget, LayerPlan
 
@@ -266,25 +262,14 @@ LINEAR_ONLY = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA", "SVD
 # Ours, and ours with a part switched off.
 
 
-def ours(cell: Cell, *, constants: Mapping[str, Any] | None = None, **options: Any) -> Compressed:
-    """`compress`, with `options` in place of its own, and with constants of its modules replaced by name."""
+def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: Any) -> Compressed:
+    """`compress`, with `options` and settings of the calibration in place of its own."""
     given: dict[str, Any] = {"keep": cell.keep, "calibration": cell.batches, "seed": cell.seed} | options
-    with with_constants(constants or {}):
-        small = compress(cell.model, **given).model
+    if given["calibration"] is None:
+        del given["seed"]
+    small = compress(cell.model, calibration_settings=settings, **given).model
     assert small is not None
     return Compressed(small, cell.eligible - (numbers(cell.model) - numbers(small)))
-
-
-@contextmanager
-def with_constants(constants: Mapping[str, Any]) -> Iterator[None]:
-    """Replace `package.module.NAME` by another value for a while; AttributeError when there is no such name."""
-    with ExitStack() as stack:
-        for path, value in constants.items():
-            module_name, _, name = path.rpartition(".")
-            module = importlib.import_module(module_name)
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
-        yield
 
 
 def numbers(model: nn.Module) -> int:
@@ -294,21 +279,6 @@ def numbers(model: nn.Module) -> int:
 
 def _numbers(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
-
-
-def of_inputs_only(inputs: Tensor, gradients: Tensor, mean: Tensor | None = None) -> Metric:
-    """The metric without the gradients' moment: the error of each layer's outputs."""
-    return Metric(inputs, torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device), mean)
-
-
-def without_spatial_pairs(layer: Layer) -> tuple[Form, ...]:
-    """The forms that a layer may take but for the spatial pair of a convolution."""
-    return tuple(form for form in pair_forms(layer) if form != "spatial")
-
-
-def not_compensated(calibration: Calibration, planned: Sequence[LayerPlan], *_: Any, **__: Any) -> Compensated:
-    """In place of compensation: every layer truncated by itself."""
-    return uncompensated(calibration, planned)
 
 
 def at_published_ranks(cell: Cell) -> Compressed:
@@ -355,19 +325,17 @@ OURS: dict[str, Method] = {
     "ours": ours,
     "ours without refinement": unrefined,
     "ours without refinement and the gradients' moment": partial(
-        unrefined, constants={"compressor.calibration.calibrate.Metric": of_inputs_only}
+        unrefined, settings=CalibrationSettings(gradient_moments=False)
     ),
     "ours without refinement, with one allocation (p = 1)": partial(
-        unrefined, constants={"compressor.calibration.search.ALLOCATION_POWERS": (1.0,)}
+        unrefined, settings=CalibrationSettings(exponents=(1.0,))
     ),
-    "ours without refinement and compensation": partial(
-        unrefined, constants={"compressor.calibration.search.compensate": not_compensated}
-    ),
-    "ours without refinement and stages": partial(unrefined, constants={"compressor.calibration.search.STAGES": 0}),
+    "ours without refinement and compensation": partial(unrefined, settings=CalibrationSettings(compensate=False)),
+    "ours without refinement and stages": partial(unrefined, settings=CalibrationSettings(recalibration_rounds=0)),
     "ours without refinement, at the published ranks": at_published_ranks,
     "ours without refinement, with plain pairs": partial(unrefined, form="plain"),
     "ours without refinement, with channel pairs": partial(
-        unrefined, constants={"compressor.model.measurements.pair_forms": without_spatial_pairs}
+        unrefined, planning_settings=PlanningSettings(spatial_pairs=False)
     ),
     "ours without data": partial(ours, calibration=None),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,

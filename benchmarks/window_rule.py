@@ -25,11 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import ROOT, mean_divergence, with_constants
+from quality import ROOT, mean_divergence
 from reference_models import MODELS, SAMPLES
 from torch import nn
 
-from compressor import BadInput, Compression, QualityGateNotMet, TrainingRecipe, compress, inspect
+from compressor import (
+    BadInput,
+    CalibrationSettings,
+    Compression,
+    PlanningSettings,
+    QualityGateNotMet,
+    TrainingRecipe,
+    compress,
+    inspect,
+)
 from compressor.data import Sample, open_data
 from compressor.data.builtin_data import digits
 from compressor.evaluation import measure_quality
@@ -39,8 +48,7 @@ KEEPS = (0.4, 0.2, 0.1, 0.05)
 SEEDS = (0, 1, 2)
 LEARNING_RATE, BATCH_SIZE, EPOCHS = 0.05, 16, 80
 WEIGHT_DECAYS = (0.002, 0.004)
-SWITCH = "compressor.calibration.search.WINDOW_CAPS"
-LIMIT = {"compressor.planning.plan.LARGEST_SHARE": math.exp(-0.5)}
+LENIENT = PlanningSettings(largest_surviving_share=math.exp(-0.5))
 
 Compress = Callable[..., Compression]
 
@@ -101,8 +109,9 @@ def with_calibration(name: str, compressed: Compress, seeds: Sequence[int]) -> l
                 row: dict[str, Any] = {"model": name, "calibrated": True, "asked": f"keep {keep}"}
                 row |= {"seed": seed, "caps": caps}
                 try:
-                    with with_constants({SWITCH: caps}):
-                        report = compressed(keep=keep, calibration="builtin:digits", seed=seed, refine=False)
+                    settings = CalibrationSettings(window_caps=caps)
+                    request = {"keep": keep, "seed": seed, "refine": False, "calibration_settings": settings}
+                    report = compressed(calibration="builtin:digits", **request)
                 except BadInput as refused:
                     rows.append(row | {"refused": str(refused)})
                     continue
@@ -125,11 +134,12 @@ def reference_model(name: str, folder: Path) -> list[dict[str, Any]]:
             data_samples=SAMPLES.get(name),
             factory=factory,
             overwrite=True,
+            planning_settings=LENIENT,
             **request,
         )
 
     rows = without_data(name, compressed)
-    advice = inspect(source).advice
+    advice = inspect(source, planning_settings=LENIENT).advice
     if advice is None:
         return rows + with_calibration(name, compressed, SEEDS)
     return [*rows, {"model": name, "calibrated": True, "caps": False, "reason": advice}]
@@ -194,7 +204,7 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
 
     def add(asked: str, extra: Mapping[str, Any], **request: Any) -> Compression | None:
         try:
-            report = compress(model, recipe=recipe, **request)
+            report = compress(model, recipe=recipe, planning_settings=LENIENT, **request)
         except (BadInput, QualityGateNotMet) as refused:
             rows.append({"model": name, "asked": asked, "seed": seed, "refused": str(refused)} | dict(extra))
             return None
@@ -212,9 +222,9 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
         add("keep, the size of nothing asked", {"calibrated": False}, keep=size)
     for keep in KEEPS:
         for caps in (True, False):
-            with with_constants({SWITCH: caps}):
-                request = {"keep": keep, "calibration": batches, "seed": seed, "refine": False}
-                add(f"keep {keep}", {"calibrated": True, "caps": caps}, **request)
+            request = {"keep": keep, "calibration": batches, "seed": seed, "refine": False}
+            request["calibration_settings"] = CalibrationSettings(window_caps=caps)
+            add(f"keep {keep}", {"calibrated": True, "caps": caps}, **request)
     return rows
 
 
@@ -224,7 +234,7 @@ def show(row: Mapping[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with with_constants(LIMIT), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in MODELS for row in reference_model(name, Path(folder))]
         rows += [row for weight_decay in WEIGHT_DECAYS for seed in SEEDS for row in trained_here(weight_decay, seed)]
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import inspect
+from compressor import CalibrationSettings, inspect
 from compressor.data import Batch, EvaluationData
 
 pytestmark = pytest.mark.slow
@@ -73,46 +74,26 @@ def test_all_methods_store_what_was_asked_for_and_differ(quality: ModuleType) ->
     assert all(not torch.equal(output, given.model(x)) for output in outputs.values())
 
 
-def test_a_part_is_switched_off_only_while_it_is_measured_and_must_exist(quality: ModuleType) -> None:
-    from compressor.calibration import search as calibrated_planning
-
-    before = calibrated_planning.ALLOCATION_POWERS
-    with quality.with_constants({"compressor.calibration.search.ALLOCATION_POWERS": (0.25,)}):
-        assert calibrated_planning.ALLOCATION_POWERS == (0.25,)
-    assert before == calibrated_planning.ALLOCATION_POWERS
-    with pytest.raises(AttributeError), quality.with_constants({"compressor.calibration.search.NO_SUCH_PART": ()}):
-        pass
-
-
-class Unusable:
-    """Stands in for a constant or function, and says when it is used."""
-
-    class UsedError(Exception):
-        pass
-
-    def used(self, *_: Any, **__: Any) -> Any:
-        raise self.UsedError
-
-    __call__ = __iter__ = __index__ = used
-
-
-def test_compress_reads_whatever_is_replaced_to_switch_a_part_off(quality: ModuleType) -> None:
+def test_every_setting_that_switches_a_part_off_changes_the_search(quality: ModuleType) -> None:
+    """Where no prediction is trusted, so that there is a round of recalibration."""
     given = cell(quality)
-    parts = [method for method in quality.OURS.values() if isinstance(method, partial)]
-    paths = {path for method in parts for path in method.keywords.get("constants", {})}
-    assert paths
-    for path in paths:
-        # No prediction is trusted, so that there is a further stage.
-        replaced = {"compressor.calibration.search.TRUSTED": 1.0, path: Unusable()}
-        with pytest.raises(Unusable.UsedError):
-            quality.ours(given, constants=replaced)
+    switched = {
+        name: method.keywords["settings"]
+        for name, method in quality.OURS.items()
+        if isinstance(method, partial) and "settings" in method.keywords
+    }
+    assert len(switched) == 4
 
+    def steps(settings: CalibrationSettings) -> list[tuple[Any, ...]]:
+        seen: list[tuple[Any, ...]] = []
+        settings = replace(settings, trust_factor=1.0)
+        quality.ours(given, settings=settings, refine=False, progress=lambda *event: seen.append(event))
+        return seen
 
-def test_without_the_gradients_moment_every_metric_is_of_inputs_only(quality: ModuleType) -> None:
-    inputs, gradients = torch.eye(3, dtype=torch.float64) * 2, torch.diag(torch.tensor([1.0, 5.0])).double()
-    metric = quality.of_inputs_only(inputs, gradients)
-    torch.testing.assert_close(metric.inputs, inputs)
-    torch.testing.assert_close(metric.gradients, torch.eye(2, dtype=torch.float64))
+    whole = steps(CalibrationSettings())
+    for name, settings in switched.items():
+        # The metric is another one in the same steps.
+        assert (steps(settings) == whole) == ("moment" in name), name
 
 
 def test_tied_tensors_are_counted_once(quality: ModuleType) -> None:

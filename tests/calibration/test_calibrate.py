@@ -424,6 +424,17 @@ def test_the_first_layer_that_is_given_an_overflow_is_named(batch: int) -> None:
         compress(model, keep=0.5, calibration=[{"input_ids": ids} for ids in data])
 
 
+def test_without_the_gradients_moment_the_metric_is_of_the_inputs_alone() -> None:
+    model, data = transformer("gpt2"), [inputs_for("gpt2", 4)]
+    whole = calibrated(model, data)
+    found = calibrated(model, data, settings=CalibrationSettings(gradient_moments=False))
+    assert found.metrics.keys() == whole.metrics.keys()
+    for name, metric in found.metrics.items():
+        assert torch.equal(metric.inputs, whole.metrics[name].inputs)
+        assert torch.equal(metric.gradients, torch.eye(len(metric.gradients), dtype=torch.float64))
+        assert not torch.equal(metric.gradients, whole.metrics[name].gradients)
+
+
 def test_large_means_leave_what_varies() -> None:
     # In float32 the second moment of 10,000 + noise holds nothing of the noise.
     torch.manual_seed(0)
