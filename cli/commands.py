@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from compressor.api import options as asked
 from compressor.api.option import Options
+from compressor.cli.messages import with_flags
 from compressor.cli.parameters import given, typer_command
 from compressor.cli.terminal import (
     document_text,
@@ -23,8 +24,7 @@ from compressor.cli.terminal import (
 from compressor.errors import CompressorError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
+    from compressor.report.blocks import Page
     from compressor.results import Compression
 
 # The blank lines keep typer from joining these into one paragraph.
@@ -78,13 +78,13 @@ def _app() -> typer.Typer:
 main_command, subcommands = _app(), _app()
 
 
-def _show(document: Mapping[str, Any], rendered: RenderableType, *, json: bool, written: str | Path | None) -> None:
+def _show(document: Mapping[str, Any], page: Page, *, json: bool, written: str | Path | None) -> None:
     """Write a result to standard output; where that fails the error says what was `written` nevertheless."""
     try:
         if json:
             write_text(document_text(document))
         else:
-            write_rendered(rendered)
+            write_rendered(page.reworded(with_flags))
     except CompressorError as error:
         if written is None:
             raise
@@ -189,12 +189,12 @@ def compress(
     """
     with shown_progress(quiet=quiet) as progress:
         from compressor import compress as compress_model
-        from compressor.report import check_report_path, compression_text
+        from compressor.report import check_report_path, compression_page
 
         if report is not None:
             check_report_path(report, source=Path(model), overwrite=options.overwrite)
         compression = compress_model(model, options, progress=progress)
-    _show(compression.to_dict(), compression_text(compression), json=json, written=compression.output)
+    _show(compression.to_dict(), compression_page(compression), json=json, written=compression.output)
     if report is not None:
         _write_report(compression, report, overwrite=options.overwrite)
         if not json:
@@ -206,10 +206,10 @@ def inspect(model: Model, options: asked.InspectOptions, *, json: Json = False, 
     """Show effective ranks and memory windows, layer by layer."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import inspect as inspect_model
-        from compressor.report import inspection_text
+        from compressor.report import inspection_page
 
         inspection = inspect_model(model, options, progress=progress)
-    _show(inspection.to_dict(), inspection_text(inspection), json=json, written=None)
+    _show(inspection.to_dict(), inspection_page(inspection), json=json, written=None)
 
 
 @_command(subcommands, asked.PlanOptions)
@@ -226,7 +226,7 @@ def plan(
     with shown_progress(quiet=quiet) as progress:
         from compressor import plan as plan_model
         from compressor.io import check_output, staged_file
-        from compressor.report import plan_text
+        from compressor.report import plan_page
 
         if output is not None:
             check_output(output, sources=[Path(model)], form="file", overwrite=overwrite)
@@ -234,7 +234,7 @@ def plan(
         if output is not None:
             with staged_file(output, overwrite=overwrite) as staged:
                 staged.write_bytes(document_text(chosen.portable().to_dict()).encode())
-    _show(chosen.to_dict(), plan_text(chosen, output=output), json=json, written=output)
+    _show(chosen.to_dict(), plan_page(chosen, output=output), json=json, written=output)
 
 
 @_command(subcommands, asked.EvaluateOptions)
@@ -242,12 +242,12 @@ def evaluate(model: Model, options: asked.EvaluateOptions, *, json: Json = False
     """Measure a compressed model beside its baseline: quality, size, arithmetic, memory, latency."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import evaluate as evaluate_model
-        from compressor.report import evaluation_text
+        from compressor.report import evaluation_page
         from compressor.results import SCHEMA_VERSION
 
         evaluation = evaluate_model(model, options, progress=progress)
     document = {"schema_version": SCHEMA_VERSION, "source": model, **evaluation.to_dict()}
-    _show(document, evaluation_text(evaluation), json=json, written=None)
+    _show(document, evaluation_page(evaluation), json=json, written=None)
 
 
 @_command(subcommands, asked.RestoreOptions)
@@ -255,10 +255,10 @@ def restore(model: Model, options: asked.RestoreOptions, *, json: Json = False, 
     """Multiply factor pairs back to a dense checkpoint that the original code loads."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import restore as restore_model
-        from compressor.report import restoration_text
+        from compressor.report import restoration_page
 
         restored = restore_model(model, options, progress=progress)
-    _show(restored.to_dict(), restoration_text(restored), json=json, written=restored.output)
+    _show(restored.to_dict(), restoration_page(restored), json=json, written=restored.output)
 
 
 @_command(subcommands, asked.ExportOptions)
@@ -266,10 +266,10 @@ def export(model: Model, options: asked.ExportOptions, *, json: Json = False, qu
     """Write a compressed model in the form in which something else runs it."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import export as export_model
-        from compressor.report import export_text
+        from compressor.report import export_page
 
         exported = export_model(model, options, progress=progress)
-    _show(exported.to_dict(), export_text(exported), json=json, written=exported.output)
+    _show(exported.to_dict(), export_page(exported), json=json, written=exported.output)
 
 
 @_command(subcommands, asked.DiagnoseOptions)
@@ -286,7 +286,7 @@ def diagnose(
     with shown_progress(quiet=quiet) as progress:
         from compressor import diagnose as diagnose_model
         from compressor.errors import BadInput
-        from compressor.report import check_figure_path, diagnosis_text, write_rank_figure
+        from compressor.report import check_figure_path, diagnosis_page, write_rank_figure
 
         if output is not None:
             if options.series is None:
@@ -295,7 +295,7 @@ def diagnose(
         found = diagnose_model(model, options, progress=progress)
         if output is not None and found.series is not None:
             write_rank_figure(found.series, output, overwrite=overwrite)
-    _show(found.to_dict(), diagnosis_text(found, figure=output), json=json, written=output)
+    _show(found.to_dict(), diagnosis_page(found, figure=output), json=json, written=output)
 
 
 @_command(subcommands, asked.MergeOptions)
@@ -303,7 +303,7 @@ def merge(models: Models, options: asked.MergeOptions, *, json: Json = False, qu
     """Merge networks of one architecture into one, and measure what that costs each of their tasks."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import merge as merge_models
-        from compressor.report import merging_text
+        from compressor.report import merging_page
         from compressor.results import MergeRefused
 
         refused = None
@@ -311,7 +311,7 @@ def merge(models: Models, options: asked.MergeOptions, *, json: Json = False, qu
             merged = merge_models(models, options, progress=progress)
         except MergeRefused as error:
             refused, merged = error, error.merging
-    _show(merged.to_dict(), merging_text(merged), json=json, written=merged.output)
+    _show(merged.to_dict(), merging_page(merged), json=json, written=merged.output)
     if refused is not None:
         raise refused
 

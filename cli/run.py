@@ -65,7 +65,7 @@ def _misspelled(arguments: Sequence[str]) -> str | None:
 
 def _failed(error: Exception, help_of: str) -> int:
     """Say in one line what went wrong, and return the exit status that it has."""
-    from compressor.report.wording import one_line
+    from compressor.formatting import one_line
 
     if isinstance(error, typer.TyperException):
         write_error(f"error: {one_line(error.format_message()).rstrip('.')}; see '{help_of} --help'")

@@ -225,7 +225,7 @@ class _ConsoleHandler(logging.Handler):
 
         with suppress(OSError):
             from compressor.cli.messages import with_flags
-            from compressor.report.wording import one_line
+            from compressor.formatting import one_line
 
             line = one_line(with_flags(f"{record.levelname.lower()}: {record.getMessage()}"))
             if self.console.is_terminal:

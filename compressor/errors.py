@@ -7,17 +7,26 @@ from pathlib import Path
 
 
 class CompressorError(Exception):
-    """Something failed that neither the request nor its inputs are to blame for."""
+    """Something failed that neither the request nor its inputs are to blame for; the base class of the errors below.
+
+    Attributes:
+        exit_status: The exit status of the command line.
+    """
 
     exit_status = 1
 
 
 class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as FileExistsError does not
-    """The request or one of its inputs is bad: says what, where, and what to do about it, in one line.
+    """The request or one of its inputs is bad: one line says what, where, and what to do about it.
 
-    Messages name options as Python does, between backticks: `keep` or `keep=0.8`. The command line shows its flags
-    instead.
-    `option` is the one that the error is about, if it is about one.
+    Messages name options as Python does, in backticks: `keep` or `keep=0.8`. The command line shows its flags instead.
+
+    Attributes:
+        what: What is wrong.
+        where: The file that it is about, or None.
+        option: The option that it is about, or None.
+        remedy: What to do.
+        exit_status: 2.
     """
 
     exit_status = 2
@@ -33,7 +42,11 @@ class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as 
 
 
 class QualityGateNotMet(CompressorError):  # noqa: N818 - the gate's name, not the error's
-    """The best that was found is worse than what was asked for."""
+    """The best result is worse than what was asked for; nothing was written.
+
+    Attributes:
+        exit_status: 3.
+    """
 
     exit_status = 3
 

@@ -1,4 +1,7 @@
-"""Makes `import compressor` enough for transformers to load compressed folders, without importing transformers."""
+"""What `import compressor` sets up, without importing torch, transformers or rich.
+
+Transformers learns to load compressed folders as soon as it is imported, and results learn how they are drawn.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from compressor.display import draw_with
+
+if TYPE_CHECKING:
+    from compressor.report.blocks import Page
 
 _REGISTRY = "transformers.quantizers.auto"
 _QUANTIZER = "compressor.lowrank.quantizer"
@@ -45,8 +53,15 @@ class _LoadThenRegister(Loader):
         return getattr(self._loader, name)
 
 
+def _draw(result: object) -> Page:
+    from compressor.report.draw import draw
+
+    return draw(result)
+
+
 def register() -> None:
-    """Register the low-rank quantizer now if transformers' registry is loaded, else as soon as it is."""
+    """Register the low-rank quantizer with transformers, now or when it is imported, and what draws results."""
+    draw_with(_draw)
     if _REGISTRY in sys.modules:
         importlib.import_module(_QUANTIZER)
     elif not any(isinstance(finder, _RegisterOnImport) for finder in sys.meta_path):

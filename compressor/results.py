@@ -13,8 +13,10 @@ from compressor.choices import ExportTarget, FormRequest, Head, MergeMode
 from compressor.diagnosis.findings import Finding
 from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
+from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
 from compressor.evaluation import Evaluation
+from compressor.formatting import format_size
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
 from compressor.measure import NormBalance, Spectrum
@@ -35,9 +37,25 @@ class BeforeAfter:
     after: int
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """Effective ranks and memory windows, layer by layer."""
+@dataclass(frozen=True, repr=False)
+class Inspection(DisplayedLayers):
+    """The measurements of every matrix of a model, as `inspect` returns them.
+
+    Attributes:
+        source: The model.
+        recipe: How it was trained, as far as that is known.
+        layers: The matrices, eligible or with the reason why they are skipped.
+        parameters: The numbers in all tensors.
+        weight_bytes: The size of the weight files.
+        advice: What the measurements suggest, or None.
+        left_out: What the files hold beside the weights, such as an optimizer's state; not counted in `weight_bytes`.
+        weights_at: The keys under which a torch file keeps the weights; empty if they are all of it.
+
+    Example:
+        >>> inspection = compressor.inspect("model.safetensors")
+        >>> print(inspection)  # the tables of `compress inspect`
+        >>> inspection.to_frame()["ranks.energy"]
+    """
 
     source: str
     recipe: TrainingRecipe
@@ -51,6 +69,13 @@ class Inspection:
     @property
     def eligible(self) -> int:
         return sum(inspected.layer.parameters for inspected in self.layers if inspected.layer.eligible)
+
+    def __repr__(self) -> str:
+        eligible = sum(inspected.layer.eligible for inspected in self.layers)
+        return (
+            f"<Inspection of {self.source}: {self.parameters:,} parameters, {format_size(self.weight_bytes)},"
+            f" {eligible} of {len(self.layers)} layers eligible>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -69,14 +94,20 @@ class Inspection:
 
 @dataclass(frozen=True)
 class FineTune:
-    """How a fine-tune was written as what it adds to its base.
+    """How a fine-tune was stored as its difference from a base model.
 
-    `unchanged` counts the tensors that are the base's, `in_full` names those that are stored as they are. For an
-    adapter `max_lora_rank` is what vLLM is to be started with (--max-lora-rank), and `vllm_obstacles` say why it would
-    refuse the adapter all the same; None and empty for pairs. `verified_with` is the version of PEFT that loaded the
-    adapter and made every change of it before it was written, None where PEFT is not installed or nothing was written.
-    `rounding_share` is how much of the difference of the matrices that became pairs is rounding of the fine-tune to the
-    dtype that it is stored in, in the Frobenius norm; no rank is spent on it.
+    Attributes:
+        base: The base model.
+        base_bytes: The size of its weight files.
+        written_as: `LoRA adapter` or `factor pairs`.
+        unchanged: The number of tensors that are equal to the base's.
+        in_full: The tensors that are stored in full.
+        max_lora_rank: The `--max-lora-rank` that vLLM needs to load the adapter; None for pairs.
+        vllm_obstacles: Why vLLM would refuse the adapter all the same; empty for pairs.
+        verified_with: The version of PEFT that loaded the adapter and reproduced every change before it was written;
+            None if PEFT is not installed or nothing was written.
+        rounding_share: The share of the difference, in the Frobenius norm over the matrices that became pairs, that is
+            rounding of the fine-tune to the dtype that it is stored in; no rank is spent on it.
     """
 
     base: str
@@ -90,19 +121,38 @@ class FineTune:
     rounding_share: float
 
 
-@dataclass(frozen=True)
-class Compression:
-    """What became of a model: the plan, the sizes, what it cost in quality, and what the work took.
+@dataclass(frozen=True, repr=False)
+class Compression(DisplayedLayers):
+    """A compressed model, as `compress` returns it: the plan, the sizes, the quality, and what the work took.
 
-    `parameters` and `bytes` are of all weights, `plan.eligible_before` and `after` of the eligible matrices,
-    `skipped` are the others. `spectra` holds the singular values behind the plan, `inspected` what else was measured
-    of the eligible layers, and `measured` what the plan was made from. `has_attention` tells whether the model has
-    attention layers, and `warnings` are sentences on what must not be overlooked. `command` is the one that does the
-    same, with paths by their last part (empty for a module), and `pushed` the address of the commit on the hub.
-    `model` is the compressed module when a module was compressed. `left_out` is what the source's files hold beside
-    the weights (they are not counted in `bytes`), and `weights_at` the keys under which the weights were found. With
-    a base the matrices are differences to it, `after` is what is stored beside it, and `fine_tune` says how.
-    `not_copied` is what of a model folder did not go along, and why.
+    Attributes:
+        source: The model that was compressed.
+        output: The file or folder that was written; None for a module or a dry run.
+        recipe: How the model was trained, as far as that is known.
+        plan: The rank and form of each eligible layer; with a base, of its difference from the base.
+        parameters: The numbers in all tensors, before and after.
+        bytes: The size of the weight files, before and after. With a base, what is stored beside the base is `after`.
+        evaluation: Quality and cost on `data`, beside the dense model; None without `data`.
+        seconds: How long it took.
+        peak_memory_bytes: The most memory that the process used.
+        skipped: The matrices that are not eligible, each with the reason.
+        spectra: The singular values behind the plan, by layer, in descending order.
+        has_attention: Whether the model has attention layers.
+        warnings: Sentences that must not be overlooked.
+        inspected: Further measurements of the eligible layers.
+        measured: The measurements that the plan was made from.
+        form: The form that was asked for.
+        command: The command line that asks for the same, with paths by their last part; empty for a module.
+        pushed: The address of the commit on the Hugging Face hub, or None.
+        model: The compressed module, if a module was compressed.
+        fine_tune: How a fine-tune was written; None without a base.
+        not_copied: Files of the model folder that were not copied, each with the reason.
+        left_out: What the source's files hold beside the weights; not counted in `bytes`.
+        weights_at: The keys under which a torch file keeps the weights; empty if they are all of it.
+
+    Example:
+        >>> small = compressor.compress("model/", output="small/", keep=0.6, data="test.jsonl")
+        >>> small.bytes.after / small.bytes.before, small.evaluation.drop
     """
 
     source: str
@@ -128,6 +178,14 @@ class Compression:
     not_copied: tuple[NotCopied, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
+
+    def __repr__(self) -> str:
+        score = "" if self.evaluation is None else f", {self.evaluation.score}"
+        return (
+            f"<Compression of {self.source} to {self.output or 'memory'}: {self.plan.factorized} of"
+            f" {len(self.plan.layers)} eligible layers factorized, {format_size(self.bytes.before)} to"
+            f" {format_size(self.bytes.after)}{score}>"
+        )
 
     @cached_property
     def curve(self) -> SizeCurve | None:
@@ -200,9 +258,18 @@ class Compression:
         }
 
 
-@dataclass(frozen=True)
-class Restoration:
-    """A dense checkpoint multiplied back from a compressed one; `not_copied` is what did not go along, and why."""
+@dataclass(frozen=True, repr=False)
+class Restoration(Displayed):
+    """A dense checkpoint restored from a compressed one, as `restore` returns it.
+
+    Attributes:
+        source: The compressed checkpoint.
+        output: The dense file or folder.
+        layers: The layers whose factors were multiplied.
+        bytes: The size of the weight files, before and after.
+        seconds: How long it took.
+        not_copied: Files of the model folder that were not copied, each with the reason.
+    """
 
     source: str
     output: str
@@ -210,6 +277,12 @@ class Restoration:
     bytes: BeforeAfter
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Restoration of {self.source} to {self.output}: {len(self.layers)} layers made dense,"
+            f" {format_size(self.bytes.before)} to {format_size(self.bytes.after)}>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -223,9 +296,22 @@ class Restoration:
         }
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What was found, with the numbers behind it."""
+@dataclass(frozen=True, repr=False)
+class Diagnosis(DisplayedLayers):
+    """The effects of training on each matrix, and the findings that follow, as `diagnose` returns them.
+
+    Attributes:
+        source: The model.
+        recipe: How it was trained, as far as that is known.
+        layers: The eligible matrices.
+        predictions: The model's score on the data; None without data.
+        balance: How the norms of the matrices compare; None if fewer than two can be compared.
+        series: The ranks over the checkpoints of the training; None without `series`.
+        findings: The findings, each with its advice.
+
+    Example:
+        >>> [finding.message for finding in compressor.diagnose("model/").findings if finding.warning]
+    """
 
     source: str
     recipe: TrainingRecipe
@@ -234,6 +320,13 @@ class Diagnosis:
     balance: NormBalance | None
     series: RankSeries | None
     findings: tuple[Finding, ...]
+
+    def __repr__(self) -> str:
+        warnings = sum(finding.warning for finding in self.findings)
+        return (
+            f"<Diagnosis of {self.source}: {len(self.layers)} layers, {len(self.findings)} findings,"
+            f" {warnings} of them warnings>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as one JSON document."""
@@ -249,13 +342,26 @@ class Diagnosis:
         }
 
 
-@dataclass(frozen=True)
-class Merging:
-    """What was merged, how much the networks overlap, and what merging did to each task.
+@dataclass(frozen=True, repr=False)
+class Merging(DisplayedLayers):
+    """A merged network, how much the networks overlap, and the change of each task, as `merge` returns it.
 
-    `inputs` and `layers` were measured before merging; `tasks` after it, and empty without data. `parts_parameters` and
-    `parts_bytes` are the stored numbers and the weight files of all parts together. `output` is None where the merge
-    was refused. `not_copied` is what of the first folder did not go along, and why.
+    Attributes:
+        models: The networks that were merged.
+        base: The model that they were fine-tuned from, or None.
+        output: The file or folder that was written; None if the merge was refused.
+        mode: `sum` or `concat`.
+        head: `shared` or `separate`, of `concat`.
+        inputs: How nearly orthogonal the inputs of two tasks are; None if unknown.
+        layers: The overlap of the networks in each layer, measured before merging.
+        warnings: Sentences that must not be overlooked.
+        tasks: The quality of each task before and after; empty without data.
+        parts_parameters: The stored numbers of all networks together.
+        parameters: The stored numbers of the merged network.
+        parts_bytes: The size of the weight files of all networks together.
+        bytes: The size of the merged weight files.
+        seconds: How long it took.
+        not_copied: Files of the first folder that were not copied, each with the reason.
     """
 
     models: tuple[str, ...]
@@ -274,6 +380,15 @@ class Merging:
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
 
+    def __repr__(self) -> str:
+        drops = "".join(
+            f", {task.data}: {task.metric} {task.alone:.4g} to {task.merged:.4g}" for task in self.tasks[:3]
+        )
+        return (
+            f"<Merging of {len(self.models)} models by {self.mode} to {self.output or 'nothing'}:"
+            f" {format_size(self.parts_bytes)} to {format_size(self.bytes)}{drops}>"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
@@ -287,20 +402,31 @@ class Merging:
 
 
 class MergeRefused(QualityGateNotMet):
-    """A task would lose more than was allowed: nothing was written, and `merging` says what was measured."""
+    """A task would lose more than `max_drop` allows: nothing was written.
+
+    Attributes:
+        merging: What was measured.
+    """
 
     def __init__(self, what: str, merging: Merging) -> None:
         super().__init__(what)
         self.merging = merging
 
 
-@dataclass(frozen=True)
-class Export:
-    """What was exported: to where, how large it is, and how to load it.
+@dataclass(frozen=True, repr=False)
+class Export(Displayed):
+    """An exported model, as `export` returns it.
 
-    `layers` counts the low-rank layers of the model that was given. `difference` is the largest one between the outputs
-    of torch and of what was written, where it was run (onnx); None elsewhere. `not_copied` is what of a folder did not
-    go along, and why.
+    Attributes:
+        source: The compressed model.
+        output: The file or folder that was written.
+        to: What it was exported to.
+        layers: The number of low-rank layers of the compressed model.
+        bytes: The size of the weight files, before and after.
+        difference: The largest difference between its outputs and those of torch; None if it was not run.
+        load: How to load it.
+        seconds: How long it took.
+        not_copied: Files of the model folder that were not copied, each with the reason.
     """
 
     source: str
@@ -312,6 +438,12 @@ class Export:
     load: str
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Export of {self.source} to {self.output} as {self.to}: {self.layers} low-rank layers,"
+            f" {format_size(self.bytes.before)} to {format_size(self.bytes.after)}>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         not_copied = [each._asdict() for each in self.not_copied]

@@ -26,7 +26,6 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 import compressor
-from compressor.report import write_report
 
 PASSED, NOT_LOGGED, GATE_NOT_MET = 0, 1, compressor.QualityGateNotMet.exit_status
 
@@ -117,7 +116,7 @@ def log(result: compressor.Compression, candidate: Path, asked: argparse.Namespa
         mlflow.log_metrics(result.metrics())
         mlflow.set_tag("gate", "passed" if passed else "not met")
         report, plan = Path(place) / "report.html", Path(place) / "plan.json"
-        write_report(result, report, overwrite=False)
+        compressor.write_report(result, report)
         plan.write_text(json.dumps(result.plan.portable().to_dict(), indent=2), encoding="utf-8")
         for artifact in (report, plan, candidate / "README.md"):
             if artifact.exists():  # a single weight file has no card

@@ -42,6 +42,7 @@ from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Sample, open_data
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import TIMING, Evaluation, require_accepted
+from compressor.formatting import format_percent, format_size
 from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.lowrank import (
@@ -73,7 +74,7 @@ from compressor.planning import (
 )
 from compressor.progress import Run, expect, takes_steps
 from compressor.report.model_card import compressed_card
-from compressor.report.wording import format_size, needs_calibration, percent, warning_words
+from compressor.report.wording import needs_calibration, warning_words
 from compressor.results import BeforeAfter, Compression
 from compressor.torch_state import neutral_torch_state
 
@@ -329,7 +330,7 @@ def _require_worthwhile(
         else f"ask for a size with `keep={suggested.value:g}`, better with `calibration=DATA`"
     )
     nothing = all(layer.rank is None for layer in chosen.layers)
-    little = f"what can be removed safely leaves {percent(after, before)} of the weight files"
+    little = f"what can be removed safely leaves {format_percent(after, before)} of the weight files"
     found = "nothing can be removed safely" if nothing else little
     raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import reprlib
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +75,8 @@ def options(cls: type[R]) -> type[R]:
 
     An option that is passed as None was not given.
     """
-    made = dataclass(frozen=True, kw_only=True)(cls)
+    made = dataclass(frozen=True, kw_only=True, repr=False)(cls)
+    made.__doc__ = _with_lines(inspect.getdoc(cls) or "", "Attributes", made)
     initialize = made.__init__
 
     @functools.wraps(initialize)
@@ -109,6 +111,10 @@ class Options:
 
     verb: ClassVar[str] = ""
     given: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        listed = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.as_given().items())
+        return f"{type(self).__name__}({listed})"
 
     def check(self) -> None:
         """Raise `BadInput` where the options contradict each other, or one lacks another that it needs."""
@@ -233,19 +239,19 @@ def verb(of: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         ]
         signature = inspect.signature(function)
         function.__signature__ = signature.replace(parameters=[*positional, *keywords])  # type: ignore[attr-defined]
-        function.__doc__ = _with_arguments(inspect.getdoc(function) or "", of)
+        function.__doc__ = _with_lines(inspect.getdoc(function) or "", "Args", of)
         return function
 
     return describe
 
 
-def _with_arguments(documentation: str, of: type[Options]) -> str:
-    """A docstring with a line for each option at the end of its `Args`."""
+def _with_lines(documentation: str, section: str, of: type[Any]) -> str:
+    """A docstring with a line for each option at the end of a section."""
     before, found, after = documentation.partition("\n\nReturns:")
     lines = []
     for name, stated_as, _ in described(of):
         default = "" if stated_as.default_text is None else f" Default: {stated_as.default_text}."
         text = f"{name}: {stated_as.help}{default}"
         lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="        "))
-    head = "" if "\n\nArgs:\n" in before else "\n\nArgs:"
+    head = "" if f"\n\n{section}:\n" in before else f"\n\n{section}:"
     return "\n".join([before + head, *lines]) + found + after

@@ -33,9 +33,13 @@ class RefinementSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How calibration works, in Python alone: every part can be varied, or switched off to see what it contributes.
+    """Settings of the calibration, in Python alone: every part can be varied, or switched off to see what it contributes.
 
-    The defaults are what `compress` uses; benchmarks/quality.py measures what the parts are worth.
+    The defaults are those of `compress`; benchmarks/quality.py measures the gain of each part.
+
+    Example:
+        >>> settings = compressor.CalibrationSettings(compensate=False)
+        >>> compressor.compress("model/", keep=0.6, calibration="corpus.txt", calibration_settings=settings)
     """
 
     samples: int = 128

@@ -1,1 +1,1 @@
-"""What training did to a model's matrices: what it forgot, how near to a stationary point it ended, what collapsed."""
+"""What training did to a model's matrices: what it forgot, how close to a stationary point it ended, what collapsed."""

@@ -1,4 +1,4 @@
-"""What the numbers of a diagnosis mean: findings in a sentence, each with a sentence of advice."""
+"""The findings of a diagnosis: each a sentence, with a sentence of advice."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from compressor.recipe import TrainingRecipe
 if TYPE_CHECKING:
     from compressor.diagnosis.types import DiagnosedLayer, Predictions
 
-# From here on a matrix counts as parallel to the gradient, and as held by it.
+# From this cosine, and within this factor, a matrix counts as near a stationary point.
 NEAR_COSINE, NEAR_RATIO = 0.9, 2.0
-# Below this share of its full rank a layer counts as of low rank.
+# Below this share of its full rank a layer counts as low-rank.
 LOW_RANK = 0.5
 # Norms within this factor count as balanced.
 BALANCED = 1.1
@@ -25,7 +25,7 @@ BALANCED = 1.1
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence on what was found in `layers`, and one on what to do; a `warning` forbids a conclusion."""
+    """A finding about `layers`, and advice; a `warning` invalidates a conclusion."""
 
     subject: str
     message: str
@@ -50,7 +50,7 @@ def all_findings(
     predictions: Predictions | None,
     balance: NormBalance | None,
 ) -> tuple[Finding, ...]:
-    """Everything worth a sentence, what forbids a conclusion first."""
+    """All findings, warnings first."""
     found = [
         _collapse(layers, predictions),
         _fading(layers),
@@ -83,17 +83,17 @@ def _collapse(layers: Sequence[DiagnosedLayer], predictions: Predictions | None)
     if not at_chance:
         if not empty:
             return None
-        message = f"{_of(empty, layers)} hold nothing but zeros"
-        return Finding("collapse", message, "Compress nothing before it is known why.", _names(empty), warning=True)
+        message = f"{_of(empty, layers)} are zero."
+        return Finding("collapse", message, "Find out why before you compress.", _names(empty), warning=True)
     assert predictions is not None
     low = [each for each in layers if _rank_share(each) < LOW_RANK]
     score = f"{predictions.metric} {predictions.value:.3g} is no better than chance ({predictions.chance:.3g})"
     if not low:
-        advice = "Check that data and preprocessing are those of the training: if so, it failed or was not done."
+        advice = "Check that data and preprocessing match the training; if they do, training failed or was not done."
         return Finding("collapse", f"The {score}.", advice, warning=True)
     return Finding(
         "collapse",
-        f"The {score}, and {_of(low, layers)} are of low rank: the network has collapsed.",
+        f"The {score}, and {_of(low, layers)} are low-rank: the network has collapsed.",
         "This low rank is not compressibility: train with less weight decay or a lower learning rate.",
         _names(low),
         warning=True,
@@ -101,14 +101,14 @@ def _collapse(layers: Sequence[DiagnosedLayer], predictions: Predictions | None)
 
 
 def _fading(layers: Sequence[DiagnosedLayer]) -> Finding | None:
-    """Norms that fell faster than gradients refilled them, by an earlier checkpoint or by what is left of the start."""
+    """Norms that fell faster than gradients refill them, by an earlier checkpoint or by the share of the start."""
     fading = [each for each in layers if _fades(each)]
     if not fading:
         return None
     return Finding(
         "norms",
         f"In {_of(fading, layers)} the norm has been falling faster than gradients refill it.",
-        "The memory window says little about what is left there; do not read it as learned structure.",
+        "The memory window says little about their weights; do not read them as learned structure.",
         _names(fading),
         warning=True,
     )
@@ -128,13 +128,13 @@ def _ranks(layers: Sequence[DiagnosedLayer], predictions: Predictions | None) ->
     low = [each for each in layers if each.norm > 0 and _rank_share(each) < LOW_RANK]
     middle = statistics.median(map(_rank_share, layers))
     message = (
-        f"{_of(low, layers)} are within a relative error of {FROBENIUS_ERROR:g} of less than half their full rank "
+        f"At a relative error of {FROBENIUS_ERROR:g}, {_of(low, layers)} have less than half their full rank "
         f"(median share of all layers: {middle:.0%})."
     )
     if low:
-        advice = "'compress MODEL' pays there; give --data to see what it costs."
+        advice = "Compression pays there; give `data` to see what it costs."
     else:
-        advice = "Plain truncation would cost dearly: give --calibration, and measure with --data."
+        advice = "Plain truncation would cost much: give `calibration`, and measure with `data`."
     return Finding("ranks", message, advice, _names(low))
 
 
@@ -144,10 +144,10 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
     if binding:
         residuals = [window.residual for _, window in windows if window is not None and window.residual is not None]
         of = _of(binding, layers)
-        left = f", but for up to {max(residuals):.0%} of a matrix's norm" if residuals else ""
+        left = f", except for up to {max(residuals):.0%} of a matrix's norm" if residuals else ""
         return Finding(
             "memory window",
-            f"At epsilon {EPSILON:g} the hyperparameters bound the rank of {of} below the full one{left}.",
+            f"At epsilon {EPSILON:g} the hyperparameters bound the rank of {of} below full rank{left}.",
             "Take the bound as an upper limit; the measured ranks are usually far lower.",
             _names(binding),
         )
@@ -155,9 +155,9 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
     if exceeding:
         bounded = any(window is not None and window.learned_rank_bound is not None for _, window in windows)
         what = (
-            "The rank bound then holds only for the weights less what is left of their start"
+            "The rank bound then holds only for what training added to the initial weights"
             if bounded
-            else ("Nothing then bounds a rank")
+            else "No rank is bounded then"
         )
         return Finding(
             "memory window",
@@ -177,7 +177,7 @@ def _window(recipe: TrainingRecipe, layers: Sequence[DiagnosedLayer]) -> Finding
     if not reason:
         return None
     unknown = recipe.optimizer is None or "unknown" in reason
-    advice = "Give the training recipe: --recipe FILE, or --optimizer, --lr, --weight-decay and the like."
+    advice = "Give the training recipe as `recipe`."
     return Finding(
         "memory window",
         f"The hyperparameters bound no rank: {reason.removeprefix('no rank bound: ').removeprefix('no window: ')}.",
@@ -197,13 +197,13 @@ def _start(layers: Sequence[DiagnosedLayer]) -> Finding | None:
         return Finding(
             "initialization",
             f"{_of(kept, layers)} kept more than {limit:.0%} of their initial weights (up to {largest:.0%}).",
-            "Their spectra are full of a start that was never learned: choose ranks with --calibration.",
+            "Their spectra contain the random start, which was never learned: choose ranks with `calibration`.",
             _names(kept),
         )
     return Finding(
         "initialization",
-        f"At most {largest:.2g} of the initial weights is left in a layer.",
-        "Singular values above what is left ('above edge' in 'compress inspect') were learned.",
+        f"At most {largest:.2g} of the initial weights survive in any layer.",
+        "Singular values above the edge of the rest ('above edge' in 'compress inspect') were learned.",
     )
 
 
@@ -214,8 +214,8 @@ def _stationary(layers: Sequence[DiagnosedLayer], predictions: Predictions | Non
         return None
     if not judged:
         reason = next((found.reason for _, found in measured if found.ratio is None), "")
-        message = f"How near training came to a stationary point cannot be said: {reason}."
-        return Finding("stationary point", message, "Do not apply what is proven for stationary points.")
+        message = f"The distance to a stationary point is unknown: {reason}."
+        return Finding("stationary point", message, "Do not rely on theorems about stationary points.")
     cosines = [found.cosine for _, found in judged if found.cosine is not None]
     ratios = [found.ratio for _, found in judged if found.ratio is not None]
     near = [
@@ -224,15 +224,13 @@ def _stationary(layers: Sequence[DiagnosedLayer], predictions: Predictions | Non
         if cosine >= NEAR_COSINE and 1 / NEAR_RATIO <= ratio <= NEAR_RATIO
     ]
     message = (
-        f"{len(near)} of {len(judged)} layers that can be judged are near a stationary point of the penalized loss "
+        f"{len(near)} of {len(judged)} layers that could be judged are near a stationary point of the regularized loss "
         f"(cosines {min(cosines):.2f} to {max(cosines):.2f}, ratios {min(ratios):.2g} to {max(ratios):.2g})."
     )
     if len(near) == len(judged):
-        advice = "What is proven for stationary points, such as on adding networks up, has its premise here."
+        advice = "Theorems about stationary points, such as those on adding networks, apply here."
     else:
-        advice = (
-            "What is proven for stationary points, such as on adding networks up, lacks its premise: measure instead."
-        )
+        advice = "Theorems about stationary points, such as those on adding networks, do not apply: measure instead."
     return Finding("stationary point", message, advice, _names(near))
 
 
@@ -242,30 +240,30 @@ def _scale_invariant(layers: Sequence[DiagnosedLayer]) -> Finding | None:
         return None
     held = [each.equilibrium for each in invariant if each.equilibrium is not None]
     shares = [found.norm / found.predicted for found in held if found.predicted]
-    advice = "They are left out of the comparison with the gradient, which is orthogonal to them by design"
+    advice = "They are not compared with the gradient, which is orthogonal to them by design"
     if shares:
         least, most = (f"{share:.2g}" for share in (min(shares), max(shares)))
         span = least if least == most else f"{least} to {most}"
-        advice += f". Their norms are {span} times those at which weight decay and mini-batches' gradients hold them."
+        advice += f". Their norms are {span} times the equilibrium of weight decay and gradient noise."
     else:
         reason = next((found.reason for found in held if found.reason), "")
-        advice += f". At which norms weight decay holds them is open: {reason}." if reason else "."
-    message = f"{_of(invariant, layers)} are followed by a normalization that undoes their scale."
+        advice += f". The equilibrium of their norms is unknown: {reason}." if reason else "."
+    message = f"{_of(invariant, layers)} are followed by a normalization that removes their scale."
     return Finding("scale-invariant layers", message, advice, _names(invariant))
 
 
 def _balance(balance: NormBalance | None) -> Finding | None:
     if balance is None:
         return None
-    message = f"Among the {len(balance.layers)} layers that the outputs are proportional to, norms differ by a factor"
+    message = f"The norms of the {len(balance.layers)} layers that the outputs are proportional to differ by a factor"
     message += f" of {balance.spread:.3g}"
     if balance.predicted_gap is not None:
-        left = f"{balance.predicted_gap:.2g}" if balance.predicted_gap > 0.01 * balance.gap else "next to nothing"
-        message += f"; their squares by {balance.gap:.3g}, where gradient flow leaves {left}"
+        left = f"{balance.predicted_gap:.2g}" if balance.predicted_gap > 0.01 * balance.gap else "almost nothing"
+        message += f"; their squares by {balance.gap:.3g}, of which gradient flow leaves {left}"
     if balance.spread <= BALANCED:
-        advice = "As at a stationary point: no layer is favored."
+        advice = "As at a stationary point: no layer dominates."
     elif balance.predicted_gap is not None and balance.gap <= 2 * balance.predicted_gap:
-        advice = "That is the start, which was not forgotten: longer training or more weight decay evens it out."
+        advice = "The difference is left from the start: longer training or more weight decay evens it out."
     else:
-        advice = "Steps too large for gradient flow, or an end before the stationary point: trust measurements instead."
+        advice = "The steps were too large for gradient flow, or training ended early: rely on measurements instead."
     return Finding("norm balance", f"{message}.", advice, balance.layers)

@@ -1,4 +1,4 @@
-"""What training did to a model's matrices: what it forgot, how near to a stationary point it ended, what collapsed."""
+"""The gradients of a model on its training data, compared with its weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from compressor.measure import counted_positions, scaling_degree
 from compressor.model import Model, evaluation_mode, logits_of
 from compressor.progress import Progress
 
-# Examples on which layers are scaled, each of which takes the model three runs.
+# Examples on which the scaling degree is measured, with three forward passes per layer.
 PROBED = 8
-# Mini-batches that the noise of the gradients is measured on.
+# Mini-batches from which the gradient noise is measured.
 NOISE_BATCHES = 32
 
 
 @dataclass(frozen=True)
 class SeenLayer:
-    """What the data show of one layer."""
+    """Measurements of one layer on the data."""
 
     weight: Tensor
     gradient: Tensor | None
@@ -43,7 +43,7 @@ def measured_on_data(
     device: torch.device,
     progress: Progress | None,
 ) -> tuple[Predictions, dict[str, SeenLayer]]:
-    """Run the model forwards and backwards over the data."""
+    """Run forward and backward passes over the data, and measure the layers and the predictions."""
     model = subject.with_separate_experts
     eligible = {layer.name: layer for layer in subject.layers if layer.eligible}
     places = {name: layer.module for name, layer in eligible.items()}
@@ -83,8 +83,8 @@ def measured_on_data(
 def _gradients(
     model: nn.Module, weights: Mapping[str, Tensor], data: EvaluationData, progress: Progress | None
 ) -> tuple[dict[str, Tensor | None], Tensor]:
-    """Gradients of the mean cross-entropy at every weight, None where it does not reach; and how often each class is
-    the label.
+    """Gradients of the mean cross-entropy at every weight, None for one that is not reached; and the count of each
+    label.
     """
     sums: dict[str, Tensor | None] = dict.fromkeys(weights)
     counts = torch.zeros(0, dtype=torch.int64)
@@ -126,7 +126,7 @@ def _summed_loss(model: nn.Module, batch: Batch, data: EvaluationData) -> tuple[
 def _gradient_squares(
     model: nn.Module, weights: Mapping[str, Tensor], data: EvaluationData, batch_size: int | None
 ) -> dict[str, float]:
-    """E||g||^2 of the mean loss of a random mini-batch at every weight; {} where the data are less than one."""
+    """E||g||^2 of the mean loss of a random mini-batch at every weight; {} if the data are less than a batch."""
     if not weights or batch_size is None or batch_size > data.count:
         return {}
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +144,7 @@ def _gradient_squares(
 
 @contextmanager
 def _only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let gradients reach these of a model's parameters and no others."""
+    """Enable gradients for these parameters of a model only."""
     wanted = {id(weight) for weight in weights}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in flags:
@@ -158,9 +158,11 @@ def _only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[
 
 @contextmanager
 def _batch_statistics(model: nn.Module, examples: int) -> Iterator[None]:
-    """Normalize by the batch's statistics, as in training, where there are several examples; change none that are kept.
+    """Normalize by the statistics of the batch, as in training, if it has several examples; update no running
+    statistics.
 
-    With the kept ones a matrix before batch normalization is not scale-invariant, and in training it was.
+    With the running statistics a matrix before a batch normalization would not be scale-invariant, and in training it
+    was.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     flags = [(module, module.training, module.track_running_stats) for module in norms]
@@ -176,7 +178,7 @@ def _batch_statistics(model: nn.Module, examples: int) -> Iterator[None]:
 
 @contextmanager
 def _last_output_noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The output of the module that ran last while the block runs, by its name; that of no other is kept."""
+    """Record the name and output of the module that runs last inside the context."""
     last: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -196,5 +198,5 @@ def _last_output_noted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, T
 
 
 def _is_output(output: Tensor | None, logits: Tensor) -> bool:
-    """Whether a layer's output is what the loss is taken of."""
+    """Whether a layer's output is the one that the loss is computed from."""
     return output is not None and output.data_ptr() == logits.data_ptr() and output.shape == logits.shape

@@ -1,4 +1,4 @@
-"""What the numbers of a layer and of its gradient say together."""
+"""Diagnoses of layers: their measurements and their gradients combined."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def diagnosed_layer(
     energy = (start.share * initial / norm) ** 2 if start.share is not None and initial and norm > 0 else None
     uses = inspected.uses
     if seen is not None and seen.uses is not None:
-        # Fewer than every position: an expert gets the tokens that are routed to it.
+        # An expert is applied only to the tokens that are routed to it.
         uses = seen.uses if uses is None else min(uses, seen.uses)
     classes = seen.classes if seen is not None else None
     span = classes - 1 if classes is not None else None
@@ -57,7 +57,9 @@ def diagnosed_layer(
 
 
 def balance_of(layers: Sequence[DiagnosedLayer], recipe: TrainingRecipe) -> NormBalance | None:
-    """The balance of the layers that the outputs are proportional to, under an optimizer that keeps it."""
+    """The balance of the norms of the layers that the outputs are proportional to, under an optimizer that preserves
+    it.
+    """
     if recipe.family == "adaptive":
         return None
     norms = {}

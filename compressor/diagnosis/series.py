@@ -41,14 +41,14 @@ _NAMED = {
     for word, spelled in _WORDS.items()
 }
 _MULTIPLE = {"": 1, "k": 10**3, "m": 10**6}
-# Numbers that are no step: decimals, the values of a metric, and versions such as Lightning's "-v1".
+# Numbers that are not steps: decimals, values of a metric, and versions such as Lightning's "-v1".
 _NO_STEP = re.compile(
     r"\d+\.\d[\d.]*(?:e[-+]?\d+)?|(?:loss|acc|accuracy|auc|f1|map|psnr|wer|ppl|perplexity|score|seed)[-_=:. ]*\d+"
     r"|(?<![a-z])v\d+"
 )
 _WHOLE_NUMBER = re.compile(rf"(?<![\d.]){_NUMBER}")
 _SHARD = re.compile(r"-\d+-of-\d+$")
-_RENAME = "rename them to say it, such as checkpoint-500 or epoch-3"
+_RENAME = "rename them, as in checkpoint-500 or epoch-3"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SeriesLayer:
 class RankSeries:
     """The checkpoints of one run in the order of their `steps`, with every layer's ranks and norms at each.
 
-    `unit` says what the numbers in `steps` count: optimizer steps or epochs.
+    `unit` is what `steps` count: optimizer steps or epochs.
     """
 
     folder: str
@@ -87,7 +87,7 @@ class RankSeries:
         }
 
     def norm_before(self, layer: str, step: float, *, steps_per_epoch: float | None = None) -> float | None:
-        """The norm of a layer at the last checkpoint not later than optimizer step `step`.
+        """The norm of a layer at the last checkpoint that is not later than optimizer step `step`.
 
         None if there is no such checkpoint, or if the checkpoints are numbered by epochs of unknown length.
         """
@@ -102,10 +102,10 @@ class RankSeries:
 def measure_series(
     folder: str | Path, subject: Model, device: torch.device, progress: Progress | None = None
 ) -> RankSeries:
-    """Measure the eligible layers of a model in every checkpoint of `folder`: its files or folders with a step number.
+    """Measure the eligible layers of a model in every checkpoint in `folder`, its files or folders with a step number.
 
-    Raises `BadInput` for a folder without two checkpoints, two of the same step, names that do not tell the step
-    clearly, and for a checkpoint that lacks a layer of the model or has it in another shape.
+    Raises `BadInput` for a folder with fewer than two checkpoints, for two of the same step, for ambiguous names, and
+    for a checkpoint that lacks a layer of the model or has it in another shape.
     """
     unit, found = _checkpoints(Path(folder))
     layers = [layer for layer in subject.layers if layer.eligible]
@@ -150,22 +150,22 @@ def _checkpoints(folder: Path) -> tuple[Unit, list[tuple[int, Path]]]:
         found[number] = path
     if len(found) < 2:
         raise BadInput(
-            f"holds {len(found)} checkpoints whose names tell their step",
+            f"holds {len(found)} checkpoints with a step in their names",
             where=folder,
-            remedy="give two at least, such as checkpoint-500 and checkpoint-1000",
+            remedy="give at least two, such as checkpoint-500 and checkpoint-1000",
         )
     return unit, sorted(found.items())
 
 
 def _has_weights(path: Path) -> bool:
-    """Whether a path is a checkpoint by its name, and neither a part of one nor the state of an optimizer."""
+    """Whether a path is named as a checkpoint, and not as part of one or as the state of an optimizer."""
     if path.is_dir():
         return any(inner.name.endswith((*WEIGHT_SUFFIXES, ".index.json")) for inner in path.iterdir())
     return path.suffix.lower() in WEIGHT_SUFFIXES and not _SHARD.search(path.stem) and not is_training_state(path)
 
 
 def _steps(folder: Path, checkpoints: list[Path]) -> tuple[Unit, dict[Path, int]]:
-    """What the checkpoints are numbered by, and the number of each; those without any number are left out."""
+    """The unit of the checkpoints' numbers, and the number of each; those without a number are left out."""
     named = {path: _named_numbers(path) for path in checkpoints}
     steps = {path: numbers["step"] for path, numbers in named.items() if "step" in numbers}
     epochs = {path: numbers["epoch"] for path, numbers in named.items() if "epoch" in numbers}
@@ -174,7 +174,7 @@ def _steps(folder: Path, checkpoints: list[Path]) -> tuple[Unit, dict[Path, int]
     lone = _lone_numbers(folder, [path for path, numbers in named.items() if not numbers])
     if lone:
         logger.warning(
-            "the number in %s is taken for its step; if it counts epochs, rename it to epoch=%d, and the others alike",
+            "the number in %s is taken as its step; if it counts epochs, rename it to epoch=%d, and the others too",
             *((first := min(lone)).name, lone[first]),
         )
     loose |= lone
@@ -182,19 +182,21 @@ def _steps(folder: Path, checkpoints: list[Path]) -> tuple[Unit, dict[Path, int]
     if not only_epochs:
         by_epoch = sorted(epochs, key=lambda path: (epochs[path], steps[path]))
         if any(steps[later] < steps[earlier] for earlier, later in pairwise(by_epoch)):
-            raise BadInput("numbers the steps of every epoch anew: which came last?", where=folder, remedy=_RENAME)
+            raise BadInput(
+                "restarts the steps in every epoch: which checkpoint came last?", where=folder, remedy=_RENAME
+            )
         return "step", steps | loose
     if others := sorted((steps.keys() | loose.keys()) - epochs.keys()):
         raise BadInput(
-            f"{only_epochs[0].name} tells its epoch and {others[0].name} does not, so that their order is not clear",
+            f"{only_epochs[0].name} has an epoch and {others[0].name} does not, so their order is unclear",
             where=folder,
-            remedy=f"{_RENAME}, or move those that are not of this run",
+            remedy=f"{_RENAME}, or move those of other runs",
         )
     return "epoch", epochs
 
 
 def _named_numbers(path: Path) -> dict[str, int]:
-    """The numbers in a name that stand beside a word for what they count."""
+    """The numbers in a name that follow or precede a word for what they count."""
     text = _text(path)
     found = {}
     for word, patterns in _NAMED.items():
@@ -205,9 +207,9 @@ def _named_numbers(path: Path) -> dict[str, int]:
 
 
 def _lone_numbers(folder: Path, paths: list[Path]) -> dict[Path, int]:
-    """The number in each name that does not say what it is: the only whole one, or the only one that differs.
+    """The number in each name that does not say what it counts: the only whole one, or the only one that differs.
 
-    Decimals are never a step, nor is what follows the name of a metric.
+    Decimals are never a step, nor is a number after the name of a metric.
     """
     alike: dict[str, dict[Path, list[int]]] = defaultdict(dict)
     for path in paths:
@@ -219,7 +221,7 @@ def _lone_numbers(folder: Path, paths: list[Path]) -> dict[Path, int]:
         columns = list(zip(*group.values(), strict=True))
         places = [place for place, column in enumerate(columns) if len(set(column)) > 1] or list(range(len(columns)))
         if len(places) > 1:
-            raise BadInput(f"which number in {min(group).name} is its step is not clear", where=folder, remedy=_RENAME)
+            raise BadInput(f"it is unclear which number in {min(group).name} is the step", where=folder, remedy=_RENAME)
         steps |= {path: numbers[places[0]] for path, numbers in group.items()}
     return steps
 

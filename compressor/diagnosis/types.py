@@ -1,4 +1,4 @@
-"""What a diagnosis measures: of each layer, and of the predictions."""
+"""Types of a diagnosis: measurements of each layer, and of the predictions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compressor.model import InspectedLayer
 
 @dataclass(frozen=True)
 class DiagnosedLayer:
-    """One matrix: what `inspect` measures of it, and what the training data say.
+    """One matrix: the measurements of `inspect`, and those on the training data.
 
     `norm`: ||W||_F. `initial_norm`: the expected norm of its initialization, None if unknown. `start_energy`: the share
-    of ||W||_F^2 that is what decay left of the initialization, None if unknown. `scaling_degree`: 0 if the outputs do
-    not depend on the matrix's scale, 1 if they are proportional to it, None for neither or without data.
-    `stationarity`: None without data. `equilibrium`: for scale-invariant matrices only.
+    of ||W||_F^2 that decay left of the initialization, None if unknown. `scaling_degree`: 0 if the outputs do not
+    depend on the matrix's scale, 1 if they are proportional to it, None for neither or without data. `stationarity`:
+    None without data. `equilibrium`: for scale-invariant matrices only.
     """
 
     inspected: InspectedLayer
@@ -47,10 +47,10 @@ class DiagnosedLayer:
 
 @dataclass(frozen=True)
 class Predictions:
-    """How well the model predicts the data that it was diagnosed on, beside what needs no model.
+    """How well the model predicts the data of the diagnosis, compared with chance.
 
-    `value` is an accuracy, `chance` that of always answering the most frequent class; or a perplexity and that of the
-    uniform distribution, the number of tokens. `loss` is in nats per prediction.
+    `value` is an accuracy, and `chance` that of always predicting the most frequent class; or `value` is a perplexity,
+    and `chance` that of the uniform distribution, the number of tokens. `loss` is in nats per prediction.
     """
 
     data: str
@@ -62,7 +62,7 @@ class Predictions:
 
     @property
     def at_chance(self) -> bool:
-        """Whether it is no better than chance, by two standard errors of an accuracy."""
+        """Whether it is no better than chance, within two standard errors of an accuracy."""
         if self.metric == "perplexity":
             return not self.value < self.chance
         return self.value <= self.chance + 2 * math.sqrt(self.chance * (1 - self.chance) / self.count)

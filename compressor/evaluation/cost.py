@@ -24,7 +24,11 @@ from compressor.model.inference import forward_call
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """How often a forward is timed: until it took long enough, between the fewest repeats and the most."""
+    """How often a forward pass is timed: until it took long enough, between the fewest and the most repeats.
+
+    Example:
+        >>> compressor.evaluate("small/", data="test.jsonl", timing_settings=compressor.TimingSettings(most_repeats=10))
+    """
 
     warm_ups: int = 3
     """Forwards of each model before the timing, which allocate memory and choose kernels."""

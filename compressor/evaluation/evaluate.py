@@ -10,20 +10,35 @@ import torch
 from torch import nn
 
 from compressor.data import EvaluationData, Task
+from compressor.display import Displayed
 from compressor.evaluation.cost import TIMING, Cost, Latency, TimingSettings, measure_cost, measure_latency
 from compressor.evaluation.metrics import measure_quality, quality_drop
 from compressor.model import resolve_device
 from compressor.progress import Progress
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What compression did to a model, measured on one set of data; without a baseline its fields are None.
+@dataclass(frozen=True, repr=False)
+class Evaluation(Displayed):
+    """The quality and cost of a model on one set of data, beside its baseline, as `evaluate` returns them.
 
-    `baseline` and `compressed` are the metric's values (see `Quality`), the losses in nats per prediction,
-    `count` the number of predictions. `drop` is positive where the compressed model is worse: accuracy lost
-    (a fraction), or increase in perplexity. `latency` has one entry for a batch of one example and one for a
-    larger batch; it is empty when it was not asked for.
+    Attributes:
+        metric: `accuracy` (a fraction) or `perplexity`.
+        baseline: The metric of the baseline; None without one, as all that compares.
+        compressed: The metric of the model.
+        drop: How much worse the model is: accuracy lost, as a fraction, or the increase in perplexity.
+        baseline_loss: The loss of the baseline, in nats per prediction.
+        compressed_loss: The loss of the model, in nats per prediction.
+        count: The number of predictions.
+        data: The data that was measured on.
+        task: What the data is.
+        device: The device that the models ran on.
+        baseline_cost: Parameters, bytes, multiply-accumulates and memory of the baseline.
+        compressed_cost: The same of the model.
+        latency: The times of a batch of one example and of a larger one; empty if they were not measured.
+
+    Example:
+        >>> evaluation = compressor.evaluate("small/", baseline="model/", data="test.jsonl")
+        >>> evaluation.drop, evaluation.latency[0].ratio
     """
 
     metric: Literal["accuracy", "perplexity"]
@@ -39,6 +54,15 @@ class Evaluation:
     baseline_cost: Cost | None
     compressed_cost: Cost
     latency: tuple[Latency, ...]
+
+    def __repr__(self) -> str:
+        return f"<Evaluation on {self.data}: {self.score}, {self.count:,} predictions, {self.device}>"
+
+    @property
+    def score(self) -> str:
+        """The metric before and after, in a few words."""
+        before = "" if self.baseline is None else f"{self.baseline:.4g} to "
+        return f"{self.metric} {before}{self.compressed:.4g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as what JSON can hold: an infinite number as the string "infinity" or "-infinity"."""

@@ -16,6 +16,7 @@ import torch
 from compressor.arguments import require_model
 from compressor.documents import reading
 from compressor.errors import BadInput
+from compressor.formatting import format_size
 from compressor.io.adapters import adapter_kind
 from compressor.io.files import read_at, read_bytes_at, read_json_object, regular_file_size, require_content
 from compressor.io.foreign import HEAD, refuse_foreign, refuse_foreign_in
@@ -53,32 +54,46 @@ def portable_name(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() else path
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint:
-    """A trained model's weights by name; opening one reads names, shapes and dtypes, not values."""
+    """A trained model's weights by name; opening one reads names, shapes and dtypes, not values.
+
+    Attributes:
+        source: The path that was opened; None for a module.
+        form: `file`, `folder` or `module`.
+        files: The weight files, sorted; none for a module.
+        folder: The model folder that was opened, if it was one.
+        tensors: Each stored tensor once, in stored order; of tied names the first.
+        aliases: Further names of tied tensors, with their names in `tensors`.
+        metadata: The text that safetensors files carry in their headers.
+        config: The `config.json` of the model folder, or of the folder of a weight file if it can be read.
+        weights_at: The keys under which a torch file keeps the weights, such as "state_dict"; empty if they are all
+            of it.
+        left_out: What the files hold beside the weights: the state of an optimizer, an EMA copy.
+        training: The plain values that a torch file holds beside the weights: settings, counters, the groups of an
+            optimizer.
+
+    Example:
+        >>> checkpoint = compressor.open_checkpoint("model.safetensors")
+        >>> checkpoint.read("fc.weight").shape
+    """
 
     source: Path | None
-    """What was opened, as given; None for a module."""
     form: Literal["file", "folder", "module"]
     files: tuple[Path, ...]
-    """The weight files, sorted; none for a module."""
     folder: Path | None
-    """The model folder that was opened, if it was one."""
     tensors: Mapping[str, TensorInfo]
-    """Each stored tensor once, in stored order; of tied names the first."""
     aliases: Mapping[str, str]
-    """Further names of tied tensors -> their name in `tensors`."""
     metadata: Mapping[str, str]
-    """The text that safetensors files carry in their headers."""
     config: Mapping[str, Any] | None
-    """The `config.json` of the model folder, or of the folder that a weight file lies in if it can be read."""
     _stored: Mapping[str, StoredTensor] = field(repr=False)
     weights_at: str = ""
-    """The keys under which a torch file keeps the weights, such as "state_dict"; empty where they are all of it."""
     left_out: tuple[LeftOut, ...] = ()
-    """What the files hold that is not among the model's weights: the state of an optimizer, an EMA copy."""
     training: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    """The plain values that a torch file holds beside the weights: settings, counters, an optimizer's groups."""
+
+    def __repr__(self) -> str:
+        size = format_size(sum(info.nbytes for info in self.tensors.values()))
+        return f"<Checkpoint of {self.source or 'a module'}: {len(self.tensors)} tensors, {size}>"
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor's values, in contiguous CPU memory of their own; nothing is kept.
@@ -143,17 +158,24 @@ class Checkpoint:
 def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     """Open a trained model: a weight file, the index of a sharded one, a model folder, or a module in memory.
 
-    Where there is no such path, `org/name` is a model of the Hugging Face hub (`local_model`).
+    Weight files are safetensors or what `torch.save` wrote; the content decides, not the name. In a folder the file is
+    `model.safetensors`, else its index, else `pytorch_model.bin`, else its index, else the only weight file there is.
+    Values are read when they are asked for, one tensor at a time (`read_torch_file` says which torch files are loaded
+    whole). Torch files lose the prefixes that DistributedDataParallel and torch.compile put before every name. A module
+    is not copied: reading gives its present values.
 
-    Weight files are safetensors or what `torch.save` wrote; the content decides, not the name. In a folder
-    the file is `model.safetensors`, else its index, else `pytorch_model.bin`, else its index, else the only
-    weight file there is. Values are read when asked for, one tensor at a time (`read_torch_file` says which
-    torch files are loaded whole). Torch files lose the prefixes that DistributedDataParallel and
-    torch.compile put before every name. A module is not copied: reading gives the values that it has then.
+    Args:
+        model: A path, or a module. If there is no such path, `org/name` is a model of the Hugging Face hub.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        BadInput: nothing there, a damaged file, no weights, or files that contradict each other; the message
-            says which and what to do.
+        BadInput: nothing there, a damaged file, no weights, or files that contradict each other; the message says which
+            and what to do.
+
+    Example:
+        >>> compressor.open_checkpoint("model.safetensors").tensors["fc.weight"].shape
     """
     require_model(model)
     if isinstance(model, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Stage 3: spectra and effective ranks, memory windows, what survives of the initialization."""
+"""One weight tensor to numbers: spectra, effective ranks, memory windows, the surviving initialization."""
 
 from compressor.measure.effective_rank import (
     FROBENIUS_ERROR,

@@ -1,4 +1,4 @@
-"""Effective ranks: how many directions a matrix really uses, counted from its singular values.
+"""Effective ranks: how many directions a matrix really uses, from its singular values.
 
 Every function takes the singular values `s` of one matrix in descending order and is invariant under scaling.
 """
@@ -16,12 +16,12 @@ from compressor.measure.scale import power_of_two
 Spectrum = npt.NDArray[np.float64]
 
 FROBENIUS_ERROR = 0.1
-"""The relative error that the Frobenius rank allows where nothing else is asked."""
+"""The default relative error of the Frobenius rank."""
 
 
 @dataclass(frozen=True)
 class EffectiveRanks:
-    """The effective ranks of one matrix, side by side, each under its standard name."""
+    """The effective ranks of one matrix, each under its standard name."""
 
     full: int
     numerical: int
@@ -73,7 +73,7 @@ def participation_ratio(s: Spectrum) -> float:
 
 
 def stable_rank(s: Spectrum) -> float:
-    """||W||_F^2 / ||W||_2^2 (Rudelson and Vershynin 2007). Never truncate at it: it counts energy, not function."""
+    """||W||_F^2 / ||W||_2^2 (Rudelson and Vershynin 2007); too small to truncate at, since it measures energy."""
     return float(np.square(s / s[0]).sum()) if s.size and s[0] > 0 else 0.0
 
 

@@ -1,7 +1,7 @@
-"""The norm at which weight decay and the noise of the gradients hold a scale-invariant matrix.
+"""The norm at which weight decay and gradient noise balance for a scale-invariant matrix.
 
 Outputs that do not depend on the scale of W have <W, g> = 0, and gradients that are inversely proportional to ||W||.
-So plain SGD has ||W_t+1||^2 = (1 - lr wd)^2 ||W_t||^2 + lr^2 ||g||^2, which stands still at
+So plain SGD has ||W_t+1||^2 = (1 - lr wd)^2 ||W_t||^2 + lr^2 ||g||^2, which is stationary at
 
     ||W||^4 = lr E||g_1||^2 / (wd (2 - lr wd)),     g_1 the gradient of a mini-batch at ||W|| = 1
 
@@ -27,9 +27,9 @@ ARRIVED = 2.0
 
 @dataclass(frozen=True)
 class EquilibriumNorm:
-    """The Frobenius norm of a scale-invariant matrix, and the one that its recipe and gradients hold it at.
+    """The Frobenius norm of a scale-invariant matrix, and the equilibrium predicted by its recipe and gradients.
 
-    `predicted` is None if that is open, for `reason`.
+    `predicted` is None if it is unknown, for `reason`.
     """
 
     norm: float
@@ -46,8 +46,8 @@ def equilibrium_norm(recipe: TrainingRecipe, norm: float, gradient_square: float
 
     `gradient_square` is E||g||^2 of the mini-batches of the training, at the matrix as it is, of Frobenius norm `norm`;
     None if it was not measured. `recipe` is the matrix's own (`TrainingRecipe.of_parameter`). Without momentum this is
-    exact in the mean; with it the gradients of different steps are taken to be uncorrelated. What is measured at the
-    end stands for a mean over the last 1 / (4 lr wd) steps, so that some 30 % either way mean nothing.
+    exact in expectation; with momentum the gradients of different steps are assumed to be uncorrelated. The norm at the
+    end stands for a mean over the last 1 / (4 lr wd) steps, so that deviations of up to 30 % are not significant.
     """
     reason = _unknown(recipe, norm, gradient_square)
     if reason:
@@ -70,7 +70,7 @@ def _unknown(recipe: TrainingRecipe, norm: float, gradient_square: float | None)
     if exponent is None:
         return unknown
     if exponent == 0:
-        return "without weight decay the norm grows for ever"
+        return "without weight decay the norm grows forever"
     if recipe.schedule != "constant" or recipe.warmup_steps:
         return "the learning rate was not constant, and the norm lags behind it"
     if exponent < ARRIVED:

@@ -16,20 +16,20 @@ from compressor.network.architecture import root_mean_square
 def initial_standard_deviation(layer: Layer, architecture: Architecture | None, *, seed: int = 0) -> float | None:
     """Root mean square of the layer's weight as its own code initializes it.
 
-    An architecture that was a new model knows it. Otherwise a fresh copy of the one layer is initialized by its
-    transformers model, or by its own `reset_parameters`. Without a module to ask, PyTorch's default for linear layers
-    and convolutions: uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialized on its own.
+    The architecture of a new model knows it. Otherwise a fresh copy of the layer is initialized by its transformers
+    model, or by its own `reset_parameters`. Without a module, PyTorch's default for linear layers and convolutions:
+    uniform with variance 1 / (3 * fan_in). None for a layer that cannot be initialized on its own.
     """
     if architecture is None:
         if layer.kind == "parameter":
             return None
-        # PyTorch takes the second side of a transposed convolution's weight for the inputs.
+        # PyTorch takes the second dimension of a transposed convolution's weight for the inputs.
         fan_in = layer.shape[0 if layer.kind == "transposed convolution" else 1]
         return 1 / math.sqrt(3 * fan_in)
     if architecture.initial_sizes is not None:
         return architecture.initial_sizes[f"{layer.module}.{layer.parameter}".removeprefix(".")]
     owner = architecture.module.get_submodule(layer.module)
-    # The trained values are not copied: the memo puts unfilled tensors in their place.
+    # The memo replaces trained values by empty tensors, so that they are not copied.
     unfilled = {
         id(values): torch.empty_like(values, device="cpu") for values in owner.state_dict(keep_vars=True).values()
     }

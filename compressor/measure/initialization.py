@@ -1,4 +1,4 @@
-"""How much of the random initialization training has left, and which singular values it may hide.
+"""How much of the random initialization survives training, and which singular values may belong to it.
 
 The share exp(-K) of the initialization that survives (`compressor.measure.memory_window`) is a random matrix
 of known scale. The largest singular value of a d_out x d_in matrix of independent entries with standard
@@ -23,10 +23,10 @@ from compressor.recipe import TrainingRecipe
 
 @dataclass(frozen=True)
 class SurvivingInitialization:
-    """What is left of the initialization in a trained matrix.
+    """The initialization that is left in a trained matrix.
 
     `share`: exp(-K), the factor before the initial weights; `forgetting_exponent`: K. `init_std`: sigma, the
-    standard deviation of the initial entries. `edge`: the largest singular value of what is left.
+    standard deviation of the initial entries. `edge`: the largest singular value of the part that is left.
     `above_edge`: how many singular values are larger. `reason`: why K is unknown, and share, edge and count
     with it; empty if they are known.
     """
@@ -51,20 +51,23 @@ def surviving_initialization(
     init_std: float | None,
     decayed: bool = True,
 ) -> SurvivingInitialization:
-    """How much of its initialization a trained matrix keeps, and how many singular values stand above that.
+    """How much of its initialization a trained matrix keeps, and how many singular values exceed the rest of it.
 
     `shape` is (d_out, d_in), a convolution's d_in being channels x kernel positions; `singular_values` are
     the trained matrix's, in its unit; `decayed` says whether the matrix gets weight decay. `init_std` is the
     standard deviation of the initial entries, None if unknown: `initializer_range` in most transformers
     configurations, 1/sqrt(3 d_in) for `torch.nn.Linear` and `torch.nn.Conv2d` (uniform in +-1/sqrt(d_in)).
 
-    A model that was trained from another one did not start from random weights, and nothing is known of it. Raises
+    For a model that was trained from another one nothing is known, since it did not start from random weights. Raises
     `BadInput` for a negative or infinite `init_std`.
     """
     d_out, d_in = shape
     sigma = None if init_std is None else float(init_std)
     if sigma is not None and not 0 <= sigma < math.inf:
-        raise BadInput(f"the standard deviation of the initialization is {sigma}", remedy="pass one that is not")
+        raise BadInput(
+            f"the standard deviation of the initialization is {sigma}",
+            remedy="pass a number from 0 on, or None if it is unknown",
+        )
     exponent, reason = forgetting_exponent(recipe, decayed=decayed)
     if exponent is None:
         return SurvivingInitialization(None, None, sigma, None, None, reason)

@@ -1,4 +1,4 @@
-"""How far back the weights remember: what the training hyperparameters say about the rank of a matrix.
+"""The memory window: what the training hyperparameters say about the rank of a matrix.
 
 Notation: W is d_out x d_in, B the batch size, R how often W is used per example, lr and wd the numbers of
 `torch.optim`, T the steps of the training, G_t the gradient of the mean loss at step t, of rank at most B*R.
@@ -24,7 +24,7 @@ from compressor.measure.retention import constant_window, first_step_below, recu
 from compressor.recipe import TrainingRecipe
 
 EPSILON = 0.1
-"""The share of a matrix that a memory window leaves out where nothing else is asked."""
+"""The default share of a matrix that is older than its memory window."""
 
 _NORM_RATIO_ALLOWED = 2.0
 _PRECONDITIONERS = frozenset({"adafactor", "shampoo"})
@@ -33,19 +33,23 @@ _NO_CONTRACTION = "weight decay this strong does not contract the weights"
 
 @dataclass(frozen=True)
 class MemoryWindow:
-    """What training has forgotten, and the bound on the rank that follows.
+    """The window after which training has forgotten a matrix, and the bound on the matrix's rank that follows.
 
-    `steps`: n, the steps after which at most `epsilon` of the weights is left; None if there is no such n.
-    `exceeds_training`: whether n is more than the steps taken; None if those, or the window, are unknown.
-    `forgetting_exponent`: K, where exp(-K) of the initialization is still in the weights; None if unknown.
-    `rank_bound`: B*R*n, which bounds the rank of all of W but `epsilon`; None if no bound holds.
-    `vacuous`: whether the bound says no more than the shape does; None without a bound.
-    `reason`: why something is None, or why the bound is vacuous; empty if there is nothing to explain.
-    `learned_rank_bound`: B*R*T, which bounds the rank of what the whole training added, W_T - p_T W_0; None if
-    unknown. `norm_ratio`: ||W_{T-n}|| / ||W_T||, if it was given. `residual`: what the bound leaves out, relative to
-    the final weights, `epsilon` times that ratio; None without it. `collapsing`: whether the ratio is above 2, which is
-    what the factor 2 in the bound of Galanti et al. (Theorem 3.3) allows for: the weights then shrink faster than
-    gradients refill them, and the bound says little about what is left; None without the ratio.
+    Attributes:
+        steps: n, the steps after which at most `epsilon` of the weights is left; None if there is no such n.
+        exceeds_training: Whether n is more than the steps taken; None if those, or the window, are unknown.
+        forgetting_exponent: K, where exp(-K) of the initialization is still in the weights; None if unknown.
+        rank_bound: B*R*n, which bounds the rank of all of W but `epsilon`; None if no bound holds.
+        vacuous: Whether the bound says no more than the shape does; None without a bound.
+        reason: Why something is None, or why the bound is vacuous; empty if there is nothing to explain.
+        epsilon: The share of the matrix that the window leaves out.
+        learned_rank_bound: B*R*T, which bounds the rank of what the whole training added, W_T - p_T W_0; None if
+            unknown.
+        norm_ratio: ||W_{T-n}|| / ||W_T||, if it was given.
+        residual: What the bound leaves out relative to the final weights, `epsilon` times the ratio; None without it.
+        collapsing: Whether the ratio is above 2, which the factor 2 in the bound of Galanti et al. (Theorem 3.3) allows
+            for: the weights then shrink faster than gradients refill them, and the bound says little about what is
+            left. None without the ratio.
     """
 
     steps: int | None
@@ -67,7 +71,7 @@ class MemoryWindow:
 
 @dataclass(frozen=True)
 class Retention:
-    """What is left of an earlier state: W_T = weights * W_{T-n} + buffer * b_{T-n} + gradients since.
+    """How much of an earlier state is retained: W_T = weights * W_{T-n} + buffer * b_{T-n} + gradients since.
 
     b is the optimizer's momentum buffer; `buffer` has the unit of a learning rate.
     """
@@ -86,31 +90,46 @@ def memory_window(
     gradient_span: int | None = None,
     norm_ratio: float | None = None,
 ) -> MemoryWindow:
-    """The steps in which all but `epsilon` of a weight matrix was written, and the bound on its rank.
+    """Return the number of steps in which all but `epsilon` of a weight matrix was written, and the bound on its rank.
 
-    `shape` is (d_out, d_in). `uses` is R, how often one example uses the matrix, None if unknown: 1 for a dense layer
-    on vectors, the output positions of a convolution, the patches or the tokens (without padding) of a transformer's
-    projection, for an expert the tokens routed to it. With gradient accumulation and several processes B is the
-    examples of all of them together. `decayed`: whether the matrix gets weight decay.
+    n is the smallest n with |p_n| + |q_n| / lr <= epsilon (notation: the module's docstring; lr is the peak). What is
+    left of the state n steps before the end is then at most epsilon times the larger of ||W|| and lr * ||b|| there, so
+    the unknown momentum buffer is allowed one step as large as the weights. Without momentum q_n = 0 and the residual
+    is p_n * W_{T-n} (Galanti et al. 2022, arXiv:2206.05794, Lemma 3.2).
 
-    n is the smallest n with |p_n| + |q_n| / lr <= epsilon (module docstring; lr is the peak): what is left of
-    the state n steps before the end is then at most epsilon times the larger of ||W|| and lr * ||b|| there,
-    so the unknown momentum buffer is allowed one step as large as the weights. Without momentum q_n = 0 and
-    the residual is p_n * W_{T-n}: relative to the final weights it is larger if the norm has been falling, by
-    `norm_ratio`, ||W_{T-n}|| / ||W_T||, which an earlier checkpoint tells.
+    The last n steps of SGD wrote a matrix of rank at most B*R*n, with momentum too, since the gradients from before the
+    window are in b. Adaptive optimizers with decoupled weight decay have the window (p_n as without momentum), but
+    their updates are not of low rank; with weight decay in the gradient they have none, since each entry forgets at its
+    own rate. If n exceeds T, only W_T - p_T W_0 has rank at most B*R*T.
 
-    The last n steps of SGD wrote a matrix of rank at most B*R*n, with momentum too, since the gradients from
-    before the window are in b. Adaptive optimizers with decoupled weight decay have the window (p_n as
-    without momentum), but their updates are not of low rank; with weight decay in the gradient they have
-    none, since each entry forgets at its own rate. If n exceeds T, only W_T - p_T W_0 has rank at most B*R*T.
+    Args:
+        recipe: How the model was trained. With gradient accumulation and several processes B is the examples of all of
+            them together.
+        shape: `(d_out, d_in)` of the matrix.
+        uses: R, how often one example uses the matrix; None if unknown. It is 1 for a dense layer on vectors, the
+            output positions of a convolution, the patches or tokens (without padding) of a transformer's projection,
+            and for an expert the tokens routed to it.
+        decayed: Whether the matrix gets weight decay.
+        epsilon: The share of the matrix that may be older than the window, between 0 and 1.
+        gradient_span: The dimension of a space that contains the rows, or the columns, of all gradients, if one is
+            known; it caps both bounds. For the last layer of a classifier of C classes under softmax cross-entropy it
+            is C - 1 (the gradients at its outputs sum to zero); for the first layer, if the same N training inputs are
+            seen without augmentation, N * R (its gradients are combinations of them). For hidden layers there is none,
+            since their inputs change at every visit.
+        norm_ratio: ||W_{T-n}|| / ||W_T||, from an earlier checkpoint.
 
-    `gradient_span` caps both bounds: the dimension of a space that the rows, or the columns, of all gradients are in,
-    where there is one that is known. For the last layer of a classifier of C classes under softmax cross-entropy it is
-    C - 1 (the gradients at its outputs sum to zero); for the first layer, if the same N training inputs are seen
-    without augmentation, N * R (its gradients are combinations of them). For hidden layers there is none: their inputs
-    are others at every visit.
+    Returns:
+        The window and the bound, with the reason for whatever is unknown.
 
-    Raises `BadInput` for an epsilon outside (0, 1) and for sizes or a ratio that are not positive.
+    Raises:
+        BadInput: epsilon is outside (0, 1), or a size or the ratio is not positive.
+
+    Example:
+        >>> recipe = compressor.TrainingRecipe(
+        ...     optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.05, batch_size=4, schedule="constant"
+        ... )
+        >>> compressor.memory_window(recipe, (512, 512), 1).steps
+        460
     """
     if not 0 < epsilon < 1:
         raise BadInput(f"epsilon = {epsilon!r} is not between 0 and 1", remedy="pass a number such as 0.1")
@@ -165,11 +184,11 @@ def _why_unbounded(recipe: TrainingRecipe) -> str:
         return f"updates of {recipe.optimizer} are not of low rank"
     if recipe.batch_size is None:
         return "the batch size is unknown"
-    return "uses per example are unknown (--sequence-length, 1 for vectors)"
+    return "uses per example are unknown (`sequence_length` of the recipe; 1 for vectors)"
 
 
 def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, span: int | None) -> int | None:
-    """The largest rank that so many steps can have written; None if no bound is known."""
+    """The largest rank that this many steps can have written; None if no bound is known."""
     if recipe.family != "sgd":
         return None
     factors = (recipe.batch_size, uses, steps)
@@ -197,12 +216,12 @@ def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tupl
 def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Retention:
     """How much of the weights and of the momentum buffer `steps` before the end is in the final weights.
 
-    Raises `BadInput` if the recipe leaves it open, or has fewer steps.
+    Raises `BadInput` if the recipe does not determine it, or has fewer steps.
     """
     recipe = recipe if decayed else replace(recipe, weight_decay=0.0)
     unknown = _unknown_in_update(recipe) or recipe.unknown_in_schedule
     if unknown:
-        raise BadInput(f"what training retains is open: {unknown}", remedy="complete the training recipe")
+        raise BadInput(f"what training retains is unknown: {unknown}", remedy="complete the training recipe")
     if steps > (recipe.total_steps or 0):
         raise BadInput(f"the training has fewer than {steps} steps", remedy="ask for fewer")
     p, q, log_scale = state_before_the_end(recipe, steps)
@@ -210,12 +229,12 @@ def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Re
 
 
 def _forgets(recipe: TrainingRecipe, decayed: bool) -> bool:
-    """False where any optimizer does no more than add to the weights."""
+    """False if the optimizer only adds to the weights."""
     return decayed and recipe.weight_decay != 0 and recipe.learning_rate != 0
 
 
 def _unknown_in_update(recipe: TrainingRecipe) -> str:
-    """Why a step of this optimizer is no known linear map of the weights; empty if it is one."""
+    """Why a step of this optimizer is not a known linear map of the weights; empty if it is one."""
     unknown = ""
     if recipe.weight_decay is None:
         unknown = "the weight decay is unknown"

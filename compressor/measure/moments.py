@@ -16,11 +16,12 @@ from compressor.measure.scale import power_of_two
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer, in float64: E[x x^T] and E[x] of its inputs, and E[g g^T] of the gradients at its outputs.
+    """Second moments of one layer, in float64: E[x x^T] and E[x] of its inputs, E[g g^T] of the gradients at its
+    outputs.
 
-    `inputs` is `d_in x d_in`, `mean` of `d_in`, `gradients` `d_out x d_out`. The expectations are over `positions`: the
-    vectors that the layer was applied to. With `uses` of them for each of the model's predictions, a change D of the
-    matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction to second order.
+    `inputs` is `d_in x d_in`, `mean` has `d_in` numbers, `gradients` is `d_out x d_out`. The expectations are over
+    `positions`: the vectors that the layer was applied to. With `uses` of them per prediction of the model, a change D
+    of the matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction, to second order.
     """
 
     inputs: Tensor
@@ -31,7 +32,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class MomentPass:
-    """One batch: `run` takes it forwards and backwards; `masks` of `(batch, length)` are false on padding."""
+    """One batch: `run` does a forward and a backward pass; `masks` of `(batch, length)` are false on padding."""
 
     run: Callable[[], None]
     masks: Sequence[Tensor] = ()
@@ -42,12 +43,12 @@ def collect_moments(
     passes: Iterable[MomentPass],
     stand_ins: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Moments | None]:
-    """Moments of every layer over all passes; None for a layer that no pass went backwards through.
+    """Compute the moments of every layer over all passes; None for a layer that no gradient reached.
 
-    `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions, transposed ones among them, inside
-    one model; the model is to be in evaluation mode. Where `stand_ins` run in their places (low-rank layers, say), what
-    these see counts. Layers that are given the same tensors share one moment of them. Raises `BadInput` when
-    activations or gradients are not finite, naming the layer.
+    `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions, transposed ones included, of one
+    model in evaluation mode. If `stand_ins` run in their place (low-rank layers, say), their inputs and gradients are
+    used. Layers that receive the same tensor share one moment. Raises `BadInput`, naming the layer, if activations or
+    gradients are not finite.
     """
     collector = _Collector(layers, stand_ins or layers)
     with torch.enable_grad(), collector:
@@ -60,7 +61,7 @@ def collect_moments(
 
 @dataclass
 class _Sum:
-    """Outer products and vectors added up."""
+    """Running sums of outer products and of vectors."""
 
     product: Tensor
     total: Tensor
@@ -73,14 +74,14 @@ class _Sum:
 
 
 class _Collector:
-    """Hooks on the layers that add up the moments while the model runs forwards and backwards."""
+    """Hooks that add up the moments during forward and backward passes."""
 
     def __init__(self, layers: Mapping[str, nn.Module], hooked: Mapping[str, nn.Module]) -> None:
         self._layers, self._hooked = layers, hooked
         # Inputs by the set of layers that share them, gradients by layer.
         self._inputs: dict[frozenset[str], _Sum] = {}
         self._gradients: dict[str, _Sum] = {}
-        # One product in a pass for all layers that see one tensor in one state as the same vectors.
+        # Within a pass, layers that extract the same vectors from one version of a tensor share one product.
         self._seen: dict[tuple[int, int, Hashable], tuple[Tensor, _Sum, set[str]]] = {}
         self._masks: Sequence[Tensor] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -95,18 +96,18 @@ class _Collector:
         self._seen.clear()
 
     def begin(self, masks: Sequence[Tensor]) -> None:
-        """Start a pass: no tensor of it has been seen yet."""
+        """Start a pass."""
         self._masks = masks
         self._seen.clear()
 
     def end(self) -> None:
-        """Add up what the pass saw."""
+        """Add the sums of the pass to the totals."""
         for _, seen, names in self._seen.values():
             _accumulate(self._inputs, frozenset(names), seen)
         self._seen.clear()
 
     def moments(self) -> dict[str, Moments | None]:
-        """The means of what was added up."""
+        """The means so far."""
         shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
         found: dict[str, Moments | None] = dict.fromkeys(self._layers)
         for name, gradients in self._gradients.items():
@@ -115,7 +116,7 @@ class _Collector:
             keys = [key for key in self._inputs if name in key]
             if len(keys) == 1:
                 inputs, mean = shared[keys[0]]
-            else:  # it ran several times, beside other layers each time
+            else:  # it ran several times, and shared its inputs with other layers each time
                 count = sum(self._inputs[key].count for key in keys)
                 inputs = torch.stack([self._inputs[key].product for key in keys]).sum(0) / count
                 mean = torch.stack([self._inputs[key].total for key in keys]).sum(0) / count
@@ -136,7 +137,7 @@ class _Collector:
             if leaf:
                 output.requires_grad_(True)
             output.register_hook(partial(self._backward, name))  # type: ignore[no-untyped-call]
-            # What follows may work in place, which a leaf does not allow.
+            # The next module may work in place, which autograd does not allow on a leaf.
             return output.clone() if leaf else None
 
         return hook
@@ -165,15 +166,15 @@ def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
-    """Vectors in float32, or in float64 where they are."""
+    """Vectors in float32; float64 stays float64."""
     return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
 def outer_products(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of two matrices, formed in float32, as float64 and as exact as their covariance needs it.
+    """`x^T y` of two matrices, computed in float32 and returned in float64, accurate relative to their covariance.
 
-    The products are formed about the means: of large ones float32 would leave nothing of what varies. Common factors
-    are taken out before, so that no square vanishes or overflows in float32.
+    The products are taken about the means: for vectors with a large mean, float32 would round away what varies. Common
+    factors are divided out first, so that no square underflows or overflows in float32.
     """
     scale_x, scale_y = power_of_two(x), power_of_two(y)
     x, y = (x / scale_x).float(), (y / scale_y).float()
@@ -188,9 +189,10 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Those of the rows made of a tensor that are not padding by the first mask of its size.
+    """Drop the rows that are padding, according to the first mask that fits the tensor they came from.
 
-    The tensor is `(batch, length, size)`, or `(batch * length, size)` as some models flatten it; any other has none.
+    The tensor is `(batch, length, size)`, or `(batch * length, size)` as some models flatten it; any other has no
+    padding.
     """
     for mask in masks:
         flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
@@ -203,12 +205,12 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def kept_rows(tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """A tensor as one row for every position, `(positions, size)`, without those at padding."""
+    """A tensor as one row per position, `(positions, size)`, without padding."""
     return kept_vectors(tensor.flatten(0, -2), tensor, masks)
 
 
 def patches(layer: nn.Module) -> Hashable:
-    """What two layers must have in common to see one input as the same vectors."""
+    """Key under which layers extract identical patches from one input, so that they can share its moments."""
     if isinstance(layer, _TRANSPOSED):
         return "channels"
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -217,7 +219,7 @@ def patches(layer: nn.Module) -> Hashable:
 
 
 def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the layer's matrix is applied to, one vector a row: the last dimension, or a convolution's patches."""
+    """The vectors that the layer's matrix is applied to, one a row: the last dimension, or a convolution's patches."""
     if isinstance(layer, _TRANSPOSED):
         return _channels(layer, x)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -235,7 +237,7 @@ def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _output_vectors(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """What the layer's matrix puts out, one vector a row; a transposed convolution's are patches of what it adds up."""
+    """The outputs of the layer's matrix, one a row; for a transposed convolution, the patches that it adds up."""
     if isinstance(layer, _TRANSPOSED):
         return _scattered_patches(layer, gradient)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -251,9 +253,9 @@ def _channels(layer: nn.modules.conv._ConvNd, images: Tensor) -> Tensor:
 
 
 def _scattered_patches(layer: nn.modules.conv._ConvNd, gradient: Tensor) -> Tensor:
-    """What reaches each position of a transposed convolution's input from its outputs: `channels x kernel` a row.
+    """The gradients at the outputs that each input position contributes to: `channels x kernel` a row.
 
-    Position p adds its results to the outputs at `stride p - padding` and after; those outside are cut off.
+    Position p adds its results to the outputs from `stride p - padding` on; those outside are cut off.
     """
     spatial = len(layer.kernel_size)
     if gradient.dim() == spatial + 1:
@@ -270,12 +272,11 @@ def _scattered_patches(layer: nn.modules.conv._ConvNd, gradient: Tensor) -> Tens
 
 
 def oas_shrinkage(moment: Tensor, samples: int) -> Tensor:
-    """A positive definite estimate of a second moment from `samples` vectors, whatever their number and rank.
+    """Shrink a second moment of `samples` vectors towards a multiple of the identity, so that it is positive definite.
 
-    The estimate is pulled toward the multiple of the identity with its trace, by the share that the oracle
-    approximating shrinkage of Chen, Wiesel, Eldar and Hero (IEEE Transactions on Signal Processing, 2010, equation 23)
-    finds in the data: much where there are few samples for the dimensions, hardly where there are many. The identity
-    for a moment that is zero.
+    The weight is that of the oracle approximating shrinkage (OAS) of Chen, Wiesel, Eldar and Hero (IEEE Transactions on
+    Signal Processing, 2010, equation 23): large if there are few samples for the dimension, small if there are many. A
+    moment that is zero becomes the identity.
     """
     size = moment.shape[0]
     identity = torch.eye(size, dtype=torch.float64, device=moment.device)
@@ -288,6 +289,6 @@ def oas_shrinkage(moment: Tensor, samples: int) -> Tensor:
     weight = 1.0
     if spread > 0:
         weight = min(1.0, ((1 - 2 / size) * squares + size**2) / ((samples + 1 - 2 / size) * spread))
-    # The products are formed in float32: eigenvalues below its precision are noise.
+    # The products were computed in float32: eigenvalues below its precision are noise.
     weight = max(weight, torch.finfo(torch.float32).eps * size)
     return ((1 - weight) * scaled + weight * identity) * (trace / size)

@@ -1,9 +1,9 @@
-"""Second moments of the loss gradient of a parameter, where no module shows what it is applied to.
+"""Second moments of the loss gradient of a parameter that a module uses in code of its own.
 
-Of a matrix that is applied to x and receives g, the gradient on one prediction is a sum of g x^T, and its second moment
+If a matrix is applied to x and receives g, the gradient on one prediction is a sum of g x^T, and its second moment is
 the Fisher information F of the matrix. With independent targets for the predictions, the gradients G of whole batches
-give both of its partial traces, E[G G^T] and E[G^T G]. Where F is a Kronecker product, as `Moments` takes it to be too,
-it is that of the two divided by their trace.
+give both partial traces of F, E[G G^T] and E[G^T G]. If F is a Kronecker product, as `Moments` assumes too, it is the
+product of the two divided by their trace.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from compressor.errors import BadInput
 
 @dataclass(frozen=True)
 class ParameterMoments:
-    """Of a parameter as a `d_out x d_in` matrix, in float64: `inputs` and `gradients`, with F their Kronecker product.
+    """The Fisher information of a parameter as a Kronecker product of `inputs` and `gradients`, in float64.
 
-    A change D of the matrix costs `1/2 tr(S_g D S_x D^T)` of loss per prediction to second order. Each is estimated
-    from about as many independent vectors as its number of `samples` says.
+    For a `d_out x d_in` matrix a change D costs `1/2 tr(S_g D S_x D^T)` of loss per prediction, to second order. The
+    numbers of samples say from how many independent vectors, about, each factor was estimated.
     """
 
     inputs: Tensor
@@ -32,10 +32,10 @@ class ParameterMoments:
 
 
 class ParameterCollector:
-    """Gathers the gradients of parameters while a model runs backwards, batch by batch, and leaves none behind.
+    """Accumulates the gradients of parameters over backward passes, and leaves none behind.
 
-    `parameters` are pairs of a module and the name of its parameter, by the name of the layer. What was there before,
-    gradients and whether they are wanted, is there again once it is left.
+    `parameters` maps layer names to a module and the name of its parameter. On exit, gradients and `requires_grad` are
+    as they were before.
     """
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]]) -> None:
@@ -63,7 +63,7 @@ class ParameterCollector:
         self._handles, self._before = [], []
 
     def moments(self, predictions: int) -> dict[str, ParameterMoments]:
-        """The moments of every parameter that a gradient reached, of which there were so many predictions in all."""
+        """The moments of every parameter that a gradient reached, over a total number of predictions."""
         found = {}
         for name, (gradients, inputs) in self._sums.items():
             trace = float(gradients.trace())
@@ -100,5 +100,5 @@ class ParameterCollector:
 
 
 def _effective(moment: Tensor) -> float:
-    """How many independent vectors the columns of G are worth, by the moment of its rows: its participation ratio."""
+    """The participation ratio of a moment: how many independent vectors it is worth."""
     return float(moment.trace()) ** 2 / float(moment.square().sum())

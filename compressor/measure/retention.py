@@ -1,14 +1,13 @@
-"""What a training leaves of an earlier state, over any number of steps.
+"""How much training retains of an earlier state, over any number of steps.
 
 The state n steps before the end enters the final weights as p_n W_{T-n} + q_n b_{T-n} (see `memory_window.py`). The row
-(p_n, q_n) is the first one of a product of 2x2 matrices, one a step. With r = q/p, a step back multiplies p by
+(p_n, q_n) is the first one of a product of 2x2 matrices, one per step. With r = q/p, a step back multiplies p by 1 + u,
+u = -lr * decay + feed * r, and r' = (momentum * r - lr * pull) / (1 + u).
 
-    1 + u,  u = -lr * decay + feed * r,    and    r' = (momentum * r - lr * pull) / (1 + u).
-
-Where weight decay is weak, r forgets its start within a few times 1 / (1 - momentum) steps, and follows the learning
-rate from then on. On a long stretch of a smooth schedule log(1 + u) is then a smooth function of the step, and its sum
-is an integral with the first correction of Euler and Maclaurin. Only the steps around the ends of a stretch are walked
-one by one, and all of them where weight decay is strong.
+If weight decay is weak, r forgets its start within a few times 1 / (1 - momentum) steps, and follows the learning rate
+from then on. On a long stretch of a smooth schedule log(1 + u) is then a smooth function of the step, and its sum is an
+integral with the first Euler-Maclaurin correction. Only the steps around the ends of a stretch are walked one by one;
+if weight decay is strong, all of them are.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _LEAST_FACTOR = 0.1
 _WEAK_DECAY = 1e-4
 # Corrections of r for the change of the learning rate; each makes rounding 1 / (1 - momentum) times as large.
 _ROUNDS = 2
-# Beyond exp of this nothing is left, or all has grown without bounds, and the rest is not walked if it is long.
+# Beyond exp of this nothing is retained, or everything has diverged, and the rest of a long stretch is not walked.
 _MOST_LOG = 1e3
 _MANY = 10**6
 
@@ -66,12 +65,12 @@ class Recursion:
 
 
 def recursion_of(recipe: TrainingRecipe, *, first: bool = False) -> Recursion:
-    """The recursion of a recipe in which nothing needed is unknown; `first` is that of the run's first step.
+    """The recursion of a recipe that is complete; `first` gives that of the first step.
 
-    After `torch.optim.SGD`; with decoupled decay after SGDW (Loshchilov & Hutter 2019, arXiv:1711.05101,
-    Algorithm 1), whose part without momentum is also what AdamW and its like do to the weights. A named
-    optimizer has torch's definition where the recipe does not qualify it: no Nesterov momentum, no dampening,
-    and for "sgd" weight decay in the gradient.
+    It is `torch.optim.SGD`'s; with decoupled decay SGDW's (Loshchilov & Hutter 2019, arXiv:1711.05101, Algorithm 1),
+    whose part without momentum is also what AdamW and its variants do to the weights. If the recipe does not qualify a
+    named optimizer, torch's defaults hold: no Nesterov momentum, no dampening, and for "sgd" weight decay in the
+    gradient.
     """
     decay = recipe.weight_decay or 0.0
     momentum = (recipe.momentum or 0.0) if recipe.family == "sgd" else 0.0
@@ -102,7 +101,7 @@ _Stretch = tuple[int, Callable[[int], _State]]
 
 
 def state_before_the_end(recipe: TrainingRecipe, steps: int) -> tuple[float, float, float]:
-    """p_n and q_n for n = `steps`, and the logarithm of a scale that both are to be multiplied by."""
+    """p_n and q_n for n = `steps`, and the logarithm of the scale of both."""
     state, done = _State(1.0, 0.0, 0.0), 0
     for length, after in _walk_back(recipe):
         if done >= steps:
@@ -129,7 +128,7 @@ def first_step_below(recipe: TrainingRecipe, epsilon: float) -> int | None:
 def _first_below(
     after: Callable[[int], _State], length: int, threshold: float, peak: float | None, first: float, last: float
 ) -> int:
-    """Where a stretch falls below a threshold: what is left rises on it at most once, and then falls."""
+    """Where a stretch falls below a threshold; the retained share rises at most once on it, and then falls."""
     low, high, halve = 0, length, False
     while high - low > 1:
         share = 0.5 if halve else (first - threshold) / max(first - last, 1e-300)
@@ -145,7 +144,7 @@ def _first_below(
 
 
 def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
-    """The steps of a training from the last to the first, in stretches of one or many."""
+    """The steps of training from the last to the first, in stretches of one or many."""
     step, state, total = recursion_of(recipe), _State(1.0, 0.0, 0.0), recipe.total_steps or 0
     # Milestones may also raise the learning rate.
     peak = float(recipe.learning_rates_at(np.array([recipe.warmup_length, *(recipe.step_milestones or ())])).max())
@@ -161,7 +160,7 @@ def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
             yield 1, _always(now)
             done += 1
             if burn is None and abs(now.log_scale) > _MOST_LOG and total - done > _MANY:
-                # What is left cannot matter any more.
+                # The retained share is negligible from here on.
                 yield total, _always(_State(0.0, 0.0, 0.0) if now.log_scale < 0 else now)
                 return
         if shortcut is not None:
@@ -181,7 +180,7 @@ def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
 def _shortcut(
     recipe: TrainingRecipe, step: Recursion, start: int, stop: int, burn: int | None
 ) -> tuple[int, Callable[[_State], Callable[[int], _State]] | None]:
-    """The step down to which a stretch is walked one by one, and how the rest is had at once, if it can be."""
+    """The step down to which a stretch is walked one by one, and a function for the rest, if there is one."""
     if burn is not None and stop - start > 2 * burn + _LEAST_STRETCH:
         end = stop - burn
         return end, lambda state: _smooth_stretch(recipe, step, state, start, end, burn)
@@ -226,7 +225,7 @@ def _one_by_one(
             if u > -1:
                 p, q, log_scale = 1.0, (step.momentum * q / p - rate * step.pull) / (1 + u), log_scale + math.log1p(u)
             else:
-                # Where dampening starts after the first step, that one may turn the sign of p.
+                # If dampening starts after the first step, the first may flip the sign of p.
                 p, q = p - rate * step.decay * p + step.feed * q, step.momentum * q - rate * step.pull * p
                 size = abs(p) + abs(q)
                 if not 1e-100 < size < 1e100 and size > 0:
@@ -237,7 +236,7 @@ def _one_by_one(
 def _smooth_stretch(
     recipe: TrainingRecipe, step: Recursion, state: _State, start: int, end: int, burn: int
 ) -> Callable[[int], _State]:
-    """The states after some of the steps from `end` down to `start`, where r follows the learning rate."""
+    """The states after some of the steps from `end` down to `start`, while r follows the learning rate."""
     log_before = math.log(abs(state.p)) + state.log_scale if state.p else -math.inf
 
     def after(steps: int) -> _State:
@@ -283,7 +282,7 @@ def _ratio_after(step: Recursion, ratio: _Array, rate: _Array) -> _Array:
 
 
 def _settled_ratio(step: Recursion, rate: _Array) -> _Array:
-    """r where the learning rate stays the same."""
+    """The fixed point of r at a constant learning rate."""
     linear = 1 - rate * step.decay - step.momentum
     root = np.sqrt(np.maximum(linear**2 - 4 * step.feed * rate * step.pull, 0.0))
     return np.asarray(-2 * rate * step.pull / (linear + root))
@@ -316,7 +315,7 @@ def _change(recipe: TrainingRecipe, step: Recursion, start: int, stop: int) -> i
 
 
 def _steps_to_forget(recipe: TrainingRecipe, step: Recursion, start: int, stop: int) -> int | None:
-    """The steps after which r has forgotten its start, on a whole stretch; None where it does not, or slowly."""
+    """The steps after which r has forgotten its start, anywhere on a stretch; None if it does not, or too slowly."""
     rates = recipe.learning_rates_at(np.array([float(start), float(stop - 1)]))
     shares = [_forgetting(step, float(rate)) for rate in rates]
     if None in shares:
@@ -326,11 +325,11 @@ def _steps_to_forget(recipe: TrainingRecipe, step: Recursion, start: int, stop: 
 
 
 def _forgetting(step: Recursion, rate: float) -> float | None:
-    """The share of r that one step leaves, the ratio of the matrix's eigenvalues; None where decay is too strong."""
+    """The share of r that survives one step, the ratio of the matrix's eigenvalues; None if decay is too strong."""
     half = (1 - rate * step.decay + step.momentum) / 2
     determinant = step.momentum * (1 - rate * step.decay) + rate * step.pull * step.feed
     root = half**2 - determinant
-    # The weights must be what fades more slowly.
+    # The weights must fade more slowly than the buffer.
     if root <= 0 or half + math.sqrt(root) < _LEAST_FACTOR or 1 - rate * step.decay <= step.momentum:
         return None
     large = half + math.sqrt(root)
@@ -340,7 +339,7 @@ def _forgetting(step: Recursion, rate: float) -> float | None:
 
 
 def constant_window(step: Recursion, learning_rate: float, epsilon: float) -> int | None:
-    """The window at a constant learning rate without an end; None if there is none."""
+    """The window at a constant learning rate and without an end; None if there is none."""
     share = _forgetting(step, learning_rate)
     if share is None or learning_rate * step.decay >= _WEAK_DECAY:
         return _window_by_doubling(step, learning_rate, epsilon)
@@ -357,9 +356,9 @@ def constant_window(step: Recursion, learning_rate: float, epsilon: float) -> in
 
 
 def _window_by_doubling(recursion: Recursion, learning_rate: float, epsilon: float) -> int | None:
-    """The window at a constant learning rate: doubling the steps until they suffice, then halving.
+    """The window at a constant learning rate: double the steps until they suffice, then bisect.
 
-    What is left falls all the time where the roots of the recursion are real and positive. Elsewhere it oscillates,
+    The retained share falls monotonically if the roots of the recursion are real and positive. Otherwise it oscillates,
     and the steps are walked one by one, up to the number that doubling found.
     """
     powers = [recursion.matrix(learning_rate)]

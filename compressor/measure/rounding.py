@@ -1,8 +1,8 @@
-"""How much of the difference between two stored weights is rounding, and which of its singular values carry it.
+"""How much of the difference between two stored weights is rounding, and which of its singular values are.
 
-A weight that was computed in a wider type and rounded to the one that it is stored in has an error of variance
-`ulp^2 / 12`, as long as the change is not small beside the spacing `ulp` of the stored numbers. Where it is small, most
-numbers have not moved at all, and rounding added no more to the others than they moved by.
+A weight that was computed in a wider type and rounded to its dtype has an error of variance `ulp^2 / 12`, as long as
+the change is not small compared with the spacing `ulp` of the stored numbers. If it is small, most numbers have not
+moved at all, and rounding added no more to the others than they moved by.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Rounding:
-    """The part of a difference that rounding explains.
+    """The part of a difference that is rounding.
 
-    `size` is the Frobenius norm of the difference, `share` that of the part relative to it, and `edge` the largest
-    singular value that it has by itself: of independent errors of variance `v_ij` the largest is close to
-    `sqrt(max_i sum_j v_ij) + sqrt(max_j sum_i v_ij)` at most (Bandeira and van Handel, 2016), which is
-    `s (sqrt(m) + sqrt(n))` where all are `s^2`.
+    `size` is the Frobenius norm of the difference and `share` the relative norm of the part. `edge` is the largest
+    singular value of the part alone: for independent errors of variance `v_ij` it is at most about `sqrt(max_i sum_j
+    v_ij) + sqrt(max_j sum_i v_ij)` (Bandeira and van Handel, 2016), which is `s (sqrt(m) + sqrt(n))` if all are `s^2`.
     """
 
     size: float
@@ -32,9 +31,10 @@ class Rounding:
 
 
 def rounding(stored: Tensor, difference: Tensor) -> Rounding:
-    """What rounding to the dtype of `stored` makes of `difference`, which is `stored` less an exact start, in float64.
+    """Estimate the rounding to the dtype of `stored` in `difference`, which is `stored` minus an exact start, in
+    float64.
 
-    Numbers are taken together by their spacing: rounding never has more energy than the differences themselves.
+    Numbers are grouped by their spacing; rounding never has more energy than the differences themselves.
     """
     weights = stored.to(torch.float64)
     exponents = _spacing_exponents(weights, _narrowest(stored))
@@ -50,17 +50,17 @@ def rounding(stored: Tensor, difference: Tensor) -> Rounding:
 
 
 def _narrowest(stored: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds all of the numbers: what was rounded may have been stored in a wider one since."""
+    """The narrowest dtype that holds all of the numbers: rounded weights may have been stored in a wider one later."""
     if stored.dtype in _NARROW:
         return stored.dtype
     return next((dtype for dtype in _NARROW if torch.equal(stored.to(dtype).to(stored.dtype), stored)), stored.dtype)
 
 
 def _spacing_exponents(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logarithm to base 2 of the spacing of the dtype's numbers at each weight."""
+    """The base-2 logarithm of the spacing of the dtype's numbers at each weight."""
     precision = torch.finfo(dtype)
     # frexp's mantissas are below one, where the spacing is that of numbers just below the power of two.
     exponents = torch.frexp(weights).exponent.to(torch.float64) - 1 + math.log2(precision.eps)
     smallest = math.log2(precision.smallest_normal * precision.eps)
-    # The exponent of zero says nothing: the numbers around it are the closest of all.
+    # Zero has no exponent; the numbers around it are the closest of all.
     return exponents.clamp_min(smallest).masked_fill(weights == 0, smallest)

@@ -1,4 +1,4 @@
-"""A common factor that is taken out of numbers before they are squared, so that the squares stay in float64's range."""
+"""A common factor to divide numbers by before they are squared, so that the squares stay in float64's range."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def power_of_two(values: Tensor | npt.NDArray[np.float64]) -> float:
-    """The largest power of two that does not exceed the largest absolute value; 1 where there is none but zeros.
+    """The largest power of two that does not exceed the largest absolute value; 1 if all are zero.
 
     Dividing by it is exact, so results do not depend on the scale of their input in any digit.
     """

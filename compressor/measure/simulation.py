@@ -1,4 +1,4 @@
-"""Mini-batch SGD with weight decay on random gradients: the mechanism of the memory window and nothing else.
+"""Mini-batch SGD with weight decay on random gradients: the mechanism of the memory window in isolation.
 
 A matrix W of `width` x `width` is trained for t steps by
 
@@ -72,7 +72,7 @@ class SimulatedTraining:
 
     @property
     def retention(self) -> float:
-        """What a step leaves of the weights: 1 - lr * wd."""
+        """The share of the weights that a step retains: 1 - lr * wd."""
         return 1.0 - self.learning_rate * self.weight_decay
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class SimulatedTraining:
 
 
 def simulated_weights(training: SimulatedTraining) -> Iterator[Matrix]:
-    """W_0, W_1, W_2, ... without end: the weights before the first step and after every one, each width x width."""
+    """W_0, W_1, W_2, ... without end: the weights before the first step and after each step, each width x width."""
     n = training.width
     fresh = standard_normals(training.seed, 0, n * n).reshape(n, n) / math.sqrt(3 * n)
     weights = training.surviving_initialization * fresh
@@ -108,10 +108,10 @@ def deviations(width: int, anisotropy: float) -> Matrix:
 
 
 def remembered_strokes(training: SimulatedTraining) -> float:
-    """B*R (1 + a^2) / (1 - a^2) with a = 1 - lr*wd: how many strokes of equal weight the steady state amounts to.
+    """B*R (1 + a^2) / (1 - a^2) with a = 1 - lr*wd: the effective number of equal rank-one updates in the steady state.
 
-    Strokes of weight c_j are worth (sum c_j^2)^2 / sum c_j^4 equal ones, with B*R strokes of weight a^j for every
-    j >= 0. Below the width, the strokes limit the rank; far above it they do not. Infinite where nothing is forgotten.
+    Updates of weight c_j are worth (sum c_j^2)^2 / sum c_j^4 equal ones, with B*R updates of weight a^j for every
+    j >= 0. Below the width they limit the rank; far above it they do not. Infinite if nothing is forgotten.
     """
     square = training.retention**2
     count = training.batch_size * training.uses
@@ -119,10 +119,10 @@ def remembered_strokes(training: SimulatedTraining) -> float:
 
 
 def gaussian_spectra(width: int, anisotropy: float = 0.0) -> Matrix:
-    """Spectra of matrices that no low-rank mechanism has touched, each divided by its Frobenius norm.
+    """Spectra of matrices without low-rank structure, each divided by its Frobenius norm.
 
-    Draws of D Z D, with Z of independent standard normals and D of `deviations`: what infinitely many strokes of this
-    anisotropy add up to. Shape (draws, width), singular values in descending order; narrow matrices vary more and get
+    Draws of D Z D, with Z of independent standard normals and D of `deviations`: the limit of infinitely many updates
+    of this anisotropy. Shape (draws, width), singular values in descending order; narrow matrices vary more and get
     more draws, max(8, 512 // width). Draw m uses the normals from m * width^2 on, of seed 0.
     """
     n, draws = width, max(8, 512 // width)

@@ -13,7 +13,7 @@ from compressor.measure.scale import power_of_two
 def smaller_gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
     """`W W^T` or `W^T W`, whichever is smaller, of `matrix / scale`, accumulated in float64.
 
-    The weight is converted a few rows at a time, so that no float64 copy of it is ever held.
+    The weight is converted a few rows at a time, so that there is never a float64 copy of it.
     """
     d_out, d_in = matrix.shape
     tall = matrix.T if d_out <= d_in else matrix  # n x d with n >= d, and the Gram matrix is d x d
@@ -30,8 +30,9 @@ def singular_values(matrix: Tensor) -> Spectrum:
     """Singular values of a `d_out x d_in` matrix of any floating dtype, descending, in float64.
 
     Accurate to about 1e-7 of the largest (the square root of float64's precision, since the Gram matrix squares the
-    spectrum; what is below is given as zero): finer than the rounding of float32 weights, at a fraction of the cost of
-    a singular value decomposition. A matrix times a power of two has the same singular values times it, in every digit.
+    spectrum; smaller values are returned as zero): finer than the rounding of float32 weights, at a fraction of the
+    cost of a singular value decomposition. A matrix times a power of two has the same singular values times it, in
+    every digit.
     """
     scale = power_of_two(matrix)
     eigenvalues = torch.linalg.eigvalsh(smaller_gram(matrix, scale)).flip(0)

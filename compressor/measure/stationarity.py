@@ -23,13 +23,14 @@ from torch import Tensor
 from compressor.measure.scale import power_of_two
 from compressor.recipe import TrainingRecipe
 
-# A normalization's epsilon keeps it from undoing a scale exactly; this share of another change's effect is let pass.
+# A normalization's epsilon keeps it from undoing a scale exactly; this share of the effect of another change is
+# tolerated.
 _INVARIANT = 0.1
 
 
 @dataclass(frozen=True)
 class Stationarity:
-    """One matrix beside the gradient of the mean training loss.
+    """One matrix compared with the gradient of the mean training loss.
 
     `cosine`: of W and -grad, 1 at a stationary point; `ratio`: ||grad|| / (lambda ||W||), 1 there too;
     `gradient_norm`: ||grad||, in units of loss per weight. `reason`: why one is None or says nothing.
@@ -51,8 +52,7 @@ class NormBalance:
 
     `layers`: their names. `spread`: the largest over the smallest sqrt(lambda_l) ||W_l||, 1 at a stationary point
     (all lambda_l are taken as equal if one is unknown or zero). `gap`: the largest less the smallest ||W_l||^2;
-    `predicted_gap`: what gradient flow leaves of the difference that these two had at the start, None if unknown,
-    for `reason`.
+    `predicted_gap`: the part of their initial difference that gradient flow leaves; None if unknown, for `reason`.
     """
 
     layers: tuple[str, ...]
@@ -68,7 +68,7 @@ class NormBalance:
 
 @dataclass(frozen=True)
 class TrainedNorm:
-    """What the balance needs of one matrix: its norm, the expected one at the start, its lambda and its K."""
+    """One matrix in the balance of norms: its norm, the expected initial norm, its lambda and its K."""
 
     norm: float
     initial_norm: float | None
@@ -77,7 +77,7 @@ class TrainedNorm:
 
 
 def stationary_penalty(recipe: TrainingRecipe) -> tuple[float | None, str]:
-    """lambda, where the optimizer stands still at grad = -lambda W; else None, and why.
+    """lambda, if the optimizer is stationary at grad = -lambda W; else None, and why.
 
     It is the weight decay if that is part of the gradient. Decoupled from a momentum buffer, which at rest holds
     grad (1 - dampening) / (1 - momentum), it is wd (1 - momentum) / (1 - dampening). An optimizer that divides the
@@ -86,7 +86,7 @@ def stationary_penalty(recipe: TrainingRecipe) -> tuple[float | None, str]:
     if recipe.weight_decay is None or recipe.family is None:
         return None, "the weight decay or the optimizer is unknown"
     if recipe.weight_decay == 0:
-        return None, "without weight decay no penalty holds the weights"
+        return None, "without weight decay there is no penalty"
     if not recipe.decoupled_weight_decay:
         return recipe.weight_decay, ""
     if recipe.family == "adaptive":
@@ -124,9 +124,9 @@ def stationarity(weight: Tensor, gradient: Tensor, recipe: TrainingRecipe, *, sc
 def scaling_degree(weight: Tensor, outputs: Callable[[], Tensor], *, seed: int = 0) -> Literal[0, 1] | None:
     """The degree in which the outputs are homogeneous in a matrix: 0 (scale-invariant), 1, or None for neither.
 
-    The matrix is doubled: outputs that double are of degree 1; outputs that change by less than a tenth of what they
-    change by when as large a random matrix (its own entries in another order) is added are of degree 0. `outputs` runs
-    the model; `weight` is changed in place for that and then put back, bit for bit.
+    The matrix is doubled. Outputs that double are of degree 1. Outputs are of degree 0 if they change by less than a
+    tenth of their change when a random matrix of the same size (its own entries, permuted) is added. `outputs` runs the
+    model; `weight` is changed in place for that and then restored, bit for bit.
     """
     original = weight.detach().clone()
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ def scaling_degree(weight: Tensor, outputs: Callable[[], Tensor], *, seed: int =
 def norm_balance(matrices: Mapping[str, TrainedNorm]) -> NormBalance | None:
     """The balance of the norms of matrices of degree one, by layer name; None for fewer than two.
 
-    The prediction is gradient flow's, for which all have one lambda and so one K: the noise of larger steps adds to it.
+    The prediction is that of gradient flow with one lambda, and so one K, for all; gradient noise adds to it.
     """
     if len(matrices) < 2 or min(each.norm for each in matrices.values()) == 0:
         return None

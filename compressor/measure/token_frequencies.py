@@ -1,8 +1,7 @@
-"""What a little calibration data says of an embedding: its tokens' frequencies, and the gradients where it is used.
+"""Statistics of an embedding from calibration data: its tokens' frequencies, and the gradients at its uses.
 
-Its inputs are tokens, so of their second moment there is only the diagonal, the frequencies; and of the gradient at
-the logits of a head that is tied to it only the diagonal is gathered. Nothing here has as many numbers as the square of
-the vocabulary.
+The inputs of an embedding are tokens, so their second moment is diagonal and holds the frequencies. Of the gradient at
+the logits of a tied head only the diagonal is accumulated. Nothing here grows with the square of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ from compressor.measure.moments import kept_rows
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Of a tied head over `positions`: `hidden` is E[h h^T] (`d x d`) of its inputs, in float64.
+    """Moments of a tied head over `positions`, in float64.
 
-    `logits` is the diagonal of E[g g^T] of the loss gradient at its outputs, one number for each token.
+    `hidden` is E[h h^T] (`d x d`) of its inputs, and `logits` the diagonal of E[g g^T] of the loss gradient at its
+    outputs, one number per token.
     """
 
     hidden: Tensor
@@ -33,10 +33,11 @@ class HeadMoments:
 
 @dataclass(frozen=True)
 class EmbeddingMoments:
-    """Of an embedding over `positions`: `frequencies` of its tokens, smoothed, and E[g g^T] (`d x d`) in `gradients`.
+    """Moments of an embedding over `positions`, in float64.
 
-    In float64; g is the loss gradient at the vectors that it gives. `uses` is how many positions there were for each of
-    the model's predictions, as in `Moments`. `head` is None for an embedding without a head tied to it.
+    `frequencies` are those of its tokens, smoothed, and `gradients` is E[g g^T] (`d x d`) of the loss gradient at its
+    outputs. `uses` is the number of positions per prediction of the model, as in `Moments`. `head` is None without a
+    tied head.
     """
 
     frequencies: Tensor
@@ -47,21 +48,22 @@ class EmbeddingMoments:
 
 
 def smoothed_frequencies(counts: Tensor) -> Tensor:
-    """Frequencies of tokens from their counts, with one more of each token than was counted.
+    """Frequencies of tokens from their counts, with one added to each count.
 
     Additive smoothing (Laplace's rule of succession; Chen and Goodman, "An empirical study of smoothing techniques for
-    language modeling", Computer Speech and Language, 1999, section 2.1): the fewer were seen for the size of the
-    vocabulary, the nearer to uniform, and a token that was absent counts as if it had been seen once.
+    language modeling", Computer Speech and Language, 1999, section 2.1): the fewer tokens were seen relative to the
+    vocabulary, the closer the estimate is to uniform.
     """
     wide = counts.to(torch.float64)
     return (wide + 1) / (wide.sum() + wide.numel())
 
 
 class EmbeddingCollector:
-    """Gathers the moments of embeddings while `collect_moments` runs the model forwards and backwards.
+    """Accumulates the moments of embeddings while `collect_moments` runs the model.
 
-    `embeddings` are the embeddings of one model by name, each with the head that is tied to it or None. While it is
-    entered, every pass is to be run through `watched`. Without a `likelihood` what is changed is the outputs, squared.
+    `embeddings` maps names to embeddings of one model, each with its tied head or None. Inside the context, run every
+    pass through `watched`. With `likelihood=False`, use half the squared change of the outputs as the loss, instead of
+    the log-likelihood.
     """
 
     def __init__(
@@ -90,10 +92,11 @@ class EmbeddingCollector:
     def watched(
         self, part: Callable[[], tuple[Tensor, ...]], masks: Sequence[Tensor], *, logits: bool = True
     ) -> Callable[[], tuple[Tensor, ...]]:
-        """The same pass of the model, with what it shows of the embeddings gathered; `masks` are false on padding.
+        """Wrap a pass of the model, or of a part of it, so that its embeddings are observed; `masks` are false on
+        padding.
 
-        Of a part of the model it is said whether it gives the logits, which come first of what it gives. A part that
-        looks up tokens for nothing that it gives adds nothing to their frequencies.
+        `logits` says whether the part outputs the logits, which then come first. A part that outputs nothing computed
+        from the tokens it looks up adds nothing to their frequencies.
         """
 
         def run() -> tuple[Tensor, ...]:
@@ -110,7 +113,7 @@ class EmbeddingCollector:
         return run
 
     def moments(self) -> dict[str, EmbeddingMoments | None]:
-        """The means of what was gathered; None for an embedding that was not used, or whose head predicts nothing."""
+        """The means so far; None for an embedding that was not used, or whose head predicts nothing."""
         return {name: self._moments(name, head is not None) for name, (_, head) in self._embeddings.items()}
 
     def _moments(self, name: str, tied: bool) -> EmbeddingMoments | None:
@@ -128,7 +131,7 @@ class EmbeddingCollector:
 
     def _head_moments(self, name: str, made: int) -> HeadMoments:
         logits = self._sums[name, "logits"]
-        # Smoothed as the frequencies are, as if every token had been expected once more.
+        # Smoothed like the frequencies: as if every token had been expected once more.
         once = logits.sum() / self._sums[name, "chances"].sum()
         return HeadMoments(
             hidden=self._sums[name, "hidden"] / self._positions[name, "hidden"],
@@ -150,7 +153,7 @@ class EmbeddingCollector:
 
             output.requires_grad_(True)
             output.register_hook(used)  # type: ignore[no-untyped-call]
-            # What follows may work in place, which a leaf does not allow.
+            # The next module may work in place, which autograd does not allow on a leaf.
             return output.clone()
 
         return hook
@@ -166,11 +169,10 @@ class EmbeddingCollector:
         return hook
 
     def _weigh_classes(self, name: str, made: Tensor, outputs: list[Tensor]) -> None:
-        """Add the diagonal of E[g g^T] at a head's outputs, exactly: over the targets that the model would draw.
+        """Add the diagonal of E[g g^T] at a head's outputs, exactly: over the targets that the model would sample.
 
-        At the model's logits it is `p (1 - p)`, and one where they are no logits of a likelihood. What stands between a
-        head's outputs and them (a scale, a cap) works on every logit on its own and has a slope, of which the square is
-        its factor.
+        At the model's logits it is `p (1 - p)`, or one if they are not logits of a likelihood. A function between the
+        head and the logits (a scale, a cap) acts on each logit alone; the square of its slope is the factor.
         """
         for output in outputs:
             if output.shape != made.shape or not output.requires_grad:

@@ -1,4 +1,4 @@
-"""How often a forward pass uses each layer on one example: the R of the memory window's rank bound."""
+"""How often a forward pass uses each layer per example: the R of the memory window's rank bound."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from compressor.network import Architecture, Layer
 def uses_per_example(
     layers: tuple[Layer, ...], architecture: Architecture | None, folder: Path | None, sequence_length: int | None
 ) -> dict[str, int | None]:
-    """Positions per example at which each layer's matrix is applied, by layer name; None where nothing tells.
+    """Positions per example at which each layer's matrix is applied, by layer name; None if unknown.
 
-    For an image model whose folder states the size of its images they are counted in a forward pass on the meta device
-    (output positions of a convolution, patches of a projection). Elsewhere a linear layer is used once per position of
-    the training sequence: `sequence_length`, which is 1 for vector inputs.
+    For an image model whose folder states the image size, they are counted in a forward pass on the meta device (output
+    positions of a convolution, patches of a projection). Otherwise a linear layer is used once per position of the
+    training sequence: `sequence_length`, which is 1 for vector inputs.
     """
     counted = _count_positions(architecture.module, folder) if architecture is not None and folder is not None else {}
     return {
@@ -32,9 +32,9 @@ def uses_per_example(
 
 @contextmanager
 def counted_positions(module: nn.Module) -> Iterator[dict[str, int]]:
-    """Count the positions at which every layer with a matrix is applied while the block runs, by module name.
+    """Count the positions at which every layer with a matrix is applied inside the context, by module name.
 
-    They are those of all examples together. An expert's are the tokens that were routed to it.
+    Positions are summed over the examples. An expert's are the tokens routed to it.
     """
     positions: dict[str, int] = {}
 
@@ -64,7 +64,7 @@ def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
     try:
         with torch.no_grad(), counted_positions(module) as positions:
             module.eval()(pixel_values=torch.empty(1, config.num_channels, *size, device="meta"))
-    except Exception:  # an architecture that does not run on the meta device: its uses stay unknown
+    except Exception:  # the architecture does not run on the meta device: its uses stay unknown
         return {}
     finally:
         module.train(training)

@@ -19,9 +19,19 @@ from compressor.progress import Progress
 
 @dataclass(frozen=True)
 class TaskQuality:
-    """One task before and after the merge: the metric of its own network alone, and of the merged one.
+    """One task before and after the merge.
 
-    The values are those of `Quality` and `quality_drop`; `output_change` is `||f_merged - f|| / ||f||` of the logits.
+    Attributes:
+        model: The network that was trained for the task.
+        data: The data that the task was measured on.
+        metric: `accuracy` (a fraction) or `perplexity`.
+        alone: The metric of the task's own network.
+        merged: The metric of the merged network.
+        drop: Accuracy lost, as a fraction, or the increase in perplexity.
+        loss_alone: The loss of the task's own network, in nats per prediction.
+        loss_merged: The loss of the merged network, in nats per prediction.
+        count: The number of predictions.
+        output_change: `||f_merged - f|| / ||f||` of the logits.
     """
 
     model: str

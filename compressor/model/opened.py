@@ -56,7 +56,7 @@ class LayerSelection:
     embeddings: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """An opened model: its tensors, its architecture and layers, its training, and the network itself.
 
@@ -71,6 +71,10 @@ class Model:
     factory: Factory | None
     _load: Callable[[], nn.Module] = field(repr=False)
     _find_recipe: Callable[[], TrainingRecipe] = field(repr=False)
+
+    def __repr__(self) -> str:
+        eligible = sum(layer.eligible for layer in self.layers)
+        return f"<Model {self.name}: {eligible} of {len(self.layers)} layers eligible, {self.checkpoint!r}>"
 
     @property
     def module(self) -> nn.Module:
@@ -193,10 +197,23 @@ def open_runnable(model: ModelLike, factory: Factory | None = None, *, revision:
 
 
 def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
-    """A module to run: `model` itself, or a checkpoint's weights in the architecture of its folder or of `factory`.
+    """Load a model to run, dense or compressed: a checkpoint's weights in the architecture of its folder or factory.
 
-    For a file of concatenated networks the layers of `factory`'s architecture are made as wide as they are there.
-    Raises `BadInput` when the architecture is not known, or the weights do not fit.
+    For a file of concatenated networks the layers of the factory's architecture are widened as they are in the file.
+
+    Args:
+        model: A weight file, a model folder, or a module, which is returned as it is.
+        factory: The function that builds the architecture, or its name, as in "package.module:function" or
+            "file.py:function"; for weights without a transformers folder.
+
+    Returns:
+        The module.
+
+    Raises:
+        BadInput: the architecture is unknown, or the weights do not fit it.
+
+    Example:
+        >>> model = compressor.load_model("small.safetensors", build_model).eval()
     """
     return open_runnable(model, factory).module
 

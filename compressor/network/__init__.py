@@ -1,4 +1,4 @@
-"""A network as structure: its architecture, its layers, the forms that they can be written in."""
+"""A network as structure: its architecture, its layers, and the forms in which they can be stored."""
 
 from __future__ import annotations
 

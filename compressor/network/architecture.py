@@ -1,4 +1,4 @@
-"""A model's module tree without its weights: what knows which tensor is a linear layer and which a convolution."""
+"""A model's module tree without its weights, which says which tensor is a linear layer and which a convolution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Architecture:
 
 
 def module_architecture(module: nn.Module, *, untrained: bool = False) -> Architecture:
-    """The architecture of a module in memory: names in its state dict are names of its modules."""
+    """The architecture of a module in memory, whose tensors have the names of its state dict."""
     return Architecture(module, lambda name: name, _sizes(module) if untrained else None)
 
 
@@ -69,9 +69,9 @@ def _few_modules() -> Iterator[None]:
 
 
 def transformers_architecture(folder: Path) -> Architecture | None:
-    """The tree that transformers builds for the `config.json` in `folder`, on the meta device, its experts apart.
+    """Build the module tree of the `config.json` in `folder` on the meta device, with separate experts.
 
-    None when transformers does not know the architecture or cannot build it without running the checkpoint's own code.
+    None if transformers does not know the architecture, or cannot build it without running the checkpoint's own code.
     """
     model = transformers_module(folder)
     if model is None:
@@ -86,7 +86,7 @@ def transformers_architecture(folder: Path) -> Architecture | None:
 
 
 def transformers_module(folder: Path) -> Any | None:
-    """The model that transformers builds for the `config.json` in `folder`, on the meta device; None as above."""
+    """The model of the `config.json` in `folder`, on the meta device; None as for `transformers_architecture`."""
     import transformers
 
     try:

@@ -1,4 +1,4 @@
-"""How transformers maps the names in a file to the names of its modules; what is internal to it is used only here."""
+"""How transformers maps the names in a file to the names of its modules; its internals are used only here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MergedExperts:
-    """One linear layer for every expert in the file that becomes one parameter of all experts in the model.
+    """One linear layer per expert in the file, merged into one parameter for all experts in the model.
 
     `parameter` is the end of that parameter's name, and `layers` are the names of the layers inside an expert.
     """
@@ -20,14 +20,14 @@ class MergedExperts:
 
 
 def name_conversions(model: Any) -> list[Any]:
-    """What transformers does to the names and tensors of a file on their way into `model`, in order."""
+    """The conversions that transformers applies to the names and tensors of a file for `model`, in order."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(model))
 
 
 def merged_experts(conversion: Any) -> MergedExperts | None:
-    """What a conversion merges the layers of experts into; None for one that does anything else."""
+    """The experts that a conversion merges; None for any other conversion."""
     steps = [(type(step).__name__, getattr(step, "dim", None)) for step in getattr(conversion, "operations", ())]
     sources = [_plain(pattern) for pattern in conversion.source_patterns]
     targets = [_plain(pattern) for pattern in conversion.target_patterns]
@@ -42,7 +42,7 @@ def merged_experts(conversion: Any) -> MergedExperts | None:
 
 
 def without_merges(conversions: Sequence[Any], names: Collection[str]) -> list[Any]:
-    """The conversions less those that merge experts into parameters which are not among the `names` of a model."""
+    """The conversions without those that merge experts into parameters that are not among the `names` of a model."""
     kept = []
     for conversion in conversions:
         merged = merged_experts(conversion)
@@ -52,7 +52,7 @@ def without_merges(conversions: Sequence[Any], names: Collection[str]) -> list[A
 
 
 def name_in_model(name: str, conversions: Sequence[Any], model_prefix: str, names: dict[str, Any]) -> str | None:
-    """The name in a model of a file's tensor; None where it is assembled from several or is not among `names`."""
+    """The name in a model of a tensor in a file; None if it is assembled from several or not among `names`."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]

@@ -1,7 +1,7 @@
-"""The experts of transformers' mixtures taken apart: one linear layer for every matrix, as they are in the file.
+"""Separate the experts of transformers' mixtures: one linear layer per matrix, as in the file.
 
-In memory transformers holds the matrices of all experts of a block in two parameters of three dimensions. Apart, each
-is a layer like any other: with a rank of its own, seen by calibration, by adapters and by quantization.
+In memory, transformers keeps the matrices of all experts of a block in two parameters of three dimensions. Separated,
+each is a layer like any other: with a rank of its own, and visible to calibration, adapters and quantization.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compressor.network.conversions import merged_experts, name_conversions
 
 
 class Expert(nn.Module):
-    """One expert: `y = down(act(gate(x)) * up(x))`, its layers under the names that they have in the file."""
+    """One expert: `y = down(act(gate(x)) * up(x))`, with its layers under their names in the file."""
 
     def __init__(self, names: Sequence[str], gate: Tensor, up: Tensor, down: Tensor, activation: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Expert(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Gate, up and down, whatever they have become."""
+        """Gate, up and down, dense or low-rank."""
         return [self.get_submodule(name) for name in self.names]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ class Expert(nn.Module):
 class SeparateExperts(nn.Module):
     """The experts of one block, each applied to the tokens that are routed to it.
 
-    In the place of transformers' experts, whose weights it shares, with their inputs: hidden states of `(tokens, d)`,
-    and the indices and weights, of `(tokens, k)`, of the experts that each token goes to.
+    Replaces transformers' experts, shares their weights and takes their inputs: hidden states of `(tokens, d)`, and for
+    each token the indices and weights of its experts, both of `(tokens, k)`.
     """
 
     def __init__(self, fused: Any, names: Sequence[str]) -> None:
@@ -73,7 +73,7 @@ class SeparateExperts(nn.Module):
         return result
 
     def fused(self) -> nn.Module:
-        """Transformers' own experts with these weights, which are copied; for experts that are `dense`."""
+        """Transformers' own experts with a copy of these weights; only for experts that are `dense`."""
         with torch.device("meta"):
             experts: nn.Module = self.kind(self.config)
         weights = [[layer.get_parameter("weight") for layer in layers] for layers in self.layers]
@@ -85,9 +85,9 @@ class SeparateExperts(nn.Module):
 
 
 def separable_experts(model: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """Names of the fused experts in a transformers model that can be taken apart, each with its layers' names.
+    """Names of the fused experts in a transformers model that can be separated, each with its layers' names.
 
-    They are those that transformers would assemble from one linear layer a matrix, without biases, and that compute
+    Those are the experts that transformers assembles from one linear layer per matrix, without biases, and that compute
     what `Expert` does.
     """
     fused = {name: module for name, module in model.named_modules() if _is_fused(module)}
@@ -106,7 +106,7 @@ def separable_experts(model: nn.Module) -> dict[str, tuple[str, str, str]]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether these are transformers' experts, with a gate of the plain kind and weights of `(E, d_out, d_in)`."""
+    """Whether these are transformers' experts with a plain gate and weights of `(E, d_out, d_in)`."""
     plain = getattr(type(module), "_apply_gate", None)
     said = [getattr(module, name, None) for name in ("has_gate", "is_concatenated", "has_bias", "is_transposed")]
     weights = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
@@ -119,7 +119,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def separate_experts(model: nn.Module) -> bool:
-    """Take apart the experts of a model that can be; whether there were any."""
+    """Separate the experts of a model where possible; return whether there were any."""
     found = separable_experts(model)
     for name, layers in found.items():
         parent, _, child = name.rpartition(".")
@@ -128,7 +128,7 @@ def separate_experts(model: nn.Module) -> bool:
 
 
 def with_separate_experts(model: nn.Module) -> nn.Module:
-    """The model with its experts taken apart, sharing all weights; the model itself, which stays as it is, if none."""
+    """A model with separate experts that shares all weights with `model`; `model` itself if there are none."""
     if not separable_experts(model):
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
@@ -138,7 +138,7 @@ def with_separate_experts(model: nn.Module) -> nn.Module:
 
 
 def fuse_experts(model: nn.Module) -> nn.Module:
-    """The model, changed in place: transformers' own experts again, unless a layer of an expert was replaced."""
+    """Fuse the experts of a model again, in place, except those with a layer that was replaced."""
     apart = {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
     if all(experts.dense for experts in apart.values()):
         for name, experts in apart.items():

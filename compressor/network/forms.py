@@ -1,4 +1,4 @@
-"""The forms in which a layer can be stored, and what each costs in numbers."""
+"""The forms in which a layer can be stored, and how many numbers each takes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from compressor.network.layers import Layer
 Form = Literal["dense", "plain", "pivoted", "channel", "spatial"]
 
 
-# One rank, or many at once.
+# A rank, or an array of ranks.
 Count = TypeVar("Count", int, npt.NDArray[np.int64])
 
 
 def pair_forms(layer: Layer) -> tuple[Form, ...]:
-    """The forms of the pairs that a layer of this kind can become; a spatial one needs a kernel of two wide sides."""
+    """The forms of pairs for a layer; a spatial pair needs a kernel that is wider than one in both directions."""
     if layer.kind == "embedding":
         return ("plain",)
     if len(layer.tensor_shape) == 2:
@@ -27,9 +27,10 @@ def pair_forms(layer: Layer) -> tuple[Form, ...]:
 
 
 def factorized_shape(layer: Layer, form: Form) -> tuple[int, int]:
-    """The sides of the matrix that a pair of this form factorizes.
+    """The shape of the matrix that a pair of this form factorizes.
 
-    It is the layer's own `d_out x d_in`, but for a spatial pair the `(d_out k_w) x (c k_h)` arrangement of the kernel.
+    It is the layer's own `d_out x d_in`; for a spatial pair it is the `(d_out k_w) x (c k_h)` arrangement of the
+    kernel.
     """
     if form != "spatial":
         return layer.shape
@@ -38,11 +39,11 @@ def factorized_shape(layer: Layer, form: Form) -> tuple[int, int]:
 
 
 def stored_parameters(shape: tuple[int, int], form: Form, rank: Count) -> Count:
-    """Numbers in the file for a `d_out x d_in` layer in a form; the index of a pivoted pair counts as `d_out` of them.
+    """Numbers that a `d_out x d_in` layer stores in a form; the order of a pivoted pair counts as `d_out` numbers.
 
     A plain pair and the pairs of a convolution store `r (d_out + d_in)` numbers, a pivoted pair `r (d_out + d_in - r)`
-    and its order; `shape` is the `factorized_shape`. The pair of an embedding is a plain one, whether a head is tied to
-    it or not.
+    and its order; `shape` is the `factorized_shape`. The pair of an embedding is a plain one, with or without a tied
+    head.
     """
     d_out, d_in = shape
     if form == "dense":
@@ -53,6 +54,6 @@ def stored_parameters(shape: tuple[int, int], form: Form, rank: Count) -> Count:
 
 
 def stored_bytes(shape: tuple[int, int], form: Form, rank: Count, itemsize: int) -> Count:
-    """Bytes of the tensors counted by `stored_parameters`, with `itemsize` bytes a number and int32 for the order."""
+    """Bytes of the numbers that `stored_parameters` counts: `itemsize` each, and int32 for the order."""
     order = shape[0] if form == "pivoted" else 0
     return (stored_parameters(shape, form, rank) - order) * itemsize + order * 4

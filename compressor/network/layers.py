@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from compressor.arguments import as_patterns
 from compressor.errors import BadInput
+from compressor.formatting import format_shape
 from compressor.io import Checkpoint
 from compressor.io.adapters import is_adapter_factor
 from compressor.network.architecture import Architecture
@@ -30,18 +31,18 @@ Kind = Literal[
     "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
 ]
 
-# Why a layer that could be compressed is not: the user chose so.
-NOT_INCLUDED, EXCLUDED = "not among --include", "left out by --exclude"
+# The reasons for which the user leaves a layer out.
+NOT_INCLUDED, EXCLUDED = "not among `include`", "left out by `exclude`"
 
-# Torch has further floating-point numbers, and hardly computes with them.
+# Torch has further floating-point dtypes, but few operations for them.
 _FACTORIZABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What stands in the last part of the names that embeddings go by, where there is no module to ask.
+# How embeddings are named, if there is no module: in the last part of the layer's name.
 _EMBEDDING = re.compile(r"(^|_)emb|embed|^wte$|^wpe$|^shared$|relative_attention_bias")
-# A parameter that goes by such a name is a matrix that is multiplied with, not a table that is looked up in.
+# A parameter with such a name is a matrix to multiply with, not a lookup table.
 _WEIGHT = re.compile(r"(^|_)weight(_|$)")
-# The names of PyTorch's own weights, the only ones to be believed where there is no module to ask.
+# The names of PyTorch's own weights, the only ones that are trusted without a module.
 _WEIGHT_OF_PYTORCH = re.compile(r"weight(_(ih|hh|hr)(_l\d+)?(_reverse)?)?|(in|q|k|v)_proj_weight")
-# What pruning and quantization keep beside a weight.
+# Tensors that pruning and quantization store next to a weight.
 _BESIDE_A_WEIGHT = re.compile(r"weight\w*_(mask|scales?|scale_inv|zeros?|zero_point|packed|shape|g_idx)$")
 _PARAMETRIZED = re.compile(r"\bparametrizations\.(\w+)\.original\d*$")
 # The attributes that every module has, hooks among them.
@@ -50,19 +51,27 @@ _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layer:
     """A tensor of two or more dimensions as the matrix `d_out x d_in` that it applies to its inputs.
 
     The inputs of an embedding are its tokens: `d_out` is the length of its vectors and `d_in` the size of the
     vocabulary. A transposed convolution applies its matrix of `d_out = channels x kernel` at every position of its
-    input, and adds up where the results overlap. `name` is the layer's name in the checkpoint and `module` its name in
-    the model (for some architectures another); `skip` says why it cannot or should not be factorized, and is None for
-    the eligible ones. `head` is the name in the model of the output head that is tied to an embedding, and changes with
-    it, and `places` are further names in the model of the very same module.
+    input, and adds the results where they overlap.
 
-    A `parameter` is a matrix that a module multiplies with in code of its own: the attribute `parameter` of the module
-    `module`. It can be stored as factors, and is multiplied out when the module runs.
+    Attributes:
+        name: The layer's name in the checkpoint.
+        module: Its name in the model, which differs from `name` in some architectures.
+        tensor: The name of its weight in the checkpoint.
+        bias: The name of its bias, or None.
+        kind: What the layer is. A `parameter` is a matrix that a module multiplies with in code of its own; it can be
+            stored as factors, and is multiplied out when the module runs.
+        tensor_shape: The shape of the weight as it is stored.
+        shape: `(d_out, d_in)`.
+        skip: Why it cannot or should not be factorized; None if it is eligible.
+        head: The output head in the model that is tied to an embedding, and changes with it.
+        parameter: The name of the weight in the module.
+        places: Further names in the model of the same module.
     """
 
     name: str
@@ -76,6 +85,10 @@ class Layer:
     head: str | None = None
     parameter: str = "weight"
     places: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        skip = "" if self.skip is None else f", skipped: {self.skip}"
+        return f"<Layer {self.name}: {self.kind}, {format_shape(self.shape)}{skip}>"
 
     @property
     def parameters(self) -> int:
@@ -94,14 +107,12 @@ def find_layers(
     exclude: str | Sequence[str] = (),
     embeddings: bool = False,
 ) -> tuple[Layer, ...]:
-    """Every matrix of the checkpoint, eligible or with the reason why it is not.
+    """List every matrix of the checkpoint, eligible or with the reason why it is not.
 
-    They come in the order of the file, but by numbers where their names differ in these: 2 before 10.
-
-    With an architecture its modules decide; without one the shapes and names do. Embeddings are eligible where
-    `embeddings` asks for them and their modules are known, each together with an output head that is tied to it.
-    `include` and `exclude` are globs on layer names, or regular expressions after `re:`; a pattern that matches no
-    layer is a BadInput.
+    The order is that of the file, but numbers in names count as numbers: 2 comes before 10. With an architecture the
+    modules decide what a tensor is; without one, shapes and names do. With `embeddings`, embeddings whose modules are
+    known are eligible, each together with an output head that is tied to it. `include` and `exclude` are globs on layer
+    names, or regular expressions after `re:`; a pattern that matches no layer is a `BadInput`.
     """
     known = checkpoint.tensors
     shapes = {name: info.shape for name, info in known.items()}
@@ -121,13 +132,13 @@ def find_layers(
     for index, layer in enumerate(layers):
         skip = layer.skip
         if layer.kind == "embedding" and not embeddings:
-            skip = skip or "an embedding; --embeddings includes it"
+            skip = skip or "an embedding; `embeddings=True` includes it"
         if layer.tensor in shared:
             skip = skip or f"shares its weight with {layer_name(shared[layer.tensor])}"
         if known[layer.tensor].dtype not in _FACTORIZABLE:
             skip = skip or f"its numbers are {str(known[layer.tensor].dtype).removeprefix('torch.')}"
         if is_adapter_factor(layer.tensor):
-            skip = skip or "part of an adapter, which is of low rank as it is"
+            skip = skip or "part of an adapter, which has low rank already"
         if any(f"{layer.name}.{factor}" in shapes for factor in ("down.weight", "up.weight", "order")):
             skip = skip or "the names of its factors are taken"
         layers[index] = replace(layer, skip=skip)
@@ -137,9 +148,9 @@ def find_layers(
 
 
 def architecture_mismatch(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
-    """In what the tensors of a checkpoint do not fit a model, in a few words; None where they do.
+    """Say how the tensors of a checkpoint do not fit a model, in a few words; None if they fit.
 
-    They fit when some of them are in the model, and each that is has the shape that it has there.
+    They fit if some of them are in the model, and these have the shapes that they have there.
     """
     state = architecture.module.state_dict()
     fitting = 0
@@ -159,7 +170,7 @@ def _sides(shape: tuple[int, ...]) -> str:
 
 
 def in_natural_order(names: Iterable[str]) -> list[str]:
-    """Names as they come, but those that differ first in a number by that number: 0, 1, 2, 10."""
+    """Sort names so that, where they first differ in a number, the numbers decide: 0, 1, 2, 10."""
     split = {name: re.split(r"(\d+)", name) for name in names}
     places: dict[tuple[str, ...], int] = {}
 
@@ -177,12 +188,12 @@ def in_natural_order(names: Iterable[str]) -> list[str]:
 
 
 def is_weight(tensor: str) -> bool:
-    """Whether a tensor is called the weight of a layer."""
+    """Whether a tensor is named as the weight of a layer."""
     return tensor == "weight" or tensor.endswith(".weight")
 
 
 def layer_name(tensor: str) -> str:
-    """The name of the layer that a tensor is the weight of; the tensor's own name when it is called otherwise.
+    """The name of the layer that a tensor is the weight of; for any other tensor its own name.
 
     A model that is a single layer has the empty name.
     """
@@ -218,19 +229,17 @@ def _from_architecture(
         places = tuple(name for name in names[id(owner)] if name != place)
         layer = replace(layer, module=place, parameter=parameter, places=places)
         if again := [name for name in places if f"{name}.{parameter}" in stored]:
-            layer = replace(layer, skip=layer.skip or f"the same module as {again[0]}, but stored apart from it")
+            layer = replace(layer, skip=layer.skip or f"the same module as {again[0]}, but stored separately")
         if layer.kind == "parameter" and _of_transformers(architecture.module):
-            layer = replace(
-                layer, skip=layer.skip or f"transformers has no low-rank form for {_owner(owner, reader)}'s"
-            )
+            layer = replace(layer, skip=layer.skip or f"transformers has no low-rank form of {_owner(owner, reader)}")
         layer = replace(layer, skip=layer.skip or _own_code(modules, place, layer.kind))
         if (holder := called_apart.get(id(owner))) is not None:
-            layer = replace(layer, skip=layer.skip or f"{holder} holds it too, where no other layer can take its place")
+            layer = replace(layer, skip=layer.skip or f"{holder} refers to it too, and cannot be updated")
         others = holders.get(id(owner._parameters[parameter]), []) if parameter == "weight" else []
         others = [name for name in others if name not in names[id(owner)]]
         if layer.kind == "embedding" and [type(modules[other]) for other in others] == [nn.Linear]:
             [head] = others
-            apart = f"{head} shares its weight, but is stored apart from it" if f"{head}.weight" in stored else None
+            apart = f"{head} shares its weight, but is stored separately" if f"{head}.weight" in stored else None
             own = _own_code(modules, head, "linear")
             layer = replace(layer, head=head, skip=layer.skip or apart or (own and f"{head}, tied to it: {own}"))
         elif others:
@@ -240,14 +249,14 @@ def _from_architecture(
 
 
 def _own_code(modules: Mapping[str, nn.Module], place: str, kind: Kind) -> str | None:
-    """Why a module cannot do its work with factors, where someone changed what it computes by hand."""
+    """Why a module cannot run with factors because its computation was modified by hand; None if it can."""
     if kind != "parameter" and (own := own_state(modules[place])) is not None:
         return own
     if "forward" in vars(modules[place]):
         return "its forward was replaced"
     parts = place.split(".") if place else []
     for above in (".".join(parts[:depth]) for depth in range(len(parts))):
-        # In a copy of the model a function would go on calling the original; what is bound to a module is copied too.
+        # In a copy of the model a plain function would still call the original; bound methods are copied along.
         replaced = vars(modules[above]).get("forward")
         if replaced is not None and not isinstance(replaced, MethodType | partial):
             return f"the forward of {above or 'the model'} was replaced"
@@ -255,7 +264,7 @@ def _own_code(modules: Mapping[str, nn.Module], place: str, kind: Kind) -> str |
 
 
 def _called_apart(modules: Mapping[str, nn.Module]) -> dict[int, str]:
-    """The modules that an attribute holds without PyTorch knowing it, such as a list, by id -> that attribute."""
+    """Modules held by attributes that PyTorch does not track, such as a list, by id -> the attribute's name."""
     found: dict[int, str] = {}
     for name, module in modules.items():
         for attribute, value in vars(module).items():
@@ -269,13 +278,13 @@ def _called_apart(modules: Mapping[str, nn.Module]) -> dict[int, str]:
 
 
 def own_state(layer: nn.Module) -> str | None:
-    """What makes a layer more than its class, so that no other layer can take its place; None for most."""
+    """Why a layer does more than its class, so that no other layer can replace it; None for most."""
     if "forward" in vars(layer):
         return "its forward was replaced"
     names = [*layer._parameters, *layer._buffers, *layer._modules]
     further = [name for name in names if name not in ("weight", "bias")]
     if further:
-        return f"it holds {', '.join(further)} beside its weight"
+        return f"it has {', '.join(further)} besides its weight"
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return (
         "a hook reads its weight"
@@ -285,9 +294,9 @@ def own_state(layer: nn.Module) -> str | None:
 
 
 def _reads_weight(hook: Any) -> bool:
-    """Whether the code of a hook, or of a function inside it, names `weight`, which a pair of factors does not have.
+    """Whether the code of a hook, or of a function inside it, reads `weight`, which a pair of factors does not have.
 
-    Hooks that compute the weight itself are PyTorch's own, and are undone before.
+    Hooks that compute the weight itself are PyTorch's own, and are removed earlier.
     """
     if type(hook).__module__.startswith("torch."):
         return False
@@ -303,7 +312,7 @@ def _reads_weight(hook: Any) -> bool:
 
 
 def directly_read_by(owner: nn.Module, parent: nn.Module | None) -> nn.Module | None:
-    """The module that reads the weight of a layer instead of calling the layer, where PyTorch has one that does."""
+    """The PyTorch module that reads the weight of a layer instead of calling the layer, if there is one."""
     if isinstance(owner, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return parent or owner
     return parent if isinstance(parent, nn.TransformerEncoderLayer) else None
@@ -329,7 +338,7 @@ def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _from_module(
     tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str, reader: nn.Module | None
 ) -> Layer:
-    """The layer whose module is known: its class decides."""
+    """The layer of a known module: its class decides."""
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     if parameter != "weight" or (reader is not None and type(owner).__name__.endswith("Linear")):
@@ -356,14 +365,14 @@ def _from_module(
 
 
 def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str) -> Layer:
-    """A matrix that the module uses in code of its own, if it is one by its module or its name."""
+    """A matrix that the module uses in code of its own, if its module or name says that it is one."""
     layer, matrix = replace(layer, bias=None), len(layer.tensor_shape) == 2
     if isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.EmbeddingBag):
         return replace(layer, skip=f"{type(owner).__name__} is not a layer that can be factorized")
     if isinstance(owner, ParametrizationList):
         computing = ", ".join(type(each).__name__ for each in owner)
         if [type(each) for each in owner] not in ([_WeightNorm], [_SpectralNorm]):
-            return replace(layer, skip=f"what {computing} computes from it is not known")
+            return replace(layer, skip=f"it is parametrized by {computing}, which is not known")
         if _is_called_embedding(layer.tensor, layer.tensor_shape):
             return replace(layer, skip="an embedding, by its name")
         return _checked_parameter(layer, known=True)
@@ -383,7 +392,7 @@ def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn
 
 
 def _is_called_embedding(tensor: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight, or what it is computed from, is a matrix of a module that goes by an embedding's name."""
+    """Whether a weight, or a tensor it is computed from, is a matrix of a module that is named as an embedding."""
     module, _, parameter = _PARAMETRIZED.sub(r"\1", tensor).rpartition(".")
     weight = parameter.removesuffix("_orig").removesuffix("_v") == "weight"
     return weight and len(shape) == 2 and _EMBEDDING.search(module.rpartition(".")[2]) is not None
@@ -410,7 +419,7 @@ def _is_normalized(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _is_norm_of(norm: tuple[int, ...] | None, weight: tuple[int, ...]) -> bool:
-    """Whether a tensor has the shape of a weight's norm: along all of its dimensions but one, or along all."""
+    """Whether a tensor has the shape of a weight's norm: over all of its dimensions but one, or over all."""
     if not norm:
         return norm == ()
     fitting = len(norm) == len(weight) and all(side in (1, whole) for side, whole in zip(norm, weight, strict=True))
@@ -421,12 +430,12 @@ def _checked_parameter(layer: Layer, known: bool) -> Layer:
     if min(layer.shape) <= 1:
         return replace(layer, skip="a vector")
     if not known:
-        return replace(layer, skip="a table or a matrix: its name does not say that it is a weight")
+        return replace(layer, skip="a table or a matrix: by its name it need not be a weight")
     return replace(layer, kind="parameter")
 
 
 def _from_file(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
-    """The layers of a stranger's file, of which only names and shapes are known."""
+    """The layers of a file of which only names and shapes are known."""
     transposed = any(_looks_transposed(tensor, shapes) for tensor in matrices)
     layers = [_from_name(tensor, shapes, transposed) for tensor in matrices]
     outputs = {
@@ -437,9 +446,10 @@ def _from_file(matrices: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -
     for index, layer in enumerate(layers):
         channels = layer.tensor_shape[1]
         first = all(earlier.kind != "convolution" for earlier in layers[:index])
-        # A grouped convolution cannot be told from its shape, but its channels seldom are what another layer puts out.
+        # The shape does not tell that a convolution is grouped, but then its channels are rarely the outputs of another
+        # layer.
         if layer.kind == "convolution" and not first and channels not in {*outputs, *_IMAGE_CHANNELS}:
-            reason = f"no layer puts out its {channels} channels, so it may be grouped; --model would tell"
+            reason = f"no layer outputs its {channels} channels, so it may be grouped; `factory` would tell"
             layers[index] = replace(layer, skip=layer.skip or reason)
     return layers
 
@@ -452,20 +462,20 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
         return _parameter_by_name(layer, shapes)
     if len(shape) == 2:
         if _EMBEDDING.search(name.rpartition(".")[2]):
-            reason = "an embedding, by its name; --model would tell which head is tied to it"
+            reason = "an embedding, by its name; `factory` would tell which head is tied to it"
             return replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]), skip=reason)
         square_among_transposed = conv1d_file and re.search(r"\bc_(attn|proj|fc)$", name)
         if _looks_transposed(tensor, shapes) or square_among_transposed:
             return replace(layer, kind="transposed linear", shape=(shape[1], shape[0]))
         if outputs not in (None, shape[0]):
-            return replace(layer, skip="its bias fits neither of its sides")
+            return replace(layer, skip="its bias fits neither dimension")
         return replace(layer, kind="linear")
     if not _looks_like_convolution(shape, outputs):
-        return replace(layer, skip="neither a matrix nor, by its shape, a convolution; --model would tell")
+        return replace(layer, skip="neither a matrix nor, by its shape, a convolution; `factory` would tell")
     layer = replace(layer, kind="convolution")
     if outputs not in (None, shape[0]):
         transposed = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
-        grouped = f"its bias is as long as neither {shape[0]} nor {shape[1]}: a transposed convolution with groups"
+        grouped = f"its bias has neither {shape[0]} nor {shape[1]} numbers: a transposed convolution with groups"
         return replace(transposed, skip=None if outputs == shape[1] else grouped)
     if shape[1] == 1 and shape[0] > 1 and math.prod(shape[2:]) > 1:
         return replace(layer, skip="depthwise, or a single input channel")
@@ -473,9 +483,9 @@ def _from_name(tensor: str, shapes: Mapping[str, tuple[int, ...]], conv1d_file: 
 
 
 def _looks_like_convolution(shape: tuple[int, ...], outputs: int | None) -> bool:
-    """Whether a weight of three dimensions or more is a kernel, and not a stack of matrices, such as those of experts.
+    """Whether a weight of three or more dimensions is a kernel, and not a stack of matrices, such as those of experts.
 
-    A kernel is small, or a line (`k x 1`), or has one bias for each of its outputs.
+    A kernel is small, or a line (`k x 1`), or has one bias per output.
     """
     kernel = shape[2:]
     line = len(kernel) > 1 and sum(side > 1 for side in kernel) <= 1
@@ -483,30 +493,30 @@ def _looks_like_convolution(shape: tuple[int, ...], outputs: int | None) -> bool
 
 
 def _parameter_by_name(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Layer:
-    """What a tensor is that is not called the weight of a layer."""
+    """What a tensor is that is not named as the weight of a layer."""
     last, matrix = layer.tensor.rpartition(".")[2], len(layer.tensor_shape) == 2
     if _is_normalized(layer.tensor, shapes) and len(layer.tensor_shape) <= 5:
         if _is_called_embedding(layer.tensor, layer.tensor_shape):
             return replace(layer, skip="an embedding, by its name")
         return _checked_parameter(layer, known=True)
     if _PARAMETRIZED.search(layer.tensor):
-        return replace(layer, skip="its parametrization is not known; --model would tell")
+        return replace(layer, skip="its parametrization is unknown; `factory` would tell")
     if _BESIDE_A_WEIGHT.search(last):
-        return replace(layer, skip="belongs to a weight, by its name, and is none itself")
+        return replace(layer, skip="by its name it belongs to a weight, but is not one")
     known = _WEIGHT_OF_PYTORCH.fullmatch(last) is not None
     if _WEIGHT.search(last) and not known:
-        return replace(layer, skip="not a name of PyTorch's own weights; --model would tell")
+        return replace(layer, skip="not a name of PyTorch's own weights; `factory` would tell")
     return _checked_parameter(layer, known and matrix)
 
 
 def _looks_transposed(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """GPT-2's Conv1D stores `d_in x d_out`: its bias has the length of the second side and not of the first."""
+    """GPT-2's Conv1D stores `d_in x d_out`: its bias has the length of the second dimension, not of the first."""
     shape, bias = shapes[tensor], _bias(tensor, shapes)
     return len(shape) == 2 and bias is not None and shape[0] != shapes[bias][0] == shape[1]
 
 
 def _select(layers: Sequence[Layer], include: Sequence[str], exclude: Sequence[str]) -> tuple[Layer, ...]:
-    """Mark as skipped what the patterns leave out."""
+    """Mark the layers that the patterns leave out as skipped."""
     included, excluded = (
         {layer.name for layer in layers for pattern in patterns if _matches(pattern, layer.name)}
         for patterns in (include, exclude)

@@ -1,4 +1,4 @@
-"""Tied tensors under all of their names: a file holds them under one, and which one depends on who wrote it."""
+"""Tied tensors under all of their names: a file stores them under one, and different writers choose different ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tied_names(architecture: Architecture) -> list[list[str]]:
 
 
 def with_ties(checkpoint: Checkpoint, architecture: Architecture | None) -> Checkpoint:
-    """The checkpoint with the names that its tied tensors have in the model, and not in the file, as aliases."""
+    """The checkpoint with the model's further names of its tied tensors as aliases."""
     if architecture is None:
         return checkpoint
     known = {architecture.module_name(name): name for name in (*checkpoint.aliases, *checkpoint.tensors)}

@@ -13,12 +13,14 @@ BudgetKind = Literal["keep", "max-size", "max-drop", "tolerance", "window-rule",
 
 @dataclass(frozen=True)
 class Budget:
-    """One way of saying how much to remove.
+    """One way to say how much to remove.
 
-    `keep`: the fraction of the eligible layers' parameters that may remain. `max-size`: bytes of the weight files.
-    `max-drop`: the smallest model that is at most so much worse, in accuracy as a fraction or in perplexity.
-    `tolerance`: relative Frobenius error per layer. `window-rule`: what training wrote above its initialization, with
-    no value. `plan`: the ranks of a plan made before, with no value.
+    Attributes:
+        kind: `keep`: the share of the eligible layers' parameters that may remain. `max-size`: the bytes of the weight
+            files. `max-drop`: the smallest model whose accuracy (a fraction) or perplexity is worse by at most that.
+            `tolerance`: the relative Frobenius error per layer. `window-rule`: what training wrote above its
+            initialization. `plan`: the ranks of an existing plan.
+        value: The number; None for `window-rule` and `plan`.
     """
 
     kind: BudgetKind

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
+from compressor.display import DisplayedLayers
 from compressor.documents import read_json
 from compressor.errors import BadInput
+from compressor.formatting import format_percent
 from compressor.io import portable_name
 from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
 from compressor.network import Layer, pair_forms
@@ -33,11 +35,18 @@ ROUNDING = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one eligible layer: its rank (None when it stays dense), form, size, relative error and why.
+    """The rank, form and size of one eligible layer, and why.
 
-    The error is relative: how far what stands for the matrix is from it, beside the matrix itself, in the Frobenius
-    norm or, with calibration, in the metric of the loss at the dense model (`Plan.error_name` says which). Once factors
-    are known it is that of the numbers as they are stored, before that the one of the best pair of the rank.
+    Attributes:
+        name: The layer's name in the checkpoint.
+        shape: `(d_out, d_in)` of its matrix.
+        kind: What the layer is, as `Layer.kind` says.
+        rank: The rank of its pair; None if it stays dense.
+        form: The form of its pair, or `dense`.
+        parameters: The numbers that it stores.
+        error: The relative error of its matrix: in the Frobenius norm, or with calibration in the metric of the loss
+            (`Plan.error_name` says which). Of the stored factors once they exist, of the best pair of the rank before.
+        reason: Why this rank, in words.
     """
 
     name: str
@@ -85,13 +94,25 @@ class CalibrationResult:
     unused: str = ""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Ranks for one checkpoint: editable as JSON, applied with `compress MODEL --plan`.
+@dataclass(frozen=True, repr=False)
+class Plan(DisplayedLayers):
+    """The rank and form of every eligible layer of one model: editable as JSON, and applied with `compress(plan=...)`.
 
-    `digest` is the sha256 of the checkpoint that was measured (None for a module in memory). `advice` is what else the
-    measurement says, or None. `calibrated` marks a plan that was read and had been made with calibration data. `search`
-    tells how a size was found by its drop in quality, None where another budget decided.
+    Attributes:
+        source: The model.
+        digest: The SHA-256 of the checkpoint that was measured; None for a module in memory.
+        budget: What was asked for.
+        layers: The eligible layers.
+        advice: What the measurements suggest, or None.
+        calibration: How calibration data chose the ranks, and the loss that is expected; None without.
+        calibrated: Whether a plan that was read from a file had been made with calibration data.
+        search: How `max_drop` found the size; None for another budget.
+        schema_version: The version of the JSON document.
+
+    Example:
+        >>> plan = compressor.plan("model.safetensors", keep=0.5)
+        >>> {layer.name: layer.rank for layer in plan.layers}
+        >>> small = compressor.compress("model.safetensors", output="small.safetensors", plan=plan)
     """
 
     source: str
@@ -103,6 +124,17 @@ class Plan:
     calibrated: bool = False
     search: DropSearch | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan for {self.source} ({self.budget}): {self.factorized} of {len(self.layers)} layers factorized,"
+            f" {format_percent(self.eligible_after, self.eligible_before)} of the eligible parameters kept>"
+        )
+
+    @property
+    def factorized(self) -> int:
+        """How many layers become factor pairs."""
+        return sum(layer.rank is not None for layer in self.layers)
 
     @property
     def eligible_before(self) -> int:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PlanningSettings:
-    """The thresholds by which ranks and sizes are chosen, in Python alone: for ablations and experiments."""
+    """Thresholds for choosing ranks and sizes, in Python alone: for ablations and experiments.
+
+    Example:
+        >>> compressor.plan("model/", planning_settings=compressor.PlanningSettings(safe_tolerance=0.02))
+    """
 
     safe_tolerance: float = 0.05
     """Relative Frobenius error per layer with neither a budget, nor a training recipe that decides, nor data."""

@@ -63,23 +63,44 @@ _SWITCHES = ("nesterov", "decoupled_weight_decay")
 _OF_THE_OPTIMIZER = (*_SWITCHES, "momentum", "dampening")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingRecipe:
-    """The hyperparameters of a training run; None is unknown, and never stands for a default.
+    """The hyperparameters of a training run; None means unknown, and never stands for a default.
 
-    Numbers follow `torch.optim`: `learning_rate` is the peak of the schedule, `weight_decay` multiplies W in
-    the gradient (papers that add `lambda * ||W||^2` to the loss have lambda = weight_decay / 2). `batch_size`
-    is the examples behind one optimizer step: per-device batch x accumulation x data-parallel processes.
-    `warmup_steps` is the length of a linear warm-up from 0, a fraction below 1 being a share of the schedule,
-    as in `transformers.TrainingArguments`. `steps` is the optimizer steps taken; `schedule_steps` the length
-    that the schedule was laid out for, where training stopped before its end. `step_milestones` (steps) and
-    `step_factor` are those of `torch.optim.lr_scheduler.MultiStepLR`. `sequence_length` is the positions per
-    example at which a linear layer is applied, 1 for vectors. `undecayed` holds globs of the names of
-    parameters without weight decay, `group_weight_decay` pairs of a glob and the weight decay of the parameters that
-    it matches (a mapping is taken too), the first match counting. `base_model` names the model whose weights training
-    started from. `sources` says for each field where it was read; two recipes that differ in nothing else are equal.
+    Numbers follow `torch.optim`. Two recipes that differ only in their `sources` are equal.
 
-    Raises `BadInput` for numbers that no training run can have.
+    Attributes:
+        optimizer: The name of the optimizer, such as `sgd` or `adamw`.
+        nesterov: Whether the momentum is Nesterov's.
+        decoupled_weight_decay: Whether weight decay multiplies the weights instead of being part of the gradient.
+        learning_rate: The peak of the schedule.
+        schedule: `constant`, `linear`, `cosine` or `step`.
+        warmup_steps: The length of a linear warm-up from 0; below 1, a share of the schedule, as in
+            `transformers.TrainingArguments`.
+        step_milestones: The steps of `torch.optim.lr_scheduler.MultiStepLR`.
+        step_factor: Its `gamma`.
+        weight_decay: The factor of W in the gradient (papers that add `lambda * ||W||^2` to the loss have
+            lambda = weight_decay / 2).
+        momentum: The momentum of SGD.
+        dampening: The dampening of SGD.
+        batch_size: The examples behind one optimizer step: per-device batch x accumulation x data-parallel processes.
+        steps: The optimizer steps taken.
+        schedule_steps: The steps that the schedule was laid out for, if training stopped before its end.
+        epochs: The passes over the training data.
+        dataset_size: The number of training examples.
+        sequence_length: The positions per example that a linear layer is applied to; 1 for vectors.
+        undecayed: Globs of the names of parameters without weight decay.
+        group_weight_decay: Pairs of a glob and the weight decay of the parameters that it matches, the first match
+            counting; a mapping is accepted too.
+        base_model: The model whose weights training started from.
+        sources: Where each field was read.
+
+    Raises:
+        BadInput: a number that no training run can have.
+
+    Example:
+        >>> compressor.TrainingRecipe(optimizer="adamw", learning_rate=3e-4, weight_decay=0.1).family
+        'adaptive'
     """
 
     optimizer: str | None = None
@@ -103,6 +124,11 @@ class TrainingRecipe:
     group_weight_decay: tuple[tuple[str, float], ...] | None = None
     base_model: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        known = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        listed = ", ".join(f"{name}={_shown(value)}" for name, value in known.items() if value is not None)
+        return f"TrainingRecipe({listed})"
 
     def __post_init__(self) -> None:
         self._set("sources", dict(self.sources))

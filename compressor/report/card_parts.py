@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compressor.report.wording import one_line
+from compressor.formatting import one_line
 
 TAG = "compressor"
 TAGS = ("low-rank", "compressed", TAG)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compressor.report.wording import change_words, compact, format_size, in_seconds, percent, quality_words, thousands
+from compressor.formatting import format_count, format_percent, format_seconds, format_short, format_size
+from compressor.report.wording import change_words, quality_words
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
@@ -27,15 +28,15 @@ def compared(label: str, words: Callable[[int], str], before: int | None, after:
     """A quantity whose later value is told as a share of the earlier one."""
     if before is None:
         return Comparison(label, "", words(after), "")
-    return Comparison(label, words(before), words(after), percent(after, before))
+    return Comparison(label, words(before), words(after), format_percent(after, before))
 
 
 def compression_rows(compression: Compression) -> list[Comparison]:
     """Sizes, and quality and cost where they were measured."""
     plan, evaluation = compression.plan, compression.evaluation
     rows = [
-        compared("parameters", thousands, compression.parameters.before, compression.parameters.after),
-        compared("of them eligible", thousands, plan.eligible_before, plan.eligible_after),
+        compared("parameters", format_count, compression.parameters.before, compression.parameters.after),
+        compared("of them eligible", format_count, plan.eligible_before, plan.eligible_after),
         compared("weight files", format_size, compression.bytes.before, compression.bytes.after),
     ]
     return rows if evaluation is None else rows + quality_rows(evaluation)
@@ -45,7 +46,7 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
     """Size, quality and cost of a model beside its baseline, which may be missing."""
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     return [
-        compared("parameters", thousands, before.parameters if before else None, after.parameters),
+        compared("parameters", format_count, before.parameters if before else None, after.parameters),
         compared("weights", format_size, before.bytes if before else None, after.bytes),
         *quality_rows(evaluation),
     ]
@@ -58,7 +59,7 @@ def computed_rows(evaluation: Evaluation) -> list[Comparison]:
     change = "" if evaluation.drop is None else change_words(metric, evaluation.drop)
     return [
         Comparison(metric, baseline, quality_words(metric, evaluation.compressed), change),
-        compared("multiply-accumulates", compact, before.macs if before else None, after.macs),
+        compared("multiply-accumulates", format_short, before.macs if before else None, after.macs),
     ]
 
 
@@ -75,8 +76,8 @@ def quality_rows(evaluation: Evaluation) -> list[Comparison]:
         rows.append(
             Comparison(
                 f"latency, batch {timing.batch_size}",
-                "" if timing.baseline_seconds is None else in_seconds(timing.baseline_seconds),
-                in_seconds(timing.compressed_seconds),
+                "" if timing.baseline_seconds is None else format_seconds(timing.baseline_seconds),
+                format_seconds(timing.compressed_seconds),
                 "" if timing.ratio is None else f"{timing.ratio:.2f} x the time",
             )
         )

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from compressor.formatting import format_count, one_line
 from compressor.measure import EPSILON, MemoryWindow
 from compressor.measure.simulation import SimulatedTraining
 from compressor.recipe import TrainingRecipe
-from compressor.report.wording import one_line, recipe_sources, recipe_words, thousands
+from compressor.report.wording import recipe_sources, recipe_words
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 _PLACE_OF_THE_CONTENT = "/* content */"
@@ -177,7 +178,7 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
         if least <= value <= most or (name == "weight_decay" and value == 0):
             return value
         nearest = min(max(value, least), most)
-        number = thousands(value) if isinstance(value, int) else f"{value:g}"
+        number = format_count(value) if isinstance(value, int) else f"{value:g}"
         remarks.append(f"the {words}, {number}, is beyond the picture, which shows {nearest:g}")
         return nearest
 
@@ -190,7 +191,7 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
         weight_decay = paced
         remarks.append(
             f"the weight decay is {weight_decay:.3g} in the picture, which at its constant learning rate makes the "
-            f"recipe's window of {thousands(layers.window.steps or 0)} steps"
+            f"recipe's window of {format_count(layers.window.steps or 0)} steps"
         )
     narrow = None if layers.shape is None else min(layers.shape)
     width = int(shown("width", "width of the layer", narrow, default.width))

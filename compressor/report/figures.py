@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compressor.report.wording import compact, loss_axis, one_line, shortened_apart
+from compressor.formatting import format_short, one_line
+from compressor.report.wording import loss_axis, shortened_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,7 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
         axes.barh(rows, [layer.dense_parameters for layer in layers], height=0.72, color=BEFORE)
         axes.barh(rows, [layer.parameters for layer in layers], height=0.72, color=AFTER)
         _label_rows(axes, layers)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(round(value))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_short(round(value))))
         axes.set_xlabel("stored parameters")
         return _svg(figure, "sizes", "Stored parameters of every layer before and after")
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from compressor.documents import read_text
 from compressor.fine_tuning.adapter import vllm_obstacles, vllm_rank
+from compressor.formatting import format_percent, format_shape, format_size
 from compressor.io import CARD_FILE
 from compressor.recipe.card import front_matter
 from compressor.report.card_parts import (
@@ -25,7 +26,7 @@ from compressor.report.card_parts import (
     python_block,
     repository_name,
 )
-from compressor.report.wording import error_words, format_size, percent, rounding_words, shape_of
+from compressor.report.wording import error_words, rounding_words
 
 if TYPE_CHECKING:
     from compressor.fine_tuning.adapter import Adapter
@@ -68,7 +69,7 @@ def adapter_card(
     rows = (
         (
             code(layer.name),
-            shape_of(layer.shape),
+            format_shape(layer.shape),
             str(layer.rank),
             "-" if math.isnan(layer.error) else error_words(layer.error, 4),
         )
@@ -90,7 +91,7 @@ def adapter_card(
             ("", "weight files", "of the fine-tune"),
             [
                 ("fine-tune", format_size(fine_tune_bytes), ""),
-                ("adapter", format_size(weight_bytes), percent(weight_bytes, fine_tune_bytes)),
+                ("adapter", format_size(weight_bytes), format_percent(weight_bytes, fine_tune_bytes)),
                 ("base, needed beside it", format_size(difference.base.weight_bytes), ""),
             ],
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
+from compressor.formatting import format_percent, format_seconds, format_shape, format_size, one_line
 from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
@@ -16,15 +17,10 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     error_words,
-    format_size,
-    in_seconds,
     left_out_words,
-    one_line,
-    percent,
     recipe_words,
     search_rows,
     search_words,
-    shape_of,
     stored_only_words,
 )
 
@@ -57,14 +53,26 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
     check_output(path, sources=[] if source is None else [source], form="file", overwrite=overwrite)
 
 
-def write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
-    """Write what a compression did as one HTML file, whole or not at all; in a folder of ours it is replaced with it.
+def write_report(compression: Compression, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a compression as one HTML file with figures, for a browser without a connection.
 
-    Raises `BadInput` as `check_report_path` does, and when the disk is full.
+    In a model folder that this package wrote, the report belongs to the folder and is replaced with it.
+
+    Args:
+        compression: The result of `compress`.
+        path: The file to write, named .html.
+        overwrite: Whether to replace a file that exists.
+
+    Raises:
+        BadInput: the path cannot be written, or is in the source's folder; or matplotlib or jinja2 is not installed.
+
+    Example:
+        >>> small = compressor.compress("model/", output="small/", keep=0.6, data="test.jsonl")
+        >>> compressor.write_report(small, "report.html")
     """
     from compressor.io import note_file, staged_file
 
-    source = Path(compression.source) if compression.model is None else None
+    path, source = Path(path), Path(compression.source) if compression.model is None else None
     check_report_path(path, source=source, overwrite=overwrite)
     page = report_page(compression)
     with staged_file(path, overwrite=overwrite) as staged:
@@ -102,7 +110,7 @@ def report_page(compression: Compression) -> str:
         stored_only=stored_only_words(plan.layers),
         above_one=above_one_words(plan.layers),
         error_name=plan.error_name,
-        effort=f"{in_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}",
+        effort=f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}",
         comparisons=compression_rows(compression),
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,
         evaluation=evaluation,
@@ -123,11 +131,11 @@ def report_page(compression: Compression) -> str:
         layers=[
             {
                 "name": Markup(".<wbr>").join(one_line(layer.name).split(".")),
-                "shape": shape_of(layer.shape),
+                "shape": format_shape(layer.shape),
                 "kind": layer.kind,
                 "rank": "-" if layer.rank is None else layer.rank,
                 "form": layer.form,
-                "kept": percent(layer.parameters, layer.dense_parameters),
+                "kept": format_percent(layer.parameters, layer.dense_parameters),
                 "error": error_words(layer.error, 4),
                 "reason": layer.reason,
                 "marks": _mark_words(marks[layer.name]),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from compressor.formatting import format_percent, format_shape, format_size, one_line
 from compressor.io import CARD_FILE, hub_model
 from compressor.recipe.card import front_matter, hyperparameter_lines
 from compressor.report.card_parts import (
@@ -39,14 +40,10 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     error_words,
-    format_size,
     left_out_words,
-    one_line,
-    percent,
     recipe_sources,
     search_rows,
     search_words,
-    shape_of,
 )
 from compressor.version import VERSION
 
@@ -258,9 +255,9 @@ def _summary(compression: Compression, base_model: str) -> str:
     low_rank = sum(layer.rank is not None for layer in plan.layers)
     return (
         f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
-        f" factors: {percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and weight files"
-        f" of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)} Made by"
-        " compressor."
+        f" factors: {format_percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and"
+        f" weight files of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)}"
+        " Made by compressor."
     )
 
 
@@ -316,10 +313,10 @@ def _plan(plan: Plan) -> str:
     rows = (
         (
             code(layer.name),
-            shape_of(layer.shape),
+            format_shape(layer.shape),
             "-" if layer.rank is None else str(layer.rank),
             layer.form,
-            percent(layer.parameters, layer.dense_parameters),
+            format_percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 4),
             plain_text(layer.reason),
         )

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.errors import BadInput
-from compressor.report.wording import one_line, shortened_apart
+from compressor.formatting import one_line
+from compressor.report.wording import shortened_apart
 
 if TYPE_CHECKING:
     from compressor.diagnosis.series import RankSeries

@@ -9,17 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from compressor.formatting import format_percent, format_size, one_line
+
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression
-
-
-def one_line(text: str) -> str:
-    """The text on one line, with whatever could move a terminal's cursor written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
 
 
 def shortened(name: str, width: int) -> str:
@@ -86,35 +83,6 @@ def left_out_words(
     return f"{words}: for the average save torch.load(FILE){keys} to a file of its own and give that"
 
 
-def format_size(size: float) -> str:
-    """A size in the decimal units that `--max-size 40MB` is written in."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
-
-
-def thousands(number: int) -> str:
-    """An exact count."""
-    return f"{number:,}"
-
-
-def compact(number: int) -> str:
-    """A count in at most five characters, exact below a thousand."""
-    size = float(number)
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if abs(size) < 999.5:
-            return f"{number:d}" if unit == "" else f"{size:.3g}{unit}"
-        size /= 1000
-    return f"{number:.0e}"
-
-
-def percent(part: float, whole: float = 1) -> str:
-    """A share in per cent, with one decimal; a dash where there is no whole."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
-
-
 def error_words(error: float, decimals: int) -> str:
     """A relative error with so many decimals, in which only an error that is zero looks like one."""
     least = 10.0**-decimals
@@ -127,22 +95,8 @@ def rounding_words(share: float) -> str:
     """How much of a difference is rounding; empty where it is less than a tenth of a percent."""
     if share < 1e-3:
         return ""
-    return f"explains {percent(share)} of the difference of the paired matrices (Frobenius norm), and gets no rank"
-
-
-def in_seconds(seconds: float) -> str:
-    """A time in the unit that leaves it readable."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def shape_of(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(side) for side in shape)
+    explained = format_percent(share)
+    return f"explains {explained} of the difference of the paired matrices (Frobenius norm), and gets no rank"
 
 
 def recipe_words(recipe: TrainingRecipe) -> str:
@@ -189,7 +143,7 @@ def budget_words(budget: Budget) -> str:
 
 def quality_words(metric: Literal["accuracy", "perplexity"], value: float) -> str:
     """A score in the unit of its metric."""
-    return percent(value) if metric == "accuracy" else f"{value:.4g}"
+    return format_percent(value) if metric == "accuracy" else f"{value:.4g}"
 
 
 def change_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:

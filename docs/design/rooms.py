@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-FOUNDATIONS = ("version", "errors", "choices", "system_errors", "progress", "torch_state", "documents", "arguments")
+FOUNDATIONS = (
+    *("version", "errors", "choices", "formatting", "display", "system_errors", "progress", "torch_state"),
+    *("documents", "arguments"),
+)
 ROOMS = (
     *("recipe", "io", "network", "data", "measure", "factorize", "planning", "lowrank", "model", "evaluation"),
     *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "results", "report", "api"),

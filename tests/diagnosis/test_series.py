@@ -74,11 +74,11 @@ def test_what_carries_no_number_or_no_weights_is_left_out(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["net_3_10.pth", "net_4_20.pth"], r"which number in net_3_10\.pth is its step"),
-        (["epoch-3.pth", "step-500.pth", "epoch-4.pth"], r"tells its epoch and step-500\.pth does not"),
-        (["epoch-3.pth", "model_50.pth"], r"tells its epoch and model_50\.pth does not"),
-        (["epoch_1_iter_900.pth", "epoch_2_iter_100.pth"], "steps of every epoch anew"),
-        (["loss-0.31.pth", "loss-0.29.pth"], "holds 0 checkpoints whose names tell their step"),
+        (["net_3_10.pth", "net_4_20.pth"], r"which number in net_3_10\.pth is the step"),
+        (["epoch-3.pth", "step-500.pth", "epoch-4.pth"], r"has an epoch and step-500\.pth does not"),
+        (["epoch-3.pth", "model_50.pth"], r"has an epoch and model_50\.pth does not"),
+        (["epoch_1_iter_900.pth", "epoch_2_iter_100.pth"], "restarts the steps in every epoch"),
+        (["loss-0.31.pth", "loss-0.29.pth"], "holds 0 checkpoints with a step in their names"),
         (["step-7.pth", "step-7.ckpt"], "are both of step 7"),
     ],
 )
@@ -105,5 +105,5 @@ def test_numbers_without_a_word_are_said_to_be_taken_for_steps(
     assert not caplog.messages
     assert series_of(tmp_path / "lone", ["model_5.pth", "model_10.pth"]).unit == "step"
     [said] = caplog.messages
-    assert "the number in model_10.pth is taken for its step" in said
+    assert "the number in model_10.pth is taken as its step" in said
     assert "epoch=10" in said

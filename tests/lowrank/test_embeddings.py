@@ -257,7 +257,7 @@ def test_what_an_embedding_is_left_out_for_is_said() -> None:
     assert "Scaled" in str(skips["scaled"])
     assert "again" in str(skips["twice"])
     asked_for = {each.layer.name: each.layer.skip for each in inspect(Model()).layers}
-    assert asked_for["words"] == "an embedding; --embeddings includes it"
+    assert asked_for["words"] == "an embedding; `embeddings=True` includes it"
 
 
 def test_a_tied_head_that_is_stored_apart_is_left_alone(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_tied_head_that_is_stored_apart_is_left_alone(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     skips = {each.layer.name: each.layer.skip for each in inspect(tmp_path, embeddings=True).layers}
-    assert "apart" in str(skips["model.embed_tokens"])
+    assert "stored separately" in str(skips["model.embed_tokens"])
 
 
 def test_only_the_flag_includes_embeddings_and_plans_say_so(tmp_path: Path) -> None:

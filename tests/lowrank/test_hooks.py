@@ -238,9 +238,9 @@ def with_module(layer: nn.Module) -> None:
     ("change", "reason"),
     [
         (replaced, "its forward was replaced"),
-        (with_buffer, "it holds scale beside its weight"),
-        (with_parameter, "it holds gain beside its weight"),
-        (with_module, "it holds extra beside its weight"),
+        (with_buffer, "it has scale besides its weight"),
+        (with_parameter, "it has gain besides its weight"),
+        (with_module, "it has extra besides its weight"),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "spatial", "back", "words", "head"])
@@ -323,7 +323,7 @@ def test_a_layer_that_is_called_where_pytorch_does_not_see_it_stays_dense(hold: 
     result = compress(model, tolerance=1e-3)
     assert result.model is not None
     assert [(layer.name, layer.rank) for layer in result.plan.layers] == [("other", 2)]
-    assert [layer.skip for layer in result.skipped] == ["held holds it too, where no other layer can take its place"]
+    assert [layer.skip for layer in result.skipped] == ["held refers to it too, and cannot be updated"]
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-4)
 
 

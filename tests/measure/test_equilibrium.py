@@ -92,7 +92,7 @@ def test_plain_and_heavy_ball_have_the_published_closed_forms() -> None:
     ("change", "reason"),
     [
         ({"optimizer": "adamw", "momentum": None}, "SGD family"),
-        ({"weight_decay": 0.0}, "grows for ever"),
+        ({"weight_decay": 0.0}, "grows forever"),
         ({"schedule": "cosine"}, "not constant"),
         ({"steps": 50}, "too short"),
         ({"learning_rate": None}, "unknown"),

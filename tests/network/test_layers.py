@@ -248,11 +248,11 @@ def test_only_weights_of_pytorchs_names_are_believed_without_code(tmp_path: Path
     found = layers_of_file(tmp_path, tensors)
     assert {name for name, layer in found.items() if layer.eligible} == set(weights)
     reasons = {name: found[name].skip or "" for name in others}
-    assert "none itself" in reasons["pruned.weight_mask"]
-    assert "none itself" in reasons["quantized.weight_scale"]
+    assert "but is not one" in reasons["pruned.weight_mask"]
+    assert "but is not one" in reasons["quantized.weight_scale"]
     assert "PyTorch's own" in reasons["own.my_weight"]
-    assert "parametrization is not known" in reasons["ortho.parametrizations.weight.original"]
-    assert "parametrization is not known" in reasons["pair.parametrizations.weight.original1"]
+    assert "parametrization is unknown" in reasons["ortho.parametrizations.weight.original"]
+    assert "parametrization is unknown" in reasons["pair.parametrizations.weight.original1"]
     assert "embedding" in reasons["embed.weight_orig"]
     assert "embedding" in reasons["wte.parametrizations.weight.original"]
 

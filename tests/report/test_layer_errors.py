@@ -23,7 +23,7 @@ from compressor.io import open_checkpoint
 from compressor.model import load_model
 from compressor.network import find_layers, module_architecture
 from compressor.progress import Run
-from compressor.report import compression_text
+from compressor.report import compression_page
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words
 from compressor.results import Compression
@@ -62,7 +62,7 @@ def surfaces(result: Compression) -> dict[str, dict[str, str]]:
 def terminal(result: Compression) -> str:
     console = Console(width=200, file=None)
     with console.capture() as capture:
-        console.print(compression_text(result))
+        console.print(compression_page(result))
     return capture.get()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import compressor
 from compressor.cli.run import run
-from compressor.report import inspection_text
+from compressor.report import inspection_page
 from compressor.report.html import report_page
 from compressor.report.model_card import _summary
 from compressor.report.wording import left_out_words
@@ -63,7 +63,7 @@ def test_weights_are_compared_with_weights(
     assert "Left out" not in report_page(replace(result, left_out=()))
     console = Console(width=100, file=None)
     with console.capture() as captured:
-        console.print(inspection_text(compressor.inspect(training_checkpoint)))
+        console.print(inspection_page(compressor.inspect(training_checkpoint)))
     assert "left out" in captured.get()
 
 

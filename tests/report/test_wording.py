@@ -16,26 +16,13 @@ from compressor.recipe import TrainingRecipe
 from compressor.report.wording import (
     budget_words,
     change_words,
-    compact,
     error_words,
-    format_size,
-    in_seconds,
     large_loss_words,
-    one_line,
-    percent,
     recipe_sources,
     recipe_words,
     shortened,
     shortened_apart,
 )
-
-
-@given(st.text())
-def test_one_line_is_printable_and_keeps_what_was_printable(text: str) -> None:
-    line = one_line(text)
-    assert line.isprintable()
-    if text.isprintable():
-        assert line == " ".join(text.split())
 
 
 @given(st.text(alphabet="ab.01_", max_size=60), st.integers(1, 60))
@@ -115,35 +102,10 @@ def test_a_large_loss_is_called_so_with_what_is_left_to_try(measured: Evaluation
     assert words == ("this is a large loss: keep more" if large else None)
 
 
-UNITS = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-
-
-@given(st.integers(0, 10**15))
-def test_a_size_in_words_is_the_size_to_three_digits(size: int) -> None:
-    number, unit = format_size(size).split()
-    assert float(number) * UNITS[unit] == pytest.approx(size, rel=0.006)
-
-
-@given(st.floats(1e-6, 1e5))
-def test_a_time_in_words_is_the_time(seconds: float) -> None:
-    number, unit = in_seconds(seconds).split()
-    in_unit = {"µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}[unit]
-    assert abs(float(number) * in_unit - seconds) <= max(0.006 * seconds, 0.51 * in_unit * (unit in ("min", "h")))
-
-
-@given(st.integers(0, 10**17))
-def test_a_compact_count_is_short_and_close(number: int) -> None:
-    text = compact(number)
-    scale = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}.get(text[-1], 1)
-    assert len(text) <= 5
-    assert float(text.rstrip("kMGTP")) * scale == pytest.approx(number, rel=0.006)
-
-
 def test_worse_is_a_minus_for_accuracy_and_a_plus_for_perplexity() -> None:
     assert change_words("accuracy", 0.0125) == "-1.25 points"
     assert change_words("accuracy", 0.0) == "+0.00 points"
     assert change_words("perplexity", 0.5) == "+0.5"
-    assert percent(1, 0) == "-"
 
 
 def test_a_recipe_in_words_says_what_is_known_and_nothing_else() -> None:

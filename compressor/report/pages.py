@@ -1,17 +1,21 @@
-"""Results as text for a terminal or a log: rich renderables that fit into 80 columns."""
+"""Results as pages for a terminal, a log or a notebook; in a terminal they fit into 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.padding import Padding
-from rich.text import Text
-
+from compressor.formatting import (
+    format_count,
+    format_percent,
+    format_seconds,
+    format_shape,
+    format_short,
+    format_size,
+    one_line,
+)
+from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
@@ -19,24 +23,16 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     change_words,
-    compact,
     error_words,
-    format_size,
-    in_seconds,
     large_loss_words,
     left_out_words,
-    one_line,
-    percent,
     quality_words,
     recipe_sources,
     recipe_words,
     rounding_words,
     search_rows,
     search_words,
-    shape_of,
-    shortened_apart,
     stored_only_words,
-    thousands,
     unchanged_words,
 )
 
@@ -48,53 +44,16 @@ if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression, Export, Inspection, Merging, Restoration
 
-NARROWEST_NAME = 8
-PATHS = frozenset({"model", "base", "output", "plan"})
 
-
-@dataclass(frozen=True)
-class LayerTable:
-    """One row per layer: the name, shortened where a terminal's window is narrow, and its numbers."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        columns = list(zip(*(header.split("\n") for header in self._padded_headers()), strict=True))
-        cells = [*columns, *self.rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
-        room = options.max_width - sum(widths[1:]) - 2 * (len(widths) - 1)
-        if console.is_terminal:
-            widths[0] = min(widths[0], max(room, NARROWEST_NAME))
-        names = shortened_apart([name for name, *_ in self.rows], widths[0])
-        for row in columns:
-            yield Text(_aligned(row, widths), style="bold", no_wrap=True, overflow="ignore")
-        yield Text("  ".join("─" * width for width in widths), style="dim", no_wrap=True, overflow="ignore")
-        for name, (_, *numbers) in zip(names, self.rows, strict=True):
-            line = _aligned((name, *numbers), widths)
-            yield Text(line, no_wrap=True, overflow="ignore")
-
-    def _padded_headers(self) -> Iterator[str]:
-        """Headers of the same number of lines, the last ones at the bottom."""
-        tallest = max(header.count("\n") for header in self.headers)
-        for header in self.headers:
-            yield "\n" * (tallest - header.count("\n")) + header
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    name, *numbers = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    return "  ".join([name.strip().ljust(widths[0]), *numbers])
-
-
-def compression_text(compression: Compression) -> RenderableType:
+def compression_page(compression: Compression) -> Page:
     """What `compress MODEL` did: the request, the layers, sizes and quality before and after, and where it is."""
     plan = compression.plan
-    effort = f"{in_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
-    parts: list[RenderableType] = [
-        _facts(
+    effort = f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
+    parts: list[Block] = [
+        Facts.of(
             ("model", compression.source),
             *_base_facts(compression),
-            *_recipe_facts(compression.recipe),
+            *recipe_facts(compression.recipe),
             *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
             *_calibration_facts(plan),
@@ -106,13 +65,12 @@ def compression_text(compression: Compression) -> RenderableType:
     if compression.evaluation is not None:
         parts.append(_measured_on(compression.evaluation))
     if compression.warnings:
-        parts.append(_facts(*(("warning", words) for words in compression.warnings)))
-    if skipped := _skipped(compression.skipped):
-        parts.append(skipped)
+        parts.append(Facts.of(*(("warning", words) for words in compression.warnings)))
+    parts += _skipped(compression.skipped)
     output = compression.output or "nothing was written"
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
-    parts.append(_facts(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
-    return _spaced(parts)
+    parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
+    return Page(tuple(parts))
 
 
 def _left_out_facts(result: Compression | Inspection) -> Iterator[tuple[str, str]]:
@@ -152,92 +110,91 @@ def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "search", search_words(plan.search)
 
 
-def _search_parts(plan: Plan) -> Iterator[RenderableType]:
+def _search_parts(plan: Plan) -> Iterator[Block]:
     """The sizes that were tried, where a drop decided."""
     if plan.search is not None:
         yield LayerTable(SEARCH_HEADERS, tuple(search_rows(plan.search)))
 
 
-def plan_text(plan: Plan, *, output: Path | None = None) -> RenderableType:
+def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
     """The ranks of a plan with their reasons, and what they would store."""
-    size = compared("eligible parameters", thousands, plan.eligible_before, plan.eligible_after)
+    size = compared("eligible parameters", format_count, plan.eligible_before, plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
-    parts: list[RenderableType] = [
-        _facts(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
+    parts: list[Block] = [
+        Facts.of(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
         *_search_parts(plan),
         *_plan_parts(plan),
     ]
     if (unchanged := unchanged_words(plan.layers, written=False)) is not None:
-        parts.append(Text(unchanged))
+        parts.append(Lines((unchanged,)))
     parts.append(_side_by_side([size]))
     if facts or plan.advice:
-        parts.append(_facts(*facts, *_advice(plan.advice)))
-    return _spaced(parts)
+        parts.append(Facts.of(*facts, *_advice(plan.advice)))
+    return Page(tuple(parts))
 
 
-def inspection_text(inspection: Inspection) -> RenderableType:
+def inspection_page(inspection: Inspection) -> Page:
     """Effective ranks and memory of every eligible layer, the others grouped by why they are skipped."""
     measured = [layer for layer in inspection.layers if layer.layer.eligible]
     totals = (
         f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}; "
-        f"{percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
+        f"{format_percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
     )
-    parts: list[RenderableType] = [
-        _facts(
+    parts: list[Block] = [
+        Facts.of(
             ("model", inspection.source),
-            *_recipe_facts(inspection.recipe),
+            *recipe_facts(inspection.recipe),
             ("size", totals),
             *_left_out_facts(inspection),
         )
     ]
     if measured:
-        parts += [_ranks(measured), _memory(measured)]
+        parts += [*_ranks(measured), *_memory(measured)]
     else:
-        parts.append(Text("No layer is eligible."))
-    if skipped := _skipped(each.layer for each in inspection.layers):
-        parts.append(skipped)
+        parts.append(Lines(("No layer is eligible.",)))
+    parts += _skipped(each.layer for each in inspection.layers)
     if inspection.advice:
-        parts.append(_facts(*_advice(inspection.advice)))
-    return _spaced(parts)
+        parts.append(Facts.of(*_advice(inspection.advice)))
+    return Page(tuple(parts))
 
 
-def evaluation_text(evaluation: Evaluation) -> RenderableType:
+def evaluation_page(evaluation: Evaluation) -> Page:
     """Quality, size, arithmetic, memory and latency of two models side by side."""
     costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
     large_loss = large_loss_words(evaluation, calibrated=False)
-    warning = [] if large_loss is None else [_facts(("warning", large_loss))]
-    return _spaced([costs, _measured_on(evaluation), *warning])
+    warning = [] if large_loss is None else [Facts.of(("warning", large_loss))]
+    return Page((costs, _measured_on(evaluation), *warning))
 
 
-def restoration_text(restoration: Restoration) -> RenderableType:
+def restoration_page(restoration: Restoration) -> Page:
     """What `compress restore` brought back, and where it is."""
     size = compared("weight files", format_size, restoration.bytes.before, restoration.bytes.after)
     layers = f"{len(restoration.layers)} brought back to dense"
-    return _spaced(
-        [
-            _facts(("model", restoration.source), ("layers", layers)),
+    return Page(
+        (
+            Facts.of(("model", restoration.source), ("layers", layers)),
             _side_by_side([size]),
-            _facts(("output", restoration.output), ("took", in_seconds(restoration.seconds))),
-        ]
+            Facts.of(("output", restoration.output), ("took", format_seconds(restoration.seconds))),
+        )
     )
 
 
-def export_text(export: Export) -> RenderableType:
+def export_page(export: Export) -> Page:
     """What `compress export` wrote, and how to load it."""
     size = compared("weight files", format_size, export.bytes.before, export.bytes.after)
     facts = [("output", export.output), ("load", export.load)]
     if export.difference is not None:
         facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
-    return _spaced(
-        [
-            _facts(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
+    return Page(
+        (
+            Facts.of(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
             _side_by_side([size]),
-            _facts(*facts, ("took", in_seconds(export.seconds))),
-        ]
+            Facts.of(*facts, ("took", format_seconds(export.seconds))),
+        )
     )
 
 
-def merging_text(merging: Merging) -> RenderableType:
+def merging_page(merging: Merging) -> Page:
     """What `compress merge` found before merging, what merging did to each task, and where the result is."""
     how = merging.mode if merging.mode == "sum" else f"concat, {merging.head} head"
     names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
@@ -249,9 +206,9 @@ def merging_text(merging: Merging) -> RenderableType:
             "row spaces": "of the first layers' principal angles",
         }[inputs.source]
         facts.append(("inputs", f"|cos| {words}: largest {inputs.largest:.2f}, mean {inputs.mean:.2f}"))
-    parts: list[RenderableType] = [_facts(*facts), *_overlap_parts(merging)]
+    parts: list[Block] = [Facts.of(*facts), *_overlap_parts(merging)]
     if merging.warnings:
-        parts.append(_facts(*(("warning", words) for words in merging.warnings)))
+        parts.append(Facts.of(*(("warning", words) for words in merging.warnings)))
     if merging.tasks:
         headers = ("task", "predictions", "metric", "alone", "merged", "compared", "logits\nchange")
         rows = tuple(
@@ -262,7 +219,7 @@ def merging_text(merging: Merging) -> RenderableType:
                 quality_words(task.metric, task.alone),
                 quality_words(task.metric, task.merged),
                 change_words(task.metric, task.drop),
-                percent(task.output_change),
+                format_percent(task.output_change),
             )
             for task in merging.tasks
         )
@@ -270,7 +227,7 @@ def merging_text(merging: Merging) -> RenderableType:
     parts.append(
         _side_by_side(
             [
-                compared("parameters", thousands, merging.parts_parameters, merging.parameters),
+                compared("parameters", format_count, merging.parts_parameters, merging.parameters),
                 compared("weight files", format_size, merging.parts_bytes, merging.bytes),
             ],
             "apart",
@@ -278,31 +235,31 @@ def merging_text(merging: Merging) -> RenderableType:
         )
     )
     output = merging.output or "nothing was written"
-    parts.append(_facts(("output", output), ("took", in_seconds(merging.seconds))))
-    return _spaced(parts)
+    parts.append(Facts.of(("output", output), ("took", format_seconds(merging.seconds))))
+    return Page(tuple(parts))
 
 
-def _overlap_parts(merging: Merging) -> Iterator[RenderableType]:
+def _overlap_parts(merging: Merging) -> Iterator[Block]:
     tasks = range(len(merging.models))
     headers = ("layer", "shape", *(f"interference\nin task {task + 1}" for task in tasks), "subspace\noverlap")
     headers += ("of\nrandom", "smallest\nangle")
     rows = []
     for layer in merging.layers:
         interference = layer.interference or (None for _ in tasks)
-        cells = ("-" if share is None else percent(share) for share in interference)
-        overlap = (percent(layer.subspace), percent(layer.random), f"{layer.smallest_angle:.1f}°")
-        rows.append((one_line(layer.name), shape_of(layer.shape), *cells, *overlap))
+        cells = ("-" if share is None else format_percent(share) for share in interference)
+        overlap = (format_percent(layer.subspace), format_percent(layer.random), f"{layer.smallest_angle:.1f}°")
+        rows.append((one_line(layer.name), format_shape(layer.shape), *cells, *overlap))
     if not rows:
         return
     seen = "its layers see" if merging.tasks else "span its layer's row space"
     yield LayerTable(headers, tuple(rows))
-    yield _facts(
+    yield Facts.of(
         ("interference", f"what the others' layer puts out beside the task's own, on inputs that {seen}"),
         ("overlap", "mean squared cosine of the principal angles of the row spaces (99 % of the energy)"),
     )
 
 
-def _plan_parts(plan: Plan) -> list[RenderableType]:
+def _plan_parts(plan: Plan) -> list[Block]:
     """The table of ranks, and the reasons as numbered notes: most are shared by many layers."""
     layers = plan.layers
     reasons = list(dict.fromkeys(one_line(layer.reason) for layer in layers))
@@ -310,10 +267,10 @@ def _plan_parts(plan: Plan) -> list[RenderableType]:
     rows = [
         (
             one_line(layer.name),
-            shape_of(layer.shape),
+            format_shape(layer.shape),
             "-" if layer.rank is None else str(layer.rank),
             layer.form,
-            percent(layer.parameters, layer.dense_parameters),
+            format_percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 3),
             *(() if shared else (str(reasons.index(one_line(layer.reason)) + 1),)),
         )
@@ -330,10 +287,10 @@ def _plan_parts(plan: Plan) -> list[RenderableType]:
     )
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
     notes += [("note", words) for words in (above_one_words(layers), stored_only_words(layers)) if words is not None]
-    return [LayerTable(headers, tuple(rows)), _facts(*notes)]
+    return [LayerTable(headers, tuple(rows)), Facts.of(*notes)]
 
 
-def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
+def _ranks(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     from compressor.measure import FROBENIUS_ERROR
 
     headers = (
@@ -361,8 +318,8 @@ def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
                 f"{ranks.stable:.1f}",
             )
         )
-        rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *numbers))
-    notes = _facts(
+        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *numbers))
+    notes = Facts.of(
         ("numerical", "singular values above 0.001 of the largest"),
         ("Frobenius", f"least rank with a relative error of at most {FROBENIUS_ERROR:g}"),
         ("energy", "least rank with 99 % of the sum of squares"),
@@ -370,7 +327,7 @@ def _ranks(layers: Sequence[InspectedLayer]) -> RenderableType:
         ("participation", "participation ratio of the squares"),
         ("stable", "squared Frobenius over squared spectral norm: too small to truncate at"),
     )
-    return Group(_title("Effective ranks"), LayerTable(headers, tuple(rows)), Text(), notes)
+    return Title("Effective ranks"), LayerTable(headers, tuple(rows)), notes
 
 
 def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:
@@ -378,12 +335,12 @@ def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:
     bound, exponent = (window.rank_bound, window.forgetting_exponent) if window else (None, None)
     share, above = (start.share, start.above_edge) if start else (None, None)
     return (
-        _number(layer.uses),
-        _number(window.steps if window else None),
-        f"{compact(bound)} vacuous" if window and window.vacuous and bound is not None else _number(bound),
+        number_words(layer.uses),
+        number_words(window.steps if window else None),
+        f"{format_short(bound)} vacuous" if window and window.vacuous and bound is not None else number_words(bound),
         "-" if exponent is None else f"{exponent:.3g}",
-        "-" if share is None else _share(share),
-        _number(above),
+        "-" if share is None else share_words(share),
+        number_words(above),
     )
 
 
@@ -395,7 +352,7 @@ def _why_unknown(layer: InspectedLayer) -> list[str]:
     return [one_line(reason) for reason in (bound, edge) if reason]
 
 
-def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
+def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     from compressor.measure import EPSILON
 
     epsilon = next((layer.window.epsilon for layer in layers if layer.window is not None), EPSILON)
@@ -416,7 +373,7 @@ def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
         why = _why_unknown(layer)
         reasons += [reason for reason in why if reason not in reasons]
         notes = ",".join(str(reasons.index(reason) + 1) for reason in why)
-        rows.append((one_line(layer.layer.name), shape_of(layer.layer.shape), *_memory_cells(layer), notes))
+        rows.append((one_line(layer.layer.name), format_shape(layer.layer.shape), *_memory_cells(layer), notes))
     if not reasons:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     terms = [
@@ -427,49 +384,38 @@ def _memory(layers: Sequence[InspectedLayer]) -> RenderableType:
         ("above edge", "singular values above what is left of the initialization"),
     ]
     numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
-    explained = [_facts(*numbered), Text()] if numbered else []
-    return Group(
-        _title("Memory of the training"),
-        LayerTable(headers, tuple(rows)),
-        Text(),
-        *explained,
-        _facts(*terms),
-    )
+    explained = [Facts.of(*numbered)] if numbered else []
+    return Title("Memory of the training"), LayerTable(headers, tuple(rows)), *explained, Facts.of(*terms)
 
 
-def _skipped(layers: Iterable[Layer]) -> RenderableType | None:
+def _skipped(layers: Iterable[Layer]) -> tuple[Block, ...]:
     by_reason: dict[str, list[str]] = {}
     for layer in layers:
         if layer.skip is not None:
             by_reason.setdefault(one_line(layer.skip), []).append(one_line(layer.name))
     if not by_reason:
-        return None
+        return ()
     lines = []
     for reason, names in by_reason.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(Text(f"{shown}: {reason}"))
-    return Group(_title("Skipped"), *lines)
+        lines.append(f"{shown}: {reason}")
+    return Title("Skipped"), Lines(tuple(lines))
 
 
-def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> RenderableType:
-    rows = [("", before, after, "compared"), *((c.label, c.before, c.after, c.compared) for c in comparisons)]
-    known = [i for i in range(4) if any(row[i] for row in rows[1:])]
-    cells = [tuple(row[i] for i in known) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [Text(_aligned(row, widths), no_wrap=True, overflow="ignore") for row in cells]
-    lines[0].stylize("bold")
-    return Group(*lines)
+def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> SideBySide:
+    rows = tuple((each.label, each.before, each.after, each.compared) for each in comparisons)
+    return SideBySide(("", before, after, "compared"), rows)
 
 
-def _measured_on(evaluation: Evaluation) -> RenderableType:
+def _measured_on(evaluation: Evaluation) -> Lines:
     words = f"measured on {evaluation.data}: {evaluation.count:,} predictions, {evaluation.device}"
-    lines = [Text(one_line(words), style="dim")]
+    lines = [one_line(words)]
     if any(timing.ratio is not None for timing in evaluation.latency):
-        lines.append(Text("ratio of the times: median of paired runs", style="dim"))
-    return Group(*lines)
+        lines.append("ratio of the times: median of paired runs")
+    return Lines(tuple(lines), dim=True)
 
 
-def _recipe_facts(recipe: TrainingRecipe) -> Iterator[tuple[str, str]]:
+def recipe_facts(recipe: TrainingRecipe) -> Iterator[tuple[str, str]]:
     yield "trained", recipe_words(recipe)
     if recipe.sources:
         yield "", f"from {recipe_sources(recipe)}"
@@ -480,44 +426,11 @@ def _advice(advice: str | None) -> Iterator[tuple[str, str]]:
         yield "advice", advice
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Labeled words, wrapped beside their labels; a path stays whole, to be copied and searched for."""
-
-    facts: tuple[tuple[str, str], ...]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        indent = max((len(label) for label, _ in self.facts), default=0) + 2
-        for label, words in self.facts:
-            # Of several models each is numbered.
-            width = len(words) if label.rstrip(" 0123456789") in PATHS else options.max_width - indent
-            lines = wrap(one_line(words), max(width, 20), break_on_hyphens=False) or [""]
-            for number, line in enumerate(lines):
-                text = Text(no_wrap=True, overflow="ignore")
-                text.append((label if number == 0 else "").ljust(indent), style="dim")
-                yield text.append(line)
-
-
-def _facts(*facts: tuple[str, str]) -> RenderableType:
-    return Facts(facts)
-
-
-def _title(words: str) -> RenderableType:
-    return Padding(Text(words, style="bold"), (0, 0, 1, 0))
-
-
-def _spaced(parts: Sequence[RenderableType]) -> RenderableType:
-    spaced: list[RenderableType] = []
-    for part in parts:
-        spaced += [Text(), part] if spaced else [part]
-    return Group(*spaced)
-
-
-def _number(number: int | None) -> str:
+def number_words(number: int | None) -> str:
     if number is None:
         return "-"
-    return f"{number:,}" if number < 10**6 else compact(number)
+    return f"{number:,}" if number < 10**6 else format_short(number)
 
 
-def _share(share: float) -> str:
-    return percent(share) if share >= 0.0005 else f"{100 * share:.0e} %"
+def share_words(share: float) -> str:
+    return format_percent(share) if share >= 0.0005 else f"{100 * share:.0e} %"

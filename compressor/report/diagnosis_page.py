@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
-from compressor.report.text import LayerTable, _facts, _number, _recipe_facts, _share, _spaced, _title
-from compressor.report.wording import compact, one_line, quality_words, shape_of, shortened_apart
+from compressor.formatting import format_shape, format_short, one_line
+from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, Title
+from compressor.report.pages import number_words, recipe_facts, share_words
+from compressor.report.wording import quality_words, shortened_apart
 
 if TYPE_CHECKING:
     from compressor.diagnosis.series import RankSeries
@@ -20,28 +19,28 @@ if TYPE_CHECKING:
 MOST_COLUMNS, NAME_WIDTH = 7, 30
 
 
-def diagnosis_text(diagnosis: Diagnosis, *, figure: Path | None = None) -> RenderableType:
+def diagnosis_page(diagnosis: Diagnosis, *, figure: Path | None = None) -> Page:
     """What was found, a sentence and its advice each, and the numbers behind it, layer by layer."""
-    parts: list[RenderableType] = [_facts(("model", diagnosis.source), *_trained(diagnosis)), _layers(diagnosis)]
+    parts: list[Block] = [Facts.of(("model", diagnosis.source), *_trained(diagnosis)), *_layers(diagnosis)]
     if diagnosis.predictions is not None:
-        parts.append(_gradients(diagnosis))
+        parts += _gradients(diagnosis)
     if diagnosis.series is not None:
-        parts.append(_series(diagnosis.series))
-    parts.append(_findings(diagnosis))
+        parts += _series(diagnosis.series)
+    parts += _findings(diagnosis)
     if figure is not None:
-        parts.append(_facts(("output", str(figure))))
-    return _spaced(parts)
+        parts.append(Facts.of(("output", str(figure))))
+    return Page(tuple(parts))
 
 
 def _trained(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    yield from _recipe_facts(diagnosis.recipe)
+    yield from recipe_facts(diagnosis.recipe)
     if (found := diagnosis.predictions) is not None:
         chance = quality_words(found.metric, found.chance)
         score = f"{found.metric} {quality_words(found.metric, found.value)} (chance: {chance}), loss {found.loss:.3g}"
         yield "data", f"{found.data}: {found.count:,} predictions, {score}"
 
 
-def _layers(diagnosis: Diagnosis) -> RenderableType:
+def _layers(diagnosis: Diagnosis) -> tuple[Block, ...]:
     from compressor.measure import EPSILON, FROBENIUS_ERROR
 
     headers = (
@@ -63,18 +62,18 @@ def _layers(diagnosis: Diagnosis) -> RenderableType:
         rows.append(
             (
                 one_line(layer.name),
-                shape_of(layer.inspected.layer.shape),
-                _number(ranks.frobenius if ranks else None),
+                format_shape(layer.inspected.layer.shape),
+                number_words(ranks.frobenius if ranks else None),
                 f"{ranks.entropy:.1f}" if ranks else "-",
                 f"{layer.norm:.3g}",
                 "-" if exponent is None else f"{exponent:.3g}",
-                "-" if start is None or start.share is None else _share(start.share),
-                "-" if layer.start_energy is None else _share(layer.start_energy),
-                "-" if bound is None else compact(bound) + ("*" if window and window.vacuous else ""),
+                "-" if start is None or start.share is None else share_words(start.share),
+                "-" if layer.start_energy is None else share_words(layer.start_energy),
+                "-" if bound is None else format_short(bound) + ("*" if window and window.vacuous else ""),
             )
         )
     vacuous = any(row[-1].endswith("*") for row in rows)
-    notes = _facts(
+    notes = Facts.of(
         (
             "Frobenius",
             f"least rank with a relative error of at most {FROBENIUS_ERROR:g}; entropy: Roy and Vetterli (2007)",
@@ -86,10 +85,10 @@ def _layers(diagnosis: Diagnosis) -> RenderableType:
             + (": * is vacuous, not below the full rank" if vacuous else ""),
         ),
     )
-    return Group(_title("Memory and ranks"), LayerTable(headers, tuple(rows)), Text(), notes)
+    return Title("Memory and ranks"), LayerTable(headers, tuple(rows)), notes
 
 
-def _gradients(diagnosis: Diagnosis) -> RenderableType:
+def _gradients(diagnosis: Diagnosis) -> tuple[Block, ...]:
     reasons: list[str] = []
     rows: list[tuple[str, ...]] = []
     for layer in diagnosis.layers:
@@ -111,20 +110,20 @@ def _gradients(diagnosis: Diagnosis) -> RenderableType:
     headers: tuple[str, ...] = ("layer", "scale", "|gradient|", "cosine", "ratio", "note")
     if not reasons:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
-    notes = _facts(
+    notes = Facts.of(
         *((str(number), one_line(reason)) for number, reason in enumerate(reasons, start=1)),
         ("scale", "degree in which the outputs scale with the matrix: 0 not at all, 1 in proportion, - otherwise"),
         ("cosine", "of the matrix and the negative gradient of the loss; 1 at a stationary point with weight decay"),
         ("ratio", "norm of the gradient over weight decay times norm of the matrix; 1 there too"),
     )
-    return Group(_title("Weights beside the gradient"), LayerTable(headers, tuple(rows)), Text(), notes)
+    return Title("Weights beside the gradient"), LayerTable(headers, tuple(rows)), notes
 
 
-def _series(series: RankSeries) -> RenderableType:
+def _series(series: RankSeries) -> tuple[Block, ...]:
     count = len(series.steps)
     columns = min(count, MOST_COLUMNS)
     shown = [round(column * (count - 1) / (columns - 1)) for column in range(columns)]
-    headers = (series.unit, *(compact(series.steps[index]) for index in shown))
+    headers = (series.unit, *(format_short(series.steps[index]) for index in shown))
     names = shortened_apart([one_line(layer.name) for layer in series.layers], NAME_WIDTH)
     rows = tuple(
         (name, *(f"{layer.ranks[index].entropy / layer.ranks[index].full:.0%}" for index in shown))
@@ -133,13 +132,13 @@ def _series(series: RankSeries) -> RenderableType:
     checkpoints = f"{count} checkpoints in {one_line(series.folder)}"
     if len(shown) < count:
         checkpoints += f", {len(shown)} of them shown"
-    title = _title("Entropy rank over the training, as a share of the full rank")
-    return Group(title, LayerTable(headers, rows), Text(), Text(checkpoints, style="dim"))
+    title = Title("Entropy rank over the training, as a share of the full rank")
+    return title, LayerTable(headers, rows), Lines((checkpoints,), dim=True)
 
 
-def _findings(diagnosis: Diagnosis) -> RenderableType:
-    lines: list[RenderableType] = [_title("Findings")]
+def _findings(diagnosis: Diagnosis) -> tuple[Block, ...]:
+    found = []
     for finding in diagnosis.findings:
         label = f"{'warning: ' if finding.warning else ''}{finding.subject}"
-        lines.append(_facts(("-", one_line(f"{label}. {finding.message} {finding.advice}"))))
-    return Group(*lines)
+        found.append(("-", f"{label}. {finding.message} {finding.advice}"))
+    return Title("Findings"), Facts.of(*found)

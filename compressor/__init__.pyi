@@ -1,0 +1,46 @@
+# The public names, each stated once. `compressor/__init__.py` imports one when it is first used.
+from .api.compress import compress as compress
+from .api.compress import plan as plan
+from .api.diagnose import diagnose as diagnose
+from .api.evaluate import evaluate as evaluate
+from .api.explore import explore as explore
+from .api.export import export as export
+from .api.inspect import inspect as inspect
+from .api.merge import merge as merge
+from .api.options import CompressOptions as CompressOptions
+from .api.options import DiagnoseOptions as DiagnoseOptions
+from .api.options import EvaluateOptions as EvaluateOptions
+from .api.options import ExploreOptions as ExploreOptions
+from .api.options import ExportOptions as ExportOptions
+from .api.options import InspectOptions as InspectOptions
+from .api.options import MergeOptions as MergeOptions
+from .api.options import PlanOptions as PlanOptions
+from .api.options import RestoreOptions as RestoreOptions
+from .api.restore import restore as restore
+from .calibration import CalibrationSettings as CalibrationSettings
+from .errors import BadInput as BadInput
+from .errors import CompressorError as CompressorError
+from .errors import QualityGateNotMet as QualityGateNotMet
+from .evaluation import Evaluation as Evaluation
+from .evaluation import TimingSettings as TimingSettings
+from .io import Checkpoint as Checkpoint
+from .io import open_checkpoint as open_checkpoint
+from .measure import MemoryWindow as MemoryWindow
+from .measure import memory_window as memory_window
+from .model import load_model as load_model
+from .network import Layer as Layer
+from .planning import Budget as Budget
+from .planning import LayerPlan as LayerPlan
+from .planning import Plan as Plan
+from .planning import PlanningSettings as PlanningSettings
+from .recipe import TrainingRecipe as TrainingRecipe
+from .report import write_report as write_report
+from .results import Compression as Compression
+from .results import Diagnosis as Diagnosis
+from .results import Export as Export
+from .results import Inspection as Inspection
+from .results import MergeRefused as MergeRefused
+from .results import Merging as Merging
+from .results import Restoration as Restoration
+
+__version__: str

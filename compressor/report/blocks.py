@@ -1,0 +1,227 @@
+"""The blocks of a page of results: each renders in a terminal, as plain text, and as HTML for a notebook."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from textwrap import wrap
+from typing import Protocol, Self
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from compressor.formatting import one_line
+from compressor.report.wording import shortened_apart
+
+NARROWEST_NAME = 8
+PATHS = frozenset({"model", "base", "output", "plan"})
+
+# Colors come from the notebook's theme. A table of a deep network scrolls.
+STYLE = """<style>
+.compressor-result {font-size: 0.9em}
+.compressor-result .scroll {max-height: 32em; overflow: auto; margin: 0.6em 0}
+.compressor-result table {border-collapse: collapse; margin: 0}
+.compressor-result td, .compressor-result th {padding: 0.1em 0.8em 0.1em 0; text-align: right; vertical-align: top}
+.compressor-result th {vertical-align: bottom; font-weight: 600}
+.compressor-result .numbers thead th {border-bottom: 1px solid currentColor}
+.compressor-result td:first-child, .compressor-result th:first-child {text-align: left}
+.compressor-result .facts td {text-align: left}
+.compressor-result .facts td:first-child, .compressor-result .dim {opacity: 0.65; white-space: nowrap}
+.compressor-result p {margin: 0.3em 0}
+</style>"""
+
+
+class Block(Protocol):
+    """A part of a page."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]: ...
+
+    def html(self) -> str:
+        """The block as HTML."""
+        ...
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        """The block with its sentences changed; names and numbers stay."""
+        ...
+
+
+@dataclass(frozen=True)
+class Page:
+    """Blocks below each other, with an empty line between them."""
+
+    blocks: tuple[Block, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        for number, block in enumerate(self.blocks):
+            if number:
+                yield Text()
+            yield block
+
+    def text(self) -> str:
+        """The page as plain text; sentences are wrapped at 80 columns, and tables are as wide as they need to be."""
+        buffer = io.StringIO()
+        console = Console(
+            file=buffer,
+            width=80,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,
+            highlight=False,
+            emoji=False,
+        )
+        console.print(self, crop=False)
+        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+
+    def html(self) -> str:
+        """The page as HTML that needs no other file."""
+        blocks = "\n".join(block.html() for block in self.blocks)
+        return f'<div class="compressor-result">\n{STYLE}\n{blocks}\n</div>'
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return replace(self, blocks=tuple(block.reworded(change) for block in self.blocks))
+
+
+@dataclass(frozen=True)
+class Title:
+    """The heading of the blocks that follow."""
+
+    words: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield Text(self.words, style="bold")
+
+    def html(self) -> str:
+        return f"<p><b>{escape(self.words)}</b></p>"
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return self
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Sentences, each on a line of its own."""
+
+    lines: tuple[str, ...]
+    dim: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        for line in self.lines:
+            yield Text(line, style="dim" if self.dim else "")
+
+    def html(self) -> str:
+        words = "<br>".join(map(escape, self.lines))
+        return f'<p class="dim">{words}</p>' if self.dim else f"<p>{words}</p>"
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return replace(self, lines=tuple(map(change, self.lines)))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Labels with their sentences, wrapped beside them; a path stays whole, to be copied and searched for."""
+
+    facts: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, *facts: tuple[str, str]) -> Facts:
+        return cls(facts)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        indent = max((len(label) for label, _ in self.facts), default=0) + 2
+        for label, words in self.facts:
+            width = len(words) if _is_path(label) else options.max_width - indent
+            lines = wrap(one_line(words), max(width, 20), break_on_hyphens=False) or [""]
+            for number, line in enumerate(lines):
+                text = Text(no_wrap=True, overflow="ignore")
+                text.append((label if number == 0 else "").ljust(indent), style="dim")
+                yield text.append(line)
+
+    def html(self) -> str:
+        rows = (f"<tr><td>{escape(label)}</td><td>{escape(one_line(words))}</td></tr>" for label, words in self.facts)
+        return f'<div class="scroll"><table class="facts">{"".join(rows)}</table></div>'
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        facts = ((label, words if _is_path(label) else change(words)) for label, words in self.facts)
+        return replace(self, facts=tuple(facts))
+
+
+def _is_path(label: str) -> bool:
+    """Whether the words beside a label are a path; several models are numbered."""
+    return label.rstrip(" 0123456789") in PATHS
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """A row per layer: its name, shortened where a terminal's window is narrow, and its numbers."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        columns = list(zip(*(header.split("\n") for header in self._padded_headers()), strict=True))
+        cells = [*columns, *self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.headers))]
+        room = options.max_width - sum(widths[1:]) - 2 * (len(widths) - 1)
+        if console.is_terminal:
+            widths[0] = min(widths[0], max(room, NARROWEST_NAME))
+        names = shortened_apart([name for name, *_ in self.rows], widths[0])
+        for row in columns:
+            yield Text(_aligned(row, widths), style="bold", no_wrap=True, overflow="ignore")
+        yield Text("  ".join("─" * width for width in widths), style="dim", no_wrap=True, overflow="ignore")
+        for name, (_, *numbers) in zip(names, self.rows, strict=True):
+            line = _aligned((name, *numbers), widths)
+            yield Text(line, no_wrap=True, overflow="ignore")
+
+    def _padded_headers(self) -> Iterator[str]:
+        """Headers of the same number of lines, the last ones at the bottom."""
+        tallest = max(header.count("\n") for header in self.headers)
+        for header in self.headers:
+            yield "\n" * (tallest - header.count("\n")) + header
+
+    def html(self) -> str:
+        # A header that is split within a word to be narrow ends its first line with a hyphen.
+        headers = (header.replace("-\n", "").replace("\n", " ") for header in self.headers)
+        return _html_table(tuple(headers), self.rows)
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return self
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Quantities before and after; a column without a value is left out."""
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def _known(self) -> tuple[tuple[str, ...], ...]:
+        known = [i for i in range(len(self.headers)) if any(row[i] for row in self.rows)]
+        return tuple(tuple(row[i] for i in known) for row in (self.headers, *self.rows))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        cells = self._known()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for number, row in enumerate(cells):
+            yield Text(_aligned(row, widths), style="" if number else "bold", no_wrap=True, overflow="ignore")
+
+    def html(self) -> str:
+        headers, *rows = self._known()
+        return _html_table(headers, rows)
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return self
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    name, *numbers = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return "  ".join([name.strip().ljust(widths[0]), *numbers])
+
+
+def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(header)}</th>" for header in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
