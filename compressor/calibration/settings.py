@@ -33,7 +33,7 @@ class RefinementSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Settings of the calibration, in Python alone: every part can be varied, or switched off to see what it contributes.
+    """Settings of the calibration, in Python alone: every part can be varied, or switched off to see what it is worth.
 
     The defaults are those of `compress`; benchmarks/quality.py measures the gain of each part.
 
