@@ -252,6 +252,7 @@ def write_compressed(
         return replace(compression, warnings=warning_words(compression))
 
     with written(artifact, target) as made:
+        planned.factors.clear()
         evaluation = evaluation_of(made.model)
         compression = result(made, evaluation)
         if target is not None:

@@ -56,11 +56,12 @@ class NotFinite(BadInput):
 class PlannedModel:
     """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor.
 
-    `weighted` are then the layers in the metric of the loss, as the dense model has them.
+    `weighted` are then the layers in the metric of the loss, as the dense model has them. Who has written the factors
+    clears them, for they take as much memory as the compressed model.
     """
 
     plan: Plan
-    factors: Mapping[str, Factors] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     weighted: Sequence[MeasuredLayer] = ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from compressor import compress, diagnose, evaluate, merge
+from compressor.planning import Budget, LayerPlan, Plan
 from tests.model.test_opened import Counted, network
 
 
@@ -52,12 +54,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-Budget = dict[str, Any]
-
-
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 0.9}])
 def test_compress_builds_the_dense_network_once_and_the_compressed_one(
-    file: Path, data: Path, batches: list[torch.Tensor], budget: Budget
+    file: Path, data: Path, batches: list[torch.Tensor], budget: dict[str, Any]
 ) -> None:
     factory = Counted(network)
     report = compress(file, factory=factory, calibration=batches, data=data, progress=lambda *_: None, **budget)
@@ -67,7 +66,7 @@ def test_compress_builds_the_dense_network_once_and_the_compressed_one(
 
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 100.0}])
 def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
-    llama: LlamaForCausalLM, tmp_path: Path, loads: Counter[str], budget: Budget
+    llama: LlamaForCausalLM, tmp_path: Path, loads: Counter[str], budget: dict[str, Any]
 ) -> None:
     llama.save_pretrained(tmp_path / "dense")
     tokens = torch.randint(12, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -82,6 +81,21 @@ def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
     )
     assert report.evaluation is not None
     assert loads == {"dense": 1, "compressed": 1}
+
+
+def test_the_factors_are_in_memory_once_when_the_compressed_network_is_measured(
+    file: Path, data: Path, batches: list[torch.Tensor]
+) -> None:
+    found: list[int] = []
+
+    def progress(step: str, done: int, total: int) -> None:
+        if (step, done) == ("evaluate", 0):
+            tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+            found.append(len({each.data_ptr() for each in tensors if each.shape == (7, 12)}))
+
+    plan = Plan("", None, Budget("plan"), (LayerPlan("0", (20, 12), "linear", 7, "plain", 224, 0.0, "asked for"),))
+    compress(file, plan=plan, factory=network, calibration=batches, data=data, progress=progress)
+    assert found == [1]
 
 
 @pytest.mark.parametrize("verb", [evaluate, diagnose])
