@@ -51,7 +51,7 @@ def runs(gate: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
 
 
 def test_a_tracking_server_that_does_not_answer_is_one_line_before_the_work(
-    gate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    gate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressor, "compress", pytest.fail)
     options = ["--keep", "0.4", "--data", "builtin:digits", "--max-drop", "0.01", "--output", str(tmp_path / "out")]

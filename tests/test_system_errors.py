@@ -138,7 +138,7 @@ def test_a_full_cache_of_the_hub_is_not_taken_for_a_missing_network(monkeypatch:
     ],
 )
 def test_the_command_line_never_calls_them_internal_errors(
-    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch, *, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> NoReturn:
         raise error

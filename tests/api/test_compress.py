@@ -558,7 +558,7 @@ def test_importing_the_package_is_light() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["folder", "file", "module"])
 def test_attention_without_data_is_said_before_the_work_and_in_every_result(
-    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformer("llama").save_pretrained(tmp_path / "llama")
     model: Any = {

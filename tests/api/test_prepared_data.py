@@ -50,7 +50,7 @@ def outcome(model: Any, data: Path, **options: Any) -> tuple[list[float], list[t
 
 
 def test_a_loaded_module_with_a_tokenizer_is_measured_and_calibrated_as_its_folder(
-    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path, tmp_path: Path
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path, *, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     llama.save_pretrained(folder)

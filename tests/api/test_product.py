@@ -290,7 +290,7 @@ def test_transformers_as_a_module(form: str, tmp_path: Path) -> None:
 
 @CONTAINERS
 @pytest.mark.parametrize("form", TRANSFORMERS)
-def test_transformers_folders(form: str, shard: int, folders: Any, tmp_path: Path) -> None:
+def test_transformers_folders(form: str, shard: int, folders: Any, *, tmp_path: Path) -> None:
     dense, (_, small) = of_transformers(form), folders(form, shard)
     loaded = load(small, form)
     assert low_rank(loaded) > 0
@@ -308,7 +308,7 @@ def test_transformers_folders(form: str, shard: int, folders: Any, tmp_path: Pat
 
 @CONTAINERS
 @pytest.mark.parametrize("form", TRANSFORMERS)
-def test_transformers_folders_merged(form: str, shard: int, folders: Any, tmp_path: Path) -> None:
+def test_transformers_folders_merged(form: str, shard: int, folders: Any, *, tmp_path: Path) -> None:
     parts = [folders(form, shard, seed)[1] for seed in range(3)]
     merge(parts[1:], base=parts[0], output=tmp_path / "merged", mode="sum", max_shard_size=shard)
     models = [of_transformers(form, seed) for seed in range(3)]
@@ -330,7 +330,7 @@ def tuned(base: Any, forms: dict[str, Form]) -> Any:
 
 @CONTAINERS
 @pytest.mark.parametrize("form", ["plain", "channel"])
-def test_a_fine_tune_of_a_transformers_folder(form: str, shard: int, folders: Any, tmp_path: Path) -> None:
+def test_a_fine_tune_of_a_transformers_folder(form: str, shard: int, folders: Any, *, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base, forms = of_transformers(form), TRANSFORMERS[form]
     model, (folder, _) = tuned(base, forms), folders(form, shard)

@@ -114,9 +114,15 @@ def test_the_measurement_changes_nothing_of_the_result() -> None:
     assert not any(module._forward_pre_hooks for module in subject.modules())
 
 
-@given(st.floats(1e-4, 1), st.floats(1e-5, 1), st.integers(2, 64), st.integers(1, 1000), st.integers(1, 40))
+@given(
+    fixed=st.floats(1e-4, 1),
+    each=st.floats(1e-5, 1),
+    size=st.integers(2, 64),
+    examples=st.integers(1, 1000),
+    segments=st.integers(1, 40),
+)
 def test_small_batches_and_many_segments_cost_more(
-    fixed: float, each: float, size: int, examples: int, segments: int
+    fixed: float, each: float, size: int, *, examples: int, segments: int
 ) -> None:
     forward = ForwardTime(fixed + each, fixed + size * each, size)
     whole = forward.of(examples)

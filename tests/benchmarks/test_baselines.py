@@ -103,7 +103,7 @@ def test_the_sequential_update_is_nearer_to_the_dense_outputs_on_what_the_layer_
 
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(12, 9, 4), (9, 12, 9), (30, 30, 1)])
 def test_pivoted_storage_is_lossless_and_as_small_as_its_paper_says(
-    baselines: ModuleType, d_out: int, d_in: int, rank: int
+    baselines: ModuleType, d_out: int, d_in: int, *, rank: int
 ) -> None:
     # Zhao et al.: r (m + n) - r^2 + r numbers, and the same product.
     torch.manual_seed(0)

@@ -115,7 +115,7 @@ def test_a_rule_that_keeps_all_loses_nothing(rows: list[dict[str, Any]]) -> None
 
 
 def test_tables_and_plots_have_every_network(
-    rows: list[dict[str, Any]], theory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: list[dict[str, Any]], theory: ModuleType, tmp_path: Path, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(theory, "TRAINED", 0.0)
     for text, draw in ((theory.ranks_table(rows), theory.plot_ranks), (theory.rules_table(rows), theory.plot_rules)):

@@ -305,7 +305,7 @@ def bert_encoder() -> nn.Module:
     return transformers.BertModel(config, add_pooling_layer=False).eval()
 
 
-def changed_layer(calibration: Calibration, name: str, size: float, seed: int) -> tuple[nn.Module, float]:
+def changed_layer(calibration: Calibration, name: str, size: float, *, seed: int) -> tuple[nn.Module, float]:
     """A layer with a little noise in its matrix, the bias taking up the mean, and what that costs to second order."""
     layer, metric = calibration.layers[name], calibration.metrics[name]
     dense = calibration.model.get_submodule(layer.module)
@@ -337,7 +337,7 @@ def classifier() -> nn.Module:
     ids=["classifier", "regression", "language model", "encoder"],
 )
 def test_the_predicted_loss_is_the_measured_one_for_small_changes(
-    build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], labels: Tensor | None, criterion: str
+    build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], labels: Tensor | None, *, criterion: str
 ) -> None:
     model = build()
     calibration = calibrated(model, [inputs()], labels=labels)
@@ -346,7 +346,7 @@ def test_the_predicted_loss_is_the_measured_one_for_small_changes(
     for name, layer in list(calibration.layers.items())[:8]:
         predicted, measured = 0.0, 0.0
         for seed in range(4):
-            module, cost = changed_layer(calibration, name, 0.01, seed)
+            module, cost = changed_layer(calibration, name, 0.01, seed=seed)
             predicted += cost
             measured += holdout_loss(calibration, {layer.module: module})
         ratios.append(predicted / measured)
@@ -361,7 +361,7 @@ def test_the_holdout_loss_of_an_encoder_is_half_the_squared_change_of_its_output
     assert calibration.criterion == "outputs"
     name = next(iter(calibration.layers))
     layer = calibration.layers[name]
-    changed, _ = changed_layer(calibration, name, 0.5, 0)
+    changed, _ = changed_layer(calibration, name, 0.5, seed=0)
     found = holdout_loss(calibration, {layer.module: changed})
     total, rows = 0.0, 0
     with torch.no_grad():
@@ -379,7 +379,7 @@ def test_the_holdout_loss_of_a_classifier_is_the_divergence_of_its_predictions()
     model, held = classifier(), torch.randn(50, 6)
     data = [{"inputs": torch.randn(50, 6)}], [{"inputs": held[:20]}, {"inputs": held[20:]}]
     calibration = calibrated(model, *data, labels=torch.zeros(50, dtype=torch.long))
-    changed, _ = changed_layer(calibration, "2", 0.5, 0)
+    changed, _ = changed_layer(calibration, "2", 0.5, seed=0)
     found = holdout_loss(calibration, {"2": changed})
     with torch.no_grad():
         p = model(held).double().softmax(-1)

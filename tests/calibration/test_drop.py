@@ -190,7 +190,7 @@ def test_the_search_keeps_a_margin_of_one_standard_error(trained: nn.Sequential)
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_drop_that_is_too_large_on_the_reported_data_writes_nothing(
-    identity: list[str], tmp_path: Path, capsys: Captured, overwrite: bool
+    identity: list[str], tmp_path: Path, capsys: Captured, *, overwrite: bool
 ) -> None:
     path = classes(tmp_path / "data.npz", [label for other in range(1, 16) for label in (0, other)])
     target = tmp_path / "small.safetensors"
@@ -217,7 +217,7 @@ def test_a_module_whose_reported_drop_is_too_large_is_not_returned(tmp_path: Pat
 
 
 def test_of_a_file_every_second_example_decides_and_the_others_are_reported(
-    identity: list[str], tmp_path: Path, capsys: Captured, caplog: pytest.LogCaptureFixture
+    identity: list[str], tmp_path: Path, capsys: Captured, *, caplog: pytest.LogCaptureFixture
 ) -> None:
     # Every second example is of class 0, which ties leave right; the others are of classes that low rank loses.
     path = classes(tmp_path / "data.npz", [label for other in range(1, 16) for label in (0, other)])
@@ -234,7 +234,7 @@ def test_of_a_file_every_second_example_decides_and_the_others_are_reported(
 
 @pytest.mark.slow
 def test_the_report_tells_what_was_tried_and_that_other_data_show_more(
-    identity: list[str], tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    identity: list[str], tmp_path: Path, capsys: Captured, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = classes(Path("data.npz"), [label for other in range(1, 16) for label in (0, other)])
@@ -288,7 +288,7 @@ def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Pat
 )
 @pytest.mark.parametrize("command", [[], ["plan"]])
 def test_a_bad_request_is_status_2_in_one_line(
-    command: list[str], options: list[str], message: str, identity: list[str], capsys: Captured
+    command: list[str], options: list[str], message: str, *, identity: list[str], capsys: Captured
 ) -> None:
     assert run([*command, *identity, *options, "-q"]) == 2
     out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 
 
-def low_rank(d_out: int, d_in: int, rank: int, generator: torch.Generator) -> torch.Tensor:
+def low_rank(d_out: int, d_in: int, rank: int, *, generator: torch.Generator) -> torch.Tensor:
     left, right = (torch.randn(*shape, generator=generator) for shape in ((d_out, rank), (rank, d_in)))
     return left @ right / (rank * d_in) ** 0.5 + 1e-4 * torch.randn(d_out, d_in, generator=generator)
 
@@ -20,11 +20,11 @@ def model(tmp_path: Path) -> Path:
     """A checkpoint whose matrices are almost of rank 4, with a name that would clear a terminal."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"encoder.layers.{block}.a_rather_long_block_name.{name}.weight": low_rank(48, 32, 4, generator)
+        f"encoder.layers.{block}.a_rather_long_block_name.{name}.weight": low_rank(48, 32, 4, generator=generator)
         for block in range(3)
         for name in ("projector.first", "feed_forward.up")
     }
-    tensors["\x1b[2Jhead.weight"] = low_rank(32, 48, 4, generator)
+    tensors["\x1b[2Jhead.weight"] = low_rank(32, 48, 4, generator=generator)
     tensors["embed_tokens.weight"] = torch.randn(20, 32, generator=generator)
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})

@@ -84,7 +84,7 @@ def test_windows_longer_than_the_models_positions_are_named(
 
 @pytest.mark.parametrize("option", ["--calibration", "--data"])
 def test_a_tokenizer_that_does_not_fit_is_named_with_its_token_and_the_vocabulary(
-    option: str, language_model: Path, tmp_path: Path, capsys: Captured
+    option: str, language_model: Path, tmp_path: Path, *, capsys: Captured
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("m" + "abc" * 40)
@@ -110,7 +110,7 @@ def examples(path: Path, labels: list[int], features: int = 20) -> Path:
 @pytest.mark.parametrize("budget", [["--keep", "0.5"], ["--max-drop", "0.5"]])
 @pytest.mark.parametrize("label", [12, -1])
 def test_a_label_out_of_range_is_named_with_the_number_of_classes(
-    budget: list[str], label: int, classifier: list[str], tmp_path: Path, capsys: Captured
+    budget: list[str], label: int, classifier: list[str], *, tmp_path: Path, capsys: Captured
 ) -> None:
     data = examples(tmp_path / "data.npz", [0, 0, label, label])
     said = refused([*classifier, *budget, "--data", data], capsys)
@@ -128,7 +128,7 @@ def test_calibration_data_of_another_shape_are_named_with_it(
 
 @pytest.mark.parametrize("same", ["path", "link", "copy", "folder"])
 def test_the_same_examples_cannot_calibrate_and_measure(
-    same: str, classifier: list[str], tmp_path: Path, capsys: Captured
+    same: str, classifier: list[str], tmp_path: Path, *, capsys: Captured
 ) -> None:
     data = examples(tmp_path / "data.npz", [0, 1, 2, 3])
     other = {"path": data, "link": tmp_path / "link.npz", "copy": tmp_path / "copy.npz", "folder": tmp_path}[same]

@@ -162,7 +162,7 @@ def test_a_bad_request_is_status_2_and_one_line(arguments: list[str], capsys: Ca
     ],
 )
 def test_a_bad_request_about_a_good_model_leaves_nothing_behind(
-    options: list[str], model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    options: list[str], model: Path, capsys: Captured, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
     assert run([str(model), *options]) == 2
@@ -245,7 +245,7 @@ def test_a_report_is_never_written_into_the_model(model: Path, capsys: Captured)
     ],
 )
 def test_an_empty_name_is_refused_by_the_name_of_its_argument(
-    arguments: list[str], what: str, model: Path, capsys: Captured
+    arguments: list[str], what: str, model: Path, *, capsys: Captured
 ) -> None:
     assert run([str(model) if word == "MODEL" else word for word in arguments]) == 2
     assert capsys.readouterr() == ("", f"error: {what} is empty; name a file or folder\n")
@@ -255,7 +255,7 @@ def test_an_empty_name_is_refused_by_the_name_of_its_argument(
 @on_linux
 @pytest.mark.parametrize("json_asked", [False, True])
 def test_a_report_that_fails_does_not_hide_the_model_that_was_written(
-    json_asked: bool, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    json_asked: bool, model: Path, monkeypatch: pytest.MonkeyPatch, *, capsys: Captured
 ) -> None:
     def full(*_: Any) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -370,7 +370,7 @@ def test_a_restored_model_is_told_with_its_sizes(model: Path, capsys: Captured) 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]])
 def test_tables_fit_a_terminal_of_80_columns_and_nothing_steers_it(
-    arguments: list[str], model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], model: Path, capsys: Captured, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
     monkeypatch.setenv("COLUMNS", "80")
@@ -591,7 +591,7 @@ def test_a_name_that_the_encoding_lacks_does_not_stop_the_output(model: Path) ->
     [("inspct", "inspect"), ("Inspect", "inspect"), ("evalute", "evaluate"), ("restor", "restore"), ("plann", "plan")],
 )
 def test_a_misspelled_command_is_answered_with_the_nearest(
-    word: str, meant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, meant: str, capsys: pytest.CaptureFixture[str], *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for arguments in ([word, "model.safetensors"], [word, "--series", "x"], [word]):

@@ -82,7 +82,7 @@ def test_reference_model_as_json(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_series_is_drawn_and_its_table_fits(suffix: str, run_folder: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_series_is_drawn_and_its_table_fits(suffix: str, run_folder: Path, tmp_path: Path, *, capsys: Captured) -> None:
     drawn = [tmp_path / f"{name}{suffix}" for name in ("first", "second")]
     for figure in drawn:
         assert run(["diagnose", *DIGITS, "--series", str(run_folder), "-o", str(figure), "-q"]) == 0
@@ -124,7 +124,7 @@ def test_bad_requests_end_in_one_line(run_folder: Path, tmp_path: Path, capsys: 
     assert figure.read_bytes() == b""
 
 
-def test_figure_needs_matplotlib(run_folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Captured) -> None:
+def test_figure_needs_matplotlib(run_folder: Path, tmp_path: Path, monkeypatch: Any, *, capsys: Captured) -> None:
     monkeypatch.setattr("compressor.report.rank_figure.find_spec", lambda _: None)
     request = ["diagnose", DIGITS[0], "--series", str(run_folder), "-o", str(tmp_path / "ranks.svg"), "-q"]
     assert run(request) == 2

@@ -129,7 +129,7 @@ def result(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: i
 
 @pytest.mark.parametrize(("name", "suffix"), [("t5", ".npz"), ("bart", ".safetensors"), ("whisper", ".npz")])
 def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forward(
-    name: str, suffix: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, suffix: str, folders: dict[str, Path], *, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibration = written(inputs_of(name, 1), tmp_path / f"calibration{suffix}")
     data = written(inputs_of(name, 2), tmp_path / f"data{suffix}")
@@ -151,7 +151,7 @@ def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forw
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_sources_and_targets_are_tokenized_and_padding_is_not_to_be_predicted(
-    name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, folders: dict[str, Path], tmp_path: Path, *, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [("abc", "cba"), ("abcdefg", "g"), ("de", "ed"), ("h", "hhhh"), ("fgh", "hgf")]
     for file, shift in (("calibration", 0), ("data", 1)):
@@ -198,6 +198,7 @@ def test_arrays_that_do_not_fit_are_refused_in_a_line(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     said: str,
     folders: dict[str, Path],
+    *,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -56,7 +56,7 @@ def images(tmp_path: Path) -> Path:
 
 @settings(max_examples=25)
 @given(count=st.integers(1, 20), batch_size=st.integers(1, 9), limit=st.none() | st.integers(1, 25))
-def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, count, batch_size, limit):
+def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, count, batch_size, *, limit):
     path = tmp_path_factory.mktemp("arrays") / "data.npz"
     np.savez(path, x=np.arange(count, dtype=np.float32)[:, None], y=np.arange(count))
     data = open_data(path, sample=Sample(limit=limit), batch_size=batch_size)
@@ -88,7 +88,7 @@ def test_impossible_numbers_are_bad_input(option, value):
 
 @settings(max_examples=25)
 @given(length=st.integers(2, 60), window=st.integers(2, 70))
-def test_windows_are_the_text_cut_without_overlap(tmp_path_factory, tokenizer, length, window):
+def test_windows_are_the_text_cut_without_overlap(tmp_path_factory, tokenizer, length, *, window):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(("abcdefgh" * 10)[:length])
     data = open_data(path, Preprocessing(tokenizer=tokenizer, sequence_length=window), batch_size=3)
@@ -161,7 +161,7 @@ def test_token_ids_alone_are_windows(tmp_path):
     ("text", "message"),
     [("", "no text in it"), (" \n\n", "no text in it"), ("a", "1 token long, too short")],
 )
-def test_text_without_a_prediction_is_bad_input(tmp_path, tokenizer, text, message):
+def test_text_without_a_prediction_is_bad_input(tmp_path, tokenizer, text, *, message):
     path = tmp_path / "text.txt"
     path.write_text(text)
     with pytest.raises(BadInput, match=message):
@@ -232,7 +232,7 @@ def test_without_a_padding_token_texts_come_one_by_one(tmp_path, tokenizer):
         (None, ["1", "bad"], None),
     ],
 )
-def test_labels_are_the_models_class_names_or_numbers(tmp_path, tokenizer, classes, labels, numbers):
+def test_labels_are_the_models_class_names_or_numbers(tmp_path, tokenizer, classes, *, labels, numbers):
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": "a", "label": label}) for label in labels))
     if numbers is None:
@@ -257,7 +257,7 @@ def test_labels_are_the_models_class_names_or_numbers(tmp_path, tokenizer, class
         ('{"text": "a", "label": 0.5}', "line 1: there is no `label`"),
     ],
 )
-def test_bad_jsonl(tmp_path, tokenizer, text, message):
+def test_bad_jsonl(tmp_path, tokenizer, text, *, message):
     (tmp_path / "texts.jsonl").write_text(text)
     with pytest.raises(BadInput, match=message) as raised:
         open_data(tmp_path / "texts.jsonl", Preprocessing(tokenizer=tokenizer))
@@ -534,7 +534,7 @@ def test_digits_are_resized_and_given_channels_as_the_model_says():
         ("empty", "holds neither images in class subfolders nor texts"),
     ],
 )
-def test_what_is_no_data_is_bad_input(tmp_path, monkeypatch, name, message):
+def test_what_is_no_data_is_bad_input(tmp_path, monkeypatch, name, *, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.parquet").touch()
     (tmp_path / "data").touch()

@@ -56,7 +56,9 @@ def series_of(folder: Path, names: list[str]) -> RankSeries:
         (["resnet18-seed7-5.pth", "resnet18-seed7-40.pth"], "step", (5, 40)),
     ],
 )
-def test_steps_are_read_as_they_are_meant(tmp_path: Path, names: list[str], unit: str, steps: tuple[int, ...]) -> None:
+def test_steps_are_read_as_they_are_meant(
+    tmp_path: Path, names: list[str], unit: str, *, steps: tuple[int, ...]
+) -> None:
     found = series_of(tmp_path / "run", names)
     assert (found.unit, found.steps, found.checkpoints) == (unit, steps, tuple(names))
     assert found.layers[0].norms == pytest.approx(range(1, len(names) + 1))

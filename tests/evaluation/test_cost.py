@@ -122,8 +122,8 @@ def test_counting_macs_leaves_the_backends_as_they_were():
 
 
 @settings(max_examples=15)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 5))
-def test_a_pair_costs_r_times_the_sum_of_its_sides(d_in, d_out, rank, batch):
+@given(d_in=st.integers(1, 12), d_out=st.integers(1, 12), rank=st.integers(1, 12), batch=st.integers(1, 5))
+def test_a_pair_costs_r_times_the_sum_of_its_sides(d_in, d_out, rank, *, batch):
     pair = nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False))
     assert macs(pair, batch, d_in) == batch * rank * (d_in + d_out)
     assert count_parameters(pair) == rank * (d_in + d_out)

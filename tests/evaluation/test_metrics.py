@@ -29,7 +29,7 @@ def text_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_perplexity_is_transformers_own_loss_on_the_same_windows(llama, tokenizer, text_file, batch_size):
+def test_perplexity_is_transformers_own_loss_on_the_same_windows(llama, tokenizer, text_file, *, batch_size):
     data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16), batch_size=batch_size)
     quality = measure_quality(llama, data, device="cpu")
 
@@ -43,7 +43,7 @@ def test_perplexity_is_transformers_own_loss_on_the_same_windows(llama, tokenize
 
 
 @pytest.mark.parametrize("vocabulary", [12, 257, 5_000])
-def test_a_uniform_model_has_its_vocabulary_for_perplexity(lookup, tokenizer, text_file, vocabulary):
+def test_a_uniform_model_has_its_vocabulary_for_perplexity(lookup, tokenizer, text_file, *, vocabulary):
     data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16))
     quality = measure_quality(lookup(torch.zeros(12, 1).expand(12, vocabulary)), data, device="cpu")
     assert quality.value == pytest.approx(vocabulary, rel=1e-12)
@@ -77,7 +77,7 @@ def test_the_accuracy_of_a_lookup_model_is_exact(lookup, vector_data, wrong):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_said_as_infinite_and_never_skipped(lookup, tokenizer, text_file, value):
+def test_what_is_not_finite_is_said_as_infinite_and_never_skipped(lookup, tokenizer, text_file, *, value):
     table = torch.zeros(12, 12)
     table[4, :] = value
     data = open_data(text_file, Preprocessing(tokenizer=tokenizer, sequence_length=16), batch_size=1)
@@ -172,7 +172,7 @@ def test_padding_does_not_change_what_a_classifier_says(tokenizer, tmp_path):
         ("perplexity", math.inf, 4.0, -math.inf),
     ],
 )
-def test_a_positive_drop_is_worse(metric, baseline, compressed, drop):
+def test_a_positive_drop_is_worse(metric, baseline, compressed, *, drop):
     assert quality_drop(Quality(metric, baseline, 1.0, 8), Quality(metric, compressed, 1.0, 8)) == drop
 
 

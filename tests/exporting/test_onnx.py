@@ -153,7 +153,7 @@ def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
         ("pixel_values", None, (1, 8, 8), "1x8x8 is not that of an image of 3 channels"),
     ],
 )
-def test_a_shape_that_a_transformers_model_does_not_take(named: str, size: Any, shape: Any, words: str) -> None:
+def test_a_shape_that_a_transformers_model_does_not_take(named: str, size: Any, shape: Any, *, words: str) -> None:
     model = type("Net", (nn.Module,), {"main_input_name": named})()
     model.config = type("Config", (), {"num_channels": 3, "vocab_size": 5})()
     with pytest.raises(BadInput, match=words):

@@ -213,7 +213,7 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_configuration_is_one_line(
-    small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: str
+    small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, changes: dict[str, Any], words: str
 ) -> None:
     config = json.loads((small_llama / "config.json").read_text())
     for key, value in changes.items():

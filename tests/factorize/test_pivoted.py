@@ -13,8 +13,10 @@ from compressor.network.forms import stored_bytes, stored_parameters
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.data())
-def test_it_is_lossless_with_coefficients_of_order_one(d_out: int, d_in: int, seed: int, data: st.DataObject) -> None:
+@given(d_out=st.integers(1, 40), d_in=st.integers(1, 40), seed=st.integers(0, 2**31), data=st.data())
+def test_it_is_lossless_with_coefficients_of_order_one(
+    d_out: int, d_in: int, seed: int, *, data: st.DataObject
+) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))
     torch.manual_seed(seed)
     plain = truncated_svd(torch.randn(d_out, d_in), rank)

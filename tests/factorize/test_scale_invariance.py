@@ -41,9 +41,11 @@ def moment(size: int, seed: int) -> Tensor:
 
 
 @hypothesis_settings(max_examples=30)
-@given(st.integers(2, 16), st.integers(2, 16), EXPONENTS, st.integers(0, 2**20), st.data())
+@given(
+    d_out=st.integers(2, 16), d_in=st.integers(2, 16), exponent=EXPONENTS, seed=st.integers(0, 2**20), data=st.data()
+)
 def test_spectra_and_factors_scale_with_their_matrix(
-    d_out: int, d_in: int, exponent: int, seed: int, data: st.DataObject
+    d_out: int, d_in: int, exponent: int, *, seed: int, data: st.DataObject
 ) -> None:
     rank, factor = data.draw(st.integers(1, min(d_out, d_in))), 2.0**exponent
     w = matrix(d_out, d_in, seed)

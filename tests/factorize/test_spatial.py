@@ -83,10 +83,10 @@ def test_without_a_metric_the_error_is_the_least_by_eckart_and_young(
     assert error == pytest.approx(float(np.square(dropped).sum()), rel=1e-8, abs=1e-10)
 
 
-@given(kernels, st.floats(0, 5), st.integers(0, 2**31), st.data())
+@given(shape=kernels, spread=st.floats(0, 5), seed=st.integers(0, 2**31), data=st.data())
 @settings(max_examples=60)
 def test_in_a_metric_the_cost_never_rises_from_that_of_the_best_pair_in_the_nearest_product(
-    shape: tuple[int, int, int, int], spread: float, seed: int, data: st.DataObject
+    shape: tuple[int, int, int, int], spread: float, seed: int, *, data: st.DataObject
 ) -> None:
     torch.manual_seed(seed)
     kernel = torch.randn(shape, dtype=torch.float64)
@@ -104,10 +104,10 @@ def test_in_a_metric_the_cost_never_rises_from_that_of_the_best_pair_in_the_near
     assert cost(metric, kernel, spatial_pair(kernel, rank, metric)) <= costs[0] + rounding
 
 
-@given(kernels, st.floats(0, 4), st.integers(0, 2**31), st.data())
+@given(shape=kernels, spread=st.floats(0, 4), seed=st.integers(0, 2**31), data=st.data())
 @settings(max_examples=40)
 def test_where_the_moment_is_a_product_the_pair_is_the_best_there_is(
-    shape: tuple[int, int, int, int], spread: float, seed: int, data: st.DataObject
+    shape: tuple[int, int, int, int], spread: float, seed: int, *, data: st.DataObject
 ) -> None:
     torch.manual_seed(seed)
     kernel = torch.randn(shape, dtype=torch.float64)

@@ -78,9 +78,9 @@ def test_the_start_is_the_nearest_kronecker_product(size: tuple[int, int], sprea
 
 
 @settings(max_examples=60)
-@given(sizes, st.floats(0, 4), st.integers(0, 2**31), st.data())
+@given(size=sizes, spread=st.floats(0, 4), seed=st.integers(0, 2**31), data=st.data())
 def test_it_costs_no_more_than_its_start_and_what_is_planned_with(
-    size: tuple[int, int], spread: float, seed: int, data: st.DataObject
+    size: tuple[int, int], spread: float, seed: int, *, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, min(size)))
     torch.manual_seed(seed)

@@ -13,8 +13,8 @@ sides = st.integers(1, 24)
 
 
 @settings(max_examples=60)
-@given(sides, sides, st.integers(0, 2**31), st.data())
-def test_the_error_is_the_tail_of_the_singular_values(d_out: int, d_in: int, seed: int, data: st.DataObject) -> None:
+@given(d_out=sides, d_in=sides, seed=st.integers(0, 2**31), data=st.data())
+def test_the_error_is_the_tail_of_the_singular_values(d_out: int, d_in: int, seed: int, *, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))
     torch.manual_seed(seed)
     matrix = torch.randn(d_out, d_in, dtype=torch.float64)

@@ -26,9 +26,15 @@ def root(moment: Tensor) -> Tensor:
 
 
 @settings(max_examples=60)
-@given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 6), st.integers(0, 2**31), st.data())
+@given(
+    d_out=st.integers(1, 20),
+    d_in=st.integers(1, 20),
+    spread=st.floats(0, 6),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
 def test_it_is_the_truncated_svd_of_the_weighted_matrix(
-    d_out: int, d_in: int, spread: float, seed: int, data: st.DataObject
+    d_out: int, d_in: int, spread: float, *, seed: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))
     torch.manual_seed(seed)

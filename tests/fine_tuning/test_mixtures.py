@@ -133,7 +133,7 @@ def distance(base: Path, adapter: Path, tuned: Path) -> float:
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_and_adapter_are_the_fine_tune(
-    family: str, change: str, bases: Callable[[str], Path], tmp_path: Path
+    family: str, change: str, bases: Callable[[str], Path], *, tmp_path: Path
 ) -> None:
     tuned = tuned_from(bases(family), tmp_path / "tuned", CHANGES[change])
     report = compress(tuned, base=bases(family), output=tmp_path / "adapter", tolerance=1e-3)

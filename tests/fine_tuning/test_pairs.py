@@ -157,6 +157,7 @@ def test_what_is_measured_is_base_and_pairs_together(
     files: tuple[Path, Path],
     trained: tuple[nn.Sequential, nn.Sequential],
     tmp_path: Path,
+    *,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     start, tuned = files

@@ -43,7 +43,7 @@ def written(folder: Path, base: dict[str, Tensor], tuned: dict[str, Tensor]) -> 
 @pytest.mark.parametrize("size", [0.01, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_merged_adapter_comes_back_with_its_rank(
-    dtype: torch.dtype, size: float, budget: dict[str, float], tmp_path: Path
+    dtype: torch.dtype, size: float, budget: dict[str, float], *, tmp_path: Path
 ) -> None:
     base, changes, tuned = merged(dtype, size)
     start, end = written(tmp_path, base, tuned)

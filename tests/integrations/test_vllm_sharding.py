@@ -23,7 +23,7 @@ HEAD, HIDDEN = 4, 24
 generator = torch.Generator().manual_seed(0)
 
 
-def stored_part(d_out: int, d_in: int, form: str, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+def stored_part(d_out: int, d_in: int, form: str, *, rank: int) -> tuple[dict[str, Tensor], Tensor]:
     """What the checkpoint holds of a layer, by role, and the matrix that it stands for, in float64."""
     weight = torch.randn(d_out, d_in, generator=generator, dtype=torch.float64)
     if form == "dense":
@@ -65,7 +65,7 @@ def test_query_key_and_value(forms: tuple[str, ...], tp_size: int) -> None:
     heads, kv_heads = 8, 2
     sizes = [heads * HEAD, kv_heads * HEAD, kv_heads * HEAD]
     parts, matrices = zip(
-        *(stored_part(size, HIDDEN, form, rank) for size, form, rank in zip(sizes, forms, (9, 3, 2), strict=True)),
+        *(stored_part(size, HIDDEN, form, rank=rank) for size, form, rank in zip(sizes, forms, (9, 3, 2), strict=True)),
         strict=True,
     )
     x = torch.randn(5, HIDDEN, generator=generator, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_query_key_and_value(forms: tuple[str, ...], tp_size: int) -> None:
 @pytest.mark.parametrize("forms", [("plain", "pivoted"), ("dense", "plain")])
 def test_gate_and_up(forms: tuple[str, ...], tp_size: int) -> None:
     parts, matrices = zip(
-        *(stored_part(32, HIDDEN, form, rank) for form, rank in zip(forms, (6, 4), strict=True)), strict=True
+        *(stored_part(32, HIDDEN, form, rank=rank) for form, rank in zip(forms, (6, 4), strict=True)), strict=True
     )
     x = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
     outputs = []
@@ -107,7 +107,7 @@ def test_gate_and_up(forms: tuple[str, ...], tp_size: int) -> None:
 def test_a_pair_of_the_whole_fused_layer(form: str, tp_size: int) -> None:
     """Phi-3 has query, key and value in one matrix on disk: each rank takes its rows of each of them."""
     sizes = [16, 8, 8]
-    part, matrix = stored_part(sum(sizes), HIDDEN, form, 7)
+    part, matrix = stored_part(sum(sizes), HIDDEN, form, rank=7)
     x = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
     outputs = []
     for rank in range(tp_size):
@@ -121,7 +121,7 @@ def test_a_pair_of_the_whole_fused_layer(form: str, tp_size: int) -> None:
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("form", ["plain", "pivoted", "dense"])
 def test_a_row_parallel_layer_is_the_sum_of_its_ranks(form: str, tp_size: int) -> None:
-    part, matrix = stored_part(20, HIDDEN, form, 5)
+    part, matrix = stored_part(20, HIDDEN, form, rank=5)
     x = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
     total = torch.zeros(3, 20, dtype=torch.float64)
     for rank, mine in enumerate(x.chunk(tp_size, dim=-1)):
@@ -135,7 +135,7 @@ def test_a_row_parallel_layer_is_the_sum_of_its_ranks(form: str, tp_size: int) -
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    part, _ = stored_part(20, HIDDEN, "plain", 5)
+    part, _ = stored_part(20, HIDDEN, "plain", rank=5)
     with pytest.raises(ValueError, match="cannot be shared by 5 ranks"):
         row_shard(part, 0, 5)
     with pytest.raises(ValueError, match="rows 16 to 24 of 20"):

@@ -213,7 +213,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("model.safetensors.index.json", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
 )
-def test_a_wrong_file_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_a_wrong_file_is_named_for_what_it_is(tmp_path: Path, name: str, content: bytes, *, says: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=says) as caught:
         open_checkpoint(tmp_path / name)

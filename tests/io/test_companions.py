@@ -106,7 +106,7 @@ CODE = [
     "name", ["tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "generation_config.json"]
 )
 def test_configurations_go_along_without_the_code_that_they_name(
-    tmp_path: Path, model_folder: Path, named: dict[str, Any], name: str
+    tmp_path: Path, model_folder: Path, named: dict[str, Any], *, name: str
 ) -> None:
     # Escapes in a file mean the same to whoever reads it.
     text = json.dumps({"kept": [1, {"a": "é"}]} | named).replace("auto_map", r"auto\u005fmap")
@@ -179,7 +179,7 @@ def test_sentence_transformers_modules_go_along_where_they_are_the_librarys_own(
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
 def test_a_companion_that_cannot_be_read_is_bad_input_and_leaves_nothing(
-    tmp_path: Path, model_folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_folder: Path, name: str, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unreadable, opened = model_folder / name, Path.open
 

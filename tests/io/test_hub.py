@@ -193,7 +193,7 @@ def test_without_the_network_the_cache_is_what_there_is(hub: type[Hub], monkeypa
     ],
 )
 def test_what_the_hub_has_not_is_said_in_one_line(
-    hub: type[Hub], capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+    hub: type[Hub], capsys: pytest.CaptureFixture[str], arguments: list[str], *, words: str
 ) -> None:
     assert run([*arguments, "--keep", "0.5", "-q"]) == 2
     out, err = capsys.readouterr()

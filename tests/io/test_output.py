@@ -242,7 +242,7 @@ def test_written_json_is_what_was_given(tmp_path: Path) -> None:
     ],
 )
 def test_an_output_without_a_name_has_that_of_the_input_and_a_suffix(
-    tmp_path: Path, opened: str, naming: Naming, place: str
+    tmp_path: Path, opened: str, naming: Naming, *, place: str
 ) -> None:
     (tmp_path / "v1.0").mkdir()
     for file in ("a.b.safetensors", "v1.0/model.safetensors"):

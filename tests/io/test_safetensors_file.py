@@ -77,17 +77,17 @@ def test_every_dtype_goes_through_a_file_unchanged(tmp_path: Path, every_dtype: 
 
 
 @given(
-    st.dictionaries(
+    described=st.dictionaries(
         st.text(max_size=12).filter(lambda name: name != "__metadata__"),
         st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 4), max_size=4)),
         min_size=1,
         max_size=6,
     ),
-    st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
-    st.randoms(),
+    metadata=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
+    random=st.randoms(),
 )
 def test_any_tensors_in_any_order_come_back(
-    tmp_path_factory: pytest.TempPathFactory, described: dict[str, Any], metadata: dict[str, str], random: Any
+    tmp_path_factory: pytest.TempPathFactory, described: dict[str, Any], metadata: dict[str, str], *, random: Any
 ) -> None:
     tensors = {name: random_tensor(dtype, tuple(shape)) for name, (dtype, shape) in described.items()}
     shuffled = dict(random.sample(list(tensors.items()), len(tensors)))
@@ -215,9 +215,9 @@ def test_a_header_without_tensors_is_an_empty_checkpoint(tmp_path: Path) -> None
         open_checkpoint(put(tmp_path / "m.safetensors", {}, b""))
 
 
-@given(st.binary(min_size=0, max_size=200), st.binary(max_size=40), st.booleans())
+@given(header=st.binary(min_size=0, max_size=200), data=st.binary(max_size=40), framed=st.booleans())
 def test_random_bytes_are_refused(
-    tmp_path_factory: pytest.TempPathFactory, header: bytes, data: bytes, framed: bool
+    tmp_path_factory: pytest.TempPathFactory, header: bytes, data: bytes, *, framed: bool
 ) -> None:
     path = tmp_path_factory.mktemp("random") / "m.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data if framed else header + data)
@@ -304,7 +304,7 @@ def test_a_writer_that_is_left_early_leaves_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_a_tensor_that_differs_from_the_announcement_is_an_error(
-    tmp_path: Path, name: str, tensor: torch.Tensor, says: str
+    tmp_path: Path, name: str, tensor: torch.Tensor, *, says: str
 ) -> None:
     with (
         pytest.raises(CompressorError, match=says) as caught,

@@ -176,6 +176,7 @@ def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_output(
     tmp_path: Path,
     either_system: str,
     write_of: Callable[[float], Callable[[Path], None]],
+    *,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(html, "report_page", None)

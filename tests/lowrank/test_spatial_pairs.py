@@ -46,9 +46,15 @@ def convolutions(draw: st.DrawFn) -> nn.Conv2d:
 
 
 @settings(max_examples=60)
-@given(convolutions(), st.integers(7, 11), st.integers(7, 11), st.booleans(), st.integers(0, 2**31))
+@given(
+    dense=convolutions(),
+    height=st.integers(7, 11),
+    width=st.integers(7, 11),
+    batched=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 def test_at_full_rank_it_is_the_dense_convolution_whatever_its_geometry(
-    dense: nn.Conv2d, height: int, width: int, batched: bool, seed: int
+    dense: nn.Conv2d, height: int, width: int, *, batched: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     c, k_h, k_w = dense.weight.shape[1:]

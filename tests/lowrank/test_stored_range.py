@@ -20,7 +20,7 @@ from compressor.planning import Budget, LayerPlan, Plan
 LIMIT = torch.finfo(torch.float16).max
 
 
-def halves(deviation: float, d_out: int = 64, d_in: int = 64, seed: int = 0) -> Tensor:
+def halves(deviation: float, d_out: int = 64, d_in: int = 64, *, seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
     return (torch.randn(d_out, d_in) * deviation).clamp(-LIMIT, LIMIT).half()
 

@@ -29,7 +29,7 @@ def recipe_of(name: str, **more: object) -> TrainingRecipe:
     return TrainingRecipe.from_dict(RECIPES[name].to_dict() | common | more)
 
 
-def settled(recipe: TrainingRecipe, start: float, steps: int = STEPS, last: int = STEPS // 2) -> tuple[float, float]:
+def settled(recipe: TrainingRecipe, start: float, steps: int = STEPS, *, last: int = STEPS // 2) -> tuple[float, float]:
     """The root mean square of the norm over the last steps of a run, and the mean of E||g||^2 ||W||^2 there.
 
     The loss is of the direction of the matrix alone, and every step sees other data.

@@ -247,10 +247,16 @@ decays = st.floats(1e-3, 0.9)
 momenta = st.floats(0.0, 0.95)
 
 
-@given(learning_rates, decays, momenta, st.sampled_from(["sgd", "nesterov", "sgdw"]), st.floats(0.01, 0.9))
+@given(
+    learning_rate=learning_rates,
+    decay=decays,
+    momentum=momenta,
+    optimizer=st.sampled_from(["sgd", "nesterov", "sgdw"]),
+    epsilon=st.floats(0.01, 0.9),
+)
 @settings(max_examples=60)
 def test_unknown_length_of_a_constant_schedule_does_not_matter(
-    learning_rate: float, decay: float, momentum: float, optimizer: str, epsilon: float
+    learning_rate: float, decay: float, momentum: float, *, optimizer: str, epsilon: float
 ) -> None:
     recipe = TrainingRecipe(
         optimizer=optimizer,
@@ -276,10 +282,10 @@ def test_unknown_length_of_a_constant_schedule_does_not_matter(
         assert longer.steps == window.steps or (swings and longer.steps < window.steps)
 
 
-@given(learning_rates, decays, momenta, st.booleans(), st.integers(1, 40))
+@given(learning_rate=learning_rates, decay=decays, momentum=momenta, nesterov=st.booleans(), last=st.integers(1, 40))
 @settings(max_examples=100)
 def test_retention_is_the_impulse_response_of_the_characteristic_roots(
-    learning_rate: float, decay: float, momentum: float, nesterov: bool, last: int
+    learning_rate: float, decay: float, momentum: float, *, nesterov: bool, last: int
 ) -> None:
     """W'' - trace W' + determinant W = 0; its impulse response h gives p = h_n - momentum * h_(n-1)."""
     rate = learning_rate * decay

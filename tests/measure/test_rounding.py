@@ -11,7 +11,7 @@ from compressor.measure.rounding import rounding
 torch.set_num_threads(1)
 
 
-def merged(shape: tuple[int, int], size: float, dtype: torch.dtype, rank: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def merged(shape: tuple[int, int], size: float, dtype: torch.dtype, *, rank: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """A start in a dtype, a change of low rank and a size relative to it, and the sum as it is stored."""
     generator = torch.Generator().manual_seed(sum(shape))
     rows, columns = shape

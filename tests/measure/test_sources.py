@@ -49,7 +49,7 @@ def test_at_an_error_of_a_tenth_theorem_3_3_says_nothing_of_figure_6() -> None:
 
 @pytest.mark.parametrize(("rate", "penalty", "labeled", "steps"), [(0.10, 0.10, 461, 228), (0.02, 0.01, 23026, 11511)])
 def test_horizons_that_the_blog_labels_are_twice_its_own_recursions(
-    rate: float, penalty: float, labeled: int, steps: int
+    rate: float, penalty: float, labeled: int, *, steps: int
 ) -> None:
     assert round(math.log(100) / (rate * penalty)) == labeled
     assert memory_window(plain(rate, 2 * penalty, 1), (8, 8), 1, epsilon=0.01).steps == steps

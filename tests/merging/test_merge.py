@@ -56,7 +56,7 @@ def sample(*shape: int) -> Tensor:
 )
 @torch.no_grad()
 def test_separate_heads_put_out_exactly_what_the_parts_do(
-    sizes: tuple[int, ...], count: int, saved: Any, tmp_path: Path
+    sizes: tuple[int, ...], count: int, saved: Any, *, tmp_path: Path
 ) -> None:
     parts = [chain(*sizes, seed=seed) for seed in range(count)]
     out = tmp_path / "merged.safetensors"
@@ -112,7 +112,7 @@ def test_merged_networks_merge_again(saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("calibrated", [False, True])
 @torch.no_grad()
-def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files: Any, tmp_path: Path) -> None:
+def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files: Any, *, tmp_path: Path) -> None:
     """Blocks of rank 2 in layers that are wider than the factory builds them: rank 4 is exact, and it is found."""
 
     def build() -> nn.Sequential:
@@ -143,7 +143,7 @@ def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files
 
 @pytest.mark.parametrize("form", ["plain", "pivoted"])
 @pytest.mark.parametrize(("mode", "head"), [("sum", "shared"), ("concat", "shared"), ("concat", "separate")])
-def test_pairs_are_joined_without_going_dense(form: Any, mode: Any, head: Any, saved: Any, tmp_path: Path) -> None:
+def test_pairs_are_joined_without_going_dense(form: Any, mode: Any, head: Any, *, saved: Any, tmp_path: Path) -> None:
     """Restoring the merged pairs gives what merging the restored parts gives."""
     parts = saved([chain(40, 32, 36, 30, seed=seed) for seed in range(2)])
     small, dense = ([path.with_stem(f"{path.stem}-{what}") for path in parts] for what in ("small", "dense"))
@@ -265,7 +265,7 @@ def test_the_file_says_what_it_was_made_from_and_is_the_same_each_time(saved: An
         ((6, 8, 3), ("0.0001", "0.01"), "of the random start of"),
     ],
 )
-def test_a_sum_without_a_guarantee_warns(sizes: Any, recipes: Any, said: str, tmp_path: Path) -> None:
+def test_a_sum_without_a_guarantee_warns(sizes: Any, recipes: Any, said: str, *, tmp_path: Path) -> None:
     paths = []
     for number, decay in enumerate(recipes):
         folder = tmp_path / str(number)

@@ -88,7 +88,7 @@ def networks() -> dict[int, dict[tuple[float, float], list[list[nn.Sequential]]]
 
 
 @pytest.fixture
-def merged(networks: Any, saved: Any, task_files: Any, tmp_path: Path) -> Any:
+def merged(networks: Any, saved: Any, task_files: Any, *, tmp_path: Path) -> Any:
     held_out = [zip(task(number, "validation"), task(number, "test"), strict=True) for number in range(2)]
     data = task_files([tuple(torch.cat(halves) for halves in splits) for splits in held_out])
 

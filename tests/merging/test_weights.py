@@ -15,7 +15,7 @@ from compressor.merging.weights import Weight, as_pair, dense, scaled
 FORMS = ("dense", "pair", "pivoted")
 
 
-def weight(form: str, d_out: int, d_in: int, rank: int, seed: int, kernel: tuple[int, ...] = ()) -> Weight:
+def weight(form: str, d_out: int, d_in: int, *, rank: int, seed: int, kernel: tuple[int, ...] = ()) -> Weight:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,7 +43,7 @@ def test_the_matrix_is_that_of_the_parts_in_blocks(data: st.DataObject) -> None:
         d_out = same[0] if shared_outputs else data.draw(st.integers(1, 9))
         d_in = same[1] if shared_inputs else data.draw(st.integers(1, 9))
         rank = data.draw(st.integers(1, min(d_out, d_in)))
-        parts.append(weight(data.draw(st.sampled_from(FORMS)), d_out, d_in, rank, seed))
+        parts.append(weight(data.draw(st.sampled_from(FORMS)), d_out, d_in, rank=rank, seed=seed))
     found = matrix(joined(parts, shared_inputs=shared_inputs, shared_outputs=shared_outputs))
     blocks = [matrix(part) for part in parts]
     if shared_inputs and shared_outputs:
@@ -59,14 +59,14 @@ def test_the_matrix_is_that_of_the_parts_in_blocks(data: st.DataObject) -> None:
     ("shared_inputs", "shared_outputs"), [(True, True), (True, False), (False, True), (False, False)]
 )
 def test_pairs_become_a_pair_of_the_ranks_together(shared_inputs: bool, shared_outputs: bool) -> None:
-    parts = [weight("pair", 40, 30, rank, seed=rank) for rank in (3, 5)]
+    parts = [weight("pair", 40, 30, rank=rank, seed=rank) for rank in (3, 5)]
     found = joined(parts, shared_inputs=shared_inputs, shared_outputs=shared_outputs)
     assert isinstance(found, FactorPair)
     assert found.rank == 8
 
 
 def test_pivoted_pairs_stay_pivoted_where_each_has_outputs_of_its_own() -> None:
-    parts = [weight("pivoted", 20, 12, rank, seed=rank) for rank in (3, 5)]
+    parts = [weight("pivoted", 20, 12, rank=rank, seed=rank) for rank in (3, 5)]
     for shared_inputs in (True, False):
         found = joined(parts, shared_inputs=shared_inputs, shared_outputs=False)
         assert isinstance(found, PivotedPair)
@@ -77,18 +77,20 @@ def test_pivoted_pairs_stay_pivoted_where_each_has_outputs_of_its_own() -> None:
 
 @given(rank=st.integers(1, 6))
 def test_a_pivoted_pair_and_its_plain_pair_are_one_matrix(rank: int) -> None:
-    pivoted = weight("pivoted", 9, 7, rank, seed=rank)
+    pivoted = weight("pivoted", 9, 7, rank=rank, seed=rank)
     assert isinstance(pivoted, PivotedPair)
     torch.testing.assert_close(as_pair(pivoted).product(), pivoted.product())
 
 
 def test_a_sum_of_pairs_is_never_larger_than_the_matrix() -> None:
-    found = joined([weight("pair", 10, 10, 4, seed) for seed in (0, 1)], shared_inputs=True, shared_outputs=True)
+    found = joined(
+        [weight("pair", 10, 10, rank=4, seed=seed) for seed in (0, 1)], shared_inputs=True, shared_outputs=True
+    )
     assert isinstance(found, Tensor)
 
 
 def test_convolutions_side_by_side_convolve_as_each_alone() -> None:
-    parts = [weight(form, 6, 4, 2, seed, kernel=(3, 3)) for seed, form in enumerate(("pair", "pair"))]
+    parts = [weight(form, 6, 4, rank=2, seed=seed, kernel=(3, 3)) for seed, form in enumerate(("pair", "pair"))]
     whole = joined(parts, shared_inputs=False, shared_outputs=False)
     assert isinstance(whole, FactorPair)
     images = torch.randn(2, 8, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -99,13 +101,13 @@ def test_convolutions_side_by_side_convolve_as_each_alone() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_scaling_scales_the_matrix(form: str) -> None:
-    part = weight(form, 6, 5, 2, seed=1)
+    part = weight(form, 6, 5, rank=2, seed=1)
     torch.testing.assert_close(matrix(scaled(part, -1.5)), -1.5 * matrix(part))
 
 
 def test_shapes_are_known_without_values() -> None:
     """What is announced to a writer is computed by the same code, on tensors without memory."""
-    pairs = [weight("pivoted", 8, 6, rank, seed=rank) for rank in (2, 3)]
+    pairs = [weight("pivoted", 8, 6, rank=rank, seed=rank) for rank in (2, 3)]
     for pair in pairs:
         assert isinstance(pair, PivotedPair)
     empty = [

@@ -146,7 +146,7 @@ def edited_config(folder: Path, **changes: object) -> None:
         ({"hidden_size": 32}, "cannot load it"),
     ],
 )
-def test_a_transformers_folder_that_does_not_fit_is_bad_input(llama, tmp_path, changes, message):
+def test_a_transformers_folder_that_does_not_fit_is_bad_input(llama, tmp_path, changes, *, message):
     llama.save_pretrained(tmp_path)
     edited_config(tmp_path, **changes)
     with pytest.raises(BadInput, match=message) as raised:

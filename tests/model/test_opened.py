@@ -143,7 +143,7 @@ def quantized(folder: Path) -> ModelLike:
     ("make", "message"), [(adapter, "not a model"), (fp8, "is FP8"), (quantized, r"is quantized already \(gptq\)")]
 )
 def test_what_is_no_model_of_plain_numbers_is_refused(
-    tmp_path: Path, make: Callable[[Path], ModelLike], message: str, low_rank: bool
+    tmp_path: Path, make: Callable[[Path], ModelLike], message: str, *, low_rank: bool
 ) -> None:
     with pytest.raises(BadInput, match=message):
         open_model(make(tmp_path), low_rank=low_rank)

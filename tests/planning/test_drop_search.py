@@ -16,7 +16,7 @@ LEAST = 0.02
 
 
 def search(
-    drop: Callable[[float], float], limit: float, first: float, share: float = 0.0
+    drop: Callable[[float], float], limit: float, first: float, *, share: float = 0.0
 ) -> tuple[tuple[Trial, ...], int]:
     """What was tried on a curve of the bound over the fraction stored, and how often it was measured.
 
@@ -37,12 +37,14 @@ def search(
 falling = st.floats(0.5, 40).flatmap(lambda rate: st.floats(0.01, 50).map(lambda scale: (scale, rate)))
 
 
-@given(falling, st.floats(0, 1), st.floats(LEAST, 0.95), st.floats(0, 1))
+@given(curve=falling, limit=st.floats(0, 1), first=st.floats(LEAST, 0.95), share=st.floats(0, 1))
 def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
-    curve: tuple[float, float], limit: float, first: float, share: float
+    curve: tuple[float, float], limit: float, first: float, *, share: float
 ) -> None:
     scale, rate = curve
-    trials, measured = search(lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first, share)
+    trials, measured = search(
+        lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first, share=share
+    )
     assert measured <= PLANNING.most_trials
     assert len({trial.parameters for trial in trials}) == len(trials)
     assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
@@ -71,9 +73,15 @@ def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size
     assert (ELIGIBLE if found is None else found.parameters) - smallest <= ELIGIBLE / 10
 
 
-@given(st.integers(2, 60), st.integers(0, 200), st.floats(0, 0.3), st.floats(LEAST, 0.95), st.randoms())
+@given(
+    sizes=st.integers(2, 60),
+    examples=st.integers(0, 200),
+    limit=st.floats(0, 0.3),
+    first=st.floats(LEAST, 0.95),
+    random=st.randoms(),
+)
 def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
-    sizes: int, examples: int, limit: float, first: float, random: object
+    sizes: int, examples: int, limit: float, *, first: float, random: object
 ) -> None:
     drops = [random.randint(-2, examples) / (examples + 1) for _ in range(sizes + 1)]  # type: ignore[attr-defined]
 

@@ -34,7 +34,7 @@ from compressor.planning import (
 from compressor.planning.plan import plan_by_file_size, plan_by_size
 
 
-def measured(name: str, d_out: int, d_in: int, decay: float = 0.9, **known: Any) -> MeasuredLayer:
+def measured(name: str, d_out: int, d_in: int, *, decay: float = 0.9, **known: Any) -> MeasuredLayer:
     layer = Layer(name, name, f"{name}.weight", None, "linear", (d_out, d_in), (d_out, d_in))
     return MeasuredLayer(layer, decay ** np.arange(min(d_out, d_in)), itemsize=4, **known)
 
@@ -51,7 +51,8 @@ def forms_of(request: Any) -> tuple[Any, ...]:
 def models(draw: st.DrawFn) -> list[MeasuredLayer]:
     sides = st.integers(2, 40)
     return [
-        measured(str(i), draw(sides), draw(sides), draw(st.floats(0.3, 1.0))) for i in range(draw(st.integers(1, 4)))
+        measured(str(i), draw(sides), draw(sides), decay=draw(st.floats(0.3, 1.0)))
+        for i in range(draw(st.integers(1, 4)))
     ]
 
 
@@ -117,7 +118,7 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
 
 
 def test_a_tolerance_finer_than_the_dtype_keeps_the_layer_dense() -> None:
-    layers = [measured("a", 60, 60, 0.8, precision=0.008)]
+    layers = [measured("a", 60, 60, decay=0.8, precision=0.008)]
     [coarse] = choose_ranks(layers, Budget("tolerance", 0.01), "auto", no_files)
     assert coarse.rank is not None
     assert coarse.error <= (0.01**2 - 0.008**2) ** 0.5
@@ -126,9 +127,9 @@ def test_a_tolerance_finer_than_the_dtype_keeps_the_layer_dense() -> None:
 
 
 def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
-    by_spectrum = measured("spectrum", 60, 60, 0.5, above_edge=50, surviving_share=0.1)
-    by_edge = measured("edge", 60, 60, 0.99, above_edge=7, surviving_share=0.13)
-    by_bound = measured("bound", 60, 60, 0.99, above_edge=30, surviving_share=0.1, rank_bound=5)
+    by_spectrum = measured("spectrum", 60, 60, decay=0.5, above_edge=50, surviving_share=0.1)
+    by_edge = measured("edge", 60, 60, decay=0.99, above_edge=7, surviving_share=0.13)
+    by_bound = measured("bound", 60, 60, decay=0.99, above_edge=30, surviving_share=0.1, rank_bound=5)
     plans = choose_ranks([by_spectrum, by_edge, by_bound], Budget("window-rule"), "auto", no_files)
     assert [plan.rank for plan in plans] == [4, 7, 5]  # 0.5^k <= 0.1 from k = 4
     assert "relative error" in plans[0].reason
@@ -143,15 +144,15 @@ def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
 def test_where_too_little_is_forgotten_or_known_the_window_rule_gives_way_to_a_safe_tolerance(
     known: dict[str, Any],
 ) -> None:
-    [plan] = choose_ranks([measured("a", 60, 60, 0.8, **known)], Budget("window-rule"), "auto", no_files)
+    [plan] = choose_ranks([measured("a", 60, 60, decay=0.8, **known)], Budget("window-rule"), "auto", no_files)
     assert 0 < plan.error <= PLANNING.safe_tolerance
     assert "relative error" in plan.reason
 
 
 def test_the_settings_say_how_much_of_the_start_may_survive_and_what_a_layer_may_lose() -> None:
     known = {"above_edge": 40, "surviving_share": 0.3}
-    strict = measured("a", 60, 60, 0.8, **known)
-    lenient = measured("a", 60, 60, 0.8, **known, settings=PlanningSettings(largest_surviving_share=0.5))
+    strict = measured("a", 60, 60, decay=0.8, **known)
+    lenient = measured("a", 60, 60, decay=0.8, **known, settings=PlanningSettings(largest_surviving_share=0.5))
     coarse = replace(lenient, settings=replace(lenient.settings, window_rule_tolerance=0.3))
     assert (strict.window_rule_applies, lenient.window_rule_applies) == (False, True)
     ranks = [choose_ranks([m], Budget("window-rule"), "auto", no_files)[0].rank for m in (strict, lenient, coarse)]
@@ -162,7 +163,7 @@ def test_the_settings_say_how_much_of_the_start_may_survive_and_what_a_layer_may
 
 def test_a_layer_saves_as_much_as_the_settings_want() -> None:
     for saving, dense in ((0.05, False), (0.9, True)):
-        layer = measured("a", 60, 60, 0.5, settings=PlanningSettings(least_layer_saving=saving))
+        layer = measured("a", 60, 60, decay=0.5, settings=PlanningSettings(least_layer_saving=saving))
         [chosen] = choose_ranks([layer], Budget("tolerance", 0.01), "auto", no_files)
         assert (chosen.rank is None) == dense
 
@@ -176,7 +177,7 @@ def test_what_applies_when_nothing_is_asked() -> None:
 
 
 def test_a_pair_that_would_not_be_smaller_stays_dense() -> None:
-    [plan] = choose_ranks([measured("a", 10, 10, 1.0)], Budget("tolerance", 0.05), "plain", no_files)
+    [plan] = choose_ranks([measured("a", 10, 10, decay=1.0)], Budget("tolerance", 0.05), "plain", no_files)
     assert (plan.rank, plan.form, plan.parameters, plan.error) == (None, "dense", 100, 0.0)
 
 
@@ -285,10 +286,13 @@ def models_of_known_start(draw: st.DrawFn) -> list[MeasuredLayer]:
 
 @settings(max_examples=200)
 @given(
-    models_of_known_start(), st.floats(0.05, 1.0), st.sampled_from(["auto", "plain", "pivoted"]), st.sampled_from("pb")
+    layers=models_of_known_start(),
+    keep=st.floats(0.05, 1.0),
+    form=st.sampled_from(["auto", "plain", "pivoted"]),
+    unit=st.sampled_from("pb"),
 )
 def test_under_the_window_rules_caps_no_rank_is_above_them_and_every_size_that_can_be_met_is(
-    layers: list[MeasuredLayer], keep: float, form: Any, unit: str
+    layers: list[MeasuredLayer], keep: float, form: Any, *, unit: str
 ) -> None:
     def allocated(layers: list[MeasuredLayer]) -> tuple[LayerPlan, ...] | None:
         if unit == "b":
@@ -329,9 +333,9 @@ def test_a_cap_whose_pair_is_smaller_in_numbers_but_not_in_bytes_is_none(unit: A
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("request_", ["plain", "pivoted", "auto"])
-@given(st.integers(2, 40), st.integers(2, 40), st.floats(0.02, 1.0))
+@given(d_out=st.integers(2, 40), d_in=st.integers(2, 40), share=st.floats(0.02, 1.0))
 def test_a_layer_is_factorized_only_where_that_saves_a_twentieth_of_its_bytes(
-    request_: Any, itemsize: int, d_out: int, d_in: int, share: float
+    request_: Any, itemsize: int, d_out: int, *, d_in: int, share: float
 ) -> None:
     layer = replace(measured("a", d_out, d_in), itemsize=itemsize)
     dense = itemsize * d_out * d_in

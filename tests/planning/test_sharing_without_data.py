@@ -27,8 +27,8 @@ SHAPES = st.lists(st.tuples(st.integers(4, 40), st.integers(4, 40)), min_size=2,
 KEEPS = st.sampled_from([0.3, 0.5, 0.7, 0.9])
 
 
-def measured(index: int, d_out: int, d_in: int, spectrum: Array) -> MeasuredLayer:
-    layer = Layer(str(index), str(index), f"{index}.weight", None, "linear", (d_out, d_in), (d_out, d_in))
+def measured(index: int, shape: tuple[int, int], spectrum: Array) -> MeasuredLayer:
+    layer = Layer(str(index), str(index), f"{index}.weight", None, "linear", shape, shape)
     return MeasuredLayer(layer, spectrum, itemsize=4, precision=2**-23)
 
 
@@ -39,7 +39,7 @@ def layers_with(shapes: list[tuple[int, int]], seed: int) -> list[MeasuredLayer]
     for index, shape in enumerate(shapes):
         spectrum = np.sort(draw.lognormal(0, draw.uniform(0, 2), min(shape)))[::-1].copy()
         spectrum[0] *= 10 ** draw.integers(0, 3)
-        layers.append(measured(index, *shape, spectrum))
+        layers.append(measured(index, shape, spectrum))
     return layers
 
 
@@ -59,9 +59,9 @@ def beside_an_even_share(layers: list[MeasuredLayer], keep: float) -> tuple[tupl
     return plans, before + 2**-46, after
 
 
-@given(SHAPES, st.integers(0, 2**32 - 1), KEEPS, st.randoms(use_true_random=False))
+@given(shapes=SHAPES, seed=st.integers(0, 2**32 - 1), keep=KEEPS, random=st.randoms(use_true_random=False))
 def test_the_order_of_the_layers_does_not_matter(
-    shapes: list[tuple[int, int]], seed: int, keep: float, random: Random
+    shapes: list[tuple[int, int]], seed: int, keep: float, *, random: Random
 ) -> None:
     # Layers of one shape and spectrum tie.
     layers = layers_with(shapes, seed)
@@ -102,8 +102,8 @@ def test_a_layer_with_a_dominating_direction_is_not_starved_by_a_flat_one(keep: 
     flat, steep = np.ones(128), np.exp(-ranks / 40)
     dominated = steep[:64].copy()
     dominated[0] *= 100
-    shapes = ((258, 256, np.repeat(flat, 2)), (128, 387, steep), (64, 192, dominated), (128, 64, dominated))
-    layers = [measured(i, *shape) for i, shape in enumerate(shapes)]
+    shapes = (((258, 256), np.repeat(flat, 2)), ((128, 387), steep), ((64, 192), dominated), ((128, 64), dominated))
+    layers = [measured(i, *each) for i, each in enumerate(shapes)]
     found = beside_an_even_share(layers, keep)
     assert found is not None
     for plan in found[0]:

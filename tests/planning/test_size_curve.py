@@ -29,9 +29,14 @@ SIZES = st.lists(st.tuples(st.integers(2, 24), st.integers(2, 24)), min_size=1, 
 
 
 @settings(max_examples=25)
-@given(SIZES, st.booleans(), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from(["auto", "plain"]))
+@given(
+    shapes=SIZES,
+    calibrated=st.booleans(),
+    power=st.sampled_from([0.0, 0.5, 1.0]),
+    form=st.sampled_from(["auto", "plain"]),
+)
 def test_every_point_is_what_the_allocation_loses_at_that_size(
-    shapes: list[tuple[int, int]], calibrated: bool, power: float, form: Any
+    shapes: list[tuple[int, int]], calibrated: bool, power: float, *, form: Any
 ) -> None:
     layers = [measured(i, *shape, calibrated=calibrated) for i, shape in enumerate(shapes)]
     curve = size_curve(layers, form, power)

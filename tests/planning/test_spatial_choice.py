@@ -23,7 +23,7 @@ from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettin
 from compressor.planning.plan import plan_by_size
 
 
-def convolution(name: str, sides: tuple[int, int, int, int], channel: float, spatial: float) -> MeasuredLayer:
+def convolution(name: str, sides: tuple[int, int, int, int], channel: float, *, spatial: float) -> MeasuredLayer:
     """A convolution whose two arrangements have singular values that fall by these factors."""
     shape = (sides[0], math.prod(sides[1:]))
     layer = Layer(name, name, f"{name}.weight", None, "convolution", sides, shape)
@@ -42,7 +42,7 @@ def no_files(_: object) -> int:
 def models(draw: st.DrawFn) -> list[MeasuredLayer]:
     side, kernel, decay = st.integers(1, 16), st.integers(1, 4), st.floats(0.3, 0.99)
     return [
-        convolution(str(i), (draw(side), draw(side), draw(kernel), draw(kernel)), draw(decay), draw(decay))
+        convolution(str(i), (draw(side), draw(side), draw(kernel), draw(kernel)), draw(decay), spatial=draw(decay))
         for i in range(draw(st.integers(1, 4)))
     ]
 
@@ -108,7 +108,10 @@ def test_a_cap_on_the_channel_pair_also_limits_the_size_of_a_spatial_one(
 
 def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error() -> None:
     known: dict[str, Any] = {"above_edge": 9, "surviving_share": 0.1}
-    by_edge, separable = convolution("a", (16, 16, 3, 3), 0.99, 0.99), convolution("b", (16, 16, 3, 3), 0.99, 0.3)
+    by_edge, separable = (
+        convolution("a", (16, 16, 3, 3), 0.99, spatial=0.99),
+        convolution("b", (16, 16, 3, 3), 0.99, spatial=0.3),
+    )
     layers = [
         MeasuredLayer(m.layer, m.singular_values, 4, spatial_values=m.spatial_values, **known)
         for m in (by_edge, separable)
@@ -121,7 +124,7 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
 
 @pytest.mark.parametrize("budget", [Budget("window-rule"), Budget("tolerance", 0.1), Budget("keep", 0.3)], ids=str)
 def test_spatial_pairs_can_be_switched_off(budget: Budget) -> None:
-    separable = replace(convolution("b", (16, 16, 3, 3), 0.7, 0.3), above_edge=4, surviving_share=0.1)
+    separable = replace(convolution("b", (16, 16, 3, 3), 0.7, spatial=0.3), above_edge=4, surviving_share=0.1)
     without = replace(separable, settings=PlanningSettings(spatial_pairs=False))
     assert [choose_ranks([m], budget, "auto", no_files)[0].form for m in (separable, without)] == ["spatial", "channel"]
 
@@ -174,7 +177,7 @@ def test_the_error_that_is_planned_without_data_is_that_of_what_is_stored() -> N
     ],
 )
 def test_a_plan_with_a_spatial_pair_that_does_not_exist_is_refused(
-    layer: nn.Module, rank: int, message: str, tmp_path: Path
+    layer: nn.Module, rank: int, message: str, *, tmp_path: Path
 ) -> None:
     model = nn.Sequential(layer)
     document = plan(model, keep=0.9).to_dict()

@@ -73,12 +73,12 @@ def test_schedules_are_those_of_torch(fields: dict[str, Any], scheduler: Any) ->
 
 
 @given(
-    st.sampled_from(["constant", "linear", "cosine", "step"]),
-    st.integers(0, STEPS),
-    st.integers(0, STEPS),
-    st.integers(0, STEPS),
+    schedule=st.sampled_from(["constant", "linear", "cosine", "step"]),
+    warmup=st.integers(0, STEPS),
+    start=st.integers(0, STEPS),
+    stop=st.integers(0, STEPS),
 )
-def test_part_of_a_schedule_is_cut_out_of_the_whole(schedule: str, warmup: int, start: int, stop: int) -> None:
+def test_part_of_a_schedule_is_cut_out_of_the_whole(schedule: str, warmup: int, start: int, *, stop: int) -> None:
     recipe = TrainingRecipe(
         learning_rate=0.3,
         schedule=schedule,

@@ -120,18 +120,18 @@ class Arguments:
 
 @pytest.mark.slow
 @given(
-    st.dictionaries(
+    state=st.dictionaries(
         st.sampled_from([*NAMES, "optim", "optim_args", "per_device_train_batch_size", "_n_gpu", "max_length"]),
         values,
         max_size=10,
     ),
-    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=3),
-    st.sampled_from([0, 2, 4, 5]),
-    st.booleans(),
+    damage=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=3),
+    protocol=st.sampled_from([0, 2, 4, 5]),
+    zipped=st.booleans(),
 )
 @fuzzed
 def test_pickles_and_damaged_pickles(
-    tmp_path: Path, state: dict[str, Any], damage: list[tuple[int, int]], protocol: int, zipped: bool
+    tmp_path: Path, state: dict[str, Any], damage: list[tuple[int, int]], *, protocol: int, zipped: bool
 ) -> None:
     arguments = Arguments()
     arguments.__dict__.update(state)

@@ -32,7 +32,7 @@ def groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def stepped(model: nn.Module, optimizer: Optimizer, steps: int, scheduler: Any = None, every: int = 1) -> None:
+def stepped(model: nn.Module, optimizer: Optimizer, steps: int, *, scheduler: Any = None, every: int = 1) -> None:
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         model(torch.ones(1, 8)).square().sum().backward()
@@ -70,7 +70,7 @@ def recipe_of(folder: Path, document: dict[str, Any], name: str = "run.pt", **op
     ],
 )
 def test_the_groups_of_an_optimizer_tell_what_ran(
-    tmp_path: Path, make: Callable[[Any], Optimizer], expected: dict[str, Any], legacy: bool
+    tmp_path: Path, make: Callable[[Any], Optimizer], expected: dict[str, Any], *, legacy: bool
 ) -> None:
     model = network()
     optimizer = make(model.parameters())
@@ -159,7 +159,7 @@ def test_a_scheduler_is_read_in_steps_of_the_optimizer(tmp_path: Path, kind: str
     model = network()
     optimizer = AdamW(model.parameters(), lr=0.2, weight_decay=0.1)
     scheduler = schedule_of(kind, optimizer, 8)
-    stepped(model, optimizer, 7 * every, scheduler, every)
+    stepped(model, optimizer, 7 * every, scheduler=scheduler, every=every)
     document = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     recipe = recipe_of(tmp_path, document)
     expected = {"learning_rate": 0.2, "steps": 7 * every} | SCHEDULES[kind]
@@ -185,7 +185,7 @@ def test_a_scheduler_that_counts_epochs_says_no_steps(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.1)
     scheduler = schedulers.CosineAnnealingLR(optimizer, 6)
-    stepped(model, optimizer, 60, scheduler, 10)
+    stepped(model, optimizer, 60, scheduler=scheduler, every=10)
     document = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 6}
     recipe = recipe_of(
         tmp_path, document | {"scheduler": scheduler.state_dict(), "args": {"batch_size": 32, "lr": 0.02}}
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_lightning(tmp_path: Path) -> None:
     model = network()
     optimizer = AdamW(model.parameters(), lr=0.2, weight_decay=0.1)
     scheduler = schedulers.CosineAnnealingLR(optimizer, 20)
-    stepped(model, optimizer, 10, scheduler)
+    stepped(model, optimizer, 10, scheduler=scheduler)
     recipe = recipe_of(
         tmp_path,
         {
@@ -308,7 +308,7 @@ def test_states_beside_a_model_are_read_without_their_tensors(tmp_path: Path) ->
     model = network()
     optimizer = AdamW(model.parameters(), lr=0.2, weight_decay=0.1)
     scheduler = schedulers.PolynomialLR(optimizer, 50, power=1.0)
-    stepped(model, optimizer, 4, scheduler)
+    stepped(model, optimizer, 4, scheduler=scheduler)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
     recipe = recipe_of(tmp_path, model.state_dict(), "pytorch_model.bin")

@@ -295,7 +295,7 @@ def test_card_with_further_lines(tmp_path: Path) -> None:
         ("SGD", "sgd", None),
     ],
 )
-def test_optimizer_lines_of_cards(tmp_path: Path, line: str, optimizer: str, decoupled: bool | None) -> None:
+def test_optimizer_lines_of_cards(tmp_path: Path, line: str, optimizer: str, *, decoupled: bool | None) -> None:
     path = tmp_path / "README.md"
     path.write_text(f"### Training hyperparameters\n\n- optimizer: {line}\n- momentum: 0.5\n")
     recipe = read_model_card(path)
@@ -595,7 +595,7 @@ def test_settings_beside_a_model(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_the_log_of_a_trainer_tells_a_schedule_that_all_its_rates_lie_on(
-    tmp_path: Path, factor: Any, expected: tuple[Any, Any], ahead: int
+    tmp_path: Path, factor: Any, expected: tuple[Any, Any], *, ahead: int
 ) -> None:
     log = [{"step": step, "learning_rate": 0.003 * factor((step - ahead) / 1000)} for step in range(50, 1000, 50)]
     path = tmp_path / "trainer_state.json"

@@ -56,7 +56,7 @@ def true_window(training: SimulatedTraining) -> float:
     return math.inf if steps is None else steps
 
 
-def explored(names: tuple[str, ...], shape: tuple[int, int] | None, uses: int | None, recipe: TrainingRecipe) -> Any:
+def explored(names: tuple[str, ...], shape: tuple[int, int] | None, uses: int | None, *, recipe: TrainingRecipe) -> Any:
     window = memory_window(recipe, shape=shape or (1, 1), uses=uses, epsilon=EPSILON)
     return ExploredLayers(names, shape, uses, window, (3.0, 4.5))
 
@@ -96,7 +96,7 @@ def test_the_page_is_one_small_file_that_refers_to_nothing() -> None:
 def test_names_from_a_checkpoint_are_content_and_never_markup() -> None:
     recipe = TrainingRecipe(optimizer="sgd", learning_rate=0.1, sources={"learning_rate": HOSTILE})
     plain, hostile = (
-        Tags(explorer_page(recipe, [explored((name,), (8, 8), 1, recipe)])) for name in ("plain", HOSTILE)
+        Tags(explorer_page(recipe, [explored((name,), (8, 8), 1, recipe=recipe)])) for name in ("plain", HOSTILE)
     )
     assert hostile.found == plain.found
     assert hostile.content is not None
@@ -116,7 +116,7 @@ def test_names_from_a_checkpoint_are_content_and_never_markup() -> None:
     steps=st.none() | st.integers(1, 1000),
 )
 def test_the_picture_of_a_recipe_is_the_recipe_or_says_where_it_is_not(
-    learning_rate: Any, weight_decay: Any, batch_size: Any, uses: Any, shape: Any, steps: Any
+    learning_rate: Any, weight_decay: Any, batch_size: Any, *, uses: Any, shape: Any, steps: Any
 ) -> None:
     recipe = TrainingRecipe(
         optimizer="sgd",
@@ -127,7 +127,7 @@ def test_the_picture_of_a_recipe_is_the_recipe_or_says_where_it_is_not(
         steps=steps,
         schedule="constant",
     )
-    training, remarks = pictured(recipe, explored(("a",), shape, uses, recipe))
+    training, remarks = pictured(recipe, explored(("a",), shape, uses, recipe=recipe))
     said = " ".join(remarks)
     asked = {
         "learning_rate": (learning_rate, "learning rate"),
@@ -145,11 +145,11 @@ def test_the_picture_of_a_recipe_is_the_recipe_or_says_where_it_is_not(
 
 def test_what_the_picture_leaves_out_of_a_recipe_is_said() -> None:
     recipe = replace(constant(PRESETS[0].training), momentum=0.9, schedule="cosine", steps=50)
-    _, remarks = pictured(recipe, explored(("a",), (32, 32), 1, recipe))
+    _, remarks = pictured(recipe, explored(("a",), (32, 32), 1, recipe=recipe))
     assert any("momentum" in remark for remark in remarks)
     assert any("schedule" in remark for remark in remarks)
     adaptive = TrainingRecipe(optimizer="adamw", learning_rate=0.1, weight_decay=0.1, batch_size=4)
-    assert any("adamw" in remark for remark in pictured(adaptive, explored(("a",), (32, 32), 1, adaptive))[1])
+    assert any("adamw" in remark for remark in pictured(adaptive, explored(("a",), (32, 32), 1, recipe=adaptive))[1])
 
 
 def test_explore_writes_where_it_may_and_refuses_by_name_where_not(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_the_page_tells_the_windows_that_inspect_tells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("schedule", "momentum"), [("cosine", 0.0), ("constant", 0.9), ("linear", 0.5)])
 def test_the_picture_forgets_as_fast_as_the_recipe(schedule: str, momentum: float) -> None:
     recipe = replace(constant(ODD), schedule=schedule, momentum=momentum, steps=3000, learning_rate=0.05)
-    layers = explored(("a",), (32, 32), 1, recipe)
+    layers = explored(("a",), (32, 32), 1, recipe=recipe)
     training, remarks = pictured(recipe, layers)
     assert true_window(training) == layers.window.steps
     assert any("recipe's window" in remark for remark in remarks)
