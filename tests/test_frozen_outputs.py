@@ -446,7 +446,7 @@ def content(path: Path) -> Any:
         return "code of the package"  # which the tests of the package cover, and which may change
     if path.suffix == ".json":
         return parsed(path.read_text(encoding="utf-8"))
-    if path.suffix == ".md":
+    if path.suffix in (".md", ".yaml"):
         return path.read_text(encoding="utf-8").splitlines()
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -22,6 +22,7 @@ from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
     preprocessing,
+    provenance,
     requested_budget,
     selection,
 )
@@ -38,7 +39,6 @@ from compressor.calibration import CalibrationData, CalibrationSettings, calibra
 from compressor.calibration.drop import DropGate, plan_within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
 from compressor.calibration.settings import CALIBRATION
-from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Sample, open_data
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import TIMING, Evaluation, require_accepted
@@ -50,7 +50,6 @@ from compressor.lowrank import (
     StoredErrors,
     compressed_artifact,
     rewritten_infos,
-    weight_file_bytes,
 )
 from compressor.measure import EPSILON
 from compressor.model import (
@@ -177,7 +176,14 @@ def compress(
     if examples is not None:
         dense, layers = subject.with_separate_experts, [m.layer for m in measured]
         calibrated = calibrate(dense, layers, examples, run=run, settings=settings)
-    request = PlanRequest(budget=budget, given=asked.plan, form=form, shard_size=shard_size, settings=planning)
+    request = PlanRequest(
+        budget=budget,
+        given=asked.plan,
+        form=form,
+        shard_size=shard_size,
+        provenance=provenance(asked, checkpoint),
+        settings=planning,
+    )
     if deciding is not None:
         gate = DropGate(deciding, run)
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
@@ -185,7 +191,7 @@ def compress(
         planned = plan_ranks(subject, measured, request, calibration=calibrated)
     chosen = planned.plan
     if budget is None:
-        _require_worthwhile(subject, measured, chosen, form, shard_size)
+        _require_worthwhile(subject, measured, chosen, request=request)
     if chosen.budget.kind != "plan":
         _require_smaller(subject, chosen, dry_run=asked.dry_run)
 
@@ -211,7 +217,15 @@ def write_compressed(
 ) -> Compression:
     """Write the planned model with its card, and measure it."""
     checkpoint, chosen = subject.checkpoint, planned.plan
-    rewriting = Rewriting(checkpoint, subject.recipe, subject.layers, chosen, planned.factors, planned.statistics)
+    rewriting = Rewriting(
+        checkpoint,
+        subject.recipe,
+        subject.layers,
+        chosen,
+        factors=planned.factors,
+        statistics=planned.statistics,
+        provenance=provenance(asked, checkpoint),
+    )
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
@@ -242,7 +256,7 @@ def write_compressed(
                 m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
                 for m, p in zip(measured, chosen.layers, strict=True)
             },
-            command="" if checkpoint.source is None else asked.command(checkpoint.name),
+            command="" if rewriting.provenance is None else rewriting.provenance.command,
             model=made.model if isinstance(made.model, nn.Module) else None,
             has_attention=subject.has_attention,
             left_out=checkpoint.left_out,
@@ -313,18 +327,17 @@ def _warn_of_missing_data(subject: Model, budget: Budget | None) -> None:
 
 
 def _require_worthwhile(
-    subject: Model, measured: Sequence[MeasuredLayer], chosen: Plan, form: FormRequest, shard_size: int
+    subject: Model, measured: Sequence[MeasuredLayer], chosen: Plan, *, request: PlanRequest
 ) -> None:
     """Raise `QualityGateNotMet` where nothing was asked and little was saved, naming a size that saves enough."""
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
-        plan = replace(chosen, layers=layers)
-        return weight_file_bytes(Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan), shard_size)
+        return request.file_bytes(subject, replace(chosen, layers=layers))
 
     before, after = subject.checkpoint.weight_bytes, file_bytes(chosen.layers)
     if is_worthwhile(after, before, measured[0].settings):
         return
-    suggested = worthwhile_size(measured, form, file_bytes, before, measured[0].settings)
+    suggested = worthwhile_size(measured, request.form, file_bytes, before, measured[0].settings)
     remedy = (
         "low rank does not make these weight files worthwhile smaller"
         if suggested is None

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from compressor.api.options import CompressOptions
-from compressor.api.requests import requested_budget
+from compressor.api.requests import provenance, requested_budget
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
 from compressor.evaluation import Evaluation
@@ -30,15 +30,13 @@ from compressor.fine_tuning.plan import (
 )
 from compressor.fine_tuning.verification import verify_with_peft
 from compressor.io import (
-    Checkpoint,
     Naming,
     Target,
     checked_target,
-    portable_name,
 )
 from compressor.io.output import require_no_output
 from compressor.model import Model, resolve_device
-from compressor.network import module_architecture, with_ties
+from compressor.network import module_architecture
 from compressor.report.fine_tune_card import adapter_card
 from compressor.results import BeforeAfter, Compression, FineTune
 
@@ -56,12 +54,10 @@ def compress_fine_tune(
     if model.in_memory != base.in_memory:
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = model.with_ties()
-    start = with_ties(base.checkpoint, subject.architecture)
     kind = _kind(subject, asked.output)
-    target = _target(subject, start, asked)
-    changes = measured_changes(
-        subject, start, kind, base_name=portable_name(base.name), device=device, progress=progress
-    )
+    target = _target(subject, base, asked)
+    made_by = provenance(asked, subject.checkpoint)
+    changes = measured_changes(subject, base, kind, provenance=made_by, device=device, progress=progress)
     adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
     stored = stored_changes(changes, adaptation, device=device, progress=progress)
     if stored.adapter is not None:
@@ -129,7 +125,7 @@ def _kind(subject: Model, output: str | Path | None) -> Kind:
     return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
 
 
-def _target(subject: Model, base: Checkpoint, asked: CompressOptions) -> Target | None:
+def _target(subject: Model, base: Model, asked: CompressOptions) -> Target | None:
     """Where the result goes; None where nothing is written."""
     if subject.in_memory:
         require_no_output(asked.output)
@@ -137,4 +133,4 @@ def _target(subject: Model, base: Checkpoint, asked: CompressOptions) -> Target 
         return None
     adapter = _kind(subject, asked.output) == "adapter"
     named = Naming("folder", "-adapter") if adapter else Naming("file", "-difference")
-    return checked_target(subject.checkpoint, asked.output, named, overwrite=asked.overwrite, others=[base])
+    return checked_target(subject.checkpoint, asked.output, named, overwrite=asked.overwrite, others=[base.checkpoint])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from compressor.api.options import CompressOptions, DataOptions, EmbeddingOptions, LayerOptions, PlanOptions
 from compressor.calibration.drop import require_possible_drop
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
+from compressor.io import Checkpoint, Provenance
 from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, checked_budget
 from compressor.planning.budget import BudgetKind
@@ -18,6 +19,11 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
         if value is not None:
             return checked_budget(Budget(kind, value))
     return None if asked.plan is None else Budget("plan")
+
+
+def provenance(asked: PlanOptions, checkpoint: Checkpoint) -> Provenance | None:
+    """What the output says of how it was asked for; None of a module."""
+    return None if checkpoint.source is None else Provenance(asked.command(checkpoint.name), asked.portable())
 
 
 def selection(asked: LayerOptions) -> LayerSelection:

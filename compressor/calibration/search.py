@@ -20,7 +20,8 @@ from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
-from compressor.lowrank import Factors, Rewriting, as_matrix, stored_error, weight_file_bytes
+from compressor.io import Provenance
+from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
 from compressor.model import Model
 from compressor.planning import (
     PLANNING,
@@ -95,14 +96,21 @@ def open_calibration_data(
 class PlanRequest:
     """What a plan must meet: a budget, or the ranks of a given plan; without either the default budget applies.
 
-    `shard_size` is the most bytes of a weight file.
+    `shard_size` is the most bytes of a weight file, and `provenance` is in what a file says of itself: both are part of
+    the size that a budget is about.
     """
 
     budget: Budget | None = None
     given: Plan | str | Path | None = None
     form: FormRequest = "auto"
     shard_size: int
+    provenance: Provenance | None = None
     settings: PlanningSettings = PLANNING
+
+    def file_bytes(self, subject: Model, plan: Plan) -> int:
+        """Size of the weight files that a plan leads to, headers included, without writing them."""
+        rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, provenance=self.provenance)
+        return compressed_artifact(rewriting, self.shard_size).bytes
 
 
 def plan_ranks(
@@ -125,8 +133,7 @@ def plan_ranks(
     bare = Plan(subject.name, subject.digest, budget if given is None else Budget("plan"), (), advice)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
-        rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, replace(bare, layers=layers))
-        return weight_file_bytes(rewriting, request.shard_size)
+        return request.file_bytes(subject, replace(bare, layers=layers))
 
     def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
         if given is not None:

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.fine_tuning.difference import Difference
-from compressor.io import Artifact, Checkpoint, TensorInfo, require_in_range
+from compressor.io import Artifact, Checkpoint, Provenance, TensorInfo, require_in_range
 from compressor.lowrank import (
     Factors,
     LowRankSpec,
@@ -51,6 +51,8 @@ class Adaptation:
     base_digest: str | None
     stored: Checkpoint | None = None
     """The file of pairs that this was read from, where the pairs are there already."""
+    provenance: Provenance | None = None
+    """What was asked for, which the output will say."""
 
     @property
     def paired(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -105,11 +107,11 @@ def pair_file_artifact(adaptation: Adaptation, device: torch.device, errors: Sto
         form="file",
         infos=pair_file_infos(adaptation),
         tensors=partial(pair_file_tensors, adaptation, device, errors),
-        metadata=adaptation_metadata(adaptation),
+        metadata=adaptation_metadata(adaptation, in_file=True),
     )
 
 
-def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
+def adaptation_metadata(adaptation: Adaptation, *, in_file: bool) -> dict[str, str]:
     """What a file of a difference says of itself: how it was made, and of which base."""
     difference, plan = adaptation.difference, adaptation.plan
     base = difference.base
@@ -119,7 +121,7 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
             for layer, each in adaptation.paired
         }
     )
-    record = {
+    record: dict[str, Any] = {
         "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
         "digest": plan.digest,
         "base": {
@@ -129,6 +131,8 @@ def adaptation_metadata(adaptation: Adaptation) -> dict[str, str]:
         "budget": plan.budget.to_dict(),
         "recipe": adaptation.recipe.known(),
     }
+    if adaptation.provenance is not None and in_file:  # a folder has a file of them
+        record["options"] = dict(adaptation.provenance.options)
     return {"format": "pt"} | spec.to_metadata(record)
 
 

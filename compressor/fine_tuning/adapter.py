@@ -31,7 +31,17 @@ from compressor.fine_tuning.mixture import (
     padded_ranks,
     require_pairs_of_experts,
 )
-from compressor.io import ADAPTER_CONFIG, PLAN_FILE, Artifact, Checkpoint, TensorInfo, hub_model, require_in_range
+from compressor.io import (
+    ADAPTER_CONFIG,
+    OPTIONS_FILE,
+    PLAN_FILE,
+    Artifact,
+    Checkpoint,
+    Document,
+    TensorInfo,
+    hub_model,
+    require_in_range,
+)
 from compressor.lowrank import StoredErrors, join
 from compressor.network import Architecture, Layer, tied_names
 
@@ -368,13 +378,16 @@ def adapter_artifact(adapter: Adapter, device: torch.device, errors: StoredError
     """The folder of an adapter, computed on `device`; the errors of the pairs are noted meanwhile."""
     adaptation = adapter.adaptation
     plan = adaptation.plan.portable().to_dict() | {"recipe": adaptation.recipe.to_dict()}
+    documents: dict[str, Document] = {ADAPTER_CONFIG: adapter.config, PLAN_FILE: plan}
+    if adaptation.provenance is not None:
+        documents[OPTIONS_FILE] = adaptation.provenance.document()
     return Artifact(
         form="folder",
         infos=adapter.infos,
         tensors=partial(adapter_tensors, adapter, device, errors),
-        metadata=adaptation_metadata(adaptation),
+        metadata=adaptation_metadata(adaptation, in_file=False),
         weight_file=ADAPTER_WEIGHTS,
-        documents=lambda: {ADAPTER_CONFIG: adapter.config, PLAN_FILE: plan},
+        documents=lambda: documents,
     )
 
 

@@ -21,11 +21,11 @@ from compressor.fine_tuning.adapter import (
 )
 from compressor.fine_tuning.difference import Difference, compare_checkpoints, share_left
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
-from compressor.io import Artifact, Checkpoint
+from compressor.io import Artifact, Provenance, portable_name
 from compressor.lowrank import StoredErrors
 from compressor.measure import EPSILON
 from compressor.model import InspectedLayer, Model, inspect_layers, measured_layers
-from compressor.network import Layer
+from compressor.network import Layer, with_ties
 from compressor.planning import (
     Budget,
     LayerPlan,
@@ -54,6 +54,7 @@ class Changes:
         measured: What the planning needs to know of the others.
         advice: What the memory window says of the fine-tuning.
         base_name: What an adapter calls the base.
+        provenance: What was asked for, which the output will say.
     """
 
     kind: Kind
@@ -63,6 +64,7 @@ class Changes:
     measured: list[MeasuredLayer]
     advice: str | None
     base_name: str
+    provenance: Provenance | None = None
 
     @cached_property
     def base_digest(self) -> str | None:
@@ -73,15 +75,16 @@ class Changes:
     def adaptation(self, planned: tuple[LayerPlan, ...], budget: Budget) -> Adaptation:
         """The pairs of a plan, and all else that changed."""
         by = Plan(self.subject.name, self.subject.digest, budget, planned, self.advice)
-        return Adaptation(self.difference, self.layers, by, self.subject.recipe, self.base_digest)
+        recipe, digest = self.subject.recipe, self.base_digest
+        return Adaptation(self.difference, self.layers, by, recipe, digest, provenance=self.provenance)
 
 
 def measured_changes(
     subject: Model,
-    base: Checkpoint,
+    base: Model,
     kind: Kind,
     *,
-    base_name: str,
+    provenance: Provenance | None,
     device: torch.device,
     progress: Progress | None,
 ) -> Changes:
@@ -91,7 +94,8 @@ def measured_changes(
     """
     # PEFT adds to all of the base.
     recipe = None if kind == "adapter" else subject.recipe
-    difference = compare_checkpoints(subject.checkpoint, base, recipe, progress=progress)
+    start = with_ties(base.checkpoint, subject.architecture)
+    difference = compare_checkpoints(subject.checkpoint, start, recipe, progress=progress)
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
@@ -105,7 +109,16 @@ def measured_changes(
             where=subject.name,
             remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
         )
-    return Changes(kind, subject, difference, layers, measured, window_advice(inspected), base_name)
+    return Changes(
+        kind=kind,
+        subject=subject,
+        difference=difference,
+        layers=layers,
+        measured=measured,
+        advice=window_advice(inspected),
+        base_name=portable_name(base.name),
+        provenance=provenance,
+    )
 
 
 def planned_adaptation(changes: Changes, budget: Budget | None, given: Plan | str | Path | None) -> Adaptation:

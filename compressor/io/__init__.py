@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.io.artifact import Artifact, Document
+from compressor.io.artifact import Artifact, Document, Provenance
 from compressor.io.checkpoint import (
     ADAPTER_CONFIG,
     Checkpoint,
@@ -16,6 +16,7 @@ from compressor.io.checkpoint import (
 from compressor.io.companions import (
     CARD_FILE,
     CODE_FILE,
+    OPTIONS_FILE,
     PLAN_FILE,
     NotCopied,
     companions,
@@ -42,12 +43,14 @@ __all__ = [
     "ADAPTER_CONFIG",
     "CARD_FILE",
     "CODE_FILE",
+    "OPTIONS_FILE",
     "PLAN_FILE",
     "Artifact",
     "Checkpoint",
     "Document",
     "Naming",
     "NotCopied",
+    "Provenance",
     "SafetensorsWriter",
     "Shard",
     "ShardedWriter",

@@ -7,12 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from torch import Tensor, nn
 
 from compressor.io.checkpoint import Checkpoint
 from compressor.io.companions import NotCopied, companions
 from compressor.io.tensors import TensorInfo
 from compressor.io.writer import Shard, plan_shards, safetensors_size
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was asked for: the options by name, in the types of JSON, and the command that they make."""
+
+    command: str
+    options: Mapping[str, Any]
+
+    def document(self) -> str:
+        """The options as a file that can be given instead of them."""
+        options = yaml.safe_dump(dict(self.options), sort_keys=False, allow_unicode=True)
+        return f"# {' '.join(self.command.split())}\n{options}"
+
 
 Document = Mapping[str, Any] | str
 """The content of a file beside the weights: a JSON document, or text."""

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "compression.json"
 """What a compressed folder carries besides its weights: the plan, the recipe, and the names of its files."""
 
+OPTIONS_FILE = "options.yaml"
+"""The options by which a folder was made, in a file that can be given instead of them."""
+
 CARD_FILE = "README.md"
 """The model card of a folder."""
 
@@ -36,7 +39,7 @@ _CONFIGURATIONS = (
 _SENTENCE_MODULES = "modules.json"
 _KINDS = (
     *_CONFIGURATIONS,
-    *(_SENTENCE_MODULES, PLAN_FILE),
+    *(_SENTENCE_MODULES, PLAN_FILE, OPTIONS_FILE),
     # tokenizers
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "normalizer.json"),
     *("vocab*.json", "*_vocab.json", "vocab*.txt", "merges*.txt", "dict*.txt", "bpe.codes", "byte_maps.json"),

@@ -15,7 +15,7 @@ from typing import Literal
 
 from compressor.errors import BadInput
 from compressor.io.checkpoint import ADAPTER_CONFIG, WEIGHT_SUFFIXES, Checkpoint
-from compressor.io.companions import CODE_FILE, PLAN_FILE, companions
+from compressor.io.companions import CODE_FILE, OPTIONS_FILE, PLAN_FILE, companions
 from compressor.io.hub import check_push, hub_model, push_folder
 from compressor.io.workspace import remove_abandoned
 from compressor.system_errors import explained
@@ -23,7 +23,7 @@ from compressor.system_errors import explained
 # What a model folder is written as, beside the companions of its weights.
 _WRITTEN = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors"
-    rf"|config\.json|README\.md|{re.escape(CODE_FILE)}|{re.escape(PLAN_FILE)}|{re.escape(ADAPTER_CONFIG)}"
+    rf"|config\.json|README\.md|{re.escape(CODE_FILE)}|{re.escape(PLAN_FILE)}|{re.escape(OPTIONS_FILE)}|{re.escape(ADAPTER_CONFIG)}"
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.lowrank.artifacts import StoredErrors, compressed_artifact, restored_artifact, weight_file_bytes
+from compressor.lowrank.artifacts import StoredErrors, compressed_artifact, restored_artifact
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.lowrank.modules import (
@@ -102,7 +102,6 @@ __all__ = [
     "stored_matrix",
     "stored_pairs",
     "stored_tensors",
-    "weight_file_bytes",
     "widened",
     "with_effective_weights",
 ]

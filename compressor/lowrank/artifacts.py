@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.documents import text_mapping
 from compressor.io import (
+    OPTIONS_FILE,
     PLAN_FILE,
     Artifact,
     Checkpoint,
@@ -63,6 +64,8 @@ def compressed_artifact(
         if checkpoint.config is not None:
             config = rewriting.spec_of_modules.described(checkpoint.config)
             described["config.json"] = portable_config(config)
+        if rewriting.provenance is not None:
+            described[OPTIONS_FILE] = rewriting.provenance.document()
         return described
 
     return Artifact(
@@ -87,13 +90,10 @@ def file_metadata(rewriting: Rewriting) -> dict[str, str]:
         "recipe": rewriting.recipe.known(),
         "aliases": dict(checkpoint.aliases),
     }
+    if rewriting.provenance is not None and checkpoint.form == "file":  # a folder has a file of them
+        record["options"] = dict(rewriting.provenance.options)
     kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
     return {"format": "pt"} | kept | rewriting.spec.to_metadata(record)
-
-
-def weight_file_bytes(rewriting: Rewriting, shard_size: int) -> int:
-    """Size of the weight files that the plan leads to, headers included and index not, without writing them."""
-    return compressed_artifact(rewriting, shard_size).bytes
 
 
 def restored_artifact(
@@ -132,7 +132,7 @@ def restored_artifact(
         metadata={"format": "pt"} | {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY},
         shard_size=shard_size if checkpoint.folder is not None else None,
         companions_of=checkpoint,
-        left_out=(PLAN_FILE,),
+        left_out=(OPTIONS_FILE, PLAN_FILE),
         documents=documents,
         write=(lambda path: write_state_dict_file(path, dict(tensors()))) if torch_file else None,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from compressor.io import Checkpoint, TensorInfo, require_finite, require_in_range
+from compressor.io import Checkpoint, Provenance, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
@@ -33,6 +33,8 @@ class Rewriting:
     """What stands for layers that are factorized already, by name."""
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     """Tensors of batch normalizations that changed, by name: what they are called in the model, and their values."""
+    provenance: Provenance | None = None
+    """What was asked for, which the model will say."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compressor.io import CARD_FILE, PLAN_FILE, Artifact, portable_config
+from compressor.io import CARD_FILE, OPTIONS_FILE, PLAN_FILE, Artifact, portable_config
 from compressor.io.artifact import Document
 from compressor.lowrank import MERGE_KEY, LowRankSpec, join
 from compressor.merging.combination import Combination
@@ -18,7 +18,7 @@ from compressor.progress import Progress
 from compressor.version import VERSION
 
 # What goes along and tells how one model alone was trained or compressed.
-_OF_ONE_PART = (CARD_FILE, PLAN_FILE)
+_OF_ONE_PART = (CARD_FILE, OPTIONS_FILE, PLAN_FILE)
 
 
 def merged_artifact(combination: Combination, shard_size: int, progress: Progress | None) -> Artifact:

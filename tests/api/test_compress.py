@@ -102,7 +102,7 @@ def test_a_share_that_is_missed_by_much_is_said(tmp_path: Path) -> None:
     assert compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).warnings == ()
 
 
-@pytest.mark.parametrize("size", [25_000, 40_000, 60_000])
+@pytest.mark.parametrize("size", [25_000, 40_000, 55_000])  # near the whole a step to dense is larger than a rank
 def test_max_size_bounds_the_file_and_is_nearly_used(file: Path, size: int) -> None:
     report = compress(file, max_size=size)
     assert report.output is not None

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, QualityGateNotMet
+from compressor import BadInput, QualityGateNotMet, compress
 from compressor.api.write import written
+from compressor.cli.run import run
 from compressor.io import Artifact, Target, TensorInfo, open_checkpoint
 from compressor.io.output import Container
 
@@ -112,3 +114,28 @@ def test_a_target_that_is_taken_in_the_meantime_stops_before_the_tensors(source:
         written(Artifact("folder", INFOS, never, {}), Target(source, "folder", ())),
     ):
         pass
+
+
+@pytest.mark.parametrize("container", ["folder", "file"])
+def test_what_was_compressed_says_how_to_do_it_again(container: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(24, 16), "b.weight": torch.randn(16, 16)}
+    (tmp_path / "dense").mkdir()
+    save_file(weights, tmp_path / "dense" / "model.safetensors")
+    dense = tmp_path / "dense" if container == "folder" else tmp_path / "dense" / "model.safetensors"
+    small, again = (tmp_path / (name + dense.suffix) for name in ("small", "again"))
+    report = compress(dense, output=small, keep=0.6, exclude="b*", max_shard_size="1MB")
+    said = small / "options.yaml"
+    if container == "folder":
+        assert said.read_text().splitlines()[0] == f"# {report.command}"
+        assert yaml.safe_load(said.read_text()) == {"keep": 0.6, "exclude": ["b*"], "max_shard_size": "1MB"}
+    else:
+        record = json.loads(open_checkpoint(small).metadata["compressor"])
+        said = tmp_path / "options.json"
+        said.write_text(json.dumps(record["options"]))
+    assert report.bytes.after == open_checkpoint(small).weight_bytes
+    assert run([str(dense), "--config", str(said), "-o", str(again), "-q"]) == 0
+    pairs = [(small, again)]
+    if container == "folder":  # the card names the folder
+        pairs = [(file, again / file.name) for file in small.iterdir() if file.name != "README.md"]
+    assert all(first.read_bytes() == second.read_bytes() for first, second in pairs)
