@@ -13,7 +13,7 @@ from compressor import compress
 from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.examples import PARTS
 from compressor.factorize import Metric, TiedMetric
-from tests.calibration.tiny_models import inputs_for, transformer
+from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
         seen[stage] = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
 
     data = [inputs_for("llama", 4) for _ in range(4)]
-    compress(transformer("llama"), keep=0.4, calibration=data, progress=look)
+    compress(transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=look)
     assert seen["calibrate"] > 0
     assert seen["compensate"] > 0
     assert not list(temporary.iterdir())
@@ -106,7 +106,7 @@ def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) ->
 
     data = [inputs_for("llama", 4) for _ in range(4)]
     try:
-        compress(transformer("llama"), keep=0.4, calibration=data, progress=fail)
+        compress(transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=fail)
     except KeyboardInterrupt:
         pass
     else:
@@ -120,7 +120,8 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
     state = torch.get_rng_state()
     found = []
     for seed in (1, 2, 1):
-        model = compress(transformer("llama"), keep=0.4, calibration=data, seed=seed).model
+        network = transformer("llama")
+        model = compress(network, keep=0.4, calibration=data, calibration_settings=TWO_PASSES, seed=seed).model
         assert model is not None
         found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         torch.randn(3)  # the global generator has no part in it
@@ -135,7 +136,7 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
 def test_bfloat16_stays_bfloat16() -> None:
     model = transformer("llama").to(torch.bfloat16)
     data = [inputs_for("llama", 8) for _ in range(4)]
-    report = compress(model, keep=0.6, calibration=data)
+    report = compress(model, keep=0.6, calibration=data, calibration_settings=TWO_PASSES)
     assert report.model is not None
     assert report.plan.calibration is not None
     assert 0 < report.plan.calibration.holdout_loss < 10

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressor import BadInput, Compression, compress
 from compressor.calibration import (
     Calibration,
+    CalibrationSettings,
     Compensated,
     RefinementSettings,
     holdout_loss,
@@ -26,6 +27,7 @@ from compressor.report.wording import calibration_words
 from tests.calibration.tiny_models import (
     CHAINS,
     ODD,
+    TWO_PASSES,
     calibrated,
     inputs_for,
     left_as_it_was,
@@ -102,7 +104,9 @@ def test_a_loss_that_nothing_has_an_effect_on_leaves_the_factors() -> None:
     assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
 
 
-def started(name: str, *, padded: bool = False) -> tuple[Calibration, Compensated]:
+def started(
+    name: str, *, padded: bool = False, settings: CalibrationSettings = TWO_PASSES
+) -> tuple[Calibration, Compensated]:
     """A calibrated transformer or odd model, and its layers truncated."""
     if name in CHAINS:
         model = transformer(name).eval()
@@ -111,7 +115,7 @@ def started(name: str, *, padded: bool = False) -> tuple[Calibration, Compensate
         model, inputs = odd(name)
         model = model.eval()
         parts = [[{key: each[torch.randperm(5)] for key, each in inputs.items()} for _ in range(3)] for _ in range(2)]
-    calibration = calibrated(model, *parts)
+    calibration = calibrated(model, *parts, settings=settings)
     plans = [planned(layer, max(1, min(layer.shape) // 2)) for layer in calibration.layers.values()]
     return calibration, uncompensated(calibration, plans)
 
@@ -172,7 +176,7 @@ def test_every_layer_is_fitted_once(name: str) -> None:
 @pytest.mark.parametrize("name", ["t5", "bart", "whisper", "clip"])
 def test_the_last_block_of_a_chain_is_fitted_to_what_it_gives_to_all_that_follows(name: str) -> None:
     """What the next chain's first block is given does not depend on it."""
-    calibration, _ = started(name)
+    calibration, _ = started(name, settings=CalibrationSettings())
     block = calibration.segments.chains[0].blocks[-1]
     inside = [layer for key, layer in calibration.layers.items() if key.startswith(f"{block}.")]
     start = uncompensated(calibration, [planned(layer, max(1, min(layer.shape) // 2)) for layer in inside])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate
+from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, RefinementSettings, calibrate
 from compressor.data import Batch
 from compressor.data.builtin_data import digits
 from compressor.io import open_checkpoint
@@ -20,6 +20,8 @@ from compressor.progress import Run
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
+# For what does not depend on how far the factors are fitted: Adam takes most of the time of a calibration.
+TWO_PASSES = CalibrationSettings(refinement=RefinementSettings(passes=2))
 BLOCKS = 3
 TOKENS = 40
 
