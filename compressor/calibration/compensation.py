@@ -29,6 +29,7 @@ from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.walk import Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair
 from compressor.lowrank import (
+    DenseWeights,
     LowRankEmbedding,
     TiedHead,
     approximate,
@@ -76,7 +77,7 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
             factors[plan.name] = _truncated(calibration, layer, plan)
             # A module of which several parameters are factorized is the same one each time.
             dense = modules.get(layer.module) or calibration.model.get_submodule(layer.module)
-            low_rank = filled_layer(layer, plan, dense, factors[plan.name])
+            low_rank = filled_layer(layer, plan, dense, tensors=factors[plan.name])
             modules |= dict.fromkeys((layer.module, *layer.places), low_rank)
             if layer.head is not None:
                 assert isinstance(low_rank, LowRankEmbedding)
@@ -92,7 +93,8 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.run.device)
     pair = approximate(layer, plan, matrix, metric=metric, settings=calibration.settings.factorization)
-    return stored_tensors(layer, plan, pair, matrix, bias, metric, getattr(dense, layer.parameter).dtype)
+    weights = DenseWeights(matrix, bias, getattr(dense, layer.parameter).dtype)
+    return stored_tensors(layer, plan, pair, dense=weights, metric=metric)
 
 
 def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
@@ -126,7 +128,9 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compen
                         factors[name] = _truncated(calibration, layer, plan)
                     else:
                         factors[name] = _refit(calibration, plan, fit=fit, holdout=holdout)
-                    low_rank_layer = filled_layer(layer, plan, calibration.model.get_submodule(place), factors[name])
+                    low_rank_layer = filled_layer(
+                        layer, plan, calibration.model.get_submodule(place), tensors=factors[name]
+                    )
                     walk.modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
             walk.advance()
             calibration.run.report("compensate", segment + 1, calibration.segments.count)
@@ -179,7 +183,8 @@ def _refit(
             best = (error, each, pair)
     assert best is not None
     _, chosen, pair = best
-    return stored_tensors(layer, plan, pair, chosen.matrix, chosen.bias, chosen.metric, _dtype(dense))
+    weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense))
+    return stored_tensors(layer, plan, pair, dense=weights, metric=chosen.metric)
 
 
 @dataclass(frozen=True)

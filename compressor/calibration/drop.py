@@ -97,7 +97,7 @@ def plan_within_drop(
             rewriting = Rewriting(
                 subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
             )
-            compressed = rewritten_module(rewriting, dense, gate.run.device, lambda _name, _error: None)
+            compressed = rewritten_module(rewriting, dense, gate.run.device, done=lambda _name, _error: None)
             trials.add(keep, planned, measure_quality(compressed, gate.data, device=gate.run.device))
             gate.run.report("search", len(trials.by_size), most)
         return trials.by_size[stored]

@@ -196,7 +196,7 @@ def _with_errors(calibration: Calibration, found: Candidate) -> dict[str, Factor
         layer, tensors = calibration.layers[plan.name], found.solution.factors[plan.name]
         weight = getattr(calibration.model.get_submodule(layer.module), layer.parameter)
         matrix = as_matrix(layer, weight.detach().to(calibration.run.device)).to(torch.float64)
-        error = stored_error(layer, plan, tensors, matrix, calibration.metrics.get(plan.name))
+        error = stored_error(layer, plan, tensors, matrix=matrix, metric=calibration.metrics.get(plan.name))
         factors[plan.name] = Factors(dict(tensors), error)
     return factors
 

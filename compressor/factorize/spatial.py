@@ -182,7 +182,7 @@ def alternating_least_squares(
         up, cost = _best_up(problem, down)
         yield Solution(up, down, cost)
         left, triangular = torch.linalg.qr(_rows(up))
-        down = _better_down(problem, _from_rows(left, up.shape[2]), triangular @ down, settings)
+        down = _better_down(problem, _from_rows(left, up.shape[2]), triangular @ down, settings=settings)
 
 
 def _best(problem: WhitenedKernel, down: Tensor, settings: FactorizationSettings) -> Solution:
@@ -209,7 +209,7 @@ def _best_up(problem: WhitenedKernel, down: Tensor) -> tuple[Tensor, float]:
     return up, max(0.0, problem.total - float((up * right_side).sum()))
 
 
-def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor, settings: FactorizationSettings) -> Tensor:
+def _better_down(problem: WhitenedKernel, up: Tensor, down: Tensor, *, settings: FactorizationSettings) -> Tensor:
     """Vertical kernels that cost less than `down` with orthonormal `up`, by conjugate gradients from `down`.
 
     Their normal equations have `r c k_h` unknowns and are too large to be solved by elimination. The gradient of half

@@ -106,7 +106,7 @@ def tied_truncated_svd(
     cost = metric.squared_size(wide - pair.product())
     vectors = _diagonalizing(metric.lookup.gradients, metric.head.gradients)
     for _ in range(settings.tied_sweeps):
-        better = _best_down(wide, _best_up(wide, pair.down, metric, vectors), metric)
+        better = _best_down(wide, _best_up(wide, pair.down, metric, vectors=vectors), metric)
         lower = metric.squared_size(wide - better.product())
         if lower >= cost:  # by rounding: no exact step raises it
             break
@@ -116,7 +116,7 @@ def tied_truncated_svd(
     return FactorPair(up=pair.up, down=scale * pair.down)
 
 
-def _best_up(wide: Tensor, down: Tensor, metric: TiedMetric, vectors: Tensor) -> Tensor:
+def _best_up(wide: Tensor, down: Tensor, metric: TiedMetric, *, vectors: Tensor) -> Tensor:
     """An orthonormal basis of the columns of the best `up` for the rows of `down`: least squares in the whole metric.
 
     The normal equations `sum_t G_t up N_t = sum_t G_t W diag(i_t) basis^T`, with `N_t = basis diag(i_t) basis^T`, come

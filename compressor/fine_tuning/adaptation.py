@@ -19,6 +19,7 @@ from compressor.errors import BadInput
 from compressor.fine_tuning.difference import Difference
 from compressor.io import Artifact, Checkpoint, Provenance, TensorInfo, require_in_range
 from compressor.lowrank import (
+    DenseWeights,
     Factors,
     LowRankSpec,
     StoredErrors,
@@ -74,10 +75,11 @@ class Adaptation:
             return Factors({name: self.stored.read(name) for name in roles}, math.nan)
         matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
         dtype = self.difference.tuned.tensors[layer.tensor].dtype
-        tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix), matrix, None, None, dtype)
+        dense = DenseWeights(matrix, bias=None, dtype=dtype)
+        tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix), dense=dense, metric=None)
         for name, tensor in tensors.items():
             require_in_range(name, tensor)
-        return Factors(tensors, stored_error(layer, plan, tensors, matrix, None))
+        return Factors(tensors, stored_error(layer, plan, tensors, matrix=matrix, metric=None))
 
 
 def pair_file_infos(adaptation: Adaptation) -> list[TensorInfo]:
@@ -85,7 +87,7 @@ def pair_file_infos(adaptation: Adaptation) -> list[TensorInfo]:
     tuned = adaptation.difference.tuned.tensors
     infos = [tuned[name] for name in adaptation.in_full]
     for layer, plan in adaptation.paired:
-        infos += pair_infos(layer, plan, tuned[layer.tensor].dtype, None)
+        infos += pair_infos(layer, plan, tuned[layer.tensor].dtype, bias=None)
     return infos
 
 

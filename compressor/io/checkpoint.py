@@ -205,14 +205,12 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     if not stored:
         raise BadInput("holds no tensors", where=source, remedy="give a checkpoint with trained weights")
     return _checkpoint(
-        stored,
+        content._replace(tensors=stored),
         source=source,
         form="folder" if is_folder else "file",
         files=files,
         folder=folder,
-        metadata=content.metadata,
         config=_config(weights.parent / "config.json", len(stored), must_be_good=is_folder),
-        content=content,
     )
 
 
@@ -320,16 +318,15 @@ def refuse_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _checkpoint(
-    stored: Mapping[str, StoredTensor],
+    content: _WeightFile,
     *,
     source: Path | None,
     form: Literal["file", "folder", "module"],
     files: tuple[Path, ...],
     folder: Path | None,
-    metadata: Mapping[str, str],
     config: Mapping[str, Any] | None,
-    content: _WeightFile | None = None,
 ) -> Checkpoint:
+    stored, metadata = content.tensors, content.metadata
     tensors: dict[str, TensorInfo] = {}
     aliases: dict[str, str] = {}
     first_name: dict[Hashable, str] = {}
@@ -352,9 +349,9 @@ def _checkpoint(
         metadata=metadata,
         config=config,
         _stored=stored,
-        weights_at="" if content is None else content.weights_at,
-        left_out=() if content is None else content.left_out,
-        training={} if content is None else content.training,
+        weights_at=content.weights_at,
+        left_out=content.left_out,
+        training=content.training,
     )
 
 
@@ -367,7 +364,8 @@ def _open_module(module: torch.nn.Module) -> Checkpoint:
     if not stored:
         what = f"the module {type(module).__name__} has no parameters or buffers"
         raise BadInput(what, remedy="give a trained module")
-    return _checkpoint(stored, source=None, form="module", files=(), folder=None, metadata={}, config=None)
+    content = _WeightFile(stored, metadata={}, is_torch=False)
+    return _checkpoint(content, source=None, form="module", files=(), folder=None, config=None)
 
 
 def _weights_in(folder: Path) -> Path:

@@ -78,17 +78,17 @@ def read_torch_file(path: Path) -> TorchFile:
         keys, weights = _weights(path, document)
         state_dict = _tensors(weights)
         if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
-            on_disk = {name: _placed(path, name, tensor, records) for name, tensor in state_dict.items()}
+            on_disk = {name: _placed(path, name, tensor, records=records) for name, tensor in state_dict.items()}
             _require_stored_values(path, on_disk)
             number = partial(_number_on_disk, path, records)
-            return _torch_file(document, keys, weights, on_disk, number)
+            return _torch_file(document, keys, weights, tensors=on_disk, number=number)
     if not is_zip:
         _require_few_containers(path)
     document = _load(path, "cpu")
     keys, weights = _weights(path, document)
     loaded = {name: TensorInMemory(_plain(path, name, tensor)) for name, tensor in _tensors(weights).items()}
     _require_stored_values(path, loaded)
-    return _torch_file(document, keys, weights, loaded, torch.Tensor.item)
+    return _torch_file(document, keys, weights, tensors=loaded, number=torch.Tensor.item)
 
 
 def read_state_file(path: Path) -> Mapping[str, Any]:
@@ -108,6 +108,7 @@ def _torch_file(
     document: Any,
     keys: Sequence[str],
     weights: Mapping[Any, Any],
+    *,
     tensors: Mapping[str, StoredTensor],
     number: Callable[[torch.Tensor], object],
 ) -> TorchFile:
@@ -120,7 +121,7 @@ def _number_on_disk(path: Path, records: Mapping[int, int], tensor: torch.Tensor
     if _data_offset(tensor) is None:
         return None
     try:
-        return _placed(path, "", tensor, records).read().item()
+        return _placed(path, "", tensor, records=records).read().item()
     except BadInput:
         return None
 
@@ -277,7 +278,7 @@ def _data_offset(tensor: torch.Tensor) -> int | None:
     return offset
 
 
-def _placed(path: Path, name: str, tensor: torch.Tensor, records: Mapping[int, int]) -> TensorOnDisk:
+def _placed(path: Path, name: str, tensor: torch.Tensor, *, records: Mapping[int, int]) -> TensorOnDisk:
     _plain(path, name, tensor)
     record = _data_offset(tensor)
     assert record is not None

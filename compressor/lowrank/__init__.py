@@ -31,6 +31,7 @@ from compressor.lowrank.rewriting import (
 from compressor.lowrank.spec import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import (
     TRANSPOSED,
+    DenseWeights,
     Factors,
     StoredPair,
     approximate,
@@ -57,6 +58,7 @@ __all__ = [
     "MERGE_KEY",
     "METADATA_KEY",
     "TRANSPOSED",
+    "DenseWeights",
     "FactoredWeight",
     "Factors",
     "LayerSpec",

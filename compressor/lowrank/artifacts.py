@@ -76,7 +76,7 @@ def compressed_artifact(
         shard_size=shard_size if checkpoint.form == "folder" else None,
         companions_of=checkpoint,
         documents=documents,
-        module=None if module is None else partial(rewritten_module, rewriting, module, where, errors),
+        module=None if module is None else partial(rewritten_module, rewriting, module, where, done=errors),
     )
 
 

@@ -31,7 +31,7 @@ class FactoredWeight(nn.Module):
     last_up: Tensor | None
     last_product: Tensor | None
 
-    def __init__(self, shape: tuple[int, ...], form: Form, rank: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], form: Form, rank: int, *, device: torch.device) -> None:
         super().__init__()
         self.shape, self.form, self.rank = shape, form, rank
         if form == "pivoted":
@@ -99,7 +99,9 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def put_factors(module: nn.Module, parameter: str, form: Form, rank: int, like: Tensor, shape: tuple[int, ...]) -> None:
+def put_factors(
+    module: nn.Module, parameter: str, form: Form, *, rank: int, like: Tensor, shape: tuple[int, ...]
+) -> None:
     """Put unfilled factors in the place of a parameter, in the dtype, on the device and as trainable as `like`.
 
     The module itself is changed; the parameter need not have values.
@@ -107,7 +109,9 @@ def put_factors(module: nn.Module, parameter: str, form: Form, rank: int, like: 
     device = like.device
     # Only its shape is needed, and it may be large.
     module._parameters[parameter] = nn.Parameter(like.new_empty(shape, device="meta"), like.requires_grad)
-    parametrize.register_parametrization(module, parameter, FactoredWeight(shape, form, rank, device), unsafe=True)
+    parametrize.register_parametrization(
+        module, parameter, FactoredWeight(shape, form, rank, device=device), unsafe=True
+    )
     factors = module.parametrizations[parameter]  # type: ignore[index]
     assert isinstance(factors, nn.Module)
     for name, tensor in factors.named_parameters(recurse=False):
@@ -118,7 +122,7 @@ def put_factors(module: nn.Module, parameter: str, form: Form, rank: int, like: 
     _tell_recurrent(module)
 
 
-def fill_factors(module: nn.Module, parameter: str, down: Tensor, up: Tensor, order: Tensor | None) -> None:
+def fill_factors(module: nn.Module, parameter: str, *, down: Tensor, up: Tensor, order: Tensor | None) -> None:
     """Give the factors of a parameter their values: the tensors themselves, not copies of them."""
     lists: Any = module.parametrizations
     factors = lists[parameter]
@@ -186,7 +190,7 @@ def _as_registered(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
                 state[registered] = state.pop(stored)
 
 
-def can_be_pair(root: nn.Module, name: str, parameter: str, kind: Kind) -> bool:
+def can_be_pair(root: nn.Module, name: str, parameter: str, *, kind: Kind) -> bool:
     """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
     modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     layer, parent = modules[name], modules.get(name.rpartition(".")[0])

@@ -408,7 +408,7 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
                 setattr(module, name, others | factors)
 
 
-def put_pair(root: nn.Module, name: str, form: str, rank: int) -> nn.Module:
+def put_pair(root: nn.Module, name: str, form: str, *, rank: int) -> nn.Module:
     """Put an unfilled low-rank layer in the place of a dense one and of a head tied to it, and return the tree.
 
     It takes all the places that the dense layer has in the tree. ValueError for a layer that cannot be factorized.

@@ -66,7 +66,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, layer in layers.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
-                put_pair(model, place, layer.form, layer.rank)
+                put_pair(model, place, layer.form, rank=layer.rank)
                 _spare_initialization(model, place.rpartition(".")[0])
         self._names = set(model.state_dict())
         return model

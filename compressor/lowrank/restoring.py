@@ -33,11 +33,11 @@ def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dty
         carry_hooks(low_rank, dense)
         module = put_layer(module, name, dense.train(low_rank.training))
         if (head := heads[name]) is not None:
-            _tie(module, architecture, head, dense)
+            _tie(module, architecture, head=head, embedding=dense)
     return fuse_experts(module)
 
 
-def _tie(module: nn.Module, architecture: nn.Module, head: str, embedding: nn.Module) -> None:
+def _tie(module: nn.Module, architecture: nn.Module, *, head: str, embedding: nn.Module) -> None:
     """Put a linear layer in the place of a head that was tied to a low-rank embedding, and tie it to the dense one.
 
     A transformers model is told.

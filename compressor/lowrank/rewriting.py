@@ -83,7 +83,7 @@ def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
     infos = [rewriting.info(name) for name in rewriting.passed_through]
     for layer, plan in rewriting.factorized:
         bias = None if layer.bias is None else rewriting.info(layer.bias)
-        infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias)
+        infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
     return infos
 
 
@@ -104,28 +104,28 @@ def rewritten_tensors(
             require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
     for layer, plan in rewriting.factorized:
-        factors = _factors(rewriting, layer, plan, device)
+        factors = _factors(rewriting, layer, plan, device=device)
         yield from factors.tensors.items()
         done(layer.name, factors.error)
 
 
-def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
-    factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device)
+def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, device: torch.device) -> Factors:
+    factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device=device)
     for name, tensor in factors.tensors.items():
         require_in_range(name, tensor)
     return factors
 
 
-def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
+def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, device: torch.device) -> Factors:
     weight = rewriting.checkpoint.read(layer.tensor).to(device)
     bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, rewriting.checkpoint.source)
-    return factorize(layer, plan, weight, bias)
+    return factorize(layer, plan, weight, bias=bias)
 
 
 def rewritten_module(
-    rewriting: Rewriting, module: nn.Module, device: torch.device, done: Callable[[str, float], None]
+    rewriting: Rewriting, module: nn.Module, device: torch.device, *, done: Callable[[str, float], None]
 ) -> nn.Module:
     """A copy of `module` with low-rank layers; the weights that are factorized are never copied.
 
@@ -137,13 +137,13 @@ def rewritten_module(
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan in rewriting.factorized:
-        factors = _factors(rewriting, layer, plan, device)
+        factors = _factors(rewriting, layer, plan, device=device)
         if layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
-            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like, factors.tensors)
+            _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like=like, tensors=factors.tensors)
         else:
             copied = compressed.get_submodule(layer.module)
-            low_rank = filled_layer(layer, plan, dense[layer.name], factors.tensors, copied)
+            low_rank = filled_layer(layer, plan, dense[layer.name], tensors=factors.tensors, copied=copied)
             carry_state_hooks(copied, low_rank)
             for place in (layer.module, *layer.places):
                 compressed = put_layer(compressed, place, low_rank)
@@ -165,7 +165,7 @@ def rewritten_module(
 
 
 def filled_layer(
-    layer: Layer, plan: LayerPlan, dense: nn.Module, tensors: Mapping[str, Tensor], copied: nn.Module | None = None
+    layer: Layer, plan: LayerPlan, dense: nn.Module, *, tensors: Mapping[str, Tensor], copied: nn.Module | None = None
 ) -> nn.Module:
     """The low-rank layer that takes the place of a dense one, with the numbers that stand for it, and its hooks.
 
@@ -175,7 +175,7 @@ def filled_layer(
     assert plan.rank is not None
     if layer.kind == "parameter":
         copied = to_be_factored(dense)
-        _put_filled_factors(copied, layer, plan, getattr(dense, layer.parameter), tensors)
+        _put_filled_factors(copied, layer, plan, like=getattr(dense, layer.parameter), tensors=tensors)
         return copied
     low_rank = low_rank_layer(dense, plan.form, plan.rank)
     prefix = f"{layer.name}." if layer.name else ""
@@ -194,12 +194,12 @@ def filled_layer(
 
 
 def _put_filled_factors(
-    owner: nn.Module, layer: Layer, plan: LayerPlan, like: Tensor, tensors: Mapping[str, Tensor]
+    owner: nn.Module, layer: Layer, plan: LayerPlan, *, like: Tensor, tensors: Mapping[str, Tensor]
 ) -> None:
     assert plan.rank is not None
-    put_factors(owner, layer.parameter, plan.form, plan.rank, like, layer.tensor_shape)
+    put_factors(owner, layer.parameter, plan.form, rank=plan.rank, like=like, shape=layer.tensor_shape)
     values = {role: tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
     down, up, order = values.values()
     assert down is not None
     assert up is not None
-    fill_factors(owner, layer.parameter, down, up, order)
+    fill_factors(owner, layer.parameter, down=down, up=up, order=order)

@@ -78,7 +78,7 @@ def join(name: str, tensor: str) -> str:
     return f"{name}.{tensor}" if name else tensor
 
 
-def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, bias: TensorInfo | None) -> list[TensorInfo]:
+def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, *, bias: TensorInfo | None) -> list[TensorInfo]:
     """Names, shapes and dtypes of the tensors that will stand for a layer, before any of them is computed."""
     assert plan.rank is not None
     (d_out, d_in), rank = layer.shape, plan.rank
@@ -113,6 +113,15 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class DenseWeights:
+    """The weights of a layer before it is factorized: its `d_out x d_in` matrix in float64, its bias, and its dtype."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Factors:
     """The tensors that stand for a layer, and the relative error of the matrix that they give as they are stored."""
 
@@ -121,7 +130,7 @@ class Factors:
 
 
 def factorize(
-    layer: Layer, plan: LayerPlan, weight: Tensor, bias: Tensor | None, metric: Metric | TiedMetric | None = None
+    layer: Layer, plan: LayerPlan, weight: Tensor, *, bias: Tensor | None, metric: Metric | TiedMetric | None = None
 ) -> Factors:
     """The factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
 
@@ -130,8 +139,8 @@ def factorize(
     """
     matrix = as_matrix(layer, weight).to(torch.float64)
     pair = approximate(layer, plan, matrix, metric=metric)
-    tensors = stored_tensors(layer, plan, pair, matrix, bias, metric, weight.dtype)
-    return Factors(tensors, stored_error(layer, plan, tensors, matrix, metric))
+    tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(matrix, bias, weight.dtype), metric=metric)
+    return Factors(tensors, stored_error(layer, plan, tensors, matrix=matrix, metric=metric))
 
 
 def approximate(
@@ -156,15 +165,15 @@ def stored_tensors(
     layer: Layer,
     plan: LayerPlan,
     pair: FactorPair | SpatialPair,
-    matrix: Tensor,
-    bias: Tensor | None,
+    *,
+    dense: DenseWeights,
     metric: Metric | TiedMetric | None,
-    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """The tensors by which a pair stands for a layer, in its planned form and in `dtype`.
+    """The tensors by which a pair stands for a layer, in its planned form and the dtype of the dense one.
 
     Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
     """
+    matrix, bias, dtype = dense.matrix, dense.bias, dense.dtype
     stored: FactorPair | PivotedPair | SpatialPair
     if plan.form == "pivoted":
         assert isinstance(pair, FactorPair)
@@ -182,7 +191,7 @@ def stored_tensors(
         if isinstance(metric, Metric) and metric.mean is not None:
             bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
-    infos = pair_infos(layer, plan, dtype, None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
+    infos = pair_infos(layer, plan, dtype, bias=None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     return {info.name: _row_major(value.reshape(info.shape)) for info, value in zip(infos, values, strict=True)}
 
 
@@ -208,7 +217,7 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 
 def stored_error(
-    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], matrix: Tensor, metric: Metric | TiedMetric | None
+    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], *, matrix: Tensor, metric: Metric | TiedMetric | None
 ) -> float:
     """The relative error of a layer: how far what is stored is from its dense matrix, beside the matrix itself.
 

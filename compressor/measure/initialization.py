@@ -49,12 +49,11 @@ def surviving_initialization(
     singular_values: Sequence[float] | np.ndarray[Any, Any],
     *,
     init_std: float | None,
-    decayed: bool = True,
 ) -> SurvivingInitialization:
     """How much of its initialization a trained matrix keeps, and how many singular values exceed the rest of it.
 
-    `shape` is (d_out, d_in), a convolution's d_in being channels x kernel positions; `singular_values` are
-    the trained matrix's, in its unit; `decayed` says whether the matrix gets weight decay. `init_std` is the
+    `recipe` is the matrix's own, its weight decay 0 if it gets none. `shape` is (d_out, d_in), a convolution's d_in
+    being channels x kernel positions; `singular_values` are the trained matrix's, in its unit. `init_std` is the
     standard deviation of the initial entries, None if unknown: `initializer_range` in most transformers
     configurations, 1/sqrt(3 d_in) for `torch.nn.Linear` and `torch.nn.Conv2d` (uniform in +-1/sqrt(d_in)).
 
@@ -68,7 +67,7 @@ def surviving_initialization(
             f"the standard deviation of the initialization is {sigma}",
             remedy="pass a number from 0 on, or None if it is unknown",
         )
-    exponent, reason = forgetting_exponent(recipe, decayed=decayed)
+    exponent, reason = forgetting_exponent(recipe)
     if exponent is None:
         return SurvivingInitialization(None, None, sigma, None, None, reason)
     share = math.exp(-exponent)

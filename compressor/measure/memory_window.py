@@ -15,7 +15,7 @@ et al. (2022, arXiv:2206.05794, Lemma 3.2) with their mu*lambda = lr*wd/2.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -85,7 +85,6 @@ def memory_window(
     shape: tuple[int, int],
     uses: int | None,
     *,
-    decayed: bool = True,
     epsilon: float = EPSILON,
     gradient_span: int | None = None,
     norm_ratio: float | None = None,
@@ -103,13 +102,12 @@ def memory_window(
     own rate. If n exceeds T, only W_T - p_T W_0 has rank at most B*R*T.
 
     Args:
-        recipe: How the model was trained. With gradient accumulation and several processes B is the examples of all of
-            them together.
+        recipe: How the matrix was trained; its weight decay is 0 if it gets none (`TrainingRecipe.of_parameter`). With
+            gradient accumulation and several processes B is the examples of all of them together.
         shape: `(d_out, d_in)` of the matrix.
         uses: R, how often one example uses the matrix; None if unknown. It is 1 for a dense layer on vectors, the
             output positions of a convolution, the patches or tokens (without padding) of a transformer's projection,
             and for an expert the tokens routed to it.
-        decayed: Whether the matrix gets weight decay.
         epsilon: The share of the matrix that may be older than the window, between 0 and 1.
         gradient_span: The dimension of a space that contains the rows, or the columns, of all gradients, if one is
             known; it caps both bounds. For the last layer of a classifier of C classes under softmax cross-entropy it
@@ -138,8 +136,8 @@ def memory_window(
         raise BadInput(f"no matrix has {sizes}", remedy="pass positive numbers, or None for what is unknown")
     if norm_ratio is not None and not 0 < norm_ratio < math.inf:
         raise BadInput(f"norm_ratio = {norm_ratio!r} is no ratio of norms", remedy="pass a positive number, or None")
-    exponent, _ = forgetting_exponent(recipe, decayed=decayed)
-    if _forgets(recipe, decayed):
+    exponent, _ = forgetting_exponent(recipe)
+    if _forgets(recipe):
         steps, exceeds, reason = _window(recipe, epsilon)
     else:
         steps, exceeds, reason = (
@@ -148,9 +146,9 @@ def memory_window(
             "no window: without weight decay, or at a learning rate of 0, nothing is forgotten",
         )
     bound, vacuous = None, None
-    learned = _rank_written(recipe, uses, recipe.total_steps, gradient_span)
+    learned = _rank_written(recipe, uses, recipe.total_steps, span=gradient_span)
     if steps is not None and not reason:
-        bound = _rank_written(recipe, uses, steps, gradient_span)
+        bound = _rank_written(recipe, uses, steps, span=gradient_span)
         if bound is not None:
             vacuous = bound >= min(shape)
             if vacuous:
@@ -187,7 +185,7 @@ def _why_unbounded(recipe: TrainingRecipe) -> str:
     return "uses per example are unknown (`sequence_length` of the recipe; 1 for vectors)"
 
 
-def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, span: int | None) -> int | None:
+def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, *, span: int | None) -> int | None:
     """The largest rank that this many steps can have written; None if no bound is known."""
     if recipe.family != "sgd":
         return None
@@ -198,13 +196,13 @@ def _rank_written(recipe: TrainingRecipe, uses: int | None, steps: int | None, s
     return min(bounds, default=None)
 
 
-def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tuple[float | None, str]:
+def forgetting_exponent(recipe: TrainingRecipe) -> tuple[float | None, str]:
     """K, where exp(-K) of the initialization is still in the trained weights; else None, and why.
 
     Exactly -log|p_T| (module docstring): -sum_t log|1 - lr_t wd| without momentum or with decoupled decay,
     nearly -sum_t log|1 - lr_t wd / (1 - momentum)| with momentum. Infinite if nothing is left.
     """
-    if not _forgets(recipe, decayed):
+    if not _forgets(recipe):
         return 0.0, ""
     unknown = _unknown_in_update(recipe) or recipe.unknown_in_schedule
     if unknown:
@@ -213,12 +211,11 @@ def forgetting_exponent(recipe: TrainingRecipe, *, decayed: bool = True) -> tupl
     return (exponent, "") if exponent >= 0 else (None, _NO_CONTRACTION)
 
 
-def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Retention:
+def retention(recipe: TrainingRecipe, steps: int) -> Retention:
     """How much of the weights and of the momentum buffer `steps` before the end is in the final weights.
 
     Raises `BadInput` if the recipe does not determine it, or has fewer steps.
     """
-    recipe = recipe if decayed else replace(recipe, weight_decay=0.0)
     unknown = _unknown_in_update(recipe) or recipe.unknown_in_schedule
     if unknown:
         raise BadInput(f"what training retains is unknown: {unknown}", remedy="complete the training recipe")
@@ -228,9 +225,9 @@ def retention(recipe: TrainingRecipe, steps: int, *, decayed: bool = True) -> Re
     return Retention(p * math.exp(log_scale), q * math.exp(log_scale))
 
 
-def _forgets(recipe: TrainingRecipe, decayed: bool) -> bool:
+def _forgets(recipe: TrainingRecipe) -> bool:
     """False if the optimizer only adds to the weights."""
-    return decayed and recipe.weight_decay != 0 and recipe.learning_rate != 0
+    return recipe.weight_decay != 0 and recipe.learning_rate != 0
 
 
 def _unknown_in_update(recipe: TrainingRecipe) -> str:

@@ -120,13 +120,13 @@ def first_step_below(recipe: TrainingRecipe, epsilon: float) -> int | None:
         peak = recipe.learning_rate if done + length < total else None
         left = after(length).log_left(peak)
         if left <= threshold:
-            return done + _first_below(after, length, threshold, recipe.learning_rate, before, left)
+            return done + _first_below(after, length, threshold, peak=recipe.learning_rate, first=before, last=left)
         before, done = left, done + length
     return None
 
 
 def _first_below(
-    after: Callable[[int], _State], length: int, threshold: float, peak: float | None, first: float, last: float
+    after: Callable[[int], _State], length: int, threshold: float, *, peak: float | None, first: float, last: float
 ) -> int:
     """Where a stretch falls below a threshold; the retained share rises at most once on it, and then falls."""
     low, high, halve = 0, length, False
@@ -153,9 +153,9 @@ def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
     weak = peak * step.decay < _WEAK_DECAY and _forgetting(step, peak) is not None
     done = 0
     for start, stop in _smooth(recipe, step):
-        burn = _steps_to_forget(recipe, step, start, stop)
-        exact, shortcut = _shortcut(recipe, step, start, stop, burn)
-        for now in _one_by_one(recipe, step, state, exact, stop, weak=weak):
+        burn = _steps_to_forget(recipe, step, start=start, stop=stop)
+        exact, shortcut = _shortcut(recipe, step, start=start, stop=stop, burn=burn)
+        for now in _one_by_one(recipe, step, state, start=exact, stop=stop, weak=weak):
             state = now
             yield 1, _always(now)
             done += 1
@@ -169,21 +169,21 @@ def _walk_back(recipe: TrainingRecipe) -> Iterator[_Stretch]:
             yield exact - start - 1, after
             state = after(exact - start - 1)
             done += exact - start
-            for now in _one_by_one(recipe, step, state, start, start + 1, weak=weak):
+            for now in _one_by_one(recipe, step, state, start=start, stop=start + 1, weak=weak):
                 state = now
                 yield 1, _always(now)
     if total:
-        for now in _one_by_one(recipe, recursion_of(recipe, first=True), state, 0, 1, weak=weak):
+        for now in _one_by_one(recipe, recursion_of(recipe, first=True), state, start=0, stop=1, weak=weak):
             yield 1, _always(now)
 
 
 def _shortcut(
-    recipe: TrainingRecipe, step: Recursion, start: int, stop: int, burn: int | None
+    recipe: TrainingRecipe, step: Recursion, *, start: int, stop: int, burn: int | None
 ) -> tuple[int, Callable[[_State], Callable[[int], _State]] | None]:
     """The step down to which a stretch is walked one by one, and a function for the rest, if there is one."""
     if burn is not None and stop - start > 2 * burn + _LEAST_STRETCH:
         end = stop - burn
-        return end, lambda state: _smooth_stretch(recipe, step, state, start, end, burn)
+        return end, lambda state: _smooth_stretch(recipe, step, state, start=start, end=end, burn=burn)
     first, last = recipe.learning_rates_at(np.array([float(start), float(stop - 1)]))
     if burn is None and first == last and stop - start > 2 * _CHUNK:
         return stop - _CHUNK, lambda state: _constant_stretch(step.matrix(float(first)), state)
@@ -214,7 +214,7 @@ def _always(state: _State) -> Callable[[int], _State]:
 
 
 def _one_by_one(
-    recipe: TrainingRecipe, step: Recursion, state: _State, start: int, stop: int, *, weak: bool
+    recipe: TrainingRecipe, step: Recursion, state: _State, *, start: int, stop: int, weak: bool
 ) -> Iterator[_State]:
     """The states after each of the steps `stop` - 1 down to `start`."""
     p, q, log_scale = state
@@ -234,7 +234,7 @@ def _one_by_one(
 
 
 def _smooth_stretch(
-    recipe: TrainingRecipe, step: Recursion, state: _State, start: int, end: int, burn: int
+    recipe: TrainingRecipe, step: Recursion, state: _State, *, start: int, end: int, burn: int
 ) -> Callable[[int], _State]:
     """The states after some of the steps from `end` down to `start`, while r follows the learning rate."""
     log_before = math.log(abs(state.p)) + state.log_scale if state.p else -math.inf
@@ -244,7 +244,7 @@ def _smooth_stretch(
         half = steps / 2
         nodes = begin - 0.5 + half * (1 + _NODES)
         at = np.concatenate([nodes, [end - 1.0, float(end), begin - 1.0, float(begin)]])
-        logs, ratios = _following(recipe, step, at, march)
+        logs, ratios = _following(recipe, step, at, march=march)
         # A sum is the integral around its points less the change of the slope / 24.
         slopes = (logs[-3] - logs[-4]) - (logs[-1] - logs[-2])
         total = float(half * (_WEIGHTS * logs[: len(nodes)]).sum() - slopes / 24)
@@ -256,7 +256,7 @@ def _smooth_stretch(
     return after
 
 
-def _following(recipe: TrainingRecipe, step: Recursion, at: _Array, march: int) -> tuple[_Array, _Array]:
+def _following(recipe: TrainingRecipe, step: Recursion, at: _Array, *, march: int) -> tuple[_Array, _Array]:
     """log(1 + u) of the steps `at`, and r after them, where r follows the learning rate.
 
     r at one learning rate is corrected for its change by taking the error of a step for that of all steps around it;
@@ -294,11 +294,11 @@ def _smooth(recipe: TrainingRecipe, step: Recursion) -> Iterator[tuple[int, int]
     corners = {1, total, recipe.warmup_length, *(recipe.step_milestones or () if recipe.schedule == "step" else ())}
     inside = sorted(corner for corner in corners if 1 <= corner <= total)
     for start, stop in reversed(list(pairwise(inside))):
-        change = _change(recipe, step, start, stop)
+        change = _change(recipe, step, start=start, stop=stop)
         yield from ((change, stop), (start, change)) if change is not None else ((start, stop),)
 
 
-def _change(recipe: TrainingRecipe, step: Recursion, start: int, stop: int) -> int | None:
+def _change(recipe: TrainingRecipe, step: Recursion, *, start: int, stop: int) -> int | None:
     """The step from which weight decay is no longer, or not yet, weak on a stretch on which the rate is monotone."""
 
     def weak(at: int) -> bool:
@@ -314,7 +314,7 @@ def _change(recipe: TrainingRecipe, step: Recursion, start: int, stop: int) -> i
     return high
 
 
-def _steps_to_forget(recipe: TrainingRecipe, step: Recursion, start: int, stop: int) -> int | None:
+def _steps_to_forget(recipe: TrainingRecipe, step: Recursion, *, start: int, stop: int) -> int | None:
     """The steps after which r has forgotten its start, anywhere on a stretch; None if it does not, or too slowly."""
     rates = recipe.learning_rates_at(np.array([float(start), float(stop - 1)]))
     shares = [_forgetting(step, float(rate)) for rate in rates]

@@ -80,7 +80,9 @@ class EmbeddingCollector:
 
     def __enter__(self) -> None:
         for name, (embedding, head) in self._embeddings.items():
-            self._handles.append(embedding.register_forward_hook(self._lookup_hook(name), with_kwargs=True))
+            assert isinstance(embedding.weight, Tensor)
+            hook = self._lookup_hook(name, vocabulary=len(embedding.weight))
+            self._handles.append(embedding.register_forward_hook(hook, with_kwargs=True))
             if head is not None:
                 self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
 
@@ -140,15 +142,16 @@ class EmbeddingCollector:
             uses=made / self._predictions,
         )
 
-    def _lookup_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        def hook(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+    def _lookup_hook(
+        self, name: str, vocabulary: int
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
             kept = kept_rows(tokens[..., None], self._masks).flatten()
-            assert isinstance(layer.weight, Tensor)
-            counts = torch.bincount(kept, minlength=layer.weight.shape[0])
+            counts = torch.bincount(kept, minlength=vocabulary)
 
             def used(gradient: Tensor) -> None:
-                self._add(name, "tokens", counts.to(torch.float64), kept.numel())
+                self._add(name, "tokens", counts.to(torch.float64), positions=kept.numel())
                 self._add_product(name, "gradients", gradient)
 
             output.requires_grad_(True)
@@ -181,8 +184,8 @@ class EmbeddingCollector:
             chances = kept_rows(made.detach().float().softmax(-1), self._masks)
             chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
             weighted = chances * kept_rows(slope, self._masks).float().square()
-            self._add(name, "chances", chances.sum(0, dtype=torch.float64), len(chances))
-            self._add(name, "logits", weighted.sum(0, dtype=torch.float64), len(chances))
+            self._add(name, "chances", chances.sum(0, dtype=torch.float64), positions=len(chances))
+            self._add(name, "logits", weighted.sum(0, dtype=torch.float64), positions=len(chances))
 
     def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
         vectors = kept_rows(vectors, self._masks).float()
@@ -192,8 +195,8 @@ class EmbeddingCollector:
                 f"the {what} at embedding {name} are not finite on the calibration data",
                 remedy="use the model in a wider dtype, or leave the embedding out with `exclude`",
             )
-        self._add(name, what, product, len(vectors))
+        self._add(name, what, product, positions=len(vectors))
 
-    def _add(self, name: str, what: str, values: Tensor, positions: int) -> None:
+    def _add(self, name: str, what: str, values: Tensor, *, positions: int) -> None:
         self._sums[name, what] = self._sums[name, what] + values if (name, what) in self._sums else values
         self._positions[name, what] = self._positions.get((name, what), 0) + positions

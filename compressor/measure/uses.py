@@ -16,7 +16,7 @@ from compressor.network import Architecture, Layer
 
 
 def uses_per_example(
-    layers: tuple[Layer, ...], architecture: Architecture | None, folder: Path | None, sequence_length: int | None
+    layers: tuple[Layer, ...], architecture: Architecture | None, folder: Path | None, *, sequence_length: int | None
 ) -> dict[str, int | None]:
     """Positions per example at which each layer's matrix is applied, by layer name; None if unknown.
 

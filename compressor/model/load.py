@@ -26,12 +26,12 @@ def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
                 remedy="use the function that builds the model that was compressed",
             )
         try:
-            if can_be_pair(module, place, parameter, pair.kind):
-                module = put_pair(module, place, pair.form, pair.rank)
+            if can_be_pair(module, place, parameter, kind=pair.kind):
+                module = put_pair(module, place, pair.form, rank=pair.rank)
                 continue
             if pair.kind in TRANSPOSED or tuple(dense.shape) != pair.tensor_shape:
                 raise ValueError(f"{type(owner).__name__} with a weight of {tuple(dense.shape)}")
-            put_factors(owner, parameter, pair.form, pair.rank, dense, pair.tensor_shape)
+            put_factors(owner, parameter, pair.form, rank=pair.rank, like=dense, shape=pair.tensor_shape)
             # A layer that no module told from an ordinary one: its bias stays where its own code has it.
             names[join(pair.name, "up.bias")] = join(pair.name, "bias")
         except ValueError as error:

@@ -35,7 +35,9 @@ def inspect_layers(
 ) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
     recipe, architecture = subject.recipe, subject.architecture
-    uses = uses_per_example(subject.layers, architecture, subject.checkpoint.directory, recipe.sequence_length)
+    uses = uses_per_example(
+        subject.layers, architecture, subject.checkpoint.directory, sequence_length=recipe.sequence_length
+    )
     eligible = [layer for layer in subject.layers if layer.eligible]
     inspected: dict[str, InspectedLayer] = {}
     for done, layer in enumerate(eligible, start=1):

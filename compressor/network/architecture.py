@@ -82,7 +82,7 @@ def transformers_architecture(folder: Path) -> Architecture | None:
         return None
     known = model.state_dict()
     conversions = without_merges(name_conversions(model), known)
-    return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, known))
+    return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, names=known))
 
 
 def transformers_module(folder: Path) -> Any | None:

@@ -51,7 +51,7 @@ def without_merges(conversions: Sequence[Any], names: Collection[str]) -> list[A
     return kept
 
 
-def name_in_model(name: str, conversions: Sequence[Any], model_prefix: str, names: dict[str, Any]) -> str | None:
+def name_in_model(name: str, conversions: Sequence[Any], model_prefix: str, *, names: dict[str, Any]) -> str | None:
     """The name in a model of a tensor in a file; None if it is assembled from several or not among `names`."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

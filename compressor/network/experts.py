@@ -20,7 +20,7 @@ from compressor.network.conversions import merged_experts, name_conversions
 class Expert(nn.Module):
     """One expert: `y = down(act(gate(x)) * up(x))`, with its layers under their names in the file."""
 
-    def __init__(self, names: Sequence[str], gate: Tensor, up: Tensor, down: Tensor, activation: nn.Module) -> None:
+    def __init__(self, names: Sequence[str], *, gate: Tensor, up: Tensor, down: Tensor, activation: nn.Module) -> None:
         super().__init__()
         self.names = tuple(names)
         for name, weight in zip(self.names, (gate, up, down), strict=True):
@@ -51,7 +51,7 @@ class SeparateExperts(nn.Module):
         self.config, self.kind = fused.config, type(fused)
         for index, (gate_up, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
             gate, up = gate_up.chunk(2)
-            self.add_module(str(index), Expert(names, gate, up, down, fused.act_fn))
+            self.add_module(str(index), Expert(names, gate=gate, up=up, down=down, activation=fused.act_fn))
         self.train(fused.training)
 
     @property

@@ -53,7 +53,7 @@ def stored_parameters(shape: tuple[int, int], form: Form, rank: Count) -> Count:
     return rank * (d_out + d_in)
 
 
-def stored_bytes(shape: tuple[int, int], form: Form, rank: Count, itemsize: int) -> Count:
+def stored_bytes(shape: tuple[int, int], form: Form, rank: Count, *, itemsize: int) -> Count:
     """Bytes of the numbers that `stored_parameters` counts: `itemsize` each, and int32 for the order."""
     order = shape[0] if form == "pivoted" else 0
     return (stored_parameters(shape, form, rank) - order) * itemsize + order * 4

@@ -225,7 +225,7 @@ def _from_architecture(
             layers.append(Layer(name, name, tensor, None, "other", shape, _flattened(shape), reason))
             continue
         reader = directly_read_by(owner, modules.get(place.rpartition(".")[0]))
-        layer = _from_module(tensor, shapes, owner, parameter, reader)
+        layer = _from_module(tensor, shapes, owner, parameter=parameter, reader=reader)
         places = tuple(name for name in names[id(owner)] if name != place)
         layer = replace(layer, module=place, parameter=parameter, places=places)
         if again := [name for name in places if f"{name}.{parameter}" in stored]:
@@ -336,13 +336,13 @@ def _bias(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _from_module(
-    tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str, reader: nn.Module | None
+    tensor: str, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, *, parameter: str, reader: nn.Module | None
 ) -> Layer:
     """The layer of a known module: its class decides."""
     shape, name = shapes[tensor], layer_name(tensor)
     layer = Layer(name, name, tensor, _bias(tensor, shapes), "other", shape, _flattened(shape))
     if parameter != "weight" or (reader is not None and type(owner).__name__.endswith("Linear")):
-        return _as_parameter(layer, shapes, owner, parameter)
+        return _as_parameter(layer, shapes, owner, parameter=parameter)
     if isinstance(owner, nn.Embedding):
         layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
         if type(owner) is not nn.Embedding:
@@ -361,10 +361,10 @@ def _from_module(
             return layer
         depthwise = owner.groups == owner.in_channels
         return replace(layer, skip="depthwise" if depthwise else f"{owner.groups} groups")
-    return _as_parameter(layer, shapes, owner, parameter)
+    return _as_parameter(layer, shapes, owner, parameter=parameter)
 
 
-def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, parameter: str) -> Layer:
+def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, *, parameter: str) -> Layer:
     """A matrix that the module uses in code of its own, if its module or name says that it is one."""
     layer, matrix = replace(layer, bias=None), len(layer.tensor_shape) == 2
     if isinstance(owner, nn.LayerNorm | nn.RMSNorm | nn.EmbeddingBag):

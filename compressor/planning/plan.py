@@ -257,7 +257,7 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> L
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
     parameters = stored_parameters(factorized_shape(layer, form), form, rank)
-    in_bytes = stored_bytes(factorized_shape(layer, form), form, rank, measured.itemsize)
+    in_bytes = stored_bytes(factorized_shape(layer, form), form, rank, itemsize=measured.itemsize)
     if parameters >= layer.parameters or in_bytes > _most_bytes(measured):
         saving = (
             "not be smaller"
@@ -271,7 +271,7 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> L
 
 def _most_bytes(m: MeasuredLayer) -> float:
     """The most bytes that a pair may take to be worth its slower products."""
-    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, "dense", 0, m.itemsize)
+    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, "dense", 0, itemsize=m.itemsize)
 
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
@@ -440,7 +440,7 @@ def plan_by_file_size(
 
     def beside(layers: tuple[LayerPlan, ...]) -> int:
         numbers = sum(
-            stored_bytes(factorized_shape(m.layer, layer.form), layer.form, layer.rank or 0, m.itemsize)
+            stored_bytes(factorized_shape(m.layer, layer.form), layer.form, layer.rank or 0, itemsize=m.itemsize)
             for m, layer in zip(measured, layers, strict=True)
         )
         return file_bytes(layers) - numbers
@@ -495,18 +495,18 @@ def layer_choices(
     def cost(form: Form, ranks: Count) -> Count:
         if unit == "parameters":
             return parameters(form, ranks)
-        return stored_bytes(factorized_shape(layer, form), form, ranks, m.itemsize)
+        return stored_bytes(factorized_shape(layer, form), form, ranks, itemsize=m.itemsize)
 
     largest, capped = layer.parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
         at_cap = form_for(layer, m.rank_cap, request), m.rank_cap
-        in_bytes = stored_bytes(layer.shape, *at_cap, m.itemsize)
+        in_bytes = stored_bytes(layer.shape, *at_cap, itemsize=m.itemsize)
         capped = parameters(*at_cap) <= largest and in_bytes <= _most_bytes(m)
         largest = parameters(*at_cap) if capped else largest
     forms: list[Form] = []
     ranks, costs, errors = [], [], []
     for form, own in _ranks_of_forms(m, request):
-        stored = stored_bytes(factorized_shape(layer, form), form, own, m.itemsize)
+        stored = stored_bytes(factorized_shape(layer, form), form, own, itemsize=m.itemsize)
         fitting = own[(parameters(form, own) <= largest) & (stored <= _most_bytes(m))]
         forms += [form] * len(fitting)
         ranks.append(fitting)

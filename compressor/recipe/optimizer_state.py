@@ -81,7 +81,7 @@ def read_optimizer_state(state: Mapping[Any, Any], shapes: Mapping[str, Sequence
     main = max(groups, key=lambda group: (finite_number(group.get("weight_decay")) or 0) > 0 and _size(group))
     main = max((g for g in groups if bool(g.get("weight_decay")) == bool(main.get("weight_decay"))), key=_size)
     values, remarks = _optimizer_named(main, moments)
-    values |= _weight_decays(groups, main, moments, shapes, remarks)
+    values |= _weight_decays(groups, main, moments, shapes=shapes, remarks=remarks)
     rates = {rate for group in groups if (rate := _peak(group)) is not None}
     if len(rates) > 1:
         remarks.append(f"its {len(groups)} groups have learning rates from {min(rates):g} to {max(rates):g}")
@@ -141,6 +141,7 @@ def _weight_decays(
     groups: list[Mapping[Any, Any]],
     main: Mapping[Any, Any],
     moments: Mapping[Any, Any],
+    *,
     shapes: Mapping[str, Sequence[int]],
     remarks: list[str],
 ) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def read_scheduler_state(state: Mapping[Any, Any]) -> Schedule | None:
         low = rate is not None and floor <= _NEGLIGIBLE * rate
         return Schedule("cosine" if low else "cosine_with_min_lr", taken, length, rate=rate)
     if {"start_factor", "end_factor"} <= state.keys():
-        return _ramp(state, taken, length, rate)
+        return _ramp(state, taken=taken, length=length, rate=rate)
     if "power" in state:
         return Schedule("linear" if state["power"] == 1 else "polynomial", taken, length, rate=rate)
     name = next((name for key, name in _OTHER_SCHEDULES if key in state), "")
@@ -230,7 +231,7 @@ def _milestones(state: Mapping[Any, Any]) -> tuple[float, ...]:
     return tuple(sorted(step for step, often in steps for _ in range(often)))
 
 
-def _ramp(state: Mapping[Any, Any], taken: int | None, length: float | None, rate: float | None) -> Schedule:
+def _ramp(state: Mapping[Any, Any], *, taken: int | None, length: float | None, rate: float | None) -> Schedule:
     start, end = finite_number(state["start_factor"]), finite_number(state["end_factor"])
     if start == 1 and end == 0:
         return Schedule("linear", taken, length, rate=rate)

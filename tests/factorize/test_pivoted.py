@@ -67,10 +67,10 @@ def test_sizes_are_counted_as_stored(d_out: int, d_in: int, data: st.DataObject)
     assert stored_parameters((d_out, d_in), "plain", rank) == pair.up.numel() + pair.down.numel()
     in_pivoted = pivoted.up.numel() + pivoted.down.numel()
     assert stored_parameters((d_out, d_in), "pivoted", rank) == in_pivoted + pivoted.order.numel()
-    assert stored_bytes((d_out, d_in), "pivoted", rank, 2) == 2 * in_pivoted + 4 * d_out
+    assert stored_bytes((d_out, d_in), "pivoted", rank, itemsize=2) == 2 * in_pivoted + 4 * d_out
     assert in_pivoted <= d_out * d_in, "the numbers of a pivoted pair never exceed the dense matrix"
 
 
 @pytest.mark.parametrize("form", ["dense", "plain", "channel"])
 def test_forms_without_an_order_cost_their_numbers(form: str) -> None:
-    assert stored_bytes((8, 6), form, 2, 4) == 4 * stored_parameters((8, 6), form, 2)  # type: ignore[arg-type]
+    assert stored_bytes((8, 6), form, 2, itemsize=4) == 4 * stored_parameters((8, 6), form, 2)  # type: ignore[arg-type]

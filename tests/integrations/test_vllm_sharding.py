@@ -30,7 +30,7 @@ def stored_part(d_out: int, d_in: int, form: str, *, rank: int) -> tuple[dict[st
         return {"weight": weight}, weight
     layer = Layer("X", "X", "X.weight", None, "linear", (d_out, d_in), (d_out, d_in))
     plan = LayerPlan("X", (d_out, d_in), "linear", rank, form, 0, 0.0, "")  # type: ignore[arg-type]
-    tensors = factorize(layer, plan, weight, None).tensors
+    tensors = factorize(layer, plan, weight, bias=None).tensors
     parts = {"down": tensors["X.down.weight"], "up": tensors["X.up.weight"]}
     matrix = parts["up"] @ parts["down"]
     if form == "pivoted":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_edge_scales_with_the_initialization() -> None:
 
 
 def test_without_decay_all_of_it_is_left() -> None:
-    found = surviving_initialization(RECIPE, (100, 25), [3.1, 2.9], init_std=0.2, decayed=False)
+    found = surviving_initialization(replace(RECIPE, weight_decay=0.0), (100, 25), [3.1, 2.9], init_std=0.2)
     assert found.share == 1
     assert found.edge == pytest.approx(0.2 * (10 + 5))
     assert found.above_edge == 1

@@ -363,16 +363,16 @@ def test_window_longer_than_the_training_has_no_bound() -> None:
 
 @pytest.mark.parametrize("optimizer", ["plain", "nesterov", "adamw"])
 def test_without_decay_everything_is_retained(optimizer: str) -> None:
-    recipe = combine(optimizer, "cosine")
-    window = memory_window(recipe, shape=(4, 4), uses=1, decayed=False)
+    recipe = combine(optimizer, "cosine", weight_decay=0.0)
+    window = memory_window(recipe, shape=(4, 4), uses=1)
     assert window.steps is None
     assert window.rank_bound is None
     assert window.forgetting_exponent == 0
     assert "without weight decay" in window.reason
-    assert retention(recipe, 20, decayed=False).weights == 1
-    undecayed = combine(optimizer, "cosine", weight_decay=0.0)
-    assert responses(undecayed, 20)[0] == pytest.approx(1)
-    assert retention(recipe, 20, decayed=False).buffer == pytest.approx(responses(undecayed, 20)[1])
+    assert retention(recipe, 20).weights == 1
+    weights, buffer = responses(recipe, 20)
+    assert weights == pytest.approx(1)
+    assert retention(recipe, 20).buffer == pytest.approx(buffer)
 
 
 @pytest.mark.parametrize(

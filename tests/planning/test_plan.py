@@ -103,7 +103,7 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
     layers: list[MeasuredLayer], header: int, limit: int
 ) -> None:
     def file_bytes(plans: Any) -> int:
-        numbers = sum(stored_bytes(plan.shape, plan.form, plan.rank or 0, 4) for plan in plans)
+        numbers = sum(stored_bytes(plan.shape, plan.form, plan.rank or 0, itemsize=4) for plan in plans)
         return header + sum(len(plan.form) + len(str(plan.rank)) for plan in plans) + numbers
 
     plans = plan_by_file_size(layers, limit, "auto", file_bytes)
@@ -112,7 +112,8 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
         return
     # Refused only where rank one everywhere is too much, but for the few bytes by which plans differ in the header.
     smallest = sum(
-        min(4 * m.layer.parameters, *(stored_bytes(m.layer.shape, f, 1, 4) for f in forms_of("auto"))) for m in layers
+        min(4 * m.layer.parameters, *(stored_bytes(m.layer.shape, f, 1, itemsize=4) for f in forms_of("auto")))
+        for m in layers
     )
     assert header + smallest + 10 * len(layers) > limit
 
@@ -346,7 +347,7 @@ def test_a_layer_is_factorized_only_where_that_saves_a_twentieth_of_its_bytes(
         except BadInput:
             continue
         if chosen.rank is not None:
-            assert stored_bytes((d_out, d_in), chosen.form, chosen.rank, itemsize) <= 0.95 * dense
+            assert stored_bytes((d_out, d_in), chosen.form, chosen.rank, itemsize=itemsize) <= 0.95 * dense
         elif budget.kind == "tolerance":
             assert "would save less than 5%" in chosen.reason or "would not be smaller" in chosen.reason
 
