@@ -47,19 +47,27 @@ def evaluation_mode(device: torch.device, *models: nn.Module) -> Iterator[None]:
     That includes buffers and attributes that a forward changes. A model that is spread over several devices stays where
     it is.
     """
-    # Looked up for all before the first one moves: models may share tensors.
-    homes = [(model, _home(model)) for model in models]
-    moved = [(model, home) for model, home in homes if home not in {None, device}]
+    moved = [model for model in models if _home(model) not in {None, device}]
+    with same_attributes(*models), scratch_buffers(*models), _same_parameters(*moved), torch.no_grad():
+        for model in moved:
+            model.to(device)
+        for model in models:
+            model.eval()
+        yield
+
+
+@contextmanager
+def _same_parameters(*models: nn.Module) -> Iterator[None]:
+    """Restore the parameters of models that move: the same tensors in the same memory, which models may share."""
+    owners = {module: dict(module._parameters) for model in models for module in model.modules()}
+    values = [(parameter, parameter.data, parameter.grad) for model in models for parameter in model.parameters()]
     try:
-        with same_attributes(*models), scratch_buffers(*models), torch.no_grad():
-            for model, _ in moved:
-                model.to(device)
-            for model in models:
-                model.eval()
-            yield
+        yield
     finally:
-        for model, home in moved:
-            model.to(home)
+        for module, parameters in owners.items():
+            module._parameters.update(parameters)
+        for parameter, data, grad in values:
+            parameter.data, parameter.grad = data, grad
 
 
 def _home(model: nn.Module) -> torch.device | None:

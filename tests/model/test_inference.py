@@ -1,0 +1,62 @@
+"""A model in evaluation mode is where it is asked for, and is afterwards as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.model import evaluation_mode
+from compressor.network import SeparateExperts, with_separate_experts
+from tests.lowrank.architectures import ARCHITECTURES
+
+ELSEWHERE = torch.device("meta")
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
+
+
+def memory(model: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_that_was_moved_comes_back_to_the_same_memory(fails: bool) -> None:
+    model = network()
+    first = model[0].get_parameter("weight")
+    first.grad = torch.ones(6, 4)
+    tensors, before = dict(model.named_parameters()), memory(model)
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        with evaluation_mode(ELSEWHERE, model):
+            assert {tensor.device for tensor in model.state_dict().values()} == {ELSEWHERE}
+            assert not model.training
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    assert model.training
+    assert all(parameter is tensors[name] for name, parameter in model.named_parameters())
+    assert memory(model) == before
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(first.grad, torch.ones(6, 4))
+
+
+def test_models_that_share_weights_share_them_afterwards() -> None:
+    dense = ARCHITECTURES["mixtral"].dense()
+    apart = with_separate_experts(dense)
+    before = memory(dense), memory(apart)
+    for models in ((apart, dense), (apart,)):
+        with evaluation_mode(ELSEWHERE, *models):
+            pass
+    assert (memory(dense), memory(apart)) == before
+    assert any(isinstance(module, SeparateExperts) for module in apart.modules())
+
+
+def test_a_model_that_is_on_the_device_stays_there() -> None:
+    model = network()
+    before = memory(model)
+    with evaluation_mode(torch.device("cpu"), model):
+        during = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    assert during.items() <= before.items()
