@@ -99,7 +99,7 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
         if quiet:
             yield None
         elif console.is_terminal:
-            with _bars(console) as progress:
+            with _bars(console, time.monotonic) as progress:
                 yield progress
         else:
             if "torch" not in sys.modules:
@@ -110,8 +110,8 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress | None]:
 class _Bars:
     """One bar: of the whole command with the time left in all, or of the present step where no steps were announced."""
 
-    def __init__(self, bars: Any) -> None:
-        self._bars, self._pace, self._announced = bars, Pace(time.monotonic), False
+    def __init__(self, bars: Any, clock: Callable[[], float]) -> None:
+        self._bars, self._pace, self._announced = bars, Pace(clock), False
         # Importing the libraries takes seconds.
         self._task = bars.add_task("starting", total=None, left="")
         self._step = ""
@@ -135,13 +135,13 @@ class _Bars:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
+def _bars(console: Console, clock: Callable[[], float]) -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     with Bars(*columns, console=console, transient=True) as bars:
-        yield _Bars(bars)
+        yield _Bars(bars, clock)
 
 
 class ProgressLines:

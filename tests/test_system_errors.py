@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+import compressor
 from compressor.calibration.activation_cache import ActivationCache
 from compressor.cli.run import run
 from compressor.errors import BadInput
@@ -143,7 +144,7 @@ def test_the_command_line_never_calls_them_internal_errors(
     def fail(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("compressor.inspect", fail)
+    monkeypatch.setattr(compressor, "inspect", fail)
     assert run(["inspect", "model.safetensors", "-q"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(says)

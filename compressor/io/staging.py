@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -167,6 +168,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     function = _system_call()
     if function is None:
         return False
+    sys.audit("os.rename", str(source), str(target), -1, -1)  # as `os.rename` does
     if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
         return True
     number = ctypes.get_errno()

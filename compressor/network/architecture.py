@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from compressor.network.conversions import name_conversions, name_in_model, without_merges
 from compressor.network.experts import separate_experts
 
-_MOST_MODULES = 200_000
+# Far more modules than any published model has.
+MOST_MODULES = 200_000
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ def _sizes(module: nn.Module) -> dict[str, float]:
 
 
 @contextmanager
-def _few_modules() -> Iterator[None]:
-    """Stop building a model that has far more modules than any published one."""
+def _few_modules(most: int) -> Iterator[None]:
+    """Stop building a model that has too many modules."""
     built = 0
 
     def count(_module: nn.Module, _name: str, _submodule: nn.Module) -> None:
         nonlocal built
         built += 1
-        if built > _MOST_MODULES:
-            raise ValueError(f"more than {_MOST_MODULES:,} modules")
+        if built > most:
+            raise ValueError(f"more than {most:,} modules")
 
     hook = register_module_module_registration_hook(count)
     try:
@@ -68,12 +69,12 @@ def _few_modules() -> Iterator[None]:
         hook.remove()
 
 
-def transformers_architecture(folder: Path) -> Architecture | None:
+def transformers_architecture(folder: Path, *, most_modules: int = MOST_MODULES) -> Architecture | None:
     """Build the module tree of the `config.json` in `folder` on the meta device, with separate experts.
 
     None if transformers does not know the architecture, or cannot build it without running the checkpoint's own code.
     """
-    model = transformers_module(folder)
+    model = transformers_module(folder, most_modules=most_modules)
     if model is None:
         return None
     try:
@@ -85,7 +86,7 @@ def transformers_architecture(folder: Path) -> Architecture | None:
     return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, names=known))
 
 
-def transformers_module(folder: Path) -> Any | None:
+def transformers_module(folder: Path, *, most_modules: int = MOST_MODULES) -> Any | None:
     """The model of the `config.json` in `folder`, on the meta device; None as for `transformers_architecture`."""
     import transformers
 
@@ -94,7 +95,7 @@ def transformers_module(folder: Path) -> Any | None:
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"), _few_modules():
+        with torch.device("meta"), _few_modules(most_modules):
             build = architecture.from_config if architecture is transformers.AutoModel else architecture._from_config
             model: Any = build(config)
         model.tie_weights()

@@ -70,11 +70,15 @@ def write_report(compression: Compression, path: str | Path, *, overwrite: bool 
         >>> small = compressor.compress("model/", output="small/", keep=0.6, data="test.jsonl")
         >>> compressor.write_report(small, "report.html")
     """
-    from compressor.io import note_file, staged_file
-
     path, source = Path(path), Path(compression.source) if compression.model is None else None
     check_report_path(path, source=source, overwrite=overwrite)
-    page = report_page(compression)
+    write_page(report_page(compression), path, overwrite=overwrite)
+
+
+def write_page(page: str, path: Path, *, overwrite: bool) -> None:
+    """Write a page as a file, whole or not at all; in a folder of ours it is replaced with the folder."""
+    from compressor.io import note_file, staged_file
+
     with staged_file(path, overwrite=overwrite) as staged:
         # A name in a checkpoint may hold half a surrogate pair, which UTF-8 has no bytes for.
         staged.write_bytes(page.encode("utf-8", "backslashreplace"))

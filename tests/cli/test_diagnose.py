@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -125,7 +126,7 @@ def test_bad_requests_end_in_one_line(run_folder: Path, tmp_path: Path, capsys: 
 
 
 def test_figure_needs_matplotlib(run_folder: Path, tmp_path: Path, monkeypatch: Any, *, capsys: Captured) -> None:
-    monkeypatch.setattr("compressor.report.rank_figure.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     request = ["diagnose", DIGITS[0], "--series", str(run_folder), "-o", str(tmp_path / "ranks.svg"), "-q"]
     assert run(request) == 2
     assert "compressor[report]" in capsys.readouterr().err

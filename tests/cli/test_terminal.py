@@ -155,12 +155,11 @@ def test_something_is_shown_before_the_libraries_are_loaded(
         assert capsys.readouterr().err == "loading the libraries\n"
 
 
-def test_on_a_terminal_there_is_one_bar_for_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_there_is_one_bar_for_all_steps() -> None:
     from rich.console import Console
 
     now, shown = 0.0, io.StringIO()
-    monkeypatch.setattr("compressor.cli.terminal.time.monotonic", lambda: now)
-    with terminal._bars(Console(file=shown, force_terminal=True, width=110)) as progress:
+    with terminal._bars(Console(file=shown, force_terminal=True, width=110), lambda: now) as progress:
         progress.expect([Step("measure", (1.0,)), Step("refine", (3.0,))])  # type: ignore[attr-defined]
         now = 20.0
         progress("measure", 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import platform
 import shutil
 import signal
 import stat
@@ -12,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -30,7 +30,7 @@ from compressor.io import (
     write_json,
     write_state_dict_file,
 )
-from compressor.report import html
+from compressor.report.html import write_page
 
 W = TensorInfo("w", (1000,), torch.float32)
 
@@ -82,14 +82,18 @@ def quick_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_system_call", lambda: None)
+def no_renameat2(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A system that is not Linux, as far as the staging knows."""
+    monkeypatch.setattr(platform, "system", lambda: "another")
+    staging._system_call.cache_clear()
+    yield
+    staging._system_call.cache_clear()
 
 
 @pytest.fixture(params=["with renameat2", "without"])
-def either_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def either_system(request: pytest.FixtureRequest) -> str:
     if request.param == "without":
-        monkeypatch.setattr(staging, "_system_call", lambda: None)
+        request.getfixturevalue("no_renameat2")
     return str(request.param)
 
 
@@ -115,8 +119,6 @@ def kill_this_process_before(number: int) -> None:
         return called
 
     os.fsync, os.pwrite = counted(os.fsync), counted(os.pwrite)
-    if (rename := staging._system_call()) is not None:
-        staging._system_call = lambda: counted(rename)  # type: ignore[assignment]
     sys.addaudithook(lambda event, _: operation() if event in FILE_EVENTS else None)
 
 
@@ -163,8 +165,7 @@ def file_of(value: float) -> Callable[[Path], None]:
 
 def report_of(value: float) -> Callable[[Path], None]:
     def write(path: Path) -> None:
-        html.report_page = lambda _: f"<p>{value}</p>" * 1000
-        html.write_report(SimpleNamespace(model="in memory"), path, overwrite=True)  # type: ignore[arg-type]
+        write_page(f"<p>{value}</p>" * 1000, path, overwrite=True)
 
     return write
 
@@ -176,10 +177,7 @@ def test_a_kill_before_any_file_operation_leaves_the_old_or_the_new_output(
     tmp_path: Path,
     either_system: str,
     write_of: Callable[[float], Callable[[Path], None]],
-    *,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(html, "report_page", None)
     old, new, path = write_of(1.0), write_of(2.0), tmp_path / "out.html"
     new(path)
     after = contents(path)

@@ -17,7 +17,6 @@ from compressor.errors import BadInput
 from compressor.io import open_checkpoint
 from compressor.io.safetensors_file import DTYPES
 from compressor.network import Layer, find_layers, in_natural_order, module_architecture, transformers_architecture
-from compressor.network import architecture as architectures
 
 ODD_DTYPES = set(DTYPES.values()) - {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -371,7 +370,7 @@ def test_patterns_that_match_nothing_are_named(tmp_path: Path, pattern: str) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path) -> None:
     config = LlamaConfig(
         num_hidden_layers=4,
         hidden_size=8,
@@ -381,6 +380,5 @@ def test_a_model_of_too_many_modules_is_not_built(tmp_path: Path, monkeypatch: p
     )
     config.save_pretrained(tmp_path)
     assert transformers_architecture(tmp_path) is not None
-    monkeypatch.setattr(architectures, "_MOST_MODULES", 20)
-    assert transformers_architecture(tmp_path) is None
+    assert transformers_architecture(tmp_path, most_modules=20) is None
     nn.Sequential(*(nn.ReLU() for _ in range(30)))  # nothing is counted any more

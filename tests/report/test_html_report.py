@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -274,7 +275,7 @@ def test_a_report_that_cannot_be_written_is_refused_beforehand(tmp_path: Path, m
     write_report(compression("a"), existing, overwrite=True)
     assert existing.read_text().startswith("<!DOCTYPE html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.html"]
-    monkeypatch.setattr("compressor.report.html.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BadInput, match=r"pip install 'compressor\[report\]'"):
         check_report_path(tmp_path / "new.html", source=None, overwrite=False)
 
