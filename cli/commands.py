@@ -11,8 +11,8 @@ import typer
 from typer.core import TyperCommand
 
 from compressor.api import options as asked
+from compressor.api.flags import in_flags, with_flags
 from compressor.api.option import Options
-from compressor.cli.messages import with_flags
 from compressor.cli.parameters import given, typer_command
 from compressor.cli.terminal import (
     document_text,
@@ -96,7 +96,7 @@ def _write_report(compression: Compression, path: Path, *, overwrite: bool) -> N
     from compressor.report import write_report
 
     try:
-        write_report(compression, path, overwrite=overwrite)
+        write_report(in_flags(compression), path, overwrite=overwrite)
     except (CompressorError, OSError) as error:
         model = (
             "no model was to be written"

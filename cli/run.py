@@ -11,9 +11,9 @@ from difflib import get_close_matches
 
 import typer
 
+from compressor.api.flags import with_flags
 from compressor.cli.commands import main_command, subcommands
 from compressor.cli.main import FAILED
-from compressor.cli.messages import with_flags
 from compressor.cli.terminal import write_error
 from compressor.errors import BadInput, CompressorError
 from compressor.system_errors import explained_anywhere

@@ -224,7 +224,7 @@ class _ConsoleHandler(logging.Handler):
         from rich.text import Text
 
         with suppress(OSError):
-            from compressor.cli.messages import with_flags
+            from compressor.api.flags import with_flags
             from compressor.formatting import one_line
 
             line = one_line(with_flags(f"{record.levelname.lower()}: {record.getMessage()}"))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import compressor
-from compressor.cli.messages import with_flags
+from compressor.api.flags import with_flags
 from compressor.cli.run import run
 from compressor.display import DisplayedLayers
 from compressor.errors import CompressorError

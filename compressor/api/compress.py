@@ -16,6 +16,7 @@ from torch import nn
 
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
+from compressor.api.flags import in_flags
 from compressor.api.keywords import CompressKeywords, PlanKeywords
 from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
@@ -270,7 +271,9 @@ def write_compressed(
         evaluation = evaluation_of(made.model)
         compression = result(made, evaluation)
         if target is not None:
-            made.write_card(partial(compressed_card, compression=compression, source=checkpoint, name=target.name))
+            made.write_card(
+                partial(compressed_card, compression=in_flags(compression), source=checkpoint, name=target.name)
+            )
     return compression
 
 

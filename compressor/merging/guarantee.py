@@ -39,7 +39,7 @@ def sum_warnings(
         networks = "deep ReLU networks" if linear is False else "deep networks that are not linear"
         found.append(
             f"theory gives no guarantee for the sum of {networks}, and these have {depth} layers: measure it with "
-            "--data, or merge with --mode concat"
+            "`data`, or merge with `mode='concat'`"
         )
     unknown = [name for name, recipe in recipes if recipe.weight_decay is None]
     if unknown:
@@ -57,7 +57,7 @@ def sum_warnings(
     if cosine > SHARED_START:
         found.append(
             f"the weights resemble each other (cosine {cosine:.2f}), as those of fine-tunes of one model do: the sum "
-            "counts that model twice, unless it is given with --base"
+            "counts that model twice, unless it is given as `base`"
         )
     return found
 
@@ -67,4 +67,4 @@ def interference_warning(layers: Sequence[LayerOverlap]) -> list[str]:
     known = [(max(layer.interference), layer.name) for layer in layers if layer.interference]
     if not known or (worst := max(known))[0] <= LITTLE:
         return []
-    return [f"the networks interfere: at layer {worst[1]} the others add {worst[0]:.0%} of what it puts out itself"]
+    return [f"the networks interfere: at layer {worst[1]} the others add {worst[0]:.0%} of its own outputs"]

@@ -124,9 +124,9 @@ def is_worthwhile(after: int, before: int, settings: PlanningSettings = PLANNING
 def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamily, form: FormRequest) -> str | None:
     """What the window rule says where it does not decide by itself; None where it does."""
     if family is None:
-        return "the optimizer is unknown: a training recipe (--recipe, or --optimizer, --lr ...) may guide the ranks"
+        return "the optimizer is unknown: a training recipe (`recipe`) may guide the ranks"
     if not any(m.window_rule_applies for m in measured):
-        return "the window rule is silent: " + (
+        return "the window rule does not apply: " + (
             measured[0].window_rule_obstacle if measured else "no layer is eligible"
         )
     if family == "sgd":
@@ -135,5 +135,5 @@ def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamil
     kept = sum(layer.parameters for layer in layers) / sum(layer.dense_parameters for layer in layers)
     return (
         f"the window rule would keep {kept:.0%} of the eligible parameters; it is validated for the SGD family only,"
-        f" so measure what --keep {kept:.2f} costs before you rely on it"
+        f" so measure what `keep={kept:.2f}` costs before you rely on it"
     )

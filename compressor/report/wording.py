@@ -212,7 +212,7 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     limit = budget.value if budget.kind == "max-drop" else None
     if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return None
-    return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller --max-drop"
+    return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller `max_drop`"
 
 
 def needs_calibration(budget: Budget, *, has_attention: bool) -> bool:
@@ -324,4 +324,4 @@ def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
         large = not after <= LARGE_PERPLEXITY_RATIO * before
     if not large:
         return None
-    return "this is a large loss: keep more" + ("" if calibrated else ", or pass --calibration")
+    return "this is a large loss: keep more" + ("" if calibrated else ", or pass `calibration`")

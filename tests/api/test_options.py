@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.api.flags import with_flags
 from compressor.api.keywords import CompressKeywords
 from compressor.api.option import Options, described, verb
 from compressor.api.options import VERBS, CompressOptions, EvaluateOptions, InspectOptions, MergeOptions, PlanOptions
 from compressor.api.reference import keywords_source, reference_page
 from compressor.cli.commands import main_command, subcommands
-from compressor.cli.messages import with_flags
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from pathlib import Path
 
@@ -10,38 +9,8 @@ import pytest
 
 import compressor
 from compressor import BadInput
-from compressor.api.option import described
-from compressor.api.options import VERBS
-from compressor.cli.messages import with_flags
 from compressor.cli.run import run
 from compressor.cli.terminal import shown_progress
-
-
-@pytest.mark.parametrize(
-    ("python", "shell"),
-    [
-        ("`keep` and `max_size` are two budgets", "--keep and --max-size are two budgets"),
-        ("ask for `keep=0.8`", "ask for --keep 0.8"),
-        ("export it with `to='dense'` first", "export it with --to dense first"),
-        ("the model that `factory` builds", "the model that --model builds"),
-        ("`refine=False` is about calibration data", "--no-refine is about calibration data"),
-        ("`embeddings=True` includes it", "--embeddings includes it"),
-        ("`push_to` 'a b' is no name of the hub", "--push-to 'a b' is no name of the hub"),
-        ("`calibration_length` or `recipe`", "--calibration-length or --recipe"),
-        ("run `git lfs pull`", "run `git lfs pull`"),
-        ("`model.state_dict()` and `nothing`", "`model.state_dict()` and `nothing`"),
-    ],
-)
-def test_options_become_flags_and_other_code_stays(python: str, shell: str) -> None:
-    assert with_flags(python) == shell
-
-
-def test_every_option_of_python_has_a_flag() -> None:
-    alone = {name for of in VERBS for name, option, _ in described(of) if option.only_python}
-    of_python_alone = {"model", "options", "given"} | alone
-    for verb in (compressor.compress, compressor.inspect):
-        for name in set(inspect.signature(verb).parameters) - of_python_alone:
-            assert with_flags(f"`{name}`").startswith("--"), name
 
 
 def test_one_error_in_both_words(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

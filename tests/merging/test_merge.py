@@ -287,10 +287,10 @@ def test_fine_tunes_of_one_model_are_recognized(saved: Any, tmp_path: Path) -> N
         for parameter in tuned[-1].parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
     merging = merge(saved(tuned), output=tmp_path / "out.safetensors", mode="sum")
-    assert any("--base" in warning for warning in merging.warnings)
+    assert any("`base`" in warning for warning in merging.warnings)
     a, b = saved([chain(6, 8, 3, seed=seed) for seed in range(2)])
     merging = merge([a, b], output=tmp_path / "out.safetensors", mode="sum", overwrite=True)
-    assert not any("--base" in warning for warning in merging.warnings)
+    assert not any("`base`" in warning for warning in merging.warnings)
 
 
 # What is refused

@@ -199,7 +199,7 @@ def test_the_page_tells_what_it_cost() -> None:
         assert words in text
     assert "large loss" not in text
     lost = replace(evaluation, compressed=0.9, drop=0.075)
-    assert "this is a large loss: keep more, or pass --calibration" in report_page(compression("a", evaluation=lost))
+    assert "this is a large loss: keep more, or pass `calibration`" in report_page(compression("a", evaluation=lost))
     alone = replace(evaluation, baseline=None, drop=None, baseline_loss=None, baseline_cost=None, latency=())
     assert "97.0 %" in Page(report_page(compression("a", evaluation=alone))).text
 

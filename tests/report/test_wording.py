@@ -97,7 +97,7 @@ def evaluation(metric: Literal["accuracy", "perplexity"], baseline: float | None
 )
 def test_a_large_loss_is_called_so_with_what_is_left_to_try(measured: Evaluation, large: bool) -> None:
     words = large_loss_words(measured, calibrated=False)
-    assert words == ("this is a large loss: keep more, or pass --calibration" if large else None)
+    assert words == ("this is a large loss: keep more, or pass `calibration`" if large else None)
     words = large_loss_words(measured, calibrated=True)
     assert words == ("this is a large loss: keep more" if large else None)
 

@@ -1,13 +1,23 @@
-"""The library's messages in the words of the command line."""
+"""The library's messages in the words of the command line.
+
+Messages, results and the documents that are made of results name options as Python does, in backticks: `keep=0.8`. What
+is read at a shell names flags instead, --keep 0.8: everything that the command line prints, and the model cards and
+reports, which repeat the command that made a model.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 from compressor.api.option import described
 from compressor.api.options import VERBS
+
+if TYPE_CHECKING:
+    from compressor.results import Compression
 
 _OPTION = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 
@@ -15,6 +25,13 @@ _OPTION = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 def with_flags(message: str) -> str:
     """A message of the library with flags in the place of Python's parameters: `keep=0.8` becomes --keep 0.8."""
     return _OPTION.sub(_flag, message)
+
+
+def in_flags(compression: Compression) -> Compression:
+    """The result with flags in its warnings and its advice, for a card or a report."""
+    advice = compression.plan.advice
+    plan = replace(compression.plan, advice=None if advice is None else with_flags(advice))
+    return replace(compression, plan=plan, warnings=tuple(map(with_flags, compression.warnings)))
 
 
 def _flag(option: re.Match[str]) -> str:
