@@ -11,6 +11,9 @@ copies experts into stacks when it loads them, while other weights stay mapped f
 takes on a tiny model is subtracted; the rest, in units of the dense weights, is `dense_models_resident`, with the pages
 of files that the system had in memory, and `dense_models_anonymous` without them.
 
+At the peak both models are in memory, because they are timed side by side; `calibrated_before_the_model_was_shared` in
+the results was measured when the dense one was loaded once more, for the evaluation.
+
 Each command runs in a process of its own. Writes its peak sizes and time to benchmarks/results/memory.json, where the
 figures of the other measurement stay. The anonymous size is Linux's `RssAnon`, sampled twenty times a second. The
 weights are random: the figures say nothing about quality.
