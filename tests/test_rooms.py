@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from graphlib import TopologicalSorter
 
@@ -28,3 +29,9 @@ def test_every_room_is_packaged() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     rooms = {path.parent.name for path in (ROOT / "compressor").glob("*/__init__.py")}
     assert set(packages) == {"compressor", "compressor.cli", *(f"compressor.{name}" for name in rooms)}
+
+
+def test_contributing_lists_the_rooms_in_their_order() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n| room |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[1:]]
+    assert re.findall(r"`(\w+)/?`", "".join(cells)) == [*FOUNDATIONS, *ROOMS]
