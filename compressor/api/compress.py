@@ -24,6 +24,7 @@ from compressor.api.requests import (
     data_to_measure_on,
     preprocessing,
     provenance,
+    reported_data,
     requested_budget,
     selection,
 )
@@ -40,7 +41,7 @@ from compressor.calibration import CalibrationData, CalibrationSettings, calibra
 from compressor.calibration.drop import DropGate, plan_within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
 from compressor.calibration.settings import CALIBRATION
-from compressor.data import EvaluationData, Sample, open_data
+from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import TIMING, Evaluation, require_accepted
 from compressor.formatting import format_percent, format_size
@@ -295,7 +296,7 @@ def _compressed_fine_tune(model: Model, base: Model, asked: CompressOptions) -> 
     reported, device = None, resolve_device(asked.device)
     if asked.data is not None:
         model.require_runnable()
-        reported = open_data(asked.data, preprocessing(asked, model), Sample(limit=asked.data_samples))
+        reported = reported_data(asked, model)
 
     def evaluated(small: nn.Module) -> Evaluation:
         assert reported is not None

@@ -8,8 +8,8 @@ from typing import TypeVar, Unpack
 from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
-from compressor.api.requests import preprocessing
-from compressor.data import EvaluationData, Sample, open_data
+from compressor.api.requests import reported_data
+from compressor.data import EvaluationData
 from compressor.evaluation import TIMING, Cost, Evaluation, TimingSettings, compare
 from compressor.model import Model, ModelLike, open_runnable, resolve_device
 from compressor.progress import Run
@@ -38,7 +38,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     device = resolve_device(asked.device)
     opened = open_runnable(model, asked.factory)
     reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
-    examples = open_data(asked.data, preprocessing(asked, opened), Sample(asked.split, asked.data_samples))
+    examples = reported_data(asked, opened, asked.split)
     run = Run(device, progress=asked.progress)
     return evaluate_models(reference, opened, examples, run=run, timing=asked.timing_settings or TIMING)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from compressor.api.options import DataLike, RecipeLike
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
@@ -31,6 +33,8 @@ class CompressKeywords(TypedDict, total=False):
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
+    metric: Callable[[nn.Module, Iterable[Any]], float] | None
+    higher_is_better: bool | None
     planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -84,6 +88,8 @@ class PlanKeywords(TypedDict, total=False):
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
+    metric: Callable[[nn.Module, Iterable[Any]], float] | None
+    higher_is_better: bool | None
     planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -107,6 +113,8 @@ class EvaluateKeywords(TypedDict, total=False):
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
+    metric: Callable[[nn.Module, Iterable[Any]], float] | None
+    higher_is_better: bool | None
     factory: Factory | None
     timing_settings: TimingSettings | None
     progress: Progress | None

@@ -18,9 +18,11 @@ from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.data import Dataset
 
     from compressor.calibration import CalibrationSettings
+    from compressor.data import CustomMetric
     from compressor.evaluation import TimingSettings
     from compressor.model import Factory, ModelLike
     from compressor.planning import Plan, PlanningSettings
@@ -92,6 +94,13 @@ def _called(value: Any, name: str) -> Any:
 
 
 _CALLS = {"tokenizer": "`tokenizer(text)`", "processor": "`processor(images=images)`"}
+
+
+def _metric(value: Any, name: str) -> Any:
+    if not callable(value):
+        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        raise BadInput(what, option=name, remedy="give a function of a model and batches that returns a number")
+    return value
 
 
 def _named_data(value: Any) -> str | None:
@@ -227,6 +236,7 @@ MODEL = Kind("ModelLike", _model, metavar="MODEL")
 SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
 DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
 CALLED = Kind("Callable[..., Any]", _called)
+METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)
 SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
 FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
@@ -315,6 +325,41 @@ class DataOptions(Options):
         only_python=True,
         repeatable=False,
     )
+
+
+@options
+class MetricOptions(DataOptions):
+    """What the model is measured on, and by what."""
+
+    metric: Callable[[nn.Module, Iterable[Any]], float] | None = option(
+        "Measure the model by this instead of accuracy or perplexity: a function of a model and an iterable of batches "
+        "that returns a number. The batches are as the loader makes them, on the model's device; `max_drop` is then in "
+        "its unit.",
+        METRIC,
+        only_python=True,
+        repeatable=False,
+    )
+    higher_is_better: bool = option(
+        "Whether a higher value of `metric` is better.", SWITCH, True, only_python=True, repeatable=False
+    )
+
+    @property
+    def custom_metric(self) -> CustomMetric | None:
+        """The metric with its direction, where one was given."""
+        if self.metric is None:
+            return None
+        from compressor.data import CustomMetric
+
+        return CustomMetric(self.metric, self.higher_is_better)
+
+    def check_metric(self) -> None:
+        """Raise `BadInput` for a metric without data, or a direction without a metric."""
+        if self.metric is not None and self.data is None:
+            what = "`metric` is measured on data, and none was given"
+            raise BadInput(what, option="metric", remedy="pass `data=DATA`")
+        if self.metric is None and "higher_is_better" in self.given:
+            what = "`higher_is_better` is about `metric`, and none was given"
+            raise BadInput(what, option="higher_is_better", remedy="pass `metric`, or leave it out")
 
 
 @options
@@ -443,7 +488,7 @@ class PlanOptions(
     ArchitectureOptions,
     CalibrationOptions,
     ThresholdOptions,
-    DataOptions,
+    MetricOptions,
     TrainingOptions,
     BudgetOptions,
     BaseOptions,
@@ -464,6 +509,7 @@ class PlanOptions(
         if self.base is not None:
             self._check_base()
         self._check_needs()
+        self.check_metric()
 
     def _check_needs(self) -> None:
         if self.calibration is None:
@@ -546,7 +592,7 @@ class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, Threshol
 
 
 @options
-class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, DataOptions):
+class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, MetricOptions):
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"
@@ -554,6 +600,9 @@ class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, DataOption
     data: DataLike = option(f"What to measure on: {KINDS_OF_DATA}.", DATA, MISSING)
     baseline: ModelLike | None = option("The model to compare with.", MODEL, metavar="ORIGINAL")
     split: Split = option("Which part of builtin data.", _choice(Split), "test")
+
+    def check(self) -> None:
+        self.check_metric()
 
 
 @options

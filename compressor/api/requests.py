@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from compressor.api.options import CompressOptions, DataOptions, EmbeddingOptions, LayerOptions, PlanOptions
+from compressor.api.options import (
+    CompressOptions,
+    DataOptions,
+    EmbeddingOptions,
+    LayerOptions,
+    MetricOptions,
+    PlanOptions,
+)
 from compressor.calibration.drop import require_possible_drop
+from compressor.choices import Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
 from compressor.io import Checkpoint, Provenance
 from compressor.model import LayerSelection, Model
@@ -37,15 +45,22 @@ def preprocessing(asked: DataOptions, model: Model) -> Preprocessing:
     return model.preprocessing.with_objects(asked.tokenizer, asked.processor)
 
 
+def reported_data(asked: MetricOptions, model: Model, split: Split = "test") -> EvaluationData:
+    """Data for a report, with the metric to measure by."""
+    sample = Sample(split, asked.data_samples, metric=asked.custom_metric)
+    return open_data(asked.data, preprocessing(asked, model), sample)
+
+
 def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[EvaluationData | None, EvaluationData | None]:
     """Data that decide about the size, where a drop does, and data for the report."""
-    data, prepared, sample = asked.data, preprocessing(asked, model), Sample(limit=asked.data_samples)
+    data = asked.data
     if data is None:
         return None, None
     if asked.calibration is not None:
         require_apart(asked.calibration, data)
     if asked.max_drop is None:
-        return None, open_data(data, prepared, sample)
-    deciding, reported = open_search_data(data, prepared, sample)
+        return None, reported_data(asked, model)
+    sample = Sample(limit=asked.data_samples, metric=asked.custom_metric)
+    deciding, reported = open_search_data(data, preprocessing(asked, model), sample)
     require_possible_drop(asked.max_drop, deciding)
     return deciding, reported

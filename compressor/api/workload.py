@@ -277,6 +277,8 @@ def work_on_data(
 
 def timed_forward(model: nn.Module, batch: Batch, device: torch.device) -> ForwardTime | None:
     """The least of a few forwards on one example, and on the batch; None where it fails."""
+    if not batch.inputs:  # only the caller's metric knows how to run the model
+        return None
     one = _forward_seconds(model, batch[:1], device)
     whole = None if one is None else _forward_seconds(model, batch, device)
     return None if one is None or whole is None else ForwardTime(one, whole, batch.examples)

@@ -12,7 +12,7 @@ from compressor.calibration.calibrate import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
+from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
 from compressor.lowrank import Rewriting, rewritten_module
 from compressor.model import Model
 from compressor.planning import (
@@ -74,7 +74,15 @@ def plan_within_drop(
     assert limit is not None
     require_possible_drop(limit, gate.data)
     dense = subject.with_separate_experts
-    baseline = measure_quality(dense, gate.data, device=gate.run.device)
+    baseline = measure_quality(dense, gate.data, device=gate.run.device, replicates=True)
+    if 0 < len(baseline.replicates) < PARTS:
+        logger.warning(
+            "%s has only %d batches to estimate the standard error of a drop in %s from, where %d are better",
+            gate.data.name,
+            len(baseline.replicates),
+            baseline.metric,
+            PARTS,
+        )
     if not math.isfinite(baseline.value):
         raise BadInput(
             f"the model's own {baseline.metric} on {gate.data.name} is not finite",
@@ -98,13 +106,15 @@ def plan_within_drop(
                 subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
             )
             compressed = rewritten_module(rewriting, dense, gate.run.device, done=lambda _name, _error: None)
-            trials.add(keep, planned, measure_quality(compressed, gate.data, device=gate.run.device))
+            quality = measure_quality(compressed, gate.data, device=gate.run.device, replicates=True)
+            trials.add(keep, planned, quality)
             gate.run.report("search", len(trials.by_size), most)
         return trials.by_size[stored]
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
-    first = _first_guess(layers, request, trials, least) if calibration is not None and limit > 0 else None
+    predictable = calibration is not None and limit > 0 and baseline.higher_is_better is None
+    first = _first_guess(layers, request, trials, least) if predictable else None
     tried = search_by_drop(
         measure,
         limit,
@@ -114,7 +124,7 @@ def plan_within_drop(
         settings=request.settings,
     )
     gate.run.report("search", most, most)
-    search = DropSearch(baseline.metric, gate.data.name, baseline.count, limit, tried)
+    search = DropSearch(baseline.metric, gate.data.name, baseline.count, limit, tried, baseline.higher_is_better)
     found = smallest_found([t for t in tried if t.parameters < eligible], limit)
     if found is None or trials.best is None:
         raise QualityGateNotMet(_nothing_holds(subject.name, search))
@@ -144,10 +154,10 @@ class _Trials:
 def require_possible_drop(limit: float, data: EvaluationData) -> None:
     """Raise `BadInput` for a drop that the data's metric cannot have, or data that cannot say how sure a drop is."""
     if data.count < 2:
-        raise BadInput(
-            "one example cannot say how sure a measured drop is", where=data.name, remedy="give more, a hundred or so"
-        )
-    if data.task != "language-modeling" and limit > 1:
+        one, more = ("one batch", "ten") if data.batches else ("one example", "a hundred")
+        what = f"{one} cannot say how sure a measured drop is"
+        raise BadInput(what, where=data.name, remedy=f"give more, {more} or so")
+    if data.metric is None and data.task != "language-modeling" and limit > 1:
         raise BadInput(
             f"`max_drop` {limit:g} is out of range: the accuracy on {data.name} is a fraction",
             remedy="give a number from 0 to 1, such as 0.01 for one point",

@@ -13,12 +13,15 @@ from compressor.data.data import (
     open_search_data,
     require_apart,
 )
+from compressor.data.metric import CustomMetric, MetricFunction
 from compressor.data.preprocessing import Preprocessing, load_preprocessing, preprocessing_of
 
 __all__ = [
     "IGNORED_LABEL",
     "Batch",
+    "CustomMetric",
     "EvaluationData",
+    "MetricFunction",
     "Preprocessing",
     "Sample",
     "Task",

@@ -18,6 +18,7 @@ from compressor.choices import Split
 from compressor.data.batches import IGNORED_LABEL, Batch, NotUnderstood, as_batch
 from compressor.data.builtin_data import digits, standard_library_files
 from compressor.data.images import channels_of, channels_wanted, preprocess, read_images, scale, wants_size
+from compressor.data.metric import CustomMetric
 from compressor.data.objects import DataOption, Given, contents_of
 from compressor.data.preprocessing import LONGEST_DEFAULT_WINDOW, Preprocessing
 from compressor.data.readers import (
@@ -53,7 +54,8 @@ class EvaluationData:
 
     `count` is the number of examples: images, rows, texts, or windows of text; of batches that cannot be taken apart
     it is their number. `read` gives the batch of the examples at some positions, such as `range(32)`. `unused` says
-    what was left out by a limit. `batches` are those that the data came in, if they did.
+    what was left out by a limit. `batches` are those that the data came in, if they did. `metric` is what models are
+    measured by, None for accuracy or perplexity.
     """
 
     name: str
@@ -63,6 +65,7 @@ class EvaluationData:
     read: Callable[[Sequence[int]], Batch]
     unused: str = ""
     batches: tuple[Batch, ...] = ()
+    metric: CustomMetric | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         if self.batches:
@@ -86,7 +89,7 @@ class Sample:
 
     `split` chooses a part of the built-in data; files have no parts. `limit` keeps at most so many examples, evenly
     spaced, or of an iterable the first ones; `default_limit` applies without it, but not to data in batches. Text must
-    have `least_windows` whole windows. `option` is the one that the data were given for. With `as_given` batches are
+    have `least_windows` whole windows. `option` is the one that the data were given for. With a `metric` batches are
     kept as the caller's loader makes them, understood or not.
     """
 
@@ -95,7 +98,7 @@ class Sample:
     default_limit: int | None = None
     least_windows: int | None = None
     option: DataOption = "data"
-    as_given: bool = False
+    metric: CustomMetric | None = None
 
     def limited(self) -> Sample:
         """The same with the default limit where there is no other."""
@@ -148,7 +151,8 @@ def open_data(
         contents = contents_of(given)
         batched = isinstance(contents, Batches) or (isinstance(contents, Rows) and contents.batch_size is not None)
         sample = sample if batched else sample.limited()
-        return _in_batches(_opened(given.name, contents, preprocessing, sample), batch_size, sample.limit)
+        examples = _opened(given.name, contents, preprocessing, sample)
+        return replace(_in_batches(examples, batch_size, sample.limit), metric=sample.metric)
     name, sample = os.fspath(data), sample.limited()
     if name == "builtin:digits":
         examples = _digits(sample.split, preprocessing.image_processor)
@@ -160,7 +164,7 @@ def open_data(
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
         examples = _opened(name, read_contents(Path(name), preprocessing.inputs), preprocessing, sample)
-    return _in_batches(examples, batch_size, sample.limit)
+    return replace(_in_batches(examples, batch_size, sample.limit), metric=sample.metric)
 
 
 def _opened(name: str, contents: Contents, preprocessing: Preprocessing, sample: Sample) -> _Examples:
@@ -493,7 +497,7 @@ def _batches(name: str, given: Batches, preprocessing: Preprocessing, sample: Sa
     task, batches = found[0][0], tuple(batch for _, batch in found)
     first = batches[0]
     alike = {tuple((key, each.shape[1:], each.dtype) for key, each in _columns(batch)) for batch in batches}
-    if sample.as_given or len(alike) > 1 or not all(batch.aligned for batch in batches):
+    if sample.metric is not None or len(alike) > 1 or not all(batch.aligned for batch in batches):
         return _Examples(name, task, len(batches), lambda places: batches[places[0]], 1, given.unused, batches)
     places = [(batch, row) for batch in batches for row in range(batch.examples)]
 
@@ -516,7 +520,7 @@ def _understood(given: Any, preprocessing: Preprocessing, sample: Sample) -> tup
     try:
         batch = as_batch(given)
     except NotUnderstood as error:
-        if sample.as_given:
+        if sample.metric is not None:
             return "other", Batch({}, NO_LABELS, given)
         words = "the calibration data yields" if sample.option == "calibration" else "the data yields"
         raise BadInput(f"{words} {error.what}", option=sample.option, remedy=error.remedy) from None

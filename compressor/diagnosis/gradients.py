@@ -76,6 +76,7 @@ def measured_on_data(
         )
         for name, weight in weights.items()
     }
+    assert quality.loss is not None  # which the caller's own metric would lack
     predictions = Predictions(data.name, quality.metric, quality.value, quality.loss, quality.count, chance)
     return predictions, seen
 

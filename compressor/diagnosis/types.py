@@ -54,7 +54,7 @@ class Predictions:
     """
 
     data: str
-    metric: Literal["accuracy", "perplexity"]
+    metric: str
     value: float
     loss: float
     count: int

@@ -14,10 +14,12 @@ from compressor.evaluation.cost import (
     measure_latency,
     measure_peak_memory,
 )
+from compressor.evaluation.custom_metric import PARTS
 from compressor.evaluation.evaluate import Evaluation, compare
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
 
 __all__ = [
+    "PARTS",
     "TIMING",
     "Cost",
     "Evaluation",

@@ -50,13 +50,14 @@ TIMING = TimingSettings()
 class Cost:
     """What one model costs: stored numbers and their bytes, and multiply-accumulates and peak memory to run.
 
-    `macs` is of one example, `peak_memory_bytes` of one batch (see `count_macs` and `measure_peak_memory`).
+    `macs` is of one example, `peak_memory_bytes` of one batch (see `count_macs` and `measure_peak_memory`); both are
+    None where the model was not run on inputs that are known.
     """
 
     parameters: int
     bytes: int
-    macs: int
-    peak_memory_bytes: int
+    macs: int | None
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,11 @@ def measure_cost(
         macs=count_macs(model, example, device=device),
         peak_memory_bytes=measure_peak_memory(model, batch, device=device),
     )
+
+
+def stored_cost(model: nn.Module) -> Cost:
+    """What `model` costs to keep, where it cannot be run on inputs that are known."""
+    return Cost(count_parameters(model), count_bytes(model), None, None)
 
 
 def measure_latency(

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from compressor.data import EvaluationData, Task
 from compressor.display import Displayed
-from compressor.evaluation.cost import TIMING, Cost, Latency, TimingSettings, measure_cost, measure_latency
-from compressor.evaluation.metrics import measure_quality, quality_drop
+from compressor.errors import BadInput
+from compressor.evaluation.cost import (
+    TIMING,
+    Cost,
+    Latency,
+    TimingSettings,
+    measure_cost,
+    measure_latency,
+    stored_cost,
+)
+from compressor.evaluation.metrics import accepts, measure_quality, quality_drop
 from compressor.model import resolve_device
 from compressor.progress import Progress
 
@@ -22,31 +31,33 @@ class Evaluation(Displayed):
     """The quality and cost of a model on one set of data, beside its baseline, as `evaluate` returns them.
 
     Attributes:
-        metric: `accuracy` (a fraction) or `perplexity`.
+        metric: `accuracy` (a fraction), `perplexity`, or the name of the caller's own metric.
         baseline: The metric of the baseline; None without one, as all that compares.
         compressed: The metric of the model.
-        drop: How much worse the model is: accuracy lost, as a fraction, or the increase in perplexity.
-        baseline_loss: The loss of the baseline, in nats per prediction.
-        compressed_loss: The loss of the model, in nats per prediction.
-        count: The number of predictions.
+        drop: How much worse the model is: accuracy lost, as a fraction, the increase in perplexity, or the change for
+            the worse in the unit of the caller's own metric.
+        baseline_loss: The loss of the baseline, in nats per prediction; None with a metric of the caller's own.
+        compressed_loss: The loss of the model, in nats per prediction; None with a metric of the caller's own.
+        count: The number of predictions; with a metric of the caller's own, of examples.
         data: The data that was measured on.
         task: What the data is.
         device: The device that the models ran on.
         baseline_cost: Parameters, bytes, multiply-accumulates and memory of the baseline.
         compressed_cost: The same of the model.
         latency: The times of a batch of one example and of a larger one; empty if they were not measured.
+        higher_is_better: Which way a metric of the caller's own is better; None with accuracy and perplexity.
 
     Example:
         >>> evaluation = compressor.evaluate("small/", baseline="model/", data="test.jsonl")
         >>> evaluation.drop, evaluation.latency[0].ratio
     """
 
-    metric: Literal["accuracy", "perplexity"]
+    metric: str
     baseline: float | None
     compressed: float
     drop: float | None
     baseline_loss: float | None
-    compressed_loss: float
+    compressed_loss: float | None
     count: int
     data: str
     task: Task
@@ -54,6 +65,7 @@ class Evaluation(Displayed):
     baseline_cost: Cost | None
     compressed_cost: Cost
     latency: tuple[Latency, ...]
+    higher_is_better: bool | None = None
 
     def __repr__(self) -> str:
         return f"<Evaluation on {self.data}: {self.score}, {self.count:,} predictions, {self.device}>"
@@ -70,6 +82,7 @@ class Evaluation(Displayed):
         after = asdict(self.compressed_cost)
         return {
             "metric": self.metric,
+            **({} if self.higher_is_better is None else {"higher_is_better": self.higher_is_better}),
             "baseline": _number(self.baseline),
             "compressed": _number(self.compressed),
             "drop": _number(self.drop),
@@ -85,9 +98,9 @@ class Evaluation(Displayed):
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what is unknown has none.
 
-        `accuracy` or `perplexity`, `loss` (nats per prediction), `macs`, `peak_memory_bytes` and `latency_batch_N`
-        (seconds), each with `_before` and `_after`; `drop`, as in the field; `latency_batch_N_ratio`, the median of
-        paired runs.
+        `accuracy`, `perplexity` or the metric's name, `loss` (nats per prediction), `macs`, `peak_memory_bytes` and
+        `latency_batch_N` (seconds), each with `_before` and `_after`; `drop`, as in the field; `latency_batch_N_ratio`,
+        the median of paired runs.
         """
         sides = {
             "before": (self.baseline, self.baseline_loss, self.baseline_cost),
@@ -125,15 +138,17 @@ def compare(
     device = resolve_device(device)
     example, batch = data.read(range(1)), data.read(range(min(data.batch_size, data.count)))
     models = (compressed,) if baseline is None else (baseline, compressed)
-    sizes = [example] if len(batch.labels) == 1 else [example, batch]
-    timed = [] if timing is None else [(each, timing) for each in sizes]
+    runs = data.metric is None or (batch.inputs != {} and accepts(compressed, batch, device=device))
+    example = example[:1] if runs and example.aligned else example  # of data that came in batches
+    sizes = [example] if runs and batch.examples == example.examples else [example, batch]
+    timed = [] if timing is None or not runs else [(each, timing) for each in sizes]
     parts = len(models) + len(timed)
     qualities, costs, latencies = [], [], []
     if progress:
         progress("evaluate", 0, parts)
     for model in models:
         qualities.append(measure_quality(model, data, device=device))
-        costs.append(measure_cost(model, example.inputs, batch.inputs, device=device))
+        costs.append(measure_cost(model, example.inputs, batch.inputs, device=device) if runs else stored_cost(model))
         if progress:
             progress("evaluate", len(costs), parts)
     for each, settings in timed:
@@ -141,6 +156,10 @@ def compare(
         if progress:
             progress("evaluate", len(costs) + len(latencies), parts)
     before, after = (None if baseline is None else qualities[0]), qualities[-1]
+    for quality in qualities:
+        if math.isnan(quality.value):
+            what = f"the metric {quality.metric} returned NaN"
+            raise BadInput(what, where=data.name, option="metric", remedy="return a number for every model")
     return Evaluation(
         metric=after.metric,
         baseline=before.value if before else None,
@@ -155,6 +174,7 @@ def compare(
         baseline_cost=None if baseline is None else costs[0],
         compressed_cost=costs[-1],
         latency=tuple(latencies),
+        higher_is_better=after.higher_is_better,
     )
 
 

@@ -1,19 +1,21 @@
-"""How good a model is on some data: accuracy of classifiers, perplexity of causal language models."""
+"""How good a model is on some data: accuracy of classifiers, perplexity of language models, or the caller's metric."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressor.data import IGNORED_LABEL, Batch, EvaluationData
+from compressor.data import IGNORED_LABEL, Batch, CustomMetric, EvaluationData
+from compressor.data.batches import count_examples
 from compressor.errors import BadInput
+from compressor.evaluation.custom_metric import metric_value, without_each_part
 from compressor.model import evaluation_mode, logits_of, resolve_device
 from compressor.model.inference import forward_call
 
@@ -43,17 +45,27 @@ class Quality:
     target token, padding aside, for an encoder-decoder.
     A model whose loss is not finite has `loss` (and perplexity) infinity. `examples` holds what each example
     contributed.
+
+    Of the caller's own metric `higher_is_better` is known, and None of the others; there is no `loss`, `count` is the
+    number of examples, and `replicates` are its values without each part of the data (see `drop_error`).
     """
 
-    metric: Literal["accuracy", "perplexity"]
+    metric: str
     value: float
-    loss: float
+    loss: float | None
     count: int
     examples: ExampleScores | None = field(default=None, repr=False, compare=False)
+    higher_is_better: bool | None = None
+    replicates: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
 
-def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> Quality:
+def measure_quality(
+    model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto", replicates: bool = False
+) -> Quality:
     """Score `model` on every example of `data`; nothing is skipped, whatever it scores.
+
+    With a metric of the caller's own it is the value of that, and with `replicates` also its values without each of
+    ten parts of the data, which takes nine times as long.
 
     Perplexity is `exp` of the mean negative log-likelihood over all scored tokens together, not a mean of
     means (Jelinek et al. 1977, "Perplexity, a measure of the difficulty of speech recognition tasks"). Losses
@@ -61,6 +73,8 @@ def measure_quality(model: nn.Module, data: EvaluationData, *, device: str | tor
     `BadInput` when model and data do not fit: labels or token ids beyond what the model knows, windows longer
     than its positions, a model without a fitting head.
     """
+    if data.metric is not None:
+        return _custom_quality(model, data, data.metric, resolve_device(device), replicates=replicates)
     losses: list[npt.NDArray[np.float64]] = []
     right: list[npt.NDArray[np.float64]] = []
     predictions: list[npt.NDArray[np.float64]] = []
@@ -93,16 +107,33 @@ def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | to
         _accepted(model, first, data.name, lambda model, inputs: forward_call(model, inputs)())
 
 
+def accepts(model: nn.Module, batch: Batch, *, device: str | torch.device = "auto") -> bool:
+    """Whether a model runs on the inputs of a batch alone; a metric may run it in another way."""
+    with evaluation_mode(resolve_device(device), model):
+        try:
+            forward_call(model, batch.inputs)()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the model's code may raise anything
+            return False
+    return True
+
+
 def quality_drop(baseline: Quality, compressed: Quality) -> float:
     """Return how much worse `compressed` is than `baseline`: positive is worse, negative is better.
 
-    For accuracy it is the accuracy lost, as a fraction (0.01 is one point); for perplexity the increase.
-    Infinity when the compressed model's perplexity is infinite, so that no gate can let it pass.
+    For accuracy it is the accuracy lost, as a fraction (0.01 is one point); for perplexity the increase; for another
+    metric the change in its own unit. Infinity when the compressed model's value is not finite, so that no gate can let
+    it pass.
     """
-    if not math.isfinite(compressed.value):
+    return _drop(baseline.value, compressed.value, compressed)
+
+
+def _drop(before: float, after: float, quality: Quality) -> float:
+    if not math.isfinite(after):
         return math.inf
-    worse = compressed.value - baseline.value
-    return worse if compressed.metric == "perplexity" else -worse
+    higher = quality.metric == "accuracy" if quality.higher_is_better is None else quality.higher_is_better
+    return before - after if higher else after - before
 
 
 def drop_error(baseline: Quality, compressed: Quality) -> float:
@@ -112,7 +143,15 @@ def drop_error(baseline: Quality, compressed: Quality) -> float:
     examples do. Of a mean over predictions it is that of a ratio; of a perplexity, exp of a mean, it is linearized
     (the delta method; Cochran 1977, Sampling Techniques, section 6.4). Infinity where the drop is, or for a single
     example.
+
+    Of a metric that is only known as a function it is the jackknife's: with `d_i` the drop on the data without the i-th
+    of k parts, drawn at random, `sqrt((k - 1) / k * sum((d_i - mean(d))^2))`. It is right for means and for smooth
+    functions of them, such as F1, correlations and BLEU, not for medians (Wolter 2007, Introduction to Variance
+    Estimation, sections 4.2 and 4.4; Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11). Ten
+    parts give it to about a quarter of itself.
     """
+    if compressed.higher_is_better is not None:
+        return _jackknife(baseline, compressed)
     before, after = baseline.examples, compressed.examples
     assert before is not None
     assert after is not None
@@ -125,6 +164,27 @@ def drop_error(baseline: Quality, compressed: Quality) -> float:
     else:
         deviations = _deviations(before.right - after.right, before.predictions)
     return math.sqrt(number / (number - 1) * float(np.square(deviations).sum())) / baseline.count
+
+
+def _jackknife(baseline: Quality, compressed: Quality) -> float:
+    """The standard error of a drop by what it is without each part of the data."""
+    pairs = zip(baseline.replicates, compressed.replicates, strict=True)
+    drops = np.array([_drop(before, after, compressed) for before, after in pairs])
+    if len(drops) < 2 or not np.isfinite(drops).all():
+        return math.inf
+    return math.sqrt((len(drops) - 1) / len(drops) * float(np.square(drops - drops.mean()).sum()))
+
+
+def _custom_quality(
+    model: nn.Module, data: EvaluationData, metric: CustomMetric, device: torch.device, *, replicates: bool
+) -> Quality:
+    without: list[float] = []
+    with evaluation_mode(device, model):
+        value = metric_value(metric, model, data)
+        if replicates:
+            without = [metric_value(metric, model, rest) for rest in without_each_part(data)]
+    count = sum(count_examples(batch.given) for batch in data.batches) if data.batches else data.count
+    return Quality(metric.name, value, None, count, higher_is_better=metric.higher_is_better, replicates=tuple(without))
 
 
 def _deviations(sums: npt.NDArray[np.float64], predictions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

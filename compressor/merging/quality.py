@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,12 @@ class TaskQuality:
 
     model: str
     data: str
-    metric: Literal["accuracy", "perplexity"]
+    metric: str
     alone: float
     merged: float
     drop: float
-    loss_alone: float
-    loss_merged: float
+    loss_alone: float | None
+    loss_merged: float | None
     count: int
     output_change: float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from compressor.planning.settings import PLANNING, PlanningSettings
 
@@ -34,14 +34,16 @@ class DropSearch:
     """How a size was found by its drop in quality: every trial in the order in which they were made.
 
     `data` and `predictions` say what the drops were measured on; `evaluations` counts the dense model's as well. A size
-    is allowed where its drop and one standard error together are at most `limit`.
+    is allowed where its drop and one standard error together are at most `limit`. `higher_is_better` is known of the
+    caller's own metric alone, whose `predictions` are examples.
     """
 
-    metric: Literal["accuracy", "perplexity"]
+    metric: str
     data: str
     predictions: int
     limit: float
     trials: tuple[Trial, ...]
+    higher_is_better: bool | None = None
 
     @property
     def evaluations(self) -> int:
@@ -50,6 +52,7 @@ class DropSearch:
     def to_dict(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
+            **({} if self.higher_is_better is None else {"higher_is_better": self.higher_is_better}),
             "data": self.data,
             "predictions": self.predictions,
             "limit": self.limit,

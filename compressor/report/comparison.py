@@ -55,23 +55,22 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
 def computed_rows(evaluation: Evaluation) -> list[Comparison]:
     """The metric and the arithmetic of a forward pass, which are the same in every run."""
     metric, before, after = evaluation.metric, evaluation.baseline_cost, evaluation.compressed_cost
-    baseline = "" if evaluation.baseline is None else quality_words(metric, evaluation.baseline)
-    change = "" if evaluation.drop is None else change_words(metric, evaluation.drop)
-    return [
-        Comparison(metric, baseline, quality_words(metric, evaluation.compressed), change),
-        compared("multiply-accumulates", format_short, before.macs if before else None, after.macs),
-    ]
+    higher = evaluation.higher_is_better
+    baseline = "" if evaluation.baseline is None else quality_words(metric, evaluation.baseline, higher)
+    change = "" if evaluation.drop is None else change_words(metric, evaluation.drop, higher)
+    rows = [Comparison(metric, baseline, quality_words(metric, evaluation.compressed, higher), change)]
+    if after.macs is not None:
+        rows.append(compared("multiply-accumulates", format_short, before.macs if before else None, after.macs))
+    return rows
 
 
 def quality_rows(evaluation: Evaluation) -> list[Comparison]:
     """The metric, and the arithmetic, memory and time of a forward pass."""
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
-    rows = [
-        *computed_rows(evaluation),
-        compared(
-            "memory of a batch", format_size, before.peak_memory_bytes if before else None, after.peak_memory_bytes
-        ),
-    ]
+    rows = computed_rows(evaluation)
+    if after.peak_memory_bytes is not None:
+        peak = before.peak_memory_bytes if before else None
+        rows.append(compared("memory of a batch", format_size, peak, after.peak_memory_bytes))
     for timing in evaluation.latency:
         rows.append(
             Comparison(

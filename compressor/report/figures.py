@@ -148,7 +148,8 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    scale = 100.0 if search.metric == "accuracy" else 1.0
+    custom = search.higher_is_better is not None
+    scale = 100.0 if search.metric == "accuracy" and not custom else 1.0
     tried = sorted((t.parameters, scale * t.drop) for t in search.trials if math.isfinite(t.drop))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
@@ -162,7 +163,8 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
         axes.set_xlim(0, 102)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         axes.set_xlabel("eligible parameters kept")
-        axes.set_ylabel("points of accuracy lost" if search.metric == "accuracy" else "increase in perplexity")
+        known = "points of accuracy lost" if search.metric == "accuracy" else "increase in perplexity"
+        axes.set_ylabel(f"drop in {search.metric}" if custom else known)
         return _svg(figure, "search", "Drop measured against size")
 
 

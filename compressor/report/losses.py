@@ -44,8 +44,10 @@ def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
     if calibration is not None:
         label = f"measured on the {calibration.holdout} holdout examples"
         points.append(CurvePoint(label, size, calibration.holdout_loss, "^", "▲"))
-    if curve.unit == "nats per prediction" and evaluation is not None and evaluation.baseline_loss is not None:
-        change = evaluation.compressed_loss - evaluation.baseline_loss
+    before = None if evaluation is None else evaluation.baseline_loss
+    after = None if evaluation is None else evaluation.compressed_loss
+    if curve.unit == "nats per prediction" and evaluation is not None and before is not None and after is not None:
+        change = after - before
         if math.isfinite(change):
             points.append(CurvePoint(f"measured on {evaluation.data}", size, change, "s", "■"))
     return tuple(points)

@@ -39,6 +39,7 @@ from compressor.report.wording import (
     above_one_words,
     budget_words,
     calibration_words,
+    count_words,
     error_words,
     left_out_words,
     recipe_sources,
@@ -292,7 +293,7 @@ def _sizes(compression: Compression) -> str:
     measured = (
         "Quality was not measured."
         if evaluation is None
-        else f"Measured on {code(without_folders(evaluation.data))}: {evaluation.count:,} predictions."
+        else f"Measured on {code(without_folders(evaluation.data))}: {count_words(evaluation)}."
     )
     return "\n\n".join([table, measured, *(f"**Warning:** {words}." for words in _warnings(compression))])
 

@@ -23,6 +23,7 @@ from compressor.report.wording import (
     budget_words,
     calibration_words,
     change_words,
+    count_words,
     error_words,
     large_loss_words,
     left_out_words,
@@ -408,7 +409,7 @@ def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", aft
 
 
 def _measured_on(evaluation: Evaluation) -> Lines:
-    words = f"measured on {evaluation.data}: {evaluation.count:,} predictions, {evaluation.device}"
+    words = f"measured on {evaluation.data}: {count_words(evaluation)}, {evaluation.device}"
     lines = [one_line(words)]
     if any(timing.ratio is not None for timing in evaluation.latency):
         lines.append("ratio of the times: median of paired runs")

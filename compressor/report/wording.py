@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from compressor.formatting import format_percent, format_size, one_line
 
@@ -141,16 +141,24 @@ def budget_words(budget: Budget) -> str:
     }[budget.kind]
 
 
-def quality_words(metric: Literal["accuracy", "perplexity"], value: float) -> str:
-    """A score in the unit of its metric."""
-    return format_percent(value) if metric == "accuracy" else f"{value:.4g}"
+def quality_words(metric: str, value: float, higher_is_better: bool | None = None) -> str:
+    """A score in the unit of its metric; of the caller's own it is known whether `higher_is_better`."""
+    return format_percent(value) if metric == "accuracy" and higher_is_better is None else f"{value:.4g}"
 
 
-def change_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:
-    """A change in quality: a minus is worse for accuracy, a plus for perplexity."""
-    if metric == "accuracy":
+def change_words(metric: str, drop: float, higher_is_better: bool | None = None) -> str:
+    """A change in quality: a minus is worse for accuracy, a plus for perplexity, either for the caller's own metric."""
+    if metric == "accuracy" and higher_is_better is None:
         return f"{-100 * drop + 0.0:+.2f} points"
-    return f"{drop:+.4g}"
+    return f"{-drop + 0.0:+.4g}" if higher_is_better else f"{drop:+.4g}"
+
+
+def count_words(measured: Evaluation | DropSearch) -> str:
+    """How many predictions a metric was measured on, or of the caller's own how many examples."""
+    from compressor.planning import DropSearch
+
+    count = measured.predictions if isinstance(measured, DropSearch) else measured.count
+    return f"{count:,} {'predictions' if measured.higher_is_better is None else 'examples'}"
 
 
 def calibration_words(result: CalibrationResult) -> str:
@@ -174,18 +182,21 @@ def loss_axis(unit: str) -> str:
     }.get(unit, unit)
 
 
-def drop_words(metric: Literal["accuracy", "perplexity"], drop: float) -> str:
+def drop_words(metric: str, drop: float, higher_is_better: bool | None = None) -> str:
     """A drop, or its standard error, in the unit of the metric: more is worse."""
     if not math.isfinite(drop):
         return "infinite"
-    return f"{100 * drop:.2f} points" if metric == "accuracy" else f"{drop:.4g}"
+    return f"{100 * drop:.2f} points" if metric == "accuracy" and higher_is_better is None else f"{drop:.4g}"
 
 
 def search_words(search: DropSearch) -> str:
     """What a size was chosen by."""
+    limit = drop_words(search.metric, search.limit, search.higher_is_better)
+    measured = count_words(search)
+    what = "a drop" if search.higher_is_better is None else f"a drop in {search.metric}"
     return (
-        f"{search.evaluations} evaluations on {search.data} ({search.predictions:,} predictions); allowed is a drop"
-        f" that, with its standard error added, is at most {drop_words(search.metric, search.limit)}"
+        f"{search.evaluations} evaluations on {search.data} ({measured}); allowed is {what}"
+        f" that, with its standard error added, is at most {limit}"
     )
 
 
@@ -200,8 +211,9 @@ def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
     rows = []
     for trial in sorted(search.trials, key=lambda trial: -trial.parameters):
         verdict = "chosen" if trial is chosen else "allowed" if within_limit(trial.bound, search.limit) else "too much"
-        numbers = (drop_words(search.metric, each) for each in (trial.drop, trial.standard_error))
-        rows.append((f"{trial.keep:.3f}", *numbers, verdict))
+        numbers = (trial.drop, trial.standard_error)
+        words = (drop_words(search.metric, each, search.higher_is_better) for each in numbers)
+        rows.append((f"{trial.keep:.3f}", *words, verdict))
     return rows
 
 
@@ -316,7 +328,7 @@ LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
 def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
     """What to do about a large loss of quality; None where there is none, or nothing to compare with."""
     before, after = evaluation.baseline, evaluation.compressed
-    if before is None:
+    if before is None or evaluation.higher_is_better is not None:  # what is much of another metric is not known
         return None
     if evaluation.metric == "accuracy":
         large = before - after > LARGE_ACCURACY_DROP
