@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import scipy.linalg
@@ -160,22 +161,24 @@ def svd_llm_sequential(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
+    *,
     batches: Batches,
     moments: Mapping[str, Tensor],
 ) -> Weights:
     """SVD-LLM, then in forward order `U = argmin E||W x' - U V x'||^2` on the inputs x' of the compressed prefix."""
 
-    def refit(name: str, weight: Tensor, compressed_inputs: Tensor, _: Tensor | None) -> Tensor:
+    def refit(name: str, weight: Tensor, inputs: Products) -> Tensor:
         right = row_space(svd_llm({name: weight}, ranks, moments)[name], ranks[name])
-        return left_factor(weight @ compressed_inputs, right, compressed_inputs) @ right
+        return left_factor(weight @ inputs.compressed, right, inputs.compressed) @ right
 
-    return in_forward_order(model, layers, batches, refit, with_dense_inputs=False)
+    return in_forward_order(model, layers, batches, refit=refit, with_dense_inputs=False)
 
 
 def mpifa(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     ranks: Mapping[str, int],
+    *,
     batches: Batches,
     moments: Mapping[str, Tensor],
 ) -> Weights:
@@ -185,16 +188,16 @@ def mpifa(
     `U = Y X'^T V^T (V X' X'^T V^T)^-1`, then `V = U^+ (Y X'^T + e W) (X' X'^T + e I)^-1`, e = 0.001.
     """
 
-    def refit(name: str, weight: Tensor, compressed_inputs: Tensor, both_inputs: Tensor | None) -> Tensor:
-        assert both_inputs is not None
+    def refit(name: str, weight: Tensor, inputs: Products) -> Tensor:
+        assert inputs.both is not None
         right = row_space(svd_llm({name: weight}, ranks, moments)[name], ranks[name])
-        target = weight @ torch.lerp(compressed_inputs, both_inputs, MPIFA_MIXTURE)
-        left = left_factor(target, right, compressed_inputs)
+        target = weight @ torch.lerp(inputs.compressed, inputs.both, MPIFA_MIXTURE)
+        left = left_factor(target, right, inputs.compressed)
         ridge = MPIFA_RIDGE * torch.eye(weight.shape[1], dtype=weight.dtype)
-        wanted = torch.linalg.solve(compressed_inputs + ridge, (target + MPIFA_RIDGE * weight).T).T
+        wanted = torch.linalg.solve(inputs.compressed + ridge, (target + MPIFA_RIDGE * weight).T).T
         return left @ (torch.linalg.pinv(left) @ wanted)
 
-    return in_forward_order(model, layers, batches, refit, with_dense_inputs=True)
+    return in_forward_order(model, layers, batches, refit=refit, with_dense_inputs=True)
 
 
 def row_space(matrix: Tensor, rank: int) -> Tensor:
@@ -210,13 +213,24 @@ def left_factor(target: Tensor, right: Tensor, inputs: Tensor) -> Tensor:
     return torch.linalg.lstsq(right @ inputs @ right.T, right @ target.T, driver="gelsd").solution.T
 
 
-# A layer's name, its matrix W, X' X'^T of its inputs behind the compressed layers, and X X'^T with the dense model's
-# (None where they are not asked for), to what the matrix becomes.
-Refit = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+@dataclass(frozen=True)
+class Products:
+    """X' X'^T of a layer's inputs X' behind the compressed layers, and X X'^T with the dense model's X if asked for."""
+
+    compressed: Tensor
+    both: Tensor | None
+
+    def __add__(self, other: Products) -> Products:
+        both = None if self.both is None or other.both is None else self.both + other.both
+        return Products(self.compressed + other.compressed, both)
+
+
+# A layer's name, its matrix W and the products of its inputs, to what the matrix becomes.
+Refit = Callable[[str, Tensor, Products], Tensor]
 
 
 def in_forward_order(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, refit: Refit, *, with_dense_inputs: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, *, refit: Refit, with_dense_inputs: bool
 ) -> Weights:
     """Replace the layers in the order in which data pass through them, those that share an input together."""
     weights = matrices(layers)
@@ -227,9 +241,9 @@ def in_forward_order(
     for group in sharing_an_input(model, layers, batches[0]):
         targets = {name: compressed.get_submodule(places[name]) for name in group}
         dense = {name: layers[name] for name in group} if with_dense_inputs else None
-        products = joint_products(model, dense, compressed, targets, batches)
-        for name, (own, both) in products.items():
-            result[name] = refit(name, weights[name], own, both)
+        products = joint_products(model, dense, compressed, targets=targets, batches=batches)
+        for name, inputs in products.items():
+            result[name] = refit(name, weights[name], inputs)
             set_matrix(targets[name], result[name])
     return result
 
@@ -292,26 +306,24 @@ def joint_products(
     model: nn.Module,
     dense: Mapping[str, nn.Module] | None,
     compressed: nn.Module,
+    *,
     targets: Mapping[str, nn.Module],
     batches: Batches,
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[str, Products]:
     """`X' X'^T` of the targets' inputs, and `X X'^T` with those of the dense layers where these are given."""
-    sums: dict[str, tuple[Tensor, Tensor | None]] = {}
+    sums: dict[str, Products] = {}
     for batch in batches:
         after = layer_inputs(compressed, targets, batch)
         before = layer_inputs(model, dense, batch) if dense is not None else None
         # One product for all layers that make the same vectors of one input.
-        found: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        found: dict[tuple[int, str], Products] = {}
         for name, target in targets.items():
             key = (id(after[name]), patches(target))
             if key not in found:
                 x = input_vectors(target, after[name])
-                found[key] = (x.T @ x, None if before is None else input_vectors(target, before[name]).T @ x)
-            own, both = found[key]
-            if name in sums:
-                own_sum, both_sum = sums[name]
-                own, both = own_sum + own, None if both is None or both_sum is None else both_sum + both
-            sums[name] = (own, both)
+                both = None if before is None else input_vectors(target, before[name]).T @ x
+                found[key] = Products(x.T @ x, both)
+            sums[name] = found[key] if name not in sums else sums[name] + found[key]
     return sums
 
 

@@ -64,7 +64,7 @@ def make_model(folder: Path, blocks: int) -> None:
         shutil.copy(TOKENIZER / name, folder / name)
 
 
-def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
+def take(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, float]:
     """One step, in this process: the processor's seconds, and the peak resident size so far in bytes."""
     started = time.process_time()
     if step == "load":
@@ -81,7 +81,7 @@ def take(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]
     }
 
 
-def in_fresh_process(step: Step, folder: Path, text: Path, samples: int) -> dict[str, float]:
+def in_fresh_process(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, float]:
     """One step in a process of its own, with one thread."""
     command = [sys.executable, str(Path(__file__).resolve()), "--step", step, str(folder), str(text), str(samples)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -93,7 +93,7 @@ def measured(scratch: Path, blocks: int, sample_counts: Sequence[int]) -> list[d
     folder = scratch / f"{blocks}-blocks"
     if not folder.exists():
         make_model(folder, blocks)
-    loaded, planned = (in_fresh_process(step, folder, scratch / "none", 0) for step in ("load", "plan"))
+    loaded, planned = (in_fresh_process(step, folder, scratch / "none", samples=0) for step in ("load", "plan"))
     rows = []
     for samples in sample_counts:
         text = scratch / f"{samples}-samples.txt"
@@ -101,7 +101,7 @@ def measured(scratch: Path, blocks: int, sample_counts: Sequence[int]) -> list[d
         row: dict[str, Any] = {"blocks": blocks, "samples": samples}
         row["model_bytes"] = (folder / "model.safetensors").stat().st_size
         for step in PLANNED:
-            calibrated = in_fresh_process(step, folder, text, samples)
+            calibrated = in_fresh_process(step, folder, text, samples=samples)
             row[step] = {
                 "cpu_seconds": round(calibrated["cpu_seconds"] - planned["cpu_seconds"], 2),
                 "beyond_model_bytes": calibrated["peak_bytes"] - loaded["peak_bytes"],
@@ -110,7 +110,7 @@ def measured(scratch: Path, blocks: int, sample_counts: Sequence[int]) -> list[d
     return rows
 
 
-def line(rows: Sequence[dict[str, Any]], against: str, step: Step, what: str) -> dict[str, float]:
+def line(rows: Sequence[dict[str, Any]], against: str, step: Step, *, what: str) -> dict[str, float]:
     """The straight line of least squares, and the share of the variance that it explains."""
     x, y = (
         np.array(each, dtype=float) for each in zip(*((row[against], row[step][what]) for row in rows), strict=True)
@@ -128,7 +128,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.step:
         step, folder, text, samples = asked.step
-        sys.stdout.write(json.dumps(take(step, Path(folder), Path(text), int(samples))))
+        sys.stdout.write(json.dumps(take(step, Path(folder), Path(text), samples=int(samples))))
         return
     scratch = Path(tempfile.mkdtemp())
     try:
@@ -137,7 +137,7 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     lines = {
-        f"{step}, {what} by {against}": line(rows, against, step, what)
+        f"{step}, {what} by {against}": line(rows, against, step, what=what)
         for rows, against in ((by_blocks, "blocks"), (by_samples, "samples"))
         for step in PLANNED
         for what in ("cpu_seconds", "beyond_model_bytes")

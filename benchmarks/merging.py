@@ -75,6 +75,7 @@ def trained(
     tasks: Sequence[tuple[Tensor, Tensor]],
     seeds: Sequence[int],
     depth: int,
+    *,
     initialization: float,
     weight_decay: float,
     steps: int,
@@ -126,9 +127,9 @@ def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
                     [task for _ in grid.seeds for task in tasks],
                     [1000 * seed + number for seed in grid.seeds for number in range(len(tasks))],
                     depth,
-                    initialization,
-                    weight_decay,
-                    grid.steps,
+                    initialization=initialization,
+                    weight_decay=weight_decay,
+                    steps=grid.steps,
                 )
                 for seed in grid.seeds:
                     first, *others = everything[seed * len(tasks) : (seed + 1) * len(tasks)]
@@ -136,14 +137,14 @@ def study(folder: Path, grid: Grid) -> list[dict[str, Any]]:
                         if not all(tensor.isfinite().all() for each in (first, second) for tensor in each.values()):
                             continue  # five layers of four times the usual start diverge at this learning rate
                         setting = {"depth": depth, "weight_decay": weight_decay, "initialization": initialization}
-                        modes = merged(folder, depth, (first, second), (blocks[0], block))
+                        modes = merged(folder, depth, (first, second), blocks=(blocks[0], block))
                         rows.append({**setting, "shared_inputs": shared, "seed": seed, **described(modes)})
                         sys.stderr.write(f"{rows[-1]}\n")
     return rows
 
 
 def merged(
-    folder: Path, depth: int, networks: Sequence[dict[str, Tensor]], blocks: Sequence[tuple[int, int]]
+    folder: Path, depth: int, networks: Sequence[dict[str, Tensor]], *, blocks: Sequence[tuple[int, int]]
 ) -> dict[str, Merging]:
     """The two networks merged in both modes, measured on the validation and test splits together."""
     files, data = [], []
@@ -248,9 +249,9 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
                     over_overlap,
                     [shared / BLOCK for shared in grid.shared],
                     series,
-                    style,
-                    colors[decay],
-                    f"{mode}, {decay:g}",
+                    style=style,
+                    color=colors[decay],
+                    label=f"{mode}, {decay:g}",
                 )
             for initialization, color in zip(INITIALIZATIONS, ("#4d4d4d", "#b35806"), strict=True):
                 setting = {"depth": depth, "initialization": initialization, "shared_inputs": 0}
@@ -259,9 +260,9 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
                     over_decay,
                     range(len(grid.weight_decays)),
                     series,
-                    style,
-                    color,
-                    f"{mode}, start x {initialization:g}",
+                    style=style,
+                    color=color,
+                    label=f"{mode}, start x {initialization:g}",
                 )
         over_overlap.set_title(f"{depth} layers")
         over_overlap.set_xlabel("share of inputs in common")
@@ -279,7 +280,7 @@ def plot(rows: Sequence[dict[str, Any]], grid: Grid, path: Path) -> None:
 
 
 def _line(
-    axis: Any, places: Sequence[float], series: Sequence[Sequence[float]], style: str, color: str, label: str
+    axis: Any, places: Sequence[float], series: Sequence[Sequence[float]], *, style: str, color: str, label: str
 ) -> None:
     places = [place for place, values in zip(places, series, strict=True) if values]
     series = [values for values in series if values]

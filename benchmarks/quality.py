@@ -238,12 +238,12 @@ def by_svd_llm(cell: Cell, ranks: dict[str, int]) -> Weights:
 
 def by_svd_llm_sequential(cell: Cell, ranks: dict[str, int]) -> Weights:
     moments, _ = input_statistics(cell.model, cell.published, cell.batches)
-    return svd_llm_sequential(cell.model, cell.published, ranks, cell.batches, moments)
+    return svd_llm_sequential(cell.model, cell.published, ranks, batches=cell.batches, moments=moments)
 
 
 def by_mpifa(cell: Cell, ranks: dict[str, int]) -> Weights:
     moments, _ = input_statistics(cell.model, cell.published, cell.batches)
-    return mpifa(cell.model, cell.published, ranks, cell.batches, moments)
+    return mpifa(cell.model, cell.published, ranks, batches=cell.batches, moments=moments)
 
 
 PUBLISHED: dict[str, Method] = {
@@ -475,7 +475,7 @@ def loss_after(model: nn.Module, data: EvaluationData, token: int) -> float:
 # The table.
 
 
-def compare_at(name: str, condition: str, seed: int, keep: float, methods: Sequence[str]) -> list[dict[str, Any]]:
+def compare_at(name: str, condition: str, methods: Sequence[str], *, keep: float, seed: int) -> list[dict[str, Any]]:
     """All methods at one size, with the calibration data of one seed."""
     torch.set_num_threads(1)
     subject = SUBJECTS[name]
@@ -587,22 +587,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="at the same time, of one thread each; default one per core")
     asked = parser.parse_args()
     tables = {}
-    cells = []
-    for name in asked.models:
-        subject = SUBJECTS[name]
-        if not subject.weights.exists():
-            sys.stderr.write(f"{name} is left out: train it with benchmarks/larger_model.py\n")
-            continue
-        for condition in subject.conditions:
-            if condition not in asked.conditions:
-                continue
-            compared = METHODS if condition == TEST else COMPARED_UNDER_CONDITIONS
-            methods = [method for method in compared if method in asked.methods]
-            cells += [
-                (name, condition, seed, keep, methods) for seed in asked.seeds for keep in asked.keeps or subject.keeps
-            ]
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(compare_at, *cell): cell[0] for cell in cells}
+        running = {}
+        for name in asked.models:
+            subject = SUBJECTS[name]
+            if not subject.weights.exists():
+                sys.stderr.write(f"{name} is left out: train it with benchmarks/larger_model.py\n")
+                continue
+            sizes = [(keep, seed) for seed in asked.seeds for keep in asked.keeps or subject.keeps]
+            for condition in (each for each in subject.conditions if each in asked.conditions):
+                compared = METHODS if condition == TEST else COMPARED_UNDER_CONDITIONS
+                methods = [method for method in compared if method in asked.methods]
+                for keep, seed in sizes:
+                    running[pool.submit(compare_at, name, condition, methods, keep=keep, seed=seed)] = name
         for done in as_completed(running):
             # Written as soon as it is known: the whole table takes hours.
             tables[running[done]] = table(merged(running[done], done.result()))

@@ -63,7 +63,7 @@ COUNTED = 1e-3
 Row = dict[str, Any]
 
 
-def recipe_for(optimizer: str, batch: int, learning_rate: float, weight_decay: float) -> TrainingRecipe:
+def recipe_for(optimizer: str, batch: int, *, learning_rate: float, weight_decay: float) -> TrainingRecipe:
     return TrainingRecipe(
         optimizer=optimizer,
         momentum=0.0 if optimizer == "sgd" else None,
@@ -74,7 +74,7 @@ def recipe_for(optimizer: str, batch: int, learning_rate: float, weight_decay: f
     )
 
 
-def lengths_of(network: Network, batch: int, learning_rate: float, weight_decay: float) -> dict[str, int]:
+def lengths_of(network: Network, batch: int, *, learning_rate: float, weight_decay: float) -> dict[str, int]:
     """The steps after which a run is measured: those of the epochs, and those that leave exp(-4) of its start."""
     lengths = {"epochs": steps_of(network, batch)}
     if weight_decay > 0:
@@ -84,10 +84,10 @@ def lengths_of(network: Network, batch: int, learning_rate: float, weight_decay:
     return lengths
 
 
-def run(network: Network, recipe: TrainingRecipe, lengths: Mapping[str, int], seed: int) -> list[Row]:
+def run(network: Network, recipe: TrainingRecipe, lengths: Mapping[str, int], *, seed: int) -> list[Row]:
     """One training run: its ranks and what every rule does to it, at every length."""
     rows = []
-    for model, of_length in trained(network, recipe, sorted(set(lengths.values())), seed):
+    for model, of_length in trained(network, recipe, lengths=sorted(set(lengths.values())), seed=seed):
         about: Row = {
             "network": network.name,
             "optimizer": recipe.optimizer,
@@ -194,14 +194,19 @@ def grid(networks: Sequence[Network], seeds: Sequence[int], *, adamw: bool) -> l
         for batch in network.batches:
             for rate in network.learning_rates:
                 for decay in network.weight_decays:
-                    lengths = lengths_of(network, batch, rate, decay)
+                    lengths = lengths_of(network, batch, learning_rate=rate, weight_decay=decay)
                     for seed in seeds:
-                        rows += run(network, recipe_for("sgd", batch, rate, decay), lengths, seed)
+                        rows += run(
+                            network,
+                            recipe_for("sgd", batch, learning_rate=rate, weight_decay=decay),
+                            lengths,
+                            seed=seed,
+                        )
                         show(rows[-1])
         for decay in network.adamw_decays if adamw else ():
             for seed in seeds:
-                recipe = recipe_for("adamw", ADAMW_BATCH, ADAMW_RATE, decay)
-                rows += run(network, recipe, {"epochs": steps_of(network, ADAMW_BATCH)}, seed)
+                recipe = recipe_for("adamw", ADAMW_BATCH, learning_rate=ADAMW_RATE, weight_decay=decay)
+                rows += run(network, recipe, {"epochs": steps_of(network, ADAMW_BATCH)}, seed=seed)
                 show(rows[-1])
     return rows
 

@@ -127,7 +127,7 @@ def steps_of(network: Network, batch: int) -> int:
 
 
 def trained(
-    network: Network, recipe: TrainingRecipe, lengths: Sequence[int], seed: int
+    network: Network, recipe: TrainingRecipe, *, lengths: Sequence[int], seed: int
 ) -> Iterator[tuple[nn.Module, TrainingRecipe]]:
     """Train at a constant learning rate, and give a copy of the network, in evaluation mode, after each of `lengths`.
 

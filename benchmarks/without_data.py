@@ -85,7 +85,7 @@ RULES: dict[str, Rule] = {
 
 
 def truncated(
-    model: nn.Module, layers: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], chosen: list[int]
+    model: nn.Module, layers: Sequence[MeasuredLayer], tables: Sequence[LayerChoices], *, chosen: list[int]
 ) -> nn.Module:
     """A copy of the model with the matrices that the choices stand for."""
     model = copy.deepcopy(model)
@@ -100,7 +100,7 @@ def truncated(
     return model
 
 
-def rows_of(network: Network, model: nn.Module, task: Task, seed: int) -> list[dict[str, Any]]:
+def rows_of(network: Network, model: nn.Module, task: Task, *, seed: int) -> list[dict[str, Any]]:
     """Loss, score and what is left of the score, for every size and rule."""
     subject = open_model(model)
     layers = measured_layers(subject, inspect_layers(subject, 0.1, torch.device("cpu"), None))
@@ -113,7 +113,7 @@ def rows_of(network: Network, model: nn.Module, task: Task, seed: int) -> list[d
             chosen = rule(layers, tables, int(keep * parameters))
             if chosen is None:
                 continue
-            lost, found = measured(truncated(model, layers, tables, chosen), task)
+            lost, found = measured(truncated(model, layers, tables, chosen=chosen), task)
             rows.append(
                 {
                     "network": network.name,
@@ -172,7 +172,7 @@ def main() -> None:
         for network in NETWORKS:
             for seed in asked.seeds if network.name in asked.networks else ():
                 task = network.task(seed)
-                rows += rows_of(network, trained(network, task, seed), task, seed)
+                rows += rows_of(network, trained(network, task, seed), task, seed=seed)
                 print(f"{network.name}, seed {seed}", file=sys.stderr, flush=True)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         asked.output.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,29 +48,36 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([image[:, y : y + SIZE, x : x + SIZE] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How long a model is trained, and in which steps."""
+
+    batch_size: int
+    epochs: int
+    warmup_steps: int
+    max_gradient_norm: float
+    seed: int
+
+
 def train(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    batch_size: int,
-    epochs: int,
-    warmup_steps: int,
-    max_gradient_norm: float,
-    seed: int,
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], *, schedule: Schedule
 ) -> None:
-    """Fit the model to shifted images under a cosine schedule; it is in evaluation mode afterwards."""
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, epochs * math.ceil(len(images) / batch_size))
-    generator = torch.Generator().manual_seed(seed)
+    """Fit the model to shifted images with their labels; it is in evaluation mode afterwards.
+
+    The learning rate is warmed up, and then follows a cosine.
+    """
+    images, labels = data
+    steps = schedule.epochs * math.ceil(len(images) / schedule.batch_size)
+    learning_rate = get_cosine_schedule_with_warmup(optimizer, schedule.warmup_steps, steps)
+    generator = torch.Generator().manual_seed(schedule.seed)
     model.train()
-    for _ in range(epochs):
-        for batch in torch.randperm(len(images), generator=generator).split(batch_size):
+    for _ in range(schedule.epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(schedule.batch_size):
             logits = model(pixel_values=shifted(images[batch], generator)).logits
             nn.functional.cross_entropy(logits, labels[batch]).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_gradient_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), schedule.max_gradient_norm)
             optimizer.step()
-            schedule.step()
+            learning_rate.step()
             optimizer.zero_grad()
     model.eval()
 

@@ -39,7 +39,7 @@ def main() -> None:
     """Train, measure, and write the folder."""
     sys.path.append(str(FOLDER.parent))
     from card import Card, Result, write_card
-    from image_training import DATA, accuracy, build_image_processor, preprocessed, save, train
+    from image_training import DATA, Schedule, accuracy, build_image_processor, preprocessed, save, train
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -53,12 +53,14 @@ def main() -> None:
     train(
         model,
         torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON),
-        *data["train"],
-        batch_size=BATCH_SIZE,
-        epochs=EPOCHS,
-        warmup_steps=WARMUP_STEPS,
-        max_gradient_norm=MAX_GRADIENT_NORM,
-        seed=SEED,
+        data["train"],
+        schedule=Schedule(
+            batch_size=BATCH_SIZE,
+            epochs=EPOCHS,
+            warmup_steps=WARMUP_STEPS,
+            max_gradient_norm=MAX_GRADIENT_NORM,
+            seed=SEED,
+        ),
     )
     save(model, processor, FOLDER)
     accuracies = {split: accuracy(model, *each) for split, each in data.items()}

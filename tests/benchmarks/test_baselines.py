@@ -91,7 +91,7 @@ def test_the_sequential_update_is_nearer_to_the_dense_outputs_on_what_the_layer_
     moments, _ = baselines.input_statistics(model, layers, batches)
     weights = baselines.matrices(layers)
     once = baselines.svd_llm(weights, ranks, moments)
-    updated = baselines.svd_llm_sequential(model, layers, ranks, batches, moments)
+    updated = baselines.svd_llm_sequential(model, layers, ranks, batches=batches, moments=moments)
     first = model.first
     with torch.no_grad():
         first.weight.copy_(updated["first"])
@@ -147,7 +147,7 @@ def test_mpifa_fits_each_factor_to_its_mixture_of_targets(baselines: ModuleType)
     ranks = {"first": 6, "second": 5}
     moments, _ = baselines.input_statistics(model, layers, batches)
     weight = baselines.matrices(layers)["second"]
-    updated = baselines.mpifa(model, layers, ranks, batches, moments)
+    updated = baselines.mpifa(model, layers, ranks, batches=batches, moments=moments)
     dense, compressed = (each.numpy() for each in chain_inputs(model, updated["first"], batches))
     wanted = (0.75 * compressed + 0.25 * dense) @ weight.numpy().T  # one position a row
     whitened = baselines.svd_llm({"second": weight}, ranks, moments)["second"]
@@ -165,7 +165,7 @@ def test_mpifa_is_nearer_to_the_dense_outputs_than_what_it_starts_from(baselines
     moments, _ = baselines.input_statistics(model, layers, batches)
     weights = baselines.matrices(layers)
     once = baselines.svd_llm(weights, ranks, moments)
-    updated = baselines.mpifa(model, layers, ranks, batches, moments)
+    updated = baselines.mpifa(model, layers, ranks, batches=batches, moments=moments)
     dense, compressed = chain_inputs(model, updated["first"], batches)
     wanted = dense @ weights["second"].T
     assert torch.linalg.matrix_rank(updated["second"], rtol=1e-9) == 5

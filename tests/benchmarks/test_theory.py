@@ -38,9 +38,11 @@ def rows(theory: ModuleType) -> list[dict[str, Any]]:
     """One run of every network, measured twice, and one of AdamW."""
     found: list[dict[str, Any]] = []
     for network in theory.NETWORKS:
-        recipe = theory.recipe_for("sgd", 16, 0.1, network.weight_decays[-1])
-        found += theory.run(network, recipe, {"epochs": 60, "K": 30}, 0)
-    return found + theory.run(theory.NETWORKS[0], theory.recipe_for("adamw", 16, 3e-3, 1.0), {"epochs": 30}, 0)
+        recipe = theory.recipe_for("sgd", 16, learning_rate=0.1, weight_decay=network.weight_decays[-1])
+        found += theory.run(network, recipe, {"epochs": 60, "K": 30}, seed=0)
+    return found + theory.run(
+        theory.NETWORKS[0], theory.recipe_for("adamw", 16, learning_rate=3e-3, weight_decay=1.0), {"epochs": 30}, seed=0
+    )
 
 
 def test_every_run_is_measured_at_both_lengths(rows: list[dict[str, Any]]) -> None:
@@ -62,11 +64,13 @@ def test_hidden_matrices_are_those_of_the_network(rows: list[dict[str, Any]], th
 
 def test_lengths_are_those_of_the_epochs_and_of_the_exponent(theory: ModuleType) -> None:
     network = theory.NETWORKS[0]
-    lengths = theory.lengths_of(network, 64, 0.1, 1e-2)
+    lengths = theory.lengths_of(network, 64, learning_rate=0.1, weight_decay=1e-2)
     assert (1 - 1e-3) ** lengths["K"] == pytest.approx(math.exp(-theory.FIXED_EXPONENT), rel=1e-3)
     assert lengths["epochs"] == network.epochs * (1078 // 64)
-    assert theory.lengths_of(network, 64, 0.1, 0.0).keys() == {"epochs"}
-    assert theory.lengths_of(replace(network, most_steps=10), 64, 0.1, 1e-2).keys() == {"epochs"}
+    assert theory.lengths_of(network, 64, learning_rate=0.1, weight_decay=0.0).keys() == {"epochs"}
+    assert theory.lengths_of(replace(network, most_steps=10), 64, learning_rate=0.1, weight_decay=1e-2).keys() == {
+        "epochs"
+    }
 
 
 def test_gavish_and_donohos_threshold_tells_signal_from_noise(theory: ModuleType) -> None:

@@ -30,7 +30,7 @@ def test_every_rule_meets_every_size_and_the_table_shows_it(benchmark: ModuleTyp
     [seed, *_] = benchmark.REPORTED
     task = network.task(seed)
     task = replace(task, tested=tuple(each[:50] for each in task.tested))
-    rows = benchmark.rows_of(network, benchmark.trained(network, task, seed), task, seed)
+    rows = benchmark.rows_of(network, benchmark.trained(network, task, seed), task, seed=seed)
     compressed = [row for row in rows if row["rule"] != "dense"]
     assert len(rows) - len(compressed) == 1
     assert {(row["rule"], row["keep"]) for row in compressed} == {
