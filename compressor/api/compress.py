@@ -6,12 +6,12 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import nn
 
 from compressor.api.evaluate import evaluate_models
@@ -45,7 +45,7 @@ from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import TIMING, Evaluation, require_accepted
 from compressor.formatting import format_percent, format_size
-from compressor.io import Checkpoint, Naming, Target, TensorInfo, checked_target, form_of
+from compressor.io import Artifact, Checkpoint, Naming, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.lowrank import (
     Rewriting,
@@ -144,138 +144,162 @@ def compress(
     """
     started = time.monotonic()
     asked = CompressOptions.of(options, given)
-    budget = requested_budget(asked)
+    requested_budget(asked)  # which is refused before anything is opened
     subject = open_model(
-        model,
-        recipe=asked.recipe,
-        factory=asked.factory,
-        select=selection(asked),
-        revision=asked.revision,
+        model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
     if subject.in_memory:
         require_copyable(subject.module)
     if asked.base is not None:
         return _compressed_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
-    checkpoint = subject.checkpoint
-    target = _target(checkpoint, asked)
-    if asked.data is not None or asked.calibration is not None:
-        subject.require_runnable()
-    device = resolve_device(asked.device)
-    deciding, reported = data_to_measure_on(asked, subject)
-    settings = replace(asked.calibration_settings or CALIBRATION, refine=asked.refine)
-    samples = _calibration_data(asked, subject, settings)
-
-    if samples is None:
-        _warn_of_missing_data(subject, budget)
-    run, planning = Run(device, asked.seed, asked.progress), asked.planning_settings or PLANNING
-    examples = None if samples is None else _examples(subject, samples, device, settings)
-    _announce(asked, subject, examples, deciding, reported, settings)
-    form, shard_size = asked.form, asked.max_shard_size
-    inspected = inspect_layers(subject, EPSILON, device, asked.progress)
-    measured = measured_layers(subject, inspected, planning)
+    run = Run(resolve_device(asked.device), asked.seed, asked.progress)
+    target = _target(subject.checkpoint, asked)
+    data = _open_data(asked, subject, run)
+    _announce(asked, subject, data)
+    inspected = inspect_layers(subject, EPSILON, run.device, run.progress)
+    measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
     _require_some(measured, subject.name)
-    calibrated = None
-    if examples is not None:
-        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
-        calibrated = calibrate(dense, layers, examples, run=run, settings=settings)
-    request = PlanRequest(
-        budget=budget,
-        given=asked.plan,
-        form=form,
-        shard_size=shard_size,
-        provenance=provenance(asked, checkpoint),
-        settings=planning,
+    planned = _planned(asked, subject, measured, data=data, run=run)
+    rewriting = Rewriting(
+        subject.checkpoint,
+        subject.recipe,
+        subject.layers,
+        planned.plan,
+        factors=planned.factors,
+        statistics=planned.statistics,
+        provenance=provenance(asked, subject.checkpoint),
     )
-    if deciding is not None:
-        gate = DropGate(deciding, run)
-        planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
-    else:
-        planned = plan_ranks(subject, measured, request, calibration=calibrated)
-    chosen = planned.plan
-    if budget is None:
-        _require_worthwhile(subject, measured, chosen, request=request)
-    if chosen.budget.kind != "plan":
-        _require_smaller(subject, chosen, dry_run=asked.dry_run)
-
-    compression = write_compressed(subject, measured, planned, target, reported, run, asked)
+    errors = StoredErrors(len(rewriting.factorized), run.progress)
+    module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
+    artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
+    with written(artifact, target) as made:
+        planned.factors.clear()
+        evaluation = _evaluated(asked, subject, made.model, data=data.report, run=run)
+        compression = replace(
+            _compression(subject, measured, rewriting, artifact=artifact, made=made),
+            output=None if target is None else str(target.path),
+            plan=planned.plan.with_errors(errors.of),
+            evaluation=evaluation,
+        )
+        compression = replace(compression, warnings=warning_words(compression))
+        if target is not None:
+            card, source = in_flags(compression), subject.checkpoint
+            made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))
     return replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
         measured=tuple(planned.weighted or measured),
-        form=form,
+        form=asked.form,
         pushed=None if target is None else target.push(),
         seconds=time.monotonic() - started,
     )
 
 
-def write_compressed(
-    subject: Model,
-    measured: Sequence[MeasuredLayer],
-    planned: PlannedModel,
-    target: Target | None,
-    reported: EvaluationData | None,
-    run: Run,
-    asked: CompressOptions,
-) -> Compression:
-    """Write the planned model with its card, and measure it."""
-    checkpoint, chosen = subject.checkpoint, planned.plan
-    rewriting = Rewriting(
-        checkpoint,
-        subject.recipe,
-        subject.layers,
-        chosen,
-        factors=planned.factors,
-        statistics=planned.statistics,
-        provenance=provenance(asked, checkpoint),
+@dataclass(frozen=True)
+class _Data:
+    """Examples by what they serve: to calibrate on, to choose a size by, and to report on."""
+
+    calibration: CalibrationData | None
+    search: EvaluationData | None
+    report: EvaluationData | None
+
+
+def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
+    """The data that are asked for, which the model is known to take."""
+    if asked.data is not None or asked.calibration is not None:
+        subject.require_runnable()
+    search, report = data_to_measure_on(asked, subject)
+    if asked.calibration is None:
+        _warn_of_missing_data(subject, requested_budget(asked))
+        return _Data(None, search, report)
+    settings = _calibration_settings(asked)
+    samples = open_calibration_data(
+        asked.calibration,
+        preprocessing(asked, subject),
+        samples=asked.calibration_samples,
+        sequence_length=asked.calibration_length,
+        settings=settings,
     )
-    errors = StoredErrors(len(rewriting.factorized), run.progress)
-    module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
-    artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
+    require_accepted(subject.with_separate_experts, samples, device=run.device)
+    return _Data(split_examples(samples, settings), search, report)
 
-    def evaluation_of(small: ModelLike | None) -> Evaluation | None:
-        if reported is None or small is None:
-            return None
-        compressed_model = open_runnable(small, subject.factory)
-        evaluation = evaluate_models(
-            subject, compressed_model, reported, run=run, timing=asked.timing_settings or TIMING
-        )
-        _require_allowed_drop(evaluation, chosen.budget, subject.name, allow_miss=asked.allow_miss)
-        return evaluation
 
-    def result(made: Output, evaluation: Evaluation | None) -> Compression:
-        compression = Compression(
-            source=subject.name,
-            output=None if target is None else str(target.path),
-            recipe=subject.recipe,
-            plan=chosen.with_errors(errors.of),
-            parameters=BeforeAfter(_elements(checkpoint.tensors.values()), artifact.elements),
-            bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
-            evaluation=evaluation,
-            seconds=0.0,
-            peak_memory_bytes=_peak_memory_bytes(),
-            skipped=tuple(layer for layer in subject.layers if not layer.eligible),
-            spectra={
-                m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
-                for m, p in zip(measured, chosen.layers, strict=True)
-            },
-            command="" if rewriting.provenance is None else rewriting.provenance.command,
-            model=made.model if isinstance(made.model, nn.Module) else None,
-            has_attention=subject.has_attention,
-            left_out=checkpoint.left_out,
-            weights_at=checkpoint.weights_at,
-            not_copied=made.not_copied,
-        )
-        return replace(compression, warnings=warning_words(compression))
+def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:
+    return replace(asked.calibration_settings or CALIBRATION, refine=asked.refine)
 
-    with written(artifact, target) as made:
-        planned.factors.clear()
-        evaluation = evaluation_of(made.model)
-        compression = result(made, evaluation)
-        if target is not None:
-            made.write_card(
-                partial(compressed_card, compression=in_flags(compression), source=checkpoint, name=target.name)
-            )
-    return compression
+
+def _planned(
+    asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer], *, data: _Data, run: Run
+) -> PlannedModel:
+    """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
+    calibrated = None
+    if data.calibration is not None:
+        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
+        calibrated = calibrate(dense, layers, data.calibration, run=run, settings=_calibration_settings(asked))
+    request = PlanRequest(
+        budget=requested_budget(asked),
+        given=asked.plan,
+        form=asked.form,
+        shard_size=asked.max_shard_size,
+        provenance=provenance(asked, subject.checkpoint),
+        settings=asked.planning_settings or PLANNING,
+    )
+    if data.search is not None:
+        gate = DropGate(data.search, run)
+        planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
+    else:
+        planned = plan_ranks(subject, measured, request, calibration=calibrated)
+    if request.budget is None:
+        _require_worthwhile(subject, measured, planned.plan, request=request)
+    if planned.plan.budget.kind != "plan":
+        _require_smaller(subject, planned.plan, dry_run=asked.dry_run)
+    return planned
+
+
+def _evaluated(
+    asked: CompressOptions,
+    subject: Model,
+    made: Path | nn.Module | None,
+    *,
+    data: EvaluationData | None,
+    run: Run,
+) -> Evaluation | None:
+    """What was made compared with the dense model; `QualityGateNotMet` where it lost more than was allowed."""
+    if data is None or made is None:
+        return None
+    compressed_model, timing = open_runnable(made, subject.factory), asked.timing_settings or TIMING
+    evaluation = evaluate_models(subject, compressed_model, data, run=run, timing=timing)
+    _require_allowed_drop(evaluation, asked, subject.name)
+    return evaluation
+
+
+def _compression(
+    subject: Model, measured: Sequence[MeasuredLayer], rewriting: Rewriting, *, artifact: Artifact, made: Output
+) -> Compression:
+    """What is known of a compression before it is evaluated."""
+    checkpoint = subject.checkpoint
+    return Compression(
+        source=subject.name,
+        output=None,
+        recipe=subject.recipe,
+        plan=rewriting.plan,
+        parameters=BeforeAfter(sum(info.elements for info in checkpoint.tensors.values()), artifact.elements),
+        bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
+        evaluation=None,
+        seconds=0.0,
+        peak_memory_bytes=_peak_memory_bytes(),
+        skipped=tuple(layer for layer in subject.layers if not layer.eligible),
+        spectra={
+            m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
+            for m, p in zip(measured, rewriting.plan.layers, strict=True)
+        },
+        command="" if rewriting.provenance is None else rewriting.provenance.command,
+        model=made.model if isinstance(made.model, nn.Module) else None,
+        has_attention=subject.has_attention,
+        left_out=checkpoint.left_out,
+        weights_at=checkpoint.weights_at,
+        not_copied=made.not_copied,
+    )
 
 
 def _target(checkpoint: Checkpoint, asked: CompressOptions) -> Target | None:
@@ -375,75 +399,43 @@ def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
         )
 
 
-def _calibration_data(asked: CompressOptions, subject: Model, settings: CalibrationSettings) -> EvaluationData | None:
-    if asked.calibration is None:
-        return None
-    return open_calibration_data(
-        asked.calibration,
-        preprocessing(asked, subject),
-        samples=asked.calibration_samples,
-        sequence_length=asked.calibration_length,
-        settings=settings,
-    )
-
-
-def _examples(
-    subject: Model, samples: EvaluationData, device: torch.device, settings: CalibrationSettings
-) -> CalibrationData:
-    """What calibration uses of its data, which the model is known to take."""
-    require_accepted(subject.with_separate_experts, samples, device=device)
-    return split_examples(samples, settings)
-
-
-def _announce(
-    asked: CompressOptions,
-    subject: Model,
-    examples: CalibrationData | None,
-    deciding: EvaluationData | None,
-    reported: EvaluationData | None,
-    settings: CalibrationSettings,
-) -> None:
+def _announce(asked: CompressOptions, subject: Model, data: _Data) -> None:
     """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
 
     A short measurement says how long running the model takes.
     """
-    progress, reported = asked.progress, None if asked.dry_run else reported
+    progress, report = asked.progress, None if asked.dry_run else data.report
     if not takes_steps(progress):
         return
-    data, device = (examples, deciding, reported), resolve_device(asked.device)
+    device, settings = resolve_device(asked.device), _calibration_settings(asked)
     eligible = [layer for layer in subject.layers if layer.eligible]
     decompositions = decomposition_costs(eligible)
     calibration = trial = evaluation = None
-    if eligible and any(each is not None for each in data):
+    if eligible and any(each is not None for each in (data.calibration, data.search, report)):
         dense = subject.with_separate_experts
         decompositions = timed_decompositions(subject.checkpoint, eligible, device)
-        if examples is not None:
-            calibration = work_on_calibration(dense, eligible, examples, device=device, settings=settings)
-        trial = None if deciding is None else work_on_data(dense, deciding, device)
-        evaluation = (
-            None if reported is None else work_on_data(dense, reported, device, asked.timing_settings or TIMING)
-        )
+        if data.calibration is not None:
+            calibration = work_on_calibration(dense, eligible, data.calibration, device=device, settings=settings)
+        timing = asked.timing_settings or TIMING
+        trial = None if data.search is None else work_on_data(dense, data.search, device)
+        evaluation = None if report is None else work_on_data(dense, report, device, timing=timing)
     trials = (asked.planning_settings or PLANNING).most_trials
     work = CompressionWork(decompositions, calibration, trial, evaluation, trials)
     expect(progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
 
 
-def _require_allowed_drop(evaluation: Evaluation, budget: Budget, name: str, *, allow_miss: bool) -> None:
+def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: str) -> None:
     """Raise `QualityGateNotMet`, or only warn, when the data that did not decide show too large a drop."""
-    limit = budget.value if budget.kind == "max-drop" else None
+    limit = asked.max_drop
     if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return
     found = f"the drop on {evaluation.data} is {evaluation.drop:.4g}, more than `max_drop` {limit:g}"
-    if not allow_miss:
+    if not asked.allow_miss:
         raise QualityGateNotMet(
             f"{name}: {found}; ask for a smaller drop or give more data, or write the model nevertheless with"
             " `allow_miss=True`"
         )
     logger.warning(found)
-
-
-def _elements(infos: Iterable[TensorInfo]) -> int:
-    return sum(info.elements for info in infos)
 
 
 def _peak_memory_bytes() -> int:

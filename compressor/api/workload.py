@@ -268,7 +268,7 @@ def _optimizer_seconds(sizes: Sequence[int], device: torch.device, settings: Ref
 
 
 def work_on_data(
-    model: nn.Module, data: EvaluationData, device: torch.device, timing: TimingSettings = TIMING
+    model: nn.Module, data: EvaluationData, device: torch.device, *, timing: TimingSettings = TIMING
 ) -> EvaluationWork | None:
     """None where the model does not take the data, which is said where they are used."""
     forward = timed_forward(model, data.read(range(min(data.batch_size, data.count))), device)

@@ -138,6 +138,7 @@ def test_a_model_of_the_hub_is_read_and_compressed_to_where_one_works(hub: type[
         "README.md",
         "compression.json",
         "model.safetensors",
+        "options.yaml",
         "tokenizer.json",
     ]
     assert [path.name for path in Path().iterdir()] == ["name-compressed"]
@@ -225,7 +226,7 @@ def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path:
 
 def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], capsys: Any) -> None:
     hub.pushed_to = ("model-00001-of-00002.safetensors", "notes.txt", "onnx/model.safetensors", "sub/pytorch_model.bin")
-    assert run(["org/name", "--keep", "0.5", "--push", "me/small", "-o", "small", "--overwrite"]) == 0
+    assert run(["org/name", "--keep", "0.5", "--push-to", "me/small", "-o", "small", "--overwrite"]) == 0
     assert "https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
     [created] = hub.created
     assert created["name"] == "small"
@@ -250,7 +251,7 @@ def test_a_push_that_cannot_work_is_refused_before_the_work(
     for model, push_to, words in (
         ("file.safetensors", "me/small", "sends a model folder"),
         ("org/name", "a/b/c", "no name of the hub"),
-        ("org/name", "", "no name of the hub"),
+        ("org/name", "", "`push_to` is empty"),
     ):
         with pytest.raises(BadInput, match=words):
             compressor.compress(model, keep=0.5, push_to=push_to)
