@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 import compressor
 
-pytestmark = [pytest.mark.frozen, pytest.mark.slow]
+pytestmark = pytest.mark.frozen
 
 FROZEN = Path(__file__).parent / "frozen"
+SLOW = ("-calibrated", "-max-drop")
 MOST_SHOWN = 40  # lines of a failure
 NUMBERS = re.compile(r"\[[-+.\de,\s]+\]")  # lists of numbers, which a record holds in one line
 Case = Callable[[Path], Any]
@@ -538,7 +539,9 @@ def brief(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith(SLOW) else name for name in CASES]
+)
 def test_the_output_is_as_recorded(name: str) -> None:
     before = json.loads((FROZEN / f"{name}.json").read_text(encoding="utf-8"))
     exact = environment() == json.loads((FROZEN / "environment.json").read_text(encoding="utf-8"))
