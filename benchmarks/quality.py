@@ -452,7 +452,8 @@ def example_losses(model: nn.Module, batch: Batch) -> Tensor:
 def mean_divergence(dense: nn.Module, model: nn.Module, data: EvaluationData) -> float:
     """Kullback-Leibler divergence per prediction, in nats, from the dense model to another."""
     found = [
-        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), (), "likelihood") for batch in data
+        divergence(logits_of(dense, batch.inputs), logits_of(model, batch.inputs), (), criterion="likelihood")
+        for batch in data
     ]
     return sum(float(total) for total, _ in found) / sum(count for _, count in found)
 

@@ -94,7 +94,7 @@ def truncated(
             continue
         weight = getattr(model.get_submodule(m.layer.module), m.layer.parameter)
         assert isinstance(weight, Tensor)
-        plan = layer_plan(m, int(each.ranks[index]), each.forms[index], "")
+        plan = layer_plan(m, int(each.ranks[index]), each.forms[index], reason="")
         matrix = approximate(m.layer, plan, as_matrix(m.layer, weight.detach()).double()).product()
         weight.data = (matrix.T if m.layer.kind in TRANSPOSED else matrix).reshape(weight.shape).to(weight.dtype)
     return model

@@ -195,8 +195,8 @@ class Compression(DisplayedLayers):
         calibration = self.plan.calibration
         if calibration is None:
             return size_curve(self.measured, self.form)
-        power = 1.0 if calibration.power is None else calibration.power
-        return size_curve(self.measured, self.form, power, calibration.unit)
+        exponent = 1.0 if calibration.exponent is None else calibration.exponent
+        return size_curve(self.measured, self.form, exponent=exponent, unit=calibration.unit)
 
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.

@@ -365,7 +365,9 @@ def _require_worthwhile(
     before, after = subject.checkpoint.weight_bytes, file_bytes(chosen.layers)
     if is_worthwhile(after, before, measured[0].settings):
         return
-    suggested = worthwhile_size(measured, request.form, file_bytes, before, measured[0].settings)
+    suggested = worthwhile_size(
+        measured, request.form, file_bytes=file_bytes, dense_bytes=before, settings=measured[0].settings
+    )
     remedy = (
         "low rank does not make these weight files worthwhile smaller"
         if suggested is None

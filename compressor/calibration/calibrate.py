@@ -98,7 +98,7 @@ def calibrate(
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
-            backward = _BackwardPass(bare, modules, modules, embeddings)
+            backward = _BackwardPass(bare, modules, modules, embeddings=embeddings)
             metrics, uses = backward.metrics()
         for name, of_parameter in parameters.moments(backward.predictions).items():
             inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
@@ -205,7 +205,7 @@ def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> 
             [before] = segments.run(calibration.model, last, batch, state=dense_inputs(calibration, last, chunk))
             with with_layers(calibration.model, modules) as changed:
                 after = outputs_of(changed, batch.inputs)
-            cost, rows = divergence(before, after, batch.masks, calibration.criterion)
+            cost, rows = divergence(before, after, batch.masks, criterion=calibration.criterion)
             total += float(cost)
             count += rows
     return total / count if math.isfinite(total) else math.inf
@@ -278,7 +278,7 @@ def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -
     """The error that names the first layer whose input is not finite."""
     found: list[str] = []
 
-    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], name: str) -> None:
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], *, name: str) -> None:
         if not torch.isfinite(arguments[0] if arguments else next(iter(named.values()))).all():
             found.append(name)
 
@@ -301,6 +301,7 @@ class _BackwardPass:
         calibration: Calibration,
         layers: Mapping[str, nn.Module],
         running: Mapping[str, nn.Module],
+        *,
         embeddings: EmbeddingCollector | None = None,
     ) -> None:
         self.predictions = 0
@@ -369,7 +370,7 @@ class _BackwardPass:
 
     def _loss(self, outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
         self.predictions += kept_rows(outputs, masks).shape[0]
-        loss = sampled_loss(outputs, masks, self._calibration.criterion, self._generator)
+        loss = sampled_loss(outputs, masks, self._calibration.criterion, generator=self._generator)
         if not torch.isfinite(loss):
             raise BadInput(
                 "the model's own loss on the calibration data is not finite",

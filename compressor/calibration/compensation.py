@@ -178,7 +178,7 @@ def _refit(
     best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
     for each in (start, *_ridge_targets(start, fit, settings.ridges)):
         pair = approximate(layer, plan, each.matrix, metric=each.metric, settings=settings.factorization)
-        error = _error(matrix, pair.product(), holdout.centered(each.x, each.y), metric.gradients)
+        error = _error(matrix, pair.product(), holdout.centered(each.x, each.y), gradients=metric.gradients)
         if best is None or error < best[0]:
             best = (error, each, pair)
     assert best is not None
@@ -215,7 +215,7 @@ def _ridge_targets(start: _Target, fit: _InputStatistics, ridges: Sequence[float
         yield _Target(target, shifted, Metric(moment, start.metric.gradients, y), x, y)
 
 
-def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, gradients: Tensor) -> float:
+def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, *, gradients: Tensor) -> float:
     """E||W x - W' y||^2 in the metric of the gradients."""
     moved = matrix @ inputs.xx @ matrix.T - 2 * (matrix @ inputs.xy) @ low_rank.T + low_rank @ inputs.yy @ low_rank.T
     return float((gradients * moved).sum())

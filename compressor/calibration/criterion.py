@@ -83,7 +83,9 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
     return "likelihood" if (predicts or fit) and outputs.shape[-1] > 1 else "outputs"
 
 
-def sampled_loss(outputs: Tensor, masks: Sequence[Tensor], criterion: Criterion, generator: torch.Generator) -> Tensor:
+def sampled_loss(
+    outputs: Tensor, masks: Sequence[Tensor], criterion: Criterion, *, generator: torch.Generator
+) -> Tensor:
     """A number whose gradient at the outputs has the criterion's curvature as its second moment, summed over rows."""
     parts = torch.split(kept_rows(outputs, masks), ROWS_AT_ONCE)
     return torch.stack([_sampled_loss(rows.float(), criterion, generator) for rows in parts]).sum()
@@ -116,7 +118,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
 
 
-def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], criterion: Criterion) -> tuple[Tensor, int]:
+def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], *, criterion: Criterion) -> tuple[Tensor, int]:
     """What the compressed outputs cost against the dense ones, summed over rows, and the number of rows.
 
     Kullback-Leibler divergence in nats, or half the squared difference.

@@ -114,7 +114,7 @@ def plan_within_drop(
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
     predictable = calibration is not None and limit > 0 and baseline.higher_is_better is None
-    first = _first_guess(layers, request, trials, least) if predictable else None
+    first = _first_guess(layers, request, trials, least=least) if predictable else None
     tried = search_by_drop(
         measure,
         limit,
@@ -164,7 +164,7 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
         )
 
 
-def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials: _Trials, least: float) -> float:
+def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials: _Trials, *, least: float) -> float:
     """The size whose predicted loss would be the drop, by the layers in the metric of the loss.
 
     A perplexity P becomes P exp(loss). By Pinsker's inequality (Cover and Thomas, Elements of Information Theory, lemma
@@ -176,7 +176,7 @@ def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials
     # To one part in a thousand, which is far better than the prediction.
     for _ in range(10):
         keep = (low + high) / 2
-        layers = choose_ranks(measured, Budget("keep", keep), request.form, lambda _: 0)
+        layers = choose_ranks(measured, Budget("keep", keep), request.form, file_bytes=lambda _: 0)
         if predicted_loss(measured, layers) <= allowed:
             high = keep
         else:

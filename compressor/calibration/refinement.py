@@ -183,7 +183,7 @@ class _SegmentCosts:
         before = self._dense(chunk)
         after = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_compressed(chunk))
         if self._walk.last:
-            return divergence(before[0], after[0], masks, self._calibration.criterion)
+            return divergence(before[0], after[0], masks, criterion=self._calibration.criterion)
         changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
         costs = [(change @ metric * change).sum() for change, metric in zip(changes, self._metrics, strict=True)]
         return torch.stack(costs).sum(), len(changes[0])

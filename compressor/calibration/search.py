@@ -138,7 +138,7 @@ def plan_ranks(
     def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
         if given is not None:
             return apply_edits(given, layers, "the plan" if isinstance(request.given, Plan) else str(request.given))
-        return choose_ranks(layers, budget, request.form, file_bytes, exponent)
+        return choose_ranks(layers, budget, request.form, file_bytes=file_bytes, exponent=exponent)
 
     if calibration is None:
         return PlannedModel(replace(bare, layers=allocate(measured, bare.budget)))
@@ -177,7 +177,7 @@ def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
     return CalibrationResult(
         examples=calibration.data.examples,
         holdout=calibration.data.holdout_examples,
-        power=found.exponent,
+        exponent=found.exponent,
         predicted_loss=found.predicted,
         holdout_loss=found.loss,
         capped=found.capped,

@@ -194,7 +194,7 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     attempts += [_beside_each_other(longest[count:]) for count in range(1, len(longest))]
     for chosen in (*attempts, *([chain] for chain in longest[1:-1])):  # the first and the last are among these
         segments = Segments(tuple(chain for chain in chains if chain in chosen))
-        if _agrees(model, segments, batch) and _apart(model, segments, layers, batch):
+        if _agrees(model, segments, batch) and _apart(model, segments, layers, batch=batch):
             return segments
     return Segments()
 
@@ -267,7 +267,7 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
     return outputs.shape == whole.shape and torch.allclose(outputs, whole, rtol=1e-3, atol=digits, equal_nan=True)
 
 
-def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], batch: Batch) -> bool:
+def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], *, batch: Batch) -> bool:
     """Whether no layer has a part in what two segments make, such as an encoder's in the results of all decoder blocks.
 
     Its gradient would be in none of them whole. Of an embedding that holds for each of its calls.

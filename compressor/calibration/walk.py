@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,19 +63,16 @@ class Walk:
         groups: dict[Any, list[str]] = {}
         inputs: list[Tensor] = []  # kept, so that an address stands for one tensor
 
+        def note(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], *, place: str) -> None:
+            x = arguments[0] if arguments else next(iter(named.values()))
+            inputs.append(x)
+            alone = place if isinstance(layer, _BatchNorm) else None
+            if not any(place in group for group in groups.values()):
+                groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
+
         with ExitStack() as stack:
             for place in places:
-
-                def note(
-                    layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], place: str = place
-                ) -> None:
-                    x = arguments[0] if arguments else next(iter(named.values()))
-                    inputs.append(x)
-                    alone = place if isinstance(layer, _BatchNorm) else None
-                    if not any(place in group for group in groups.values()):
-                        groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
-
-                module = model.get_submodule(place)
-                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+                hook = partial(note, place=place)
+                stack.callback(model.get_submodule(place).register_forward_pre_hook(hook, with_kwargs=True).remove)
             self.run_dense(Chunk("fit", 0))
         return list(groups.values())

@@ -104,7 +104,7 @@ def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | to
         if any(name in first.inputs for name in TOKEN_IDS):  # others are not read once more for nothing
             for batch in data:
                 _require_known_tokens(model, batch, data.name)
-        _accepted(model, first, data.name, lambda model, inputs: forward_call(model, inputs)())
+        _accepted(model, first, data.name, run=lambda model, inputs: forward_call(model, inputs)())
 
 
 def accepts(model: nn.Module, batch: Batch, *, device: str | torch.device = "auto") -> bool:
@@ -231,7 +231,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
 
 
 def _accepted(
-    model: nn.Module, batch: Batch, where: str, run: Callable[[nn.Module, Mapping[str, Tensor]], Any] = logits_of
+    model: nn.Module, batch: Batch, where: str, *, run: Callable[[nn.Module, Mapping[str, Tensor]], Any] = logits_of
 ) -> Any:
     """What `run` gives for a batch, or `BadInput` saying why the model does not take it."""
     try:

@@ -245,7 +245,7 @@ def _planned_ranks(
             )
         return Budget("plan"), layers
     chosen = budget or default_budget(changes.measured, changes.subject.recipe.family)
-    return chosen, choose_ranks(changes.measured, chosen, "plain", file_bytes)
+    return chosen, choose_ranks(changes.measured, chosen, "plain", file_bytes=file_bytes)
 
 
 def window_advice(inspected: tuple[InspectedLayer, ...]) -> str | None:

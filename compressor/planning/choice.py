@@ -53,12 +53,13 @@ def choose_ranks(
     measured: Sequence[MeasuredLayer],
     budget: Budget,
     form: FormRequest,
+    *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
-    power: float = 1.0,
+    exponent: float = 1.0,
 ) -> tuple[LayerPlan, ...]:
-    """A rank and a form for every layer within the budget; BadInput says the smallest one that can be met.
+    """Choose a rank and a form for every layer within the budget; BadInput names the smallest one that can be met.
 
-    `file_bytes` is the size of the weight files that some ranks lead to, and `power` that of `plan_by_size`.
+    `file_bytes` is the size of the weight files for some ranks, and `exponent` that of `plan_by_size`.
     """
     if budget.kind == "window-rule":
         return plan_by_window_rule(measured, form)
@@ -67,14 +68,14 @@ def choose_ranks(
         return plan_by_tolerance(measured, budget.value, form)
     if budget.kind == "keep":
         eligible = sum(m.layer.parameters for m in measured)
-        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", power=power)
+        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", exponent=exponent)
     else:
-        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes, power=power)
+        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes=file_bytes, exponent=exponent)
     if layers is None:
         raise BadInput(
             f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
             option=budget.option,
-            remedy=f"allow at least {_smallest(measured, budget, form, file_bytes)}",
+            remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}",
         )
     return layers
 
@@ -83,6 +84,7 @@ def _smallest(
     measured: Sequence[MeasuredLayer],
     budget: Budget,
     form: FormRequest,
+    *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
 ) -> str:
     """The smallest budget of this kind that can be met, in words."""
@@ -97,6 +99,7 @@ def _smallest(
 def worthwhile_size(
     measured: Sequence[MeasuredLayer],
     form: FormRequest,
+    *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
     dense_bytes: int,
     settings: PlanningSettings = PLANNING,
@@ -108,7 +111,7 @@ def worthwhile_size(
     for keep in (0.8, 0.6, 0.4, 0.2, 0.1):
         budget = Budget("keep", keep)
         try:
-            layers = choose_ranks(measured, budget, form, file_bytes)
+            layers = choose_ranks(measured, budget, form, file_bytes=file_bytes)
         except BadInput:  # below the smallest size
             return None
         if is_worthwhile(file_bytes(layers), dense_bytes, settings):

@@ -76,7 +76,7 @@ class CalibrationResult:
 
     `predicted_loss` is the increase of loss per prediction to second order, and `holdout_loss` the increase measured
     on the holdout examples, against the dense model's own predictions; both in `unit`. Where they differ much the
-    second-order estimate no longer holds. `power` is the exponent of the allocation that did best there, so that the
+    second-order estimate no longer holds. `exponent` is the exponent of the allocation that did best there, so that the
     holdout loss is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
     caps on the ranks lost less there, before compensation, than the allocation without them, and `refined` whether the
     factors are those fitted to the dense blocks, because they lose less there. `unused` says what part of the data
@@ -85,7 +85,7 @@ class CalibrationResult:
 
     examples: int
     holdout: int
-    power: float | None
+    exponent: float | None
     predicted_loss: float
     holdout_loss: float
     capped: bool = False
@@ -251,7 +251,7 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
     return "pivoted" if pivoted < plain else "plain"
 
 
-def layer_plan(measured: MeasuredLayer, rank: int, form: Form, reason: str) -> LayerPlan:
+def layer_plan(measured: MeasuredLayer, rank: int, form: Form, *, reason: str) -> LayerPlan:
     """The plan for one layer at a rank; dense where the pair would save next to nothing or the layer is to stay."""
     layer = measured.layer
     if measured.stays_dense is not None:
@@ -307,15 +307,15 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
     rank = max(1, frobenius_rank(m.singular_values, truncation))
     if m.above_rounding is not None and max(1, m.above_rounding) < rank:
         rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
-    plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason)
-    return _spatial_if_smaller(plan, m, truncation, reason)
+    plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=reason)
+    return _spatial_if_smaller(plan, m, truncation, reason=reason)
 
 
-def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, reason: str) -> LayerPlan:
+def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
     """The spatial pair of the smallest rank with a relative error of at most `tolerance`, if it is smaller."""
     if m.spatial_values is None or not m.settings.spatial_pairs:
         return plan
-    spatial = layer_plan(m, max(1, frobenius_rank(m.spatial_values, tolerance)), "spatial", reason)
+    spatial = layer_plan(m, max(1, frobenius_rank(m.spatial_values, tolerance)), "spatial", reason=reason)
     return spatial if spatial.parameters < plan.parameters else plan
 
 
@@ -343,9 +343,9 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
             ranks[f"rank bound of the memory window at epsilon {EPSILON:g}"] = m.rank_bound
         reason = min(ranks, key=lambda name: ranks[name])
         rank = max(1, ranks[reason])
-        plan = layer_plan(m, rank, form_for(m.layer, rank, request), f"window rule: {reason}")
+        plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=f"window rule: {reason}")
         within = f"window rule: relative error <= {tolerance:g}"
-        plans.append(_spatial_if_smaller(plan, m, tolerance, within))
+        plans.append(_spatial_if_smaller(plan, m, tolerance, reason=within))
     return tuple(plans)
 
 
@@ -355,15 +355,15 @@ def plan_by_size(
     request: FormRequest,
     *,
     unit: Literal["parameters", "bytes"],
-    power: float = 1.0,
+    exponent: float = 1.0,
 ) -> tuple[LayerPlan, ...] | None:
-    """Ranks of least summed `dropped loss / total loss ** power` with at most `budget` stored parameters or bytes.
+    """Ranks of least summed `dropped loss / total loss ** exponent` with at most `budget` stored parameters or bytes.
 
-    A `power` of 0 trusts the second-order loss, which holds while little is removed; 1 is relative to what a layer has
-    to lose, for when the estimate saturates. What takes its place without calibration is told at `comparable`. None
-    when even rank one everywhere is larger.
+    An `exponent` of 0 trusts the second-order loss, which holds while little is removed; 1 is relative to the layer's
+    total loss, for when the estimate saturates. `comparable` describes the losses without calibration. None if even
+    rank one everywhere is larger.
     """
-    return _allocated(measured, [layer_choices(m, request, unit, power) for m in measured], budget)
+    return _allocated(measured, [layer_choices(m, request, unit, exponent=exponent) for m in measured], budget)
 
 
 def _allocated(
@@ -378,7 +378,7 @@ def _allocated(
             plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
         else:
             reason = "its share of the budget at least error"
-            plans.append(layer_plan(m, int(each.ranks[index]), each.forms[index], reason))
+            plans.append(layer_plan(m, int(each.ranks[index]), each.forms[index], reason=reason))
     return tuple(plans)
 
 
@@ -428,9 +428,9 @@ def plan_by_file_size(
     measured: Sequence[MeasuredLayer],
     limit: int,
     request: FormRequest,
-    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
     *,
-    power: float = 1.0,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+    exponent: float = 1.0,
 ) -> tuple[LayerPlan, ...] | None:
     """The ranks of `plan_by_size` for weight files that have at most `limit` bytes by `file_bytes`.
 
@@ -445,7 +445,7 @@ def plan_by_file_size(
         )
         return file_bytes(layers) - numbers
 
-    choices = [layer_choices(m, request, "bytes", power) for m in measured]
+    choices = [layer_choices(m, request, "bytes", exponent=exponent) for m in measured]
     overhead = beside(tuple(dense_plan(m.layer, "") for m in measured))
     best: tuple[int, tuple[LayerPlan, ...]] | None = None
     tried: set[int] = set()
@@ -480,7 +480,7 @@ class LayerChoices:
 
 
 def layer_choices(
-    m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], power: float = 1.0
+    m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], *, exponent: float = 1.0
 ) -> LayerChoices:
     """Every form and rank whose pair saves enough of the dense layer, and dense last.
 
@@ -518,7 +518,7 @@ def layer_choices(
         costs.append(np.full(1, cost("dense", 0)))
         errors.append(np.zeros(1))
     error = np.concatenate(errors)
-    choices = Choices(np.concatenate(costs), _losses(m, error, power))
+    choices = Choices(np.concatenate(costs), _losses(m, error, exponent))
     return LayerChoices(choices, forms, np.concatenate(ranks), error)
 
 
@@ -537,12 +537,12 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Fo
         yield "spatial", np.arange(1, len(m.spatial_values) + 1)
 
 
-def _losses(m: MeasuredLayer, errors: Spectrum, power: float) -> Spectrum:
+def _losses(m: MeasuredLayer, errors: Spectrum, exponent: float) -> Spectrum:
     """What a layer loses by relative errors: see `plan_by_size`, and without calibration `comparable`."""
     squared = np.square(errors)
     if m.weighted_values is None:
         return np.asarray(-np.log1p(-np.minimum(squared, 1 - ROUNDING)))
-    return np.asarray((m.total ** (1 - power) if m.total > 0 else 0.0) * squared)
+    return np.asarray((m.total ** (1 - exponent) if m.total > 0 else 0.0) * squared)
 
 
 def read_plan(path: Path) -> Plan:
@@ -626,14 +626,14 @@ def apply_edits(plan: Plan, measured: Sequence[MeasuredLayer], where: str) -> tu
     if len(edited) < len(plan.layers):
         raise BadInput("the plan names a layer twice", where=where, remedy=remedy)
     return tuple(
-        _apply_edit(edited[m.layer.name], m, where, remedy)
+        _apply_edit(edited[m.layer.name], m, where=where, remedy=remedy)
         if m.layer.name in edited
         else dense_plan(m.layer, "not in the plan")
         for m in measured
     )
 
 
-def _apply_edit(edit: LayerPlan, m: MeasuredLayer, where: str, remedy: str) -> LayerPlan:
+def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -> LayerPlan:
     layer = m.layer
     if edit.shape not in ((0, 0), layer.shape):
         raise BadInput(

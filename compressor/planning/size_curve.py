@@ -44,14 +44,15 @@ class SizeCurve:
 def size_curve(
     measured: Sequence[MeasuredLayer],
     request: FormRequest,
-    power: float = 1.0,
+    *,
+    exponent: float = 1.0,
     unit: LossUnit = "nats per prediction",
 ) -> SizeCurve:
-    """The curve on which `plan_by_size` with the same `power` allocates, from its smallest size to one without loss.
+    """The curve on which `plan_by_size` with the same `exponent` allocates, from its smallest size to one without loss.
 
     `unit` is that of the calibration, where there was one.
     """
-    tables = [layer_choices(m, request, "parameters", power) for m in measured]
+    tables = [layer_choices(m, request, "parameters", exponent=exponent) for m in measured]
     if any(m.weighted_values is not None for m in measured):
         return _calibrated_curve(measured, tables, unit)
     least, most = (sum(int(bound(each.choices.cost)) for each in tables) for bound in (np.min, np.max))

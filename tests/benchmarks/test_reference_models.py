@@ -83,7 +83,7 @@ def channel_pairs_only(keep: float, *, shared: bool) -> Plan:
         matrices = [checkpoint.read(layer.tensor).double().flatten(1).numpy() for layer in eligible]
         values = [np.linalg.svd(matrix, compute_uv=False) for matrix in matrices]
         measured = [MeasuredLayer(layer, each, 4) for layer, each in zip(eligible, values, strict=True)]
-        layers = choose_ranks(measured, Budget("keep", keep), "auto", lambda _: 0)
+        layers = choose_ranks(measured, Budget("keep", keep), "auto", file_bytes=lambda _: 0)
         return Plan("", None, Budget("plan"), layers)
     layers = tuple(
         LayerPlan(layer.name, layer.shape, layer.kind, rank, "channel", 0, 0.0, "")

@@ -98,7 +98,7 @@ def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(na
         if chain is not chains[-1]:
             model.get_submodule(chain.blocks[-1]).register_forward_hook(partial(leave, chain.blocks[-1]))
     generator = torch.Generator().manual_seed(calibration.run.seed)
-    sampled_loss(outputs_of(model, batch.inputs), batch.masks, calibration.criterion, generator).backward()
+    sampled_loss(outputs_of(model, batch.inputs), batch.masks, calibration.criterion, generator=generator).backward()
 
     def moment(gradient: Tensor) -> Tensor:
         rows = hidden_rows(gradient, batch.masks)
@@ -215,7 +215,7 @@ def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_gener
     gradients = []
     for inputs in data:
         outputs = outputs_of(model, inputs).detach().requires_grad_(True)
-        sampled_loss(outputs, (), "likelihood", generator).backward()
+        sampled_loss(outputs, (), "likelihood", generator=generator).backward()
         assert outputs.grad is not None
         gradients.append(outputs.grad)
     g = torch.cat(gradients).double()
@@ -234,7 +234,7 @@ def test_the_sampled_gradients_have_the_fisher_as_their_second_moment_however_su
     p = logits.softmax(-1)
     fisher = torch.diag(p) - torch.outer(p, p)
     rows = logits.float().expand(20_000, 4).clone().requires_grad_(True)
-    sampled_loss(rows, (), "likelihood", torch.Generator().manual_seed(0)).backward()
+    sampled_loss(rows, (), "likelihood", generator=torch.Generator().manual_seed(0)).backward()
     assert rows.grad is not None
     g = rows.grad.double()
     # Every gradient has the same length, so that a thousand examples say as much of a sure model as of another.

@@ -121,7 +121,7 @@ def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
     assert (found.examples, found.holdout) == (192, 64)
     assert 0 < found.predicted_loss < 1
     assert 0 < found.holdout_loss < 1
-    assert found.power in (0.0, 0.5, 1.0)
+    assert found.exponent in (0.0, 0.5, 1.0)
     document = json.loads(json.dumps(chosen.to_dict()))
     assert document["calibration"]["holdout_loss"] == found.holdout_loss
     assert plan(trained, keep=0.5).to_dict()["calibration"] is None

@@ -139,7 +139,7 @@ def test_where_no_ranks_are_found_under_the_caps_the_plan_is_that_without_them(c
     def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
         if any(m.rank_cap is not None for m in layers):
             raise BadInput("no ranks were found", remedy="allow more")
-        return choose_ranks(layers, budget, "auto", lambda _: 0, exponent)
+        return choose_ranks(layers, budget, "auto", file_bytes=lambda _: 0, exponent=exponent)
 
     layers = measured(calibration.model, [recipe()])
     caps = rank_caps(layers, "sgd")

@@ -25,7 +25,7 @@ CONVOLUTIONS = [
 def sampled(logits: Callable[[], Tensor], masks: Sequence[Tensor] = (), seed: int = 0) -> MomentPass:
     """A pass whose gradients are those of the loss on targets drawn from the model itself."""
     generator = torch.Generator().manual_seed(seed)
-    return MomentPass(lambda: sampled_loss(logits(), masks, "likelihood", generator).backward(), masks)
+    return MomentPass(lambda: sampled_loss(logits(), masks, "likelihood", generator=generator).backward(), masks)
 
 
 def gathered(layer: nn.Module, model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def test_a_linear_layers_are_those_that_a_hook_on_it_sees() -> None:
     collector, generator = ParameterCollector({"layer": (layer, "weight")}), torch.Generator().manual_seed(0)
 
     def run(x: Tensor) -> None:
-        sampled_loss(model(x), (), "likelihood", generator).backward()
+        sampled_loss(model(x), (), "likelihood", generator=generator).backward()
 
     with collector:
         seen = collect_moments({"layer": layer}, [MomentPass(lambda x=x: run(x)) for x in data])["layer"]
@@ -56,7 +56,7 @@ def test_the_predicted_loss_of_a_recurrent_weight_is_the_divergence_of_a_small_c
     collector, generator = ParameterCollector({"weight": (model.rnn, name)}), torch.Generator().manual_seed(0)
     with collector:
         for x in data:
-            sampled_loss(model(x), (), "likelihood", generator).backward()
+            sampled_loss(model(x), (), "likelihood", generator=generator).backward()
     found = collector.moments(150 * 16)["weight"]
     weight, x, ratios = getattr(model.rnn, name), torch.cat(data), []
     for seed in range(10):
@@ -89,7 +89,7 @@ def test_a_sure_model_has_the_same_moments_in_batches_of_any_size(size: int) -> 
         collector, generator = ParameterCollector({"w": (model.rnn, "weight_ih_l0")}), torch.Generator().manual_seed(0)
         with collector:
             for batch in x.split(each) * draws:
-                sampled_loss(model(batch), (), "likelihood", generator).backward()
+                sampled_loss(model(batch), (), "likelihood", generator=generator).backward()
         found = collector.moments(len(x) * draws)["w"]
         traces.append(float(found.inputs.trace() * found.gradients.trace()))
     assert traces[1] == pytest.approx(traces[0], rel=0.35)

@@ -48,7 +48,7 @@ def gathered(model: Any, passes: list[tuple[Tensor, Sequence[Tensor]]]) -> tuple
 
     def run(tokens: Tensor, masks: Sequence[Tensor]) -> None:
         logits = collector.watched(lambda: (model(tokens),), masks)()[0]
-        sampled_loss(logits, masks, "likelihood", generator).backward()  # type: ignore[no-untyped-call]
+        sampled_loss(logits, masks, "likelihood", generator=generator).backward()  # type: ignore[no-untyped-call]
 
     with collector:
         watched = [MomentPass(lambda t=tokens, m=masks: run(t, m), masks) for tokens, masks in passes]  # type: ignore[misc]

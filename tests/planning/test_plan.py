@@ -61,7 +61,7 @@ def models(draw: st.DrawFn) -> list[MeasuredLayer]:
 def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[MeasuredLayer], keep: float, form: Any) -> None:
     total = sum(m.layer.parameters for m in layers)
     try:
-        plans = choose_ranks(layers, Budget("keep", keep), form, no_files)
+        plans = choose_ranks(layers, Budget("keep", keep), form, file_bytes=no_files)
     except BadInput:
         smallest = sum(
             min(m.layer.parameters, *(stored_parameters(m.layer.shape, f, 1) for f in forms_of(form))) for m in layers
@@ -88,7 +88,9 @@ def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[Measured
 @settings(max_examples=100)
 @given(models(), st.floats(0.01, 0.9))
 def test_a_tolerance_holds_in_every_layer_with_the_smallest_rank(layers: list[MeasuredLayer], tolerance: float) -> None:
-    for m, plan in zip(layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", no_files), strict=True):
+    for m, plan in zip(
+        layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", file_bytes=no_files), strict=True
+    ):
         errors = truncation_errors(m.singular_values)
         if plan.rank is None:
             assert plan.error == 0
@@ -106,7 +108,7 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
         numbers = sum(stored_bytes(plan.shape, plan.form, plan.rank or 0, itemsize=4) for plan in plans)
         return header + sum(len(plan.form) + len(str(plan.rank)) for plan in plans) + numbers
 
-    plans = plan_by_file_size(layers, limit, "auto", file_bytes)
+    plans = plan_by_file_size(layers, limit, "auto", file_bytes=file_bytes)
     if plans is not None:
         assert file_bytes(plans) <= limit
         return
@@ -120,10 +122,10 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
 
 def test_a_tolerance_finer_than_the_dtype_keeps_the_layer_dense() -> None:
     layers = [measured("a", 60, 60, decay=0.8, precision=0.008)]
-    [coarse] = choose_ranks(layers, Budget("tolerance", 0.01), "auto", no_files)
+    [coarse] = choose_ranks(layers, Budget("tolerance", 0.01), "auto", file_bytes=no_files)
     assert coarse.rank is not None
     assert coarse.error <= (0.01**2 - 0.008**2) ** 0.5
-    [fine] = choose_ranks(layers, Budget("tolerance", 0.008), "auto", no_files)
+    [fine] = choose_ranks(layers, Budget("tolerance", 0.008), "auto", file_bytes=no_files)
     assert (fine.rank, "rounding" in fine.reason) == (None, True)
 
 
@@ -131,7 +133,7 @@ def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
     by_spectrum = measured("spectrum", 60, 60, decay=0.5, above_edge=50, surviving_share=0.1)
     by_edge = measured("edge", 60, 60, decay=0.99, above_edge=7, surviving_share=0.13)
     by_bound = measured("bound", 60, 60, decay=0.99, above_edge=30, surviving_share=0.1, rank_bound=5)
-    plans = choose_ranks([by_spectrum, by_edge, by_bound], Budget("window-rule"), "auto", no_files)
+    plans = choose_ranks([by_spectrum, by_edge, by_bound], Budget("window-rule"), "auto", file_bytes=no_files)
     assert [plan.rank for plan in plans] == [4, 7, 5]  # 0.5^k <= 0.1 from k = 4
     assert "relative error" in plans[0].reason
     assert "edge" in plans[1].reason
@@ -145,7 +147,9 @@ def test_the_window_rule_takes_the_smaller_rank_and_says_which() -> None:
 def test_where_too_little_is_forgotten_or_known_the_window_rule_gives_way_to_a_safe_tolerance(
     known: dict[str, Any],
 ) -> None:
-    [plan] = choose_ranks([measured("a", 60, 60, decay=0.8, **known)], Budget("window-rule"), "auto", no_files)
+    [plan] = choose_ranks(
+        [measured("a", 60, 60, decay=0.8, **known)], Budget("window-rule"), "auto", file_bytes=no_files
+    )
     assert 0 < plan.error <= PLANNING.safe_tolerance
     assert "relative error" in plan.reason
 
@@ -156,7 +160,9 @@ def test_the_settings_say_how_much_of_the_start_may_survive_and_what_a_layer_may
     lenient = measured("a", 60, 60, decay=0.8, **known, settings=PlanningSettings(largest_surviving_share=0.5))
     coarse = replace(lenient, settings=replace(lenient.settings, window_rule_tolerance=0.3))
     assert (strict.window_rule_applies, lenient.window_rule_applies) == (False, True)
-    ranks = [choose_ranks([m], Budget("window-rule"), "auto", no_files)[0].rank for m in (strict, lenient, coarse)]
+    ranks = [
+        choose_ranks([m], Budget("window-rule"), "auto", file_bytes=no_files)[0].rank for m in (strict, lenient, coarse)
+    ]
     assert ranks == [14, 11, 6]  # 0.8^k <= 0.05, 0.1 and 0.3
     safe = default_budget([strict], "sgd", PlanningSettings(safe_tolerance=0.2))
     assert (safe.kind, safe.value) == ("tolerance", 0.2)
@@ -165,7 +171,7 @@ def test_the_settings_say_how_much_of_the_start_may_survive_and_what_a_layer_may
 def test_a_layer_saves_as_much_as_the_settings_want() -> None:
     for saving, dense in ((0.05, False), (0.9, True)):
         layer = measured("a", 60, 60, decay=0.5, settings=PlanningSettings(least_layer_saving=saving))
-        [chosen] = choose_ranks([layer], Budget("tolerance", 0.01), "auto", no_files)
+        [chosen] = choose_ranks([layer], Budget("tolerance", 0.01), "auto", file_bytes=no_files)
         assert (chosen.rank is None) == dense
 
 
@@ -178,7 +184,7 @@ def test_what_applies_when_nothing_is_asked() -> None:
 
 
 def test_a_pair_that_would_not_be_smaller_stays_dense() -> None:
-    [plan] = choose_ranks([measured("a", 10, 10, decay=1.0)], Budget("tolerance", 0.05), "plain", no_files)
+    [plan] = choose_ranks([measured("a", 10, 10, decay=1.0)], Budget("tolerance", 0.05), "plain", file_bytes=no_files)
     assert (plan.rank, plan.form, plan.parameters, plan.error) == (None, "dense", 100, 0.0)
 
 
@@ -209,7 +215,7 @@ LAYERS = [measured("a", 20, 30), measured("b", 12, 12)]
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    layers = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", no_files)
+    layers = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", file_bytes=no_files)
     document = Plan("model", "0" * 64, Budget("keep", 0.5), layers).to_dict()
     document["layers"][0] |= changes
     path = folder / "plan.json"
@@ -220,7 +226,7 @@ def written(folder: Path, **changes: Any) -> Path:
 def test_a_plan_survives_its_json(tmp_path: Path) -> None:
     path = written(tmp_path)
     applied = apply_edits(read_plan(path), LAYERS, "plan.json")
-    original = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", no_files)
+    original = choose_ranks(LAYERS, Budget("keep", 0.5), "auto", file_bytes=no_files)
     assert [(p.name, p.rank, p.form, p.parameters, p.error) for p in applied] == [
         (p.name, p.rank, p.form, p.parameters, p.error) for p in original
     ]
@@ -343,7 +349,7 @@ def test_a_layer_is_factorized_only_where_that_saves_a_twentieth_of_its_bytes(
     budgets = [(Budget("keep", share), no_files), (Budget("tolerance", min(share, 0.99)), no_files)]
     for budget, files in budgets:
         try:
-            [chosen] = choose_ranks([layer], budget, request_, files)
+            [chosen] = choose_ranks([layer], budget, request_, file_bytes=files)
         except BadInput:
             continue
         if chosen.rank is not None:

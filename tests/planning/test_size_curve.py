@@ -32,21 +32,21 @@ SIZES = st.lists(st.tuples(st.integers(2, 24), st.integers(2, 24)), min_size=1, 
 @given(
     shapes=SIZES,
     calibrated=st.booleans(),
-    power=st.sampled_from([0.0, 0.5, 1.0]),
+    exponent=st.sampled_from([0.0, 0.5, 1.0]),
     form=st.sampled_from(["auto", "plain"]),
 )
 def test_every_point_is_what_the_allocation_loses_at_that_size(
-    shapes: list[tuple[int, int]], calibrated: bool, power: float, *, form: Any
+    shapes: list[tuple[int, int]], calibrated: bool, exponent: float, *, form: Any
 ) -> None:
     layers = [measured(i, *shape, calibrated=calibrated) for i, shape in enumerate(shapes)]
-    curve = size_curve(layers, form, power)
+    curve = size_curve(layers, form, exponent=exponent)
     assert curve.losses[-1] == 0
     assert curve.parameters[-1] == sum(m.layer.parameters for m in layers)
     assert list(curve.parameters) == sorted(set(curve.parameters))
     assert curve.parameters[0] == smallest_size(layers, form, "parameters")
     assert curve.unit == ("nats per prediction" if calibrated else "relative error")
     for size, loss in zip(curve.parameters, curve.losses, strict=True):
-        plans = plan_by_size(layers, size, form, unit="parameters", power=power)
+        plans = plan_by_size(layers, size, form, unit="parameters", exponent=exponent)
         assert plans is not None
         assert sum(plan.parameters for plan in plans) <= size
         predicted = predicted_loss(layers, plans) if calibrated else None
@@ -57,7 +57,7 @@ def test_every_point_is_what_the_allocation_loses_at_that_size(
 @given(SIZES)
 def test_a_larger_size_never_loses_more_where_the_loss_itself_is_allocated(shapes: list[tuple[int, int]]) -> None:
     layers = [measured(i, *shape, calibrated=True) for i, shape in enumerate(shapes)]
-    losses = size_curve(layers, "auto", 0.0).losses
+    losses = size_curve(layers, "auto", exponent=0.0).losses
     assert all(before >= after for before, after in pairwise(losses))
 
 

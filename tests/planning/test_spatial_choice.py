@@ -68,7 +68,9 @@ def as_chosen(m: MeasuredLayer, layer: LayerPlan) -> None:
 @settings(max_examples=100)
 @given(models(), st.floats(0.01, 0.9))
 def test_a_tolerance_holds_in_the_smallest_form(layers: list[MeasuredLayer], tolerance: float) -> None:
-    for m, layer in zip(layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", no_files), strict=True):
+    for m, layer in zip(
+        layers, choose_ranks(layers, Budget("tolerance", tolerance), "auto", file_bytes=no_files), strict=True
+    ):
         as_chosen(m, layer)
         assert layer.parameters == min(size for size, error in possible(m) if error <= tolerance)
 
@@ -81,9 +83,9 @@ def test_a_share_is_never_exceeded_and_no_layer_could_lose_less_within_it(
     limit = keep * sum(m.layer.parameters for m in layers)
     if sum(min(size for size, _ in possible(m)) for m in layers) > limit:
         with pytest.raises(BadInput, match="allow at least"):
-            choose_ranks(layers, Budget("keep", keep), "auto", no_files)
+            choose_ranks(layers, Budget("keep", keep), "auto", file_bytes=no_files)
         return
-    chosen = choose_ranks(layers, Budget("keep", keep), "auto", no_files)
+    chosen = choose_ranks(layers, Budget("keep", keep), "auto", file_bytes=no_files)
     left = limit - sum(layer.parameters for layer in chosen)
     assert left >= 0
     for m, layer in zip(layers, chosen, strict=True):
@@ -116,7 +118,7 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
         MeasuredLayer(m.layer, m.singular_values, 4, spatial_values=m.spatial_values, **known)
         for m in (by_edge, separable)
     ]
-    first, second = choose_ranks(layers, Budget("window-rule"), "auto", no_files)
+    first, second = choose_ranks(layers, Budget("window-rule"), "auto", file_bytes=no_files)
     assert (first.form, first.rank) == ("channel", 9)
     assert (second.form, second.rank) == ("spatial", 2)  # 0.3^k <= 0.1 from k = 2
     assert "relative error" in second.reason
@@ -126,7 +128,10 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
 def test_spatial_pairs_can_be_switched_off(budget: Budget) -> None:
     separable = replace(convolution("b", (16, 16, 3, 3), 0.7, spatial=0.3), above_edge=4, surviving_share=0.1)
     without = replace(separable, settings=PlanningSettings(spatial_pairs=False))
-    assert [choose_ranks([m], budget, "auto", no_files)[0].form for m in (separable, without)] == ["spatial", "channel"]
+    assert [choose_ranks([m], budget, "auto", file_bytes=no_files)[0].form for m in (separable, without)] == [
+        "spatial",
+        "channel",
+    ]
 
 
 def filter_banks() -> dict[str, torch.Tensor]:

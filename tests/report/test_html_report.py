@@ -154,7 +154,7 @@ def test_every_layer_and_its_reason_is_in_the_table() -> None:
 
 def test_calibration_is_told_where_it_was_done() -> None:
     plain = compression("a")
-    result = CalibrationResult(examples=96, holdout=32, power=0.5, predicted_loss=0.0123, holdout_loss=0.0341)
+    result = CalibrationResult(examples=96, holdout=32, exponent=0.5, predicted_loss=0.0123, holdout_loss=0.0341)
     calibrated = replace(plain, plan=replace(plain.plan, calibration=result))
     text = " ".join(Page(report_page(calibrated)).text.split())
     for words in ("96 examples", "holdout of 32", "0.034", "0.012"):
