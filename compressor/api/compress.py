@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +22,6 @@ from compressor.api.requests import (
     data_to_measure_on,
     preprocessing,
     provenance,
-    reported_data,
     requested_budget,
     selection,
 )
@@ -43,7 +40,7 @@ from compressor.calibration.search import PlannedModel, PlanRequest, open_calibr
 from compressor.calibration.settings import CALIBRATION
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import TIMING, Evaluation, require_accepted
+from compressor.evaluation import TIMING, Evaluation, process_memory, require_accepted
 from compressor.formatting import format_percent, format_size
 from compressor.io import Artifact, Checkpoint, Naming, Target, checked_target, form_of
 from compressor.io.output import require_no_output
@@ -151,7 +148,7 @@ def compress(
     if subject.in_memory:
         require_copyable(subject.module)
     if asked.base is not None:
-        return _compressed_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
+        return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     run = Run(resolve_device(asked.device), asked.seed, asked.progress)
     target = _target(subject.checkpoint, asked)
     data = _open_data(asked, subject, run)
@@ -287,7 +284,7 @@ def _compression(
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         evaluation=None,
         seconds=0.0,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=process_memory(),
         skipped=tuple(layer for layer in subject.layers if not layer.eligible),
         spectra={
             m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
@@ -313,22 +310,6 @@ def _target(checkpoint: Checkpoint, asked: CompressOptions) -> Target | None:
         return None
     named = Naming(form_of(checkpoint), "-compressed")
     return checked_target(checkpoint, asked.output, named, overwrite=asked.overwrite).pushed_to(asked.push_to)
-
-
-def _compressed_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Compression:
-    """`compress_fine_tune`, evaluated on `data` where they are given."""
-    reported, device = None, resolve_device(asked.device)
-    if asked.data is not None:
-        model.require_runnable()
-        reported = reported_data(asked, model)
-
-    def evaluated(small: nn.Module) -> Evaluation:
-        assert reported is not None
-        run = Run(device, progress=asked.progress)
-        return evaluate_models(model, open_runnable(small), reported, run=run, timing=asked.timing_settings or TIMING)
-
-    compression = compress_fine_tune(model, base, asked, evaluated=None if reported is None else evaluated)
-    return replace(compression, peak_memory_bytes=_peak_memory_bytes(), warnings=warning_words(compression))
 
 
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
@@ -438,9 +419,3 @@ def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: 
             " `allow_miss=True`"
         )
     logger.warning(found)
-
-
-def _peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

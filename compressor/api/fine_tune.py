@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
+from compressor.api.evaluate import evaluate_models
 from compressor.api.options import CompressOptions
-from compressor.api.requests import provenance, requested_budget
+from compressor.api.requests import provenance, reported_data, requested_budget
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
-from compressor.evaluation import Evaluation
+from compressor.evaluation import TIMING, process_memory
 from compressor.fine_tuning.adaptation import Adaptation, adapted_module
 from compressor.fine_tuning.adapter import (
     Adapter,
@@ -35,45 +35,50 @@ from compressor.io import (
     checked_target,
 )
 from compressor.io.output import require_no_output
-from compressor.model import Model, resolve_device
+from compressor.model import Model, open_runnable, resolve_device
 from compressor.network import module_architecture
+from compressor.progress import Run
 from compressor.report.fine_tune_card import adapter_card
+from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression, FineTune
 
 
-def compress_fine_tune(
-    model: Model, base: Model, asked: CompressOptions, *, evaluated: Callable[[nn.Module], Evaluation] | None
-) -> Compression:
+def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Compression:
     """Compress the difference of a fine-tune to its base.
 
     A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors; a file gives a file
-    of pairs; a module gives a copy of the base with pairs beside its layers. `evaluated` measures such a module.
+    of pairs; a module gives a copy of the base with pairs beside its layers. Such a module is what `data` measure.
     """
     started = time.monotonic()
-    device, progress = resolve_device(asked.device), asked.progress
+    run = Run(resolve_device(asked.device), progress=asked.progress)
+    if asked.data is not None:
+        model.require_runnable()
+    report = None if asked.data is None else reported_data(asked, model)
     if model.in_memory != base.in_memory:
         raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
     subject = model.with_ties()
     kind = _kind(subject, asked.output)
     target = _target(subject, base, asked)
     made_by = provenance(asked, subject.checkpoint)
-    changes = measured_changes(subject, base, kind, provenance=made_by, device=device, progress=progress)
+    changes = measured_changes(subject, base, kind, provenance=made_by, device=run.device, progress=run.progress)
     adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
-    stored = stored_changes(changes, adaptation, device=device, progress=progress)
+    stored = stored_changes(changes, adaptation, device=run.device, progress=run.progress)
     if stored.adapter is not None:
         require_pairs(stored.adapter)
     errors, module, evaluation, verified = stored.errors, None, None, None
-    if not asked.dry_run and (kind == "module" or evaluated is not None):
+    if not asked.dry_run and (kind == "module" or report is not None):
         # What was loaded here needs no copy.
         dense = copy.deepcopy(base.module) if base.in_memory else base.module
         names = subject.architecture or module_architecture(dense)
-        module = adapted_module(adaptation, dense, device=device, done=errors, module_name=names.module_name)
-        evaluation = None if evaluated is None else evaluated(module)
+        module = adapted_module(adaptation, dense, device=run.device, done=errors, module_name=names.module_name)
+        if report is not None:
+            timing = asked.timing_settings or TIMING
+            evaluation = evaluate_models(model, open_runnable(module), report, run=run, timing=timing)
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
             verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)
     tuned = subject.checkpoint
-    return Compression(
+    compression = Compression(
         source=subject.name,
         output=None if target is None else str(target.path),
         recipe=subject.recipe,
@@ -82,12 +87,13 @@ def compress_fine_tune(
         bytes=BeforeAfter(tuned.weight_bytes, stored.artifact.bytes),
         evaluation=evaluation,
         seconds=time.monotonic() - started,
-        peak_memory_bytes=0,
+        peak_memory_bytes=process_memory(),
         skipped=tuple(layer for layer in changes.layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in changes.measured},
         model=module if kind == "module" else None,
         fine_tune=_fine_tune(adaptation, stored, base=base.name, verified_with=verified),
     )
+    return replace(compression, warnings=warning_words(compression))
 
 
 def finish_adapter(made: Output, adapter: Adapter, *, name: str, errors: Mapping[str, float]) -> str | None:

@@ -13,6 +13,7 @@ from compressor.evaluation.cost import (
     measure_cost,
     measure_latency,
     measure_peak_memory,
+    process_memory,
 )
 from compressor.evaluation.custom_metric import PARTS
 from compressor.evaluation.evaluate import Evaluation, compare
@@ -35,6 +36,7 @@ __all__ = [
     "measure_latency",
     "measure_peak_memory",
     "measure_quality",
+    "process_memory",
     "quality_drop",
     "require_accepted",
 ]

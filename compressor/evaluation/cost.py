@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import sys
 import time
 import warnings
 import weakref
@@ -280,3 +282,9 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storage_bytes(tensors: Any) -> int:
     """Bytes that `tensors` hold together, memory that they share counted once."""
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def process_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
