@@ -35,7 +35,7 @@ class {prefix}{architecture}({architecture}):
     def __init__(self, config, *arguments, **keywords):
         super().__init__(config, *arguments, **keywords)
         for name, layer in config.{key}["layers"].items():
-            put_pair(self, name, layer["form"], layer["rank"])
+            put_pair(self, name, layer["form"], rank=layer["rank"])
 '''
 
 
