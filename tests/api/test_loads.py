@@ -64,6 +64,7 @@ def test_compress_builds_the_dense_network_once_and_the_compressed_one(
     assert factory.calls == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 100.0}])
 def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
     llama: LlamaForCausalLM, tmp_path: Path, loads: Counter[str], budget: dict[str, Any]

@@ -49,6 +49,7 @@ def outcome(model: Any, data: Path, **options: Any) -> tuple[list[float], list[t
     return [measured.compressed_loss, float(measured.count)], list(state.values())
 
 
+@pytest.mark.slow
 def test_a_loaded_module_with_a_tokenizer_is_measured_and_calibrated_as_its_folder(
     llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path, *, tmp_path: Path
 ) -> None:
@@ -69,6 +70,7 @@ def test_a_loaded_module_with_a_tokenizer_is_measured_and_calibrated_as_its_fold
     assert (measured.compressed, measured.count) == (of_folder.compressed, of_folder.count)
 
 
+@pytest.mark.slow
 def test_a_list_of_texts_and_a_file_with_them_are_the_same_data(
     llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_images_without_labels_calibrate() -> None:
         compressor.evaluate(model, data=images)
 
 
+@pytest.mark.slow
 def test_of_examples_128_are_used_by_default_and_of_batches_all() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     inputs = torch.randn(300, 6)

@@ -298,6 +298,7 @@ def test_a_record_that_inflates_is_refused_before_it_is_read(tmp_path: Path, rec
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_of_many_containers_is_refused_before_they_are_made(tmp_path: Path, legacy: bool) -> None:
     path = saved(tmp_path / "m.pt", {"w": torch.randn(3)}, _use_new_zipfile_serialization=not legacy)

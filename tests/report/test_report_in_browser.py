@@ -78,6 +78,7 @@ def calibrated(compression: Compression) -> Compression:
 # The page
 
 
+@pytest.mark.slow
 def test_an_edge_and_a_bound_are_told_and_drawn_where_they_are_known(compression: Compression) -> None:
     page = report_page(compression)
     for layer in compression.inspected:
@@ -92,6 +93,7 @@ def test_an_edge_and_a_bound_are_told_and_drawn_where_they_are_known(compression
     assert "memory window" not in unknown
 
 
+@pytest.mark.slow
 def test_the_losses_predicted_and_measured_are_told_and_one_that_has_no_logarithm_is_not_drawn(
     calibrated: Compression,
 ) -> None:
