@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import compressor
 from compressor import BadInput, QualityGateNotMet, compress
 from compressor.api.write import written
 from compressor.cli.run import run
@@ -139,3 +140,14 @@ def test_what_was_compressed_says_how_to_do_it_again(container: str, tmp_path: P
     if container == "folder":  # the card names the folder
         pairs = [(file, again / file.name) for file in small.iterdir() if file.name != "README.md"]
     assert all(first.read_bytes() == second.read_bytes() for first, second in pairs)
+
+
+@pytest.mark.parametrize("writes", ["staged_folder", "copy_companions", "SafetensorsWriter", "ShardedWriter"])
+def test_models_are_written_in_one_place(writes: str) -> None:
+    package = Path(compressor.__file__).parent
+    calls = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if path.parent.name != "io" and f"{writes}(" in path.read_text(encoding="utf-8")
+    }
+    assert calls == {"api/write.py"}
