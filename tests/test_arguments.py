@@ -108,19 +108,24 @@ def batches(width: int) -> list[torch.Tensor]:
         ({"recipe": 5}, "`recipe` is a int; give a TrainingRecipe"),
         ({"factory": 5}, "`factory` is a int; give a function"),
         ({"keep": None, "plan": 5}, "`plan` is a int; give a plan"),
-        ({"data": [1]}, "`data` is a list; give the path"),
+        ({"data": [1]}, "the data yields int; yield tensors, pairs, or mappings of tensors"),
         ({"output": 5}, "`output` is a int; give the path"),
-        ({"calibration": 5}, "`calibration` is a int; give the path of a file or folder, or batches"),
+        (
+            {"calibration": 5},
+            "`calibration` is a int; give a path, tensors or arrays, a data set, texts, or an iterable of batches",
+        ),
         ({"keep": "a lot"}, "`keep` 'a lot' is not a number"),
         ({"keep": 0}, "`keep` 0 is out of range"),
-        ({"calibration": batches(10)}, r"Sequential does not take calibration batches of inputs \(4, 10\)"),
+        ({"calibration": batches(10)}, r"Sequential does not accept this data \(inputs \(1, 10\)\)"),
         (
             {"calibration": [*batches(16), *batches(10)]},
             r"Sequential does not take calibration batches of inputs \(4, 10\)",
         ),
-        ({"calibration": [torch.ones(4, 16, dtype=torch.long)] * 2}, "does not take calibration batches of inputs"),
+        (
+            {"calibration": [torch.ones(4, 16, dtype=torch.long)] * 2},
+            r"Sequential does not accept this data \(inputs \(1, 16\)\).* same dtype",
+        ),
     ],
-    ids=str,
 )
 def test_a_bad_value_is_refused_in_the_words_of_python(options: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says) as caught:
