@@ -1,4 +1,4 @@
-"""What data say about a model before it is compressed, and what they put right afterwards."""
+"""Calibration: a metric of the loss for every layer, and the plan and factors with the least holdout loss."""
 
 from __future__ import annotations
 

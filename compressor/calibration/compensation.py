@@ -46,9 +46,9 @@ from compressor.planning import LayerPlan
 
 @dataclass(frozen=True)
 class Compensated:
-    """The tensors that stand for the layers, by name, and the modules, by their place in the model, that carry it.
+    """The tensors of the low-rank layers, by layer, and the modules that replace others, by their place in the model.
 
-    Among the modules are batch normalizations with statistics of their own.
+    Among the modules are batch normalizations with changed statistics.
     """
 
     factors: Mapping[str, Mapping[str, Tensor]]
@@ -75,7 +75,7 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
                 continue
             layer = calibration.layers[plan.name]
             factors[plan.name] = _truncated(calibration, layer, plan)
-            # A module of which several parameters are factorized is the same one each time.
+            # Several parameters of one module are factorized in the same low-rank module.
             dense = modules.get(layer.module) or calibration.model.get_submodule(layer.module)
             low_rank = filled_layer(layer, plan, dense, tensors=factors[plan.name])
             modules |= dict.fromkeys((layer.module, *layer.places), low_rank)
@@ -307,7 +307,7 @@ class _Call:
 
 
 def _of_the_same_positions(dense: Sequence[_Call], compressed: Sequence[_Call]) -> list[tuple[Tensor, Tensor]] | None:
-    """Inputs in two models, call by call; those of an expert without the tokens that only one model routes to it.
+    """Inputs in two models, call by call; of an expert, only the tokens that both models route to it.
 
     None where the calls cannot be compared.
     """

@@ -1,14 +1,14 @@
-"""What a change of a model's outputs costs, and the gradients that say so to second order.
+"""The cost of a change of a model's outputs, and gradients whose second moment is its curvature.
 
 For classifiers and language models the cost is the Kullback-Leibler divergence of the predictions, and its curvature
 the true Fisher information: gradients of the loss on targets drawn from the model itself, not on the labels (Kunstner,
-Balles and Hennig, "Limitations of the empirical Fisher approximation", NeurIPS 2019). A model that is sure of itself
-draws the targets that matter about once in a thousand examples; so they are drawn in proportion to the squared length
-of their gradients as well, and weighed by the inverse (importance sampling, as Katharopoulos and Fleuret, ICML 2018,
-choose examples), which leaves the second moment as it is; a random sign keeps the mean at zero, without which the
-gradients of several predictions would not be uncorrelated where they add up. For any other model the cost is half the
-squared change of the outputs, whose curvature random cotangents sample (Martens and Grosse, ICML 2015, section 5, for a
-Gaussian likelihood of unit variance).
+Balles and Hennig, "Limitations of the empirical Fisher approximation", NeurIPS 2019). A confident model would sample an
+informative target only about once in a thousand examples. So targets are also drawn in proportion to the squared length
+of their gradients, and weighted by the inverse: importance sampling (Katharopoulos and Fleuret, ICML 2018, for
+examples), which leaves the second moment as it is. A random sign makes the mean zero, so that the gradients of several
+predictions are uncorrelated where they add up. For any other model the cost is half the squared change of the outputs,
+and random cotangents sample its curvature (Martens and Grosse, ICML 2015, section 5, for a Gaussian likelihood of unit
+variance).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from compressor.torch_state import scratch_buffers
 
 Criterion = Literal["likelihood", "outputs"]
 
-# What the cost is in.
+# Units of the cost.
 UNITS: Mapping[Criterion, LossUnit] = {
     "likelihood": "nats per prediction",
     "outputs": "half the squared change of the outputs",
 }
 
-# Predictions of which float64 copies are held at a time: a large vocabulary makes them large.
+# Predictions copied to float64 at a time: with a large vocabulary the copies are large.
 ROWS_AT_ONCE = 256
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model's logits; where it has none its first output, such as the last hidden state.
+    """The model's logits, or its first output if there are none, such as the last hidden state.
 
-    Every call finds the buffers as the model was given, so that all calls are of one function.
-    Several logits of one shape, such as those of the start and the end of an answer, are stacked in a dimension before
-    the last, each a distribution of its own.
+    Buffers are restored after every call, so that all calls compute the same function. Several logits of one shape,
+    such as those of the start and the end of an answer, are stacked in a dimension before the last; each is a
+    distribution.
     """
     with scratch_buffers(model):
         output = forward_call(model, inputs)()
@@ -64,11 +64,11 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Criterion:
-    """Whether outputs are logits: they predict classes or tokens, by the model's name or by labels that fit them.
+    """Whether the outputs are logits of classes or tokens: by the model's name, or by labels that fit them.
 
-    Labels fit that are one for each row of outputs, or for each but the last of a text, and classes of theirs; the
-    hidden states of an encoder, which a text may fit by chance, are told by their name. A single column, such as a
-    regression's or a binary logit, is no distribution.
+    Labels fit if there is one for each row of outputs, or for each but the last of a text, and each is the number of a
+    column. The hidden states of an encoder, which a text may fit by chance, are recognized by the model's name. A
+    single column, as of a regression or a binary logit, is no distribution.
     """
     name = type(model).__name__
     predicts = name.endswith(
@@ -78,7 +78,7 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
     next_tokens = len(rows) == 2 and labels is not None and labels.shape == (rows[0], rows[1] - 1)
     fit = labels is not None and (labels.numel() == rows.numel() or next_tokens)
     fit = fit and labels is not None and labels.numel() > 0 and int(labels.max()) < outputs.shape[-1]
-    # A transformers model without a head is called the base of its family: BertModel, T5EncoderModel.
+    # The name of a transformers model without a head ends in Model: BertModel, T5EncoderModel.
     fit = fit and not (hasattr(model, "config") and name.endswith("Model"))
     return "likelihood" if (predicts or fit) and outputs.shape[-1] > 1 else "outputs"
 
@@ -86,7 +86,7 @@ def criterion_of(model: nn.Module, outputs: Tensor, labels: Tensor | None) -> Cr
 def sampled_loss(
     outputs: Tensor, masks: Sequence[Tensor], criterion: Criterion, *, generator: torch.Generator
 ) -> Tensor:
-    """A number whose gradient at the outputs has the criterion's curvature as its second moment, summed over rows."""
+    """A loss, summed over rows, whose gradient at the outputs has the criterion's curvature as its second moment."""
     parts = torch.split(kept_rows(outputs, masks), ROWS_AT_ONCE)
     return torch.stack([_sampled_loss(rows.float(), criterion, generator) for rows in parts]).sum()
 
@@ -99,11 +99,11 @@ def _sampled_loss(rows: Tensor, criterion: Criterion, generator: torch.Generator
 
 
 def _drawn_targets(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A class for each row of logits, and the weight of its loss: the gradients' second moment is the Fisher's.
+    """Draw a class for each row of logits, and weight its loss so that the gradients' second moment is the Fisher's.
 
-    A class of probability p whose gradient at the logits has the squared length s is drawn with a probability in
-    proportion to p s; weighed by the square root of the mean of s over s, every gradient has the length that is the
-    Fisher's trace of its row. The sign of the weight is random.
+    A class of probability p whose gradient at the logits has the squared length s is drawn in proportion to p s.
+    Weighted by the square root of the mean of s over s, the squared length of every gradient is the trace of its row's
+    Fisher matrix. The sign of the weight is random.
     """
     p = rows.double().softmax(-1)
     squared_lengths = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
@@ -119,9 +119,9 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], *, criterion: Criterion) -> tuple[Tensor, int]:
-    """What the compressed outputs cost against the dense ones, summed over rows, and the number of rows.
+    """The cost of the compressed outputs against the dense ones, summed over rows, and the number of rows.
 
-    Kullback-Leibler divergence in nats, or half the squared difference.
+    The Kullback-Leibler divergence in nats, or half the squared difference.
     """
     dense, compressed = (kept_rows(each, masks) for each in (before, after))
     parts = zip(torch.split(dense, ROWS_AT_ONCE), torch.split(compressed, ROWS_AT_ONCE), strict=True)
@@ -132,14 +132,14 @@ def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tens
     if criterion == "outputs":
         return (dense - compressed).square().sum() / 2
     dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
-    # A class that the dense model rules out adds nothing, whatever the compressed one says of it.
+    # A class of probability zero in the dense model adds nothing, whatever its probability in the compressed one.
     return torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0).sum()
 
 
 def hidden_rows(hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """What goes from one block to the next as one vector for every position that is not padding, in float32.
+    """Activations between blocks as one vector for every position that is not padding, in float32.
 
-    Images have their channels in the second dimension, `(B, C, H, W)`; everything else has its features in the last.
+    Images have their channels in the second dimension, `(B, C, H, W)`; all else has its features in the last.
     """
     if hidden.dim() > 3:
         hidden = hidden.movedim(1, -1)

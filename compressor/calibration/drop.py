@@ -41,7 +41,7 @@ class DropGate:
 
 
 class Planner(Protocol):
-    """Makes a plan for a size, as `plan_ranks` does."""
+    """Makes a plan for a size; `plan_ranks` or a stand-in."""
 
     def __call__(
         self,
@@ -152,7 +152,7 @@ class _Trials:
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:
-    """Raise `BadInput` for a drop that the data's metric cannot have, or data that cannot say how sure a drop is."""
+    """Raise `BadInput` for a drop out of the metric's range, or data of too few examples for a standard error."""
     if data.count < 2:
         one, more = ("one batch", "ten") if data.batches else ("one example", "a hundred")
         what = f"{one} cannot say how sure a measured drop is"
@@ -165,7 +165,7 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
 
 
 def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials: _Trials, *, least: float) -> float:
-    """The size whose predicted loss would be the drop, by the layers in the metric of the loss.
+    """The size whose predicted loss is the allowed drop; `measured` are the layers in the metric of the loss.
 
     A perplexity P becomes P exp(loss). By Pinsker's inequality (Cover and Thomas, Elements of Information Theory, lemma
     11.6.1) the probability that a prediction has of being right falls by at most sqrt(loss / 2).
@@ -173,7 +173,7 @@ def _first_guess(measured: Sequence[MeasuredLayer], request: PlanRequest, trials
     limit, baseline = trials.limit, trials.baseline
     allowed = math.log1p(limit / baseline.value) if baseline.metric == "perplexity" else 2 * limit**2
     low, high = least, 1.0
-    # To one part in a thousand, which is far better than the prediction.
+    # To one part in a thousand, far closer than the prediction is.
     for _ in range(10):
         keep = (low + high) / 2
         layers = choose_ranks(measured, Budget("keep", keep), request.form, file_bytes=lambda _: 0)

@@ -50,15 +50,15 @@ Judge = Callable[[Calibration, Mapping[str, nn.Module]], float]
 
 
 class NotFinite(BadInput):
-    """No allocation of this size gave finite predictions; a larger one may."""
+    """The predictions of every allocation of this size are not finite; those of a larger one may be."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A plan and, with calibration, what is computed of it already: factors by layer, changed statistics by tensor.
+    """A plan and, with calibration, the factors by layer and the changed statistics by tensor.
 
-    `weighted` are then the layers in the metric of the loss, as the dense model has them. Who has written the factors
-    clears them, for they take as much memory as the compressed model.
+    `weighted` are then the layers in the metric of the loss, as measured at the dense model. The factors take as much
+    memory as the compressed model, so they are cleared once they are written.
     """
 
     plan: Plan
@@ -75,9 +75,10 @@ def open_calibration_data(
     sequence_length: int | None,
     settings: CalibrationSettings = CALIBRATION,
 ) -> EvaluationData:
-    """At most `samples` examples, of the training split of built-in data; by default all batches, and 128 of others.
+    """Open at most `samples` examples; of built-in data those of the training split.
 
-    Texts are cut into windows of `sequence_length` tokens, of the model's own length by default.
+    By default all batches of data in batches are used, and 128 examples of other data. Texts are cut into windows of
+    `sequence_length` tokens, by default the model's own length.
     """
     preprocessing = replace(preprocessing, sequence_length=sequence_length or preprocessing.sequence_length)
     # One window to fit and one holdout window.
@@ -164,7 +165,7 @@ def plan_ranks(
 
 
 def _given_plan(given: Plan | str | Path, subject: Model, calibration: Calibration | None) -> Plan:
-    """The plan that was given; with a warning where it was made for other weights, or with data that are missing."""
+    """The given plan; warns if it was made for other weights, or with calibration data that are missing now."""
     plan = given if isinstance(given, Plan) else read_plan(Path(given))
     if plan.digest is not None and subject.digest is not None and plan.digest != subject.digest:
         logger.warning("the plan was made for other weights than those of %s", subject.name)
@@ -202,7 +203,7 @@ def _with_errors(calibration: Calibration, found: Candidate) -> dict[str, Factor
 
 
 def _by_tensor(subject: Model, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Changed tensors by their names in the checkpoint, with those in the model, and in its dtypes."""
+    """Changed tensors by their names in the checkpoint, with their names in the model, in the checkpoint's dtypes."""
     found = {}
     for name, info in subject.checkpoint.tensors.items():
         in_model = name if subject.architecture is None else subject.architecture.module_name(name)
@@ -256,10 +257,10 @@ class Search:
     judge: Judge = holdout_loss
 
     def find(self, budget: Budget) -> Candidate:
-        """The best candidate with the metric of the dense model, or, where that is not to be trusted, of a smaller one.
+        """Find the best candidate, with rounds of recalibration if the second-order estimate cannot be trusted.
 
-        In each round the moments are taken again at the best candidate of a size half as far. Last, the factors are
-        refined, where the settings want it and the loss falls.
+        In each round the moments are taken again at the best candidate that is compressed half as far. Last, the
+        factors are refined, if the settings say so and the loss falls.
         """
         best = self.best(budget)
         for _ in range(0 if best.as_predicted else self.rounds):
@@ -268,7 +269,7 @@ class Search:
                 again = recalibrate(self.calibration, halfway.solution.modules)
                 fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
                 best = min(best, fresh.best(budget), key=_loss)
-            except BadInput as error:  # the candidate before stands
+            except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
         if self.calibration.settings.refine:
             refined = self._solved(best, refine(best.calibration, best.solution))

@@ -1,9 +1,9 @@
-"""A model as a row of segments that run one after another, so that one of them at a time needs memory.
+"""A model split into segments that run one after another, so that only one of them at a time needs memory.
 
-Transformers are chains of blocks of one kind: one, or an encoder's and then a decoder's, or one for each stage. A
-segment runs the model's own code with the blocks before it passed over, the tensors that enter it taken from where they
-were left, and stops where the next one begins; so masks, positions and whatever else a model hands to its blocks are
-right by construction. What is in none of the chains belongs to the segment whose results it has a part in; a model
+Transformers are chains of blocks of one class: one chain, or an encoder's and then a decoder's, or one for each stage.
+A segment runs the model's own code: earlier blocks are skipped, with the cached inputs of the segment in place of their
+outputs, and the run stops at the next block. So masks, positions and whatever else a model passes to its blocks are
+right by construction. Modules outside the chains belong to the segment whose outputs depend on them; a model
 without a chain is one segment.
 """
 
@@ -22,17 +22,17 @@ from compressor.calibration.criterion import outputs_of
 from compressor.data import Batch
 from compressor.network import Layer
 
-# What enters a segment: what its block is given, then what each chain that has come to its end gave. Empty for the
-# first segment; and what the last hands on is the model's outputs alone.
+# Inputs of a segment: the input of its block, then the output of each chain that has ended. The first segment has none,
+# and the last segment outputs the model's outputs alone.
 State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class BlockChain:
-    """The names of blocks in order, each of which is given what the one before gave.
+    """The names of blocks in order; the input of each is the output of the one before.
 
-    They return a tuple of `results`, of which that is the first; or with 0 the tensor itself. Of more than one the
-    others are what the first block returns, which is therefore run wherever the chain is passed over.
+    A block returns a tuple of `results` tensors, of which the first is that output; with 0 it returns the tensor
+    itself. The other tensors are those that the first block returns, so it runs even where the chain is skipped.
     """
 
     blocks: tuple[str, ...]
@@ -51,11 +51,11 @@ class Segments:
 
     @property
     def _blocks(self) -> list[tuple[int, int]]:
-        """The number of its chain and its number there of every block."""
+        """For every block the number of its chain, and its number in the chain."""
         return [(number, each) for number, chain in enumerate(self.chains) for each in range(len(chain.blocks))]
 
     def _ends_a_chain(self, index: int) -> bool:
-        """Whether a segment runs the last block of a chain that another one follows."""
+        """Whether a segment runs the last block of a chain that is followed by another chain."""
         return 0 < index < self.count - 1 and self._blocks[index][1] == 0
 
     def new_outputs(self, index: int, outputs: State) -> State:
@@ -68,7 +68,7 @@ class Segments:
         return [(index - 1, 0), *ends] if index else []
 
     def own_layers(self, model: nn.Module, index: int, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """Those of the model's layers that a segment may run for what it makes: all but those in blocks of others."""
+        """The layers that the outputs of a segment may depend on: all but those in the blocks of other segments."""
         names = [self.chains[number].blocks[place] for number, place in self._blocks]
         own = set(model.get_submodule(names[index - 1]).modules()) if index > 0 else set()
         others = {module for name in names for module in model.get_submodule(name).modules()} - own
@@ -86,10 +86,10 @@ class Segments:
                 current, place = self._blocks[index - 1]
                 hidden, *results = state
                 for number, result in enumerate(results):
-                    stack.enter_context(_passed_over(chains[number], self.chains[number].results))
-                    # A copy, because the model may change it in place, and what is handed on must stay as it is.
+                    stack.enter_context(_skipped(chains[number], self.chains[number].results))
+                    # A copy, because the model may change it in place, and the segment's output must stay as it is.
                     stack.callback(_entering(chains[number][0], result.clone()).remove)
-                stack.enter_context(_passed_over(chains[current][:place], self.chains[current].results))
+                stack.enter_context(_skipped(chains[current][:place], self.chains[current].results))
                 stack.callback(_entering(chains[current][place], hidden).remove)
                 if self._ends_a_chain(index):
                     take = partial(_take, ended)
@@ -105,7 +105,7 @@ class Segments:
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
-    """Raised where the next segment begins."""
+    """Raised at the start of the next segment."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden
@@ -116,7 +116,7 @@ def _stop(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> No
 
 
 def _take(ended: list[Tensor], _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-    # A copy, because it may itself be what enters the next chain, or be changed in place before that.
+    # A copy, because it may itself be the input of the next chain, or be changed in place before that.
     ended.append((output[0] if isinstance(output, tuple) else output).clone())
 
 
@@ -130,21 +130,21 @@ def _entering(block: nn.Module, hidden: Tensor) -> torch.utils.hooks.RemovableHa
 
 
 @contextmanager
-def _passed_over(blocks: Sequence[nn.Module], results: int) -> Iterator[None]:
-    """Let the blocks of a chain, from its first on, return what they are given.
+def _skipped(blocks: Sequence[nn.Module], results: int) -> Iterator[None]:
+    """Skip the first blocks of a chain: each returns its input.
 
-    What they return beside it, such as T5's position bias, is what the first block makes of it.
+    The other tensors that they return, such as T5's position bias, are those of the first block.
     """
-    beside: tuple[Any, ...] = ()
+    others_returned: tuple[Any, ...] = ()
 
     def first(own: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        nonlocal beside
-        beside = own(*arguments, **named)[1:]
+        nonlocal others_returned
+        others_returned = own(*arguments, **named)[1:]
         return others(*arguments, **named)
 
     def others(*arguments: Any, **named: Any) -> Any:
         hidden = _hidden(arguments, named)
-        return (hidden, *beside) if results else hidden
+        return (hidden, *others_returned) if results else hidden
 
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
@@ -155,7 +155,7 @@ def _passed_over(blocks: Sequence[nn.Module], results: int) -> Iterator[None]:
 
 @contextmanager
 def _forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a block run this in place of its own forward."""
+    """Replace the forward of a block."""
     own = block.__dict__.get("forward")
     block.forward = forward
     try:
@@ -174,11 +174,12 @@ def _hidden(arguments: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
 
 
 def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Segments:
-    """The chains of blocks of one class that hold layers, as many as can be, checked by running them on `batch`.
+    """Find as many chains of blocks of one class that hold layers as possible, and check them on `batch`.
 
-    `layers` are those whose moments are wanted. Each block is called once and gives the next what it takes first, and
-    all that the outputs have of a layer, or of one call of an embedding, passes through one segment. Where not all
-    chains are like that, the shortest are left out, or else the longest; a model without a chain is one segment.
+    `layers` are those whose moments are wanted. In a chain each block is called once, and its output is the first
+    argument of the next; and the outputs depend on each layer, or on each call of an embedding, through one segment
+    alone. If that does not hold for all chains, the shortest are left out, or else the longest. A model without a chain
+    is one segment.
     """
     wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
     rows = [
@@ -187,11 +188,11 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
         if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and _alike(module, wanted)
     ]
     chains = _chains(model, rows, batch)
-    # Of chains of one length the outer first.
+    # Among chains of one length, the outer one comes first.
     longest = sorted(chains, key=lambda chain: (-len(chain.blocks), rows.index(chain.blocks)))
-    beside = _beside_each_other(longest)
-    attempts = [beside[:count] for count in range(len(beside), 0, -1)]
-    attempts += [_beside_each_other(longest[count:]) for count in range(1, len(longest))]
+    disjoint = _disjoint(longest)
+    attempts = [disjoint[:count] for count in range(len(disjoint), 0, -1)]
+    attempts += [_disjoint(longest[count:]) for count in range(1, len(longest))]
     for chosen in (*attempts, *([chain] for chain in longest[1:-1])):  # the first and the last are among these
         segments = Segments(tuple(chain for chain in chains if chain in chosen))
         if _agrees(model, segments, batch) and _apart(model, segments, layers, batch=batch):
@@ -200,23 +201,23 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
 
 
 def most_segments(model: nn.Module, layers: Sequence[Layer]) -> int:
-    """How many `find_segments` gives at most, of the longest row of blocks, without running the model."""
+    """The most segments that `find_segments` may find, by the longest row of blocks, without running the model."""
     wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
     rows = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module))
     return 1 + max((len(row) for row in rows if len(row) > 1 and _alike(row, wanted)), default=0)
 
 
 def _alike(parts: nn.Module, wanted: set[int]) -> bool:
-    """Whether all parts are of one class and hold layers, without being layers themselves."""
+    """Whether all parts are of one class and hold layers, and are not layers themselves."""
     children = list(parts.children())
     holding = [any(id(module) in wanted for module in child.modules()) for child in children]
     return len({type(child) for child in children}) == 1 and all(holding) and id(children[0]) not in wanted
 
 
 def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> list[BlockChain]:
-    """Those of the rows of blocks that are chains, in the order in which they are called.
+    """The rows of blocks that are chains, in the order in which they are called.
 
-    Each block is called once, in order, first with the very tensor that the one before gave.
+    Each block is called once, in order, and its first argument is the very tensor that the one before returned.
     """
     called: dict[tuple[str, ...], int] = {}
     last: dict[tuple[str, ...], tuple[Tensor, int]] = {}
@@ -228,8 +229,8 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
         results = len(output) if isinstance(output, tuple) else 0
         result = output[0] if results else output
         in_order = number == called.get(row, 0) and isinstance(given, Tensor) and isinstance(result, Tensor)
-        handed_on = number == 0 or (row in last and given is last[row][0] and results == last[row][1])
-        called[row] = number + 1 if in_order and handed_on else len(row) + 1
+        passed_on = number == 0 or (row in last and given is last[row][0] and results == last[row][1])
+        called[row] = number + 1 if in_order and passed_on else len(row) + 1
         last[row] = result, results
 
     with ExitStack() as stack:
@@ -241,8 +242,8 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
     return [BlockChain(row, last[row][1]) for row, calls in called.items() if calls == len(row)]
 
 
-def _beside_each_other(chains: Sequence[BlockChain]) -> list[BlockChain]:
-    """Those of the chains that do not lie inside one before them or around it."""
+def _disjoint(chains: Sequence[BlockChain]) -> list[BlockChain]:
+    """The chains that are neither inside nor around one before them."""
     chosen: list[BlockChain] = []
     for chain in chains:
         if not any(_inside(chain, other) or _inside(other, chain) for other in chosen):
@@ -255,7 +256,7 @@ def _inside(inner: BlockChain, outer: BlockChain) -> bool:
 
 
 def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
-    """Whether the segments one after another give what the model gives."""
+    """Whether the segments, run one after another, reproduce the model's outputs."""
     state: State = ()
     try:
         for index in range(segments.count):
@@ -263,14 +264,14 @@ def _agrees(model: nn.Module, segments: Segments, batch: Batch) -> bool:
     except Exception:
         return False
     whole, [outputs] = outputs_of(model, batch.inputs), state
-    digits = 1e-4 * float(whole.nan_to_num(0, 0, 0).abs().max())  # relative to the outputs, however small those are
+    digits = 1e-4 * float(whole.nan_to_num(0, 0, 0).abs().max())  # relative to the outputs, however small they are
     return outputs.shape == whole.shape and torch.allclose(outputs, whole, rtol=1e-3, atol=digits, equal_nan=True)
 
 
 def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], *, batch: Batch) -> bool:
-    """Whether no layer has a part in what two segments make, such as an encoder's in the results of all decoder blocks.
+    """Whether the outputs of no two segments depend on one layer, as those of all decoder blocks may on an encoder's.
 
-    Its gradient would be in none of them whole. Of an embedding that holds for each of its calls.
+    No segment would have the whole gradient of such a layer. An embedding is checked for each of its calls.
     """
     found: set[tuple[str, int]] = set()
     state: State = ()
@@ -285,9 +286,9 @@ def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], *, bat
             for name, parameter in parameters.items():
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 outputs[name, 0] = parameter.requires_grad_(True)
-            handed_on = segments.run(model, index, batch, state=tuple(each.clone() for each in state))
-            reachable = [each for each in handed_on if each.requires_grad]
-            state = tuple(each.detach() for each in handed_on)
+            passed_on = segments.run(model, index, batch, state=tuple(each.clone() for each in state))
+            reachable = [each for each in passed_on if each.requires_grad]
+            state = tuple(each.detach() for each in passed_on)
             if not outputs or not reachable:
                 continue
             weights = [torch.ones_like(each) for each in reachable]
@@ -303,7 +304,7 @@ def _apart(model: nn.Module, segments: Segments, layers: Sequence[Layer], *, bat
 def _note_output(
     outputs: dict[tuple[str, int], Tensor], layer: str, _: nn.Module, __: tuple[Any, ...], output: Tensor
 ) -> Tensor:
-    """Keep what a layer gives, by its name and the number of the call."""
+    """Keep the output of a layer, by its name and the number of the call."""
     calls = sum(name == layer for name, _ in outputs)
     outputs[layer, calls] = output if output.requires_grad else output.requires_grad_(True)
     return output.clone()  # which the model may change in place
