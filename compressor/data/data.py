@@ -43,6 +43,9 @@ Task = Literal[
     "image-classification", "text-classification", "classification", "language-modeling", "text-to-text", "other"
 ]
 
+# Batches of several groups of positions, one after another.
+ReadAll = Callable[[Sequence[Sequence[int]]], Iterator[Batch]]
+
 BUILTINS = ("builtin:digits", "builtin:stdlib")
 TOKENS = {"input_ids", "attention_mask"}
 NO_LABELS = torch.empty(0, dtype=torch.int64)
@@ -66,21 +69,31 @@ class EvaluationData:
     unused: str = ""
     batches: tuple[Batch, ...] = ()
     metric: CustomMetric | None = None
+    read_all: ReadAll | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.batches:
-            yield from self.batches
-            return
-        for start in range(0, self.count, self.batch_size):
-            yield self.read(range(start, min(start + self.batch_size, self.count)))
+        starts = range(0, self.count, self.batch_size)
+        groups = [range(start, min(start + self.batch_size, self.count)) for start in starts]
+        return iter(self.batches) if self.batches else _read_all(self, groups)
 
     def at(self, positions: Sequence[int], name: str) -> EvaluationData:
         """The examples at some positions."""
 
-        def read(chosen: Sequence[int]) -> Batch:
-            return self.read([positions[place] for place in chosen])
+        def among(chosen: Sequence[int]) -> list[int]:
+            return [positions[place] for place in chosen]
 
-        return replace(self, name=name, count=len(positions), read=read, batches=())
+        def read(chosen: Sequence[int]) -> Batch:
+            return self.read(among(chosen))
+
+        def read_all(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+            return _read_all(self, [among(chosen) for chosen in groups])
+
+        return replace(self, name=name, count=len(positions), read=read, batches=(), read_all=read_all)
+
+
+def _read_all(data: EvaluationData | _Examples, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    """A batch for each group of positions, read ahead where the data can do that."""
+    return map(data.read, groups) if data.read_all is None else data.read_all(groups)
 
 
 @dataclass(frozen=True)
@@ -265,15 +278,22 @@ class _Examples:
     batch_size: int | None = None
     unused: str = ""
     batches: tuple[Batch, ...] = ()
+    read_all: ReadAll | None = None
 
 
 def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> EvaluationData:
     # What came in batches was limited when it was read.
     count = examples.count if limit is None or examples.batches else min(limit, examples.count)
 
+    def spread(positions: Sequence[int]) -> list[int]:
+        # Over all, because the first ones are often all of one class.
+        return [position * examples.count // count for position in positions]
+
     def read(positions: Sequence[int]) -> Batch:
-        # Spread over all, because the first ones are often all of one class.
-        return examples.read([position * examples.count // count for position in positions])
+        return examples.read(spread(positions))
+
+    def read_all(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        return _read_all(examples, [spread(positions) for positions in groups])
 
     return EvaluationData(
         examples.name,
@@ -284,6 +304,7 @@ def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> Eval
         unused=examples.unused
         or (f"{examples.count - count:,} of {examples.count:,} examples" if count < examples.count else ""),
         batches=examples.batches,
+        read_all=read_all,
     )
 
 
@@ -487,8 +508,12 @@ def _rows(name: str, rows: Rows, preprocessing: Preprocessing, sample: Sample) -
     def read(positions: Sequence[int]) -> Batch:
         return _understood(rows.read(positions), preprocessing, sample)[1]
 
+    def read_all(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        ahead = map(rows.read, groups) if rows.read_all is None else rows.read_all(groups)
+        return (_understood(given, preprocessing, sample)[1] for given in ahead)
+
     task, _ = _understood(rows.read([0]), preprocessing, sample)
-    return _Examples(name, task, rows.count, read, rows.batch_size)
+    return _Examples(name, task, rows.count, read, rows.batch_size, read_all=read_all)
 
 
 def _batches(name: str, given: Batches, preprocessing: Preprocessing, sample: Sample) -> _Examples:

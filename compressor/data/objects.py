@@ -232,7 +232,20 @@ def _loader(loader: DataLoader[Any], given: Given) -> Contents:
         with caller_defaults():
             return collate(found)
 
-    return Rows(len(order), read, loader.batch_size or -(-len(order) // length))
+    def read_all(groups: Sequence[Sequence[int]]) -> Iterator[Any]:
+        anew: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_sampler=[[order[position] for position in positions] for positions in groups],
+            collate_fn=collate,
+            num_workers=loader.num_workers,
+            prefetch_factor=loader.prefetch_factor,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+        return iter(anew)
+
+    batch_size = loader.batch_size or -(-len(order) // length)
+    return Rows(len(order), read, batch_size, read_all if loader.num_workers else None)
 
 
 def _image(example: Any) -> Any:

@@ -82,11 +82,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples read by position: `read` gives a batch of some as a loader does. `batch_size` is None for any."""
+    """Examples read by position: `read` gives a batch of some as a loader does. `batch_size` is None for any.
+
+    `read_all` gives a batch for each of several groups, read ahead by a loader's workers, if it has any.
+    """
 
     count: int
     read: Callable[[Sequence[int]], Any]
     batch_size: int | None = None
+    read_all: Callable[[Sequence[Sequence[int]]], Iterator[Any]] | None = None
 
 
 @dataclass(frozen=True)

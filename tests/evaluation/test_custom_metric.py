@@ -143,6 +143,7 @@ def _rows(evaluation: Any) -> list[Any]:
 # Budgets of quality
 
 
+@pytest.mark.slow
 def test_the_smallest_size_within_a_drop_in_f1() -> None:
     found = compressor.compress(classifier(), max_drop=0.1, data=loader(), metric=f1, allow_miss=True)
     search, evaluation = found.plan.search, found.evaluation
@@ -179,6 +180,7 @@ def test_a_metric_of_which_lower_is_better_and_a_drop_in_its_own_unit() -> None:
         compressor.plan(classifier(), max_drop=1e-9, **options)
 
 
+@pytest.mark.slow
 def test_the_card_of_a_folder_names_the_metric(llama: Any, tmp_path: Path) -> None:
     def share(model: nn.Module, batches: Iterable[Any]) -> float:
         """Of tokens that are the likeliest."""
@@ -213,6 +215,7 @@ def lookup(right: Tensor) -> nn.Module:
     return Lookup()
 
 
+@pytest.mark.slow
 def test_the_standard_error_of_accuracy_is_the_known_one() -> None:
     """The mean square of that estimated over many draws is that of the formula for a difference of paired means."""
     generator = torch.Generator().manual_seed(0)
