@@ -322,5 +322,5 @@ def explore(options: asked.ExploreOptions, *, quiet: Quiet = False) -> None:
     with shown_progress(quiet=quiet) as progress:
         from compressor import explore as write_explorer
 
-        path = write_explorer(options, progress=progress)
+        path = write_explorer(None, options, progress=progress)
     write_text(f"explorer  {path}\n")

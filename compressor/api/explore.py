@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 
 @verb(ExploreOptions)
-def explore(options: ExploreOptions | None = None, **given: Unpack[ExploreKeywords]) -> Path:
+def explore(
+    output: str | Path | None = None, options: ExploreOptions | None = None, **given: Unpack[ExploreKeywords]
+) -> Path:
     """Write the interactive explorer as one offline HTML file, and return its path.
 
     `recipe` is what the page opens on: a `TrainingRecipe`, a file that holds one, or a model, which is measured first
     and whose layers are then listed with their windows. Without it the page opens on a preset.
 
     Args:
+        output: The page to write, explorer.html by default.
         options: The options as an object; keywords go before them.
 
     Returns:
@@ -35,9 +38,9 @@ def explore(options: ExploreOptions | None = None, **given: Unpack[ExploreKeywor
         BadInput: a path that is not named .html or cannot be written, or a recipe or model that cannot be used.
 
     Example:
-        >>> compressor.explore(output="explorer.html", recipe="model/")
+        >>> compressor.explore("explorer.html", recipe="model/")
     """
-    asked = ExploreOptions.of(options, given)
+    asked = ExploreOptions.of(options, {**given, "output": output})
     recipe, overwrite = asked.recipe, asked.overwrite
     from compressor.io import check_output, staged_file
     from compressor.report.explorer import explorer_page

@@ -184,5 +184,4 @@ class ExploreKeywords(TypedDict, total=False):
 
     overwrite: bool | None
     progress: Progress | None
-    output: str | Path | None
     recipe: TrainingRecipe | str | Path | None

@@ -46,7 +46,8 @@ class Option:
 
     `flag` is the one of the command line where it is not the field's name with dashes, `short` its one letter. `panel`
     is the group that the help shows it in. `default_text` describes a default that is not a value. Some options exist
-    only in Python, and what does not change the result is no part of the command that repeats it.
+    only in Python, `positional` ones are arguments of their own there, and what does not change the result is not in
+    the command that repeats it.
     """
 
     help: str
@@ -58,6 +59,7 @@ class Option:
     default_text: str | None = None
     only_python: bool = False
     repeatable: bool = True
+    positional: bool = False
 
     def flag_of(self, name: str) -> str:
         """The flag of the option of that name."""
@@ -129,7 +131,8 @@ class Options:
         if base is not None and not isinstance(base, cls):
             remedy = f"give {cls.__name__}, or keywords"
             raise BadInput(f"the options are a {type(base).__name__}", option="options", remedy=remedy)
-        known = {**({} if base is None else base.as_given()), **given}
+        before = {} if base is None else base.as_given()
+        known = {**before, **{name: value for name, value in given.items() if value is not None}}
         missing = [name for name, _, default in described(cls) if default is MISSING and known.get(name) is None]
         if missing:
             raise TypeError(f"{cls.verb}() lacks the keyword argument {missing[0]!r}")
@@ -236,6 +239,7 @@ def verb(of: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 annotation=stated_as.kind.accepts + ("" if default is not None else " | None"),
             )
             for name, stated_as, default in described(of)
+            if not stated_as.positional
         ]
         signature = inspect.signature(function)
         function.__signature__ = signature.replace(parameters=[*positional, *keywords])  # type: ignore[attr-defined]
@@ -250,6 +254,8 @@ def _with_lines(documentation: str, section: str, of: type[Any]) -> str:
     before, found, after = documentation.partition("\n\nReturns:")
     lines = []
     for name, stated_as, _ in described(of):
+        if stated_as.positional:
+            continue
         default = "" if stated_as.default_text is None else f" Default: {stated_as.default_text}."
         text = f"{name}: {stated_as.help}{default}"
         lines.append(textwrap.fill(text, 100, initial_indent="    ", subsequent_indent="        "))

@@ -652,7 +652,7 @@ class ExploreOptions(ProgressOptions, OverwriteOptions):
 
     verb = "explore"
 
-    output: Path = option("The page to write.", PATH, "explorer.html", short="-o", metavar="FILE.html")
+    output: Path = option("The page to write.", PATH, "explorer.html", short="-o", metavar="FILE.html", positional=True)
     recipe: Any = option(
         "Open it on these hyperparameters, or on a model's and its layers.",
         Kind("TrainingRecipe | str | Path", _as_is),

@@ -43,6 +43,8 @@ def _typed_dict(of: type[Options]) -> str:
     lines = [f"\n\nclass {of.verb.capitalize()}Keywords(TypedDict, total=False):"]
     lines.append(f'    """The keyword arguments of `{of.verb}`."""\n')
     for name, option, default in described(of):
+        if option.positional:
+            continue
         accepts = option.kind.accepts if default is MISSING else f"{option.kind.accepts} | None"
         lines.append(f"    {name}: {accepts}")
     return "\n".join(lines) + "\n"
