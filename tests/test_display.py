@@ -75,6 +75,7 @@ def test_a_deep_network_does_not_lengthen_the_repr() -> None:
     assert "40 of 40 layers" in repr(inspection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "verb"),
     [

@@ -54,6 +54,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 0.9}])
 def test_compress_builds_the_dense_network_once_and_the_compressed_one(
     file: Path, data: Path, batches: list[torch.Tensor], budget: dict[str, Any]

@@ -140,6 +140,7 @@ def parts_of(metric: Metric | TiedMetric) -> tuple[Metric, ...]:
     return (metric,) if isinstance(metric, Metric) else (metric.lookup, metric.head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_padding_changes_no_moment(name: str) -> None:
     model = transformer(name)

@@ -252,6 +252,7 @@ def test_an_empty_name_is_refused_by_the_name_of_its_argument(
     assert list(model.parent.iterdir()) == [model]
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize("json_asked", [False, True])
 def test_a_report_that_fails_does_not_hide_the_model_that_was_written(

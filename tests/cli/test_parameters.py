@@ -55,6 +55,7 @@ OF_COMPRESS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(OF_COMPRESS)
 def test_the_command_that_repeats_a_run_asks_for_the_same(keywords: dict[str, Any]) -> None:
     asked = CompressOptions(**keywords)

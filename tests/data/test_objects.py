@@ -113,6 +113,7 @@ def test_the_same_examples_give_the_same_bytes_and_the_same_evaluation(
     assert quality(LABELED[kind]()) == measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BATCHES)
 def test_the_same_batches_give_the_same_bytes_and_the_evaluation_of_a_file(
     kind: str, from_a_file: tuple[list[Tensor], tuple[float, float, int]]

@@ -163,6 +163,7 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0])
 
 
+@pytest.mark.slow
 def test_a_model_with_factored_parameters_scripts_with_their_products_and_is_left_as_it_is() -> None:
     torch.manual_seed(0)
     small = compress(Recurrent(), keep=0.5).model
