@@ -1,4 +1,4 @@
-"""What the cards of models are put together from: pieces of Markdown, and names that a card may hold."""
+"""Parts of model cards: pieces of Markdown, and names made safe for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOADING = "## How to load it"
 
 
 def repository_name(name: str) -> str:
-    """A name in the characters that names of the hub have."""
+    """A name reduced to the characters that the hub allows in names."""
     return re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w./-]", "-", name, flags=re.ASCII)).strip("-.")[:96] or "model"
 
 
@@ -32,18 +32,18 @@ def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def code(name: str) -> str:
-    """A name that somebody chose, as code in a line or a table, which it cannot leave."""
+    """A name of foreign origin as inline code, which it cannot break out of."""
     return f"`{one_line(name).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def plain_text(text: str) -> str:
-    """A text that somebody chose, in a line or a table, without a meaning in HTML or Markdown."""
+    """A text of foreign origin without a meaning in HTML or Markdown."""
     escaped = html.escape(one_line(text), quote=False)
     return re.sub(r"([\\`|\[\]])", r"\\\1", escaped)
 
 
 def architecture_of(config: Mapping[str, Any] | None) -> str:
-    """The class of transformers that loads the weights beside a `config.json`."""
+    """The transformers class that loads the weights beside a `config.json`."""
     import transformers
 
     named = (config or {}).get("architectures")

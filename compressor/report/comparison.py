@@ -1,4 +1,4 @@
-"""Before and after as rows of words: sizes, quality, and what a forward pass costs."""
+"""Rows of before and after: sizes, quality, and the cost of a forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity before and after and how they compare, in words; what is unknown is empty."""
+    """One quantity before and after, and how they compare, as text; empty if unknown."""
 
     label: str
     before: str
@@ -25,14 +25,14 @@ class Comparison:
 
 
 def compared(label: str, words: Callable[[int], str], before: int | None, after: int) -> Comparison:
-    """A quantity whose later value is told as a share of the earlier one."""
+    """A quantity whose later value is shown as a share of the earlier one."""
     if before is None:
         return Comparison(label, "", words(after), "")
     return Comparison(label, words(before), words(after), format_percent(after, before))
 
 
 def compression_rows(compression: Compression) -> list[Comparison]:
-    """Sizes, and quality and cost where they were measured."""
+    """Sizes, and quality and cost if they were measured."""
     plan, evaluation = compression.plan, compression.evaluation
     rows = [
         compared("parameters", format_count, compression.parameters.before, compression.parameters.after),
@@ -43,7 +43,7 @@ def compression_rows(compression: Compression) -> list[Comparison]:
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
-    """Size, quality and cost of a model beside its baseline, which may be missing."""
+    """Size, quality and cost of a model beside its baseline, if there is one."""
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     return [
         compared("parameters", format_count, before.parameters if before else None, after.parameters),

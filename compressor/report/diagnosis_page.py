@@ -1,4 +1,4 @@
-"""A diagnosis as text for a terminal or a log, in 80 columns."""
+"""The page of a diagnosis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_COLUMNS, NAME_WIDTH = 7, 30
 
 
 def diagnosis_page(diagnosis: Diagnosis, *, figure: Path | None = None) -> Page:
-    """What was found, a sentence and its advice each, and the numbers behind it, layer by layer."""
+    """The findings with their advice, and the measurements behind them, layer by layer."""
     parts: list[Block] = [Facts.of(("model", diagnosis.source), *_trained(diagnosis)), *_layers(diagnosis)]
     if diagnosis.predictions is not None:
         parts += _gradients(diagnosis)

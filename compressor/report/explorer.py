@@ -1,6 +1,6 @@
-"""The interactive explorer: one page that plays the simulated training, offline, and can open on a real recipe.
+"""The interactive explorer: one page that plays the simulated training, offline, and can open with a real recipe.
 
-The page repeats `compressor.measure.simulation` number by number; what it shows is computed where it is shown.
+The page implements `compressor.measure.simulation` number by number, and computes what it shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compressor.report.wording import recipe_sources, recipe_words
 TEMPLATE = Path(__file__).with_name("explorer.html")
 _PLACE_OF_THE_CONTENT = "/* content */"
 
-# What the picture can show: the smallest and the largest value of every slider. A weight decay of 0 is a stop too.
+# The range of every slider. A weight decay of 0 is a stop too.
 LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 64),
     "uses": (1, 64),
@@ -91,10 +91,10 @@ PRESETS = (
 
 @dataclass(frozen=True)
 class ExploredLayers:
-    """Layers of one model that are alike in shape, uses per example and memory window.
+    """Layers of one model with the same shape, uses per example and memory window.
 
-    `shape` is (d_out, d_in), None if only a recipe is known; `entropy_ranks` is the least and the largest entropy
-    effective rank that was measured in them, None if nothing was.
+    `shape` is (d_out, d_in), None if only a recipe is known; `entropy_ranks` is the range of their entropy effective
+    ranks, None if none was measured.
     """
 
     names: tuple[str, ...]
@@ -105,7 +105,7 @@ class ExploredLayers:
 
 
 def explorer_page(recipe: TrainingRecipe | None = None, layers: Sequence[ExploredLayers] = ()) -> str:
-    """The page as text; it opens on the first of `layers`, trained by `recipe`, or else on the first preset."""
+    """The page as text; it opens with the first of `layers`, trained by `recipe`, or with the first preset."""
     content = {
         "epsilon": EPSILON,
         "limits": LIMITS,
@@ -118,7 +118,7 @@ def explorer_page(recipe: TrainingRecipe | None = None, layers: Sequence[Explore
 
 
 def _script_text(content: dict[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in, whatever names a checkpoint holds."""
+    """JSON that cannot end its script element, whatever names a checkpoint contains."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -155,7 +155,7 @@ def _layers_content(recipe: TrainingRecipe, layers: ExploredLayers) -> dict[str,
 def _weight_decay_of_the_window(recipe: TrainingRecipe, window: MemoryWindow, learning_rate: float) -> float | None:
     """The weight decay with which plain SGD at a constant learning rate has the recipe's window.
 
-    None where the recipe's own has it, or none in the picture's range.
+    None if the recipe's own has it, or if there is none in the range of the simulation.
     """
     if window.steps is None or not learning_rate or (recipe.schedule == "constant" and not recipe.momentum):
         return None
@@ -166,20 +166,20 @@ def _weight_decay_of_the_window(recipe: TrainingRecipe, window: MemoryWindow, le
 
 
 def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedTraining, list[str]]:
-    """The simulated run nearest to a recipe, and a remark on everything about it that the picture does not show."""
+    """The simulated run nearest to a recipe, and a remark on everything about it that the simulation leaves out."""
     default = PRESETS[0].training
     remarks: list[str] = []
 
     def shown(name: str, words: str, value: float | None, otherwise: float) -> float:
         if value is None:
-            remarks.append(f"the {words} is unknown; the picture shows {otherwise:g}")
+            remarks.append(f"the {words} is unknown; the simulation uses {otherwise:g}")
             return otherwise
         least, most = LIMITS[name]
         if least <= value <= most or (name == "weight_decay" and value == 0):
             return value
         nearest = min(max(value, least), most)
         number = format_count(value) if isinstance(value, int) else f"{value:g}"
-        remarks.append(f"the {words}, {number}, is beyond the picture, which shows {nearest:g}")
+        remarks.append(f"the {words}, {number}, is out of range; the simulation uses {nearest:g}")
         return nearest
 
     batch_size = shown("batch_size", "batch size", recipe.batch_size, default.batch_size)
@@ -190,26 +190,28 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
     if paced is not None:
         weight_decay = paced
         remarks.append(
-            f"the weight decay is {weight_decay:.3g} in the picture, which at its constant learning rate makes the "
+            f"the weight decay is {weight_decay:.3g} in the simulation, which at its constant learning rate gives the "
             f"recipe's window of {format_count(layers.window.steps or 0)} steps"
         )
     narrow = None if layers.shape is None else min(layers.shape)
     width = int(shown("width", "width of the layer", narrow, default.width))
     if width % 2:
         width -= 1
-        remarks.append(f"the width of the layer is odd; the picture shows {width}")
+        remarks.append(f"the width of the layer is odd; the simulation uses {width}")
     exponent = layers.window.forgetting_exponent
     share = 0.0 if exponent is None else math.exp(-exponent)
     if exponent is None:
-        remarks.append("how much of the start survives is unknown; the picture starts from zero")
+        remarks.append("how much of the start survives is unknown; the simulation starts from zero")
     if recipe.momentum:
-        remarks.append("momentum is not in the picture; it is in the window and in K")
+        remarks.append("momentum is not simulated; it is included in the window and in K")
     if recipe.family == "adaptive":
         remarks.append(
-            f"the picture is of plain SGD; {one_line(str(recipe.optimizer))} rescales every entry of a stroke"
+            f"the simulation is of plain SGD; {one_line(str(recipe.optimizer))} rescales every entry of an update"
         )
     if recipe.schedule not in (None, "constant"):
-        remarks.append("the picture stays at the peak learning rate; the schedule is in the window and in K")
+        remarks.append(
+            "the simulation stays at the peak learning rate; the schedule is included in the window and in K"
+        )
     training = SimulatedTraining(
         width, int(batch_size), int(uses), learning_rate, weight_decay, 0.0, min(share, 1.0), default.seed
     )

@@ -1,4 +1,4 @@
-"""Figures of the report as SVG that takes its colors and fonts from the page, so it is legible in light and dark."""
+"""Figures of the report as SVG, with the colors and fonts of the page, so that they are legible in light and dark."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ POINTS = 120
 
 
 def sizes_figure(layers: Sequence[LayerPlan]) -> str:
-    """Stored parameters of every layer before and after, as SVG: one bar within the other, in the model's order."""
+    """Stored parameters of every layer before and after, as SVG: one bar inside the other, in the model's order."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -67,10 +67,10 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
 
 @dataclass(frozen=True)
 class RankMarks:
-    """What is marked beside the ranks of a layer: the largest of them, and what the training recipe says.
+    """Marks beside the ranks of a layer: the largest of them, and what the training recipe says.
 
     `edge` is the largest singular value of the surviving initialization, `above_edge` how many are larger, and `bound`
-    the memory window's bound on the rank where it binds; None where unknown.
+    the memory window's bound on the rank if it is not vacuous; None if unknown.
     """
 
     full: int
@@ -80,7 +80,7 @@ class RankMarks:
 
 
 def ranks_figure(layers: Sequence[LayerPlan], marks: Sequence[RankMarks]) -> str:
-    """The rank that every layer keeps, within its full one, as SVG; with the marks of the training recipe."""
+    """The rank of every layer, inside its full rank, as SVG; with the marks of the training recipe."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -112,7 +112,7 @@ def _label_rows(axes: Axes, layers: Sequence[LayerPlan]) -> None:
 
 
 def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) -> str:
-    """Loss over the share of the `eligible` parameters that is kept, with the points that are above zero, as SVG."""
+    """Loss over the share of the `eligible` parameters that is kept, with all points above zero, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -128,7 +128,7 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) 
                 axes.plot(100 * point.parameters / eligible, point.loss, point.marker, color=AFTER, markersize=8, mew=2)
         axes.set_yscale("log")
         heights = [loss for _, loss in drawn] + [point.loss for point in points if point.loss > 0]
-        # The last steps to the dense model cost next to nothing, and would take most of the height.
+        # The last steps to the dense model cost almost nothing, and would take up most of the height.
         top = max(heights, default=1.0)
         least = min((point.loss for point in points if point.loss > 0), default=top)
         axes.set_ylim(max(min(heights, default=1.0), min(1e-4 * top, 0.1 * least)) / 1.5, 2 * top)
@@ -143,7 +143,7 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) 
 
 
 def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float | None) -> str:
-    """The drop that was measured at every size tried, with the size chosen and the drop allowed, as SVG."""
+    """The measured drop at every size tried, with the chosen size and the allowed drop, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -154,7 +154,7 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.add_subplot()
-        # No line joins them: the drop need not rise evenly, and few examples make it jump.
+        # The points are not joined: the drop need not be monotone, and with few examples it jumps.
         for parameters, drop in tried:
             color, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
             axes.plot(100 * parameters / eligible, drop, "o", color=color, markersize=size)
@@ -169,9 +169,10 @@ def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float |
 
 
 def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | None = None, *, prefix: str) -> str:
-    """Singular values over their index, relative to the largest, with the rank that was chosen, as SVG.
+    """Singular values over their index, relative to the largest, with the chosen rank, as SVG.
 
-    A level line marks the edge of the surviving initialization, and an upright one a bound on the rank that binds.
+    A horizontal line marks the edge of the surviving initialization, and a vertical one a bound on the rank that is not
+    vacuous.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -180,7 +181,7 @@ def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | Non
     values = np.asarray(spectrum, dtype=np.float64)
     largest = float(values[0]) if values.size and values[0] > 0 else 1.0
     shown = np.unique(np.linspace(0, max(values.size - 1, 0), min(values.size, POINTS)).round().astype(int))
-    # A logarithmic axis has no zero; what is below rounding is drawn at rounding.
+    # A logarithmic axis has no zero; values below rounding are drawn at rounding.
     heights = np.maximum(values[shown] / largest, 1e-7)
     with rc_context(STYLE):
         figure = Figure(figsize=(2.9, 1.6), layout="constrained")
@@ -192,7 +193,7 @@ def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | Non
             axes.axvline(rank, color=AFTER, linewidth=1.0, linestyle=(0, (3, 2)))
         axes.set_xlim(0, max(values.size, 1) + 1)
         axes.set_xticks(sorted({rank, values.size} - {None, 0}) if _apart(rank, values.size) else [values.size])
-        # A spectrum that hardly falls has a decade as well, so that it looks flat and its axis has labels.
+        # A flat spectrum spans a decade too, so that it looks flat and its axis has labels.
         bottom, top = min(0.8 * float(heights.min(initial=1.0)), 0.08), 1.5
         if marks is not None and marks.edge is not None and marks.edge / largest >= bottom:
             axes.axhline(marks.edge / largest, color=EDGE, linewidth=1.4, linestyle=(0, (1, 1)))
@@ -207,12 +208,12 @@ def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | Non
 
 
 def _apart(rank: int | None, count: int) -> bool:
-    """Whether two labels of the axis do not run into each other."""
+    """Whether two labels of the axis do not overlap."""
     return rank is None or count - rank > 0.15 * count
 
 
 def _svg(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an SVG element for a page that holds many: its own ids, the page's colors, no date."""
+    """The figure as an SVG element of a page with several: with ids of its own, the page's colors, and no date."""
     buffer = io.StringIO()
     nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)

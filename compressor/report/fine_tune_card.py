@@ -1,4 +1,4 @@
-"""Cards of fine-tunes: of the adapter that one is beside its base, and of the dense weights that both make again."""
+"""Cards of fine-tunes: of an adapter for a base model, and of the dense weights that both make."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compressor.fine_tuning.adapter import Adapter
     from compressor.fine_tuning.difference import Difference
 
-# What is as true of a fine-tune's adapter as of itself, and of a fine-tune as of its base.
+# The metadata that hold for a fine-tune's adapter as well, and for a fine-tune of a base.
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
@@ -151,12 +151,12 @@ def applied_card(original: str, *, name: str, base: str, difference: str, config
 
 
 def _carried(card: str) -> dict[str, Any]:
-    """What stays of a card's metadata, where it is text or a list of texts."""
+    """The metadata of a card that carry over, if they are text or lists of text."""
     metadata = front_matter(card)[0]
     return {key: metadata[key] for key in _CARRIED if _is_text_or_texts(metadata.get(key))}
 
 
 def _is_text_or_texts(value: object) -> bool:
-    """Whether a value is text, or a list of texts, and no HTML."""
+    """Whether a value is text, or a list of texts, without HTML."""
     texts = value if isinstance(value, list) else [value]
     return bool(texts) and all(isinstance(text, str) and "<" not in text for text in texts)

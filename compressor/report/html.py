@@ -1,4 +1,4 @@
-"""The report in one HTML file: no script, nothing loaded from elsewhere, the same bytes for the same result."""
+"""The report as one HTML file: no script, nothing loaded, the same bytes for the same result."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> None:
     """Refuse a report that could not be written, before the work starts.
 
-    Raises `BadInput` when the path is not named .html, exists and `overwrite` is not set, lies in no writable folder or
-    in the model folder `source`, and when the libraries that draw the report are not installed.
+    Raises `BadInput` if the path is not named .html, exists and `overwrite` is not set, is not in a writable folder or
+    is in the model folder `source`, or if the libraries that draw the report are not installed.
     """
     from compressor.io import check_output
 
@@ -48,7 +48,7 @@ def check_report_path(path: Path, *, source: Path | None, overwrite: bool) -> No
                 where=path,
                 remedy="run pip install 'compressor[report]'",
             )
-    # A slip such as --report MODEL --overwrite must not cost anybody a model.
+    # A slip such as --report MODEL --overwrite must not destroy a model.
     if path.suffix.lower() not in (".html", ".htm"):
         raise BadInput("a report is an HTML file", where=path, remedy="give it a name that ends in .html")
     check_output(path, sources=[] if source is None else [source], form="file", overwrite=overwrite)
@@ -87,14 +87,14 @@ def write_page(page: str, path: Path, *, overwrite: bool) -> None:
 
 
 def report_page(compression: Compression) -> str:
-    """The page as text; names from checkpoints and paths are escaped, for anybody may have chosen them."""
+    """The page as text; names from checkpoints and paths are escaped, since they may come from anyone."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     from compressor.measure import EPSILON
     from compressor.report.figures import curve_figure, ranks_figure, search_figure, sizes_figure, spectrum_figure
 
-    # Trimmed blocks leave no empty lines where the template decides something.
+    # Trimmed blocks leave no empty lines where the template has conditions.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     compression = _portable(compression)
@@ -157,7 +157,7 @@ def report_page(compression: Compression) -> str:
 
 
 def _portable(compression: Compression) -> Compression:
-    """A compression without absolute paths of this machine, for a page that goes to others."""
+    """A compression without absolute paths of this machine, for a page that is shared."""
     from compressor.io import portable_name
 
     evaluation = compression.evaluation
@@ -171,16 +171,16 @@ def _portable(compression: Compression) -> Compression:
 
 
 def _listed(value: object) -> object:
-    """A value of the recipe, lists and pairs of a name and a number without the marks of Python."""
+    """A value of the recipe as text, without Python's brackets and quotes."""
     if not isinstance(value, tuple):
         return value
     return ", ".join(f"{e[0]}: {e[1]:g}" if isinstance(e, tuple) else str(e) for e in value) or "none"
 
 
 def _marks(compression: Compression) -> dict[str, RankMarks]:
-    """What is marked beside the ranks of every layer in the plan.
+    """The marks beside the ranks of every layer in the plan.
 
-    The recipe says nothing of the matrix that a spatial pair factorizes.
+    The recipe says nothing about the matrix that a spatial pair factorizes.
     """
     from compressor.report.figures import RankMarks
 
@@ -205,7 +205,7 @@ def _mark_words(mark: RankMarks) -> str:
 
 
 def _hyperparameters(recipe: TrainingRecipe) -> list[dict[str, Any]]:
-    """The fields that are known, with the place each was read from."""
+    """The known fields, each with its source."""
     return [
         {"name": entry.name.replace("_", " "), "value": _listed(value), "source": recipe.sources.get(entry.name, "")}
         for entry in fields(recipe)

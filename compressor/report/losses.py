@@ -1,4 +1,4 @@
-"""What a compression loses, predicted and measured: the points of the curve of loss over size, and their words."""
+"""The losses of a compression, predicted and measured: the points of the curve of loss over size."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class CurvePoint:
     """One loss at one size: how it was found, and how it is drawn.
 
-    `parameters` are those stored of the eligible layers and `loss` in the unit of the curve. `marker` is matplotlib's
-    name of the shape and `symbol` the character that looks like it.
+    `parameters` are the stored numbers of the eligible layers, and `loss` is in the unit of the curve. `marker` is
+    matplotlib's name of the shape, and `symbol` a character that looks like it.
     """
 
     label: str
@@ -26,12 +26,12 @@ class CurvePoint:
 
     @property
     def words(self) -> str:
-        """The loss in figures, and that it is not in the figure where a logarithm has no place for it."""
-        return f"{self.loss:.3g}" + ("" if self.loss > 0 else ", not above zero and so not drawn")
+        """The loss in figures, and whether a logarithmic axis leaves it out."""
+        return f"{self.loss:.3g}" + ("" if self.loss > 0 else ", not above zero, so not drawn")
 
 
 def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
-    """The loss predicted for the plan and what was measured of it, as far as they are in the unit of the curve."""
+    """The predicted loss of the plan and its measured losses, if they are in the unit of the curve."""
     from compressor.planning import plan_loss
 
     plan, curve, evaluation = compression.plan, compression.curve, compression.evaluation

@@ -1,4 +1,4 @@
-"""The card of a compressed model folder: `README.md`, with front matter as the Hugging Face hub reads it.
+"""The card of a compressed model folder: `README.md`, with the front matter that the Hugging Face hub reads.
 
 Nothing in it changes from run to run or names a path of the machine: the same input gives the same bytes.
 """
@@ -70,9 +70,9 @@ _PIPELINE_TAGS = {"image-classification": "image-classification", "text-classifi
 
 
 def compressed_card(original: str, compression: Compression, source: Checkpoint, *, name: str) -> str:
-    """The card of a compressed folder, which keeps what that of the dense model says.
+    """The card of a compressed folder, which includes the card of the dense model.
 
-    `source` is the dense checkpoint, and `name` what the folder will be loaded by.
+    `source` is the dense checkpoint, and `name` the name to load the folder by.
     """
     if original.lstrip().startswith("---") and not front_matter(original)[0]:
         logger.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
@@ -98,9 +98,9 @@ def model_card(
 ) -> str:
     """The card of a compressed folder as text.
 
-    `name` is what the folder is loaded by, `base_model` the dense model's name, `commit` that of the hub which was
-    compressed, `config` its `config.json`, and `original` the text of its own card: metadata are carried over, but for
-    evaluation results, which are not those of these weights, and the text is kept at the end.
+    `name` is the name to load the folder by, `base_model` that of the dense model, `commit` its commit on the hub,
+    `config` its `config.json`, and `original` its card: its metadata carry over, except evaluation results, which are
+    not those of these weights, and its text is appended.
     """
     metadata, text = front_matter(original)
     data = _metadata(metadata, compression.evaluation, name, base_model, config)
@@ -128,7 +128,7 @@ def model_card(
 
 
 def restored_card(card: str) -> str:
-    """The card of a compressed folder for the dense folder that was multiplied back from it; others as they are."""
+    """Adapt the card of a compressed folder to the dense folder restored from it; other cards stay as they are."""
     said = (
         "## Dense again\n\n`compress restore` multiplied the factors back: these weights are dense, any tool loads them"
         " without compressor, and what they predict is what the compressed model predicts. It is described below.\n\n"
@@ -137,10 +137,7 @@ def restored_card(card: str) -> str:
 
 
 def remote_card(card: str, *, auto_class: str, name: str) -> str:
-    """The card of a compressed folder for one that brings the code of its layers along; others as they are.
-
-    `auto_class` is the class of transformers that finds the code, and `name` what the folder is loaded by.
-    """
+    """Adapt the card of a compressed folder to one that includes the code of its layers; others stay as they are."""
     load = python_block(
         "import transformers  # the code of the low-rank layers is in this folder",
         f"model = transformers.{auto_class}.from_pretrained({json.dumps(name)}, trust_remote_code=True)",
@@ -149,7 +146,7 @@ def remote_card(card: str, *, auto_class: str, name: str) -> str:
 
 
 def _otherwise_loaded(card: str, said: str) -> str:
-    """One of our cards with another section on how to load the folder."""
+    """A card of ours with another section on loading."""
     tags = front_matter(card)[0].get("tags")
     if not isinstance(tags, list) or TAG not in tags:
         return card
@@ -163,7 +160,7 @@ def _metadata(
     base_model: str,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The front matter: what is known of the compressed model, and what of the dense one's is true of it too."""
+    """The front matter: the compressed model's, and those fields of the dense model's that hold for it too."""
     kept = _kept(carried)
     results: dict[str, Any] = {}
     if evaluation is not None:
@@ -183,7 +180,7 @@ def _metadata(
 
 
 def _kept(carried: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of the dense model's card that the hub knows and whose values are of the right type."""
+    """The metadata of the dense model's card that the hub knows and whose values have the right type."""
     known: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(_KEPT_TEXTS, lambda value: isinstance(value, str) and "<" not in value),
         **dict.fromkeys(_KEPT_AS_THEY_ARE, lambda value: isinstance(value, str)),
@@ -210,7 +207,7 @@ def _norwegian(language: object) -> object:
 
 
 def _is_form(fields: object) -> bool:
-    """Whether these are fields of the form by which one asks for access: by name a type, or a type and its options."""
+    """Whether these are fields of a form for gated access: by name a type, or a type and its options."""
 
     def is_field(field: object) -> bool:
         if not isinstance(field, Mapping):
@@ -235,7 +232,7 @@ def _result(evaluation: Evaluation) -> EvalResult:
 
 
 def _are_names(value: object) -> bool:
-    """Whether a value is a text or a list of texts, without HTML and without paths of the machine it was written on."""
+    """Whether a value is a text or a list of texts, without HTML and without paths of the machine."""
     texts = _texts(value)
     return texts in (value, [value]) and not any("<" in text or Path(text).is_absolute() for text in texts)
 
@@ -247,7 +244,7 @@ def _texts(value: object) -> list[str]:
 
 
 def without_folders(data: str) -> str:
-    """What some data are called, without the folders that a file lies in."""
+    """The name of data, without the folders of its file."""
     return Path(data).name
 
 
@@ -299,7 +296,7 @@ def _sizes(compression: Compression) -> str:
 
 
 def _warnings(compression: Compression) -> list[str]:
-    """The warnings of a result, with data by their last part."""
+    """The warnings of a result, with data named by the last part of the path."""
     data = None if compression.evaluation is None else compression.evaluation.data
     return [words if data is None else words.replace(data, without_folders(data)) for words in compression.warnings]
 

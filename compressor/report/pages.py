@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def compression_page(compression: Compression) -> Page:
-    """What `compress MODEL` did: the request, the layers, sizes and quality before and after, and where it is."""
+    """The page of `compress MODEL`: the request, the layers, sizes and quality before and after, the output."""
     plan = compression.plan
     effort = f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
     parts: list[Block] = [
@@ -84,7 +84,7 @@ def _tensors(count: int) -> str:
 
 
 def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
-    """What a fine-tune is compressed against, and how the difference is written."""
+    """The base of a fine-tune, and how the difference is stored."""
     fine_tune = compression.fine_tune
     if fine_tune is None:
         return
@@ -95,13 +95,13 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     if words := rounding_words(fine_tune.rounding_share):
         yield "rounding", words
     if fine_tune.verified_with is not None:
-        yield "PEFT", f"{fine_tune.verified_with} loads it and makes every change"
+        yield "PEFT", f"{fine_tune.verified_with} loads it and reproduces every change"
     elif fine_tune.max_lora_rank is not None and compression.output is not None:
-        yield "PEFT", "not installed, so the adapter was not tried"
+        yield "PEFT", "not installed, so the adapter was not loaded"
     if fine_tune.vllm_obstacles:
         yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}"
     elif fine_tune.max_lora_rank is not None:
-        yield "vLLM", f"by its rules loads it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
+        yield "vLLM", f"should load it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
 
 
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -112,7 +112,7 @@ def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _search_parts(plan: Plan) -> Iterator[Block]:
-    """The sizes that were tried, where a drop decided."""
+    """The sizes that a search tried."""
     if plan.search is not None:
         yield LayerTable(SEARCH_HEADERS, tuple(search_rows(plan.search)))
 
@@ -135,7 +135,7 @@ def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
 
 
 def inspection_page(inspection: Inspection) -> Page:
-    """Effective ranks and memory of every eligible layer, the others grouped by why they are skipped."""
+    """Effective ranks and memory windows of the eligible layers; the others grouped by why they are skipped."""
     measured = [layer for layer in inspection.layers if layer.layer.eligible]
     totals = (
         f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}; "
@@ -168,9 +168,9 @@ def evaluation_page(evaluation: Evaluation) -> Page:
 
 
 def restoration_page(restoration: Restoration) -> Page:
-    """What `compress restore` brought back, and where it is."""
+    """What `compress restore` restored, and where it is."""
     size = compared("weight files", format_size, restoration.bytes.before, restoration.bytes.after)
-    layers = f"{len(restoration.layers)} brought back to dense"
+    layers = f"{len(restoration.layers)} made dense"
     return Page(
         (
             Facts.of(("model", restoration.source), ("layers", layers)),
@@ -196,7 +196,7 @@ def export_page(export: Export) -> Page:
 
 
 def merging_page(merging: Merging) -> Page:
-    """What `compress merge` found before merging, what merging did to each task, and where the result is."""
+    """What `compress merge` measured before merging, the change of each task, and the output."""
     how = merging.mode if merging.mode == "sum" else f"concat, {merging.head} head"
     names = [(f"model {number}", model) for number, model in enumerate(merging.models, start=1)]
     facts = [*names, *([("base", merging.base)] if merging.base is not None else []), ("mode", how)]
@@ -255,13 +255,13 @@ def _overlap_parts(merging: Merging) -> Iterator[Block]:
     seen = "its layers see" if merging.tasks else "span its layer's row space"
     yield LayerTable(headers, tuple(rows))
     yield Facts.of(
-        ("interference", f"what the others' layer puts out beside the task's own, on inputs that {seen}"),
+        ("interference", f"outputs of the other networks' layer relative to the task's own, on inputs that {seen}"),
         ("overlap", "mean squared cosine of the principal angles of the row spaces (99 % of the energy)"),
     )
 
 
 def _plan_parts(plan: Plan) -> list[Block]:
-    """The table of ranks, and the reasons as numbered notes: most are shared by many layers."""
+    """The table of ranks, and the reasons as numbered notes, since most are shared by many layers."""
     layers = plan.layers
     reasons = list(dict.fromkeys(one_line(layer.reason) for layer in layers))
     shared = len(reasons) == 1
@@ -379,10 +379,10 @@ def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
         headers, rows = headers[:-1], [row[:-1] for row in rows]
     terms = [
         ("uses", "how often the matrix is used per example"),
-        ("window", f"at epsilon {epsilon:g}: all but {epsilon:g} of the matrix was written in the last so many steps"),
-        ("rank bound", "batch x uses x window; vacuous where it is not below the full rank"),
+        ("window", f"at epsilon {epsilon:g}: the steps in which all but {epsilon:g} of the matrix was written"),
+        ("rank bound", "batch x uses x window; vacuous if it is not below the full rank"),
         ("K", "forgetting exponent: exp(-K) of the initialization is left ('start left')"),
-        ("above edge", "singular values above what is left of the initialization"),
+        ("above edge", "singular values above the edge of the surviving initialization"),
     ]
     numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
     explained = [Facts.of(*numbered)] if numbered else []

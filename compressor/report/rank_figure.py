@@ -1,4 +1,4 @@
-"""How effective ranks evolved over a training run, as a figure in a file of its own."""
+"""The evolution of effective ranks over a training run, as a figure in a file."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from compressor.report.wording import shortened_apart
 if TYPE_CHECKING:
     from compressor.diagnosis.series import RankSeries
 
-# More lines than these have no distinguishable colors, and are named by their order instead.
+# More lines have no distinguishable colors; they are identified by their order instead.
 MOST_NAMED = 10
 
 
 def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> None:
     """Refuse a figure that could not be written, before the work starts.
 
-    Raises `BadInput` when the path is not named .svg or .png, exists and `overwrite` is not set, lies in no writable
-    folder or in the model folder `source`, and when matplotlib is not installed.
+    Raises `BadInput` if the path is not named .svg or .png, exists and `overwrite` is not set, is not in a writable
+    folder or is in the model folder `source`, or if matplotlib is not installed.
     """
     from compressor.io import check_output
 
@@ -39,7 +39,7 @@ def check_figure_path(path: Path, *, source: Path | None, overwrite: bool) -> No
 def write_rank_figure(series: RankSeries, path: Path, *, overwrite: bool) -> None:
     """Draw every layer's entropy rank and Frobenius rank over the steps, as shares of the full rank.
 
-    The same series gives the same bytes. Raises `BadInput` when the file cannot be written.
+    The same series gives the same bytes. Raises `BadInput` if the file cannot be written.
     """
     from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Numbers, sizes and recipes in words: the same in tables and in the report."""
+"""Recipes, budgets, plans and losses in words: the same in tables, cards and reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def shortened(name: str, width: int) -> str:
-    """The name in at most `width` characters: its first number (which block) and its end say most, so those stay."""
+    """The name in at most `width` characters, keeping its first number (the block) and its end, which say most."""
     if len(name) <= width:
         return name
     block = re.search(r"(?<=\.)\d+\.", name)
@@ -32,10 +32,10 @@ def shortened(name: str, width: int) -> str:
 
 
 def shortened_apart(names: Sequence[str], width: int) -> list[str]:
-    """The names in at most `width` characters each, `shortened` where no two become alike and otherwise told apart.
+    """The names in at most `width` characters each, `shortened` such that different names stay different.
 
-    First their numbers and ends are tried, then longer and longer beginnings; what is alike even so is numbered. Names
-    that differ stay different down to a width of 8.
+    If two would become equal, first their numbers and ends are tried, then longer and longer beginnings; names that are
+    still equal are numbered. Different names stay different down to a width of 8.
     """
     short = {name: name for name in names if len(name) <= width}
     beginnings = (partial(_beginning_and_end, beginning=length) for length in range(1, width))
@@ -57,7 +57,7 @@ def shortened_apart(names: Sequence[str], width: int) -> list[str]:
 
 
 def _numbers_and_end(name: str, width: int) -> str:
-    """The numbers among a name's parts, which tell its blocks apart, and as much of its end as there is room for."""
+    """The numbers among a name's parts, which identify its blocks, and as much of its end as fits."""
     *parts, last = name.split(".")
     numbers = "".join(f"{part}…" for part in parts if part.isdecimal())
     room = width - len(numbers) - 1
@@ -71,7 +71,7 @@ def _beginning_and_end(name: str, width: int, *, beginning: int) -> str:
 def left_out_words(
     left_out: Sequence[LeftOut], weights_at: str, quoted: Callable[[str], str] = repr, *, remedy: bool = True
 ) -> str:
-    """What a checkpoint holds beside the weights that are used, and how to use an average of them instead."""
+    """What a checkpoint holds beside the weights that are used, and how to use their average instead."""
     words = ", ".join(f"{each.kind} ({quoted(each.key)}, {format_size(each.bytes)})" for each in left_out)
     average = next((each.key for each in left_out if each.kind.startswith("EMA")), None)
     if average is None:
@@ -84,7 +84,7 @@ def left_out_words(
 
 
 def error_words(error: float, decimals: int) -> str:
-    """A relative error with so many decimals, in which only an error that is zero looks like one."""
+    """A relative error with so many decimals; only an error of zero is shown as zero."""
     least = 10.0**-decimals
     if error == 0:
         return "0"
@@ -92,7 +92,7 @@ def error_words(error: float, decimals: int) -> str:
 
 
 def rounding_words(share: float) -> str:
-    """How much of a difference is rounding; empty where it is less than a tenth of a percent."""
+    """How much of a difference is rounding; empty below a tenth of a percent."""
     if share < 1e-3:
         return ""
     explained = format_percent(share)
@@ -100,7 +100,7 @@ def rounding_words(share: float) -> str:
 
 
 def recipe_words(recipe: TrainingRecipe) -> str:
-    """The hyperparameters that are known, in one sentence."""
+    """The known hyperparameters, in one sentence."""
     known = [
         ("learning rate ", recipe.learning_rate),
         ("weight decay ", recipe.weight_decay),
@@ -121,7 +121,7 @@ def recipe_words(recipe: TrainingRecipe) -> str:
 
 
 def recipe_sources(recipe: TrainingRecipe) -> str:
-    """Where the hyperparameters were read, every place once."""
+    """Where the hyperparameters were read, each source once."""
     places = list(dict.fromkeys(recipe.sources.values()))
     flags = [place.removeprefix("flag ") for place in places if place.startswith("flag ")]
     files = [place for place in places if not place.startswith("flag ")]
@@ -129,7 +129,7 @@ def recipe_sources(recipe: TrainingRecipe) -> str:
 
 
 def budget_words(budget: Budget) -> str:
-    """What was asked for, or what stands in for it."""
+    """The budget, or what replaces it."""
     value = math.nan if budget.value is None else budget.value
     return {
         "keep": f"keep {value:.4g} of the eligible parameters",
@@ -137,12 +137,12 @@ def budget_words(budget: Budget) -> str:
         "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
         "window-rule": "window rule: what training wrote above its initialization",
-        "plan": "the ranks of a given plan",
+        "plan": "the ranks of a plan",
     }[budget.kind]
 
 
 def quality_words(metric: str, value: float, higher_is_better: bool | None = None) -> str:
-    """A score in the unit of its metric; of the caller's own it is known whether `higher_is_better`."""
+    """A metric in its unit; `higher_is_better` is None for the built-in metrics."""
     return format_percent(value) if metric == "accuracy" and higher_is_better is None else f"{value:.4g}"
 
 
@@ -162,7 +162,7 @@ def count_words(measured: Evaluation | DropSearch) -> str:
 
 
 def calibration_words(result: CalibrationResult) -> str:
-    """How many examples chose the ranks, and what the loss is expected to rise by."""
+    """How many examples chose the ranks, and the expected increase of the loss."""
     caps = "; ranks capped by the window rule" if result.capped else ""
     fitted = "; factors fitted to the dense blocks" if result.refined else ""
     unused = f"; not used: {result.unused}" if result.unused else ""
@@ -175,7 +175,7 @@ def calibration_words(result: CalibrationResult) -> str:
 
 
 def loss_axis(unit: str) -> str:
-    """What the axis of losses is called."""
+    """The label of the axis of losses."""
     return {
         "nats per prediction": "loss increase, nats",
         "half the squared change of the outputs": "half the squared change of outputs",
@@ -183,14 +183,14 @@ def loss_axis(unit: str) -> str:
 
 
 def drop_words(metric: str, drop: float, higher_is_better: bool | None = None) -> str:
-    """A drop, or its standard error, in the unit of the metric: more is worse."""
+    """A drop, or its standard error, in the unit of the metric; positive is worse."""
     if not math.isfinite(drop):
         return "infinite"
     return f"{100 * drop:.2f} points" if metric == "accuracy" and higher_is_better is None else f"{drop:.4g}"
 
 
 def search_words(search: DropSearch) -> str:
-    """What a size was chosen by."""
+    """How a size was chosen by its drop."""
     limit = drop_words(search.metric, search.limit, search.higher_is_better)
     measured = count_words(search)
     what = "a drop" if search.higher_is_better is None else f"a drop in {search.metric}"
@@ -218,46 +218,50 @@ def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
 
 
 def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
-    """That data which did not decide show a larger drop than was allowed; None where they do not."""
+    """That the reported data show a larger drop than was allowed; None if they do not."""
     from compressor.planning import within_limit
 
     limit = budget.value if budget.kind == "max-drop" else None
     if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return None
-    return f"on {evaluation.data}, which did not decide, the loss is larger than allowed: take a smaller `max_drop`"
+    unused = f"on {evaluation.data}, which the search did not use"
+    return f"{unused}, the loss is larger than allowed: take a smaller `max_drop`"
 
 
 def needs_calibration(budget: Budget, *, has_attention: bool) -> bool:
-    """Whether a model without calibration data may well be destroyed unnoticed: a drop that is measured is noticed."""
+    """Whether a model may be destroyed unnoticed without calibration data; with `max_drop` it would be noticed."""
     return has_attention and budget.kind != "max-drop"
 
 
 def without_data_words(compression: Compression) -> str | None:
-    """That a model with attention layers was compressed without calibration data; None where there were any."""
+    """That a model with attention layers was compressed without calibration data; None otherwise."""
     plan = compression.plan
     at_risk = needs_calibration(plan.budget, has_attention=compression.has_attention)
     if plan.calibration is not None or not at_risk or not any(layer.rank is not None for layer in plan.layers):
         return None
     if compression.evaluation is not None:
         return "compressed without calibration data"
-    return "compressed without data; not evaluated: models with attention layers often lose most of what they know so"
+    return (
+        "compressed without calibration data and not evaluated: models with attention layers often lose most of their"
+        " quality this way"
+    )
 
 
 def _growth_words(compression: Compression) -> str | None:
-    """That the weight files become larger; None where they do not."""
+    """That the weight files grow; None if they do not."""
     before, after = compression.bytes.before, compression.bytes.after
     if after <= before:
         return None
     said = f"the weight files grow from {format_size(before)} to {format_size(after)}"
-    return f"{said}: what the format says of the layers outweighs what they save"
+    return f"{said}: the metadata of the format outweigh the saving"
 
 
-# A share that was asked for is missed where less than this part of the saving is achieved.
+# A requested share is missed if less than this part of the saving is reached.
 LEAST_SHARE_OF_THE_SAVING = 0.5
 
 
 def warning_words(compression: Compression) -> tuple[str, ...]:
-    """What a reader of a result must not overlook."""
+    """The warnings of a result."""
     plan, evaluation = compression.plan, compression.evaluation
     found = [
         without_data_words(compression),
@@ -272,7 +276,7 @@ def warning_words(compression: Compression) -> tuple[str, ...]:
 
 
 def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None:
-    """That every layer stays dense, where it is so; None otherwise."""
+    """That every layer stays dense; None otherwise."""
     if any(layer.rank is not None for layer in layers):
         return None
     if written:
@@ -281,7 +285,7 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
 
 
 def missed_share_words(compression: Compression) -> str | None:
-    """Why a share that was asked for is missed by more than half of the saving; None where it is not."""
+    """Why less than half of the requested saving is reached; None if it is."""
     from compressor.network.layers import EXCLUDED, NOT_INCLUDED
 
     asked = compression.plan.budget.value if compression.plan.budget.kind == "keep" else None
@@ -296,37 +300,37 @@ def missed_share_words(compression: Compression) -> str | None:
     others = f", and {len(compression.skipped) - 1} more" if len(compression.skipped) > 1 else ""
     return (
         f"{asked:.3g} was asked for and {after / before:.1%} of all parameters are kept: layers that can be factorized"
-        f" hold only {eligible:.1%} of them; left out are {one_line(largest.name)} ({reason}){others}"
+        f" have only {eligible:.1%} of them; left out are {one_line(largest.name)} ({reason}){others}"
     )
 
 
 def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:
-    """Of which layers the factors make the file smaller and nothing else; None where there are none."""
+    """Which layers become smaller only in the file; None if none do."""
     names = [one_line(layer.name) for layer in layers if layer.kind == "parameter" and layer.rank is not None]
     if not names:
         return None
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{shown}: multiplied out by the module that has them; a smaller file, no less to compute or to hold"
+    return f"{shown}: multiplied out when the module runs; saves disk space, but neither compute nor memory"
 
 
 def above_one_words(layers: Sequence[LayerPlan]) -> str | None:
-    """Why a layer's error can be above one; None where none is."""
+    """Why the error of a layer is above one; None if none is."""
     names = [one_line(layer.name) for layer in layers if layer.error > 1]
     if not names:
         return None
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"the error of {shown} is above 1: on the inputs of the dense model a layer of zeros would be nearer; the"
-        " factors were fitted to the other inputs that the compressed model gives the layer"
+        f"the error of {shown} is above 1: on the inputs of the dense model a layer of zeros would be closer; the"
+        " factors were fitted to the inputs of the layer in the compressed model, which differ"
     )
 
 
-# What deserves a warning: accuracy lost (a fraction), and the factor by which perplexity grew.
+# Losses that deserve a warning: accuracy lost (a fraction), and the factor by which perplexity grew.
 LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
 
 
 def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
-    """What to do about a large loss of quality; None where there is none, or nothing to compare with."""
+    """What to do about a large loss of quality; None if there is none, or no baseline."""
     before, after = evaluation.baseline, evaluation.compressed
     if before is None or evaluation.higher_is_better is not None:  # what is much of another metric is not known
         return None

@@ -96,7 +96,7 @@ def test_a_share_that_is_missed_by_much_is_said(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     [warning] = compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).warnings
     assert warning.startswith("0.5 was asked for and ")
-    assert "hold only 7.7% of them; left out are norms (a table or a matrix" in warning
+    assert "have only 7.7% of them; left out are norms (a table or a matrix" in warning
     save_file({**tensors, "norms": torch.rand(3, 4, 4)}, tmp_path / "model.safetensors")
     assert compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).warnings == ()
 
@@ -576,7 +576,7 @@ def test_attention_without_data_is_said_before_the_work_and_in_every_result(
     [before] = [message for message in said_before if "attention layers" in message]
     assert "`calibration=FILE`" in before
     assert "builtin:stdlib" in before
-    [words] = [words for words in result.warnings if "compressed without data; not evaluated" in words]
+    [words] = [words for words in result.warnings if "compressed without calibration data and not evaluated" in words]
     assert words in result.to_dict()["warnings"]
     assert words in report_page(result)
     if form == "folder":

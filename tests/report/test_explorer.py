@@ -153,15 +153,15 @@ def test_what_the_picture_leaves_out_of_a_recipe_is_said() -> None:
 
 
 def test_explore_writes_where_it_may_and_refuses_by_name_where_not(tmp_path: Path) -> None:
-    path = compressor.explore(tmp_path / "page.html")
+    path = compressor.explore(output=tmp_path / "page.html")
     assert path.read_text(encoding="utf-8") == explorer_page()
     with pytest.raises(BadInput, match="already exists"):
-        compressor.explore(path)
-    assert compressor.explore(path, overwrite=True) == path
+        compressor.explore(output=path)
+    assert compressor.explore(output=path, overwrite=True) == path
     with pytest.raises(BadInput, match="is an HTML file"):
-        compressor.explore(tmp_path / "model.safetensors", overwrite=True)
+        compressor.explore(output=tmp_path / "model.safetensors", overwrite=True)
     with pytest.raises(BadInput, match="no such file"):
-        compressor.explore(tmp_path / "other.html", recipe=tmp_path / "missing.yaml")
+        compressor.explore(output=tmp_path / "other.html", recipe=tmp_path / "missing.yaml")
     assert not (tmp_path / "other.html").exists()
 
 
@@ -184,7 +184,7 @@ DIGITS_MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 
 
 def test_the_page_tells_the_windows_that_inspect_tells(tmp_path: Path) -> None:
-    page = compressor.explore(tmp_path / "page.html", recipe=DIGITS_MLP)
+    page = compressor.explore(output=tmp_path / "page.html", recipe=DIGITS_MLP)
     content = json.loads(Tags(page.read_text(encoding="utf-8")).content or "")
     told = {layer["name"]: (layer["window"], layer["bound"], layer["vacuous"]) for layer in content["recipe"]["layers"]}
     windows = {each.layer.name: each.window for each in compressor.inspect(DIGITS_MLP).layers if each.window}
@@ -238,7 +238,7 @@ class Opened(OpenedPage):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compressor.explore(tmp_path_factory.mktemp("explorer") / "explorer.html")
+    return compressor.explore(output=tmp_path_factory.mktemp("explorer") / "explorer.html")
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +463,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, pa
 
 @in_browser
 def test_the_picture_agrees_with_inspect_on_a_reference_model(browser: Browser, tmp_path: Path) -> None:
-    opened = Opened(browser, compressor.explore(tmp_path / "page.html", recipe=DIGITS_MLP))
+    opened = Opened(browser, compressor.explore(output=tmp_path / "page.html", recipe=DIGITS_MLP))
     opened.settle()
     assert opened.reading("window n") == "767 steps"
     assert opened.reading("rank bound B R n") == "767 of 768"
@@ -491,7 +491,7 @@ def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) ->
         "schedule: constant\nsequence_length: 1\n",
         encoding="utf-8",
     )
-    path = compressor.explore(tmp_path / "page.html", recipe=tmp_path / "model.safetensors")
+    path = compressor.explore(output=tmp_path / "page.html", recipe=tmp_path / "model.safetensors")
     opened = Opened(browser, path)
     inspection = compressor.inspect(tmp_path / "model.safetensors")
     head = next(each for each in inspection.layers if each.layer.name == "head")
@@ -512,7 +512,7 @@ def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) ->
     training = opened.state()["training"]
     assert (training["learning_rate"], training["weight_decay"], training["batch_size"]) == (0.07, 0.13, 64)
     assert training["surviving_initialization"] == pytest.approx(math.exp(-head.window.forgetting_exponent))
-    assert "the batch size, 500, is beyond the picture, which shows 64" in opened.text("remarks")
+    assert "the batch size, 500, is out of range; the simulation uses 64" in opened.text("remarks")
     rows.nth(1).get_by_role("button").click()
     assert opened.settle()["training"]["width"] == 24
     assert opened.errors == []
