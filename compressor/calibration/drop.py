@@ -160,6 +160,7 @@ def require_possible_drop(limit: float, data: EvaluationData) -> None:
     if data.metric is None and data.task != "language-modeling" and limit > 1:
         raise BadInput(
             f"`max_drop` {limit:g} is out of range: the accuracy on {data.name} is a fraction",
+            option="max_drop",
             remedy="give a number from 0 to 1, such as 0.01 for one point",
         )
 

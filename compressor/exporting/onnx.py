@@ -80,11 +80,15 @@ def _require_fitting(
     if input_shape is None or named == "input":
         return
     if named == "input_ids":
-        raise BadInput("`input_shape` is not for text, which has any length", remedy="leave it out")
+        raise BadInput(
+            "`input_shape` is not for text, which has any length", option="input_shape", remedy="leave it out"
+        )
     own = None if image_size is None else (channels, *image_size)
     if own is not None and tuple(input_shape) != own:
         asked, taken = ("x".join(map(str, shape)) for shape in (input_shape, own))
-        raise BadInput(f"`input_shape` {asked} is not that of the model, {taken}", remedy="leave it out")
+        raise BadInput(
+            f"`input_shape` {asked} is not that of the model, {taken}", option="input_shape", remedy="leave it out"
+        )
     if len(input_shape) != 3 or input_shape[0] != channels:
         what = f"`input_shape` {'x'.join(map(str, input_shape))} is not that of an image of {channels} channels"
         raise BadInput(what, remedy=f"say it as {channels}xHEIGHTxWIDTH")

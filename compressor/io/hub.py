@@ -73,6 +73,7 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
         what = model if isinstance(model, str | Path) else "a module"
         raise BadInput(
             f"`revision` {revision} is of models of the hub, and {what} is none",
+            option="revision",
             remedy="leave it out, or name a model as org/name",
         )
     return model
@@ -138,11 +139,19 @@ def check_push(repository: str, source: HubModel | None, *, overwrite: bool) -> 
     from huggingface_hub.constants import is_offline_mode
 
     if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repository, re.ASCII) is None:
-        raise BadInput(f"`push_to` {repository!r} is no name of the hub", remedy="write it as org/name")
+        raise BadInput(
+            f"`push_to` {repository!r} is no name of the hub", option="push_to", remedy="write it as org/name"
+        )
     if is_offline_mode():
-        raise BadInput("`push_to` needs the hub, which is offline", remedy="unset HF_HUB_OFFLINE, or push later")
+        raise BadInput(
+            "`push_to` needs the hub, which is offline", option="push_to", remedy="unset HF_HUB_OFFLINE, or push later"
+        )
     if get_token() is None:
-        raise BadInput("`push_to` needs a token of the hub, and there is none", remedy="log in with 'hf auth login'")
+        raise BadInput(
+            "`push_to` needs a token of the hub, and there is none",
+            option="push_to",
+            remedy="log in with 'hf auth login'",
+        )
     try:
         user = HfApi().whoami()["name"]
         target = repository if "/" in repository else f"{user}/{repository}"
@@ -150,6 +159,7 @@ def check_push(repository: str, source: HubModel | None, *, overwrite: bool) -> 
     except Exception as error:
         raise BadInput(
             f"`push_to` {repository} cannot work: the hub does not answer as it should ({_reason(error)})",
+            option="push_to",
             remedy="check the network and 'hf auth whoami', or leave it out",
         ) from error
     # The hub takes names that differ in their case for one.

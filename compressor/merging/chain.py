@@ -253,6 +253,7 @@ def _described(node: fx.Node, module: nn.Module | None) -> str:
 def _refused(what: str) -> BadInput:
     return BadInput(
         f"the model that `factory` builds cannot be concatenated: {what}",
+        option="factory",
         remedy="merge with `mode='sum'`, or build it from linear layers, convolutions and elementwise activations",
     )
 

@@ -23,6 +23,7 @@ def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
             raise BadInput(
                 f"the model that `factory` builds has no layer {pair.name}",
                 where=checkpoint.source,
+                option="factory",
                 remedy="use the function that builds the model that was compressed",
             )
         try:

@@ -302,6 +302,7 @@ def fitting_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Arc
         raise BadInput(
             f"the model that `factory` builds does not fit: {mismatch}",
             where=checkpoint.source,
+            option="factory",
             remedy="use the function that builds the model that was trained",
         )
     if checkpoint.folder is not None:

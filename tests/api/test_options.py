@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,18 @@ def test_plan_takes_what_compress_takes_but_for_what_is_written_and_timed() -> N
 def test_merge_refuses_what_contradicts() -> None:
     with pytest.raises(BadInput, match="one head"):
         MergeOptions(output="o", mode="sum", head="separate")
+
+
+def test_an_error_that_begins_with_an_option_carries_it() -> None:
+    names = {name for of in VERBS for name, _, _ in described(of)}
+    for path in (ROOT / "compressor").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "BadInput"
+                and node.args
+            ):
+                said = re.match(r"f?['\"]`(\w+)", ast.unparse(node.args[0]))
+                if said and said[1] in names:
+                    assert any(keyword.arg == "option" for keyword in node.keywords), f"{path}:{node.lineno}"
