@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +29,10 @@ from compressor.io import (
     NotCopied,
     checked_target,
     form_of,
-    open_checkpoint,
 )
-from compressor.lowrank import StoredErrors, stored_pairs
+from compressor.lowrank import StoredErrors
 from compressor.measure import image_size
-from compressor.model import Factory, Model, open_model, open_runnable
+from compressor.model import Model, open_model, open_runnable
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export
@@ -67,28 +65,24 @@ def export(model: str | Path, options: ExportOptions | None = None, **given: Unp
     """
     started = time.monotonic()
     asked = ExportOptions.of(options, given)
-    checkpoint = open_checkpoint(model)
-    _require_base(checkpoint, asked.to, asked.base)
+    opened = open_runnable(model, asked.factory if asked.to == "onnx" else None)
+    _require_base(opened.checkpoint, asked.to, asked.base)
     _require_use(asked)
-    output, shard_size, overwrite = asked.output, asked.max_shard_size, asked.overwrite
     if asked.base is not None:
-        export_it = _applied if asked.to == "dense" else _to_adapter
-        exported = export_it(checkpoint, open_model(asked.base), output, shard_size, overwrite=overwrite)
+        base = open_model(asked.base)
+        exported = _to_fine_tune(opened, base, asked) if asked.to == "dense" else _to_adapter(opened, base, asked)
     elif asked.to == "dense":
-        of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
-        restored = restore(model, RestoreOptions(**of_restore))
-        load = "as the original model"
-        exported = _Exported(Path(restored.output), restored.bytes.after, load, not_copied=restored.not_copied)
+        exported = _to_dense(model, asked)
     elif asked.to == "hf-remote":
-        exported = _to_remote(checkpoint, output, shard_size, overwrite=overwrite)
+        exported = _to_remote(opened, asked)
     else:
-        exported = _to_onnx(checkpoint, output, asked.factory, asked.input_shape, overwrite=overwrite)
+        exported = _to_onnx(opened, asked)
     return Export(
         source=str(model),
         output=str(exported.path),
         to=asked.to,
-        layers=len(stored_pairs(checkpoint)),
-        bytes=BeforeAfter(checkpoint.weight_bytes, exported.bytes),
+        layers=len(opened.pairs),
+        bytes=BeforeAfter(opened.checkpoint.weight_bytes, exported.bytes),
         difference=exported.difference,
         load=exported.load,
         seconds=time.monotonic() - started,
@@ -142,61 +136,59 @@ def _require_use(asked: ExportOptions) -> None:
         raise BadInput(f"`to={asked.to!r}` runs nothing", option="input_shape", remedy="leave out `input_shape`")
 
 
-def _applied(
-    checkpoint: Checkpoint, base: Model, output: str | Path | None, shard_size: int, *, overwrite: bool
-) -> _Exported:
+def _to_dense(model: str | Path, asked: ExportOptions) -> _Exported:
+    """Restore the model."""
+    of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
+    restored = restore(model, RestoreOptions(**of_restore))
+    path, size = Path(restored.output), restored.bytes.after
+    return _Exported(path, size, load="as the original model", not_copied=restored.not_copied)
+
+
+def _to_fine_tune(model: Model, base: Model, asked: ExportOptions) -> _Exported:
     """Write the dense fine-tune: a folder where the base is one."""
-    tuned, start = materialize_fine_tune(checkpoint, base), base.checkpoint
+    difference, start = model.checkpoint, base.checkpoint
+    tuned = materialize_fine_tune(difference, base)
     named = Naming(form_of(start), "-dense")
-    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[start])
-    card = partial(applied_card, name=target.name, base=start.name, difference=checkpoint.name, config=start.config)
-    with written(applied_artifact(tuned, start, shard_size), target) as made:
+    target = checked_target(difference, asked.output, named, overwrite=asked.overwrite, others=[start])
+    card = partial(applied_card, name=target.name, base=start.name, difference=difference.name, config=start.config)
+    with written(applied_artifact(tuned, start, asked.max_shard_size), target) as made:
         made.write_card(card)
-    return _Exported(target.path, made.bytes, "as the base model")
+    return _Exported(target.path, made.bytes, load="as the base model")
 
 
-def _to_adapter(
-    checkpoint: Checkpoint, base: Model, output: str | Path | None, _: int, *, overwrite: bool
-) -> _Exported:
+def _to_adapter(model: Model, base: Model, asked: ExportOptions) -> _Exported:
     """Write a folder that PEFT loads beside the base."""
-    named = Naming("folder", "-adapter")
-    target = checked_target(checkpoint, output, named, overwrite=overwrite, others=[base.checkpoint])
-    adapter = adapter_of_file(checkpoint, base)
-    errors = StoredErrors()
+    named, others = Naming("folder", "-adapter"), [base.checkpoint]
+    target = checked_target(model.checkpoint, asked.output, named, overwrite=asked.overwrite, others=others)
+    adapter, errors = adapter_of_file(model.checkpoint, base), StoredErrors()
     with written(adapter_artifact(adapter, torch.device("cpu"), errors), target) as made:
         finish_adapter(made, adapter, name=target.name, errors=errors.of)
-    return _Exported(target.path, made.bytes, f"peft.PeftModel.from_pretrained(base, {str(target.path)!r})")
+    load = f"peft.PeftModel.from_pretrained(base, {str(target.path)!r})"
+    return _Exported(target.path, made.bytes, load)
 
 
-def _to_remote(checkpoint: Checkpoint, output: str | Path | None, shard_size: int, *, overwrite: bool) -> _Exported:
+def _to_remote(model: Model, asked: ExportOptions) -> _Exported:
     """Write a folder that transformers loads with the code in it."""
-    config = remote_configuration(checkpoint)
+    config = remote_configuration(model.checkpoint)
     auto = next((name for name in config["auto_map"] if name != "AutoConfig"), "AutoModel")
-    target = checked_target(checkpoint, output, Naming("folder", "-remote"), overwrite=overwrite)
-    with written(remote_artifact(checkpoint, config, shard_size), target) as made:
+    target = checked_target(model.checkpoint, asked.output, Naming("folder", "-remote"), overwrite=asked.overwrite)
+    with written(remote_artifact(model.checkpoint, config, asked.max_shard_size), target) as made:
         made.write_card(partial(remote_card, auto_class=auto, name=target.name))
     load = f"transformers.{auto}.from_pretrained({str(target.path)!r}, trust_remote_code=True)"
     return _Exported(target.path, made.bytes, load, not_copied=made.not_copied)
 
 
-def _to_onnx(
-    checkpoint: Checkpoint,
-    output: str | Path | None,
-    factory: Factory | None,
-    input_shape: Sequence[int] | None,
-    *,
-    overwrite: bool,
-) -> _Exported:
+def _to_onnx(model: Model, asked: ExportOptions) -> _Exported:
     """Write a file, once onnxruntime has been seen to compute with it what torch does."""
     require_onnx()
-    assert checkpoint.source is not None
-    target = checked_target(checkpoint, output, Naming("file", "", (".onnx",)), overwrite=overwrite)
-    assert checkpoint.directory is not None
-    module = open_runnable(checkpoint.source, factory).module
+    named = Naming("file", "", (".onnx",))
+    target = checked_target(model.checkpoint, asked.output, named, overwrite=asked.overwrite)
+    module, folder = model.module, model.checkpoint.directory
     config = getattr(module, "config", None)
-    size = None if config is None else image_size(config, checkpoint.directory)
-    inputs = example_inputs(module, size, input_shape)
+    size = None if config is None or folder is None else image_size(config, folder)
+    inputs = example_inputs(module, size, asked.input_shape)
     with written(onnx_artifact(module, inputs), target) as made:
         assert isinstance(made.model, Path)
         difference = largest_difference(module, inputs, made.model)
-    return _Exported(target.path, made.bytes, f"onnxruntime.InferenceSession({str(target.path)!r})", difference)
+    load = f"onnxruntime.InferenceSession({str(target.path)!r})"
+    return _Exported(target.path, made.bytes, load, difference)

@@ -12,9 +12,10 @@ from compressor.api.options import RestoreOptions
 from compressor.api.write import written
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
-from compressor.io import Checkpoint, Naming, checked_target, form_of, open_checkpoint
+from compressor.io import Naming, checked_target, form_of
 from compressor.io.output import WEIGHT_FILES
-from compressor.lowrank import StoredPair, restored_artifact, stored_pairs
+from compressor.lowrank import restored_artifact
+from compressor.model import Model, open_runnable
 from compressor.model.opened import fitting_architecture
 from compressor.network import in_natural_order
 from compressor.report.model_card import restored_card
@@ -46,8 +47,9 @@ def restore(model: str | Path, options: RestoreOptions | None = None, **given: U
     """
     started = time.monotonic()
     asked = RestoreOptions.of(options, given)
-    checkpoint = open_checkpoint(model)
-    pairs = _compressed_pairs(checkpoint)
+    opened = open_runnable(model)
+    _require_pairs(opened)
+    checkpoint, pairs = opened.checkpoint, opened.pairs
     if asked.factory is not None:
         fitting_architecture(checkpoint, asked.factory)
     named = Naming(form_of(checkpoint), "-restored", WEIGHT_FILES)
@@ -71,17 +73,15 @@ def restore(model: str | Path, options: RestoreOptions | None = None, **given: U
     )
 
 
-def _compressed_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
-    """The low-rank layers of a checkpoint; BadInput where there are none, or they are to be added to a base."""
-    if is_difference(checkpoint):
+def _require_pairs(model: Model) -> None:
+    """Refuse a model without low-rank layers, and one whose layers are to be added to a base."""
+    where = model.checkpoint.source
+    if is_difference(model.checkpoint):
         raise BadInput(
             "holds what a fine-tune adds to its base",
-            where=checkpoint.source,
+            where=where,
             remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
         )
-    pairs = stored_pairs(checkpoint)
-    if not pairs:
-        raise BadInput(
-            "holds no low-rank layer", where=checkpoint.source, remedy="give a checkpoint that 'compress MODEL' wrote"
-        )
-    return pairs
+    if not model.pairs:
+        remedy = "give a checkpoint that 'compress MODEL' wrote"
+        raise BadInput("holds no low-rank layer", where=where, remedy=remedy)
