@@ -1,4 +1,4 @@
-"""Data that every machine with Python has: scanned digits, and the source of the standard library."""
+"""Data that need no download: scanned digits, and the source of Python's standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation data: what a specification names, as batches for a model, always in the same order."""
+"""Evaluation data as batches for a model, always in the same order."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Sample:
     metric: CustomMetric | None = None
 
     def limited(self) -> Sample:
-        """The same with the default limit where there is no other."""
+        """The same sample with the default limit if there is no other."""
         return replace(self, limit=self.limit or self.default_limit)
 
 
@@ -286,7 +286,7 @@ def _in_batches(examples: _Examples, batch_size: int, limit: int | None) -> Eval
     count = examples.count if limit is None or examples.batches else min(limit, examples.count)
 
     def spread(positions: Sequence[int]) -> list[int]:
-        # Over all, because the first ones are often all of one class.
+        # Evenly spaced, because the first examples are often all of one class.
         return [position * examples.count // count for position in positions]
 
     def read(positions: Sequence[int]) -> Batch:
@@ -321,7 +321,7 @@ def _class_numbers(
     *,
     names_may_be_sorted: bool = False,
 ) -> Tensor:
-    """Number each label's class: by the model's names for its classes, else as the number that it spells."""
+    """The number of each label's class: by the model's class names, or else the number that the label spells."""
     names = sorted({str(label) for label in labels})
     # transformers calls the classes of a model that has no names for them LABEL_0, LABEL_1, ...
     named = classes is not None and not all(name.startswith("LABEL_") for name in classes)
@@ -355,7 +355,7 @@ def _arrays(name: str, inputs: Tensor, labels: Tensor | None) -> _Examples:
 
 
 def _classification(inputs: Tensor) -> Task:
-    """What telling the classes of these is called."""
+    """The name of the classification task for these contents."""
     if not inputs.is_floating_point():
         return "text-classification"
     return "image-classification" if inputs.ndim == 4 else "classification"
@@ -473,7 +473,7 @@ def _text_pairs(name: str, pairs: TextPairs, preprocessing: Preprocessing) -> _E
 
 
 def _by_name(name: str, arrays: Mapping[str, Tensor], preprocessing: Preprocessing) -> _Examples:
-    """What a forward is given; its `labels` are the next tokens, those of a target, or classes."""
+    """Inputs of a forward by name; its `labels` are the next tokens, the tokens of a target, or classes."""
     inputs = {key: array for key, array in arrays.items() if key != "labels"}
     labels = arrays.get("labels")
     task, _ = _named(inputs, labels, preprocessing)

@@ -22,7 +22,7 @@ def read_images(images: Sequence[Any], channels: int) -> list[Pixels]:
 
 
 def channels_of(image_processor: Any, image: Any) -> int:
-    """Return how many channels the processor wants or, where it does not say, a file or PIL image has."""
+    """The number of channels that the processor wants, or else that a file or PIL image has."""
     wanted = channels_wanted(image_processor)
     if wanted is not None:
         return wanted
@@ -30,14 +30,14 @@ def channels_of(image_processor: Any, image: Any) -> int:
 
 
 def channels_wanted(image_processor: Any) -> int | None:
-    """Return how many channels a transformers image processor normalizes, None where it does not."""
+    """The number of channels that a transformers image processor normalizes; None if it does not normalize."""
     mean = getattr(image_processor, "image_mean", None)
     normalizes = getattr(image_processor, "do_normalize", False)
     return len(mean) if normalizes and isinstance(mean, list | tuple) else None
 
 
 def wants_size(image_processor: Any, height: int, width: int) -> bool:
-    """Whether a transformers image processor makes images exactly this size."""
+    """Whether a transformers image processor resizes images to exactly this size."""
     size = getattr(image_processor, "size", None)
     if isinstance(size, Mapping):
         return (size.get("height"), size.get("width")) == (height, width)
@@ -45,7 +45,7 @@ def wants_size(image_processor: Any, height: int, width: int) -> bool:
 
 
 def preprocess(image_processor: Callable[..., Any], images: Sequence[Pixels], where: str, **options: bool) -> Tensor:
-    """Return what a transformers image processor makes of `(height, width, channels)` arrays."""
+    """Preprocess `(height, width, channels)` arrays by a transformers image processor."""
     try:
         pixel_values = image_processor(
             images=list(images), return_tensors="pt", input_data_format="channels_last", **options

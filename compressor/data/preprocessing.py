@@ -1,4 +1,4 @@
-"""What prepares data for a model: its folder's tokenizer, image processor and classes, and how it reads text."""
+"""Preprocessing of data for a model: tokenizer, image processor and classes of its folder, and how it reads text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from compressor.documents import read_json
 from compressor.errors import BadInput, first_line
 
-# How a model reads text: on from token to token; a document at a time; or one text, of which it makes another.
+# How a model reads text: as a stream of tokens, a document at a time, or one text that it turns into another.
 Reading = Literal["tokens", "documents", "pairs"]
 
 # The window of published perplexities of large language models (Frantar et al. 2023, GPTQ, section 4).
@@ -47,9 +47,9 @@ class Preprocessing:
 
 
 def load_preprocessing(folder: Path) -> Preprocessing:
-    """Load what a transformers folder prepares data with: tokenizer, image processor, classes, positions.
+    """Load the preprocessing of a transformers folder: tokenizer, image processor, classes, positions.
 
-    One that is there but cannot be loaded raises `BadInput` where it is used: data of arrays need none of them.
+    A part that exists but cannot be loaded raises `BadInput` when it is used: arrays need none of them.
     """
     config = read_config(folder)
     tokenizer = image_processor = None
@@ -91,7 +91,7 @@ def forward_inputs(model: type[nn.Module]) -> tuple[str, ...]:
 
 
 def _architecture_inputs(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the inputs of a transformers model; none where the model is not known."""
+    """The names of the inputs of a transformers model; none for an unknown model."""
     import transformers
 
     architectures = config.get("architectures")
@@ -136,7 +136,7 @@ def _from_folder(auto_class: str, folder: Path) -> Any:
 
 
 class _Unloadable:
-    """In place of a tokenizer or an image processor that cannot be loaded: any use says why."""
+    """Stands in for a tokenizer or an image processor that cannot be loaded; any use raises the reason."""
 
     def __init__(self, error: BadInput) -> None:
         self._error = error

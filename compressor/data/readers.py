@@ -1,4 +1,4 @@
-"""What is in a data file or folder: texts, labeled texts, arrays or labeled images, as yet for no model."""
+"""The contents of a data file or folder: texts, labeled texts, arrays or labeled images, before preprocessing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = "use the columns `text`, or `text` and `label`, or `source` and `targe
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents without labels, in order: texts, or files that are not read yet."""
+    """Documents without labels, in order: texts, or files that are read later."""
 
     documents: tuple[Document, ...]
 
@@ -43,7 +43,7 @@ class LabeledTexts:
 
 @dataclass(frozen=True)
 class TextPairs:
-    """One text and the text that is to be made of it, per example."""
+    """A source text and a target text for each example."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -51,7 +51,7 @@ class TextPairs:
 
 @dataclass(frozen=True)
 class NamedArrays:
-    """Everything that a model's forward is given, by its names there, `(N, ...)` each: float32 or int64."""
+    """All arguments of a model's forward by name, `(N, ...)` each, float32 or int64."""
 
     arrays: Mapping[str, Tensor]
 
@@ -82,7 +82,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Rows:
-    """Examples read by position: `read` gives a batch of some as a loader does. `batch_size` is None for any.
+    """Examples read by position: `read` returns a batch, as a loader does. `batch_size` is None for any size.
 
     `read_all` gives a batch for each of several groups, read ahead by a loader's workers, if it has any.
     """
@@ -95,7 +95,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches as an iterable gave them; `unused` says what it gives beyond them."""
+    """Batches as an iterable yields them; `unused` says which more it has."""
 
     batches: tuple[Any, ...]
     unused: str = ""
@@ -224,7 +224,7 @@ def _csv_number(cell: str, name: str, where: str) -> float:
 
 
 def texts_in_rows(rows: Sequence[tuple[str, Mapping[str, Any]]], where: str | Path) -> Texts | LabeledTexts | TextPairs:
-    """The texts in rows with names, each of which comes with its place for messages."""
+    """The texts of rows with named columns; each row comes with its place, for messages."""
     if not rows:
         what = "the file is empty" if isinstance(where, Path) else "there is no example"
         raise BadInput(what, where=where, remedy="give at least one example")
@@ -257,7 +257,7 @@ def _read_arrays(path: Path, inputs: Collection[str]) -> Arrays | NamedArrays:
 def in_arrays(
     arrays: Mapping[str, Tensor], path: str | Path, inputs: Collection[str], *, labeled: bool = True
 ) -> Arrays | NamedArrays:
-    """Arrays by their names, checked; unless `labeled`, inputs that are no text may come without labels."""
+    """Check arrays by name; unless `labeled`, inputs that are not text may have no labels."""
     if _go_by_name(arrays, inputs):
         return _named_arrays(arrays, path)
     input_name = _only_name(arrays, INPUT_NAMES, path, inputs)
@@ -296,12 +296,12 @@ def in_arrays(
     return Arrays(values, tuple(int(label) for label in labels))
 
 
-# Integers of a byte are pixels that nobody scaled.
+# Integers of one byte are unscaled pixels.
 _TOKEN_IDS = (torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
 
 
 def _go_by_name(arrays: Mapping[str, Tensor], inputs: Collection[str]) -> bool:
-    """Whether these are inputs of a forward by their names, and not one array with a class for each row."""
+    """Whether the arrays are named inputs of a forward, and not one array with a class for each row."""
     if not inputs or not arrays or not all(name in inputs or name == "labels" for name in arrays):
         return False
     plain = len(arrays.keys() & set(INPUT_NAMES)) == 1 and len(arrays.keys() - {"labels"}) == 1

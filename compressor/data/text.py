@@ -1,7 +1,7 @@
-"""Texts as rows of tokens: of a large text only what is used is read and tokenized.
+"""Texts as rows of tokens; of a large text only the part that is used is read and tokenized.
 
-A model that reads on from token to token gets windows of the documents one after another; an encoder gets a document in
-a row, with the special tokens that its tokenizer puts around one.
+A causal language model gets windows of the documents joined together; an encoder gets one document in each row, with
+the special tokens of its tokenizer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from compressor.errors import BadInput
 Tokenizer = Callable[..., Any]
 Document = Path | str  # the text of a file, or a text
 
-# Texts of up to so many bytes are tokenized whole, even where a part of the windows is used.
+# Texts of at most this many bytes are tokenized whole, even if only some of the windows are used.
 WHOLE_BYTES = 2**21
 
-# So many characters are tokenized at a time: a tokenizer holds some 200 bytes for each.
+# Characters tokenized at a time: a tokenizer needs about 200 bytes for each.
 PIECE = 2**18
 
-# A window is looked for in so many bytes for each of its tokens; where that is too few, in twice as many.
+# Bytes read for each token of a window; twice as many if they turn out to be too few.
 BYTES_PER_TOKEN = 8
 
 SIGNATURE = b"\xef\xbb\xbf"  # that some editors put first, which is no text
@@ -38,7 +38,7 @@ SIGNATURE = b"\xef\xbb\xbf"  # that some editors put first, which is no text
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Token ids, a row each; `unused` says what part of the text was left out, empty for none."""
+    """Rows of token ids; `unused` says which part of the text was left out, empty for none."""
 
     rows: Sequence[Tensor]
     unused: str = ""
@@ -46,7 +46,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents one after another, with a `separator` between each two."""
+    """Documents joined by a `separator`."""
 
     documents: tuple[Document, ...]
     separator: str = ""
@@ -71,11 +71,11 @@ class Corpus:
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing but white space in it."""
+        """Whether it is all white space."""
         return not any(text.strip() for document in self.documents for text in _texts(document))
 
     def pieces(self) -> Iterator[str]:
-        """The whole text, cut where tokens hardly ever reach across."""
+        """The whole text in pieces, cut where tokens hardly ever span the cut."""
         held = ""
         for part in self._parts:
             for text in _texts(part if isinstance(part, Path) else part.decode()):
@@ -116,7 +116,7 @@ class Corpus:
                 yield part[inside : inside + length]
 
     def _not_utf8(self, start: int, end: int) -> BadInput:
-        """Which of the files that are read between two places has a byte that is no UTF-8."""
+        """The error that names the file, among those between two positions, with a byte that is not UTF-8."""
         for part, begin, last in zip(self._parts, [0, *self._ends], self._ends, strict=False):
             if isinstance(part, Path) and begin < end and start < last:
                 for _ in _texts(part):
@@ -125,7 +125,7 @@ class Corpus:
 
 
 def _texts(path: Document) -> Iterator[str]:
-    """A text, of a file a part at a time."""
+    """A text in parts; a file is read a part at a time."""
     if isinstance(path, str):
         yield path
         return
@@ -153,7 +153,7 @@ def _first_bad_byte(path: Path) -> int:
 
 
 def _cut(text: str) -> int:
-    """Where to cut a text: after its last line, or else word, that no more white space follows."""
+    """Where to cut a text: after the white space that ends its last whole line, or else its last whole word."""
     for mark in ("\n", " "):
         place = len(text) - 1
         while (place := text.rfind(mark, 1, place)) > 0:
@@ -191,7 +191,7 @@ def windows(
 
 
 def _window(corpus: Corpus, tokenizer: Tokenizer, length: int, place: int, name: str) -> tuple[Tensor, int]:
-    """The first tokens from a place on, and about how many bytes they stand for."""
+    """The first tokens from a position on, and about how many bytes they cover."""
     count = BYTES_PER_TOKEN * length
     while True:
         text = corpus.read(place, count)
@@ -220,7 +220,7 @@ def _all_tokens(corpus: Corpus, tokenizer: Tokenizer) -> Tensor:
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """What a tokenizer puts before a text and after it."""
+    """The special tokens that a tokenizer puts before and after a text."""
     plain, whole = _ids(tokenizer, "a", special=False).tolist(), _ids(tokenizer, "a", special=True).tolist()
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
@@ -229,7 +229,7 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
 
 
 def separator(tokenizer: Tokenizer | None) -> str:
-    """What a tokenizer takes for the end of a text; an empty line where it has nothing for that."""
+    """The end-of-text token of a tokenizer, or an empty line if it has none."""
     end = getattr(tokenizer, "eos_token", None)
     if tokenizer is None or not isinstance(end, str):
         return "\n\n"
@@ -244,7 +244,7 @@ def _ids(tokenizer: Tokenizer, text: str, *, special: bool) -> Tensor:
 
 
 def _tokens(ids: Sequence[int]) -> Tensor:
-    """Token ids in half the memory."""
+    """Token ids as int32, in half the memory."""
     return torch.from_numpy(np.asarray(ids, dtype=np.int32))
 
 

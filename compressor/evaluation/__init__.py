@@ -1,4 +1,4 @@
-"""Stage 7: what compression cost, two models side by side on the same data."""
+"""Quality, cost and latency of models: one alone, or a compressed one beside its baseline."""
 
 from __future__ import annotations
 

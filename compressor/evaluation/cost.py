@@ -1,4 +1,4 @@
-"""What a model costs to keep and to run: numbers, bytes, multiply-accumulates, memory, and time."""
+"""The cost of storing and running a model: parameters, bytes, multiply-accumulates, memory, and latency."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TIMING = TimingSettings()
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs: stored numbers and their bytes, and multiply-accumulates and peak memory to run.
+    """The cost of one model: stored numbers and their bytes, and multiply-accumulates and peak memory of a run.
 
     `macs` is of one example, `peak_memory_bytes` of one batch (see `count_macs` and `measure_peak_memory`); both are
     None where the model was not run on inputs that are known.
@@ -100,12 +100,12 @@ def count_bytes(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:
-    """Count the multiply-accumulates of one forward of `model` on `inputs`, from what it really executes.
+    """Count the multiply-accumulates of one forward pass of `model` on `inputs`, from the operators that it runs.
 
     Matrix products, convolutions and both products of attention count (causal attention as if it were full);
-    element-wise arithmetic and the reordering of rows do not. It is half of what PyTorch's `FlopCounterMode`
-    counts, with every fused kernel that it does not know (attention, experts and, on the CPU, recurrent
-    layers) switched off meanwhile.
+    element-wise arithmetic and the reordering of rows do not. This is half of the count of PyTorch's
+    `FlopCounterMode`, with every fused kernel that it does not know (attention, experts and, on the CPU,
+    recurrent layers) switched off.
     """
     with evaluation_mode(resolve_device(device), model), _unfused_kernels(), _eager_experts(model):
         call = forward_call(model, inputs)
@@ -117,9 +117,9 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | 
 def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:
     """Return the peak bytes of weights, inputs and activations while `model` runs once on `inputs`.
 
-    On CUDA what the forward adds is what PyTorch's allocator handed out, kernels' workspaces included. The
-    CPU's allocator keeps no such record, so there it is the peak of the tensors alive between operations:
-    exact and the same every time, but without what a kernel uses inside.
+    On CUDA, activations are measured by PyTorch's allocator, with the workspaces of kernels. The CPU's allocator
+    keeps no record, so there it is the peak of the tensors that are alive between operations: exact and
+    reproducible, but without the memory that a kernel uses inside.
     """
     device = resolve_device(device)
     with evaluation_mode(device, model):
@@ -155,7 +155,7 @@ def measure_cost(
 
 
 def stored_cost(model: nn.Module) -> Cost:
-    """What `model` costs to keep, where it cannot be run on inputs that are known."""
+    """The cost of storing `model`, where it cannot be run because its inputs are unknown."""
     return Cost(count_parameters(model), count_bytes(model), None, None)
 
 
@@ -167,9 +167,9 @@ def measure_latency(
     device: str | torch.device = "auto",
     timing: TimingSettings = TIMING,
 ) -> Latency:
-    """Time forwards on `inputs` after a warm-up; with a `baseline`, the two models in turn on the device.
+    """Time forward passes on `inputs` after a warm-up; with a `baseline`, the two models in turn.
 
-    Each repeat runs the two right after each other, the next repeat in the other order.
+    Each repeat runs both models, one right after the other, and the next repeat in the other order.
     """
     device = resolve_device(device)
     models = [compressed] if baseline is None else [compressed, baseline]
@@ -211,7 +211,7 @@ def _added_matrix_vector_flops(_added: torch.Size, matrix: torch.Size, _vector: 
     return 2 * matrix.numel()
 
 
-# `FlopCounterMode` knows the products of two matrices only.
+# `FlopCounterMode` does not count products of a matrix and a vector.
 MATRIX_VECTOR_PRODUCTS: dict[Any, Any] = {
     torch.ops.aten.mv: _matrix_vector_flops,
     torch.ops.aten.addmv: _added_matrix_vector_flops,
@@ -220,7 +220,7 @@ MATRIX_VECTOR_PRODUCTS: dict[Any, Any] = {
 
 @contextmanager
 def _unfused_kernels() -> Iterator[None]:
-    """Run attention and recurrent layers as the matrix products that they are made of."""
+    """Run attention and recurrent layers as plain matrix products."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -248,7 +248,7 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the memory of the tensors that operations create: bytes alive now, and the most at any time."""
+    """Tracks the memory of the tensors that operations create: bytes alive now, and the peak."""
 
     def __init__(self, existing: Iterator[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A baseline and its compressed version side by side on the same data."""
+"""A model beside its baseline, on the same data."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Evaluation(Displayed):
         return f"{self.metric} {before}{self.compressed:.4g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as what JSON can hold: an infinite number as the string "infinity" or "-infinity"."""
+        """The evaluation for JSON, with an infinite number as the string "infinity" or "-infinity"."""
         before = asdict(self.baseline_cost) if self.baseline_cost else {}
         after = asdict(self.compressed_cost)
         return {
@@ -96,7 +96,7 @@ class Evaluation(Displayed):
         }
 
     def metrics(self) -> dict[str, float]:
-        """The numbers by flat names, for a tracker of experiments; what is unknown has none.
+        """The numbers by flat names, for an experiment tracker; unknown numbers are left out.
 
         `accuracy`, `perplexity` or the metric's name, `loss` (nats per prediction), `macs`, `peak_memory_bytes` and
         `latency_batch_N` (seconds), each with `_before` and `_after`; `drop`, as in the field; `latency_batch_N_ratio`,
@@ -128,11 +128,11 @@ def compare(
     timing: TimingSettings | None = TIMING,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measure both models' quality on all of `data`, and what each costs to keep and to run.
+    """Measure the quality of both models on all of `data`, and the cost of each.
 
     Quality, multiply-accumulates (one example) and peak memory (one batch) are measured on one model after
     the other; only the timing, on batches of 1 and of `data.batch_size` examples, needs both on the device.
-    Both models are left as they were found; nothing is timed where `timing` is None. Raises `BadInput` when a
+    Both models are left as they were; nothing is timed if `timing` is None. Raises `BadInput` when a
     model and the data do not fit, or for a device that is not there.
     """
     device = resolve_device(device)

@@ -28,7 +28,7 @@ SCORED_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class ExampleScores:
-    """Of every example in order: the sum of its losses in nats, and how many of its predictions were right, of all."""
+    """For every example in order: the sum of its losses in nats, its correct predictions, and all its predictions."""
 
     losses: npt.NDArray[np.float64]
     right: npt.NDArray[np.float64]
@@ -67,11 +67,10 @@ def measure_quality(
     With a metric of the caller's own it is the value of that, and with `replicates` also its values without each of
     ten parts of the data, which takes nine times as long.
 
-    Perplexity is `exp` of the mean negative log-likelihood over all scored tokens together, not a mean of
-    means (Jelinek et al. 1977, "Perplexity, a measure of the difficulty of speech recognition tasks"). Losses
-    are taken in float64 from the logits as the model gives them. The model is left as it was found. Raises
-    `BadInput` when model and data do not fit: labels or token ids beyond what the model knows, windows longer
-    than its positions, a model without a fitting head.
+    Perplexity is `exp` of the mean negative log-likelihood over all scored tokens, not a mean of means (Jelinek
+    et al. 1977, "Perplexity, a measure of the difficulty of speech recognition tasks"). Losses are computed in
+    float64 from the model's logits. The model is left as it was. Raises `BadInput` if model and data do not fit:
+    labels or token ids out of the model's range, windows longer than its positions, or the wrong head.
     """
     if data.metric is not None:
         return _custom_quality(model, data, data.metric, resolve_device(device), replicates=replicates)
@@ -98,7 +97,7 @@ def measure_quality(
 
 
 def require_accepted(model: nn.Module, data: EvaluationData, *, device: str | torch.device = "auto") -> None:
-    """Raise `BadInput` for data that a model cannot run on, labels aside: unknown token ids, wrong shapes."""
+    """Raise `BadInput` for inputs that a model cannot run on, because of unknown token ids or wrong shapes."""
     with evaluation_mode(resolve_device(device), model):
         first = data.read(range(1))
         if any(name in first.inputs for name in TOKEN_IDS):  # others are not read once more for nothing
@@ -120,11 +119,11 @@ def accepts(model: nn.Module, batch: Batch, *, device: str | torch.device = "aut
 
 
 def quality_drop(baseline: Quality, compressed: Quality) -> float:
-    """Return how much worse `compressed` is than `baseline`: positive is worse, negative is better.
+    """How much worse `compressed` is than `baseline`: positive is worse, negative is better.
 
     For accuracy it is the accuracy lost, as a fraction (0.01 is one point); for perplexity the increase; for another
-    metric the change in its own unit. Infinity when the compressed model's value is not finite, so that no gate can let
-    it pass.
+    metric the change in its own unit. Infinity if the compressed model's value is not finite, so that it passes no
+    gate.
     """
     return _drop(baseline.value, compressed.value, compressed)
 
@@ -137,12 +136,11 @@ def _drop(before: float, after: float, quality: Quality) -> float:
 
 
 def drop_error(baseline: Quality, compressed: Quality) -> float:
-    """Return the standard error of `quality_drop`: how far it may be from that on other data of the same kind.
+    """The standard error of `quality_drop`: its typical distance from the drop on other data of the same kind.
 
-    Both models saw the same examples, so what counts is how much the examples' differences vary, not how much the
-    examples do. Of a mean over predictions it is that of a ratio; of a perplexity, exp of a mean, it is linearized
-    (the delta method; Cochran 1977, Sampling Techniques, section 6.4). Infinity where the drop is, or for a single
-    example.
+    Both models see the same examples, so it is computed from the variation of the differences between the models. For
+    a mean over predictions it is that of a ratio; for a perplexity, exp of a mean, it is linearized (the delta method;
+    Cochran 1977, Sampling Techniques, section 6.4). Infinity if the drop is infinite, or for a single example.
 
     Of a metric that is only known as a function it is the jackknife's: with `d_i` the drop on the data without the i-th
     of k parts, drawn at random, `sqrt((k - 1) / k * sum((d_i - mean(d))^2))`. It is right for means and for smooth
@@ -188,13 +186,13 @@ def _custom_quality(
 
 
 def _deviations(sums: npt.NDArray[np.float64], predictions: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How far each example's sum is from what it would be at the mean over all predictions."""
+    """The difference of each example's sum from its number of predictions times the mean over all predictions."""
     mean = float(sums.sum() / predictions.sum())
     return sums - predictions * mean
 
 
 def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first: bool) -> Tensor:
-    """The logits that `batch.labels` are to be compared with, one vector of scores for each label."""
+    """The logits for `batch.labels`: one vector of scores for each label."""
     name = type(model).__name__
     if data.task == "language-modeling" and name.endswith("ForMaskedLM"):
         raise BadInput(
@@ -206,7 +204,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
         raise BadInput(
             "there are no labels to measure by", where=data.name, remedy="add `labels`, or use it for calibration"
         )
-    # A model that took one batch takes them all: what fails later is not the user's choice of data.
+    # A model that accepts one batch accepts them all: a later failure is not about the choice of data.
     logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)
     if data.task == "language-modeling" and logits.ndim == 3:
         logits = logits[:, :-1]
@@ -233,7 +231,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
 def _accepted(
     model: nn.Module, batch: Batch, where: str, *, run: Callable[[nn.Module, Mapping[str, Tensor]], Any] = logits_of
 ) -> Any:
-    """What `run` gives for a batch, or `BadInput` saying why the model does not take it."""
+    """The result of `run` on a batch; `BadInput` with the reason if the model does not accept it."""
     try:
         return run(model, batch.inputs)
     except torch.OutOfMemoryError:
@@ -249,18 +247,18 @@ def _accepted(
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of every prediction in nats, and whether its highest score is the label's, as float64."""
+    """The cross-entropy of every prediction in nats, and whether it is correct, as float64."""
     rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
     losses, right = [], []
     for scores, targets in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
         losses.append(nn.functional.cross_entropy(scores.double(), targets, reduction="none"))
-        # `argmax` takes NaN for the highest score, and NaN is no prediction.
+        # `argmax` returns the position of a NaN, which is no prediction.
         right.append(((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)).double())
     return torch.cat(losses), torch.cat(right)
 
 
 def _require_known_tokens(model: nn.Module, batch: Batch, where: str) -> None:
-    """Say what else would be an IndexError on the CPU and on CUDA an assertion that ends the process."""
+    """Refuse token ids that would be an IndexError on the CPU, and on CUDA an assertion that ends the process."""
     config = getattr(model, "config", None)
     if config is None:
         return
