@@ -77,7 +77,7 @@ def plan_within_drop(
     baseline = measure_quality(dense, gate.data, device=gate.run.device, replicates=True)
     if 0 < len(baseline.replicates) < PARTS:
         logger.warning(
-            "%s has only %d batches to estimate the standard error of a drop in %s from, where %d are better",
+            "%s has only %d parts to estimate the standard error of a drop in %s from, where %d are better",
             gate.data.name,
             len(baseline.replicates),
             baseline.metric,

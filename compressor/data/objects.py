@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ MOST_WITHOUT_LENGTH = 4096
 # Bytes of an iterable that are kept in memory; those of a list are there already.
 MOST_BYTES = 2**32
 
+LONGEST_PATH = 256
 TEXT_COLUMNS = ("text", "label", *PAIR)
 
 
@@ -138,6 +140,9 @@ def _pair(inputs: Any, labels: Any, given: Given) -> Contents:
 
 
 def _texts(rows: Sequence[Mapping[str, Any]], given: Given) -> Contents:
+    first = rows[0].get("text", "") if rows else ""
+    if isinstance(first, str) and len(first) < LONGEST_PATH and Path(first).is_file():
+        raise given.bad(f"{first!r} is the path of a file", f"give `{given.option}` one path, of a file or folder")
     plain = [{**row, **({"label": _plain(row["label"])} if "label" in row else {})} for row in rows]
     return texts_in_rows([(f"{given.name}, example {number}", row) for number, row in enumerate(plain)], given.name)
 
@@ -199,7 +204,8 @@ def _table(data: Any, given: Given) -> Contents:
     Where it takes none of them, the one with the name that inputs have in a file.
     """
     columns = list(data.column_names)
-    if "text" in columns or all(name in columns for name in PAIR):
+    tokenized = "input_ids" in columns and "input_ids" in given.inputs
+    if not tokenized and ("text" in columns or all(name in columns for name in PAIR)):
         names = [name for name in TEXT_COLUMNS if name in columns]
         plain = data.select_columns(names) if hasattr(data, "select_columns") else data
         plain = plain.with_format(None) if hasattr(plain, "with_format") else plain
@@ -290,18 +296,18 @@ def _collated(examples: Sequence[Any], given: Given) -> Any:
         raise given.bad(what, "give a DataLoader whose `collate_fn` makes a batch of them") from error
 
 
-def _padded(examples: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+def _padded(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     lengths = [len(each["input_ids"]) for each in examples]
     if len(set(lengths)) == 1:
         return list(examples)
-    padded: list[Mapping[str, Tensor]] = []
+    padded: list[Mapping[str, Any]] = []
     for example, length in zip(examples, lengths, strict=True):
-        columns = {"attention_mask": torch.ones(length, dtype=torch.int64), **example}
+        columns: dict[str, Any] = {"attention_mask": torch.ones(length, dtype=torch.int64), **example}
         missing = max(lengths) - length
         padded.append(
             {
                 name: nn.functional.pad(each, (0, missing), value=IGNORED_LABEL if name in LABELS else 0)
-                if each.shape == (length,)
+                if isinstance(each, Tensor) and each.shape == (length,)
                 else each
                 for name, each in columns.items()
             }

@@ -202,7 +202,9 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
         )
     if batch.labels.numel() == 0:
         raise BadInput(
-            "there are no labels to measure by", where=data.name, remedy="add `labels`, or use it for calibration"
+            "there are no labels to measure by",
+            where=data.name,
+            remedy="add `labels`, give a `metric` in Python, or use it for calibration",
         )
     # A model that accepts one batch accepts them all: a later failure is not about the choice of data.
     logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)
@@ -212,7 +214,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
         raise BadInput(
             f"{name} gives scores of shape {tuple(logits.shape)} for labels of shape {tuple(batch.labels.shape)}",
             where=data.name,
-            remedy=f"use a model whose head is for {data.task.replace('-', ' ')}",
+            remedy=f"use a model whose head is for {data.task.replace('-', ' ')}, or in Python a `metric`",
         )
     predicted = batch.labels[batch.labels != IGNORED_LABEL]
     if predicted.numel() == 0:

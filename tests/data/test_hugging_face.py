@@ -66,6 +66,12 @@ def test_tokens_of_different_lengths_are_padded_and_other_columns_are_left_out()
     assert batch.labels.tolist() == [[2, 3], [-100, -100]]
 
 
+def test_tokens_come_before_the_texts_that_they_were_made_of() -> None:
+    given = table(text=TEXTS, input_ids=[[1, 2]] * 3, label=[0, 1, 0])
+    [batch] = open_data(given, Preprocessing(inputs=("input_ids", "labels")))
+    assert batch.inputs["input_ids"].tolist() == [[1, 2]] * 3
+
+
 def test_images_are_those_of_a_folder(tmp_path: Path) -> None:
     images = [
         Pillow.fromarray(each) for each in np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)

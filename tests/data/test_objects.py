@@ -131,6 +131,23 @@ def test_the_same_size_is_found_for_a_drop(kind: str, tmp_path: Path) -> None:
     assert found.search.trials == expected.search.trials
 
 
+@pytest.mark.slow
+def test_the_other_verbs_take_the_same_objects(tmp_path: Path) -> None:
+    path = npz(tmp_path)
+    found, expected = (compressor.diagnose(network(), data=data) for data in ((INPUTS, LABELS), path))
+    assert found.predictions is not None
+    assert expected.predictions is not None
+    assert (found.predictions.value, found.predictions.loss) == (expected.predictions.value, expected.predictions.loss)
+    parts = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for part in parts:
+        torch.save(network().state_dict(), part)
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=8)
+    options: Any = {"output": tmp_path / "merged.safetensors", "mode": "concat", "factory": network}
+    merged = compressor.merge(parts, data=[loader, path], **options)
+    tasks = [(task.alone, task.merged, task.count) for task in merged.tasks]
+    assert tasks[0] == tasks[1]
+
+
 def rows_of(data: EvaluationData) -> list[float]:
     return [float(row[0]) for batch in data for row in next(iter(batch.inputs.values()))]
 
@@ -265,6 +282,13 @@ def test_token_ids_of_different_lengths_are_padded_and_masked() -> None:
     assert batch.labels.tolist() == [[2, 3], [-100, -100]]
 
 
+def test_labels_of_padded_texts_are_as_they_were() -> None:
+    rows = Rows([{"input_ids": [1, 2, 3], "label": 1}, {"input_ids": [4], "label": 0}])
+    [batch] = open_data(rows)
+    assert batch.labels.tolist() == [1, 0]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
 def test_shifted_tokens_are_language_modeling() -> None:
     tokens = torch.arange(20).view(2, 10)
     data = open_data([(tokens[:, :-1], tokens[:, 1:])])
@@ -319,6 +343,8 @@ def test_images_in_memory_are_those_of_a_folder(tmp_path: Path) -> None:
         (torch.ones(3, 2, dtype=torch.uint8), "is of uint8; store it as the floats"),
         (torch.ones(3, 2, device="meta"), "is on the meta device"),
         (torch.full((3, 2), np.nan), "has NaN or Inf in it"),
+        ([__file__], "is the path of a file; give `data` one path"),
+        ([Path(__file__)], "the data yields PosixPath"),
         (Rows([torch.ones(2), torch.ones(3)]), "the examples do not go into one batch"),
         (DataLoader(TensorDataset(INPUTS[:3]), batch_size=4, drop_last=True), "the data yields 0 batches"),
         (Stream(torch.ones(1) for _ in count()), "no length, and go on .*`data_samples`"),
