@@ -103,6 +103,7 @@ def from_a_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Tensor],
     return stored(path), quality(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LABELED)
 def test_the_same_examples_give_the_same_bytes_and_the_same_evaluation(
     kind: str, from_a_file: tuple[list[Tensor], tuple[float, float, int]]

@@ -103,6 +103,7 @@ def test_vision_transformer_of_adamw_has_a_window_and_no_bound() -> None:
     assert window.rank_bound is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_stable_ranks_of_a_stationary_network_are_bounded_by_its_norms(depth: int) -> None:
     """The geometric mean of the stable ranks is at most (prod ||W||_F ||x|| / |f(x)|)^(2 / depth), at any x.

@@ -338,6 +338,7 @@ def test_a_cap_whose_pair_is_smaller_in_numbers_but_not_in_bytes_is_none(unit: A
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("request_", ["plain", "pivoted", "auto"])
 @given(d_out=st.integers(2, 40), d_in=st.integers(2, 40), share=st.floats(0.02, 1.0))

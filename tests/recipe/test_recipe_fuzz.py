@@ -158,6 +158,7 @@ def test_number_of_thousands_of_digits_in_a_pickle(tmp_path: Path) -> None:
         read_training_args(path)
 
 
+@pytest.mark.slow
 @given(documents)
 @fuzzed
 def test_dictionaries(document: dict[str, Any]) -> None:
