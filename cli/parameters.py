@@ -88,7 +88,11 @@ def _parameters(name: str, option: Option, default: Any) -> list[Parameter]:
     )
     annotation: Any = GenericAlias(list, kind.shell) if kind.repeated else kind.shell
     value = default if default not in ((), MISSING) else None
-    found = [_parameter(name, annotation if value is not None else annotation | None, described_as, value)]
+    found = [
+        _parameter(
+            name, annotation=annotation if value is not None else annotation | None, option=described_as, default=value
+        )
+    ]
     if name == "recipe" and option.panel == TRAINING:
         found += [_training_parameter(field) for field in TRAINING_FLAGS]
     return found
@@ -97,15 +101,17 @@ def _parameters(name: str, option: Option, default: Any) -> list[Parameter]:
 def _training_parameter(name: str) -> Parameter:
     kind, flag, text = TRAINING_FLAGS[name]
     described_as = typer.Option(flag, help=text, rich_help_panel=TRAINING, show_default=False)
-    return _parameter(name, kind | None, described_as, None)
+    return _parameter(name, annotation=kind | None, option=described_as, default=None)
 
 
 def _config() -> Parameter:
     text = "Options in YAML or JSON, by their names in Python; flags go before it."
-    return _parameter(_CONFIG, Path | None, typer.Option("--config", metavar="FILE", help=text), None)
+    return _parameter(
+        _CONFIG, annotation=Path | None, option=typer.Option("--config", metavar="FILE", help=text), default=None
+    )
 
 
-def _parameter(name: str, annotation: Any, option: Any, default: Any) -> Parameter:
+def _parameter(name: str, *, annotation: Any, option: Any, default: Any) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option])
 
 

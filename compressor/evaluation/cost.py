@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
@@ -256,6 +257,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive = 0
         self.peak = 0
 
+    @override
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -73,7 +73,7 @@ def measure_quality(
     labels or token ids out of the model's range, windows longer than its positions, or the wrong head.
     """
     if data.metric is not None:
-        return _custom_quality(model, data, data.metric, resolve_device(device), replicates=replicates)
+        return _custom_quality(model, data, data.metric, device=resolve_device(device), replicates=replicates)
     losses: list[npt.NDArray[np.float64]] = []
     right: list[npt.NDArray[np.float64]] = []
     predictions: list[npt.NDArray[np.float64]] = []
@@ -174,7 +174,7 @@ def _jackknife(baseline: Quality, compressed: Quality) -> float:
 
 
 def _custom_quality(
-    model: nn.Module, data: EvaluationData, metric: CustomMetric, device: torch.device, *, replicates: bool
+    model: nn.Module, data: EvaluationData, metric: CustomMetric, *, device: torch.device, replicates: bool
 ) -> Quality:
     without: list[float] = []
     with evaluation_mode(device, model):

@@ -45,7 +45,7 @@ def plain_factors(stored: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor]:
     return down, up
 
 
-def shard_rows(d_out: int, size: int, tp_rank: int, replicas: int = 1) -> Rows:
+def shard_rows(d_out: int, size: int, tp_rank: int, *, replicas: int = 1) -> Rows:
     """The rows of a rank in a part of `d_out` rows of which each rank holds `size`.
 
     `replicas` ranks in a row hold the same ones: keys and values, where there are fewer heads than ranks. ValueError
@@ -83,7 +83,7 @@ def stacked_down(parts: Sequence[ShardedPart]) -> Tensor | None:
     return torch.cat(downs) if downs else None
 
 
-def fused_product(x: Tensor, down: Tensor | None, ups: Sequence[Tensor], ranks: Sequence[int | None]) -> Tensor:
+def fused_product(x: Tensor, down: Tensor | None, *, ups: Sequence[Tensor], ranks: Sequence[int | None]) -> Tensor:
     """The outputs of all parts one after the other; `ranks` says how much of `down` is each one's, None if dense."""
     hidden = None if down is None else linear(x, down)
     outputs, start = [], 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from compressor.integrations.sharding import (
     ShardedPart,
@@ -76,9 +77,9 @@ class Gathered:
 def shards_of(
     gathered: Gathered,
     output_sizes: Sequence[int],
+    *,
     tp_rank: int,
     tp_size: int,
-    *,
     row_parallel: bool,
     kv_replicas: int = 1,
 ) -> list[ShardedPart]:
@@ -92,14 +93,14 @@ def shards_of(
     replicas = [1] + [kv_replicas] * (len(output_sizes) - 1)
     if len(gathered.parts) == len(output_sizes):
         return [
-            column_shard(part, [shard_rows(_rows(part), size, tp_rank, share)])
+            column_shard(part, [shard_rows(_rows(part), size, tp_rank, replicas=share)])
             for part, size, share in zip(gathered.parts, output_sizes, replicas, strict=True)
         ]
     [part] = gathered.parts
     rows, offset = [], 0
     for size, share in zip(output_sizes, replicas, strict=True):
         whole = size * tp_size // share
-        start, stop = shard_rows(whole, size, tp_rank, share)
+        start, stop = shard_rows(whole, size, tp_rank, replicas=share)
         rows.append((offset + start, offset + stop))
         offset += whole
     return [column_shard(part, rows)]
@@ -137,6 +138,7 @@ def _config_class() -> type:
         def __init__(self, forms: Sequence[str]) -> None:
             self.forms = forms
 
+        @override
         def create_weights(
             self,
             layer: Any,
@@ -163,8 +165,8 @@ def _config_class() -> type:
                         shards_of(
                             gathered,
                             output_partition_sizes,
-                            layer.tp_rank,
-                            layer.tp_size,
+                            tp_rank=layer.tp_rank,
+                            tp_size=layer.tp_size,
                             row_parallel=isinstance(layer, RowParallelLinear),
                             kv_replicas=getattr(layer, "num_kv_head_replicas", 1),
                         )
@@ -195,7 +197,7 @@ def _config_class() -> type:
             down: Any = layer.low_rank_down
             ups: Any = layer.low_rank_ups
             ranks: Any = layer.low_rank_ranks
-            y = fused_product(x, down, list(ups), ranks)
+            y = fused_product(x, down, ups=list(ups), ranks=ranks)
             return y if bias is None else y + bias
 
     class LowRankVllmConfig(QuantizationConfig):  # type: ignore[misc]

@@ -170,7 +170,7 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
     default = PRESETS[0].training
     remarks: list[str] = []
 
-    def shown(name: str, words: str, value: float | None, otherwise: float) -> float:
+    def shown(name: str, words: str, value: float | None, *, otherwise: float) -> float:
         if value is None:
             remarks.append(f"the {words} is unknown; the simulation uses {otherwise:g}")
             return otherwise
@@ -182,10 +182,10 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
         remarks.append(f"the {words}, {number}, is out of range; the simulation uses {nearest:g}")
         return nearest
 
-    batch_size = shown("batch_size", "batch size", recipe.batch_size, default.batch_size)
-    uses = shown("uses", "number of uses per example", layers.uses, default.uses)
-    learning_rate = shown("learning_rate", "learning rate", recipe.learning_rate, default.learning_rate)
-    weight_decay = shown("weight_decay", "weight decay", recipe.weight_decay, default.weight_decay)
+    batch_size = shown("batch_size", "batch size", recipe.batch_size, otherwise=default.batch_size)
+    uses = shown("uses", "number of uses per example", layers.uses, otherwise=default.uses)
+    learning_rate = shown("learning_rate", "learning rate", recipe.learning_rate, otherwise=default.learning_rate)
+    weight_decay = shown("weight_decay", "weight decay", recipe.weight_decay, otherwise=default.weight_decay)
     paced = _weight_decay_of_the_window(recipe, layers.window, learning_rate)
     if paced is not None:
         weight_decay = paced
@@ -194,7 +194,7 @@ def pictured(recipe: TrainingRecipe, layers: ExploredLayers) -> tuple[SimulatedT
             f"recipe's window of {format_count(layers.window.steps or 0)} steps"
         )
     narrow = None if layers.shape is None else min(layers.shape)
-    width = int(shown("width", "width of the layer", narrow, default.width))
+    width = int(shown("width", "width of the layer", narrow, otherwise=default.width))
     if width % 2:
         width -= 1
         remarks.append(f"the width of the layer is odd; the simulation uses {width}")

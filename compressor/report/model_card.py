@@ -103,7 +103,7 @@ def model_card(
     not those of these weights, and its text is appended.
     """
     metadata, text = front_matter(original)
-    data = _metadata(metadata, compression.evaluation, name, base_model, config)
+    data = _metadata(metadata, compression.evaluation, name, base_model=base_model, config=config)
     parts = [
         f"# {plain_text(name.rpartition('/')[2])}",
         _summary(compression, base_model),
@@ -157,6 +157,7 @@ def _metadata(
     carried: Mapping[str, Any],
     evaluation: Evaluation | None,
     name: str,
+    *,
     base_model: str,
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 0.9}])
 def test_compress_builds_the_dense_network_once_and_the_compressed_one(
-    file: Path, data: Path, batches: list[torch.Tensor], budget: dict[str, Any]
+    file: Path, data: Path, batches: list[torch.Tensor], *, budget: dict[str, Any]
 ) -> None:
     factory = Counted(network)
     report = compress(file, factory=factory, calibration=batches, data=data, progress=lambda *_: None, **budget)
@@ -68,7 +68,7 @@ def test_compress_builds_the_dense_network_once_and_the_compressed_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep": 0.5}, {"max_drop": 100.0}])
 def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
-    llama: LlamaForCausalLM, tmp_path: Path, loads: Counter[str], budget: dict[str, Any]
+    llama: LlamaForCausalLM, tmp_path: Path, loads: Counter[str], *, budget: dict[str, Any]
 ) -> None:
     llama.save_pretrained(tmp_path / "dense")
     tokens = torch.randint(12, (12, 16), generator=torch.Generator().manual_seed(0))

@@ -52,7 +52,7 @@ def calibrations(network: nn.Sequential, shift: float = 0.0) -> Calibration:
 
 
 @torch.no_grad()
-def inputs_of(calibration: Calibration, solution: Compensated | None, place: str, part: Part) -> Tensor:
+def inputs_of(calibration: Calibration, solution: Compensated | None, place: str, *, part: Part) -> Tensor:
     """What a batch normalization is given, as one row for every position."""
     seen: list[Tensor] = []
     modules = {} if solution is None else {p: m for p, m in solution.modules.items() if p != place}
@@ -64,7 +64,8 @@ def inputs_of(calibration: Calibration, solution: Compensated | None, place: str
     return torch.cat([x.movedim(1, -1).flatten(0, -2) for x in seen])
 
 
-def normalized(x: Tensor, mean: Tensor, variance: Tensor, module: nn.BatchNorm2d) -> Tensor:
+def normalized(x: Tensor, statistics: tuple[Tensor, Tensor], module: nn.BatchNorm2d) -> Tensor:
+    mean, variance = statistics
     return (x - mean.double()) / (variance.double() + module.eps).sqrt() * module.weight.double()
 
 
@@ -79,13 +80,13 @@ def test_statistics_move_by_as_much_as_their_inputs_exactly_where_that_helps_on_
     moved = []
     for place in ("1", "4", "8"):
         dense = network.get_submodule(place)
-        x, y = (inputs_of(calibration, each, place, "fit") for each in (None, solution))
+        x, y = (inputs_of(calibration, each, place, part="fit") for each in (None, solution))
         mean = dense.running_mean + y.mean(0) - x.mean(0)
         variance = dense.running_var * y.var(0, correction=0) / x.var(0, correction=0)
-        x, y = (inputs_of(calibration, each, place, "holdout") for each in (None, solution))
-        wanted = normalized(x, dense.running_mean, dense.running_var, dense)
+        x, y = (inputs_of(calibration, each, place, part="holdout") for each in (None, solution))
         candidates = [(dense.running_mean, dense.running_var), (mean, dense.running_var), (mean, variance)]
-        errors = [float((normalized(y, *each, dense) - wanted).square().sum()) for each in candidates]
+        wanted = normalized(x, candidates[0], dense)
+        errors = [float((normalized(y, each, dense) - wanted).square().sum()) for each in candidates]
         best = min(range(3), key=errors.__getitem__)
         moved.append(best > 0)
         assert moved[-1] == (place in solution.modules)

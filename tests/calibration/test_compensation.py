@@ -68,7 +68,7 @@ def dense_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def given(calibration: Calibration, solution: Compensated | None, place: str, part: Part = "fit") -> Tensor:
+def given(calibration: Calibration, solution: Compensated | None, place: str, *, part: Part = "fit") -> Tensor:
     """What a layer is given in the dense model or, with a solution, in the compressed one."""
     seen: list[Tensor] = []
     modules = {} if solution is None else solution.modules
@@ -123,9 +123,9 @@ def test_what_calibration_never_excites_is_left_as_it_was(bias: bool) -> None:
 
 
 @torch.no_grad()
-def holdout_error(calibration: Calibration, before: Compensated, place: str, module: nn.Module) -> float:
+def holdout_error(calibration: Calibration, before: Compensated, place: str, *, module: nn.Module) -> float:
     """What the outputs of one layer lose on the holdout examples, in the metric of the gradients, by brute force."""
-    x, y = (given(calibration, solution, place, "holdout") for solution in (None, before))
+    x, y = (given(calibration, solution, place, part="holdout") for solution in (None, before))
     dense = calibration.model.get_submodule(place).double()
     change = dense(x) - module.double()(y)
     dense.float()
@@ -141,8 +141,8 @@ def test_a_refitted_layer_loses_less_on_holdout_examples_than_the_truncated_one(
     calibration, (first, second) = toy(bias=bias)
     plans = [first, planned(calibration.layers[second.name], rank)]
     solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
-    refitted = holdout_error(calibration, solution, "second", solution.modules["second"])
-    without = holdout_error(calibration, solution, "second", truncated.modules["second"])
+    refitted = holdout_error(calibration, solution, "second", module=solution.modules["second"])
+    without = holdout_error(calibration, solution, "second", module=truncated.modules["second"])
     assert refitted < share * without
 
 
@@ -158,8 +158,8 @@ def test_a_refit_that_does_not_help_on_holdout_examples_is_not_taken() -> None:
         first, second = eligible(model)
         plans = [planned(first, 2), planned(second, 2)]
         solution, truncated = compensate(calibration, plans), uncompensated(calibration, plans)
-        refitted = holdout_error(calibration, solution, "second", solution.modules["second"])
-        assert refitted <= 1.0001 * holdout_error(calibration, solution, "second", truncated.modules["second"])
+        refitted = holdout_error(calibration, solution, "second", module=solution.modules["second"])
+        assert refitted <= 1.0001 * holdout_error(calibration, solution, "second", module=truncated.modules["second"])
 
 
 def test_with_a_bias_no_mean_is_moved() -> None:

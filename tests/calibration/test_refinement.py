@@ -301,15 +301,15 @@ def test_the_unit_of_the_loss_does_not_matter(scale: float) -> None:
     other = deepcopy(pair)
     x = torch.randn(128, 12)
     for each, unit in ((pair, 1.0), (other, scale)):
-        losses = [partial(scaled, dense, each, part, unit) for part in x.split(16)]
+        losses = [partial(scaled, dense, each, part, unit=unit) for part in x.split(16)]
         assert fit_to_dense(
-            {"pair": each}, losses, lambda e=each, u=unit: float(scaled(dense, e, x, u).detach()), **ADAM
+            {"pair": each}, losses, lambda e=each, u=unit: float(scaled(dense, e, x, unit=u).detach()), **ADAM
         )
     for a, b in zip(pair.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def scaled(dense: nn.Module, fitted: nn.Module, examples: Tensor, unit: float) -> Tensor:
+def scaled(dense: nn.Module, fitted: nn.Module, examples: Tensor, *, unit: float) -> Tensor:
     return of_examples(dense, fitted, examples) * unit
 
 

@@ -55,7 +55,7 @@ def gathered(
 def output(x: Tensor, parts: Sequence[ShardedPart]) -> list[Tensor]:
     """The output of one rank, a tensor for each part."""
     ranks = [None if part.down is None else part.down.shape[0] for part in parts]
-    y = fused_product(x, stacked_down(parts), [part.up for part in parts], ranks)
+    y = fused_product(x, stacked_down(parts), ups=[part.up for part in parts], ranks=ranks)
     return list(y.split([part.up.shape[0] for part in parts], dim=-1))
 
 
@@ -75,7 +75,7 @@ def test_query_key_and_value(forms: tuple[str, ...], tp_size: int) -> None:
     outputs = []
     for rank in range(tp_size):
         tensors = gathered(forms, parts, ["q", "k", "v"])
-        shards = shards_of(tensors, own, rank, tp_size, row_parallel=False, kv_replicas=replicas)
+        shards = shards_of(tensors, own, tp_rank=rank, tp_size=tp_size, row_parallel=False, kv_replicas=replicas)
         assert [part.up.shape[0] for part in shards] == own
         outputs.append(output(x, shards))
     for index, matrix in enumerate(matrices):
@@ -95,7 +95,9 @@ def test_gate_and_up(forms: tuple[str, ...], tp_size: int) -> None:
     x = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
     outputs = []
     for rank in range(tp_size):
-        shards = shards_of(gathered(forms, parts, [0, 1]), [32 // tp_size] * 2, rank, tp_size, row_parallel=False)
+        shards = shards_of(
+            gathered(forms, parts, [0, 1]), [32 // tp_size] * 2, tp_rank=rank, tp_size=tp_size, row_parallel=False
+        )
         outputs.append(output(x, shards))
     for index, matrix in enumerate(matrices):
         whole = torch.cat([each[index] for each in outputs], dim=-1)
@@ -112,7 +114,7 @@ def test_a_pair_of_the_whole_fused_layer(form: str, tp_size: int) -> None:
     outputs = []
     for rank in range(tp_size):
         own = [size // tp_size for size in sizes]
-        [shard] = shards_of(gathered([form], [part], [None]), own, rank, tp_size, row_parallel=False)
+        [shard] = shards_of(gathered([form], [part], [None]), own, tp_rank=rank, tp_size=tp_size, row_parallel=False)
         outputs.append(output(x, [shard])[0].split(own, dim=-1))
     whole = torch.cat([each[index] for index in range(3) for each in outputs], dim=-1)
     torch.testing.assert_close(whole, x @ matrix.T, rtol=0, atol=1e-12)
@@ -125,7 +127,7 @@ def test_a_row_parallel_layer_is_the_sum_of_its_ranks(form: str, tp_size: int) -
     x = torch.randn(3, HIDDEN, generator=generator, dtype=torch.float64)
     total = torch.zeros(3, 20, dtype=torch.float64)
     for rank, mine in enumerate(x.chunk(tp_size, dim=-1)):
-        shards = shards_of(gathered([form], [part], [None]), [20], rank, tp_size, row_parallel=True)
+        shards = shards_of(gathered([form], [part], [None]), [20], tp_rank=rank, tp_size=tp_size, row_parallel=True)
         total += output(mine, shards)[0]
         assert shards[0].up.shape[0] == 20
         if form != "dense":
