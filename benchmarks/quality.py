@@ -63,10 +63,10 @@ from compressor.calibration.criterion import divergence
 from compressor.data import Batch, EvaluationData, Preprocessing, Sample, load_preprocessing, open_data
 from compressor.data.builtin_data import standard_library_files
 from compressor.evaluation import measure_quality
+from compressor.forms import stored_parameters
 from compressor.lowrank import put_layer
 from compressor.model import load_model, logits_of
 from compressor.network import Layer
-from compressor.network.forms import Form, stored_parameters
 from compressor.planning import Budget, LayerPlan
 
 ROOT = Path(__file__).parent.parent
@@ -283,7 +283,7 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 
 def at_published_ranks(cell: Cell) -> Compressed:
     """Our metric and our factors with the same fraction of every layer, pivoted where they can be."""
-    form: Form = "pivoted" if cell.pivotable else "channel"
+    form: str = "pivoted" if cell.pivotable else "channel"
     ranks = cell.uniform_ranks(lambda shape, rank: stored_parameters(shape, form, rank))
     layers = tuple(
         LayerPlan(
@@ -335,7 +335,7 @@ OURS: dict[str, Method] = {
     "ours without refinement, at the published ranks": at_published_ranks,
     "ours without refinement, with plain pairs": partial(unrefined, form="plain"),
     "ours without refinement, with channel pairs": partial(
-        unrefined, planning_settings=PlanningSettings(spatial_pairs=False)
+        unrefined, planning_settings=PlanningSettings(excluded_forms=("spatial",))
     ),
     "ours without data": partial(ours, calibration=None),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from without_data_networks import NETWORKS, Network, Task, measured, trained
 
-from compressor.lowrank import TRANSPOSED, approximate, as_matrix
+from compressor.forms import TRANSPOSED
+from compressor.lowrank import approximate, as_matrix
 from compressor.model import inspect_layers, measured_layers, open_model
 from compressor.planning import MeasuredLayer
 from compressor.planning.allocation import Choices, allocate, even_shares, spend

@@ -287,7 +287,7 @@ def _compression(
         peak_memory_bytes=process_memory(),
         skipped=tuple(layer for layer in subject.layers if not layer.eligible),
         spectra={
-            m.layer.name: m.singular_values if p.form != "spatial" or m.spatial_values is None else m.spatial_values
+            m.layer.name: m.own_values.get(p.form, m.singular_values)
             for m, p in zip(measured, rewriting.plan.layers, strict=True)
         },
         command="" if rewriting.provenance is None else rewriting.provenance.command,

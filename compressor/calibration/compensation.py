@@ -27,10 +27,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.walk import Walk
-from compressor.factorize import FactorPair, Metric, SpatialPair
+from compressor.factorize import Metric
+from compressor.forms import LowRankEmbedding, MatrixPair
 from compressor.lowrank import (
     DenseWeights,
-    LowRankEmbedding,
     TiedHead,
     approximate,
     as_matrix,
@@ -175,7 +175,7 @@ def _refit(
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     start = _Target(matrix, bias, metric, metric.mean, metric.mean)
-    best: tuple[float, _Target, FactorPair | SpatialPair] | None = None
+    best: tuple[float, _Target, MatrixPair] | None = None
     for each in (start, *_ridge_targets(start, fit, settings.ridges)):
         pair = approximate(layer, plan, each.matrix, metric=each.metric, settings=settings.factorization)
         error = _error(matrix, pair.product(), holdout.centered(each.x, each.y), gradients=metric.gradients)

@@ -19,7 +19,8 @@ from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
-from compressor.factorize import TiedMetric, spatial_errors, tied_singular_values, weighted_singular_values
+from compressor.factorize import TiedMetric, tied_singular_values, weighted_singular_values
+from compressor.forms import FORMS
 from compressor.io import Provenance
 from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
 from compressor.model import Model
@@ -332,11 +333,11 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration)
         assert isinstance(weight, Tensor)
         weight, metric = weight.detach().to(calibration.run.device), calibration.metrics[m.layer.name]
         matrix = as_matrix(m.layer, weight)
-        uses, spatial = calibration.uses[m.layer.name], None
+        uses, own = calibration.uses[m.layer.name], {}
         if isinstance(metric, TiedMetric):
             values = tied_singular_values(matrix, metric)
         else:
             values = weighted_singular_values(matrix, metric)
-            spatial = None if m.spatial_values is None else spatial_errors(weight, metric, settings=factorization)
-        weighted.append(replace(m, weighted_values=values, spatial_errors=spatial, uses=uses))
+            own = {form: FORMS[form].errors_in(weight, metric, factorization) for form in m.own_values}
+        weighted.append(replace(m, weighted_values=values, own_errors=own, uses=uses))
     return weighted

@@ -1,22 +1,36 @@
 """A folder that brings the code of its low-rank layers along: loads wherever torch and transformers are.
 
-The code is that of `compressor.lowrank.modules`, copied when the folder is written, and two classes that transformers
-finds through `auto_map`: the architecture whose layers are swapped as soon as it is built, and its configuration.
+The code is that of the low-rank layers of all forms, copied when the folder is written, and two classes that
+transformers finds through `auto_map`: the architecture whose layers are swapped as soon as it is built, and its
+configuration.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
-from collections.abc import Mapping
+import symtable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from compressor.errors import BadInput, CompressorError
+from compressor.forms import FORMS, layers
 from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
 from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec
 from compressor.lowrank import modules as low_rank_modules
 from compressor.version import VERSION
+
+_IMPORTS = """from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+"""
 
 _CLASSES = '''
 
@@ -104,15 +118,46 @@ def remote_code(architecture: str, configuration: str) -> str:
 
     Raises `CompressorError` when the layers have come to need more of this package.
     """
-    code = inspect.getsource(low_rank_modules)
-    imported = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom))
-    if needed := [node.module for node in imported if (node.module or "").partition(".")[0] == "compressor"]:
-        raise CompressorError(f"the layers' code cannot stand alone: it imports {', '.join(map(str, needed))}")
-    header = f"# Written by compressor {VERSION}, Apache-2.0: needs torch and transformers.\n"
+    shared, own = _body(layers), _body(low_rank_modules)
+    parts: list[str] = []
+    for form in FORMS.values():
+        parts += [*map(inspect.getsource, form.classes), inspect.getsource(form.build)]
+    builders = ", ".join(f"{form.name!r}: {form.build.__name__}" for form in FORMS.values())
+    table = f"def layer_builder(form):\n    return {{{builders}}}[form]\n"
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )
-    return header + code + classes
+    header = f"# Written by compressor {VERSION}, Apache-2.0: needs torch and transformers.\n\n{_IMPORTS}"
+    code = "\n\n".join([header, shared, *parts, table, own]) + classes
+    if needed := sorted(_undefined(code)):
+        raise CompressorError(f"the layers' code cannot stand alone: it needs {', '.join(needed)}")
+    return code
+
+
+def _body(module: ModuleType) -> str:
+    """The source of a module without its docstring and its imports."""
+    source = inspect.getsource(module)
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return "\n".join(source.splitlines()[imports[-1].end_lineno :]).strip() + "\n"
+
+
+def _undefined(code: str) -> set[str]:
+    """The names that code uses, anywhere in it, and does not define."""
+    top = symtable.symtable(code, "code", "exec")
+    defined = {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}
+    used = {
+        each.get_name()
+        for scope in _scopes(top)
+        for each in scope.get_symbols()
+        if each.is_referenced() and (each.is_global() or scope is top)
+    }
+    return used - defined - set(dir(builtins))
+
+
+def _scopes(scope: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield scope
+    for child in scope.get_children():
+        yield from _scopes(child)
 
 
 def _classes_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str, list[str]]:

@@ -1,5 +1,6 @@
 """Stage 5: a matrix and a rank become factors."""
 
+from compressor.factorize.balanced import balanced
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
@@ -14,6 +15,7 @@ __all__ = [
     "PivotedPair",
     "SpatialPair",
     "TiedMetric",
+    "balanced",
     "embedding_metric",
     "pivoted_pair",
     "spatial_errors",

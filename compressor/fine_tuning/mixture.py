@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from compressor.errors import BadInput
+from compressor.forms import PLAIN
 from compressor.network import Layer, SeparateExperts
-from compressor.network.forms import factorized_shape, stored_parameters
 from compressor.planning import Budget, LayerPlan, MeasuredLayer
 
 # Names that PEFT takes for those of experts in any linear layer of a mixture, and drops from `target_modules`.
@@ -110,9 +110,9 @@ def _at_rank(plan: LayerPlan, measured: MeasuredLayer, rank: int | None) -> Laye
     reason = "one rank for the experts of a block, as PEFT stacks them"
     if rank is None:
         return replace(plan, rank=None, form="dense", parameters=measured.layer.parameters, error=0.0, reason=reason)
-    parameters = stored_parameters(factorized_shape(measured.layer, "plain"), "plain", rank)
-    error = float(measured.errors("plain")[rank])
-    return replace(plan, rank=rank, form="plain", parameters=parameters, error=error, reason=reason)
+    parameters = PLAIN.parameters(PLAIN.sides(measured.layer), rank)
+    error = float(measured.errors(PLAIN.name)[rank])
+    return replace(plan, rank=rank, form=PLAIN.name, parameters=parameters, error=error, reason=reason)
 
 
 def require_pairs_of_experts(

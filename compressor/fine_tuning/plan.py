@@ -21,6 +21,7 @@ from compressor.fine_tuning.adapter import (
 )
 from compressor.fine_tuning.difference import Difference, compare_checkpoints, share_left
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
+from compressor.forms import CHANNEL, DENSE, PLAIN
 from compressor.io import Artifact, Provenance, portable_name
 from compressor.lowrank import StoredErrors
 from compressor.measure import EPSILON
@@ -220,7 +221,7 @@ def measured_differences(
                 surviving_share=0.0 if binds else None,
                 rank_bound=bound if binds else None,
                 unknown_start=unknown,
-                spatial_values=None,
+                own_values={},
             )
         )
     return measured
@@ -236,14 +237,14 @@ def _planned_ranks(
     if given is not None:
         edited = given if isinstance(given, Plan) else read_plan(Path(given))
         where = "the plan" if isinstance(given, Plan) else str(given)
-        layers = apply_edits(edited, changes.measured, where)
-        if strange := [layer.name for layer in layers if layer.form not in ("dense", "plain", "channel")]:
-            raise BadInput(
-                f"{strange[0]} is to be {next(each.form for each in layers if each.name == strange[0])}",
-                where=where,
-                remedy="a difference is stored in plain and channel pairs",
-            )
-        return Budget("plan"), layers
+        for layer in edited.layers:
+            if layer.form not in (DENSE, PLAIN.name, CHANNEL.name):
+                raise BadInput(
+                    f"{layer.name} is to be {layer.form}",
+                    where=where,
+                    remedy="a difference is stored in plain and channel pairs",
+                )
+        return Budget("plan"), apply_edits(edited, changes.measured, where)
     chosen = budget or default_budget(changes.measured, changes.subject.recipe.family)
     return chosen, choose_ranks(changes.measured, chosen, "plain", file_bytes=file_bytes)
 

@@ -25,7 +25,6 @@ from compressor.integrations.sharding import (
     stacked_down,
 )
 from compressor.lowrank import METADATA_KEY, LowRankSpec
-from compressor.network.forms import Form
 
 # Where vLLM's fused layers put the shards that it names.
 _SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -45,7 +44,7 @@ def part_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{parent}.{part}" if parent else part for part in packed.get(own, [own])]
 
 
-def forms_of(names: Sequence[str], prefix: str, spec: LowRankSpec) -> list[Form] | None:
+def forms_of(names: Sequence[str], prefix: str, spec: LowRankSpec) -> list[str] | None:
     """The form of each part of a layer, of one where the checkpoint has it fused; None where nothing is low-rank."""
     layers = spec.layers
     present = [prefix] if prefix in layers else list(names)

@@ -1,7 +1,7 @@
 """Factors in the place of a parameter that a module multiplies with in code of its own, such as an LSTM's weights.
 
 The module keeps its code, its fused kernels among it, and finds the product of the factors under the parameter's name:
-`W = up down`, by `torch.nn.utils.parametrize`. What is stored becomes less, what is computed does not. In a state dict
+by `torch.nn.utils.parametrize`. What is stored becomes less, what is computed does not. In a state dict
 the factors are called as everywhere else in the format, `X.down.weight` and `X.up.weight` beside a zero-size `X`.
 """
 
@@ -16,40 +16,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressor.forms import FORMS, DenseWeight, StoredWeight
+from compressor.io import TensorInfo
+from compressor.lowrank.tensor_format import role_of
 from compressor.network import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
-from compressor.network.forms import Form
 
 
 class FactoredWeight(nn.Module):
-    """The map from two factors to a weight of `shape`, of rank `rank`, to be registered as its parametrization.
+    """The map from the factors of a form to the weight that they stand for, to be registered as its parametrization.
 
-    The factors are shaped as in the file: `down` of `r x c x ..` and `up` of `d_out x r x ..`, of a pivoted pair
-    `(d_out - r) x r`, which the rows' `order` completes; a spatial pair's are a vertical and a horizontal kernel.
+    The factors are shaped as in the file. Those that are not of floating-point numbers are buffers.
     """
 
-    last_down: Tensor | None
-    last_up: Tensor | None
     last_product: Tensor | None
 
-    def __init__(self, shape: tuple[int, ...], form: Form, rank: int, *, device: torch.device) -> None:
+    def __init__(self, weight: DenseWeight, form: str, rank: int, *, device: torch.device) -> None:
         super().__init__()
-        self.shape, self.form, self.rank = shape, form, rank
-        if form == "pivoted":
-            self.register_buffer("order", torch.zeros(shape[0], dtype=torch.int32, device=device))
+        self.stands_for = StoredWeight("parameter", weight.tensor_shape)
+        self.form, self.rank = form, rank
+        self.trained = [name for name in FORMS[form].names if self._infos(torch.float32)[name].dtype.is_floating_point]
+        self.fixed = [name for name in FORMS[form].names if name not in self.trained]
+        for name in self.fixed:
+            info = self._infos(torch.float32)[name]
+            self.register_buffer(role_of(name), torch.zeros(info.shape, dtype=info.dtype, device=device))
         # Of the last forward pass on a CPU without gradients. As buffers they are seen by who counts memory.
-        for name in ("last_down", "last_up", "last_product"):
-            self.register_buffer(name, None, persistent=False)
+        for name in (*map(role_of, self.trained), "product"):
+            self.register_buffer(f"last_{name}", None, persistent=False)
 
-    def forward(self, down: Tensor, up: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or down.device.type != "cpu":
+    def _infos(self, dtype: torch.dtype) -> dict[str, TensorInfo]:
+        return {info.name: info for info in FORMS[self.form].infos(self.stands_for, self.rank, dtype)}
+
+    def forward(self, *factors: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or factors[0].device.type != "cpu":
             self._forget()
-            return self._product(down, up)
+            return self._product(*factors)
         # Modules ask several times in a pass. To compare the factors costs a small part of multiplying them, and sees
         # changes that PyTorch's own version counters do not.
-        if self.last_product is None or not (_same(down, self.last_down) and _same(up, self.last_up)):
-            self.last_down, self.last_up = down.detach().clone(), up.detach().clone()
-            self.last_product = self._product(down, up)
-        return self.last_product
+        last: list[Tensor | None] = [getattr(self, f"last_{role_of(name)}") for name in self.trained]
+        product: Tensor | None = self.last_product
+        if product is None or not all(map(_same, factors, last)):
+            for name, factor in zip(self.trained, factors, strict=True):
+                setattr(self, f"last_{role_of(name)}", factor.detach().clone())
+            self.last_product = product = self._product(*factors)
+        return product
 
     def __prepare_scriptable__(self) -> FactoredWeight:
         raise RuntimeError(
@@ -57,60 +66,51 @@ class FactoredWeight(nn.Module):
         )
 
     def _forget(self) -> None:
-        self.last_down = self.last_up = self.last_product = None
+        for name in (*map(role_of, self.trained), "product"):
+            setattr(self, f"last_{name}", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FactoredWeight:
         self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Unfilled factors for a weight: their values are loaded, never computed here."""
-        d_out, *rest = self.shape
-        pointwise = [1 for _ in rest[1:]]
-        down, up = [self.rank, *rest], [d_out, self.rank, *pointwise]
-        if self.form == "pivoted":
-            up[0] -= self.rank
-        if self.form == "spatial":
-            down, up = [self.rank, rest[0], rest[1], 1], [d_out, self.rank, 1, rest[2]]
-        return weight.new_empty(down), weight.new_empty(up)
+        return tuple(weight.new_empty(self._infos(weight.dtype)[name].shape) for name in self.trained)
 
-    def _product(self, down: Tensor, up: Tensor) -> Tensor:
-        device = down.device.type
+    def _product(self, *factors: Tensor) -> Tensor:
+        device = factors[0].device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast casts a weight where it is used. The product keeps its own dtype, as the weight would.
             with torch.autocast(device, enabled=False):
-                return self._multiplied(down, up)
-        return self._multiplied(down, up)
+                return self._multiplied(*factors)
+        return self._multiplied(*factors)
 
-    def _multiplied(self, down: Tensor, up: Tensor) -> Tensor:
-        if self.form == "spatial":
-            return torch.einsum("orj,rci->ocij", up[:, :, 0], down[..., 0])
-        if self.form == "pivoted":
-            assert isinstance(self.order, Tensor)
-            return torch.cat([down, up @ down]).index_select(0, self.order)
-        return (up.flatten(1) @ down.flatten(1)).reshape(self.shape)
+    def _multiplied(self, *factors: Tensor) -> Tensor:
+        tensors = dict(zip(self.trained, factors, strict=True)) | {
+            name: getattr(self, role_of(name)) for name in self.fixed
+        }
+        return FORMS[self.form].product(self.stands_for, tensors).reshape(self.stands_for.tensor_shape)
 
     def extra_repr(self) -> str:
-        return f"shape={self.shape}, rank={self.rank}"
+        return f"shape={self.stands_for.tensor_shape}, rank={self.rank}"
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.dtype == b.dtype and torch.equal(a, b)
 
 
-def put_factors(
-    module: nn.Module, parameter: str, form: Form, *, rank: int, like: Tensor, shape: tuple[int, ...]
-) -> None:
+def put_factors(module: nn.Module, parameter: str, form: str, *, rank: int, like: Tensor, weight: DenseWeight) -> None:
     """Put unfilled factors in the place of a parameter, in the dtype, on the device and as trainable as `like`.
 
     The module itself is changed; the parameter need not have values.
     """
     device = like.device
     # Only its shape is needed, and it may be large.
-    module._parameters[parameter] = nn.Parameter(like.new_empty(shape, device="meta"), like.requires_grad)
+    empty = like.new_empty(weight.tensor_shape, device="meta")
+    module._parameters[parameter] = nn.Parameter(empty, like.requires_grad)
     parametrize.register_parametrization(
-        module, parameter, FactoredWeight(shape, form, rank, device=device), unsafe=True
+        module, parameter, FactoredWeight(weight, form, rank, device=device), unsafe=True
     )
     factors = module.parametrizations[parameter]  # type: ignore[index]
     assert isinstance(factors, nn.Module)
@@ -122,15 +122,16 @@ def put_factors(
     _tell_recurrent(module)
 
 
-def fill_factors(module: nn.Module, parameter: str, *, down: Tensor, up: Tensor, order: Tensor | None) -> None:
-    """Give the factors of a parameter their values: the tensors themselves, not copies of them."""
+def fill_factors(module: nn.Module, parameter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the factors of a parameter their values, by their names below the layer's: the tensors, not copies."""
     lists: Any = module.parametrizations
     factors = lists[parameter]
-    for name, tensor in (("original0", down), ("original1", up)):
-        old = getattr(factors, name)
-        setattr(factors, name, nn.Parameter(tensor.to(old.device), old.requires_grad))
-    if order is not None:
-        factors[0].order = order.to(factors[0].order.device)
+    factored: FactoredWeight = factors[0]
+    for number, name in enumerate(factored.trained):
+        old = getattr(factors, f"original{number}")
+        setattr(factors, f"original{number}", nn.Parameter(tensors[name].to(old.device), old.requires_grad))
+    for name in factored.fixed:
+        setattr(factored, role_of(name), tensors[name].to(getattr(factored, role_of(name)).device))
     _tell_recurrent(module)
 
 
@@ -165,9 +166,8 @@ def _names(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, str]
     for name, factored in factored_parameters(module).items():
         base, inner = layer_name(prefix + name), f"{prefix}parametrizations.{name}."
         stem = f"{base}." if base else ""
-        names = {f"{stem}down.weight": f"{inner}original0", f"{stem}up.weight": f"{inner}original1"}
-        if factored.form == "pivoted":
-            names[f"{stem}order"] = f"{inner}0.order"
+        names = {f"{stem}{each}": f"{inner}original{number}" for number, each in enumerate(factored.trained)}
+        names |= {f"{stem}{each}": f"{inner}0.{role_of(each)}" for each in factored.fixed}
         yield prefix + name, names
 
 
@@ -176,9 +176,9 @@ def _as_stored(module: nn.Module, state: OrderedDict[str, Tensor], prefix: str, 
         for stored, registered in names.items():
             if registered in state:
                 state[stored] = state.pop(registered)
-        down = state.get(next(iter(names)))
-        if down is not None:
-            state[marker] = down.new_empty(0)
+        first = state.get(next(iter(names)))
+        if first is not None:
+            state[marker] = first.new_empty(0)
 
 
 def _as_registered(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

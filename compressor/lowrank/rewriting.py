@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
@@ -197,9 +198,5 @@ def _put_filled_factors(
     owner: nn.Module, layer: Layer, plan: LayerPlan, *, like: Tensor, tensors: Mapping[str, Tensor]
 ) -> None:
     assert plan.rank is not None
-    put_factors(owner, layer.parameter, plan.form, rank=plan.rank, like=like, shape=layer.tensor_shape)
-    values = {role: tensors.get(join(layer.name, role)) for role in ("down.weight", "up.weight", "order")}
-    down, up, order = values.values()
-    assert down is not None
-    assert up is not None
-    fill_factors(owner, layer.parameter, down=down, up=up, order=order)
+    put_factors(owner, layer.parameter, plan.form, rank=plan.rank, like=like, weight=layer)
+    fill_factors(owner, layer.parameter, {name: tensors[join(layer.name, name)] for name in FORMS[plan.form].names})

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from compressor.forms import FORMS
 from compressor.network import Kind
-from compressor.network.forms import Form
 from compressor.version import VERSION
 
 FORMAT_VERSION = 1
@@ -31,13 +31,13 @@ class LayerSpec:
     `share` is what remains of the base's weight, which the pair is added to, where it stands for a difference to one.
     """
 
-    form: Form
+    form: str
     rank: int
     kind: Kind
     share: float | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in get_args(Form) or self.form == "dense":
+        if self.form not in tuple(FORMS):
             raise ValueError(f"there is no low-rank form {self.form!r}")
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"{self.rank!r} is not a rank")

@@ -12,8 +12,9 @@ from torch import Tensor
 from compressor.choices import Head, MergeMode
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair
+from compressor.forms import MARKERS, PairForm, recognized
 from compressor.io import TensorInfo, require_in_range
-from compressor.lowrank import MARKERS, LayerSpec, LowRankSpec, join
+from compressor.lowrank import LayerSpec, LowRankSpec, join
 from compressor.merging.chain import Chain, chain_of_shapes, traced_chain
 from compressor.merging.parts import (
     TURNED,
@@ -23,7 +24,7 @@ from compressor.merging.parts import (
     require_equal,
     require_same_architecture,
 )
-from compressor.merging.weights import Weight, form_of_weight, joined, scaled, turned
+from compressor.merging.weights import Weight, joined, scaled, turned
 from compressor.model import Factory, build_model
 from compressor.network import Kind, layer_name
 
@@ -83,7 +84,7 @@ class Combination:
                 continue
             weight = self._joined(name, Part.shape_of)
             if not isinstance(weight, Tensor):
-                found[layer_name(name)] = LayerSpec(form_of_weight(weight), weight.rank, kind)
+                found[layer_name(name)] = LayerSpec(_form(weight, kind).name, weight.rank, kind)
         return LowRankSpec(found)
 
     def _tensors(self, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -99,16 +100,10 @@ class Combination:
                 continue
             layer, kind = layer_name(name), self._kind_of_pairs(name)
             assert kind is not None
-            up, down = weight.up, weight.down
-            if kind == "embedding":
-                down = down.T
-            if kind == "transposed convolution":
-                up, down = down, up
             yield name, torch.empty(MARKERS[kind], dtype=dtype)
-            for role, factor in (("down.weight", down), ("up.weight", up)):
-                yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous())
-            if isinstance(weight, PivotedPair):
-                yield join(layer, "order"), weight.order
+            for role, factor in _stored(weight, kind).items():
+                numbers = factor.is_floating_point()
+                yield join(layer, role), require_in_range(name, factor.to(dtype).contiguous()) if numbers else factor
 
     def _joined(self, name: str, read: Read) -> Weight:
         weights = []
@@ -134,12 +129,29 @@ class Combination:
         return self._kind_of_pairs(name) in TURNED
 
     def _place(self, name: str) -> str:
-        """Where a dense tensor is stored: the bias of a plain pair is that of its `up`."""
+        """Where a dense tensor is stored: the bias of a pair where its form has it."""
         layer, last = layer_of(name), name.rpartition(".")[2]
-        weight = join(layer, "weight")
-        if last != "bias" or self._kind_of_pairs(weight) in (None, "parameter"):
+        kind = self._kind_of_pairs(join(layer, "weight"))
+        if last != "bias" or kind is None or kind == "parameter":
             return name
-        return join(layer, "up.bias") if isinstance(self._joined(weight, Part.shape_of), FactorPair) else name
+        weight = self._joined(join(layer, "weight"), Part.shape_of)
+        return name if isinstance(weight, Tensor) else join(layer, _form(weight, kind).bias)
+
+
+def _stored(weight: FactorPair | PivotedPair, kind: Kind) -> dict[str, Tensor]:
+    """The tensors that a merged pair is stored as, by their names below the layer's."""
+    up, down = weight.up, weight.down
+    if kind == "embedding":
+        down = down.T
+    if kind == "transposed convolution":  # its own tensor is their product in the other order
+        up, down = down, up
+    return {"down.weight": down, "up.weight": up} | ({"order": weight.order} if isinstance(weight, PivotedPair) else {})
+
+
+def _form(weight: FactorPair | PivotedPair, kind: Kind) -> PairForm:
+    form = recognized(kind, {name: tuple(tensor.shape) for name, tensor in _stored(weight, kind).items()})
+    assert form is not None
+    return form
 
 
 def layer_of(tensor: str) -> str:

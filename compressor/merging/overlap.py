@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.data import EvaluationData
-from compressor.lowrank import LowRankConvolution, LowRankLinear, PivotedLinear
+from compressor.forms import LowRankConvolution, LowRankLinear, PivotedLinear
 from compressor.measure import energy_rank
 from compressor.measure.scale import power_of_two
 from compressor.model import evaluation_mode, logits_of

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import BadInput
-from compressor.factorize import FactorPair, PivotedPair
+from compressor.forms import FORMS
 from compressor.io import Checkpoint, TensorInfo, require_finite
 from compressor.io.files import read_json_object
-from compressor.lowrank import StoredPair, dense_infos
+from compressor.lowrank import StoredPair, dense_infos, require_usable
 from compressor.merging.weights import Weight, dense
 from compressor.model import Factory, Model, open_model
 from compressor.network import Kind, Layer, in_natural_order, layer_name
@@ -109,26 +109,18 @@ class Part:
             assert stored is not None
             weight: Tensor = read(stored)
             return weight
-        up, down = read(pair.tensors["up"]), read(pair.tensors["down"])
-        if pair.kind == "embedding":
-            down = down.T
-        if pair.kind == "transposed convolution":  # its own tensor is their product in the other order
-            up, down = down, up
-        if pair.form != "pivoted":
-            return FactorPair(up=up, down=down)
-        return PivotedPair(up=up, down=down, order=read(pair.tensors["order"]).to(torch.int32))
+        return FORMS[pair.form].merged(pair.kind, pair.read_factors(read))
 
 
 def open_part(model: str | Path, factory: Factory | None) -> Part:
     """Open a network to merge.
 
-    Raises `BadInput` as `open_model` does, and for a pivoted pair whose order of rows is none.
+    Raises `BadInput` as `open_model` does, and for a pair whose numbers make none.
     """
     opened = open_model(model, factory=factory, low_rank=True).with_ties()
     part = Part(opened, _matrices(opened))
     for pair in part.pairs.values():
-        if pair.form == "pivoted":
-            _require_order(part, pair)
+        require_usable(part.checkpoint, pair)
     return part
 
 
@@ -145,16 +137,6 @@ def _matrices(model: Model) -> dict[str, Layer]:
         sides = (shape[1], shape[0]) if pair.kind in TURNED else (shape[0], math.prod(shape[1:]))
         matrices[tensor] = Layer(name, layer_name(module or tensor), tensor, None, pair.kind, shape, sides)
     return {tensor: matrices[tensor] for tensor in in_natural_order(matrices)}
-
-
-def _require_order(part: Part, pair: StoredPair) -> None:
-    order = part.checkpoint.read(pair.tensors["order"]).long()
-    if not torch.equal(order.sort().values, torch.arange(order.numel())):
-        raise BadInput(
-            f"{pair.tensors['order']} is not an order of rows",
-            where=part.name,
-            remedy="compress the original checkpoint again",
-        )
 
 
 def merged_names(parts: Sequence[Part]) -> list[str]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compressor.factorize import FactorPair, PivotedPair, SpatialPair
-from compressor.network.forms import Form
 
 # A dense weight is `d_out x d_in x kernel`, a bias `d_out`; the factors of a convolution have its kernel in `down`.
 Weight = Tensor | FactorPair | PivotedPair
@@ -55,15 +54,6 @@ def dense(weight: Weight) -> Tensor:
         matrix = SpatialPair(up=pair.up.squeeze(2), down=pair.down.squeeze(3)).product()
         return matrix.reshape(pair.up.shape[0], *pair.down.shape[1:3], pair.up.shape[3])
     return (pair.up.flatten(1) @ pair.down.flatten(1)).reshape(pair.up.shape[0], *pair.down.shape[1:])
-
-
-def form_of_weight(pair: FactorPair | PivotedPair) -> Form:
-    """The form in which a pair is stored."""
-    if isinstance(pair, PivotedPair):
-        return "pivoted"
-    if _is_spatial(pair):
-        return "spatial"
-    return "channel" if pair.down.ndim > 2 else "plain"
 
 
 def _is_spatial(pair: FactorPair) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.forms import FORMS, TRANSPOSED
 from compressor.io import Checkpoint
-from compressor.lowrank import TRANSPOSED, can_be_pair, join, let_script, put_factors, put_pair, stored_pairs
+from compressor.lowrank import can_be_pair, join, let_script, put_factors, put_pair, stored_pairs
 from compressor.model.build import load_state
 
 
@@ -32,9 +33,9 @@ def fill(module: nn.Module, checkpoint: Checkpoint) -> nn.Module:
                 continue
             if pair.kind in TRANSPOSED or tuple(dense.shape) != pair.tensor_shape:
                 raise ValueError(f"{type(owner).__name__} with a weight of {tuple(dense.shape)}")
-            put_factors(owner, parameter, pair.form, rank=pair.rank, like=dense, shape=pair.tensor_shape)
+            put_factors(owner, parameter, pair.form, rank=pair.rank, like=dense, weight=pair)
             # A layer that no module told from an ordinary one: its bias stays where its own code has it.
-            names[join(pair.name, "up.bias")] = join(pair.name, "bias")
+            names[join(pair.name, FORMS[pair.form].bias)] = join(pair.name, "bias")
         except ValueError as error:
             raise BadInput(
                 f"{pair.name} is no layer that can be low-rank in the model that `factory` builds: {error}",

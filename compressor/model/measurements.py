@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from compressor.errors import BadInput
-from compressor.factorize import spatial_matrix
+from compressor.forms import FORMS, pair_forms
 from compressor.io import require_finite
 from compressor.lowrank import as_matrix
 from compressor.measure import (
@@ -25,7 +25,7 @@ from compressor.measure import (
     uses_per_example,
 )
 from compressor.model.opened import Model
-from compressor.network import Layer, pair_forms
+from compressor.network import Layer
 from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.progress import Progress
 
@@ -51,7 +51,7 @@ def inspect_layers(
                 where=layer.tensor,
                 remedy="use a checkpoint from before the training diverged",
             )
-        spatial = singular_values(spatial_matrix(weight)) if "spatial" in pair_forms(layer) else None
+        own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.own_errors}
         del weight
         of_layer = recipe.of_parameter(layer.tensor)
         inspected[layer.name] = InspectedLayer(
@@ -63,7 +63,7 @@ def inspect_layers(
                 of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, architecture)
             ),
             singular_values=tuple(values.tolist()),
-            spatial_values=None if spatial is None else tuple(spatial.tolist()),
+            own_values={form: tuple(values.tolist()) for form, values in own.items()},
         )
         if progress:
             progress("measure", done, len(eligible))
@@ -89,7 +89,7 @@ def measured_layers(
                 surviving_share=each.initialization.share,
                 unknown_start=each.initialization.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
-                spatial_values=None if each.spatial_values is None else np.array(each.spatial_values),
+                own_values={form: np.array(values) for form, values in each.own_values.items()},
                 settings=settings,
             )
         )
@@ -106,11 +106,12 @@ class InspectedLayer:
     window: MemoryWindow | None = None
     initialization: SurvivingInitialization | None = None
     singular_values: tuple[float, ...] | None = None
-    spatial_values: tuple[float, ...] | None = None
-    """Singular values of the matrix that a spatial pair factorizes, for convolutions that can become one."""
+    own_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Singular values of the matrix that is factorized, by the form's name, for forms that arrange it otherwise."""
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer
+        own = {form.name: self.own_values.get(form.name) for form in FORMS.values() if form.own_errors}
         return {
             "name": layer.name,
             "kind": layer.kind,
@@ -122,5 +123,4 @@ class InspectedLayer:
             "window": self.window.to_dict() if self.window else None,
             "initialization": self.initialization.to_dict() if self.initialization else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
-            "spatial_values": list(self.spatial_values) if self.spatial_values is not None else None,
-        }
+        } | {f"{form}_values": None if values is None else list(values) for form, values in own.items()}

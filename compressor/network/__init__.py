@@ -1,4 +1,4 @@
-"""A network as structure: its architecture, its layers, and the forms in which they can be stored."""
+"""A network as structure: its architecture and its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from compressor.network.architecture import (
     transformers_module,
 )
 from compressor.network.experts import SeparateExperts, fuse_experts, with_separate_experts
-from compressor.network.forms import pair_forms
 from compressor.network.layers import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
@@ -41,7 +40,6 @@ __all__ = [
     "layer_name",
     "module_architecture",
     "own_state",
-    "pair_forms",
     "tied_names",
     "transformers_architecture",
     "transformers_module",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,19 @@ from compressor.display import DisplayedLayers
 from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.formatting import format_percent
+from compressor.forms import (
+    DENSE,
+    FORMS,
+    Count,
+    factorized_shape,
+    has_own_errors,
+    pair_forms,
+    stored_bytes,
+    stored_parameters,
+)
 from compressor.io import portable_name
 from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
-from compressor.network import Layer, pair_forms
-from compressor.network.forms import Count, Form, factorized_shape, stored_bytes, stored_parameters
+from compressor.network import Layer
 from compressor.planning.allocation import Choices, allocate, even_shares
 from compressor.planning.budget import Budget
 from compressor.planning.drop_search import DropSearch
@@ -53,7 +62,7 @@ class LayerPlan:
     shape: tuple[int, int]
     kind: str
     rank: int | None
-    form: Form
+    form: str
     parameters: int
     error: float
     reason: str
@@ -184,9 +193,9 @@ class MeasuredLayer:
     layer; `stays_dense` says why a layer is not to be touched. A layer that shares a size stores no more than its pair
     of rank `rank_cap`, where there is one and this pair is smaller than the dense layer. Of a matrix `rounding_share`
     is rounding, and no tolerance is below it; `above_rounding` counts the singular values that are larger than any of
-    the rounding's. A convolution that can become a spatial pair has the singular values of the matrix that this one
-    factorizes, `spatial_values`, and with calibration `spatial_errors`, the relative errors of its spatial pairs of
-    rank 0, 1, .. in the metric of the loss. The thresholds of the planning are in `settings`.
+    the rounding's. By the name of each form with errors of its own that the layer can become, such as the spatial one,
+    `own_values` has the singular values of the matrix that is factorized, and with calibration `own_errors` the
+    relative errors of the pairs of rank 0, 1, .. in the metric of the loss. The thresholds are in `settings`.
     """
 
     layer: Layer
@@ -203,16 +212,20 @@ class MeasuredLayer:
     rank_cap: int | None = None
     rounding_share: float = 0.0
     above_rounding: int | None = None
-    spatial_values: Spectrum | None = None
-    spatial_errors: Spectrum | None = None
+    own_values: Mapping[str, Spectrum] = field(default_factory=dict)
+    own_errors: Mapping[str, Spectrum] = field(default_factory=dict)
     settings: PlanningSettings = PLANNING
 
-    def errors(self, form: Form) -> Spectrum:
+    def errors(self, form: str) -> Spectrum:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
-        if form != "spatial":
+        if not has_own_errors(form):
             return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
-        assert self.spatial_values is not None, f"{self.layer.name} has no spatial pair"
-        return truncation_errors(self.spatial_values) if self.spatial_errors is None else self.spatial_errors
+        return self.own_errors[form] if form in self.own_errors else truncation_errors(self.own_values[form])
+
+    @property
+    def forms_apart(self) -> tuple[str, ...]:
+        """The forms with errors of their own that may be chosen."""
+        return tuple(form for form in self.own_values if form not in self.settings.excluded_forms)
 
     @property
     def total(self) -> float:
@@ -236,22 +249,18 @@ class MeasuredLayer:
         return "" if self.above_edge else "no singular value stands above what survives of the initialization"
 
 
-def form_for(layer: Layer, rank: int, request: FormRequest) -> Form:
-    """The form in which a pair of the layer's own matrix is stored at this rank.
-
-    For matrices it is the smaller one, unless one is requested; a convolution's is the channel pair.
-    """
-    if len(layer.tensor_shape) > 2:
-        return "channel"
-    if layer.kind == "embedding":
-        return "plain"
-    if request != "auto":
-        return request
-    plain, pivoted = (stored_parameters(layer.shape, form, rank) for form in ("plain", "pivoted"))
-    return "pivoted" if pivoted < plain else "plain"
+def form_for(layer: Layer, rank: int, request: FormRequest) -> str:
+    """The form of a pair of the layer's own matrix at this rank: the smallest, unless one is asked for."""
+    return min(_forms_alike(layer, request), key=lambda form: stored_parameters(layer.shape, form, rank))
 
 
-def layer_plan(measured: MeasuredLayer, rank: int, form: Form, *, reason: str) -> LayerPlan:
+def _forms_alike(layer: Layer, request: FormRequest) -> list[str]:
+    """The forms that lose the same at the same rank; the one that is asked for alone, where the layer can have it."""
+    alike = [form.name for form in pair_forms(layer) if not form.own_errors]
+    return [request] if request in alike else alike
+
+
+def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) -> LayerPlan:
     """The plan for one layer at a rank; dense where the pair would save next to nothing or the layer is to stay."""
     layer = measured.layer
     if measured.stays_dense is not None:
@@ -271,12 +280,12 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: Form, *, reason: str) -
 
 def _most_bytes(m: MeasuredLayer) -> float:
     """The most bytes that a pair may take to be worth its slower products."""
-    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, "dense", 0, itemsize=m.itemsize)
+    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, DENSE, 0, itemsize=m.itemsize)
 
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is."""
-    return LayerPlan(layer.name, layer.shape, layer.kind, None, "dense", layer.parameters, 0.0, reason)
+    return LayerPlan(layer.name, layer.shape, layer.kind, None, DENSE, layer.parameters, 0.0, reason)
 
 
 def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:
@@ -308,15 +317,16 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
     if m.above_rounding is not None and max(1, m.above_rounding) < rank:
         rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
     plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=reason)
-    return _spatial_if_smaller(plan, m, truncation, reason=reason)
+    return _smaller_form(plan, m, truncation, reason=reason)
 
 
-def _spatial_if_smaller(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
-    """The spatial pair of the smallest rank with a relative error of at most `tolerance`, if it is smaller."""
-    if m.spatial_values is None or not m.settings.spatial_pairs:
-        return plan
-    spatial = layer_plan(m, max(1, frobenius_rank(m.spatial_values, tolerance)), "spatial", reason=reason)
-    return spatial if spatial.parameters < plan.parameters else plan
+def _smaller_form(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
+    """The plan, or the smallest pair with an error of at most `tolerance` in a form with errors of its own."""
+    apart = [
+        layer_plan(m, max(1, frobenius_rank(m.own_values[form], tolerance)), form, reason=reason)
+        for form in m.forms_apart
+    ]
+    return min([plan, *apart], key=lambda each: each.parameters)
 
 
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
@@ -345,7 +355,7 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
         rank = max(1, ranks[reason])
         plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=f"window rule: {reason}")
         within = f"window rule: relative error <= {tolerance:g}"
-        plans.append(_spatial_if_smaller(plan, m, tolerance, reason=within))
+        plans.append(_smaller_form(plan, m, tolerance, reason=within))
     return tuple(plans)
 
 
@@ -374,7 +384,7 @@ def _allocated(
         return None
     plans = []
     for m, each, index in zip(measured, choices, chosen, strict=True):
-        if each.forms[index] == "dense":
+        if each.forms[index] == DENSE:
             plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
         else:
             reason = "its share of the budget at least error"
@@ -474,7 +484,7 @@ class LayerChoices:
     """
 
     choices: Choices
-    forms: Sequence[Form]
+    forms: Sequence[str]
     ranks: npt.NDArray[np.int64]
     errors: Spectrum
 
@@ -489,10 +499,10 @@ def layer_choices(
     """
     layer = m.layer
 
-    def parameters(form: Form, ranks: Count) -> Count:
+    def parameters(form: str, ranks: Count) -> Count:
         return stored_parameters(factorized_shape(layer, form), form, ranks)
 
-    def cost(form: Form, ranks: Count) -> Count:
+    def cost(form: str, ranks: Count) -> Count:
         if unit == "parameters":
             return parameters(form, ranks)
         return stored_bytes(factorized_shape(layer, form), form, ranks, itemsize=m.itemsize)
@@ -503,7 +513,7 @@ def layer_choices(
         in_bytes = stored_bytes(layer.shape, *at_cap, itemsize=m.itemsize)
         capped = parameters(*at_cap) <= largest and in_bytes <= _most_bytes(m)
         largest = parameters(*at_cap) if capped else largest
-    forms: list[Form] = []
+    forms: list[str] = []
     ranks, costs, errors = [], [], []
     for form, own in _ranks_of_forms(m, request):
         stored = stored_bytes(factorized_shape(layer, form), form, own, itemsize=m.itemsize)
@@ -513,28 +523,26 @@ def layer_choices(
         costs.append(cost(form, fitting))
         errors.append(m.errors(form)[fitting])
     if not capped:
-        forms.append("dense")
+        forms.append(DENSE)
         ranks.append(np.zeros(1, dtype=np.int64))
-        costs.append(np.full(1, cost("dense", 0)))
+        costs.append(np.full(1, cost(DENSE, 0)))
         errors.append(np.zeros(1))
     error = np.concatenate(errors)
     choices = Choices(np.concatenate(costs), _losses(m, error, exponent))
     return LayerChoices(choices, forms, np.concatenate(ranks), error)
 
 
-def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[Form, npt.NDArray[np.int64]]]:
-    """The ranks at which each form of a pair is a choice: of a matrix's two forms the smaller one, unless asked for."""
+def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """The ranks at which each form is a choice: of forms that lose the same the smallest, unless one is asked for."""
     if m.stays_dense is not None:
         return
     ranks = np.arange(1, len(m.singular_values) + 1)
-    if len(m.layer.tensor_shape) > 2 or m.layer.kind == "embedding" or request != "auto":
-        yield form_for(m.layer, 1, request), ranks
-    else:
-        pivoted, plain = (stored_parameters(m.layer.shape, form, ranks) for form in ("pivoted", "plain"))
-        yield "plain", ranks[pivoted >= plain]
-        yield "pivoted", ranks[pivoted < plain]
-    if m.spatial_values is not None and m.settings.spatial_pairs:
-        yield "spatial", np.arange(1, len(m.spatial_values) + 1)
+    alike = _forms_alike(m.layer, request)
+    smallest = np.stack([stored_parameters(m.layer.shape, form, ranks) for form in alike]).argmin(0)
+    for place, form in enumerate(alike):
+        yield form, ranks[smallest == place]
+    for form in m.forms_apart:
+        yield form, np.arange(1, len(m.own_values[form]) + 1)
 
 
 def _losses(m: MeasuredLayer, errors: Spectrum, exponent: float) -> Spectrum:
@@ -573,7 +581,7 @@ def read_plan(path: Path) -> Plan:
 def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise BadInput("a layer of the plan has no name", where=path, remedy=remedy)
-    name, form = entry["name"], entry.get("form", "dense")
+    name, form = entry["name"], entry.get("form", DENSE)
     if "rank" not in entry:
         raise BadInput(f"{name} has no rank", where=path, remedy="give one, or null for dense")
     rank = entry["rank"]
@@ -581,19 +589,18 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
         raise BadInput(
             f"rank {rank!r} of {name} is not a positive whole number", where=path, remedy="give one, or null for dense"
         )
-    if form not in get_args(Form):
-        raise BadInput(
-            f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(get_args(Form))}"
-        )
-    if rank is not None and form == "dense":
-        remedy = "set the rank to null for dense, or the form to plain, pivoted, channel or spatial"
+    if form not in (known := (DENSE, *FORMS)):
+        raise BadInput(f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(known)}")
+    if rank is not None and form == DENSE:
+        *others, last = FORMS
+        remedy = f"set the rank to null for dense, or the form to {', '.join(others)} or {last}"
         raise BadInput(f"rank {rank} and form 'dense' of {name} contradict each other", where=path, remedy=remedy)
     return LayerPlan(
         name=name,
         shape=_read_shape(entry.get("shape")),
         kind=str(entry.get("kind", "")),
         rank=rank,
-        form="dense" if rank is None else form,
+        form=DENSE if rank is None else form,
         parameters=0,
         error=math.nan,
         reason=str(entry.get("reason", "")),
@@ -645,12 +652,12 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
     if edit.rank is None:
         return dense_plan(layer, "asked for by the plan")
     form = edit.form
-    if form not in pair_forms(layer):
+    if form not in (possible := [each.name for each in pair_forms(layer)]):
         sides = " x ".join(map(str, layer.tensor_shape))
         raise BadInput(
             f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer of {sides}",
             where=where,
-            remedy=f"give it the form {' or '.join(pair_forms(layer))}, or null for a rank to keep it dense",
+            remedy=f"give it the form {' or '.join(possible)}, or null for a rank to keep it dense",
         )
     shape = factorized_shape(layer, form)
     if edit.rank > min(shape):

@@ -28,8 +28,8 @@ class PlanningSettings:
     learned was below the edge of the start.
     """
 
-    spatial_pairs: bool = True
-    """Whether a convolution may become a spatial pair where that loses less than a channel pair."""
+    excluded_forms: tuple[str, ...] = ()
+    """Names of forms with errors of their own, such as "spatial", that are not to be chosen where they lose less."""
 
     least_layer_saving: float = 0.05
     """Share of its bytes that a layer must save to be factorized: two small products are slower than a large one."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
 from compressor.formatting import format_percent, format_seconds, format_shape, format_size, one_line
+from compressor.forms import has_own_errors
 from compressor.report.comparison import compression_rows
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
@@ -189,7 +190,7 @@ def _marks(compression: Compression) -> dict[str, RankMarks]:
     for layer in compression.plan.layers:
         spectrum, each = compression.spectra.get(layer.name), measured.get(layer.name)
         mark = RankMarks(full=min(layer.shape) if spectrum is None else len(spectrum))
-        if each is not None and layer.form != "spatial":
+        if each is not None and not has_own_errors(layer.form):
             start, window = each.initialization, each.window
             if start is not None:
                 mark = replace(mark, edge=start.edge, above_edge=start.above_edge)

@@ -12,7 +12,7 @@ FOUNDATIONS = (
     *("documents", "arguments"),
 )
 ROOMS = (
-    *("recipe", "io", "network", "data", "measure", "factorize", "planning", "lowrank", "model", "evaluation"),
+    *("recipe", "io", "network", "data", "measure", "factorize", "forms", "planning", "lowrank", "model", "evaluation"),
     *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "results", "report", "api"),
     *("registration", "integrations", "cli"),
 )

@@ -16,7 +16,8 @@ from torch.nn.utils import prune
 
 from compressor import BadInput, compress, restore
 from compressor.cli.run import run
-from compressor.lowrank import LowRankLinear, PivotedLinear, factored_parameters
+from compressor.forms import LowRankLinear, PivotedLinear
+from compressor.lowrank import factored_parameters
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
 

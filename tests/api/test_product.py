@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import compress, export, merge, restore
+from compressor.forms import FORMS
 from compressor.model import load_model
-from compressor.network.forms import Form
 from compressor.planning import Budget, LayerPlan, Plan
+from tests.forms.diagonal import DIAGONAL
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,7 @@ SHARD = 4000
 FULL_MODEL = 10**9
 
 # The layers of each form, by their names in the checkpoint.
-OWN_CODE: dict[str, dict[str, Form]] = {
+OWN_CODE: dict[str, dict[str, str]] = {
     "plain": {"square": "plain", "tall": "plain"},
     "pivoted": {"square": "pivoted", "tall": "pivoted"},
     "channel": {"channel": "channel"},
@@ -39,15 +40,23 @@ OWN_CODE: dict[str, dict[str, Form]] = {
     "transposed": {"back": "channel"},
     "tied": {"words": "plain"},
     "parameter": {"rnn.weight_ih_l0": "plain", "rnn.weight_hh_l0": "pivoted"},
+    "diagonal": {"square": "diagonal", "tall": "diagonal", "rnn.weight_ih_l0": "diagonal"},
 }
 BLOCK, STAGE = "transformer.h.0", "resnet.encoder.stages.0.layers.0.layer"
-TRANSFORMERS: dict[str, dict[str, Form]] = {
+TRANSFORMERS: dict[str, dict[str, str]] = {
     "plain": {f"{BLOCK}.attn.c_proj": "plain", f"{BLOCK}.mlp.c_fc": "plain"},  # the first is square
     "pivoted": {f"{BLOCK}.attn.c_proj": "pivoted", f"{BLOCK}.mlp.c_fc": "pivoted"},
     "tied": {"transformer.wte": "plain"},
     "channel": {f"{STAGE}.0.convolution": "channel"},
     "spatial": {f"{STAGE}.0.convolution": "spatial", f"{STAGE}.1.convolution": "channel"},
+    "diagonal": {f"{BLOCK}.attn.c_proj": "diagonal", f"{BLOCK}.mlp.c_fc": "diagonal"},
 }
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that the package does not have is registered like its own."""
+    monkeypatch.setitem(FORMS, DIAGONAL.name, DIAGONAL)
 
 
 class OwnCode(nn.Module):
@@ -68,7 +77,7 @@ class OwnCode(nn.Module):
         return self.head(self.rnn(image.transpose(1, 2).mean(-1))[0])
 
 
-def lowered(weight: Tensor, form: Form) -> Tensor:
+def lowered(weight: Tensor, form: str) -> Tensor:
     """A weight of the same shape and of rank two in a form."""
     if form == "spatial":
         d_out, c, k_h, k_w = weight.shape
@@ -78,7 +87,7 @@ def lowered(weight: Tensor, form: Form) -> Tensor:
     return (torch.randn(sides[0], RANK) @ torch.randn(RANK, sides[1])).reshape(weight.shape) * 0.2
 
 
-def made_low(model: nn.Module, forms: dict[str, Form]) -> nn.Module:
+def made_low(model: nn.Module, forms: dict[str, str]) -> nn.Module:
     for name, form in forms.items():
         place, _, last = name.rpartition(".")
         owner, parameter = (
@@ -106,7 +115,7 @@ def of_transformers(form: str, seed: int = 0) -> Any:
     return made_low(transformers.GPT2LMHeadModel(config), TRANSFORMERS[form])
 
 
-def planned(forms: dict[str, Form]) -> Plan:
+def planned(forms: dict[str, str]) -> Plan:
     layers = tuple(LayerPlan(name, (0, 0), "", RANK, form, 0, 0.0, "") for name, form in forms.items())
     return Plan("", None, Budget("plan"), layers)
 
@@ -318,7 +327,7 @@ def test_transformers_folders_merged(form: str, shard: int, folders: Any, *, tmp
     same(load(Path(restore(tmp_path / "merged", output=tmp_path / "dense").output), form), expected)
 
 
-def tuned(base: Any, forms: dict[str, Form]) -> Any:
+def tuned(base: Any, forms: dict[str, str]) -> Any:
     """A fine-tune of some layers by a change of rank two."""
     torch.manual_seed(7)
     model = copy.deepcopy(base)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.factorize import FactorPair, pivoted_pair, truncated_svd
 from compressor.factorize.pivoted import LARGEST_COEFFICIENT
-from compressor.network.forms import stored_bytes, stored_parameters
 
 
 @settings(max_examples=60)
@@ -57,20 +55,3 @@ def test_swaps_reach_order_one_where_the_pivots_of_lu_do_not() -> None:
     pivoted = pivoted_pair(FactorPair(up=up, down=torch.eye(size, dtype=torch.float64)))
     torch.testing.assert_close(pivoted.product(), up, rtol=1e-9, atol=1e-9)
     assert float(pivoted.up.abs().max()) <= LARGEST_COEFFICIENT * (1 + 1e-9)
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.data())
-def test_sizes_are_counted_as_stored(d_out: int, d_in: int, data: st.DataObject) -> None:
-    rank = data.draw(st.integers(1, min(d_out, d_in)))
-    pair = truncated_svd(torch.ones(d_out, d_in) + torch.eye(d_out, d_in), rank)
-    pivoted = pivoted_pair(pair)
-    assert stored_parameters((d_out, d_in), "plain", rank) == pair.up.numel() + pair.down.numel()
-    in_pivoted = pivoted.up.numel() + pivoted.down.numel()
-    assert stored_parameters((d_out, d_in), "pivoted", rank) == in_pivoted + pivoted.order.numel()
-    assert stored_bytes((d_out, d_in), "pivoted", rank, itemsize=2) == 2 * in_pivoted + 4 * d_out
-    assert in_pivoted <= d_out * d_in, "the numbers of a pivoted pair never exceed the dense matrix"
-
-
-@pytest.mark.parametrize("form", ["dense", "plain", "channel"])
-def test_forms_without_an_order_cost_their_numbers(form: str) -> None:
-    assert stored_bytes((8, 6), form, 2, itemsize=4) == 4 * stored_parameters((8, 6), form, 2)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import Compression, compress, restore
-from compressor.lowrank import MARKERS
+from compressor.forms import MARKERS
 from tests.lowrank.architectures import ARCHITECTURES, Architecture
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor import compress
-from compressor.lowrank import LowRankConvolution, LowRankTransposedConvolution
+from compressor.forms import LowRankConvolution, LowRankTransposedConvolution
 from compressor.measure.moments import _output_vectors, input_vectors
 from compressor.planning import Budget, LayerPlan, Plan
 

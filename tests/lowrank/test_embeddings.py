@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, Compression, compress, inspect, plan, restore
-from compressor.lowrank import LowRankEmbedding, TiedHead
+from compressor.forms import LowRankEmbedding
+from compressor.lowrank import TiedHead
 from compressor.model import load_model
 
 TOKENS = 90

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from compressor import Compression, compress
 from compressor.lowrank import low_rank_layer
 from compressor.model import load_model
-from compressor.network.forms import Form
 from compressor.planning import Budget, LayerPlan, Plan
 
 
@@ -37,7 +36,7 @@ class Network(nn.Module):
         return self.head(image.reshape(hidden.shape))
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, str] = {
     "words": "plain",
     "plain": "plain",
     "pivoted": "pivoted",
@@ -49,7 +48,7 @@ RANKS = {"words": 8, "plain": 8, "pivoted": 7, "channel": 4, "spatial": 6, "back
 TOKENS = torch.arange(12).reshape(3, 4)
 
 
-def without_loss(model: nn.Module, forms: dict[str, Form] = FORMS) -> Compression:
+def without_loss(model: nn.Module, forms: dict[str, str] = FORMS) -> Compression:
     layers = (LayerPlan(name, (0, 0), "", RANKS[name], form, 0, 0.0, "") for name, form in forms.items())
     report = compress(model, embeddings=True, plan=Plan("", None, Budget("plan"), tuple(layers)))
     assert report.model is not None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor import compress
-from compressor.lowrank import LowRankConvolution, LowRankLinear, PivotedLinear, low_rank_layer
-from compressor.network.forms import Form
+from compressor.forms import LowRankConvolution, LowRankLinear, PivotedLinear
+from compressor.lowrank import low_rank_layer
 from compressor.planning import Budget, LayerPlan, Plan
 
 CONVOLUTIONS = [
@@ -25,7 +25,7 @@ CONVOLUTIONS = [
 ]
 
 
-def one_pair(form: Form, rank: int) -> Plan:
+def one_pair(form: str, rank: int) -> Plan:
     """A plan for a model that is a single layer."""
     return Plan("", None, Budget("plan"), (LayerPlan("", (0, 0), "", rank, form, 0, 0.0, ""),))
 
@@ -117,7 +117,7 @@ class Tied(nn.Module):
         return self.head(self.words(tokens))
 
 
-SCRIPTED: dict[str, tuple[Callable[[], nn.Module], Form, Tensor]] = {
+SCRIPTED: dict[str, tuple[Callable[[], nn.Module], str, Tensor]] = {
     "linear": (lambda: nn.Linear(20, 30), "plain", torch.rand(3, 20)),
     "pivoted": (lambda: nn.Linear(20, 30), "pivoted", torch.rand(3, 20)),
     "pivoted without bias": (lambda: nn.Linear(20, 30, bias=False), "pivoted", torch.rand(3, 20)),

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor import BadInput, compress, restore
-from compressor.lowrank import LowRankConvolution, SpatialConvolution, low_rank_layer
+from compressor.forms import LowRankConvolution, SpatialConvolution
+from compressor.lowrank import low_rank_layer
 from compressor.model import load_model
-from compressor.network.forms import Form
 from compressor.planning import Budget, LayerPlan, Plan
 
 
-def planned(pairs: dict[str, tuple[Form, int]]) -> Plan:
+def planned(pairs: dict[str, tuple[str, int]]) -> Plan:
     """A plan that gives the named layers a form and a rank."""
     layers = (LayerPlan(name, (0, 0), "", rank, form, 0, 0.0, "") for name, (form, rank) in pairs.items())
     return Plan("", None, Budget("plan"), tuple(layers))

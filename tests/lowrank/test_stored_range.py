@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, export, merge, restore
-from compressor.factorize import FactorPair, SpatialPair, truncated_svd
-from compressor.lowrank.tensor_format import balanced
-from compressor.network.forms import Form
+from compressor.factorize import FactorPair, SpatialPair, balanced, truncated_svd
 from compressor.planning import Budget, LayerPlan, Plan
 
 LIMIT = torch.finfo(torch.float16).max
@@ -97,7 +95,7 @@ def test_a_pivoted_row_beyond_the_range_is_refused_by_the_name_of_its_layer(tmp_
     save_file({"deep.fc.weight": weight}, tmp_path / "m.safetensors")
     small = tmp_path / "s.safetensors"
 
-    def planned(form: Form) -> Plan:
+    def planned(form: str) -> Plan:
         return Plan("m", None, Budget("plan"), (LayerPlan("deep.fc", (64, 64), "linear", 8, form, 0, 0.0, ""),))
 
     with pytest.raises(BadInput, match=r"deep\.fc\.down\.weight.*range of float16.*`exclude`"):

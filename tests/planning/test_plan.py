@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import BadInput
+from compressor.forms import stored_bytes, stored_parameters
 from compressor.measure import truncation_errors
 from compressor.network import Layer
-from compressor.network.forms import stored_bytes, stored_parameters
 from compressor.planning import (
     PLANNING,
     Budget,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressor import BadInput, compress, plan
+from compressor.forms import factorized_shape, pair_forms, stored_parameters
 from compressor.measure import truncation_errors
-from compressor.network import Layer, pair_forms
-from compressor.network.forms import factorized_shape, stored_parameters
+from compressor.network import Layer
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettings, choose_ranks
 from compressor.planning.plan import plan_by_size
 
@@ -29,9 +29,10 @@ def convolution(name: str, sides: tuple[int, int, int, int], channel: float, *, 
     layer = Layer(name, name, f"{name}.weight", None, "convolution", sides, shape)
     values = {
         form: decay ** np.arange(min(factorized_shape(layer, form))) for form, decay in zip(
-            pair_forms(layer), (channel, spatial), strict=False)
+            [each.name for each in pair_forms(layer)], (channel, spatial), strict=False)
     }  # fmt: skip
-    return MeasuredLayer(layer, values["channel"], itemsize=4, spatial_values=values.get("spatial"))
+    own = {form: each for form, each in values.items() if form != "channel"}
+    return MeasuredLayer(layer, values["channel"], itemsize=4, own_values=own)
 
 
 def no_files(_: object) -> int:
@@ -49,11 +50,9 @@ def models(draw: st.DrawFn) -> list[MeasuredLayer]:
 
 def possible(m: MeasuredLayer) -> list[tuple[int, float]]:
     """Size and error of all that a layer may become: a pair has to save a twentieth."""
-    values = {"channel": m.singular_values, "spatial": m.spatial_values}
+    values = {"channel": m.singular_values, **m.own_values}
     choices = [(m.layer.parameters, 0.0)]
-    for form in pair_forms(m.layer):
-        spectrum = values[form]
-        assert spectrum is not None
+    for form, spectrum in values.items():
         errors = truncation_errors(spectrum)
         shape = factorized_shape(m.layer, form)
         choices += [(stored_parameters(shape, form, rank), float(errors[rank])) for rank in range(1, len(errors))]
@@ -61,7 +60,7 @@ def possible(m: MeasuredLayer) -> list[tuple[int, float]]:
 
 
 def as_chosen(m: MeasuredLayer, layer: LayerPlan) -> None:
-    assert layer.form == "dense" or layer.form in pair_forms(m.layer)
+    assert layer.form == "dense" or layer.form in [form.name for form in pair_forms(m.layer)]
     assert (layer.parameters, layer.error) in possible(m)
 
 
@@ -115,8 +114,7 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
         convolution("b", (16, 16, 3, 3), 0.99, spatial=0.3),
     )
     layers = [
-        MeasuredLayer(m.layer, m.singular_values, 4, spatial_values=m.spatial_values, **known)
-        for m in (by_edge, separable)
+        MeasuredLayer(m.layer, m.singular_values, 4, own_values=m.own_values, **known) for m in (by_edge, separable)
     ]
     first, second = choose_ranks(layers, Budget("window-rule"), "auto", file_bytes=no_files)
     assert (first.form, first.rank) == ("channel", 9)
@@ -127,7 +125,7 @@ def test_the_window_rule_takes_a_spatial_pair_where_it_is_smaller_at_its_error()
 @pytest.mark.parametrize("budget", [Budget("window-rule"), Budget("tolerance", 0.1), Budget("keep", 0.3)], ids=str)
 def test_spatial_pairs_can_be_switched_off(budget: Budget) -> None:
     separable = replace(convolution("b", (16, 16, 3, 3), 0.7, spatial=0.3), above_edge=4, surviving_share=0.1)
-    without = replace(separable, settings=PlanningSettings(spatial_pairs=False))
+    without = replace(separable, settings=PlanningSettings(excluded_forms=("spatial",)))
     assert [choose_ranks([m], budget, "auto", file_bytes=no_files)[0].form for m in (separable, without)] == [
         "spatial",
         "channel",

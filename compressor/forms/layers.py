@@ -1,0 +1,45 @@
+"""What the modules of all forms share. An exported folder brings its source along: it imports torch and nothing else.
+
+Every low-rank layer registers a persistent zero-size buffer `weight`. A loader that expects the dense layer then meets
+a shape mismatch and stops, instead of filling the layer with random numbers; and code that asks for `weight.dtype` or
+`weight.device` goes on working. They take their input under the name that it has in PyTorch's own.
+"""
+
+from typing import Any
+
+from torch import nn
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+# The shape of the zero-size `weight`, by the kind of the dense layer. Most store the matrix that they apply; of those
+# that store its transpose it has to be known, because the factors of a square matrix look the same.
+MARKERS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "convolution": (0,),
+    "parameter": (0,),
+    "transposed linear": (0, 1),
+    "transposed convolution": (0, 1),
+    "embedding": (0, 0),
+}
+
+
+def unfilled(kind: type[nn.Module], *arguments: Any, device: Any, **keywords: Any) -> nn.Module:
+    """A module whose parameters have memory but no values yet."""
+    return kind(*arguments, device="meta", **keywords).to_empty(device=device)
+
+
+def linear_sides(dense: nn.Module) -> tuple[str, int, int]:
+    """The kind of a linear layer or a transformers `Conv1D`, and its numbers of inputs and outputs; else ValueError."""
+    if isinstance(dense, nn.Linear):
+        return "linear", dense.in_features, dense.out_features
+    if type(dense).__name__ == "Conv1D":
+        weight: Any = dense.weight
+        return "transposed linear", weight.shape[0], weight.shape[1]
+    raise ValueError(f"{type(dense).__name__} is not a layer that can be factorized")
+
+
+def copy_geometry(dense: Convolution | TransposedConvolution, pair: nn.Module) -> None:
+    """Say of a pair what the dense convolution says of itself: models compute lengths of their outputs from it."""
+    for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        setattr(pair, name, getattr(dense, name))

@@ -1,0 +1,169 @@
+"""What a pair form is: the one interface through which a layer's factors are planned, stored, run, and multiplied."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from compressor.factorize import (
+    FactorizationSettings,
+    FactorPair,
+    Metric,
+    PivotedPair,
+    TiedMetric,
+    tied_truncated_svd,
+    truncated_svd,
+    weighted_truncated_svd,
+)
+from compressor.io import TensorInfo
+from compressor.measure import Spectrum
+from compressor.network import Kind
+
+# One rank, or many at once.
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+
+# Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
+TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
+
+
+class DenseWeight(Protocol):
+    """The dense weight that a pair stands for: a layer of a network, or what is known of one from its factors."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The sides of the `d_out x d_in` matrix."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A dense weight known by its kind and the shape of its tensor alone."""
+
+    kind: Kind
+    tensor_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, *rest = self.tensor_shape
+        sides = (first, math.prod(rest))
+        return sides[::-1] if self.kind in TRANSPOSED else sides
+
+
+class MatrixPair(Protocol):
+    """Factors of one matrix, in float64."""
+
+    def product(self) -> Tensor:
+        """The `d_out x d_in` matrix that the pair stands for."""
+
+
+@dataclass(frozen=True)
+class StoredPairShape:
+    """What the shapes of stored tensors tell: the rank, and the shape of the dense tensor that they stand for."""
+
+    rank: int
+    tensor_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairForm(ABC):
+    """One form in which a pair can be stored: a frozen object, registered in `FORMS`.
+
+    Tensors are told by their names below the layer's, such as `down.weight`, in the order of the file. `build` makes
+    the unfilled module that runs in a dense layer's place. An exported folder brings the source of `build` and of the
+    `classes` along, so both use nothing but torch and what `forms/layers.py` defines.
+
+    What every form has to say is abstract. What is not is what a pair of two factors, `up @ down`, says.
+    """
+
+    name: str
+    names: tuple[str, ...] = ("down.weight", "up.weight")
+    bias: str = "up.bias"
+    """Where the layer's bias is stored."""
+
+    own_errors: bool = False
+    """Whether its error at a rank is another than that of the truncated SVD of the layer's own matrix.
+
+    Of forms without, the planner takes the smallest at each rank; a form with has its own ranks among the choices.
+    """
+
+    build: Callable[[nn.Module, int], nn.Module]
+    classes: tuple[type[nn.Module], ...]
+
+    @abstractmethod
+    def takes(self, weight: DenseWeight) -> bool:
+        """Whether a layer can become such a pair."""
+
+    def sides(self, weight: DenseWeight) -> tuple[int, int]:
+        """The sides of the matrix that is factorized, whose smaller one is the largest rank."""
+        return weight.shape
+
+    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
+        """How many numbers are stored, at one rank or many."""
+        return rank * (sides[0] + sides[1])
+
+    def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
+        """How many bytes these numbers take, where a number of the dense weight takes `itemsize`."""
+        return self.parameters(sides, rank) * itemsize
+
+    @abstractmethod
+    def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
+        """Names, shapes, and dtypes of the tensors of a pair."""
+
+    @abstractmethod
+    def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether tensors of these shapes, which have the names of this form, are in this form."""
+
+    @abstractmethod
+    def read(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> StoredPairShape | None:
+        """What stored tensors that are in this form stand for; None where they do not fit together."""
+
+    def approximate(
+        self,
+        weight: DenseWeight,
+        matrix: Tensor,
+        rank: int,
+        *,
+        metric: Metric | TiedMetric | None,
+        settings: FactorizationSettings,
+    ) -> MatrixPair:
+        """The pair of this rank that is nearest to a `d_out x d_in` matrix, in float64."""
+        if isinstance(metric, TiedMetric):
+            return tied_truncated_svd(matrix, rank, metric, settings=settings)
+        return truncated_svd(matrix, rank) if metric is None else weighted_truncated_svd(matrix, rank, metric)
+
+    @abstractmethod
+    def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that stand for a weight, from a pair of `approximate`, by name and shaped as in `infos`."""
+
+    @abstractmethod
+    def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The `d_out x d_in` matrix of stored tensors in their own dtype, differentiable in those of numbers."""
+
+    def defect(self, read: Callable[[str], Tensor]) -> str | None:
+        """What is wrong with the values of stored tensors, the name of one first; None where nothing is."""
+        return None
+
+    @abstractmethod
+    def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
+        """The pair as weights are merged: `down` of `r x d_in`, `up` of `d_out x r`, with a convolution's kernel."""
+
+    def own_values(self, weight: Tensor) -> Spectrum:
+        """The singular values of the matrix that a form with `own_errors` factorizes."""
+        raise NotImplementedError
+
+    def errors_in(self, weight: Tensor, metric: Metric, settings: FactorizationSettings) -> Spectrum:
+        """Relative errors in the metric of the loss, at rank 0, 1, .., of the pairs of a form with `own_errors`."""
+        raise NotImplementedError

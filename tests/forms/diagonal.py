@@ -1,0 +1,80 @@
+"""A form that the package does not have, `W = up @ diag(scale) @ down`: all that a new form takes is in this module."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compressor.factorize import FactorPair
+from compressor.forms.layers import MARKERS, linear_sides, unfilled
+from compressor.forms.pair_form import Count, DenseWeight, MatrixPair, PairForm, StoredPairShape
+from compressor.io import TensorInfo
+from compressor.network import Kind
+
+
+class DiagonalLinear(nn.Module):
+    """A pair with a diagonal: `y = up(scale * down(x))`."""
+
+    def __init__(self, dense: nn.Module, rank: int) -> None:
+        super().__init__()
+        kind, d_in, d_out = linear_sides(dense)
+        factory = {"dtype": dense.weight.dtype, "device": dense.weight.device}
+        self.down = unfilled(nn.Linear, d_in, rank, bias=False, **factory)
+        self.up = unfilled(nn.Linear, rank, d_out, bias=getattr(dense, "bias", None) is not None, **factory)
+        self.scale = nn.Parameter(torch.empty(rank, **factory))
+        self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.up(self.scale * self.down(input))
+
+
+def diagonal_layer(dense: nn.Module, rank: int) -> nn.Module:
+    """An unfilled pair with a diagonal in place of a linear layer or a transformers `Conv1D`; else ValueError."""
+    return DiagonalLinear(dense, rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagonalForm(PairForm):
+    """`r (d_out + d_in + 1)` numbers: the norms of the columns of `up` stand in `scale`."""
+
+    name: str = "diagonal"
+    names: tuple[str, ...] = ("down.weight", "up.weight", "scale")
+    build: Callable[[nn.Module, int], nn.Module] = diagonal_layer
+    classes: tuple[type[nn.Module], ...] = (DiagonalLinear,)
+
+    def takes(self, weight: DenseWeight) -> bool:
+        return len(weight.tensor_shape) == 2 and weight.kind != "embedding"
+
+    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
+        return rank * (sides[0] + sides[1] + 1)
+
+    def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
+        d_out, d_in = weight.shape
+        shapes = ((rank, d_in), (d_out, rank), (rank,))
+        return [TensorInfo(name, shape, dtype) for name, shape in zip(self.names, shapes, strict=True)]
+
+    def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return True
+
+    def read(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> StoredPairShape | None:
+        down, up, scale = (shapes[name] for name in self.names)
+        if not len(down) == len(up) == 2 or not down[:1] == up[1:] == scale:
+            return None
+        sides = (up[0], down[1])
+        return StoredPairShape(down[0], sides[::-1] if kind == "transposed linear" else sides)
+
+    def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert isinstance(pair, FactorPair)
+        scale = pair.up.norm(dim=0)
+        up = pair.up / scale.clamp(min=torch.finfo(torch.float64).tiny)
+        return {"down.weight": pair.down.to(dtype), "up.weight": up.to(dtype), "scale": scale.to(dtype)}
+
+    def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.merged(weight.kind, tensors).product()
+
+    def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair:
+        return FactorPair(up=tensors["up.weight"] * tensors["scale"], down=tensors["down.weight"])
+
+
+DIAGONAL = DiagonalForm()

@@ -1,0 +1,205 @@
+"""Every form says the same of itself in all it says: sizes, tensors, matrices, modules."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressor import BadInput, compress, restore
+from compressor.factorize.settings import DEFAULTS
+from compressor.forms import FORMS, PairForm, StoredWeight, pair_forms, recognized, stored_bytes, stored_parameters
+from compressor.model import load_model
+from compressor.network import Kind
+from compressor.planning import Budget, LayerPlan, Plan
+from tests.forms.diagonal import DIAGONAL, DiagonalLinear
+
+ALL = (*FORMS.values(), DIAGONAL)
+DENSE_MODULES: dict[Kind, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(7, 9), (2, 7)),
+    "convolution": (nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
+    "transposed convolution": (nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
+    "embedding": (nn.Embedding(11, 5), ()),
+}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> PairForm:
+    monkeypatch.setitem(FORMS, DIAGONAL.name, DIAGONAL)
+    return DIAGONAL
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> StoredWeight:
+    side = st.integers(1, 7)
+    kind: Kind = draw(
+        st.sampled_from(
+            ["linear", "transposed linear", "parameter", "embedding", "convolution", "transposed convolution"]
+        )
+    )
+    kernel = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))] if "convolution" in kind else []
+    return StoredWeight(kind, (draw(side), draw(side), *kernel))
+
+
+@given(weights(), st.data())
+def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data: st.DataObject) -> None:
+    form = data.draw(st.sampled_from([form for form in ALL if form.takes(weight)]))
+    sides = form.sides(weight)
+    assert math.prod(sides) == math.prod(weight.tensor_shape)
+    rank = data.draw(st.integers(1, min(sides)))
+    matrix = torch.randn(weight.shape, dtype=torch.float64)
+    pair = form.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS)
+    stored, infos = form.stored(weight, pair, torch.float32), form.infos(weight, rank, torch.float32)
+    assert [info.name for info in infos] == list(form.names)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()} == {
+        info.name: (info.shape, info.dtype) for info in infos
+    }
+    assert form.parameters(sides, rank) == sum(info.elements for info in infos)
+    assert form.nbytes(sides, rank, 4) == sum(info.nbytes for info in infos)
+    ranks = np.arange(1, min(sides) + 1)
+    assert form.parameters(sides, ranks)[rank - 1] == form.parameters(sides, rank)
+    assert form.nbytes(sides, ranks, 2)[rank - 1] == form.nbytes(sides, rank, 2)
+    read = form.read(weight.kind, {info.name: info.shape for info in infos})
+    assert read is not None
+    assert (read.rank, read.tensor_shape) == (rank, weight.tensor_shape)
+    assert form.defect(stored.__getitem__) is None
+    torch.testing.assert_close(form.product(weight, stored), pair.product().float(), rtol=1e-4, atol=1e-4)
+
+
+@given(weights(), st.data())
+def test_tensors_are_recognized_as_a_form_of_the_same_product(weight: StoredWeight, data: st.DataObject) -> None:
+    form = data.draw(st.sampled_from([form for form in FORMS.values() if form.takes(weight)]))
+    rank = data.draw(st.integers(1, min(form.sides(weight))))
+    found = recognized(weight.kind, {info.name: info.shape for info in form.infos(weight, rank, torch.float32)})
+    assert found is form
+
+
+@pytest.mark.parametrize("kind", DENSE_MODULES)
+def test_the_module_of_a_form_has_its_tensors_and_does_what_its_matrix_does(kind: Kind) -> None:
+    torch.manual_seed(0)
+    dense, shape = DENSE_MODULES[kind]
+    weight = StoredWeight(kind, tuple(dense.weight.shape))
+    x = torch.randn(shape) if shape else torch.arange(11)
+    for form in (form for form in ALL if form.takes(weight)):
+        matrix = torch.randn(weight.shape, dtype=torch.float64)
+        pair = form.approximate(weight, matrix, 2, metric=None, settings=DEFAULTS)
+        stored = form.stored(weight, pair, torch.float32)
+        product = form.product(weight, stored)
+        turned = kind in ("transposed convolution", "embedding")
+        dense.weight.data = (product.T if turned else product).reshape(weight.tensor_shape)
+        layer = form.build(dense, 2)
+        bias = {} if kind == "embedding" else {form.bias: dense.bias}
+        layer.load_state_dict({**stored, **bias, "weight": layer.weight}, strict=True)
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+        assert type(layer) in form.classes
+
+
+@pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
+def test_a_form_refuses_modules_that_it_is_not_for(form: PairForm) -> None:
+    with pytest.raises(ValueError, match="Bilinear"):
+        form.build(nn.Bilinear(2, 2, 2), 1)
+
+
+@pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
+def test_tensors_that_do_not_fit_together_are_told(form: PairForm) -> None:
+    weight = StoredWeight("convolution", (6, 5, 3, 3)) if form.takes(StoredWeight("convolution", (6, 5, 3, 3))) else (
+        StoredWeight("linear", (6, 5))
+    )  # fmt: skip
+    shapes = {info.name: info.shape for info in form.infos(weight, 2, torch.float32)}
+    assert form.read(weight.kind, shapes) is not None
+    for name, shape in shapes.items():
+        wrong = (shape[0], shape[1] + 1, *shape[2:]) if name == "up.weight" else (shape[0] + 1, *shape[1:])
+        assert form.read(weight.kind, shapes | {name: wrong}) is None
+
+
+def test_forms_are_values() -> None:
+    with pytest.raises(FrozenInstanceError):
+        FORMS["plain"].name = "other"  # type: ignore[misc]
+    assert all(name == form.name for name, form in FORMS.items())
+
+
+@pytest.mark.parametrize("form", ["dense", "plain", "channel"])
+def test_forms_without_an_order_cost_their_numbers(form: str) -> None:
+    assert stored_bytes((8, 6), form, 2, itemsize=4) == 4 * stored_parameters((8, 6), form, 2)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+def test_the_numbers_of_a_pivoted_pair_never_exceed_the_dense_matrix(
+    d_out: int, d_in: int, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, min(d_out, d_in)))
+    assert stored_parameters((d_out, d_in), "pivoted", rank) - d_out <= d_out * d_in
+
+
+class TwoLayers(nn.Module):
+    """A linear layer, and weights that their module multiplies with in code of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.LSTM(20, 24, batch_first=True), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rnn(x)[0])
+
+
+RANKS = {"rnn.weight_ih_l0": 3, "last": 4}
+
+
+def planned(form: str) -> Plan:
+    layers = tuple(LayerPlan(name, (0, 0), "", rank, form, 0, 0.0, "") for name, rank in RANKS.items())
+    return Plan("", None, Budget("plan"), layers)
+
+
+def low_rank_model() -> TwoLayers:
+    torch.manual_seed(0)
+    model = TwoLayers().eval()
+    for weight, rank in ((model.rnn.weight_ih_l0, 3), (model.last.weight, 4)):
+        weight.data = torch.randn(len(weight), rank) @ torch.randn(rank, weight.shape[1]) / 5
+    return model
+
+
+def test_a_form_is_one_module_and_its_registration(registered: PairForm, tmp_path: Path) -> None:
+    """Compressed by a plan file, written, loaded, compressed in memory, and restored, with nothing else changed."""
+    model, x = low_rank_model(), torch.randn(2, 5, 20)
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    (tmp_path / "plan.json").write_text(json.dumps(planned(registered.name).to_dict()))
+    small = compress(
+        tmp_path / "dense.pt", output=tmp_path / "small.safetensors", plan=tmp_path / "plan.json", factory=TwoLayers
+    )
+    layers = {layer.name: layer for layer in small.plan.layers}
+    assert (layers["last"].form, layers["last"].parameters) == ("diagonal", 4 * (24 + 16 + 1))
+    assert max(layer.error for layer in small.plan.layers) < 1e-5
+    loaded = load_model(tmp_path / "small.safetensors", TwoLayers)
+    assert isinstance(loaded.last, DiagonalLinear)
+    in_memory = compress(model, plan=planned("diagonal")).model
+    assert in_memory is not None
+    for each in (loaded, in_memory):
+        torch.testing.assert_close(each(x), model(x), rtol=1e-4, atol=1e-5)
+
+    restored = restore(tmp_path / "small.safetensors", output=tmp_path / "again.pt", factory=TwoLayers)
+    twin = TwoLayers().eval()
+    twin.load_state_dict(torch.load(restored.output, weights_only=True))
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_form_that_is_never_smaller_is_never_chosen(registered: PairForm) -> None:
+    weight = StoredWeight("linear", (40, 30))
+    assert registered in pair_forms(weight)
+    chosen = compress(low_rank_model(), keep=0.5).plan.layers
+    assert {layer.form for layer in chosen} <= {"dense", "plain", "pivoted"}
+
+
+def test_a_form_that_is_not_registered_is_refused(tmp_path: Path) -> None:
+    torch.save(low_rank_model().state_dict(), tmp_path / "dense.pt")
+    with pytest.raises(BadInput, match="diagonal"):
+        compress(
+            tmp_path / "dense.pt", output=tmp_path / "small.safetensors", plan=planned("diagonal"), factory=TwoLayers
+        )
