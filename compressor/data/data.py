@@ -164,49 +164,60 @@ def open_data(
         contents = contents_of(given)
         batched = isinstance(contents, Batches) or (isinstance(contents, Rows) and contents.batch_size is not None)
         sample = sample if batched else sample.limited()
-        examples = _opened(given.name, contents, preprocessing, sample)
+        examples = _opened(contents, _Use(given.name, preprocessing, sample))
         return replace(_in_batches(examples, batch_size, sample.limit), metric=sample.metric)
     name, sample = os.fspath(data), sample.limited()
     if name == "builtin:digits":
         examples = _digits(sample.split, preprocessing.image_processor)
     elif name == "builtin:stdlib":
         files = standard_library_files(sample.split)
-        reader = _TextReader(f"{name}, {sample.split} split", preprocessing, sample)
-        examples = reader.examples(Corpus(files))
+        examples = _texts(Corpus(files), _Use(f"{name}, {sample.split} split", preprocessing, sample))
     elif name.startswith("builtin:"):
         raise BadInput(f"there is no built-in data {name!r}", remedy=f"use {' or '.join(BUILTINS)}")
     else:
-        examples = _opened(name, read_contents(Path(name), preprocessing.inputs), preprocessing, sample)
+        contents = read_contents(Path(name), preprocessing.inputs)
+        examples = _opened(contents, _Use(name, preprocessing, sample))
     return replace(_in_batches(examples, batch_size, sample.limit), metric=sample.metric)
 
 
-def _opened(name: str, contents: Contents, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+@dataclass(frozen=True)
+class _Use:
+    """What some data are called, what prepares them, and which examples are used."""
+
+    name: str
+    preprocessing: Preprocessing
+    sample: Sample
+
+    def class_numbers(self, labels: Sequence[str | int], *, names_may_be_sorted: bool = False) -> Tensor:
+        classes = self.preprocessing.classes
+        return _class_numbers(labels, classes, self.name, names_may_be_sorted=names_may_be_sorted)
+
+
+def _opened(contents: Contents, use: _Use) -> _Examples:
     match contents:
         case Texts():
-            reader = _TextReader(name, preprocessing, sample)
-            return reader.examples(Corpus(contents.documents, separator(preprocessing.tokenizer)))
+            return _texts(Corpus(contents.documents, separator(use.preprocessing.tokenizer)), use)
         case TextPairs():
-            return _text_pairs(name, contents, preprocessing)
+            return _text_pairs(contents, use)
         case NamedArrays():
-            return _by_name(name, contents.arrays, preprocessing)
+            return _by_name(contents.arrays, use)
         case LabeledTexts():
-            labels = _class_numbers(contents.labels, preprocessing.classes, name)
-            return _labeled_texts(name, contents.texts, labels, preprocessing)
+            return _labeled_texts(contents.texts, use.class_numbers(contents.labels), use)
         case LabeledImages():
-            labels = _class_numbers(contents.labels, preprocessing.classes, name, names_may_be_sorted=True)
-            return _image_files(name, contents.paths, labels, preprocessing.image_processor)
+            labels = use.class_numbers(contents.labels, names_may_be_sorted=True)
+            return _image_files(contents.paths, labels, use)
         case Images():
-            return _images(name, contents, preprocessing)
+            return _images(contents, use)
         case Arrays(labels=None):
             if contents.inputs.is_floating_point():
-                return _arrays(name, contents.inputs, None)
-            return _array_windows(name, contents.inputs)
+                return _arrays(use.name, contents.inputs, None)
+            return _array_windows(use.name, contents.inputs)
         case Arrays():
-            return _arrays(name, contents.inputs, _class_numbers(contents.labels or (), preprocessing.classes, name))
+            return _arrays(use.name, contents.inputs, use.class_numbers(contents.labels or ()))
         case Rows():
-            return _rows(name, contents, preprocessing, sample)
+            return _rows(contents, use)
         case Batches():
-            return _batches(name, contents, preprocessing, sample)
+            return _batches(contents, use)
 
 
 def has_splits(data: object) -> bool:
@@ -361,30 +372,22 @@ def _classification(inputs: Tensor) -> Task:
     return "image-classification" if inputs.ndim == 4 else "classification"
 
 
-@dataclass(frozen=True)
-class _TextReader:
-    """How texts become rows of tokens for a model."""
-
-    name: str
-    preprocessing: Preprocessing
-    sample: Sample
-
-    def examples(self, corpus: Corpus) -> _Examples:
-        tokenizer, length = self.preprocessing.tokenizer, self.preprocessing.sequence_length
-        if corpus.blank:
-            raise BadInput("there is no text in it", where=self.name, remedy="pass data with text")
-        if tokenizer is None:
-            raise _no_tokenizer(self.name)
-        if length is None:
-            longest = getattr(tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
-            length = min(LONGEST_DEFAULT_WINDOW, int(longest))
-        limit, reading = self.sample.limit, self.preprocessing.reading
-        if reading == "tokens":
-            found = windows(corpus, tokenizer, length, limit, self.name, self.sample.least_windows or 0)
-            return replace(_token_windows(self.name, found.rows), unused=found.unused)
-        found = documents(corpus, tokenizer, length, limit, self.name)
-        padding = getattr(tokenizer, "pad_token_id", None)
-        return replace(_padded_rows(self.name, found.rows, padding, labeled=reading == "pairs"), unused=found.unused)
+def _texts(corpus: Corpus, use: _Use) -> _Examples:
+    tokenizer, length = use.preprocessing.tokenizer, use.preprocessing.sequence_length
+    if corpus.blank:
+        raise BadInput("there is no text in it", where=use.name, remedy="pass data with text")
+    if tokenizer is None:
+        raise _no_tokenizer(use.name)
+    if length is None:
+        longest = getattr(tokenizer, "model_max_length", LONGEST_DEFAULT_WINDOW)
+        length = min(LONGEST_DEFAULT_WINDOW, int(longest))
+    limit, reading = use.sample.limit, use.preprocessing.reading
+    if reading == "tokens":
+        found = windows(corpus, tokenizer, length, limit, use.name, use.sample.least_windows or 0)
+        return replace(_token_windows(use.name, found.rows), unused=found.unused)
+    found = documents(corpus, tokenizer, length, limit, use.name)
+    padding = getattr(tokenizer, "pad_token_id", None)
+    return replace(_padded_rows(use.name, found.rows, padding, labeled=reading == "pairs"), unused=found.unused)
 
 
 def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labeled: bool) -> _Examples:
@@ -428,10 +431,10 @@ def _token_windows(name: str, windows: Sequence[Tensor] | Tensor) -> _Examples:
     return _Examples(name, "language-modeling", len(windows), read)
 
 
-def _labeled_texts(name: str, texts: Sequence[str], labels: Tensor, preprocessing: Preprocessing) -> _Examples:
-    tokenizer = preprocessing.tokenizer
+def _labeled_texts(texts: Sequence[str], labels: Tensor, use: _Use) -> _Examples:
+    tokenizer = use.preprocessing.tokenizer
     if tokenizer is None:
-        raise _no_tokenizer(name)
+        raise _no_tokenizer(use.name)
     # without a padding token texts of different lengths do not go into one batch
     pads = getattr(tokenizer, "pad_token", None) is not None
 
@@ -440,26 +443,26 @@ def _labeled_texts(name: str, texts: Sequence[str], labels: Tensor, preprocessin
             [texts[position] for position in positions],
             padding=pads,
             truncation=True,
-            max_length=preprocessing.sequence_length,
+            max_length=use.preprocessing.sequence_length,
             return_tensors="pt",
         )
         return Batch(dict(encoded), labels[positions])
 
-    return _Examples(name, "text-classification", len(texts), read, None if pads else 1)
+    return _Examples(use.name, "text-classification", len(texts), read, None if pads else 1)
 
 
-def _text_pairs(name: str, pairs: TextPairs, preprocessing: Preprocessing) -> _Examples:
-    tokenizer = preprocessing.tokenizer
+def _text_pairs(pairs: TextPairs, use: _Use) -> _Examples:
+    tokenizer = use.preprocessing.tokenizer
     if tokenizer is None:
-        raise _no_tokenizer(name)
-    if preprocessing.reading != "pairs":
+        raise _no_tokenizer(use.name)
+    if use.preprocessing.reading != "pairs":
         raise BadInput(
             "`source` and `target` are for encoder-decoders, and the model is none",
-            where=name,
+            where=use.name,
             remedy="give texts as `text`",
         )
     pads = getattr(tokenizer, "pad_token", None) is not None
-    length = preprocessing.sequence_length
+    length = use.preprocessing.sequence_length
     shape = {"padding": pads, "truncation": True, "max_length": length, "return_tensors": "pt"}
 
     def read(positions: Sequence[int]) -> Batch:
@@ -469,20 +472,20 @@ def _text_pairs(name: str, pairs: TextPairs, preprocessing: Preprocessing) -> _E
         inputs = {key: encoded[key] for key in ("input_ids", "attention_mask")}
         return Batch({**inputs, "labels": labels}, labels)
 
-    return _Examples(name, "text-to-text", len(pairs.sources), read, None if pads else 1)
+    return _Examples(use.name, "text-to-text", len(pairs.sources), read, None if pads else 1)
 
 
-def _by_name(name: str, arrays: Mapping[str, Tensor], preprocessing: Preprocessing) -> _Examples:
+def _by_name(arrays: Mapping[str, Tensor], use: _Use) -> _Examples:
     """Inputs of a forward by name; its `labels` are the next tokens, the tokens of a target, or classes."""
     inputs = {key: array for key, array in arrays.items() if key != "labels"}
     labels = arrays.get("labels")
-    task, _ = _named(inputs, labels, preprocessing)
+    task, _ = _named(inputs, labels, use.preprocessing)
 
     def read(positions: Sequence[int]) -> Batch:
         chosen = {key: array[positions] for key, array in inputs.items()}
-        return _named(chosen, None if labels is None else labels[positions], preprocessing)[1]
+        return _named(chosen, None if labels is None else labels[positions], use.preprocessing)[1]
 
-    return _Examples(name, task, len(next(iter(arrays.values()))), read)
+    return _Examples(use.name, task, len(next(iter(arrays.values()))), read)
 
 
 def _named(inputs: Mapping[str, Tensor], labels: Tensor | None, preprocessing: Preprocessing) -> tuple[Task, Batch]:
@@ -499,31 +502,32 @@ def _named(inputs: Mapping[str, Tensor], labels: Tensor | None, preprocessing: P
     if labels.ndim == 2 and reading == "pairs":
         needed = "labels" in preprocessing.inputs and "decoder_input_ids" not in inputs
         return "text-to-text", Batch({**inputs, "labels": labels} if needed else inputs, labels)
-    if labels.ndim == 2 and reading == "tokens":
+    texts = "inputs_embeds" in inputs or not all(each.is_floating_point() for each in inputs.values())
+    if labels.ndim == 2 and reading == "tokens" and texts:
         return "language-modeling", Batch(inputs, labels[:, 1:])
     return task, Batch(inputs, labels)
 
 
-def _rows(name: str, rows: Rows, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+def _rows(rows: Rows, use: _Use) -> _Examples:
     def read(positions: Sequence[int]) -> Batch:
-        return _understood(rows.read(positions), preprocessing, sample)[1]
+        return _understood(rows.read(positions), use)[1]
 
     def read_all(groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
         ahead = map(rows.read, groups) if rows.read_all is None else rows.read_all(groups)
-        return (_understood(given, preprocessing, sample)[1] for given in ahead)
+        return (_understood(given, use)[1] for given in ahead)
 
-    task, _ = _understood(rows.read([0]), preprocessing, sample)
-    return _Examples(name, task, rows.count, read, rows.batch_size, read_all=read_all)
+    task, _ = _understood(rows.read([0]), use)
+    return _Examples(use.name, task, rows.count, read, rows.batch_size, read_all=read_all)
 
 
-def _batches(name: str, given: Batches, preprocessing: Preprocessing, sample: Sample) -> _Examples:
+def _batches(given: Batches, use: _Use) -> _Examples:
     """Batches, taken apart into their examples only where all of them can be, and no metric wants them whole."""
-    found = [_understood(each, preprocessing, sample) for each in given.batches]
+    found = [_understood(each, use) for each in given.batches]
     task, batches = found[0][0], tuple(batch for _, batch in found)
     first = batches[0]
     alike = {tuple((key, each.shape[1:], each.dtype) for key, each in _columns(batch)) for batch in batches}
-    if sample.metric is not None or len(alike) > 1 or not all(batch.aligned for batch in batches):
-        return _Examples(name, task, len(batches), lambda places: batches[places[0]], 1, given.unused, batches)
+    if use.sample.metric is not None or len(alike) > 1 or not all(batch.aligned for batch in batches):
+        return _Examples(use.name, task, len(batches), lambda places: batches[places[0]], 1, given.unused, batches)
     places = [(batch, row) for batch in batches for row in range(batch.examples)]
 
     def read(positions: Sequence[int]) -> Batch:
@@ -532,7 +536,7 @@ def _batches(name: str, given: Batches, preprocessing: Preprocessing, sample: Sa
         labels = columns.pop(None, NO_LABELS)
         return Batch({key: each for key, each in columns.items() if key is not None}, labels)
 
-    return _Examples(name, task, len(places), read, first.examples, given.unused, batches)
+    return _Examples(use.name, task, len(places), read, first.examples, given.unused, batches)
 
 
 def _columns(batch: Batch) -> list[tuple[str | None, Tensor]]:
@@ -540,25 +544,25 @@ def _columns(batch: Batch) -> list[tuple[str | None, Tensor]]:
     return [*batch.inputs.items(), *([(None, batch.labels)] if batch.labels.numel() else [])]
 
 
-def _understood(given: Any, preprocessing: Preprocessing, sample: Sample) -> tuple[Task, Batch]:
+def _understood(given: Any, use: _Use) -> tuple[Task, Batch]:
     """A batch as a loader gives it with what it means for the model; with a metric it may mean nothing."""
     try:
         batch = as_batch(given)
     except NotUnderstood as error:
-        if sample.metric is not None:
+        if use.sample.metric is not None:
             return "other", Batch({}, NO_LABELS, given)
-        words = "the calibration data yields" if sample.option == "calibration" else "the data yields"
-        raise BadInput(f"{words} {error.what}", option=sample.option, remedy=error.remedy) from None
+        words = "the calibration data yields" if use.sample.option == "calibration" else "the data yields"
+        raise BadInput(f"{words} {error.what}", option=use.sample.option, remedy=error.remedy) from None
     labels = batch.labels.cpu().long() if batch.labels.numel() else None
     if batch.inputs.keys() != {"inputs"}:
-        task, named = _named(batch.inputs, labels, preprocessing)
+        task, named = _named(batch.inputs, labels, use.preprocessing)
         return task, replace(named, given=given)
     [inputs] = batch.inputs.values()
     next_tokens = labels is not None and not inputs.is_floating_point() and labels.shape == inputs.shape
     if next_tokens and labels is not None and inputs.ndim == 2 and torch.equal(labels[:, :-1], inputs[:, 1:].cpu()):
         return "language-modeling", Batch({"input_ids": inputs}, labels[:, :-1], given)
-    if labels is None and not inputs.is_floating_point() and "input_ids" in preprocessing.inputs:
-        task, named = _named({"input_ids": inputs}, None, preprocessing)
+    if labels is None and not inputs.is_floating_point() and "input_ids" in use.preprocessing.inputs:
+        task, named = _named({"input_ids": inputs}, None, use.preprocessing)
         return task, replace(named, given=given)
     return _classification(inputs), replace(batch, labels=NO_LABELS if labels is None else labels)
 
@@ -575,31 +579,30 @@ def _digits(split: Split, image_processor: Callable[..., Any] | None) -> _Exampl
     return _arrays(name, images, labels)
 
 
-def _image_files(
-    name: str, paths: Sequence[Path], labels: Tensor, image_processor: Callable[..., Any] | None
-) -> _Examples:
-    channels = channels_of(image_processor, paths[0])
+def _image_files(paths: Sequence[Path], labels: Tensor, use: _Use) -> _Examples:
+    processor = use.preprocessing.image_processor
+    channels = channels_of(processor, paths[0])
 
     def read(positions: Sequence[int]) -> Batch:
         files = [paths[position] for position in positions]
         pixels = read_images(files, channels)
-        images = scale(pixels, files) if image_processor is None else preprocess(image_processor, pixels, name)
+        images = scale(pixels, files) if processor is None else preprocess(processor, pixels, use.name)
         return Batch({"pixel_values": images}, labels[positions])
 
-    return _Examples(name, "image-classification", len(paths), read)
+    return _Examples(use.name, "image-classification", len(paths), read)
 
 
-def _images(name: str, images: Images, preprocessing: Preprocessing) -> _Examples:
-    processor = preprocessing.image_processor
+def _images(images: Images, use: _Use) -> _Examples:
+    processor = use.preprocessing.image_processor
     channels = channels_of(processor, images.read([0])[0][0])
 
     def read(positions: Sequence[int]) -> Batch:
         found, labels = images.read(positions)
         pixels = read_images(found, channels)
-        places = [f"{name}, example {position}" for position in positions]
-        made = scale(pixels, places) if processor is None else preprocess(processor, pixels, name)
+        places = [f"{use.name}, example {position}" for position in positions]
+        made = scale(pixels, places) if processor is None else preprocess(processor, pixels, use.name)
         known = [label for label in labels if label is not None]
-        classes = _class_numbers(known, preprocessing.classes, name) if len(known) == len(labels) else NO_LABELS
+        classes = use.class_numbers(known) if len(known) == len(labels) else NO_LABELS
         return Batch({"pixel_values": made}, classes)
 
-    return _Examples(name, "image-classification", images.count, read)
+    return _Examples(use.name, "image-classification", images.count, read)

@@ -290,6 +290,14 @@ def test_labels_of_padded_texts_are_as_they_were() -> None:
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+def test_a_label_for_every_frame_is_not_shifted() -> None:
+    labels = torch.arange(20).view(2, 10) % 3
+    data = open_data([{"frames": torch.randn(2, 10, 4), "labels": labels}])
+    [batch] = data
+    assert data.task == "text-classification"
+    assert torch.equal(batch.labels, labels)
+
+
 def test_shifted_tokens_are_language_modeling() -> None:
     tokens = torch.arange(20).view(2, 10)
     data = open_data([(tokens[:, :-1], tokens[:, 1:])])
