@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from compressor.api.flags import with_flags
+from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Option, Options, described
-from compressor.api.options import TRAINING, TRAINING_FLAGS
+from compressor.api.options import TRAINING
 from compressor.errors import BadInput
 
 Asked = TypeVar("Asked", bound=Options)

@@ -8,12 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from compressor.api.option import Kind, Options, option, options
-from compressor.arguments import as_count, as_number, as_patterns, as_size, one_of, require_kind, require_model
+from compressor.api.kinds import (
+    CALLED,
+    DATA,
+    EXPLORED,
+    FACTORY,
+    METRIC,
+    MODEL,
+    NUMBER,
+    PATH,
+    PATTERNS,
+    PLAN,
+    PROGRESS,
+    RECIPE,
+    SAVED_MODEL,
+    SEVERAL_DATA,
+    SHAPE,
+    SHARE,
+    SIZE,
+    SWITCH,
+    TEXT,
+    choice,
+    count,
+    settings,
+)
+from compressor.api.option import Options, option, options
 from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Split
 from compressor.errors import BadInput
 
@@ -41,208 +63,6 @@ BUDGET, CALIBRATION, TRAINING, LAYERS, RUNNING = (
     "Layers",
     "Running",
 )
-
-# Fields of the recipe that have a flag: what the flag takes, the flag, its help.
-TRAINING_FLAGS: Mapping[str, tuple[type, str, str]] = {
-    "optimizer": (str, "--optimizer", "sgd, adamw, ..."),
-    "learning_rate": (float, "--lr", "Peak learning rate."),
-    "weight_decay": (float, "--weight-decay", "Weight decay as PyTorch takes it."),
-    "momentum": (float, "--momentum", "Momentum of SGD."),
-    "nesterov": (bool, "--nesterov", "Nesterov momentum."),
-    "batch_size": (int, "--batch-size", "Examples per optimizer step."),
-    "schedule": (str, "--schedule", "constant, linear, cosine or step."),
-    "warmup_steps": (float, "--warmup-steps", "Steps, or a share below 1."),
-    "steps": (int, "--steps", "Optimizer steps."),
-    "epochs": (float, "--epochs", "Passes over the training data."),
-    "dataset_size": (int, "--dataset-size", "Training examples."),
-    "sequence_length": (int, "--sequence-length", "Tokens per training example; 1 for vectors."),
-}
-
-
-def _path(value: Any, name: str) -> Path:
-    require_kind(value, name, (str, Path), remedy="give the path of a file or folder")
-    if not str(value):  # which would mean the folder one is in
-        raise BadInput(f"`{name}` is empty", option=name, remedy="name a file or folder")
-    return Path(value)
-
-
-def _model(value: Any, name: str) -> Any:
-    if value == "":
-        raise BadInput(f"`{name}` is empty", option=name, remedy="name a file or folder")
-    if not isinstance(value, str):  # which needs no torch
-        require_model(value, name)
-    return value
-
-
-def _saved_model(value: Any, name: str) -> Any:
-    require_kind(value, name, (str, Path), remedy="give the path of a file or folder, or org/name of the hub")
-    return _model(value, name)
-
-
-def _data(value: Any, name: str) -> Any:
-    """A path, the name of built-in data, or an object, of which more is said where it is opened."""
-    if not isinstance(value, str | Path) or str(value).startswith("builtin:"):
-        return value
-    return _path(value, name)
-
-
-def _called(value: Any, name: str) -> Any:
-    if not callable(value):
-        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
-        raise BadInput(what, option=name, remedy=f"give one that is called as those of transformers: {_CALLS[name]}")
-    return value
-
-
-_CALLS = {"tokenizer": "`tokenizer(text)`", "processor": "`processor(images=images)`"}
-
-
-def _metric(value: Any, name: str) -> Any:
-    if not callable(value):
-        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
-        raise BadInput(what, option=name, remedy="give a function of a model and batches that returns a number")
-    return value
-
-
-def _named_data(value: Any) -> str | None:
-    return value.name if isinstance(value, Path) else value if isinstance(value, str) else None
-
-
-def _text(value: Any, name: str) -> str:
-    require_kind(value, name, (str,), remedy="give a name")
-    if not value:
-        raise BadInput(f"`{name}` is empty", option=name, remedy="give a name, or leave it out")
-    return str(value)
-
-
-def _switch(value: Any, name: str) -> bool:
-    require_kind(value, name, (bool,), remedy="give True or False")
-    return bool(value)
-
-
-def _factory(value: Any, name: str) -> Any:
-    require_kind(value, name, (str, Callable), remedy="give a function that builds the model, or its name")
-    return value
-
-
-def _plain_factory(value: Any) -> str | None:
-    return Path(value).name if isinstance(value, str) else None
-
-
-def _plain_size(value: int) -> str | int:
-    """A size in the largest unit of which it is a whole number."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if value % size == 0:
-            return f"{value // size}{unit}"
-    return value
-
-
-def _plan(value: Any, name: str) -> Any:
-    if isinstance(value, str | Path):
-        return _path(value, name)
-    from compressor.planning import Plan
-
-    require_kind(value, name, (Plan,), remedy="give a plan, or the path of one")
-    return value
-
-
-def _recipe(value: Any, name: str) -> tuple[TrainingRecipe | Path, ...]:
-    """What is said of the training, the most trusted first."""
-    from compressor.recipe import TrainingRecipe
-
-    said: list[TrainingRecipe | Path] = []
-    for each in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(each, Mapping):
-            said.append(TrainingRecipe.from_dict(each))
-        elif isinstance(each, TrainingRecipe):
-            said.append(each)
-        else:
-            require_kind(each, name, (str, Path), remedy="give a TrainingRecipe, or the path of a file with one")
-            said.append(_path(each, name))
-    return tuple(said)
-
-
-def _recipe_flags(said: Sequence[TrainingRecipe | Path]) -> list[str]:
-    words = []
-    for each in said:
-        if isinstance(each, Path):
-            words += ["--recipe", each.name]
-            continue
-        for name, (kind, flag, _) in TRAINING_FLAGS.items():
-            value = getattr(each, name)
-            if kind is bool and value:
-                words.append(flag)
-            elif kind is not bool and value is not None:
-                words += [flag, f"{value:.10g}" if isinstance(value, int | float) else value]
-    return words
-
-
-def _plain_recipe(said: Sequence[TrainingRecipe | Path]) -> list[Any]:
-    return [each.name if isinstance(each, Path) else _known(each) for each in said]
-
-
-def _known(recipe: TrainingRecipe) -> dict[str, Any]:
-    return {name: value for name, value in recipe.to_dict().items() if value not in (None, {}) and name != "sources"}
-
-
-def _input_shape(value: Any, name: str) -> tuple[int, ...]:
-    sides = value.lower().split("x") if isinstance(value, str) else value
-    require_kind(sides, name, (list, tuple), remedy="give the sides of one example, such as (3, 224, 224)")
-    if not sides or not all(str(side).isdecimal() and int(side) > 0 for side in sides):
-        remedy = "write it without the batch, such as 3x224x224"
-        raise BadInput(f"`{name}` {str(value)[:40]!r} is no shape", option=name, remedy=remedy)
-    return tuple(int(side) for side in sides)
-
-
-def _several_data(value: Any, name: str) -> tuple[Any, ...]:
-    require_kind(value, name, (list, tuple), remedy="give a list, one for each network")
-    return tuple(_data(each, name) for each in value)
-
-
-def _as_is(value: Any, name: str) -> Any:
-    return value
-
-
-def _settings(name: str) -> Kind:
-    def read(value: Any, option: str) -> Any:
-        if type(value).__name__ != name:  # told by name, because importing the class would load torch
-            what = f"`{option}` is a {type(value).__name__}"
-            raise BadInput(what, option=option, remedy=f"give a compressor.{name}")
-        return value
-
-    return Kind(name, read)
-
-
-def _choice(literal: Any) -> Kind:
-    def read(value: Any, name: str) -> Any:
-        one_of(value, name, get_args(literal))
-        return value
-
-    words = ", ".join(f'"{each}"' for each in get_args(literal))
-    return Kind(f"Literal[{words}]", read, shell=literal)
-
-
-def _count(least: int, most: int = 2**63 - 1) -> Kind:
-    return Kind("int", partial(as_count, least=least, most=most), shell=int)
-
-
-SWITCH = Kind("bool", _switch, shell=bool, switch=True)
-NUMBER = Kind("float", as_number, shell=float)
-SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
-SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
-TEXT = Kind("str", _text)
-PATH = Kind("str | Path", _path, metavar="PATH")
-PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=True)
-MODEL = Kind("ModelLike", _model, metavar="MODEL")
-SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
-DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
-CALLED = Kind("Callable[..., Any]", _called)
-METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)
-SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
-FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
-PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
-RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
-SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
-OBJECT = Kind("object", _as_is)
 
 KINDS_OF_DATA = "text, jsonl, csv, npz or safetensors file, image folder, builtin:digits, builtin:stdlib"
 
@@ -299,7 +119,7 @@ class FormOptions(EmbeddingOptions):
     """How pairs are stored."""
 
     form: FormRequest = option(
-        "How pairs are stored: pivoted is smaller, plain is faster.", _choice(FormRequest), "auto", panel=LAYERS
+        "How pairs are stored: pivoted is smaller, plain is faster.", choice(FormRequest), "auto", panel=LAYERS
     )
 
 
@@ -309,7 +129,7 @@ class DataOptions(Options):
 
     data: DataLike | None = option(f"Measure the cost on this: {KINDS_OF_DATA}.", DATA)
     data_samples: int | None = option(
-        "Examples, or windows of text, to measure on, evenly spaced.", _count(1), default_text="all"
+        "Examples, or windows of text, to measure on, evenly spaced.", count(1), default_text="all"
     )
     tokenizer: Callable[..., Any] | None = option(
         "What makes tokens of texts, for a loaded module or instead of the folder's own: called as those of "
@@ -368,7 +188,7 @@ class ProgressOptions(Options):
 
     progress: Progress | None = option(
         "Called with the name of a step, how many of its parts are done, and how many there are.",
-        Kind("Progress", _as_is),
+        PROGRESS,
         only_python=True,
         repeatable=False,
     )
@@ -429,10 +249,10 @@ class CalibrationOptions(Options):
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
-        "Examples, or windows of text, to use of it.", _count(2), panel=CALIBRATION, default_text="128"
+        "Examples, or windows of text, to use of it.", count(2), panel=CALIBRATION, default_text="128"
     )
     calibration_length: int | None = option(
-        "Tokens per window that its text is cut into.", _count(1), panel=CALIBRATION, default_text="the model's own"
+        "Tokens per window that its text is cut into.", count(1), panel=CALIBRATION, default_text="the model's own"
     )
     refine: bool = option(
         "Last, fit the factors to the dense model's outputs on the calibration data, a block at a time; kept only "
@@ -443,11 +263,11 @@ class CalibrationOptions(Options):
         panel=CALIBRATION,
     )
     seed: int = option(
-        "Random seed of the targets sampled during calibration.", _count(0, 2**64 - 1), 0, panel=CALIBRATION
+        "Random seed of the targets sampled during calibration.", count(0, 2**64 - 1), 0, panel=CALIBRATION
     )
     calibration_settings: CalibrationSettings | None = option(
         "Every knob of calibration and of the search over plans; `refine` goes before its `refine`.",
-        _settings("CalibrationSettings"),
+        settings("CalibrationSettings"),
         only_python=True,
     )
 
@@ -457,7 +277,7 @@ class ThresholdOptions(Options):
     """By which thresholds ranks are chosen."""
 
     planning_settings: PlanningSettings | None = option(
-        "The thresholds by which ranks are chosen.", _settings("PlanningSettings"), only_python=True
+        "The thresholds by which ranks are chosen.", settings("PlanningSettings"), only_python=True
     )
 
 
@@ -466,7 +286,7 @@ class TimingOptions(Options):
     """How often forwards are timed."""
 
     timing_settings: TimingSettings | None = option(
-        "How often forwards are timed.", _settings("TimingSettings"), only_python=True
+        "How often forwards are timed.", settings("TimingSettings"), only_python=True
     )
 
 
@@ -599,7 +419,7 @@ class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, MetricOpti
 
     data: DataLike = option(f"What to measure on: {KINDS_OF_DATA}.", DATA, MISSING)
     baseline: ModelLike | None = option("The model to compare with.", MODEL, metavar="ORIGINAL")
-    split: Split = option("Which part of builtin data.", _choice(Split), "test")
+    split: Split = option("Which part of builtin data.", choice(Split), "test")
 
     def check(self) -> None:
         self.check_metric()
@@ -621,7 +441,7 @@ class ExportOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
     to: ExportTarget = option(
         "dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. lora: a PEFT "
         "adapter of the difference to `base`.",
-        _choice(ExportTarget),
+        choice(ExportTarget),
         MISSING,
     )
     base: str | Path | None = option(
@@ -655,7 +475,7 @@ class ExploreOptions(ProgressOptions, OverwriteOptions):
     output: Path = option("The page to write.", PATH, "explorer.html", short="-o", metavar="FILE.html", positional=True)
     recipe: Any = option(
         "Open it on these hyperparameters, or on a model's and its layers.",
-        Kind("TrainingRecipe | str | Path", _as_is),
+        EXPLORED,
         metavar="FILE|MODEL",
     )
 
@@ -669,11 +489,11 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
     output: Path = option("File or folder to write.", PATH, MISSING, short="-o", repeatable=False)
     mode: MergeMode = option(
         "sum: add the weights, for weight decay and nearly orthogonal inputs. concat: side by side, safe.",
-        _choice(MergeMode),
+        choice(MergeMode),
         MISSING,
     )
     head: Head = option(
-        "With concat, whether the outputs are added or put one after the other.", _choice(Head), "shared"
+        "With concat, whether the outputs are added or put one after the other.", choice(Head), "shared"
     )
     base: str | Path | None = option(
         "With sum, the model that all were fine-tuned from: what each changed in it is added.", SAVED_MODEL
@@ -684,7 +504,7 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
         (),
     )
     data_samples: int | None = option(
-        "Examples, or windows of text, to measure on, evenly spaced.", _count(1), default_text="all"
+        "Examples, or windows of text, to measure on, evenly spaced.", count(1), default_text="all"
     )
     max_drop: float | None = option(
         "Write nothing if a task loses more: a fraction of accuracy, or an increase in perplexity.", NUMBER

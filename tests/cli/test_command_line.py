@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 import compressor
-from compressor.api.options import TRAINING_FLAGS
+from compressor.api.kinds import TRAINING_FLAGS
 from compressor.cli.run import SUBCOMMANDS, run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
 from compressor.io import SafetensorsWriter, open_checkpoint

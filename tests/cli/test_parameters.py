@@ -11,8 +11,9 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Options
-from compressor.api.options import TRAINING_FLAGS, VERBS, CompressOptions, DiagnoseOptions, MergeOptions, PlanOptions
+from compressor.api.options import VERBS, CompressOptions, DiagnoseOptions, MergeOptions, PlanOptions
 from compressor.cli.parameters import typer_command
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe

@@ -1,0 +1,218 @@
+"""The kinds of options: what Python callers may pass, what is read at a shell, and how both are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from compressor.api.option import Kind
+from compressor.arguments import as_count, as_number, as_patterns, as_size, one_of, require_kind, require_model
+from compressor.errors import BadInput
+
+if TYPE_CHECKING:
+    from compressor.recipe import TrainingRecipe
+
+# Fields of the recipe that have a flag: what the flag takes, the flag, its help.
+TRAINING_FLAGS: Mapping[str, tuple[type, str, str]] = {
+    "optimizer": (str, "--optimizer", "sgd, adamw, ..."),
+    "learning_rate": (float, "--lr", "Peak learning rate."),
+    "weight_decay": (float, "--weight-decay", "Weight decay as PyTorch takes it."),
+    "momentum": (float, "--momentum", "Momentum of SGD."),
+    "nesterov": (bool, "--nesterov", "Nesterov momentum."),
+    "batch_size": (int, "--batch-size", "Examples per optimizer step."),
+    "schedule": (str, "--schedule", "constant, linear, cosine or step."),
+    "warmup_steps": (float, "--warmup-steps", "Steps, or a share below 1."),
+    "steps": (int, "--steps", "Optimizer steps."),
+    "epochs": (float, "--epochs", "Passes over the training data."),
+    "dataset_size": (int, "--dataset-size", "Training examples."),
+    "sequence_length": (int, "--sequence-length", "Tokens per training example; 1 for vectors."),
+}
+
+
+def _path(value: Any, name: str) -> Path:
+    require_kind(value, name, (str, Path), remedy="give the path of a file or folder")
+    if not str(value):  # which would mean the folder one is in
+        raise BadInput(f"`{name}` is empty", option=name, remedy="name a file or folder")
+    return Path(value)
+
+
+def _model(value: Any, name: str) -> Any:
+    if value == "":
+        raise BadInput(f"`{name}` is empty", option=name, remedy="name a file or folder")
+    if not isinstance(value, str):  # which needs no torch
+        require_model(value, name)
+    return value
+
+
+def _saved_model(value: Any, name: str) -> Any:
+    require_kind(value, name, (str, Path), remedy="give the path of a file or folder, or org/name of the hub")
+    return _model(value, name)
+
+
+def _data(value: Any, name: str) -> Any:
+    """A path, the name of built-in data, or an object, of which more is said where it is opened."""
+    if not isinstance(value, str | Path) or str(value).startswith("builtin:"):
+        return value
+    return _path(value, name)
+
+
+def _called(value: Any, name: str) -> Any:
+    if not callable(value):
+        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        raise BadInput(what, option=name, remedy=f"give one that is called as those of transformers: {_CALLS[name]}")
+    return value
+
+
+_CALLS = {"tokenizer": "`tokenizer(text)`", "processor": "`processor(images=images)`"}
+
+
+def _metric(value: Any, name: str) -> Any:
+    if not callable(value):
+        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        raise BadInput(what, option=name, remedy="give a function of a model and batches that returns a number")
+    return value
+
+
+def _named_data(value: Any) -> str | None:
+    return value.name if isinstance(value, Path) else value if isinstance(value, str) else None
+
+
+def _text(value: Any, name: str) -> str:
+    require_kind(value, name, (str,), remedy="give a name")
+    if not value:
+        raise BadInput(f"`{name}` is empty", option=name, remedy="give a name, or leave it out")
+    return str(value)
+
+
+def _switch(value: Any, name: str) -> bool:
+    require_kind(value, name, (bool,), remedy="give True or False")
+    return bool(value)
+
+
+def _factory(value: Any, name: str) -> Any:
+    require_kind(value, name, (str, Callable), remedy="give a function that builds the model, or its name")
+    return value
+
+
+def _plain_factory(value: Any) -> str | None:
+    return Path(value).name if isinstance(value, str) else None
+
+
+def _plain_size(value: int) -> str | int:
+    """A size in the largest unit of which it is a whole number."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if value % size == 0:
+            return f"{value // size}{unit}"
+    return value
+
+
+def _plan(value: Any, name: str) -> Any:
+    if isinstance(value, str | Path):
+        return _path(value, name)
+    from compressor.planning import Plan
+
+    require_kind(value, name, (Plan,), remedy="give a plan, or the path of one")
+    return value
+
+
+def _recipe(value: Any, name: str) -> tuple[TrainingRecipe | Path, ...]:
+    """What is said of the training, the most trusted first."""
+    from compressor.recipe import TrainingRecipe
+
+    said: list[TrainingRecipe | Path] = []
+    for each in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(each, Mapping):
+            said.append(TrainingRecipe.from_dict(each))
+        elif isinstance(each, TrainingRecipe):
+            said.append(each)
+        else:
+            require_kind(each, name, (str, Path), remedy="give a TrainingRecipe, or the path of a file with one")
+            said.append(_path(each, name))
+    return tuple(said)
+
+
+def _recipe_flags(said: Sequence[TrainingRecipe | Path]) -> list[str]:
+    words = []
+    for each in said:
+        if isinstance(each, Path):
+            words += ["--recipe", each.name]
+            continue
+        for name, (kind, flag, _) in TRAINING_FLAGS.items():
+            value = getattr(each, name)
+            if kind is bool and value:
+                words.append(flag)
+            elif kind is not bool and value is not None:
+                words += [flag, f"{value:.10g}" if isinstance(value, int | float) else value]
+    return words
+
+
+def _plain_recipe(said: Sequence[TrainingRecipe | Path]) -> list[Any]:
+    return [each.name if isinstance(each, Path) else _known(each) for each in said]
+
+
+def _known(recipe: TrainingRecipe) -> dict[str, Any]:
+    return {name: value for name, value in recipe.to_dict().items() if value not in (None, {}) and name != "sources"}
+
+
+def _input_shape(value: Any, name: str) -> tuple[int, ...]:
+    sides = value.lower().split("x") if isinstance(value, str) else value
+    require_kind(sides, name, (list, tuple), remedy="give the sides of one example, such as (3, 224, 224)")
+    if not sides or not all(str(side).isdecimal() and int(side) > 0 for side in sides):
+        remedy = "write it without the batch, such as 3x224x224"
+        raise BadInput(f"`{name}` {str(value)[:40]!r} is no shape", option=name, remedy=remedy)
+    return tuple(int(side) for side in sides)
+
+
+def _several_data(value: Any, name: str) -> tuple[Any, ...]:
+    require_kind(value, name, (list, tuple), remedy="give a list, one for each network")
+    return tuple(_data(each, name) for each in value)
+
+
+def _as_is(value: Any, name: str) -> Any:
+    return value
+
+
+def settings(name: str) -> Kind:
+    def read(value: Any, option: str) -> Any:
+        if type(value).__name__ != name:  # told by name, because importing the class would load torch
+            what = f"`{option}` is a {type(value).__name__}"
+            raise BadInput(what, option=option, remedy=f"give a compressor.{name}")
+        return value
+
+    return Kind(name, read)
+
+
+def choice(literal: Any) -> Kind:
+    def read(value: Any, name: str) -> Any:
+        one_of(value, name, get_args(literal))
+        return value
+
+    words = ", ".join(f'"{each}"' for each in get_args(literal))
+    return Kind(f"Literal[{words}]", read, shell=literal)
+
+
+def count(least: int, most: int = 2**63 - 1) -> Kind:
+    return Kind("int", partial(as_count, least=least, most=most), shell=int)
+
+
+SWITCH = Kind("bool", _switch, shell=bool, switch=True)
+NUMBER = Kind("float", as_number, shell=float)
+SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
+SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
+TEXT = Kind("str", _text)
+PATH = Kind("str | Path", _path, metavar="PATH")
+PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=True)
+MODEL = Kind("ModelLike", _model, metavar="MODEL")
+SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
+DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
+CALLED = Kind("Callable[..., Any]", _called)
+METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)
+SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)
+FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
+PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
+RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
+SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
+PROGRESS = Kind("Progress", _as_is)
+EXPLORED = Kind("TrainingRecipe | str | Path", _as_is)
