@@ -223,7 +223,13 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
     last: dict[tuple[str, ...], tuple[Tensor, int]] = {}
 
     def note(
-        row: tuple[str, ...], number: int, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+        _: nn.Module,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Any,
+        *,
+        row: tuple[str, ...],
+        number: int,
     ) -> None:
         given = arguments[0] if arguments else next(iter(named.values()), None)
         results = len(output) if isinstance(output, tuple) else 0
@@ -236,7 +242,7 @@ def _chains(model: nn.Module, rows: Sequence[tuple[str, ...]], batch: Batch) -> 
     with ExitStack() as stack:
         for row in rows:
             for number, name in enumerate(row):
-                hook = partial(note, row, number)
+                hook = partial(note, row=row, number=number)
                 stack.callback(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
         outputs_of(model, batch.inputs)
     return [BlockChain(row, last[row][1]) for row, calls in called.items() if calls == len(row)]
