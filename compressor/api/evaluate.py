@@ -21,6 +21,8 @@ from compressor.torch_state import neutral_torch_state
 def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: Unpack[EvaluateKeywords]) -> Evaluation:
     """Measure quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
 
+    `data` takes paths and objects, as `compress` does.
+
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
         options: The options as an object; keywords go before them.

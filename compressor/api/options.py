@@ -249,7 +249,7 @@ class CalibrationOptions(Options):
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
-        "Examples, or windows of text, to use of it.", count(2), panel=CALIBRATION, default_text="128"
+        "Examples, or windows of text, to use of it.", count(2), panel=CALIBRATION, default_text="128, of batches all"
     )
     calibration_length: int | None = option(
         "Tokens per window that its text is cut into.", count(1), panel=CALIBRATION, default_text="the model's own"
