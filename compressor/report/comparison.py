@@ -24,7 +24,7 @@ class Comparison:
     compared: str
 
 
-def compared(label: str, words: Callable[[int], str], before: int | None, after: int) -> Comparison:
+def compared(label: str, words: Callable[[int], str], *, before: int | None, after: int) -> Comparison:
     """A quantity whose later value is shown as a share of the earlier one."""
     if before is None:
         return Comparison(label, "", words(after), "")
@@ -35,9 +35,9 @@ def compression_rows(compression: Compression) -> list[Comparison]:
     """Sizes, and quality and cost if they were measured."""
     plan, evaluation = compression.plan, compression.evaluation
     rows = [
-        compared("parameters", format_count, compression.parameters.before, compression.parameters.after),
-        compared("of them eligible", format_count, plan.eligible_before, plan.eligible_after),
-        compared("weight files", format_size, compression.bytes.before, compression.bytes.after),
+        compared("parameters", format_count, before=compression.parameters.before, after=compression.parameters.after),
+        compared("of them eligible", format_count, before=plan.eligible_before, after=plan.eligible_after),
+        compared("weight files", format_size, before=compression.bytes.before, after=compression.bytes.after),
     ]
     return rows if evaluation is None else rows + quality_rows(evaluation)
 
@@ -46,8 +46,8 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
     """Size, quality and cost of a model beside its baseline, if there is one."""
     before, after = evaluation.baseline_cost, evaluation.compressed_cost
     return [
-        compared("parameters", format_count, before.parameters if before else None, after.parameters),
-        compared("weights", format_size, before.bytes if before else None, after.bytes),
+        compared("parameters", format_count, before=before.parameters if before else None, after=after.parameters),
+        compared("weights", format_size, before=before.bytes if before else None, after=after.bytes),
         *quality_rows(evaluation),
     ]
 
@@ -60,7 +60,9 @@ def computed_rows(evaluation: Evaluation) -> list[Comparison]:
     change = "" if evaluation.drop is None else change_words(metric, evaluation.drop, higher)
     rows = [Comparison(metric, baseline, quality_words(metric, evaluation.compressed, higher), change)]
     if after.macs is not None:
-        rows.append(compared("multiply-accumulates", format_short, before.macs if before else None, after.macs))
+        rows.append(
+            compared("multiply-accumulates", format_short, before=before.macs if before else None, after=after.macs)
+        )
     return rows
 
 
@@ -70,7 +72,7 @@ def quality_rows(evaluation: Evaluation) -> list[Comparison]:
     rows = computed_rows(evaluation)
     if after.peak_memory_bytes is not None:
         peak = before.peak_memory_bytes if before else None
-        rows.append(compared("memory of a batch", format_size, peak, after.peak_memory_bytes))
+        rows.append(compared("memory of a batch", format_size, before=peak, after=after.peak_memory_bytes))
     for timing in evaluation.latency:
         rows.append(
             Comparison(

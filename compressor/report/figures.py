@@ -142,7 +142,7 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) 
         return _svg(figure, "curve", "Loss against size")
 
 
-def search_figure(search: DropSearch, eligible: int, chosen: int, limit: float | None) -> str:
+def search_figure(search: DropSearch, *, eligible: int, chosen: int, limit: float | None) -> str:
     """The measured drop at every size tried, with the chosen size and the allowed drop, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure

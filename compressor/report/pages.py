@@ -119,7 +119,7 @@ def _search_parts(plan: Plan) -> Iterator[Block]:
 
 def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
     """The ranks of a plan with their reasons, and what they would store."""
-    size = compared("eligible parameters", format_count, plan.eligible_before, plan.eligible_after)
+    size = compared("eligible parameters", format_count, before=plan.eligible_before, after=plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
     parts: list[Block] = [
         Facts.of(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
@@ -169,7 +169,7 @@ def evaluation_page(evaluation: Evaluation) -> Page:
 
 def restoration_page(restoration: Restoration) -> Page:
     """What `compress restore` restored, and where it is."""
-    size = compared("weight files", format_size, restoration.bytes.before, restoration.bytes.after)
+    size = compared("weight files", format_size, before=restoration.bytes.before, after=restoration.bytes.after)
     layers = f"{len(restoration.layers)} made dense"
     return Page(
         (
@@ -182,7 +182,7 @@ def restoration_page(restoration: Restoration) -> Page:
 
 def export_page(export: Export) -> Page:
     """What `compress export` wrote, and how to load it."""
-    size = compared("weight files", format_size, export.bytes.before, export.bytes.after)
+    size = compared("weight files", format_size, before=export.bytes.before, after=export.bytes.after)
     facts = [("output", export.output), ("load", export.load)]
     if export.difference is not None:
         facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
@@ -228,8 +228,8 @@ def merging_page(merging: Merging) -> Page:
     parts.append(
         _side_by_side(
             [
-                compared("parameters", format_count, merging.parts_parameters, merging.parameters),
-                compared("weight files", format_size, merging.parts_bytes, merging.bytes),
+                compared("parameters", format_count, before=merging.parts_parameters, after=merging.parameters),
+                compared("weight files", format_size, before=merging.parts_bytes, after=merging.bytes),
             ],
             "apart",
             "merged",

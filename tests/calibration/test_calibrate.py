@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.calibration import Calibration, CalibrationSettings, holdout_loss
+from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate, holdout_loss
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.data import Batch
 from compressor.factorize import Metric, TiedMetric
 from compressor.measure.moments import kept_rows, oas_shrinkage
+from compressor.progress import Run
 from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
@@ -220,7 +221,10 @@ def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_gener
         assert outputs.grad is not None
         gradients.append(outputs.grad)
     g = torch.cat(gradients).double()
-    found = calibrated(model, data, seed=7).metrics["classifier"].gradients
+    batches = tuple(batch_of(inputs) for inputs in data)
+    examples = CalibrationData(batches, batches, labeled=False)
+    calibration = calibrate(model, eligible(model), examples, run=Run(torch.device("cpu"), seed=7))
+    found = calibration.metrics["classifier"].gradients
     expected = g.T @ g / len(g)
     # Shrinkage keeps the eigenvectors and pulls toward the trace's multiple of the identity.
     identity = torch.eye(len(expected), dtype=torch.float64) * expected.trace() / len(expected)

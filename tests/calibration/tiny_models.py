@@ -259,7 +259,6 @@ def calibrated(
     fit: Sequence[Mapping[str, Tensor]],
     holdout: Sequence[Mapping[str, Tensor]] | None = None,
     *,
-    seed: int = 0,
     labels: Tensor | None = None,
     embeddings: bool = False,
     settings: CalibrationSettings | None = None,
@@ -271,7 +270,7 @@ def calibrated(
     ]
     data = CalibrationData(parts[0], parts[1], labeled=labels is not None)
     layers = eligible(model, embeddings=embeddings)
-    return calibrate(model, layers, data, run=Run(CPU, seed), settings=settings or CalibrationSettings())
+    return calibrate(model, layers, data, run=Run(CPU), settings=settings or CalibrationSettings())
 
 
 def planned(layer: Layer, rank: int | None) -> LayerPlan:
