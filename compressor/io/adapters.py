@@ -1,4 +1,4 @@
-"""Adapters, such as LoRA's factors, by the names of their tensors: they are no model, but what is added to one."""
+"""Adapters, such as LoRA's factors, recognized by the names of their tensors: they are not models, but added to one."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _REMEDIES = {
     "LoKr file of LyCORIS": "merge it into its base first, with tools/merge.py of LyCORIS",
     "LoRA file of diffusers": _OF_DIFFUSION,
 }
-# Where the weight that an adapter adds to is kept beside it.
+# Some adapters keep the weight that they add to beside it.
 _BASES = ("weight", "base_layer.weight", "linear.weight", "original_module.weight")
 
 
 def is_adapter_factor(name: str) -> bool:
-    """Whether a tensor is called a part of an adapter."""
+    """Whether a tensor is named as part of an adapter."""
     return any(pattern.match(name) for pattern in _FACTOR.values())
 
 
 def adapter_kind(names: Collection[str]) -> tuple[str, str] | None:
-    """What adapter a file holds and what makes a model of it, by its names; None where the weights are there too."""
+    """The kind of adapter in a file and how to make a model of it, by its names; None if the weights are there too."""
     found: str | None = None
     for name in names:
         for kind, pattern in _FACTOR.items():

@@ -43,14 +43,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 _FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FP8_SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _DIGEST_BLOCK = 1 << 22
-# How a configuration calls the number of its layers; some models share one layer's weights among several.
+# The keys of a configuration for its number of layers; some models share one layer's weights among several.
 _COUNT_OF_LAYERS = re.compile(r"(^|_)(layers?|blocks?|depths?|stages?)$")
 _LEAST_LAYERS_REFUSED = 1000
 _MOST_LABELS = 2**22
 
 
 def portable_name(path: str) -> str:
-    """What a file or folder is called in texts that go to others: no absolute path of this machine."""
+    """The name of a file or folder in texts for others: without an absolute path of this machine."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
@@ -113,7 +113,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the model is called where no path of this machine is wanted: `org/name` on the hub, or its last part."""
+        """The model's name without a path of this machine: `org/name` on the hub, or the last part of its path."""
         if self.source is None:
             return "module"
         fetched = hub_model(self.source)
@@ -228,7 +228,7 @@ def _config(path: Path, tensors: int, *, must_be_good: bool) -> dict[str, Any] |
 
 
 def _require_possible_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
-    """Refuse a configuration of far more layers than there are tensors, before a model of that size is built."""
+    """Refuse a configuration with far more layers than tensors, before a model of that size is built."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _require_possible_sizes(value, path, tensors)
@@ -267,7 +267,7 @@ def require_finite(name: str, tensor: torch.Tensor, source: Path | None = None) 
 
 
 def require_in_range(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, of numbers that were computed and rounded to its dtype; refused where they exceed this one's range.
+    """Return a tensor that was computed and rounded to its dtype; refuse it if values exceed the dtype's range.
 
     Raises:
         BadInput: naming the tensor and the dtype.
@@ -403,12 +403,12 @@ def _read_weight_file(path: Path) -> _WeightFile:
     require_content(path, head)
     if looks_like_safetensors(head) or (size < 9 and path.suffix == ".safetensors"):
         tensors, metadata = read_safetensors(path)
-        # The values come from the file that was checked, wherever a link or the working directory goes later.
+        # The values come from the file that was checked, even if a link or the working directory changes later.
         resolved = path.resolve()
         return _WeightFile({name: replace(t, file=resolved) for name, t in tensors.items()}, metadata, False)
     refuse_foreign(path, head)
     if head.startswith((ZIP_MAGIC, LEGACY_MAGIC)):
-        # The name promises that nothing is unpickled, and torch.load goes by the name too.
+        # The name promises that nothing is unpickled, and torch.load goes by the name as well.
         if path.suffix == ".safetensors":
             what = "is a torch checkpoint under a safetensors name"
             raise BadInput(what, where=path, remedy="rename it to .pt, or convert it")

@@ -1,4 +1,4 @@
-"""What goes along with the weights of a model folder: what a model consists of, by name, and never code."""
+"""The files that accompany the weights of a model folder: known parts of a model, by name, and never code."""
 
 from __future__ import annotations
 
@@ -49,30 +49,30 @@ _KINDS = (
     *("id2label.json", "label2id.json", "labels.txt", "labels.json", "label_map*.json", "label_map*.txt"),
     *("classes.txt", "class_names.txt"),
 )
-# Texts for people, in capitals or not.
+# Texts for readers, in either case.
 _TEXTS = ("README*", "LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "CITATION*")
 # Parts of sentence-transformers such as 1_Pooling, and what processors and tokenizers have apart.
 _SUBFOLDERS = re.compile(
     r"\d+_\w+|additional_chat_templates|(\w+_)?tokenizer(_\w+)?|(pre|image_)?processor|feature_extractor", re.ASCII
 )
 
-# In these a part in a folder of its own brings its weights.
+# Models of these kinds keep parts in folders of their own, with weights.
 _SAFE_WEIGHTS = (".safetensors", ".safetensors.index.json")
 
-# The same weights in the formats of other frameworks: dense, so stale beside compressed ones.
+# The same weights in other frameworks' formats: dense, and so stale beside compressed ones.
 _OTHER_WEIGHT_SUFFIXES = (".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".tflite")
 _PICKLES = (".bin", ".pkl", ".pickle", ".joblib", ".dill", ".npy")
 _CODE = (".py", ".pyc", ".pyx", ".so", ".sh", ".dll", ".dylib", ".exe", ".js", ".ipynb")
 _RESULTS = ("metrics.json", "all_results.json", "*_results.json")
 
-# By these keys a configuration names classes in Python files, of the folder or of any repository of the hub.
+# Keys under which a configuration names classes in Python files, of the folder or of any repository.
 _CODE_KEYS = ("auto_map", "custom_pipelines")
-# Under these transformers before 5 notes where things were on the machine that saved them.
+# Keys under which transformers before 5 stores paths on the machine that saved the folder.
 _PATH_KEYS = ("_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file")
 
 
 class NotCopied(NamedTuple):
-    """Something of a model folder that does not go along, and why."""
+    """A file of a model folder that is not copied, and why."""
 
     name: str
     reason: str
@@ -80,7 +80,7 @@ class NotCopied(NamedTuple):
 
 @dataclass(frozen=True)
 class Companions:
-    """The files beside the weights of a model folder that go along, relative to it, and what is left out."""
+    """The files of a model folder to copy along with new weights, relative to it, and those that are left out."""
 
     files: tuple[Path, ...]
     not_copied: tuple[NotCopied, ...]
@@ -126,7 +126,7 @@ def companions(source: Path) -> Companions:
 
 
 def copy_companions(source: Path, target: Path, *, left_out: Sequence[str] = ()) -> None:
-    """Copy what goes along from a model folder into another, and log what does not; `left_out` are further ones.
+    """Copy the companions of a model folder into another, and log what is left out.
 
     Raises:
         BadInput: a file of the source cannot be read.
@@ -141,7 +141,7 @@ def copy_companions(source: Path, target: Path, *, left_out: Sequence[str] = ())
         if (config := _configuration_to_change(source / file)) is not None:
             write_json(target / file, _cleaned(config))
             continue
-        # The contents alone: the new file gets the permissions that the umask asks for.
+        # Only the contents are copied: the new file gets the permissions of the umask.
         with reading(source / file):
             contents = (source / file).open("rb")
         with contents, (target / file).open("wb") as copy:
@@ -151,7 +151,7 @@ def copy_companions(source: Path, target: Path, *, left_out: Sequence[str] = ())
 
 
 def not_copied_words(not_copied: Iterable[NotCopied]) -> str:
-    """What was left out, by reason."""
+    """The files that were not copied, by reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in not_copied:
         reasons.setdefault(reason, []).append(name)
@@ -174,7 +174,7 @@ def portable_config(config: Mapping[str, Any], code: Mapping[str, str] | None = 
 
 
 def _cleaned(value: Any) -> Any:
-    """A part of a configuration without the keys that name code, and without paths of the machine that saved it."""
+    """A part of a configuration without keys that name code, and without paths of the machine that saved it."""
     if isinstance(value, Mapping):
         return {key: _without_path(key, _cleaned(each)) for key, each in value.items() if key not in _CODE_KEYS}
     return [_cleaned(each) for each in value] if isinstance(value, list) else value
@@ -218,7 +218,7 @@ def _is_our_own(auto_map: Any) -> bool:
 
 
 def _configuration(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None where the file holds none that can be read."""
+    """A JSON object; None if the file does not hold one."""
     try:
         return read_json(file)
     except BadInput:
@@ -266,13 +266,13 @@ def _why_no_companion(file: Path, inside: Path) -> str | None:
     if _is_any_of(file.name, _RESULTS):
         return "measured on the dense weights"
     if _is_any_of(file.name, DESCRIPTIONS):
-        return "of the training; what it says is in the card"
+        return "of the training; the card has its contents"
     return "not known as part of a model"
 
 
 def _why_no_configuration(file: Path) -> str | None:
     if _is_any_of(file.name, _CONFIGURATIONS) and _configuration(file) is None:
-        return "not to be read as JSON"
+        return "not readable as JSON"
     if file.name == _SENTENCE_MODULES and not _is_list_of_known_modules(file):
         return "names code"
     return None

@@ -1,4 +1,4 @@
-"""Bytes out of files: a read that fails says so in one line."""
+"""Reading bytes from files; a failure is reported in one line."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def require_content(path: Path, head: bytes) -> None:
-    """Refuse what is often found in the place of a model file: nothing, a git-LFS pointer, a web page.
+    """Refuse what is often in the place of a model file: nothing, a git-LFS pointer, a web page.
 
     Args:
         path: The file, for the message.

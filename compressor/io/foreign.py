@@ -1,4 +1,4 @@
-"""Files of other formats, known by their first bytes: each with its name and what makes weights of it."""
+"""Files of other formats, recognized by their first bytes: each with its name and a way to convert it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FORMATS: Sequence[tuple[re.Pattern[bytes], str, str]] = [
         (
             rb"\x80[\x02-\x05].*(?:sklearn|xgboost|lightgbm|catboost)",
             "a pickled model of scikit-learn or the like",
-            "there is no network in it that could be factorized, unless you save its matrices by name as safetensors",
+            "it contains no network; save its matrices by name as safetensors to factorize them",
         ),
         (rb"\x1f\x8b|\x28\xb5\x2f\xfd|\xfd7zXZ|BZh|7z\xbc\xaf", "a compressed file", _UNPACK),
         (rb".{257}ustar", "a tar archive", _UNPACK),
@@ -55,7 +55,7 @@ _FORMATS: Sequence[tuple[re.Pattern[bytes], str, str]] = [
 
 
 def refuse_foreign(path: Path, head: bytes) -> None:
-    """Refuse a file of a format that is known and not read, naming it.
+    """Refuse a file of a known format that is not supported, and name it.
 
     Args:
         path: The file.
@@ -70,21 +70,21 @@ def refuse_foreign(path: Path, head: bytes) -> None:
     if found is None and _is_llama2c(head, path.stat().st_size):
         found = ("a llama2.c model", "give the ckpt.pt that export.py of llama2.c made it from")
     if found is not None:
-        raise BadInput(f"is {found[0]}, which is not read here", where=path, remedy=found[1])
+        raise BadInput(f"is {found[0]}, which is not supported", where=path, remedy=found[1])
 
 
 def refuse_foreign_in(folder: Path, names: Sequence[str]) -> None:
-    """Refuse a folder without weights where one of its files is a model of another format, naming it."""
+    """Refuse a folder without weights if one of its files is a model of another format, and name it."""
     for name in names:
         if name == "saved_model.pb":
-            raise BadInput("is a TensorFlow SavedModel, which is not read here", where=folder, remedy=_ORIGINAL)
+            raise BadInput("is a TensorFlow SavedModel, which is not supported", where=folder, remedy=_ORIGINAL)
         path = folder / name
         if path.is_file() and path.suffix not in (".json", ".txt", ".md", ".py"):
             refuse_foreign(path, read_bytes_at(path, 0, min(HEAD, path.stat().st_size)))
 
 
 def _archive(path: Path) -> tuple[str, str] | None:
-    """What a zip file that is no torch checkpoint is."""
+    """The kind of a zip file that is not a torch checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -29,15 +29,15 @@ _RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
 # The number of the system call, for C libraries that have no function for it.
 _RENAMEAT2 = {"x86_64": 316, "aarch64": 276, "riscv64": 276}
-# What Linux answers for a file system, or a kernel, that does not know the flags.
+# The errors of Linux for a file system, or a kernel, that does not know the flags.
 _UNKNOWN_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A path to write a file to that becomes `path` when the block ends well, and leaves no trace when it does not.
+    """Yield a path to write to; the file becomes `path` if the block succeeds, and leaves no trace if it fails.
 
-    A symbolic link at `path` is replaced, and what it points to is left alone.
+    A symbolic link at `path` is replaced, and its target is left alone.
 
     Raises:
         BadInput: the folder is not writable or full, `path` is a folder, or it exists without `overwrite`.
@@ -79,7 +79,7 @@ def staged_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def _staged(path: Path) -> Iterator[Workspace]:
-    """A workspace for what will stand at `path`; failures of the operating system are the output's."""
+    """A workspace for an output at `path`; failures of the operating system are attributed to the output."""
     remove_abandoned(path.parent)
     try:
         with workspace_beside(path) as workspace:
@@ -109,12 +109,12 @@ def _concerns(error: Exception, path: Path) -> bool:
 
 
 def _made_by_somebody_else(path: Path) -> BadInput:
-    what = "was made by somebody else in the meantime"
+    what = "was created by another process in the meantime"
     return BadInput(what, where=path, remedy="choose another output, or replace it with `overwrite`")
 
 
 def _create_file(new: Path, path: Path) -> bool:
-    """Give a file its path; False where something is there."""
+    """Move a file to its path; False if something exists there."""
     if (done := _created(new, path)) is not None:
         return done
     try:
@@ -132,7 +132,7 @@ def _create_file(new: Path, path: Path) -> bool:
 
 
 def _create_folder(new: Path, path: Path) -> bool:
-    """Give a folder its path; False where something is there."""
+    """Move a folder to its path; False if something exists there."""
     if (done := _created(new, path)) is not None:
         return done
     # A folder that has come in the meantime is not replaced by a rename either, unless it is empty.
@@ -143,7 +143,7 @@ def _create_folder(new: Path, path: Path) -> bool:
 
 
 def _created(new: Path, path: Path) -> bool | None:
-    """Move to a path where nothing is: whether that was so, and None where the file system cannot tell."""
+    """Move to a path that must not exist: whether it did not, or None if the file system cannot tell."""
     try:
         return True if _renameat2(new, path, _RENAME_NOREPLACE) else None
     except FileExistsError:
@@ -164,7 +164,7 @@ def _replace_folder(new: Path, path: Path, workspace: Workspace) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Rename with the flags of Linux; False where the platform or the file system does not know them."""
+    """Rename with the flags of Linux; False if the platform or the file system does not support them."""
     function = _system_call()
     if function is None:
         return False
@@ -219,7 +219,7 @@ def _with_files(manifest: Path, files: Set[Path]) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    """Have the contents of a file, or of all files of a folder, on the disk before they get their name."""
+    """Flush the contents of a file, or of all files of a folder, to the disk before they get their names."""
     if not path.is_dir():
         _sync_contents(path)
         return

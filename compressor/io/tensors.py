@@ -1,4 +1,4 @@
-"""What is known of a tensor before its values are read, and the two places where values can be."""
+"""Metadata of a tensor, known before its values are read, and the two places where values are stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_NAME = 4096
 
 
 def require_short_names(names: Iterable[str], path: Path) -> None:
-    """Refuse a file with a tensor name that no screen, table or pattern is made for."""
+    """Refuse a file with a tensor name too long for screens, tables and patterns."""
     for name in names:
         if len(name) > LONGEST_NAME:
             what = f"has a tensor with a name of {len(name):,} characters ({name[:40]!r}...)"
@@ -25,8 +25,8 @@ def require_short_names(names: Iterable[str], path: Path) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, in bytes: what is written there changes the tensor."""
-    # numpy knows no bfloat16 and no eight-bit floats, but it knows bytes.
+    """The memory of a contiguous CPU tensor, as bytes: writing there changes the tensor."""
+    # NumPy has no bfloat16 and no eight-bit floats, but it has bytes.
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -50,7 +50,7 @@ class TensorInfo:
 
 
 class StoredTensor(Protocol):
-    """A tensor whose values are somewhere: `read` copies them into fresh CPU memory."""
+    """A tensor whose values are stored somewhere: `read` copies them into new CPU memory."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -60,7 +60,7 @@ class StoredTensor(Protocol):
 
     @property
     def region(self) -> Hashable:
-        """Equal for two tensors exactly when they are one and the same stored values."""
+        """Equal for two tensors if and only if they are the same stored values."""
 
     def read(self) -> torch.Tensor: ...
 

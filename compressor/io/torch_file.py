@@ -1,4 +1,4 @@
-"""State dicts that `torch.save` wrote, read without running anything that they contain."""
+"""State dicts written by `torch.save`, read without running code that they contain."""
 
 from __future__ import annotations
 
@@ -127,8 +127,10 @@ def _number_on_disk(path: Path, records: Mapping[int, int], tensor: torch.Tensor
 
 
 def without_wrapper_prefixes(names: list[str]) -> list[str]:
-    """Names as the bare module knows them: `module.` (DistributedDataParallel) and `_orig_mod.`
-    (torch.compile) are removed where every name starts with them."""
+    """Names as in the bare module: `module.` (DistributedDataParallel) and `_orig_mod.` (torch.compile) are removed.
+
+    Only if every name starts with them.
+    """
     for prefix in _PREFIXES * 2:
         if all(name.startswith(prefix) for name in names):
             names = [name.removeprefix(prefix) for name in names]
@@ -203,7 +205,7 @@ def _require_modest_record(path: Path, archive: zipfile.ZipFile, entry: zipfile.
 
 
 def _require_few_containers(path: Path) -> None:
-    """Refuse a file of the older format whose pickles make too much, by their opcodes alone."""
+    """Refuse a file of the older format whose pickles create too many objects, by their opcodes alone."""
     containers = 0
     with reading(path), path.open("rb") as file:
         try:
@@ -222,7 +224,7 @@ def _too_many_containers(path: Path) -> BadInput:
 
 
 def _require_stored_values(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse tensors that would take far more memory than the file has bytes, because they repeat what it stores."""
+    """Refuse tensors that need far more memory than the file has bytes, because they repeat stored values."""
     size, total = path.stat().st_size, 0
     for name, tensor in {tensor.region: (name, tensor) for name, tensor in tensors.items()}.values():
         needed = math.prod(tensor.shape) * tensor.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds beside the model's weights: the state of the run, and how it was set up."""
+"""The contents of a training checkpoint besides the model's weights: the state of the run and its settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _MOST_CHARACTERS = 4096
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a checkpoint holds under `key` that is not among the model's weights, and its size."""
+    """An entry of a checkpoint, under `key`, that is not among the model's weights, and its size."""
 
     key: str
     kind: str
@@ -51,7 +51,7 @@ class LeftOut:
 
 
 class Settings(dict[Any, Any]):
-    """Stands for an object that holds settings: a mapping of them, whatever class was pickled."""
+    """A mapping in the place of an object that holds settings, whatever its class was."""
 
     def __new__(cls, *_: object) -> Settings:
         return super().__new__(cls)
@@ -76,17 +76,17 @@ def settings_as_mappings() -> Iterator[None]:
 
 
 def kind_of(key: str) -> str:
-    """What is kept under a key of a training checkpoint, in a few words."""
+    """What an entry of a training checkpoint holds, in a few words."""
     return next((kind for kind, pattern in _KINDS if pattern.search(key.lower())), "not part of the model")
 
 
 def is_ema(key: str) -> bool:
-    """Whether a key says that an exponential moving average of the weights is kept under it."""
+    """Whether a key is that of an exponential moving average of the weights."""
     return kind_of(key).startswith("EMA")
 
 
 def of_an_optimizer(name: str) -> bool:
-    """Whether the name of a tensor in a flat file says that it is an optimizer's."""
+    """Whether a tensor in a flat file is an optimizer's, by its name."""
     return _OF_AN_OPTIMIZER.match(name) is not None
 
 
@@ -144,7 +144,7 @@ def plain_document(
 
 
 def _beside(document: Mapping[Any, Any], keys: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """What stands beside the weights, which `keys` lead to, by the keys that lead to it."""
+    """The entries beside the weights, which `keys` lead to, by their own keys."""
     for depth, on_the_way in enumerate((*keys, None)):
         for key, value in document.items():
             if key != on_the_way and not (on_the_way is None and isinstance(value, torch.Tensor)):

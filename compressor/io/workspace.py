@@ -1,8 +1,8 @@
-"""Folders of a running process: locked while it lives, and removed by the next run where it died.
+"""Folders of a running process: locked while it lives, and removed by the next run if it died.
 
-A workspace holds a file `lock`, on which its process has an exclusive `flock`: the kernel gives it up when the process
-ends, however it ends. An output is made in `new/NAME` of a workspace beside it, and `old/NAME` is what stood in its
-place where the file system cannot exchange the two at once.
+A workspace holds a file `lock` with an exclusive `flock`, which the kernel releases when the process ends, however it
+ends. An output is made in `new/NAME` of a workspace beside it; `old/NAME` is the output that it replaces, if the file
+system cannot exchange the two atomically.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _NAMES = re.compile(rf"\..{{1,40}}\.[0-9a-f]{{12}}\.partial|{_TEMPORARY}[0-9a-f]
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder that is this process's own until it is removed."""
+    """A folder that belongs to this process until it is removed."""
 
     path: Path
     _descriptor: int
 
     def new(self, name: str) -> Path:
-        """Where an output of that name is made."""
+        """The path at which an output of that name is made."""
         return self._place("new", name)
 
     def old(self, name: str) -> Path:
-        """Where what an output replaces is put for a moment."""
+        """The path to which a replaced output is moved for a moment."""
         return self._place("old", name)
 
     def _place(self, folder: str, name: str) -> Path:
@@ -42,7 +42,7 @@ class Workspace:
         return self.path / folder / name
 
     def remove(self) -> None:
-        """Remove the folder with all that is in it, and give the lock up."""
+        """Remove the folder and its contents, and release the lock."""
         try:
             _settle_and_remove(self.path)
         finally:
@@ -64,7 +64,7 @@ def workspace_beside(path: Path) -> Iterator[Workspace]:
 
 
 def temporary_workspace(parent: Path) -> Workspace:
-    """A workspace for temporary files, to be removed by whoever asked for it.
+    """A workspace for temporary files, to be removed by the caller.
 
     Raises:
         OSError: `parent` cannot be written to.
@@ -74,9 +74,9 @@ def temporary_workspace(parent: Path) -> Workspace:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the workspaces in a folder whose process has died, and finish what one was about to replace.
+    """Remove the workspaces in a folder whose process has died, and complete an interrupted replacement.
 
-    Where the old output had been moved away and the new one, complete by then, was not yet in its place, it is put
+    If the old output had been moved away and the new one, complete by then, was not yet in its place, it is moved
     there. Workspaces of running processes, of other users, and on file systems without locks are left alone.
     """
     with suppress(OSError), os.scandir(folder) as entries:
@@ -137,7 +137,7 @@ def _remove_if_abandoned(path: Path) -> None:
 
 
 def _settle_and_remove(workspace: Path) -> None:
-    """Remove a workspace, the lock last; what was moved out of its place is seen to first, and is never removed."""
+    """Remove a workspace, the lock last; an output that was moved away is restored first, and never removed."""
     with suppress(FileNotFoundError):
         if not all(_settle(workspace, old) for old in (workspace / "old").iterdir()):
             return
@@ -152,7 +152,7 @@ def _settle_and_remove(workspace: Path) -> None:
 
 
 def _settle(workspace: Path, old: Path) -> bool:
-    """Whether something stands at the place that `old` was moved from: the new output, or else the old one again."""
+    """Whether there is an output at the path that `old` was moved from: the new one, or else the old one again."""
     place = workspace.parent / old.name
     for candidate in (workspace / "new" / old.name, old):
         if os.path.lexists(place):

@@ -1,4 +1,4 @@
-"""Tensors into weight files, one at a time. Where a file must be complete or absent, it is written to a staged path."""
+"""Writes tensors into weight files, one at a time. For files that are complete or absent, write to a staged path."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor, on any device and with any strides, in its place in the file."""
+        """Write one tensor, on any device and with any strides, to its place in the file."""
         info = self._missing.get(name)
         if info is None:
             raise CompressorError(f"{self._path}: tensor {name!r} was not announced or was already written")
@@ -146,7 +146,7 @@ class ShardedWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor in its place in its file."""
+        """Write one tensor to its place in its file."""
         if name not in self._writer_of:
             raise CompressorError(f"{self._folder}: tensor {name!r} was not announced")
         self._writer_of[name].write(name, tensor)
@@ -163,7 +163,7 @@ class ShardedWriter:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document in the way of transformers (two spaces, a final newline)."""
+    """Write a JSON document as transformers does (two spaces, a final newline)."""
     # A name may hold half a surrogate pair, which UTF-8 has no bytes for and JSON an escape.
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     path.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -59,7 +59,7 @@ def test_a_folder_gets_what_a_model_consists_of_and_the_rest_is_named(
         "gone.json": "a broken link or no regular file",
         "secret.json": "a link out of the model folder",
         "latest.json": "not known as part of a model",
-        "trainer_state.json": "of the training; what it says is in the card",
+        "trainer_state.json": "of the training; the card has its contents",
         "training_args.bin": "pickles, which run code when they are loaded",
     }
     assert all(name in caplog.text for name in not_copied)

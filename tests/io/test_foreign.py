@@ -88,7 +88,7 @@ FORMATS: dict[str, tuple[Callable[[], bytes], str, str]] = {
 def test_the_format_is_named_with_what_converts_it(tmp_path: Path, case: str, name: str) -> None:
     make, what, remedy = FORMATS[case]
     (tmp_path / name).write_bytes(make())
-    with pytest.raises(BadInput, match=rf"is {what}.*, which is not read here; .*{remedy}"):
+    with pytest.raises(BadInput, match=rf"is {what}.*, which is not supported; .*{remedy}"):
         open_checkpoint(tmp_path / name)
 
 
@@ -96,7 +96,7 @@ def test_the_format_is_named_with_what_converts_it(tmp_path: Path, case: str, na
 def test_a_folder_that_holds_nothing_else_is_refused_by_its_format(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / name).write_bytes(FORMATS[name.rpartition(".")[2]][0]() if name != "saved_model.pb" else b"\x08\x01")
-    with pytest.raises(BadInput, match=r"is an? (GGUF|ONNX|TensorFlow).*which is not read here"):
+    with pytest.raises(BadInput, match=r"is an? (GGUF|ONNX|TensorFlow).*which is not supported"):
         open_checkpoint(tmp_path)
 
 

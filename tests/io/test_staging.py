@@ -346,7 +346,7 @@ def test_of_two_runs_that_create_one_output_the_first_wins_and_the_second_is_tol
         write(path, 1.0, lambda: None)
         first.append(contents(path))
 
-    with pytest.raises(BadInput, match=r"made by somebody else.*`overwrite`"):
+    with pytest.raises(BadInput, match=r"created by another process.*`overwrite`"):
         write(path, 2.0, meanwhile)
     assert [contents(path)] == first
     assert names(tmp_path) == ["out"]
@@ -361,7 +361,7 @@ def test_a_file_system_without_links_takes_files_too(
     monkeypatch.setattr(os, "link", refused)
     file_with(tmp_path / "out", 1.0, lambda: None)
     before = contents(tmp_path / "out")
-    with pytest.raises(BadInput, match="somebody else"):
+    with pytest.raises(BadInput, match="another process"):
         file_with(tmp_path / "out", 2.0, lambda: None)
     assert contents(tmp_path / "out") == before
 
@@ -371,7 +371,7 @@ def test_a_folder_made_by_somebody_else_meanwhile_is_kept(tmp_path: Path, either
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").write_text("")
 
-    with pytest.raises(BadInput, match="somebody else"):
+    with pytest.raises(BadInput, match="another process"):
         folder_with(tmp_path / "out", 1.0, make)
     assert contents(tmp_path) == {"out/theirs": b""}
 
