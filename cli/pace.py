@@ -1,4 +1,4 @@
-"""The time left of a whole command, from the steps that it announced and the time that they took so far."""
+"""Estimates the remaining time of a command, from its announced steps and the time that they have taken."""
 
 from __future__ import annotations
 

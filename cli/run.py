@@ -1,4 +1,4 @@
-"""Which command is meant, and what its end means for the shell."""
+"""Dispatches to a command, and maps its outcome to an exit status."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _misspelled(arguments: Sequence[str]) -> str | None:
-    """The subcommand that is meant by a first word that is nearly one, and nothing that could be a model."""
+    """The subcommand that a first word nearly spells, if the word cannot be a model."""
     word = arguments[0] if arguments else ""
     if word in SUBCOMMANDS or not word.isalpha() or os.path.lexists(word):
         return None
@@ -64,7 +64,7 @@ def _misspelled(arguments: Sequence[str]) -> str | None:
 
 
 def _failed(error: Exception, help_of: str) -> int:
-    """Say in one line what went wrong, and return the exit status that it has."""
+    """Report an error in one line, and return its exit status."""
     from compressor.formatting import one_line
 
     if isinstance(error, typer.TyperException):

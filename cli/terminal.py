@@ -25,13 +25,13 @@ LINE_SECONDS, SILENCE_SECONDS = 10.0, 60.0
 
 
 def write_error(text: str) -> None:
-    """Write to standard error; where nobody reads it any more there is nobody to tell."""
+    """Write to standard error; ignore a closed pipe."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def document_text(document: Mapping[str, Any]) -> str:
-    """One JSON document; NaN and infinities, which JSON has no word for, become null."""
+    """One JSON document; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"
 
 
@@ -46,8 +46,9 @@ def _finite(value: Any) -> Any:
 
 
 def write_rendered(content: RenderableType) -> None:
-    """Write what a person reads to standard output: colored on a terminal; elsewhere words are wrapped at 80 columns,
-    and tables as wide as they are.
+    """Write a page to standard output: in color on a terminal; elsewhere as plain text.
+
+    In plain text sentences are wrapped at 80 columns, and tables are as wide as they need to be.
     """
     from rich.console import Console
 
@@ -62,9 +63,9 @@ def write_rendered(content: RenderableType) -> None:
 
 
 def write_text(text: str) -> None:
-    """Write to standard output; a reader that has gone, as in `compress inspect MODEL | head`, is no failure.
+    """Write to standard output; ignore a closed pipe, as in `compress inspect MODEL | head`.
 
-    Raises `CompressorError` where it cannot be written for another reason, such as a full disk.
+    Raises `CompressorError` if it cannot be written for another reason, such as a full disk.
     """
     with writing_to_standard_output():
         sys.stdout.write(text)
@@ -73,7 +74,7 @@ def write_text(text: str) -> None:
 
 @contextmanager
 def writing_to_standard_output() -> Iterator[None]:
-    """Silence a reader that has gone, and turn other failures into `CompressorError`; later output leads nowhere."""
+    """Ignore a closed pipe, and turn other failures into `CompressorError`; discard later output."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Stage 6: pairs into files, torch modules and a transformers configuration, and back to dense."""
+"""The low-rank format: pairs into files, torch modules and a transformers configuration, and back to dense."""
 
 from __future__ import annotations
 

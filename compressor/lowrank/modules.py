@@ -53,7 +53,7 @@ _OF_WEIGHTS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 def carry_over(dense: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the hooks of the dense one in whose place it is called, and the attributes that it has not itself.
+    """Give a layer the hooks of the dense one that it replaces, and the attributes that it does not have itself.
 
     The hooks of `state_dict` are not among them.
     """
@@ -107,9 +107,9 @@ def low_rank_layer(dense: nn.Module, form: str, rank: int) -> nn.Module:
 
 
 def put_layer(root: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Put a layer in the place `name` of a module tree, and return the tree.
+    """Put a layer at `name` in a module tree, and return the tree.
 
-    The tree itself is changed, unless the root is the layer. AttributeError when there is no such place.
+    The tree itself is changed, unless the root is the layer. AttributeError if there is no such name.
     """
     if not name:
         return layer

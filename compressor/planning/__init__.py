@@ -1,4 +1,4 @@
-"""Stage 4: a budget becomes a rank for every layer, and why."""
+"""A budget and measurements to a plan: a rank for every layer, and why."""
 
 from __future__ import annotations
 

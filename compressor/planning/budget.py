@@ -1,4 +1,4 @@
-"""What was asked for: how small, or how close."""
+"""Budgets: how small, or how close."""
 
 from __future__ import annotations
 
