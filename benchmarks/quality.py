@@ -283,7 +283,7 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 
 def at_published_ranks(cell: Cell) -> Compressed:
     """Our metric and our factors with the same fraction of every layer, pivoted where they can be."""
-    form: str = "pivoted" if cell.pivotable else "channel"
+    form = "pivoted" if cell.pivotable else "channel"
     ranks = cell.uniform_ranks(lambda shape, rank: stored_parameters(shape, form, rank))
     layers = tuple(
         LayerPlan(

@@ -11,7 +11,7 @@ import ast
 import builtins
 import inspect
 import symtable
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+"""
+
+_BUILDERS = """def layer_builder(form):
+    build, settings = {{{builders}}}[form]
+    return lambda dense, rank: build(dense, rank, **settings)
 """
 
 _CLASSES = '''
@@ -116,14 +121,15 @@ def remote_artifact(checkpoint: Checkpoint, config: Mapping[str, Any], shard_siz
 def remote_code(architecture: str, configuration: str) -> str:
     """The source of the exported module: our low-rank layers, without this package, and the model's two classes.
 
-    Raises `CompressorError` when the layers have come to need more of this package.
+    Raises `CompressorError` where the layers use more of this package than is copied.
     """
     shared, own = _body(layers), _body(low_rank_modules)
-    parts: list[str] = []
+    pieces: dict[Callable[..., Any], None] = {}
     for form in FORMS.values():
-        parts += [*map(inspect.getsource, form.classes), inspect.getsource(form.build)]
-    builders = ", ".join(f"{form.name!r}: {form.build.__name__}" for form in FORMS.values())
-    table = f"def layer_builder(form):\n    return {{{builders}}}[form]\n"
+        pieces |= dict.fromkeys((*form.classes, form.build))
+    parts = [inspect.getsource(piece) for piece in pieces]
+    builders = ", ".join(f"{form.name!r}: ({form.build.__name__}, {form.settings!r})" for form in FORMS.values())
+    table = _BUILDERS.format(builders=builders)
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )
@@ -142,7 +148,7 @@ def _body(module: ModuleType) -> str:
 
 
 def _undefined(code: str) -> set[str]:
-    """The names that code uses, anywhere in it, and does not define."""
+    """The names that a module's code uses, also inside functions, and does not define."""
     top = symtable.symtable(code, "code", "exec")
     defined = {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}
     used = {

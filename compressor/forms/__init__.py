@@ -38,12 +38,12 @@ def layer_builder(form: str) -> Callable[[nn.Module, int], nn.Module]:
     """What builds the unfilled layer of a form in place of a dense one, from this one and a rank."""
     if form not in FORMS:
         raise ValueError(f"there is no low-rank form {form!r}")
-    return FORMS[form].build
+    return FORMS[form].layer
 
 
 def has_own_errors(form: str) -> bool:
-    """Whether a form's errors are others than those of the layer's own matrix."""
-    return form != DENSE and FORMS[form].own_errors
+    """Whether a layer's errors in a form differ from those of the truncated SVD of its own matrix."""
+    return form != DENSE and FORMS[form].has_own_errors
 
 
 def factorized_shape(weight: DenseWeight, form: str) -> tuple[int, int]:

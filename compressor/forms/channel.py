@@ -103,7 +103,7 @@ class ChannelForm(PairForm):
     """`r (d_out + c k_h k_w)` numbers; of a transposed convolution `r (d_out k_h k_w + c)`."""
 
     name: str = "channel"
-    build: Callable[[nn.Module, int], nn.Module] = channel_layer
+    build: Callable[..., nn.Module] = channel_layer
     classes: tuple[type[nn.Module], ...] = (LowRankConvolution, LowRankTransposedConvolution)
 
     def takes(self, weight: DenseWeight) -> bool:

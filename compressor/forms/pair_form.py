@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -81,11 +81,12 @@ class StoredPairShape:
 class PairForm(ABC):
     """One form in which a pair can be stored: a frozen object, registered in `FORMS`.
 
-    Tensors are told by their names below the layer's, such as `down.weight`, in the order of the file. `build` makes
-    the unfilled module that runs in a dense layer's place. An exported folder brings the source of `build` and of the
-    `classes` along, so both use nothing but torch and what `forms/layers.py` defines.
+    Tensors go by their names below the layer's, such as `down.weight`, in the order of the file. `build` makes the
+    unfilled module from a dense layer, a rank, and the form's `settings`, which are plain Python values. An exported
+    folder contains the source of `build` and of the `classes`, so both use only torch and what `forms/layers.py`
+    defines.
 
-    What every form has to say is abstract. What is not is what a pair of two factors, `up @ down`, says.
+    Abstract members differ from form to form. The others default to those of a pair `up @ down` of the layer's matrix.
     """
 
     name: str
@@ -93,14 +94,25 @@ class PairForm(ABC):
     bias: str = "up.bias"
     """Where the layer's bias is stored."""
 
-    own_errors: bool = False
-    """Whether its error at a rank is another than that of the truncated SVD of the layer's own matrix.
+    has_own_errors: bool = False
+    """Whether its error at a rank differs from that of the truncated SVD of the layer's own matrix.
 
-    Of forms without, the planner takes the smallest at each rank; a form with has its own ranks among the choices.
+    Where it does not, the form is a choice at the ranks at which it is the smallest of all such forms. Where it does,
+    it is a choice at every rank.
     """
 
-    build: Callable[[nn.Module, int], nn.Module]
+    build: Callable[..., nn.Module]
     classes: tuple[type[nn.Module], ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields that a form has beside those of every form, such as the bits of its factors."""
+        common = {each.name for each in fields(PairForm)}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
+
+    def layer(self, dense: nn.Module, rank: int) -> nn.Module:
+        """The unfilled module that takes a dense layer's place; ValueError where it cannot become such a pair."""
+        return self.build(dense, rank, **self.settings)
 
     @abstractmethod
     def takes(self, weight: DenseWeight) -> bool:
@@ -161,9 +173,9 @@ class PairForm(ABC):
         """The pair as weights are merged: `down` of `r x d_in`, `up` of `d_out x r`, with a convolution's kernel."""
 
     def own_values(self, weight: Tensor) -> Spectrum:
-        """The singular values of the matrix that a form with `own_errors` factorizes."""
+        """The singular values of the matrix that a form with `has_own_errors` factorizes."""
         raise NotImplementedError
 
     def errors_in(self, weight: Tensor, metric: Metric, settings: FactorizationSettings) -> Spectrum:
-        """Relative errors in the metric of the loss, at rank 0, 1, .., of the pairs of a form with `own_errors`."""
+        """Relative errors in the metric of the loss, at rank 0, 1, .., of the pairs of a form with `has_own_errors`."""
         raise NotImplementedError

@@ -60,7 +60,7 @@ class PivotedForm(PairForm):
     name: str = "pivoted"
     names: tuple[str, ...] = ("down.weight", "up.weight", "order")
     bias: str = "bias"
-    build: Callable[[nn.Module, int], nn.Module] = pivoted_layer
+    build: Callable[..., nn.Module] = pivoted_layer
     classes: tuple[type[nn.Module], ...] = (PivotedLinear,)
 
     def takes(self, weight: DenseWeight) -> bool:

@@ -84,7 +84,7 @@ class PlainForm(PairForm):
     """`r (d_out + d_in)` numbers. A head that is tied to an embedding has no tensors of its own."""
 
     name: str = "plain"
-    build: Callable[[nn.Module, int], nn.Module] = plain_layer
+    build: Callable[..., nn.Module] = plain_layer
     classes: tuple[type[nn.Module], ...] = (LowRankLinear, LowRankEmbedding)
 
     def takes(self, weight: DenseWeight) -> bool:

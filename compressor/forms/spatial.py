@@ -92,8 +92,8 @@ class SpatialForm(PairForm):
     """`r (d_out k_w + c k_h)` numbers."""
 
     name: str = "spatial"
-    own_errors: bool = True
-    build: Callable[[nn.Module, int], nn.Module] = spatial_layer
+    has_own_errors: bool = True
+    build: Callable[..., nn.Module] = spatial_layer
     classes: tuple[type[nn.Module], ...] = (SpatialConvolution,)
 
     def takes(self, weight: DenseWeight) -> bool:

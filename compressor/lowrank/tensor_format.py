@@ -4,7 +4,7 @@ A pair replaces `X.weight` by the tensors that its form stores (the modules of `
 `X.bias` to where the form has it. A zero-size `X.weight` stays behind in each, so that a loader that does not know the
 format stops; its shape, one of `MARKERS`, says how the dense weight is laid out, which the factors of a square one
 leave open. A head tied to an embedding has no tensors. A weight `X` that is not called so, such as `rnn.weight_ih_l0`,
-becomes `X.down.weight` and `X.up.weight` beside a zero-size `X`. Everything else is passed through.
+becomes such tensors beside a zero-size `X`. Everything else is passed through.
 """
 
 from __future__ import annotations

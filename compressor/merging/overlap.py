@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.data import EvaluationData
-from compressor.forms import LowRankConvolution, LowRankLinear, PivotedLinear
+from compressor.forms import FORMS, LowRankEmbedding
 from compressor.measure import energy_rank
 from compressor.measure.scale import power_of_two
 from compressor.model import evaluation_mode, logits_of
@@ -260,16 +260,18 @@ def _batches(data: EvaluationData) -> list[Mapping[str, Tensor]]:
 
 def _matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that multiply by a matrix, by name; a low-rank one is one layer, not two."""
-    pairs = (LowRankLinear, PivotedLinear, LowRankConvolution)
+    pairs = tuple(each for form in FORMS.values() for each in form.classes)
     names = dict(model.named_modules())
+
+    def multiplies(module: nn.Module) -> bool:
+        if isinstance(module, pairs):
+            return not isinstance(module, LowRankEmbedding) and any(map(multiplies, module.children()))
+        return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or type(module).__name__ == "Conv1D"
+
     return {
         name: module
         for name, module in names.items()
-        if (
-            isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *pairs))
-            or type(module).__name__ == "Conv1D"
-        )
-        and not isinstance(names.get(name.rpartition(".")[0]), pairs)
+        if multiplies(module) and not isinstance(names.get(name.rpartition(".")[0]), pairs)
     }
 
 

@@ -51,7 +51,7 @@ def inspect_layers(
                 where=layer.tensor,
                 remedy="use a checkpoint from before the training diverged",
             )
-        own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.own_errors}
+        own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
         del weight
         of_layer = recipe.of_parameter(layer.tensor)
         inspected[layer.name] = InspectedLayer(
@@ -111,7 +111,7 @@ class InspectedLayer:
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer
-        own = {form.name: self.own_values.get(form.name) for form in FORMS.values() if form.own_errors}
+        own = {form.name: self.own_values.get(form.name) for form in FORMS.values() if form.has_own_errors}
         return {
             "name": layer.name,
             "kind": layer.kind,

@@ -256,7 +256,7 @@ def form_for(layer: Layer, rank: int, request: FormRequest) -> str:
 
 def _forms_alike(layer: Layer, request: FormRequest) -> list[str]:
     """The forms that lose the same at the same rank; the one that is asked for alone, where the layer can have it."""
-    alike = [form.name for form in pair_forms(layer) if not form.own_errors]
+    alike = [form.name for form in pair_forms(layer) if not form.has_own_errors]
     return [request] if request in alike else alike
 
 

@@ -22,7 +22,7 @@ from compressor import compress, export, merge, restore
 from compressor.forms import FORMS
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
-from tests.forms.diagonal import DIAGONAL
+from tests.forms.diagonal import DIAGONAL, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ OWN_CODE: dict[str, dict[str, str]] = {
     "transposed": {"back": "channel"},
     "tied": {"words": "plain"},
     "parameter": {"rnn.weight_ih_l0": "plain", "rnn.weight_hh_l0": "pivoted"},
-    "diagonal": {"square": "diagonal", "tall": "diagonal", "rnn.weight_ih_l0": "diagonal"},
+    "diagonal": {"square": "diagonal", "tall": "root diagonal", "rnn.weight_ih_l0": "diagonal"},
 }
 BLOCK, STAGE = "transformer.h.0", "resnet.encoder.stages.0.layers.0.layer"
 TRANSFORMERS: dict[str, dict[str, str]] = {
@@ -49,14 +49,15 @@ TRANSFORMERS: dict[str, dict[str, str]] = {
     "tied": {"transformer.wte": "plain"},
     "channel": {f"{STAGE}.0.convolution": "channel"},
     "spatial": {f"{STAGE}.0.convolution": "spatial", f"{STAGE}.1.convolution": "channel"},
-    "diagonal": {f"{BLOCK}.attn.c_proj": "diagonal", f"{BLOCK}.mlp.c_fc": "diagonal"},
+    "diagonal": {f"{BLOCK}.attn.c_proj": "diagonal", f"{BLOCK}.mlp.c_fc": "root diagonal"},
 }
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form that the package does not have is registered like its own."""
-    monkeypatch.setitem(FORMS, DIAGONAL.name, DIAGONAL)
+    """Forms that the package does not have are registered like its own."""
+    for form in (DIAGONAL, ROOT):
+        monkeypatch.setitem(FORMS, form.name, form)
 
 
 class OwnCode(nn.Module):

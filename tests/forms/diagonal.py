@@ -14,34 +14,36 @@ from compressor.network import Kind
 
 
 class DiagonalLinear(nn.Module):
-    """A pair with a diagonal: `y = up(scale * down(x))`."""
+    """A pair with a diagonal: `y = up(scale ** power * down(x))`."""
 
-    def __init__(self, dense: nn.Module, rank: int) -> None:
+    def __init__(self, dense: nn.Module, rank: int, power: int) -> None:
         super().__init__()
         kind, d_in, d_out = linear_sides(dense)
         factory = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.down = unfilled(nn.Linear, d_in, rank, bias=False, **factory)
         self.up = unfilled(nn.Linear, rank, d_out, bias=getattr(dense, "bias", None) is not None, **factory)
-        self.scale = nn.Parameter(torch.empty(rank, **factory))
+        self.power, self.root = power, f"scale{power}"
+        setattr(self, self.root, nn.Parameter(torch.empty(rank, **factory)))
         self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.up(self.scale * self.down(input))
+        return self.up(getattr(self, self.root) ** self.power * self.down(input))
 
 
-def diagonal_layer(dense: nn.Module, rank: int) -> nn.Module:
+def diagonal_layer(dense: nn.Module, rank: int, power: int) -> nn.Module:
     """An unfilled pair with a diagonal in place of a linear layer or a transformers `Conv1D`; else ValueError."""
-    return DiagonalLinear(dense, rank)
+    return DiagonalLinear(dense, rank, power)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalForm(PairForm):
-    """`r (d_out + d_in + 1)` numbers: the norms of the columns of `up` stand in `scale`."""
+    """`r (d_out + d_in + 1)` numbers, of which r are roots of the norms of the columns of `up`."""
 
     name: str = "diagonal"
-    names: tuple[str, ...] = ("down.weight", "up.weight", "scale")
-    build: Callable[[nn.Module, int], nn.Module] = diagonal_layer
+    names: tuple[str, ...] = ("down.weight", "up.weight", "scale1")
+    build: Callable[..., nn.Module] = diagonal_layer
     classes: tuple[type[nn.Module], ...] = (DiagonalLinear,)
+    power: int = 1
 
     def takes(self, weight: DenseWeight) -> bool:
         return len(weight.tensor_shape) == 2 and weight.kind != "embedding"
@@ -66,15 +68,18 @@ class DiagonalForm(PairForm):
 
     def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(pair, FactorPair)
-        scale = pair.up.norm(dim=0)
-        up = pair.up / scale.clamp(min=torch.finfo(torch.float64).tiny)
-        return {"down.weight": pair.down.to(dtype), "up.weight": up.to(dtype), "scale": scale.to(dtype)}
+        norms = pair.up.norm(dim=0)
+        up = pair.up / norms.clamp(min=torch.finfo(torch.float64).tiny)
+        values = (pair.down, up, norms ** (1 / self.power))
+        return {name: value.to(dtype) for name, value in zip(self.names, values, strict=True)}
 
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.merged(weight.kind, tensors).product()
 
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair:
-        return FactorPair(up=tensors["up.weight"] * tensors["scale"], down=tensors["down.weight"])
+        down, up, root = (tensors[name] for name in self.names)
+        return FactorPair(up=up * root**self.power, down=down)
 
 
 DIAGONAL = DiagonalForm()
+ROOT = DiagonalForm(name="root diagonal", names=("down.weight", "up.weight", "scale2"), power=2)

@@ -20,9 +20,9 @@ from compressor.forms import FORMS, PairForm, StoredWeight, pair_forms, recogniz
 from compressor.model import load_model
 from compressor.network import Kind
 from compressor.planning import Budget, LayerPlan, Plan
-from tests.forms.diagonal import DIAGONAL, DiagonalLinear
+from tests.forms.diagonal import DIAGONAL, ROOT, DiagonalLinear
 
-ALL = (*FORMS.values(), DIAGONAL)
+ALL = (*FORMS.values(), DIAGONAL, ROOT)
 DENSE_MODULES: dict[Kind, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(7, 9), (2, 7)),
     "convolution": (nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
@@ -31,10 +31,11 @@ DENSE_MODULES: dict[Kind, tuple[nn.Module, tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> PairForm:
-    monkeypatch.setitem(FORMS, DIAGONAL.name, DIAGONAL)
-    return DIAGONAL
+@pytest.fixture(params=[DIAGONAL, ROOT], ids=lambda form: form.name)
+def registered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PairForm:
+    form: PairForm = request.param
+    monkeypatch.setitem(FORMS, form.name, form)
+    return form
 
 
 @st.composite
@@ -95,7 +96,7 @@ def test_the_module_of_a_form_has_its_tensors_and_does_what_its_matrix_does(kind
         product = form.product(weight, stored)
         turned = kind in ("transposed convolution", "embedding")
         dense.weight.data = (product.T if turned else product).reshape(weight.tensor_shape)
-        layer = form.build(dense, 2)
+        layer = form.layer(dense, 2)
         bias = {} if kind == "embedding" else {form.bias: dense.bias}
         layer.load_state_dict({**stored, **bias, "weight": layer.weight}, strict=True)
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
@@ -105,7 +106,7 @@ def test_the_module_of_a_form_has_its_tensors_and_does_what_its_matrix_does(kind
 @pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
 def test_a_form_refuses_modules_that_it_is_not_for(form: PairForm) -> None:
     with pytest.raises(ValueError, match="Bilinear"):
-        form.build(nn.Bilinear(2, 2, 2), 1)
+        form.layer(nn.Bilinear(2, 2, 2), 1)
 
 
 @pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
@@ -175,11 +176,11 @@ def test_a_form_is_one_module_and_its_registration(registered: PairForm, tmp_pat
         tmp_path / "dense.pt", output=tmp_path / "small.safetensors", plan=tmp_path / "plan.json", factory=TwoLayers
     )
     layers = {layer.name: layer for layer in small.plan.layers}
-    assert (layers["last"].form, layers["last"].parameters) == ("diagonal", 4 * (24 + 16 + 1))
+    assert (layers["last"].form, layers["last"].parameters) == (registered.name, 4 * (24 + 16 + 1))
     assert max(layer.error for layer in small.plan.layers) < 1e-5
     loaded = load_model(tmp_path / "small.safetensors", TwoLayers)
     assert isinstance(loaded.last, DiagonalLinear)
-    in_memory = compress(model, plan=planned("diagonal")).model
+    in_memory = compress(model, plan=planned(registered.name)).model
     assert in_memory is not None
     for each in (loaded, in_memory):
         torch.testing.assert_close(each(x), model(x), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
 from compressor.data import Batch, EvaluationData
+from compressor.lowrank import low_rank_layer
 from compressor.merging import principal_cosines, row_space
 from compressor.merging.overlap import (
     data_overlap,
@@ -125,6 +126,18 @@ def test_with_a_base_what_interferes_is_what_the_others_added_to_it() -> None:
     x = normal(8, 6, seed=1)
     change = x @ (first[0].weight - base[0].weight).T
     assert found["0"][1] == pytest.approx(float(change.norm() / (x @ base[0].weight.T).norm()))
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial"])
+def test_a_low_rank_layer_is_one_layer(form: str) -> None:
+    nets: list[nn.Module] = [nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 3)) for _ in range(2)]
+    for net in nets:
+        pair = low_rank_layer(net.get_submodule("0"), form, 2)
+        for parameter in pair.parameters():
+            nn.init.normal_(parameter)
+        net.set_submodule("0", pair)
+    found = measured_interference(nets, [examples(torch.randn(4, 2, 4, 4))] * 2, device=CPU)
+    assert list(found) == ["0", "2"]
 
 
 def test_measuring_leaves_no_hook_behind() -> None:
