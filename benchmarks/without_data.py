@@ -104,7 +104,7 @@ def truncated(
 def rows_of(network: Network, model: nn.Module, task: Task, *, seed: int) -> list[dict[str, Any]]:
     """Loss, score and what is left of the score, for every size and rule."""
     subject = open_model(model)
-    layers = measured_layers(subject, inspect_layers(subject, 0.1, torch.device("cpu"), None))
+    layers = measured_layers(subject, inspect_layers(subject, 0.1, torch.device("cpu"), progress=None))
     tables = [layer_choices(m, "auto", "parameters") for m in layers]
     parameters = sum(m.layer.parameters for m in layers)
     loss, score = measured(model, task)

@@ -159,7 +159,7 @@ def compress(
     target = _target(subject.checkpoint, asked)
     data = _open_data(asked, subject, run)
     _announce(asked, subject, data)
-    inspected = inspect_layers(subject, EPSILON, run.device, run.progress)
+    inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
     measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
     _require_some(measured, subject.name)
     planned = _planned(asked, subject, measured, data=data, run=run)

@@ -59,13 +59,15 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples
     examples = None if data is None else open_data(data, preprocessing(asked, subject), Sample("train", limit))
-    evolved = None if series is None else measure_series(series, subject, chosen, progress)
-    inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress) if each.layer.eligible]
+    evolved = None if series is None else measure_series(series, subject, chosen, progress=progress)
+    inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress=progress) if each.layer.eligible]
     predictions: Predictions | None = None
     seen: dict[str, SeenLayer] = {}
     if examples is not None:
-        predictions, seen = measured_on_data(subject, examples, chosen, progress)
-    layers = tuple(diagnosed_layer(each, subject.recipe, seen.get(each.layer.name), evolved) for each in inspected)
+        predictions, seen = measured_on_data(subject, examples, chosen, progress=progress)
+    layers = tuple(
+        diagnosed_layer(each, subject.recipe, seen.get(each.layer.name), series=evolved) for each in inspected
+    )
     balance = balance_of(layers, subject.recipe)
-    findings = all_findings(subject.recipe, layers, predictions, balance)
+    findings = all_findings(subject.recipe, layers, predictions=predictions, balance=balance)
     return Diagnosis(subject.name, subject.recipe, layers, predictions, balance, evolved, findings)

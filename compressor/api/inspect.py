@@ -36,7 +36,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     subject = open_model(
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
-    inspected = inspect_layers(subject, asked.epsilon, resolve_device(asked.device), asked.progress)
+    inspected = inspect_layers(subject, asked.epsilon, resolve_device(asked.device), progress=asked.progress)
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,

@@ -383,9 +383,9 @@ def _texts(corpus: Corpus, use: _Use) -> _Examples:
         length = min(LONGEST_DEFAULT_WINDOW, int(longest))
     limit, reading = use.sample.limit, use.preprocessing.reading
     if reading == "tokens":
-        found = windows(corpus, tokenizer, length, limit, use.name, use.sample.least_windows or 0)
+        found = windows(corpus, tokenizer, length, limit=limit, name=use.name, least=use.sample.least_windows or 0)
         return replace(_token_windows(use.name, found.rows), unused=found.unused)
-    found = documents(corpus, tokenizer, length, limit, use.name)
+    found = documents(corpus, tokenizer, length, limit=limit, name=use.name)
     padding = getattr(tokenizer, "pad_token_id", None)
     return replace(_padded_rows(use.name, found.rows, padding, labeled=reading == "pairs"), unused=found.unused)
 

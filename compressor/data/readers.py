@@ -260,11 +260,11 @@ def in_arrays(
     """Check arrays by name; unless `labeled`, inputs that are not text may have no labels."""
     if _go_by_name(arrays, inputs):
         return _named_arrays(arrays, path)
-    input_name = _only_name(arrays, INPUT_NAMES, path, inputs)
+    input_name = _only_name(arrays, INPUT_NAMES, path, inputs=inputs)
     tokens = input_name == "input_ids" or arrays[input_name].dtype in _TOKEN_IDS
     label_name = None
     if (labeled and not tokens) or any(name in arrays for name in LABEL_NAMES):
-        label_name = _only_name(arrays, LABEL_NAMES, path, inputs)
+        label_name = _only_name(arrays, LABEL_NAMES, path, inputs=inputs)
     values = arrays[input_name]
     if values.ndim < 2 or values.numel() == 0:
         raise BadInput(
@@ -352,7 +352,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _only_name(
-    arrays: Mapping[str, Tensor], known: tuple[str, ...], path: str | Path, inputs: Collection[str] = ()
+    arrays: Mapping[str, Tensor], known: tuple[str, ...], path: str | Path, *, inputs: Collection[str] = ()
 ) -> str:
     found = [name for name in known if name in arrays]
     if len(found) != 1:

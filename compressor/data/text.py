@@ -163,14 +163,14 @@ def _cut(text: str) -> int:
 
 
 def windows(
-    corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None, name: str, least: int = 0
+    corpus: Corpus, tokenizer: Tokenizer, length: int, *, limit: int | None, name: str, least: int = 0
 ) -> TokenRows:
     """Windows of `length` tokens that do not overlap, of a large text no more than `limit`, from evenly spaced places.
 
     A short text is one shorter window. Raises `BadInput` for a text of less than two tokens or `least` whole windows.
     """
     if limit is not None and corpus.size > max(WHOLE_BYTES, 2 * limit * BYTES_PER_TOKEN * length):
-        found = [_window(corpus, tokenizer, length, corpus.size * i // limit, name) for i in range(limit)]
+        found = [_window(corpus, tokenizer, length, place=corpus.size * i // limit, name=name) for i in range(limit)]
         share = sum(used for _, used in found) / corpus.size
         return TokenRows([row for row, _ in found], f"about {100 * (1 - share):.3g} % of the text")
     tokens = _all_tokens(corpus, tokenizer)
@@ -190,7 +190,7 @@ def windows(
     return TokenRows(tokens[: len(tokens) // size * size].reshape(-1, size).unbind())
 
 
-def _window(corpus: Corpus, tokenizer: Tokenizer, length: int, place: int, name: str) -> tuple[Tensor, int]:
+def _window(corpus: Corpus, tokenizer: Tokenizer, length: int, *, place: int, name: str) -> tuple[Tensor, int]:
     """The first tokens from a position on, and about how many bytes they cover."""
     count = BYTES_PER_TOKEN * length
     while True:
@@ -248,7 +248,7 @@ def _tokens(ids: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.asarray(ids, dtype=np.int32))
 
 
-def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | None, name: str) -> TokenRows:
+def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, *, limit: int | None, name: str) -> TokenRows:
     """A document in a row with its special tokens; longer ones in several rows of `length` tokens.
 
     A line of a .txt file is a document. With a `limit` no more are tokenized, evenly spaced, of each its first row; of
@@ -260,7 +260,7 @@ def documents(corpus: Corpus, tokenizer: Tokenizer, length: int, limit: int | No
     counts = [1 if each is None else len(each) for each in lines]
     number = sum(counts)
     if limit is not None and number < limit and corpus.size > WHOLE_BYTES:
-        found = windows(corpus, tokenizer, inside, limit, name)
+        found = windows(corpus, tokenizer, inside, limit=limit, name=name)
         return TokenRows([torch.cat([before, row, after]) for row in found.rows], found.unused)
     few = limit is not None and number >= limit
     chosen = [i * number // limit for i in range(limit)] if limit is not None and few else range(number)

@@ -47,6 +47,7 @@ class Finding:
 def all_findings(
     recipe: TrainingRecipe,
     layers: Sequence[DiagnosedLayer],
+    *,
     predictions: Predictions | None,
     balance: NormBalance | None,
 ) -> tuple[Finding, ...]:

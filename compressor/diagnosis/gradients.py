@@ -41,6 +41,7 @@ def measured_on_data(
     subject: Model,
     data: EvaluationData,
     device: torch.device,
+    *,
     progress: Progress | None,
 ) -> tuple[Predictions, dict[str, SeenLayer]]:
     """Run forward and backward passes over the data, and measure the layers and the predictions."""
@@ -53,7 +54,7 @@ def measured_on_data(
     modules = {name: model.get_submodule(layer.module) for name, layer in eligible.items() if layer.kind != "parameter"}
     with evaluation_mode(device, model):
         quality = measure_quality(model, data, device=device)
-        gradients, counts = _gradients(model, weights, data, progress)
+        gradients, counts = _gradients(model, weights, data=data, progress=progress)
         chance = float(counts.max() / counts.sum()) if quality.metric == "accuracy" else float(len(counts))
         batch = data.read(range(min(data.count, data.batch_size, PROBED)))
         examples = len(next(iter(batch.inputs.values())))
@@ -64,7 +65,7 @@ def measured_on_data(
                 name: scaling_degree(weight, lambda: logits_of(model, batch.inputs)) for name, weight in weights.items()
             }
         invariant = {name: weights[name] for name, degree in degrees.items() if degree == 0}
-        squares = _gradient_squares(model, invariant, data, subject.recipe.batch_size)
+        squares = _gradient_squares(model, invariant, data=data, batch_size=subject.recipe.batch_size)
     seen = {
         name: SeenLayer(
             weight,
@@ -82,7 +83,7 @@ def measured_on_data(
 
 
 def _gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], data: EvaluationData, progress: Progress | None
+    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, progress: Progress | None
 ) -> tuple[dict[str, Tensor | None], Tensor]:
     """Gradients of the mean cross-entropy at every weight, None for one that is not reached; and the count of each
     label.
@@ -125,7 +126,7 @@ def _summed_loss(model: nn.Module, batch: Batch, data: EvaluationData) -> tuple[
 
 
 def _gradient_squares(
-    model: nn.Module, weights: Mapping[str, Tensor], data: EvaluationData, batch_size: int | None
+    model: nn.Module, weights: Mapping[str, Tensor], *, data: EvaluationData, batch_size: int | None
 ) -> dict[str, float]:
     """E||g||^2 of the mean loss of a random mini-batch at every weight; {} if the data are less than a batch."""
     if not weights or batch_size is None or batch_size > data.count:

@@ -23,7 +23,7 @@ from compressor.recipe import TrainingRecipe
 
 
 def diagnosed_layer(
-    inspected: InspectedLayer, recipe: TrainingRecipe, seen: SeenLayer | None, series: RankSeries | None
+    inspected: InspectedLayer, recipe: TrainingRecipe, seen: SeenLayer | None, *, series: RankSeries | None
 ) -> DiagnosedLayer:
     layer, start = inspected.layer, inspected.initialization
     assert inspected.singular_values is not None

@@ -100,7 +100,7 @@ class RankSeries:
 
 
 def measure_series(
-    folder: str | Path, subject: Model, device: torch.device, progress: Progress | None = None
+    folder: str | Path, subject: Model, device: torch.device, *, progress: Progress | None = None
 ) -> RankSeries:
     """Measure the eligible layers of a model in every checkpoint in `folder`, its files or folders with a step number.
 

@@ -101,7 +101,7 @@ def measured_changes(
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
     inspected = inspect_layers(
-        replace(subject, checkpoint=difference.checkpoint, layers=layers), EPSILON, device, progress
+        replace(subject, checkpoint=difference.checkpoint, layers=layers), EPSILON, device, progress=progress
     )
     measured = measured_differences(subject, inspected, difference)
     if not measured:

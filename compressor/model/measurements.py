@@ -31,7 +31,7 @@ from compressor.progress import Progress
 
 
 def inspect_layers(
-    subject: Model, epsilon: float, device: torch.device, progress: Progress | None
+    subject: Model, epsilon: float, device: torch.device, *, progress: Progress | None
 ) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
     recipe, architecture = subject.recipe, subject.architecture

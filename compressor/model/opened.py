@@ -175,7 +175,7 @@ def open_model(
     layers = find_layers(
         checkpoint, architecture, include=chosen.include, exclude=chosen.exclude, embeddings=chosen.embeddings
     )
-    opened = _opened(given, checkpoint, architecture, layers, factory, recipe)
+    opened = _opened(given, checkpoint, architecture=architecture, layers=layers, factory=factory, recipe=recipe)
     if recipe:
         opened.recipe  # noqa: B018 - a bad one is refused before any work
     return opened
@@ -193,7 +193,7 @@ def open_runnable(model: ModelLike, factory: Factory | None = None, *, revision:
         architecture = module_architecture(given)
     elif factory is not None:
         architecture = module_architecture(widened(build_model(factory), checkpoint))
-    return _opened(given, checkpoint, architecture, (), factory, ())
+    return _opened(given, checkpoint, architecture=architecture, layers=(), factory=factory, recipe=())
 
 
 def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
@@ -221,6 +221,7 @@ def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
 def _opened(
     given: str | Path | nn.Module,
     checkpoint: Checkpoint,
+    *,
     architecture: Architecture | None,
     layers: tuple[Layer, ...],
     factory: Factory | None,
