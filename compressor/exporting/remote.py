@@ -33,7 +33,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 """
 
 _BUILDERS = """def layer_builder(form):
-    build, settings = {{{builders}}}[form]
+    builders = {{
+        {builders}
+    }}
+    build, settings = builders[form]
     return lambda dense, rank: build(dense, rank, **settings)
 """
 
@@ -128,8 +131,8 @@ def remote_code(architecture: str, configuration: str) -> str:
     for form in FORMS.values():
         pieces |= dict.fromkeys((*form.classes, form.build))
     parts = [inspect.getsource(piece) for piece in pieces]
-    builders = ", ".join(f"{form.name!r}: ({form.build.__name__}, {form.settings!r})" for form in FORMS.values())
-    table = _BUILDERS.format(builders=builders)
+    builders = (f"{form.name!r}: ({form.build.__name__}, {form.settings!r})," for form in FORMS.values())
+    table = _BUILDERS.format(builders="\n        ".join(builders))
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )

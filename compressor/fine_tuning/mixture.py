@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from compressor.errors import BadInput
-from compressor.forms import PLAIN
+from compressor.forms import DENSE, PLAIN
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import Budget, LayerPlan, MeasuredLayer
 
@@ -109,7 +109,7 @@ def _common_rank(stacked: Sequence[LayerPlan], budget: Budget) -> int | None:
 def _at_rank(plan: LayerPlan, measured: MeasuredLayer, rank: int | None) -> LayerPlan:
     reason = "one rank for the experts of a block, as PEFT stacks them"
     if rank is None:
-        return replace(plan, rank=None, form="dense", parameters=measured.layer.parameters, error=0.0, reason=reason)
+        return replace(plan, rank=None, form=DENSE, parameters=measured.layer.parameters, error=0.0, reason=reason)
     parameters = PLAIN.parameters(PLAIN.sides(measured.layer), rank)
     error = float(measured.errors(PLAIN.name)[rank])
     return replace(plan, rank=rank, form=PLAIN.name, parameters=parameters, error=error, reason=reason)

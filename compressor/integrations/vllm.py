@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from compressor.forms import DENSE, PIVOTED, PLAIN
 from compressor.integrations.sharding import (
     ShardedPart,
     column_shard,
@@ -24,11 +25,11 @@ from compressor.integrations.sharding import (
     shard_rows,
     stacked_down,
 )
-from compressor.lowrank import METADATA_KEY, LowRankSpec
+from compressor.lowrank import METADATA_KEY, LowRankSpec, role_of
 
 # Where vLLM's fused layers put the shards that it names.
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-_ROLES = {"plain": ("down", "up"), "pivoted": ("down", "up", "order"), "dense": ("weight",)}
+_ROLES = {form.name: tuple(map(role_of, form.names)) for form in (PLAIN, PIVOTED)} | {DENSE: ("weight",)}
 
 
 def register() -> None:
@@ -50,7 +51,7 @@ def forms_of(names: Sequence[str], prefix: str, spec: LowRankSpec) -> list[str] 
     present = [prefix] if prefix in layers else list(names)
     if not any(name in layers for name in present):
         return None
-    return [layers[name].form if name in layers else "dense" for name in present]
+    return [layers[name].form if name in layers else DENSE for name in present]
 
 
 class Gathered:
