@@ -35,7 +35,7 @@ def test_inspect_tells_the_epsilon_of_its_windows(capsys: Captured) -> None:
         assert run(["inspect", DIGITS[0], "-q", *asked]) == 0
         words = " ".join(capsys.readouterr().out.split())
         assert f"eps {epsilon:g}" in words
-        assert f"at epsilon {epsilon:g}: all but {epsilon:g} of the matrix" in words
+        assert f"at epsilon {epsilon:g}: the steps in which all but {epsilon:g} of the matrix" in words
 
 
 @pytest.fixture
