@@ -57,7 +57,8 @@ def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Ask
     base = None if config is None else of.from_file(config)
     training = {name: given.pop(name) for name in TRAINING_FLAGS if name in given}
     if training:
-        given["recipe"] = [_recipe(training), *([given["recipe"]] if "recipe" in given else [])]
+        rest = [given["recipe"]] if "recipe" in given else getattr(base, "recipe", ())
+        given["recipe"] = [_recipe(training), *rest]
     known = given.keys() | (set() if base is None else base.given)
     for name, _, default in described(of):
         if default is MISSING and name not in known:
@@ -106,7 +107,7 @@ def _training_parameter(name: str) -> Parameter:
 
 
 def _config() -> Parameter:
-    text = "Options in YAML or JSON, by their names in Python; flags go before it."
+    text = "Options in YAML or JSON, by their names in Python; flags take precedence."
     return _parameter(
         _CONFIG, annotation=Path | None, option=typer.Option("--config", metavar="FILE", help=text), default=None
     )

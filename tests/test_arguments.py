@@ -110,6 +110,7 @@ def batches(width: int) -> list[torch.Tensor]:
         ({"keep": None, "plan": 5}, "`plan` is a int; give a plan"),
         ({"data": [1]}, "the data yields int; yield tensors, pairs, or mappings of tensors"),
         ({"output": 5}, "`output` is a int; give the path"),
+        ({"progress": 3}, "`progress` is a int; give a function of a step"),
         (
             {"calibration": 5},
             "`calibration` is a int; give a path, tensors or arrays, a data set, texts, or an iterable of batches",
@@ -204,6 +205,29 @@ def test_whether_a_module_can_be_copied_is_found_out_without_copying_its_weights
 
 def test_nested_modules_are_compressed() -> None:
     assert compress(nested(20), keep=0.5).model is not None
+
+
+def test_modules_cannot_be_merged(tmp_path: Path) -> None:
+    merge: Any = compressor.merge
+    with pytest.raises(BadInput, match="one of `models` is a Sequential; give weight files") as refused:
+        merge([build(), build()], mode="sum", output=tmp_path / "out.safetensors")
+    assert refused.value.option == "models"
+
+
+def test_the_explorer_opens_on_no_module(tmp_path: Path) -> None:
+    explore: Any = compressor.explore
+    with pytest.raises(BadInput, match="`recipe` is a Sequential; give a TrainingRecipe"):
+        explore(tmp_path / "page.html", recipe=build())
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [({"device": "gpu"}, "device"), ({"output": "o"}, "output"), ({"push_to": "me/it"}, "push_to")],
+)
+def test_an_error_carries_the_option_that_a_module_cannot_have(asked: dict[str, Any], option: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        compress(build(), keep=0.5, **asked)
+    assert refused.value.option == option
 
 
 def test_merging_one_text_is_not_merging_its_letters(tmp_path: Path) -> None:

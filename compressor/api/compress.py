@@ -89,7 +89,7 @@ def plan(model: ModelLike, options: PlanOptions | None = None, **given: Unpack[P
 
     Args:
         model: As for `compress`.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         The plan: a rank and a form for every eligible layer, and why.
@@ -131,7 +131,7 @@ def compress(
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
-        options: The options as an object, for pipelines that keep them in files; keywords go before them.
+        options: The options as an object, for pipelines that keep them in files; keywords take precedence.
 
     Returns:
         The plan, the sizes, the evaluation, and for a module the compressed model.

@@ -38,7 +38,7 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         The layers, the balance of their norms, and the findings.

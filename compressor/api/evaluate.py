@@ -25,7 +25,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         What was measured; of the model alone without a baseline.

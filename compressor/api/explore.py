@@ -29,7 +29,7 @@ def explore(
 
     Args:
         output: The page to write, explorer.html by default.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         The path of the page.

@@ -32,7 +32,7 @@ from compressor.io import (
 )
 from compressor.lowrank import StoredErrors
 from compressor.measure import image_size
-from compressor.model import Model, open_model, open_runnable
+from compressor.model import Model, ModelLike, open_model, open_runnable
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export
@@ -41,7 +41,7 @@ from compressor.torch_state import neutral_torch_state
 
 @neutral_torch_state()
 @verb(ExportOptions)
-def export(model: str | Path, options: ExportOptions | None = None, **given: Unpack[ExportKeywords]) -> Export:
+def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpack[ExportKeywords]) -> Export:
     """Write a compressed model, a folder or a file, in the form in which something else runs it.
 
     `dense` multiplies the pairs back, as `restore` does. `hf-remote` is a folder with the code of its low-rank layers,
@@ -51,8 +51,8 @@ def export(model: str | Path, options: ExportOptions | None = None, **given: Unp
     fine-tune, or a `lora` adapter folder for PEFT.
 
     Args:
-        model: A compressed weight file or folder.
-        options: The options as an object; keywords go before them.
+        model: A compressed weight file or folder, or a module with low-rank layers, which wants an `output`.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         What was written, and how it is loaded.
@@ -78,7 +78,7 @@ def export(model: str | Path, options: ExportOptions | None = None, **given: Unp
     else:
         exported = _to_onnx(opened, asked)
     return Export(
-        source=str(model),
+        source=opened.name,
         output=str(exported.path),
         to=asked.to,
         layers=len(opened.pairs),
@@ -136,7 +136,7 @@ def _require_use(asked: ExportOptions) -> None:
         raise BadInput(f"`to={asked.to!r}` runs nothing", option="input_shape", remedy="leave out `input_shape`")
 
 
-def _to_dense(model: str | Path, asked: ExportOptions) -> _Exported:
+def _to_dense(model: ModelLike, asked: ExportOptions) -> _Exported:
     """Restore the model."""
     of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
     restored = restore(model, RestoreOptions(**of_restore))

@@ -55,7 +55,8 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         model.require_runnable()
     report = None if asked.data is None else reported_data(asked, model)
     if model.in_memory != base.in_memory:
-        raise BadInput("a module and files cannot be compared", remedy="give both as modules, or both as files")
+        what, remedy = "a module and files cannot be compared", "give both as modules, or both as files"
+        raise BadInput(what, option="base", remedy=remedy)
     subject = model.with_ties()
     kind = _kind(subject, asked.output)
     target = _target(subject, base, asked)

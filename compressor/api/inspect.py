@@ -21,7 +21,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         What was measured, layer by layer.

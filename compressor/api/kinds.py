@@ -170,7 +170,16 @@ def _several_data(value: Any, name: str) -> tuple[Any, ...]:
     return tuple(_data(each, name) for each in value)
 
 
-def _as_is(value: Any, name: str) -> Any:
+def _progress(value: Any, name: str) -> Any:
+    require_kind(value, name, (Callable,), remedy="give a function of a step, how many parts are done, and of how many")
+    return value
+
+
+def _explored(value: Any, name: str) -> Any:
+    from compressor.recipe import TrainingRecipe
+
+    remedy = "give a TrainingRecipe, or the path of a file or model"
+    require_kind(value, name, (TrainingRecipe, str, Path), remedy=remedy)
     return value
 
 
@@ -214,5 +223,5 @@ FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
 RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
 SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
-PROGRESS = Kind("Progress", _as_is)
-EXPLORED = Kind("TrainingRecipe | str | Path", _as_is)
+PROGRESS = Kind("Progress", _progress)
+EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

@@ -38,7 +38,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
 
     Args:
         models: Two or more weight files, or model folders.
-        options: The options as an object; keywords go before them.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         How much the networks overlap, and what merging did to each task.
@@ -91,6 +91,10 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
 def _require_several(models: Sequence[str | Path], asked: MergeOptions) -> None:
     if isinstance(models, str | Path) or len(models) < 2:
         raise BadInput("one network is nothing to merge", option="models", remedy="give two or more")
+    for model in models:
+        if not isinstance(model, str | Path):
+            what, remedy = f"one of `models` is a {type(model).__name__}", "give weight files or model folders"
+            raise BadInput(what, option="models", remedy=remedy)
     if asked.data and len(asked.data) != len(models):
         what = f"{len(models)} networks and data of {len(asked.data)} tasks"
         raise BadInput(what, option="data", remedy="give `data` once for each network, in order")

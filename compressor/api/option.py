@@ -82,19 +82,27 @@ def options(cls: type[R]) -> type[R]:
     initialize = made.__init__
 
     @functools.wraps(initialize)
-    def checked(self: Any, **given: Any) -> None:
-        known = {name: value for name, value in given.items() if value is not None}
+    def checked(self: Any, given: frozenset[str] | None = None, **values: Any) -> None:
+        known = {name: value for name, value in values.items() if value is not None}
+        if given is not None:
+            defaults = {each.name: _read(each, each.default) for each in stated(made) if each.default is not MISSING}
+            known = {
+                name: value
+                for name, value in known.items()
+                if name in given or defaults.get(name) is None or value != defaults[name]
+            }
         initialize(self, **known)
         for each in stated(made):
-            value = getattr(self, each.name)
-            if value is not None:
-                read = each.metadata["option"].kind.read(value, each.name)
-                object.__setattr__(self, each.name, read)
+            object.__setattr__(self, each.name, _read(each, getattr(self, each.name)))
         object.__setattr__(self, "given", frozenset(known))
         self.check()
 
     made.__init__ = checked  # type: ignore[method-assign]
     return made
+
+
+def _read(each: Field[Any], value: Any) -> Any:
+    return None if value is None else each.metadata["option"].kind.read(value, each.name)
 
 
 def stated(cls: type[Any]) -> list[Field[Any]]:
@@ -108,11 +116,18 @@ def described(cls: type[Any]) -> Iterator[tuple[str, Option, Any]]:
         yield each.name, each.metadata["option"], each.default
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Options:
-    """What the dataclasses of options have in common."""
+    """What the dataclasses of options have in common.
+
+    `given` holds the names of the options that were given. `dataclasses.replace` passes it on with all values, so that
+    what is left at its default is not taken for given. Of `alternatives` an option replaces the others that were given
+    before it.
+    """
 
     verb: ClassVar[str] = ""
-    given: frozenset[str] = frozenset()
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __repr__(self) -> str:
         listed = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.as_given().items())
@@ -132,6 +147,8 @@ class Options:
             remedy = f"give {cls.__name__}, or keywords"
             raise BadInput(f"the options are a {type(base).__name__}", option="options", remedy=remedy)
         before = {} if base is None else base.as_given()
+        if any(given.get(name) is not None for name in cls.alternatives):
+            before = {name: value for name, value in before.items() if name not in cls.alternatives}
         known = {**before, **{name: value for name, value in given.items() if value is not None}}
         missing = [name for name, _, default in described(cls) if default is MISSING and known.get(name) is None]
         if missing:
@@ -151,7 +168,10 @@ class Options:
             if name not in names:
                 remedy = f"leave it out{_nearest(str(name), names)}"
                 raise BadInput(f"holds the unknown option {str(name)[:80]!r}", where=path, remedy=remedy)
-        return cls(**document)
+        try:
+            return cls(**document)
+        except BadInput as error:
+            raise BadInput(error.what, where=error.where or path, option=error.option, remedy=error.remedy) from None
 
     def as_given(self) -> dict[str, Any]:
         """The options that were given, by name."""

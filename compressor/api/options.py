@@ -79,8 +79,8 @@ class ArchitectureOptions(Options):
     """Who builds an architecture that transformers does not know."""
 
     factory: Factory | None = option(
-        "Code that builds an architecture that is not in transformers: package.module:function, file.py:function, or "
-        "in Python the function itself.",
+        "A function that builds an architecture that is not in transformers: package.module:function or "
+        "file.py:function.",
         FACTORY,
         flag="--model",
     )
@@ -217,7 +217,7 @@ class OutputOptions(OverwriteOptions):
     output: Path | None = option(
         "File or folder to write.", PATH, short="-o", default_text="a name beside the model", repeatable=False
     )
-    max_shard_size: int = option("Largest weight file of an output.", SIZE, "5GB", panel=RUNNING, default_text="5GB")
+    max_shard_size: int = option("Largest weight file of an output.", SIZE, "5GB", panel=RUNNING)
 
 
 @options
@@ -243,19 +243,22 @@ class CalibrationOptions(Options):
     """Data by which ranks and factors are chosen so that the loss changes least."""
 
     calibration: DataLike | None = option(
-        "Choose ranks and factors by what the loss notices on this: the same kinds of data as `data`, the training "
-        "split of builtin ones. Needs the model's architecture.",
+        "Choose ranks and factors by their effect on the loss on these data: the same kinds as `data`, and the "
+        "training split of built-in ones. Needs the model's architecture.",
         DATA,
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
-        "Examples, or windows of text, to use of it.", count(2), panel=CALIBRATION, default_text="128, of batches all"
+        "Examples, or windows of text, to calibrate on.",
+        count(2),
+        panel=CALIBRATION,
+        default_text="128; all batches of a loader",
     )
     calibration_length: int | None = option(
-        "Tokens per window that its text is cut into.", count(1), panel=CALIBRATION, default_text="the model's own"
+        "Tokens per window of calibration text.", count(1), panel=CALIBRATION, default_text="the model's own"
     )
     refine: bool = option(
-        "Last, fit the factors to the dense model's outputs on the calibration data, a block at a time; kept only "
+        "Finally, fit the factors to the dense model's outputs on the calibration data, a block at a time; kept only "
         "where holdout examples agree. Changes no rank; faster without.",
         SWITCH,
         True,
@@ -266,7 +269,7 @@ class CalibrationOptions(Options):
         "Random seed of the targets sampled during calibration.", count(0, 2**64 - 1), 0, panel=CALIBRATION
     )
     calibration_settings: CalibrationSettings | None = option(
-        "Every knob of calibration and of the search over plans; `refine` goes before its `refine`.",
+        "Every knob of calibration and of the search over plans; `refine` takes precedence over its own.",
         settings("CalibrationSettings"),
         only_python=True,
     )
@@ -317,9 +320,10 @@ class PlanOptions(
     """What can be asked of `plan`."""
 
     verb = "plan"
+    alternatives = ("keep", "max_size", "max_drop", "tolerance", "plan")
 
     def check(self) -> None:
-        budgets = [name for name in ("keep", "max_size", "max_drop", "tolerance", "plan") if name in self.given]
+        budgets = [name for name in self.alternatives if name in self.given]
         if len(budgets) > 1:
             names = " and ".join(f"`{name}`" for name in budgets)
             raise BadInput(f"{names} are two budgets", option=budgets[0], remedy="ask for one of them")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Unpack
 
 from compressor.api.keywords import RestoreKeywords
@@ -15,7 +14,7 @@ from compressor.fine_tuning import is_difference
 from compressor.io import Naming, checked_target, form_of
 from compressor.io.output import WEIGHT_FILES
 from compressor.lowrank import restored_artifact
-from compressor.model import Model, open_runnable
+from compressor.model import Model, ModelLike, open_runnable
 from compressor.model.opened import fitting_architecture
 from compressor.network import in_natural_order
 from compressor.report.model_card import restored_card
@@ -25,7 +24,7 @@ from compressor.torch_state import neutral_torch_state
 
 @neutral_torch_state()
 @verb(RestoreOptions)
-def restore(model: str | Path, options: RestoreOptions | None = None, **given: Unpack[RestoreKeywords]) -> Restoration:
+def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Unpack[RestoreKeywords]) -> Restoration:
     """Multiply the factors of a compressed checkpoint back to dense weights that its original code loads.
 
     A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
@@ -33,8 +32,8 @@ def restore(model: str | Path, options: RestoreOptions | None = None, **given: U
     the weights are checked to fit it before anything is written.
 
     Args:
-        model: A compressed weight file or folder.
-        options: The options as an object; keywords go before them.
+        model: A compressed weight file or folder, or a module with low-rank layers, which wants an `output`.
+        options: The options as an object; keywords take precedence.
 
     Returns:
         What was restored, and where it was written.
@@ -64,7 +63,7 @@ def restore(model: str | Path, options: RestoreOptions | None = None, **given: U
     with written(artifact, target) as made:
         made.write_card(restored_card)
     return Restoration(
-        source=str(model),
+        source=opened.name,
         output=str(target.path),
         layers=tuple(in_natural_order(pairs)),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),

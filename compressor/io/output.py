@@ -45,14 +45,15 @@ class Naming:
     def place(self, source: Checkpoint, output: str | Path | None) -> Path:
         """Where the output goes: as asked, or beside the input under its name and the suffix.
 
-        What was fetched from the hub has its place in the working directory.
+        What was fetched from the hub has its place in the working directory. `BadInput` where there is no name.
         """
         if output is not None:
             if self.form == "file" and Path(output).suffix not in self.endings:
                 what = "an ONNX model is one file" if ".onnx" in self.endings else "a file is written as safetensors"
                 raise BadInput(what, where=output, remedy=f"name it with {' or '.join(self.endings)}")
             return Path(output)
-        assert source.source is not None
+        if source.source is None:
+            raise BadInput("a module has no place beside it", option="output", remedy="name one with `output`")
         end = self.suffix + (self.endings[0] if self.form == "file" else "")
         if hub_model(source.source) is not None:
             return Path(source.name.rpartition("/")[2] + end)
@@ -95,7 +96,7 @@ class Target:
             return self
         if self.form != "folder":
             what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
-            raise BadInput(what, remedy=remedy)
+            raise BadInput(what, option="push_to", remedy=remedy)
         folder = self.sources[0].folder
         check_push(repository, None if folder is None else hub_model(folder), overwrite=self.overwrite)
         return replace(self, push_to=repository)
@@ -116,8 +117,8 @@ class Target:
 def require_no_output(output: str | Path | None) -> None:
     """Raise `BadInput` where an output is asked for of a module, which stays in memory."""
     if output is not None:
-        what, remedy = "a module is compressed in memory", "leave out the output, and save Compression.model"
-        raise BadInput(what, remedy=remedy)
+        what, remedy = "a module is compressed in memory", "leave out `output`, and save Compression.model"
+        raise BadInput(what, option="output", remedy=remedy)
 
 
 def form_of(checkpoint: Checkpoint) -> Container:

@@ -28,13 +28,15 @@ def resolve_device(name: str | torch.device) -> torch.device:
         return torch.device("cpu")
     cuda = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
     if cuda is None:
-        raise BadInput(f"there is no device {name!r}", remedy="use auto, cpu, cuda or cuda:N")
+        raise BadInput(f"there is no device {name!r}", option="device", remedy="use auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
-        raise BadInput(f"the device {name!r} needs CUDA, which is not available here", remedy="use auto or cpu")
+        what = f"the device {name!r} needs CUDA, which is not available here"
+        raise BadInput(what, option="device", remedy="use auto or cpu")
     number = int(cuda[1]) if cuda[1] else torch.cuda.current_device()
     if number >= torch.cuda.device_count():
         raise BadInput(
             f"there is no device {name!r}",
+            option="device",
             remedy=f"use cuda:0 to cuda:{torch.cuda.device_count() - 1}, auto or cpu",
         )
     return torch.device("cuda", number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,15 @@ ROOT = Path(__file__).parents[2]
 def test_what_was_given_is_known_and_not_guessed_from_a_default() -> None:
     assert CompressOptions(calibration="c.txt", keep=0.5, seed=0).given == {"calibration", "keep", "seed"}
     assert CompressOptions(keep=0.5, data=None).given == {"keep"}
+
+
+def test_a_replaced_option_is_given_and_no_default_is() -> None:
+    asked = CompressOptions(keep=0.5, seed=0, calibration="c.txt")
+    assert replace(asked, keep=0.4).given == {"keep", "seed", "calibration"}
+    smaller = replace(CompressOptions(keep=0.5), keep=None, max_size="1MB", embeddings=True)
+    assert (smaller.max_size, smaller.given) == (10**6, {"max_size", "embeddings"})
+    merged = replace(MergeOptions(output="ab", mode="sum"), data=[[1.0], [2.0]])
+    assert merged.given == {"output", "mode", "data"}
 
 
 @given(st.floats(0.001, 1.0))
@@ -79,6 +89,13 @@ def test_keywords_go_before_the_options_that_they_come_with() -> None:
     assert (asked.keep, asked.embeddings, asked.given) == (0.7, True, {"keep", "embeddings"})
 
 
+def test_a_budget_replaces_the_one_before_it() -> None:
+    asked = CompressOptions.of(CompressOptions(keep=0.5, embeddings=True), {"max_size": "1MB"})
+    assert (asked.keep, asked.max_size, asked.given) == (None, 10**6, {"embeddings", "max_size"})
+    with pytest.raises(BadInput, match="two budgets"):
+        CompressOptions.of(CompressOptions(keep=0.5), {"max_size": "1MB", "tolerance": 0.1})
+
+
 def test_options_survive_a_file(tmp_path: Path) -> None:
     asked = CompressOptions(
         keep="60%", calibration="c.txt", seed=3, include=("*.mlp.*",), recipe=TrainingRecipe(optimizer="sgd")
@@ -95,6 +112,15 @@ def test_an_unknown_option_in_a_file_is_refused(tmp_path: Path) -> None:
         BadInput, match=r"options\.yaml: holds the unknown option 'kepe'; leave it out; did you mean 'keep'"
     ):
         CompressOptions.from_file(path)
+
+
+@pytest.mark.parametrize("text", ["embeddings: 'yes'\n", "keep: 0.5\nmax_size: 1MB\n", "keep: half\n"])
+def test_a_bad_value_in_a_file_is_refused_with_the_name_of_the_file(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput) as refused:
+        CompressOptions.from_file(path)
+    assert (refused.value.where, refused.value.option in text) == (path, True)
 
 
 def test_an_object_is_in_no_file_and_stands_as_dots_in_the_command() -> None:

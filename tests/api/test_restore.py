@@ -193,3 +193,19 @@ def test_the_users_code_says_what_the_layers_are(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(tmp_path / "dense.pt", weights_only=True), strict=True)
     x = torch.randn(2, 12, 6, 6)
     torch.testing.assert_close(again(x), small(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_is_restored_and_exported_to_a_file_that_is_named(tmp_path: Path) -> None:
+    dense = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    small = compress(dense, keep=0.5).model
+    assert small is not None
+    restored = restore(small, output=tmp_path / "dense.safetensors")
+    exported = export(small, to="dense", output=tmp_path / "exported.safetensors")
+    assert (restored.source, exported.source) == ("Sequential", "Sequential")
+    x = torch.randn(3, 16)
+    for written in (restored.output, exported.output):
+        assert torch.allclose(load_model(written, lambda: dense).eval()(x), small(x), atol=1e-5)
+    for verb in (restore, lambda model: export(model, to="dense")):
+        with pytest.raises(BadInput, match="a module has no place beside it; name one with `output`") as refused:
+            verb(small)
+        assert refused.value.option == "output"

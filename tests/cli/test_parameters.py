@@ -96,6 +96,20 @@ def test_flags_go_before_a_file_of_options(tmp_path: Path) -> None:
     assert (asked.keep, asked.embeddings, asked.recipe[0].optimizer) == (0.7, True, "sgd")
 
 
+def test_a_flag_replaces_the_other_budget_of_a_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("keep: 50%\nembeddings: true\n")
+    asked = parsed(PlanOptions, ["m", "--config", str(config), "--max-size", "1MB"])
+    assert (asked.keep, asked.max_size, asked.given) == (None, 10**6, {"embeddings", "max_size"})
+
+
+def test_training_flags_go_before_the_recipe_of_a_file_and_leave_the_rest(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("recipe: {optimizer: sgd, learning_rate: 0.1}\n")
+    flags, file = parsed(PlanOptions, ["m", "--config", str(config), "--lr", "0.5"]).recipe
+    assert (flags.learning_rate, flags.optimizer, file.optimizer) == (0.5, None, "sgd")
+
+
 def test_a_required_option_may_stand_in_a_file(tmp_path: Path) -> None:
     config = tmp_path / "merge.yaml"
     config.write_text("mode: concat\noutput: out.safetensors\n")
