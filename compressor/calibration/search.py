@@ -21,9 +21,10 @@ from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 from compressor.factorize import TiedMetric, tied_singular_values, weighted_singular_values
 from compressor.forms import FORMS
-from compressor.io import Provenance
+from compressor.io import Checkpoint, Provenance
 from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
 from compressor.model import Model
+from compressor.network import Layer
 from compressor.planning import (
     PLANNING,
     Budget,
@@ -159,7 +160,7 @@ def plan_ranks(
             where=subject.name,
             remedy="keep more, or use the model in a wider dtype",
         )
-    factors = _with_errors(calibration, found)
+    factors = _with_errors(subject, calibration, found)
     layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in found.layers)
     plan = replace(bare, layers=layers, calibration=_result(calibration, found))
     return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted)
@@ -189,18 +190,34 @@ def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
     )
 
 
-def _with_errors(calibration: Calibration, found: Candidate) -> dict[str, Factors]:
-    """The factors that were chosen, each with its error in the metric of the dense model."""
+def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> dict[str, Factors]:
+    """The factors that were chosen, as they are stored, each with its error in the metric of the dense model."""
     factors = {}
     for plan in found.layers:
         if plan.rank is None:
             continue
-        layer, tensors = calibration.layers[plan.name], found.solution.factors[plan.name]
+        layer = calibration.layers[plan.name]
+        tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solution.factors[plan.name])
         weight = getattr(calibration.model.get_submodule(layer.module), layer.parameter)
         matrix = as_matrix(layer, weight.detach().to(calibration.run.device)).to(torch.float64)
         error = stored_error(layer, plan, tensors, matrix=matrix, metric=calibration.metrics.get(plan.name))
-        factors[plan.name] = Factors(dict(tensors), error)
+        factors[plan.name] = Factors(tensors, error)
     return factors
+
+
+def _in_stored_dtypes(checkpoint: Checkpoint, layer: Layer, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors in the dtypes of the checkpoint, where the configuration names another one to compute in."""
+
+    def dtype(tensor: str) -> torch.dtype:
+        return checkpoint.tensors[checkpoint.aliases.get(tensor, tensor)].dtype
+
+    bias = None if layer.bias is None else dtype(layer.bias)
+    return {
+        name: tensor.to(bias if bias is not None and name.endswith("bias") else dtype(layer.tensor))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in factors.items()
+    }
 
 
 def _by_tensor(subject: Model, statistics: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:

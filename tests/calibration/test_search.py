@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from compressor import BadInput, compress, plan, restore
 from compressor.calibration import (
@@ -191,3 +192,18 @@ def test_its_plan_is_better_applied_with_the_data_than_without_which_it_says(
     without = compress(trained, plan=tmp_path / "plan.json")
     assert divergence(trained, applied.model) < divergence(trained, without.model) / 2
     assert any("calibration data" in message for message in caplog.messages)
+
+
+def test_factors_are_stored_in_the_dtype_of_the_file_whatever_the_configuration_computes_in(
+    llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    llama.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    tokens = torch.randint(0, 12, (16, 8), generator=torch.Generator().manual_seed(0))
+    small = compress(folder, keep=0.6, calibration=tokens, refine=False)
+    assert small.output is not None
+    stored = open_checkpoint(small.output).tensors.values()
+    assert {info.dtype for info in stored if info.dtype.is_floating_point} == {torch.float16}
+    assert all(layer.error is not None for layer in small.plan.layers)
