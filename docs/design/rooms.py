@@ -30,11 +30,17 @@ SOURCES = dict(modules())
 
 
 def imported(path: Path, *, on_import: bool = False) -> Iterator[str]:
-    """The modules of the package that a file imports: anywhere in it, or only when it is itself imported."""
+    """The modules of the package that a file imports: anywhere in it, or only when it is itself imported.
+
+    The package itself, from which the public names come, has an empty name.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if on_import else ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (each.name.removeprefix("compressor.") for each in node.names if "compressor." in each.name)
+            named = [each.name for each in node.names if each.name.partition(".")[0] == "compressor"]
+            yield from (name.removeprefix("compressor").removeprefix(".") for name in named)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise ValueError(f"{path} imports by a relative name, line {node.lineno}")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "compressor":
             module = (node.module or "").removeprefix("compressor").removeprefix(".")
             for each in node.names:
@@ -86,7 +92,7 @@ def draw(target: Path) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
-        "The room of a row imports the rooms of its columns: by how many modules. In brackets: its modules."
+        "A cell: how many modules of the room on the left import the one above. In parentheses: a room's modules."
     )
     with plt.rc_context({"svg.hashsalt": "rooms"}):
         figure.savefig(target, bbox_inches="tight", metadata={"Date": None} if target.suffix == ".svg" else None)
