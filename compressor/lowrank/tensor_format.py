@@ -227,15 +227,17 @@ def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
 
 
 def _kind_of_pair(tensor: str, marker: tuple[int, ...], own: Mapping[str, tuple[int, ...]]) -> Kind:
-    """The kind of layer that factors stand for, by what stays in the place of the weight and the number of sides."""
+    """The kind of layer that factors stand for, by what stays in the place of the weight and the shape it had."""
     if not is_weight(tensor):
         return "parameter"
     if marker == MARKERS["embedding"]:
         return "embedding"
-    is_matrix = max(map(len, own.values()), default=2) <= 2
-    if marker == MARKERS["linear"]:
-        return "linear" if is_matrix else "convolution"
-    return "transposed linear" if is_matrix else "transposed convolution"
+    matrix: Kind = "linear" if marker == MARKERS["linear"] else "transposed linear"
+    form = recognized(matrix, own)
+    read = None if form is None else form.read(matrix, own)
+    if read is not None and len(read.tensor_shape) == 2:
+        return matrix
+    return "convolution" if matrix == "linear" else "transposed convolution"
 
 
 def spec_of(checkpoint: Checkpoint) -> LowRankSpec:

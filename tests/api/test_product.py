@@ -137,7 +137,8 @@ def same(model: nn.Module, expected: nn.Module) -> None:
 
 
 def low_rank(model: nn.Module) -> int:
-    return sum(hasattr(each, "down") or hasattr(each, "parametrizations") for each in model.modules())
+    pairs = {kind.__name__ for form in FORMS.values() for kind in form.classes}  # also those of exported code
+    return sum(type(each).__name__ in pairs or hasattr(each, "parametrizations") for each in model.modules())
 
 
 def saved(state: dict[str, Tensor], place: Path, container: str) -> Path:
