@@ -71,7 +71,8 @@ def as_tensor(value: object) -> Tensor | None:
         # Nothing can be differentiated through what was made under `torch.inference_mode`.
         return value.clone() if value.is_inference() else value.detach()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(value if value.flags.writeable else value.copy())
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(native if native.flags.writeable else native.copy())
     return None
 
 
@@ -92,6 +93,8 @@ def as_batch(given: Any) -> Batch:
         raise NotUnderstood(what, "make them on the CPU: torch.set_default_device or torch.device was in force")
     classes = next((known[name] for name in LABELS if name in known), as_tensor(labels))
     known = {name: tensor for name, tensor in known.items() if name not in LABELS}
+    if classes is not None and classes.ndim == 0:
+        raise NotUnderstood("single examples", "yield batches of them, or give a `Dataset`")
     if not known or any(tensor.numel() == 0 for tensor in known.values()):
         raise NotUnderstood("an empty batch", "leave it out")
     if classes is None or classes.is_floating_point() or classes.is_complex():

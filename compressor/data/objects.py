@@ -89,7 +89,7 @@ def contents_of(given: Given) -> Contents:
         if isinstance(data, Iterable) and not isinstance(data, nn.Module) and not hasattr(data, "columns"):
             return _iterated(data, given, single=tabular or isinstance(data, IterableDataset))
     remedy = "give a path, tensors or arrays, a data set, texts, or an iterable of batches"
-    raise given.bad(f"`{given.option}` is a {type(data).__name__}", remedy)
+    raise given.bad(f"`{given.option}` is of type {type(data).__name__}", remedy)
 
 
 # Objects that are there as a whole
@@ -101,7 +101,7 @@ def _arrays(arrays: Mapping[str, object], given: Given) -> Contents:
         tensor = as_tensor(_as_array(array))
         if tensor is None:
             remedy = "give tensors or arrays of numbers, or lists of texts under `text`"
-            raise given.bad(f"`{name}` is a {type(array).__name__}", remedy)
+            raise given.bad(f"`{name}` is of type {type(array).__name__}", remedy)
         if tensor.is_meta:
             raise given.bad(f"`{name}` is on the meta device, which holds no values", "make it on the CPU")
         found[name] = tensor.cpu()
@@ -130,7 +130,7 @@ def _pair(inputs: Any, labels: Any, given: Given) -> Contents:
         return _columns({**inputs, "label" if "text" in inputs else "labels": labels}, given)
     values, classes = as_tensor(inputs), as_tensor(_as_array(labels))
     if values is None or classes is None:
-        what = f"a {type(inputs).__name__} and a {type(labels).__name__} are not inputs and their labels"
+        what = f"{type(inputs).__name__} and {type(labels).__name__} are not inputs and their labels"
         raise given.bad(what, "give (inputs, labels) as tensors or arrays, or a list of batches")
     if not classes.is_floating_point():
         return _arrays({"inputs": inputs, "labels": classes}, given)
@@ -319,14 +319,14 @@ def _padded(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _iterated(data: Iterable[Any], given: Given, *, single: bool = False) -> Contents:
-    """Texts, batches, or with `single` examples one by one."""
+    """Texts or images, batches, or with `single` examples one by one."""
     iterator = iter(data)
     nothing = object()
     first = next(iterator, nothing)
     if first is nothing:
         raise given.yields("0 batches", "give one at least")
     items = chain((first,), iterator)
-    if single or _text_row(first) is not None:
+    if single or _text_row(first) is not None or _image(first) is not None:
         # A limit counts windows of text, and so does not say how many texts are needed.
         texts = _text_row(first) is not None
         limit = None if texts else given.limit or given.default_limit

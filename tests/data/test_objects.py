@@ -328,8 +328,17 @@ def test_images_in_memory_are_those_of_a_folder(tmp_path: Path) -> None:
             [batch] = open_data(data, Preprocessing(image_processor=processor))
             assert torch.equal(batch.inputs["pixel_values"], expected.inputs["pixel_values"])
             assert batch.labels.tolist() == expected.labels.tolist() == labels
-    [unlabeled] = open_data(Rows(ordered))
-    assert unlabeled.labels.numel() == 0
+    for images in (Rows(ordered), ordered, iter(ordered)):
+        [unlabeled] = open_data(images)
+        assert unlabeled.labels.numel() == 0
+        assert unlabeled.examples == len(ordered)
+
+
+def test_arrays_of_either_byte_order_are_the_same_numbers() -> None:
+    for order in "<>":
+        array = INPUTS.numpy().astype(np.dtype(np.float32).newbyteorder(order))
+        [batch] = open_data(array)
+        assert torch.equal(batch.inputs["inputs"], INPUTS)
 
 
 # What is no data
@@ -338,16 +347,18 @@ def test_images_in_memory_are_those_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (42, "`data` is a int"),
-        (nn.Linear(2, 2), "`data` is a Linear"),
+        (42, "`data` is of type int"),
+        (nn.Linear(2, 2), "`data` is of type Linear"),
         ([], "the data yields 0 batches"),
         ([[]], "the data yields list"),
+        (list(zip(INPUTS, LABELS, strict=True)), "yields single examples; yield batches of them, or give a `Dataset`"),
+        (DataLoader(TensorDataset(INPUTS, LABELS), batch_size=None), "yields single examples"),
         (Rows([]), "there is no example"),
         ((INPUTS, INPUTS), "may be two batches; give a list of batches"),
         ((INPUTS, "labels"), "are not inputs and their labels"),
         ((INPUTS, LABELS[:5]), r"`labels` is of shape \(5,\) for 24 inputs"),
         ({"text": TEXTS, "label": [0]}, "its columns differ in length: text 3, label 1"),
-        ({"x": INPUTS, "y": ["a"] * 24}, "`y` is a list"),
+        ({"x": INPUTS, "y": ["a"] * 24}, "`y` is of type list"),
         ({"nothing": INPUTS}, "it holds nothing, where exactly one of inputs"),
         (torch.ones(3, 2, dtype=torch.uint8), "is of uint8; store it as the floats"),
         (torch.ones(3, 2, device="meta"), "is on the meta device"),
