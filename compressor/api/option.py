@@ -192,12 +192,19 @@ class Options:
         return kept
 
     def command(self, *arguments: str) -> str:
-        """The command line that asks for the same, with paths by their last part; `...` stands for an object."""
-        words = ["compress", *map(shlex.quote, arguments)]
+        """The command line that asks for the same, with paths by their last part; `...` stands for an object.
+
+        A comment names what only Python can give.
+        """
+        words, in_python = ["compress", *map(shlex.quote, arguments)], []
         for name, stated_as, _ in described(type(self)):
-            if name in self.given and stated_as.repeatable:
+            if name not in self.given or not stated_as.repeatable:
+                continue
+            if stated_as.only_python:
+                in_python.append(name)
+            else:
                 words += _flags(stated_as, name, getattr(self, name))
-        return " ".join(words)
+        return " ".join([*words, *([f"# and in Python {', '.join(in_python)}"] if in_python else [])])
 
 
 def _flags(stated_as: Option, name: str, value: Any) -> list[str]:

@@ -136,14 +136,12 @@ class DataOptions(Options):
         "transformers.",
         CALLED,
         only_python=True,
-        repeatable=False,
     )
     processor: Callable[..., Any] | None = option(
         "What makes inputs of images, for a loaded module or instead of the folder's own: an image processor of "
         "transformers, or a processor that has one and a tokenizer.",
         CALLED,
         only_python=True,
-        repeatable=False,
     )
 
 
@@ -157,11 +155,8 @@ class MetricOptions(DataOptions):
         "its unit.",
         METRIC,
         only_python=True,
-        repeatable=False,
     )
-    higher_is_better: bool = option(
-        "Whether a higher value of `metric` is better.", SWITCH, True, only_python=True, repeatable=False
-    )
+    higher_is_better: bool = option("Whether a higher value of `metric` is better.", SWITCH, True, only_python=True)
 
     @property
     def custom_metric(self) -> CustomMetric | None:

@@ -129,6 +129,11 @@ def test_an_object_is_in_no_file_and_stands_as_dots_in_the_command() -> None:
     assert asked.command("m") == "compress m --keep 0.5 --calibration ..."
 
 
+def test_the_command_names_what_only_python_can_give() -> None:
+    asked = CompressOptions(keep=0.5, data="d.csv", metric=lambda model, batches: 0.0, progress=print)
+    assert asked.command("m") == "compress m --keep 0.5 --data d.csv # and in Python metric"
+
+
 def test_the_command_holds_no_folder_of_this_machine() -> None:
     asked = CompressOptions(
         keep=0.5,
