@@ -284,7 +284,7 @@ class TimingOptions(Options):
     """How often forwards are timed."""
 
     timing_settings: TimingSettings | None = option(
-        "How often forwards are timed.", settings("TimingSettings"), only_python=True
+        "How often forwards are timed.", settings("TimingSettings"), only_python=True, repeatable=False
     )
 
 

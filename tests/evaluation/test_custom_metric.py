@@ -195,7 +195,7 @@ def test_the_card_of_a_folder_names_the_metric(llama: Any, tmp_path: Path) -> No
     assert "| share |" in card
     assert "type: share" in card
     assert "6 examples" in card
-    assert "metric" not in found.command
+    assert found.command.endswith("# and in Python metric")
 
 
 # How sure a drop is
