@@ -46,6 +46,16 @@ def _model(value: Any, name: str) -> Any:
     return value
 
 
+def _named_model(value: Any) -> str | None:
+    """A model of the hub by its name there, and another by the last part of its path."""
+    if not isinstance(value, str | Path):
+        return None
+    from compressor.io.hub import may_be_of_the_hub
+
+    of_the_hub = isinstance(value, str) and may_be_of_the_hub(value)
+    return str(value) if of_the_hub else Path(value).name or str(value)
+
+
 def _saved_model(value: Any, name: str) -> Any:
     require_kind(value, name, (str, Path), remedy="give the path of a file or folder, or org/name of the hub")
     return _model(value, name)
@@ -213,8 +223,8 @@ SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
 TEXT = Kind("str", _text)
 PATH = Kind("str | Path", _path, metavar="PATH")
 PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=True)
-MODEL = Kind("ModelLike", _model, metavar="MODEL")
-SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL")
+MODEL = Kind("ModelLike", _model, metavar="MODEL", plain=_named_model)
+SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL", plain=_named_model)
 DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
 CALLED = Kind("Callable[..., Any]", _called)
 METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)

@@ -121,7 +121,7 @@ def adapter_of_file(stored: Checkpoint, base: Model) -> Adapter:
     planned = tuple(_plan(eligible[name].shape, pair) for name, pair in pairs.items() if name in eligible)
     plan = Plan(str(stored.source), file_record(stored).get("digest"), Budget("plan"), planned)
     adaptation = Adaptation(between, layers, plan, TrainingRecipe(), _base_digest(stored), stored)
-    adapter = adapter_of(adaptation, base.architecture, base.name)
+    adapter = adapter_of(adaptation, base.architecture, start.name)
     require_pairs(adapter)
     return adapter
 

@@ -67,7 +67,7 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
             reached and the cache has no copy; or a revision is asked of what is no model of the hub.
     """
     require_model(model)
-    if isinstance(model, str) and _may_be_of_the_hub(model):
+    if isinstance(model, str) and may_be_of_the_hub(model):
         return _fetched(model, revision)
     if revision is not None:
         what = model if isinstance(model, str | Path) else "a module"
@@ -79,7 +79,8 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
     return model
 
 
-def _may_be_of_the_hub(model: str) -> bool:
+def may_be_of_the_hub(model: str) -> bool:
+    """Whether a name is `org/name`, and not of a path that exists."""
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
     return named and not model.endswith(_FILE_ENDINGS) and not os.path.lexists(model)
 

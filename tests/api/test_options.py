@@ -146,6 +146,14 @@ def test_the_command_holds_no_folder_of_this_machine() -> None:
     )
 
 
+def test_a_base_is_named_without_its_folder_and_one_of_the_hub_in_full(tmp_path: Path) -> None:
+    for base in ("/home/me/base", Path("/home/me/base"), "../me/base", "base"):
+        asked = CompressOptions(base=base, keep=0.5)
+        assert asked.portable() == {"base": "base", "keep": 0.5}
+        assert asked.command("m") == "compress m --base base --keep 0.5"
+    assert CompressOptions(base="org/base").portable() == {"base": "org/base"}
+
+
 def test_each_option_of_each_verb_has_one_flag_and_help_at_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
     import typer
 

@@ -292,6 +292,17 @@ def test_pairs_become_an_adapter(llama: Path, tmp_path: Path) -> None:
         export(pairs, to="dense", base=llama / "linear", output=tmp_path / "other")
 
 
+def test_the_outputs_name_the_base_without_its_folder(llama: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.safetensors"
+    compress(llama / "linear", base=str(llama / "base"), output=pairs, tolerance=0.01)
+    compress(llama / "linear", base=str(llama / "base"), output=tmp_path / "adapter", tolerance=0.01)
+    export(pairs, to="lora", base=str(llama / "base"), output=tmp_path / "again")
+    written = [pairs, *(tmp_path / "adapter").iterdir(), *(tmp_path / "again").iterdir()]
+    assert len(written) > 6
+    assert not [file for file in written if str(llama).encode() in file.read_bytes()]
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+
+
 def test_the_command_says_what_it_wrote(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = [str(llama / "linear"), "--base", str(llama / "base"), "-o", str(tmp_path / "adapter")]
     assert run([*request, "--tolerance", "0.01"]) == 0
