@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from compressor.arguments import as_count
+from compressor.errors import BadInput
 from compressor.factorize import FactorizationSettings
 
 
@@ -29,6 +32,10 @@ class RefinementSettings:
 
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "steps"):
+            as_count(getattr(self, name), name, least=1)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,13 @@ class CalibrationSettings:
 
     factorization: FactorizationSettings = field(default_factory=FactorizationSettings)
     """When the factorizations that iterate stop."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 2), ("holdout_every", 2), ("tokens_at_once", 1), ("recalibration_rounds", 0)):
+            as_count(getattr(self, name), name, least=least)
+        if not isinstance(self.exponents, Sequence) or not self.exponents:
+            what = f"`exponents` is {self.exponents!r}"
+            raise BadInput(what, option="exponents", remedy="give one at least, such as (1.0,)")
 
 
 CALIBRATION = CalibrationSettings()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from compressor.arguments import as_count
+from compressor.errors import BadInput
+from compressor.forms import FORMS
+
 
 @dataclass(frozen=True)
 class PlanningSettings:
@@ -49,6 +53,13 @@ class PlanningSettings:
 
     largest_first_keep: float = 0.95
     """Fraction of the parameters that the first trial keeps at most: the dense model passes trivially."""
+
+    def __post_init__(self) -> None:
+        as_count(self.most_trials, "most_trials", least=1)
+        known = [form.name for form in FORMS.values() if form.has_own_errors]
+        if not set(self.excluded_forms) <= set(known):
+            what = f"`excluded_forms` is {self.excluded_forms!r}"
+            raise BadInput(what, option="excluded_forms", remedy=f"give a tuple of some of: {', '.join(known)}")
 
 
 PLANNING = PlanningSettings()

@@ -120,3 +120,26 @@ def test_timing_reaches_evaluate() -> None:
 def test_settings_of_another_kind_are_refused(option: str) -> None:
     with pytest.raises(compressor.BadInput, match=f"`{option}` is a TimingSettings; give a compressor"):
         compressor.compress(model(), keep=0.5, calibration=batches(), **{option: TimingSettings()})
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [
+        (CalibrationSettings, {"samples": 1}),
+        (CalibrationSettings, {"holdout_every": 1}),
+        (CalibrationSettings, {"tokens_at_once": 0}),
+        (CalibrationSettings, {"recalibration_rounds": -1}),
+        (CalibrationSettings, {"exponents": ()}),
+        (CalibrationSettings, {"exponents": 1.0}),
+        (RefinementSettings, {"passes": 0}),
+        (RefinementSettings, {"steps": 0}),
+        (PlanningSettings, {"most_trials": 0}),
+        (PlanningSettings, {"excluded_forms": "spatial"}),
+        (PlanningSettings, {"excluded_forms": ("plain",)}),
+    ],
+)
+def test_settings_with_which_nothing_can_be_done_are_refused(settings: Any, values: dict[str, Any]) -> None:
+    [name] = values
+    with pytest.raises(compressor.BadInput, match=f"`{name}` .*; give ") as caught:
+        settings(**values)
+    assert caught.value.option == name
