@@ -45,7 +45,7 @@ MAIN_EPILOG = f"""
 
 [cyan]compress export MODEL[/cyan]    dense, ONNX, a LoRA adapter, or with its own code for transformers
 
-[cyan]compress diagnose MODEL[/cyan]  what training forgot, how near a stationary point it ended, what collapsed
+[cyan]compress diagnose MODEL[/cyan]  what training forgot, how close to a stationary point it got, what collapsed
 
 [cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
 
@@ -79,7 +79,7 @@ main_command, subcommands = _app(), _app()
 
 
 def _show(document: Mapping[str, Any], page: Page, *, json: bool, written: str | Path | None) -> None:
-    """Write a result to standard output; where that fails the error says what was `written` nevertheless."""
+    """Write a result to standard output; if that fails, the error says what was `written` before."""
     try:
         if json:
             write_text(document_text(document))
@@ -92,7 +92,7 @@ def _show(document: Mapping[str, Any], page: Page, *, json: bool, written: str |
 
 
 def _write_report(compression: Compression, path: Path, *, overwrite: bool) -> None:
-    """Write the report last: the model is there, whatever befalls the report, and the error says so."""
+    """Write the report last, so that the model is there even if that fails; the error then says so."""
     from compressor.report import write_report
 
     try:
@@ -263,7 +263,7 @@ def restore(model: Model, options: asked.RestoreOptions, *, json: Json = False, 
 
 @_command(subcommands, asked.ExportOptions)
 def export(model: Model, options: asked.ExportOptions, *, json: Json = False, quiet: Quiet = False) -> None:
-    """Write a compressed model in the form in which something else runs it."""
+    """Write a compressed model in a format that other software runs."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import export as export_model
         from compressor.report import export_page
@@ -282,7 +282,7 @@ def diagnose(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find out what training did to a model: what it forgot, how near a stationary point it ended, what collapsed."""
+    """Find out what training did to a model: what it forgot, how close to a stationary point it got, what collapsed."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import diagnose as diagnose_model
         from compressor.errors import BadInput

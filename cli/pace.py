@@ -1,4 +1,4 @@
-"""Estimates the remaining time of a command, from its announced steps and the time that they have taken."""
+"""Estimates the remaining time of a command from its announced steps and the time spent so far."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass
 class _Work:
-    """What was done so far: its cost as announced, and the seconds that it took."""
+    """The work done so far: its announced cost, and the seconds that it took."""
 
     cost: float = 0.0
     seconds: float = 0.0
@@ -51,7 +51,7 @@ class Pace:
         self.expect(())
 
     def expect(self, steps: Sequence[Step]) -> None:
-        """Take the steps of the command, none of which has begun."""
+        """Set the steps of the command, before any of them begins."""
         self._steps = tuple(steps)
         self._at, self._done, self._share_done = 0, 0, 0.0
         self._of_kind: dict[str, _Work] = {}
@@ -103,7 +103,7 @@ class Pace:
         return Estimate(self._shown, seconds, not all(step.certain for step, share in ahead if share > 0))
 
     def _extreme_paces(self) -> tuple[float, float]:
-        """The slowest and the fastest of the kinds of steps that took long."""
+        """The slowest and the fastest pace among the kinds of steps that took long."""
         works = [work for work in self._of_kind.values() if work.cost > 0 and work.seconds > 0]
         least = COUNTS_FROM * sum(work.seconds for work in works)
         paces = [work.seconds / work.cost for work in works if work.seconds >= least]
@@ -116,7 +116,7 @@ class Pace:
         return math.exp(logarithms / sum(work.cost for work in known))
 
     def _seconds_for_one(self, step: Step) -> float:
-        """The seconds that a cost of one takes in such a step."""
+        """The seconds per unit of cost in such a step."""
         own, weight = self._of_kind.get(step.name, _Work()), OWN_PACE_FROM * step.cost
         of_all = self._pace_of_all()
         known = own.cost + weight

@@ -68,7 +68,7 @@ def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Ask
 
 
 def _recipe(flags: Mapping[str, object]) -> Any:
-    """What the flags say about the training, each field with its flag as source."""
+    """The recipe in the flags, with each flag as the source of its field."""
     from compressor.recipe import TrainingRecipe
 
     return TrainingRecipe.from_dict({**flags, "sources": {name: f"flag {TRAINING_FLAGS[name][1]}" for name in flags}})

@@ -56,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _misspelled(arguments: Sequence[str]) -> str | None:
-    """The subcommand that a first word nearly spells, if the word cannot be a model."""
+    """The subcommand that the first word misspells, if the word cannot be a model."""
     word = arguments[0] if arguments else ""
     if word in SUBCOMMANDS or not word.isalpha() or os.path.lexists(word):
         return None

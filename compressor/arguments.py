@@ -1,4 +1,4 @@
-"""Arguments as users write them, in Python or at a shell, checked and in the one form that the stages take."""
+"""Check arguments as users write them, in Python or at a shell, and convert them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def as_count(value: object, option: str, *, least: int, most: int = 2**63 - 1) -
 
 
 def as_count_if_given(value: object, option: str, *, least: int) -> int | None:
-    """A whole number from `least` on, None where none was given."""
+    """A whole number of at least `least`; None if none was given."""
     return None if value is None else as_count(value, option, least=least)
 
 
@@ -98,7 +98,7 @@ def one_of(value: object, option: str, choices: Sequence[str]) -> None:
 
 
 def require_kind(value: object, option: str, kinds: tuple[Any, ...], *, remedy: str) -> None:
-    """Refuse a value that is given and of none of the kinds that an option takes."""
+    """Refuse a value that is given and not of a type that an option takes."""
     if value is not None and not isinstance(value, kinds):
         raise BadInput(f"`{option}` is a {type(value).__name__}", option=option, remedy=remedy)
 
@@ -138,7 +138,7 @@ def _require_plain(module: nn.Module) -> None:
 
 
 def require_copyable(module: nn.Module) -> None:
-    """Refuse a module that cannot be copied, which the compressed one is made by; its tensors are not copied here."""
+    """Refuse a module that cannot be copied, as compression needs to; its tensors are not copied here."""
     tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     with copying(module):
         copy.deepcopy(module, tensors)

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: read within bounds of bytes, values and depth, or refused in one line."""
+"""Untrusted documents: read within limits on bytes, values, and depth, or refused in one line."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def read_regular_file(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; bytes that are none are replaced."""
+    """The text of a UTF-8 file; invalid bytes are replaced."""
     return read_regular_file(path, _MOST_BYTES_OF_TEXT).decode("utf-8", errors="replace")
 
 
@@ -192,7 +192,7 @@ def _require_small_yaml(text: str) -> None:
 
 
 def _size_of_scalar(text: str) -> int:
-    """As how many values a scalar counts; a number that takes too long to read is refused."""
+    """How many values a scalar counts as; a number that would take too long to parse is refused."""
     if len(text) <= _EVERYDAY_DIGITS or not _NUMBER.fullmatch(text):
         return 1
     if len(text) > _MOST_DIGITS:

@@ -1,4 +1,4 @@
-"""What a long command tells whoever watches it: the steps that it will go through, and how far it is."""
+"""Progress of long commands: the steps ahead, and how far they are."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Run:
-    """How a command computes: on which device, from which random seed, and whom it tells how far it is."""
+    """How a command runs: its device, its random seed, and its progress callback."""
 
     device: torch.device
     seed: int = 0
     progress: Progress | None = None
 
     def report(self, step: str, done: int, total: int) -> None:
-        """Tell how many parts of a step are done."""
+        """Report how many parts of a step are done."""
         if self.progress is not None:
             self.progress(step, done, total)
 
@@ -61,5 +61,5 @@ def expect(progress: Progress | None, steps: Sequence[Step]) -> None:
 
 
 def takes_steps(progress: Progress | None) -> bool:
-    """Whether anyone estimates the whole, so that measuring what steps cost is of use."""
+    """Whether a listener estimates the remaining time, so that it is worth estimating the cost of the steps."""
     return hasattr(progress, "expect")

@@ -1,4 +1,4 @@
-"""What the operating system refuses, in one line: which folder is full or closed, what is used up, and what to do."""
+"""Failures of the operating system in one line: what is full, closed, or used up, and what to do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def explained(
 
 
 def explained_anywhere(error: BaseException) -> BadInput | None:
-    """`explained` for an error that nobody saw coming: the folder is that of the file that it names."""
+    """`explained` for an unexpected error, with the folder of the file that it names."""
     name = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and name is None and not _has_working_directory():
         return BadInput("the working directory no longer exists", remedy="change into another folder")
@@ -84,7 +84,7 @@ def temporary_space(folder: Path) -> Iterator[None]:
 
 
 def error_number(error: BaseException) -> int | None:
-    """The operating system's number of an error, if it has one."""
+    """The `errno` of an error, if it has one."""
     if isinstance(error, OSError):
         return error.errno
     for found in _NUMBER_IN_TEXT.finditer(str(error)):

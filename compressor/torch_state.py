@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class _Defaults:
-    """Where and in which dtype the caller's code makes a tensor when it names neither."""
+    """The caller's default device and dtype."""
 
     device: torch.device
     dtype: torch.dtype
@@ -94,7 +94,7 @@ def _current_defaults() -> _Defaults:
 
 @contextmanager
 def _defaults(defaults: _Defaults) -> Iterator[None]:
-    """Default device and dtype while the block runs."""
+    """Set the default device and dtype while the block runs."""
     dtype = torch.get_default_dtype()
     # A default device costs time in every operation, so it is only set where there is another.
     same = torch.get_default_device() == defaults.device
@@ -107,7 +107,7 @@ def _defaults(defaults: _Defaults) -> Iterator[None]:
 
 
 def _autocast_devices() -> list[str]:
-    """The kinds of device on which autocast is on."""
+    """The device types on which autocast is on."""
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu", "cuda", *(() if accelerator is None else (accelerator.type,))}
     return [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]

@@ -1,4 +1,4 @@
-"""Examples: files, folders, objects and built-in data as batches that a model reads."""
+"""Examples: files, folders, objects, and built-in data as batches for a model."""
 
 from __future__ import annotations
 

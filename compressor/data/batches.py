@@ -30,7 +30,7 @@ class Batch:
     given: Any = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of the examples; what has not a row for each stays whole."""
+        """Some of the examples; tensors without one row per example stay whole."""
         inputs = {name: each[rows] if self._has_row_for_each(each) else each for name, each in self.inputs.items()}
         return Batch(inputs, self.labels[rows] if self._has_row_for_each(self.labels) else self.labels)
 
@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
-        """What is false on padding, `(B, L)` each: of what a decoder is given, then of the encoder's or only text."""
+        """Masks that are false on padding, `(B, L)` each: of the decoder, then of the encoder or only text."""
         decoder, labels = self.inputs.get("decoder_attention_mask"), self.inputs.get("labels")
         if decoder is None and labels is not None:
             decoder = labels != IGNORED_LABEL
@@ -58,7 +58,7 @@ class Batch:
 
 
 class NotUnderstood(Exception):  # noqa: N818 - it names the batch's state
-    """A batch that is no inputs and labels: what it is, and what to do about it."""
+    """The batch cannot be read as inputs and labels: what it is, and what to do about it."""
 
     def __init__(self, what: str, remedy: str) -> None:
         self.what, self.remedy = what, remedy
@@ -77,7 +77,7 @@ def as_tensor(value: object) -> Tensor | None:
 
 
 def as_batch(given: Any) -> Batch:
-    """Inputs and labels from what a loader gives: inputs, a mapping of inputs, or a pair of these and labels.
+    """Inputs and labels from what a loader yields: inputs, a mapping of inputs, or a pair of these and labels.
 
     Labels that are not whole numbers are left out. Raises `NotUnderstood` for anything else.
     """
@@ -123,7 +123,7 @@ def count_bytes(batch: Any) -> int:
 
 
 def count_examples(batch: Any) -> int:
-    """How many examples are in a batch: the rows of its first tensor, else one."""
+    """The number of examples in a batch: the rows of its first tensor, else one."""
     return next((len(part) for part in parts_of(batch) if isinstance(part, Tensor | np.ndarray) and part.ndim), 1)
 
 

@@ -182,7 +182,7 @@ def open_data(
 
 @dataclass(frozen=True)
 class _Use:
-    """What some data are called, what prepares them, and which examples are used."""
+    """The name of the data, their preprocessing, and which examples are used."""
 
     name: str
     preprocessing: Preprocessing
@@ -366,7 +366,7 @@ def _arrays(name: str, inputs: Tensor, labels: Tensor | None) -> _Examples:
 
 
 def _classification(inputs: Tensor) -> Task:
-    """The name of the classification task for these contents."""
+    """The classification task for these inputs."""
     if not inputs.is_floating_point():
         return "text-classification"
     return "image-classification" if inputs.ndim == 4 else "classification"
@@ -391,7 +391,7 @@ def _texts(corpus: Corpus, use: _Use) -> _Examples:
 
 
 def _padded_rows(name: str, rows: Sequence[Tensor], padding: int | None, *, labeled: bool) -> _Examples:
-    """Documents; an encoder-decoder (`labeled`) is to make each of itself."""
+    """Padded documents; with `labeled` each is also its own target, for an encoder-decoder."""
 
     def read(positions: Sequence[int]) -> Batch:
         chosen = [rows[position].long() for position in positions]
@@ -545,7 +545,7 @@ def _columns(batch: Batch) -> list[tuple[str | None, Tensor]]:
 
 
 def _understood(given: Any, use: _Use) -> tuple[Task, Batch]:
-    """A batch as a loader gives it with what it means for the model; with a metric it may mean nothing."""
+    """A batch from a loader, and its task; with a custom metric it need not be understood."""
     try:
         batch = as_batch(given)
     except NotUnderstood as error:

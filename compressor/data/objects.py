@@ -1,4 +1,4 @@
-"""Data that the caller has in memory, as the contents that a file would have.
+"""Data in memory, as the contents that a file would have.
 
 Examples that can be read by position stay where they are: those of a `Dataset`, also one behind a `DataLoader`, are
 read whenever they are needed, always in the same order. Any other iterable is read once and kept.
@@ -54,7 +54,7 @@ class Given:
 
     @property
     def name(self) -> str:
-        """What the data are called: the name and split of a Hugging Face data set, else the kind of object."""
+        """The name of the data: name and split of a Hugging Face data set, else the type of the object."""
         known = [getattr(getattr(self.data, "info", None), "dataset_name", None), getattr(self.data, "split", None)]
         return f"{known[0]}, {known[1]} split" if all(known) else type(self.data).__name__
 
@@ -67,9 +67,9 @@ class Given:
 
 
 def contents_of(given: Given) -> Contents:
-    """What is in an object: arrays, texts, images, rows or batches.
+    """The contents of an object: arrays, texts, images, rows, or batches.
 
-    Raises `BadInput` for an object that is no data, and for an iterable that is too large to keep or may never end.
+    Raises `BadInput` for an object that is not data, and for an iterable that is too large to keep or may never end.
     """
     data = given.data
     tabular = hasattr(data, "column_names") and hasattr(data, "features")  # of Hugging Face
@@ -158,7 +158,7 @@ def _as_array(value: Any) -> Any:
 
 
 def _plain(label: Any) -> Any:
-    """A class's number or name, out of the tensor or array that it may be in."""
+    """A class's number or name, taken out of a tensor or array."""
     return label.item() if isinstance(label, Tensor | np.generic | np.ndarray) and label.ndim == 0 else label
 
 
@@ -223,7 +223,7 @@ def _table(data: Any, given: Given) -> Contents:
 
 
 def _loader(loader: DataLoader[Any], given: Given) -> Contents:
-    """The examples behind a loader in one order that it gives; its batches where there are no single examples."""
+    """The examples behind a loader, in the order of one pass; its batches if it has no single examples."""
     sampler, length = loader.batch_sampler, _length(loader)
     own = type(loader).__iter__ is not DataLoader.__iter__
     if own or sampler is None or length is None or isinstance(loader.dataset, IterableDataset):
@@ -268,7 +268,7 @@ def _label(example: Any) -> Any:
 
 
 def _text_row(example: Any) -> Mapping[str, Any] | None:
-    """An example with a text as a row with names, None where there is none."""
+    """An example with a text as a row with named columns; None if there is no text."""
     if isinstance(example, str):
         return {"text": example}
     if isinstance(example, Mapping) and any(isinstance(example.get(name), str) for name in ("text", *PAIR)):
@@ -279,7 +279,7 @@ def _text_row(example: Any) -> Mapping[str, Any] | None:
 
 
 def _collated(examples: Sequence[Any], given: Given) -> Any:
-    """A batch as PyTorch makes it of examples; token ids of different lengths are padded, and the padding is masked."""
+    """Collate examples as PyTorch does; token ids of different lengths are padded, and the padding is masked."""
     tables = [
         {name: torch.as_tensor(value) if isinstance(value, list) else value for name, value in each.items()}
         if isinstance(each, Mapping)

@@ -62,7 +62,7 @@ def load_preprocessing(folder: Path) -> Preprocessing:
 
 
 def preprocessing_of(module: nn.Module | None) -> Preprocessing:
-    """What a module tells of its inputs: the names in its forward, and of a transformers model its configuration."""
+    """The preprocessing that a module implies: from its forward's arguments, and a transformers configuration."""
     if module is None:
         return Preprocessing()
     config: Any = getattr(module, "config", None)
@@ -84,7 +84,7 @@ def _configured(config: Mapping[str, Any], inputs: tuple[str, ...]) -> Preproces
 
 
 def forward_inputs(model: type[nn.Module]) -> tuple[str, ...]:
-    """The names that the forward of a model has for its inputs."""
+    """The names of the inputs of a model's forward."""
     named = signature(model.forward).parameters.values()
     several = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
     return tuple(each.name for each in named if each.name != "self" and each.kind not in several)

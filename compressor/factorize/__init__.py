@@ -1,4 +1,4 @@
-"""One matrix and a rank to factors, in the Frobenius norm or in a metric."""
+"""From one matrix and a rank to factors, in the Frobenius norm or in a metric."""
 
 from compressor.factorize.balanced import balanced
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair

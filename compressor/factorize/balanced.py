@@ -1,4 +1,4 @@
-"""Factor pairs whose numbers fit the range of the dtype that stores them."""
+"""Factor pairs scaled to fit the range of the dtype that stores them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AnyPair = TypeVar("AnyPair", FactorPair, SpatialPair)
 
 
 def balanced(pair: AnyPair, dtype: torch.dtype) -> AnyPair:
-    """The same pair, each component's column of `up` and row of `down` brought to like size, where `dtype` needs it.
+    """The same pair with each column of `up` and row of `down` scaled to similar size, where `dtype` needs it.
 
     float16 does: what the factors of a matrix span is wider than its range. The other types only near their limits, and
     elsewhere a power of two changes no digit.

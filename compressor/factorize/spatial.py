@@ -186,7 +186,7 @@ def alternating_least_squares(
 
 
 def _best(problem: WhitenedKernel, down: Tensor, settings: FactorizationSettings) -> Solution:
-    """The last solution of alternating least squares that was worth its sweep."""
+    """The last solution of alternating least squares whose sweep gained enough."""
     solutions = islice(alternating_least_squares(problem, down, settings), settings.spatial_sweeps)
     best = next(solutions)
     for solution in solutions:

@@ -1,4 +1,4 @@
-"""The pair of an embedding that an output head is tied to: one matrix that the loss notices in two places.
+"""The pair of an embedding with a tied output head: one matrix that affects the loss in two places.
 
 A tied `d_out x d_in` matrix W, with `d_out` the length of its vectors and `d_in` the number of its tokens, is used
 twice. It looks vectors up, where a change D costs `1/2 tr(S_ge D F D^T)` to second order (F has the frequencies of the

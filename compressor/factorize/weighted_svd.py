@@ -88,5 +88,5 @@ def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
 
 
 def _times(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """The product of a matrix with the moment of the inputs, whose diagonal may be all that is given."""
+    """The product of a matrix with the moment of the inputs, which may be given as its diagonal alone."""
     return matrix * inputs if inputs.dim() == 1 else matrix @ inputs

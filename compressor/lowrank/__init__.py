@@ -1,4 +1,4 @@
-"""The low-rank format: pairs into files, torch modules and a transformers configuration, and back to dense."""
+"""The low-rank format: pairs in files, in torch modules, and in transformers configurations, and back to dense."""
 
 from __future__ import annotations
 

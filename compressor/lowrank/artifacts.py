@@ -1,4 +1,4 @@
-"""A compressed model, and the dense one that is multiplied back from it, as they are written."""
+"""The artifacts of a compressed model, and of the dense model restored from one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def compressed_artifact(
 
 
 def file_metadata(rewriting: Rewriting) -> dict[str, str]:
-    """What a compressed safetensors file says of itself: enough to know how it was made, and to undo it."""
+    """The metadata of a compressed safetensors file: how it was made, and what is needed to restore it."""
     checkpoint, plan = rewriting.checkpoint, rewriting.plan
     record = {
         "source": checkpoint.name if checkpoint.source is not None else plan.source,

@@ -75,7 +75,7 @@ class FactoredWeight(nn.Module):
         return self
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Unfilled factors for a weight: their values are loaded, never computed here."""
+        """Unfilled factors for a weight; their values are loaded later."""
         return tuple(weight.new_empty(self._infos(weight.dtype)[name].shape) for name in self.trained)
 
     def _product(self, *factors: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def put_factors(module: nn.Module, parameter: str, form: str, *, rank: int, like
 
 
 def fill_factors(module: nn.Module, parameter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Give the factors of a parameter their values, by their names below the layer's: the tensors, not copies."""
+    """Assign the factors of a parameter, by their names below the layer's; tensors are not copied."""
     lists: Any = module.parametrizations
     factors = lists[parameter]
     factored: FactoredWeight = factors[0]
@@ -142,7 +142,7 @@ def _tell_recurrent(module: nn.Module) -> None:
 
 
 def to_be_factored(module: nn.Module) -> nn.Module:
-    """A copy of a module with the same tensors and the same modules inside; itself if it has factors already."""
+    """A copy of a module that shares its tensors and submodules; the module itself if it already has factors."""
     if factored_parameters(module):
         return module
     copied = module.__new__(type(module))
@@ -154,7 +154,7 @@ def to_be_factored(module: nn.Module) -> nn.Module:
 
 
 def factored_parameters(module: nn.Module) -> dict[str, FactoredWeight]:
-    """The parameters of a module, not of those inside it, that are factored, by name."""
+    """The factored parameters of a module itself, not of its submodules, by name."""
     if not parametrize.is_parametrized(module):
         return {}
     lists: Any = module.parametrizations
@@ -191,7 +191,7 @@ def _as_registered(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def can_be_pair(root: nn.Module, name: str, parameter: str, *, kind: Kind) -> bool:
-    """Whether a layer of a model is of this kind, and calling a pair in its place is all that uses its weight."""
+    """Whether a layer is of this kind, and its weight is used only by calling the layer."""
     modules: dict[str, nn.Module] = dict(root.named_modules(remove_duplicate=False))
     layer, parent = modules[name], modules.get(name.rpartition(".")[0])
     if parameter != "weight" or directly_read_by(layer, parent) is not None or own_state(layer) is not None:

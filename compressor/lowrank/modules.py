@@ -53,7 +53,7 @@ _OF_WEIGHTS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 def carry_over(dense: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the hooks of the dense one that it replaces, and the attributes that it does not have itself.
+    """Copy the hooks of the replaced dense layer, and the attributes that the new layer lacks.
 
     The hooks of `state_dict` are not among them.
     """
@@ -64,7 +64,7 @@ def carry_over(dense: nn.Module, layer: nn.Module) -> None:
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the hooks that run when another one is called."""
+    """Copy the hooks that run when a module is called to another module."""
     for name in _CALL_HOOKS:
         hooks = getattr(old, name)
         left = {key: hook for key, hook in hooks.items() if not isinstance(hook, _OF_WEIGHTS)}
@@ -73,7 +73,7 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def carry_state_hooks(dense: nn.Module, layer: nn.Module) -> None:
-    """Give a layer the hooks that the dense one has on being saved and loaded."""
+    """Copy the hooks that run when the dense layer is saved or loaded."""
     for name in _STATE_HOOKS:
         hooks = getattr(dense, name)
         setattr(layer, name, type(hooks)(hooks))
@@ -85,7 +85,7 @@ def carry_state_hooks(dense: nn.Module, layer: nn.Module) -> None:
 
 
 def remove_call_hooks(layer: nn.Module) -> None:
-    """Take from a layer the hooks that `carry_hooks` gave to another."""
+    """Remove the hooks from a layer that `carry_hooks` copied to another."""
     for name in _CALL_HOOKS:
         getattr(layer, name).clear()
 

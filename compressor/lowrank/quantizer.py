@@ -25,7 +25,7 @@ from compressor.network.experts import separable_experts, separate_experts
 
 @register_quantization_config(METADATA_KEY)
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `config.json` says of the low-rank layers, by module name."""
+    """The low-rank layers as listed in `config.json`, by module name."""
 
     def __init__(self, quant_method: str = METADATA_KEY, **said: Any) -> None:
         self.quant_method = quant_method
@@ -97,7 +97,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _spare_initialization(model: Any, holder: str) -> None:
-    """Keep transformers from giving initial values to what holds a low-rank layer, where it could not.
+    """Keep transformers from initializing modules that contain a low-rank layer, where that would fail.
 
     It does that, without effect, for modules that it loads too, and stops where they depend on the shape of a dense
     weight (Whisper's table of positions). A module with parameters or buffers of its own is left to it.
@@ -115,7 +115,7 @@ def _spare_initialization(model: Any, holder: str) -> None:
 
 
 def tell_transformers(model: Any, spec: LowRankSpec) -> None:
-    """Let a model that was compressed in memory be saved as one that was loaded would be.
+    """Let a model that was compressed in memory be saved like a loaded one.
 
     `spec` has the names of its modules.
     """

@@ -1,4 +1,4 @@
-"""A low-rank module made dense again in memory, as `restore` does it with files."""
+"""Restore a low-rank module to a dense one in memory, as `restore` does with files."""
 
 from __future__ import annotations
 

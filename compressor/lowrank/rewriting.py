@@ -1,4 +1,4 @@
-"""A plan carried out: the tensors, the metadata and the module of the compressed model."""
+"""Carry out a plan: the tensors, metadata, and module of the compressed model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Rewriting:
 
 
 def layer_spec(layer: Layer, plan: LayerPlan, share: float | None = None) -> LayerSpec:
-    """What is said of a layer that a plan makes low-rank."""
+    """The specification of a layer that a plan makes low-rank."""
     assert plan.rank is not None
     return LayerSpec(plan.form, plan.rank, layer.kind, share)
 

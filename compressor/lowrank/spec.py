@@ -1,4 +1,4 @@
-"""What a compressed model says of its low-rank layers; the only place that knows how this is spelled in a file.
+"""The specification of a model's low-rank layers, and the only place that knows its spelling in files.
 
 It stands in the metadata of a safetensors file, by the names of the checkpoint's layers, and under
 `quantization_config` in a transformers folder's `config.json`, by the names of the model's modules.
@@ -53,7 +53,7 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, document: Any) -> LayerSpec:
-        """Read what `to_dict` gives; ValueError says in what the document is something else."""
+        """Read what `to_dict` returns; ValueError says what is wrong with the document."""
         known = {"form", "rank", "kind", "share"}
         if not isinstance(document, Mapping) or not known - {"share"} <= set(document) <= known:
             raise ValueError("a low-rank layer has a form, a rank and a kind")
@@ -96,7 +96,7 @@ class LowRankSpec:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> LowRankSpec:
-        """Read what `to_dict` and `to_config` give; other entries are left alone, and ValueError says what is wrong."""
+        """Read what `to_dict` and `to_config` return; other entries are ignored, and ValueError says what is wrong."""
         written_in = document.get("format_version")
         if type(written_in) is not int or written_in < 1:
             raise ValueError(f"{written_in!r} is not a version of the low-rank format")

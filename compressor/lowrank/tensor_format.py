@@ -55,7 +55,7 @@ class StoredPair:
 
     @property
     def first(self) -> str:
-        """The tensor that says for all of the pair in which dtype it is, and whether another layer shares it."""
+        """The tensor that represents the pair: its dtype is the pair's, and sharing it means sharing the pair."""
         return join(self.name, FORMS[self.form].names[0])
 
     def read_factors(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -64,17 +64,17 @@ class StoredPair:
 
 
 def role_of(name: str) -> str:
-    """What a tensor is called for short: `down` for `down.weight`."""
+    """The short name of a tensor: `down` for `down.weight`."""
     return name.removesuffix(".weight")
 
 
 def join(name: str, tensor: str) -> str:
-    """A tensor's name under a layer's; the layer that is the whole model has an empty one."""
+    """A tensor's name below its layer's name, which is empty if the layer is the whole model."""
     return f"{name}.{tensor}" if name else tensor
 
 
 def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, *, bias: TensorInfo | None) -> list[TensorInfo]:
-    """Names, shapes and dtypes of the tensors that will stand for a layer, before any of them is computed."""
+    """Names, shapes, and dtypes of the tensors that will replace a layer, before any of them is computed."""
     assert plan.rank is not None
     form = FORMS[plan.form]
     infos = [TensorInfo(layer.tensor, MARKERS[layer.kind], dtype)]
@@ -159,7 +159,7 @@ def stored_tensors(
 
 
 def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in which the arithmetic is float64; what is not of floating-point numbers stays."""
+    """The tensors in float64; those that are not floating-point stay as they are."""
     return {name: each.to(torch.float64) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
@@ -241,7 +241,7 @@ def _kind_of_pair(tensor: str, marker: tuple[int, ...], own: Mapping[str, tuple[
 
 
 def spec_of(checkpoint: Checkpoint) -> LowRankSpec:
-    """What the metadata of a compressed file says of its low-rank layers; of none where there is no such metadata."""
+    """The low-rank layers in the metadata of a compressed file; none if there is no such metadata."""
     record = file_record(checkpoint)
     if "layers" not in record:
         return LowRankSpec({})
@@ -256,7 +256,7 @@ def spec_of(checkpoint: Checkpoint) -> LowRankSpec:
 
 
 def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a compressed file says of itself in its metadata; {} where there is nothing, or nothing that can be read."""
+    """The record in the metadata of a compressed file; {} if there is none that can be read."""
     with suppress(BadInput):
         record = parse_json(checkpoint.metadata.get(METADATA_KEY, "{}"), where=checkpoint.name)
         if isinstance(record, dict):
@@ -278,7 +278,7 @@ def multiplied(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
 
 
 def require_usable(checkpoint: Checkpoint, pair: StoredPair) -> None:
-    """Raise BadInput where the values of a pair's tensors make no pair."""
+    """Raise BadInput if the values of a pair's tensors are invalid."""
     defect = FORMS[pair.form].defect(lambda name: checkpoint.read(join(pair.name, name)))
     if defect is not None:
         raise BadInput(
@@ -323,7 +323,7 @@ def dense_aliases(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> di
 
 
 def _further_places(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, StoredPair]]:
-    """The further names under which a low-rank layer is in the checkpoint: those of its dense weight."""
+    """The other names of a low-rank layer in the checkpoint: those of its dense weight."""
     owners = {_stored_name(checkpoint, pair.first): pair for pair in pairs.values()}
     for alias, name in checkpoint.aliases.items():
         if (pair := owners.get(name)) is None:

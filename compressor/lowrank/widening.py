@@ -1,4 +1,4 @@
-"""Networks side by side in one file: it says that its layers are wider than those of the architecture of its parts."""
+"""Concatenated networks: a file whose layers are wider than those of the architecture of its parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MERGE_KEY = "merge"
 
 
 def merge_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a merged file says of itself in its metadata; {} where there is nothing, or nothing that can be read."""
+    """The record in the metadata of a merged file; {} if there is none that can be read."""
     with suppress(BadInput):
         record = parse_json(checkpoint.metadata.get(MERGE_KEY, "{}"), where=checkpoint.name)
         if isinstance(record, dict):

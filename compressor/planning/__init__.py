@@ -1,4 +1,4 @@
-"""A budget and measurements to a plan: a rank for every layer, and why."""
+"""From a budget and measurements to a plan: a rank for every layer, and why."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Choices:
 
 
 def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
-    """Index of the choice for every layer that loses the least in sum at a cost of at most `budget`.
+    """Index of each layer's choice, with the least total loss at a total cost of at most `budget`.
 
     A Lagrange multiplier prices the cost, and every layer minimizes `loss + multiplier * cost`: as the price falls it
     goes from its smallest choice along the lower convex hull of its choices. What is then left of the budget goes to
@@ -60,7 +60,7 @@ def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
 
 
 def even_shares(layers: Sequence[Choices], budget: int) -> list[int]:
-    """Index of the choice for every layer that loses the least within one share of the layer's largest cost.
+    """Index of each layer's choice that loses the least within one common share of the layer's largest cost.
 
     The share is the largest at which all of them cost at most `budget`. A layer that has no choice within the share
     takes its smallest.
@@ -86,12 +86,12 @@ def _frontier(choices: Choices) -> npt.NDArray[np.int64]:
 
 
 def _owners(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
-    """For every entry of some arrays in a row, which of them it is of."""
+    """For each entry of the concatenated arrays, the index of its array."""
     return np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
 def spend(layers: Sequence[Choices], chosen: list[int], left: int) -> list[int]:
-    """Spend what is left on the steps that save most loss for their cost, until none fits."""
+    """Spend the rest of the budget on the steps that save the most loss per cost, until none fits."""
     cost, loss = (np.concatenate(each) for each in zip(*((layer.cost, layer.loss) for layer in layers), strict=True))
     owner = _owners([layer.cost for layer in layers])
     first = np.cumsum([0, *(len(layer.cost) for layer in layers)])

@@ -28,7 +28,7 @@ class Budget:
 
     @property
     def option(self) -> str:
-        """The option that asks for such a budget."""
+        """The option that sets this kind of budget."""
         return self.kind.replace("-", "_")
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ OptimizerFamily = Literal["sgd", "adaptive"] | None
 def default_budget(
     measured: Sequence[MeasuredLayer], family: OptimizerFamily, settings: PlanningSettings = PLANNING
 ) -> Budget:
-    """What applies when nothing is asked: the window rule where it was validated, else a tolerance that is safe.
+    """The default: the window rule where it has been validated, else a safe tolerance.
 
     The window rule needs a recipe of the SGD family that says how much of the initialization survives.
     """
@@ -35,7 +35,7 @@ def default_budget(
 
 
 def rank_caps(measured: Sequence[MeasuredLayer], family: OptimizerFamily) -> dict[str, int]:
-    """The most rank that the window rule lets a layer keep, by name, of the layers that it applies to.
+    """The largest rank that the window rule allows each layer that it applies to, by name.
 
     The number of singular values above the edge of the surviving initialization, or the memory window's bound where it
     is not vacuous and smaller. Empty unless the optimizer is of the SGD family.
@@ -120,7 +120,7 @@ def worthwhile_size(
 
 
 def is_worthwhile(after: int, before: int, settings: PlanningSettings = PLANNING) -> bool:
-    """Whether weight files save enough of their bytes, where nothing was asked."""
+    """Whether the weight files save enough bytes when no budget was given."""
     return after <= (1 - settings.least_file_saving) * before
 
 

@@ -31,7 +31,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class DropSearch:
-    """How a size was found by its drop in quality: every trial in the order in which they were made.
+    """How a size was found by its drop in quality: all trials in order.
 
     `data` and `predictions` say what the drops were measured on; `evaluations` counts the dense model's as well. A size
     is allowed where its drop and one standard error together are at most `limit`. `higher_is_better` is known of the
@@ -66,7 +66,7 @@ class DropSearch:
 
 
 def within_limit(drop: float, limit: float) -> bool:
-    """Whether a drop is at most the limit; the last digits of a difference of two fractions are rounding."""
+    """Whether a drop is at most the limit, up to the rounding of a difference of two fractions."""
     return drop <= limit or math.isclose(drop, limit, rel_tol=1e-9)
 
 
@@ -84,7 +84,7 @@ def search_by_drop(
     first: float,
     settings: PlanningSettings = PLANNING,
 ) -> tuple[Trial, ...]:
-    """Sizes tried on the way to the smallest one whose bound is at most `limit`, in `settings.most_trials` at most.
+    """Search for the smallest size whose bound is at most `limit`, and return all trials.
 
     `measure` tries a fraction of the `eligible` parameters to keep. `least` is the smallest fraction that can be asked
     for and `first` the one to begin with; dense, a fraction of one, drops nothing. Between the largest size that fails

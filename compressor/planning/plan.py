@@ -1,4 +1,4 @@
-"""A budget becomes a rank and a form for every layer, with the reason; and the JSON that holds them."""
+"""Choose a rank and a form for every layer within a budget, with the reason; and the JSON format of plans."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Plan(DisplayedLayers):
 
     @property
     def error_name(self) -> Literal["relative loss error", "relative Frobenius error"]:
-        """What the error of the layers is."""
+        """What the error of a layer measures."""
         return "relative Frobenius error" if self.calibration is None else "relative loss error"
 
     def with_errors(self, errors: Mapping[str, float]) -> Plan:
@@ -224,19 +224,19 @@ class MeasuredLayer:
 
     @property
     def forms_apart(self) -> tuple[str, ...]:
-        """The forms with errors of their own that may be chosen."""
+        """The eligible forms that have errors of their own."""
         return tuple(form for form in self.own_values if form not in self.settings.excluded_forms)
 
     @property
     def total(self) -> float:
-        """What dropping the whole layer costs: loss per prediction to second order; without calibration one."""
+        """The loss per prediction of dropping the whole layer, to second order; 1 without calibration."""
         if self.weighted_values is None:
             return 1.0
         return self.uses / 2 * float(np.square(self.weighted_values).sum())
 
     @property
     def window_rule_applies(self) -> bool:
-        """Whether enough of the initialization is forgotten, and something stands above the rest of it."""
+        """Whether little enough of the initialization survives, and some singular value exceeds its edge."""
         return not self.window_rule_obstacle
 
     @property
@@ -261,7 +261,7 @@ def _forms_alike(layer: Layer, request: FormRequest) -> list[str]:
 
 
 def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) -> LayerPlan:
-    """The plan for one layer at a rank; dense where the pair would save next to nothing or the layer is to stay."""
+    """The plan for one layer at a rank; dense if the pair would save too little or the layer must stay dense."""
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
@@ -279,7 +279,7 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
 
 
 def _most_bytes(m: MeasuredLayer) -> float:
-    """The most bytes that a pair may take to be worth its slower products."""
+    """The largest size in bytes at which a pair is worth its slower products."""
     return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, DENSE, 0, itemsize=m.itemsize)
 
 
@@ -393,7 +393,7 @@ def _allocated(
 
 
 def chosen_within(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[int] | None:
-    """Index of every layer's choice that loses least in sum within the budget; None when the smallest exceed it.
+    """Index of each layer's choice, with the least total loss within the budget; None if even the smallest exceed it.
 
     A file and a module list the same layers in different orders. They are allocated in the order of their names, so
     that neither ties nor the rounding of sums depend on it.
@@ -472,13 +472,13 @@ def plan_by_file_size(
 
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
-    """What the layers would store at rank one: no budget below it can be met."""
+    """What the layers would store at rank one, the smallest budget that can be met."""
     return sum(int(layer_choices(m, request, unit).choices.cost.min()) for m in measured)
 
 
 @dataclass(frozen=True)
 class LayerChoices:
-    """Everything that one layer could become: what it costs and loses, in which form and of which rank.
+    """All choices for one layer: the cost, loss, form, and rank of each.
 
     `errors` are the relative errors of the choices. The rank of a layer that stays dense is 0.
     """
@@ -608,7 +608,7 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
 
 
 def _read_shape(shape: object) -> tuple[int, int]:
-    """The shape that a plan states, `(0, 0)` where it states none."""
+    """The shape that a plan states; `(0, 0)` if it states none."""
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
         return (shape[0], shape[1])
     return (0, 0)

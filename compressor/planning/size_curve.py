@@ -1,4 +1,4 @@
-"""What every size would cost: the allocation's loss over the parameters that are kept."""
+"""The loss of the allocation as a function of size."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _calibrated_curve(measured: Sequence[MeasuredLayer], tables: Sequence[LayerC
 
 
 def plan_loss(curve: SizeCurve, layers: Sequence[LayerPlan], predicted: float | None) -> float:
-    """What a plan loses in the unit of the curve; `predicted` is that of a plan made with calibration."""
+    """The loss of a plan in the unit of the curve; `predicted` is the loss predicted by calibration."""
     if curve.unit != "relative error" and predicted is not None:
         return predicted
     return float(np.sqrt(np.mean([layer.error**2 for layer in layers])))

@@ -1,4 +1,4 @@
-"""How a model was trained: its hyperparameters, and the files they are read from."""
+"""How a model was trained: its hyperparameters, and the files that they are read from."""
 
 from __future__ import annotations
 

@@ -29,9 +29,8 @@ def read_model_card(path: str | Path) -> TrainingRecipe:
     """The recipe in the list that `transformers.Trainer` writes under "Training hyperparameters".
 
     The list may have further lines, named as the fields of `TrainingRecipe`, for what a Trainer leaves out:
-    weight decay, momentum, dataset size, sequence length. The base model is that of the front matter. Of a card without
-    either nothing is known. Raises
-    `BadInput` if a value in the list is not what its name says.
+    weight decay, momentum, dataset size, sequence length. The base model is that of the front matter. A card with
+    neither tells nothing. Raises `BadInput` if a value in the list is not what its name says.
     """
     path = Path(path)
     text = read_text(path)
@@ -69,12 +68,12 @@ def hyperparameter_lines(recipe: TrainingRecipe) -> list[str]:
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is neither HTML nor a link or code in Markdown, wherever it stands."""
+    """Whether a text contains no HTML, and no Markdown link or code."""
     return re.search(r"[<>&`\\\[\]]|://", text) is None
 
 
 def front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """The metadata that a card begins with, and the text after them; {} and the whole text where there are none."""
+    """The metadata at the top of a card, and the text after it; {} and the whole text if there is none."""
     front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if front is None:
         return {}, text

@@ -57,7 +57,7 @@ def read_recipe_file(path: str | Path) -> TrainingRecipe:
 
 
 def _read_recipe_beside(path: Path) -> TrainingRecipe:
-    """The recipe in a file that was only found: what cannot be used of it is left out and named."""
+    """The recipe in a file that nobody named: unusable entries are skipped with a warning."""
     known, unknown = _known_and_unknown(read_yaml(path))
     sources = known.pop("sources", None)
     recipe, why = possible_recipe(known, path.name)
@@ -85,7 +85,7 @@ def _listed(unknown: dict[str, Any]) -> str:
 
 
 def _read_arguments(path: Path) -> TrainingRecipe:
-    """The recipe in an `args.yaml`, which timm writes, and others in their own way."""
+    """The recipe in an `args.yaml`, written by timm or by another tool."""
     document = read_yaml(path)
     return read_timm_args(path) if {"opt", "sched"} <= document.keys() else read_settings(path)
 
@@ -106,7 +106,7 @@ _BESIDE_THE_MODEL: tuple[tuple[str, Reader], ...] = (
 
 
 def read_recipe(path: str | Path) -> TrainingRecipe:
-    """The recipe in a file of any format that this package reads, told apart by what is in it.
+    """The recipe in a file of any format that this package reads; the format is recognized by the content.
 
     Raises `BadInput` if it cannot be read as any of them.
     """
@@ -115,7 +115,7 @@ def read_recipe(path: str | Path) -> TrainingRecipe:
 
 
 def stated_recipe(stated: Sequence[TrainingRecipe | Path]) -> TrainingRecipe:
-    """One recipe out of recipes and files that hold one, the most trusted first.
+    """Merge recipes, and files that contain one, the most trusted first.
 
     Raises `BadInput` if a file cannot be read, or they contradict each other.
     """
@@ -160,7 +160,7 @@ def find_recipe(
 
 
 def _warn_of_disagreement(trusted: TrainingRecipe, other: TrainingRecipe, asked: TrainingRecipe) -> None:
-    """Say where two files tell different values; what was asked for is meant to be another."""
+    """Warn where two files disagree; a value that the user stated is meant to differ."""
     for name in _COMPARED:
         one, two = getattr(trusted, name), getattr(other, name)
         if one is None or two is None or getattr(asked, name) is not None or one == two:

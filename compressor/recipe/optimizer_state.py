@@ -72,7 +72,7 @@ class Schedule:
 
 
 def read_optimizer_state(state: Mapping[Any, Any], shapes: Mapping[str, Sequence[int]]) -> OptimizerState | None:
-    """What the state dict of an optimizer tells; `shapes` are those of the model's tensors. None if it is not one."""
+    """Read an optimizer's state dict; `shapes` are those of the model's tensors. None if it is not one."""
     groups = [group for group in _list(state.get("param_groups")) if isinstance(group, Mapping)]
     if not groups:
         return None
@@ -123,7 +123,7 @@ def _optimizer_named(group: Mapping[Any, Any], moments: Mapping[Any, Any]) -> tu
 
 
 def _like_adam(group: Mapping[Any, Any], moments: Mapping[Any, Any]) -> str | None:
-    """Which of the optimizers with betas it was; None where Adam and AdamW cannot be told apart."""
+    """Which optimizer with betas it was; None if it may be Adam or AdamW."""
     kept = next((each.keys() for each in moments.values() if isinstance(each, Mapping)), ())
     decoupled = group.get("decoupled_weight_decay")
     if "exp_inf" in kept:
@@ -145,7 +145,7 @@ def _weight_decays(
     shapes: Mapping[str, Sequence[int]],
     remarks: list[str],
 ) -> dict[str, Any]:
-    """The weight decay of the main group, and which parameters have another one, or none."""
+    """The weight decay of the main group, and the parameters with a different one or none."""
     decay = finite_number(main.get("weight_decay"))
     if decay is None:
         return {}
@@ -171,7 +171,7 @@ def _weight_decays(
 def _names_in(
     group: Mapping[Any, Any], moments: Mapping[Any, Any], shapes: Mapping[str, Sequence[int]]
 ) -> list[str] | None:
-    """The parameters in a group by name: as the group names them, or all vectors where it has nothing but vectors."""
+    """Names of the parameters in a group: its own, or all vectors if it holds only vectors."""
     if named := [name for name in _list(group.get("param_names")) if isinstance(name, str)]:
         return [name.removeprefix("module.").removeprefix("_orig_mod.") for name in named]
     indices = _list(group.get("params"))
@@ -183,7 +183,7 @@ def _names_in(
 
 
 def _dimensions(moments: Mapping[Any, Any]) -> int | None:
-    """The dimensions of a parameter, which are those of its moments."""
+    """The dimensions of a parameter, from those of its moments."""
     for name in ("exp_avg", "momentum_buffer", "square_avg", "sum", "exp_inf"):
         if (shape := getattr(moments.get(name), "shape", None)) is not None:
             return len(shape)
@@ -192,7 +192,7 @@ def _dimensions(moments: Mapping[Any, Any]) -> int | None:
 
 
 def read_scheduler_state(state: Mapping[Any, Any]) -> Schedule | None:
-    """The schedule in the state dict of a scheduler of torch; None if it is not one."""
+    """The schedule in the state dict of a PyTorch scheduler; None if it is not one."""
     if "last_epoch" not in state:
         return None
     taken = _whole(state.get("last_epoch"))
@@ -220,7 +220,7 @@ def read_scheduler_state(state: Mapping[Any, Any]) -> Schedule | None:
 
 
 def _milestones(state: Mapping[Any, Any]) -> tuple[float, ...]:
-    """The steps of a MultiStepLR, or those of a StepLR up to now."""
+    """The milestones of a MultiStepLR, or those that a StepLR has passed."""
     if (every := _whole(state.get("step_size"))) is not None and every > 0:
         count = min((_whole(state.get("last_epoch")) or 0) // every, _MOST_MILESTONES)
         return tuple(every * k for k in range(1, count + 1))
@@ -241,7 +241,7 @@ def _ramp(state: Mapping[Any, Any], *, taken: int | None, length: float | None, 
 
 
 def _sequence(state: Mapping[Any, Any], taken: int | None) -> Schedule:
-    """A warm-up and one schedule after it; any other sequence has no name in a recipe."""
+    """A warm-up followed by one schedule; a recipe has no name for any other sequence."""
     inner = (read_scheduler_state(each) for each in _list(state["_schedulers"]) if isinstance(each, Mapping))
     schedules = [schedule for schedule in inner if schedule is not None]
     changes = [change for at in _list(state.get("_milestones")) if (change := finite_number(at)) is not None]

@@ -294,7 +294,7 @@ class TrainingRecipe:
 
     @property
     def unknown_in_schedule(self) -> str:
-        """What keeps `learning_rates` from being known, in a few words; empty if nothing does."""
+        """Why `learning_rates` is unknown, in a few words; empty if it is known."""
         if self.learning_rate is None:
             return "the learning rate is unknown"
         if self.schedule is None:
@@ -320,7 +320,7 @@ class TrainingRecipe:
         return self.learning_rates_at(np.arange(start, total if stop is None else min(stop, total), dtype=np.float64))
 
     def learning_rates_at(self, step: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The learning rates of a schedule that is known, at any step, between two also."""
+        """The learning rates of a known schedule at any steps, also fractional ones."""
         assert self.learning_rate is not None
         length, warmup = self.schedule_steps or self.total_steps or 0, self.warmup_length
         annealed = np.maximum(0.0, step - warmup) / max(1, length - warmup)
@@ -350,21 +350,21 @@ class TrainingRecipe:
         return None if self.undecayed is None and not self._in_a_group(name) else True
 
     def weight_decay_of(self, name: str) -> float | None:
-        """The weight decay of the parameter called `name`: its group's, or that of all; None if unknown."""
+        """The weight decay of the parameter called `name`: its group's, or the global one; None if unknown."""
         if any(fnmatchcase(name.lower(), glob.lower()) for glob in self.undecayed or ()):
             return 0.0
         return self._in_a_group(name)[0] if self._in_a_group(name) else self.weight_decay
 
     def of_parameter(self, name: str) -> TrainingRecipe:
-        """The recipe as it was for the parameter called `name`, its weight decay that of all."""
+        """The recipe for the parameter called `name`, with its weight decay as the global one."""
         return replace(self, weight_decay=self.weight_decay_of(name), undecayed=None, group_weight_decay=None)
 
     def _in_a_group(self, name: str) -> list[float]:
-        """The weight decays of the groups that a parameter is in; the first counts."""
+        """The weight decays of the groups that contain a parameter; the first one counts."""
         return [decay for glob, decay in self.group_weight_decay or () if fnmatchcase(name.lower(), glob.lower())]
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, in the types of JSON; unknown ones are None."""
+        """Every field as a JSON value; unknown ones are None."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         for name in ("step_milestones", "undecayed"):
             values[name] = None if values[name] is None else list(values[name])
@@ -378,9 +378,9 @@ class TrainingRecipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str | None = None) -> TrainingRecipe:
-        """The recipe that `to_dict` wrote, or one written by hand with the same keys.
+        """Read what `to_dict` returns, or a mapping with the same keys written by hand.
 
-        `source` is noted for every known field without one. Text is read as what the field needs: YAML 1.1
+        `source` is recorded for every known field that has none. Text is read as what the field needs: YAML 1.1
         takes `5e-4` for text. Raises `BadInput` for a key that is not a field, naming those that resemble it.
         """
         names = [entry.name for entry in fields(cls)]
@@ -408,14 +408,14 @@ def _without_folders(model: str | None) -> str | None:
 
 
 def finite_number(value: object) -> float | None:
-    """A number of any size that a training can have; None for what is none."""
+    """The value as a finite number of plausible size; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
         return None
     return float(value)
 
 
 def fields_like(key: str) -> list[str]:
-    """The fields of a recipe that a key may be a misspelling or an abbreviation of."""
+    """The recipe fields that a key may misspell or abbreviate."""
     names = [entry.name for entry in fields(TrainingRecipe) if entry.name != "sources"]
     close = difflib.get_close_matches(key[:80], names, n=3, cutoff=0.7)
     return close or [name for name in names if key == "".join(word[0] for word in name.split("_"))]
@@ -429,7 +429,7 @@ def _shown(value: object) -> str:
 
 
 def _typed(name: str, value: object) -> object:
-    """Text turned into the type of the field; what does not fit is left for the field to refuse."""
+    """Convert text to the type of the field; text that does not fit is returned for validation to reject."""
     if not isinstance(value, str):
         return value
     text = value.strip()

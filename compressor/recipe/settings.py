@@ -57,13 +57,13 @@ _SCHEDULES = {
 
 
 def has_settings(document: Mapping[Any, Any]) -> bool:
-    """Whether a mapping holds the hyperparameters of a training under names that are known."""
+    """Whether a mapping contains training hyperparameters under known names."""
     found = _found(document)
     return "learning_rate" in found or {"optimizer", "epochs"} <= found.keys()
 
 
 def settings_recipe(document: Mapping[Any, Any], source: str) -> TrainingRecipe:
-    """The recipe in the settings of a training script; what is not a value of a recipe is unknown."""
+    """The recipe in the settings of a training script; values that do not fit are unknown."""
     values = _found(document)
     recipe, _ = possible_recipe(values, source)
     return recipe
@@ -79,7 +79,7 @@ def read_settings(path: str | Path) -> TrainingRecipe:
 
 
 def possible_recipe(values: Mapping[str, Any], source: str) -> tuple[TrainingRecipe, tuple[str, ...]]:
-    """The recipe of those values that go together, the first ones first, and why the others do not."""
+    """The recipe of the values that are consistent, earlier ones first, and why the others are not."""
     kept: dict[str, Any] = {}
     why: list[str] = []
     for name, value in values.items():
@@ -95,7 +95,7 @@ def possible_recipe(values: Mapping[str, Any], source: str) -> tuple[TrainingRec
 
 
 def _found(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """The fields of a recipe that are found in a document and its sections."""
+    """The recipe fields found in a document and its sections."""
     places = list(_places(document))
     values = {field: value for field, names in _NAMES.items() if (value := _first(places, names)) is not None}
     for field, sections in (("optimizer", ("optimizer", "optim")), ("schedule", ("lr_scheduler", "scheduler"))):
@@ -131,7 +131,7 @@ def _warmup(values: dict[str, Any], places: Sequence[Mapping[Any, Any]]) -> None
 
 
 def _batch_size(places: Sequence[Mapping[Any, Any]]) -> int | None:
-    """Examples behind one optimizer step; None where it is not told how many processes shared the work."""
+    """Examples per optimizer step; None if the number of processes is unknown."""
     if (total := _count(_first(places, _TOTAL_BATCH))) is not None:
         return total
     own, accumulated = _count(_first(places, _BATCH)), _count(_first(places, _ACCUMULATION, 1))
@@ -143,7 +143,7 @@ def _batch_size(places: Sequence[Mapping[Any, Any]]) -> int | None:
 
 
 def _places(document: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
-    """The document, then the sections in which hyperparameters are kept, and those in these."""
+    """The document, its sections of hyperparameters, and the sections nested in these."""
     yield document
     for name in _SECTIONS:
         if isinstance(section := document.get(name), Mapping):
@@ -152,7 +152,7 @@ def _places(document: Mapping[Any, Any]) -> Iterator[Mapping[Any, Any]]:
 
 
 def _first(places: Sequence[Mapping[Any, Any]], names: Sequence[str], otherwise: Any = None) -> Any:
-    """The first plain value by one of the names; a list of one value is that value."""
+    """The first plain value under one of the names; a list of one value counts as that value."""
     for name in names:
         for place in places:
             value = place.get(name, place.get(name.replace("_", "-")))

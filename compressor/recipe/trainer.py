@@ -120,7 +120,7 @@ def _logged_schedule(log: object, planned: object) -> dict[str, Any]:
 
 
 def optimizer_named(name: object, arguments: object = None) -> dict[str, Any]:
-    """The fields that a Trainer's optimizer name, and its `key=value` arguments in text, determine."""
+    """The fields determined by a Trainer's optimizer name and its `key=value` arguments."""
     fields: dict[str, Any] = {"optimizer": name}
     if isinstance(name, str) and name.lower().rpartition(".")[2] == "sgd":
         # The Trainer hands torch.optim.SGD only what is written here; momentum is then torch's 0.
@@ -142,7 +142,7 @@ def warmup(schedule: object, steps: object, ratio: object) -> object:
 
 
 def product(*factors: object) -> int | None:
-    """The product of whole numbers; None if a factor is not one, and so unknown."""
+    """The product of whole numbers; None if a factor is unknown."""
     numbers = [factor for factor in factors if isinstance(factor, int) and not isinstance(factor, bool)]
     return math.prod(numbers) if len(numbers) == len(factors) else None
 
@@ -162,7 +162,7 @@ def _global_batch(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> int
 
 
 class _Inert:
-    """Stands for an object of any class: keeps what it was made of, and does nothing with it."""
+    """Stands in for an object of any class: stores its constructor arguments and runs nothing."""
 
     arguments: tuple[object, ...]
     attributes: dict[str, Any]
@@ -178,13 +178,13 @@ class _Inert:
             self.attributes = {key: value for key, value in state.items() if isinstance(key, str)}
 
     def __setitem__(self, key: object, value: object) -> None:
-        """Dictionaries of any class fill themselves like this."""
+        """Called by the unpickler to fill dictionaries."""
 
     def append(self, value: object) -> None:
-        """Lists of any class fill themselves like this."""
+        """Called by the unpickler to fill lists."""
 
     def extend(self, values: object) -> None:
-        """Lists of any class fill themselves like this."""
+        """Called by the unpickler to fill lists."""
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -201,7 +201,7 @@ def _attributes(value: object) -> dict[str, Any]:
 
 
 def _scalar(value: object) -> str | int | float | bool | None:
-    """A plain value, or the string that an enumeration's member was made of."""
+    """A plain value, or the string value of an enumeration member."""
     if isinstance(value, _Inert) and len(value.arguments) == 1 and isinstance(value.arguments[0], str):
         return value.arguments[0]
     return value if isinstance(value, str | int | float | bool) else None

@@ -1,4 +1,4 @@
-"""What a training checkpoint itself tells about the training: its optimizer, scheduler, counters and settings."""
+"""The recipe inside a training checkpoint: its optimizer, scheduler, counters, and settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def recipes_inside(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[in
 
 
 def _optimizer(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[int]], file: str) -> OptimizerState | None:
-    """What the only optimizer tells, or what all of several agree on."""
+    """The fields of the only optimizer, or those on which several agree."""
     states = [read for state in _states(document, "param_groups") if (read := read_optimizer_state(state, shapes))]
     if not states:
         return None
@@ -84,7 +84,7 @@ def _optimizer(document: Mapping[Any, Any], shapes: Mapping[str, Sequence[int]],
 
 
 def _schedule(document: Mapping[Any, Any]) -> tuple[str, Schedule] | None:
-    """The one scheduler, and the key that it is under; of several none, for they may be of several optimizers."""
+    """The only scheduler and its key; none of several, which may belong to different optimizers."""
     states = _keyed_states(document, "last_epoch")
     found = [(key, read) for key, state in states if (read := read_scheduler_state(state))]
     return found[0] if len({schedule for _, schedule in found}) == 1 else None
@@ -124,7 +124,7 @@ def _in_optimizer_steps(schedule: Schedule, steps: int | None, epochs: float | N
 
 
 def _in_epochs(schedule: Schedule, taken: int, rate: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A schedule that stepped after every epoch of unknown length: one that ran to its end is the same in steps."""
+    """A schedule that stepped after epochs of unknown length: in steps it is the same if it ran to its end."""
     values = rate | {"epochs": taken}
     if schedule.name == "step":
         return values | {"schedule": "step", "step_factor": schedule.factor}, ""
@@ -135,7 +135,7 @@ def _in_epochs(schedule: Schedule, taken: int, rate: dict[str, Any]) -> tuple[di
 
 
 def _settings(document: Mapping[Any, Any], file: str) -> TrainingRecipe | None:
-    """The settings of the script, from the first mapping that holds some."""
+    """The settings of the script, from the first mapping that contains any."""
     for key in _SETTINGS:
         section = document.get(key)
         if isinstance(section, Mapping) and "param_groups" not in section and has_settings(section):
@@ -149,7 +149,7 @@ def _counter(document: Mapping[Any, Any], names: Sequence[str]) -> int | None:
 
 
 def _epochs(document: Mapping[Any, Any]) -> int | None:
-    """Epochs taken: as Lightning's loop counts them, or as the file says."""
+    """Completed epochs: as Lightning's loop counts them, or as the file states."""
     progress: Any = document.get("loops")
     for key in ("fit_loop", "epoch_progress", "total", "completed"):
         progress = progress.get(key) if isinstance(progress, Mapping) else None
