@@ -1,7 +1,8 @@
 """What can be asked of each verb: every option once, with its help, its default and how it is read.
 
 The flags and the help of the command line, the signatures and docstrings of the Python functions, the command that
-repeats a run and the reference page come from these dataclasses.
+repeats a run and the reference page come from these dataclasses. Type checkers see what each may be made from: the
+keyword arguments of its verb.
 """
 
 from __future__ import annotations
@@ -40,9 +41,22 @@ from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from torch import nn
     from torch.utils.data import Dataset
 
+    from compressor.api.keywords import (
+        CompressKeywords,
+        DiagnoseKeywords,
+        EvaluateKeywords,
+        ExploreKeywords,
+        ExportKeywords,
+        InspectKeywords,
+        MergeKeywords,
+        PlanKeywords,
+        RestoreKeywords,
+    )
     from compressor.calibration import CalibrationSettings
     from compressor.data import CustomMetric
     from compressor.evaluation import TimingSettings
@@ -317,6 +331,10 @@ class PlanOptions(
     verb = "plan"
     alternatives = ("keep", "max_size", "max_drop", "tolerance", "plan")
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[PlanKeywords]) -> None: ...
+
     def check(self) -> None:
         budgets = [name for name in self.alternatives if name in self.given]
         if len(budgets) > 1:
@@ -371,6 +389,10 @@ class CompressOptions(OutputOptions, TimingOptions, PlanOptions):
 
     verb = "compress"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[CompressKeywords]) -> None: ...
+
     allow_miss: bool = option(
         "Write the model, with a warning, even where the reported data show a larger drop than `max_drop`.",
         SWITCH,
@@ -402,6 +424,10 @@ class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, Threshol
 
     verb = "inspect"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[InspectKeywords]) -> None: ...
+
     epsilon: float = option("Relative residual at which the memory window ends.", NUMBER, 0.1)
 
     def check(self) -> None:
@@ -415,6 +441,10 @@ class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, MetricOpti
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[EvaluateKeywords]) -> None: ...
 
     data: DataLike = option(f"What to measure on: {KINDS_OF_DATA}.", DATA, MISSING)
     baseline: ModelLike | None = option("The model to compare with.", MODEL, metavar="ORIGINAL")
@@ -430,12 +460,20 @@ class RestoreOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
 
     verb = "restore"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[RestoreKeywords]) -> None: ...
+
 
 @options
 class ExportOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
     """What can be asked of `export`."""
 
     verb = "export"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[ExportKeywords]) -> None: ...
 
     to: ExportTarget = option(
         "dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. lora: a PEFT "
@@ -455,6 +493,10 @@ class DiagnoseOptions(RunOptions, LayerOptions, ArchitectureOptions, TrainingOpt
 
     verb = "diagnose"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[DiagnoseKeywords]) -> None: ...
+
     data: DataLike | None = option(
         f"What the model was trained on, to compare weights with the gradient of the loss: {KINDS_OF_DATA}.", DATA
     )
@@ -471,6 +513,10 @@ class ExploreOptions(ProgressOptions, OverwriteOptions):
 
     verb = "explore"
 
+    if TYPE_CHECKING:
+
+        def __init__(self, *, output: str | Path | None = None, **given: Unpack[ExploreKeywords]) -> None: ...
+
     output: Path = option("The page to write.", PATH, "explorer.html", short="-o", metavar="FILE.html", positional=True)
     recipe: Any = option(
         "Open it on these hyperparameters, or on a model's and its layers.",
@@ -484,6 +530,10 @@ class MergeOptions(RunOptions, OutputOptions, ArchitectureOptions):
     """What can be asked of `merge`."""
 
     verb = "merge"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[MergeKeywords]) -> None: ...
 
     output: Path = option("File or folder to write.", PATH, MISSING, short="-o", repeatable=False)
     mode: MergeMode = option(

@@ -205,6 +205,19 @@ def test_the_types_of_the_keywords_name_every_option() -> None:
     assert list(CompressKeywords.__annotations__) == [name for name, _, _ in described(CompressOptions)]
 
 
+@pytest.mark.parametrize("of", VERBS)
+def test_type_checkers_see_options_made_from_the_keywords_of_their_verb(of: type[Options]) -> None:
+    [made] = [
+        each
+        for each in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(of))))
+        if isinstance(each, ast.ClassDef) and each.name == of.__name__
+    ]
+    [initialize] = [each for each in ast.walk(made) if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+    assert initialize.args.kwarg is not None
+    assert initialize.args.kwarg.annotation is not None
+    assert ast.unparse(initialize.args.kwarg.annotation) == f"Unpack[{of.verb.capitalize()}Keywords]"
+
+
 def test_plan_takes_what_compress_takes_but_for_what_is_written_and_timed() -> None:
     names = {name for name, _, _ in described(PlanOptions)}
     more = {name for name, _, _ in described(CompressOptions)} - names
