@@ -99,7 +99,7 @@ def plan(model: ModelLike, options: PlanOptions | None = None, **given: Unpack[P
         QualityGateNotMet: as `compress`.
     """
     asked = PlanOptions.of(options, given)
-    return compress(model, CompressOptions(**asked.as_given(), dry_run=True)).plan
+    return compress(model, CompressOptions.of(None, {**asked.as_given(), "dry_run": True})).plan
 
 
 @neutral_torch_state()
@@ -228,7 +228,8 @@ def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
 
 
 def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:
-    return replace(asked.calibration_settings or CALIBRATION, refine=asked.refine)
+    settings = asked.calibration_settings or CALIBRATION
+    return replace(settings, refine=asked.refine) if "refine" in asked.given else settings
 
 
 def _planned(

@@ -278,7 +278,7 @@ class CalibrationOptions(Options):
         "Random seed of the targets sampled during calibration.", count(0, 2**64 - 1), 0, panel=CALIBRATION
     )
     calibration_settings: CalibrationSettings | None = option(
-        "Every knob of calibration and of the search over plans; `refine` takes precedence over its own.",
+        "Every knob of calibration and of the search over plans; `refine`, if given, takes precedence over its own.",
         settings("CalibrationSettings"),
         only_python=True,
     )

@@ -45,7 +45,7 @@ def batches(count: int = 8) -> list[Tensor]:
     return list(torch.randn(count, 16, 12, generator=torch.Generator().manual_seed(1)))
 
 
-def steps(settings: CalibrationSettings | None = None, *, refine: bool = True) -> list[tuple[str, int]]:
+def steps(settings: CalibrationSettings | None = None, *, refine: bool | None = None) -> list[tuple[str, int]]:
     """The steps of a compression, each with its number of parts."""
     seen: list[tuple[str, int]] = []
 
@@ -58,7 +58,7 @@ def steps(settings: CalibrationSettings | None = None, *, refine: bool = True) -
     return seen
 
 
-def names(settings: CalibrationSettings | None = None, *, refine: bool = True) -> list[str]:
+def names(settings: CalibrationSettings | None = None, *, refine: bool | None = None) -> list[str]:
     return [name for name, _ in steps(settings, refine=refine)]
 
 
@@ -67,6 +67,9 @@ def test_parts_of_the_search_are_switched_off() -> None:
     trusting = CalibrationSettings(trust_factor=1e9)
     assert names(trusting) == ["measure", "run", "calibrate", "allocate", "compensate", "refine", "factorize"]
     assert "refine" not in names(trusting, refine=False)
+    without = CalibrationSettings(trust_factor=1e9, refine=False)
+    assert "refine" not in names(without)
+    assert "refine" in names(without, refine=True)
     assert "compensate" not in names(CalibrationSettings(trust_factor=1e9, compensate=False), refine=False)
     [allocations] = [
         total
