@@ -49,7 +49,7 @@ MAIN_EPILOG = f"""
 
 [cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
 
-[cyan]compress explore[/cyan]         a page that plays how SGD writes a matrix and weight decay forgets it
+[cyan]compress explore[/cyan]         a page that shows how SGD writes a matrix and weight decay forgets it
 
 A model that is named like one of these commands is written ./inspect.
 
@@ -58,6 +58,12 @@ A model that is named like one of these commands is written ./inspect.
 
 class _Command(TyperCommand):
     """A command whose help may be read by `head`, or be sent to a full disk."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""  # it takes no value, as no switch does
+        return option
 
     def get_help(self, ctx: Any) -> NoReturn:  # typer does not export the type that this takes
         # Where the reader has gone rich leaves with SystemExit; and nothing may be printed after it has.
@@ -132,9 +138,9 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress; only warnings and the result.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="No progress; only warnings and the result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", metavar="", help="Replace a file that exists.")]
 Report = Annotated[
     Path | None,
     typer.Option(metavar="FILE.html", parser=given("--report"), help="Write a one-file report with figures."),
@@ -159,7 +165,9 @@ Figure = Annotated[
         help="Draw how ranks evolved over --series, as .svg or .png.",
     ),
 ]
-Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")]
+Version = Annotated[
+    bool, typer.Option("--version", metavar="", is_eager=True, callback=_print_version, help="Print the version.")
+]
 
 
 def _command(app: typer.Typer, of: type[Options], epilog: str = EXIT_STATUSES) -> Callable[[Any], Any]:
@@ -184,8 +192,7 @@ def compress(
 ) -> None:
     """Make a trained checkpoint smaller by low-rank factorization, and measure what that cost.
 
-    Without a budget the training recipe decides where it is known to be safe, else a tolerance that is
-    safe without data.
+    Without a budget the training recipe decides where that is safe, and elsewhere a tolerance that needs no data.
     """
     with shown_progress(quiet=quiet) as progress:
         from compressor import compress as compress_model
@@ -318,7 +325,7 @@ def merge(models: Models, options: asked.MergeOptions, *, json: Json = False, qu
 
 @_command(subcommands, asked.ExploreOptions)
 def explore(options: asked.ExploreOptions, *, quiet: Quiet = False) -> None:
-    """Write a page that plays how SGD writes a matrix and weight decay forgets it; it opens in a browser, offline."""
+    """Write a page that shows how SGD writes a matrix and weight decay forgets it; it opens in a browser, offline."""
     with shown_progress(quiet=quiet) as progress:
         from compressor import explore as write_explorer
 

@@ -30,7 +30,8 @@ def typer_command(function: Callable[..., None], of: type[Options]) -> Callable[
     """
     own = [each for each in signature(function, eval_str=True).parameters.values() if each.name != "options"]
     arguments = [each for each in own if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    flags = [parameter for name, option, default in described(of) for parameter in _parameters(name, option, default)]
+    required_first = sorted(described(of), key=lambda each: each[2] is not MISSING)
+    flags = [parameter for name, option, default in required_first for parameter in _parameters(name, option, default)]
     context = Parameter(_CONTEXT, Parameter.KEYWORD_ONLY, annotation=typer.Context)
     last = [each for each in own if each.kind is Parameter.KEYWORD_ONLY]
     parameters = [*(each.replace(kind=Parameter.KEYWORD_ONLY) for each in arguments), *flags, _config(), *last, context]
@@ -83,8 +84,8 @@ def _parameters(name: str, option: Option, default: Any) -> list[Parameter]:
     shown: bool | str = option.default_text or (not switch and default not in (None, (), MISSING))
     described_as = typer.Option(
         *declared,
-        metavar=None if switch else option.metavar or kind.metavar,
-        help=with_flags(option.help),
+        metavar="" if switch else option.metavar or kind.metavar,
+        help=with_flags(option.help) + (" Required." if default is MISSING else ""),
         rich_help_panel=option.panel,
         show_default=shown,
     )
@@ -102,15 +103,15 @@ def _parameters(name: str, option: Option, default: Any) -> list[Parameter]:
 
 def _training_parameter(name: str) -> Parameter:
     kind, flag, text = TRAINING_FLAGS[name]
-    described_as = typer.Option(flag, help=text, rich_help_panel=TRAINING, show_default=False)
+    metavar = "" if kind is bool else None
+    described_as = typer.Option(flag, metavar=metavar, help=text, rich_help_panel=TRAINING, show_default=False)
     return _parameter(name, annotation=kind | None, option=described_as, default=None)
 
 
 def _config() -> Parameter:
     text = "Options in YAML or JSON, by their names in Python; flags take precedence."
-    return _parameter(
-        _CONFIG, annotation=Path | None, option=typer.Option("--config", metavar="FILE", help=text), default=None
-    )
+    option = typer.Option("--config", metavar="FILE", parser=given("--config"), help=text)
+    return _parameter(_CONFIG, annotation=Path | None, option=option, default=None)
 
 
 def _parameter(name: str, *, annotation: Any, option: Any, default: Any) -> Parameter:

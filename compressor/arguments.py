@@ -55,7 +55,8 @@ def as_count(value: object, option: str, *, least: int, most: int = 2**63 - 1) -
         count = None
     if count is None or count != number or not least <= count <= most:
         remedy = f"give a whole number from {least}" + (" on" if most == 2**63 - 1 else f" to {most}")
-        raise BadInput(f"`{option}` {_shown(value)} is out of range", option=option, remedy=remedy)
+        wrong = "not a number" if number is None else "out of range"
+        raise BadInput(f"`{option}` {_shown(value)} is {wrong}", option=option, remedy=remedy)
     return int(count)
 
 
@@ -100,7 +101,7 @@ def one_of(value: object, option: str, choices: Sequence[str]) -> None:
 def require_kind(value: object, option: str, kinds: tuple[Any, ...], *, remedy: str) -> None:
     """Refuse a value that is given and not of a type that an option takes."""
     if value is not None and not isinstance(value, kinds):
-        raise BadInput(f"`{option}` is a {type(value).__name__}", option=option, remedy=remedy)
+        raise BadInput(f"`{option}` is of type {type(value).__name__}", option=option, remedy=remedy)
 
 
 def require_model(model: object, option: str = "model") -> None:
@@ -112,7 +113,7 @@ def require_model(model: object, option: str = "model") -> None:
         return
     if isinstance(model, os.PathLike) or (isinstance(model, str) and model):
         return
-    what = f"the model is a {type(model).__name__}" if model != "" else "the name of the model is empty"
+    what = f"the model is of type {type(model).__name__}" if model != "" else "the name of the model is empty"
     remedy = _A_MODEL
     if isinstance(model, dict):
         remedy = "load the state dict into its module and give that, or save it to a file"

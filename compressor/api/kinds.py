@@ -70,7 +70,7 @@ def _data(value: Any, name: str) -> Any:
 
 def _called(value: Any, name: str) -> Any:
     if not callable(value):
-        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        what = f"`{name}` is of type {type(value).__name__}, which cannot be called"
         raise BadInput(what, option=name, remedy=f"give one that is called as those of transformers: {_CALLS[name]}")
     return value
 
@@ -80,7 +80,7 @@ _CALLS = {"tokenizer": "`tokenizer(text)`", "processor": "`processor(images=imag
 
 def _metric(value: Any, name: str) -> Any:
     if not callable(value):
-        what = f"`{name}` is a {type(value).__name__}, which cannot be called"
+        what = f"`{name}` is of type {type(value).__name__}, which cannot be called"
         raise BadInput(what, option=name, remedy="give a function of a model and batches that returns a number")
     return value
 
@@ -196,7 +196,7 @@ def _explored(value: Any, name: str) -> Any:
 def settings(name: str) -> Kind:
     def read(value: Any, option: str) -> Any:
         if type(value).__name__ != name:  # told by name, because importing the class would load torch
-            what = f"`{option}` is a {type(value).__name__}"
+            what = f"`{option}` is of type {type(value).__name__}"
             raise BadInput(what, option=option, remedy=f"give a compressor.{name}")
         return value
 

@@ -93,7 +93,7 @@ def _require_several(models: Sequence[str | Path], asked: MergeOptions) -> None:
         raise BadInput("one network is nothing to merge", option="models", remedy="give two or more")
     for model in models:
         if not isinstance(model, str | Path):
-            what, remedy = f"one of `models` is a {type(model).__name__}", "give weight files or model folders"
+            what, remedy = f"one of `models` is of type {type(model).__name__}", "give weight files or model folders"
             raise BadInput(what, option="models", remedy=remedy)
     if asked.data and len(asked.data) != len(models):
         what = f"{len(models)} networks and data of {len(asked.data)} tasks"

@@ -90,7 +90,7 @@ def test_an_image_processor_prepares_images_for_a_module(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_called_is_no_tokenizer(llama: LlamaForCausalLM, corpus: Path) -> None:
-    with pytest.raises(BadInput, match=r"`tokenizer` is a str, which cannot be called; .*`tokenizer\(text\)`"):
+    with pytest.raises(BadInput, match=r"`tokenizer` is of type str, which cannot be called; .*`tokenizer\(text\)`"):
         compressor.evaluate(llama, data=corpus, tokenizer="gpt2")
     with pytest.raises(BadInput, match=r"needs the model's tokenizer, and there is none; .* in Python a `tokenizer`"):
         compressor.evaluate(llama, data=corpus)

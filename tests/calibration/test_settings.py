@@ -121,7 +121,7 @@ def test_timing_reaches_evaluate() -> None:
 
 @pytest.mark.parametrize("option", ["calibration_settings", "planning_settings"])
 def test_settings_of_another_kind_are_refused(option: str) -> None:
-    with pytest.raises(compressor.BadInput, match=f"`{option}` is a TimingSettings; give a compressor"):
+    with pytest.raises(compressor.BadInput, match=f"`{option}` is of type TimingSettings; give a compressor"):
         compressor.compress(model(), keep=0.5, calibration=batches(), **{option: TimingSettings()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Options
 from compressor.api.options import VERBS, CompressOptions, DiagnoseOptions, MergeOptions, PlanOptions
 from compressor.cli.parameters import typer_command
+from compressor.cli.run import run
 from compressor.errors import BadInput
 from compressor.recipe import TrainingRecipe
 
@@ -108,6 +110,20 @@ def test_training_flags_go_before_the_recipe_of_a_file_and_leave_the_rest(tmp_pa
     config.write_text("recipe: {optimizer: sgd, learning_rate: 0.1}\n")
     flags, file = parsed(PlanOptions, ["m", "--config", str(config), "--lr", "0.5"]).recipe
     assert (flags.learning_rate, flags.optimizer, file.optimizer) == (0.5, None, "sgd")
+
+
+def test_the_help_begins_with_what_is_required_and_gives_switches_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["merge", "--help"])
+    shown = capsys.readouterr().out
+    flags = re.findall(r"│ (--[a-z-]+)", shown)
+    assert flags[:2] == ["--output", "--mode"]
+    assert shown.count("Required.") == 2
+    assert "<bool>" not in shown
+
+
+def test_an_empty_name_of_a_file_of_options_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["m", "--config", ""]) == 2
+    assert "--config is empty; name a file" in capsys.readouterr().err
 
 
 def test_a_required_option_may_stand_in_a_file(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def failing(model: nn.Module, batches: Iterable[Any]) -> float:
         (lambda model, batches: torch.ones(3), "the metric metric returned a Tensor"),
         (lambda model, batches: None, "the metric metric returned a NoneType"),
         (lambda model, batches: "0.5", "the metric metric returned a str"),
-        ("f1", "`metric` is a str, which cannot be called"),
+        ("f1", "`metric` is of type str, which cannot be called"),
     ],
 )
 def test_a_metric_that_fails_is_named_in_one_line(metric: Any, message: str) -> None:
