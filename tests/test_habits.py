@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 REPLACING = {"setattr", "delattr", "setitem", "delitem", "patch", "object", "dict"}  # of monkeypatch and of mock
+REGISTERING = {"setitem", "delitem", "dict"}  # an entry in a table of the package, such as one more form
 
 
 def is_package(name: str) -> bool:
@@ -41,6 +42,12 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return names
 
 
+def imported_names(tree: ast.AST) -> set[str]:
+    """The names in a file that stand for classes, functions, and values in modules of the package."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and is_package(node.module or "")]
+    return {each.asname or each.name for node in nodes if node.module != "compressor" for each in node.names}
+
+
 def root_of(node: ast.expr) -> str | None:
     while isinstance(node, ast.Attribute):
         node = node.value
@@ -48,21 +55,24 @@ def root_of(node: ast.expr) -> str | None:
 
 
 def replaced(source: str) -> Iterator[str]:
-    """What a file replaces in the package, by a dotted name or by an attribute of a module."""
+    """What a file replaces in the package: by a dotted name, or an attribute of a module, class, or function."""
     tree = ast.parse(source)
     modules = imported_modules(tree)
+    names = modules | imported_names(tree)
     for node in ast.walk(tree):
         targets: list[ast.expr] = []
+        inside = modules
         if isinstance(node, ast.Call) and node.args:
             function = node.func
             name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
             targets = node.args[:1] if name in REPLACING else []
+            inside = modules if name in REGISTERING else names
         elif isinstance(node, ast.Assign):
-            targets = [each.value for each in node.targets if isinstance(each, ast.Attribute)]
+            targets, inside = [each.value for each in node.targets if isinstance(each, ast.Attribute)], names
         for target in targets:
             named = isinstance(target, ast.Constant) and is_package(str(target.value))
             face = isinstance(target, ast.Name) and target.id == "compressor"
-            if named or isinstance(target, ast.JoinedStr) or (root_of(target) in modules and not face):
+            if named or isinstance(target, ast.JoinedStr) or (root_of(target) in inside and not face):
                 yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
@@ -80,6 +90,8 @@ def test_nothing_of_the_package_is_replaced(path: Path) -> None:
         "monkeypatch.setattr(budget, 'Budget', None)",
         "setattr(budget, 'Budget', None)",
         "budget.Budget = None",
+        "monkeypatch.setattr(Budget, 'option', None)",
+        "Budget.option = None",
         "mock.patch.object(compressor.planning, 'Budget')",
         "with monkeypatch.context() as patched: patched.setattr(budget, 'Budget', None)",
     ],
@@ -97,9 +109,12 @@ def test_a_replacement_is_found(line: str) -> None:
         "monkeypatch.setenv('HOME', '')",
         "monkeypatch.setattr(compressor, 'compress', None)",
         "Budget('keep', 0.5)",
+        "monkeypatch.setitem(FORMS, 'new', None)",
         "self.budget = None",
     ],
 )
 def test_anything_else_may_be_replaced(line: str) -> None:
-    imports = "import os, sys\nimport compressor\nfrom compressor.planning import Budget, budget\n"
+    imports = (
+        "import os\nimport compressor\nfrom compressor.forms import FORMS\nfrom compressor.planning import Budget\n"
+    )
     assert not list(replaced(imports + line))

@@ -19,7 +19,7 @@ import compressor
 from compressor.api.kinds import TRAINING_FLAGS
 from compressor.cli.run import SUBCOMMANDS, run
 from compressor.errors import BadInput, CompressorError, QualityGateNotMet
-from compressor.io import SafetensorsWriter, open_checkpoint
+from compressor.io import open_checkpoint
 
 COMPRESS = [sys.executable, "-c", "from compressor.cli import main; main()"]
 
@@ -179,18 +179,15 @@ def test_nothing_that_is_safe_to_remove_is_a_gate_not_met(incompressible: Path, 
 def test_an_interrupt_while_writing_leaves_nothing_behind(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    write = SafetensorsWriter.write
-    written: list[str] = []
+    beside: list[list[Path]] = []
 
-    def interrupted(self: SafetensorsWriter, name: str, tensor: Any) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(name)
-        write(self, name, tensor)
+    def interrupted(file: int) -> None:
+        beside.append([path for path in model.parent.iterdir() if path != model])
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(SafetensorsWriter, "write", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     assert run([str(model), "--keep", "0.5"]) == 130
-    assert written
+    assert beside[0]
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert list(model.parent.iterdir()) == [model]
 
@@ -499,17 +496,14 @@ def test_a_closed_standard_error_is_no_failure(model: Path) -> None:
 
 
 STOP_WHILE_WRITING = """
-import os, sys, time
-from compressor.io.writer import SafetensorsWriter
-write, number = SafetensorsWriter.write, int(sys.argv.pop(1))
+import os, pathlib, sys, time
+number = int(sys.argv.pop(1))
 
-def stopped(self, name, tensor):
-    write(self, name, tensor)
+def stopped(file):
     os.kill(os.getpid(), number)
     time.sleep(10)
 
-SafetensorsWriter.write = stopped
-import pathlib
+os.fsync = stopped  # which flushes what was written, before it takes its place
 unlink = pathlib.Path.unlink
 
 def unlink_at_another_signal(self, *given, **named):
