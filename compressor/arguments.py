@@ -88,6 +88,12 @@ def as_patterns(value: str | Iterable[str] | None, option: str) -> tuple[str, ..
             option=option,
             remedy="give globs such as '*.mlp.*', or expressions such as 're:^encoder'",
         )
+    for pattern in (each for each in held if each.startswith("re:")):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            what = f"`{option}` {_shown(pattern)} is not a regular expression ({error})"
+            raise BadInput(what, option=option, remedy="correct it, or use a glob without 're:'") from error
     return held
 
 

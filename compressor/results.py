@@ -412,6 +412,10 @@ class MergeRefused(QualityGateNotMet):
         super().__init__(what)
         self.merging = merging
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # As of `BadInput`: an error is pickled with the arguments of its base class alone.
+        return MergeRefused, (str(self), self.merging)
+
 
 @dataclass(frozen=True, repr=False)
 class Export(Displayed):

@@ -7,11 +7,12 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import compressor
-from compressor import BadInput
+from compressor import BadInput, MergeRefused, Merging
 
 ROOT = Path(compressor.__file__).parent
 # A command is quoted as it is typed, and other programs have flags of their own.
@@ -22,6 +23,12 @@ def test_bad_input_comes_back_whole_from_a_worker_process() -> None:
     error = BadInput("no such layer", where="model.safetensors", remedy="name another")
     back = pickle.loads(pickle.dumps(error))
     assert (str(back), back.what, back.where, back.remedy) == (str(error), error.what, error.where, error.remedy)
+
+
+def test_a_refused_merge_comes_back_whole_from_a_worker_process() -> None:
+    error = MergeRefused("a task loses 0.2", merging=cast(Merging, {"tasks": [0.2]}))
+    back = pickle.loads(pickle.dumps(error))
+    assert (type(back), str(back), back.merging) == (MergeRefused, str(error), error.merging)
 
 
 def texts_of_errors(path: Path) -> Iterator[tuple[int, str]]:

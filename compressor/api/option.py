@@ -102,7 +102,11 @@ def options(cls: type[R]) -> type[R]:
 
 
 def _read(each: Field[Any], value: Any) -> Any:
-    return None if value is None else each.metadata["option"].kind.read(value, each.name)
+    try:
+        return None if value is None else each.metadata["option"].kind.read(value, each.name)
+    except BadInput as error:
+        error.option = error.option or each.name
+        raise
 
 
 def stated(cls: type[Any]) -> list[Field[Any]]:

@@ -29,12 +29,13 @@ def load_factory(spec: str) -> Callable[[], nn.Module]:
     """
     source, _, name = spec.rpartition(":")
     if not source or not name.isidentifier():
-        raise BadInput(f"{spec!r} names no function that builds the model", remedy=FACTORY_FORM)
+        raise BadInput(f"{spec!r} names no function that builds the model", option="factory", remedy=FACTORY_FORM)
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     factory = getattr(module, name, None)
     if not callable(factory):
         what = "not callable" if hasattr(module, name) else "not defined"
-        raise BadInput(f"{name} is {what} there", where=source, remedy="name a function that returns the model")
+        remedy = "name a function that returns the model"
+        raise BadInput(f"{name} is {what} there", where=source, option="factory", remedy=remedy)
 
     return partial(built, factory, spec)
 
@@ -47,12 +48,14 @@ def built(factory: Callable[[], object], where: str) -> nn.Module:
         raise BadInput(
             f"building the model raised {type(error).__name__}: {error}",
             where=where,
+            option="factory",
             remedy="mend the function; it is called without arguments",
         ) from error
     if not isinstance(model, nn.Module):
         raise BadInput(
             f"it returned {type(model).__name__}, not a torch.nn.Module",
             where=where,
+            option="factory",
             remedy="name a function that returns the model",
         )
     return model
@@ -148,7 +151,7 @@ def _import_module(name: str) -> Any:
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
-        raise BadInput("there is no such file", where=path, remedy=FACTORY_FORM)
+        raise BadInput("there is no such file", where=path, option="factory", remedy=FACTORY_FORM)
     name = f"compressor_factory_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -166,9 +169,8 @@ def _import_file(path: Path) -> Any:
 
 
 def _import_failed(where: str | Path, error: Exception) -> BadInput:
-    return BadInput(
-        f"importing it raised {type(error).__name__}: {first_line(error)}", where=where, remedy=FACTORY_FORM
-    )
+    what = f"importing it raised {type(error).__name__}: {first_line(error)}"
+    return BadInput(what, where=where, option="factory", remedy=FACTORY_FORM)
 
 
 @contextmanager

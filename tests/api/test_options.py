@@ -53,6 +53,8 @@ def test_a_share_is_read_alike_as_a_number_as_text_and_as_percent(share: float) 
         ({"max_size": "big"}, "max_size"),
         ({"form": "square"}, "form"),
         ({"include": ""}, "include"),
+        ({"exclude": ["*", "re:("]}, "exclude"),
+        ({"recipe": {"lr": 0.1}}, "recipe"),
         ({"output": ""}, "output"),
         ({"data_samples": 0, "data": "d.txt"}, "data_samples"),
         ({"seed": 3}, "seed"),

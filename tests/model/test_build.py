@@ -76,8 +76,9 @@ def test_a_factory_in_a_module_may_be_a_class_or_lie_in_the_current_folder(sourc
     ],
 )
 def test_a_factory_that_cannot_be_found_is_bad_input(source, spec, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(BadInput, match=message) as raised:
         load_factory(spec.replace("FILE", str(source)))
+    assert raised.value.option == "factory"
 
 
 def test_a_callable_that_builds_no_module_is_bad_input():
@@ -106,6 +107,7 @@ def test_a_factory_that_gives_no_module_is_bad_input(source, name, message):
     with pytest.raises(BadInput, match=message) as raised:
         factory()
     assert "\n" not in str(raised.value)
+    assert raised.value.option == "factory"
 
 
 def test_a_file_that_cannot_be_imported_is_bad_input(source):
