@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from compressor.data.batches import IGNORED_LABEL, LABELS, as_tensor, count_bytes, count_examples, first_examples
-from compressor.data.readers import INPUT_NAMES, PAIR, Batches, Contents, Images, Rows, in_arrays, texts_in_rows
+from compressor.data.readers import (
+    INPUT_NAMES,
+    LABEL_NAMES,
+    PAIR,
+    Batches,
+    Contents,
+    Images,
+    Rows,
+    in_arrays,
+    texts_in_rows,
+)
 from compressor.errors import BadInput, first_line
 from compressor.torch_state import caller_defaults
 
@@ -201,7 +211,7 @@ def _examples(examples: _Examples, given: Given) -> Contents:
 def _table(data: Any, given: Given) -> Contents:
     """A Hugging Face data set: of its columns the texts, the image, or those that the model's forward takes.
 
-    Where it takes none of them, the one with the name that inputs have in a file.
+    Where it takes none of them, the one with the name that inputs have in a file; so with labels.
     """
     columns = list(data.column_names)
     tokenized = "input_ids" in columns and "input_ids" in given.inputs
@@ -210,6 +220,9 @@ def _table(data: Any, given: Given) -> Contents:
         plain = data.select_columns(names) if hasattr(data, "select_columns") else data
         plain = plain.with_format(None) if hasattr(plain, "with_format") else plain
         return _examples(_Examples(plain, len(plain), names), given)
+    label = next((name for name in (*LABELS, *LABEL_NAMES) if name in columns), None)
+    if label not in (None, *LABELS, *given.inputs) and len(data) and isinstance(_plain(data[0][label]), int):
+        columns[columns.index(label)], data = LABELS[0], data.rename_column(label, LABELS[0])
     examples = _Examples(data, len(data))
     if examples.count and _image(examples.read([0])[0]) is None and given.inputs:
         known = [name for name in columns if name in given.inputs and name not in LABELS]

@@ -37,6 +37,16 @@ def test_columns_of_numbers_are_those_of_arrays(form: str | None) -> None:
     assert plans[0].layers == plans[1].layers
 
 
+@pytest.mark.parametrize("form", [None, "torch", "numpy"])
+def test_labels_go_by_the_names_that_they_have_in_a_file(form: str | None) -> None:
+    given = table(x=[[1.0, 2.0], [3.0, 4.0]], y=[1, 0]).with_format(form)
+    [batch] = open_data(given, Preprocessing(inputs=("input",)))
+    assert batch.labels.tolist() == [1, 0]
+    for targets in ([0.5, 1.5], ["a", "b"]):
+        [batch] = open_data(table(x=[[1.0, 2.0], [3.0, 4.0]], targets=targets), Preprocessing(inputs=("input",)))
+        assert batch.labels.numel() == 0
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_texts_are_those_of_a_list(streamed: bool, tokenizer: PreTrainedTokenizerFast) -> None:
     given = table(text=TEXTS, id=[0, 1, 2])
