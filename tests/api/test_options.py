@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from compressor.api.flags import with_flags
 from compressor.api.keywords import CompressKeywords
+from compressor.api.kinds import TRAINING_FLAGS
 from compressor.api.option import Options, described, verb
 from compressor.api.options import VERBS, CompressOptions, EvaluateOptions, InspectOptions, MergeOptions, PlanOptions
 from compressor.api.reference import keywords_source, reference_page
@@ -201,6 +202,12 @@ def test_what_is_generated_from_the_options_is_up_to_date() -> None:
     remedy = "run `python -m compressor.api.reference`"
     assert (ROOT / "compressor" / "api" / "keywords.py").read_text() == keywords_source(), remedy
     assert (ROOT / "docs" / "reference" / "options.md").read_text() == reference_page(), remedy
+
+
+def test_the_reference_page_has_the_flags_on_the_training() -> None:
+    of_compress = reference_page().partition("## `inspect`")[0]
+    for field, (_, flag, text) in TRAINING_FLAGS.items():
+        assert f"| `recipe={{'{field}': ...}}` | `{flag}` |  | {text} |" in of_compress
 
 
 def test_the_types_of_the_keywords_name_every_option() -> None:
