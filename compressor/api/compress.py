@@ -117,9 +117,9 @@ def compress(
 
     `data` and `calibration` take the path of a file or folder, the name of built-in data, or an object: a tensor or
     array of examples (images as N x C x H x W), a pair (inputs, labels), a mapping of arrays, a data set of PyTorch or
-    Hugging Face, a loader or another iterable of batches, or texts. An iterable is read once and kept. The standard
-    error of a drop in a `metric` is estimated by running it without each of ten parts of the data, which takes nine
-    more passes.
+    Hugging Face, a loader or another iterable of batches, or an iterable of texts or PIL images. An iterable is read
+    once and kept. The standard error of a drop in a `metric` is estimated by running it without each of ten parts of
+    the data, which takes nine more passes.
 
     With a `base`, the difference to it is compressed instead of the weights: a folder gives a LoRA adapter folder for
     PEFT, or factor pairs where `output` is named .safetensors; a file gives pairs, and a module a copy of the base with
