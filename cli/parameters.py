@@ -55,17 +55,17 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Asked:
-    base = None if config is None else of.from_file(config)
+    before = {} if config is None else of.values_in(config)
     training = {name: given.pop(name) for name in TRAINING_FLAGS if name in given}
     if training:
-        rest = [given["recipe"]] if "recipe" in given else getattr(base, "recipe", ())
+        rest = [given["recipe"]] if "recipe" in given else before.get("recipe", ())
         given["recipe"] = [_recipe(training), *rest]
-    known = given.keys() | (set() if base is None else base.given)
+    known = of.merged(before, given)
     for name, _, default in described(of):
         if default is MISSING and name not in known:
             remedy = f"give it, or see 'compress {of.verb} --help'"
             raise BadInput(f"`{name}` is missing", option=name, remedy=remedy)
-    return of.of(base, given)
+    return of(**known)
 
 
 def _recipe(flags: Mapping[str, object]) -> Any:

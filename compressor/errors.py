@@ -36,6 +36,10 @@ class BadInput(CompressorError):  # noqa: N818 - it names the input's state, as 
         line = f"{what}; {remedy}" if where is None else f"{where}: {what}; {remedy}"
         super().__init__(" ".join(line.split()))
 
+    def in_file(self, path: str | Path) -> BadInput:
+        """The same error about a file, unless it is about another already."""
+        return BadInput(self.what, where=self.where or path, option=self.option, remedy=self.remedy)
+
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes hand exceptions back by pickling them, which knows only positional arguments.
         return partial(BadInput, self.what, where=self.where, option=self.option, remedy=self.remedy), ()

@@ -150,18 +150,39 @@ class Options:
         if base is not None and not isinstance(base, cls):
             remedy = f"give {cls.__name__}, or keywords"
             raise BadInput(f"the options are a {type(base).__name__}", option="options", remedy=remedy)
-        before = {} if base is None else base.as_given()
-        if any(given.get(name) is not None for name in cls.alternatives):
-            before = {name: value for name, value in before.items() if name not in cls.alternatives}
-        known = {**before, **{name: value for name, value in given.items() if value is not None}}
+        known = cls.merged({} if base is None else base.as_given(), given)
         missing = [name for name, _, default in described(cls) if default is MISSING and known.get(name) is None]
         if missing:
             raise TypeError(f"{cls.verb}() lacks the keyword argument {missing[0]!r}")
         return cls(**known)
 
     @classmethod
+    def merged(cls, before: Mapping[str, Any], given: Mapping[str, object]) -> dict[str, Any]:
+        """The values of options `before`, with what was given instead of them."""
+        if any(given.get(name) is not None for name in cls.alternatives):
+            before = {name: value for name, value in before.items() if name not in cls.alternatives}
+        return {**before, **{name: value for name, value in given.items() if value is not None}}
+
+    @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """The options in a YAML or JSON file, by the names of the keyword arguments.
+
+        Raises:
+            BadInput: the file is no mapping, names an unknown option, holds a value that an option does not take,
+                contradicts itself, or lacks an option that must be given.
+        """
+        values = cls.values_in(path)
+        missing = [name for name, _, default in described(cls) if default is MISSING and name not in values]
+        if missing:
+            raise BadInput(f"`{missing[0]}` is missing", where=path, option=missing[0], remedy="give it")
+        try:
+            return cls(**values)
+        except BadInput as error:
+            raise error.in_file(path) from None
+
+    @classmethod
+    def values_in(cls, path: str | Path) -> dict[str, Any]:
+        """The values of the options in a YAML or JSON file, each checked by itself, as further ones may join them.
 
         Raises:
             BadInput: the file is no mapping, names an unknown option, or holds a value that an option does not take.
@@ -173,9 +194,10 @@ class Options:
                 remedy = f"leave it out{_nearest(str(name), names)}"
                 raise BadInput(f"holds the unknown option {str(name)[:80]!r}", where=path, remedy=remedy)
         try:
-            return cls(**document)
+            read = {each.name: _read(each, document.get(each.name)) for each in stated(cls)}
         except BadInput as error:
-            raise BadInput(error.what, where=error.where or path, option=error.option, remedy=error.remedy) from None
+            raise error.in_file(path) from None
+        return {name: value for name, value in read.items() if value is not None}
 
     def as_given(self) -> dict[str, Any]:
         """The options that were given, by name."""

@@ -126,6 +126,13 @@ def test_a_bad_value_in_a_file_is_refused_with_the_name_of_the_file(text: str, t
     assert (refused.value.where, refused.value.option in text) == (path, True)
 
 
+def test_a_file_that_lacks_a_required_option_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("split: train\n")
+    with pytest.raises(BadInput, match=r"options\.yaml: `data` is missing"):
+        EvaluateOptions.from_file(path)
+
+
 def test_an_object_is_in_no_file_and_stands_as_dots_in_the_command() -> None:
     asked = CompressOptions(keep=0.5, calibration=[object()])
     assert asked.portable() == {"keep": 0.5}

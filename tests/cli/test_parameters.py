@@ -98,6 +98,19 @@ def test_flags_go_before_a_file_of_options(tmp_path: Path) -> None:
     assert (asked.keep, asked.embeddings, asked.recipe[0].optimizer) == (0.7, True, "sgd")
 
 
+def test_flags_may_add_what_a_file_lacks(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("calibration: c.txt\n")
+    asked = parsed(PlanOptions, ["m", "--config", str(config), "--keep", "0.5"])
+    assert (asked.calibration, asked.keep) == (Path("c.txt"), 0.5)
+    with pytest.raises(BadInput, match="calibration shares a size"):
+        parsed(PlanOptions, ["m", "--config", str(config)])
+    config.write_text("mode: concat\n")
+    assert parsed(MergeOptions, ["m", "--config", str(config), "--output", "out"]).mode == "concat"
+    with pytest.raises(BadInput, match="`output` is missing"):
+        parsed(MergeOptions, ["m", "--config", str(config)])
+
+
 def test_a_flag_replaces_the_other_budget_of_a_file(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("keep: 50%\nembeddings: true\n")
