@@ -113,6 +113,7 @@ class Cells(HTMLParser):
             self.cells.append(data)
 
 
+@pytest.mark.slow
 def test_html_holds_the_rows_of_the_tables_and_loads_nothing() -> None:
     for result in results().values():
         html = result._repr_html_()

@@ -76,6 +76,7 @@ def replaced(source: str) -> Iterator[str]:
                 yield f"line {node.lineno}: {ast.unparse(node)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_of_the_package_is_replaced(path: Path) -> None:
     assert not list(replaced(path.read_text(encoding="utf-8")))

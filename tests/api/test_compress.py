@@ -195,6 +195,7 @@ def test_a_tolerance_holds_for_what_is_stored_in_half_precision(tolerance: float
     assert layer.error <= tolerance
 
 
+@pytest.mark.slow
 def test_documents_have_the_promised_keys(file: Path) -> None:
     report = compress(file, keep=0.5, data="builtin:digits", factory=build)
     document = json.loads(json.dumps(report.to_dict()))

@@ -141,6 +141,7 @@ def test_merged_networks_are_compressed(calibrated: bool, saved: Any, task_files
 # Factor pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "pivoted"])
 @pytest.mark.parametrize(("mode", "head"), [("sum", "shared"), ("concat", "shared"), ("concat", "separate")])
 def test_pairs_are_joined_without_going_dense(form: Any, mode: Any, head: Any, *, saved: Any, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_a_segment_is_what_lies_between_two_blocks(name: str) -> None:
     assert len(entered) == BLOCKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_other_models_give_the_same_in_however_many_segments(name: str) -> None:
     model, inputs = odd(name)

@@ -70,6 +70,7 @@ def test_of_a_large_text_no_more_is_read_and_tokenized_than_is_used(numbered: Pa
     assert "100 % of the text" in data.unused
 
 
+@pytest.mark.slow
 def test_windows_come_from_evenly_spaced_places_and_are_the_same_each_time(numbered: Path) -> None:
     first, again = (
         open_data(numbered, Preprocessing(tokenizer=CodePoints(), sequence_length=LENGTH), Sample(limit=40))

@@ -124,6 +124,7 @@ def test_a_network_of_extreme_weights_gets_the_ranks_and_errors_of_the_same_netw
         np.testing.assert_allclose([each[2] for each in found], [each[2] for each in expected], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-120, -80, 80, 120])
 def test_calibrated_ranks_do_not_depend_on_the_unit_of_the_inputs(exponent: int) -> None:
     torch.manual_seed(0)

@@ -137,6 +137,7 @@ def test_layers_of_which_the_model_reads_more_than_peft_has(tmp_path: Path) -> N
     assert any("reads more of it" in str(layer.skip) for layer in report.skipped)
 
 
+@pytest.mark.slow
 def test_each_pair_is_the_best_of_its_rank(llama: Path, tmp_path: Path) -> None:
     report = compress(llama / "all", base=llama / "base", output=tmp_path / "adapter", keep=0.1)
     assert report.plan.eligible_after <= 0.1 * report.plan.eligible_before

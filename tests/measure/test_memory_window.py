@@ -128,6 +128,7 @@ every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
+@pytest.mark.slow
 @every_schedule
 @every_optimizer
 @pytest.mark.parametrize("last", [1, 2, 17, STEPS - 1])
@@ -178,6 +179,7 @@ def test_exponent_is_what_is_left_of_the_initialization(optimizer: str, schedule
     assert window.forgetting_exponent == exponent
 
 
+@pytest.mark.slow
 @every_schedule
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw"])
 def test_what_the_window_wrote_has_the_rank_of_the_bound(optimizer: str, schedule: str) -> None:

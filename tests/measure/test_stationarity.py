@@ -230,6 +230,7 @@ def test_gap_is_that_of_gradient_flow_as_steps_shrink() -> None:
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_norms_are_equal_at_a_stationary_point() -> None:
     weights = starts((5, 4), (6, 5), (3, 6), scale=0.4)
     descend(weights, 0.1, 4000)

@@ -69,6 +69,7 @@ class Shaped(nn.Module):
         return self.function(self, x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "what"),
     [

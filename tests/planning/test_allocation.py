@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -63,6 +64,7 @@ def test_where_every_step_saves_less_than_the_one_before_it_is_optimal_at_its_ow
     assert loss <= best + 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(tables(), st.integers(1, 120), st.integers(1, 40))
 def test_a_larger_budget_is_never_refused_where_a_smaller_one_was_met(

@@ -291,6 +291,7 @@ def models_of_known_start(draw: st.DrawFn) -> list[MeasuredLayer]:
     return layers
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     layers=models_of_known_start(),

@@ -59,6 +59,7 @@ def beside_an_even_share(layers: list[MeasuredLayer], keep: float) -> tuple[tupl
     return plans, before + 2**-46, after
 
 
+@pytest.mark.slow
 @given(shapes=SHAPES, seed=st.integers(0, 2**32 - 1), keep=KEEPS, random=st.randoms(use_true_random=False))
 def test_the_order_of_the_layers_does_not_matter(
     shapes: list[tuple[int, int]], seed: int, keep: float, *, random: Random

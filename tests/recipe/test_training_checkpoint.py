@@ -151,6 +151,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("kind", SCHEDULES)

@@ -102,6 +102,7 @@ def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path,
     assert (result.task_type, result.dataset_name, data.model_name) == ("text-generation", "words.npz", "small")
 
 
+@pytest.mark.slow
 def test_the_text_tells_how_it_was_made_and_keeps_the_original(place: Path, card: ModelCard) -> None:
     options = "--keep 0.7 --optimizer sgd --lr 0.3 --weight-decay 0.05 --momentum 0 --batch-size 2 --schedule constant"
     [command] = re.findall(r"^compress .*$", card.text, re.MULTILINE)
