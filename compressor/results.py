@@ -181,8 +181,9 @@ class Compression(DisplayedLayers):
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
+        place = self.output or ("nowhere" if self.model is None else "memory")
         return (
-            f"<Compression of {self.source} to {self.output or 'memory'}: {self.plan.factorized} of"
+            f"<Compression of {self.source} to {place}: {self.plan.factorized} of"
             f" {len(self.plan.layers)} eligible layers factorized, {format_size(self.bytes.before)} to"
             f" {format_size(self.bytes.after)}{score}>"
         )

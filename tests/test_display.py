@@ -67,6 +67,10 @@ def test_the_repr_is_short_and_str_is_the_page() -> None:
         assert all(len(line) <= 80 and "\x1b" not in line for line in str(result).splitlines()), verb
 
 
+def test_the_repr_says_where_the_result_is() -> None:
+    assert " to nowhere: " in repr(compressor.compress(MODEL, keep=0.5, dry_run=True))
+
+
 def test_a_deep_network_does_not_lengthen_the_repr() -> None:
     inspection, plan = compressor.inspect(MODEL), compressor.plan(MODEL, keep=0.5)
     assert len(inspection.layers) == 40
