@@ -134,7 +134,7 @@ def _recipe(value: Any, name: str) -> tuple[TrainingRecipe | Path, ...]:
     said: list[TrainingRecipe | Path] = []
     for each in value if isinstance(value, list | tuple) else (value,):
         if isinstance(each, Mapping):
-            said.append(TrainingRecipe.from_dict(each))
+            said.append(TrainingRecipe.from_dict(each, source="the options"))
         elif isinstance(each, TrainingRecipe):
             said.append(each)
         else:

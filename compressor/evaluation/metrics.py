@@ -204,7 +204,7 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
         raise BadInput(
             "there are no labels to measure by",
             where=data.name,
-            remedy="add `labels`, give a `metric` in Python, or use it for calibration",
+            remedy="add `labels`, or in Python measure by a `metric` where the verb takes one",
         )
     # A model that accepts one batch accepts them all: a later failure is not about the choice of data.
     logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)

@@ -258,3 +258,9 @@ def test_an_error_that_begins_with_an_option_carries_it() -> None:
                 said = re.match(r"f?['\"]`(\w+)", ast.unparse(node.args[0]))
                 if said and said[1] in names:
                     assert any(keyword.arg == "option" for keyword in node.keywords), f"{path}:{node.lineno}"
+
+
+def test_a_recipe_in_a_mapping_is_known_to_come_from_the_options() -> None:
+    [recipe] = CompressOptions(recipe={"optimizer": "sgd", "learning_rate": 0.1}).recipe
+    assert isinstance(recipe, TrainingRecipe)
+    assert recipe.sources == {"optimizer": "the options", "learning_rate": "the options"}
