@@ -149,7 +149,7 @@ class Options:
                 raise TypeError(f"{cls.verb}() got an unexpected keyword argument {name!r}{_nearest(name, names)}")
         if base is not None and not isinstance(base, cls):
             remedy = f"give {cls.__name__}, or keywords"
-            raise BadInput(f"the options are a {type(base).__name__}", option="options", remedy=remedy)
+            raise BadInput(f"the options are of type {type(base).__name__}", option="options", remedy=remedy)
         known = cls.merged({} if base is None else base.as_given(), given)
         missing = [name for name, _, default in described(cls) if default is MISSING and known.get(name) is None]
         if missing:
