@@ -163,15 +163,7 @@ def compress(
     measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
     _require_some(measured, subject.name)
     planned = _planned(asked, subject, measured, data=data, run=run)
-    rewriting = Rewriting(
-        subject.checkpoint,
-        subject.recipe,
-        subject.layers,
-        planned.plan,
-        factors=planned.factors,
-        statistics=planned.statistics,
-        provenance=provenance(asked, subject.checkpoint),
-    )
+    rewriting = _rewriting(asked, subject, planned)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
@@ -188,14 +180,13 @@ def compress(
         if target is not None:
             card, source = in_flags(compression), subject.checkpoint
             made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))
-    return replace(
+    compression = replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
         measured=tuple(planned.weighted or measured),
-        form=asked.form,
-        pushed=None if target is None else target.push(),
-        seconds=time.monotonic() - started,
     )
+    pushed = None if target is None else target.push()
+    return replace(compression, form=asked.form, pushed=pushed, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -258,6 +249,19 @@ def _planned(
     if planned.plan.budget.kind != "plan":
         _require_smaller(subject, planned.plan, dry_run=asked.dry_run)
     return planned
+
+
+def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) -> Rewriting:
+    """The checkpoint with what becomes of its layers."""
+    return Rewriting(
+        subject.checkpoint,
+        subject.recipe,
+        subject.layers,
+        planned.plan,
+        factors=planned.factors,
+        statistics=planned.statistics,
+        provenance=provenance(asked, subject.checkpoint),
+    )
 
 
 def _evaluated(
