@@ -98,9 +98,10 @@ def spend(layers: Sequence[Choices], chosen: list[int], left: int) -> list[int]:
     current = first[:-1] + np.array(chosen, dtype=np.int64)
     while True:
         extra, saved = cost - cost[current][owner], loss[current][owner] - loss
-        gain = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), 0.0)
+        # The least numbers divided give 0, and are saved all the same.
+        gain = np.where((extra <= left) & (saved > 0), saved / np.maximum(extra, 1), -1.0)
         best = int(gain.argmax())
-        if gain[best] <= 0:
+        if gain[best] < 0:
             return [int(index) for index in current - first[:-1]]
         left -= int(extra[best])
         current[owner[best]] = best

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from compressor.planning.allocation import Choices, allocate
@@ -30,6 +30,7 @@ def total(layers: list[Choices], chosen: list[int]) -> tuple[int, float]:
 
 @settings(max_examples=300)
 @given(tables(), st.integers(1, 160))
+@example([Choices(np.array([1, 3]), np.array([5e-324, 0.0]))], 3)
 def test_the_budget_is_kept_and_no_single_better_step_is_left_within_it(layers: list[Choices], budget: int) -> None:
     chosen = allocate(layers, budget)
     least = sum(int(layer.cost.min()) for layer in layers)
