@@ -36,9 +36,9 @@ from compressor.planning import (
     apply_edits,
     choose_ranks,
     default_budget,
+    given_plan,
     predicted_loss,
     rank_caps,
-    read_plan,
     window_rule_advice,
 )
 
@@ -132,7 +132,9 @@ def plan_ranks(
     """
     budget = request.budget or default_budget(measured, subject.recipe.family, request.settings)
     advice = None if request.budget else window_rule_advice(measured, subject.recipe.family, request.form)
-    given = None if request.given is None else _given_plan(request.given, subject, calibration)
+    given, where = (None, "") if request.given is None else given_plan(request.given)
+    if given is not None:
+        _warn_of_other_origin(given, subject, calibration)
     bare = Plan(subject.name, subject.digest, budget if given is None else Budget("plan"), (), advice)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
@@ -140,7 +142,7 @@ def plan_ranks(
 
     def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
         if given is not None:
-            return apply_edits(given, layers, "the plan" if isinstance(request.given, Plan) else str(request.given))
+            return apply_edits(given, layers, where)
         return choose_ranks(layers, budget, request.form, file_bytes=file_bytes, exponent=exponent)
 
     if calibration is None:
@@ -166,14 +168,12 @@ def plan_ranks(
     return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted)
 
 
-def _given_plan(given: Plan | str | Path, subject: Model, calibration: Calibration | None) -> Plan:
-    """The given plan; warns if it was made for other weights, or with calibration data that are missing now."""
-    plan = given if isinstance(given, Plan) else read_plan(Path(given))
+def _warn_of_other_origin(plan: Plan, subject: Model, calibration: Calibration | None) -> None:
+    """Warn if a plan was made for other weights, or with calibration data that are missing now."""
     if plan.digest is not None and subject.digest is not None and plan.digest != subject.digest:
         logger.warning("the plan was made for other weights than those of %s", subject.name)
     if (plan.calibrated or plan.calibration is not None) and calibration is None:
         logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
-    return plan
 
 
 def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:

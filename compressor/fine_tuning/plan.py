@@ -35,8 +35,8 @@ from compressor.planning import (
     apply_edits,
     choose_ranks,
     default_budget,
+    given_plan,
     is_worthwhile,
-    read_plan,
 )
 from compressor.progress import Progress
 
@@ -235,8 +235,7 @@ def _planned_ranks(
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
 ) -> tuple[Budget, tuple[LayerPlan, ...]]:
     if given is not None:
-        edited = given if isinstance(given, Plan) else read_plan(Path(given))
-        where = "the plan" if isinstance(given, Plan) else str(given)
+        edited, where = given_plan(given)
         for layer in edited.layers:
             if layer.form not in (DENSE, PLAIN.name, CHANNEL.name):
                 raise BadInput(

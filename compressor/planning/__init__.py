@@ -12,15 +12,14 @@ from compressor.planning.choice import (
     worthwhile_size,
 )
 from compressor.planning.drop_search import DropSearch, Trial, search_by_drop, smallest_found, within_limit
+from compressor.planning.edits import apply_edits, given_plan, read_plan
 from compressor.planning.plan import (
     CalibrationResult,
     LayerPlan,
     LossUnit,
     MeasuredLayer,
     Plan,
-    apply_edits,
     predicted_loss,
-    read_plan,
     smallest_size,
 )
 from compressor.planning.settings import PLANNING, PlanningSettings
@@ -42,6 +41,7 @@ __all__ = [
     "checked_budget",
     "choose_ranks",
     "default_budget",
+    "given_plan",
     "is_worthwhile",
     "plan_loss",
     "predicted_loss",

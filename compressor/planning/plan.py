@@ -1,11 +1,10 @@
-"""Choose a rank and a form for every layer within a budget, with the reason; and the JSON format of plans."""
+"""Choose a rank and a form for every layer within a budget, with the reason."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +12,9 @@ import numpy.typing as npt
 
 from compressor.choices import FormRequest
 from compressor.display import DisplayedLayers
-from compressor.documents import read_json
-from compressor.errors import BadInput
 from compressor.formatting import format_percent
 from compressor.forms import (
     DENSE,
-    FORMS,
     Count,
     factorized_shape,
     has_own_errors,
@@ -551,129 +547,3 @@ def _losses(m: MeasuredLayer, errors: Spectrum, exponent: float) -> Spectrum:
     if m.weighted_values is None:
         return np.asarray(-np.log1p(-np.minimum(squared, 1 - ROUNDING)))
     return np.asarray((m.total ** (1 - exponent) if m.total > 0 else 0.0) * squared)
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan from its JSON, as `Plan.to_dict` wrote it, perhaps edited; BadInput says which entry is wrong."""
-    remedy = "write a new one with 'compress plan MODEL -o PLAN.json' and edit its ranks"
-    document = read_json(path, remedy=remedy)
-    if not isinstance(document.get("layers"), list):
-        raise BadInput("not a plan: it has no list of layers", where=path, remedy=remedy)
-    if not document["layers"]:
-        raise BadInput("it names no layer", where=path, remedy=remedy)
-    if document.get("schema_version") != PLAN_SCHEMA_VERSION:
-        raise BadInput(
-            f"its schema version is {document.get('schema_version')!r}, not {PLAN_SCHEMA_VERSION}",
-            where=path,
-            remedy=remedy,
-        )
-    layers = tuple(_read_layer(entry, path, remedy) for entry in document["layers"])
-    digest = document.get("digest")
-    return Plan(
-        source=str(document.get("source", path)),
-        digest=digest if isinstance(digest, str) else None,
-        budget=Budget("plan"),
-        layers=layers,
-        calibrated=document.get("calibration") is not None,
-    )
-
-
-def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-        raise BadInput("a layer of the plan has no name", where=path, remedy=remedy)
-    name, form = entry["name"], entry.get("form", DENSE)
-    if "rank" not in entry:
-        raise BadInput(f"{name} has no rank", where=path, remedy="give one, or null for dense")
-    rank = entry["rank"]
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise BadInput(
-            f"rank {rank!r} of {name} is not a positive whole number", where=path, remedy="give one, or null for dense"
-        )
-    if form not in (known := (DENSE, *FORMS)):
-        raise BadInput(f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(known)}")
-    if rank is not None and form == DENSE:
-        *others, last = FORMS
-        remedy = f"set the rank to null for dense, or the form to {', '.join(others)} or {last}"
-        raise BadInput(f"rank {rank} and form 'dense' of {name} contradict each other", where=path, remedy=remedy)
-    return LayerPlan(
-        name=name,
-        shape=_read_shape(entry.get("shape")),
-        kind=str(entry.get("kind", "")),
-        rank=rank,
-        form=DENSE if rank is None else form,
-        parameters=0,
-        error=math.nan,
-        reason=str(entry.get("reason", "")),
-    )
-
-
-def _read_shape(shape: object) -> tuple[int, int]:
-    """The shape that a plan states; `(0, 0)` if it states none."""
-    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
-        return (shape[0], shape[1])
-    return (0, 0)
-
-
-def apply_edits(plan: Plan, measured: Sequence[MeasuredLayer], where: str) -> tuple[LayerPlan, ...]:
-    """The plan's ranks and forms checked against the checkpoint, with sizes and errors computed anew.
-
-    Eligible layers that the plan does not name stay dense. BadInput for a layer that does not exist or is not
-    eligible, a rank outside the layer's, or a form that the kind of layer does not have.
-    """
-    known = {m.layer.name: m for m in measured}
-    edited = {layer.name: layer for layer in plan.layers}
-    remedy = "correct it, or write a new plan with 'compress plan MODEL'"
-    for name, edit in edited.items():
-        if name not in known:
-            raise BadInput(
-                f"the plan names {name}, which is not an eligible layer of this model",
-                where=where,
-                remedy="add `embeddings`" if edit.kind == "embedding" else remedy,
-            )
-    if len(edited) < len(plan.layers):
-        raise BadInput("the plan names a layer twice", where=where, remedy=remedy)
-    return tuple(
-        _apply_edit(edited[m.layer.name], m, where=where, remedy=remedy)
-        if m.layer.name in edited
-        else dense_plan(m.layer, "not in the plan")
-        for m in measured
-    )
-
-
-def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -> LayerPlan:
-    layer = m.layer
-    if edit.shape not in ((0, 0), layer.shape):
-        raise BadInput(
-            f"the plan's {layer.name} is {edit.shape[0]} x {edit.shape[1]}, "
-            f"the model's {layer.shape[0]} x {layer.shape[1]}",
-            where=where,
-            remedy=remedy,
-        )
-    if edit.rank is None:
-        return dense_plan(layer, "asked for by the plan")
-    form = edit.form
-    if form not in (possible := [each.name for each in pair_forms(layer)]):
-        sides = " x ".join(map(str, layer.tensor_shape))
-        raise BadInput(
-            f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer of {sides}",
-            where=where,
-            remedy=f"give it the form {' or '.join(possible)}, or null for a rank to keep it dense",
-        )
-    shape = factorized_shape(layer, form)
-    if edit.rank > min(shape):
-        raise BadInput(
-            f"rank {edit.rank} of {layer.name} does not exist: its matrix is {shape[0]} x {shape[1]}",
-            where=where,
-            remedy=f"give a rank up to {min(shape)}, or null for dense",
-        )
-    parameters = stored_parameters(shape, form, edit.rank)
-    unreached = f"; {m.stays_dense}, so its error is the Frobenius one" if m.stays_dense is not None else ""
-    larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
-    return replace(
-        edit,
-        shape=layer.shape,
-        kind=layer.kind,
-        reason=f"asked for by the plan{larger}{unreached}",
-        parameters=parameters,
-        error=float(m.errors(form)[edit.rank]),
-    )
