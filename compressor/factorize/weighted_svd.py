@@ -23,8 +23,8 @@ from compressor.measure.scale import power_of_two
 class Metric:
     """Two positive definite matrices in float64: `inputs` of `d_in x d_in` and `gradients` of `d_out x d_out`.
 
-    For a layer with a bias `inputs` is the covariance and `mean` that of the inputs (`d_in`): what a change of the
-    matrix makes of the mean is put right in the bias. Without one `mean` is None.
+    For a layer with a bias `inputs` is the covariance and `mean` the mean of the inputs (`d_in`): the bias compensates
+    for the change of the mean output. Without a bias `mean` is None.
 
     `inputs` may be a vector of d_in, which stands for the diagonal matrix: the inputs of an embedding are its tokens,
     of which there is one at a time, and `E[x x^T]` has their frequencies on its diagonal and nothing else.

@@ -58,7 +58,7 @@ class _Materialized:
 
 
 def materialize_fine_tune(stored: Checkpoint, base: Model) -> Checkpoint:
-    """The dense fine-tune that a file of pairs makes of its base.
+    """The dense fine-tune of a base and a file of pairs.
 
     Raises `BadInput` when the file is no difference, or of another base.
     """

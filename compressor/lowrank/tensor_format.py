@@ -143,7 +143,7 @@ def stored_tensors(
 ) -> dict[str, Tensor]:
     """The tensors by which a pair stands for a layer, in its planned form and the dtype of the dense one.
 
-    Where the metric knows the mean of the inputs, the bias takes up what the change of the matrix makes of it.
+    Where the metric knows the mean of the inputs, the bias compensates for the change of the mean output.
     """
     matrix, bias, dtype = dense.matrix, dense.bias, dense.dtype
     form = FORMS[plan.form]
