@@ -61,10 +61,9 @@ def _options(of: type[Asked], config: Path | None, given: dict[str, Any]) -> Ask
         rest = [given["recipe"]] if "recipe" in given else before.get("recipe", ())
         given["recipe"] = [_recipe(training), *rest]
     known = of.merged(before, given)
-    for name, _, default in described(of):
-        if default is MISSING and name not in known:
-            remedy = f"give it, or see 'compress {of.verb} --help'"
-            raise BadInput(f"`{name}` is missing", option=name, remedy=remedy)
+    if (missing := of.missing(known)) is not None:
+        remedy = f"give it, or see 'compress {of.verb} --help'"
+        raise BadInput(f"`{missing}` is missing", option=missing, remedy=remedy)
     return of(**known)
 
 

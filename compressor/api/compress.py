@@ -20,6 +20,7 @@ from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
+    output_target,
     preprocessing,
     provenance,
     requested_budget,
@@ -42,8 +43,7 @@ from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import TIMING, Evaluation, process_memory, require_accepted
 from compressor.formatting import format_percent, format_size
-from compressor.io import Artifact, Checkpoint, Naming, Target, checked_target, form_of
-from compressor.io.output import require_no_output
+from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
     Rewriting,
     StoredErrors,
@@ -156,9 +156,9 @@ def compress(
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     run = Run(resolve_device(asked.device), asked.seed, asked.progress)
-    target = _target(subject.checkpoint, asked)
+    target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     data = _open_data(asked, subject, run)
-    _announce(asked, subject, data)
+    _announce(asked, subject, data, run=run)
     inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
     measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
     _require_some(measured, subject.name)
@@ -310,19 +310,6 @@ def _compression(
     )
 
 
-def _target(checkpoint: Checkpoint, asked: CompressOptions) -> Target | None:
-    """Where the result goes; None where nothing is written."""
-    if checkpoint.source is None:
-        require_no_output(asked.output)
-        if asked.push_to is not None:
-            what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
-            raise BadInput(what, option="push_to", remedy=remedy)
-    if checkpoint.source is None or asked.dry_run:
-        return None
-    named = Naming(form_of(checkpoint), "-compressed")
-    return checked_target(checkpoint, asked.output, named, overwrite=asked.overwrite).pushed_to(asked.push_to)
-
-
 def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
     if not measured:
         raise BadInput(
@@ -393,29 +380,29 @@ def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
         )
 
 
-def _announce(asked: CompressOptions, subject: Model, data: _Data) -> None:
+def _announce(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -> None:
     """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
 
     A short measurement says how long running the model takes.
     """
-    progress, report = asked.progress, None if asked.dry_run else data.report
-    if not takes_steps(progress):
+    report = None if asked.dry_run else data.report
+    if not takes_steps(run.progress):
         return
-    device, settings = resolve_device(asked.device), _calibration_settings(asked)
+    settings = _calibration_settings(asked)
     eligible = [layer for layer in subject.layers if layer.eligible]
     decompositions = decomposition_costs(eligible)
     calibration = trial = evaluation = None
     if eligible and any(each is not None for each in (data.calibration, data.search, report)):
         dense = subject.with_separate_experts
-        decompositions = timed_decompositions(subject.checkpoint, eligible, device)
+        decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
         if data.calibration is not None:
-            calibration = work_on_calibration(dense, eligible, data.calibration, device=device, settings=settings)
+            calibration = work_on_calibration(dense, eligible, data.calibration, device=run.device, settings=settings)
         timing = asked.timing_settings or TIMING
-        trial = None if data.search is None else work_on_data(dense, data.search, device)
-        evaluation = None if report is None else work_on_data(dense, report, device, timing=timing)
+        trial = None if data.search is None else work_on_data(dense, data.search, run.device)
+        evaluation = None if report is None else work_on_data(dense, report, run.device, timing=timing)
     trials = (asked.planning_settings or PLANNING).most_trials
     work = CompressionWork(decompositions, calibration, trial, evaluation, trials)
-    expect(progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
+    expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
 
 
 def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: str) -> None:

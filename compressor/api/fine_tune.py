@@ -10,7 +10,7 @@ from pathlib import Path
 
 from compressor.api.evaluate import evaluate_models
 from compressor.api.options import CompressOptions
-from compressor.api.requests import provenance, reported_data, requested_budget
+from compressor.api.requests import output_target, provenance, reported_data, requested_budget
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
 from compressor.evaluation import TIMING, process_memory
@@ -29,12 +29,7 @@ from compressor.fine_tuning.plan import (
     stored_changes,
 )
 from compressor.fine_tuning.verification import verify_with_peft
-from compressor.io import (
-    Naming,
-    Target,
-    checked_target,
-)
-from compressor.io.output import require_no_output
+from compressor.io import Naming
 from compressor.model import Model, open_runnable, resolve_device
 from compressor.network import module_architecture
 from compressor.progress import Run
@@ -59,7 +54,8 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         raise BadInput(what, option="base", remedy=remedy)
     subject = model.with_ties()
     kind = _kind(subject, asked.output)
-    target = _target(subject, base, asked)
+    naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
+    target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
     changes = measured_changes(subject, base, kind, provenance=made_by, device=run.device, progress=run.progress)
     adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
@@ -130,14 +126,3 @@ def _kind(subject: Model, output: str | Path | None) -> Kind:
         return "module"
     as_file = output is not None and Path(output).suffix == ".safetensors"
     return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
-
-
-def _target(subject: Model, base: Model, asked: CompressOptions) -> Target | None:
-    """Where the result goes; None where nothing is written."""
-    if subject.in_memory:
-        require_no_output(asked.output)
-    if subject.in_memory or asked.dry_run:
-        return None
-    adapter = _kind(subject, asked.output) == "adapter"
-    named = Naming("folder", "-adapter") if adapter else Naming("file", "-difference")
-    return checked_target(subject.checkpoint, asked.output, named, overwrite=asked.overwrite, others=[base.checkpoint])

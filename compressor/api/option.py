@@ -151,10 +151,15 @@ class Options:
             remedy = f"give {cls.__name__}, or keywords"
             raise BadInput(f"the options are of type {type(base).__name__}", option="options", remedy=remedy)
         known = cls.merged({} if base is None else base.as_given(), given)
-        missing = [name for name, _, default in described(cls) if default is MISSING and known.get(name) is None]
-        if missing:
-            raise TypeError(f"{cls.verb}() lacks the keyword argument {missing[0]!r}")
+        if (missing := cls.missing(known)) is not None:
+            raise TypeError(f"{cls.verb}() lacks the keyword argument {missing!r}")
         return cls(**known)
+
+    @classmethod
+    def missing(cls, values: Mapping[str, object]) -> str | None:
+        """The first option that must be given and is not among the values."""
+        required = (name for name, _, default in described(cls) if default is MISSING)
+        return next((name for name in required if values.get(name) is None), None)
 
     @classmethod
     def merged(cls, before: Mapping[str, Any], given: Mapping[str, object]) -> dict[str, Any]:
@@ -172,9 +177,8 @@ class Options:
                 contradicts itself, or lacks an option that must be given.
         """
         values = cls.values_in(path)
-        missing = [name for name, _, default in described(cls) if default is MISSING and name not in values]
-        if missing:
-            raise BadInput(f"`{missing[0]}` is missing", where=path, option=missing[0], remedy="give it")
+        if (missing := cls.missing(values)) is not None:
+            raise BadInput(f"`{missing}` is missing", where=path, option=missing, remedy="give it")
         try:
             return cls(**values)
         except BadInput as error:

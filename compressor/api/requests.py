@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compressor.api.options import (
     CompressOptions,
     DataOptions,
@@ -13,7 +15,8 @@ from compressor.api.options import (
 from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
-from compressor.io import Checkpoint, Provenance
+from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target
+from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, checked_budget
 from compressor.planning.budget import BudgetKind
@@ -49,6 +52,18 @@ def reported_data(asked: MetricOptions, model: Model, split: Split = "test") -> 
     """Data for a report, with the metric to measure by."""
     sample = Sample(split, asked.data_samples, metric=asked.custom_metric)
     return open_data(asked.data, preprocessing(asked, model), sample)
+
+
+def output_target(
+    asked: CompressOptions, model: Model, naming: Naming, *, others: Sequence[Checkpoint] = ()
+) -> Target | None:
+    """Where the result goes; None where nothing is written."""
+    if model.in_memory:
+        require_no_output(asked.output, asked.push_to)
+    if model.in_memory or asked.dry_run:
+        return None
+    target = checked_target(model.checkpoint, asked.output, naming, overwrite=asked.overwrite, others=others)
+    return target.pushed_to(asked.push_to)
 
 
 def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[EvaluationData | None, EvaluationData | None]:

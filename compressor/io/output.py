@@ -95,8 +95,7 @@ class Target:
         if repository is None:
             return self
         if self.form != "folder":
-            what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
-            raise BadInput(what, option="push_to", remedy=remedy)
+            raise _no_folder_to_push()
         folder = self.sources[0].folder
         check_push(repository, None if folder is None else hub_model(folder), overwrite=self.overwrite)
         return replace(self, push_to=repository)
@@ -114,11 +113,18 @@ class Target:
         return push_folder(self.path, self.push_to, overwrite=self.overwrite)
 
 
-def require_no_output(output: str | Path | None) -> None:
+def require_no_output(output: str | Path | None, push_to: str | None) -> None:
     """Raise `BadInput` where an output is asked for of a module, which stays in memory."""
     if output is not None:
         what, remedy = "a module is compressed in memory", "leave out `output`, and save Compression.model"
         raise BadInput(what, option="output", remedy=remedy)
+    if push_to is not None:
+        raise _no_folder_to_push()
+
+
+def _no_folder_to_push() -> BadInput:
+    what, remedy = "`push_to` sends a model folder, and none is written", "compress a folder, or leave it out"
+    return BadInput(what, option="push_to", remedy=remedy)
 
 
 def form_of(checkpoint: Checkpoint) -> Container:
