@@ -58,10 +58,11 @@ types: .venv/dev
 	ln -s $(CURDIR)/compressor/* build/typed/compressor && ln -s $(CURDIR)/cli build/typed/compressor/cli
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
-# What is generated: the types of the keyword arguments, the reference page, the picture of the rooms.
+# What is generated: the types of the keyword arguments, the reference page, the picture of the rooms, the tables of results.
 docs: .venv/dev
 	$(BIN)/python -m compressor.api.reference
 	$(BIN)/python -m docs.design.rooms
+	$(BIN)/python -m docs.tables
 
 # The browser that the explorer's tests are run in, as root on Debian; without it they are skipped.
 chromium:

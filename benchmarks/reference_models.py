@@ -76,10 +76,10 @@ def run(name: str, request: dict[str, float], folder: Path) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as the Markdown table of the README."""
+def table(document: dict[str, Any]) -> str:
+    """The Markdown table of the README."""
     lines = ["| model | asked | eligible kept | file | metric | before | after |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
+    for row in document["rows"]:
         asked = f"`--keep {row['request']['keep']}`" if row["request"] else "nothing"
         if "refused" in row:
             lines.append(f"| {row['model']} | {asked} | refused | | | | |")
@@ -102,8 +102,9 @@ def main() -> None:
         "transformers": transformers.__version__,
     }
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(table(rows) + "\n")
+    document = {"versions": versions, "rows": rows}
+    RESULT.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(table(document) + "\n")
 
 
 if __name__ == "__main__":

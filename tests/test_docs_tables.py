@@ -1,0 +1,26 @@
+"""The tables of the pages are what the benchmarks' results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from docs.tables import PAGES, ROOT, filled
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_of_a_page_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert filled(text) == text, "run `python -m docs.tables`"
+
+
+def test_a_figure_that_was_typed_is_replaced() -> None:
+    typed = (
+        "before\n\n<!-- table: reference_models.table of reference_models.json -->\n\n| 100% |\n\n<!-- end -->\n\nafter"
+    )
+    page = filled(typed)
+    assert "| digits-mlp | `--keep 0.8` (keep) |" in page
+    assert "| 100% |" not in page
+    assert page.startswith("before\n\n<!-- table")
+    assert page.endswith("<!-- end -->\n\nafter")
