@@ -1,8 +1,8 @@
 """Fills in the tables of the pages: each is what a function of a benchmark makes of a file of its results.
 
 Run as `python -m docs.tables` from the root of the repository after a benchmark. A table stands between
-`<!-- table: SCRIPT.FUNCTION of RESULT.json -->` and `<!-- end -->`: a function in `benchmarks/SCRIPT.py`, which takes the
-document in `benchmarks/results/RESULT.json` and returns Markdown.
+`<!-- table: SCRIPT.FUNCTION of RESULT.json -->` and `<!-- end -->`: a function in `benchmarks/SCRIPT.py`, which takes
+the document in `benchmarks/results/RESULT.json` and returns Markdown.
 """
 
 from __future__ import annotations
