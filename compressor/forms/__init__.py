@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTransposedConvolution
+from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
-from compressor.forms.pair_form import (
-    TRANSPOSED,
-    Count,
-    DenseWeight,
-    MatrixPair,
-    PairForm,
-    StoredPairShape,
-    StoredWeight,
-)
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.pivoted import PIVOTED, PivotedLinear
 from compressor.forms.plain import PLAIN, LowRankEmbedding, LowRankLinear
 from compressor.forms.spatial import SPATIAL, SpatialConvolution
+from compressor.forms.weights import TRANSPOSED, Count, DenseWeight, StoredWeight
+from compressor.latency import Amount, DeviceProfile, LayerUse, Size
 from compressor.network import Kind
 
 # Of two that are as small as each other the planner takes the first.
@@ -63,6 +59,30 @@ def stored_bytes(sides: tuple[int, int], form: str, rank: Count, *, itemsize: in
     return FORMS[form].nbytes(sides, rank, itemsize)
 
 
+def predicted_seconds(
+    profile: DeviceProfile, weight: DenseWeight, form: str, *, rank: Size, use: LayerUse, dtype: torch.dtype
+) -> Amount:
+    """The seconds that a layer is expected to take in one forward.
+
+    Args:
+        profile: The device.
+        weight: The dense weight.
+        form: The form of its pair, or `dense`.
+        rank: The rank of the pair, or many; a dense layer has none, and takes as long at each.
+        use: How a workload uses the layer.
+        dtype: The dtype of weights and inputs.
+
+    Returns:
+        Seconds, at one rank or at each of many.
+    """
+    if form == DENSE:
+        kernels = dense_kernels(weight, use, itemsize=dtype.itemsize)
+    else:
+        kernels = FORMS[form].kernels(weight, rank, use, itemsize=dtype.itemsize)
+    one_call = sum((profile.seconds(kernel, dtype) for kernel in kernels), 0.0 * rank)
+    return use.calls * one_call
+
+
 def recognized(kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> PairForm | None:
     """The form of the tensors below a layer, given by name; None where they are no pair."""
     known = {name for form in FORMS.values() for name in form.names}
@@ -92,10 +112,12 @@ __all__ = [
     "SpatialConvolution",
     "StoredPairShape",
     "StoredWeight",
+    "dense_kernels",
     "factorized_shape",
     "has_own_errors",
     "layer_builder",
     "pair_forms",
+    "predicted_seconds",
     "recognized",
     "stored_bytes",
     "stored_parameters",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,43 +21,12 @@ from compressor.factorize import (
     truncated_svd,
     weighted_truncated_svd,
 )
+from compressor.forms.kernels import pair_kernels
+from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
+from compressor.latency import Kernel, LayerUse, Size
 from compressor.measure import Spectrum
 from compressor.network import Kind
-
-# One rank, or many at once.
-Count = TypeVar("Count", int, npt.NDArray[np.int64])
-
-# Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
-TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
-
-
-class DenseWeight(Protocol):
-    """The dense weight that a pair stands for: a layer of a network, or what is known of one from its factors."""
-
-    @property
-    def kind(self) -> Kind: ...
-
-    @property
-    def tensor_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The sides of the `d_out x d_in` matrix."""
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A dense weight known by its kind and the shape of its tensor alone."""
-
-    kind: Kind
-    tensor_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        first, *rest = self.tensor_shape
-        sides = (first, math.prod(rest))
-        return sides[::-1] if self.kind in TRANSPOSED else sides
 
 
 class MatrixPair(Protocol):
@@ -129,6 +96,19 @@ class PairForm(ABC):
     def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
         """How many bytes these numbers take, where a number of the dense weight takes `itemsize`."""
         return self.parameters(sides, rank) * itemsize
+
+    def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+        """The kernels of one call of the layer, at one rank or many: by default those of a plain pair of its bytes.
+
+        Args:
+            weight: The dense weight.
+            rank: The rank of the pair.
+            use: How a workload uses the layer.
+            itemsize: Bytes of a number.
+        """
+        sides = self.sides(weight)
+        inner = self.nbytes(sides, np.asarray(rank), itemsize) / (itemsize * sum(sides))
+        return pair_kernels(weight, inner, use, itemsize=itemsize)
 
     @abstractmethod
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:

@@ -5,16 +5,19 @@ found. The bias stays `X.bias`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, PivotedPair, pivoted_pair
+from compressor.forms.kernels import dense_kernels, products
 from compressor.forms.layers import MARKERS, linear_sides, unfilled
-from compressor.forms.pair_form import Count, DenseWeight, MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
+from compressor.latency import Kernel, LayerUse, ModuleCall, Movement, Size
 from compressor.network import Kind
 
 
@@ -73,6 +76,19 @@ class PivotedForm(PairForm):
     def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
         order = sides[0]
         return (self.parameters(sides, rank) - order) * itemsize + order * 4
+
+    def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+        d_out, d_in = weight.shape
+        if weight.kind == "parameter":
+            product = products(d_out - rank, (rank, d_in), itemsize=itemsize)
+            copied = Movement(how="copy", rows=d_out, columns=d_in, itemsize=itemsize)
+            put = [copied, replace(copied, how="lookup")]
+            return [*product, *put, *dense_kernels(weight, use, itemsize=itemsize)]
+        calls = [ModuleCall(itemsize=itemsize)] * 3  # the pair, and the two layers in it
+        factors = products(use.rows, (d_in, rank, d_out - rank), itemsize=itemsize)
+        copied = Movement(how="copy", rows=use.rows, columns=d_out, itemsize=itemsize)
+        bias = [replace(copied, how="add")] if use.bias else []
+        return [*calls, *factors, copied, replace(copied, how="order"), *bias]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         d_out, d_in = weight.shape

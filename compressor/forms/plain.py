@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, balanced
 from compressor.forms.layers import MARKERS, linear_sides, unfilled
-from compressor.forms.pair_form import DenseWeight, MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.network import Kind
 

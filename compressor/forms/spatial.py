@@ -22,9 +22,12 @@ from compressor.factorize import (
     spatial_matrix,
     spatial_pair,
 )
+from compressor.forms.kernels import convolution
 from compressor.forms.layers import MARKERS, copy_geometry, unfilled
-from compressor.forms.pair_form import DenseWeight, MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
+from compressor.latency import Kernel, LayerUse, ModuleCall, Size
 from compressor.measure import Spectrum, singular_values
 from compressor.network import Kind
 
@@ -102,6 +105,14 @@ class SpatialForm(PairForm):
     def sides(self, weight: DenseWeight) -> tuple[int, int]:
         d_out, c, k_h, k_w = weight.tensor_shape
         return d_out * k_w, c * k_h
+
+    def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+        d_out, c, k_h, k_w = weight.tensor_shape
+        between = (use.out_size[0], use.in_size[1])
+        calls = [ModuleCall(itemsize=itemsize)] * 3  # the pair, and the two layers in it
+        down = convolution(use, (k_h, 1), (c, rank), sizes=(use.in_size, between), itemsize=itemsize)
+        up = convolution(use, (1, k_w), (rank, d_out), sizes=(between, use.out_size), itemsize=itemsize)
+        return [*calls, down, up]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         d_out, c, k_h, k_w = weight.tensor_shape

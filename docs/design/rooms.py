@@ -12,7 +12,20 @@ FOUNDATIONS = (
     *("documents", "arguments"),
 )
 ROOMS = (
-    *("recipe", "io", "network", "data", "measure", "factorize", "forms", "planning", "lowrank", "model", "evaluation"),
+    *(
+        "recipe",
+        "io",
+        "network",
+        "data",
+        "measure",
+        "factorize",
+        "latency",
+        "forms",
+        "planning",
+        "lowrank",
+        "model",
+        "evaluation",
+    ),
     *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "results", "report", "api"),
     *("registration", "integrations", "cli"),
 )

@@ -1,0 +1,89 @@
+"""The kernels that a layer launches in one call: dense, and as a pair of its matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from compressor.forms.weights import TRANSPOSED, DenseWeight
+from compressor.latency import Convolution, Kernel, LayerUse, MatrixProduct, ModuleCall, Movement, Size
+
+
+def dense_kernels(weight: DenseWeight, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+    """The kernels of one call of a dense layer.
+
+    Args:
+        weight: Its weight.
+        use: How a workload uses the layer.
+        itemsize: Bytes of a number.
+    """
+    d_out, d_in = weight.shape
+    call: Kernel = ModuleCall(itemsize=itemsize)
+    if weight.kind == "embedding":
+        lookup = Movement(how="lookup", rows=use.rows, columns=d_out, itemsize=itemsize)
+        head = products(use.head_rows, (d_out, d_in), itemsize=itemsize)
+        return [call, lookup, *([call, *head] if use.head_rows else [])]
+    if "convolution" in weight.kind:
+        first, second, *kernel = weight.tensor_shape
+        turned = weight.kind in TRANSPOSED
+        channels = (first, second) if turned else (second, first)
+        sizes = (use.in_size, use.out_size)
+        return [call, convolution(use, tuple(kernel), channels, sizes=sizes, itemsize=itemsize, transposed=turned)]
+    matrix = products(use.rows, (d_in, d_out), itemsize=itemsize)
+    return matrix if weight.kind == "parameter" else [call, *matrix]
+
+
+def pair_kernels(weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+    """Those of a pair of the layer's own matrix, as `dense_kernels` has it; of a convolution a channel pair."""
+    d_out, d_in = weight.shape
+    call = ModuleCall(itemsize=itemsize)
+    calls: list[Kernel] = [call, call, call]  # the pair, and the two layers in it
+    if weight.kind == "parameter":
+        # The module multiplies with the product of the factors, in code of its own.
+        return [*products(d_out, (rank, d_in), itemsize=itemsize), *dense_kernels(weight, use, itemsize=itemsize)]
+    if weight.kind == "embedding":
+        lookup = Movement(how="lookup", rows=use.rows, columns=rank, itemsize=itemsize)
+        head = products(use.head_rows, (d_out, rank, d_in), itemsize=itemsize)
+        ups = products(use.rows, (rank, d_out), itemsize=itemsize)
+        return [*calls, lookup, *ups, *([call, *head] if use.head_rows else [])]
+    if "convolution" in weight.kind:
+        first, second, *sides = weight.tensor_shape
+        kernel, point = tuple(sides), tuple(1 for _ in sides)
+        size_in, size_out = use.in_size, use.out_size
+        if weight.kind in TRANSPOSED:
+            down = convolution(use, point, (first, rank), sizes=(size_in, size_in), itemsize=itemsize)
+            sizes = (size_in, size_out)
+            last = convolution(use, kernel, (rank, second), sizes=sizes, itemsize=itemsize, transposed=True)
+            return [*calls, down, last]
+        down = convolution(use, kernel, (second, rank), sizes=(size_in, size_out), itemsize=itemsize)
+        return [*calls, down, convolution(use, point, (rank, first), sizes=(size_out, size_out), itemsize=itemsize)]
+    return [*calls, *products(use.rows, (d_in, rank, d_out), itemsize=itemsize)]
+
+
+def products(rows: Size, widths: Sequence[Size], *, itemsize: int) -> list[Kernel]:
+    """`rows` inputs of the first width times one weight after the other, to each of the next widths."""
+    return [
+        MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize) for inner, columns in pairwise(widths)
+    ]
+
+
+def convolution(
+    use: LayerUse,
+    kernel: tuple[int, ...],
+    channels: tuple[Size, Size],
+    *,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    itemsize: int,
+    transposed: bool = False,
+) -> Convolution:
+    """A convolution from the first to the second of the numbers of channels and of the spatial sizes."""
+    return Convolution(
+        batch=use.batch,
+        in_channels=channels[0],
+        out_channels=channels[1],
+        kernel=kernel,
+        in_size=sizes[0],
+        out_size=sizes[1],
+        transposed=transposed,
+        itemsize=itemsize,
+    )

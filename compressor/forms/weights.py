@@ -1,0 +1,46 @@
+"""The dense weight that a pair stands for, by its kind and its shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.network import Kind
+
+# One rank, or many at once.
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+
+# Kinds of layers whose stored tensor is the transpose of the matrix that they apply to their inputs.
+TRANSPOSED: tuple[Kind, ...] = ("transposed linear", "transposed convolution", "embedding")
+
+
+class DenseWeight(Protocol):
+    """The dense weight that a pair stands for: a layer of a network, or what is known of one from its factors."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The sides of the `d_out x d_in` matrix."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A dense weight known by its kind and the shape of its tensor alone."""
+
+    kind: Kind
+    tensor_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, *rest = self.tensor_shape
+        sides = (first, math.prod(rest))
+        return sides[::-1] if self.kind in TRANSPOSED else sides
