@@ -65,6 +65,26 @@ def as_count_if_given(value: object, option: str, *, least: int) -> int | None:
     return None if value is None else as_count(value, option, least=least)
 
 
+def as_ratio(value: object, option: str) -> float | None:
+    """A ratio to the dense model as a number, or in text: 0.7x, 0.7 or 70%."""
+    if isinstance(value, str) and value.strip().lower().endswith("x"):
+        value = value.strip()[:-1]
+    return as_number(value, option, percent=True)
+
+
+def as_counts(value: object, option: str, *, least: int) -> tuple[int, ...]:
+    """Whole numbers of at least `least`, each once: one of them, several, or text such as 1,32."""
+    parts: Any = value
+    if isinstance(value, str):
+        parts = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    elif isinstance(value, int):
+        parts = (value,)
+    require_kind(parts, option, (list, tuple), remedy="give whole numbers, such as (1, 32)")
+    if not parts:
+        raise BadInput(f"`{option}` is empty", option=option, remedy="give whole numbers, such as (1, 32)")
+    return tuple(dict.fromkeys(as_count(part, option, least=least) for part in parts))
+
+
 def as_size(value: object, option: str) -> int:
     """A size as a number of bytes: a whole number, or text such as 40MB or 1.5GiB; KB is 1000 bytes, KiB is 1024."""
     if not isinstance(value, str):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 FormRequest = Literal["auto", "plain", "pivoted"]
+# What decides between forms, and whether a pair is worth its place.
+Preference = Literal["speed", "size"]
 Split = Literal["train", "validation", "test"]
 ExportTarget = Literal["dense", "hf-remote", "onnx", "lora"]
 MergeMode = Literal["sum", "concat"]

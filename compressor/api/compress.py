@@ -25,6 +25,7 @@ from compressor.api.requests import (
     provenance,
     requested_budget,
     selection,
+    timing_settings,
 )
 from compressor.api.workload import (
     CompressionWork,
@@ -36,12 +37,12 @@ from compressor.api.workload import (
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
 from compressor.calibration import CalibrationData, CalibrationSettings, calibrate, split_examples
-from compressor.calibration.drop import DropGate, plan_within_drop
+from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
 from compressor.calibration.settings import CALIBRATION
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import TIMING, Evaluation, process_memory, require_accepted
+from compressor.evaluation import Evaluation, process_memory, require_accepted
 from compressor.formatting import format_percent, format_size
 from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
@@ -239,11 +240,13 @@ def _planned(
         provenance=provenance(asked, subject.checkpoint),
         settings=asked.planning_settings or PLANNING,
     )
-    if data.search is not None:
-        gate = DropGate(data.search, run)
+    gate = None if data.search is None else DropGate(data.search, run)
+    if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
     else:
         planned = plan_ranks(subject, measured, request, calibration=calibrated)
+        if gate is not None and asked.max_drop is not None:
+            planned = within_drop(subject, planned, gate=gate, limit=asked.max_drop)
     if request.budget is None:
         _require_worthwhile(subject, measured, planned.plan, request=request)
     if planned.plan.budget.kind != "plan":
@@ -275,7 +278,7 @@ def _evaluated(
     """What was made compared with the dense model; `QualityGateNotMet` where it lost more than was allowed."""
     if data is None or made is None:
         return None
-    compressed_model, timing = open_runnable(made, subject.factory), asked.timing_settings or TIMING
+    compressed_model, timing = open_runnable(made, subject.factory), timing_settings(asked)
     evaluation = evaluate_models(subject, compressed_model, data, run=run, timing=timing)
     _require_allowed_drop(evaluation, asked, subject.name)
     return evaluation
@@ -397,10 +400,12 @@ def _announce(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) 
         decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
         if data.calibration is not None:
             calibration = work_on_calibration(dense, eligible, data.calibration, device=run.device, settings=settings)
-        timing = asked.timing_settings or TIMING
+        timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
         evaluation = None if report is None else work_on_data(dense, report, run.device, timing=timing)
-    trials = (asked.planning_settings or PLANNING).most_trials
+    budget = requested_budget(asked)
+    searched = budget is not None and budget.kind == "max-drop"
+    trials = (asked.planning_settings or PLANNING).most_trials if searched else 1
     work = CompressionWork(decompositions, calibration, trial, evaluation, trials)
     expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
 

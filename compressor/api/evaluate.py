@@ -8,9 +8,9 @@ from typing import TypeVar, Unpack
 from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
-from compressor.api.requests import reported_data
+from compressor.api.requests import reported_data, timing_settings
 from compressor.data import EvaluationData
-from compressor.evaluation import TIMING, Cost, Evaluation, TimingSettings, compare
+from compressor.evaluation import Cost, Evaluation, TimingSettings, compare
 from compressor.model import Model, ModelLike, open_runnable, resolve_device
 from compressor.progress import Run
 from compressor.torch_state import neutral_torch_state
@@ -42,7 +42,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
     examples = reported_data(asked, opened, asked.split)
     run = Run(device, progress=asked.progress)
-    return evaluate_models(reference, opened, examples, run=run, timing=asked.timing_settings or TIMING)
+    return evaluate_models(reference, opened, examples, run=run, timing=timing_settings(asked))
 
 
 def evaluate_models(

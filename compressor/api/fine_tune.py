@@ -10,10 +10,10 @@ from pathlib import Path
 
 from compressor.api.evaluate import evaluate_models
 from compressor.api.options import CompressOptions
-from compressor.api.requests import output_target, provenance, reported_data, requested_budget
+from compressor.api.requests import output_target, provenance, reported_data, requested_budget, timing_settings
 from compressor.api.write import Output, written
 from compressor.errors import BadInput
-from compressor.evaluation import TIMING, process_memory
+from compressor.evaluation import process_memory
 from compressor.fine_tuning.adaptation import Adaptation, adapted_module
 from compressor.fine_tuning.adapter import (
     Adapter,
@@ -69,8 +69,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         names = subject.architecture or module_architecture(dense)
         module = adapted_module(adaptation, dense, device=run.device, done=errors, module_name=names.module_name)
         if report is not None:
-            timing = asked.timing_settings or TIMING
-            evaluation = evaluate_models(model, open_runnable(module), report, run=run, timing=timing)
+            evaluation = evaluate_models(model, open_runnable(module), report, run=run, timing=timing_settings(asked))
     with written(stored.artifact, target) as made:
         if stored.adapter is not None and target is not None:
             verified = finish_adapter(made, stored.adapter, name=target.name, errors=errors.of)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compressor.api.options import DataLike, RecipeLike
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
+    from compressor.latency import DeviceProfile
     from compressor.model import Factory, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
@@ -25,9 +26,14 @@ class CompressKeywords(TypedDict, total=False):
     base: ModelLike | None
     keep: float | str | None
     max_size: int | str | None
+    max_latency: float | str | None
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    batch: int | str | Sequence[int] | None
+    prefer: Literal["speed", "size"] | None
+    target_device: DeviceProfile | str | None
+    rank_multiple: int | None
     recipe: RecipeLike | None
     data: DataLike | None
     data_samples: int | None
@@ -35,6 +41,7 @@ class CompressKeywords(TypedDict, total=False):
     processor: Callable[..., Any] | None
     metric: Callable[[nn.Module, Iterable[Any]], float] | None
     higher_is_better: bool | None
+    timing_settings: TimingSettings | None
     planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -49,7 +56,6 @@ class CompressKeywords(TypedDict, total=False):
     form: Literal["auto", "plain", "pivoted"] | None
     progress: Progress | None
     device: str | None
-    timing_settings: TimingSettings | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
@@ -80,9 +86,14 @@ class PlanKeywords(TypedDict, total=False):
     base: ModelLike | None
     keep: float | str | None
     max_size: int | str | None
+    max_latency: float | str | None
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    batch: int | str | Sequence[int] | None
+    prefer: Literal["speed", "size"] | None
+    target_device: DeviceProfile | str | None
+    rank_multiple: int | None
     recipe: RecipeLike | None
     data: DataLike | None
     data_samples: int | None
@@ -90,6 +101,7 @@ class PlanKeywords(TypedDict, total=False):
     processor: Callable[..., Any] | None
     metric: Callable[[nn.Module, Iterable[Any]], float] | None
     higher_is_better: bool | None
+    timing_settings: TimingSettings | None
     planning_settings: PlanningSettings | None
     calibration: DataLike | None
     calibration_samples: int | None
@@ -116,6 +128,7 @@ class EvaluateKeywords(TypedDict, total=False):
     metric: Callable[[nn.Module, Iterable[Any]], float] | None
     higher_is_better: bool | None
     factory: Factory | None
+    batch: int | str | Sequence[int] | None
     timing_settings: TimingSettings | None
     progress: Progress | None
     device: str | None

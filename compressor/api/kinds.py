@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from compressor.api.option import Kind
-from compressor.arguments import as_count, as_number, as_patterns, as_size, one_of, require_kind, require_model
+from compressor.arguments import (
+    as_count,
+    as_counts,
+    as_number,
+    as_patterns,
+    as_ratio,
+    as_size,
+    one_of,
+    require_kind,
+    require_model,
+)
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -180,6 +190,21 @@ def _several_data(value: Any, name: str) -> tuple[Any, ...]:
     return tuple(_data(each, name) for each in value)
 
 
+def _target_device(value: Any, name: str) -> Any:
+    if type(value).__name__ == "DeviceProfile":  # told by name, because importing the class would load torch
+        return value
+    require_kind(value, name, (str,), remedy="give the name of a device, or a compressor.DeviceProfile")
+    return _text(value, name)
+
+
+def _named_device(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _joined(value: Sequence[int]) -> str:
+    return ",".join(map(str, value))
+
+
 def _progress(value: Any, name: str) -> Any:
     require_kind(value, name, (Callable,), remedy="give a function of a step, how many parts are done, and of how many")
     return value
@@ -219,6 +244,8 @@ def count(least: int, most: int = 2**63 - 1) -> Kind:
 SWITCH = Kind("bool", _switch, shell=bool, switch=True)
 NUMBER = Kind("float", as_number, shell=float)
 SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
+RATIO = Kind("float | str", as_ratio, metavar="RATIO")
+COUNTS = Kind("int | str | Sequence[int]", partial(as_counts, least=1), metavar="N,N", plain=_joined)
 SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
 TEXT = Kind("str", _text)
 PATH = Kind("str | Path", _path, metavar="PATH")
@@ -232,6 +259,7 @@ SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeate
 FACTORY = Kind("Factory", _factory, metavar="MODULE:NAME", plain=_plain_factory)
 PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
 RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
+DEVICE_PROFILE = Kind("DeviceProfile | str", _target_device, metavar="NAME", plain=_named_device)
 SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
 PROGRESS = Kind("Progress", _progress)
 EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

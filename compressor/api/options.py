@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.api.kinds import (
     CALLED,
+    COUNTS,
     DATA,
+    DEVICE_PROFILE,
     EXPLORED,
     FACTORY,
     METRIC,
@@ -24,6 +26,7 @@ from compressor.api.kinds import (
     PATTERNS,
     PLAN,
     PROGRESS,
+    RATIO,
     RECIPE,
     SAVED_MODEL,
     SEVERAL_DATA,
@@ -37,7 +40,7 @@ from compressor.api.kinds import (
     settings,
 )
 from compressor.api.option import Options, option, options
-from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Split
+from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Preference, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from compressor.calibration import CalibrationSettings
     from compressor.data import CustomMetric
     from compressor.evaluation import TimingSettings
+    from compressor.latency import DeviceProfile
     from compressor.model import Factory, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
@@ -70,8 +74,9 @@ if TYPE_CHECKING:
     RecipeLike = TrainingRecipe | str | Path | Mapping[str, Any] | Sequence[TrainingRecipe | str | Path]
 
 # The panels of the help.
-BUDGET, CALIBRATION, TRAINING, LAYERS, RUNNING = (
-    "Budget, one of",
+BUDGET, SPEED, CALIBRATION, TRAINING, LAYERS, RUNNING = (
+    "Budget",
+    "Speed",
     "Calibration",
     "Training recipe",
     "Layers",
@@ -231,20 +236,63 @@ class OutputOptions(OverwriteOptions):
 
 @options
 class BudgetOptions(Options):
-    """How much is removed: at most one of them."""
+    """How much is removed: one of them, or a size with `max_latency`, and beside either of these a `max_drop`."""
 
     keep: float | None = option(
         "Fraction of the eligible layers' parameters to keep, such as 0.6 or 60%.", SHARE, panel=BUDGET
     )
     max_size: int | None = option("Size of the weight files, such as 40MB.", SIZE, panel=BUDGET)
+    max_latency: float | None = option(
+        "Time of a forward at every batch size, as a ratio to the dense model's, such as 0.7x or 70%; with `keep` or "
+        "`max_size` a second limit.",
+        RATIO,
+        panel=BUDGET,
+    )
     max_drop: float | None = option(
         "The smallest model that is at most this much worse on `data`: accuracy as a fraction (0.01 is one point), or "
-        "increase in perplexity. One standard error is added to a measured drop.",
+        "increase in perplexity. One standard error is added to a measured drop. With `keep`, `max_size` or "
+        "`max_latency`, what these give is refused where it is worse.",
         NUMBER,
         panel=BUDGET,
     )
     tolerance: float | None = option("Relative error per layer, such as 0.05 or 5%.", SHARE, panel=BUDGET)
     plan: Plan | Path | None = option("The ranks of an edited 'compress plan' file.", PLAN, panel=BUDGET)
+
+
+@options
+class BatchOptions(Options):
+    """At which batch sizes a model is to be fast."""
+
+    batch: tuple[int, ...] = option("Batch sizes that are timed and planned for.", COUNTS, "1,32", panel=SPEED)
+
+
+@options
+class SpeedOptions(BatchOptions):
+    """Whether a model is to be fast or small, and on what."""
+
+    prefer: Preference | None = option(
+        "speed: in every layer the fastest form, and only where it is faster than dense. size: the smallest form.",
+        choice(Preference),
+        default_text="size; speed with `max_latency` or `target_device`",
+        panel=SPEED,
+    )
+    target_device: DeviceProfile | str | None = option(
+        "Plan for this device instead of the one at hand, by its data sheet: h100, a100, l4, cpu, ...",
+        DEVICE_PROFILE,
+        panel=SPEED,
+    )
+    rank_multiple: int | None = option(
+        "Ranks are multiples of this.",
+        count(1),
+        default_text="for speed what the device likes, else 1",
+        panel=SPEED,
+    )
+
+    def check_speed(self) -> None:
+        """Raise `BadInput` where what is asked about speed contradicts itself."""
+        if self.prefer == "size" and self.target_device is not None:
+            what = "`target_device` and `prefer='size'` contradict each other"
+            raise BadInput(what, option="target_device", remedy="leave one of them out")
 
 
 @options
@@ -320,8 +368,10 @@ class PlanOptions(
     ArchitectureOptions,
     CalibrationOptions,
     ThresholdOptions,
+    TimingOptions,
     MetricOptions,
     TrainingOptions,
+    SpeedOptions,
     BudgetOptions,
     BaseOptions,
     HubOptions,
@@ -329,24 +379,41 @@ class PlanOptions(
     """What can be asked of `plan`."""
 
     verb = "plan"
-    alternatives = ("keep", "max_size", "max_drop", "tolerance", "plan")
+    alternatives = ("keep", "max_size", "max_latency", "max_drop", "tolerance", "plan")
 
     if TYPE_CHECKING:
 
         def __init__(self, **given: Unpack[PlanKeywords]) -> None: ...
 
     def check(self) -> None:
-        budgets = [name for name in self.alternatives if name in self.given]
-        if len(budgets) > 1:
-            names = " and ".join(f"`{name}`" for name in budgets)
-            raise BadInput(f"{names} are two budgets", option=budgets[0], remedy="ask for one of them")
-        if self.plan is not None and "form" in self.given:
-            what = f"`plan` and `form='{self.form}'` contradict each other"
-            raise BadInput(what, option="plan", remedy="state the forms in the plan")
+        self._check_budgets()
+        self._check_plan()
         if self.base is not None:
             self._check_base()
+        self.check_speed()
         self._check_needs()
         self.check_metric()
+
+    def _check_budgets(self) -> None:
+        given = [name for name in self.alternatives if name in self.given]
+        alone = [name for name in given if name not in ("max_latency", "max_drop")]
+        if len(alone) > 1 or (len(given) > 1 and {"tolerance", "plan"} & set(given)):
+            names = " and ".join(f"`{name}`" for name in given)
+            raise BadInput(f"{names} are two budgets", option=given[0], remedy="ask for one of them")
+        if self.prefer == "size" and self.max_latency is not None:
+            what = "`max_latency` and `prefer='size'` contradict each other"
+            raise BadInput(what, option="max_latency", remedy="leave one of them out")
+
+    def _check_plan(self) -> None:
+        """What a plan states itself."""
+        if self.plan is None:
+            return
+        for name in ("form", "prefer", "target_device", "rank_multiple"):
+            if name in self.given:
+                value = getattr(self, name)
+                shown = f"`{name}={value!r}`" if isinstance(value, str | int) else f"`{name}`"
+                what, stated = f"`plan` and {shown} contradict each other", "forms" if name == "form" else "ranks"
+                raise BadInput(what, option="plan", remedy=f"state the {stated} in the plan")
 
     def _check_needs(self) -> None:
         if self.calibration is None:
@@ -361,7 +428,7 @@ class PlanOptions(
         if self.data_samples is not None and self.data is None:
             what = "`data_samples` is about data, and none were given"
             raise BadInput(what, option="data_samples", remedy="pass `data=DATA`, or leave it out")
-        if self.calibration is not None and not {"keep", "max_size", "max_drop", "plan"} & self.given:
+        if self.calibration is not None and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
             raise BadInput(
                 "calibration shares a size among the layers, and none was asked for",
                 option="calibration",
@@ -380,11 +447,12 @@ class PlanOptions(
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "refine", "seed", "calibration_settings"),
     *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
+    *("prefer", "batch", "target_device", "max_latency", "rank_multiple"),
 )
 
 
 @options
-class CompressOptions(OutputOptions, TimingOptions, PlanOptions):
+class CompressOptions(OutputOptions, PlanOptions):
     """What can be asked of `compress`."""
 
     verb = "compress"
@@ -437,7 +505,7 @@ class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, Threshol
 
 
 @options
-class EvaluateOptions(RunOptions, TimingOptions, ArchitectureOptions, MetricOptions):
+class EvaluateOptions(RunOptions, TimingOptions, BatchOptions, ArchitectureOptions, MetricOptions):
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from compressor.api.options import DataLike, RecipeLike
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
+    from compressor.latency import DeviceProfile
     from compressor.model import Factory, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress

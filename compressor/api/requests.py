@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from compressor.api.options import (
     CompressOptions,
     DataOptions,
     EmbeddingOptions,
+    EvaluateOptions,
     LayerOptions,
     MetricOptions,
     PlanOptions,
+    SpeedOptions,
 )
 from compressor.calibration.drop import require_possible_drop
-from compressor.choices import Split
+from compressor.choices import Preference, Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
+from compressor.evaluation import TIMING, TimingSettings
 from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
@@ -24,12 +28,27 @@ from compressor.planning.budget import BudgetKind
 
 def requested_budget(asked: PlanOptions) -> Budget | None:
     """The budget that is asked for, None where nothing is; `BadInput` for one out of its range."""
-    kinds: tuple[BudgetKind, ...] = ("keep", "max-size", "max-drop", "tolerance")
-    for kind in kinds:
-        value = getattr(asked, kind.replace("-", "_"))
-        if value is not None:
-            return checked_budget(Budget(kind, value))
-    return None if asked.plan is None else Budget("plan")
+    kinds: tuple[BudgetKind, ...] = ("keep", "max-size", "tolerance", "max-latency", "max-drop")
+    given = {kind: value for kind in kinds if (value := getattr(asked, kind.replace("-", "_"))) is not None}
+    if not given:
+        return None if asked.plan is None else Budget("plan")
+    kind = next(iter(given))
+    value = given.pop(kind)
+    return checked_budget(Budget(kind, value, given.get("max-latency"), given.get("max-drop")))
+
+
+def preferred(asked: SpeedOptions) -> Preference:
+    """Whether forms and ranks are chosen for speed or for size."""
+    if asked.prefer is not None:
+        return asked.prefer
+    about_speed = {"max_latency", "target_device"}
+    return "speed" if about_speed & asked.given else "size"
+
+
+def timing_settings(asked: CompressOptions | EvaluateOptions) -> TimingSettings:
+    """How forwards are timed, at the batch sizes that are asked for."""
+    settings = asked.timing_settings or TIMING
+    return replace(settings, batch=asked.batch) if "batch" in asked.given else settings
 
 
 def provenance(asked: PlanOptions, checkpoint: Checkpoint) -> Provenance | None:

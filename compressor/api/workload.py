@@ -63,6 +63,10 @@ class ForwardTime:
             return 0.0
         return examples / at_once * (self.overhead * segments + self.each * at_once)
 
+    def of_batch(self, size: int) -> float:
+        """That of one batch."""
+        return self.overhead + self.each * size
+
     @property
     def each(self) -> float:
         """What an example more costs."""
@@ -170,12 +174,12 @@ class EvaluationWork:
         return self.forward.of(self.examples)
 
     def step(self) -> Step:
-        """Two models compared: the quality and the cost of each, then the time of one example and of a batch."""
+        """Two models compared: the quality and the cost of each, then the time at each batch size."""
         forward = self.forward
         # Arithmetic and memory are counted while the model runs on an example and on a batch.
         each = self.quality_seconds() + forward.one + forward.batch
-        sizes = [forward.one] if forward.size == 1 else [forward.one, forward.batch]
-        return Step("evaluate", (each, each, *(_timing_seconds(size, self.timing) for size in sizes)))
+        sizes = dict.fromkeys(min(size, self.examples) for size in self.timing.batch)
+        return Step("evaluate", (each, each, *(_timing_seconds(forward.of_batch(size), self.timing) for size in sizes)))
 
 
 def _timing_seconds(forward: float, timing: TimingSettings) -> float:

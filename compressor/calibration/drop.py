@@ -39,6 +39,34 @@ class DropGate:
     data: EvaluationData
     run: Run
 
+    def baseline(self, subject: Model) -> Quality:
+        """The quality of the dense model; `BadInput` where it is not finite."""
+        quality = measure_quality(subject.with_separate_experts, self.data, device=self.run.device, replicates=True)
+        if 0 < len(quality.replicates) < PARTS:
+            logger.warning(
+                "%s has only %d parts to estimate the standard error of a drop in %s from, where %d are better",
+                self.data.name,
+                len(quality.replicates),
+                quality.metric,
+                PARTS,
+            )
+        if not math.isfinite(quality.value):
+            raise BadInput(
+                f"the model's own {quality.metric} on {self.data.name} is not finite",
+                where=subject.name,
+                remedy="use the model in a wider dtype, or the data it was trained for",
+            )
+        return quality
+
+    def quality(self, subject: Model, planned: PlannedModel) -> Quality:
+        """That of the model that a plan leads to."""
+        rewriting = Rewriting(
+            subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
+        )
+        dense, device = subject.with_separate_experts, self.run.device
+        compressed = rewritten_module(rewriting, dense, device, done=lambda _name, _error: None)
+        return measure_quality(compressed, self.data, device=device, replicates=True)
+
 
 class Planner(Protocol):
     """Makes a plan for a size; `plan_ranks` or a stand-in."""
@@ -73,22 +101,7 @@ def plan_within_drop(
     limit = budget.value
     assert limit is not None
     require_possible_drop(limit, gate.data)
-    dense = subject.with_separate_experts
-    baseline = measure_quality(dense, gate.data, device=gate.run.device, replicates=True)
-    if 0 < len(baseline.replicates) < PARTS:
-        logger.warning(
-            "%s has only %d parts to estimate the standard error of a drop in %s from, where %d are better",
-            gate.data.name,
-            len(baseline.replicates),
-            baseline.metric,
-            PARTS,
-        )
-    if not math.isfinite(baseline.value):
-        raise BadInput(
-            f"the model's own {baseline.metric} on {gate.data.name} is not finite",
-            where=subject.name,
-            remedy="use the model in a wider dtype, or the data it was trained for",
-        )
+    baseline = gate.baseline(subject)
     layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
     most = request.settings.most_trials
@@ -102,12 +115,7 @@ def plan_within_drop(
             return Trial(keep, round(keep * eligible), math.inf, math.inf)
         stored = planned.plan.eligible_after
         if stored not in trials.by_size:
-            rewriting = Rewriting(
-                subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
-            )
-            compressed = rewritten_module(rewriting, dense, gate.run.device, done=lambda _name, _error: None)
-            quality = measure_quality(compressed, gate.data, device=gate.run.device, replicates=True)
-            trials.add(keep, planned, quality)
+            trials.add(keep, planned, gate.quality(subject, planned))
             gate.run.report("search", len(trials.by_size), most)
         return trials.by_size[stored]
 
@@ -131,6 +139,28 @@ def plan_within_drop(
     return replace(trials.best, plan=replace(trials.best.plan, budget=budget, search=search))
 
 
+def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit: float) -> PlannedModel:
+    """The plan itself, with the drop that was measured; `QualityGateNotMet` where it is larger than the limit.
+
+    One standard error is added to the drop. Raises `BadInput` as `plan_within_drop`.
+    """
+    require_possible_drop(limit, gate.data)
+    baseline = gate.baseline(subject)
+    trials = _Trials(limit, baseline, planned.plan.eligible_before)
+    trial = trials.add(planned.plan.eligible_after / trials.eligible, planned, gate.quality(subject, planned))
+    gate.run.report("search", 1, 1)
+    search = DropSearch(
+        baseline.metric, gate.data.name, baseline.count, limit, (trial,), higher_is_better=baseline.higher_is_better
+    )
+    if not within_limit(trial.bound, limit):
+        raise QualityGateNotMet(
+            f"{subject.name}: what {planned.plan.budget} allows loses {trial.drop:.4g} of {baseline.metric} on"
+            f" {gate.data.name}, and its standard error of {trial.standard_error:.2g} is to be added: more than"
+            f" `max_drop` {limit:g}; keep more, or allow a larger drop"
+        )
+    return replace(planned, plan=replace(planned.plan, search=search))
+
+
 @dataclass
 class _Trials:
     """The sizes that were measured, by the number of parameters that they store, and the smallest allowed plan."""
@@ -141,7 +171,7 @@ class _Trials:
     by_size: dict[int, Trial] = field(default_factory=dict)
     best: PlannedModel | None = None
 
-    def add(self, keep: float, planned: PlannedModel, quality: Quality) -> None:
+    def add(self, keep: float, planned: PlannedModel, quality: Quality) -> Trial:
         stored = planned.plan.eligible_after
         # No change is 0.0, and not -0.0, which would be printed.
         trial = Trial(keep, stored, quality_drop(self.baseline, quality) + 0.0, drop_error(self.baseline, quality))
@@ -149,6 +179,7 @@ class _Trials:
         logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, self.baseline.metric)
         if within_limit(trial.bound, self.limit) and (self.best is None or stored < self.best.plan.eligible_after):
             self.best = planned
+        return trial
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:

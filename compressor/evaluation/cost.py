@@ -33,6 +33,9 @@ class TimingSettings:
         >>> compressor.evaluate("small/", data="test.jsonl", timing_settings=compressor.TimingSettings(most_repeats=10))
     """
 
+    batch: tuple[int, ...] = (1, 32)
+    """Batch sizes that are timed; `batch`, if given, takes precedence."""
+
     warm_ups: int = 3
     """Forwards of each model before the timing, which allocate memory and choose kernels."""
 

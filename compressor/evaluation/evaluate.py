@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from compressor.data import EvaluationData, Task
+from compressor.data import Batch, EvaluationData, Task
 from compressor.display import Displayed
 from compressor.errors import BadInput
 from compressor.evaluation.cost import (
@@ -44,7 +45,7 @@ class Evaluation(Displayed):
         device: The device that the models ran on.
         baseline_cost: Parameters, bytes, multiply-accumulates and memory of the baseline.
         compressed_cost: The same of the model.
-        latency: The times of a batch of one example and of a larger one; empty if they were not measured.
+        latency: The times at each batch size; empty if they were not measured.
         higher_is_better: Which way a metric of the caller's own is better; None with accuracy and perplexity.
 
     Example:
@@ -131,7 +132,7 @@ def compare(
     """Measure the quality of both models on all of `data`, and the cost of each.
 
     Quality, multiply-accumulates (one example) and peak memory (one batch) are measured on one model after
-    the other; only the timing, on batches of 1 and of `data.batch_size` examples, needs both on the device.
+    the other; only the timing, at the batch sizes of `timing` as far as there are examples, needs both on the device.
     Both models are left as they were; nothing is timed if `timing` is None. Raises `BadInput` when a
     model and the data do not fit, or for a device that is not there.
     """
@@ -140,8 +141,7 @@ def compare(
     models = (compressed,) if baseline is None else (baseline, compressed)
     runs = data.metric is None or (batch.inputs != {} and accepts(compressed, batch, device=device))
     example = example[:1] if runs and example.aligned else example  # of data that came in batches
-    sizes = [example] if runs and batch.examples == example.examples else [example, batch]
-    timed = [] if timing is None or not runs else [(each, timing) for each in sizes]
+    timed = [] if timing is None or not runs else [(each, timing) for each in _batches_of(data, timing.batch)]
     parts = len(models) + len(timed)
     qualities, costs, latencies = [], [], []
     if progress:
@@ -176,6 +176,16 @@ def compare(
         latency=tuple(latencies),
         higher_is_better=after.higher_is_better,
     )
+
+
+def _batches_of(data: EvaluationData, sizes: Sequence[int]) -> list[Batch]:
+    """A batch of each size, or of all examples where there are fewer; one that cannot be cut stays whole."""
+    found: dict[int, Batch] = {}
+    for size in sizes:
+        batch = data.read(range(min(size, data.count)))
+        batch = batch[:size] if batch.aligned else batch  # of data that came in batches
+        found.setdefault(batch.examples, batch)
+    return list(found.values())
 
 
 def _device_name(device: torch.device) -> str:

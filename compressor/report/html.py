@@ -101,7 +101,7 @@ def report_page(compression: Compression) -> str:
     compression = _portable(compression)
     plan, evaluation = compression.plan, compression.evaluation
     marks, points = _marks(compression), curve_points(compression)
-    limit = plan.budget.value if plan.budget.kind == "max-drop" else None
+    limit = plan.budget.drop_limit
     return template.render(
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,

@@ -130,10 +130,20 @@ def recipe_sources(recipe: TrainingRecipe) -> str:
 
 def budget_words(budget: Budget) -> str:
     """The budget, or what replaces it."""
+    first, *further = budget.parts
+    limits = (
+        f"at most {limit.value:g} lost on data" if limit.kind == "max-drop" else _one_budget_words(limit)
+        for limit in further
+    )
+    return ", and ".join([_one_budget_words(first), *limits])
+
+
+def _one_budget_words(budget: Budget) -> str:
     value = math.nan if budget.value is None else budget.value
     return {
         "keep": f"keep {value:.4g} of the eligible parameters",
         "max-size": f"weight files of at most {format_size(value)}",
+        "max-latency": f"at most {value:g}x the time of the dense model",
         "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
         "window-rule": "window rule: what training wrote above its initialization",
@@ -221,7 +231,7 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
     """That the reported data show a larger drop than was allowed; None if they do not."""
     from compressor.planning import within_limit
 
-    limit = budget.value if budget.kind == "max-drop" else None
+    limit = budget.drop_limit
     if limit is None or evaluation.drop is None or within_limit(evaluation.drop, limit):
         return None
     unused = f"on {evaluation.data}, which the search did not use"
@@ -230,7 +240,7 @@ def larger_drop_words(evaluation: Evaluation, budget: Budget) -> str | None:
 
 def needs_calibration(budget: Budget, *, has_attention: bool) -> bool:
     """Whether a model may be destroyed unnoticed without calibration data; with `max_drop` it would be noticed."""
-    return has_attention and budget.kind != "max-drop"
+    return has_attention and budget.drop_limit is None
 
 
 def without_data_words(compression: Compression) -> str | None:

@@ -46,6 +46,21 @@ def test_a_share_is_read_alike_as_a_number_as_text_and_as_percent(share: float) 
     assert CompressOptions(keep=f"{100 * share!r}%").keep == pytest.approx(share)
 
 
+@pytest.mark.parametrize("written", [0.7, "0.7", "0.7x", " 0.7X ", "70%"])
+def test_a_latency_is_read_alike_as_a_ratio_and_as_percent(written: object) -> None:
+    asked = CompressOptions(max_latency=written)
+    assert asked.max_latency == pytest.approx(0.7)
+    assert asked.command("m") == "compress m --max-latency 0.7"
+
+
+@pytest.mark.parametrize("written", [(1, 32), [1, 32], "1,32", "1, 32,1"])
+def test_batch_sizes_are_read_alike_as_numbers_and_as_text(written: object) -> None:
+    asked = CompressOptions(batch=written)
+    assert asked.batch == CompressOptions().batch == (1, 32)
+    assert asked.command("m") == "compress m --batch 1,32"
+    assert CompressOptions(batch=8).batch == (8,)
+
+
 @pytest.mark.parametrize(
     ("asked", "option"),
     [
@@ -68,6 +83,21 @@ def test_a_share_is_read_alike_as_a_number_as_text_and_as_percent(share: float) 
         ({"base": "b", "seed": 0, "calibration": "c.txt", "keep": 0.2}, "calibration"),
         ({"push_to": "me/it", "dry_run": True}, "push_to"),
         ({"plan": "p.json", "form": "plain"}, "plan"),
+        ({"plan": "p.json", "prefer": "speed"}, "plan"),
+        ({"plan": "p.json", "max_latency": 0.7}, "max_latency"),
+        ({"max_latency": 0.7, "tolerance": 0.1}, "max_latency"),
+        ({"max_latency": 0.7, "prefer": "size"}, "max_latency"),
+        ({"max_latency": "fast"}, "max_latency"),
+        ({"target_device": "h100", "prefer": "size"}, "target_device"),
+        ({"target_device": 3}, "target_device"),
+        ({"batch": "1,big"}, "batch"),
+        ({"batch": ()}, "batch"),
+        ({"batch": 0}, "batch"),
+        ({"rank_multiple": 0}, "rank_multiple"),
+        ({"max_drop": 0.01, "keep": 0.5}, "max_drop"),
+        ({"base": "b", "batch": 1}, "batch"),
+        ({"base": "b", "max_latency": 0.7}, "max_latency"),
+        ({"base": "b", "prefer": "size"}, "prefer"),
     ],
 )
 def test_bad_options_are_refused_with_the_option_they_are_about(asked: dict[str, object], option: str) -> None:
@@ -234,10 +264,10 @@ def test_type_checkers_see_options_made_from_the_keywords_of_their_verb(of: type
     assert ast.unparse(initialize.args.kwarg.annotation) == f"Unpack[{of.verb.capitalize()}Keywords]"
 
 
-def test_plan_takes_what_compress_takes_but_for_what_is_written_and_timed() -> None:
+def test_plan_takes_what_compress_takes_but_for_what_is_written() -> None:
     names = {name for name, _, _ in described(PlanOptions)}
     more = {name for name, _, _ in described(CompressOptions)} - names
-    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run", "timing_settings"}
+    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run"}
 
 
 def test_merge_refuses_what_contradicts() -> None:

@@ -276,6 +276,27 @@ def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Pat
         compress(model, max_drop=1.0, data=tmp_path / "data.npz")
 
 
+def test_a_drop_beside_a_size_is_measured_and_noted(tmp_path: Path) -> None:
+    data = classes(tmp_path / "data.npz", [*range(16), *range(16)])
+    report = compress(nn.Linear(16, 16, bias=False), keep=0.5, max_drop=1.0, data=data)
+    search = report.plan.search
+    assert search is not None
+    [trial] = search.trials
+    assert (trial.parameters, search.limit) == (report.plan.eligible_after, 1.0)
+    assert report.plan.budget == Budget("keep", 0.5, max_drop=1.0)
+    assert report.plan.budget.to_dict() == {"kind": "keep", "value": 0.5, "max_drop": 1.0}
+
+
+def test_a_size_that_drops_more_than_is_allowed_beside_it_is_status_3(
+    identity: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    data = classes(tmp_path / "data.npz", [*range(16), *range(16)])
+    options = ["--keep", "0.5", "--max-drop", "0.1", "--data", str(data), "-q"]
+    assert run([*identity, *options]) == 3
+    assert "what keep 0.5, max-drop 0.1 allows loses" in capsys.readouterr().err
+    assert not (tmp_path / "model-compressed.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -283,7 +304,7 @@ def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Pat
         (["--max-drop", "-0.01", "--data", "builtin:digits"], "out of range"),
         (["--max-drop", "nan", "--data", "builtin:digits"], "out of range"),
         (["--max-drop", "1.5", "--data", "builtin:digits"], "is a fraction"),
-        (["--max-drop", "0.01", "--keep", "0.5", "--data", "builtin:digits"], "two budgets"),
+        (["--max-drop", "0.01", "--tolerance", "0.5", "--data", "builtin:digits"], "two budgets"),
     ],
 )
 @pytest.mark.parametrize("command", [[], ["plan"]])
