@@ -25,6 +25,7 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import TimingSettings as TimingSettings
 from .io import Checkpoint as Checkpoint
 from .io import open_checkpoint as open_checkpoint
+from .latency import DeviceProfile as DeviceProfile
 from .measure import MemoryWindow as MemoryWindow
 from .measure import memory_window as memory_window
 from .model import load_model as load_model
