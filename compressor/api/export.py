@@ -18,7 +18,7 @@ from compressor.api.restore import restore
 from compressor.api.write import written
 from compressor.choices import ExportTarget
 from compressor.errors import BadInput
-from compressor.exporting.onnx import example_inputs, largest_difference, onnx_artifact, require_onnx
+from compressor.exporting.onnx import largest_difference, onnx_artifact, require_onnx, traced_inputs
 from compressor.exporting.remote import remote_artifact, remote_configuration
 from compressor.fine_tuning import adapter_of_file, applied_artifact, is_difference, materialize_fine_tune
 from compressor.fine_tuning.adapter import adapter_artifact
@@ -31,7 +31,6 @@ from compressor.io import (
     form_of,
 )
 from compressor.lowrank import StoredErrors
-from compressor.measure import image_size
 from compressor.model import Model, ModelLike, open_model, open_runnable
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
@@ -46,8 +45,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
 
     `dense` multiplies the pairs back, as `restore` does. `hf-remote` is a folder with the code of its low-rank layers,
     for transformers with `trust_remote_code=True`. `onnx` is a file for any batch size and sequence length, computed in
-    float32; weights without a transformers folder need the `factory` of their architecture and, unless it begins with
-    a linear layer, the `input_shape` of one example. A file of what a fine-tune adds to its `base` becomes the `dense`
+    float32; weights without a transformers folder need the `factory` of their architecture and, where its first layer
+    does not tell, the `input_shape` of one example. A file of what a fine-tune adds to its `base` becomes the `dense`
     fine-tune, or a `lora` adapter folder for PEFT.
 
     Args:
@@ -183,10 +182,7 @@ def _to_onnx(model: Model, asked: ExportOptions) -> _Exported:
     require_onnx()
     named = Naming("file", "", (".onnx",))
     target = checked_target(model.checkpoint, asked.output, named, overwrite=asked.overwrite)
-    module, folder = model.module, model.checkpoint.directory
-    config = getattr(module, "config", None)
-    size = None if config is None or folder is None else image_size(config, folder)
-    inputs = example_inputs(module, size, asked.input_shape)
+    module, inputs = model.module, traced_inputs(model, asked.input_shape)
     with written(onnx_artifact(module, inputs), target) as made:
         assert isinstance(made.model, Path)
         difference = largest_difference(module, inputs, made.model)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput, CompressorError
 from compressor.io import Artifact
+from compressor.measure import image_size
+from compressor.model import Model
+from compressor.model.example_inputs import architecture_of, example_inputs
 
 # Relative to the largest output: more than rounding makes of it in float32, so another function was exported.
 LARGEST_DIFFERENCE = 1e-3
@@ -40,37 +43,27 @@ def require_onnx() -> None:
             ) from error
 
 
-def example_inputs(
-    model: nn.Module, image_size: tuple[int, int] | None, input_shape: Sequence[int] | None
-) -> dict[str, Tensor]:
+def traced_inputs(model: Model, input_shape: Sequence[int] | None) -> dict[str, Tensor]:
     """Inputs by name to trace a model with: of a transformers model by its kind, else one tensor `input`.
 
-    `input_shape` is that of one example; without it a transformers image model needs `image_size`, height and width,
-    and another model must begin with a linear layer. Raises `BadInput` where the inputs are not known, or the shape
-    is not that of the model.
+    `input_shape` is that of one example of a module that does not say its own. Raises `BadInput` where the inputs are
+    not known, or the shape is not that of the model.
     """
-    generator = torch.Generator().manual_seed(0)
-    config: Any = getattr(model, "config", None)
-    named = getattr(model, "main_input_name", None) if config is not None else "input"
+    module = architecture_of(model)
+    config: Any = getattr(module, "config", None)
+    named = getattr(module, "main_input_name", None) if config is not None else "input"
     if getattr(config, "is_encoder_decoder", False) or named not in ("input", "input_ids", "pixel_values"):
-        what = f"{type(model).__name__} takes inputs that this exporter cannot make"
+        what = f"{type(module).__name__} takes inputs that this exporter cannot make"
         raise BadInput(what, remedy="export it with `to='dense'`, and from there with its own exporter")
-    _require_fitting(input_shape, named, channels=getattr(config, "num_channels", None), image_size=image_size)
-    if named == "input_ids":
-        text: Any = getattr(config, "text_config", config)
-        tokens = torch.randint(0, text.vocab_size, (_BATCH, _SEQUENCE), generator=generator)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    shape = tuple(input_shape or ())
-    if not shape and named == "pixel_values" and image_size is not None:
-        shape = (config.num_channels, *image_size)
-    first = next((layer for layer in model.modules() if getattr(layer, "weight", None) is not None), None)
-    if not shape and config is None and isinstance(features := getattr(first, "in_features", None), int):
-        shape = (features,)
-    if not shape:
-        raise BadInput(
-            "the shape of an input is not known", remedy="say it without the batch, such as `input_shape` 3x224x224"
-        )
-    return {named: torch.rand(_BATCH, *shape, generator=generator)}
+    size = None if config is None else image_size(config, model.checkpoint.directory)
+    _require_fitting(input_shape, named, channels=getattr(config, "num_channels", None), image_size=size)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        inputs = example_inputs(model, _BATCH, generator=generator, length=_SEQUENCE, shape=input_shape)
+    except BadInput as error:
+        remedy = "say it without the batch, such as `input_shape` 3x224x224"
+        raise BadInput("the shape of an input is not known", option="input_shape", remedy=remedy) from error
+    return inputs | ({"attention_mask": torch.ones_like(inputs["input_ids"])} if named == "input_ids" else {})
 
 
 def _require_fitting(

@@ -71,12 +71,12 @@ def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
     return positions
 
 
-def image_size(config: Any, folder: Path) -> tuple[int, int] | None:
-    """Height and width of the images, from the model's configuration or its preprocessor's."""
+def image_size(config: Any, folder: Path | None) -> tuple[int, int] | None:
+    """Height and width of the images, from the model's configuration or its preprocessor's in the folder."""
     if not isinstance(getattr(config, "num_channels", None), int):
         return None
     size = getattr(config, "image_size", None)
-    if size is None:
+    if size is None and folder is not None:
         try:
             size = read_json(folder / "preprocessor_config.json").get("size")
         except BadInput:

@@ -16,7 +16,9 @@ from torch import nn
 
 from compressor import BadInput, compress, export
 from compressor.cli.run import run
-from compressor.exporting.onnx import example_inputs
+from compressor.exporting.onnx import traced_inputs
+from compressor.model import open_runnable
+from tests.lowrank.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +98,7 @@ def test_the_file_is_weights_and_graph_and_names_no_path(small_llama: Path, tmp_
     assert b".py" not in path.read_bytes()
 
 
-def test_convolutions_want_the_shape_of_an_input(networks: Path, tmp_path: Path) -> None:
+def test_convolutions_of_the_one_size_that_goes_through(networks: Path, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
     exec(NETWORKS, namespace)
     torch.manual_seed(0)
@@ -106,12 +108,10 @@ def test_convolutions_want_the_shape_of_an_input(networks: Path, tmp_path: Path)
     compress(tmp_path / "dense.safetensors", output=tmp_path / "small.safetensors", keep=0.5, factory=factory)
     small = compress(dense, keep=0.5).model
     path = tmp_path / "small.onnx"
-    with pytest.raises(BadInput, match="`input_shape`"):
-        export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory)
     with pytest.raises(BadInput, match="torch cannot export"):
         export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 5))
     assert not path.exists()
-    export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 8, 8))
+    export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory)  # 8x8 goes through
     images = torch.rand(5, 3, 8, 8)
     assert small is not None
     with torch.no_grad():
@@ -144,24 +144,36 @@ def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
     assert dense not in stored
 
 
+def image_model(size: int | None) -> nn.Module:
+    """A tiny image model of three channels, whose configuration says the size of the images or not."""
+    import transformers
+
+    if size is None:
+        config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_channels=3)
+        return transformers.ResNetForImageClassification(config)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=size, patch_size=4))
+
+
 @pytest.mark.parametrize(
-    ("named", "size", "shape", "words"),
+    ("size", "shape", "words"),
     [
-        ("input_ids", None, (7,), "not for text"),
-        ("pixel_values", (8, 8), (3, 9, 9), "3x9x9 is not that of the model, 3x8x8"),
-        ("pixel_values", None, (8, 8), "8x8 is not that of an image of 3 channels; say it as 3xHEIGHTxWIDTH"),
-        ("pixel_values", None, (1, 8, 8), "1x8x8 is not that of an image of 3 channels"),
+        (8, (3, 9, 9), "3x9x9 is not that of the model, 3x8x8"),
+        (None, (8, 8), "8x8 is not that of an image of 3 channels; say it as 3xHEIGHTxWIDTH"),
+        (None, (1, 8, 8), "1x8x8 is not that of an image of 3 channels"),
     ],
 )
-def test_a_shape_that_a_transformers_model_does_not_take(named: str, size: Any, shape: Any, *, words: str) -> None:
-    model = type("Net", (nn.Module,), {"main_input_name": named})()
-    model.config = type("Config", (), {"num_channels": 3, "vocab_size": 5})()
+def test_a_shape_that_a_transformers_model_does_not_take(size: int | None, shape: Any, *, words: str) -> None:
+    model = open_runnable(image_model(size))
     with pytest.raises(BadInput, match=words):
-        example_inputs(model, size, shape)
-    if named == "pixel_values":
-        for known in (size, None):
-            [images] = example_inputs(model, known, (3, 8, 8)).values()
-            assert images.shape[1:] == (3, 8, 8)
+        traced_inputs(model, shape)
+    [images] = traced_inputs(model, (3, 8, 8)).values()
+    assert images.shape[1:] == (3, 8, 8)
+
+
+def test_a_text_has_no_shape(small_llama: Path) -> None:
+    with pytest.raises(BadInput, match="not for text"):
+        traced_inputs(open_runnable(small_llama), (7,))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,8 @@ def test_requests_that_are_bad(small_llama: Path, tmp_path: Path, capsys: pytest
     assert run(["export", folder, "--to", "onnx", "-o", str(tmp_path / "there.onnx")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert ["name it with .onnx" in errors[0], "3x224x224" in errors[1], "--overwrite" in errors[2]] == [True] * 3
-    encoder_decoder = type("Net", (nn.Module,), {"main_input_name": "input_ids"})()
-    encoder_decoder.config = type("Config", (), {"is_encoder_decoder": True})()
+    encoder_decoder = open_runnable(ARCHITECTURES["t5"].dense())
     with pytest.raises(BadInput, match="takes inputs that this exporter cannot make"):
-        example_inputs(encoder_decoder, None, None)
+        traced_inputs(encoder_decoder, None)
+    with pytest.raises(BadInput, match="`input_shape` 3x224x224"):
+        traced_inputs(open_runnable(nn.Sequential(nn.LSTM(3, 4))), None)
