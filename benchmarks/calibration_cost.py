@@ -31,6 +31,7 @@ import torch
 import transformers
 
 import compressor
+from compressor import CalibrationSettings
 from compressor.data.builtin_data import standard_library_text
 from compressor.model import load_transformers, logits_of
 
@@ -73,7 +74,8 @@ def take(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, flo
     elif step == "plan":
         compressor.plan(folder, keep=KEEP)
     else:
-        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, refine=step == "refined")
+        settings = CalibrationSettings(refine=step == "refined")
+        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, calibration_settings=settings)
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "cpu_seconds": time.process_time() - started,

@@ -30,7 +30,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -261,6 +261,9 @@ LINEAR_ONLY = ("SVD-LLM, pivoted", "SVD-LLM, sequential, pivoted", "MPIFA", "SVD
 
 # Ours, and ours with a part switched off.
 
+# The refinement makes up for a part of what any other part contributes, so these are switched off without it.
+UNREFINED = CalibrationSettings(refine=False)
+
 
 def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: Any) -> Compressed:
     """`compress`, with `options` and settings of the calibration in place of its own."""
@@ -298,12 +301,14 @@ def at_published_ranks(cell: Cell) -> Compressed:
         )
         for layer in cell.layers
     )
-    return ours(cell, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers), refine=False)
+    return ours(cell, settings=UNREFINED, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers))
 
 
 def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     """The published metric with the ranks that `compress` chooses, in the linear layers; the others are as ours."""
-    chosen = compress(cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, refine=False)
+    chosen = compress(
+        cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, calibration_settings=UNREFINED
+    )
     assert chosen.model is not None
     ranks = {
         layer.name: layer.rank for layer in chosen.plan.layers if layer.kind == "linear" and layer.rank is not None
@@ -317,25 +322,22 @@ def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     return Compressed(chosen.model, chosen.plan.eligible_after)
 
 
-# The refinement makes up for a part of what any other part contributes, so these are switched off without it.
-unrefined = partial(ours, refine=False)
-
 # Every part of ours has one entry here that switches it off, but what needs a recipe, which `window_rule.py` has.
 OURS: dict[str, Method] = {
     "ours": ours,
-    "ours without refinement": unrefined,
+    "ours without refinement": partial(ours, settings=UNREFINED),
     "ours without refinement and the gradients' moment": partial(
-        unrefined, settings=CalibrationSettings(gradient_moments=False)
+        ours, settings=replace(UNREFINED, gradient_moments=False)
     ),
     "ours without refinement, with one allocation (p = 1)": partial(
-        unrefined, settings=CalibrationSettings(exponents=(1.0,))
+        ours, settings=replace(UNREFINED, exponents=(1.0,))
     ),
-    "ours without refinement and compensation": partial(unrefined, settings=CalibrationSettings(compensate=False)),
-    "ours without refinement and stages": partial(unrefined, settings=CalibrationSettings(recalibration_rounds=0)),
+    "ours without refinement and compensation": partial(ours, settings=replace(UNREFINED, compensate=False)),
+    "ours without refinement and stages": partial(ours, settings=replace(UNREFINED, recalibration_rounds=0)),
     "ours without refinement, at the published ranks": at_published_ranks,
-    "ours without refinement, with plain pairs": partial(unrefined, form="plain"),
+    "ours without refinement, with plain pairs": partial(ours, settings=UNREFINED, form="plain"),
     "ours without refinement, with channel pairs": partial(
-        unrefined, planning_settings=PlanningSettings(excluded_forms=("spatial",))
+        ours, settings=UNREFINED, planning_settings=PlanningSettings(excluded_forms=("spatial",))
     ),
     "ours without data": partial(ours, calibration=None),
     "SVD-LLM at our ranks": svd_llm_at_our_ranks,

@@ -109,8 +109,8 @@ def with_calibration(name: str, compressed: Compress, seeds: Sequence[int]) -> l
                 row: dict[str, Any] = {"model": name, "calibrated": True, "asked": f"keep {keep}"}
                 row |= {"seed": seed, "caps": caps}
                 try:
-                    settings = CalibrationSettings(window_caps=caps)
-                    request = {"keep": keep, "seed": seed, "refine": False, "calibration_settings": settings}
+                    settings = CalibrationSettings(window_caps=caps, refine=False)
+                    request = {"keep": keep, "seed": seed, "calibration_settings": settings}
                     report = compressed(calibration="builtin:digits", **request)
                 except BadInput as refused:
                     rows.append(row | {"refused": str(refused)})
@@ -222,8 +222,8 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
         add("keep, the size of nothing asked", {"calibrated": False}, keep=size)
     for keep in KEEPS:
         for caps in (True, False):
-            request = {"keep": keep, "calibration": batches, "seed": seed, "refine": False}
-            request["calibration_settings"] = CalibrationSettings(window_caps=caps)
+            request = {"keep": keep, "calibration": batches, "seed": seed}
+            request["calibration_settings"] = CalibrationSettings(window_caps=caps, refine=False)
             add(f"keep {keep}", {"calibrated": True, "caps": caps}, **request)
     return rows
 

@@ -7,6 +7,7 @@ from typing import Literal
 FormRequest = Literal["auto", "plain", "pivoted"]
 # What decides between forms, and whether a pair is worth its place.
 Preference = Literal["speed", "size"]
+Effort = Literal["fast", "balanced", "best"]
 Split = Literal["train", "validation", "test"]
 ExportTarget = Literal["dense", "hf-remote", "onnx", "lora"]
 MergeMode = Literal["sum", "concat"]

@@ -252,7 +252,9 @@ def compress_module_calibrated(folder: Path) -> Any:
 def compress_module_max_drop(folder: Path) -> Any:
     model = network("perceptron")
     calibration, data = (examples(folder, model, 200, 20, seed=seed) for seed in (7, 8))
-    return compressor.compress(model, max_drop=0.1, data=data, calibration=calibration, refine=False, allow_miss=True)
+    return compressor.compress(
+        model, max_drop=0.1, data=data, calibration=calibration, effort="balanced", allow_miss=True
+    )
 
 
 @case
@@ -270,7 +272,7 @@ def compress_folder_tied_sharded(folder: Path) -> Any:
 def compress_folder_bert_calibrated(folder: Path) -> Any:
     source = model_folder(folder / "bert", BERT)
     return compressor.compress(
-        source, output=folder / "out/small", keep=0.6, calibration=token_examples(folder), refine=False
+        source, output=folder / "out/small", keep=0.6, calibration=token_examples(folder), effort="balanced"
     )
 
 

@@ -39,7 +39,6 @@ from compressor.arguments import require_copyable
 from compressor.calibration import CalibrationData, CalibrationSettings, calibrate, split_examples
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
-from compressor.calibration.settings import CALIBRATION
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, process_memory, require_accepted
@@ -85,8 +84,8 @@ logger = logging.getLogger(__name__)
 def plan(model: ModelLike, options: PlanOptions | None = None, **given: Unpack[PlanKeywords]) -> Plan:
     """Choose the ranks that `compress` would choose, without the work.
 
-    Only `max_drop` uses `data`, and compresses in memory to find the ranks. The refinement changes no rank, only the
-    predicted loss; without it a plan is made faster.
+    Only `max_drop` uses `data`, and compresses in memory to find the ranks. The refinement, which only `effort="best"`
+    has, changes no rank, only the holdout loss.
 
     Args:
         model: As for `compress`.
@@ -220,8 +219,7 @@ def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
 
 
 def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:
-    settings = asked.calibration_settings or CALIBRATION
-    return replace(settings, refine=asked.refine) if "refine" in asked.given else settings
+    return asked.calibration_settings or CalibrationSettings.of(asked.effort)
 
 
 def _planned(

@@ -46,7 +46,7 @@ class CompressKeywords(TypedDict, total=False):
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
-    refine: bool | None
+    effort: Literal["fast", "balanced", "best"] | None
     seed: int | None
     calibration_settings: CalibrationSettings | None
     factory: Factory | None
@@ -106,7 +106,7 @@ class PlanKeywords(TypedDict, total=False):
     calibration: DataLike | None
     calibration_samples: int | None
     calibration_length: int | None
-    refine: bool | None
+    effort: Literal["fast", "balanced", "best"] | None
     seed: int | None
     calibration_settings: CalibrationSettings | None
     factory: Factory | None

@@ -40,7 +40,7 @@ from compressor.api.kinds import (
     settings,
 )
 from compressor.api.option import Options, option, options
-from compressor.choices import ExportTarget, FormRequest, Head, MergeMode, Preference, Split
+from compressor.choices import Effort, ExportTarget, FormRequest, Head, MergeMode, Preference, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -314,19 +314,19 @@ class CalibrationOptions(Options):
     calibration_length: int | None = option(
         "Tokens per window of calibration text.", count(1), panel=CALIBRATION, default_text="the model's own"
     )
-    refine: bool = option(
-        "Finally, fit the factors to the dense model's outputs on the calibration data, a block at a time; kept only "
-        "where holdout examples agree. Changes no rank; faster without.",
-        SWITCH,
-        True,
-        flag="--refine/--no-refine",
+    effort: Effort = option(
+        "How much work calibration does: fast measures the layers and shares the size once; balanced tries several "
+        "shares and compensates each layer for those before it; best measures again where that helps, and fits all "
+        "factors of a block to the dense one's outputs.",
+        choice(Effort),
+        "best",
         panel=CALIBRATION,
     )
     seed: int = option(
         "Random seed of the targets sampled during calibration.", count(0, 2**64 - 1), 0, panel=CALIBRATION
     )
     calibration_settings: CalibrationSettings | None = option(
-        "Every knob of calibration and of the search over plans; `refine`, if given, takes precedence over its own.",
+        "Every knob of calibration and of the search over plans, in place of `effort`.",
         settings("CalibrationSettings"),
         only_python=True,
     )
@@ -388,6 +388,9 @@ class PlanOptions(
     def check(self) -> None:
         self._check_budgets()
         self._check_plan()
+        if self.calibration_settings is not None and "effort" in self.given:
+            what = "`effort` stands for calibration settings, and `calibration_settings` were given too"
+            raise BadInput(what, option="effort", remedy="leave one of them out")
         if self.base is not None:
             self._check_base()
         self.check_speed()
@@ -417,10 +420,9 @@ class PlanOptions(
 
     def _check_needs(self) -> None:
         if self.calibration is None:
-            for name in ("refine", "calibration_samples", "calibration_length", "seed", "calibration_settings"):
-                if name in self.given and (name != "refine" or not self.refine):
-                    shown = "refine=False" if name == "refine" else name
-                    what = f"`{shown}` is about calibration data, and none were given"
+            for name in ("effort", "calibration_samples", "calibration_length", "seed", "calibration_settings"):
+                if name in self.given:
+                    what = f"`{name}` is about calibration data, and none were given"
                     raise BadInput(what, option=name, remedy="pass `calibration=DATA`, or leave it out")
         if self.max_drop is not None and self.data is None:
             what = "`max_drop` is measured on data, and none was given"
@@ -439,13 +441,13 @@ class PlanOptions(
         """What does not apply to differences to a base."""
         for name in _NOT_FOR_DIFFERENCES:
             if name in self.given and not (name == "form" and self.form != "pivoted"):
-                shown = f"`{name}={getattr(self, name)!r}`" if name in ("form", "refine") else f"`{name}`"
+                shown = f"`{name}={getattr(self, name)!r}`" if name in ("form", "effort") else f"`{name}`"
                 what = f"{shown} is not for differences to a base"
                 raise BadInput(what, option=name, remedy=f"leave out {shown}, or `base`")
 
 
 _NOT_FOR_DIFFERENCES = (
-    *("max_drop", "calibration", "calibration_samples", "calibration_length", "refine", "seed", "calibration_settings"),
+    *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
     *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple"),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from compressor.arguments import as_count
+from compressor.choices import Effort
 from compressor.errors import BadInput
 from compressor.factorize import FactorizationSettings
 
@@ -42,7 +44,7 @@ class RefinementSettings:
 class CalibrationSettings:
     """Settings of the calibration, in Python alone: every part can be varied, or switched off to see what it is worth.
 
-    The defaults are those of `compress`; benchmarks/quality.py measures the gain of each part.
+    The defaults are those of `effort="best"`; benchmarks/quality.py measures the gain of each part.
 
     Example:
         >>> settings = compressor.CalibrationSettings(compensate=False)
@@ -95,6 +97,21 @@ class CalibrationSettings:
 
     factorization: FactorizationSettings = field(default_factory=FactorizationSettings)
     """When the factorizations that iterate stop."""
+
+    @classmethod
+    def of(cls, effort: Effort) -> Self:
+        """Those of an effort, whose times and losses benchmarks/effort.py measures.
+
+        `fast` takes the moments and makes one allocation; `balanced` makes one by every exponent and under the window
+        rule's caps, and compensates; `best` also recalibrates and refines.
+        """
+        match effort:
+            case "fast":
+                return cls(exponents=(0.5,), window_caps=False, recalibration_rounds=0, compensate=False, refine=False)
+            case "balanced":
+                return cls(recalibration_rounds=0, refine=False)
+            case "best":
+                return cls()
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("holdout_every", 2), ("tokens_at_once", 1), ("recalibration_rounds", 0)):

@@ -589,7 +589,7 @@ def test_nothing_is_said_without_attention_or_with_data(tmp_path: Path, caplog: 
     convolutional = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
     assert compress(convolutional, keep=0.6).warnings == ()
     texts = [{"input_ids": torch.randint(3, 40, (8, 8))} for _ in range(2)]
-    assert compress(transformer("llama"), keep=0.6, calibration=texts, refine=False).warnings == ()
+    assert compress(transformer("llama"), keep=0.6, calibration=texts, effort="balanced").warnings == ()
     assert not any("attention" in message for message in caplog.messages)
 
 

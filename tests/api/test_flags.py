@@ -26,7 +26,7 @@ from compressor.api.options import VERBS
         ("ask for `keep=0.8`", "ask for --keep 0.8"),
         ("export it with `to='dense'` first", "export it with --to dense first"),
         ("the model that `factory` builds", "the model that --model builds"),
-        ("`refine=False` is about calibration data", "--no-refine is about calibration data"),
+        ("`effort='fast'` is not for differences", "--effort fast is not for differences"),
         ("`embeddings=True` includes it", "--embeddings includes it"),
         ("`push_to` 'a b' is no name of the hub", "--push-to 'a b' is no name of the hub"),
         ("`calibration_length` or `recipe`", "--calibration-length or --recipe"),

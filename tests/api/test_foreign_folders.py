@@ -86,7 +86,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         data_samples=8,
         calibration=str(home / "b.txt"),
         calibration_samples=8,
-        refine=False,
+        effort="balanced",
         recipe=str(home / "recipe.json"),
     )
     write_report(compression, home / "report.html", overwrite=False)

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor import CalibrationSettings
 from compressor.api.flags import with_flags
 from compressor.api.keywords import CompressKeywords
 from compressor.api.kinds import TRAINING_FLAGS
@@ -74,7 +75,12 @@ def test_batch_sizes_are_read_alike_as_numbers_and_as_text(written: object) -> N
         ({"output": ""}, "output"),
         ({"data_samples": 0, "data": "d.txt"}, "data_samples"),
         ({"seed": 3}, "seed"),
-        ({"refine": False}, "refine"),
+        ({"effort": "fast"}, "effort"),
+        ({"effort": "most", "calibration": "c.txt", "keep": 0.5}, "effort"),
+        (
+            {"effort": "fast", "calibration_settings": CalibrationSettings(), "calibration": "c.txt", "keep": 0.5},
+            "effort",
+        ),
         ({"max_drop": 0.01}, "max_drop"),
         ({"allow_miss": True}, "allow_miss"),
         ({"calibration": "c.txt"}, "calibration"),

@@ -65,7 +65,7 @@ COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
     "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen),
     "calibrated": lambda _, seen: compress(model(), keep=0.5, calibration=batches(), progress=seen),
     "not refined": lambda data, seen: compress(
-        model(), keep=0.5, data=data, calibration=batches(), refine=False, progress=seen
+        model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen
     ),
     "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen),
     "within a drop, calibrated": lambda data, seen: compress(
@@ -95,7 +95,7 @@ def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
     def forwards(progress: Any) -> int:
         subject, calls = model(), []
         subject.register_forward_pre_hook(lambda *_: calls.append(1))
-        compress(subject, keep=0.5, calibration=batches(), refine=False, progress=progress)
+        compress(subject, keep=0.5, calibration=batches(), effort="balanced", progress=progress)
         return len(calls)
 
     without, quiet, watched = (forwards(progress) for progress in (None, lambda *_: None, Followed()))

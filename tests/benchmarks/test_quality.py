@@ -80,17 +80,17 @@ def test_every_setting_that_switches_a_part_off_changes_the_search(quality: Modu
     switched = {
         name: method.keywords["settings"]
         for name, method in quality.OURS.items()
-        if isinstance(method, partial) and "settings" in method.keywords
+        if isinstance(method, partial) and method.keywords.get("settings", quality.UNREFINED) != quality.UNREFINED
     }
     assert len(switched) == 4
 
     def steps(settings: CalibrationSettings) -> list[tuple[Any, ...]]:
         seen: list[tuple[Any, ...]] = []
         settings = replace(settings, trust_factor=1.0)
-        quality.ours(given, settings=settings, refine=False, progress=lambda *event: seen.append(event))
+        quality.ours(given, settings=settings, progress=lambda *event: seen.append(event))
         return seen
 
-    whole = steps(CalibrationSettings())
+    whole = steps(quality.UNREFINED)
     for name, settings in switched.items():
         # The metric is another one in the same steps.
         assert (steps(settings) == whole) == ("moment" in name), name

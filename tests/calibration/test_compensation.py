@@ -202,8 +202,8 @@ def test_the_model_is_restored_after_compensation_and_after_a_failure_in_it() ->
 
     with left_as_it_was(model):
         with pytest.raises(KeyboardInterrupt):
-            compress(model, keep=0.5, calibration=data, refine=False, progress=stop)
-        compress(model, keep=0.5, calibration=data, refine=False)
+            compress(model, keep=0.5, calibration=data, effort="balanced", progress=stop)
+        compress(model, keep=0.5, calibration=data, effort="balanced")
 
 
 class Routed(nn.Module):

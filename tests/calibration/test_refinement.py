@@ -289,7 +289,8 @@ def test_a_segment_that_cannot_be_differentiated_keeps_its_factors(caplog: pytes
     torch.manual_seed(0)
     model = ChangesInPlace().eval()
     data = [torch.randn(16, 6) for _ in range(8)]
-    result, without = (compress(model, keep=0.5, calibration=data, refine=refine) for refine in (True, False))
+    both = (CalibrationSettings(refine=refine) for refine in (True, False))
+    result, without = (compress(model, keep=0.5, calibration=data, calibration_settings=settings) for settings in both)
     assert "not fitted" in caplog.text
     assert same(result, without)
 
@@ -332,7 +333,8 @@ def trained() -> nn.Module:
 def compressed(model: nn.Module, keep: float, *, refine: bool = True) -> Compression:
     images, labels = digits("train")
     data = list(zip(images[:256].split(32), labels[:256].split(32), strict=True))
-    return compress(model, keep=keep, calibration=data, calibration_samples=256, refine=refine)
+    settings = CalibrationSettings(refine=refine)
+    return compress(model, keep=keep, calibration=data, calibration_samples=256, calibration_settings=settings)
 
 
 def same(a: Compression, b: Compression) -> bool:
@@ -359,5 +361,5 @@ def test_a_fit_is_taken_only_where_it_loses_less_on_the_holdout(trained: nn.Modu
 
 
 def test_there_is_nothing_to_leave_out_without_calibration() -> None:
-    with pytest.raises(BadInput, match="`refine=False` is about calibration data"):
-        compress(nn.Sequential(nn.Linear(8, 8)), keep=0.5, refine=False)
+    with pytest.raises(BadInput, match="`effort` is about calibration data"):
+        compress(nn.Sequential(nn.Linear(8, 8)), keep=0.5, effort="balanced")

@@ -69,8 +69,8 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(t
 def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
     trained: nn.Module, keep: float, share: float
 ) -> None:
-    settings, run = CalibrationSettings(recalibration_rounds=0, refine=False), Run(torch.device("cpu"))
-    chosen = plan(trained, keep=keep, calibration=batches(), calibration_settings=settings, refine=False)
+    settings, run = CalibrationSettings.of("balanced"), Run(torch.device("cpu"))
+    chosen = plan(trained, keep=keep, calibration=batches(), effort="balanced")
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(open_data(batches())), run=run, settings=settings)
     refitted, truncated = (
@@ -202,7 +202,7 @@ def test_factors_are_stored_in_the_dtype_of_the_file_whatever_the_configuration_
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     tokens = torch.randint(0, 12, (16, 8), generator=torch.Generator().manual_seed(0))
-    small = compress(folder, keep=0.6, calibration=tokens, refine=False)
+    small = compress(folder, keep=0.6, calibration=tokens, effort="balanced")
     assert small.output is not None
     stored = open_checkpoint(small.output).tensors.values()
     assert {info.dtype for info in stored if info.dtype.is_floating_point} == {torch.float16}

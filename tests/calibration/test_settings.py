@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import compressor
 from compressor import CalibrationSettings, PlanningSettings, TimingSettings
 from compressor.calibration import RefinementSettings, split_examples
+from compressor.choices import Effort
 from compressor.data import open_data
 from compressor.factorize import FactorizationSettings
 
@@ -45,7 +47,7 @@ def batches(count: int = 8) -> list[Tensor]:
     return list(torch.randn(count, 16, 12, generator=torch.Generator().manual_seed(1)))
 
 
-def steps(settings: CalibrationSettings | None = None, *, refine: bool | None = None) -> list[tuple[str, int]]:
+def steps(**options: Any) -> list[tuple[str, int]]:
     """The steps of a compression, each with its number of parts."""
     seen: list[tuple[str, int]] = []
 
@@ -53,36 +55,54 @@ def steps(settings: CalibrationSettings | None = None, *, refine: bool | None = 
         if done == total:
             seen.append((name, total))
 
-    options: dict[str, Any] = {"refine": refine, "calibration_settings": settings, "progress": note}
-    compressor.compress(model(), keep=0.4, calibration=batches(), **options)
+    compressor.compress(model(), keep=0.4, calibration=batches(), progress=note, **options)
     return seen
 
 
-def names(settings: CalibrationSettings | None = None, *, refine: bool | None = None) -> list[str]:
-    return [name for name, _ in steps(settings, refine=refine)]
+def names(settings: CalibrationSettings) -> list[str]:
+    return [name for name, _ in steps(calibration_settings=settings)]
 
 
 @pytest.mark.slow
 def test_parts_of_the_search_are_switched_off() -> None:
     trusting = CalibrationSettings(trust_factor=1e9)
     assert names(trusting) == ["measure", "run", "calibrate", "allocate", "compensate", "refine", "factorize"]
-    assert "refine" not in names(trusting, refine=False)
-    without = CalibrationSettings(trust_factor=1e9, refine=False)
-    assert "refine" not in names(without)
-    assert "refine" in names(without, refine=True)
-    assert "compensate" not in names(CalibrationSettings(trust_factor=1e9, compensate=False), refine=False)
-    [allocations] = [
-        total
-        for name, total in steps(CalibrationSettings(trust_factor=1e9, exponents=(1.0,)), refine=False)
-        if name == "allocate"
+    unrefined = replace(trusting, refine=False)
+    assert "refine" not in names(unrefined)
+    assert "compensate" not in names(replace(unrefined, compensate=False))
+    one_exponent = steps(calibration_settings=replace(unrefined, exponents=(1.0,)))
+    assert [total for name, total in one_exponent if name == "allocate"] == [1]
+
+
+def test_each_effort_adds_parts_to_the_one_below() -> None:
+    fast, balanced, best = (CalibrationSettings.of(effort) for effort in get_args(Effort))
+    assert best == CalibrationSettings()
+    parts = [
+        (set(each.exponents), each.window_caps, each.compensate, each.recalibration_rounds > 0, each.refine)
+        for each in (fast, balanced, best)
     ]
-    assert allocations == 1
+    assert [len(exponents) for exponents, *_ in parts] == [1, 3, 3]
+    for (fewer, *off), (more, *on) in pairwise(parts):
+        assert fewer <= more
+        assert off <= on
+        assert off != on
+        assert all(there or not before for before, there in zip(off, on, strict=True))
+
+
+@pytest.mark.slow
+def test_an_effort_runs_its_parts() -> None:
+    fast, balanced = dict(steps(effort="fast")), dict(steps(effort="balanced"))
+    assert list(fast) == ["measure", "run", "calibrate", "allocate", "factorize"]
+    assert list(balanced) == ["measure", "run", "calibrate", "allocate", "compensate", "factorize"]
+    assert (fast["allocate"], balanced["allocate"]) == (1, 3)
+    assert steps(effort="best") == steps()
+    assert "refine" in dict(steps())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_a_round_of_recalibration_is_run_where_the_estimate_is_not_trusted(rounds: int) -> None:
-    found = names(CalibrationSettings(trust_factor=1.0, recalibration_rounds=rounds), refine=False)
+    found = names(CalibrationSettings(trust_factor=1.0, recalibration_rounds=rounds, refine=False))
     assert found.count("calibrate") == 1 + rounds
 
 

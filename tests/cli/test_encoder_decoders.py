@@ -135,7 +135,7 @@ def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forw
     data = written(inputs_of(name, 2), tmp_path / f"data{suffix}")
     found = result(
         capsys, folders[name], "--keep", "0.7", "-o", tmp_path / "small", "--json", "--calibration", calibration,
-        "--data", data, "--no-refine", "-q",
+        "--data", data, "--effort", "balanced", "-q",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "nats per prediction"
     assert (found["calibration"]["examples"], found["calibration"]["holdout"]) == (6, 2)
@@ -158,7 +158,7 @@ def test_sources_and_targets_are_tokenized_and_padding_is_not_to_be_predicted(
         rows = [json.dumps({"source": source, "target": target[shift:] + "a"}) for source, target in pairs]
         (tmp_path / f"{file}.jsonl").write_text("\n".join(rows))
     found = result(
-        capsys, folders[name], "--keep", "0.7", "--dry-run", "--json", "--no-refine", "-q",
+        capsys, folders[name], "--keep", "0.7", "--dry-run", "--json", "--effort", "balanced", "-q",
         "--calibration", tmp_path / "calibration.jsonl",
     )  # fmt: skip
     assert found["calibration"]["examples"] + found["calibration"]["holdout"] == 5
@@ -174,7 +174,7 @@ def test_a_model_of_images_and_texts_is_calibrated_on_both(
     data = written(inputs_of("clip", 1), tmp_path / "pairs.npz")
     found = result(
         capsys, folders["clip"], "--keep", "0.7", "-o", tmp_path / "small", "--json", "--calibration", data, "-q",
-        "--no-refine",
+        "--effort", "balanced",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "half the squared change of the outputs"
     assert sum(layer["rank"] is not None for layer in found["layers"]) > 4
@@ -260,6 +260,6 @@ def test_a_module_in_memory_takes_arrays_by_the_names_of_its_forward(tmp_path: P
 
     data = written(inputs_of("whisper", 1), tmp_path / "data.npz")
     torch.manual_seed(0)
-    found = compressor.compress(whisper(), keep=0.7, calibration=data, refine=False)
+    found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced")
     assert found.plan.calibration is not None
     assert found.plan.calibration.unit == "nats per prediction"

@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
         ["--calibration", "x.txt", "--keep", "0.5"],
         ["--form", "pivoted"],
         ["--embeddings"],
-        ["--no-refine"],
+        ["--effort", "fast"],
         ["--seed", "1"],
         ["--calibration-samples", "7"],
         ["--max-drop", "0.1"],

@@ -91,7 +91,7 @@ def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memor
     options: Any = {"keep": 0.5, "embeddings": True}
     if calibrated:
         # The ranks that the weights alone give: with the moments an untrained model would keep its embeddings.
-        options = {"plan": plan(dense, **options), "embeddings": True, "calibration": batches(), "refine": False}
+        options = {"plan": plan(dense, **options), "embeddings": True, "calibration": batches(), "effort": "balanced"}
     report = compress(tmp_path / "dense", output=tmp_path / "small", **options)
     embeddings = [layer for layer in report.plan.layers if layer.kind == "embedding"]
     assert any(layer.rank is not None and layer.form == "plain" for layer in embeddings)

@@ -113,7 +113,9 @@ def test_with_calibration_experts_lose_less() -> None:
                 parameter.mul_(10)  # so that the experts matter
     *examples, held_out = torch.randint(3, 20, (7, 6, 9))
     only: dict[str, Any] = {"keep": 0.5, "include": ["*.experts.*"]}
-    calibrated = compress(dense, **only, calibration=[{"input_ids": part} for part in examples], refine=False).model
+    calibrated = compress(
+        dense, **only, calibration=[{"input_ids": part} for part in examples], effort="balanced"
+    ).model
     truncated = compress(dense, **only).model
 
     @torch.no_grad()

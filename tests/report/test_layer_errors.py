@@ -73,7 +73,7 @@ def written_matrices(result: Compression, tmp_path: Path) -> dict[str, Tensor]:
     return {name: each.double() for name, each in load_file(Path(dense) / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("options", [{"refine": False}, {}, None], ids=["compensated", "refined", "weights alone"])
+@pytest.mark.parametrize("options", [{"effort": "balanced"}, {}, None], ids=["compensated", "refined", "weights alone"])
 def test_every_surface_shows_the_error_of_the_file_under_its_name(
     folder: Path, tmp_path: Path, options: dict[str, Any] | None
 ) -> None:
