@@ -37,7 +37,6 @@ def pair_kernels(weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: in
     """Those of a pair of the layer's own matrix, as `dense_kernels` has it; of a convolution a channel pair."""
     d_out, d_in = weight.shape
     call = ModuleCall(itemsize=itemsize)
-    calls: list[Kernel] = [call, call, call]  # the pair, and the two layers in it
     if weight.kind == "parameter":
         # The module multiplies with the product of the factors, in code of its own.
         return [*products(d_out, (rank, d_in), itemsize=itemsize), *dense_kernels(weight, use, itemsize=itemsize)]
@@ -45,11 +44,13 @@ def pair_kernels(weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: in
         lookup = Movement(how="lookup", rows=use.rows, columns=rank, itemsize=itemsize)
         head = products(use.head_rows, (d_out, rank, d_in), itemsize=itemsize)
         ups = products(use.rows, (rank, d_out), itemsize=itemsize)
-        return [*calls, lookup, *ups, *([call, *head] if use.head_rows else [])]
+        # The pair, and the embedding in it: a linear layer in a pair is not called where nothing is attached to it.
+        return [call, call, lookup, *ups, *([call, *head] if use.head_rows else [])]
     if "convolution" in weight.kind:
         first, second, *sides = weight.tensor_shape
         kernel, point = tuple(sides), tuple(1 for _ in sides)
         size_in, size_out = use.in_size, use.out_size
+        calls: list[Kernel] = [call, call, call]  # the pair, and the two layers in it
         if weight.kind in TRANSPOSED:
             down = convolution(use, point, (first, rank), sizes=(size_in, size_in), itemsize=itemsize)
             sizes = (size_in, size_out)
@@ -57,7 +58,7 @@ def pair_kernels(weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: in
             return [*calls, down, last]
         down = convolution(use, kernel, (second, rank), sizes=(size_in, size_out), itemsize=itemsize)
         return [*calls, down, convolution(use, point, (rank, first), sizes=(size_out, size_out), itemsize=itemsize)]
-    return [*calls, *products(use.rows, (d_in, rank, d_out), itemsize=itemsize)]
+    return [call, *products(use.rows, (d_in, rank, d_out), itemsize=itemsize)]
 
 
 def products(rows: Size, widths: Sequence[Size], *, itemsize: int) -> list[Kernel]:

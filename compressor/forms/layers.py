@@ -7,7 +7,8 @@ a shape mismatch and stops, instead of filling the layer with random numbers; an
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -27,6 +28,34 @@ MARKERS: dict[str, tuple[int, ...]] = {
 def unfilled(kind: type[nn.Module], *arguments: Any, device: Any, **keywords: Any) -> nn.Module:
     """A module whose parameters have memory but no values yet."""
     return kind(*arguments, device="meta", **keywords).to_empty(device=device)
+
+
+def linear(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a linear layer gives, without the cost of calling it where nothing but PyTorch's own code would run."""
+    if torch.compiler.is_compiling() or is_observed(layer, input):
+        return layer(input)  # type: ignore[no-any-return]
+    parameters = layer._parameters
+    return nn.functional.linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+
+
+def is_observed(layer: nn.Module, input: Tensor) -> bool:
+    """Whether a call of a linear layer may run more than `torch.nn.functional.linear` of its weight and bias.
+
+    That is what adapters, hooks, parametrizations, offloading, and tracers of modules rely on. It is asked in every
+    pass, so it looks into dictionaries: attributes of a module take a third of a microsecond each.
+    """
+    own = layer.__dict__
+    parameters = own["_parameters"]
+    return (
+        type(layer) is not nn.Linear
+        or type(input) is not Tensor
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+        or bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        or bool(own["_backward_pre_hooks"] or nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+        or parameters.get("weight") is None
+        or "bias" not in parameters
+    )
 
 
 def linear_sides(dense: nn.Module) -> tuple[str, int, int]:
