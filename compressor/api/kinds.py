@@ -191,7 +191,8 @@ def _several_data(value: Any, name: str) -> tuple[Any, ...]:
 
 
 def _target_device(value: Any, name: str) -> Any:
-    if type(value).__name__ == "DeviceProfile":  # told by name, because importing the class would load torch
+    # Told by name, because importing the class would load torch.
+    if any(each.__name__ == "DeviceProfile" for each in type(value).__mro__):
         return value
     require_kind(value, name, (str,), remedy="give the name of a device, or a compressor.DeviceProfile")
     return _text(value, name)

@@ -13,14 +13,17 @@ from compressor.planning.choice import (
 )
 from compressor.planning.drop_search import DropSearch, Trial, search_by_drop, smallest_found, within_limit
 from compressor.planning.edits import apply_edits, given_plan, read_plan
+from compressor.planning.latency import LayerLatency, TimeLimit, Times, WorkloadLatency
 from compressor.planning.plan import (
     CalibrationResult,
     LayerPlan,
     LossUnit,
     MeasuredLayer,
     Plan,
+    dense_seconds,
     predicted_loss,
     smallest_size,
+    with_latency,
 )
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
@@ -30,17 +33,22 @@ __all__ = [
     "Budget",
     "CalibrationResult",
     "DropSearch",
+    "LayerLatency",
     "LayerPlan",
     "LossUnit",
     "MeasuredLayer",
     "Plan",
     "PlanningSettings",
     "SizeCurve",
+    "TimeLimit",
+    "Times",
     "Trial",
+    "WorkloadLatency",
     "apply_edits",
     "checked_budget",
     "choose_ranks",
     "default_budget",
+    "dense_seconds",
     "given_plan",
     "is_worthwhile",
     "plan_loss",
@@ -52,6 +60,7 @@ __all__ = [
     "smallest_found",
     "smallest_size",
     "window_rule_advice",
+    "with_latency",
     "within_limit",
     "worthwhile_size",
 ]

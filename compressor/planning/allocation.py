@@ -12,13 +12,25 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Choices:
-    """What one layer could become: `cost[i]` stored numbers or bytes for a loss of `loss[i]`.
+    """What one layer could become: `cost[i]` stored numbers or bytes, or a mixed cost, for a loss of `loss[i]`.
 
     The unit of loss is the same for all layers. The order of the choices is free; dense is one of them, with loss 0.
     """
 
-    cost: npt.NDArray[np.int64]
+    cost: npt.NDArray[np.int64] | npt.NDArray[np.float64]
     loss: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LimitedChoices:
+    """What one layer could become where several costs are limited: `costs[k, i]` for a loss of `loss[i]`."""
+
+    costs: npt.NDArray[np.float64]
+    loss: npt.NDArray[np.float64]
+
+    def mixed(self, weights: npt.NDArray[np.float64]) -> Choices:
+        """The same with one cost, a weighted sum."""
+        return Choices(weights @ self.costs, self.loss)
 
 
 def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
@@ -47,6 +59,80 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
     return spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
 
 
+def allocate_within(
+    layers: Sequence[LimitedChoices], limits: npt.NDArray[np.float64], *, rounds: int = 40
+) -> list[int] | None:
+    """Index of each layer's choice, with the least total loss at total costs of at most `limits`, one for each cost.
+
+    Each cost counts in parts of its limit, and a mix of them is priced as `allocate` does. The mix is found in rounds:
+    a cost that exceeds its limit gets more weight and one that is within it less, by a factor that grows while the
+    direction stays the same and shrinks where it turns (Riedmiller and Braun, 1993). At the best mix the costs that are
+    weighed meet their limits together, so that no other mix loses less, up to the steps at the end. None when no mix
+    leads to a plan within the limits.
+    """
+    if (limits <= 0).any():
+        return None
+    parts = [LimitedChoices(layer.costs / limits[:, None], layer.loss) for layer in layers]
+    found: tuple[float, list[int], npt.NDArray[np.float64]] | None = None
+    logs, steps, before = np.zeros(len(limits)), np.ones(len(limits)), np.zeros(len(limits))
+    for _ in range(rounds):
+        weights = np.exp(logs - logs.max())
+        weights /= weights.sum()
+        chosen, totals = _priced(parts, weights)
+        if chosen is not None:
+            loss = sum(float(part.loss[index]) for part, index in zip(parts, chosen, strict=True))
+            if found is None or loss < found[0]:
+                found = (loss, chosen, weights)
+        direction = np.sign(totals - 1)
+        if (direction <= 0).all():
+            break
+        steps *= np.where(direction * before > 0, 1.5, np.where(direction * before < 0, 0.5, 1.0))
+        logs, before = np.maximum(logs + steps * direction, logs.max() - 50), direction
+    return None if found is None else _spend_within(parts, found[1], found[2])
+
+
+def _priced(
+    parts: Sequence[LimitedChoices], weights: npt.NDArray[np.float64]
+) -> tuple[list[int] | None, npt.NDArray[np.float64]]:
+    """The choices on the hulls of the mixed cost that lose least within all limits, each of 1; None where none are.
+
+    And the totals of each cost where the mixed cost meets its own limit.
+    """
+    mixed = [part.mixed(weights) for part in parts]
+    hulls = [lower_hull(each) for each in mixed]
+    extra = [np.diff(part.costs[:, hull]) for part, hull in zip(parts, hulls, strict=True)]
+    prices = np.concatenate(
+        [-np.diff(each.loss[hull]) / np.diff(each.cost[hull]) for each, hull in zip(mixed, hulls, strict=True)]
+    )
+    order = np.argsort(-prices, kind="stable")
+    first = np.sum([part.costs[:, hull[0]] for part, hull in zip(parts, hulls, strict=True)], axis=0)
+    totals = first[:, None] + np.cumsum(
+        np.concatenate([np.zeros((len(first), 1)), *extra], axis=1)[:, [0, *order + 1]], 1
+    )
+    meets = max(0, int(np.searchsorted(weights @ totals, 1.0, side="right")) - 1)
+    within = np.flatnonzero((totals <= 1).all(axis=0))
+    if not within.size:
+        return None, totals[:, meets]
+    counts = np.bincount(_owners([each.T for each in extra])[order[: within[-1]]], minlength=len(parts))
+    return [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], totals[:, meets]
+
+
+def _spend_within(parts: Sequence[LimitedChoices], chosen: list[int], weights: npt.NDArray[np.float64]) -> list[int]:
+    """Spend the rest of all limits on the steps that save the most loss for their mixed cost, until none fits."""
+    costs, loss = np.concatenate([part.costs for part in parts], axis=1), np.concatenate([part.loss for part in parts])
+    owner = _owners([part.loss for part in parts])
+    first = np.cumsum([0, *(len(part.loss) for part in parts)])[:-1]
+    current = first + np.array(chosen, dtype=np.int64)
+    while True:
+        extra, saved = costs - costs[:, current][:, owner], loss[current][owner] - loss
+        fits = (costs[:, current].sum(axis=1)[:, None] + extra <= 1).all(axis=0)
+        gain = np.where(fits & (saved > 0), saved / np.maximum(weights @ extra, 1e-12), -1.0)
+        best = int(gain.argmax())
+        if gain[best] < 0:
+            return [int(index) for index in current - first]
+        current[owner[best]] = best
+
+
 def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
     """Indices of the choices that are cheapest at some price, from the lowest cost to the lowest loss."""
     hull = _frontier(choices)
@@ -59,7 +145,7 @@ def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
         hull = hull[below]
 
 
-def even_shares(layers: Sequence[Choices], budget: int) -> list[int]:
+def even_shares(layers: Sequence[Choices], budget: float) -> list[int]:
     """Index of each layer's choice that loses the least within one common share of the layer's largest cost.
 
     The share is the largest at which all of them cost at most `budget`. A layer that has no choice within the share
@@ -72,7 +158,7 @@ def even_shares(layers: Sequence[Choices], budget: int) -> list[int]:
     extra = [np.diff(cost) for cost in costs]
     order = np.argsort(shares, kind="stable")
     spent = np.cumsum(np.concatenate(extra)[order])
-    taken = int(np.searchsorted(spent, budget - sum(int(cost[0]) for cost in costs), side="right"))
+    taken = int(np.searchsorted(spent, budget - sum(float(cost[0]) for cost in costs), side="right"))
     counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
     return [int(frontier[count]) for frontier, count in zip(frontiers, counts, strict=True)]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from compressor.choices import FormRequest
 from compressor.errors import BadInput
 from compressor.planning.budget import Budget
+from compressor.planning.latency import TimeLimit
 from compressor.planning.plan import (
     LayerPlan,
     MeasuredLayer,
+    dense_seconds,
+    least_seconds,
     plan_by_file_size,
     plan_by_size,
     plan_by_tolerance,
@@ -56,28 +61,68 @@ def choose_ranks(
     *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
     exponent: float = 1.0,
+    limit: TimeLimit | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Choose a rank and a form for every layer within the budget; BadInput names the smallest one that can be met.
 
-    `file_bytes` is the size of the weight files for some ranks, and `exponent` that of `plan_by_size`.
+    `file_bytes` is the size of the weight files for some ranks, and `exponent` that of `plan_by_size`. `limit` says
+    what a budget that limits the latency comes to; others ignore it.
     """
     if budget.kind == "window-rule":
         return plan_by_window_rule(measured, form)
     assert budget.value is not None, f"{budget.kind} has a value"
     if budget.kind == "tolerance":
         return plan_by_tolerance(measured, budget.value, form)
-    if budget.kind == "keep":
-        eligible = sum(m.layer.parameters for m in measured)
-        layers = plan_by_size(measured, int(budget.value * eligible), form, unit="parameters", exponent=exponent)
-    else:
-        layers = plan_by_file_size(measured, int(budget.value), form, file_bytes=file_bytes, exponent=exponent)
-    if layers is None:
-        raise BadInput(
-            f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
-            option=budget.option,
-            remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}",
+    limit = None if budget.latency_limit is None else limit
+    seconds = None if limit is None else limit.allowed(dense_seconds(measured))
+    if budget.kind == "max-size":
+        layers = plan_by_file_size(
+            measured, int(budget.value), form, file_bytes=file_bytes, exponent=exponent, seconds=seconds
         )
+    else:
+        eligible = sum(m.layer.parameters for m in measured)
+        size = int(budget.value * eligible) if budget.kind == "keep" else None
+        layers = plan_by_size(measured, size, form, unit="parameters", exponent=exponent, seconds=seconds)
+    if layers is None:
+        raise _not_reached(measured, budget, form, file_bytes=file_bytes, limit=limit)
     return layers
+
+
+def _not_reached(
+    measured: Sequence[MeasuredLayer],
+    budget: Budget,
+    form: FormRequest,
+    *,
+    file_bytes: Callable[[tuple[LayerPlan, ...]], int],
+    limit: TimeLimit | None,
+) -> BadInput:
+    """Which limit of a budget cannot be met, and the least that can; where they cannot together, that."""
+    if limit is not None:
+        least = limit.least_ratio(dense_seconds(measured), least_seconds(measured, form))
+        if least > limit.ratio or budget.kind == "max-latency":
+            reached = f"allow at least {math.ceil(least * 1000) / 1000:.3f}x"
+            device = next(m.latency.profile.name for m in measured if m.latency is not None)
+            nothing = f"1: low rank makes no layer faster on {device}"
+            return BadInput(
+                f"`max_latency` {limit.ratio:g} is below the smallest that low rank reaches here",
+                option="max_latency",
+                remedy=reached if least < 1 else f"allow at least {nothing}",
+            )
+        alone = replace(budget, max_latency=None)
+        try:
+            choose_ranks(measured, alone, form, file_bytes=file_bytes)
+        except BadInput as error:
+            return error
+        return BadInput(
+            f"`{budget.option}` {budget.value:g} and `max_latency` {limit.ratio:g} cannot be met together",
+            option=budget.option,
+            remedy="allow more of one of them",
+        )
+    return BadInput(
+        f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
+        option=budget.option,
+        remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}",
+    )
 
 
 def _smallest(
@@ -90,10 +135,18 @@ def _smallest(
     """The smallest budget of this kind that can be met, in words."""
     if budget.kind == "keep":
         least = smallest_size(measured, form, "parameters") / sum(m.layer.parameters for m in measured)
-        return f"{least + 5e-5:.4f}" if least < 1 else "1: low rank cannot make these layers smaller"
+        if least < 1:
+            return f"{least + 5e-5:.4f}"
+        return f"1: low rank cannot make these layers {_better(measured)}"
     rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
     # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
     return "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
+
+
+def _better(measured: Sequence[MeasuredLayer]) -> str:
+    """What pairs were to be besides losing little."""
+    device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
+    return "smaller" if device is None else f"smaller and faster on {device}; `prefer='size'` asks for smaller alone"
 
 
 def worthwhile_size(

@@ -25,9 +25,10 @@ from compressor.forms import (
 from compressor.io import portable_name
 from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
 from compressor.network import Layer
-from compressor.planning.allocation import Choices, allocate, even_shares
+from compressor.planning.allocation import Choices, LimitedChoices, allocate, allocate_within, even_shares
 from compressor.planning.budget import Budget
 from compressor.planning.drop_search import DropSearch
+from compressor.planning.latency import LayerLatency, Seconds, WorkloadLatency
 from compressor.planning.settings import PLANNING, PlanningSettings
 
 PLAN_SCHEMA_VERSION = 1
@@ -52,6 +53,7 @@ class LayerPlan:
         error: The relative error of its matrix: in the Frobenius norm, or with calibration in the metric of the loss
             (`Plan.error_name` says which). Of the stored factors once they exist, of the best pair of the rank before.
         reason: Why this rank, in words.
+        latency: Seconds of the layer in each workload, dense and as it was chosen; None where speed was not asked for.
     """
 
     name: str
@@ -62,13 +64,16 @@ class LayerPlan:
     parameters: int
     error: float
     reason: str
+    latency: tuple[WorkloadLatency, ...] | None = None
 
     @property
     def dense_parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"shape": list(self.shape)}
+        document = asdict(self) | {"shape": list(self.shape)}
+        latency = document.pop("latency")
+        return document if latency is None else document | {"latency": list(latency)}
 
 
 # What a calibrated loss is in: of models that predict classes or tokens, and of all others.
@@ -192,6 +197,8 @@ class MeasuredLayer:
     the rounding's. By the name of each form with errors of its own that the layer can become, such as the spatial one,
     `own_values` has the singular values of the matrix that is factorized, and with calibration `own_errors` the
     relative errors of the pairs of rank 0, 1, .. in the metric of the loss. The thresholds are in `settings`.
+    Ranks are multiples of `rank_multiple`. Where speed is asked for `latency` knows how long the layer takes, and the
+    fastest form is chosen instead of the smallest one.
     """
 
     layer: Layer
@@ -211,6 +218,35 @@ class MeasuredLayer:
     own_values: Mapping[str, Spectrum] = field(default_factory=dict)
     own_errors: Mapping[str, Spectrum] = field(default_factory=dict)
     settings: PlanningSettings = PLANNING
+    latency: LayerLatency | None = None
+    rank_multiple: int = 1
+
+    def ranks(self, largest: int) -> npt.NDArray[np.int64]:
+        """The ranks that are choices, up to the largest one."""
+        return np.arange(self.rank_multiple, largest + 1, self.rank_multiple)
+
+    def rounded(self, rank: int) -> int:
+        """The smallest rank from a rank on that is a choice."""
+        return -(-rank // self.rank_multiple) * self.rank_multiple
+
+    def saves_time(self, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the pairs are enough faster than the dense layer in each workload that uses it.
+
+        Any pair is where speed is not asked for, and of an embedding, which is compressed only where that is asked for.
+        """
+        if self.latency is None or self.layer.kind == "embedding":
+            return np.ones(len(ranks), dtype=np.bool_)
+        most = (1 - self.settings.least_time_saving) * self.latency.dense(self.layer)
+        return np.asarray((self.latency.seconds(self.layer, form, ranks) <= most[:, None]).all(axis=0))
+
+    def demand(self, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """What is least for the best of forms that lose the same: time as a ratio to dense, else stored numbers.
+
+        The ratio is the mean over the workloads.
+        """
+        if self.latency is not None:
+            return np.asarray(self.latency.ratios(self.layer, form, ranks).mean(axis=0))
+        return np.asarray(stored_parameters(factorized_shape(self.layer, form), form, ranks), dtype=np.float64)
 
     def errors(self, form: str) -> Spectrum:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
@@ -245,9 +281,15 @@ class MeasuredLayer:
         return "" if self.above_edge else "no singular value stands above what survives of the initialization"
 
 
-def form_for(layer: Layer, rank: int, request: FormRequest) -> str:
-    """The form of a pair of the layer's own matrix at this rank: the smallest, unless one is asked for."""
-    return min(_forms_alike(layer, request), key=lambda form: stored_parameters(layer.shape, form, rank))
+def form_for(m: MeasuredLayer, rank: int, request: FormRequest) -> str:
+    """The form of a pair of the layer's own matrix at this rank: the best, unless one is asked for."""
+    forms = _forms_alike(m.layer, request)
+    return forms[int(_demands(m, forms, np.array([rank]))[:, 0].argmin())]
+
+
+def _demands(m: MeasuredLayer, forms: Sequence[str], ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """What each form demands at each rank; infinite where it does not save time."""
+    return np.stack([np.where(m.saves_time(form, ranks), m.demand(form, ranks), np.inf) for form in forms])
 
 
 def _forms_alike(layer: Layer, request: FormRequest) -> list[str]:
@@ -261,8 +303,9 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
-    parameters = stored_parameters(factorized_shape(layer, form), form, rank)
-    in_bytes = stored_bytes(factorized_shape(layer, form), form, rank, itemsize=measured.itemsize)
+    sides = factorized_shape(layer, form)
+    parameters = stored_parameters(sides, form, rank) if rank <= min(sides) else layer.parameters
+    in_bytes = stored_bytes(sides, form, rank, itemsize=measured.itemsize)
     if parameters >= layer.parameters or in_bytes > _most_bytes(measured):
         saving = (
             "not be smaller"
@@ -270,12 +313,15 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
             else f"save less than {measured.settings.least_layer_saving:.0%}"
         )
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
+    if measured.latency is not None and not measured.saves_time(form, np.array([rank])).all():
+        device = measured.latency.profile.name
+        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be faster on {device}")
     error = float(measured.errors(form)[rank])
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
 
 
 def _most_bytes(m: MeasuredLayer) -> float:
-    """The largest size in bytes at which a pair is worth its slower products."""
+    """The largest size in bytes at which a pair is worth having two products."""
     return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, DENSE, 0, itemsize=m.itemsize)
 
 
@@ -312,17 +358,18 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
     rank = max(1, frobenius_rank(m.singular_values, truncation))
     if m.above_rounding is not None and max(1, m.above_rounding) < rank:
         rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
-    plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=reason)
-    return _smaller_form(plan, m, truncation, reason=reason)
+    rank = m.rounded(rank)
+    plan = layer_plan(m, rank, form_for(m, rank, request), reason=reason)
+    return _better_form(plan, m, truncation, reason=reason)
 
 
-def _smaller_form(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
-    """The plan, or the smallest pair with an error of at most `tolerance` in a form with errors of its own."""
+def _better_form(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
+    """The plan, or the best pair with an error of at most `tolerance` in a form with errors of its own."""
     apart = [
-        layer_plan(m, max(1, frobenius_rank(m.own_values[form], tolerance)), form, reason=reason)
+        layer_plan(m, m.rounded(max(1, frobenius_rank(m.own_values[form], tolerance))), form, reason=reason)
         for form in m.forms_apart
     ]
-    return min([plan, *apart], key=lambda each: each.parameters)
+    return min([plan, *apart], key=lambda each: float(m.demand(each.form, np.array([each.rank or 0]))[0]))
 
 
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
@@ -348,64 +395,120 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
         if m.rank_bound is not None:
             ranks[f"rank bound of the memory window at epsilon {EPSILON:g}"] = m.rank_bound
         reason = min(ranks, key=lambda name: ranks[name])
-        rank = max(1, ranks[reason])
-        plan = layer_plan(m, rank, form_for(m.layer, rank, request), reason=f"window rule: {reason}")
+        rank = m.rounded(max(1, ranks[reason]))
+        plan = layer_plan(m, rank, form_for(m, rank, request), reason=f"window rule: {reason}")
         within = f"window rule: relative error <= {tolerance:g}"
-        plans.append(_smaller_form(plan, m, tolerance, reason=within))
+        plans.append(_better_form(plan, m, tolerance, reason=within))
     return tuple(plans)
 
 
 def plan_by_size(
     measured: Sequence[MeasuredLayer],
-    budget: int,
+    budget: int | None,
     request: FormRequest,
     *,
     unit: Literal["parameters", "bytes"],
     exponent: float = 1.0,
+    seconds: Seconds | None = None,
 ) -> tuple[LayerPlan, ...] | None:
     """Ranks of least summed `dropped loss / total loss ** exponent` with at most `budget` stored parameters or bytes.
 
+    With `seconds` the layers together take at most so many in each workload; the budget may then be None.
+
     An `exponent` of 0 trusts the second-order loss, which holds while little is removed; 1 is relative to the layer's
     total loss, for when the estimate saturates. `comparable` describes the losses without calibration. None if even
-    rank one everywhere is larger.
+    the smallest rank everywhere is larger.
     """
-    return _allocated(measured, [layer_choices(m, request, unit, exponent=exponent) for m in measured], budget)
+    choices = [layer_choices(m, request, unit, exponent=exponent) for m in measured]
+    return _allocated(measured, choices, budget, seconds=seconds)
 
 
 def _allocated(
-    measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int
+    measured: Sequence[MeasuredLayer],
+    choices: Sequence[LayerChoices],
+    budget: int | None,
+    *,
+    seconds: Seconds | None = None,
 ) -> tuple[LayerPlan, ...] | None:
-    chosen = chosen_within(measured, choices, budget)
+    chosen = chosen_within(measured, choices, budget, seconds=seconds)
     if chosen is None:
         return None
     plans = []
     for m, each, index in zip(measured, choices, chosen, strict=True):
         if each.forms[index] == DENSE:
-            plans.append(dense_plan(m.layer, m.stays_dense or "keeping it dense is worth its size"))
+            plans.append(dense_plan(m.layer, m.stays_dense or _dense_reason(m, each)))
         else:
             reason = "its share of the budget at least error"
             plans.append(layer_plan(m, int(each.ranks[index]), each.forms[index], reason=reason))
     return tuple(plans)
 
 
-def chosen_within(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[int] | None:
+def _dense_reason(m: MeasuredLayer, choices: LayerChoices) -> str:
+    """Why a layer stays dense in an allocation."""
+    if m.latency is not None and len(choices.forms) == 1:
+        return f"every pair that saves bytes would be slower, or hardly faster, on {m.latency.profile.name}"
+    return "keeping it dense is worth its size"
+
+
+def chosen_within(
+    measured: Sequence[MeasuredLayer],
+    choices: Sequence[LayerChoices],
+    budget: int | None,
+    *,
+    seconds: Seconds | None = None,
+) -> list[int] | None:
     """Index of each layer's choice, with the least total loss within the budget; None if even the smallest exceed it.
 
-    A file and a module list the same layers in different orders. They are allocated in the order of their names, so
-    that neither ties nor the rounding of sums depend on it.
+    With `seconds` the layers together take at most so many in each workload; the budget may then be None. A file and a
+    module list the same layers in different orders. They are allocated in the order of their names, so that neither
+    ties nor the rounding of sums depend on it.
     """
     order = sorted(range(len(measured)), key=lambda place: measured[place].layer.name)
     measured, choices = [measured[place] for place in order], [choices[place] for place in order]
-    weighted = any(m.weighted_values is not None for m in measured)
-    losses = [each.choices for each in choices] if weighted else comparable(measured, choices, budget)
-    chosen = allocate(losses, budget)
+    chosen = (
+        None if budget is None else allocate(_losses_of(measured, [each.choices for each in choices], budget), budget)
+    )
+    # Whatever loses least at the size alone also does under limits that it keeps.
+    kept = seconds is None or (chosen is not None and _within(choices, chosen, seconds))
+    if seconds is not None and not kept and (budget is None or chosen is not None):
+        chosen = _within_limits(measured, choices, budget, seconds=seconds)
     if chosen is None:
         return None
     by_place = dict(zip(order, chosen, strict=True))
     return [by_place[place] for place in range(len(order))]
 
 
-def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int) -> list[Choices]:
+def _losses_of(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], budget: float) -> list[Choices]:
+    """The choices with losses that compare between layers."""
+    weighted = any(m.weighted_values is not None for m in measured)
+    return list(choices) if weighted else comparable(measured, choices, budget)
+
+
+def _within(choices: Sequence[LayerChoices], chosen: Sequence[int], seconds: Seconds) -> bool:
+    taken = [each.seconds[:, index] for each, index in zip(choices, chosen, strict=True)]
+    return bool((np.sum(taken, axis=0) <= seconds).all())
+
+
+def _within_limits(
+    measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices], budget: int | None, *, seconds: Seconds
+) -> list[int] | None:
+    """The allocation under limits on the time, and on the size where there is a budget."""
+    if (seconds <= 0).any():
+        return None
+    limits = seconds if budget is None else np.append(seconds, budget)
+    costs: list[npt.NDArray[np.float64]] = [
+        each.seconds if budget is None else np.vstack([each.seconds, each.choices.cost.astype(np.float64)])
+        for each in choices
+    ]
+    # Losses that are to be compared without data are those beside an even share of all limits alike.
+    even = np.full(len(limits), 1 / len(limits)) / limits
+    mixed = [Choices(even @ cost, each.choices.loss) for cost, each in zip(costs, choices, strict=True)]
+    losses = _losses_of(measured, mixed, 1.0)
+    layers = [LimitedChoices(cost, each.loss) for cost, each in zip(costs, losses, strict=True)]
+    return allocate_within(layers, limits)
+
+
+def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], budget: float) -> list[Choices]:
     """The choices with losses that compare between layers without data: beside those at an even share of `budget`.
 
     Were the inputs of every layer alike in all directions, a relative error e would leave the share 1 - e^2 of its
@@ -416,16 +519,16 @@ def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[LayerChoices
     + (l / l')^2 / 2`: both views weigh the same near the even share, and far from it the second keeps any layer from
     being given up for the others. Of k layers none loses more than sqrt(3 k) times l', for the even share has 3 k / 2.
     """
-    even = even_shares([each.choices for each in choices], budget)
+    even = even_shares(choices, budget)
     # What rounding does to a layer anyway is no loss.
     own = np.array(
         [
-            each.choices.loss[index] + max(m.precision**2, ROUNDING)
+            each.loss[index] + max(m.precision**2, ROUNDING)
             for m, each, index in zip(measured, choices, even, strict=True)
         ]
     )
     return [
-        Choices(each.choices.cost, each.choices.loss / own.mean() + np.square(each.choices.loss / alone) / 2)
+        Choices(each.cost, each.loss / own.mean() + np.square(each.loss / alone) / 2)
         for each, alone in zip(choices, own, strict=True)
     ]
 
@@ -437,6 +540,7 @@ def plan_by_file_size(
     *,
     file_bytes: Callable[[tuple[LayerPlan, ...]], int],
     exponent: float = 1.0,
+    seconds: Seconds | None = None,
 ) -> tuple[LayerPlan, ...] | None:
     """The ranks of `plan_by_size` for weight files that have at most `limit` bytes by `file_bytes`.
 
@@ -457,7 +561,7 @@ def plan_by_file_size(
     tried: set[int] = set()
     while overhead not in tried:
         tried.add(overhead)
-        layers = _allocated(measured, choices, limit - overhead)
+        layers = _allocated(measured, choices, limit - overhead, seconds=seconds)
         if layers is None:
             break
         size = file_bytes(layers)
@@ -468,27 +572,47 @@ def plan_by_file_size(
 
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
-    """What the layers would store at rank one, the smallest budget that can be met."""
+    """What the layers would store at their smallest ranks, the smallest budget that can be met."""
     return sum(int(layer_choices(m, request, unit).choices.cost.min()) for m in measured)
+
+
+def dense_seconds(measured: Sequence[MeasuredLayer]) -> Seconds:
+    """Predicted seconds of all dense layers together in each workload."""
+    return np.asarray(sum(m.latency.dense(m.layer) for m in measured if m.latency is not None))
+
+
+def least_seconds(measured: Sequence[MeasuredLayer], request: FormRequest) -> Seconds:
+    """The fewest seconds that the layers could take together, in each workload by itself."""
+    return np.asarray(sum(layer_choices(m, request, "parameters").seconds.min(axis=1) for m in measured))
+
+
+def with_latency(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    """The plans with the seconds that are predicted of them, where speed is asked for."""
+    return tuple(
+        plan if m.latency is None else replace(plan, latency=m.latency.of(m.layer, plan.form, plan.rank or 0))
+        for m, plan in zip(measured, layers, strict=True)
+    )
 
 
 @dataclass(frozen=True)
 class LayerChoices:
     """All choices for one layer: the cost, loss, form, and rank of each.
 
-    `errors` are the relative errors of the choices. The rank of a layer that stays dense is 0.
+    `errors` are the relative errors of the choices, and `seconds` what they take in each workload, which are rows;
+    there is none where speed is not asked for. The rank of a layer that stays dense is 0.
     """
 
     choices: Choices
     forms: Sequence[str]
     ranks: npt.NDArray[np.int64]
     errors: Spectrum
+    seconds: Seconds
 
 
 def layer_choices(
     m: MeasuredLayer, request: FormRequest, unit: Literal["parameters", "bytes"], *, exponent: float = 1.0
 ) -> LayerChoices:
-    """Every form and rank whose pair saves enough of the dense layer, and dense last.
+    """Every form and rank whose pair saves enough of the dense layer, in bytes and in time, and dense last.
 
     Under a cap there is no dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise
     with the rank, and the cap says nothing of the matrix of a spatial pair.
@@ -505,12 +629,14 @@ def layer_choices(
 
     largest, capped = layer.parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
-        at_cap = form_for(layer, m.rank_cap, request), m.rank_cap
+        cap = m.rounded(max(1, m.rank_cap))
+        at_cap = form_for(m, cap, request), cap
         in_bytes = stored_bytes(layer.shape, *at_cap, itemsize=m.itemsize)
-        capped = parameters(*at_cap) <= largest and in_bytes <= _most_bytes(m)
+        smaller = cap <= min(layer.shape) and parameters(*at_cap) <= largest and in_bytes <= _most_bytes(m)
+        capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
         largest = parameters(*at_cap) if capped else largest
     forms: list[str] = []
-    ranks, costs, errors = [], [], []
+    ranks, costs, errors, seconds = [], [], [], []
     for form, own in _ranks_of_forms(m, request):
         stored = stored_bytes(factorized_shape(layer, form), form, own, itemsize=m.itemsize)
         fitting = own[(parameters(form, own) <= largest) & (stored <= _most_bytes(m))]
@@ -518,27 +644,36 @@ def layer_choices(
         ranks.append(fitting)
         costs.append(cost(form, fitting))
         errors.append(m.errors(form)[fitting])
+        seconds.append(_seconds(m, form, fitting))
     if not capped:
         forms.append(DENSE)
         ranks.append(np.zeros(1, dtype=np.int64))
         costs.append(np.full(1, cost(DENSE, 0)))
         errors.append(np.zeros(1))
+        seconds.append(_seconds(m, DENSE, np.zeros(1, dtype=np.int64)))
     error = np.concatenate(errors)
     choices = Choices(np.concatenate(costs), _losses(m, error, exponent))
-    return LayerChoices(choices, forms, np.concatenate(ranks), error)
+    return LayerChoices(choices, forms, np.concatenate(ranks), error, np.concatenate(seconds, axis=1))
+
+
+def _seconds(m: MeasuredLayer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
+    """What a form takes in each workload; no row where speed is not asked for."""
+    return np.zeros((0, len(ranks))) if m.latency is None else m.latency.seconds(m.layer, form, ranks)
 
 
 def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """The ranks at which each form is a choice: of forms that lose the same the smallest, unless one is asked for."""
+    """The ranks at which each form is a choice: of forms that lose the same the best, unless one is asked for."""
     if m.stays_dense is not None:
         return
-    ranks = np.arange(1, len(m.singular_values) + 1)
+    ranks = m.ranks(len(m.singular_values))
     alike = _forms_alike(m.layer, request)
-    smallest = np.stack([stored_parameters(m.layer.shape, form, ranks) for form in alike]).argmin(0)
+    demands = _demands(m, alike, ranks)
+    best = demands.argmin(axis=0)
     for place, form in enumerate(alike):
-        yield form, ranks[smallest == place]
+        yield form, ranks[(best == place) & np.isfinite(demands[place])]
     for form in m.forms_apart:
-        yield form, np.arange(1, len(m.own_values[form]) + 1)
+        own = m.ranks(len(m.own_values[form]))
+        yield form, own[m.saves_time(form, own)]
 
 
 def _losses(m: MeasuredLayer, errors: Spectrum, exponent: float) -> Spectrum:

@@ -38,6 +38,9 @@ class PlanningSettings:
     least_layer_saving: float = 0.05
     """Share of its bytes that a layer must save to be factorized: two small products are slower than a large one."""
 
+    least_time_saving: float = 0.03
+    """Share of its time that a layer must save in every workload to be factorized, where speed is asked for."""
+
     least_file_saving: float = 0.05
     """Share of their bytes that the weight files must save where no budget was given."""
 

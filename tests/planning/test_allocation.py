@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from compressor.planning.allocation import Choices, allocate
+from compressor.planning.allocation import Choices, LimitedChoices, allocate, allocate_within
 
 
 @st.composite
@@ -73,3 +73,83 @@ def test_a_larger_budget_is_never_refused_where_a_smaller_one_was_met(
 ) -> None:
     assume(allocate(layers, budget) is not None)
     assert allocate(layers, budget + more) is not None
+
+
+@st.composite
+def limited(draw: st.DrawFn, *, convex: bool = False) -> tuple[list[LimitedChoices], np.ndarray]:
+    """Layers whose costs all rise with the rank, as sizes and times do, and a limit for each cost."""
+    kinds = draw(st.integers(2, 3))
+    layers = []
+    for _ in range(draw(st.integers(1, 3))):
+        size = draw(st.integers(2, 6))
+        rises = st.lists(st.floats(0.1, 5), min_size=size, max_size=size)
+        costs = np.cumsum([draw(rises) for _ in range(kinds)], axis=1)
+        falls = draw(st.lists(st.floats(0.01, 1), min_size=size - 1, max_size=size - 1))
+        loss = np.cumsum([0.0, *(sorted(falls) if convex else falls)])[::-1]
+        layers.append(LimitedChoices(costs, loss))
+    largest = np.sum([layer.costs.max(axis=1) for layer in layers], axis=0)
+    return layers, largest * np.array([draw(st.floats(0.2, 1.0)) for _ in range(kinds)])
+
+
+def total_within(layers: list[LimitedChoices], chosen: list[int]) -> tuple[np.ndarray, float]:
+    pairs = list(zip(layers, chosen, strict=True))
+    return np.sum([layer.costs[:, i] for layer, i in pairs], axis=0), sum(float(layer.loss[i]) for layer, i in pairs)
+
+
+def least_loss(layers: list[LimitedChoices], limits: np.ndarray) -> float | None:
+    every = itertools.product(*(range(len(layer.loss)) for layer in layers))
+    totals = (total_within(layers, list(options)) for options in every)
+    return min((loss for costs, loss in totals if (costs <= limits).all()), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(limited())
+def test_all_limits_are_kept_and_no_single_better_step_is_left_within_them(
+    drawn: tuple[list[LimitedChoices], np.ndarray],
+) -> None:
+    layers, limits = drawn
+    chosen = allocate_within(layers, limits)
+    assert (chosen is None) == (least_loss(layers, limits) is None)
+    if chosen is None:
+        return
+    costs, _ = total_within(layers, chosen)
+    assert (costs <= limits * (1 + 1e-9)).all()
+    for layer, i in zip(layers, chosen, strict=True):
+        fits = (costs[:, None] + layer.costs - layer.costs[:, [i]] <= limits[:, None] * (1 - 1e-9)).all(axis=0)
+        assert not (fits & (layer.loss < layer.loss[i])).any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(limited(convex=True))
+def test_within_several_limits_no_more_is_lost_than_the_least_and_a_step_for_each(
+    drawn: tuple[list[LimitedChoices], np.ndarray],
+) -> None:
+    layers, limits = drawn
+    chosen = allocate_within(layers, limits)
+    least = least_loss(layers, limits)
+    assert (chosen is None) == (least is None)
+    if chosen is not None and least is not None:
+        step = max(float(-np.diff(layer.loss).min()) for layer in layers)
+        assert total_within(layers, chosen)[1] <= least + len(limits) * step + 1e-9
+
+
+@pytest.mark.parametrize("limits", [(0.3, 0.9), (0.9, 0.3), (0.5, 0.5), (0.4, 0.6)])
+def test_two_limits_with_many_small_steps_come_close_to_the_least_loss_by_duality(limits: tuple[float, float]) -> None:
+    generator = np.random.default_rng(0)
+    layers = []
+    for _ in range(12):
+        rank = np.arange(1, 201)
+        size, time = generator.uniform(0.5, 2), generator.uniform(0.2, 3)
+        costs = np.stack([size * rank, generator.uniform(1, 40) + time * rank])
+        layers.append(LimitedChoices(costs, generator.uniform(1, 9) * np.exp(-rank / generator.uniform(10, 90))))
+    allowed = np.array(limits) * np.sum([layer.costs.max(axis=1) for layer in layers], axis=0)
+    chosen = allocate_within(layers, allowed)
+    assert chosen is not None
+    _, loss = total_within(layers, chosen)
+    # For any prices of the costs, no plan within the limits loses less than this (weak duality).
+    prices = np.geomspace(1e-4, 1e-1, 40)
+    bound = max(
+        sum(float((layer.loss + np.array(price) @ layer.costs).min()) for layer in layers) - np.array(price) @ allowed
+        for price in itertools.chain(itertools.product([0.0, *prices], repeat=2))
+    )
+    assert bound <= loss <= 1.01 * bound

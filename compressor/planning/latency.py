@@ -1,0 +1,109 @@
+"""How long layers take in each workload, dense and in each form, and what they may take together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor.forms import DENSE, predicted_seconds
+from compressor.latency import DeviceProfile, LayerUse, Workload
+from compressor.network import Layer
+
+# Seconds in each workload, or in each workload at each of many ranks.
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a layer in one forward, as it was and as it was chosen."""
+
+    dense: float
+    chosen: float
+
+
+@dataclass(frozen=True)
+class WorkloadLatency:
+    """What a layer takes in one forward of a workload, such as `decode, batch 1`.
+
+    `predicted` are the seconds by the constants of the device, and `measured` those of the layer run by itself; None
+    where it was not.
+    """
+
+    workload: str
+    predicted: Times
+    measured: Times | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLatency:
+    """How long a layer takes on a device: what is known of the device, and how each workload uses the layer.
+
+    A workload that does not use the layer has None in `uses`.
+    """
+
+    profile: DeviceProfile
+    dtype: torch.dtype
+    workloads: tuple[Workload, ...]
+    uses: tuple[LayerUse | None, ...]
+
+    def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
+        """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
+        return np.stack(
+            [
+                np.zeros(len(ranks))
+                if use is None
+                else np.broadcast_to(
+                    predicted_seconds(self.profile, layer, form, rank=ranks, use=use, dtype=self.dtype), ranks.shape
+                )
+                for use in self.uses
+            ]
+        )
+
+    def dense(self, layer: Layer) -> Seconds:
+        """Predicted seconds of the dense layer in each workload."""
+        dense: Seconds = self.seconds(layer, DENSE, np.zeros(1, dtype=np.int64))[:, 0]
+        return dense
+
+    def ratios(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
+        """The same as `seconds` of a pair, as ratios to the dense layer; 1 where a workload does not use it."""
+        dense = self.dense(layer)[:, None]
+        return np.divide(
+            self.seconds(layer, form, ranks), dense, out=np.ones((len(dense), len(ranks))), where=dense > 0
+        )
+
+    def of(self, layer: Layer, form: str, rank: int) -> tuple[WorkloadLatency, ...]:
+        """What is predicted of the form and rank that were chosen."""
+        chosen = self.seconds(layer, form, np.array([rank]))[:, 0]
+        return tuple(
+            WorkloadLatency(workload.name, Times(float(before), float(after)))
+            for workload, before, after in zip(self.workloads, self.dense(layer), chosen, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The seconds that a model may take in each workload, and what of them its measured layers do not take.
+
+    Attributes:
+        ratio: Seconds of the whole model, as a ratio to the dense one, that are allowed.
+        rest: Seconds in each workload of all but the measured layers; zeros where only these count.
+        corrections: By which the ratio is multiplied in each workload, because a prediction was wrong by as much.
+    """
+
+    ratio: float
+    rest: tuple[float, ...]
+    corrections: tuple[float, ...]
+
+    def allowed(self, dense: Seconds) -> Seconds:
+        """Seconds that the layers may take, by those of all dense layers."""
+        rest = np.array(self.rest)
+        return np.asarray(self.ratio * np.array(self.corrections) * (rest + dense) - rest)
+
+    def least_ratio(self, dense: Seconds, least: Seconds) -> float:
+        """The smallest ratio that could be asked for, by the least seconds of all layers in each workload."""
+        rest = np.array(self.rest)
+        used = dense + rest > 0
+        return float(((rest + least) / (rest + dense) / np.array(self.corrections))[used].max(initial=0.0))
