@@ -64,6 +64,12 @@ def neutral_torch_state() -> Iterator[None]:
         _caller.reset(token)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until all that was launched on a device is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @contextmanager
 def caller_defaults() -> Iterator[None]:
     """Run the caller's own code with the caller's default device and dtype."""
@@ -117,9 +123,12 @@ def _autocast_devices() -> list[str]:
 def _same_random_numbers() -> Iterator[None]:
     """Restore the state of the global generators of Python, NumPy and PyTorch."""
     python, legacy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    kind = (torch.accelerator.current_accelerator() or torch.device("cuda")).type
+    module = torch.get_device_module(kind)
+    # One that is not in use yet is not started for this. Apple's has no numbers of its own for each device.
+    devices = range(module.device_count()) if kind != "mps" and module.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices, device_type=kind):
             yield
     finally:
         random.setstate(python)

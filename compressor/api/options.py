@@ -212,7 +212,13 @@ class ProgressOptions(Options):
 class RunOptions(ProgressOptions):
     """Where the work is done, and who is told how far it is."""
 
-    device: str = option("auto, cpu, cuda or cuda:N.", TEXT, "auto", panel=RUNNING, repeatable=False)
+    device: str = option(
+        "auto, cpu, cuda or cuda:N, or another accelerator by its name in PyTorch, such as xpu.",
+        TEXT,
+        "auto",
+        panel=RUNNING,
+        repeatable=False,
+    )
 
 
 @options

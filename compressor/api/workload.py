@@ -33,6 +33,7 @@ from compressor.model.inference import forward_call
 from compressor.network import Layer
 from compressor.planning import PLANNING
 from compressor.progress import Step
+from compressor.torch_state import synchronize
 
 # What a layer's factors cost beside its singular values alone, measured on square matrices of side 1024.
 FACTORS_COST = 2.5
@@ -301,7 +302,6 @@ def _least_seconds(call: Callable[[], Any], device: torch.device) -> float:
     while len(found) < ESTIMATE.most_repeats and sum(found) < ESTIMATE.enough_seconds:
         started = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         found.append(time.perf_counter() - started)
     return min(found)

@@ -307,7 +307,7 @@ class _BackwardPass:
         self.predictions = 0
         self._calibration, self._layers, self._running = calibration, layers, running
         self._embeddings = embeddings
-        self._generator = torch.Generator(calibration.run.device).manual_seed(calibration.run.seed)
+        self._generator: torch.Generator | None = None
         self._boundary: dict[int, _SecondMoment] = {}
 
     def metrics(self) -> tuple[CachedMetrics, dict[str, float]]:
@@ -370,6 +370,8 @@ class _BackwardPass:
 
     def _loss(self, outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
         self.predictions += kept_rows(outputs, masks).shape[0]
+        if self._generator is None:  # the last layer of a model that is spread over devices may lie on any of them
+            self._generator = torch.Generator(outputs.device).manual_seed(self._calibration.run.seed)
         loss = sampled_loss(outputs, masks, self._calibration.criterion, generator=self._generator)
         if not torch.isfinite(loss):
             raise BadInput(

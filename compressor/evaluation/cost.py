@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
+from compressor.torch_state import synchronize
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,20 @@ def count_macs(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | 
 def measure_peak_memory(model: nn.Module, inputs: Mapping[str, Tensor], *, device: str | torch.device = "auto") -> int:
     """Return the peak bytes of weights, inputs and activations while `model` runs once on `inputs`.
 
-    On CUDA, activations are measured by PyTorch's allocator, with the workspaces of kernels. The CPU's allocator
-    keeps no record, so there it is the peak of the tensors that are alive between operations: exact and
+    On an accelerator, activations are measured by PyTorch's allocator, with the workspaces of kernels. The CPU's
+    allocator keeps no record, so there it is the peak of the tensors that are alive between operations: exact and
     reproducible, but without the memory that a kernel uses inside.
     """
     device = resolve_device(device)
     with evaluation_mode(device, model):
         weights = _storage_bytes(chain(model.parameters(), model.buffers()))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+        if device.type != "cpu":
+            synchronize(device)
+            torch.accelerator.reset_peak_memory_stats(device)
+            before = torch.accelerator.memory_allocated(device)
             forward_call(model, inputs)()
-            torch.cuda.synchronize(device)
-            return weights + int(torch.cuda.max_memory_allocated(device)) - before
+            synchronize(device)
+            return weights + torch.accelerator.max_memory_allocated(device) - before
         call = forward_call(model, inputs)
         tensors = _LiveTensors(chain(model.parameters(), model.buffers(), inputs.values()))
         with tensors:
@@ -198,12 +199,10 @@ def measure_latency(
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     began = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

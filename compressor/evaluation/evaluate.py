@@ -189,9 +189,9 @@ def _batches_of(data: EvaluationData, sizes: Sequence[int]) -> list[Batch]:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
 
 
 def _number(value: float | None) -> float | str | None:

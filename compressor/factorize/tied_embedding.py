@@ -20,6 +20,7 @@ from compressor.factorize.settings import DEFAULTS, FactorizationSettings
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
 from compressor.measure import Spectrum
+from compressor.measure.eigen import eigh
 from compressor.measure.moments import oas_shrinkage
 from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments
@@ -65,8 +66,9 @@ def nearest_kronecker_metric(metric: TiedMetric) -> Metric:
     # With the terms as unit vectors the rearranged matrix is R = rows^T diag(sizes) columns, and rows^T a is its left
     # singular vector where a is an eigenvector of the product below.
     back = sizes[:, None] * (rows @ rows.T)
-    eigenvalues, vectors = torch.linalg.eig(sizes[:, None] * (columns @ columns.T) @ back)
-    mixture = vectors[:, eigenvalues.real.argmax()].real.abs()
+    # Four numbers, for which not every accelerator has an algorithm.
+    eigenvalues, vectors = torch.linalg.eig((sizes[:, None] * (columns @ columns.T) @ back).cpu())
+    mixture = vectors[:, eigenvalues.real.argmax()].real.abs().to(back.device)
     inputs = mixture @ rows
     gradients = (back @ mixture @ columns) / inputs.square().sum()
     return Metric(inputs=inputs, gradients=gradients.view_as(metric.lookup.gradients))
@@ -152,7 +154,7 @@ def _diagonalizing(first: Tensor, second: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(first + second)
     whitened = torch.linalg.solve_triangular(factor, first, upper=False)
     whitened = torch.linalg.solve_triangular(factor, whitened.T, upper=False)
-    vectors = torch.linalg.eigh((whitened + whitened.T) / 2).eigenvectors
+    _, vectors = eigh((whitened + whitened.T) / 2)
     diagonalizing: Tensor = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
     return diagonalizing
 

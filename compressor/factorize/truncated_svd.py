@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.measure.spectrum import smaller_gram
 
@@ -37,7 +38,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     d_out, d_in = matrix.shape
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
-    basis = torch.linalg.eigh(smaller_gram(matrix, power_of_two(matrix))).eigenvectors[:, -rank:].flip(1)
+    basis = eigh(smaller_gram(matrix, power_of_two(matrix)))[1][:, -rank:].flip(1)
     wide = matrix.to(torch.float64)
     if d_out <= d_in:
         return FactorPair(up=basis.contiguous(), down=basis.T @ wide)

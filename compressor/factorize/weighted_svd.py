@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.measure import Spectrum
+from compressor.measure.eigen import eigh, eigvalsh
 from compressor.measure.scale import power_of_two
 
 
@@ -43,7 +44,7 @@ def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:
     """Singular values of `S_g^(1/2) W S_x^(1/2)`, descending; the sum of the dropped ones squared is twice the loss."""
     scale = power_of_two(matrix)
     gram, _ = _weighted_gram(matrix.to(torch.float64) / scale, metric)
-    eigenvalues = torch.linalg.eigvalsh(gram).clamp_min_(0).sqrt_().flip(0)
+    eigenvalues = eigvalsh(gram).clamp_min_(0).sqrt_().flip(0)
     return scale * np.asarray(eigenvalues.cpu().numpy(), dtype=np.float64)
 
 
@@ -68,7 +69,7 @@ def weighted_components(matrix: Tensor, metric: Metric) -> FactorPair:
     """The pair of full rank of which the first r columns of `up` and rows of `down` are the best matrix of rank r."""
     wide = matrix.to(torch.float64)
     gram, factor = _weighted_gram(wide / power_of_two(wide), metric)
-    basis = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    basis = eigh(gram)[1].flip(1)
     inverse = torch.linalg.solve_triangular(factor.T, basis, upper=True)
     if matrix.shape[0] <= matrix.shape[1]:
         return FactorPair(up=inverse, down=(factor @ basis).T @ wide)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.measure.effective_rank import Spectrum
+from compressor.measure.eigen import eigvalsh
 from compressor.measure.scale import power_of_two
 
 
@@ -35,7 +36,7 @@ def singular_values(matrix: Tensor) -> Spectrum:
     every digit.
     """
     scale = power_of_two(matrix)
-    eigenvalues = torch.linalg.eigvalsh(smaller_gram(matrix, scale)).flip(0)
+    eigenvalues = eigvalsh(smaller_gram(matrix, scale)).flip(0)
     # What is left of a zero eigenvalue is rounding, not rank.
     noise = len(eigenvalues) * torch.finfo(torch.float64).eps * float(eigenvalues[0])
     eigenvalues[eigenvalues < noise] = 0

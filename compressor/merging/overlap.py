@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressor.data import EvaluationData
 from compressor.forms import FORMS, LowRankEmbedding
 from compressor.measure import energy_rank
+from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.model import evaluation_mode, logits_of
 
@@ -68,7 +69,7 @@ def row_space(matrix: Tensor, edge: float = 0.0) -> Tensor:
     d_out, d_in = matrix.shape
     scale = power_of_two(matrix)
     wide = matrix.to(torch.float64) / scale
-    eigenvalues, vectors = torch.linalg.eigh(wide.T @ wide if d_in <= d_out else wide @ wide.T)
+    eigenvalues, vectors = eigh(wide.T @ wide if d_in <= d_out else wide @ wide.T)
     values = eigenvalues.flip(0).clamp_min(0).sqrt()
     rank = energy_rank(values.cpu().numpy()) if float(values[0]) > 0 else 0
     rank = min(rank, int((values > edge / scale).sum()))

@@ -18,28 +18,54 @@ from compressor.torch_state import called_as_by_the_caller, same_attributes, scr
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """Return the device that "auto", "cpu", "cuda" or "cuda:N" names here, a CUDA device with its number.
+    """Return the device that a name stands for here, an accelerator with its number.
 
-    "auto" is the current CUDA device where there is one, else the CPU. Raises `BadInput` for any other name
-    and for a CUDA device that this machine does not have.
+    "auto" is the current CUDA device where there is one, else the CPU. "cuda" and "cuda:N" are CUDA devices; another
+    accelerator that PyTorch has here goes by its name, such as "xpu" or "xpu:1". Raises `BadInput` for any other name,
+    for a device that this machine does not have, and for one that has no float64, such as "mps".
     """
     name = str(name)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    cuda = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
-    if cuda is None:
-        raise BadInput(f"there is no device {name!r}", option="device", remedy="use auto, cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
+    asked = re.fullmatch(r"([a-z]+)(?::(\d+))?", "cuda" if name == "auto" else name)
+    other = _other_accelerator()
+    if asked is None or asked[1] not in {"cuda", other}:
+        names = "auto, cpu, cuda or cuda:N" if other is None else f"auto, cpu, {other} or {other}:N"
+        raise BadInput(f"there is no device {name!r}", option="device", remedy=f"use {names}")
+    kind = asked[1]
+    if kind == "cuda" and not torch.cuda.is_available():
         what = f"the device {name!r} needs CUDA, which is not available here"
         raise BadInput(what, option="device", remedy="use auto or cpu")
-    number = int(cuda[1]) if cuda[1] else torch.cuda.current_device()
-    if number >= torch.cuda.device_count():
+    if kind == "cuda":
+        count, current = torch.cuda.device_count(), torch.cuda.current_device()
+    else:
+        count, current = torch.accelerator.device_count(), torch.accelerator.current_device_index()
+    number = int(asked[2]) if asked[2] else current
+    if number >= count:
         raise BadInput(
             f"there is no device {name!r}",
             option="device",
-            remedy=f"use cuda:0 to cuda:{torch.cuda.device_count() - 1}, auto or cpu",
+            remedy=f"use {kind}:0 to {kind}:{count - 1}, auto or cpu",
         )
-    return torch.device("cuda", number)
+    device = torch.device(kind, number)
+    if kind != "cuda" and not _has_float64(device):
+        what = f"the device {name!r} has no float64, in which weights are factorized"
+        raise BadInput(what, option="device", remedy="use auto or cpu")
+    return device
+
+
+def _other_accelerator() -> str | None:
+    """The kind of the accelerator of this machine, None where it is CUDA or there is none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type == "cuda" else found.type
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.eye(2, dtype=torch.float64, device=device) @ torch.ones(2, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @contextmanager
