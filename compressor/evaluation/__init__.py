@@ -17,6 +17,7 @@ from compressor.evaluation.cost import (
 )
 from compressor.evaluation.custom_metric import PARTS
 from compressor.evaluation.evaluate import Evaluation, compare
+from compressor.evaluation.layer_latency import PairTimer, unfilled_module
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Cost",
     "Evaluation",
     "Latency",
+    "PairTimer",
     "Quality",
     "TimingSettings",
     "compare",
@@ -39,4 +41,5 @@ __all__ = [
     "process_memory",
     "quality_drop",
     "require_accepted",
+    "unfilled_module",
 ]

@@ -21,14 +21,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from compressor.latency import DeviceProfile
 from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
 from compressor.torch_state import synchronize
 
+# Runs a call of a model on a device, and says how many seconds that took.
+Timer = Callable[[nn.Module, Callable[[], Any], torch.device], float]
+
+
+def wall_seconds(model: nn.Module, call: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of a call by the clock, with all that it launches."""
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began
+
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """How often a forward pass is timed: until it took long enough, between the fewest and the most repeats.
+    """How a forward pass is timed, and how much slower than asked for it may be.
+
+    It is repeated until it took long enough, between the fewest and the most repeats.
 
     Example:
         >>> compressor.evaluate("small/", data="test.jsonl", timing_settings=compressor.TimingSettings(most_repeats=10))
@@ -48,6 +63,18 @@ class TimingSettings:
 
     enough_seconds: float = 3.0
     """Seconds of timing after which, from the fewest repeats on, no further repeat is begun."""
+
+    layer_seconds: float = 4.0
+    """Seconds in which single layers are timed beside their pairs, all together, where speed is asked for."""
+
+    margin: float = 0.03
+    """By how much a measured ratio to the dense model may exceed the one that is allowed."""
+
+    profile: DeviceProfile | None = None
+    """What is known of the device at hand, in place of what is measured and kept in a file."""
+
+    timer: Timer = wall_seconds
+    """What times a call of a model on a device."""
 
 
 TIMING = TimingSettings()
@@ -183,12 +210,12 @@ def measure_latency(
         for call in calls * timing.warm_ups:
             call()
         repeats: list[list[float]] = []
-        began = time.perf_counter()
+        pairs = list(zip(models, calls, strict=True))
         while len(repeats) < timing.fewest_repeats or (
-            len(repeats) < timing.most_repeats and time.perf_counter() - began < timing.enough_seconds
+            len(repeats) < timing.most_repeats and sum(map(sum, repeats)) < timing.enough_seconds
         ):
             order = 1 if len(repeats) % 2 == 0 else -1
-            repeats.append([_seconds(call, device) for call in calls[::order]][::order])
+            repeats.append([timing.timer(model, call, device) for model, call in pairs[::order]][::order])
     return Latency(
         batch_size=len(next(iter(inputs.values()))),
         baseline_seconds=None if baseline is None else statistics.median(times[1] for times in repeats),
@@ -196,14 +223,6 @@ def measure_latency(
         ratio=None if baseline is None else statistics.median(times[0] / times[1] for times in repeats),
         repeats=len(repeats),
     )
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def _matrix_vector_flops(matrix: torch.Size, _vector: torch.Size, **_: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
 from compressor.model.inference import evaluation_mode, logits_of, resolve_device
+from compressor.model.layer_uses import layer_uses, scaled
 from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
 from compressor.model.opened import (
     Factory,
@@ -24,6 +25,7 @@ __all__ = [
     "build_model",
     "evaluation_mode",
     "inspect_layers",
+    "layer_uses",
     "load_factory",
     "load_model",
     "load_state",
@@ -33,4 +35,5 @@ __all__ = [
     "open_model",
     "open_runnable",
     "resolve_device",
+    "scaled",
 ]

@@ -224,7 +224,7 @@ def _sides(module: nn.Module) -> Sequence[int]:
 def _first_accepted(module: nn.Module, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[int, ...]:
     """The first shape of an example on which the module runs on the meta device."""
     try:
-        running = _on_meta(module)
+        running = on_meta(module)
     except Exception as error:  # whatever copying the caller's own attributes raises
         raise unknown_inputs(module, "of an unknown shape") from error
     for shape in shapes:
@@ -238,7 +238,7 @@ def _first_accepted(module: nn.Module, shapes: Iterable[tuple[int, ...]], dtype:
     raise unknown_inputs(module, "of an unknown shape")
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def on_meta(module: nn.Module) -> nn.Module:
     """A copy of the module without values, in evaluation mode."""
     tensors = chain(module.named_parameters(), module.named_buffers())
     memo: dict[int, Any] = {}

@@ -1,0 +1,123 @@
+"""Planned layers timed beside the dense ones before any factor is computed: alone, and in the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
+from compressor.forms import TRANSPOSED
+from compressor.latency import LayerUse
+from compressor.lowrank import Factors, Rewriting, filled_layer, rewritten_module
+from compressor.lowrank.tensor_format import pair_infos
+from compressor.network import Layer
+from compressor.planning import LayerPlan, MeasuredLayer, Times, WorkloadLatency
+
+
+def unfilled_module(rewriting: Rewriting, dense: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of the dense model with the layers of a plan, whose factors are random: as fast as the compressed one."""
+    factors = {layer.name: _random_factors(rewriting, layer, plan) for layer, plan in rewriting.factorized}
+    return rewritten_module(replace(rewriting, factors=factors), dense, device, done=lambda _name, _error: None)
+
+
+def _random_factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan) -> Factors:
+    bias = None if layer.bias is None else rewriting.info(layer.bias)
+    infos = pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
+    generator = torch.Generator().manual_seed(0)
+    # Small, so that no model overflows; and what counts rows counts each once.
+    tensors = {
+        info.name: (0.02 * torch.randn(info.shape, generator=generator)).to(info.dtype)
+        if info.dtype.is_floating_point
+        else torch.arange(info.elements, dtype=info.dtype).reshape(info.shape)
+        for info in infos
+    }
+    return Factors(tensors, 0.0)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the time of a layer depends on."""
+
+    kind: str
+    tensor_shape: tuple[int, ...]
+    form: str
+    rank: int
+    use: LayerUse
+
+
+@dataclass
+class PairTimer:
+    """Times pairs beside the dense layers of a model, each by itself, for `timing.layer_seconds` in all.
+
+    Layers of one shape are timed once.
+    """
+
+    dense: nn.Module
+    device: torch.device
+    timing: TimingSettings = TIMING
+    found: dict[_Shape, Times] = field(default_factory=dict)
+    spent: float = 0.0
+
+    def timed(self, rewriting: Rewriting, measured: Sequence[MeasuredLayer]) -> tuple[LayerPlan, ...]:
+        """The plans of a rewriting with what its pairs take, those first whose dense layers take longest.
+
+        Nothing is said of those that are left when the time is over, of embeddings, and of weights that a module
+        multiplies with in code of its own.
+        """
+        layers = {layer.name: layer for layer, _ in rewriting.factorized}
+        shapes = [_shapes(m, plan) for m, plan in zip(measured, rewriting.plan.layers, strict=True)]
+        demand: dict[_Shape, float] = {}
+        examples: dict[_Shape, LayerPlan] = {}
+        for plan, of_layer in zip(rewriting.plan.layers, shapes, strict=True):
+            for shape, known in zip(of_layer, plan.latency or (), strict=False):
+                if shape is not None:
+                    demand[shape] = demand.get(shape, 0.0) + known.predicted.dense
+                    examples.setdefault(shape, plan)
+        for shape in sorted(demand.keys() - self.found.keys(), key=lambda each: (-demand[each], examples[each].name)):
+            if self.spent >= self.timing.layer_seconds:
+                break
+            self.found[shape] = self._time(rewriting, layers[examples[shape].name], examples[shape], use=shape.use)
+        return tuple(
+            replace(plan, latency=tuple(map(self._with_measured, plan.latency, of_layer))) if plan.latency else plan
+            for plan, of_layer in zip(rewriting.plan.layers, shapes, strict=True)
+        )
+
+    def _with_measured(self, latency: WorkloadLatency, shape: _Shape | None) -> WorkloadLatency:
+        return latency if shape is None else replace(latency, measured=self.found.get(shape))
+
+    def _time(self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse) -> Times:
+        dense = self.dense.get_submodule(layer.module)
+        pair = filled_layer(layer, plan, dense, tensors=_random_factors(rewriting, layer, plan).tensors)
+        quick = replace(
+            self.timing,
+            warm_ups=min(2, self.timing.warm_ups),
+            fewest_repeats=min(5, self.timing.fewest_repeats),
+            enough_seconds=min(0.05, self.timing.enough_seconds),
+        )
+        inputs = {"input": _inputs(layer, use)}
+        latency = measure_latency(pair, inputs, baseline=dense, device=self.device, timing=quick)
+        before, after = latency.baseline_seconds or 0.0, latency.compressed_seconds
+        self.spent += (latency.repeats + quick.warm_ups) * (before + after)
+        return Times(use.calls * before, use.calls * after)
+
+
+def _shapes(m: MeasuredLayer, plan: LayerPlan) -> tuple[_Shape | None, ...]:
+    """What is to be timed of a layer in each workload; None where nothing is."""
+    if m.latency is None:
+        return ()
+    if plan.rank is None or m.layer.kind in ("embedding", "parameter"):
+        return (None,) * len(m.latency.uses)
+    kind, sides = m.layer.kind, m.layer.tensor_shape
+    return tuple(None if use is None else _Shape(kind, sides, plan.form, plan.rank, use) for use in m.latency.uses)
+
+
+def _inputs(layer: Layer, use: LayerUse) -> Tensor:
+    """What a layer gets in one call."""
+    generator = torch.Generator().manual_seed(0)
+    if "convolution" in layer.kind:
+        channels = layer.tensor_shape[0 if layer.kind in TRANSPOSED else 1]
+        return torch.randn(use.batch, channels, *use.in_size, generator=generator)
+    return torch.randn(use.rows, layer.shape[1], generator=generator)
