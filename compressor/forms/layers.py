@@ -58,6 +58,56 @@ def is_observed(layer: nn.Module, input: Tensor) -> bool:
     )
 
 
+def in_order(input: Tensor, down: nn.Module, up: nn.Module, *, order: Tensor) -> Tensor:
+    """The outputs of `down` and then those of `up`, which takes them, as columns put in an order of int32."""
+    if not is_eager_inference(input):
+        rows = linear(down, input)
+        return torch.cat([rows, linear(up, rows)], dim=-1).index_select(-1, order)
+    # Writing into one tensor saves an accelerator a kernel. A CPU is slower at few rows, and faster at many.
+    if (not input.is_cpu or input.numel() >= 1024 * input.shape[-1]) and may_be_written(input, down, up):
+        columns = written_beside(input, down.weight, up.weight)  # type: ignore[arg-type]
+    else:
+        rows = linear(down, input)
+        columns = torch.cat([rows, linear(up, rows)], dim=-1)
+    if columns.dtype == torch.float32 or columns.numel() < 4096 or not columns.is_cpu:
+        return columns.index_select(-1, order)
+    # On a CPU, PyTorch has vector instructions for `index_select` of columns in float32 alone.
+    return columns.gather(-1, order.long().expand_as(columns))
+
+
+def is_eager_inference(tensor: Tensor) -> bool:
+    """Whether what is computed from a tensor is computed at once, and nothing is recorded of how."""
+    return (
+        type(tensor) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def may_be_written(input: Tensor, down: nn.Module, up: nn.Module) -> bool:
+    """Whether the outputs of two linear layers without bias can be written into a given tensor instead."""
+    return (
+        input.numel() > 0
+        and not is_observed(down, input)
+        and not is_observed(up, input)
+        and type(down.weight) is type(up.weight) is nn.Parameter
+        and not torch.is_autocast_enabled(input.device.type)
+        # `vmap` has no rule for it.
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def written_beside(input: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """The products with two weights, the second of the first's, as columns of one tensor."""
+    rank = len(down)
+    columns = input.new_empty(*input.shape[:-1], rank + len(up))
+    flat = columns.view(-1, rank + len(up))
+    torch.mm(input.reshape(len(flat), -1), down.t(), out=flat[:, :rank])
+    torch.mm(flat[:, :rank], up.t(), out=flat[:, rank:])
+    return columns
+
+
 def linear_sides(dense: nn.Module) -> tuple[str, int, int]:
     """The kind of a linear layer or a transformers `Conv1D`, and its numbers of inputs and outputs; else ValueError."""
     if isinstance(dense, nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, PivotedPair, pivoted_pair
 from compressor.forms.kernels import dense_kernels, products
-from compressor.forms.layers import MARKERS, linear, linear_sides, unfilled
+from compressor.forms.layers import MARKERS, in_order, linear_sides, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
@@ -42,13 +42,12 @@ class PivotedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             rows = self.down(input)
-            others = self.up(rows)
+            y = torch.cat([rows, self.up(rows)], dim=-1).index_select(-1, self.order)
         else:
             parts = self._modules  # looked up in half the time of `self.down`
-            rows = linear(parts["down"], input)  # type: ignore[arg-type]
-            others = linear(parts["up"], rows)  # type: ignore[arg-type]
-        y = torch.cat([rows, others], dim=-1).index_select(-1, self.order)
-        return y if self.bias is None else y + self.bias
+            y = in_order(input, parts["down"], parts["up"], order=self.order)  # type: ignore[arg-type]
+        bias = self.bias
+        return y if bias is None else y + bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

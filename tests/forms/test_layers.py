@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 from compressor.forms import LowRankEmbedding, LowRankLinear, PivotedLinear
 
-D_IN, D_OUT, RANK, ROWS = 12, 18, 5, 7
+D_IN, D_OUT, RANK = 12, 18, 5
 
 
 def filled(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -34,11 +34,11 @@ def filled(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return layer.eval()
 
 
-def inputs(form: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def inputs(form: str, dtype: torch.dtype = torch.float32, *, rows: int = 7) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if form == "embedding":
-        return torch.randint(D_IN, (2, ROWS), generator=generator)
-    return torch.randn(2, ROWS, D_IN, generator=generator).to(dtype)
+        return torch.randint(D_IN, (2, rows), generator=generator)
+    return torch.randn(2, rows, D_IN, generator=generator).to(dtype)
 
 
 def by_modules(layer: nn.Module, x: Tensor) -> Tensor:
@@ -63,6 +63,17 @@ def test_outputs_are_bit_for_bit_those_of_the_parts(form: str, dtype: torch.dtyp
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             assert torch.equal(layer(x), by_modules(layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [500, 1500])
+def test_many_rows_of_a_pivoted_pair_are_bit_for_bit_those_of_the_parts(rows: int, dtype: torch.dtype) -> None:
+    layer, x = filled("pivoted", dtype), inputs("pivoted", dtype, rows=rows // 2)
+    for taken in (x, x.transpose(0, 1), x[0], x[:, :0]):
+        with torch.no_grad():
+            y = layer(taken)
+            assert torch.equal(y, by_modules(layer, taken))
+        assert torch.equal(layer(taken), y)
 
 
 class Doubled(nn.Linear):
@@ -103,12 +114,14 @@ OBSERVERS: dict[str, Callable[[nn.Linear], Any]] = {
 @pytest.mark.parametrize("observer", OBSERVERS)
 @pytest.mark.parametrize(("form", "part"), LINEAR_PARTS)
 def test_what_is_done_to_a_part_after_the_first_call_is_seen(form: str, part: str, observer: str) -> None:
-    layer, x = filled(form), inputs(form)
-    before = layer(x)
+    layer, x = filled(form), inputs(form, rows=700)
+    with torch.no_grad():
+        before = layer(x)
     target = layer.get_submodule(part)
     assert isinstance(target, nn.Linear)
     OBSERVERS[observer](target)
-    y = layer(x)
+    with torch.no_grad():
+        y = layer(x)
     assert not torch.allclose(y, before)
     torch.testing.assert_close(y, by_modules(layer, x))
 
@@ -142,9 +155,10 @@ def test_gradients_are_those_of_the_parts(form: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("rows", [7, 700])
 @pytest.mark.parametrize("form", FORMS)
-def test_autocast_casts_as_it_does_for_the_parts(form: str) -> None:
-    layer, x = filled(form), inputs(form)
+def test_autocast_casts_as_it_does_for_the_parts(form: str, rows: int) -> None:
+    layer, x = filled(form), inputs(form, rows=rows)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         y, expected = layer(x), by_modules(layer, x)
     assert (y.dtype, form == "pivoted") == (expected.dtype, y.dtype == torch.float32)
@@ -162,9 +176,10 @@ def test_copies_compute_the_same(form: str) -> None:
         assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("rows", [7, 700])
 @pytest.mark.parametrize("form", FORMS)
-def test_other_parameters_in_a_functional_call_and_vmap(form: str) -> None:
-    layers, x = [filled(form), filled(form)], inputs(form)
+def test_other_parameters_in_a_functional_call_and_vmap(form: str, rows: int) -> None:
+    layers, x = [filled(form, torch.float64), filled(form, torch.float64)], inputs(form, torch.float64, rows=rows)
     for parameter in layers[1].parameters():
         parameter.data.mul_(-2)
     stacked, buffers = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
