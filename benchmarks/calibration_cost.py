@@ -72,10 +72,17 @@ def take(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, flo
         with torch.no_grad():
             logits_of(load_transformers(folder), {"input_ids": torch.zeros(1, WINDOW, dtype=torch.int64)})
     elif step == "plan":
-        compressor.plan(folder, keep=KEEP)
+        compressor.plan(folder, keep=KEEP, prefer="size")
     else:
         settings = CalibrationSettings(refine=step == "refined")
-        compressor.plan(folder, keep=KEEP, calibration=text, calibration_samples=samples, calibration_settings=settings)
+        compressor.plan(
+            folder,
+            keep=KEEP,
+            calibration=text,
+            calibration_samples=samples,
+            calibration_settings=settings,
+            prefer="size",
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "cpu_seconds": time.process_time() - started,

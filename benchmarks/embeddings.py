@@ -30,6 +30,7 @@ def run(size: int, embeddings: bool, folder: Path) -> dict[str, Any]:
         ROOT / "model_cards" / "stdlib-llama",
         output=folder / "small",
         max_size=size,
+        prefer="size",
         embeddings=embeddings,
         calibration="builtin:stdlib",
         data="builtin:stdlib",

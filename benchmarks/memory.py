@@ -155,7 +155,9 @@ def sharded(scratch: Path, size: int) -> dict[str, Any]:
         "checkpoint_bytes": checkpoint_bytes,
         "peak_of_this_process_while_making_it_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "runs": [
-            measured(str(source), "--output", str(small), "--keep", "0.5", "--max-shard-size", "1GB"),
+            measured(
+                str(source), "--output", str(small), "--keep", "0.5", "--prefer", "size", "--max-shard-size", "1GB"
+            ),
             measured("restore", str(small), "--output", str(dense), "--max-shard-size", "1GB"),
         ],
     }
@@ -173,6 +175,8 @@ def calibrated(scratch: Path) -> dict[str, Any]:
             str(folder / "small"),
             "--keep",
             "0.6",
+            "--prefer",
+            "size",
             "--exclude",
             "*.experts.*",
             *files,

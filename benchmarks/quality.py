@@ -267,7 +267,12 @@ UNREFINED = CalibrationSettings(refine=False)
 
 def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: Any) -> Compressed:
     """`compress`, with `options` and settings of the calibration in place of its own."""
-    given: dict[str, Any] = {"keep": cell.keep, "calibration": cell.batches, "seed": cell.seed} | options
+    given: dict[str, Any] = {
+        "keep": cell.keep,
+        "calibration": cell.batches,
+        "seed": cell.seed,
+        "prefer": "size",
+    } | options
     if given["calibration"] is None:
         del given["seed"]
     small = compress(cell.model, calibration_settings=settings, **given).model
@@ -301,13 +306,19 @@ def at_published_ranks(cell: Cell) -> Compressed:
         )
         for layer in cell.layers
     )
-    return ours(cell, settings=UNREFINED, keep=None, plan=Plan("published ranks", None, Budget("plan"), layers))
+    chosen = Plan("published ranks", None, Budget("plan"), layers)
+    return ours(cell, settings=UNREFINED, keep=None, prefer=None, plan=chosen)
 
 
 def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
     """The published metric with the ranks that `compress` chooses, in the linear layers; the others are as ours."""
     chosen = compress(
-        cell.model, keep=cell.keep, calibration=cell.batches, seed=cell.seed, calibration_settings=UNREFINED
+        cell.model,
+        keep=cell.keep,
+        calibration=cell.batches,
+        seed=cell.seed,
+        calibration_settings=UNREFINED,
+        prefer="size",
     )
     assert chosen.model is not None
     ranks = {

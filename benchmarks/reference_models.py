@@ -50,6 +50,7 @@ def run(name: str, request: dict[str, float], folder: Path) -> dict[str, Any]:
         report = compress(
             source,
             output=output,
+            prefer="size",
             data=data,
             data_samples=SAMPLES.get(name),
             factory=factory,

@@ -135,6 +135,7 @@ def reference_model(name: str, folder: Path) -> list[dict[str, Any]]:
             factory=factory,
             overwrite=True,
             planning_settings=LENIENT,
+            prefer="size",
             **request,
         )
 
@@ -204,7 +205,7 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
 
     def add(asked: str, extra: Mapping[str, Any], **request: Any) -> Compression | None:
         try:
-            report = compress(model, recipe=recipe, planning_settings=LENIENT, **request)
+            report = compress(model, recipe=recipe, planning_settings=LENIENT, prefer="size", **request)
         except (BadInput, QualityGateNotMet) as refused:
             rows.append({"model": name, "asked": asked, "seed": seed, "refused": str(refused)} | dict(extra))
             return None

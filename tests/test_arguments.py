@@ -76,8 +76,8 @@ def test_a_text_is_one_pattern_and_not_its_letters() -> None:
 
 @pytest.mark.parametrize("keep", [0.5, np.float32(0.5), np.float64(0.5), "0.5", "50%", torch.tensor(0.5)])
 def test_keep_in_every_form_gives_the_same_plan(keep: Any) -> None:
-    compression = compress(build(), keep=keep)
-    assert ranks(compression) == ranks(compress(build(), keep=0.5))
+    compression = compress(build(), keep=keep, prefer="size")
+    assert ranks(compression) == ranks(compress(build(), keep=0.5, prefer="size"))
     assert compression.plan.to_dict()["budget"] == {"kind": "keep", "value": 0.5}
     json.dumps(compression.to_dict())
 
@@ -92,8 +92,8 @@ def test_percent_at_the_shell(tmp_path: Path) -> None:
 
 def test_one_pattern_of_digits_is_not_several(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="`include` 01 matches no layer"):
-        compress(build(), keep=0.5, include="01")
-    assert len(compress(build(), keep=0.9, include="2").plan.layers) == 1
+        compress(build(), keep=0.5, include="01", prefer="size")
+    assert len(compress(build(), keep=0.9, include="2", prefer="size").plan.layers) == 1
 
 
 def batches(width: int) -> list[torch.Tensor]:
@@ -136,12 +136,15 @@ def batches(width: int) -> list[torch.Tensor]:
 )
 def test_a_bad_value_is_refused_in_the_words_of_python(options: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says) as caught:
-        compress(build(), **{"keep": 0.5, **options})
+        compress(build(), prefer="size", **{"keep": 0.5, **options})
     assert "--" not in str(caught.value)
 
 
 def test_the_largest_seed_is_taken() -> None:
-    assert compress(build(), keep=0.5, calibration=batches(16), seed=2**64 - 1, effort="balanced").model is not None
+    assert (
+        compress(build(), keep=0.5, calibration=batches(16), seed=2**64 - 1, effort="balanced", prefer="size").model
+        is not None
+    )
 
 
 class Locked(nn.Module):
@@ -189,7 +192,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 def test_a_model_that_cannot_be_compressed_is_refused(case: str) -> None:
     make, says = MODELS[case]
     with pytest.raises(BadInput, match=says):
-        compress(make(), keep=0.5)
+        compress(make(), keep=0.5, prefer="size")
 
 
 @pytest.mark.parametrize("verb", [compressor.inspect, compressor.diagnose, compressor.open_checkpoint])
@@ -213,7 +216,7 @@ def test_whether_a_module_can_be_copied_is_found_out_without_copying_its_weights
 
 
 def test_nested_modules_are_compressed() -> None:
-    assert compress(nested(20), keep=0.5).model is not None
+    assert compress(nested(20), keep=0.5, prefer="size").model is not None
 
 
 def test_modules_cannot_be_merged(tmp_path: Path) -> None:
@@ -235,7 +238,7 @@ def test_the_explorer_opens_on_no_module(tmp_path: Path) -> None:
 )
 def test_an_error_carries_the_option_that_a_module_cannot_have(asked: dict[str, Any], option: str) -> None:
     with pytest.raises(BadInput) as refused:
-        compress(build(), keep=0.5, **asked)
+        compress(build(), keep=0.5, prefer="size", **asked)
     assert refused.value.option == option
 
 

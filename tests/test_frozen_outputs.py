@@ -239,13 +239,13 @@ def compress_file_calibrated(folder: Path) -> Any:
 
 @case
 def compress_module(folder: Path) -> Any:
-    return compressor.compress(network("perceptron"), keep=0.5)
+    return compressor.compress(network("perceptron"), keep=0.5, prefer="size")
 
 
 @case
 def compress_module_calibrated(folder: Path) -> Any:
     data = np.random.default_rng(7).standard_normal((6, 8, 20)).astype(np.float32)
-    return compressor.compress(network("perceptron"), keep=0.5, calibration=list(torch.from_numpy(data)))
+    return compressor.compress(network("perceptron"), keep=0.5, calibration=list(torch.from_numpy(data)), prefer="size")
 
 
 @case
@@ -253,26 +253,35 @@ def compress_module_max_drop(folder: Path) -> Any:
     model = network("perceptron")
     calibration, data = (examples(folder, model, 200, 20, seed=seed) for seed in (7, 8))
     return compressor.compress(
-        model, max_drop=0.1, data=data, calibration=calibration, effort="balanced", allow_miss=True
+        model, max_drop=0.1, data=data, calibration=calibration, effort="balanced", allow_miss=True, prefer="size"
     )
 
 
 @case
 def compress_folder_llama(folder: Path) -> Any:
-    return compressor.compress(model_folder(folder / "llama", LLAMA), output=folder / "out/small", keep=0.6)
+    return compressor.compress(
+        model_folder(folder / "llama", LLAMA), output=folder / "out/small", keep=0.6, prefer="size"
+    )
 
 
 @case
 def compress_folder_tied_sharded(folder: Path) -> Any:
     source = model_folder(folder / "tied", TIED)
-    return compressor.compress(source, output=folder / "out/small", keep=0.6, embeddings=True, max_shard_size="16KB")
+    return compressor.compress(
+        source, output=folder / "out/small", keep=0.6, embeddings=True, max_shard_size="16KB", prefer="size"
+    )
 
 
 @case
 def compress_folder_bert_calibrated(folder: Path) -> Any:
     source = model_folder(folder / "bert", BERT)
     return compressor.compress(
-        source, output=folder / "out/small", keep=0.6, calibration=token_examples(folder), effort="balanced"
+        source,
+        output=folder / "out/small",
+        keep=0.6,
+        calibration=token_examples(folder),
+        effort="balanced",
+        prefer="size",
     )
 
 
@@ -280,14 +289,18 @@ def compress_folder_bert_calibrated(folder: Path) -> Any:
 def compress_folder_vit_calibrated(folder: Path) -> Any:
     source = model_folder(folder / "vit", VIT)
     calibration, data = (image_examples(folder, seed=seed) for seed in (7, 8))
-    return compressor.compress(source, output=folder / "out/small", keep=0.4, calibration=calibration, data=data)
+    return compressor.compress(
+        source, output=folder / "out/small", keep=0.4, calibration=calibration, data=data, prefer="size"
+    )
 
 
 @case
 def compress_folder_vit_max_drop(folder: Path) -> Any:
     source = model_folder(folder / "vit", VIT)
     data = image_examples(folder)
-    return compressor.compress(source, output=folder / "out/small", max_drop=0.5, data=data, allow_miss=True)
+    return compressor.compress(
+        source, output=folder / "out/small", max_drop=0.5, data=data, allow_miss=True, prefer="size"
+    )
 
 
 @case
@@ -345,7 +358,7 @@ def fine_tunes(folder: Path) -> list[Path]:
 
 
 def small_folder(folder: Path) -> Path:
-    compressor.compress(model_folder(folder / "llama", LLAMA), output=folder / "small", keep=0.6)
+    compressor.compress(model_folder(folder / "llama", LLAMA), output=folder / "small", keep=0.6, prefer="size")
     return folder / "small"
 
 
@@ -382,7 +395,7 @@ def export_remote(folder: Path) -> Any:
 
 @case
 def plan_document(folder: Path) -> Any:
-    return compressor.plan(model_folder(folder / "vit", VIT), keep=0.6)
+    return compressor.plan(model_folder(folder / "vit", VIT), keep=0.6, prefer="size")
 
 
 @case

@@ -81,14 +81,14 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def small() -> compressor.Compression:
-    return compressor.compress(network(), keep=0.5, calibration=batches())
+    return compressor.compress(network(), keep=0.5, calibration=batches(), prefer="size")
 
 
 @pytest.mark.parametrize("name", AMBIENT)
 def test_a_calibrated_result_is_the_same_bits_whatever_the_caller_set(name: str, small: compressor.Compression) -> None:
     model, data = network(), batches()
     with AMBIENT[name]():
-        found = compressor.compress(model, keep=0.5, calibration=data)
+        found = compressor.compress(model, keep=0.5, calibration=data, prefer="size")
     assert found.plan == small.plan
     assert found.plan.calibration is not None
     assert found.plan.calibration.refined
@@ -105,7 +105,7 @@ def test_every_verb_gives_the_same_whatever_the_caller_set(name: str, tmp_path: 
 
     def found(folder: Path) -> list[Any]:
         folder.mkdir()
-        small = compressor.compress(model, keep=0.5)
+        small = compressor.compress(model, keep=0.5, prefer="size")
         assert small.model is not None
         for source, file in ((model, "a.pt"), (other, "b.pt"), (small.model, "small.pt")):
             torch.save(source.state_dict(), folder / file)
@@ -117,7 +117,7 @@ def test_every_verb_gives_the_same_whatever_the_caller_set(name: str, tmp_path: 
             (measured.baseline, measured.compressed, measured.baseline_loss, measured.compressed_loss),
             small.plan,
             bits(small.model),
-            compressor.plan(model, keep=0.5),
+            compressor.plan(model, keep=0.5, prefer="size"),
             compressor.inspect(model).to_dict(),
             compressor.diagnose(model, data=data).to_dict(),
             (folder / "sum.safetensors").read_bytes(),
@@ -150,7 +150,7 @@ def test_what_the_caller_set_is_set_again_afterwards(name: str) -> None:
         before = state()
         for failing in (False, True):
             with pytest.raises(ZeroDivisionError) if failing else nullcontext():
-                compressor.compress(model, keep=0.5, calibration=random_batches(data, failing=failing))
+                compressor.compress(model, keep=0.5, calibration=random_batches(data, failing=failing), prefer="size")
             assert state() == before
 
 
@@ -191,18 +191,18 @@ def test_a_forward_that_relies_on_the_default_dtype_and_device_is_calibrated() -
         torch.manual_seed(0)
         model = Stateful()
         data = [each.double() for each in batches()]
-        small = compressor.compress(model, keep=0.5, calibration=data).model
+        small = compressor.compress(model, keep=0.5, calibration=data, prefer="size").model
         assert small is not None
         assert small(data[0]).dtype == torch.float64
         with torch.device("meta"):
-            again = compressor.compress(model, keep=0.5, calibration=data).model
+            again = compressor.compress(model, keep=0.5, calibration=data, prefer="size").model
     assert again is not None
     assert bits(again) == bits(small)
 
 
 def test_calibration_batches_on_the_meta_device_are_refused() -> None:
     with torch.device("meta"), pytest.raises(compressor.BadInput, match="meta device"):
-        compressor.compress(network(), keep=0.5, calibration=(torch.randn(8, 8) for _ in range(4)))
+        compressor.compress(network(), keep=0.5, calibration=(torch.randn(8, 8) for _ in range(4)), prefer="size")
 
 
 class Remembering(nn.Module):
@@ -259,9 +259,9 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
     numpy.savez(data, x=torch.cat(batches()).numpy(), y=numpy.arange(48) % 5)
     before = whole_state(model)
     for verb in (
-        lambda: compressor.compress(model, keep=0.5, calibration=batches(), data=data),
-        lambda: compressor.compress(model, max_drop=1.0, calibration=batches(), data=data),
-        lambda: compressor.plan(model, keep=0.5, calibration=batches()),
+        lambda: compressor.compress(model, keep=0.5, calibration=batches(), data=data, prefer="size"),
+        lambda: compressor.compress(model, max_drop=1.0, calibration=batches(), data=data, prefer="size"),
+        lambda: compressor.plan(model, keep=0.5, calibration=batches(), prefer="size"),
         lambda: compressor.inspect(model),
         lambda: compressor.evaluate(model, data=data),
         lambda: compressor.diagnose(model, data=data),
@@ -272,7 +272,7 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
 
 def test_the_compressed_modules_buffers_are_the_originals() -> None:
     model = remembering()
-    small = compressor.compress(model, keep=0.5, calibration=batches()).model
+    small = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size").model
     assert small is not None
     own = dict(small.named_buffers())
     for name, buffer in model.named_buffers():
@@ -292,7 +292,7 @@ def test_a_module_that_changes_its_buffers_is_calibrated_as_the_same_function_th
         still[place] = Frozen()  # type: ignore[index]
     losses = []
     for model in (drifting, still):
-        calibration = compressor.compress(model, keep=0.5, calibration=batches()).plan.calibration
+        calibration = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size").plan.calibration
         assert calibration is not None
         losses.append(calibration.holdout_loss)
     assert losses[0] == losses[1]
@@ -302,7 +302,7 @@ def test_a_compiled_module_is_compressed_as_the_module_that_was_compiled(
     small: compressor.Compression, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled = torch.compile(network())
-    found = compressor.compress(compiled, keep=0.5, calibration=batches())
+    found = compressor.compress(compiled, keep=0.5, calibration=batches(), prefer="size")
     assert found.plan == small.plan
     assert found.model is not None
     assert small.model is not None
@@ -314,14 +314,14 @@ def test_compiled_parts_of_a_module_are_compressed(small: compressor.Compression
     model = network()
     model[2] = torch.compile(model[2])  # type: ignore[index]
     before = dict(model.named_modules())
-    found = compressor.compress(model, keep=0.5, calibration=batches())
+    found = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size")
     assert dict(model.named_modules()) == before
     assert found.plan == small.plan
     assert found.model is not None
     assert small.model is not None
     assert bits(found.model) == bits(small.model)
     model.compile()
-    again = compressor.compress(model, keep=0.5, calibration=batches())
+    again = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size")
     assert again.plan == small.plan
 
 
@@ -338,7 +338,7 @@ def test_the_precision_of_matrix_products_is_the_highest_and_then_the_callers() 
     model[0].register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     try:
         torch.set_float32_matmul_precision("medium")
-        compressor.compress(model, keep=0.5, calibration=[torch.randn(8, 32)] * 2)
+        compressor.compress(model, keep=0.5, calibration=[torch.randn(8, 32)] * 2, prefer="size")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

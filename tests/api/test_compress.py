@@ -124,7 +124,7 @@ def test_a_size_that_cannot_be_reached_says_which_can(file: Path) -> None:
 
 def test_compressed_and_restored_checkpoints_compute_the_same(model: nn.Sequential, file: Path, tmp_path: Path) -> None:
     report = compress(file, keep=0.5)
-    in_memory = compress(model, keep=0.5).model
+    in_memory = compress(model, keep=0.5, prefer="size").model
     assert report.output is not None
     assert in_memory is not None
     for name in ("back.safetensors", "back.pt"):
@@ -256,7 +256,7 @@ def test_a_module_is_left_as_it_is(model: nn.Sequential) -> None:
     model.train()
     model[1].weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = compress(model, keep=0.5)
+    report = compress(model, keep=0.5, prefer="size")
     assert report.model is not None
     assert report.model is not model
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -395,7 +395,7 @@ def test_tied_biases_become_two(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     tied = Tied()
-    in_memory = compress(tied, keep=0.5, exclude=["small"]).model
+    in_memory = compress(tied, keep=0.5, exclude=["small"], prefer="size").model
     assert in_memory is not None
     torch.save(tied.state_dict(), tmp_path / "tied.pt")
     report = compress(tmp_path / "tied.pt", keep=0.5, exclude=["small"])
@@ -409,7 +409,7 @@ def test_tied_biases_become_two(tmp_path: Path) -> None:
 def test_a_transformer_encoder_still_runs_on_its_fast_path() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     model = nn.Sequential(nn.Linear(16, 16), encoder)
-    small = compress(model, keep=0.5).model
+    small = compress(model, keep=0.5, prefer="size").model
     assert small is not None
     with torch.no_grad():
         assert torch.isfinite(small.eval()(torch.randn(2, 5, 16))).all()
@@ -419,7 +419,7 @@ def test_a_folder_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(BadInput, match="gptq"):
-        compress(tmp_path, keep=0.5)
+        compress(tmp_path, keep=0.5, prefer="size")
 
 
 def test_another_models_config_beside_a_file_is_not_used_and_in_a_folder_is_refused(tmp_path: Path) -> None:
@@ -430,7 +430,7 @@ def test_another_models_config_beside_a_file_is_not_used_and_in_a_folder_is_refu
     config.save_pretrained(tmp_path)
     assert compress(tmp_path / "model.safetensors", keep=0.5, dry_run=True).plan.layers[0].name == "a"
     with pytest.raises(BadInput, match="does not belong"):
-        compress(tmp_path, keep=0.5)
+        compress(tmp_path, keep=0.5, prefer="size")
 
 
 def test_names_that_the_factors_would_take_are_left_alone(tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_attention_without_data_is_said_before_the_work_and_in_every_result(
     def note(*_: object) -> None:
         said_before[:] = said_before or caplog.messages
 
-    result = compress(model, keep=0.6, progress=note)
+    result = compress(model, keep=0.6, progress=note, prefer="size")
     [before] = [message for message in said_before if "attention layers" in message]
     assert "`calibration=FILE`" in before
     assert "builtin:stdlib" in before
@@ -587,9 +587,9 @@ def test_attention_without_data_is_said_before_the_work_and_in_every_result(
 @pytest.mark.slow
 def test_nothing_is_said_without_attention_or_with_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     convolutional = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
-    assert compress(convolutional, keep=0.6).warnings == ()
+    assert compress(convolutional, keep=0.6, prefer="size").warnings == ()
     texts = [{"input_ids": torch.randint(3, 40, (8, 8))} for _ in range(2)]
-    assert compress(transformer("llama"), keep=0.6, calibration=texts, effort="balanced").warnings == ()
+    assert compress(transformer("llama"), keep=0.6, calibration=texts, effort="balanced", prefer="size").warnings == ()
     assert not any("attention" in message for message in caplog.messages)
 
 

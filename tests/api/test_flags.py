@@ -49,7 +49,7 @@ def test_every_option_of_python_has_a_flag() -> None:
 def test_a_card_and_a_report_show_flags() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 40))
-    compression = compressor.compress(model, keep=0.5, recipe=TrainingRecipe(optimizer="adamw"))
+    compression = compressor.compress(model, keep=0.5, recipe=TrainingRecipe(optimizer="adamw"), prefer="size")
     plan = replace(compression.plan, advice="give `calibration`")
     shown = in_flags(replace(compression, plan=plan, warnings=("take a smaller `max_drop`",)))
     assert shown.plan.advice == "give --calibration"

@@ -88,6 +88,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         calibration_samples=8,
         effort="balanced",
         recipe=str(home / "recipe.json"),
+        prefer="size",
     )
     write_report(compression, home / "report.html", overwrite=False)
     export(home / "small", to="hf-remote", output=home / "remote")

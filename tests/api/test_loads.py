@@ -79,6 +79,7 @@ def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
         calibration=list(tokens.split(3)),
         data=tmp_path / "tokens.npz",
         progress=lambda *_: None,
+        prefer="size",
         **budget,
     )
     assert report.evaluation is not None

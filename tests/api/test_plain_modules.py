@@ -190,7 +190,7 @@ def test_a_strangers_file_meets_its_budget_and_restores_into_its_own_code(
 def test_a_module_its_state_dict_and_its_file_are_one_model(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
     model, x = trained(build), inputs()
-    in_memory = compress(model, keep=0.6).model
+    in_memory = compress(model, keep=0.6, prefer="size").model
     assert in_memory is not None
     path = saved(model, tmp_path / "model.safetensors")
     report = compress(path, keep=0.6, factory=build, output=tmp_path / "small.safetensors")
@@ -224,8 +224,8 @@ def drawn(inputs: Callable[..., Tensor], seed: int = 1) -> list[Tensor]:
 def test_calibration_makes_far_better_factors_of_every_kind(name: str) -> None:
     build, inputs = MODELS[name]
     model = trained(build)
-    report = compress(model, keep=0.5, calibration=drawn(inputs))
-    blind = compress(model, keep=0.5).model
+    report = compress(model, keep=0.5, calibration=drawn(inputs), prefer="size")
+    blind = compress(model, keep=0.5, prefer="size").model
     assert report.model is not None
     assert blind is not None
     assert report.plan.eligible_after <= 0.5 * report.plan.eligible_before
@@ -256,7 +256,7 @@ def test_a_module_under_several_names_becomes_one_pair_that_is_called_as_often(
 ) -> None:
     model = trained(Twice)
     data = drawn(lambda count: torch.randn(count, 16)) if calibrated else None
-    report = compress(model, keep=0.6, calibration=data)
+    report = compress(model, keep=0.6, calibration=data, prefer="size")
     small: Any = report.model
     assert isinstance(small.first, LowRankLinear | PivotedLinear)
     assert small.first is small.again
@@ -353,7 +353,7 @@ def test_computed_weights_are_compressed_as_what_they_are_and_the_model_is_left_
     copy.deepcopy(small)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model.eval()(x).detach(), expected)
-    cut: Any = compress(model, keep=0.5, calibration=[torch.randn(4, 2, 8, 8) for _ in range(4)]).model
+    cut: Any = compress(model, keep=0.5, calibration=[torch.randn(4, 2, 8, 8) for _ in range(4)], prefer="size").model
     assert isinstance(cut[4], LowRankLinear | PivotedLinear)
 
 
@@ -376,7 +376,7 @@ def test_a_file_of_normalized_weights_comes_back_into_its_own_code(kind: str, fa
 
 
 def test_a_factored_parameter_trains_moves_and_is_computed_once_where_it_does_not() -> None:
-    small: Any = compress(trained(Recurrent), keep=0.5).model
+    small: Any = compress(trained(Recurrent), keep=0.5, prefer="size").model
     names = factored_parameters(small.rnn)
     assert set(names) == {"weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"}
     x = words(3)
@@ -400,7 +400,7 @@ def test_a_factored_parameter_trains_moves_and_is_computed_once_where_it_does_no
 @pytest.mark.parametrize("kind", ["lstm", "cells"])
 def test_the_product_of_factors_does_not_depend_on_autocast(kind: str) -> None:
     build, data = MODELS[kind]
-    small, x = compress(trained(build), keep=0.5).model, data()
+    small, x = compress(trained(build), keep=0.5, prefer="size").model, data()
     assert any(factored_parameters(part) for part in small.modules())
     with torch.no_grad():
         for parameter in small.parameters():
@@ -414,7 +414,7 @@ def test_the_product_of_factors_does_not_depend_on_autocast(kind: str) -> None:
 
 
 def test_attention_runs_on_its_fast_path_and_off_it() -> None:
-    small: Any = compress(trained(Fused), keep=0.5).model
+    small: Any = compress(trained(Fused), keep=0.5, prefer="size").model
     x = torch.randn(3, 6, 16)
     with torch.no_grad():
         fast = small(x)
@@ -478,9 +478,9 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
         with left_as_it_was(model):
             if runs < 10**6:
                 with pytest.raises((RuntimeError, BadInput), match="no more"):
-                    compress(model, keep=0.5, calibration=batches)
+                    compress(model, keep=0.5, calibration=batches, prefer="size")
             else:
-                small: Any = compress(model, keep=0.5, calibration=batches).model
+                small: Any = compress(model, keep=0.5, calibration=batches, prefer="size").model
                 assert {tensor.dtype for tensor in small.state_dict().values()} <= {torch.bfloat16, torch.int32}
                 assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
                 assert small.training
@@ -493,11 +493,11 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
 def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
     with torch.inference_mode():
         model = trained(Recurrent)
-        small: Any = compress(model, keep=0.5, calibration=drawn(words)).model
+        small: Any = compress(model, keep=0.5, calibration=drawn(words), prefer="size").model
     small(words(2)).sum().backward()
     assert all(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_what_a_mobile_network_passes_through_is_said() -> None:
-    report = compress(trained(mobile), keep=0.7)
+    report = compress(trained(mobile), keep=0.7, prefer="size")
     assert {layer.name: layer.skip for layer in report.skipped} == {"3": "depthwise", "8": "4 groups"}

@@ -79,7 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 
 def at_full_rank(model: nn.Module) -> nn.Module:
     """The model with every layer as a pair that computes what the layer does."""
-    planned = compress(model, tolerance=1e-9, embeddings=True, dry_run=True).plan
+    planned = compress(model, tolerance=1e-9, embeddings=True, dry_run=True, prefer="size").plan
     layers = tuple(
         LayerPlan(p.name, p.shape, p.kind, min(p.shape), "channel" if "conv" in p.kind else "plain", 0, 0.0, "")
         for p in planned.layers
@@ -173,7 +173,7 @@ class Generator(nn.Sequential):
 def test_names_of_one_tensor_all_return(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Tied()
-    small = compress(model, keep=0.5).model
+    small = compress(model, keep=0.5, prefer="size").model
     assert small is not None
     torch.save(small.state_dict(), tmp_path / "small.pt")
     restore(tmp_path / "small.pt", output=tmp_path / "dense.pt")
@@ -185,7 +185,7 @@ def test_names_of_one_tensor_all_return(tmp_path: Path) -> None:
 
 def test_the_users_code_says_what_the_layers_are(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    small = compress(Generator(), keep=0.5).model
+    small = compress(Generator(), keep=0.5, prefer="size").model
     assert small is not None
     torch.save(small.state_dict(), tmp_path / "small.pt")
     restore(tmp_path / "small.pt", output=tmp_path / "dense.pt", factory=Generator)
@@ -197,7 +197,7 @@ def test_the_users_code_says_what_the_layers_are(tmp_path: Path) -> None:
 
 def test_a_module_is_restored_and_exported_to_a_file_that_is_named(tmp_path: Path) -> None:
     dense = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
-    small = compress(dense, keep=0.5).model
+    small = compress(dense, keep=0.5, prefer="size").model
     assert small is not None
     restored = restore(small, output=tmp_path / "dense.safetensors")
     exported = export(small, to="dense", output=tmp_path / "exported.safetensors")

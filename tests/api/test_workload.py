@@ -61,23 +61,23 @@ def data(tmp_path: Path) -> Path:
 
 
 COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
-    "weights alone": lambda _, seen: compress(model(), keep=0.5, progress=seen),
-    "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen),
-    "calibrated": lambda _, seen: compress(model(), keep=0.5, calibration=batches(), progress=seen),
+    "weights alone": lambda _, seen: compress(model(), keep=0.5, progress=seen, prefer="size"),
+    "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen, prefer="size"),
+    "calibrated": lambda _, seen: compress(model(), keep=0.5, calibration=batches(), progress=seen, prefer="size"),
     "not refined": lambda data, seen: compress(
-        model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen
+        model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen, prefer="size"
     ),
-    "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen),
+    "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen, prefer="size"),
     "within a drop, calibrated": lambda data, seen: compress(
-        model(), max_drop=0.5, data=data, calibration=batches(), progress=seen
+        model(), max_drop=0.5, data=data, calibration=batches(), progress=seen, prefer="size"
     ),
-    "planned": lambda _, seen: plan(model(), keep=0.5, calibration=batches(), progress=seen),
+    "planned": lambda _, seen: plan(model(), keep=0.5, calibration=batches(), progress=seen, prefer="size"),
     "a given plan": lambda _, seen: compress(model(), plan=_given(), calibration=batches(), progress=seen),
 }
 
 
 def _given() -> Plan:
-    return plan(model(), keep=0.5)
+    return plan(model(), keep=0.5, prefer="size")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -95,7 +95,7 @@ def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
     def forwards(progress: Any) -> int:
         subject, calls = model(), []
         subject.register_forward_pre_hook(lambda *_: calls.append(1))
-        compress(subject, keep=0.5, calibration=batches(), effort="balanced", progress=progress)
+        compress(subject, keep=0.5, calibration=batches(), effort="balanced", progress=progress, prefer="size")
         return len(calls)
 
     without, quiet, watched = (forwards(progress) for progress in (None, lambda *_: None, Followed()))
@@ -105,7 +105,8 @@ def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
 def test_the_measurement_changes_nothing_of_the_result() -> None:
     subject, random = model(), torch.random.get_rng_state()
     plain, watched = (
-        compress(subject, keep=0.5, calibration=batches(), progress=progress).model for progress in (None, Followed())
+        compress(subject, keep=0.5, calibration=batches(), progress=progress, prefer="size").model
+        for progress in (None, Followed())
     )
     assert plain is not None
     assert watched is not None

@@ -125,11 +125,16 @@ def test_what_was_compressed_says_how_to_do_it_again(container: str, tmp_path: P
     save_file(weights, tmp_path / "dense" / "model.safetensors")
     dense = tmp_path / "dense" if container == "folder" else tmp_path / "dense" / "model.safetensors"
     small, again = (tmp_path / (name + dense.suffix) for name in ("small", "again"))
-    report = compress(dense, output=small, keep=0.6, exclude="b*", max_shard_size="1MB")
+    report = compress(dense, output=small, keep=0.6, exclude="b*", max_shard_size="1MB", prefer="size")
     said = small / "options.yaml"
     if container == "folder":
         assert said.read_text().splitlines()[0] == f"# {report.command}"
-        assert yaml.safe_load(said.read_text()) == {"keep": 0.6, "exclude": ["b*"], "max_shard_size": "1MB"}
+        assert yaml.safe_load(said.read_text()) == {
+            "keep": 0.6,
+            "prefer": "size",
+            "exclude": ["b*"],
+            "max_shard_size": "1MB",
+        }
     else:
         record = json.loads(open_checkpoint(small).metadata["compressor"])
         said = tmp_path / "options.json"

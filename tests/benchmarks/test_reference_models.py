@@ -34,7 +34,7 @@ MODELS = {
 def test_the_restored_model_scores_what_the_compressed_one_scores(name: str, keep: float, tmp_path: Path) -> None:
     source, spec, factory = MODELS[name]
     small, dense = (tmp_path / f"{which}{source.suffix}" for which in ("small", "dense"))
-    report = compress(source, output=small, keep=keep)
+    report = compress(source, output=small, keep=keep, prefer="size")
     assert report.plan.eligible_after <= keep * report.plan.eligible_before
     restore(small, output=dense)
     prepared = load_preprocessing(source) if source.is_dir() else None
@@ -61,7 +61,7 @@ def test_the_window_rule_loses_at_most_a_point_or_says_that_it_does_not_apply(na
         assert "validated for the SGD family only" in advice or "the window rule does not apply" in advice
         # Then a relative error decides that is safe, or nothing is removed.
         with suppress(QualityGateNotMet):
-            report = compress(source, output=tmp_path / f"small{source.suffix}", dry_run=True)
+            report = compress(source, output=tmp_path / f"small{source.suffix}", dry_run=True, prefer="size")
             assert report.plan.budget.kind == "tolerance"
         return
     report = compress(source, output=tmp_path / "small.safetensors", data=spec, factory=factory)
@@ -97,7 +97,7 @@ def channel_pairs_only(keep: float, *, shared: bool) -> Plan:
 def test_with_data_and_spatial_pairs_a_resnet_loses_at_most_half_of_what_channel_pairs_lose(tmp_path: Path) -> None:
     source, spec, _ = MODELS["digits-resnet"]
     dense = load_model(source)
-    report = compress(source, output=tmp_path / "small", keep=0.5, calibration=spec)
+    report = compress(source, output=tmp_path / "small", keep=0.5, calibration=spec, prefer="size")
     assert report.plan.eligible_after <= 0.5 * report.plan.eligible_before
     assert any(layer.form == "spatial" for layer in report.plan.layers)
     uniform, shared = (compress(dense, plan=channel_pairs_only(0.5, shared=shared)).model for shared in (False, True))

@@ -91,7 +91,9 @@ def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
         seen[stage] = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
 
     data = [inputs_for("llama", 4) for _ in range(4)]
-    compress(transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=look)
+    compress(
+        transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=look, prefer="size"
+    )
     assert seen["calibrate"] > 0
     assert seen["compensate"] > 0
     assert not list(temporary.iterdir())
@@ -106,7 +108,14 @@ def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) ->
 
     data = [inputs_for("llama", 4) for _ in range(4)]
     try:
-        compress(transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=fail)
+        compress(
+            transformer("llama"),
+            keep=0.4,
+            calibration=data,
+            calibration_settings=TWO_PASSES,
+            progress=fail,
+            prefer="size",
+        )
     except KeyboardInterrupt:
         pass
     else:
@@ -121,7 +130,9 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
     found = []
     for seed in (1, 2, 1):
         network = transformer("llama")
-        model = compress(network, keep=0.4, calibration=data, calibration_settings=TWO_PASSES, seed=seed).model
+        model = compress(
+            network, keep=0.4, calibration=data, calibration_settings=TWO_PASSES, seed=seed, prefer="size"
+        ).model
         assert model is not None
         found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         torch.randn(3)  # the global generator has no part in it
@@ -136,7 +147,7 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
 def test_bfloat16_stays_bfloat16() -> None:
     model = transformer("llama").to(torch.bfloat16)
     data = [inputs_for("llama", 8) for _ in range(4)]
-    report = compress(model, keep=0.6, calibration=data, calibration_settings=TWO_PASSES)
+    report = compress(model, keep=0.6, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
     assert report.model is not None
     assert report.plan.calibration is not None
     assert 0 < report.plan.calibration.holdout_loss < 10

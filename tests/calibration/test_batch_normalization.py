@@ -126,8 +126,10 @@ def test_a_file_holds_the_moved_statistics_and_loads_to_what_is_in_memory(
     torch.manual_seed(1)
     batches = [images(40) for _ in range(6)]
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    in_memory = compress(network, keep=0.2, calibration=batches, effort="balanced").model
-    report = compress(tmp_path / "model.safetensors", factory=build, keep=0.2, calibration=batches, effort="balanced")
+    in_memory = compress(network, keep=0.2, calibration=batches, effort="balanced", prefer="size").model
+    report = compress(
+        tmp_path / "model.safetensors", factory=build, keep=0.2, calibration=batches, effort="balanced", prefer="size"
+    )
     assert in_memory is not None
     written, expected = load_file(str(report.output)), in_memory.state_dict()
     moved = [name for name in expected if name.endswith(("running_mean", "running_var"))]
@@ -149,8 +151,10 @@ def test_a_folder_holds_the_moved_statistics_and_loads_to_what_is_in_memory(tmp_
             model.train()(nn.functional.interpolate(images(32), size=32))
     model.eval().save_pretrained(tmp_path / "model")
     batches = [{"pixel_values": nn.functional.interpolate(images(16), size=32)} for _ in range(4)]
-    in_memory = compress(model, keep=0.3, calibration=batches, effort="balanced").model
-    report = compress(tmp_path / "model", output=tmp_path / "small", keep=0.3, calibration=batches, effort="balanced")
+    in_memory = compress(model, keep=0.3, calibration=batches, effort="balanced", prefer="size").model
+    report = compress(
+        tmp_path / "model", output=tmp_path / "small", keep=0.3, calibration=batches, effort="balanced", prefer="size"
+    )
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert report.output == str(tmp_path / "small")
     assert in_memory is not None

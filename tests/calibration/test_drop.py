@@ -107,7 +107,9 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
     batches = list(digits("train")[0][:256].split(32)) if calibrated else None
-    report = compress(trained, max_drop=0.02, data="builtin:digits", calibration=batches, allow_miss=True)
+    report = compress(
+        trained, max_drop=0.02, data="builtin:digits", calibration=batches, allow_miss=True, prefer="size"
+    )
     assert report.plan.search is not None
     lost = accuracy(trained, *digits("validation")) - accuracy(report.model, *digits("validation"))
     assert lost <= 0.02
@@ -128,6 +130,7 @@ def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential) -> No
         data="builtin:digits",
         calibration="builtin:digits",
         progress=lambda *event: seen.append(event),
+        prefer="size",
     )
     assert found.search is not None
     assert len(found.search.trials) > 1
@@ -174,11 +177,11 @@ def test_a_dry_run_and_a_plan_search_and_write_nothing(trained: nn.Sequential, t
 
 
 def test_the_search_keeps_a_margin_of_one_standard_error(trained: nn.Sequential) -> None:
-    found = plan(trained, max_drop=0.02, data="builtin:digits").search
+    found = plan(trained, max_drop=0.02, data="builtin:digits", prefer="size").search
     assert found is not None
     chosen = smallest_found(found.trials, 0.02)
     assert chosen is not None
-    again = compress(trained, keep=chosen.keep)
+    again = compress(trained, keep=chosen.keep, prefer="size")
     images, labels = digits("validation")
     with torch.no_grad():
         right = [(model(images).argmax(-1) == labels).double() for model in (trained, again.model) if model is not None]
@@ -212,8 +215,8 @@ def test_a_module_whose_reported_drop_is_too_large_is_not_returned(tmp_path: Pat
     with torch.no_grad():
         model.weight.copy_(torch.eye(16))
     with pytest.raises(QualityGateNotMet, match="the other examples"):
-        compress(model, max_drop=0.1, data=path)
-    assert compress(model, max_drop=0.1, data=path, allow_miss=True).model is not None
+        compress(model, max_drop=0.1, data=path, prefer="size")
+    assert compress(model, max_drop=0.1, data=path, allow_miss=True, prefer="size").model is not None
 
 
 def test_of_a_file_every_second_example_decides_and_the_others_are_reported(
@@ -273,7 +276,7 @@ def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Pat
     model = nn.Linear(2, 2, bias=False)
     np.savez(tmp_path / "data.npz", inputs=np.eye(2, dtype=np.float32).repeat(3, 0), labels=np.arange(2).repeat(3))
     with pytest.raises(QualityGateNotMet, match="closest"):
-        compress(model, max_drop=1.0, data=tmp_path / "data.npz")
+        compress(model, max_drop=1.0, data=tmp_path / "data.npz", prefer="size")
 
 
 def test_a_drop_beside_a_size_is_measured_and_noted(tmp_path: Path) -> None:

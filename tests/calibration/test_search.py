@@ -60,7 +60,10 @@ def divergence(dense: nn.Module, compressed: nn.Module | None) -> float:
 
 @pytest.mark.parametrize("keep", [0.6, 0.4, 0.25])
 def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(trained: nn.Module, keep: float) -> None:
-    plain, calibrated = compress(trained, keep=keep), compress(trained, keep=keep, calibration=batches())
+    plain, calibrated = (
+        compress(trained, keep=keep, prefer="size"),
+        compress(trained, keep=keep, calibration=batches(), prefer="size"),
+    )
     assert calibrated.plan.eligible_after <= keep * calibrated.plan.eligible_before
     assert divergence(trained, calibrated.model) <= divergence(trained, plain.model) / 2
 
@@ -70,7 +73,7 @@ def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
     trained: nn.Module, keep: float, share: float
 ) -> None:
     settings, run = CalibrationSettings.of("balanced"), Run(torch.device("cpu"))
-    chosen = plan(trained, keep=keep, calibration=batches(), effort="balanced")
+    chosen = plan(trained, keep=keep, calibration=batches(), effort="balanced", prefer="size")
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(open_data(batches())), run=run, settings=settings)
     refitted, truncated = (
@@ -84,7 +87,7 @@ def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
 def test_the_dense_model_is_left_as_it_was(trained: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     trained.train()
-    compress(trained, keep=0.5, calibration=batches())
+    compress(trained, keep=0.5, calibration=batches(), prefer="size")
     assert trained.training
     assert all(parameter.requires_grad for parameter in trained.parameters())
     assert not any(module._forward_hooks for module in trained.modules())
@@ -105,7 +108,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, tmp_path: Path) 
 
 def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
-    in_memory = compress(trained, keep=0.4, calibration=batches()).model
+    in_memory = compress(trained, keep=0.4, calibration=batches(), prefer="size").model
     report = compress(tmp_path / "model.safetensors", factory=build, keep=0.4, calibration=batches())
     restore(str(report.output), output=tmp_path / "back.safetensors")
     dense = build()
@@ -116,7 +119,7 @@ def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, 
 
 
 def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
-    chosen = plan(trained, keep=0.5, calibration=batches(), calibration_samples=256)
+    chosen = plan(trained, keep=0.5, calibration=batches(), calibration_samples=256, prefer="size")
     found = chosen.calibration
     assert found is not None
     assert (found.examples, found.holdout) == (192, 64)
@@ -125,7 +128,7 @@ def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
     assert found.exponent in (0.0, 0.5, 1.0)
     document = json.loads(json.dumps(chosen.to_dict()))
     assert document["calibration"]["holdout_loss"] == found.holdout_loss
-    assert plan(trained, keep=0.5).to_dict()["calibration"] is None
+    assert plan(trained, keep=0.5, prefer="size").to_dict()["calibration"] is None
 
 
 def test_a_layer_that_no_example_reaches_stays_dense() -> None:
@@ -138,7 +141,7 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
             return self.head(torch.relu(self.used(x)))
 
     torch.manual_seed(0)
-    report = compress(Branching(), keep=0.7, calibration=[torch.randn(8, 20) for _ in range(4)])
+    report = compress(Branching(), keep=0.7, calibration=[torch.randn(8, 20) for _ in range(4)], prefer="size")
     ranks = {layer.name: (layer.rank, layer.reason) for layer in report.plan.layers}
     assert ranks["unused"] == (None, "no calibration example reached it with an effect on the outputs")
     assert ranks["used"][0] is not None
@@ -155,7 +158,7 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
 )
 def test_any_iterable_of_batches_will_do(data: Any) -> None:
     torch.manual_seed(0)
-    assert compress(build(), keep=0.5, calibration=data).plan.calibration is not None
+    assert compress(build(), keep=0.5, calibration=data, prefer="size").plan.calibration is not None
 
 
 @pytest.mark.parametrize(
@@ -170,7 +173,7 @@ def test_any_iterable_of_batches_will_do(data: Any) -> None:
 )
 def test_bad_calibration_is_one_line(data: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
-        compress(build(), keep=0.5, calibration=data)
+        compress(build(), keep=0.5, calibration=data, prefer="size")
     assert "\n" not in str(caught.value)
 
 
@@ -183,7 +186,7 @@ def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Module, request_:
 def test_its_plan_is_better_applied_with_the_data_than_without_which_it_says(
     trained: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = plan(trained, keep=0.3, calibration=batches())
+    chosen = plan(trained, keep=0.3, calibration=batches(), prefer="size")
     (tmp_path / "plan.json").write_text(json.dumps(chosen.to_dict()))
     applied = compress(trained, plan=tmp_path / "plan.json", calibration=batches())
     assert applied.plan.calibration is not None
@@ -202,7 +205,7 @@ def test_factors_are_stored_in_the_dtype_of_the_file_whatever_the_configuration_
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     tokens = torch.randint(0, 12, (16, 8), generator=torch.Generator().manual_seed(0))
-    small = compress(folder, keep=0.6, calibration=tokens, effort="balanced")
+    small = compress(folder, keep=0.6, calibration=tokens, effort="balanced", prefer="size")
     assert small.output is not None
     stored = open_checkpoint(small.output).tensors.values()
     assert {info.dtype for info in stored if info.dtype.is_floating_point} == {torch.float16}

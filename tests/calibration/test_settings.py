@@ -55,7 +55,7 @@ def steps(**options: Any) -> list[tuple[str, int]]:
         if done == total:
             seen.append((name, total))
 
-    compressor.compress(model(), keep=0.4, calibration=batches(), progress=note, **options)
+    compressor.compress(model(), keep=0.4, calibration=batches(), progress=note, prefer="size", **options)
     return seen
 
 
@@ -129,7 +129,7 @@ def test_thresholds_reach_inspect_and_compress() -> None:
     assert strict is not None
     assert lenient is None
     with pytest.raises(compressor.QualityGateNotMet, match=r"tolerance 0\.01"):
-        compressor.compress(model(), planning_settings=PlanningSettings(safe_tolerance=0.01))
+        compressor.compress(model(), planning_settings=PlanningSettings(safe_tolerance=0.01), prefer="size")
 
 
 def test_timing_reaches_evaluate() -> None:

@@ -15,6 +15,7 @@ from compressor import BadInput, compress
 from compressor.cli.run import run
 
 LETTERS = "abcdefghijklmnop"
+HALF = ("--keep", "0.5", "--prefer", "size")
 
 Captured = pytest.CaptureFixture[str]
 
@@ -53,7 +54,7 @@ def test_calibration_text_shorter_than_its_windows_is_named_with_both_lengths(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc" * 7)
-    said = refused([language_model, "--keep", "0.5", "--calibration", text, "--dry-run"], capsys)
+    said = refused([language_model, *HALF, "--calibration", text, "--dry-run"], capsys)
     assert f"{text}: the text is 21 tokens long, less than 2 windows of 32" in said
 
 
@@ -61,7 +62,7 @@ def test_calibration_text_shorter_than_its_windows_is_named_with_both_lengths(
 def test_calibration_windows_have_the_length_asked_for(language_model: Path, tmp_path: Path, capsys: Captured) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc" * 7)
-    arguments = [str(language_model), "--keep", "0.5", "--calibration", str(text), "--dry-run", "-q", "--json"]
+    arguments = [str(language_model), *HALF, "--calibration", str(text), "--dry-run", "-q", "--json"]
     assert run([*arguments, "--calibration-length", "10"]) == 0
     assert '"examples": 1' in capsys.readouterr().out
     assert run([*arguments, "--calibration-length", "7"]) == 0
@@ -78,7 +79,7 @@ def test_windows_longer_than_the_models_positions_are_named(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc" * 70)
-    arguments = [language_model, "--keep", "0.5", "--dry-run", "--calibration", text, "--calibration-length", "40"]
+    arguments = [language_model, *HALF, "--dry-run", "--calibration", text, "--calibration-length", "40"]
     assert "40 tokens are longer than the model's 32 positions" in refused(arguments, capsys)
 
 
@@ -89,7 +90,7 @@ def test_a_tokenizer_that_does_not_fit_is_named_with_its_token_and_the_vocabular
     text = tmp_path / "text.txt"
     text.write_text("m" + "abc" * 40)
     output = tmp_path / "out"
-    said = refused([language_model, "--keep", "0.5", option, text, "-o", output], capsys)
+    said = refused([language_model, *HALF, option, text, "-o", output], capsys)
     assert f"{text}: token id 13 is beyond the model's vocabulary of 10" in said
     assert not output.exists()
 

@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 EXAMPLES, TOKENS, TARGETS = 8, 6, 5
 LETTERS = "abcdefgh"
 PADDING, END = 0, 1
+SMALLER = ("--keep", "0.7", "--prefer", "size")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -134,7 +135,7 @@ def test_an_encoder_decoder_is_calibrated_and_measured_on_the_inputs_of_its_forw
     calibration = written(inputs_of(name, 1), tmp_path / f"calibration{suffix}")
     data = written(inputs_of(name, 2), tmp_path / f"data{suffix}")
     found = result(
-        capsys, folders[name], "--keep", "0.7", "-o", tmp_path / "small", "--json", "--calibration", calibration,
+        capsys, folders[name], *SMALLER, "-o", tmp_path / "small", "--json", "--calibration", calibration,
         "--data", data, "--effort", "balanced", "-q",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "nats per prediction"
@@ -158,7 +159,7 @@ def test_sources_and_targets_are_tokenized_and_padding_is_not_to_be_predicted(
         rows = [json.dumps({"source": source, "target": target[shift:] + "a"}) for source, target in pairs]
         (tmp_path / f"{file}.jsonl").write_text("\n".join(rows))
     found = result(
-        capsys, folders[name], "--keep", "0.7", "--dry-run", "--json", "--effort", "balanced", "-q",
+        capsys, folders[name], *SMALLER, "--dry-run", "--json", "--effort", "balanced", "-q",
         "--calibration", tmp_path / "calibration.jsonl",
     )  # fmt: skip
     assert found["calibration"]["examples"] + found["calibration"]["holdout"] == 5
@@ -173,7 +174,7 @@ def test_a_model_of_images_and_texts_is_calibrated_on_both(
 ) -> None:
     data = written(inputs_of("clip", 1), tmp_path / "pairs.npz")
     found = result(
-        capsys, folders["clip"], "--keep", "0.7", "-o", tmp_path / "small", "--json", "--calibration", data, "-q",
+        capsys, folders["clip"], *SMALLER, "-o", tmp_path / "small", "--json", "--calibration", data, "-q",
         "--effort", "balanced",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "half the squared change of the outputs"
@@ -260,6 +261,6 @@ def test_a_module_in_memory_takes_arrays_by_the_names_of_its_forward(tmp_path: P
 
     data = written(inputs_of("whisper", 1), tmp_path / "data.npz")
     torch.manual_seed(0)
-    found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced")
+    found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced", prefer="size")
     assert found.plan.calibration is not None
     assert found.plan.calibration.unit == "nats per prediction"

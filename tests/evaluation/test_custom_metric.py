@@ -71,7 +71,7 @@ def loader(count: int = 200, batch_size: int = 16) -> DataLoader[Any]:
 
 
 def smaller(keep: float = 0.5) -> nn.Module:
-    model = compressor.compress(classifier(), keep=keep).model
+    model = compressor.compress(classifier(), keep=keep, prefer="size").model
     assert model is not None
     return model
 
@@ -145,7 +145,7 @@ def _rows(evaluation: Any) -> list[Any]:
 
 @pytest.mark.slow
 def test_the_smallest_size_within_a_drop_in_f1() -> None:
-    found = compressor.compress(classifier(), max_drop=0.1, data=loader(), metric=f1, allow_miss=True)
+    found = compressor.compress(classifier(), max_drop=0.1, data=loader(), metric=f1, allow_miss=True, prefer="size")
     search, evaluation = found.plan.search, found.evaluation
     assert search is not None
     assert evaluation is not None
@@ -169,7 +169,7 @@ def test_a_metric_of_which_lower_is_better_and_a_drop_in_its_own_unit() -> None:
         targets = classifier()(inputs) + 0.3 * torch.randn(120, 3)
     data = DataLoader(TensorDataset(inputs, targets), batch_size=10)
     options: Any = {"data": data, "metric": error, "higher_is_better": False}
-    found = compressor.compress(classifier(), max_drop=2.0, **options)
+    found = compressor.compress(classifier(), max_drop=2.0, prefer="size", **options)
     assert found.evaluation is not None
     assert found.evaluation.baseline is not None
     assert found.evaluation.drop == found.evaluation.compressed - found.evaluation.baseline
@@ -177,7 +177,7 @@ def test_a_metric_of_which_lower_is_better_and_a_drop_in_its_own_unit() -> None:
     assert change_words("error", 0.5, higher_is_better=False) == "+0.5"
     assert change_words("error", 0.5, higher_is_better=True) == "-0.5"
     with pytest.raises(QualityGateNotMet, match="loses at most 1e-09 of error"):
-        compressor.plan(classifier(), max_drop=1e-9, **options)
+        compressor.plan(classifier(), max_drop=1e-9, prefer="size", **options)
 
 
 @pytest.mark.slow
@@ -190,7 +190,9 @@ def test_the_card_of_a_folder_names_the_metric(llama: Any, tmp_path: Path) -> No
 
     llama.save_pretrained(tmp_path / "model")
     tokens = torch.randint(2, 12, (6, 10), generator=torch.Generator().manual_seed(0))
-    found = compressor.compress(tmp_path / "model", output=tmp_path / "small", keep=0.5, data=tokens, metric=share)
+    found = compressor.compress(
+        tmp_path / "model", output=tmp_path / "small", keep=0.5, data=tokens, metric=share, prefer="size"
+    )
     card = (tmp_path / "small" / "README.md").read_text()
     assert "| share |" in card
     assert "type: share" in card
@@ -247,12 +249,12 @@ def test_an_error_is_estimated_of_a_metric_that_needs_every_class_in_order() -> 
 
 def test_few_batches_are_warned_of_and_one_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     batches = list(loader(60, batch_size=10))
-    compressor.plan(classifier(), max_drop=0.5, data=batches, metric=f1)
+    compressor.plan(classifier(), max_drop=0.5, data=batches, metric=f1, prefer="size")
     [warning] = [record.message for record in caplog.records if "standard error" in record.message]
     assert "has only 3" in warning
     assert "\n" not in warning
     with pytest.raises(BadInput, match="one batch cannot both decide and be measured"):
-        compressor.plan(classifier(), max_drop=0.5, data=batches[:1], metric=f1)
+        compressor.plan(classifier(), max_drop=0.5, data=batches[:1], metric=f1, prefer="size")
 
 
 def test_a_drop_of_which_a_part_has_no_value_is_never_sure() -> None:
@@ -305,7 +307,7 @@ def test_a_metric_that_is_not_a_number_for_a_smaller_model_lets_nothing_pass() -
         return 1.0 if sum(each.numel() for each in model.parameters()) >= size else math.nan
 
     with pytest.raises(QualityGateNotMet, match="no size was found"):
-        compressor.plan(dense, max_drop=0.5, data=loader(40), metric=broken)
+        compressor.plan(dense, max_drop=0.5, data=loader(40), metric=broken, prefer="size")
 
 
 def test_a_metric_needs_data_and_a_direction_a_metric() -> None:

@@ -70,7 +70,7 @@ def test_a_perceptron_of_a_file(networks: Path, tmp_path: Path, capsys: pytest.C
     dense = namespace["mlp"]()
     save_file(dense.state_dict(), tmp_path / "mlp.safetensors")
     factory = f"{networks}:mlp"
-    small = compress(dense, keep=0.5, form="plain").model
+    small = compress(dense, keep=0.5, form="plain", prefer="size").model
     compress(tmp_path / "mlp.safetensors", output=tmp_path / "small.safetensors", keep=0.5, form="plain")
     assert run(["export", str(tmp_path / "small.safetensors"), "--to", "onnx", "--model", factory]) == 0
     assert "outputs differ from torch's by" in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_convolutions_of_the_one_size_that_goes_through(networks: Path, tmp_path
     save_file(dense.state_dict(), tmp_path / "dense.safetensors")
     factory = f"{networks}:convolutions"
     compress(tmp_path / "dense.safetensors", output=tmp_path / "small.safetensors", keep=0.5, factory=factory)
-    small = compress(dense, keep=0.5).model
+    small = compress(dense, keep=0.5, prefer="size").model
     path = tmp_path / "small.onnx"
     with pytest.raises(BadInput, match="torch cannot export"):
         export(tmp_path / "small.safetensors", to="onnx", output=path, factory=factory, input_shape=(3, 5))

@@ -117,7 +117,12 @@ def test_a_network_of_extreme_weights_gets_the_ranks_and_errors_of_the_same_netw
         for ours, theirs in zip(scaled, network[::2], strict=True):
             ours.weight.data = scale * theirs.weight.data
         for request in ({"keep": 0.5}, {"tolerance": 0.6}):
-            plans.append([(layer.rank, layer.form, layer.error) for layer in compress(scaled, **request).plan.layers])
+            plans.append(
+                [
+                    (layer.rank, layer.form, layer.error)
+                    for layer in compress(scaled, prefer="size", **request).plan.layers
+                ]
+            )
     assert any(rank is not None for rank, _, _ in plans[0])
     for expected, found in zip(plans[:2], plans[2:], strict=True):
         assert [each[:2] for each in found] == [each[:2] for each in expected]
@@ -131,7 +136,7 @@ def test_calibrated_ranks_do_not_depend_on_the_unit_of_the_inputs(exponent: int)
     network = nn.Sequential(nn.Linear(24, 48, bias=False), nn.Linear(48, 24, bias=False)).double()
     inputs = torch.randn(4, 16, 24, dtype=torch.float64)
     found = [
-        compress(network, keep=0.5, calibration=list(scale * inputs), effort="balanced").plan
+        compress(network, keep=0.5, calibration=list(scale * inputs), effort="balanced", prefer="size").plan
         for scale in (1, 2.0**exponent)
     ]
     ranks, losses = zip(*(([layer.rank for layer in plan.layers], plan.calibration) for plan in found), strict=True)

@@ -423,7 +423,7 @@ def test_adapters_are_no_models(llama: Path, tmp_path: Path, capsys: pytest.Capt
     adapter = tmp_path / "adapter"
     compress(llama / "linear", base=llama / "base", output=adapter, tolerance=0.01)
     for model in (adapter, adapter / "adapter_model.safetensors"):
-        assert run([str(model), "--keep", "0.5", "-o", str(tmp_path / "out")]) == 2
+        assert run([str(model), "--keep", "0.5", "-o", str(tmp_path / "out"), "--prefer", "size"]) == 2
         assert "is a LoRA adapter of PEFT" in capsys.readouterr().err
     with pytest.raises(BadInput, match="is a LoRA adapter of PEFT"):
         inspect(adapter)

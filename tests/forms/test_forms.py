@@ -194,7 +194,7 @@ def test_a_form_is_one_module_and_its_registration(registered: PairForm, tmp_pat
 def test_a_form_that_is_never_smaller_is_never_chosen(registered: PairForm) -> None:
     weight = StoredWeight("linear", (40, 30))
     assert registered in pair_forms(weight)
-    chosen = compress(low_rank_model(), keep=0.5).plan.layers
+    chosen = compress(low_rank_model(), keep=0.5, prefer="size").plan.layers
     assert {layer.form for layer in chosen} <= {"dense", "plain", "pivoted"}
 
 

@@ -167,7 +167,7 @@ def test_a_revision_is_the_one_that_is_read(hub: type[Hub]) -> None:
     assert compressor.plan("org/name", revision="v2", keep=0.5).source == "org/name"
     assert run(["inspect", "org/name", "--revision", "v2", "-q"]) == 0
     with pytest.raises(BadInput, match="`revision` v2 is of models of the hub"):
-        compressor.compress(torch.nn.Linear(4, 4), revision="v2")
+        compressor.compress(torch.nn.Linear(4, 4), revision="v2", prefer="size")
 
 
 def test_without_the_network_the_cache_is_what_there_is(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,9 @@ def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path:
     place.mkdir(parents=True)
     (place / "model.safetensors").write_bytes(hub.files["model.safetensors"])
     assert local_model("org/name") == "org/name"
-    assert compressor.compress("org/name", keep=0.5).output == str(Path.cwd() / "org" / "name-compressed")
+    assert compressor.compress("org/name", keep=0.5, prefer="size").output == str(
+        Path.cwd() / "org" / "name-compressed"
+    )
     assert hub.asked == []
 
 

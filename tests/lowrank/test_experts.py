@@ -95,7 +95,7 @@ def test_every_expert_has_its_own_rank(tmp_path: Path) -> None:
                     for part in weight.split(half):
                         part.copy_(torch.randn(half, rank) @ torch.randn(rank, part.shape[1]) * 0.01)
     dense.save_pretrained(tmp_path / "dense")
-    report = compress(tmp_path / "dense", output=tmp_path / "small", tolerance=1e-3)
+    report = compress(tmp_path / "dense", output=tmp_path / "small", tolerance=1e-3, prefer="size")
     found = {plan.name: plan.rank for plan in report.plan.layers if ".experts." in plan.name}
     assert len(found) == 2 * 4 * 3
     for name, rank in found.items():
@@ -112,7 +112,7 @@ def test_with_calibration_experts_lose_less() -> None:
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(10)  # so that the experts matter
     *examples, held_out = torch.randint(3, 20, (7, 6, 9))
-    only: dict[str, Any] = {"keep": 0.5, "include": ["*.experts.*"]}
+    only: dict[str, Any] = {"keep": 0.5, "include": ["*.experts.*"], "prefer": "size"}
     calibrated = compress(
         dense, **only, calibration=[{"input_ids": part} for part in examples], effort="balanced"
     ).model
@@ -172,7 +172,9 @@ def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
     with torch.no_grad():
         dense(input_ids=examples)
     routed = set(reached)
-    plan = compress(dense, keep=0.9, calibration=[{"input_ids": examples[:4]}, {"input_ids": examples[4:]}]).plan
+    plan = compress(
+        dense, keep=0.9, calibration=[{"input_ids": examples[:4]}, {"input_ids": examples[4:]}], prefer="size"
+    ).plan
     assert 0 < len(routed) <= 4
     for layer in plan.layers:
         if ".experts." in layer.name:
@@ -186,9 +188,9 @@ def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
 def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> None:
     dense = ARCHITECTURES[name].dense()
     dense.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, exclude=["*.experts.*"])
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, exclude=["*.experts.*"], prefer="size")
     loaded = ARCHITECTURES[name].load(tmp_path / "small")
-    in_memory: Any = compress(dense, keep=0.6, exclude=["*.experts.*"]).model
+    in_memory: Any = compress(dense, keep=0.6, exclude=["*.experts.*"], prefer="size").model
     for model in (loaded, in_memory):
         assert [type(experts) for experts in experts_of(model)] == [type(experts) for experts in experts_of(dense)]
     assert torch.equal(logits(loaded), logits(in_memory))
@@ -197,7 +199,7 @@ def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
     ARCHITECTURES["mixtral"].dense().save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6)
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
     whole = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "small")
     bare, loading = transformers.AutoModel.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not loading["missing_keys"]
@@ -208,7 +210,7 @@ def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
 
 def test_a_model_that_had_no_head_loads_with_one(tmp_path: Path) -> None:
     ARCHITECTURES["mixtral"].dense().model.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6)
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
     bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
     whole, loading = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert set(loading["missing_keys"]) == {"lm_head.weight"}
@@ -226,9 +228,9 @@ def test_experts_that_a_file_holds_together_are_passed_through(tmp_path: Path) -
     dense.save_pretrained(tmp_path / "dense")
     skipped = {each.layer.name for each in inspect(tmp_path / "dense").layers if not each.layer.eligible}
     assert "model.layers.0.mlp.experts.gate_up_proj" in skipped
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6)
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
     loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "small")
-    in_memory: Any = compress(dense, keep=0.6).model
+    in_memory: Any = compress(dense, keep=0.6, prefer="size").model
     assert torch.equal(logits(loaded), logits(in_memory))
     with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
         stored = file.get_tensor("model.layers.0.mlp.experts.gate_up_proj")

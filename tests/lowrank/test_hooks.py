@@ -141,7 +141,7 @@ def test_a_hook_that_is_bound_to_a_module_is_bound_to_its_copy() -> None:
     model[0].weight.data = torch.rand(8, 1) @ torch.rand(1, 8)
     model[1].forward = MethodType(lambda self, x: x, model[1])  # bound too, and above no layer
     model[0].register_forward_hook(model[1].hook)
-    small: Any = compress(model, tolerance=1e-6).model
+    small: Any = compress(model, tolerance=1e-6, prefer="size").model
     assert hasattr(small[0], "down")
     small[1].gain.data.fill_(5.0)
     x = torch.rand(2, 8)
@@ -179,7 +179,7 @@ def test_a_factory_that_hangs_hooks_on_its_layers_gets_them_back(tmp_path: Path)
     model, x = build(), torch.rand(4, 16)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     report = compress(tmp_path / "model.safetensors", keep=0.9, factory=build)
-    in_memory = compress(model, keep=0.9).model
+    in_memory = compress(model, keep=0.9, prefer="size").model
     assert in_memory is not None
     torch.testing.assert_close(load_model(str(report.output), build)(x), in_memory(x))
 
@@ -275,7 +275,7 @@ def test_a_layer_whose_hook_reads_its_weight_stays_dense(hook: Any) -> None:
     model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.rand(3, 32)
     model[0].register_forward_hook(hook)
     model[1].register_forward_hook(lambda layer, _, output: output * layer.in_features)
-    report = compress(model, keep=0.5)
+    report = compress(model, keep=0.5, prefer="size")
     assert {layer.name: layer.skip for layer in report.skipped} == {"0": "a hook reads its weight"}
     assert report.model is not None
     torch.testing.assert_close(report.model[0](x), model[0](x))  # type: ignore[index]
@@ -288,7 +288,7 @@ def test_layers_inside_a_replaced_forward_stay_dense_unless_it_is_bound(bound: b
     inner = model[0]
     own = inner.forward
     inner.forward = partial(lambda self, x: self[0](x) * 2, inner) if bound else lambda x: own(x) * 2
-    report = compress(model, keep=0.5)
+    report = compress(model, keep=0.5, prefer="size")
     skipped = {layer.name: layer.skip for layer in report.skipped}
     assert skipped == ({} if bound else {"0.0": "the forward of 0 was replaced"})
     small: Any = report.model
@@ -319,7 +319,7 @@ class Unregistered(nn.Module):
 )
 def test_a_layer_that_is_called_where_pytorch_does_not_see_it_stays_dense(hold: Any) -> None:
     model, x = Unregistered(hold).eval(), torch.randn(3, 16)
-    result = compress(model, tolerance=1e-3)
+    result = compress(model, tolerance=1e-3, prefer="size")
     assert result.model is not None
     assert [(layer.name, layer.rank) for layer in result.plan.layers] == [("other", 2)]
     assert [layer.skip for layer in result.skipped] == ["held refers to it too, and cannot be updated"]
@@ -348,7 +348,7 @@ def test_a_subclass_and_a_parametrization_keep_their_state_and_their_hooks(param
     model[0].register_forward_hook(lambda layer, _, output: output + layer.gain)
     if parametrized is not None:
         nn.utils.parametrize.register_parametrization(model[0], parametrized, nn.Hardtanh())
-    small: Any = compress(model, tolerance=1e-5).model
+    small: Any = compress(model, tolerance=1e-5, prefer="size").model
     assert isinstance(small[0], Scaled)
     assert small[0].note == "kept"
     torch.testing.assert_close(small(x), model(x), rtol=1e-3, atol=1e-3)
@@ -357,7 +357,7 @@ def test_a_subclass_and_a_parametrization_keep_their_state_and_their_hooks(param
 def test_the_dense_layers_hooks_are_left_alone() -> None:
     dense = nn.Linear(8, 8)
     handle = dense.register_forward_hook(lambda _, inputs, output: output * 2)
-    small = compress(nn.Sequential(dense), keep=0.5).model
+    small = compress(nn.Sequential(dense), keep=0.5, prefer="size").model
     assert small is not None
     handle.remove()
     x = torch.rand(2, 8)

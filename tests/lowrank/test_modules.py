@@ -53,7 +53,7 @@ def test_a_channel_pair_is_the_convolution_with_the_truncated_kernel(
 def test_a_linear_pair_is_the_layer_with_the_truncated_weight(form: str, bias: bool, sides: tuple[int, int]) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(*sides, bias=bias)
-    report = compress(dense, tolerance=0.6, form=form)  # type: ignore[arg-type]
+    report = compress(dense, tolerance=0.6, form=form, prefer="size")  # type: ignore[arg-type]
     low_rank = report.model
     assert isinstance(low_rank, PivotedLinear if form == "pivoted" else LowRankLinear)
     left, values, right = torch.linalg.svd(dense.weight.detach().double(), full_matrices=False)
@@ -66,7 +66,7 @@ def test_a_linear_pair_is_the_layer_with_the_truncated_weight(form: str, bias: b
 @pytest.mark.parametrize("form", ["plain", "pivoted"])
 def test_a_dense_loader_stops_at_a_compressed_state(form: str) -> None:
     dense = nn.Linear(40, 40)
-    small = compress(dense, keep=0.5, form=form).model  # type: ignore[arg-type]
+    small = compress(dense, keep=0.5, form=form, prefer="size").model  # type: ignore[arg-type]
     assert small is not None
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         dense.load_state_dict(small.state_dict(), strict=False)
@@ -85,7 +85,7 @@ def test_flags_dtype_and_gradients_are_those_of_the_dense_layer() -> None:
 
 
 def test_low_rank_layers_train() -> None:
-    small = compress(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)), keep=0.6).model
+    small = compress(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 4)), keep=0.6, prefer="size").model
     assert small is not None
     small(torch.randn(5, 20)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in small.parameters())
@@ -166,7 +166,7 @@ class Recurrent(nn.Module):
 @pytest.mark.slow
 def test_a_model_with_factored_parameters_scripts_with_their_products_and_is_left_as_it_is() -> None:
     torch.manual_seed(0)
-    small = compress(Recurrent(), keep=0.5).model
+    small = compress(Recurrent(), keep=0.5, prefer="size").model
     assert small is not None
     state, x = {name: each.clone() for name, each in small.state_dict().items()}, torch.rand(3, 2, 16)
     assert "rnn.weight_ih_l0.down.weight" in state

@@ -127,4 +127,4 @@ def test_buffers_that_are_not_finite_are_copied_and_weights_are_refused(tmp_path
     network = nn.Sequential(nn.Linear(8, 8))
     network[0].weight.data[3, 3] = torch.nan
     with pytest.raises(BadInput, match=r"0\.weight: holds 1 NaN"):
-        compress(network, keep=0.5)
+        compress(network, keep=0.5, prefer="size")

@@ -36,7 +36,7 @@ class Folders:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("llama")
     ARCHITECTURES["llama"].dense().save_pretrained(root / "dense")
-    compress(root / "dense", output=root / "small", keep=0.6)
+    compress(root / "dense", output=root / "small", keep=0.6, prefer="size")
     return Folders(root / "dense", root / "small")
 
 
@@ -170,7 +170,14 @@ def test_dequantized_embeddings_are_tied_again(name: str, tmp_path: Path) -> Non
     architecture = ARCHITECTURES[name]
     assert architecture.tied is not None
     architecture.dense().save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, embeddings=True, include=["re:embed|wte"])
+    compress(
+        tmp_path / "dense",
+        output=tmp_path / "small",
+        keep=0.6,
+        embeddings=True,
+        include=["re:embed|wte"],
+        prefer="size",
+    )
     restore(tmp_path / "small", output=tmp_path / "restored")
     dequantized, restored = architecture.load(tmp_path / "small").dequantize(), architecture.load(tmp_path / "restored")
     for model in (dequantized, restored):
@@ -200,7 +207,7 @@ def test_without_this_package_loading_stops(tmp_path: Path) -> None:
     folders = []
     for name in ("llama", "gpt2", "mixtral"):
         ARCHITECTURES[name].dense().save_pretrained(tmp_path / name)
-        compress(tmp_path / name, output=tmp_path / f"small-{name}", keep=0.6)
+        compress(tmp_path / name, output=tmp_path / f"small-{name}", keep=0.6, prefer="size")
         folders.append(str(tmp_path / f"small-{name}"))
 
     def outcomes(first: str) -> list[str]:

@@ -68,7 +68,7 @@ def test_layers_that_stay_dense_leave_one_point() -> None:
 
 
 def test_a_curve_is_computed_where_it_is_shown_and_not_before() -> None:
-    compression = compress(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), keep=0.7)
+    compression = compress(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), keep=0.7, prefer="size")
     assert compression.metrics()
     assert "curve" not in vars(compression)
     assert compression.to_dict()["curve"]["parameters"] == list(

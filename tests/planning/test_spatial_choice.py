@@ -150,20 +150,20 @@ def test_each_filter_bank_gets_the_form_in_which_it_has_low_rank(form: str, cali
     dense.weight.data = filter_banks()[form]
     model = nn.Sequential(dense, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batches = [torch.randn(8, 12, 6, 6) for _ in range(4)] if calibrated else None
-    [layer] = plan(model, keep=0.3, calibration=batches).layers
+    [layer] = plan(model, keep=0.3, calibration=batches, prefer="size").layers
     assert (layer.form, layer.rank is not None and layer.rank >= 3) == (form, True)
     assert layer.error < 0.02
     if not calibrated:
-        [layer] = plan(model, tolerance=0.05).layers
+        [layer] = plan(model, tolerance=0.05, prefer="size").layers
         assert (layer.form, layer.rank) == (form, 3)
 
 
 def test_the_error_that_is_planned_without_data_is_that_of_what_is_stored() -> None:
     torch.manual_seed(0)
     dense = nn.Conv2d(8, 12, (3, 4))
-    report = compress(dense, keep=0.4)
+    report = compress(dense, keep=0.4, prefer="size")
     [layer] = report.plan.layers
-    [planned] = plan(dense, keep=0.4).layers
+    [planned] = plan(dense, keep=0.4, prefer="size").layers
     assert layer.form == "spatial"
     assert layer.error == pytest.approx(planned.error, rel=1e-4)
     assert report.spectra[""].shape == (min(12 * 4, 8 * 3),)
@@ -183,7 +183,7 @@ def test_a_plan_with_a_spatial_pair_that_does_not_exist_is_refused(
     layer: nn.Module, rank: int, message: str, *, tmp_path: Path
 ) -> None:
     model = nn.Sequential(layer)
-    document = plan(model, keep=0.9).to_dict()
+    document = plan(model, keep=0.9, prefer="size").to_dict()
     document["layers"][0] |= {"rank": rank, "form": "spatial"}
     (tmp_path / "plan.json").write_text(json.dumps(document))
     with pytest.raises(BadInput) as caught:

@@ -79,7 +79,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
 ) -> None:
     texts = folder.parent / "texts.npz"
     data = {} if options is None else {"calibration": texts, "calibration_samples": 16, **options}
-    result = compress(folder, output=tmp_path / "small", keep=0.3, **data)
+    result = compress(folder, output=tmp_path / "small", keep=0.3, prefer="size", **data)
     name = "relative Frobenius error" if options is None else "relative loss error"
     metrics: Any = {}
     if options is not None:
@@ -123,7 +123,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
 
 def test_an_error_above_one_is_explained() -> None:
     torch.manual_seed(0)
-    result = compress(nn.Linear(24, 16), keep=0.5)
+    result = compress(nn.Linear(24, 16), keep=0.5, prefer="size")
     [layer] = result.plan.layers
     assert above_one_words(result.plan.layers) is None
     result = replace(result, plan=replace(result.plan, layers=(replace(layer, name="head", error=1.02),)))
