@@ -8,8 +8,10 @@ the factors are called as everywhere else in the format, `X.down.weight` and `X.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from compressor.forms import FORMS, DenseWeight, StoredWeight
 from compressor.io import TensorInfo
 from compressor.lowrank.tensor_format import role_of
 from compressor.network import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
+
+# The products of the forward pass that is under way in this thread, with gradients and without.
+_products: ContextVar[dict[tuple[FactoredWeight, bool], Tensor] | None] = ContextVar("products", default=None)
 
 
 class FactoredWeight(nn.Module):
@@ -47,11 +52,22 @@ class FactoredWeight(nn.Module):
         return {info.name: info for info in FORMS[self.form].infos(self.stands_for, self.rank, dtype)}
 
     def forward(self, *factors: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or factors[0].device.type != "cpu":
-            self._forget()
+        if torch.compiler.is_compiling():
             return self._product(*factors)
-        # Modules ask several times in a pass. To compare the factors costs a small part of multiplying them, and sees
-        # changes that PyTorch's own version counters do not.
+        if not torch.is_grad_enabled() and factors[0].device.type == "cpu":
+            return self._last_product(*factors)
+        self._forget()
+        # Modules ask several times in a pass. Whether factors are what they were in the last pass cannot be told: to
+        # compare them would make the device wait, and PyTorch's counters of changes miss fused optimizers and `data`.
+        found, key = _products.get(), (self, torch.is_grad_enabled())
+        if found is None:
+            return self._product(*factors)
+        if key not in found:
+            found[key] = self._product(*factors)
+        return found[key]
+
+    def _last_product(self, *factors: Tensor) -> Tensor:
+        """The product, which is kept: on a CPU to compare the factors costs a small part of multiplying them."""
         last: list[Tensor | None] = [getattr(self, f"last_{role_of(name)}") for name in self.trained]
         product: Tensor | None = self.last_product
         if product is None or not all(map(_same, factors, last)):
@@ -119,7 +135,28 @@ def put_factors(module: nn.Module, parameter: str, form: str, *, rank: int, like
     if len(factored_parameters(module)) == 1:
         module.register_state_dict_post_hook(_as_stored)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_as_registered)  # type: ignore[no-untyped-call]
+        _share_products(type(module))
     _tell_recurrent(module)
+
+
+def _share_products(parametrized: type[nn.Module]) -> None:
+    """Let each product be computed once in a forward pass of a class that PyTorch made for one module.
+
+    A hook would do that too, but attention takes a slower path where it has hooks.
+    """
+    inherited = parametrized.forward
+
+    @functools.wraps(inherited)
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        if torch.compiler.is_compiling() or _products.get() is not None:
+            return inherited(self, *arguments, **keywords)
+        token = _products.set({})
+        try:
+            return inherited(self, *arguments, **keywords)
+        finally:
+            _products.reset(token)
+
+    setattr(parametrized, "forward", forward)  # noqa: B010 - the type says that a method is not assigned
 
 
 def fill_factors(module: nn.Module, parameter: str, tensors: Mapping[str, Tensor]) -> None:
