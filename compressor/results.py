@@ -15,7 +15,7 @@ from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
 from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
-from compressor.evaluation import Evaluation
+from compressor.evaluation import Evaluation, TimedWorkload
 from compressor.formatting import format_size
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
@@ -133,6 +133,7 @@ class Compression(DisplayedLayers):
         parameters: The numbers in all tensors, before and after.
         bytes: The size of the weight files, before and after. With a base, what is stored beside the base is `after`.
         evaluation: Quality and cost on `data`, beside the dense model; None without `data`.
+        latency: The model timed beside the dense one in every workload; empty where speed was not asked for.
         seconds: How long it took.
         peak_memory_bytes: The most memory that the process used.
         skipped: The matrices that are not eligible, each with the reason.
@@ -178,6 +179,7 @@ class Compression(DisplayedLayers):
     not_copied: tuple[NotCopied, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
+    latency: tuple[TimedWorkload, ...] = ()
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -253,6 +255,7 @@ class Compression(DisplayedLayers):
             "fine_tune": None if self.fine_tune is None else asdict(self.fine_tune),
             "not_copied": [each._asdict() for each in self.not_copied],
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
+            **({"latency": [each.to_dict() for each in self.latency]} if self.latency else {}),
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Unpack
 
 from torch import nn
@@ -16,6 +15,7 @@ from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
 from compressor.api.keywords import CompressKeywords, PlanKeywords
+from compressor.api.latency import Prepared, prepared, requested_speed, require_speed
 from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
@@ -161,20 +161,26 @@ def compress(
     _announce(asked, subject, data, run=run)
     inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
     measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
+    measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
     _require_some(measured, subject.name)
-    planned = _planned(asked, subject, measured, data=data, run=run)
+    speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
+    ready = prepared(speed, subject, measured, request=_request(asked, subject))
+    planned = _planned(asked, subject, ready, data=data, run=run)
     rewriting = _rewriting(asked, subject, planned)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
     with written(artifact, target) as made:
         planned.factors.clear()
-        evaluation = _evaluated(asked, subject, made.model, data=data.report, run=run)
+        compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)
+        latency = require_speed(speed, subject, compressed_model, limit=asked.max_latency)
+        evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)
         compression = replace(
             _compression(subject, measured, rewriting, artifact=artifact, made=made),
             output=None if target is None else str(target.path),
             plan=planned.plan.with_errors(errors.of),
             evaluation=evaluation,
+            latency=latency,
         )
         compression = replace(compression, warnings=warning_words(compression))
         if target is not None:
@@ -183,7 +189,7 @@ def compress(
     compression = replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),
-        measured=tuple(planned.weighted or measured),
+        measured=tuple(planned.weighted or ready.measured),
     )
     pushed = None if target is None else target.push()
     return replace(compression, form=asked.form, pushed=pushed, seconds=time.monotonic() - started)
@@ -222,15 +228,9 @@ def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:
     return asked.calibration_settings or CalibrationSettings.of(asked.effort)
 
 
-def _planned(
-    asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer], *, data: _Data, run: Run
-) -> PlannedModel:
-    """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
-    calibrated = None
-    if data.calibration is not None:
-        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
-        calibrated = calibrate(dense, layers, data.calibration, run=run, settings=_calibration_settings(asked))
-    request = PlanRequest(
+def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
+    """What the plan must meet."""
+    return PlanRequest(
         budget=requested_budget(asked),
         given=asked.plan,
         form=asked.form,
@@ -238,6 +238,14 @@ def _planned(
         provenance=provenance(asked, subject.checkpoint),
         settings=asked.planning_settings or PLANNING,
     )
+
+
+def _planned(asked: CompressOptions, subject: Model, ready: Prepared, *, data: _Data, run: Run) -> PlannedModel:
+    """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
+    measured, request, calibrated = ready.measured, ready.request, None
+    if data.calibration is not None:
+        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
+        calibrated = calibrate(dense, layers, data.calibration, run=run, settings=_calibration_settings(asked))
     gate = None if data.search is None else DropGate(data.search, run)
     if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
@@ -248,8 +256,8 @@ def _planned(
     if request.budget is None:
         _require_worthwhile(subject, measured, planned.plan, request=request)
     if planned.plan.budget.kind != "plan":
-        _require_smaller(subject, planned.plan, dry_run=asked.dry_run)
-    return planned
+        _require_smaller(subject, measured, planned.plan, dry_run=asked.dry_run)
+    return replace(planned, plan=ready.stated(subject, planned.plan))
 
 
 def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) -> Rewriting:
@@ -268,16 +276,15 @@ def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) ->
 def _evaluated(
     asked: CompressOptions,
     subject: Model,
-    made: Path | nn.Module | None,
+    compressed_model: Model | None,
     *,
     data: EvaluationData | None,
     run: Run,
 ) -> Evaluation | None:
     """What was made compared with the dense model; `QualityGateNotMet` where it lost more than was allowed."""
-    if data is None or made is None:
+    if data is None or compressed_model is None:
         return None
-    compressed_model, timing = open_runnable(made, subject.factory), timing_settings(asked)
-    evaluation = evaluate_models(subject, compressed_model, data, run=run, timing=timing)
+    evaluation = evaluate_models(subject, compressed_model, data, run=run, timing=timing_settings(asked))
     _require_allowed_drop(evaluation, asked, subject.name)
     return evaluation
 
@@ -359,16 +366,17 @@ def _require_worthwhile(
     raise QualityGateNotMet(f"{subject.name}: {found} ({chosen.budget}); {remedy}")
 
 
-def _require_smaller(subject: Model, chosen: Plan, *, dry_run: bool) -> None:
+def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: Plan, *, dry_run: bool) -> None:
     """Raise `QualityGateNotMet` where every layer stays dense, or tensors grow, as copies of tied ones do.
 
     A model that is no larger than a `max_size` as it is has what was asked for.
     """
     unchanged = all(layer.rank is None for layer in chosen.layers)
     if unchanged and chosen.budget.kind != "max-size" and not dry_run:
+        by_size = ", or for its size alone with `prefer='size'`" if any(m.latency for m in measured) else ""
         raise QualityGateNotMet(
             f"{subject.name}: every layer would stay dense ({chosen.budget}), so that nothing would be smaller; ask for"
-            " less, such as `keep=0.8`, or for a larger `tolerance`"
+            f" less, such as `keep=0.8`, or for a larger `tolerance`{by_size}"
         )
     before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
     infos = rewritten_infos(Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen))

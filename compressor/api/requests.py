@@ -13,7 +13,6 @@ from compressor.api.options import (
     LayerOptions,
     MetricOptions,
     PlanOptions,
-    SpeedOptions,
 )
 from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Preference, Split
@@ -37,12 +36,13 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
     return checked_budget(Budget(kind, value, given.get("max-latency"), given.get("max-drop")))
 
 
-def preferred(asked: SpeedOptions) -> Preference:
-    """Whether forms and ranks are chosen for speed or for size."""
+def preferred(asked: PlanOptions, model: Model) -> Preference:
+    """Whether forms and ranks are chosen for speed or for size; those of a given plan are chosen already."""
+    if asked.plan is not None:
+        return "size"
     if asked.prefer is not None:
         return asked.prefer
-    about_speed = {"max_latency", "target_device"}
-    return "speed" if about_speed & asked.given else "size"
+    return "speed" if {"max_latency", "target_device"} & asked.given else "size"
 
 
 def timing_settings(asked: CompressOptions | EvaluateOptions) -> TimingSettings:

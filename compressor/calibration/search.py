@@ -33,6 +33,7 @@ from compressor.planning import (
     MeasuredLayer,
     Plan,
     PlanningSettings,
+    TimeLimit,
     apply_edits,
     choose_ranks,
     default_budget,
@@ -40,6 +41,7 @@ from compressor.planning import (
     predicted_loss,
     rank_caps,
     window_rule_advice,
+    with_latency,
 )
 
 logger = logging.getLogger(__name__)
@@ -99,8 +101,8 @@ def open_calibration_data(
 class PlanRequest:
     """What a plan must meet: a budget, or the ranks of a given plan; without either the default budget applies.
 
-    `shard_size` is the most bytes of a weight file, and `provenance` is in what a file says of itself: both are part of
-    the size that a budget is about.
+    `limit` is what a budget that limits the latency comes to. `shard_size` is the most bytes of a weight file, and
+    `provenance` is in what a file says of itself: both are part of the size that a budget is about.
     """
 
     budget: Budget | None = None
@@ -109,6 +111,7 @@ class PlanRequest:
     shard_size: int
     provenance: Provenance | None = None
     settings: PlanningSettings = PLANNING
+    limit: TimeLimit | None = None
 
     def file_bytes(self, subject: Model, plan: Plan) -> int:
         """Size of the weight files that a plan leads to, headers included, without writing them."""
@@ -143,10 +146,11 @@ def plan_ranks(
     def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
         if given is not None:
             return apply_edits(given, layers, where)
-        return choose_ranks(layers, budget, request.form, file_bytes=file_bytes, exponent=exponent)
+        form, limit = request.form, request.limit
+        return choose_ranks(layers, budget, form, file_bytes=file_bytes, exponent=exponent, limit=limit)
 
     if calibration is None:
-        return PlannedModel(replace(bare, layers=allocate(measured, bare.budget)))
+        return PlannedModel(replace(bare, layers=with_latency(measured, allocate(measured, bare.budget))))
     settings = calibration.settings
     weighted = weighted if weighted is not None else weighted_layers(measured, calibration)
     search = Search(calibration, weighted, allocate, settings.exponents, judge=judge)
@@ -164,7 +168,7 @@ def plan_ranks(
         )
     factors = _with_errors(subject, calibration, found)
     layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in found.layers)
-    plan = replace(bare, layers=layers, calibration=_result(calibration, found))
+    plan = replace(bare, layers=with_latency(measured, layers), calibration=_result(calibration, found))
     return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted)
 
 

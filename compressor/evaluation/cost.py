@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -67,6 +67,9 @@ class TimingSettings:
     layer_seconds: float = 4.0
     """Seconds in which single layers are timed beside their pairs, all together, where speed is asked for."""
 
+    gate_seconds: float = 1.0
+    """Seconds of timing for each workload, where what a whole model takes decides whether it is good enough."""
+
     margin: float = 0.03
     """By how much a measured ratio to the dense model may exceed the one that is allowed."""
 
@@ -107,6 +110,23 @@ class Latency:
     compressed_seconds: float
     ratio: float | None
     repeats: int
+
+
+@dataclass(frozen=True)
+class TimedWorkload:
+    """A model timed beside the dense one in a workload, such as `decode, batch 1`."""
+
+    workload: str
+    latency: Latency
+
+    @property
+    def ratio(self) -> float:
+        """Its time over that of the dense model."""
+        assert self.latency.ratio is not None
+        return self.latency.ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"workload": self.workload, **asdict(self.latency)}
 
 
 def stored_tensors(model: nn.Module) -> Iterator[Tensor]:

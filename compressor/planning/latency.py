@@ -102,8 +102,11 @@ class TimeLimit:
         rest = np.array(self.rest)
         return np.asarray(self.ratio * np.array(self.corrections) * (rest + dense) - rest)
 
+    def ratios(self, dense: Seconds, chosen: Seconds) -> Seconds:
+        """Predicted seconds of the whole model in each workload, as ratios to the dense one."""
+        rest = np.array(self.rest)
+        return np.asarray((rest + chosen) / np.maximum(rest + dense, np.finfo(np.float64).tiny))
+
     def least_ratio(self, dense: Seconds, least: Seconds) -> float:
         """The smallest ratio that could be asked for, by the least seconds of all layers in each workload."""
-        rest = np.array(self.rest)
-        used = dense + rest > 0
-        return float(((rest + least) / (rest + dense) / np.array(self.corrections))[used].max(initial=0.0))
+        return float((self.ratios(dense, least) / np.array(self.corrections)).max())

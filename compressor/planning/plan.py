@@ -576,6 +576,11 @@ def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit:
     return sum(int(layer_choices(m, request, unit).choices.cost.min()) for m in measured)
 
 
+def has_pairs(measured: Sequence[MeasuredLayer], request: FormRequest) -> bool:
+    """Whether any layer can become a pair at any rank."""
+    return any(form != DENSE for m in measured for form in layer_choices(m, request, "parameters").forms)
+
+
 def dense_seconds(measured: Sequence[MeasuredLayer]) -> Seconds:
     """Predicted seconds of all dense layers together in each workload."""
     return np.asarray(sum(m.latency.dense(m.layer) for m in measured if m.latency is not None))

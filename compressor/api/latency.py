@@ -1,0 +1,338 @@
+"""Speed: on which device and in which workloads a model is to be fast, what its plan takes there, and what it may."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.api.options import CompressOptions
+from compressor.api.requests import preferred, timing_settings
+from compressor.calibration import CalibrationData
+from compressor.calibration.search import PlanRequest, plan_ranks
+from compressor.choices import FormRequest
+from compressor.data import EvaluationData
+from compressor.errors import BadInput, QualityGateNotMet
+from compressor.evaluation import (
+    PairTimer,
+    TimedWorkload,
+    TimingSettings,
+    measure_latency,
+    unfilled_module,
+)
+from compressor.latency import DeviceProfile, LayerUse, Workload, device_profile, shipped_profile
+from compressor.lowrank import Rewriting
+from compressor.model import Model, layer_uses, scaled
+from compressor.model.example_inputs import architecture_of, example_inputs, is_transformer
+from compressor.planning import (
+    Budget,
+    LayerLatency,
+    LayerPlan,
+    MeasuredLayer,
+    Plan,
+    TimeLimit,
+    dense_seconds,
+    has_pairs,
+    smallest_size,
+)
+from compressor.progress import Run
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A device, and the workloads that a model is to be fast in there.
+
+    Attributes:
+        profile: What is known of the device.
+        workloads: The workloads.
+        inputs: Inputs for each of them.
+        uses: For each of them how it uses the layers, by name.
+        at_hand: Whether the device is the one at hand, on which things can be timed.
+        timing: How they are.
+        run: The device at hand, and the random seed.
+        rank_multiple: What ranks are to be multiples of; None for what the device likes.
+    """
+
+    profile: DeviceProfile
+    workloads: tuple[Workload, ...]
+    inputs: tuple[Inputs, ...]
+    uses: tuple[Mapping[str, LayerUse], ...]
+    at_hand: bool
+    timing: TimingSettings
+    run: Run
+    rank_multiple: int | None = None
+
+    def of_layers(self, subject: Model, measured: Sequence[MeasuredLayer]) -> list[MeasuredLayer]:
+        """The layers with what is known of their time."""
+        latencies = (
+            LayerLatency(
+                self.profile,
+                subject.checkpoint.tensors[m.layer.tensor].dtype,
+                self.workloads,
+                tuple(uses.get(m.layer.name) for uses in self.uses),
+            )
+            for m in measured
+        )
+        return [
+            replace(m, latency=latency, rank_multiple=self._multiple(m, latency.dtype), stays_dense=self._unknown(m))
+            for m, latency in zip(measured, latencies, strict=True)
+        ]
+
+    def _multiple(self, m: MeasuredLayer, dtype: torch.dtype) -> int:
+        """What ranks are multiples of: as asked, else as the device likes it while a layer has a few such ranks."""
+        if self.rank_multiple is not None:
+            return self.rank_multiple
+        multiple = self.profile.rank_multiple(m.layer.kind, dtype)
+        while multiple > 1 and 4 * multiple > min(m.layer.shape):
+            multiple //= 2
+        return multiple
+
+    def _unknown(self, m: MeasuredLayer) -> str | None:
+        unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)
+        return "how its module uses it is unknown" if unknown else m.stays_dense
+
+    def seconds(self, dense: nn.Module) -> list[float]:
+        """What the dense model takes in every workload."""
+        device, timing = self.run.device, self._of_gates
+        timed = (measure_latency(dense, inputs, device=device, timing=timing) for inputs in self.inputs)
+        return [each.compressed_seconds for each in timed]
+
+    @property
+    def _of_gates(self) -> TimingSettings:
+        return replace(self.timing, enough_seconds=min(self.timing.gate_seconds, self.timing.enough_seconds))
+
+    def timed(self, compressed: nn.Module, dense: nn.Module) -> tuple[TimedWorkload, ...]:
+        """A whole model timed beside the dense one, in every workload."""
+        device, timing = self.run.device, self._of_gates
+        return tuple(
+            TimedWorkload(
+                workload.name, measure_latency(compressed, inputs, baseline=dense, device=device, timing=timing)
+            )
+            for workload, inputs in zip(self.workloads, self.inputs, strict=True)
+        )
+
+
+def requested_speed(
+    asked: CompressOptions,
+    subject: Model,
+    data: Sequence[CalibrationData | EvaluationData | None],
+    *,
+    run: Run,
+) -> Speed | None:
+    """The device and the workloads that a model is asked to be fast in; None where it is asked to be small.
+
+    So is a model that cannot be run, with a warning. Its examples come from the first of the `data`, or are random.
+
+    Raises:
+        BadInput: a latency is asked for of a model that cannot be run, or constants of a device that is not known.
+    """
+    if preferred(asked, subject) == "size":
+        return None
+    target = asked.target_device
+    shipped = shipped_profile(target) if isinstance(target, str) else target
+    try:
+        subject.require_runnable()
+        found = _workloads(subject, data, timing_settings(asked).batch, run=run)
+    except BadInput as error:
+        if asked.max_latency is not None:
+            raise
+        logger.warning("%s is compressed for its size, for how fast it would be is unknown: %s", subject.name, error)
+        return None
+    timing = timing_settings(asked)
+    dtypes = {subject.checkpoint.tensors[layer.tensor].dtype for layer in subject.layers if layer.eligible}
+    at_hand = timing.profile or (device_profile(run, sorted(dtypes, key=str)) if shipped is None else None)
+    profile = shipped or at_hand
+    assert profile is not None
+    if shipped is not None:
+        logger.warning("planned for %s by its constants alone: nothing was measured", profile.name)
+    workloads, inputs, uses = (tuple(each) for each in zip(*found, strict=True))
+    return Speed(
+        profile,
+        workloads,
+        inputs,
+        uses,
+        at_hand=shipped is None,
+        timing=timing,
+        run=run,
+        rank_multiple=asked.rank_multiple,
+    )
+
+
+def _workloads(
+    subject: Model, data: Sequence[CalibrationData | EvaluationData | None], batch: Sequence[int], *, run: Run
+) -> Iterator[tuple[Workload, Inputs, Mapping[str, LayerUse]]]:
+    """Each workload with inputs for it, and how it uses the layers."""
+    layers = [layer for layer in subject.layers if layer.eligible]
+    found = []
+    for what, example in _kinds(subject, _example(subject, data, run.seed)):
+        uses = layer_uses(subject, layers, example, device=run.device)
+        for size in batch:
+            inputs = {name: each.repeat_interleave(size, 0) for name, each in example.items()}
+            by_size = {name: scaled(use, size) for name, use in uses.items()}
+            found.append((Workload(f"{what}batch {size}", size), inputs, by_size))
+    return iter(found)
+
+
+def _example(subject: Model, data: Sequence[CalibrationData | EvaluationData | None], seed: int) -> Inputs:
+    """One example: of the data where they have such, else a random one."""
+    for each in data:
+        if each is not None:
+            batch = each.fit[0] if isinstance(each, CalibrationData) else each.read(range(1))
+            if batch.inputs and batch.aligned:
+                return batch[:1].inputs
+    return example_inputs(subject, 1, generator=torch.Generator().manual_seed(seed))
+
+
+def _kinds(subject: Model, example: Inputs) -> list[tuple[str, Inputs]]:
+    """The ways in which a model is run: of one that generates text also one token after the other."""
+    module = architecture_of(subject)
+    tokens = example.get("input_ids")
+    generates = is_transformer(module) and getattr(module, "can_generate", bool)()
+    if tokens is None or tokens.shape[1] < 2 or not generates or module.config.is_encoder_decoder:
+        return [("", example)]
+    first = {name: each[:, :1] if each.shape == tokens.shape else each for name, each in example.items()}
+    return [("decode, ", first), ("prefill, ", example)]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a model is to be planned by: its layers, and what is asked for; `pairs` times the layers of the plan."""
+
+    measured: Sequence[MeasuredLayer]
+    request: PlanRequest
+    pairs: PairTimer | None = None
+
+    def stated(self, subject: Model, plan: Plan) -> Plan:
+        """The plan with what its layers take, as far as there is time left to measure it."""
+        if self.pairs is None:
+            return plan
+        return replace(plan, layers=self.pairs.timed(_rewriting(subject, plan), self.measured))
+
+
+def prepared(
+    speed: Speed | None, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest
+) -> Prepared:
+    """Time a plan that is made without data, before any factor is computed, and correct what it shows to be wrong.
+
+    Layers whose pairs turn out slower than dense stay dense. Where the whole model misses the latency that is asked
+    for, the limit is corrected once, by what was measured over what was predicted. Without a speed all stays as it is.
+
+    Raises:
+        QualityGateNotMet: no layer would be faster, or the model would be slower than the dense one.
+    """
+    if speed is None:
+        return Prepared(measured, request)
+    measured = speed.of_layers(subject, measured)
+    _require_some_faster(speed, subject, measured, form=request.form)
+    request = replace(request, limit=_limit(speed, subject, measured, budget=request.budget))
+    if not speed.at_hand:
+        return Prepared(measured, request)
+    dense = subject.with_separate_experts
+    pairs = PairTimer(dense, speed.run.device, speed.timing)
+    plan = _first_plan(subject, measured, request)
+    slower = [_slower_words(each, speed) for each in pairs.timed(_rewriting(subject, plan), measured)]
+    if any(slower):
+        measured = [replace(m, stays_dense=words or m.stays_dense) for m, words in zip(measured, slower, strict=True)]
+        plan = _first_plan(subject, measured, request)
+    if plan.factorized:
+        whole = speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+        if request.limit is None:
+            _require_fast(speed, subject, whole, limit=None)
+        else:
+            request = replace(request, limit=_corrected(request.limit, measured, plan, whole=whole))
+    return Prepared(measured, request, pairs)
+
+
+def require_speed(
+    speed: Speed | None, subject: Model, compressed: Model | None, *, limit: float | None
+) -> tuple[TimedWorkload, ...]:
+    """The finished model timed beside the dense one; nothing where no speed was asked for, or nothing can be timed.
+
+    Raises:
+        QualityGateNotMet: it is slower than the ratio that was asked for, or without one than the dense model.
+    """
+    if speed is None or compressed is None or not speed.at_hand:
+        return ()
+    whole = speed.timed(compressed.module, subject.module)
+    _require_fast(speed, subject, whole, limit=limit)
+    return whole
+
+
+def _require_some_faster(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, form: FormRequest) -> None:
+    if has_pairs(measured, form) or not has_pairs([replace(m, latency=None) for m in measured], form):
+        return
+    raise QualityGateNotMet(
+        f"{subject.name}: no layer would be smaller and faster on {speed.profile.name} at any rank; ask for its size"
+        " alone with `prefer='size'`"
+    )
+
+
+def _require_fast(speed: Speed, subject: Model, whole: Sequence[TimedWorkload], *, limit: float | None) -> None:
+    worst = max(whole, key=lambda each: each.ratio)
+    if worst.ratio <= (1.0 if limit is None else limit) + speed.timing.margin:
+        return
+    found = f"{subject.name}: the compressed model takes {worst.ratio:.2f}x the time of the dense one"
+    found = f"{found} ({worst.workload})"
+    if limit is None:
+        raise QualityGateNotMet(f"{found}; keep less, or ask for its size alone with `prefer='size'`")
+    raise QualityGateNotMet(f"{found}, more than `max_latency` {limit:g}; allow more, or keep less")
+
+
+def _limit(
+    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, budget: Budget | None
+) -> TimeLimit | None:
+    """What the ratio that is asked for comes to: the rest of the model is what it takes beside its layers."""
+    ratio = None if budget is None else budget.latency_limit
+    if ratio is None:
+        return None
+    ones = (1.0,) * len(speed.workloads)
+    if not speed.at_hand:
+        return TimeLimit(ratio, (0.0,) * len(ones), ones)
+    whole, layers = speed.seconds(subject.module), dense_seconds(measured)
+    rest = (max(0.0, each - float(own)) for each, own in zip(whole, layers, strict=True))
+    return TimeLimit(ratio, tuple(rest), ones)
+
+
+def _corrected(
+    limit: TimeLimit, measured: Sequence[MeasuredLayer], plan: Plan, *, whole: Sequence[TimedWorkload]
+) -> TimeLimit:
+    """The limit with which a plan would have met it, in the workloads in which it was missed."""
+    chosen = [layer.latency for layer in plan.layers if layer.latency is not None]
+    seconds = np.array([[each.predicted.chosen for each in latency] for latency in chosen]).sum(axis=0)
+    predicted = limit.ratios(dense_seconds(measured), seconds)
+    return replace(
+        limit,
+        corrections=tuple(
+            min(1.0, float(ratio) / each.ratio) if each.ratio > limit.ratio else 1.0
+            for ratio, each in zip(predicted, whole, strict=True)
+        ),
+    )
+
+
+def _first_plan(subject: Model, measured: Sequence[MeasuredLayer], request: PlanRequest) -> Plan:
+    """A plan without data, to be timed; of a search by drop the size that it begins with."""
+    if request.budget is not None and request.budget.kind == "max-drop":
+        least = smallest_size(measured, request.form, "parameters") / sum(m.layer.parameters for m in measured)
+        request = replace(request, budget=Budget("keep", min(1.0, (1 + least) / 2)))
+    return plan_ranks(subject, measured, request).plan
+
+
+def _rewriting(subject: Model, plan: Plan) -> Rewriting:
+    return Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan)
+
+
+def _slower_words(plan: LayerPlan, speed: Speed) -> str | None:
+    """That a pair was measured to be slower than its dense layer; None where it was not."""
+    measured = (each.measured for each in plan.latency or ())
+    ratio = max((each.chosen / each.dense for each in measured if each is not None and each.dense > 0), default=0.0)
+    if ratio <= 1 + speed.timing.margin:
+        return None
+    return f"a pair of rank {plan.rank} was measured to take {ratio:.2f}x the time on {speed.profile.name}"
