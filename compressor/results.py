@@ -15,7 +15,7 @@ from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
 from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
-from compressor.evaluation import Evaluation, TimedWorkload
+from compressor.evaluation import Evaluation, SizeChange, TimedWorkload, Verdict, latency_changes
 from compressor.formatting import format_size
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
@@ -190,6 +190,16 @@ class Compression(DisplayedLayers):
             f" {format_size(self.bytes.after)}{score}>"
         )
 
+    @property
+    def verdict(self) -> Verdict:
+        """What became of the model, as `str` says it in a line: smaller, faster, as good?"""
+        return Verdict(
+            SizeChange(self.bytes.before, self.bytes.after),
+            () if self.evaluation is None else latency_changes(self.evaluation.latency),
+            None if self.evaluation is None else self.evaluation.quality,
+            beside_base=self.fine_tune is not None,
+        )
+
     @cached_property
     def curve(self) -> SizeCurve | None:
         """What other sizes would lose, by the measurements behind the plan; None for a fine-tune's difference."""
@@ -231,6 +241,8 @@ class Compression(DisplayedLayers):
         before, after = self.plan.eligible_before, self.plan.eligible_after
         return {
             "schema_version": SCHEMA_VERSION,
+            "verdict": str(self.verdict),
+            "changes": self.verdict.to_dict(),
             "source": self.source,
             "output": self.output,
             "command": self.command,

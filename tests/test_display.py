@@ -6,6 +6,7 @@ import pickle
 import re
 import sys
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def test_the_repr_is_short_and_str_is_the_page() -> None:
     for verb, result in results().items():
         assert len(repr(result)) <= 300, verb
         assert "\n" not in repr(result)
-        assert str(result).startswith(("model", "          "))
+        first = str(result).splitlines()[0]
+        assert first == str(result.verdict) if hasattr(result, "verdict") else first.startswith("model"), verb
         assert all(len(line) <= 80 and "\x1b" not in line for line in str(result).splitlines()), verb
 
 
@@ -121,6 +123,10 @@ class Cells(HTMLParser):
 def test_html_holds_the_rows_of_the_tables_and_loads_nothing() -> None:
     for result in results().values():
         html = result._repr_html_()
+        if hasattr(result, "verdict"):
+            first = html.split("</style>")[1].lstrip().split("\n")[0]
+            assert first.startswith('<p class="verdict">')
+            assert re.sub(r"<[^>]*>", "", first) == escape(str(result.verdict))
         cells = Cells(html).cells
         for block in draw(result).blocks:
             if isinstance(block, LayerTable):

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import compressor
+from tests.measured import without_times
 
 pytestmark = pytest.mark.frozen
 
@@ -493,7 +494,7 @@ def tensors(named: dict[str, Tensor]) -> dict[str, str]:
 
 
 def without_volatile(value: Any, folder: str) -> Any:
-    """A document without durations, memory, versions and the folder that it was made in."""
+    """A document without what was timed, memory, versions and the folder that it was made in."""
     if isinstance(value, dict):
         return {
             key: "VOLATILE" if VOLATILE_KEYS.fullmatch(key) and item is not None else without_volatile(item, folder)
@@ -501,7 +502,9 @@ def without_volatile(value: Any, folder: str) -> Any:
         }
     if isinstance(value, list | tuple):
         return [without_volatile(item, folder) for item in value]
-    return VERSION.sub("VERSION", value.replace(folder, "FOLDER")) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return VERSION.sub("VERSION", without_times(value.replace(folder, "FOLDER")))
 
 
 def environment() -> dict[str, str]:

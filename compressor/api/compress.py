@@ -127,7 +127,7 @@ def compress(
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
-    same bytes.
+    same bytes, but for the times that a card states.
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.

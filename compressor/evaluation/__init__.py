@@ -17,25 +17,34 @@ from compressor.evaluation.cost import (
     process_memory,
 )
 from compressor.evaluation.custom_metric import PARTS
-from compressor.evaluation.evaluate import Evaluation, compare
+from compressor.evaluation.evaluate import Evaluation, compare, latency_changes
 from compressor.evaluation.layer_latency import PairTimer, unfilled_module
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
+from compressor.evaluation.verdict import Change, LatencyChange, QualityChange, Remark, SizeChange, Verdict, judged
 
 __all__ = [
     "PARTS",
     "TIMING",
+    "Change",
     "Cost",
     "Evaluation",
     "Latency",
+    "LatencyChange",
     "PairTimer",
     "Quality",
+    "QualityChange",
+    "Remark",
+    "SizeChange",
     "TimedWorkload",
     "TimingSettings",
+    "Verdict",
     "compare",
     "count_bytes",
     "count_macs",
     "count_parameters",
     "drop_error",
+    "judged",
+    "latency_changes",
     "measure_cost",
     "measure_latency",
     "measure_peak_memory",

@@ -22,7 +22,8 @@ from compressor.evaluation.cost import (
     measure_latency,
     stored_cost,
 )
-from compressor.evaluation.metrics import accepts, measure_quality, quality_drop
+from compressor.evaluation.metrics import Quality, accepts, drop_error, measure_quality, quality_drop
+from compressor.evaluation.verdict import LatencyChange, QualityChange, SizeChange, Verdict, finite_or_words
 from compressor.model import resolve_device
 from compressor.progress import Progress
 
@@ -37,6 +38,8 @@ class Evaluation(Displayed):
         compressed: The metric of the model.
         drop: How much worse the model is: accuracy lost, as a fraction, the increase in perplexity, or the change for
             the worse in the unit of the caller's own metric.
+        drop_error: The standard error of the drop, over the examples; None with a metric of the caller's own, and where
+            there is one example.
         baseline_loss: The loss of the baseline, in nats per prediction; None with a metric of the caller's own.
         compressed_loss: The loss of the model, in nats per prediction; None with a metric of the caller's own.
         count: The number of predictions; with a metric of the caller's own, of examples.
@@ -67,6 +70,7 @@ class Evaluation(Displayed):
     compressed_cost: Cost
     latency: tuple[Latency, ...]
     higher_is_better: bool | None = None
+    drop_error: float | None = None
 
     def __repr__(self) -> str:
         return f"<Evaluation on {self.data}: {self.score}, {self.count:,} predictions, {self.device}>"
@@ -77,17 +81,42 @@ class Evaluation(Displayed):
         before = "" if self.baseline is None else f"{self.baseline:.4g} to "
         return f"{self.metric} {before}{self.compressed:.4g}"
 
+    @property
+    def quality(self) -> QualityChange:
+        """The metric before and after."""
+        return QualityChange(
+            self.metric,
+            before=self.baseline,
+            after=self.compressed,
+            drop=self.drop,
+            drop_error=self.drop_error,
+            higher_is_better=self.higher_is_better,
+        )
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the model is beside its baseline, as `str` says it in a line; without one, only its quality."""
+        before, after = self.baseline_cost, self.compressed_cost
+        size = None if before is None else SizeChange(before.bytes, after.bytes)
+        return Verdict(size, latency_changes(self.latency), self.quality)
+
     def to_dict(self) -> dict[str, Any]:
         """The evaluation for JSON, with an infinite number as the string "infinity" or "-infinity"."""
         before = asdict(self.baseline_cost) if self.baseline_cost else {}
         after = asdict(self.compressed_cost)
         return {
+            "verdict": str(self.verdict),
+            "changes": self.verdict.to_dict(),
             "metric": self.metric,
             **({} if self.higher_is_better is None else {"higher_is_better": self.higher_is_better}),
-            "baseline": _number(self.baseline),
-            "compressed": _number(self.compressed),
-            "drop": _number(self.drop),
-            "loss": {"baseline": _number(self.baseline_loss), "compressed": _number(self.compressed_loss)},
+            "baseline": finite_or_words(self.baseline),
+            "compressed": finite_or_words(self.compressed),
+            "drop": finite_or_words(self.drop),
+            "drop_error": self.drop_error,
+            "loss": {
+                "baseline": finite_or_words(self.baseline_loss),
+                "compressed": finite_or_words(self.compressed_loss),
+            },
             "count": self.count,
             "data": self.data,
             "task": self.task,
@@ -118,6 +147,11 @@ class Evaluation(Displayed):
             found |= {f"{name}_before": timing.baseline_seconds, f"{name}_after": timing.compressed_seconds}
             found[f"{name}_ratio"] = timing.ratio
         return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def latency_changes(latency: Sequence[Latency]) -> tuple[LatencyChange, ...]:
+    """What was measured as ratios to the baseline, where there is one."""
+    return tuple(LatencyChange(f"batch {each.batch_size}", each.ratio) for each in latency if each.ratio is not None)
 
 
 def compare(
@@ -165,6 +199,7 @@ def compare(
         baseline=before.value if before else None,
         compressed=after.value,
         drop=quality_drop(before, after) if before else None,
+        drop_error=_drop_error(before, after) if before else None,
         baseline_loss=before.loss if before else None,
         compressed_loss=after.loss,
         count=after.count,
@@ -176,6 +211,12 @@ def compare(
         latency=tuple(latencies),
         higher_is_better=after.higher_is_better,
     )
+
+
+def _drop_error(before: Quality, after: Quality) -> float | None:
+    """The standard error of the drop, where the examples tell it."""
+    error = math.inf if after.examples is None else drop_error(before, after)
+    return error if math.isfinite(error) else None
 
 
 def _batches_of(data: EvaluationData, sizes: Sequence[int]) -> list[Batch]:
@@ -192,9 +233,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.get_num_threads()} threads)"
     return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
-
-
-def _number(value: float | None) -> float | str | None:
-    if value is None or math.isfinite(value):
-        return value
-    return "infinity" if value > 0 else "-infinity"

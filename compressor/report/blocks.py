@@ -12,10 +12,12 @@ from typing import Protocol, Self
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from compressor.evaluation import Remark
 from compressor.formatting import one_line
 from compressor.report.wording import shortened_apart
 
 NARROWEST_NAME = 8
+WORSE = "red"
 PATHS = frozenset({"model", "base", "output", "plan"})
 
 # Colors come from the notebook's theme. A table of a deep network scrolls.
@@ -30,6 +32,8 @@ STYLE = """<style>
 .compressor-result .facts td {text-align: left}
 .compressor-result .facts td:first-child, .compressor-result .dim {opacity: 0.65; white-space: nowrap}
 .compressor-result p {margin: 0.3em 0}
+.compressor-result .verdict {font-weight: 600}
+.compressor-result .worse {color: #d1242f}
 </style>"""
 
 
@@ -81,6 +85,29 @@ class Page:
 
     def reworded(self, change: Callable[[str], str]) -> Self:
         return replace(self, blocks=tuple(block.reworded(change) for block in self.blocks))
+
+
+@dataclass(frozen=True)
+class VerdictLine:
+    """What became of a model in one line; what got worse is red."""
+
+    remarks: tuple[Remark, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        parts = (Text(one_line(each.words), style=WORSE if each.change == "worse" else "") for each in self.remarks)
+        line = Text(", ").join(parts)
+        line.stylize("bold")
+        yield line
+
+    def html(self) -> str:
+        parts = (
+            f'<span class="worse">{escape(each.words)}</span>' if each.change == "worse" else escape(each.words)
+            for each in self.remarks
+        )
+        return f'<p class="verdict">{", ".join(parts)}</p>'
+
+    def reworded(self, change: Callable[[str], str]) -> Self:
+        return self
 
 
 @dataclass(frozen=True)
@@ -191,10 +218,11 @@ class LayerTable:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Quantities before and after; a column without a value is left out."""
+    """Quantities before and after; a column without a value is left out, and the last cell of what is worse is red."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    worse: frozenset[int] = frozenset()
 
     def _known(self) -> tuple[tuple[str, ...], ...]:
         known = [i for i in range(len(self.headers)) if any(row[i] for row in self.rows)]
@@ -204,11 +232,14 @@ class SideBySide:
         cells = self._known()
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for number, row in enumerate(cells):
-            yield Text(_aligned(row, widths), style="" if number else "bold", no_wrap=True, overflow="ignore")
+            line = Text(_aligned(row, widths), style="" if number else "bold", no_wrap=True, overflow="ignore")
+            if number - 1 in self.worse:
+                line.stylize(WORSE, len(line) - len(row[-1]))
+            yield line
 
     def html(self) -> str:
         headers, *rows = self._known()
-        return _html_table(headers, rows)
+        return _html_table(headers, rows, self.worse)
 
     def reworded(self, change: Callable[[str], str]) -> Self:
         return self
@@ -219,9 +250,14 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([name.strip().ljust(widths[0]), *numbers])
 
 
-def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _html_table(headers: Sequence[str], rows: Sequence[Sequence[str]], worse: frozenset[int] = frozenset()) -> str:
+    """A table; the last cells of the rows in `worse` are red."""
     head = "".join(f"<th>{escape(header)}</th>" for header in headers)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    body = ""
+    for number, (*cells, last) in enumerate(rows):
+        before = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        of_class = ' class="worse"' if number in worse else ""
+        body += f"<tr>{before}<td{of_class}>{escape(last)}</td></tr>"
     return (
         f'<div class="scroll"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )

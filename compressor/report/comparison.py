@@ -6,29 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from compressor.evaluation import Change, LatencyChange, judged
 from compressor.formatting import format_count, format_percent, format_seconds, format_short, format_size
 from compressor.report.wording import change_words, quality_words
 
 if TYPE_CHECKING:
-    from compressor.evaluation import Evaluation
+    from compressor.evaluation import Evaluation, Latency
     from compressor.results import Compression
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity before and after, and how they compare, as text; empty if unknown."""
+    """One quantity before and after, and how they compare, as text; empty if unknown.
+
+    `change` says whether it is better or worse; None where there is nothing to compare.
+    """
 
     label: str
     before: str
     after: str
     compared: str
+    change: Change | None = None
 
 
 def compared(label: str, words: Callable[[int], str], *, before: int | None, after: int) -> Comparison:
     """A quantity whose later value is shown as a share of the earlier one."""
     if before is None:
         return Comparison(label, "", words(after), "")
-    return Comparison(label, words(before), words(after), format_percent(after, before))
+    return Comparison(label, words(before), words(after), format_percent(after, before), judged(after - before))
 
 
 def compression_rows(compression: Compression) -> list[Comparison]:
@@ -52,34 +57,31 @@ def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
     ]
 
 
-def computed_rows(evaluation: Evaluation) -> list[Comparison]:
-    """The metric and the arithmetic of a forward pass, which are the same in every run."""
+def quality_rows(evaluation: Evaluation) -> list[Comparison]:
+    """The metric, and the arithmetic, memory and time of a forward pass."""
     metric, before, after = evaluation.metric, evaluation.baseline_cost, evaluation.compressed_cost
     higher = evaluation.higher_is_better
     baseline = "" if evaluation.baseline is None else quality_words(metric, evaluation.baseline, higher)
     change = "" if evaluation.drop is None else change_words(metric, evaluation.drop, higher)
-    rows = [Comparison(metric, baseline, quality_words(metric, evaluation.compressed, higher), change)]
+    after_words = quality_words(metric, evaluation.compressed, higher)
+    rows = [Comparison(metric, baseline, after_words, change, evaluation.quality.change)]
     if after.macs is not None:
         rows.append(
             compared("multiply-accumulates", format_short, before=before.macs if before else None, after=after.macs)
         )
-    return rows
-
-
-def quality_rows(evaluation: Evaluation) -> list[Comparison]:
-    """The metric, and the arithmetic, memory and time of a forward pass."""
-    before, after = evaluation.baseline_cost, evaluation.compressed_cost
-    rows = computed_rows(evaluation)
     if after.peak_memory_bytes is not None:
         peak = before.peak_memory_bytes if before else None
         rows.append(compared("memory of a batch", format_size, before=peak, after=after.peak_memory_bytes))
-    for timing in evaluation.latency:
-        rows.append(
-            Comparison(
-                f"latency, batch {timing.batch_size}",
-                "" if timing.baseline_seconds is None else format_seconds(timing.baseline_seconds),
-                format_seconds(timing.compressed_seconds),
-                "" if timing.ratio is None else f"{timing.ratio:.2f} x the time",
-            )
-        )
-    return rows
+    return [*rows, *map(latency_row, evaluation.latency)]
+
+
+def latency_row(timing: Latency) -> Comparison:
+    """The time of a batch, which is a little different in every run."""
+    workload, ratio = f"batch {timing.batch_size}", timing.ratio
+    return Comparison(
+        f"latency, {workload}",
+        "" if timing.baseline_seconds is None else format_seconds(timing.baseline_seconds),
+        format_seconds(timing.compressed_seconds),
+        "" if ratio is None else f"{ratio:.2f} x the time",
+        None if ratio is None else LatencyChange(workload, ratio).change,
+    )

@@ -103,6 +103,7 @@ def report_page(compression: Compression) -> str:
     marks, points = _marks(compression), curve_points(compression)
     limit = plan.budget.drop_limit
     return template.render(
+        verdict=compression.verdict.remarks,
         source=one_line(compression.source),
         output=one_line(compression.output) if compression.output else None,
         command=compression.command,

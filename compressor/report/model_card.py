@@ -1,6 +1,6 @@
 """The card of a compressed model folder: `README.md`, with the front matter that the Hugging Face hub reads.
 
-Nothing in it changes from run to run or names a path of the machine: the same input gives the same bytes.
+Nothing in it names a path of the machine, and nothing but what was measured of memory and time changes from run to run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from compressor.report.card_parts import (
     python_block,
     repository_name,
 )
-from compressor.report.comparison import compression_rows, computed_rows
+from compressor.report.comparison import compression_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.io import Checkpoint
     from compressor.planning import Plan
+    from compressor.report.comparison import Comparison
     from compressor.results import Compression
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def model_card(
     data = _metadata(metadata, compression.evaluation, name, base_model=base_model, config=config)
     parts = [
         f"# {plain_text(name.rpartition('/')[2])}",
+        _verdict(compression),
         _summary(compression, base_model),
         LOADING,
         _loading(name, config),
@@ -249,6 +251,13 @@ def without_folders(data: str) -> str:
     return Path(data).name
 
 
+def _verdict(compression: Compression) -> str:
+    """What became of the model, and what of that is worse, since Markdown has no colors."""
+    verdict = compression.verdict
+    worse = f" Worse than the dense model: {plain_text(', '.join(verdict.worse))}." if verdict.worse else ""
+    return f"**{plain_text(str(verdict)).replace('-&gt;', '->')}.**{worse}"
+
+
 def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
     low_rank = sum(layer.rank is not None for layer in plan.layers)
@@ -282,18 +291,20 @@ def _loading(name: str, config: Mapping[str, Any] | None) -> str:
 
 def _sizes(compression: Compression) -> str:
     evaluation = compression.evaluation
-    rows = compression_rows(replace(compression, evaluation=None))
-    if evaluation is not None:
-        rows += computed_rows(evaluation)
-    table = markdown_table(
-        ("", "before", "after", "compared"), ((row.label, row.before, row.after, row.compared) for row in rows)
-    )
-    measured = (
-        "Quality was not measured."
-        if evaluation is None
-        else f"Measured on {code(without_folders(evaluation.data))}: {count_words(evaluation)}."
-    )
+    rows = ((row.label, row.before, row.after, _marked(row)) for row in compression_rows(compression))
+    table = markdown_table(("", "before", "after", "compared"), rows)
+    if evaluation is None:
+        measured = "Quality was not measured."
+    else:
+        measured = f"Measured on {code(without_folders(evaluation.data))}: {count_words(evaluation)}."
+        if evaluation.latency:
+            measured += f" Memory and latency were measured on {plain_text(evaluation.device)}; devices differ."
     return "\n\n".join([table, measured, *(f"**Warning:** {words}." for words in _warnings(compression))])
+
+
+def _marked(row: Comparison) -> str:
+    """How a quantity compares; bold where it is worse."""
+    return f"**{row.compared}**" if row.change == "worse" else row.compared
 
 
 def _warnings(compression: Compression) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from compressor.formatting import (
     format_size,
     one_line,
 )
-from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title
+from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
 from compressor.report.wording import (
     SEARCH_HEADERS,
@@ -43,14 +44,15 @@ if TYPE_CHECKING:
     from compressor.network import Layer
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import Compression, Export, Inspection, Merging, Restoration
+    from compressor.results import BeforeAfter, Compression, Export, Inspection, Merging, Restoration
 
 
 def compression_page(compression: Compression) -> Page:
-    """The page of `compress MODEL`: the request, the layers, sizes and quality before and after, the output."""
+    """The page of `compress MODEL`: verdict, request, layers, sizes and quality before and after, output."""
     plan = compression.plan
     effort = f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
     parts: list[Block] = [
+        VerdictLine(compression.verdict.remarks),
         Facts.of(
             ("model", compression.source),
             *_base_facts(compression),
@@ -160,16 +162,16 @@ def inspection_page(inspection: Inspection) -> Page:
 
 
 def evaluation_page(evaluation: Evaluation) -> Page:
-    """Quality, size, arithmetic, memory and latency of two models side by side."""
+    """The verdict; quality, size, arithmetic, memory and latency of two models side by side."""
     costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
     large_loss = large_loss_words(evaluation, calibrated=False)
     warning = [] if large_loss is None else [Facts.of(("warning", large_loss))]
-    return Page((costs, _measured_on(evaluation), *warning))
+    return Page((VerdictLine(evaluation.verdict.remarks), costs, _measured_on(evaluation), *warning))
 
 
 def restoration_page(restoration: Restoration) -> Page:
     """What `compress restore` restored, and where it is."""
-    size = compared("weight files", format_size, before=restoration.bytes.before, after=restoration.bytes.after)
+    size = _grown("weight files", restoration.bytes)
     layers = f"{len(restoration.layers)} made dense"
     return Page(
         (
@@ -180,9 +182,14 @@ def restoration_page(restoration: Restoration) -> Page:
     )
 
 
+def _grown(label: str, size: BeforeAfter) -> Comparison:
+    """A size that may grow, because that was asked for."""
+    return replace(compared(label, format_size, before=size.before, after=size.after), change=None)
+
+
 def export_page(export: Export) -> Page:
     """What `compress export` wrote, and how to load it."""
-    size = compared("weight files", format_size, before=export.bytes.before, after=export.bytes.after)
+    size = _grown("weight files", export.bytes)
     facts = [("output", export.output), ("load", export.load)]
     if export.difference is not None:
         facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
@@ -405,7 +412,8 @@ def _skipped(layers: Iterable[Layer]) -> tuple[Block, ...]:
 
 def _side_by_side(comparisons: Sequence[Comparison], before: str = "before", after: str = "after") -> SideBySide:
     rows = tuple((each.label, each.before, each.after, each.compared) for each in comparisons)
-    return SideBySide(("", before, after, "compared"), rows)
+    worse = frozenset(number for number, each in enumerate(comparisons) if each.change == "worse")
+    return SideBySide(("", before, after, "compared"), rows, worse)
 
 
 def _measured_on(evaluation: Evaluation) -> Lines:

@@ -198,6 +198,14 @@ def test_the_page_tells_what_it_cost() -> None:
     ):
         assert words in text
     assert "large loss" not in text
+    heading = re.search("<h1>(.*?)</h1>", report_page(compression("a", evaluation=evaluation)), re.DOTALL)
+    assert heading is not None
+    assert " ".join(Page(heading[1]).text.split()) == "47 % smaller, 0.50x latency, accuracy 97.5 -> 97.0 %"
+    # Without a standard error any drop is worse.
+    page = report_page(compression("a", evaluation=evaluation))
+    assert re.findall(r'class="[^"]*worse">([^<]*)<', page) == ["accuracy 97.5 -&gt; 97.0 %", "-0.50 points"]
+    alike = replace(evaluation, drop_error=0.006)
+    assert "worse" not in report_page(compression("a", evaluation=alike)).partition("</style>")[2]
     lost = replace(evaluation, compressed=0.9, drop=0.075)
     assert "this is a large loss: keep more, or pass `calibration`" in report_page(compression("a", evaluation=lost))
     alone = replace(evaluation, baseline=None, drop=None, baseline_loss=None, baseline_cost=None, latency=())
