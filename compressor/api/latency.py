@@ -37,8 +37,10 @@ from compressor.planning import (
     TimeLimit,
     dense_seconds,
     has_pairs,
+    least_seconds,
     smallest_size,
 )
+from compressor.planning.latency import Seconds
 from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
@@ -98,12 +100,6 @@ class Speed:
     def _unknown(self, m: MeasuredLayer) -> str | None:
         unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)
         return "how its module uses it is unknown" if unknown else m.stays_dense
-
-    def seconds(self, dense: nn.Module) -> list[float]:
-        """What the dense model takes in every workload."""
-        device, timing = self.run.device, self._of_gates
-        timed = (measure_latency(dense, inputs, device=device, timing=timing) for inputs in self.inputs)
-        return [each.compressed_seconds for each in timed]
 
     @property
     def _of_gates(self) -> TimingSettings:
@@ -222,8 +218,8 @@ def prepared(
 ) -> Prepared:
     """Time a plan that is made without data, before any factor is computed, and correct what it shows to be wrong.
 
-    Layers whose pairs turn out slower than dense stay dense. Where the whole model misses the latency that is asked
-    for, the limit is corrected once, by what was measured over what was predicted. Without a speed all stays as it is.
+    Layers whose pairs turn out slower than dense stay dense. What a latency comes to is corrected once, by what was
+    measured of the plan that was to meet it. Without a speed all stays as it is.
 
     Raises:
         QualityGateNotMet: no layer would be faster, or the model would be slower than the dense one.
@@ -232,18 +228,17 @@ def prepared(
         return Prepared(measured, request)
     measured = speed.of_layers(subject, measured)
     _require_some_faster(speed, subject, measured, form=request.form)
-    request = replace(request, limit=_limit(speed, subject, measured, budget=request.budget))
+    request = replace(request, limit=_limit(speed, subject, measured, request=request))
     if not speed.at_hand:
         return Prepared(measured, request)
-    dense = subject.with_separate_experts
-    pairs = PairTimer(dense, speed.run.device, speed.timing)
+    pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing)
     plan = _first_plan(subject, measured, request)
     slower = [_slower_words(each, speed) for each in pairs.timed(_rewriting(subject, plan), measured)]
     if any(slower):
         measured = [replace(m, stays_dense=words or m.stays_dense) for m, words in zip(measured, slower, strict=True)]
         plan = _first_plan(subject, measured, request)
     if plan.factorized:
-        whole = speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+        whole = _timed_plan(speed, subject, plan)
         if request.limit is None:
             _require_fast(speed, subject, whole, limit=None)
         else:
@@ -287,34 +282,61 @@ def _require_fast(speed: Speed, subject: Model, whole: Sequence[TimedWorkload], 
 
 
 def _limit(
-    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, budget: Budget | None
+    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest
 ) -> TimeLimit | None:
-    """What the ratio that is asked for comes to: the rest of the model is what it takes beside its layers."""
-    ratio = None if budget is None else budget.latency_limit
+    """What the ratio that is asked for comes to in each workload; of another device the layers alone count."""
+    ratio = None if request.budget is None else request.budget.latency_limit
     if ratio is None:
         return None
-    ones = (1.0,) * len(speed.workloads)
+    limit = TimeLimit(ratio, (0.0,) * len(speed.workloads))
     if not speed.at_hand:
-        return TimeLimit(ratio, (0.0,) * len(ones), ones)
-    whole, layers = speed.seconds(subject.module), dense_seconds(measured)
-    rest = (max(0.0, each - float(own)) for each, own in zip(whole, layers, strict=True))
-    return TimeLimit(ratio, tuple(rest), ones)
+        return limit
+    # A plan that saves a usual share of the time tells what the rest of the model is.
+    dense = dense_seconds(measured)
+    probed = max(
+        speed.timing.probed_ratio, min(1.0, 1.01 * limit.least_ratio(dense, least_seconds(measured, request.form)))
+    )
+    probe = replace(request, budget=Budget("max-latency", probed), limit=replace(limit, ratio=probed))
+    plan = plan_ranks(subject, measured, probe).plan
+    if not plan.factorized:
+        return limit
+    return replace(limit, rest=_rest(measured, plan, _timed_plan(speed, subject, plan)))
+
+
+def _rest(measured: Sequence[MeasuredLayer], plan: Plan, whole: Sequence[TimedWorkload]) -> tuple[float, ...]:
+    """What the dense model takes in each workload beside its layers, in the seconds that are predicted of these.
+
+    Inferred from a plan whose layers are predicted to take c seconds instead of d: where the whole model takes a share
+    r of its time, the rest is the t of `(t + c) / (t + d) = r`. Of pairs of forwards r is the same under any load of
+    the machine and at any scale of the predictions, unlike the difference of measured and predicted seconds.
+    """
+    # A model that hardly gets faster consists of the rest: at most so much that numbers stay finite.
+    ratios = np.minimum([each.ratio for each in whole], 0.99)
+    rest = (ratios * dense_seconds(measured) - _chosen_seconds(plan)) / (1 - ratios)
+    return tuple(np.maximum(0.0, rest).tolist())
 
 
 def _corrected(
     limit: TimeLimit, measured: Sequence[MeasuredLayer], plan: Plan, *, whole: Sequence[TimedWorkload]
 ) -> TimeLimit:
-    """The limit with which a plan would have met it, in the workloads in which it was missed."""
-    chosen = [layer.latency for layer in plan.layers if layer.latency is not None]
-    seconds = np.array([[each.predicted.chosen for each in latency] for latency in chosen]).sum(axis=0)
-    predicted = limit.ratios(dense_seconds(measured), seconds)
+    """The limit with the rest that a plan showed that was to meet it: all of it where it missed, else half-way."""
+    found = zip(limit.rest, _rest(measured, plan, whole), whole, strict=True)
     return replace(
         limit,
-        corrections=tuple(
-            min(1.0, float(ratio) / each.ratio) if each.ratio > limit.ratio else 1.0
-            for ratio, each in zip(predicted, whole, strict=True)
-        ),
+        rest=tuple(rest if each.ratio > limit.ratio else (before + rest) / 2 for before, rest, each in found),
     )
+
+
+def _timed_plan(speed: Speed, subject: Model, plan: Plan) -> tuple[TimedWorkload, ...]:
+    """A model with the shapes of a plan timed beside the dense one."""
+    dense = subject.with_separate_experts
+    return speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+
+
+def _chosen_seconds(plan: Plan) -> Seconds:
+    """What the layers of a plan are predicted to take together in each workload."""
+    known = [layer.latency for layer in plan.layers if layer.latency is not None]
+    return np.asarray(np.array([[each.predicted.chosen for each in latency] for latency in known]).sum(axis=0))
 
 
 def _first_plan(subject: Model, measured: Sequence[MeasuredLayer], request: PlanRequest) -> Plan:

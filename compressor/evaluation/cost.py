@@ -30,13 +30,18 @@ from compressor.torch_state import synchronize
 Timer = Callable[[nn.Module, Callable[[], Any], torch.device], float]
 
 
-def wall_seconds(model: nn.Module, call: Callable[[], Any], device: torch.device) -> float:
-    """The seconds of a call by the clock, with all that it launches."""
+def forward_seconds(model: nn.Module, call: Callable[[], Any], device: torch.device) -> float:
+    """The seconds of a call, with all that it launches.
+
+    With a single thread on a CPU by its own clock, which stands still while other processes run; else by that of the
+    wall.
+    """
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     call()
     synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,16 @@ class TimingSettings:
     gate_seconds: float = 1.0
     """Seconds of timing for each workload, where what a whole model takes decides whether it is good enough."""
 
+    probed_ratio: float = 0.7
+    """Predicted latency of the plan by which is found out how much of the model's time its layers take."""
+
     margin: float = 0.03
     """By how much a measured ratio to the dense model may exceed the one that is allowed."""
 
     profile: DeviceProfile | None = None
     """What is known of the device at hand, in place of what is measured and kept in a file."""
 
-    timer: Timer = wall_seconds
+    timer: Timer = forward_seconds
     """What times a call of a model on a device."""
 
 

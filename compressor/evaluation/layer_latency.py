@@ -99,9 +99,12 @@ class PairTimer:
         )
         inputs = {"input": _inputs(layer, use)}
         latency = measure_latency(pair, inputs, baseline=dense, device=self.device, timing=quick)
-        before, after = latency.baseline_seconds or 0.0, latency.compressed_seconds
-        self.spent += (latency.repeats + quick.warm_ups) * (before + after)
-        return Times(use.calls * before, use.calls * after)
+        assert latency.baseline_seconds is not None
+        assert latency.ratio is not None
+        before = latency.baseline_seconds
+        self.spent += (latency.repeats + quick.warm_ups) * (before + latency.compressed_seconds)
+        # By the ratio of pairs, so that a change in the machine's load cancels.
+        return Times(use.calls * before, use.calls * before * latency.ratio)
 
 
 def _shapes(m: MeasuredLayer, plan: LayerPlan) -> tuple[_Shape | None, ...]:

@@ -90,17 +90,15 @@ class TimeLimit:
     Attributes:
         ratio: Seconds of the whole model, as a ratio to the dense one, that are allowed.
         rest: Seconds in each workload of all but the measured layers; zeros where only these count.
-        corrections: By which the ratio is multiplied in each workload, because a prediction was wrong by as much.
     """
 
     ratio: float
     rest: tuple[float, ...]
-    corrections: tuple[float, ...]
 
     def allowed(self, dense: Seconds) -> Seconds:
         """Seconds that the layers may take, by those of all dense layers."""
         rest = np.array(self.rest)
-        return np.asarray(self.ratio * np.array(self.corrections) * (rest + dense) - rest)
+        return np.asarray(self.ratio * (rest + dense) - rest)
 
     def ratios(self, dense: Seconds, chosen: Seconds) -> Seconds:
         """Predicted seconds of the whole model in each workload, as ratios to the dense one."""
@@ -109,4 +107,4 @@ class TimeLimit:
 
     def least_ratio(self, dense: Seconds, least: Seconds) -> float:
         """The smallest ratio that could be asked for, by the least seconds of all layers in each workload."""
-        return float((self.ratios(dense, least) / np.array(self.corrections)).max())
+        return float(self.ratios(dense, least).max())

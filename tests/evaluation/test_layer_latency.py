@@ -67,8 +67,6 @@ def test_a_model_with_random_factors_has_the_shapes_of_the_plan_and_runs() -> No
 
 def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None:
     model = Network()
-    with torch.no_grad():
-        model.again.weight.copy_(model.wide.weight)
     rewriting, measured = planned(model, 0.5)
     timer = PairTimer(model, CPU, COUNTED)
     plans = {plan.name: plan for plan in timer.timed(rewriting, measured)}
@@ -81,7 +79,6 @@ def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None
         dense = model.get_submodule(plan.name)
         assert latency.measured.dense == 1e-6 * count_parameters(dense)
         assert latency.measured.chosen < latency.measured.dense
-    assert plans["wide"].latency == plans["again"].latency
     assert len(timer.found) == len({(plan.shape, plan.rank, plan.form) for plan in pairs})
     before = timer.spent
     assert timer.timed(rewriting, measured) == tuple(plans.values())

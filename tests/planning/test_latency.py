@@ -53,7 +53,7 @@ def chosen(layers: list[MeasuredLayer], budget: Budget, limit: TimeLimit | None 
 
 
 def unlimited(ratio: float, *, rest: float = 0.0) -> TimeLimit:
-    return TimeLimit(ratio, (rest,) * len(WORKLOADS), (1.0,) * len(WORKLOADS))
+    return TimeLimit(ratio, (rest,) * len(WORKLOADS))
 
 
 BUDGETS = [Budget("keep", 0.5), Budget("tolerance", 0.2), Budget("window-rule")]
@@ -212,12 +212,13 @@ def test_the_least_latency_that_is_named_can_be_met_and_less_cannot() -> None:
         chosen(layers, Budget("max-latency", least - 0.002), unlimited(least - 0.002))
 
 
-def test_a_correction_makes_the_limit_tighter_by_as_much() -> None:
+def test_what_the_rest_takes_is_to_be_saved_by_the_layers() -> None:
     layers = [layer(str(i), (96, 64), charging()) for i in range(2)]
-    corrected = replace(unlimited(0.8), corrections=(0.5, 0.5))
-    assert chosen(layers, Budget("max-latency", 0.8), corrected) == chosen(
-        layers, Budget("max-latency", 0.4), unlimited(0.4)
-    )
+    dense = dense_seconds(layers)
+    # Where the rest takes as long as the layers, 0.8 of the whole is 0.6 of the layers.
+    limit = TimeLimit(0.8, tuple(dense.tolist()))
+    assert limit.allowed(dense) == pytest.approx(0.6 * dense)
+    assert limit.ratios(dense, 0.6 * dense) == pytest.approx(np.full(2, 0.8))
 
 
 @pytest.mark.parametrize(("keep", "ratio"), [(0.5, 0.3), (0.3, 0.5), (0.4, 0.4), (0.9, 0.2)])
