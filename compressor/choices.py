@@ -8,6 +8,8 @@ FormRequest = Literal["auto", "plain", "pivoted"]
 # What decides between forms, and whether a pair is worth its place.
 Preference = Literal["speed", "size"]
 Effort = Literal["fast", "balanced", "best"]
+# What may stand in the place of calibration data: examples that the model makes itself, or no calibration.
+NoData = Literal["self", "none"]
 Split = Literal["train", "validation", "test"]
 ExportTarget = Literal["dense", "hf-remote", "onnx", "lora"]
 MergeMode = Literal["sum", "concat"]

@@ -39,6 +39,7 @@ from compressor.arguments import require_copyable
 from compressor.calibration import CalibrationData, CalibrationSettings, calibrate, split_examples
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
+from compressor.calibration.self_generated import SelfRequest, self_generated
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, process_memory, require_accepted
@@ -206,22 +207,40 @@ class _Data:
 
 def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
     """The data that are asked for, which the model is known to take."""
-    if asked.data is not None or asked.calibration is not None:
+    if asked.data is not None or asked.calibrates:
         subject.require_runnable()
     search, report = data_to_measure_on(asked, subject)
-    if asked.calibration is None:
+    if not asked.calibrates:
         _warn_of_missing_data(subject, requested_budget(asked))
         return _Data(None, search, report)
     settings = _calibration_settings(asked)
-    samples = open_calibration_data(
+    samples = _self_generated(asked, subject, run) if asked.calibrates_itself else _calibration_data(asked, subject)
+    require_accepted(subject.with_separate_experts, samples, device=run.device)
+    examples = split_examples(samples, settings)
+    return _Data(replace(examples, made=samples.name) if asked.calibrates_itself else examples, search, report)
+
+
+def _calibration_data(asked: CompressOptions, subject: Model) -> EvaluationData:
+    """The examples that were given."""
+    return open_calibration_data(
         asked.calibration,
         preprocessing(asked, subject),
         samples=asked.calibration_samples,
         sequence_length=asked.calibration_length,
-        settings=settings,
+        settings=_calibration_settings(asked),
     )
-    require_accepted(subject.with_separate_experts, samples, device=run.device)
-    return _Data(split_examples(samples, settings), search, report)
+
+
+def _self_generated(asked: CompressOptions, subject: Model, run: Run) -> EvaluationData:
+    """Examples that the model makes itself."""
+    settings = _calibration_settings(asked)
+    request = SelfRequest(
+        asked.calibration_samples or settings.samples,
+        asked.calibration_length,
+        preprocessing(asked, subject),
+        settings.self_generated,
+    )
+    return self_generated(subject, request, run=run)
 
 
 def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:

@@ -19,6 +19,7 @@ from compressor.arguments import (
     require_kind,
     require_model,
 )
+from compressor.choices import NoData
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -76,6 +77,11 @@ def _data(value: Any, name: str) -> Any:
     if not isinstance(value, str | Path) or str(value).startswith("builtin:"):
         return value
     return _path(value, name)
+
+
+def _calibration(value: Any, name: str) -> Any:
+    """Data, or a word for none of them: examples that the model makes itself, or no calibration."""
+    return value if isinstance(value, str) and value in get_args(NoData) else _data(value, name)
 
 
 def _called(value: Any, name: str) -> Any:
@@ -254,6 +260,7 @@ PATTERNS = Kind("str | Sequence[str]", as_patterns, metavar="PATTERN", repeated=
 MODEL = Kind("ModelLike", _model, metavar="MODEL", plain=_named_model)
 SAVED_MODEL = Kind("str | Path", _saved_model, metavar="ORIGINAL", plain=_named_model)
 DATA = Kind("DataLike", _data, metavar="DATA", plain=_named_data)
+CALIBRATION_DATA = Kind("DataLike", _calibration, metavar="DATA|self|none", plain=_named_data)
 CALLED = Kind("Callable[..., Any]", _called)
 METRIC = Kind("Callable[[nn.Module, Iterable[Any]], float]", _metric)
 SEVERAL_DATA = Kind("Sequence[DataLike]", _several_data, metavar="DATA", repeated=True)

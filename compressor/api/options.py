@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.api.kinds import (
+    CALIBRATION_DATA,
     CALLED,
     COUNTS,
     DATA,
@@ -40,7 +41,7 @@ from compressor.api.kinds import (
     settings,
 )
 from compressor.api.option import Options, option, options
-from compressor.choices import Effort, ExportTarget, FormRequest, Head, MergeMode, Preference, Split
+from compressor.choices import Effort, ExportTarget, FormRequest, Head, MergeMode, NoData, Preference, Split
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
@@ -307,8 +308,9 @@ class CalibrationOptions(Options):
 
     calibration: DataLike | None = option(
         "Choose ranks and factors by their effect on the loss on these data: the same kinds as `data`, and the "
-        "training split of built-in ones. Needs the model's architecture.",
-        DATA,
+        "training split of built-in ones; or `self`, examples that the model makes itself. Needs the model's "
+        "architecture.",
+        CALIBRATION_DATA,
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
@@ -336,6 +338,19 @@ class CalibrationOptions(Options):
         settings("CalibrationSettings"),
         only_python=True,
     )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether data to calibrate on were given, or are to be made."""
+        return self.calibration is not None and not self._is("none")
+
+    @property
+    def calibrates_itself(self) -> bool:
+        """Whether the model is to make its own examples."""
+        return self._is("self")
+
+    def _is(self, word: NoData) -> bool:
+        return isinstance(self.calibration, str) and self.calibration == word
 
 
 @options
@@ -425,7 +440,7 @@ class PlanOptions(
                 raise BadInput(what, option="plan", remedy=f"state the {stated} in the plan")
 
     def _check_needs(self) -> None:
-        if self.calibration is None:
+        if not self.calibrates:
             for name in ("effort", "calibration_samples", "calibration_length", "seed", "calibration_settings"):
                 if name in self.given:
                     what = f"`{name}` is about calibration data, and none were given"
@@ -436,7 +451,7 @@ class PlanOptions(
         if self.data_samples is not None and self.data is None:
             what = "`data_samples` is about data, and none were given"
             raise BadInput(what, option="data_samples", remedy="pass `data=DATA`, or leave it out")
-        if self.calibration is not None and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
+        if self.calibrates and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
             raise BadInput(
                 "calibration shares a size among the layers, and none was asked for",
                 option="calibration",

@@ -90,7 +90,7 @@ def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[Evaluation
     data = asked.data
     if data is None:
         return None, None
-    if asked.calibration is not None:
+    if asked.calibrates and not asked.calibrates_itself:
         require_apart(asked.calibration, data)
     if asked.max_drop is None:
         return None, reported_data(asked, model)

@@ -36,13 +36,15 @@ class Chunk:
 class CalibrationData:
     """Batches to fit to and holdout batches to choose by; `labeled` where all examples have classes to predict.
 
-    `unused` says which examples were not used, empty if all were.
+    `unused` says which examples were not used, empty if all were, and `made` what they are where the model made them
+    itself.
     """
 
     fit: tuple[Batch, ...]
     holdout: tuple[Batch, ...]
     labeled: bool
     unused: str = ""
+    made: str = ""
 
     @property
     def examples(self) -> int:

@@ -191,6 +191,7 @@ def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
         refined=found.refined,
         unit=calibration.unit,
         unused=calibration.data.unused,
+        made=calibration.data.made,
     )
 
 

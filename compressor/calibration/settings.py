@@ -41,6 +41,36 @@ class RefinementSettings:
 
 
 @dataclass(frozen=True)
+class SelfGeneratedSettings:
+    """How a model makes its own calibration examples, with `calibration="self"`."""
+
+    length: int = 256
+    """Most tokens of a text where no length is asked for: what is sampled one token after another takes its time."""
+
+    temperature: float = 1.0
+    """Temperature at which tokens are sampled; at 1 as often as the model expects them."""
+
+    unmasking_rounds: int = 16
+    """Rounds in which a masked language model fills a text."""
+
+    image_steps: int = 30
+    """Steps of Adam that match images to the statistics of batch normalizations."""
+
+    image_learning_rate: float = 0.1
+    """Learning rate of these steps, in standard deviations of a pixel."""
+
+    at_once: int = 32
+    """Examples that are made at a time: keys and values of texts are in memory, and activations of images."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 2), ("unmasking_rounds", 1), ("image_steps", 1), ("at_once", 1)):
+            as_count(getattr(self, name), name, least=least)
+        if not self.temperature > 0:
+            what = f"`temperature` is {self.temperature!r}"
+            raise BadInput(what, option="temperature", remedy="give a positive number, such as 1.0")
+
+
+@dataclass(frozen=True)
 class CalibrationSettings:
     """Settings of the calibration, in Python alone: every part can be varied, or switched off to see what it is worth.
 
@@ -94,6 +124,9 @@ class CalibrationSettings:
 
     refinement: RefinementSettings = field(default_factory=RefinementSettings)
     """How they are fitted."""
+
+    self_generated: SelfGeneratedSettings = field(default_factory=SelfGeneratedSettings)
+    """How the model makes its own examples, where it is asked to."""
 
     factorization: FactorizationSettings = field(default_factory=FactorizationSettings)
     """When the factorizations that iterate stop."""

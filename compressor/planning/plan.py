@@ -90,7 +90,7 @@ class CalibrationResult:
     holdout loss is a little optimistic; None where the ranks were given. `capped` tells whether the window rule's
     caps on the ranks lost less there, before compensation, than the allocation without them, and `refined` whether the
     factors are those fitted to the dense blocks, because they lose less there. `unused` says what part of the data
-    given was not used, empty if all was.
+    given was not used, empty if all was, and `made` what the examples are where the model made them itself.
     """
 
     examples: int
@@ -102,6 +102,7 @@ class CalibrationResult:
     refined: bool = False
     unit: LossUnit = "nats per prediction"
     unused: str = ""
+    made: str = ""
 
 
 @dataclass(frozen=True, repr=False)

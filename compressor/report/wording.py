@@ -179,7 +179,7 @@ def calibration_words(result: CalibrationResult) -> str:
     loss = f"{result.holdout_loss:.2g}"
     lost = f"loss increase {loss} {result.unit}" if result.unit == "nats per prediction" else f"{result.unit} {loss}"
     return (
-        f"{result.examples} examples; {lost} on a holdout of {result.holdout},"
+        f"{result.examples} {result.made or 'examples'}; {lost} on a holdout of {result.holdout},"
         f" {result.predicted_loss:.2g} predicted to second order{caps}{fitted}{unused}"
     )
 

@@ -1,0 +1,85 @@
+"""Text that a language model writes itself, to calibrate it on where there are no data.
+
+A causal model continues random first tokens by sampling from its own predictions (Liu et al., "LLM-QAT: Data-Free
+Quantization Aware Training for Large Language Models", Findings of ACL 2024, section 3.1). A masked one starts from
+masks alone and fills a part of them at a time, in a random order, from its own predictions (Ghazvininejad et al.,
+"Mask-Predict", EMNLP 2019; sampled as in Wang and Cho, "BERT has a Mouth, and It Must Speak", 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration.settings import SelfGeneratedSettings
+
+# Told after each token or round how many are done, and of how many.
+Told = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws tokens from logits: among the first `vocabulary` ids and without the `excluded` ones, by its own numbers.
+
+    The numbers are drawn on the CPU, so that every device writes the same text from the same predictions.
+    """
+
+    generator: torch.Generator
+    vocabulary: int
+    settings: SelfGeneratedSettings
+    excluded: tuple[int, ...] = ()
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """One token for each row of logits, `(rows, vocabulary)`, on the CPU."""
+        chosen = logits[:, : self.vocabulary].float().cpu() / self.settings.temperature
+        chosen[:, list(self.excluded)] = -math.inf
+        return torch.multinomial(chosen.softmax(-1), 1, generator=self.generator)[:, 0]
+
+
+def continued(
+    model: nn.Module, prompts: Tensor, length: int, *, sampler: Sampler, told: Told, **inputs: Tensor
+) -> Tensor:
+    """Texts of `length` tokens that begin with `prompts`, (texts, tokens), each next token sampled from the model.
+
+    Earlier tokens are kept in the model's cache, where it has one. With `inputs`, those of an encoder, the texts are
+    the decoder's.
+    """
+    named = "decoder_input_ids" if inputs else "input_ids"
+    device = next(model.parameters()).device
+    running: Any = model
+    if inputs:
+        encoder = running.get_encoder()
+        encoded = encoder(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        inputs = {"encoder_outputs": encoded}
+    texts, new, cache = prompts, prompts, None
+    while texts.shape[1] < length:
+        output = running(**{named: new.to(device)}, past_key_values=cache, use_cache=True, **inputs)
+        texts = torch.cat([texts, sampler.draw(output.logits[:, -1])[:, None]], dim=1)
+        cache = getattr(output, "past_key_values", None)
+        new = texts if cache is None else texts[:, -1:]
+        told(texts.shape[1], length)
+    return texts
+
+
+def unmasked(model: nn.Module, masked: Tensor, mask: int, *, sampler: Sampler, told: Told) -> Tensor:
+    """The texts `masked`, (texts, tokens), with every mask replaced by a token sampled from the model's predictions.
+
+    In each round an equal part of the masks of each text is filled, at random places.
+    """
+    texts, device = masked.clone(), next(model.parameters()).device
+    order = torch.rand(texts.shape, generator=sampler.generator).masked_fill(texts != mask, math.inf).argsort(dim=1)
+    turns, rounds = order.argsort(dim=1), sampler.settings.unmasking_rounds
+    counts = (texts == mask).sum(dim=1, keepdim=True)
+    for done in range(1, rounds + 1):
+        # Rounded up, so that no place is left after the last round.
+        chosen = (texts == mask) & (turns < (counts * done / rounds).ceil())
+        if chosen.any():
+            logits = model(input_ids=texts.to(device)).logits
+            texts[chosen] = sampler.draw(logits[chosen.to(device)])
+        told(done, rounds)
+    return texts
