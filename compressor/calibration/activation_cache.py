@@ -44,8 +44,9 @@ class _Folder:
         if name not in self._written:
             raise KeyError(name)
         with temporary_space(self._temporary):
-            tensors: dict[str, Tensor] = load_file(self._path / f"{name}.safetensors", device=str(self._device))
-        return tensors
+            tensors = load_file(self._path / f"{name}.safetensors")
+        # safetensors knows some devices by name, PyTorch all of them
+        return {key: tensor.to(self._device) for key, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.measure.scale import power_of_two
+from compressor.measure.scale import power_of_two_on_device
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
     The products are taken about the means: for vectors with a large mean, float32 would round away what varies. Common
     factors are divided out first, so that no square underflows or overflows in float32.
     """
-    scale_x, scale_y = power_of_two(x), power_of_two(y)
+    scale_x, scale_y = power_of_two_on_device(x), power_of_two_on_device(y)
     x, y = (x / scale_x).float(), (y / scale_y).float()
     count = max(len(x), 1)
     about_x, about_y = x.sum(0) / count, y.sum(0) / count

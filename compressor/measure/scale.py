@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,11 @@ def power_of_two(values: Tensor | npt.NDArray[np.float64]) -> float:
     sizes = values.abs() if isinstance(values, Tensor) else np.abs(values)
     largest = float(sizes.max()) if math.prod(values.shape) else 0.0
     return math.ldexp(1.0, math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+
+
+def power_of_two_on_device(values: Tensor) -> Tensor:
+    """The same as a float64 number on the device of the values, so that nothing waits for it."""
+    largest = values.abs().max().to(torch.float64) if values.numel() else values.new_zeros((), dtype=torch.float64)
+    mantissa, _ = torch.frexp(largest)
+    # The quotient is a power of two, and so has no rounding.
+    return torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)

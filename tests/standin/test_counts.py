@@ -1,0 +1,107 @@
+"""How much a run waits for the accelerator, and copies to it: bounds that may only fall."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compressor
+from compressor.calibration import CalibrationSettings, RefinementSettings
+from tests.standin.accelerator import counted
+from tests.standin.networks import NETWORKS
+
+pytestmark = pytest.mark.slow
+
+BRIEF = CalibrationSettings(refinement=RefinementSettings(passes=1, steps=2))
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"calibration_settings": BRIEF},
+}
+
+
+def counts_of(name: str, at: torch.device | str, *, batches: int, **asked: Any) -> Counter[str]:
+    """What the accelerator does while a network that lies `at` a device is compressed on it."""
+    network = NETWORKS[name]
+    model, data = network.on(at), network.batches(batches)
+    with counted() as counts:
+        compressor.compress(model, keep=0.6, prefer="size", device="standin", calibration=data, **asked)
+    return counts
+
+
+def size(model: nn.Module) -> int:
+    return sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+
+
+# How often a model on the CPU is moved to the device and back: for the calibration, each holdout loss, each refit.
+MOVES = {"fast": 7, "balanced": 16, "best": 43}
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("name", ["llama", "perceptron"])
+def test_how_often_a_model_is_moved(name, effort, device):
+    there, here = (counts_of(name, at, batches=4, **EFFORTS[effort]) for at in (device, "cpu"))
+    moved = (here["bytes to device"] - there["bytes to device"]) / size(NETWORKS[name].on("cpu"))
+    assert moved < MOVES[effort]
+
+
+@pytest.mark.parametrize("name", ["llama", "perceptron"])
+def test_waits_for_each_batch(name, device):
+    few, many = (counts_of(name, device, batches=count, effort="fast") for count in (4, 8))
+    weights = sum(each.dim() > 1 for each in NETWORKS[name].on("cpu").parameters())
+    # Of four batches more, three are fitted to. Each layer asks whether its activations and its gradients are finite.
+    # The rest are the states of blocks, and the loss of each batch.
+    assert many["synchronize"] - few["synchronize"] <= 3 * 2 * weights + 4 * 4
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "recurrent"])
+def test_a_compressed_model_runs_without_a_wait(name, device):
+    network = NETWORKS[name]
+    small = compressor.compress(network.on(device), keep=0.6, prefer="size", device="standin").model
+    inputs = network.batches(1)[0].to(device)
+    dense = network.on(device)
+    found = []
+    for model in (dense, small):
+        with torch.no_grad():
+            model(inputs)
+            with counted() as counts:
+                model(inputs)
+        found.append(counts)
+    assert found[1]["synchronize"] == found[0]["synchronize"]
+    assert found[1]["copy to device"] == found[0]["copy to device"]
+
+
+# With the number of their weights that become pairs.
+MULTIPLYING = {"recurrent": (nn.LSTM(16, 24), 2), "attention": (nn.MultiheadAttention(16, 4), 2)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", MULTIPLYING)
+def test_weights_stored_as_factors_are_multiplied_once_in_a_pass(kind, training, device):
+    module, weights = MULTIPLYING[kind]
+    model = Alone(module).to(device).train(training)
+    small = compressor.compress(model, keep=0.6, prefer="size", device="standin").model
+    inputs = torch.randn(6, 4, 16, device=device)
+    products = []
+    for each in (model, small):
+        with counted() as counts, torch.set_grad_enabled(training):
+            each(inputs)
+        assert counts["synchronize"] == 0
+        products.append(sum(counts[f"aten::{name}"] for name in ("mm", "addmm", "_native_multi_head_attention")))
+    assert products[1] - products[0] == weights
+
+
+class Alone(nn.Module):
+    """A module that takes one tensor, or three that are the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.module(*[inputs] * (3 if isinstance(self.module, nn.MultiheadAttention) else 1))[0]
+        return outputs

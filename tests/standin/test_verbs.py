@@ -1,0 +1,144 @@
+"""Every verb on an accelerator, with models that lie on the CPU and on the accelerator: it gives what the CPU gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import compressor
+from compressor.calibration import CalibrationSettings, RefinementSettings
+from tests.standin.networks import NETWORKS, Network
+
+pytestmark = pytest.mark.slow
+
+BRIEF = CalibrationSettings(refinement=RefinementSettings(passes=1, steps=2))
+# What is asked of `compress`, but for the calibration.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fast": {"effort": "fast"},
+    "balanced": {"effort": "balanced"},
+    "best": {"calibration_settings": BRIEF},
+}
+
+
+def compressed(network: Network, at: torch.device | str, on: str, **asked: Any) -> Any:
+    """A network that lies `at` a device, compressed `on` one."""
+    if asked.keys() & {"effort", "calibration_settings"}:
+        asked["calibration"] = network.batches(4)
+    return compressor.compress(network.on(at), keep=0.6, prefer="size", device=on, **asked)
+
+
+def require_same(ours: nn.Module, theirs: nn.Module, *, device: torch.device) -> None:
+    """Equal weights, but for the order in which fused kernels add on the CPU."""
+    assert {each.device for each in ours.state_dict().values()} == {device}
+    for (name, tensor), expected in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor.cpu(), expected, rtol=0, atol=5e-3, msg=name)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compress(name, effort, device):
+    network = NETWORKS[name]
+    expected = compressed(network, "cpu", "cpu", **EFFORTS[effort])
+    for at in (torch.device("cpu"), device):
+        found = compressed(network, at, "standin", **EFFORTS[effort])
+        require_same(found.model, expected.model, device=at)
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])
+def test_embeddings(name, device):
+    found, expected = (
+        compressed(NETWORKS[name], at, on, embeddings=True, **EFFORTS["balanced"])
+        for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    require_same(found.model, expected.model, device=device)
+
+
+@pytest.mark.parametrize("name", ["llama", "perceptron", "convolutions"])
+def test_inspect(name, device):
+    found, expected = (
+        compressor.inspect(NETWORKS[name].on(at), device=on) for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    assert found.to_dict()["layers"] == expected.to_dict()["layers"]
+
+
+@pytest.mark.parametrize("at", ["cpu", "standin"])
+@pytest.mark.parametrize("name", ["perceptron", "convolutions", "recurrent"])
+def test_evaluate(name, at):
+    network = NETWORKS[name]
+    inputs = torch.cat(network.batches(4))
+    labels = network.on("cpu")(inputs).argmax(-1)
+    data = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    small = compressed(network, at, "standin").model
+    found = compressor.evaluate(small, baseline=network.on(at), data=data, device="standin")
+    expected = compressor.evaluate(compressed(network, "cpu", "cpu").model, data=data, device="cpu")
+    assert found.device == "standin:0 (a stand-in)"
+    assert found.compressed == pytest.approx(expected.compressed)
+    assert found.baseline == 1
+    assert {each.device.type for each in small.state_dict().values()} == {at}
+
+
+def test_evaluate_a_language_model(device):
+    network = NETWORKS["llama"]
+    data = network.batches(3)
+    found, expected = (
+        compressor.evaluate(network.on(at), data=data, device=on) for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    assert found.compressed == pytest.approx(expected.compressed)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_restore(name, device, tmp_path):
+    small = compressed(NETWORKS[name], device, "standin").model
+    compressor.restore(small, output=tmp_path / "dense.safetensors")
+    assert any(tmp_path.iterdir())
+
+
+def test_a_folder(tmp_path):
+    network = NETWORKS["llama"]
+    network.on("cpu").save_pretrained(tmp_path / "dense")
+    batches = network.batches(4)
+    for on in ("standin", "cpu"):
+        compressor.compress(
+            tmp_path / "dense",
+            output=tmp_path / on,
+            keep=0.6,
+            prefer="size",
+            calibration=batches,
+            data=batches,
+            effort="balanced",
+            device=on,
+        )
+    found, expected = (compressor.load_model(tmp_path / on) for on in ("standin", "cpu"))
+    require_same(found, expected, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("at", ["cpu", "standin"])
+def test_the_difference_of_a_fine_tune(at, tmp_path):
+    base, tuned = (NETWORKS["perceptron"].on(at) for _ in range(2))
+    with torch.no_grad():
+        for layer in tuned[::2]:
+            layer.weight += torch.outer(torch.linspace(-1, 1, len(layer.weight)), torch.ones(layer.in_features)).to(at)
+    adapted = compressor.compress(tuned, base=base, device="standin").model
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(adapted.to("cpu")(x), tuned.to("cpu")(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_difference_of_two_files(tmp_path):
+    base = NETWORKS["perceptron"].on("cpu").state_dict()
+    save_file(base, tmp_path / "base.safetensors")
+    tuned = {name: each + torch.ones_like(each) if each.dim() == 2 else each for name, each in base.items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    asked = {"base": tmp_path / "base.safetensors"}
+    sizes = [
+        compressor.compress(
+            tmp_path / "tuned.safetensors", output=tmp_path / f"{on}.safetensors", device=on, **asked
+        ).bytes
+        for on in ("standin", "cpu")
+    ]
+    assert sizes[0] == sizes[1]
