@@ -8,6 +8,7 @@ product of the two divided by their trace.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -85,12 +86,13 @@ class ParameterCollector:
             gradient = parameter.grad.flatten(1).float()
             parameter.grad = None
             products = [(gradient @ gradient.T).double(), (gradient.T @ gradient).double()]
-            if not all(torch.isfinite(each).all() for each in products):
+            squares = float(products[0].trace())  # no entry of either product is larger
+            if not math.isfinite(squares):
                 raise BadInput(
                     f"the gradients of {name} are not finite on the calibration data",
                     remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
                 )
-            if float(products[0].trace()) == 0:
+            if squares == 0:
                 return
             before = self._sums.get(name, [torch.zeros_like(each) for each in products])
             self._sums[name] = [a + b for a, b in zip(before, products, strict=True)]
