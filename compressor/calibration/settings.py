@@ -140,7 +140,7 @@ class CalibrationSettings:
         """
         match effort:
             case "fast":
-                return cls(exponents=(0.5,), window_caps=False, recalibration_rounds=0, compensate=False, refine=False)
+                return cls(exponents=(0.0,), window_caps=False, recalibration_rounds=0, compensate=False, refine=False)
             case "balanced":
                 return cls(recalibration_rounds=0, refine=False)
             case "best":

@@ -135,7 +135,9 @@ def restored_card(card: str) -> str:
         "## Dense again\n\n`compress restore` multiplied the factors back: these weights are dense, any tool loads them"
         " without compressor, and what they predict is what the compressed model predicts. It is described below.\n\n"
     )
-    return _otherwise_loaded(card, said)
+    changed = _otherwise_loaded(card, said)
+    # The verdict is about the factors.
+    return card if changed == card else re.sub(r"^(# .*\n\n)\*\*.*\n\n", r"\1", changed, count=1, flags=re.MULTILINE)
 
 
 def remote_card(card: str, *, auto_class: str, name: str) -> str:

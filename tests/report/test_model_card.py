@@ -175,6 +175,7 @@ def test_the_recipe_of_the_flags_is_found_in_the_card_and_in_that_of_the_dense_f
 def test_a_dense_folder_is_no_longer_called_compressed_and_other_cards_are_left_alone(place: Path) -> None:
     text = (place / "again" / "README.md").read_text(encoding="utf-8")
     assert ("## Dense again" in text, "## How to load it" in text) == (True, False)
+    assert "**" not in text.partition("# small")[2].partition("##")[0]
     assert ModelCard(text).data.to_dict() == ModelCard.load(place / "small" / "README.md").data.to_dict()
     assert restored_card(ORIGINAL) == ORIGINAL
     assert restored_card("no front matter\n## How to load it\n") == "no front matter\n## How to load it\n"
