@@ -15,7 +15,7 @@ from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
 from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
-from compressor.evaluation import Evaluation, SizeChange, TimedWorkload, Verdict, latency_changes
+from compressor.evaluation import Evaluation, LatencyChange, SizeChange, TimedWorkload, Verdict, latency_changes
 from compressor.formatting import format_size
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
@@ -191,11 +191,20 @@ class Compression(DisplayedLayers):
         )
 
     @property
+    def latency_changes(self) -> tuple[LatencyChange, ...]:
+        """Times as ratios to the dense model's: measured, or predicted of the layers for a device not at hand."""
+        if self.latency:
+            return tuple(LatencyChange(each.workload, each.ratio) for each in self.latency)
+        if (device := self.plan.device) is not None:
+            return tuple(LatencyChange(*each, predicted_for=device) for each in self.plan.predicted_latency.items())
+        return () if self.evaluation is None else latency_changes(self.evaluation.latency)
+
+    @property
     def verdict(self) -> Verdict:
         """What became of the model, as `str` says it in a line: smaller, faster, as good?"""
         return Verdict(
             SizeChange(self.bytes.before, self.bytes.after),
-            () if self.evaluation is None else latency_changes(self.evaluation.latency),
+            self.latency_changes,
             None if self.evaluation is None else self.evaluation.quality,
             beside_base=self.fine_tune is not None,
         )

@@ -138,7 +138,9 @@ def plan_ranks(
     given, where = (None, "") if request.given is None else given_plan(request.given)
     if given is not None:
         _warn_of_other_origin(given, subject, calibration)
-    bare = Plan(subject.name, subject.digest, budget if given is None else Budget("plan"), (), advice)
+    device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
+    kind = budget if given is None else Budget("plan")
+    bare = Plan(subject.name, subject.digest, kind, (), advice, device=device)
 
     def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
         return request.file_bytes(subject, replace(bare, layers=layers))

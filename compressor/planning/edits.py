@@ -143,4 +143,5 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
         reason=f"asked for by the plan{larger}{unreached}",
         parameters=parameters,
         error=float(m.errors(form)[edit.rank]),
+        latency=None,
     )

@@ -118,6 +118,7 @@ class Plan(DisplayedLayers):
         calibration: How calibration data chose the ranks, and the loss that is expected; None without.
         calibrated: Whether a plan that was read from a file had been made with calibration data.
         search: How `max_drop` found the size; None for another budget.
+        device: The device that it is to be fast on; None where speed was not asked for.
         schema_version: The version of the JSON document.
 
     Example:
@@ -134,6 +135,7 @@ class Plan(DisplayedLayers):
     calibration: CalibrationResult | None = None
     calibrated: bool = False
     search: DropSearch | None = None
+    device: str | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
 
     def __repr__(self) -> str:
@@ -160,6 +162,16 @@ class Plan(DisplayedLayers):
         """What the error of a layer measures."""
         return "relative Frobenius error" if self.calibration is None else "relative loss error"
 
+    @property
+    def predicted_latency(self) -> dict[str, float]:
+        """Predicted time of all eligible layers together in each workload, as a ratio to the dense ones."""
+        known = [layer.latency for layer in self.layers if layer.latency is not None]
+        sums = (
+            (each[0].workload, sum(of.predicted.chosen for of in each), sum(of.predicted.dense for of in each))
+            for each in zip(*known, strict=True)
+        )
+        return {workload: chosen / dense for workload, chosen, dense in sums if dense > 0}
+
     def with_errors(self, errors: Mapping[str, float]) -> Plan:
         """The same plan with the errors of what is stored, where they are known."""
         return replace(self, layers=tuple(replace(p, error=errors.get(p.name, p.error)) for p in self.layers))
@@ -180,6 +192,7 @@ class Plan(DisplayedLayers):
             "calibration": None if self.calibration is None else asdict(self.calibration),
             "search": None if self.search is None else self.search.to_dict(),
             "error_name": self.error_name,
+            **({} if self.device is None else {"device": self.device}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 

@@ -44,7 +44,10 @@ def compression_rows(compression: Compression) -> list[Comparison]:
         compared("of them eligible", format_count, before=plan.eligible_before, after=plan.eligible_after),
         compared("weight files", format_size, before=compression.bytes.before, after=compression.bytes.after),
     ]
-    return rows if evaluation is None else rows + quality_rows(evaluation)
+    timed = [latency_row(each.latency, each.workload) for each in compression.latency]
+    measured = [] if evaluation is None else quality_rows(evaluation)
+    # What was timed on the data too is said once.
+    return [*rows, *(row for row in measured if row.label not in {each.label for each in timed}), *timed]
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Comparison]:
@@ -72,12 +75,12 @@ def quality_rows(evaluation: Evaluation) -> list[Comparison]:
     if after.peak_memory_bytes is not None:
         peak = before.peak_memory_bytes if before else None
         rows.append(compared("memory of a batch", format_size, before=peak, after=after.peak_memory_bytes))
-    return [*rows, *map(latency_row, evaluation.latency)]
+    return [*rows, *(latency_row(each, f"batch {each.batch_size}") for each in evaluation.latency)]
 
 
-def latency_row(timing: Latency) -> Comparison:
-    """The time of a batch, which is a little different in every run."""
-    workload, ratio = f"batch {timing.batch_size}", timing.ratio
+def latency_row(timing: Latency, workload: str) -> Comparison:
+    """The time of a workload, which is a little different in every run."""
+    ratio = timing.ratio
     return Comparison(
         f"latency, {workload}",
         "" if timing.baseline_seconds is None else format_seconds(timing.baseline_seconds),

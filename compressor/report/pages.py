@@ -35,6 +35,8 @@ from compressor.report.wording import (
     search_rows,
     search_words,
     stored_only_words,
+    time_note,
+    time_words,
     unchanged_words,
 )
 
@@ -280,6 +282,7 @@ def _plan_parts(plan: Plan) -> list[Block]:
             layer.form,
             format_percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 3),
+            *(() if plan.device is None else (time_words(layer),)),
             *(() if shared else (str(reasons.index(one_line(layer.reason)) + 1),)),
         )
         for layer in layers
@@ -291,9 +294,12 @@ def _plan_parts(plan: Plan) -> list[Block]:
         "form",
         "kept",
         plan.error_name.replace(" ", "\n"),
+        *(() if plan.device is None else ("time",)),
         *(() if shared else ("why",)),
     )
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
+    if plan.device is not None:
+        notes.append(("time", time_note(plan.device)))
     notes += [("note", words) for words in (above_one_words(layers), stored_only_words(layers)) if words is not None]
     return [LayerTable(headers, tuple(rows)), Facts.of(*notes)]
 

@@ -323,6 +323,21 @@ def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:
     return f"{shown}: multiplied out when the module runs; saves disk space, but neither compute nor memory"
 
 
+def time_words(layer: LayerPlan) -> str:
+    """The time of a layer in its slowest workload, as a ratio to dense: predicted, and in brackets measured."""
+    if layer.rank is None or layer.latency is None:
+        return "-"
+    predicted = [each.predicted.chosen / each.predicted.dense for each in layer.latency if each.predicted.dense > 0]
+    measured = [each.measured for each in layer.latency if each.measured is not None and each.measured.dense > 0]
+    words = f"{max(predicted):.2f}x" if predicted else "-"
+    return f"{words} ({max(each.chosen / each.dense for each in measured):.2f}x)" if measured else words
+
+
+def time_note(device: str) -> str:
+    """What `time_words` says."""
+    return f"of the dense layer's in the slowest workload, predicted for {device}; in brackets as measured"
+
+
 def above_one_words(layers: Sequence[LayerPlan]) -> str | None:
     """Why the error of a layer is above one; None if none is."""
     names = [one_line(layer.name) for layer in layers if layer.error > 1]

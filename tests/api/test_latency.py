@@ -66,6 +66,23 @@ def test_a_module_is_made_faster_at_the_batch_sizes_that_are_asked_for() -> None
     assert document["layers"][1]["latency"][0]["measured"]["dense"] > 0
 
 
+def test_the_result_shows_the_time_of_each_layer_and_of_the_model_once() -> None:
+    data = (torch.randn(8, 24), torch.arange(8))
+    report = compress(network(), keep=0.5, prefer="speed", data=data, timing_settings=timing())
+    page = str(report)
+    assert page.count("latency, batch 1") == 1
+    assert f"{report.latency[0].ratio:.2f} x the time" in page
+    assert "predicted for stopwatch" in page
+    layer = next(each for each in report.plan.layers if each.rank is not None)
+    assert layer.latency is not None
+    [of_layer] = layer.latency
+    assert of_layer.measured is not None
+    predicted, measured = (each.chosen / each.dense for each in (of_layer.predicted, of_layer.measured))
+    assert f"{predicted:.2f}x ({measured:.2f}x)" in page
+    [change] = report.verdict.latency
+    assert (change.workload, change.predicted_for) == ("batch 1", None)
+
+
 def test_by_size_nothing_is_timed_and_nothing_said_of_time() -> None:
     report = compress(network(), keep=0.5, prefer="size", timing_settings=timing(never))
     assert report.latency == ()
@@ -224,6 +241,8 @@ def test_for_another_device_nothing_is_timed_and_the_layers_alone_count(caplog: 
         )
         assert chosen <= 0.5 * dense
     assert all(each.measured is None for latency in latencies for each in latency or ())
+    assert "predicted for stopwatch" in str(report.verdict)
+    assert report.plan.device == report.plan.to_dict()["device"] == "stopwatch"
 
 
 def test_where_no_layer_would_be_faster_the_gate_is_not_met_and_what_would_do_is_named() -> None:
@@ -302,6 +321,7 @@ def test_a_plan_is_made_without_the_work_and_applied_as_it_is() -> None:
     applied = compress(network(), plan=made, timing_settings=timing(never))
     assert [layer.rank for layer in applied.plan.layers] == [layer.rank for layer in made.layers]
     assert isinstance(applied.plan, Plan)
+    assert all(layer.latency is None for layer in applied.plan.layers)
 
 
 def test_a_drop_and_speed_go_together() -> None:
