@@ -121,7 +121,7 @@ def _not_reached(
     return BadInput(
         f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
         option=budget.option,
-        remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}",
+        remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}{_by_size(measured)}",
     )
 
 
@@ -137,16 +137,16 @@ def _smallest(
         least = smallest_size(measured, form, "parameters") / sum(m.layer.parameters for m in measured)
         if least < 1:
             return f"{least + 5e-5:.4f}"
-        return f"1: low rank cannot make these layers {_better(measured)}"
+        device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
+        return f"1: low rank cannot make these layers smaller{'' if device is None else f' and faster on {device}'}"
     rank_one = plan_by_size(measured, smallest_size(measured, form, "bytes"), form, unit="bytes")
     # The size asked for is noted in the file, so asking for another one moves it by a few bytes.
     return "" if rank_one is None else f"{file_bytes(rank_one) + 16} bytes"
 
 
-def _better(measured: Sequence[MeasuredLayer]) -> str:
-    """What pairs were to be besides losing little."""
-    device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
-    return "smaller" if device is None else f"smaller and faster on {device}; `prefer='size'` asks for smaller alone"
+def _by_size(measured: Sequence[MeasuredLayer]) -> str:
+    """What allows more, where layers become pairs only if these are faster."""
+    return ", or ask for its size alone with `prefer='size'`" if any(m.latency for m in measured) else ""
 
 
 def worthwhile_size(
