@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,37 @@ def _llama(*, tied: bool) -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def _mixture() -> nn.Module:
+    config = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return MixtralForCausalLM(config)
+
+
+def _bert() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=32, **sizes))
+
+
+def _vit() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+
+
+def _t5() -> nn.Module:
+    config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config)
+
+
 def _convolutions() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -100,4 +143,8 @@ NETWORKS = {
     "perceptron": Network(_perceptron, _normal(20)),
     "recurrent": Network(Recurrent, _normal(6, 16)),
     "encoder": Network(_encoder, _normal(6, 16)),
+    "mixture": Network(_mixture, _tokens),
+    "bert": Network(_bert, _tokens),
+    "vit": Network(_vit, _normal(3, 8, 8)),
+    "t5": Network(_t5, _tokens),
 }
