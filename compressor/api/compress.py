@@ -174,7 +174,7 @@ def compress(
     with written(artifact, target) as made:
         planned.factors.clear()
         compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)
-        latency = require_speed(speed, subject, compressed_model, limit=asked.max_latency)
+        latency = require_speed(ready.speed, subject, compressed_model, limit=asked.max_latency)
         evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)
         compression = replace(
             _compression(subject, measured, rewriting, artifact=artifact, made=made),

@@ -55,7 +55,7 @@ class Speed:
     Attributes:
         profile: What is known of the device.
         workloads: The workloads.
-        inputs: Inputs for each of them.
+        inputs: Inputs for each of them; None for one that is not timed.
         uses: For each of them how it uses the layers, by name.
         at_hand: Whether the device is the one at hand, on which things can be timed.
         timing: How they are.
@@ -65,7 +65,7 @@ class Speed:
 
     profile: DeviceProfile
     workloads: tuple[Workload, ...]
-    inputs: tuple[Inputs, ...]
+    inputs: tuple[Inputs | None, ...]
     uses: tuple[Mapping[str, LayerUse], ...]
     at_hand: bool
     timing: TimingSettings
@@ -101,6 +101,16 @@ class Speed:
         unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)
         return "how its module uses it is unknown" if unknown else m.stays_dense
 
+    def without_long(self, subject: Model, measured: Sequence[MeasuredLayer]) -> Speed:
+        """The same, but workloads that would take too long are not timed, which is said."""
+        inputs = list(self.inputs)
+        for place, (workload, seconds) in enumerate(zip(self.workloads, dense_seconds(measured), strict=True)):
+            if seconds > self.timing.longest_forward:
+                what = "%s, %s: a forward would take %.2g seconds, so its latency is predicted and not measured"
+                logger.warning(what, subject.name, workload.name, seconds)
+                inputs[place] = None
+        return replace(self, inputs=tuple(inputs))
+
     @property
     def _of_gates(self) -> TimingSettings:
         return replace(self.timing, enough_seconds=min(self.timing.gate_seconds, self.timing.enough_seconds))
@@ -113,6 +123,7 @@ class Speed:
                 workload.name, measure_latency(compressed, inputs, baseline=dense, device=device, timing=timing)
             )
             for workload, inputs in zip(self.workloads, self.inputs, strict=True)
+            if inputs is not None
         )
 
 
@@ -200,10 +211,14 @@ def _kinds(subject: Model, example: Inputs) -> list[tuple[str, Inputs]]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a model is to be planned by: its layers, and what is asked for; `pairs` times the layers of the plan."""
+    """What a model is to be planned by: its layers, and what is asked for.
+
+    `speed` is what its forwards are timed by, and `pairs` times the layers of a plan; None where nothing is timed.
+    """
 
     measured: Sequence[MeasuredLayer]
     request: PlanRequest
+    speed: Speed | None = None
     pairs: PairTimer | None = None
 
     def stated(self, subject: Model, plan: Plan) -> Plan:
@@ -228,6 +243,8 @@ def prepared(
         return Prepared(measured, request)
     measured = speed.of_layers(subject, measured)
     _require_some_faster(speed, subject, measured, form=request.form)
+    if speed.at_hand:
+        speed = speed.without_long(subject, measured)
     request = replace(request, limit=_limit(speed, subject, measured, request=request))
     if not speed.at_hand:
         return Prepared(measured, request)
@@ -243,7 +260,7 @@ def prepared(
             _require_fast(speed, subject, whole, limit=None)
         else:
             request = replace(request, limit=_corrected(request.limit, measured, plan, whole=whole))
-    return Prepared(measured, request, pairs)
+    return Prepared(measured, request, speed, pairs)
 
 
 def require_speed(
@@ -254,7 +271,7 @@ def require_speed(
     Raises:
         QualityGateNotMet: it is slower than the ratio that was asked for, or without one than the dense model.
     """
-    if speed is None or compressed is None or not speed.at_hand:
+    if speed is None or compressed is None:
         return ()
     whole = speed.timed(compressed.module, subject.module)
     _require_fast(speed, subject, whole, limit=limit)
@@ -271,8 +288,8 @@ def _require_some_faster(speed: Speed, subject: Model, measured: Sequence[Measur
 
 
 def _require_fast(speed: Speed, subject: Model, whole: Sequence[TimedWorkload], *, limit: float | None) -> None:
-    worst = max(whole, key=lambda each: each.ratio)
-    if worst.ratio <= (1.0 if limit is None else limit) + speed.timing.margin:
+    worst = max(whole, key=lambda each: each.ratio, default=None)
+    if worst is None or worst.ratio <= (1.0 if limit is None else limit) + speed.timing.margin:
         return
     found = f"{subject.name}: the compressed model takes {worst.ratio:.2f}x the time of the dense one"
     found = f"{found} ({worst.workload})"
@@ -311,20 +328,25 @@ def _rest(measured: Sequence[MeasuredLayer], plan: Plan, whole: Sequence[TimedWo
     the machine and at any scale of the predictions, unlike the difference of measured and predicted seconds.
     """
     # A model that hardly gets faster consists of the rest: at most so much that numbers stay finite.
-    ratios = np.minimum([each.ratio for each in whole], 0.99)
+    ratios = np.minimum(_ratios(measured, whole), 0.99)
     rest = (ratios * dense_seconds(measured) - _chosen_seconds(plan)) / (1 - ratios)
-    return tuple(np.maximum(0.0, rest).tolist())
+    return tuple(np.maximum(0.0, np.nan_to_num(rest, nan=0.0)).tolist())
+
+
+def _ratios(measured: Sequence[MeasuredLayer], whole: Sequence[TimedWorkload]) -> Seconds:
+    """What was measured for each of the workloads, NaN for one that was not timed."""
+    timed = {each.workload: each.ratio for each in whole}
+    workloads = next(m.latency.workloads for m in measured if m.latency is not None)
+    return np.array([timed.get(each.name, np.nan) for each in workloads])
 
 
 def _corrected(
     limit: TimeLimit, measured: Sequence[MeasuredLayer], plan: Plan, *, whole: Sequence[TimedWorkload]
 ) -> TimeLimit:
     """The limit with the rest that a plan showed that was to meet it: all of it where it missed, else half-way."""
-    found = zip(limit.rest, _rest(measured, plan, whole), whole, strict=True)
-    return replace(
-        limit,
-        rest=tuple(rest if each.ratio > limit.ratio else (before + rest) / 2 for before, rest, each in found),
-    )
+    found = zip(limit.rest, _rest(measured, plan, whole), _ratios(measured, whole), strict=True)
+    rest = tuple(after if ratio > limit.ratio else (before + after) / 2 for before, after, ratio in found)
+    return replace(limit, rest=rest)
 
 
 def _timed_plan(speed: Speed, subject: Model, plan: Plan) -> tuple[TimedWorkload, ...]:

@@ -75,6 +75,9 @@ class TimingSettings:
     gate_seconds: float = 1.0
     """Seconds of timing for each workload, where what a whole model takes decides whether it is good enough."""
 
+    longest_forward: float = 2.0
+    """Predicted seconds of a forward beyond which a whole model is not timed before and after it is compressed."""
+
     probed_ratio: float = 0.7
     """Predicted latency of the plan by which is found out how much of the model's time its layers take."""
 

@@ -71,14 +71,19 @@ class PairTimer:
         shapes = [_shapes(m, plan) for m, plan in zip(measured, rewriting.plan.layers, strict=True)]
         demand: dict[_Shape, float] = {}
         examples: dict[_Shape, LayerPlan] = {}
+        alone: dict[_Shape, float] = {}
         for plan, of_layer in zip(rewriting.plan.layers, shapes, strict=True):
             for shape, known in zip(of_layer, plan.latency or (), strict=False):
                 if shape is not None:
                     demand[shape] = demand.get(shape, 0.0) + known.predicted.dense
                     examples.setdefault(shape, plan)
+                    alone.setdefault(shape, known.predicted.dense / shape.use.calls)
         for shape in sorted(demand.keys() - self.found.keys(), key=lambda each: (-demand[each], examples[each].name)):
-            if self.spent >= self.timing.layer_seconds:
+            left = self.timing.layer_seconds - self.spent
+            if left <= 0:
                 break
+            if self._expected(alone[shape]) > left:
+                continue
             self.found[shape] = self._time(rewriting, layers[examples[shape].name], examples[shape], use=shape.use)
         return tuple(
             replace(plan, latency=tuple(map(self._with_measured, plan.latency, of_layer))) if plan.latency else plan
@@ -88,15 +93,23 @@ class PairTimer:
     def _with_measured(self, latency: WorkloadLatency, shape: _Shape | None) -> WorkloadLatency:
         return latency if shape is None else replace(latency, measured=self.found.get(shape))
 
-    def _time(self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse) -> Times:
-        dense = self.dense.get_submodule(layer.module)
-        pair = filled_layer(layer, plan, dense, tensors=_random_factors(rewriting, layer, plan).tensors)
-        quick = replace(
+    @property
+    def _quick(self) -> TimingSettings:
+        return replace(
             self.timing,
             warm_ups=min(2, self.timing.warm_ups),
             fewest_repeats=min(5, self.timing.fewest_repeats),
             enough_seconds=min(0.05, self.timing.enough_seconds),
         )
+
+    def _expected(self, seconds: float) -> float:
+        """The least that timing takes of a dense layer that is predicted to take so many seconds, and of its pair."""
+        return 2 * seconds * (self._quick.warm_ups + self._quick.fewest_repeats)
+
+    def _time(self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse) -> Times:
+        dense = self.dense.get_submodule(layer.module)
+        pair = filled_layer(layer, plan, dense, tensors=_random_factors(rewriting, layer, plan).tensors)
+        quick = self._quick
         inputs = {"input": _inputs(layer, use)}
         latency = measure_latency(pair, inputs, baseline=dense, device=self.device, timing=quick)
         assert latency.baseline_seconds is not None

@@ -227,6 +227,17 @@ def test_calibration_and_latency_go_together() -> None:
     assert all(layer.latency for layer in report.plan.layers)
 
 
+def test_a_workload_that_takes_too_long_is_predicted_alone(caplog: pytest.LogCaptureFixture) -> None:
+    batch = {"batch": (1, 1000), "longest_forward": 1e-3}
+    with caplog.at_level(logging.WARNING):
+        report = compress(network(), max_latency=0.6, timing_settings=timing(**batch))
+    assert "batch 1000: a forward would take 0.017 seconds, so its latency is predicted" in caplog.text
+    assert [each.workload for each in report.latency] == ["batch 1"]
+    [layer, *_] = report.plan.layers
+    assert layer.latency is not None
+    assert [each.workload for each in layer.latency] == ["batch 1", "batch 1000"]
+
+
 def test_for_another_device_nothing_is_timed_and_the_layers_alone_count(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         report = compress(

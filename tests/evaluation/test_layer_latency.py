@@ -88,7 +88,7 @@ def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None
 def test_no_further_layer_is_timed_when_the_time_is_over_and_the_longest_came_first() -> None:
     model = Network()
     rewriting, measured = planned(model, 0.5)
-    timed = PairTimer(model, CPU, replace(COUNTED, layer_seconds=1e-9)).timed(rewriting, measured)
+    timed = PairTimer(model, CPU, replace(COUNTED, layer_seconds=1e-3)).timed(rewriting, measured)
     known = [plan for plan in timed if plan.latency and plan.latency[0].measured is not None]
     assert len(known) == 1
     demand = {plan.name: plan.latency[0].predicted.dense for plan in timed if plan.latency and plan.rank is not None}
@@ -108,3 +108,14 @@ def test_a_layer_that_is_called_twice_takes_twice_as_long() -> None:
     measured_times = plans["wide"].latency[0].measured
     assert measured_times is not None
     assert measured_times.dense == 2e-6 * count_parameters(model.wide)
+
+
+def test_a_layer_that_would_take_longer_than_there_is_time_is_not_timed() -> None:
+    model = Network()
+    rewriting, measured = planned(model, 0.5)
+    assert (
+        not PairTimer(model, CPU, replace(COUNTED, layer_seconds=1e-6))
+        .timed(rewriting, measured)[0]
+        .latency[0]
+        .measured
+    )
