@@ -374,8 +374,9 @@ def _require_worthwhile(
     suggested = worthwhile_size(
         measured, request.form, file_bytes=file_bytes, dense_bytes=before, settings=measured[0].settings
     )
+    faster = "" if measured[0].latency is None else " and faster; `prefer='size'` asks for smaller alone"
     remedy = (
-        "low rank does not make these weight files worthwhile smaller"
+        f"low rank does not make these weight files worthwhile smaller{faster}"
         if suggested is None
         else f"ask for a size with `keep={suggested.value:g}`, better with `calibration=DATA`"
     )
