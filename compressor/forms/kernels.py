@@ -44,20 +44,19 @@ def pair_kernels(weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: in
         lookup = Movement(how="lookup", rows=use.rows, columns=rank, itemsize=itemsize)
         head = products(use.head_rows, (d_out, rank, d_in), itemsize=itemsize)
         ups = products(use.rows, (rank, d_out), itemsize=itemsize)
-        # The pair, and the embedding in it: a linear layer in a pair is not called where nothing is attached to it.
+        # The pair, and the embedding in it: other layers in a pair are not called where nothing is attached to them.
         return [call, call, lookup, *ups, *([call, *head] if use.head_rows else [])]
     if "convolution" in weight.kind:
         first, second, *sides = weight.tensor_shape
         kernel, point = tuple(sides), tuple(1 for _ in sides)
         size_in, size_out = use.in_size, use.out_size
-        calls: list[Kernel] = [call, call, call]  # the pair, and the two layers in it
         if weight.kind in TRANSPOSED:
             down = convolution(use, point, (first, rank), sizes=(size_in, size_in), itemsize=itemsize)
             sizes = (size_in, size_out)
             last = convolution(use, kernel, (rank, second), sizes=sizes, itemsize=itemsize, transposed=True)
-            return [*calls, down, last]
+            return [call, call, call, down, last]  # the pair, and the two layers in it
         down = convolution(use, kernel, (second, rank), sizes=(size_in, size_out), itemsize=itemsize)
-        return [*calls, down, convolution(use, point, (rank, first), sizes=(size_out, size_out), itemsize=itemsize)]
+        return [call, down, convolution(use, point, (rank, first), sizes=(size_out, size_out), itemsize=itemsize)]
     return [call, *products(use.rows, (d_in, rank, d_out), itemsize=itemsize)]
 
 

@@ -30,16 +30,29 @@ def unfilled(kind: type[nn.Module], *arguments: Any, device: Any, **keywords: An
     return kind(*arguments, device="meta", **keywords).to_empty(device=device)
 
 
-def linear(layer: nn.Module, input: Tensor) -> Tensor:
-    """What a linear layer gives, without the cost of calling it where nothing but PyTorch's own code would run."""
+# What the layers inside a pair compute, if their padding is of zeros.
+_FUNCTIONS: dict[type[nn.Module], Any] = {
+    nn.Linear: nn.functional.linear,
+    nn.Conv1d: nn.functional.conv1d,
+    nn.Conv2d: nn.functional.conv2d,
+    nn.Conv3d: nn.functional.conv3d,
+}
+
+
+def applied(layer: nn.Module, input: Tensor) -> Tensor:
+    """What a layer gives, without the cost of calling it where nothing but PyTorch's own code would run."""
     if torch.compiler.is_compiling() or is_observed(layer, input):
         return layer(input)  # type: ignore[no-any-return]
-    parameters = layer._parameters
-    return nn.functional.linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
+    own = layer.__dict__
+    parameters, kind = own["_parameters"], type(layer)
+    function, weight, bias = _FUNCTIONS[kind], parameters["weight"], parameters["bias"]
+    if kind is nn.Linear:
+        return function(input, weight, bias)  # type: ignore[no-any-return]
+    return function(input, weight, bias, own["stride"], own["padding"], own["dilation"])  # type: ignore[no-any-return]
 
 
 def is_observed(layer: nn.Module, input: Tensor) -> bool:
-    """Whether a call of a linear layer may run more than `torch.nn.functional.linear` of its weight and bias.
+    """Whether a call of a layer may run more than PyTorch's function of its weight and bias.
 
     That is what adapters, hooks, parametrizations, offloading, and tracers of modules rely on. It is asked in every
     pass, so it looks into dictionaries: attributes of a module take a third of a microsecond each.
@@ -47,7 +60,7 @@ def is_observed(layer: nn.Module, input: Tensor) -> bool:
     own = layer.__dict__
     parameters = own["_parameters"]
     return (
-        type(layer) is not nn.Linear
+        type(layer) not in _FUNCTIONS
         or type(input) is not Tensor
         or "forward" in own
         or own.get("_compiled_call_impl") is not None
@@ -55,6 +68,7 @@ def is_observed(layer: nn.Module, input: Tensor) -> bool:
         or bool(own["_backward_pre_hooks"] or nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
         or parameters.get("weight") is None
         or "bias" not in parameters
+        or own.get("padding_mode", "zeros") != "zeros"
     )
 
 
@@ -66,8 +80,8 @@ def in_order(input: Tensor, down: nn.Module, up: nn.Module, *, order: Tensor) ->
     if many and may_be_written(input, down, up):
         columns = written_beside(input, down.weight, up.weight)  # type: ignore[arg-type]
     else:
-        rows = linear(down, input)
-        columns = torch.cat([rows, linear(up, rows)], dim=-1)
+        rows = applied(down, input)
+        columns = torch.cat([rows, applied(up, rows)], dim=-1)
     return columns_in_order(columns, order) if eager else columns.index_select(-1, order)
 
 

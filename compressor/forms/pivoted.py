@@ -45,7 +45,7 @@ class PivotedLinear(nn.Module):
             y = torch.cat([rows, self.up(rows)], dim=-1).index_select(-1, self.order)
         else:
             parts = self._modules  # looked up in half the time of `self.down`
-            y = in_order(input, parts["down"], parts["up"], order=self.order)  # type: ignore[arg-type]
+            y = in_order(input, parts["down"], parts["up"], order=self._buffers["order"])  # type: ignore[arg-type]
         bias = self.bias
         return y if bias is None else y + bias
 

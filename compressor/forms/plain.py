@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, balanced
-from compressor.forms.layers import MARKERS, linear, linear_sides, unfilled
+from compressor.forms.layers import MARKERS, applied, linear_sides, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
@@ -39,7 +39,7 @@ class LowRankLinear(nn.Module):
             return self.up(self.down(input))  # type: ignore[no-any-return]
         else:
             parts = self._modules  # looked up in half the time of `self.down`
-            return linear(parts["up"], linear(parts["down"], input))  # type: ignore[arg-type]
+            return applied(parts["up"], applied(parts["down"], input))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -71,7 +71,7 @@ class LowRankEmbedding(nn.Module):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self.up(self.down(input))  # type: ignore[no-any-return]
         else:
-            return linear(self.up, self.down(input))
+            return applied(self.up, self.down(input))
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, rank={self.rank}"

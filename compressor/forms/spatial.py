@@ -23,7 +23,7 @@ from compressor.factorize import (
     spatial_pair,
 )
 from compressor.forms.kernels import convolution
-from compressor.forms.layers import MARKERS, copy_geometry, unfilled
+from compressor.forms.layers import MARKERS, applied, copy_geometry, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
@@ -75,7 +75,11 @@ class SpatialConvolution(nn.Module):
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.up(self.down(input))  # type: ignore[no-any-return]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self.up(self.down(input))  # type: ignore[no-any-return]
+        else:
+            parts = self._modules  # looked up in half the time of `self.down`
+            return applied(parts["up"], applied(parts["down"], input))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
@@ -109,10 +113,9 @@ class SpatialForm(PairForm):
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         d_out, c, k_h, k_w = weight.tensor_shape
         between = (use.out_size[0], use.in_size[1])
-        calls = [ModuleCall(itemsize=itemsize)] * 3  # the pair, and the two layers in it
         down = convolution(use, (k_h, 1), (c, rank), sizes=(use.in_size, between), itemsize=itemsize)
         up = convolution(use, (1, k_w), (rank, d_out), sizes=(between, use.out_size), itemsize=itemsize)
-        return [*calls, down, up]
+        return [ModuleCall(itemsize=itemsize), down, up]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         d_out, c, k_h, k_w = weight.tensor_shape

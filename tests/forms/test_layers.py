@@ -1,4 +1,4 @@
-"""Linear layers inside a pair are not called one by one where nobody would notice, and are where somebody would."""
+"""The layers inside a pair are not called one by one where nobody would notice, and are where somebody would."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from compressor.forms import LowRankEmbedding, LowRankLinear, PivotedLinear
+from compressor.forms import LowRankConvolution, LowRankEmbedding, LowRankLinear, PivotedLinear, SpatialConvolution
 
 D_IN, D_OUT, RANK = 12, 18, 5
+CONVOLUTIONS = {"channel": LowRankConvolution, "spatial": SpatialConvolution}
+FORMS = ["plain", "pivoted", "embedding", *CONVOLUTIONS]
+PARTS = [(form, part) for form in FORMS for part in ("down", "up") if (form, part) != ("embedding", "down")]
 
 
 def filled(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -24,6 +27,9 @@ def filled(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     layer: nn.Module
     if form == "embedding":
         layer = LowRankEmbedding(nn.Embedding(D_IN, D_OUT, dtype=dtype), RANK)
+    elif form in CONVOLUTIONS:
+        dense = nn.Conv2d(D_IN, D_OUT, 3, stride=(2, 1), padding=1, dtype=dtype)
+        layer = CONVOLUTIONS[form](dense, RANK)
     else:
         kind = {"plain": LowRankLinear, "pivoted": PivotedLinear}[form]
         layer = kind(D_IN, D_OUT, RANK, bias=True, like=like)
@@ -38,6 +44,8 @@ def inputs(form: str, dtype: torch.dtype = torch.float32, *, rows: int = 7) -> T
     generator = torch.Generator().manual_seed(1)
     if form == "embedding":
         return torch.randint(D_IN, (2, rows), generator=generator)
+    if form in CONVOLUTIONS:
+        return torch.randn(2, D_IN, rows, 3, generator=generator).to(dtype)
     return torch.randn(2, rows, D_IN, generator=generator).to(dtype)
 
 
@@ -50,10 +58,6 @@ def by_modules(layer: nn.Module, x: Tensor) -> Tensor:
         y = torch.cat([rows, y], dim=-1)[..., layer.order.long()]
         y = y if layer.bias is None else y + layer.bias
     return y
-
-
-FORMS = ["plain", "pivoted", "embedding"]
-LINEAR_PARTS = [("plain", "down"), ("plain", "up"), ("pivoted", "down"), ("pivoted", "up"), ("embedding", "up")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -76,18 +80,23 @@ def test_many_rows_of_a_pivoted_pair_are_bit_for_bit_those_of_the_parts(rows: in
         assert torch.equal(layer(taken), y)
 
 
-class Doubled(nn.Linear):
+class DoubledLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
 
 
-def replaced_forward(part: nn.Linear) -> None:
+class DoubledConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def replaced_forward(part: nn.Module) -> None:
     forward = part.forward
     part.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
 
 
-def replaced_class(part: nn.Linear) -> None:
-    part.__class__ = Doubled
+def replaced_class(part: nn.Module) -> None:
+    part.__class__ = DoubledLinear if isinstance(part, nn.Linear) else DoubledConv2d
 
 
 class Twice(nn.Module):
@@ -95,12 +104,12 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-def compiled(part: nn.Linear) -> None:
+def compiled(part: nn.Module) -> None:
     part._compiled_call_impl = lambda x: 2 * part.forward(x)  # where `Module.compile` puts what it made
 
 
-# What may be done to a linear layer from outside, each so that it gives something else.
-OBSERVERS: dict[str, Callable[[nn.Linear], Any]] = {
+# What may be done to a layer from outside, each so that it gives something else.
+OBSERVERS: dict[str, Callable[[nn.Module], Any]] = {
     "forward hook": lambda part: part.register_forward_hook(lambda _, __, y: 2 * y),
     "forward pre-hook": lambda part: part.register_forward_pre_hook(lambda _, x: (2 * x[0],)),
     "replaced forward": replaced_forward,
@@ -112,18 +121,26 @@ OBSERVERS: dict[str, Callable[[nn.Linear], Any]] = {
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-@pytest.mark.parametrize(("form", "part"), LINEAR_PARTS)
+@pytest.mark.parametrize(("form", "part"), PARTS)
 def test_what_is_done_to_a_part_after_the_first_call_is_seen(form: str, part: str, observer: str) -> None:
     layer, x = filled(form), inputs(form, rows=700)
     with torch.no_grad():
         before = layer(x)
-    target = layer.get_submodule(part)
-    assert isinstance(target, nn.Linear)
-    OBSERVERS[observer](target)
+    OBSERVERS[observer](layer.get_submodule(part))
     with torch.no_grad():
         y = layer(x)
     assert not torch.allclose(y, before)
     torch.testing.assert_close(y, by_modules(layer, x))
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+@pytest.mark.parametrize("mode", ["reflect", "circular"])
+def test_convolutions_are_padded_as_they_say(form: str, mode: Any) -> None:
+    dense = nn.Conv2d(D_IN, D_OUT, 3, padding=(2, 1), padding_mode=mode)
+    layer, x = CONVOLUTIONS[form](dense, RANK), torch.randn(2, D_IN, 6, 5)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(layer(x), by_modules(layer, x))
 
 
 @pytest.mark.parametrize("form", FORMS)
