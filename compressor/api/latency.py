@@ -21,9 +21,11 @@ from compressor.evaluation import (
     PairTimer,
     TimedWorkload,
     TimingSettings,
+    free_memory,
     measure_latency,
     unfilled_module,
 )
+from compressor.formatting import format_size
 from compressor.latency import DeviceProfile, LayerUse, Workload, device_profile, shipped_profile
 from compressor.lowrank import Rewriting
 from compressor.model import Model, layer_uses, scaled
@@ -100,6 +102,16 @@ class Speed:
     def _unknown(self, m: MeasuredLayer) -> str | None:
         unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)
         return "how its module uses it is unknown" if unknown else m.stays_dense
+
+    def in_memory(self, subject: Model) -> Speed:
+        """The same, but nothing is timed where a model and its compressed copy do not fit, which is said."""
+        free = free_memory() if self.timing.most_memory is None else self.timing.most_memory
+        needed = (1 if subject.in_memory else 2) * sum(info.nbytes for info in subject.checkpoint.tensors.values())
+        if free is None or needed <= free:
+            return self
+        what = "%s: two copies take %s, which is more than is free, so its latency is predicted and not measured"
+        logger.warning(what, subject.name, format_size(needed))
+        return replace(self, at_hand=False, inputs=(None,) * len(self.inputs))
 
     def without_long(self, subject: Model, measured: Sequence[MeasuredLayer]) -> Speed:
         """The same, but workloads that would take too long are not timed, which is said."""
@@ -244,7 +256,7 @@ def prepared(
     measured = speed.of_layers(subject, measured)
     _require_some_faster(speed, subject, measured, form=request.form)
     if speed.at_hand:
-        speed = speed.without_long(subject, measured)
+        speed = speed.in_memory(subject).without_long(subject, measured)
     request = replace(request, limit=_limit(speed, subject, measured, request=request))
     if not speed.at_hand:
         return Prepared(measured, request)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,9 @@ class TimingSettings:
 
     gate_seconds: float = 1.0
     """Seconds of timing for each workload, where what a whole model takes decides whether it is good enough."""
+
+    most_memory: int | None = None
+    """Bytes that a model and its compressed copy may take together to be timed; None for what is free."""
 
     longest_forward: float = 2.0
     """Predicted seconds of a forward beyond which a whole model is not timed before and after it is compressed."""
@@ -336,6 +340,17 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storage_bytes(tensors: Any) -> int:
     """Bytes that `tensors` hold together, memory that they share counted once."""
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that can be had without swapping; None where the system does not say, as only Linux does."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    kilobytes = next(found, None)
+    return None if kilobytes is None else 1024 * int(kilobytes)
 
 
 def process_memory() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
 from compressor.forms import TRANSPOSED
+from compressor.io import TensorInfo
 from compressor.latency import LayerUse
 from compressor.lowrank import Factors, Rewriting, filled_layer, rewritten_module
 from compressor.lowrank.tensor_format import pair_infos
@@ -27,14 +29,15 @@ def _random_factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan) -> Fact
     bias = None if layer.bias is None else rewriting.info(layer.bias)
     infos = pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
     generator = torch.Generator().manual_seed(0)
-    # Small, so that no model overflows; and what counts rows counts each once.
-    tensors = {
-        info.name: (0.02 * torch.randn(info.shape, generator=generator)).to(info.dtype)
-        if info.dtype.is_floating_point
-        else torch.arange(info.elements, dtype=info.dtype).reshape(info.shape)
-        for info in infos
-    }
-    return Factors(tensors, 0.0)
+    return Factors({info.name: _random(info, generator) for info in infos}, 0.0)
+
+
+def _random(info: TensorInfo, generator: torch.Generator) -> Tensor:
+    """Numbers that neither overflow nor vanish from layer to layer, which is slow; and an order that is one."""
+    if not info.dtype.is_floating_point:
+        return torch.arange(info.elements, dtype=info.dtype).reshape(info.shape)
+    inputs = max(1, info.elements // max(1, info.shape[0]))
+    return torch.randn(info.shape, generator=generator).div_(math.sqrt(inputs)).to(info.dtype)
 
 
 @dataclass(frozen=True)

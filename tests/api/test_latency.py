@@ -238,6 +238,20 @@ def test_a_workload_that_takes_too_long_is_predicted_alone(caplog: pytest.LogCap
     assert [each.workload for each in layer.latency] == ["batch 1", "batch 1000"]
 
 
+def test_a_model_of_which_there_is_no_room_for_a_copy_is_not_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "model.safetensors"
+    save_file(network().state_dict(), source)
+    with caplog.at_level(logging.WARNING):
+        report = compress(
+            source, keep=0.5, prefer="speed", factory=network, timing_settings=timing(never, most_memory=1000)
+        )
+    assert "more than is free" in caplog.text
+    assert report.latency == ()
+    assert report.plan.device == "stopwatch"
+
+
 def test_for_another_device_nothing_is_timed_and_the_layers_alone_count(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         report = compress(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from compressor.evaluation import (
     count_bytes,
     count_macs,
     count_parameters,
+    free_memory,
     measure_latency,
     measure_peak_memory,
 )
@@ -262,3 +265,10 @@ def test_a_cuda_device_has_its_number(monkeypatch, name, number):
     assert resolve_device(name) == torch.device("cuda", number)
     with pytest.raises(BadInput, match="use cuda:0 to cuda:1"):
         resolve_device("cuda:2")
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux says how much memory is free")
+def test_free_memory_is_some_and_no_more_than_there_is() -> None:
+    found = free_memory()
+    assert found is not None
+    assert 0 < found <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -65,6 +65,19 @@ def test_a_model_with_random_factors_has_the_shapes_of_the_plan_and_runs() -> No
     assert {type(module) for module in model.children()} == {nn.Conv2d, nn.Linear}
 
 
+def test_random_factors_keep_the_size_of_activations_through_many_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(40)))
+    subject = open_model(model)
+    measured = measured_layers(subject, inspect_layers(subject, 0.1, CPU, progress=None))
+    plan = Plan(
+        "it", None, Budget("keep", 0.5), choose_ranks(measured, Budget("keep", 0.5), "auto", file_bytes=lambda _: 0)
+    )
+    unfilled = unfilled_module(Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan), model, CPU)
+    assert all(type(each) is not nn.Linear for each in unfilled)
+    assert 1e-4 < unfilled(torch.randn(8, 32)).std() < 1e4
+
+
 def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None:
     model = Network()
     rewriting, measured = planned(model, 0.5)
