@@ -66,10 +66,16 @@ class SeparateExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
-        for index in torch.unique(top_k_index).tolist():
-            tokens, position = torch.where(top_k_index == index)
-            output = self.get_submodule(str(index))(hidden_states[tokens])
-            result.index_add_(0, tokens, (output * top_k_weights[tokens, position, None]).to(result.dtype))
+        experts = [expert for expert in self.children() if isinstance(expert, Expert)]
+        chosen, choices = top_k_index.flatten(), top_k_index.shape[-1]
+        # An accelerator waits once, for how many tokens each expert has.
+        counts = (chosen[:, None] == torch.arange(len(experts), device=chosen.device)).sum(0).tolist()
+        for expert, own in zip(experts, torch.split(chosen.argsort(stable=True), counts), strict=True):
+            if not len(own):
+                continue
+            tokens = own // choices
+            output = expert(hidden_states[tokens])
+            result.index_add_(0, tokens, (output * top_k_weights.flatten()[own, None]).to(result.dtype))
         return result
 
     def fused(self) -> nn.Module:

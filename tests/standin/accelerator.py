@@ -61,6 +61,9 @@ class _Module(ModuleType):
     def is_available(self) -> bool:
         return True
 
+    def _lazy_init(self) -> None:
+        """There is nothing to start."""
+
     def is_initialized(self) -> bool:
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor.calibration import CalibrationSettings, RefinementSettings
+from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings, calibrate
+from compressor.data import Batch
+from compressor.progress import Run
+from tests.calibration.tiny_models import eligible
 from tests.standin.accelerator import counted
 from tests.standin.networks import NETWORKS
 
@@ -49,16 +53,26 @@ def test_how_often_a_model_is_moved(name, effort, device):
     assert moved < MOVES[effort]
 
 
-@pytest.mark.parametrize("name", ["llama", "perceptron"])
-def test_waits_for_each_batch(name, device):
-    few, many = (counts_of(name, device, batches=count, effort="fast") for count in (4, 8))
-    weights = sum(each.dim() > 1 for each in NETWORKS[name].on("cpu").parameters())
-    # Of four batches more, three are fitted to. Each layer asks whether its activations and its gradients are finite.
-    # The rest are the states of blocks, and the loss of each batch.
-    assert many["synchronize"] - few["synchronize"] <= 3 * 2 * weights + 4 * 4
+def waits_of_calibration(model: nn.Module, batches: Sequence[Tensor], device: torch.device) -> int:
+    """How often the device is waited for while metrics are taken of the eligible layers of a model on it."""
+    fit, holdout = ([Batch({"inputs": each}, torch.empty(0)) for each in part] for part in (batches, batches[:1]))
+    layers = eligible(model)
+    with counted() as counts:
+        calibrate(model, layers, CalibrationData(tuple(fit), tuple(holdout), labeled=False), run=Run(device))
+    return counts["synchronize"]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "recurrent"])
+@pytest.mark.parametrize("name", ["llama", "perceptron", "convolutions", "recurrent", "encoder", "mixture"])
+def test_waits_of_calibration_for_each_batch(name, device):
+    network = NETWORKS[name]
+    few, many = (waits_of_calibration(network.on(device), network.batches(count), device) for count in (4, 8))
+    # Each layer asks whether its inputs, which it may share with others, and its gradients are finite, each segment
+    # whether its outputs are, and once whether the loss is.
+    layers = sum(each.dim() > 1 for each in network.on("cpu").parameters())
+    assert (many - few) / 4 <= 2 * layers + 4
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "t5"])
 def test_a_compressed_model_runs_without_a_wait(name, device):
     network = NETWORKS[name]
     small = compressor.compress(network.on(device), keep=0.6, prefer="size", device="standin").model
@@ -71,7 +85,9 @@ def test_a_compressed_model_runs_without_a_wait(name, device):
             with counted() as counts:
                 model(inputs)
         found.append(counts)
-    assert found[1]["synchronize"] == found[0]["synchronize"]
+    # Experts whose layers are pairs run one after the other, and it depends on the router on which tokens.
+    assert found[1]["synchronize"] <= found[0]["synchronize"]
+    assert found[1]["copy to host"] == (1 if name == "mixture" else 0)
     assert found[1]["copy to device"] == found[0]["copy to device"]
 
 
