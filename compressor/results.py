@@ -134,6 +134,7 @@ class Compression(DisplayedLayers):
         bytes: The size of the weight files, before and after. With a base, what is stored beside the base is `after`.
         evaluation: Quality and cost on `data`, beside the dense model; None without `data`.
         latency: The model timed beside the dense one in every workload; empty where speed was not asked for.
+        timed_on: The device that it was timed on; None where speed was not asked for, or of another device.
         seconds: How long it took.
         peak_memory_bytes: The most memory that the process used.
         skipped: The matrices that are not eligible, each with the reason.
@@ -180,6 +181,7 @@ class Compression(DisplayedLayers):
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
     latency: tuple[TimedWorkload, ...] = ()
+    timed_on: str | None = None
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -196,7 +198,7 @@ class Compression(DisplayedLayers):
         if self.latency:
             return tuple(LatencyChange(each.workload, each.ratio) for each in self.latency)
         if (device := self.plan.device) is not None:
-            return tuple(LatencyChange(*each, predicted_for=device) for each in self.plan.predicted_latency.items())
+            return tuple(LatencyChange(*each, predicted_on=device) for each in self.plan.predicted_latency.items())
         return () if self.evaluation is None else latency_changes(self.evaluation.latency)
 
     @property
@@ -276,6 +278,7 @@ class Compression(DisplayedLayers):
             "fine_tune": None if self.fine_tune is None else asdict(self.fine_tune),
             "not_copied": [each._asdict() for each in self.not_copied],
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
+            **({"timed_on": self.timed_on} if self.latency else {}),
             **({"latency": [each.to_dict() for each in self.latency]} if self.latency else {}),
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,

@@ -42,7 +42,7 @@ from compressor.calibration.search import PlannedModel, PlanRequest, open_calibr
 from compressor.calibration.self_generated import SelfRequest, self_generated
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import Evaluation, process_memory, require_accepted
+from compressor.evaluation import Evaluation, device_words, process_memory, require_accepted
 from compressor.formatting import format_percent, format_size
 from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
@@ -182,6 +182,7 @@ def compress(
             plan=planned.plan.with_errors(errors.of),
             evaluation=evaluation,
             latency=latency,
+            timed_on=device_words(run.device) if latency else None,
         )
         compression = replace(compression, warnings=warning_words(compression))
         if target is not None:

@@ -18,7 +18,7 @@ from compressor.evaluation.cost import (
     process_memory,
 )
 from compressor.evaluation.custom_metric import PARTS
-from compressor.evaluation.evaluate import Evaluation, compare, latency_changes
+from compressor.evaluation.evaluate import Evaluation, compare, device_words, latency_changes
 from compressor.evaluation.layer_latency import PairTimer, unfilled_module
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
 from compressor.evaluation.verdict import Change, LatencyChange, QualityChange, Remark, SizeChange, Verdict, judged
@@ -43,6 +43,7 @@ __all__ = [
     "count_bytes",
     "count_macs",
     "count_parameters",
+    "device_words",
     "drop_error",
     "free_memory",
     "judged",

@@ -205,7 +205,7 @@ def compare(
         count=after.count,
         data=data.name,
         task=data.task,
-        device=_device_name(device),
+        device=device_words(device),
         baseline_cost=None if baseline is None else costs[0],
         compressed_cost=costs[-1],
         latency=tuple(latencies),
@@ -229,7 +229,9 @@ def _batches_of(data: EvaluationData, sizes: Sequence[int]) -> list[Batch]:
     return list(found.values())
 
 
-def _device_name(device: torch.device) -> str:
+def device_words(device: torch.device) -> str:
+    """The device in words, with the number of threads that a CPU computes with."""
     if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
-    return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
+        threads = torch.get_num_threads()
+        return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})"
+    return f"{device} ({torch.get_device_module(device).getdevice_words(device)})"

@@ -54,13 +54,13 @@ class SizeChange:
 class LatencyChange:
     """The latency of a workload, such as `batch 1`, as a ratio to the dense model's.
 
-    It was measured, unless `predicted_for` names the device that it is predicted for. A ratio that is within `noise` of
-    one is no change.
+    It was measured, unless `predicted_on` names a device: then it is that of the layers alone, by what is known of the
+    device. A ratio that is within `noise` of one is no change.
     """
 
     workload: str
     ratio: float
-    predicted_for: str | None = None
+    predicted_on: str | None = None
     noise: float = 0.03
 
     @property
@@ -138,7 +138,8 @@ class Verdict:
         if not self.latency:
             return
         ordered = sorted(self.latency, key=lambda each: each.ratio)
-        predicted = "" if ordered[0].predicted_for is None else f", predicted for {ordered[0].predicted_for}"
+        device = ordered[0].predicted_on
+        predicted = "" if device is None else f" (predicted for its layers on {device})"
         best, worst = ordered[0], ordered[-1]
         if best.words == worst.words:
             yield Remark(f"{worst.words} latency{predicted}", worst.change)
@@ -174,7 +175,7 @@ class Verdict:
                 {
                     "workload": each.workload,
                     "ratio": each.ratio,
-                    "predicted_for": each.predicted_for,
+                    "predicted_on": each.predicted_on,
                     "change": each.change,
                 }
                 for each in self.latency

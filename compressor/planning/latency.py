@@ -23,6 +23,11 @@ class Times:
     dense: float
     chosen: float
 
+    @property
+    def ratio(self) -> float:
+        """The chosen form's seconds over those of the dense layer; 1 where the layer is not used."""
+        return self.chosen / self.dense if self.dense > 0 else 1.0
+
 
 @dataclass(frozen=True)
 class WorkloadLatency:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import BadInput
+from compressor.evaluation import Change, LatencyChange
 from compressor.formatting import format_percent, format_seconds, format_shape, format_size, one_line
 from compressor.forms import has_own_errors
 from compressor.report.comparison import compression_rows
@@ -23,7 +24,9 @@ from compressor.report.wording import (
     recipe_words,
     search_rows,
     search_words,
+    slowest_times,
     stored_only_words,
+    timed_on,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +124,8 @@ def report_page(compression: Compression) -> str:
         comparisons=compression_rows(compression),
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,
         evaluation=evaluation,
+        timed_on=timed_on(compression),
+        planned_for=plan.device,
         measured_count=None if evaluation is None else count_words(evaluation),
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
@@ -145,6 +150,7 @@ def report_page(compression: Compression) -> str:
                 "form": layer.form,
                 "kept": format_percent(layer.parameters, layer.dense_parameters),
                 "error": error_words(layer.error, 4),
+                "times": [_time(ratio) for ratio in slowest_times(layer)],
                 "reason": layer.reason,
                 "marks": _mark_words(marks[layer.name]),
                 "spectrum": Markup(
@@ -156,6 +162,11 @@ def report_page(compression: Compression) -> str:
             for number, layer in enumerate(plan.layers)
         ],
     )
+
+
+def _time(ratio: float | None) -> tuple[str, Change | None]:
+    """A layer's time over that of the dense one."""
+    return ("-", None) if ratio is None else (f"{ratio:.2f}", LatencyChange("", ratio).change)
 
 
 def _portable(compression: Compression) -> Compression:

@@ -45,6 +45,7 @@ from compressor.report.wording import (
     recipe_sources,
     search_rows,
     search_words,
+    timed_on,
 )
 from compressor.version import VERSION
 
@@ -299,8 +300,9 @@ def _sizes(compression: Compression) -> str:
         measured = "Quality was not measured."
     else:
         measured = f"Measured on {code(without_folders(evaluation.data))}: {count_words(evaluation)}."
-        if evaluation.latency:
-            measured += f" Memory and latency were measured on {plain_text(evaluation.device)}; devices differ."
+    if (device := timed_on(compression)) is not None:
+        what = "Latency was" if evaluation is None else "Memory and latency were"
+        measured += f" {what} measured on {plain_text(device)}; devices differ."
     return "\n\n".join([table, measured, *(f"**Warning:** {words}." for words in _warnings(compression))])
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from compressor.recipe import TrainingRecipe
     from compressor.results import BeforeAfter, Compression, Export, Inspection, Merging, Restoration
 
+PAIRED = "ratio of the times: median of paired runs"
+
 
 def compression_page(compression: Compression) -> Page:
     """The page of `compress MODEL`: verdict, request, layers, sizes and quality before and after, output."""
@@ -69,6 +71,8 @@ def compression_page(compression: Compression) -> Page:
     parts.append(_side_by_side(compression_rows(compression)))
     if compression.evaluation is not None:
         parts.append(_measured_on(compression.evaluation))
+    elif compression.latency:
+        parts.append(Lines((f"timed on {compression.timed_on}; {PAIRED}",), dim=True))
     if compression.warnings:
         parts.append(Facts.of(*(("warning", words) for words in compression.warnings)))
     parts += _skipped(compression.skipped)
@@ -426,7 +430,7 @@ def _measured_on(evaluation: Evaluation) -> Lines:
     words = f"measured on {evaluation.data}: {count_words(evaluation)}, {evaluation.device}"
     lines = [one_line(words)]
     if any(timing.ratio is not None for timing in evaluation.latency):
-        lines.append("ratio of the times: median of paired runs")
+        lines.append(PAIRED)
     return Lines(tuple(lines), dim=True)
 
 

@@ -163,6 +163,14 @@ def change_words(metric: str, drop: float, higher_is_better: bool | None = None)
     return f"{-drop + 0.0:+.4g}" if higher_is_better else f"{drop:+.4g}"
 
 
+def timed_on(compression: Compression) -> str | None:
+    """The device that the model was timed on; None where it was not."""
+    if compression.latency:
+        return compression.timed_on
+    evaluation = compression.evaluation
+    return evaluation.device if evaluation is not None and evaluation.latency else None
+
+
 def count_words(measured: Evaluation | DropSearch) -> str:
     """How many predictions a metric was measured on, or of the caller's own how many examples."""
     from compressor.planning import DropSearch
@@ -323,14 +331,20 @@ def stored_only_words(layers: Sequence[LayerPlan]) -> str | None:
     return f"{shown}: multiplied out when the module runs; saves disk space, but neither compute nor memory"
 
 
+def slowest_times(layer: LayerPlan) -> tuple[float | None, float | None]:
+    """The time of a pair over that of the dense layer, in the workload where it is slowest: predicted, and measured."""
+    if layer.rank is None or layer.latency is None:
+        return None, None
+    predicted = (each.predicted.ratio for each in layer.latency if each.predicted.dense > 0)
+    measured = (each.measured.ratio for each in layer.latency if each.measured is not None and each.measured.dense > 0)
+    return max(predicted, default=None), max(measured, default=None)
+
+
 def time_words(layer: LayerPlan) -> str:
     """The time of a layer in its slowest workload, as a ratio to dense: predicted, and in brackets measured."""
-    if layer.rank is None or layer.latency is None:
-        return "-"
-    predicted = [each.predicted.chosen / each.predicted.dense for each in layer.latency if each.predicted.dense > 0]
-    measured = [each.measured for each in layer.latency if each.measured is not None and each.measured.dense > 0]
-    words = f"{max(predicted):.2f}x" if predicted else "-"
-    return f"{words} ({max(each.chosen / each.dense for each in measured):.2f}x)" if measured else words
+    predicted, measured = slowest_times(layer)
+    words = "-" if predicted is None else f"{predicted:.2f}x"
+    return words if measured is None else f"{words} ({measured:.2f}x)"
 
 
 def time_note(device: str) -> str:

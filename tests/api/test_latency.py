@@ -80,7 +80,7 @@ def test_the_result_shows_the_time_of_each_layer_and_of_the_model_once() -> None
     predicted, measured = (each.chosen / each.dense for each in (of_layer.predicted, of_layer.measured))
     assert f"{predicted:.2f}x ({measured:.2f}x)" in page
     [change] = report.verdict.latency
-    assert (change.workload, change.predicted_for) == ("batch 1", None)
+    assert (change.workload, change.predicted_on) == ("batch 1", None)
 
 
 def test_by_size_nothing_is_timed_and_nothing_said_of_time() -> None:
@@ -266,7 +266,7 @@ def test_for_another_device_nothing_is_timed_and_the_layers_alone_count(caplog: 
         )
         assert chosen <= 0.5 * dense
     assert all(each.measured is None for latency in latencies for each in latency or ())
-    assert "predicted for stopwatch" in str(report.verdict)
+    assert "predicted for its layers on stopwatch" in str(report.verdict)
     assert report.plan.device == report.plan.to_dict()["device"] == "stopwatch"
 
 

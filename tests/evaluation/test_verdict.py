@@ -60,10 +60,10 @@ def test_the_percentage_is_that_of_the_sizes(before: int, after: int) -> None:
 
 @given(found=st.lists(ratios, max_size=5), measured=st.booleans())
 def test_it_claims_no_latency_that_is_not_known_and_says_what_is_predicted(found: list[float], measured: bool) -> None:
-    known = tuple(replace(each, predicted_for=None if measured else "h100") for each in latencies(*found))
+    known = tuple(replace(each, predicted_on=None if measured else "h100") for each in latencies(*found))
     words = str(Verdict(SizeChange(4, 2), known))
     assert ("latency" in words) == bool(found)
-    assert words.endswith("predicted for h100") == (bool(found) and not measured)
+    assert words.endswith("(predicted for its layers on h100)") == (bool(found) and not measured)
     assert words.startswith("50 % smaller")
     if measured:
         assert without_times(words) == "50 % smaller"

@@ -112,7 +112,7 @@ def test_the_verdict_is_first_and_what_is_worse_is_named(place: Path, card: Mode
     )
     assert "| memory of a batch |" in card.text
     assert "| latency, batch 1 |" in card.text
-    assert re.search(r"Memory and latency were measured on cpu \(\d+ threads\)", card.text)
+    assert re.search(r"Memory and latency were measured on cpu \(\d+ threads?\)", card.text)
     larger = replace(found, bytes=BeforeAfter(1000, 1300))
     text = model_card(larger, name="small", base_model="dense", config=None, original="")
     assert "**30 % larger.** Worse than the dense model: size." in text
