@@ -5,21 +5,24 @@ from __future__ import annotations
 from compressor.latency.cache import device_profile
 from compressor.latency.devices import SHIPPED, shipped_profile
 from compressor.latency.kernels import Amount, Convolution, Kernel, MatrixProduct, ModuleCall, Movement, Size
-from compressor.latency.profile import DeviceProfile, DtypeConstants
+from compressor.latency.profile import Corrections, DeviceProfile, DtypeSpeeds, Speed, Steps
 from compressor.latency.use import LayerUse, Workload
 
 __all__ = [
     "SHIPPED",
     "Amount",
     "Convolution",
+    "Corrections",
     "DeviceProfile",
-    "DtypeConstants",
+    "DtypeSpeeds",
     "Kernel",
     "LayerUse",
     "MatrixProduct",
     "ModuleCall",
     "Movement",
     "Size",
+    "Speed",
+    "Steps",
     "Workload",
     "device_profile",
     "shipped_profile",

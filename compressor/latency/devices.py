@@ -1,41 +1,45 @@
-"""The devices that a model can be planned for without having one."""
+"""The devices that a model can be planned for without having one: `devices.json`, and a CPU that was measured."""
 
 from __future__ import annotations
 
-from compressor.errors import BadInput
-from compressor.latency.profile import DeviceProfile, DtypeConstants
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-SHIPPED: dict[str, DeviceProfile] = {
-    "cpu": DeviceProfile(
-        name="cpu",
-        threads=2,
-        torch_version="",
-        bandwidth=2e10,
-        launch=2e-6,
-        call=3e-6,
-        dtypes={
-            "float64": DtypeConstants(5e10),
-            "float32": DtypeConstants(1e11),
-            "float16": DtypeConstants(1e11),
-            "bfloat16": DtypeConstants(2e11),
-        },
-    ),
-    "h100": DeviceProfile(
-        name="h100",
-        threads=0,
-        torch_version="",
-        bandwidth=2.7e12,
-        launch=5e-6,
-        call=0.0,
-        dtypes={
-            "float64": DtypeConstants(4e13),
-            "float32": DtypeConstants(4e13),
-            "float16": DtypeConstants(6.5e14),
-            "bfloat16": DtypeConstants(6.5e14),
-        },
-        overlaps=True,
-    ),
-}
+from compressor.errors import BadInput
+from compressor.latency.profile import DeviceProfile, DtypeSpeeds, Speed, whole_tiles
+
+_HERE = Path(__file__).parent
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Numbers that are moved: twice as many bytes as are written, and for each element of a row in a new order once more.
+_MOVES = {"lookup": 1.0, "copy": 1.0, "add": 1.0, "order": 0.5}
+
+
+def _gpu(sheet: Mapping[str, Any], common: Mapping[str, Any]) -> DeviceProfile:
+    """The profile of a GPU by its data sheet."""
+    bandwidth = sheet["bandwidth"] * common["achievable"]["bandwidth"]
+    launch: float = common["launch"]
+    tiles = whole_tiles(common["tile"])
+    moves = {how: Speed(launch, bandwidth * share) for how, share in _MOVES.items()}
+    dtypes = {
+        name: DtypeSpeeds(
+            Speed(launch, bandwidth, sheet[name] * common["achievable"]["flops"], inner=tiles, columns=tiles), moves
+        )
+        for name in _DTYPES
+    }
+    # The call of a module is hidden by the kernels that were launched before.
+    return DeviceProfile(sheet["name"], 0, "", 0.0, dtypes, overlaps=True, source=common["source"])
+
+
+def _shipped() -> dict[str, DeviceProfile]:
+    common = json.loads((_HERE / "devices.json").read_text(encoding="utf-8"))
+    gpus = {name: _gpu(sheet, common) for name, sheet in common["gpus"].items()}
+    cpu = DeviceProfile.from_dict(json.loads((_HERE / "cpu.json").read_text(encoding="utf-8")))
+    return {"cpu": cpu, **gpus}
+
+
+SHIPPED = _shipped()
 
 
 def shipped_profile(name: str) -> DeviceProfile:

@@ -1,0 +1,45 @@
+"""The profile of the CPU at hand, as it is shipped for `--target-device cpu`.
+
+    OMP_NUM_THREADS=1 python benchmarks/device_profile.py compressor/latency/cpu.json
+
+One thread, so that what else the machine does is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.latency import DeviceProfile
+from compressor.latency.measure import measure_profile
+from compressor.progress import Run
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shipped(profile: DeviceProfile) -> dict[str, Any]:
+    """A measured profile as the document of a device that is not at hand, in four digits."""
+    source = f"measured on {profile.name}, threads: {profile.threads}, PyTorch {profile.torch_version}"
+    return dict(_rounded(replace(profile, name="cpu", torch_version="", source=source).to_dict()))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    profile = measure_profile(Run(torch.device("cpu")), DTYPES)
+    Path(sys.argv[1]).write_text(json.dumps(shipped(profile), allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""The constants of a device, measured in a few seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor.latency.kernels import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
+from compressor.latency.profile import (
+    UNLIMITED,
+    Corrections,
+    DeviceProfile,
+    DtypeSpeeds,
+    Footprint,
+    Speed,
+    Steps,
+    dtype_name,
+    is_unfolded,
+)
+from compressor.latency.stopwatch import Stopwatch, default_clock
+from compressor.progress import Run
+
+# Seconds of a kernel in a dtype.
+Timer = Callable[[Kernel, torch.dtype], float]
+
+_KERNELS: dict[Footprint, tuple[int, int]] = {"point": (1, 1), "row": (1, 3), "area": (3, 3)}
+STEP = "Measure the device"
+
+
+@dataclass(frozen=True)
+class MeasuringSettings:
+    """The sizes at which a device is measured.
+
+    Attributes:
+        rows: Rows of matrix products.
+        sides: Widths of their inputs and outputs.
+        batches: Numbers of images of convolutions.
+        images: Sides of these images.
+        channels: Numbers of their channels, in and out.
+        period: Widths are expected to cost the more the farther they are from a multiple of this.
+        residues: The widths beside a multiple that are measured.
+        most_seconds: Seconds of a kernel after which none of more operations is measured.
+        rounds: How often each is measured, the fastest counts: not in a row, because others use the machine too.
+    """
+
+    rows: tuple[int, ...] = (1, 2, 8, 32, 128, 512)
+    sides: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    batches: tuple[int, ...] = (2, 8)
+    images: tuple[int, ...] = (7, 14, 28)
+    channels: tuple[int, ...] = (16, 64, 256)
+    period: int = 16
+    residues: tuple[int, ...] = (0, 1, 4, 8, 12, 15, 16)
+    most_seconds: float = 0.012
+    rounds: int = 2
+
+
+CPU = MeasuringSettings()
+ACCELERATOR = MeasuringSettings(
+    rows=(1, 8, 64, 512, 4096),
+    sides=(64, 256, 1024, 4096, 8192),
+    channels=(16, 64, 256, 1024),
+    period=128,
+    residues=(0, 1, 8, 16, 32, 64, 96, 127, 128),
+)
+
+
+def measure_profile(
+    run: Run,
+    dtypes: Sequence[torch.dtype],
+    *,
+    convolutions: bool = True,
+    timer: Timer | None = None,
+    settings: MeasuringSettings | None = None,
+) -> DeviceProfile:
+    """Measure the device of a run in some dtypes.
+
+    Args:
+        run: Its device, and who is told how far it is.
+        dtypes: The dtypes.
+        convolutions: Whether convolutions are measured; they take as long as all the rest.
+        timer: What times a kernel; by default the kernel is run.
+        settings: At which sizes; by default those for a CPU or an accelerator.
+    """
+    cpu = run.device.type == "cpu"
+    settings = settings or (CPU if cpu else ACCELERATOR)
+    timer = timer or Stopwatch(run.device, default_clock(run.device)).seconds
+    measuring = _Measuring(run, timer, settings, overlaps=not cpu, dtypes=dtypes, convolutions=convolutions)
+    speeds = {dtype_name(dtype): measuring.speeds(dtype) for dtype in dtypes}
+    return DeviceProfile(
+        name=device_name(run.device),
+        threads=torch.get_num_threads() if cpu else 0,
+        torch_version=str(torch.__version__),
+        call=timer(ModuleCall(itemsize=4), torch.float32) if cpu else 0.0,
+        dtypes=speeds,
+        overlaps=not cpu,
+        source="measured",
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the model of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name() if device.type == "cpu" else device.type
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            known = dict(line.partition(":")[::2] for line in lines if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in known.items()}
+        numbers = "-".join(fields[key] for key in ("cpu family", "model") if key in fields)
+        return f"{fields.get('model name', platform.machine())} {numbers}".strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+class _Measuring:
+    """One measurement: its timer, and how far it is."""
+
+    def __init__(
+        self,
+        run: Run,
+        timer: Timer,
+        settings: MeasuringSettings,
+        *,
+        overlaps: bool,
+        dtypes: Sequence[torch.dtype],
+        convolutions: bool,
+    ) -> None:
+        self.run, self.timer, self.settings, self.overlaps = run, timer, settings, overlaps
+        self.convolutions = convolutions
+        self.done, self.total = 0, len(dtypes) * (1 + len(_KERNELS) * convolutions)
+
+    def speeds(self, dtype: torch.dtype) -> DtypeSpeeds:
+        itemsize, settings = dtype.itemsize, self.settings
+        run = self.run
+        run.report(STEP, self.done, self.total)
+        grid = (
+            MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize)
+            for rows, inner, columns in product(settings.rows, settings.sides, settings.sides)
+        )
+        axes = (settings.rows, settings.sides, settings.sides)
+        wide = MatrixProduct(rows=128, inner=512, columns=512, itemsize=itemsize)
+        products = self._speed(list(grid), axes, dtype)
+        if isinstance(wide, MatrixProduct):
+            products = replace(
+                products,
+                inner=self._steps(lambda width: replace(wide, inner=width), dtype),
+                columns=self._steps(lambda width: replace(wide, columns=width), dtype),
+            )
+        moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order")}
+        self._finished()
+        found: dict[str, Speed] = {}
+        if self.convolutions:
+            axes_of = (
+                settings.batches,
+                tuple(side * side for side in settings.images),
+                settings.channels,
+                settings.channels,
+            )
+            area = Convolution(
+                batch=8,
+                in_channels=64,
+                out_channels=64,
+                kernel=(3, 3),
+                in_size=(14, 14),
+                out_size=(14, 14),
+                itemsize=itemsize,
+            )
+            inner = self._steps(lambda width: replace(area, in_channels=width), dtype)
+            columns = self._steps(lambda width: replace(area, out_channels=width), dtype)
+            for name, kernel in _KERNELS.items():
+                speed = self._speed(list(self._images(kernel, dtype)), axes_of, dtype)
+                found[name] = replace(speed, inner=inner, columns=columns)
+                self._finished()
+            found["column"] = found["row"]
+        return DtypeSpeeds(products, moves, found)
+
+    def _finished(self) -> None:
+        self.done += 1
+        self.run.report(STEP, self.done, self.total)
+
+    def _images(self, kernel: tuple[int, int], dtype: torch.dtype) -> Iterator[Kernel]:
+        settings = self.settings
+        for batch, side, c_in, c_out in product(
+            settings.batches, settings.images, settings.channels, settings.channels
+        ):
+            plain = Convolution(
+                batch=batch,
+                in_channels=c_in,
+                out_channels=c_out,
+                kernel=kernel,
+                in_size=(side, side),
+                out_size=(side, side),
+                itemsize=dtype.itemsize,
+            )
+            # A stride, where it is a matrix product without one.
+            unfolded = not self.overlaps and bool(is_unfolded(plain, torch.get_num_threads()))
+            yield replace(plain, in_size=(2 * side, 2 * side)) if unfolded else plain
+
+    def _speed(self, grid: list[Kernel], axes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Speed:
+        """The roofline that is closest to the kernels of a grid, and what each takes over what it says."""
+        seconds: dict[int, float] = {}
+        for _ in range(self.settings.rounds):
+            limit = math.inf
+            for place in sorted(range(len(grid)), key=lambda place: float(grid[place].flops)):
+                if float(grid[place].flops) > limit:
+                    break
+                taken = self.timer(grid[place], dtype)
+                seconds[place] = min(taken, seconds.get(place, math.inf))
+                if taken > self.settings.most_seconds:
+                    limit = float(grid[place].flops)
+        speed = _roofline([grid[place] for place in seconds], list(seconds.values()), overlaps=self.overlaps)
+        factors = np.full([len(axis) for axis in axes], np.nan)
+        for place, taken in seconds.items():
+            plain = float(speed.seconds(grid[place], grid[place], overlaps=self.overlaps))
+            factors.reshape(-1)[place] = taken / plain
+        factors = _filled(factors)
+        known = tuple(tuple(map(float, axis)) for axis in axes)
+        return replace(speed, corrections=Corrections(known, tuple(float(each) for each in factors.ravel())))
+
+    def _steps(self, of_width: Callable[[int], Kernel], dtype: torch.dtype) -> Steps:
+        """What widths cost that are no multiple of the period."""
+        period, residues = self.settings.period, self.settings.residues
+        base = 4 * period
+        widths = [*(base + residue for residue in residues), 2 * base]
+        seconds = np.min(
+            [[self.timer(of_width(width), dtype) for width in widths] for _ in range(2 * self.settings.rounds)], axis=0
+        )
+        each = (seconds[-1] - seconds[0]) / base
+        if each <= 0:
+            return Steps()
+        effective = np.clip((seconds[:-1] - seconds[0]) / each, 0, 4 * period)
+        effective[0], effective[-1] = 0, period
+        return Steps(period, residues, tuple(float(number) for number in effective))
+
+    def _moves(self, how: str, dtype: torch.dtype) -> Speed:
+        shapes = ((1, 64), (32, 256), (128, 1024), (512, 4096))
+        kernels: list[Kernel] = [
+            Movement(how=how, rows=rows, columns=columns, itemsize=dtype.itemsize)  # type: ignore[arg-type]
+            for rows, columns in shapes
+        ]
+        seconds = [min(self.timer(kernel, dtype) for _ in range(self.settings.rounds)) for kernel in kernels]
+        numbers = tuple(float(rows * columns) for rows, columns in shapes)
+        speed = _roofline(kernels, seconds, overlaps=self.overlaps)
+        factors = [
+            taken / float(speed.seconds(kernel, kernel, overlaps=self.overlaps))
+            for taken, kernel in zip(seconds, kernels, strict=True)
+        ]
+        return replace(speed, corrections=Corrections((numbers,), tuple(factors)))
+
+
+def _roofline(kernels: Sequence[Kernel], seconds: Sequence[float], *, overlaps: bool) -> Speed:
+    """The launch, bandwidth, and operations a second that are closest to what was measured, in proportion."""
+    taken = np.array(seconds)
+    nbytes = np.array([float(kernel.nbytes) for kernel in kernels])
+    flops = np.array([float(kernel.flops) for kernel in kernels])
+    if overlaps:
+        rate = float((flops / taken).max())
+        return Speed(float(taken.min()), float((nbytes / taken).max()), rate or UNLIMITED)
+    terms = np.stack([np.ones_like(taken), nbytes, flops])
+    costs = np.zeros(3)
+    used = [i for i in range(3) if terms[i].any()]
+    # Constants are positive: what would be negative is left out, the least certain first.
+    while used:
+        scaled = (terms[used] / taken).T
+        scale = scaled.max(axis=0)
+        found = np.linalg.lstsq(scaled / scale, np.ones(len(taken)), rcond=None)[0] / scale
+        if (found > 0).all():
+            costs[used] = found
+            break
+        used.remove(used[int(np.argmin(found * scale))])
+    launch, byte, flop = (float(cost) for cost in costs)
+    return Speed(launch, 1 / byte if byte else UNLIMITED, 1 / flop if flop else UNLIMITED)
+
+
+def _filled(factors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """What was not measured because it takes too long is what is next to it, along the first axes first."""
+    for axis in range(factors.ndim):
+        moved = np.moveaxis(factors, axis, 0)
+        for place in range(1, len(moved)):
+            unknown = np.isnan(moved[place])
+            moved[place][unknown] = moved[place - 1][unknown]
+    return np.asarray(np.nan_to_num(factors, nan=1.0))

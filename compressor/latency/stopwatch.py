@@ -1,0 +1,148 @@
+"""Kernels run and timed on the device at hand."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressor.latency.kernels import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
+
+# What a kernel is run as, once for each of the weights that it takes in turn.
+Operation = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class StopwatchSettings:
+    """How kernels are timed.
+
+    Attributes:
+        layers: Weights that a product takes in turn, as the layers of a model do: the cache holds few of them.
+        memory: Bytes of these weights at most.
+        seconds: A round over all weights that takes less is repeated as often as fills so many.
+        rounds: How often such a one is timed.
+    """
+
+    layers: int = 24
+    memory: int = 2**26
+    seconds: float = 0.001
+    rounds: int = 2
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times kernels on a device, by a clock that counts seconds."""
+
+    device: torch.device
+    clock: Callable[[], float]
+    settings: StopwatchSettings = StopwatchSettings()
+    _memory: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def seconds(self, kernel: Kernel, dtype: torch.dtype) -> float:
+        """Seconds of one run, the fastest of some rounds: what else the machine does only adds to it."""
+        with torch.no_grad():
+            return self._fastest(self._operations(kernel, dtype))
+
+    def _fastest(self, operations: list[Operation]) -> float:
+        operations[0]()
+        best = self._round(operations, 1)
+        if best < self.settings.seconds:
+            # A clock has its grain, and to wait for an accelerator takes as long as a few kernels.
+            repeats = math.ceil(self.settings.seconds / max(best, 1e-9))
+            best = min(self._round(operations, repeats) / repeats for _ in range(self.settings.rounds))
+        return best / len(operations)
+
+    def _round(self, operations: list[Operation], repeats: int) -> float:
+        self._wait()
+        start = self.clock()
+        for _ in range(repeats):
+            for operation in operations:
+                operation()
+        self._wait()
+        return self.clock() - start
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def _operations(self, kernel: Kernel, dtype: torch.dtype) -> list[Operation]:
+        if isinstance(kernel, MatrixProduct):
+            return self._products(int(kernel.rows), int(kernel.inner), int(kernel.columns), dtype=dtype)
+        if isinstance(kernel, Convolution):
+            return self._convolutions(kernel, dtype)
+        if isinstance(kernel, Movement):
+            return self._moves(kernel, dtype)
+        assert isinstance(kernel, ModuleCall)
+        module, x = _Reads(), self._numbers((1,), dtype)
+        return [lambda: module(x)]
+
+    def _products(self, rows: int, inner: int, columns: int, *, dtype: torch.dtype) -> list[Operation]:
+        x = self._numbers((rows, inner), dtype)
+        weights = self._weights((columns, inner), dtype, flops=2.0 * rows * inner * columns)
+        return [partial(functional.linear, x, weight) for weight in weights]
+
+    def _convolutions(self, kernel: Convolution, dtype: torch.dtype) -> list[Operation]:
+        x = self._numbers((kernel.batch, int(kernel.in_channels), *kernel.in_size), dtype)
+        shape = (int(kernel.out_channels), int(kernel.in_channels), *kernel.kernel)
+        strides = [round(before / after) for before, after in zip(kernel.in_size, kernel.out_size, strict=True)]
+        padding = [side // 2 for side in kernel.kernel]
+        weights = self._weights(shape, dtype, flops=float(kernel.flops))
+        return [partial(functional.conv2d, x, weight, None, strides, padding) for weight in weights]
+
+    def _moves(self, kernel: Movement, dtype: torch.dtype) -> list[Operation]:
+        rows, columns = int(kernel.rows), int(kernel.columns)
+        x = self._numbers((rows, columns), dtype)
+        if kernel.how == "copy":
+            parts = [x[:, : columns // 2], x[:, columns // 2 :]]
+            return [lambda: torch.cat(parts, dim=-1)]
+        if kernel.how == "add":
+            bias = self._numbers((columns,), dtype)
+            return [lambda: x + bias]
+        if kernel.how == "lookup":
+            [table] = self._weights((4096, columns), dtype, flops=math.inf)[:1]
+            tokens = torch.randint(4096, (rows,), generator=torch.Generator().manual_seed(0)).to(self.device)
+            return [lambda: functional.embedding(tokens, table)]
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(self.device)
+        if dtype == torch.float32 or x.numel() < 4096 or self.device.type != "cpu":
+            return [lambda: x.index_select(-1, order)]
+        # What pivoted pairs do where PyTorch has no vector instructions for it.
+        return [lambda: x.gather(-1, order.long().expand_as(x))]
+
+    def _weights(self, shape: tuple[int, ...], dtype: torch.dtype, *, flops: float) -> list[Tensor]:
+        """Weights to be taken in turn: fewer where they are large, or where the activations are anyway."""
+        numbers = math.prod(shape)
+        fit = self.settings.memory // (numbers * dtype.itemsize)
+        count = int(max(2, min(self.settings.layers, fit, 3e8 / flops if self.device.type == "cpu" else fit)))
+        memory = self._numbers((max(count * numbers, self.settings.memory // dtype.itemsize),), dtype)
+        return [memory[i * numbers : (i + 1) * numbers].view(shape) for i in range(count)]
+
+    def _numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Random numbers, small so that no product overflows, and not so small that they are denormal."""
+        count = math.prod(shape)
+        if dtype not in self._memory or self._memory[dtype].numel() < count:
+            block = torch.rand(2**16, generator=torch.Generator().manual_seed(0)).sub_(0.5).mul_(0.1).to(dtype)
+            repeated = block.repeat(-(-max(count, self.settings.memory // dtype.itemsize) // len(block)))
+            self._memory[dtype] = repeated.to(self.device)
+        return self._memory[dtype][:count].view(shape)
+
+
+class _Reads(nn.Module):
+    """A module that looks up what a linear layer does, and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return input, self.weight, self.bias
+
+
+def default_clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of this thread where it computes alone, so that other programs do not count; else those on the wall."""
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
