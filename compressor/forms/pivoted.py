@@ -92,7 +92,9 @@ class PivotedForm(PairForm):
         factors = products(use.rows, (d_in, rank, d_out - rank), itemsize=itemsize)
         copied = Movement(how="copy", rows=use.rows, columns=d_out, itemsize=itemsize)
         bias = [replace(copied, how="add")] if use.bias else []
-        return [ModuleCall(itemsize=itemsize), *factors, copied, replace(copied, how="order"), *bias]
+        # What it asks before it puts columns in order takes as long as the call of a module.
+        calls = [ModuleCall(itemsize=itemsize)] * 2
+        return [*calls, *factors, copied, replace(copied, how="order"), *bias]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         d_out, d_in = weight.shape

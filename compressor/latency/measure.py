@@ -50,7 +50,7 @@ class MeasuringSettings:
     """
 
     rows: tuple[int, ...] = (1, 2, 8, 32, 128, 512)
-    sides: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    sides: tuple[int, ...] = (16, 64, 128, 256, 1024, 4096)
     batches: tuple[int, ...] = (2, 8)
     images: tuple[int, ...] = (7, 14, 28)
     channels: tuple[int, ...] = (16, 64, 256)

@@ -23,14 +23,16 @@ class StopwatchSettings:
     """How kernels are timed.
 
     Attributes:
-        layers: Weights that a product takes in turn, as the layers of a model do: the cache holds few of them.
+        layers: Layers of a model; their weights are taken in turn, so that few of them are in the cache.
         memory: Bytes of these weights at most.
+        flops: Operations of a round over them at most, on a CPU: what computes longer does not wait for weights.
         seconds: A round over all weights that takes less is repeated as often as fills so many.
         rounds: How often such a one is timed.
     """
 
     layers: int = 24
     memory: int = 2**26
+    flops: float = 2e8
     seconds: float = 0.001
     rounds: int = 2
 
@@ -84,7 +86,8 @@ class Stopwatch:
 
     def _products(self, rows: int, inner: int, columns: int, *, dtype: torch.dtype) -> list[Operation]:
         x = self._numbers((rows, inner), dtype)
-        weights = self._weights((columns, inner), dtype, flops=2.0 * rows * inner * columns)
+        square = max(inner, columns) ** 2
+        weights = self._weights((columns, inner), dtype, layer=square, flops=2.0 * rows * inner * columns)
         return [partial(functional.linear, x, weight) for weight in weights]
 
     def _convolutions(self, kernel: Convolution, dtype: torch.dtype) -> list[Operation]:
@@ -92,7 +95,8 @@ class Stopwatch:
         shape = (int(kernel.out_channels), int(kernel.in_channels), *kernel.kernel)
         strides = [round(before / after) for before, after in zip(kernel.in_size, kernel.out_size, strict=True)]
         padding = [side // 2 for side in kernel.kernel]
-        weights = self._weights(shape, dtype, flops=float(kernel.flops))
+        square = max(shape[:2]) ** 2 * math.prod(kernel.kernel)
+        weights = self._weights(shape, dtype, layer=square, flops=float(kernel.flops))
         return [partial(functional.conv2d, x, weight, None, strides, padding) for weight in weights]
 
     def _moves(self, kernel: Movement, dtype: torch.dtype) -> list[Operation]:
@@ -105,7 +109,7 @@ class Stopwatch:
             bias = self._numbers((columns,), dtype)
             return [lambda: x + bias]
         if kernel.how == "lookup":
-            [table] = self._weights((4096, columns), dtype, flops=math.inf)[:1]
+            table = self._numbers((4096, columns), dtype)
             tokens = torch.randint(4096, (rows,), generator=torch.Generator().manual_seed(0)).to(self.device)
             return [lambda: functional.embedding(tokens, table)]
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(self.device)
@@ -114,12 +118,16 @@ class Stopwatch:
         # What pivoted pairs do where PyTorch has no vector instructions for it.
         return [lambda: x.gather(-1, order.long().expand_as(x))]
 
-    def _weights(self, shape: tuple[int, ...], dtype: torch.dtype, *, flops: float) -> list[Tensor]:
-        """Weights to be taken in turn: fewer where they are large, or where the activations are anyway."""
+    def _weights(self, shape: tuple[int, ...], dtype: torch.dtype, *, layer: int, flops: float) -> list[Tensor]:
+        """Weights to be taken in turn, of as many bytes together as a model of such layers of `layer` numbers.
+
+        A factor is no smaller a part of its model than its layer: when its turn comes the others were in the cache.
+        """
         numbers = math.prod(shape)
-        fit = self.settings.memory // (numbers * dtype.itemsize)
-        count = int(max(2, min(self.settings.layers, fit, 3e8 / flops if self.device.type == "cpu" else fit)))
-        memory = self._numbers((max(count * numbers, self.settings.memory // dtype.itemsize),), dtype)
+        together = min(self.settings.memory, self.settings.layers * layer * dtype.itemsize)
+        most = self.settings.flops / flops if self.device.type == "cpu" else math.inf
+        count = int(max(2, min(together // (numbers * dtype.itemsize), most)))
+        memory = self._numbers((count * numbers,), dtype)
         return [memory[i * numbers : (i + 1) * numbers].view(shape) for i in range(count)]
 
     def _numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
