@@ -94,7 +94,7 @@ class Speed:
         """What ranks are multiples of: as asked, else as the device likes it while a layer has a few such ranks."""
         if self.rank_multiple is not None:
             return self.rank_multiple
-        multiple = self.profile.rank_multiple(m.layer.kind, dtype)
+        multiple = self.profile.rank_multiple(m.layer.kind, dtype, width=min(m.layer.shape))
         while multiple > 1 and 4 * multiple > min(m.layer.shape):
             multiple //= 2
         return multiple
@@ -166,10 +166,12 @@ def requested_speed(
         logger.warning("%s is compressed for its size, for how fast it would be is unknown: %s", subject.name, error)
         return None
     timing = timing_settings(asked)
-    dtypes = {subject.checkpoint.tensors[layer.tensor].dtype for layer in subject.layers if layer.eligible}
-    at_hand = timing.profile or (device_profile(run, sorted(dtypes, key=str)) if shipped is None else None)
-    profile = shipped or at_hand
-    assert profile is not None
+    profile = shipped or timing.profile
+    if profile is None:
+        eligible = [layer for layer in subject.layers if layer.eligible]
+        dtypes = {subject.checkpoint.tensors[layer.tensor].dtype for layer in eligible}
+        images = any("convolution" in layer.kind for layer in eligible)
+        profile = device_profile(run, sorted(dtypes, key=str), convolutions=images)
     if shipped is not None:
         logger.warning("planned for %s by its constants alone: nothing was measured", profile.name)
     workloads, inputs, uses = (tuple(each) for each in zip(*found, strict=True))

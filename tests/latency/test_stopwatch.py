@@ -28,11 +28,11 @@ MOVES: list[Kernel] = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_run_has_the_operations_of_the_kernel(kernel: Kernel, dtype: torch.dtype) -> None:
     runs = Stopwatch(torch.device("cpu"), lambda: 0.0, FEW)._operations(kernel, dtype)
-    assert len(runs) == 3
+    assert len(runs) > 1
     with FlopCounterMode(display=False) as counter:
         for run in runs:
             run()
-    assert counter.get_total_flops() == 3 * kernel.flops
+    assert counter.get_total_flops() == len(runs) * kernel.flops
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, *MOVES, ModuleCall(itemsize=4)])
