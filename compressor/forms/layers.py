@@ -102,13 +102,14 @@ def columns_in_order(columns: Tensor, order: Tensor) -> Tensor:
 
 def may_be_written(input: Tensor, down: nn.Module, up: nn.Module) -> bool:
     """Whether the outputs of two linear layers without bias can be written into a given tensor instead."""
+    device = input.device.type
     return (
         not torch.is_grad_enabled()
         and input.numel() > 0
         and not is_observed(down, input)
         and not is_observed(up, input)
         and type(down.weight) is type(up.weight) is nn.Parameter
-        and not torch.is_autocast_enabled(input.device.type)
+        and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
         # `vmap` has no rule for it.
         and not torch._C._are_functorch_transforms_active()
     )

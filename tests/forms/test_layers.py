@@ -183,6 +183,15 @@ def test_autocast_casts_as_it_does_for_the_parts(form: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_shapes_are_found_on_the_meta_device(form: str) -> None:
+    layer, x = filled(form), inputs(form)
+    with torch.no_grad():
+        y = layer(x)
+        there = layer.to("meta")(x.to("meta"))
+    assert (there.shape, there.dtype, there.device.type) == (y.shape, y.dtype, "meta")
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_copies_compute_the_same(form: str) -> None:
     layer, x = filled(form), inputs(form)
     y = layer(x)
