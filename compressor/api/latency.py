@@ -247,8 +247,8 @@ def prepared(
 ) -> Prepared:
     """Time a plan that is made without data, before any factor is computed, and correct what it shows to be wrong.
 
-    Layers whose pairs turn out slower than dense stay dense. What a latency comes to is corrected once, by what was
-    measured of the plan that was to meet it. Without a speed all stays as it is.
+    Layers whose pairs turn out slower than dense get others, or stay dense. What a latency comes to is corrected once,
+    by what was measured of the plan that was to meet it. Without a speed all stays as it is.
 
     Raises:
         QualityGateNotMet: no layer would be faster, or the model would be slower than the dense one.
@@ -257,24 +257,53 @@ def prepared(
         return Prepared(measured, request)
     measured = speed.of_layers(subject, measured)
     _require_some_faster(speed, subject, measured, form=request.form)
-    if speed.at_hand:
-        speed = speed.in_memory(subject).without_long(subject, measured)
-    request = replace(request, limit=_limit(speed, subject, measured, request=request))
+    ratio = None if request.budget is None else request.budget.latency_limit
+    limit = None if ratio is None else TimeLimit(ratio, (0.0,) * len(speed.workloads))
+    request = replace(request, limit=limit)
+    if not speed.at_hand:  # then the layers alone count
+        return Prepared(measured, request)
+    speed = speed.in_memory(subject).without_long(subject, measured)
     if not speed.at_hand:
         return Prepared(measured, request)
     pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing)
-    plan = _first_plan(subject, measured, request)
-    slower = [_slower_words(each, speed) for each in pairs.timed(_rewriting(subject, plan), measured)]
-    if any(slower):
-        measured = [replace(m, stays_dense=words or m.stays_dense) for m, words in zip(measured, slower, strict=True)]
-        plan = _first_plan(subject, measured, request)
+    measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
     if plan.factorized:
         whole = _timed_plan(speed, subject, plan)
-        if request.limit is None:
+        if limit is None:
             _require_fast(speed, subject, whole, limit=None)
         else:
-            request = replace(request, limit=_corrected(request.limit, measured, plan, whole=whole))
-    return Prepared(measured, request, speed, pairs)
+            limit = replace(limit, rest=_rest(measured, plan, whole))
+            limit = _corrected(speed, subject, measured, request=replace(request, limit=limit))
+    return Prepared(measured, replace(request, limit=limit), speed, pairs)
+
+
+def _without_slower(
+    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest, pairs: PairTimer
+) -> tuple[Sequence[MeasuredLayer], Plan]:
+    """The layers with what was measured of pairs that are slower than dense, and a first plan without such pairs.
+
+    A few times a layer gets another form or rank by what was measured; then it stays dense.
+    """
+    for tries_left in reversed(range(speed.timing.most_corrections + 1)):
+        plan = _first_plan(speed, subject, measured, request=request)
+        timed = pairs.timed(_rewriting(subject, plan), measured)
+        slower = [_is_slower(each, speed.timing) for each in timed]
+        if not any(slower):
+            break
+        measured = [
+            _corrected_layer(m, each, speed, last=tries_left == 0) if slow else m
+            for m, each, slow in zip(measured, timed, slower, strict=True)
+        ]
+    else:
+        plan = _first_plan(speed, subject, measured, request=request)
+    return measured, plan
+
+
+def _corrected_layer(m: MeasuredLayer, plan: LayerPlan, speed: Speed, *, last: bool) -> MeasuredLayer:
+    assert m.latency is not None
+    if last:
+        return replace(m, stays_dense=f"its pairs were measured to be slower on {speed.profile.name}")
+    return replace(m, latency=m.latency.corrected(plan.form, plan.latency or ()))
 
 
 def require_speed(
@@ -312,28 +341,6 @@ def _require_fast(speed: Speed, subject: Model, whole: Sequence[TimedWorkload], 
     raise QualityGateNotMet(f"{found}, more than `max_latency` {limit:g}; allow more, or keep less")
 
 
-def _limit(
-    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest
-) -> TimeLimit | None:
-    """What the ratio that is asked for comes to in each workload; of another device the layers alone count."""
-    ratio = None if request.budget is None else request.budget.latency_limit
-    if ratio is None:
-        return None
-    limit = TimeLimit(ratio, (0.0,) * len(speed.workloads))
-    if not speed.at_hand:
-        return limit
-    # A plan that saves a usual share of the time tells what the rest of the model is.
-    dense = dense_seconds(measured)
-    probed = max(
-        speed.timing.probed_ratio, min(1.0, 1.01 * limit.least_ratio(dense, least_seconds(measured, request.form)))
-    )
-    probe = replace(request, budget=Budget("max-latency", probed), limit=replace(limit, ratio=probed))
-    plan = plan_ranks(subject, measured, probe).plan
-    if not plan.factorized:
-        return limit
-    return replace(limit, rest=_rest(measured, plan, _timed_plan(speed, subject, plan)))
-
-
 def _rest(measured: Sequence[MeasuredLayer], plan: Plan, whole: Sequence[TimedWorkload]) -> tuple[float, ...]:
     """What the dense model takes in each workload beside its layers, in the seconds that are predicted of these.
 
@@ -354,10 +361,14 @@ def _ratios(measured: Sequence[MeasuredLayer], whole: Sequence[TimedWorkload]) -
     return np.array([timed.get(each.name, np.nan) for each in workloads])
 
 
-def _corrected(
-    limit: TimeLimit, measured: Sequence[MeasuredLayer], plan: Plan, *, whole: Sequence[TimedWorkload]
-) -> TimeLimit:
-    """The limit with the rest that a plan showed that was to meet it: all of it where it missed, else half-way."""
+def _corrected(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest) -> TimeLimit:
+    """The limit with the rest that a plan shows that is to meet it: all of it where it misses, else half-way."""
+    limit = request.limit
+    assert limit is not None
+    plan = plan_ranks(subject, measured, request).plan
+    if not plan.factorized:
+        return limit
+    whole = _timed_plan(speed, subject, plan)
     found = zip(limit.rest, _rest(measured, plan, whole), _ratios(measured, whole), strict=True)
     rest = tuple(after if ratio > limit.ratio else (before + after) / 2 for before, after, ratio in found)
     return replace(limit, rest=rest)
@@ -375,22 +386,28 @@ def _chosen_seconds(plan: Plan) -> Seconds:
     return np.asarray(np.array([[each.predicted.chosen for each in latency] for latency in known]).sum(axis=0))
 
 
-def _first_plan(subject: Model, measured: Sequence[MeasuredLayer], request: PlanRequest) -> Plan:
-    """A plan without data, to be timed; of a search by drop the size that it begins with."""
-    if request.budget is not None and request.budget.kind == "max-drop":
-        least = smallest_size(measured, request.form, "parameters") / sum(m.layer.parameters for m in measured)
-        request = replace(request, budget=Budget("keep", min(1.0, (1 + least) / 2)))
-    return plan_ranks(subject, measured, request).plan
+def _first_plan(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest) -> Plan:
+    """A plan without data, to be timed.
+
+    For a latency one that saves a usual share of the layers' time, and for a search by drop the size that it begins
+    with.
+    """
+    limit, budget = request.limit, request.budget
+    if limit is not None:
+        least = limit.least_ratio(dense_seconds(measured), least_seconds(measured, request.form))
+        probed = max(speed.timing.probed_ratio, min(1.0, 1.01 * least))
+        budget, limit = Budget("max-latency", probed), replace(limit, ratio=probed)
+    elif budget is not None and budget.kind == "max-drop":
+        share = smallest_size(measured, request.form, "parameters") / sum(m.layer.parameters for m in measured)
+        budget = Budget("keep", min(1.0, (1 + share) / 2))
+    return plan_ranks(subject, measured, replace(request, budget=budget, limit=limit)).plan
 
 
 def _rewriting(subject: Model, plan: Plan) -> Rewriting:
     return Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan)
 
 
-def _slower_words(plan: LayerPlan, speed: Speed) -> str | None:
-    """That a pair was measured to be slower than its dense layer; None where it was not."""
-    measured = (each.measured for each in plan.latency or ())
-    ratio = max((each.chosen / each.dense for each in measured if each is not None and each.dense > 0), default=0.0)
-    if ratio <= 1 + speed.timing.margin:
-        return None
-    return f"a pair of rank {plan.rank} was measured to take {ratio:.2f}x the time on {speed.profile.name}"
+def _is_slower(plan: LayerPlan, timing: TimingSettings) -> bool:
+    """Whether a pair was measured to be slower than its dense layer in any workload."""
+    measured = [each.measured for each in plan.latency or () if each.measured is not None]
+    return any(each.chosen > (1 + timing.margin) * each.dense for each in measured)

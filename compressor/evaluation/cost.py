@@ -76,6 +76,9 @@ class TimingSettings:
     gate_seconds: float = 1.0
     """Seconds of timing for each workload, where what a whole model takes decides whether it is good enough."""
 
+    most_corrections: int = 3
+    """How often a layer whose pair was measured to be slower than dense gets another pair, before it stays dense."""
+
     most_memory: int | None = None
     """Bytes that a model and its compressed copy may take together to be timed; None for what is free."""
 

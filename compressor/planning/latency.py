@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,17 +47,19 @@ class WorkloadLatency:
 class LayerLatency:
     """How long a layer takes on a device: what is known of the device, and how each workload uses the layer.
 
-    A workload that does not use the layer has None in `uses`.
+    A workload that does not use the layer has None in `uses`. `measured` has factors for the predictions of forms that
+    were measured to be slower than predicted, in each workload.
     """
 
     profile: DeviceProfile
     dtype: torch.dtype
     workloads: tuple[Workload, ...]
     uses: tuple[LayerUse | None, ...]
+    measured: Mapping[str, Seconds] = field(default_factory=dict)
 
     def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
         """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
-        return np.stack(
+        seconds = np.stack(
             [
                 np.zeros(len(ranks))
                 if use is None
@@ -66,6 +69,7 @@ class LayerLatency:
                 for use in self.uses
             ]
         )
+        return seconds * self.measured[form][:, None] if form in self.measured else seconds
 
     def dense(self, layer: Layer) -> Seconds:
         """Predicted seconds of the dense layer in each workload."""
@@ -78,6 +82,16 @@ class LayerLatency:
         return np.divide(
             self.seconds(layer, form, ranks), dense, out=np.ones((len(dense), len(ranks))), where=dense > 0
         )
+
+    def corrected(self, form: str, known: Sequence[WorkloadLatency]) -> LayerLatency:
+        """The same with the ratio to dense that was measured of a form, in the workloads in which it was."""
+        factors = [
+            1.0
+            if each.measured is None or min(each.measured.dense, each.predicted.chosen, each.predicted.dense) <= 0
+            else (each.measured.chosen / each.measured.dense) / (each.predicted.chosen / each.predicted.dense)
+            for each in known
+        ]
+        return replace(self, measured={**self.measured, form: np.array(factors)})
 
     def of(self, layer: Layer, form: str, rank: int) -> tuple[WorkloadLatency, ...]:
         """What is predicted of the form and rank that were chosen."""

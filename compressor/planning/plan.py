@@ -460,7 +460,8 @@ def _allocated(
 def _dense_reason(m: MeasuredLayer, choices: LayerChoices) -> str:
     """Why a layer stays dense in an allocation."""
     if m.latency is not None and len(choices.forms) == 1:
-        return f"every pair that saves bytes would be slower, or hardly faster, on {m.latency.profile.name}"
+        measured = ", as was measured" if m.latency.measured else ""
+        return f"every pair that saves bytes would be slower, or hardly faster, on {m.latency.profile.name}{measured}"
     return "keeping it dense is worth its size"
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,38 @@ def test_the_same_profile_gives_the_same_plan() -> None:
         assert torch.equal(one, other), name
 
 
-def test_a_pair_that_is_measured_slower_than_its_layer_makes_it_stay_dense() -> None:
-    def timer(model: nn.Module, call: Callable[[], Any], device: torch.device) -> float:
-        slow = not isinstance(model, nn.Linear | nn.Sequential) and model.in_features == model.out_features
-        return by_size(model, call, device) * (9 if slow else 1)
+def square(model: nn.Module, call: Callable[[], Any], device: torch.device, *, factor: float) -> float:
+    """As `by_size`, but pairs in the place of square layers take longer by a factor."""
+    slow = not isinstance(model, nn.Linear | nn.Sequential) and model.in_features == model.out_features
+    return by_size(model, call, device) * (factor if slow else 1)
 
-    report = compress(network(), keep=0.7, prefer="speed", timing_settings=timing(timer))
+
+def test_a_layer_whose_pairs_are_measured_slower_at_every_rank_stays_dense() -> None:
+    settings = timing(partial(square, factor=99.0))
+    report = compress(network(), keep=0.7, prefer="speed", timing_settings=settings)
     layers = {layer.name: layer for layer in report.plan.layers}
     assert layers["2"].rank is None
-    assert "was measured to take" in layers["2"].reason
+    assert layers["2"].reason.endswith("on stopwatch, as was measured")
     assert layers["4"].rank is not None
     assert report.plan.eligible_after <= 0.7 * report.plan.eligible_before
+    at_once = compress(
+        network(), keep=0.7, prefer="speed", timing_settings=replace(settings, most_corrections=0)
+    ).plan.layers
+    assert at_once[1].reason == "its pairs were measured to be slower on stopwatch"
+
+
+def test_a_layer_whose_pair_is_measured_slower_gets_one_that_is_faster() -> None:
+    fast, slow = (
+        {layer.name: layer for layer in compress(network(), keep=0.6, prefer="speed", timing_settings=each).plan.layers}
+        for each in (timing(), timing(partial(square, factor=2.5)))
+    )
+    assert fast["2"].rank is not None
+    assert slow["2"].rank is not None
+    assert slow["2"].rank < fast["2"].rank
+    assert slow["2"].latency is not None
+    [latency] = slow["2"].latency
+    assert latency.measured is not None
+    assert latency.measured.chosen < latency.measured.dense
 
 
 def whole_models(ratio: Callable[[float], float]) -> Callable[..., float]:
