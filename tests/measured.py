@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 # ", 0.63x latency at batch 1, 1.20x at 32" in a verdict.
-VERDICT = re.compile(r", \d[\d.]*x (?:to \d[\d.]*x )?latency(?: at [^,*]+, \d[\d.]*x at [^,*]+)?")
+VERDICT = re.compile(
+    r", \d[\d.]*x (?:to \d[\d.]*x )?latency(?: (?:at [^,*]+|\([^)]*\)), \d[\d.]*x (?:at [^,*]+|\([^)]*\)))?"
+)
 # What a card says to be worse, and the cells of its rows.
 WORSE = re.compile(r" Worse than the dense model: ([^.]+)\.")
 ROW = re.compile(r"^(\| latency, [^|]+\|).*", re.MULTILINE)

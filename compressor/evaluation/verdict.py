@@ -145,9 +145,9 @@ class Verdict:
             yield Remark(f"{worst.words} latency{predicted}", worst.change)
         elif len(ordered) == 2:
             first, second = self.latency
-            yield Remark(f"{first.words} latency at {first.workload}", first.change)
             both = second.workload.removeprefix("batch ") if first.workload.startswith("batch ") else second.workload
-            yield Remark(f"{second.words} at {both}{predicted}", second.change)
+            yield Remark(f"{first.words} latency {_at(first.workload)}", first.change)
+            yield Remark(f"{second.words} {_at(both)}{predicted}", second.change)
         else:
             yield Remark(f"{best.words} to {worst.words} latency{predicted}", worst.change)
 
@@ -192,6 +192,10 @@ class Verdict:
                 "change": quality.change,
             },
         }
+
+
+def _at(workload: str) -> str:
+    return f"({workload})" if "," in workload else f"at {workload}"
 
 
 def finite_or_words(value: float | None) -> float | str | None:

@@ -103,6 +103,12 @@ def test_the_opposite_of_better_is_worse(increase: float, noise: float) -> None:
             Verdict(SizeChange(100, 43), latencies(0.6, 0.8), quality(3.21, 3.4, metric="perplexity")),
             "57 % smaller, 0.60x latency at batch 1, 0.80x at 4, perplexity 3.21 -> 3.40",
         ),
+        (
+            Verdict(
+                SizeChange(100, 43), (LatencyChange("decode, batch 1", 0.5), LatencyChange("prefill, batch 1", 1.2))
+            ),
+            "57 % smaller, 0.50x latency (decode, batch 1), 1.20x (prefill, batch 1)",
+        ),
         (Verdict(SizeChange(100, 43), latencies(0.6, 0.8, 0.5)), "57 % smaller, 0.50x to 0.80x latency"),
         (Verdict(SizeChange(100, 43), latencies(0.601, 0.599, 0.6)), "57 % smaller, 0.60x latency"),
         (Verdict(SizeChange(1000, 1003)), "0.3 % larger"),
@@ -119,6 +125,7 @@ def test_the_opposite_of_better_is_worse(increase: float, noise: float) -> None:
 def test_examples(verdict: Verdict, words: str) -> None:
     assert str(verdict) == words
     assert ", ".join(remark.words for remark in verdict.remarks) == words
+    assert "latency" not in without_times(words)
 
 
 @given(before=sizes, after=sizes, found=st.lists(ratios, max_size=4), drop=st.floats(allow_nan=False))
