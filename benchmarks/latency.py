@@ -17,16 +17,15 @@ Before anything is timed the low-rank networks are checked: the class of the mod
 its tensors, that a forward calls it, that it computes what the product of its factors does, and the network's bytes.
 A failed check ends the run.
 
-The parts that ran replace those in benchmarks/results/latency-DEVICE.json (latency-cpu-2-threads.json of two threads),
-the others stay. Prints the tables of these results and what falls short of its target. On one core `layers` and
-`models` take 20 minutes, and on a GPU under five.
+What ran replaces the same part and networks in benchmarks/results/latency-DEVICE.json (latency-cpu-2-threads.json of
+two threads), and the rest stays. Prints the tables of these results and what falls short of its target. On one core
+`layers` and `models` take 20 minutes, and on a GPU under five.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -291,24 +290,37 @@ def main() -> None:
     device = torch.device(automatic if asked.device == "auto" else asked.device)
     clock, profile = clock_of(device, asked.threads), device_profile(Run(device), DTYPES)
     path = result_path(asked.output, device, asked.threads)
-    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    document |= environment(device, asked.threads)
-    timing = ModelTiming(device, clock, Repeats(), profile, batches=tuple(asked.batches))
-    if "layers" in asked.parts:
-        document["layers"] = noted(measured_layers(device, clock, profile))
-    if "models" in asked.parts:
-        document["models"] = noted(measured_models(timing, asked.networks, compiled=False))
-    if "compiled" in asked.parts:
-        at_once = replace(timing, batches=(32,))
-        document["compiled"] = noted(measured_models(at_once, asked.networks, compiled=True))
-    asked.output.mkdir(exist_ok=True, parents=True)
-    lines = json.dumps(document, indent=None, separators=(", ", ": ")).replace('}, {"', '},\n{"')
-    path.write_text(lines + "\n", encoding="utf-8")
-    sys.stdout.write(printed(document) + os.linesep)
+    models = ModelTiming(device, clock, Repeats(), profile, batches=tuple(asked.batches))
+    for part in asked.parts:
+        if part == "layers":
+            rows = noted(measured_layers(device, clock, profile))
+        else:
+            timing = replace(models, batches=(32,)) if part == "compiled" else models
+            rows = noted(measured_models(timing, asked.networks, compiled=part == "compiled"))
+        keep_rows(path, {part: rows}, environment(device, asked.threads))
+    sys.stdout.write(printed(json.loads(path.read_text(encoding="utf-8"))) + "\n")
+
+
+def keep_rows(path: Path, measured: Mapping[str, Rows], environment: Document) -> None:
+    """Put the rows of parts in the file of the results, in the place of those of the same networks."""
+    document: Document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document |= environment
+    for part, rows in measured.items():
+        again = {row.get("network") for row in rows}
+        others = [row for row in document.get(part, []) if row.get("network") not in again]
+        document[part] = in_order([*others, *rows])
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps(document).replace('}, {"', '},\n{"') + "\n", encoding="utf-8")
+
+
+def in_order(rows: Rows) -> Rows:
+    """Rows in the order of the networks, however they came."""
+    names = list(networks())
+    return sorted(rows, key=lambda row: names.index(row["network"]) if "network" in row else 0)
 
 
 def noted(rows: Iterator[dict[str, Any]]) -> Rows:
-    """The rows as a list; on a terminal they are counted."""
+    """The rows as a list, counted on a terminal."""
     found = []
     for row in rows:
         found.append(row)

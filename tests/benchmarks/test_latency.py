@@ -167,3 +167,16 @@ def test_a_slow_network_and_wrong_predictions_are_reported(latency: ModuleType) 
     assert "0% of the predictions" in wrong
     close = {"kind": "linear", "ratio": ratio, "predicted_ratio": 1.0}
     assert latency.shortfalls({"layers": [close]}) == []
+
+
+def test_what_is_measured_again_replaces_the_same_networks(latency: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "latency-cpu.json"
+    first, second = ({"network": name, "batch": 1} for name in ("Llama, hidden 1024", "digits-vit"))
+    latency.keep_rows(path, {"models": [first], "layers": [{"kind": "linear"}]}, {"threads": 1})
+    latency.keep_rows(path, {"models": [second]}, {"threads": 1})
+    latency.keep_rows(path, {"models": [first | {"batch": 2}]}, {"threads": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "models": [second, first | {"batch": 2}],
+        "layers": [{"kind": "linear"}],
+        "threads": 1,
+    }
