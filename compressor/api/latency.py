@@ -91,13 +91,10 @@ class Speed:
         ]
 
     def _multiple(self, m: MeasuredLayer, dtype: torch.dtype) -> int:
-        """What ranks are multiples of: as asked, else as the device likes it while a layer has a few such ranks."""
+        """What ranks are multiples of: as asked, else as the device likes it."""
         if self.rank_multiple is not None:
             return self.rank_multiple
-        multiple = self.profile.rank_multiple(m.layer.kind, dtype, width=min(m.layer.shape))
-        while multiple > 1 and 4 * multiple > min(m.layer.shape):
-            multiple //= 2
-        return multiple
+        return self.profile.rank_multiple(m.layer.kind, dtype, width=min(m.layer.shape))
 
     def _unknown(self, m: MeasuredLayer) -> str | None:
         unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)
@@ -273,6 +270,10 @@ def prepared(
             _require_fast(speed, subject, whole, limit=None)
         else:
             limit = replace(limit, rest=_rest(measured, plan, whole))
+            if _least_ratio(limit, measured, request) > limit.ratio:
+                # Far from that plan it may be otherwise: the fastest there is tells.
+                plan = _probe(subject, measured, 0.0, request=request)
+                limit = replace(limit, rest=_rest(measured, plan, _timed_plan(speed, subject, plan)))
             limit = _corrected(speed, subject, measured, request=replace(request, limit=limit))
     return Prepared(measured, replace(request, limit=limit), speed, pairs)
 
@@ -392,15 +393,25 @@ def _first_plan(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer],
     For a latency one that saves a usual share of the layers' time, and for a search by drop the size that it begins
     with.
     """
-    limit, budget = request.limit, request.budget
-    if limit is not None:
-        least = limit.least_ratio(dense_seconds(measured), least_seconds(measured, request.form))
-        probed = max(speed.timing.probed_ratio, min(1.0, 1.01 * least))
-        budget, limit = Budget("max-latency", probed), replace(limit, ratio=probed)
-    elif budget is not None and budget.kind == "max-drop":
+    budget = request.budget
+    if request.limit is not None:
+        return _probe(subject, measured, speed.timing.probed_ratio, request=request)
+    if budget is not None and budget.kind == "max-drop":
         share = smallest_size(measured, request.form, "parameters") / sum(m.layer.parameters for m in measured)
         budget = Budget("keep", min(1.0, (1 + share) / 2))
-    return plan_ranks(subject, measured, replace(request, budget=budget, limit=limit)).plan
+    return plan_ranks(subject, measured, replace(request, budget=budget)).plan
+
+
+def _probe(subject: Model, measured: Sequence[MeasuredLayer], ratio: float, *, request: PlanRequest) -> Plan:
+    """A plan whose layers are predicted to take a ratio of their time, or nearly the least that they can."""
+    limit = TimeLimit(ratio, (0.0,) * len(dense_seconds(measured)))
+    probed = max(ratio, min(1.0, 1.05 * _least_ratio(limit, measured, request)))
+    budget = Budget("max-latency", probed)
+    return plan_ranks(subject, measured, replace(request, budget=budget, limit=replace(limit, ratio=probed))).plan
+
+
+def _least_ratio(limit: TimeLimit, measured: Sequence[MeasuredLayer], request: PlanRequest) -> float:
+    return limit.least_ratio(dense_seconds(measured), least_seconds(measured, request.form))
 
 
 def _rewriting(subject: Model, plan: Plan) -> Rewriting:

@@ -85,7 +85,7 @@ class TimingSettings:
     longest_forward: float = 2.0
     """Predicted seconds of a forward beyond which a whole model is not timed before and after it is compressed."""
 
-    probed_ratio: float = 0.7
+    probed_ratio: float = 0.5
     """Predicted latency of the plan by which is found out how much of the model's time its layers take."""
 
     margin: float = 0.03

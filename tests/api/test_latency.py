@@ -286,7 +286,7 @@ def test_for_another_device_nothing_is_timed_and_the_layers_alone_count(caplog: 
         dense, chosen = (
             sum(getattr(each[workload].predicted, which) for each in latencies if each) for which in ("dense", "chosen")
         )
-        assert chosen <= 0.5 * dense
+        assert chosen <= 0.5 * dense * (1 + 1e-9)
     assert all(each.measured is None for latency in latencies for each in latency or ())
     assert "predicted for its layers on stopwatch" in str(report.verdict)
     assert report.plan.device == report.plan.to_dict()["device"] == "stopwatch"
@@ -342,13 +342,13 @@ def test_ranks_are_multiples_where_that_is_asked_for(asked: dict[str, Any]) -> N
 
 @dataclass(frozen=True)
 class Aligned(Charges):
-    """A device that likes multiples of sixteen."""
+    """A device that likes multiples of sixteen, and of four in narrow layers."""
 
-    def rank_multiple(self, kind: Kind, dtype: torch.dtype) -> int:
-        return 16
+    def rank_multiple(self, kind: Kind, dtype: torch.dtype, *, width: int | None = None) -> int:
+        return 16 if width is None or width >= 64 else 4
 
 
-def test_the_device_chooses_the_multiple_but_leaves_small_layers_some_ranks() -> None:
+def test_the_device_chooses_the_multiple_for_each_layer() -> None:
     aligned = Aligned(**{each.name: getattr(charging(), each.name) for each in fields(Charges)})
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 24))
@@ -407,7 +407,7 @@ def identity(tmp_path: Path) -> list[str]:
         (
             ["--keep", "0.5", "--target-device", "h100"],
             3,
-            "faster on h100 at any rank; ask for its size alone with --prefer size",
+            "at any rank; ask for its size alone with --prefer size",
         ),
         (["--keep", "0.5", "--target-device", "abacus"], 2, "name one of"),
         (["--max-latency", "0.5", "--prefer", "size"], 2, "--max-latency and --prefer size contradict each other"),
