@@ -44,6 +44,7 @@ from compressor.planning import (
 )
 from compressor.planning.latency import Seconds
 from compressor.progress import Run
+from compressor.torch_state import CPU
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +103,15 @@ class Speed:
 
     def in_memory(self, subject: Model) -> Speed:
         """The same, but nothing is timed where a model and its compressed copy do not fit, which is said."""
-        free = free_memory() if self.timing.most_memory is None else self.timing.most_memory
-        needed = (1 if subject.in_memory else 2) * sum(info.nbytes for info in subject.checkpoint.tensors.values())
-        if free is None or needed <= free:
-            return self
-        what = "%s: two copies take %s, which is more than is free, so its latency is predicted and not measured"
-        logger.warning(what, subject.name, format_size(needed))
-        return replace(self, at_hand=False, inputs=(None,) * len(self.inputs))
+        nbytes = sum(info.nbytes for info in subject.checkpoint.tensors.values())
+        needs = {self.run.device: 2 * nbytes, CPU: nbytes if subject.in_memory else 2 * nbytes}
+        for device, needed in needs.items():
+            free = free_memory(device) if self.timing.most_memory is None else self.timing.most_memory
+            if free is not None and needed > free:
+                what = "%s: two copies take %s, more than is free on %s, so its latency is predicted and not measured"
+                logger.warning(what, subject.name, format_size(needed), device.type)
+                return replace(self, at_hand=False, inputs=(None,) * len(self.inputs))
+        return self
 
     def without_long(self, subject: Model, measured: Sequence[MeasuredLayer]) -> Speed:
         """The same, but workloads that would take too long are not timed, which is said."""

@@ -345,8 +345,16 @@ def _storage_bytes(tensors: Any) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
-def free_memory() -> int | None:
-    """Bytes of main memory that can be had without swapping; None where the system does not say, as only Linux does."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a device's memory that are free, of a CPU's without swapping; None where that is not known.
+
+    Only Linux says what is free of main memory.
+    """
+    if device.type != "cpu":
+        try:
+            return torch.accelerator.get_memory_info(device)[0]
+        except RuntimeError:  # not every accelerator says
+            return None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:

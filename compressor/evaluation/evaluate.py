@@ -24,6 +24,7 @@ from compressor.evaluation.cost import (
 )
 from compressor.evaluation.metrics import Quality, accepts, drop_error, measure_quality, quality_drop
 from compressor.evaluation.verdict import LatencyChange, QualityChange, SizeChange, Verdict, finite_or_words
+from compressor.latency.measure import device_name
 from compressor.model import resolve_device
 from compressor.progress import Progress
 
@@ -234,4 +235,4 @@ def device_words(device: torch.device) -> str:
     if device.type == "cpu":
         threads = torch.get_num_threads()
         return f"cpu ({threads} {'thread' if threads == 1 else 'threads'})"
-    return f"{device} ({torch.get_device_module(device).getdevice_words(device)})"
+    return f"{device} ({device_name(device)})"

@@ -105,9 +105,10 @@ def measure_profile(
 
 def device_name(device: torch.device) -> str:
     """The name of the model of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpu_name() if device.type == "cpu" else device.type
+    if device.type == "cpu":
+        return _cpu_name()
+    name: str = torch.get_device_module(device).get_device_name(device)
+    return name
 
 
 def _cpu_name() -> str:

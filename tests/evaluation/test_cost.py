@@ -269,6 +269,6 @@ def test_a_cuda_device_has_its_number(monkeypatch, name, number):
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux says how much memory is free")
 def test_free_memory_is_some_and_no_more_than_there_is() -> None:
-    found = free_memory()
+    found = free_memory(torch.device("cpu"))
     assert found is not None
     assert 0 < found <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

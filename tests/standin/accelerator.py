@@ -114,3 +114,13 @@ def failing(operator: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.standin.fail("")
+
+
+@contextmanager
+def memory(free: int) -> Iterator[None]:
+    """Let so many bytes of the first device be free."""
+    torch.ops.standin.capacity(torch.accelerator.memory_allocated(0) + free)
+    try:
+        yield
+    finally:
+        torch.ops.standin.capacity(2**40)

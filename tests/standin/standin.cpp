@@ -54,7 +54,7 @@ struct Block {
   c10::DeviceIndex device;
 };
 
-int64_t allocated[kDevices] = {}, peak[kDevices] = {};
+int64_t allocated[kDevices] = {}, peak[kDevices] = {}, capacity = int64_t{1} << 40;
 
 void release(void* context) {
   auto* block = static_cast<Block*>(context);
@@ -88,6 +88,9 @@ struct StandInAllocator final : c10::DeviceAllocator {
     bytes.current = allocated[device];
     bytes.peak = peak[device];
     return stats;
+  }
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex device) override {
+    return {static_cast<size_t>(std::max<int64_t>(0, capacity - allocated[device])), static_cast<size_t>(capacity)};
   }
   void resetAccumulatedStats(c10::DeviceIndex) override {}
   void resetPeakStats(c10::DeviceIndex device) override { peak[device] = allocated[device]; }
@@ -596,6 +599,7 @@ TORCH_LIBRARY(standin, m) {
   m.def("set_rng_state(Tensor state, int device) -> ()", [](const at::Tensor& state, int64_t device) {
     default_generator(static_cast<c10::DeviceIndex>(device)).set_state(state);
   });
+  m.def("capacity(int bytes) -> ()", [](int64_t bytes) { capacity = bytes; });
   m.def("fail(str operator) -> ()", [](const std::string& name) { failing = name; });
 }
 
