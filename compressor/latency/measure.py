@@ -107,8 +107,8 @@ def device_name(device: torch.device) -> str:
     """The name of the model of a device."""
     if device.type == "cpu":
         return _cpu_name()
-    name: str = torch.get_device_module(device).get_device_name(device)
-    return name
+    named: Callable[[torch.device], str] | None = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return device.type if named is None else named(device)
 
 
 def _cpu_name() -> str:

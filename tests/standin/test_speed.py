@@ -91,9 +91,8 @@ def test_a_model_that_does_not_fit_twice_on_the_device_is_not_timed(device, capl
 
 def test_the_device_is_measured(device):
     with counted() as counts:
-        profile = measure_profile(Run(device), [torch.float32, torch.bfloat16], settings=SMALL)
+        profile = measure_profile(Run(device), [torch.float32], convolutions=False, settings=SMALL)
     assert profile.name == "a stand-in"
     assert counts["synchronize"] > 0
-    for dtype in (torch.float32, torch.bfloat16):
-        product = MatrixProduct(rows=8, inner=64, columns=64, itemsize=dtype.itemsize)
-        assert 0 < float(profile.seconds(product, dtype)) < math.inf
+    product = MatrixProduct(rows=8, inner=64, columns=64, itemsize=4)
+    assert 0 < float(profile.seconds(product, torch.float32)) < math.inf
