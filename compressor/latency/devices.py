@@ -16,25 +16,26 @@ _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _MOVES = {"lookup": 1.0, "copy": 1.0, "add": 1.0, "order": 0.5}
 
 
-def _gpu(sheet: Mapping[str, Any], common: Mapping[str, Any]) -> DeviceProfile:
+def _gpu(name: str, sheet: Mapping[str, Any], common: Mapping[str, Any]) -> DeviceProfile:
     """The profile of a GPU by its data sheet."""
     bandwidth = sheet["bandwidth"] * common["achievable"]["bandwidth"]
     launch: float = common["launch"]
     tiles = whole_tiles(common["tile"])
     moves = {how: Speed(launch, bandwidth * share) for how, share in _MOVES.items()}
     dtypes = {
-        name: DtypeSpeeds(
-            Speed(launch, bandwidth, sheet[name] * common["achievable"]["flops"], inner=tiles, columns=tiles), moves
+        dtype: DtypeSpeeds(
+            Speed(launch, bandwidth, sheet[dtype] * common["achievable"]["flops"], inner=tiles, columns=tiles), moves
         )
-        for name in _DTYPES
+        for dtype in _DTYPES
     }
     # The call of a module is hidden by the kernels that were launched before.
-    return DeviceProfile(sheet["name"], 0, "", 0.0, dtypes, overlaps=True, source=common["source"])
+    source = f"{sheet['name']}: {common['source']}"
+    return DeviceProfile(name, 0, "", 0.0, dtypes, overlaps=True, source=source)
 
 
 def _shipped() -> dict[str, DeviceProfile]:
     common = json.loads((_HERE / "devices.json").read_text(encoding="utf-8"))
-    gpus = {name: _gpu(sheet, common) for name, sheet in common["gpus"].items()}
+    gpus = {name: _gpu(name, sheet, common) for name, sheet in common["gpus"].items()}
     cpu = DeviceProfile.from_dict(json.loads((_HERE / "cpu.json").read_text(encoding="utf-8")))
     return {"cpu": cpu, **gpus}
 

@@ -32,7 +32,7 @@ class StopwatchSettings:
 
     layers: int = 24
     memory: int = 2**26
-    flops: float = 2e8
+    flops: float = 5e8
     seconds: float = 0.001
     rounds: int = 2
 

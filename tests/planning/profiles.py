@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from compressor.latency import SHIPPED, Amount, DeviceProfile, Kernel, ModuleCall, Movement
+from compressor.network import Kind
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Charges(DeviceProfile):
             return 0.0
         moved = kernel.nbytes * self.byte if isinstance(kernel, Movement) else 0.0
         return kernel.flops * self.flop + moved + self.kernel
+
+    def rank_multiple(self, kind: Kind, dtype: torch.dtype, *, width: int | None = None) -> int:
+        return 1
 
 
 def charging(*, flop: float = 1e-9, byte: float = 0.0, kernel: float = 0.0) -> DeviceProfile:
