@@ -152,6 +152,10 @@ class _InputStatistics:
     x: Tensor
     y: Tensor
 
+    def to(self, device: torch.device) -> _InputStatistics:
+        """The same on a device: a layer of a model that is spread over several may lie on another."""
+        return _InputStatistics(*(each.to(device) for each in (self.xx, self.xy, self.yy, self.x, self.y)))
+
     def centered(self, x: Tensor | None, y: Tensor | None) -> _InputStatistics:
         """The same moments about x and y; about zero where these are None."""
         if x is None or y is None:
@@ -174,6 +178,7 @@ def _refit(
     matrix, bias = _matrix(layer, dense, calibration.run.device)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
+    fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
     start = _Target(matrix, bias, metric, metric.mean, metric.mean)
     best: tuple[float, _Target, MatrixPair] | None = None
     for each in (start, *_ridge_targets(start, fit, settings.ridges)):
