@@ -193,7 +193,7 @@ class DeviceProfile:
         Args:
             kind: What the layer is.
             dtype: Its dtype.
-            width: The largest rank that it can have, of which a multiple is a quarter at most.
+            width: The largest rank that it can have, of which a multiple is an eighth at most.
         """
         speeds = self.of(dtype)
         of_kind = list(speeds.convolutions.values()) if "convolution" in kind else []
@@ -291,7 +291,7 @@ def _in_whole_steps(kernel: Kernel, speed: Speed) -> Kernel:
 
 def _multiple(steps: Steps, width: int | None) -> int:
     """The smallest part of a period whose multiples cost next to nothing beside their own width."""
-    multiple, most = 1, steps.period if width is None else min(steps.period, max(1, width // 4))
+    multiple, most = 1, steps.period if width is None else min(steps.period, max(1, width // 8))
     while multiple * 2 <= most and steps.excess(multiple) > 0.08:
         multiple *= 2
     return multiple
