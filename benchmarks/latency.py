@@ -132,12 +132,20 @@ def networks_table(rows: Rows) -> str:
         by_batch = {row["batch"]: row for row in found}
         name = f"{network}, {workload}, {SHORT[dtype]}"
         if any("ideal" in row for row in found):
-            cells = [f"{by_batch[b]['dense_milliseconds']:.3g} ms; {by_batch[b]['ideal']:.2f}" for b in batches]
+            cells = [dense_cell(by_batch.get(batch)) for batch in batches]
             lines.append(table_line([name, "dense; ideal", *cells]))
         for variant in ("plain", "pivoted", SPEED):
             cells = [variant_cell(by_batch.get(batch), variant) for batch in batches]
             lines.append(table_line(["", f"**{variant}**" if variant == SPEED else variant, *cells]))
     return "\n".join(lines)
+
+
+def dense_cell(row: Mapping[str, Any] | None) -> str:
+    """The time of the dense network, and the ideal ratio."""
+    if row is None:
+        return ""
+    dense = row["dense_milliseconds"]
+    return f"{dense:.0f} ms; {row['ideal']:.2f}" if dense >= 100 else f"{dense:.3g} ms; {row['ideal']:.2f}"
 
 
 def variant_cell(row: Mapping[str, Any] | None, variant: str) -> str:
