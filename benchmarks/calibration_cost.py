@@ -72,7 +72,7 @@ def take(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, flo
         with torch.no_grad():
             logits_of(load_transformers(folder), {"input_ids": torch.zeros(1, WINDOW, dtype=torch.int64)})
     elif step == "plan":
-        compressor.plan(folder, keep=KEEP, prefer="size")
+        compressor.plan(folder, keep=KEEP, calibration="none", prefer="size")
     else:
         settings = CalibrationSettings(refine=step == "refined")
         compressor.plan(

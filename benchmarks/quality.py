@@ -275,6 +275,7 @@ def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: 
     } | options
     if given["calibration"] is None:
         del given["seed"]
+        given["calibration"] = "none"
     small = compress(cell.model, calibration_settings=settings, **given).model
     assert small is not None
     return Compressed(small, cell.eligible - (numbers(cell.model) - numbers(small)))

@@ -56,6 +56,7 @@ def run(name: str, request: dict[str, float], folder: Path) -> dict[str, Any]:
             factory=factory,
             overwrite=True,
             **request,  # type: ignore[arg-type]
+            **({"calibration": "none"} if request else {}),
         )
     except QualityGateNotMet as refused:
         return row | {"refused": str(refused).replace(f"{ROOT}/", "")}
@@ -81,7 +82,7 @@ def table(document: dict[str, Any]) -> str:
     """The Markdown table of the README."""
     lines = ["| model | asked | eligible kept | file | metric | before | after |", "|---|---|---|---|---|---|---|"]
     for row in document["rows"]:
-        asked = f"`--keep {row['request']['keep']}`" if row["request"] else "nothing"
+        asked = f"`--keep {row['request']['keep']} --calibration none`" if row["request"] else "nothing"
         if "refused" in row:
             lines.append(f"| {row['model']} | {asked} | refused | | | | |")
             continue

@@ -261,7 +261,7 @@ def compress_module_max_drop(folder: Path) -> Any:
 @case
 def compress_folder_llama(folder: Path) -> Any:
     return compressor.compress(
-        model_folder(folder / "llama", LLAMA), output=folder / "out/small", keep=0.6, prefer="size"
+        model_folder(folder / "llama", LLAMA), output=folder / "out/small", keep=0.6, calibration="none", prefer="size"
     )
 
 
@@ -269,7 +269,13 @@ def compress_folder_llama(folder: Path) -> Any:
 def compress_folder_tied_sharded(folder: Path) -> Any:
     source = model_folder(folder / "tied", TIED)
     return compressor.compress(
-        source, output=folder / "out/small", keep=0.6, embeddings=True, max_shard_size="16KB", prefer="size"
+        source,
+        output=folder / "out/small",
+        keep=0.6,
+        calibration="none",
+        embeddings=True,
+        max_shard_size="16KB",
+        prefer="size",
     )
 
 
@@ -359,7 +365,9 @@ def fine_tunes(folder: Path) -> list[Path]:
 
 
 def small_folder(folder: Path) -> Path:
-    compressor.compress(model_folder(folder / "llama", LLAMA), output=folder / "small", keep=0.6, prefer="size")
+    compressor.compress(
+        model_folder(folder / "llama", LLAMA), output=folder / "small", keep=0.6, calibration="none", prefer="size"
+    )
     return folder / "small"
 
 
@@ -396,7 +404,7 @@ def export_remote(folder: Path) -> Any:
 
 @case
 def plan_document(folder: Path) -> Any:
-    return compressor.plan(model_folder(folder / "vit", VIT), keep=0.6, prefer="size")
+    return compressor.plan(model_folder(folder / "vit", VIT), keep=0.6, calibration="none", prefer="size")
 
 
 @case

@@ -11,6 +11,7 @@ from typing import Unpack
 
 from torch import nn
 
+from compressor.api.calibration_data import calibration_data, calibration_settings
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
@@ -21,7 +22,6 @@ from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
     output_target,
-    preprocessing,
     provenance,
     requested_budget,
     selection,
@@ -36,13 +36,12 @@ from compressor.api.workload import (
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
-from compressor.calibration import CalibrationData, CalibrationSettings, calibrate, split_examples
+from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
-from compressor.calibration.search import PlannedModel, PlanRequest, open_calibration_data, plan_ranks
-from compressor.calibration.self_generated import SelfRequest, self_generated
+from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import Evaluation, device_words, process_memory, require_accepted
+from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
 from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
@@ -63,7 +62,6 @@ from compressor.model import (
 )
 from compressor.planning import (
     PLANNING,
-    Budget,
     LayerPlan,
     MeasuredLayer,
     Plan,
@@ -73,7 +71,7 @@ from compressor.planning import (
 )
 from compressor.progress import Run, expect, takes_steps
 from compressor.report.model_card import compressed_card
-from compressor.report.wording import needs_calibration, warning_words
+from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression
 from compressor.torch_state import neutral_torch_state
 
@@ -211,41 +209,7 @@ def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
     if asked.data is not None or asked.calibrates:
         subject.require_runnable()
     search, report = data_to_measure_on(asked, subject)
-    if not asked.calibrates:
-        _warn_of_missing_data(subject, requested_budget(asked))
-        return _Data(None, search, report)
-    settings = _calibration_settings(asked)
-    samples = _self_generated(asked, subject, run) if asked.calibrates_itself else _calibration_data(asked, subject)
-    require_accepted(subject.with_separate_experts, samples, device=run.device)
-    examples = split_examples(samples, settings)
-    return _Data(replace(examples, made=samples.name) if asked.calibrates_itself else examples, search, report)
-
-
-def _calibration_data(asked: CompressOptions, subject: Model) -> EvaluationData:
-    """The examples that were given."""
-    return open_calibration_data(
-        asked.calibration,
-        preprocessing(asked, subject),
-        samples=asked.calibration_samples,
-        sequence_length=asked.calibration_length,
-        settings=_calibration_settings(asked),
-    )
-
-
-def _self_generated(asked: CompressOptions, subject: Model, run: Run) -> EvaluationData:
-    """Examples that the model makes itself."""
-    settings = _calibration_settings(asked)
-    request = SelfRequest(
-        asked.calibration_samples or settings.samples,
-        asked.calibration_length,
-        preprocessing(asked, subject),
-        settings.self_generated,
-    )
-    return self_generated(subject, request, run=run)
-
-
-def _calibration_settings(asked: CompressOptions) -> CalibrationSettings:
-    return asked.calibration_settings or CalibrationSettings.of(asked.effort)
+    return _Data(calibration_data(asked, subject, run), search, report)
 
 
 def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
@@ -264,8 +228,7 @@ def _planned(asked: CompressOptions, subject: Model, ready: Prepared, *, data: _
     """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
-        dense, layers = subject.with_separate_experts, [m.layer for m in measured]
-        calibrated = calibrate(dense, layers, data.calibration, run=run, settings=_calibration_settings(asked))
+        calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
     gate = None if data.search is None else DropGate(data.search, run)
     if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
@@ -278,6 +241,20 @@ def _planned(asked: CompressOptions, subject: Model, ready: Prepared, *, data: _
     if planned.plan.budget.kind != "plan":
         _require_smaller(subject, measured, planned.plan, dry_run=asked.dry_run)
     return replace(planned, plan=ready.stated(subject, planned.plan))
+
+
+def _calibrated(
+    asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer], *, data: CalibrationData, run: Run
+) -> Calibration | None:
+    """The metric of the layers; None where the model cannot be calibrated on examples of its own, unasked."""
+    dense, layers = subject.with_separate_experts, [each.layer for each in measured]
+    try:
+        return calibrate(dense, layers, data, run=run, settings=calibration_settings(asked))
+    except BadInput as error:
+        if asked.calibrates:
+            raise
+        logger.warning("not calibrated on examples of its own: %s", error)
+        return None
 
 
 def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) -> Rewriting:
@@ -347,20 +324,6 @@ def _require_some(measured: Sequence[MeasuredLayer], name: str) -> None:
         )
 
 
-def _warn_of_missing_data(subject: Model, budget: Budget | None) -> None:
-    """Say before the work what compressing attention layers by their weights alone can do, and how to avoid it."""
-    asked = budget or Budget("tolerance")
-    if not needs_calibration(asked, has_attention=subject.has_attention):
-        return
-    size = " with a size, such as `keep=0.8`, and" if asked.kind in ("tolerance", "window-rule") else " with"
-    logger.warning(
-        "%s has attention layers: compressed by its weights alone it may lose most of what it knows; to avoid that, run"
-        " it%s `calibration=FILE`, about a hundred examples (or builtin:stdlib for text, builtin:digits for images)",
-        subject.name,
-        size,
-    )
-
-
 def _require_worthwhile(
     subject: Model, measured: Sequence[MeasuredLayer], chosen: Plan, *, request: PlanRequest
 ) -> None:
@@ -418,7 +381,7 @@ def _announce(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) 
     report = None if asked.dry_run else data.report
     if not takes_steps(run.progress):
         return
-    settings = _calibration_settings(asked)
+    settings = calibration_settings(asked)
     eligible = [layer for layer in subject.layers if layer.eligible]
     decompositions = decomposition_costs(eligible)
     calibration = trial = evaluation = None

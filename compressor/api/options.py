@@ -302,22 +302,27 @@ class SpeedOptions(BatchOptions):
             raise BadInput(what, option="target_device", remedy="leave one of them out")
 
 
+# What is asked about calibration data, by their options.
+CALIBRATION_DETAILS = frozenset({"effort", "calibration_samples", "calibration_length", "seed", "calibration_settings"})
+
+
 @options
 class CalibrationOptions(Options):
     """Data by which ranks and factors are chosen so that the loss changes least."""
 
     calibration: DataLike | None = option(
         "Choose ranks and factors by their effect on the loss on these data: the same kinds as `data`, and the "
-        "training split of built-in ones; or `self`, examples that the model makes itself. Needs the model's "
-        "architecture.",
+        "training split of built-in ones; or `self`, examples that the model makes itself; or `none`. Needs the "
+        "model's architecture.",
         CALIBRATION_DATA,
+        default_text="self for causal language models and image models of which a size is asked, else none",
         panel=CALIBRATION,
     )
     calibration_samples: int | None = option(
         "Examples, or windows of text, to calibrate on.",
         count(2),
         panel=CALIBRATION,
-        default_text="128; all batches of a loader",
+        default_text="128; 192 that the model makes itself; all batches of a loader",
     )
     calibration_length: int | None = option(
         "Tokens per window of calibration text.", count(1), panel=CALIBRATION, default_text="the model's own"
@@ -331,7 +336,10 @@ class CalibrationOptions(Options):
         panel=CALIBRATION,
     )
     seed: int = option(
-        "Random seed of the targets sampled during calibration.", count(0, 2**64 - 1), 0, panel=CALIBRATION
+        "Random seed of the targets sampled during calibration, and of examples that the model makes itself.",
+        count(0, 2**64 - 1),
+        0,
+        panel=CALIBRATION,
     )
     calibration_settings: CalibrationSettings | None = option(
         "Every knob of calibration and of the search over plans, in place of `effort`.",
@@ -418,6 +426,15 @@ class PlanOptions(
         self._check_needs()
         self.check_metric()
 
+    @property
+    def may_calibrate_itself(self) -> bool:
+        """Whether the model may make its own examples unasked: where a size is asked for, and no plan.
+
+        A search for the smallest size within a drop alone calibrates once for each size that it tries, and measures
+        what is lost.
+        """
+        return self.calibration is None and self.base is None and bool({"keep", "max_size", "max_latency"} & self.given)
+
     def _check_budgets(self) -> None:
         given = [name for name in self.alternatives if name in self.given]
         alone = [name for name in given if name not in ("max_latency", "max_drop")]
@@ -440,8 +457,8 @@ class PlanOptions(
                 raise BadInput(what, option="plan", remedy=f"state the {stated} in the plan")
 
     def _check_needs(self) -> None:
-        if not self.calibrates:
-            for name in ("effort", "calibration_samples", "calibration_length", "seed", "calibration_settings"):
+        if not self.calibrates and not self.may_calibrate_itself:
+            for name in sorted(CALIBRATION_DETAILS):
                 if name in self.given:
                     what = f"`{name}` is about calibration data, and none were given"
                     raise BadInput(what, option=name, remedy="pass `calibration=DATA`, or leave it out")

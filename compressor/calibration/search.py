@@ -179,7 +179,10 @@ def _warn_of_other_origin(plan: Plan, subject: Model, calibration: Calibration |
     if plan.digest is not None and subject.digest is not None and plan.digest != subject.digest:
         logger.warning("the plan was made for other weights than those of %s", subject.name)
     if (plan.calibrated or plan.calibration is not None) and calibration is None:
-        logger.warning("the plan was made with calibration data: pass them too, for factors as good as its ranks")
+        logger.warning(
+            "the plan was made with calibration data: pass them too, or `calibration='self'` where the model made them"
+            " itself, for factors as good as its ranks"
+        )
 
 
 def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:

@@ -20,6 +20,7 @@ from compressor.data import Batch, EvaluationData, Preprocessing
 from compressor.data.data import NO_LABELS, Task
 from compressor.data.text import special_tokens
 from compressor.errors import BadInput
+from compressor.evaluation import count_macs
 from compressor.model import Model, evaluation_mode
 from compressor.model.example_inputs import (
     example_inputs,
@@ -78,6 +79,33 @@ def kind_of_model(model: Model, preprocessing: Preprocessing) -> SelfMaking:
     if named == "pixel_values" or (named is None and _takes_images(module)):
         return "image model with batch normalization" if batch_normalizations(module) else "image model"
     return "module"
+
+
+# Where their own examples were measured to win at least half of what real ones do: benchmarks/self_calibration.py.
+BY_DEFAULT: tuple[SelfMaking, ...] = (
+    "causal language model",
+    "image model with batch normalization",
+    "image model",
+)
+
+
+def examples_by_default(model: Model, request: SelfRequest, *, device: torch.device) -> int | None:
+    """How many examples a model makes itself where nobody asked it to, at most those of the request.
+
+    None for a kind of model of which it is not known that they help, for images whose normalization is not known, and
+    where calibration on them would take long.
+    """
+    kind, module = kind_of_model(model, request.preprocessing), model.module
+    if kind not in BY_DEFAULT or (kind == "image model" and not is_transformer(module)):
+        return None
+    settings = request.settings
+    most = settings.most_multiplications if device.type == "cpu" else settings.most_multiplications_accelerated
+    if kind == "causal language model":
+        each = most_tokens(model, request.length or settings.length) * sum(map(torch.numel, module.parameters()))
+    else:
+        each = count_macs(module, example_inputs(model, 1, generator=torch.Generator().manual_seed(0)), device=device)
+    count = min(request.count, int(most / max(1, each)))
+    return count if count >= min(settings.fewest, request.count) else None
 
 
 def self_generated(model: Model, request: SelfRequest, *, run: Run) -> EvaluationData:

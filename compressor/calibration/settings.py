@@ -44,6 +44,9 @@ class RefinementSettings:
 class SelfGeneratedSettings:
     """How a model makes its own calibration examples, with `calibration="self"`."""
 
+    samples: int = 192
+    """Examples that are made by default: some more than of real ones, because nobody has to find them."""
+
     length: int = 256
     """Most tokens of a text where no length is asked for: what is sampled one token after another takes its time."""
 
@@ -62,9 +65,21 @@ class SelfGeneratedSettings:
     at_once: int = 32
     """Examples that are made at a time: keys and values of texts are in memory, and activations of images."""
 
+    fewest: int = 24
+    """Fewest examples that a model makes unasked."""
+
+    most_multiplications: float = 1e12
+    """Most multiplications of a forward on all examples that a model makes unasked, on a CPU: calibration takes some
+    fifty times as long, a few minutes."""
+
+    most_multiplications_accelerated: float = 1e14
+    """The same on other devices."""
+
     def __post_init__(self) -> None:
-        for name, least in (("length", 2), ("unmasking_rounds", 1), ("image_steps", 1), ("at_once", 1)):
-            as_count(getattr(self, name), name, least=least)
+        for name in ("unmasking_rounds", "image_steps", "at_once"):
+            as_count(getattr(self, name), name, least=1)
+        for name in ("samples", "length", "fewest"):
+            as_count(getattr(self, name), name, least=2)
         if not self.temperature > 0:
             what = f"`temperature` is {self.temperature!r}"
             raise BadInput(what, option="temperature", remedy="give a positive number, such as 1.0")

@@ -317,13 +317,21 @@ def test_what_cannot_be_run_is_compressed_for_its_size_and_the_output_says_so(
 
 def test_a_mixture_of_experts_is_compressed_for_its_size(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        report = compress(ARCHITECTURES["mixtral"].dense(), keep=0.5, prefer="speed", timing_settings=timing(never))
+        report = compress(
+            ARCHITECTURES["mixtral"].dense(),
+            keep=0.5,
+            calibration="none",
+            prefer="speed",
+            timing_settings=timing(never),
+        )
     assert "depends on the tokens" in caplog.text
     assert report.plan.factorized
 
 
 def test_a_model_that_generates_has_two_workloads_for_each_batch_size() -> None:
-    report = compress(ARCHITECTURES["llama"].dense(), keep=0.8, prefer="speed", batch=2, timing_settings=timing())
+    report = compress(
+        ARCHITECTURES["llama"].dense(), keep=0.8, calibration="none", prefer="speed", batch=2, timing_settings=timing()
+    )
     [layer, *_] = report.plan.layers
     assert layer.latency is not None
     decode, prefill = layer.latency

@@ -190,10 +190,10 @@ def test_a_strangers_file_meets_its_budget_and_restores_into_its_own_code(
 def test_a_module_its_state_dict_and_its_file_are_one_model(name: str, tmp_path: Path) -> None:
     build, inputs = MODELS[name]
     model, x = trained(build), inputs()
-    in_memory = compress(model, keep=0.6, prefer="size").model
+    in_memory = compress(model, keep=0.6, calibration="none", prefer="size").model
     assert in_memory is not None
     path = saved(model, tmp_path / "model.safetensors")
-    report = compress(path, keep=0.6, factory=build, output=tmp_path / "small.safetensors")
+    report = compress(path, keep=0.6, calibration="none", factory=build, output=tmp_path / "small.safetensors")
     state, file = in_memory.state_dict(), load_file(str(report.output))
     assert state.keys() == file.keys()
     assert all(torch.equal(state[name], file[name]) for name in file)
@@ -499,5 +499,5 @@ def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
 
 
 def test_what_a_mobile_network_passes_through_is_said() -> None:
-    report = compress(trained(mobile), keep=0.7, prefer="size")
+    report = compress(trained(mobile), keep=0.7, calibration="none", prefer="size")
     assert {layer.name: layer.skip for layer in report.skipped} == {"3": "depthwise", "8": "4 groups"}

@@ -191,7 +191,13 @@ def test_the_card_of_a_folder_names_the_metric(llama: Any, tmp_path: Path) -> No
     llama.save_pretrained(tmp_path / "model")
     tokens = torch.randint(2, 12, (6, 10), generator=torch.Generator().manual_seed(0))
     found = compressor.compress(
-        tmp_path / "model", output=tmp_path / "small", keep=0.5, data=tokens, metric=share, prefer="size"
+        tmp_path / "model",
+        output=tmp_path / "small",
+        keep=0.5,
+        calibration="none",
+        data=tokens,
+        metric=share,
+        prefer="size",
     )
     card = (tmp_path / "small" / "README.md").read_text()
     assert "| share |" in card

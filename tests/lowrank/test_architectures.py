@@ -61,9 +61,9 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     architecture, root = ARCHITECTURES[request.param], tmp_path_factory.mktemp(request.param)
     dense = architecture.dense()
     dense.save_pretrained(root / "dense")
-    report = compress(root / "dense", output=root / "small", keep=0.6, prefer="size")
+    report = compress(root / "dense", output=root / "small", keep=0.6, calibration="none", prefer="size")
     loaded, loading = architecture.load(root / "small", output_loading_info=True)
-    in_memory = compress(dense, keep=0.6, prefer="size").model
+    in_memory = compress(dense, keep=0.6, calibration="none", prefer="size").model
     return Compressed(architecture, architecture.inputs(), dense, in_memory, loaded, loading, report, root)
 
 

@@ -88,7 +88,7 @@ def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memor
 ) -> None:
     dense = tiny_model(name)
     dense.save_pretrained(tmp_path / "dense")
-    options: Any = {"keep": 0.5, "embeddings": True, "prefer": "size"}
+    options: Any = {"keep": 0.5, "calibration": "none", "embeddings": True, "prefer": "size"}
     if calibrated:
         # The ranks that the weights alone give: with the moments an untrained model would keep its embeddings.
         options = {"plan": plan(dense, **options), "embeddings": True, "calibration": batches(), "effort": "balanced"}
@@ -140,7 +140,9 @@ def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memor
 def test_generation(name: str, tmp_path: Path) -> None:
     dense = tiny_model(name)
     dense.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.5, embeddings=True, prefer="size")
+    compress(
+        tmp_path / "dense", output=tmp_path / "small", keep=0.5, calibration="none", embeddings=True, prefer="size"
+    )
     restore(tmp_path / "small", output=tmp_path / "restored")
     small, restored = (type(dense).from_pretrained(tmp_path / each) for each in ("small", "restored"))
     made = small.generate(**inputs(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -152,7 +154,13 @@ def test_the_base_model_and_shards_load_too(tmp_path: Path) -> None:
     dense = tiny_model("llama-tied")
     dense.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     compress(
-        tmp_path / "dense", output=tmp_path / "small", keep=0.5, embeddings=True, max_shard_size="10KB", prefer="size"
+        tmp_path / "dense",
+        output=tmp_path / "small",
+        keep=0.5,
+        calibration="none",
+        embeddings=True,
+        max_shard_size="10KB",
+        prefer="size",
     )
     assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -178,6 +186,7 @@ def test_a_loader_that_does_not_know_the_format_stops(tmp_path: Path) -> None:
         tmp_path / "dense",
         output=tmp_path / "small",
         keep=0.5,
+        calibration="none",
         embeddings=True,
         include=["*embed_tokens"],
         prefer="size",
@@ -232,7 +241,7 @@ def test_a_state_dict_keeps_and_restores_what_is_tied(both_names: bool, tmp_path
     tokens = torch.randint(0, TOKENS, (3, 10))
     loaded: Any = load_model(str(report.output), tagger).eval()
     assert loaded.head.down_weight is loaded.words.down.weight
-    in_memory: Any = compress(dense, keep=0.5, embeddings=True, prefer="size").model
+    in_memory: Any = compress(dense, keep=0.5, calibration="none", embeddings=True, prefer="size").model
     assert torch.equal(loaded(tokens), in_memory(tokens))
     restored = restore(str(report.output), output=tmp_path / "restored.pt")
     dense.load_state_dict(torch.load(restored.output, weights_only=True), strict=both_names)
@@ -281,8 +290,8 @@ def test_a_tied_head_that_is_stored_apart_is_left_alone(tmp_path: Path) -> None:
 
 def test_only_the_flag_includes_embeddings_and_plans_say_so(tmp_path: Path) -> None:
     dense = tagger()
-    assert set(kinds(compress(dense, keep=0.5, prefer="size"))) == {"mix"}
-    chosen = plan(dense, keep=0.5, embeddings=True, form="pivoted", prefer="size")
+    assert set(kinds(compress(dense, keep=0.5, calibration="none", prefer="size"))) == {"mix"}
+    chosen = plan(dense, keep=0.5, calibration="none", embeddings=True, form="pivoted", prefer="size")
     forms = {layer.name: layer.form for layer in chosen.layers}
     assert forms["words"] == "plain"
     path = tmp_path / "plan.json"

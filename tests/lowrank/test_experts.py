@@ -116,7 +116,7 @@ def test_with_calibration_experts_lose_less() -> None:
     calibrated = compress(
         dense, **only, calibration=[{"input_ids": part} for part in examples], effort="balanced"
     ).model
-    truncated = compress(dense, **only).model
+    truncated = compress(dense, **only, calibration="none").model
 
     @torch.no_grad()
     def divergence(model: Any) -> float:
@@ -188,9 +188,16 @@ def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
 def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> None:
     dense = ARCHITECTURES[name].dense()
     dense.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, exclude=["*.experts.*"], prefer="size")
+    compress(
+        tmp_path / "dense",
+        output=tmp_path / "small",
+        keep=0.6,
+        calibration="none",
+        exclude=["*.experts.*"],
+        prefer="size",
+    )
     loaded = ARCHITECTURES[name].load(tmp_path / "small")
-    in_memory: Any = compress(dense, keep=0.6, exclude=["*.experts.*"], prefer="size").model
+    in_memory: Any = compress(dense, keep=0.6, calibration="none", exclude=["*.experts.*"], prefer="size").model
     for model in (loaded, in_memory):
         assert [type(experts) for experts in experts_of(model)] == [type(experts) for experts in experts_of(dense)]
     assert torch.equal(logits(loaded), logits(in_memory))
@@ -199,7 +206,7 @@ def test_experts_that_are_left_out_stay_together(name: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
     ARCHITECTURES["mixtral"].dense().save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
     whole = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "small")
     bare, loading = transformers.AutoModel.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not loading["missing_keys"]
@@ -210,7 +217,7 @@ def test_a_model_without_its_head_loads(tmp_path: Path) -> None:
 
 def test_a_model_that_had_no_head_loads_with_one(tmp_path: Path) -> None:
     ARCHITECTURES["mixtral"].dense().model.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
     bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
     whole, loading = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert set(loading["missing_keys"]) == {"lm_head.weight"}
@@ -228,9 +235,9 @@ def test_experts_that_a_file_holds_together_are_passed_through(tmp_path: Path) -
     dense.save_pretrained(tmp_path / "dense")
     skipped = {each.layer.name for each in inspect(tmp_path / "dense").layers if not each.layer.eligible}
     assert "model.layers.0.mlp.experts.gate_up_proj" in skipped
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
     loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "small")
-    in_memory: Any = compress(dense, keep=0.6, prefer="size").model
+    in_memory: Any = compress(dense, keep=0.6, calibration="none", prefer="size").model
     assert torch.equal(logits(loaded), logits(in_memory))
     with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
         stored = file.get_tensor("model.layers.0.mlp.experts.gate_up_proj")

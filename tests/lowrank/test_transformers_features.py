@@ -36,7 +36,7 @@ class Folders:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("llama")
     ARCHITECTURES["llama"].dense().save_pretrained(root / "dense")
-    compress(root / "dense", output=root / "small", keep=0.6, prefer="size")
+    compress(root / "dense", output=root / "small", keep=0.6, calibration="none", prefer="size")
     return Folders(root / "dense", root / "small")
 
 
@@ -174,6 +174,7 @@ def test_dequantized_embeddings_are_tied_again(name: str, tmp_path: Path) -> Non
         tmp_path / "dense",
         output=tmp_path / "small",
         keep=0.6,
+        calibration="none",
         embeddings=True,
         include=["re:embed|wte"],
         prefer="size",
@@ -207,7 +208,7 @@ def test_without_this_package_loading_stops(tmp_path: Path) -> None:
     folders = []
     for name in ("llama", "gpt2", "mixtral"):
         ARCHITECTURES[name].dense().save_pretrained(tmp_path / name)
-        compress(tmp_path / name, output=tmp_path / f"small-{name}", keep=0.6, prefer="size")
+        compress(tmp_path / name, output=tmp_path / f"small-{name}", keep=0.6, calibration="none", prefer="size")
         folders.append(str(tmp_path / f"small-{name}"))
 
     def outcomes(first: str) -> list[str]:

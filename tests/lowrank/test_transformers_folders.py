@@ -60,8 +60,8 @@ def test_a_folder_in_bfloat16_loads_as_what_was_compressed_in_memory(name: str, 
     inputs = inputs_of(name)
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
-    report = compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
-    in_memory = compress(dense, keep=0.6, prefer="size").model
+    report = compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
+    in_memory = compress(dense, keep=0.6, calibration="none", prefer="size").model
     loaded, information = kind.from_pretrained(tmp_path / "small", output_loading_info=True)
     assert not any(information[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = logits(in_memory, inputs)
@@ -85,7 +85,7 @@ def test_a_folder_saved_again_by_transformers_restores_too(tmp_path: Path) -> No
     torch.manual_seed(0)
     dense = tiny_models()["gpt2"]
     dense.save_pretrained(tmp_path / "dense")
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, prefer="size")
+    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small")
     loaded.save_pretrained(tmp_path / "again")  # without our metadata: GPT-2's layers are transposed
     restore(tmp_path / "again", output=tmp_path / "restored")
@@ -105,11 +105,20 @@ def test_sharded_folders(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense = tiny_models()["llama"]
     dense.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
-    report = compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, max_shard_size="30KB", prefer="size")
+    report = compress(
+        tmp_path / "dense",
+        output=tmp_path / "small",
+        keep=0.6,
+        calibration="none",
+        max_shard_size="30KB",
+        prefer="size",
+    )
     assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
     inputs = inputs_of("llama")
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small")
-    assert torch.equal(logits(loaded, inputs), logits(compress(dense, keep=0.6, prefer="size").model, inputs))
+    assert torch.equal(
+        logits(loaded, inputs), logits(compress(dense, keep=0.6, calibration="none", prefer="size").model, inputs)
+    )
     restore(tmp_path / "small", output=tmp_path / "restored", max_shard_size="40KB")
     restored = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "restored")
     torch.testing.assert_close(logits(restored, inputs), logits(loaded, inputs), rtol=1e-5, atol=1e-5)

@@ -70,7 +70,7 @@ def test_compressed_fine_tunes_merge_into_a_folder_that_loads(name: str, folders
     base = model(name)
     paths = folders(a=fine_tuned(base, 1), b=fine_tuned(base, 2), base=base)
     for path in paths:
-        compress(path, output=path.with_name(f"small-{path.name}"), keep=0.15, prefer="size")
+        compress(path, output=path.with_name(f"small-{path.name}"), keep=0.15, calibration="none", prefer="size")
     small = [path.with_name(f"small-{path.name}") for path in paths]
     merge(small[:2], base=small[2], output=tmp_path / "out", mode="sum")
     loaded, *parts = (
@@ -88,7 +88,7 @@ def test_compressed_folders_keep_their_pairs(folders: Any, tmp_path: Path) -> No
     paths = folders(a=fine_tuned(base, 1), base=base)
     small = [path.with_name(f"small-{path.name}") for path in paths]
     for path, output in zip(paths, small, strict=True):
-        compress(path, output=output, keep=0.1, prefer="size")
+        compress(path, output=output, keep=0.1, calibration="none", prefer="size")
     merge([small[0], small[0]], base=small[1], output=tmp_path / "out", mode="sum")
     merged, *before = (
         LowRankSpec.from_dict(json.loads((path / "config.json").read_text())["quantization_config"]).layers

@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = written_model(place / "dense", ORIGINAL)
     np.savez(place / "words.npz", input_ids=np.random.default_rng(0).integers(3, 30, (6, 8)))
     data = str(place / "words.npz")
-    asked = [str(model), "--keep", "0.7", "--prefer", "size", "--exclude", "*.q_proj"]
+    asked = [str(model), "--keep", "0.7", "--calibration", "none", "--prefer", "size", "--exclude", "*.q_proj"]
     assert run([*asked, "--data", data, "-o", str(place / "small"), "-q", *FLAGS]) == 0
     compressor.restore(place / "small", output=place / "again")
     return place
@@ -106,7 +106,7 @@ def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path,
 @pytest.mark.slow
 def test_the_verdict_is_first_and_what_is_worse_is_named(place: Path, card: ModelCard) -> None:
     first, *_ = card.content.partition("# small\n\n")[2].splitlines()
-    found = compressor.compress(place / "dense", keep=0.7, exclude=["*.q_proj"], dry_run=True)
+    found = compressor.compress(place / "dense", keep=0.7, calibration="none", exclude=["*.q_proj"], dry_run=True)
     assert re.match(
         rf"\*\*\d+ % {str(found.verdict).split()[-1]}, \d.*x latency.*, perplexity [\d.]+ -> [\d.]+\.\*\*", first
     )
@@ -124,10 +124,13 @@ def test_the_text_tells_how_it_was_made_and_keeps_the_original(place: Path, card
     recipe = "--optimizer sgd --lr 0.3 --weight-decay 0.05 --momentum 0 --batch-size 2 --schedule constant"
     [command] = re.findall(r"^compress .*$", card.text, re.MULTILINE)
     assert sorted(command.split()) == sorted(
-        f"compress dense --keep 0.7 --prefer size {recipe} --steps 700 --data words.npz --exclude '*.q_proj'".split()
+        f"compress dense --keep 0.7 --prefer size --calibration none {recipe} --steps 700 --data words.npz"
+        " --exclude '*.q_proj'".split()
     )
     assert "It was trained with love." in card.text
-    plan = compressor.compress(place / "dense", keep=0.7, exclude=["*.q_proj"], dry_run=True, prefer="size").plan
+    plan = compressor.compress(
+        place / "dense", keep=0.7, calibration="none", exclude=["*.q_proj"], dry_run=True, prefer="size"
+    ).plan
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| `.*$", card.text, re.MULTILINE)]
     assert [(row[0], row[2]) for row in rows] == [
         (f"`{layer.name}`", "-" if layer.rank is None else str(layer.rank)) for layer in plan.layers
@@ -169,7 +172,10 @@ def test_the_recipe_of_the_flags_is_found_in_the_card_and_in_that_of_the_dense_f
     # A model compressed from a dense one was not trained from it: the start is known as before.
     inspected = compressor.inspect(place / "again").layers
     assert all(each.initialization.edge is not None for each in inspected if each.initialization is not None)
-    assert compressor.compress(place / "again", dry_run=True, keep=0.5, prefer="size").recipe == recipes[0]
+    assert (
+        compressor.compress(place / "again", dry_run=True, keep=0.5, calibration="none", prefer="size").recipe
+        == recipes[0]
+    )
 
 
 def test_a_dense_folder_is_no_longer_called_compressed_and_other_cards_are_left_alone(place: Path) -> None:
@@ -183,7 +189,7 @@ def test_a_dense_folder_is_no_longer_called_compressed_and_other_cards_are_left_
 
 def test_a_fine_tune_stays_one(tmp_path: Path) -> None:
     model = written_model(tmp_path / "tuned", "---\nbase_model: org/start\n---\n# Tuned\n")
-    compressor.compress(model, keep=0.7, output=tmp_path / "small", prefer="size")
+    compressor.compress(model, keep=0.7, calibration="none", output=tmp_path / "small", prefer="size")
     card = ModelCard.load(tmp_path / "small" / "README.md")
     assert card.data.base_model == "tuned"
     assert find_recipe(tmp_path / "small").base_model == find_recipe(model).base_model == "org/start"
@@ -194,7 +200,12 @@ def test_the_same_input_gives_the_same_card_without_paths_of_the_machine(place: 
     for run_of in ("one", "two"):
         (tmp_path / run_of).mkdir()
         compressor.compress(
-            place / "dense", keep=0.7, data=place / "words.npz", output=tmp_path / run_of / "small", prefer="size"
+            place / "dense",
+            keep=0.7,
+            calibration="none",
+            data=place / "words.npz",
+            output=tmp_path / run_of / "small",
+            prefer="size",
         )
     first, second = (tmp_path / run_of / "small" / "README.md" for run_of in ("one", "two"))
     assert without_times(first.read_text(encoding="utf-8")) == without_times(second.read_text(encoding="utf-8"))
@@ -204,7 +215,7 @@ def test_the_same_input_gives_the_same_card_without_paths_of_the_machine(place: 
 
 def test_a_folder_without_a_card_gets_one_and_a_file_gets_none(tmp_path: Path) -> None:
     model = written_model(tmp_path / "bare", None)
-    compressor.compress(model, keep=0.7, prefer="size")
+    compressor.compress(model, keep=0.7, calibration="none", prefer="size")
     card = ModelCard.load(tmp_path / "bare-compressed" / "README.md")
     assert (card.data.license, card.data.eval_results) == (None, None)
     assert "Training hyperparameters" not in card.text
@@ -215,7 +226,7 @@ def test_a_folder_without_a_card_gets_one_and_a_file_gets_none(tmp_path: Path) -
 
 def test_metadata_that_cannot_be_read_are_not_lost_in_silence(tmp_path: Path, caplog: Any) -> None:
     model = written_model(tmp_path / "dense", "---\nlicense: [unclosed\n---\n# Mine\n")
-    compressor.compress(model, keep=0.7, prefer="size")
+    compressor.compress(model, keep=0.7, calibration="none", prefer="size")
     assert [r.message for r in caplog.records if "metadata of README.md of dense" in r.message]
     card = ModelCard.load(tmp_path / "dense-compressed" / "README.md")
     assert "license: [unclosed" in card.text
@@ -410,7 +421,12 @@ def test_front_matter_is_what_stands_between_the_marks_and_no_more() -> None:
 def test_a_command_that_failed_leaves_no_card(place: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput):
         compressor.compress(
-            place / "dense", keep=0.7, output=tmp_path / "small", data=tmp_path / "none.npz", prefer="size"
+            place / "dense",
+            keep=0.7,
+            calibration="none",
+            output=tmp_path / "small",
+            data=tmp_path / "none.npz",
+            prefer="size",
         )
     assert not list(tmp_path.iterdir())
 

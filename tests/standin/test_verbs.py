@@ -29,8 +29,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 
 def compressed(network: Network, at: torch.device | str, on: str, **asked: Any) -> Any:
     """A network that lies `at` a device, compressed `on` one."""
-    if asked:
-        asked = {"calibration": network.batches(4)} | asked
+    asked = {"calibration": network.batches(4)} | asked if asked else {"calibration": "none"}
     return compressor.compress(network.on(at), keep=0.6, prefer="size", device=on, **asked)
 
 

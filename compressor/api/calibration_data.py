@@ -1,0 +1,102 @@
+"""Examples to calibrate on: those that were given, those that the model makes itself, or none."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from compressor.api.options import CALIBRATION_DETAILS, CompressOptions
+from compressor.api.requests import preprocessing, requested_budget
+from compressor.calibration import CalibrationData, CalibrationSettings, split_examples
+from compressor.calibration.search import open_calibration_data
+from compressor.calibration.self_generated import SelfRequest, examples_by_default, self_generated
+from compressor.data import EvaluationData
+from compressor.errors import BadInput
+from compressor.evaluation import require_accepted
+from compressor.model import Model
+from compressor.planning import Budget
+from compressor.progress import Run
+from compressor.report.wording import needs_calibration
+
+logger = logging.getLogger(__name__)
+
+
+def calibration_settings(asked: CompressOptions) -> CalibrationSettings:
+    """The settings of the effort that is asked for, or those that were given."""
+    return asked.calibration_settings or CalibrationSettings.of(asked.effort)
+
+
+def calibration_data(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:
+    """The examples that were given, or that the model makes itself where it is asked to or does so by default.
+
+    Raises `BadInput` for data that the model does not take, and for options about calibration where there is none.
+    """
+    if asked.calibrates and not asked.calibrates_itself:
+        return _accepted(asked, subject, _given(asked, subject), run=run)
+    if asked.calibrates_itself:
+        return _own(asked, subject, _request(asked, subject), run=run)
+    found = _by_default(asked, subject, run)
+    if found is None:
+        for name in CALIBRATION_DETAILS & asked.given:
+            what = f"`{name}` is about calibration data, and none were given"
+            raise BadInput(what, option=name, remedy="pass `calibration=DATA`, or leave it out")
+        _warn_of_missing_data(subject, requested_budget(asked))
+    return found
+
+
+def _given(asked: CompressOptions, subject: Model) -> EvaluationData:
+    return open_calibration_data(
+        asked.calibration,
+        preprocessing(asked, subject),
+        samples=asked.calibration_samples,
+        sequence_length=asked.calibration_length,
+        settings=calibration_settings(asked),
+    )
+
+
+def _accepted(asked: CompressOptions, subject: Model, samples: EvaluationData, *, run: Run) -> CalibrationData:
+    require_accepted(subject.with_separate_experts, samples, device=run.device)
+    return split_examples(samples, calibration_settings(asked))
+
+
+def _request(asked: CompressOptions, subject: Model) -> SelfRequest:
+    settings = calibration_settings(asked).self_generated
+    count = asked.calibration_samples or settings.samples
+    return SelfRequest(count, asked.calibration_length, preprocessing(asked, subject), settings)
+
+
+def _own(asked: CompressOptions, subject: Model, request: SelfRequest, *, run: Run) -> CalibrationData:
+    samples = self_generated(subject, request, run=run)
+    return replace(_accepted(asked, subject, samples, run=run), made=samples.name)
+
+
+def _by_default(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:
+    """Examples that the model makes itself where nobody asked for any, if that is known to help and is soon done."""
+    if not asked.may_calibrate_itself:
+        return None
+    try:
+        subject.require_runnable()
+        request = _request(asked, subject)
+        count = examples_by_default(subject, request, device=run.device)
+        if count is None:
+            return None
+        request = replace(request, count=asked.calibration_samples or count)
+        return _own(asked, subject, request, run=run)
+    except BadInput as error:
+        logger.info("not calibrated on examples of its own: %s", error)
+        return None
+
+
+def _warn_of_missing_data(subject: Model, budget: Budget | None) -> None:
+    """Say before the work what compressing attention layers by their weights alone can do, and how to avoid it."""
+    asked = budget or Budget("tolerance")
+    if not needs_calibration(asked, has_attention=subject.has_attention):
+        return
+    size = " with a size, such as `keep=0.8`, and" if asked.kind in ("tolerance", "window-rule") else " with"
+    logger.warning(
+        "%s has attention layers: compressed by its weights alone it may lose most of what it knows; to avoid that, run"
+        " it%s `calibration=FILE`, about a hundred examples (or builtin:stdlib for text, builtin:digits for images), or"
+        " `calibration='self'`, examples that the model makes itself",
+        subject.name,
+        size,
+    )
