@@ -22,7 +22,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 demo: .venv/core
 	mkdir -p demo
 	$(BIN)/compress model_cards/digits-mlp/model.safetensors --output demo/digits-mlp-small.safetensors \
-	  --data builtin:digits --model model_cards/digits-mlp/train.py:build_model \
+	  --prefer speed --data builtin:digits --model model_cards/digits-mlp/train.py:build_model \
 	  --report demo/report.html --overwrite
 
 test: .venv/dev

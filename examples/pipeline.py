@@ -1,6 +1,6 @@
 """A release gate: compress a trained model, measure it, log the run to MLflow, and fail the build if it got worse.
 
-    python examples/pipeline.py model_cards/digits-resnet --keep 0.5 --calibration builtin:digits \\
+    python examples/pipeline.py model_cards/digits-resnet --keep 0.5 --prefer size --calibration builtin:digits \\
         --data builtin:digits --max-drop 0.01 --output release/digits-resnet
 
 A model that passes is put at `--output`. Exit status: 0 passed; 1 the run could not be logged; 2 the request or an
@@ -37,6 +37,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="what the gate is measured on")
     parser.add_argument("--max-drop", type=float, required=True, help="allowed loss of accuracy, or rise of perplexity")
     parser.add_argument("--output", type=Path, required=True, help="where a model that passes is released")
+    parser.add_argument("--prefer", choices=["speed", "size"], help="by default speed of folders, and size of files")
     parser.add_argument("--calibration", help="data to choose and factorize by")
     parser.add_argument("--model-code", help="file.py:function that builds an architecture not in transformers")
     parser.add_argument("--tracking-uri", default=Path("mlruns").absolute().as_uri(), help="of MLflow; ./mlruns")
@@ -74,6 +75,7 @@ def gate(asked: argparse.Namespace) -> int:
             asked.model,
             output=candidate,
             keep=asked.keep,
+            prefer=asked.prefer,
             calibration=asked.calibration,
             data=asked.data,
             factory=asked.model_code,

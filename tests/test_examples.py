@@ -46,7 +46,7 @@ def runs(gate: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
         options = ["--data", "builtin:digits", "--max-drop", "0.01", "--output", str(place / name)]
         code = ["--model-code", f"{MODEL / 'train.py'}:build_model"]
         tracking = ["--tracking-uri", (place / "mlruns").as_uri()]
-        statuses[name] = gate([str(model), "--keep", keep, *options, *code, *tracking])
+        statuses[name] = gate([str(model), "--keep", keep, "--prefer", "size", *options, *code, *tracking])
     return place, statuses
 
 
@@ -123,7 +123,7 @@ def test_both_outcomes_are_logged_with_numbers_and_files(runs: tuple[Path, dict[
     run, _ = logged(place, "good")
     released = place / "good" / "model.safetensors"
     assert run.data.metrics["bytes_after"] == released.stat().st_size
-    assert run.data.params["command"].startswith("compress digits-mlp --keep 0.4")
+    assert run.data.params["command"].startswith("compress digits-mlp --keep 0.4 --prefer size")
 
 
 def test_the_gate_of_the_readme_is_a_workflow_whose_command_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

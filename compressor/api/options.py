@@ -280,7 +280,7 @@ class SpeedOptions(BatchOptions):
     prefer: Preference | None = option(
         "speed: in every layer the fastest form, and only where it is faster than dense. size: the smallest form.",
         choice(Preference),
-        default_text="size; speed with `max_latency` or `target_device`",
+        default_text="speed of folders and modules, size of files",
         panel=SPEED,
     )
     target_device: DeviceProfile | str | None = option(

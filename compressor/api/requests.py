@@ -37,12 +37,16 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
 
 
 def preferred(asked: PlanOptions, model: Model) -> Preference:
-    """Whether forms and ranks are chosen for speed or for size; those of a given plan are chosen already."""
+    """Whether forms and ranks are chosen for speed or for size; those of a given plan are chosen already.
+
+    A bare file is stored, and its size is what counts; folders and modules are there to be run.
+    """
     if asked.plan is not None:
         return "size"
     if asked.prefer is not None:
         return asked.prefer
-    return "speed" if {"max_latency", "target_device"} & asked.given else "size"
+    bare = not model.in_memory and model.checkpoint.folder is None
+    return "size" if bare and not {"max_latency", "target_device"} & asked.given else "speed"
 
 
 def timing_settings(asked: CompressOptions | EvaluateOptions) -> TimingSettings:

@@ -96,23 +96,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     model.model.layers[0].mlp.up_proj.weight.data += torch.ones(48, 1) @ torch.rand(1, 32)
     model.save_pretrained(home / "tuned")
     compress(home / "tuned", base=dense, output=home / "adapter", keep=0.5)
-    assert (
-        run(
-            [
-                "plan",
-                str(dense),
-                "--keep",
-                "0.6",
-                "--calibration",
-                "none",
-                "-o",
-                str(home / "plan.json"),
-                "-q",
-                "--json",
-            ]
-        )
-        == 0
-    )
+    asked = ["--keep", "0.6", "--calibration", "none", "--prefer", "size"]
+    assert run(["plan", str(dense), *asked, "-o", str(home / "plan.json"), "-q", "--json"]) == 0
     return Written(home, compression)
 
 

@@ -92,6 +92,12 @@ def test_by_size_nothing_is_timed_and_nothing_said_of_time() -> None:
     assert [layer.form for layer in report.plan.layers if layer.rank] == ["pivoted"] * report.plan.factorized
 
 
+def test_a_module_is_made_faster_where_nothing_is_said_of_it() -> None:
+    said, unsaid = (compress(network(), keep=0.5, timing_settings=timing(), prefer=each) for each in ("speed", None))
+    assert unsaid.latency
+    assert unsaid.plan == said.plan
+
+
 def test_the_same_profile_gives_the_same_plan() -> None:
     first, second = (compress(network(), keep=0.5, prefer="speed", timing_settings=timing()) for _ in range(2))
     assert first.plan == second.plan

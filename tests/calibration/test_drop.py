@@ -281,7 +281,7 @@ def test_where_low_rank_makes_no_layer_smaller_the_gate_is_not_met(tmp_path: Pat
 
 def test_a_drop_beside_a_size_is_measured_and_noted(tmp_path: Path) -> None:
     data = classes(tmp_path / "data.npz", [*range(16), *range(16)])
-    report = compress(nn.Linear(16, 16, bias=False), keep=0.5, max_drop=1.0, data=data)
+    report = compress(nn.Linear(16, 16, bias=False), keep=0.5, max_drop=1.0, data=data, prefer="size")
     search = report.plan.search
     assert search is not None
     [trial] = search.trials

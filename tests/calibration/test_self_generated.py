@@ -200,7 +200,7 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
 
 def test_a_model_that_needs_data_says_so_in_one_line() -> None:
     with pytest.raises(BadInput, match=r"cannot make its own examples.*takes inputs query, key, value") as raised:
-        compress(nn.MultiheadAttention(8, 2), keep=0.5, calibration="self")
+        compress(nn.MultiheadAttention(8, 2), keep=0.5, calibration="self", prefer="size")
     assert "\n" not in str(raised.value)
 
 

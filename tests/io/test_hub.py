@@ -131,9 +131,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 
 def test_a_model_of_the_hub_is_read_and_compressed_to_where_one_works(hub: type[Hub]) -> None:
-    small = compressor.compress("org/name", keep=0.5)
+    small = compressor.compress("org/name", keep=0.5, prefer="size")
     assert (small.source, small.output) == ("org/name", "name-compressed")
-    assert small.command == "compress org/name --keep 0.5"
+    assert small.command == "compress org/name --keep 0.5 --prefer size"
     assert sorted(path.name for path in Path("name-compressed").iterdir()) == [
         "README.md",
         "compression.json",
@@ -164,7 +164,7 @@ def test_only_weights_in_safetensors_and_what_goes_with_them_are_fetched_and_onl
 
 def test_a_revision_is_the_one_that_is_read(hub: type[Hub]) -> None:
     assert hub_model(local_model("org/name", "v2")) == ("org/name", COMMITS["v2"])
-    assert compressor.plan("org/name", revision="v2", keep=0.5).source == "org/name"
+    assert compressor.plan("org/name", revision="v2", keep=0.5, prefer="size").source == "org/name"
     assert run(["inspect", "org/name", "--revision", "v2", "-q"]) == 0
     with pytest.raises(BadInput, match="`revision` v2 is of models of the hub"):
         compressor.compress(torch.nn.Linear(4, 4), revision="v2", prefer="size")
@@ -228,7 +228,7 @@ def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path:
 
 def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], capsys: Any) -> None:
     hub.pushed_to = ("model-00001-of-00002.safetensors", "notes.txt", "onnx/model.safetensors", "sub/pytorch_model.bin")
-    assert run(["org/name", "--keep", "0.5", "--push-to", "me/small", "-o", "small", "--overwrite"]) == 0
+    assert run(["org/name", "--keep", "0.5", "--prefer", "size", "--push-to", "me/small", "-o", "small", "--overwrite"]) == 0
     assert "https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
     [created] = hub.created
     assert created["name"] == "small"
@@ -256,15 +256,15 @@ def test_a_push_that_cannot_work_is_refused_before_the_work(
         ("org/name", "", "`push_to` is empty"),
     ):
         with pytest.raises(BadInput, match=words):
-            compressor.compress(model, keep=0.5, push_to=push_to)
+            compressor.compress(model, keep=0.5, prefer="size", push_to=push_to)
     with pytest.raises(BadInput, match="contradict"):
-        compressor.compress("org/name", keep=0.5, push_to="me/small", dry_run=True)
+        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small", dry_run=True)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(BadInput, match="does not answer as it should"):
-        compressor.compress("org/name", keep=0.5, push_to="me/small")
+        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="unset HF_HUB_OFFLINE"):
-        compressor.compress("org/name", keep=0.5, push_to="me/small")
+        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small")
     assert sorted(Path().iterdir()) == before
     assert hub.created == []
 
@@ -274,14 +274,14 @@ def test_weights_of_a_repository_are_replaced_only_where_that_is_asked(hub: type
     hub.pushed_to = ("README.md", there)
     for push_to in ("me/small", "small"):
         with pytest.raises(BadInput, match=f"would replace weights that are there .{there}.*`overwrite`"):
-            compressor.compress("org/name", keep=0.5, push_to=push_to)
+            compressor.compress("org/name", keep=0.5, prefer="size", push_to=push_to)
     assert (hub.commits, hub.created, list(Path().iterdir())) == ([], [], [])
 
 
 def test_the_model_that_is_compressed_is_never_what_is_pushed_to(hub: type[Hub]) -> None:
     for push_to in ("org/name", "Org/Name"):
         with pytest.raises(BadInput, match="would replace the model that is compressed"):
-            compressor.compress("org/name", keep=0.5, push_to=push_to, overwrite=True)
+            compressor.compress("org/name", keep=0.5, prefer="size", push_to=push_to, overwrite=True)
     assert (hub.commits, hub.created, list(Path().iterdir())) == ([], [], [])
 
 
@@ -290,7 +290,7 @@ def test_weights_that_came_while_the_work_was_done_stay(hub: type[Hub]) -> None:
         hub.pushed_to = ("model.safetensors",)
 
     with pytest.raises(CompressorError, match="not pushed to me/small: it has got weights in the meantime"):
-        compressor.compress("org/name", keep=0.5, push_to="me/small", output="small", progress=another_pushes)
+        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small", output="small", progress=another_pushes)
     assert hub.commits == []
     assert Path("small", "model.safetensors").exists()
 
@@ -298,7 +298,7 @@ def test_weights_that_came_while_the_work_was_done_stay(hub: type[Hub]) -> None:
 def test_what_could_not_be_pushed_was_written_nevertheless(hub: type[Hub]) -> None:
     hub.refuses_commits = True
     with pytest.raises(CompressorError, match="small was written, but not pushed to me/small") as caught:
-        compressor.compress("org/name", keep=0.5, push_to="me/small", output="small")
+        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small", output="small")
     assert caught.value.exit_status == 1
     assert (Path("small") / "model.safetensors").exists()
 

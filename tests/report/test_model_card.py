@@ -106,7 +106,8 @@ def test_the_hub_reads_the_front_matter_and_finds_what_was_measured(place: Path,
 @pytest.mark.slow
 def test_the_verdict_is_first_and_what_is_worse_is_named(place: Path, card: ModelCard) -> None:
     first, *_ = card.content.partition("# small\n\n")[2].splitlines()
-    found = compressor.compress(place / "dense", keep=0.7, calibration="none", exclude=["*.q_proj"], dry_run=True)
+    asked = {"keep": 0.7, "calibration": "none", "exclude": ["*.q_proj"], "prefer": "size"}
+    found = compressor.compress(place / "dense", dry_run=True, **asked)
     assert re.match(
         rf"\*\*\d+ % {str(found.verdict).split()[-1]}, \d.*x latency.*, perplexity [\d.]+ -> [\d.]+\.\*\*", first
     )
