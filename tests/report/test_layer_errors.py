@@ -78,8 +78,8 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
     folder: Path, tmp_path: Path, options: dict[str, Any] | None
 ) -> None:
     texts = folder.parent / "texts.npz"
-    data = {} if options is None else {"calibration": texts, "calibration_samples": 16, **options}
-    result = compress(folder, output=tmp_path / "small", keep=0.3, calibration="none", prefer="size", **data)
+    data = {"calibration": "none"} if options is None else {"calibration": texts, "calibration_samples": 16, **options}
+    result = compress(folder, output=tmp_path / "small", keep=0.3, prefer="size", **data)
     name = "relative Frobenius error" if options is None else "relative loss error"
     metrics: Any = {}
     if options is not None:
