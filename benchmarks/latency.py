@@ -62,7 +62,7 @@ Rows = list[dict[str, Any]]
 
 def measured_layers(device: torch.device, clock: Clock, profile: DeviceProfile) -> Iterator[dict[str, Any]]:
     """The rows of `layers`."""
-    timing = LayerTiming(device, clock, Repeats(warm_ups=2, most=7, enough=0.25, least=0.003), profile)
+    timing = LayerTiming(device, clock, Repeats(warm_ups=2, most=7, enough=0.25, least=0.003, lead=1), profile)
     large = network_of_images("ResNet-50", resnet, images(3, 112))
     small = network_of_images("digits-resnet", digits_resnet, images(1, 8))
     cases = chain(linear_cases(), convolution_cases(large), convolution_cases(small))

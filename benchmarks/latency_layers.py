@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.forms import DENSE, pair_forms, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse
+from compressor.latency.stopwatch import StopwatchSettings
 from compressor.lowrank import low_rank_layer
 from compressor.network import Kind, Layer
 
@@ -31,8 +31,9 @@ ROWS = (1, 8, 32, 128, 512)
 BATCHES = (1, 8, 32)
 KEEPS = (0.75, 0.5, 0.25)
 
-# A network's layers take turns, and most of their weights do not stay in a cache: so many bytes of copies do.
-BYTES_IN_TURN, MOST_IN_TURN = 96_000_000, 64
+# A network's layers take turns, and most of their weights do not stay in a cache. So copies do: as many layers as the
+# cost model is measured with, and of as many bytes together at most.
+IN_TURN = StopwatchSettings()
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def measured_layer(
     with torch.inference_mode():
         outputs = dense(inputs)
         use = layer_use(dense, inputs, outputs)
-        timed = timed_in_turn([in_turn(module, inputs) for module in modules], timing.clock, timing.repeats)
+        count = copies_in_turn(dense)
+        calls = [in_turn(module, inputs, count) for module in modules]
+        timed = timed_in_turn(calls, timing.clock, timing.repeats)
 
     def predicted(form: str, rank: int) -> float:
         return float(predicted_seconds(timing.profile, layer, form, rank=rank, use=use, dtype=dtype))
@@ -127,7 +130,7 @@ def measured_layer(
             "keep": keep,
             "form": each.form,
             "rank": each.rank,
-            "dense_microseconds": round(timed.seconds(0) * 1e6, 1),
+            "dense_microseconds": round(timed.seconds(0) / count * 1e6, 1),
             "ratio": timed.ratio(number).to_dict(),
             "predicted_dense_microseconds": round(predicted(DENSE, 0) * 1e6, 1),
             "predicted_ratio": round(predicted(each.form, each.rank) / predicted(DENSE, 0), 4),
@@ -143,12 +146,21 @@ def layer_use(dense: nn.Module, inputs: Tensor, outputs: Tensor) -> LayerUse:
     return LayerUse(batch=inputs.shape[0], bias=bias, **sizes)
 
 
-def in_turn(module: nn.Module, inputs: Tensor) -> Callable[[], Tensor]:
-    """Calls of one copy of a layer after the other, as in a network of such layers."""
-    nbytes = sum(parameter.nbytes for parameter in module.parameters())
-    copies = [module, *(copy.deepcopy(module) for _ in range(min(MOST_IN_TURN, BYTES_IN_TURN // nbytes)))]
-    turns = cycle(copies)
-    return lambda: next(turns)(inputs)
+def in_turn(module: nn.Module, inputs: Tensor, count: int) -> Callable[[], None]:
+    """A pass through so many copies of a layer, as through a network of such layers."""
+    copies = [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+    def run() -> None:
+        for each in copies:
+            each(inputs)
+
+    return run
+
+
+def copies_in_turn(dense: nn.Module) -> int:
+    """How many layers take turns: a network has as many pairs as it had dense layers."""
+    nbytes = sum(parameter.nbytes for parameter in dense.parameters())
+    return min(IN_TURN.layers, max(1, IN_TURN.memory // nbytes))
 
 
 def within(row: dict[str, Any], share: float) -> bool:

@@ -72,6 +72,8 @@ class Repeats:
         most: Repeats at most.
         enough: Seconds of all calls together after which there are no more repeats.
         least: Seconds for which a call is run at a time, so that the clock's own steps do not matter.
+        lead: Runs of a call before it is timed, after another had its turn: its weights are where they stay when a
+            network runs again and again.
     """
 
     warm_ups: int = 3
@@ -79,6 +81,7 @@ class Repeats:
     most: int = 15
     enough: float = 2.5
     least: float = 0.004
+    lead: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def timed_in_turn(calls: Sequence[Call], clock: Clock, repeats: Repeats) -> Time
     while len(rows) < repeats.fewest or (len(rows) < repeats.most and time.perf_counter() - began < repeats.enough):
         order = 1 if len(rows) % 2 == 0 else -1
         turn = list(zip(calls, runs, strict=True))[::order]
-        rows.append([_seconds(call, clock, times) for call, times in turn][::order])
+        rows.append([_seconds(_led(call, repeats), clock, times) for call, times in turn][::order])
     return Timed(rows)
 
 
@@ -135,6 +138,13 @@ def _warm(call: Call, clock: Clock, repeats: Repeats) -> float:
         if seconds > repeats.enough / 8:
             break
     return seconds
+
+
+def _led(call: Call, repeats: Repeats) -> Call:
+    """The call, after the runs that are not timed."""
+    for _ in range(repeats.lead):
+        call()
+    return call
 
 
 def _seconds(call: Call, clock: Clock, runs: int) -> float:

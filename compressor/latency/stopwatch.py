@@ -81,8 +81,9 @@ class Stopwatch:
         if isinstance(kernel, Movement):
             return self._moves(kernel, dtype)
         assert isinstance(kernel, ModuleCall)
-        module, x = _Reads(), self._numbers((1,), dtype)
-        return [lambda: module(x)]
+        # Each layer of a model is a module of its own, whose attributes have left the cache when its turn comes.
+        x = self._numbers((1,), dtype)
+        return [partial(_Reads(), x) for _ in range(self.settings.layers)]
 
     def _products(self, rows: int, inner: int, columns: int, *, dtype: torch.dtype) -> list[Operation]:
         x = self._numbers((rows, inner), dtype)
@@ -127,8 +128,8 @@ class Stopwatch:
         together = min(self.settings.memory, self.settings.layers * layer * dtype.itemsize)
         most = self.settings.flops / flops if self.device.type == "cpu" else math.inf
         count = int(max(2, min(together // (numbers * dtype.itemsize), most)))
-        memory = self._numbers((count * numbers,), dtype)
-        return [memory[i * numbers : (i + 1) * numbers].view(shape) for i in range(count)]
+        # Each in memory of its own, as a model's are.
+        return [self._numbers(shape, dtype).clone() for _ in range(count)]
 
     def _numbers(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Random numbers, small so that no product overflows, and not so small that they are denormal."""
