@@ -228,7 +228,10 @@ def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path:
 
 def test_the_finished_folder_is_pushed_as_it_is_and_privately(hub: type[Hub], capsys: Any) -> None:
     hub.pushed_to = ("model-00001-of-00002.safetensors", "notes.txt", "onnx/model.safetensors", "sub/pytorch_model.bin")
-    assert run(["org/name", "--keep", "0.5", "--prefer", "size", "--push-to", "me/small", "-o", "small", "--overwrite"]) == 0
+    assert (
+        run(["org/name", "--keep", "0.5", "--prefer", "size", "--push-to", "me/small", "-o", "small", "--overwrite"])
+        == 0
+    )
     assert "https://huggingface.co/me/small/commit/1" in capsys.readouterr().out
     [created] = hub.created
     assert created["name"] == "small"
@@ -290,7 +293,9 @@ def test_weights_that_came_while_the_work_was_done_stay(hub: type[Hub]) -> None:
         hub.pushed_to = ("model.safetensors",)
 
     with pytest.raises(CompressorError, match="not pushed to me/small: it has got weights in the meantime"):
-        compressor.compress("org/name", keep=0.5, prefer="size", push_to="me/small", output="small", progress=another_pushes)
+        compressor.compress(
+            "org/name", keep=0.5, prefer="size", push_to="me/small", output="small", progress=another_pushes
+        )
     assert hub.commits == []
     assert Path("small", "model.safetensors").exists()
 
