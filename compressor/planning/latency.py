@@ -84,14 +84,17 @@ class LayerLatency:
         )
 
     def corrected(self, form: str, known: Sequence[WorkloadLatency]) -> LayerLatency:
-        """The same with the ratio to dense that was measured of a form, in the workloads in which it was."""
+        """The same with the ratio to dense that was measured of a form, in the workloads in which it was.
+
+        What was predicted contains earlier corrections of the form, so that factors multiply.
+        """
         factors = [
             1.0
             if each.measured is None or min(each.measured.dense, each.predicted.chosen, each.predicted.dense) <= 0
             else (each.measured.chosen / each.measured.dense) / (each.predicted.chosen / each.predicted.dense)
             for each in known
         ]
-        return replace(self, measured={**self.measured, form: np.array(factors)})
+        return replace(self, measured={**self.measured, form: np.array(factors) * self.measured.get(form, 1.0)})
 
     def of(self, layer: Layer, form: str, rank: int) -> tuple[WorkloadLatency, ...]:
         """What is predicted of the form and rank that were chosen."""

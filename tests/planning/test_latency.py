@@ -26,6 +26,7 @@ from compressor.planning import (
     Plan,
     PlanningSettings,
     TimeLimit,
+    Times,
     choose_ranks,
     dense_seconds,
     read_plan,
@@ -297,3 +298,18 @@ def test_the_plan_states_seconds_and_reads_back_without_them(tmp_path: Path) -> 
     assert [(each.rank, each.form, each.latency) for each in read_plan(path).layers] == [
         (each.rank, each.form, None) for each in planned
     ]
+
+
+def test_a_form_that_is_corrected_again_is_predicted_as_it_was_measured_last() -> None:
+    m = layer("a", (64, 64), charging())
+    assert m.latency is not None
+    latency = m.latency
+    for measured, rank in ((1.2, 16), (1.1, 8), (0.9, 4)):
+        known = latency.of(m.layer, "plain", rank)
+        # The second workload was not timed the second time.
+        timed = [replace(known[0], measured=Times(2.0, 2.0 * measured)), known[1]]
+        latency = latency.corrected("plain", timed)
+        first, _ = latency.of(m.layer, "plain", rank)
+        assert first.predicted.ratio == pytest.approx(measured)
+    _, second = latency.of(m.layer, "plain", 4)
+    assert second.predicted.ratio == pytest.approx(4 * 128 / 64**2)
