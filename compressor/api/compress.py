@@ -16,7 +16,7 @@ from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
 from compressor.api.keywords import CompressKeywords, PlanKeywords
-from compressor.api.latency import Prepared, prepared, requested_speed, require_speed
+from compressor.api.latency import Prepared, prepared, requested_speed, require_speed, target_profile
 from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
@@ -146,7 +146,9 @@ def compress(
     """
     started = time.monotonic()
     asked = CompressOptions.of(options, given)
-    requested_budget(asked)  # which is refused before anything is opened
+    # What is refused before anything is opened.
+    requested_budget(asked)
+    target_profile(asked)
     subject = open_model(
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )

@@ -14,7 +14,6 @@ from compressor.api.options import CompressOptions
 from compressor.api.requests import preferred, timing_settings
 from compressor.calibration import CalibrationData
 from compressor.calibration.search import PlanRequest, plan_ranks
-from compressor.choices import FormRequest
 from compressor.data import EvaluationData
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
@@ -139,6 +138,12 @@ class Speed:
         )
 
 
+def target_profile(asked: CompressOptions) -> DeviceProfile | None:
+    """The device to plan for instead of the one at hand; `BadInput` for a name that is not known."""
+    target = asked.target_device
+    return shipped_profile(target) if isinstance(target, str) else target
+
+
 def requested_speed(
     asked: CompressOptions,
     subject: Model,
@@ -155,8 +160,7 @@ def requested_speed(
     """
     if preferred(asked, subject) == "size":
         return None
-    target = asked.target_device
-    shipped = shipped_profile(target) if isinstance(target, str) else target
+    shipped = target_profile(asked)
     try:
         subject.require_runnable()
         found = _workloads(subject, data, timing_settings(asked).batch, run=run)
@@ -256,7 +260,7 @@ def prepared(
     if speed is None:
         return Prepared(measured, request)
     measured = speed.of_layers(subject, measured)
-    _require_some_faster(speed, subject, measured, form=request.form)
+    _require_some_faster(speed, subject, measured, request=request)
     ratio = None if request.budget is None else request.budget.latency_limit
     limit = None if ratio is None else TimeLimit(ratio, (0.0,) * len(speed.workloads))
     request = replace(request, limit=limit)
@@ -325,12 +329,17 @@ def require_speed(
     return whole
 
 
-def _require_some_faster(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, form: FormRequest) -> None:
+def _require_some_faster(
+    speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest
+) -> None:
+    form, budget = request.form, request.budget
     if has_pairs(measured, form) or not has_pairs([replace(m, latency=None) for m in measured], form):
         return
+    of_speed = {"target_device": not speed.at_hand, "max_latency": budget is not None and budget.latency_limit}
+    without = " or ".join(f"`{name}`" for name, given in of_speed.items() if given)
     raise QualityGateNotMet(
         f"{subject.name}: no layer would be smaller and faster on {speed.profile.name} at any rank; ask for its size"
-        " alone with `prefer='size'`"
+        f" alone with `prefer='size'`{without and f' and without {without}'}"
     )
 
 

@@ -439,8 +439,9 @@ class PlanOptions(
         given = [name for name in self.alternatives if name in self.given]
         alone = [name for name in given if name not in ("max_latency", "max_drop")]
         if len(alone) > 1 or (len(given) > 1 and {"tolerance", "plan"} & set(given)):
-            names = " and ".join(f"`{name}`" for name in given)
-            raise BadInput(f"{names} are two budgets", option=given[0], remedy="ask for one of them")
+            several = alone if len(alone) > 1 else given
+            names, number = " and ".join(f"`{name}`" for name in several), ("two", "three", "four")[len(several) - 2]
+            raise BadInput(f"{names} are {number} budgets", option=several[0], remedy="ask for one of them")
         if self.prefer == "size" and self.max_latency is not None:
             what = "`max_latency` and `prefer='size'` contradict each other"
             raise BadInput(what, option="max_latency", remedy="leave one of them out")

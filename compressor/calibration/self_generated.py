@@ -121,7 +121,7 @@ def self_generated(model: Model, request: SelfRequest, *, run: Run) -> Evaluatio
         with evaluation_mode(run.device, model.with_separate_experts), frozen(model.with_separate_experts):
             inputs = making.inputs(kind)
     except BadInput as error:
-        what, remedy = f"the model cannot make its own examples: {error}", "give `calibration=DATA`"
+        what, remedy = f"the model cannot make its own examples: {error.what}", "give `calibration=DATA`"
         raise BadInput(what, option="calibration", remedy=remedy) from error
     task: Task = "language-modeling" if kind == "causal language model" else _TASKS.get(kind, "other")
 

@@ -84,7 +84,8 @@ def _read(path: Path, device: torch.device) -> DeviceProfile | None:
         ):
             raise ValueError("it is of another device")
     except (BadInput, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning("%s is not used, and the device is measured again: %s", path, error)
+        why = error.what if isinstance(error, BadInput) else error
+        logger.warning("%s is not used, and the device is measured again: %s", path, why)
         return None
     return profile
 

@@ -341,7 +341,7 @@ def slowest_times(layer: LayerPlan) -> tuple[float | None, float | None]:
 
 
 def time_words(layer: LayerPlan) -> str:
-    """The time of a layer in its slowest workload, as a ratio to dense: predicted, and in brackets measured."""
+    """The time of a layer in its slowest workload, as a ratio to dense: predicted, and in parentheses measured."""
     predicted, measured = slowest_times(layer)
     words = "-" if predicted is None else f"{predicted:.2f}x"
     return words if measured is None else f"{words} ({measured:.2f}x)"
@@ -349,7 +349,7 @@ def time_words(layer: LayerPlan) -> str:
 
 def time_note(device: str) -> str:
     """What `time_words` says."""
-    return f"of the dense layer's in the slowest workload, predicted for {device}; in brackets as measured"
+    return f"over that of the dense layer, in the slowest workload: predicted for {device}, in parentheses measured"
 
 
 def above_one_words(layers: Sequence[LayerPlan]) -> str | None:

@@ -421,7 +421,7 @@ def identity(tmp_path: Path) -> list[str]:
         (
             ["--keep", "0.5", "--target-device", "h100"],
             3,
-            "at any rank; ask for its size alone with --prefer size",
+            "at any rank; ask for its size alone with --prefer size and without --target-device",
         ),
         (["--keep", "0.5", "--target-device", "abacus"], 2, "name one of"),
         (["--max-latency", "0.5", "--prefer", "size"], 2, "--max-latency and --prefer size contradict each other"),
@@ -436,3 +436,8 @@ def test_at_a_shell_a_refusal_is_one_line_with_its_status(
     assert run([*identity, *options, "-q"]) == status
     err = capsys.readouterr().err.splitlines()[-1]
     assert message in err
+
+
+def test_an_unknown_device_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no constants are known of 'abacus'"):
+        compress(tmp_path / "missing", keep=0.5, target_device="abacus")

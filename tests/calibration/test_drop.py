@@ -308,6 +308,8 @@ def test_a_size_that_drops_more_than_is_allowed_beside_it_is_status_3(
         (["--max-drop", "nan", "--data", "builtin:digits"], "out of range"),
         (["--max-drop", "1.5", "--data", "builtin:digits"], "is a fraction"),
         (["--max-drop", "0.01", "--tolerance", "0.5", "--data", "builtin:digits"], "two budgets"),
+        (["--keep", "0.5", "--max-latency", "0.7", "--max-size", "1MB"], "--keep and --max-size are two budgets"),
+        (["--keep", "0.5", "--max-latency", "0.7", "--tolerance", "0.5"], "are two budgets"),
     ],
 )
 @pytest.mark.parametrize("command", [[], ["plan"]])

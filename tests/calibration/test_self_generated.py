@@ -202,6 +202,7 @@ def test_a_model_that_needs_data_says_so_in_one_line() -> None:
     with pytest.raises(BadInput, match=r"cannot make its own examples.*takes inputs query, key, value") as raised:
         compress(nn.MultiheadAttention(8, 2), keep=0.5, calibration="self", prefer="size")
     assert "\n" not in str(raised.value)
+    assert str(raised.value).count("give `") == 1
 
 
 def test_a_compression_calibrated_on_itself_says_what_was_done() -> None:
