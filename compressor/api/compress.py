@@ -126,7 +126,8 @@ def compress(
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
-    same bytes, but for the times that a card states.
+    same bytes, but for the times that a card states. Ranks chosen for speed also depend on what was timed: the profile
+    of the device, pairs that turned out slower than dense, and with `max_latency` the whole model. A `plan` fixes them.
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.

@@ -345,7 +345,7 @@ def _require_some_faster(
 
 def _require_fast(speed: Speed, subject: Model, whole: Sequence[TimedWorkload], *, limit: float | None) -> None:
     worst = max(whole, key=lambda each: each.ratio, default=None)
-    if worst is None or worst.ratio <= (1.0 if limit is None else limit) + speed.timing.margin:
+    if worst is None or worst.ratio <= (1.0 if limit is None else limit) * (1 + speed.timing.margin):
         return
     found = f"{subject.name}: the compressed model takes {worst.ratio:.2f}x the time of the dense one"
     found = f"{found} ({worst.workload})"

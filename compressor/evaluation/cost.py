@@ -89,7 +89,7 @@ class TimingSettings:
     """Predicted latency of the plan by which is found out how much of the model's time its layers take."""
 
     margin: float = 0.03
-    """By how much a measured ratio to the dense model may exceed the one that is allowed."""
+    """Share by which a measured ratio to the dense model may exceed the one that is allowed."""
 
     profile: DeviceProfile | None = None
     """What is known of the device at hand, in place of what is measured and kept in a file."""
