@@ -130,13 +130,13 @@ def networks_table(rows: Rows) -> str:
     lines = [table_head(["network", "", *(f"batch {batch}" for batch in batches)])]
     for (network, workload, dtype), found in grouped(rows, "network", "workload", "dtype").items():
         by_batch = {row["batch"]: row for row in found}
-        name = f"{network}, {workload}, {SHORT[dtype]}"
+        names = [f"{network}, {workload}, {SHORT[dtype]}", "", "", ""]
         if any("ideal" in row for row in found):
             cells = [dense_cell(by_batch.get(batch)) for batch in batches]
-            lines.append(table_line([name, "dense; ideal", *cells]))
+            lines.append(table_line([names.pop(0), "dense; ideal", *cells]))
         for variant in ("plain", "pivoted", SPEED):
             cells = [variant_cell(by_batch.get(batch), variant) for batch in batches]
-            lines.append(table_line(["", f"**{variant}**" if variant == SPEED else variant, *cells]))
+            lines.append(table_line([names.pop(0), f"**{variant}**" if variant == SPEED else variant, *cells]))
     return "\n".join(lines)
 
 

@@ -48,9 +48,7 @@ def draw(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         above = [ratio["high"] - ratio["median"] for _, ratio in found]
         at = [batch for batch, _ in found]
         axes.errorbar(at, medians, yerr=(below, above), label=LABELS[variant], markersize=5, elinewidth=0.8, **style)
-    axes.set(xscale="log", ylim=(0.4, 1.9))
-    axes.set_xticks(batches, [str(batch) for batch in batches], minor=False)
-    axes.minorticks_off()
+    axes.set(xscale="log", ylim=(0.4, 2.1))
     axes.grid(visible=True, axis="y", color="0.88")
 
 
@@ -72,6 +70,10 @@ def main() -> None:
         panels[-1][column].set_xlabel("batch size")
     for line, dtype in enumerate(dtypes):
         panels[line][0].set_ylabel(f"{SHORT[dtype]}: time / dense")
+    batches = sorted({row["batch"] for row in rows})
+    for axes in panels.flat:
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)

@@ -94,6 +94,8 @@ def test_layers_and_networks_of_every_form_are_measured_and_shown(latency: Modul
     shown = latency.printed(document | {"models": document["models"][1:]})  # not all of them at every batch
     for cell in ("| 64 x 32 | f32 |", "| 3 x 3 |", "| tiny Llama, decode, f32 |", "| all |"):
         assert cell in shown
+    compiled = [row for row in document["models"] if row.pop("ideal")]  # which says nothing of a compiled one
+    assert "| tiny ResNet, forward, f32 | plain |" in latency.compiled_table({"compiled": compiled})
 
 
 @pytest.fixture
