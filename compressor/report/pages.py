@@ -303,7 +303,7 @@ def _plan_parts(plan: Plan) -> list[Block]:
     )
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
     if plan.device is not None:
-        notes.append(("time", time_note(plan.device)))
+        notes.append(("time", time_note(layers, plan.device)))
     notes += [("note", words) for words in (above_one_words(layers), stored_only_words(layers)) if words is not None]
     return [LayerTable(headers, tuple(rows)), Facts.of(*notes)]
 

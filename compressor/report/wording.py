@@ -347,9 +347,15 @@ def time_words(layer: LayerPlan) -> str:
     return words if measured is None else f"{words} ({measured:.2f}x)"
 
 
-def time_note(device: str) -> str:
-    """What `time_words` says."""
-    return f"over that of the dense layer, in the slowest workload: predicted for {device}, in parentheses measured"
+def measured_alone(layers: Sequence[LayerPlan]) -> bool:
+    """Whether the time of any of the layers was measured."""
+    return any(slowest_times(layer)[1] is not None for layer in layers)
+
+
+def time_note(layers: Sequence[LayerPlan], device: str) -> str:
+    """What `time_words` says of the layers."""
+    measured = ", in parentheses measured" if measured_alone(layers) else ""
+    return f"over that of the dense layer, in the slowest workload: predicted for {device}{measured}"
 
 
 def above_one_words(layers: Sequence[LayerPlan]) -> str | None:

@@ -106,6 +106,16 @@ def test_the_report_has_both_times_and_what_is_slower_is_red() -> None:
     assert '<td class="number">0.90</td><td class="number worse">1.40</td>' in page
 
 
+def test_no_measured_time_is_spoken_of_where_none_was_measured() -> None:
+    predicted = (WorkloadLatency("batch 1", Times(1.0, 0.7)),)
+    measured = (WorkloadLatency("batch 1", Times(1.0, 0.7), Times(1.0, 0.8)),)
+    for found, spoken in ((planned(predicted), False), (planned(predicted, measured), True)):
+        page = report_page(found)
+        assert "predicted for h100" in page
+        assert ("time measured" in page, "measured for the layer by itself" in page) == (spoken, spoken)
+        assert ("in parentheses measured" in " ".join(plan_page(found.plan).text().split())) == spoken
+
+
 def test_a_table_with_times_fits_a_terminal_of_80_columns() -> None:
     found = (WorkloadLatency("batch 1", Times(1.0, 0.7)),)
     plan = planned(*(found for _ in range(12))).plan
