@@ -157,15 +157,15 @@ def test_a_repeat_runs_every_call_and_the_next_in_the_other_order(latency: Modul
 
 
 def test_a_slow_network_and_wrong_predictions_are_reported(latency: ModuleType) -> None:
-    row = {"network": "net", "workload": "forward", "dtype": "float32", "batch": 32, "refused": None}
+    row = {"network": "net", "workload": "forward", "dtype": "float32", "batch": 32, "refused": None, "ideal": 0.55}
     ratio = {"low": 1.0, "median": 1.1, "high": 1.2}
-    speed = {"ratio": ratio, "of_ideal": 0.5, "above_ideal": {"launches": 0.3, "bytes": -0.1}}
+    speed = {"ratio": ratio, "of_ideal": 0.9, "dense_layers": 3, "above_ideal": {"launches": 0.3, "bytes": -0.1}}
     layer = {"kind": "linear", "ratio": ratio, "predicted_ratio": 0.5}
     slow, far, wrong = latency.shortfalls({"models": [row | {"variants": {"speed": speed}}], "layers": [layer]})
     assert "1.10 of dense" in slow
     assert "launches 0.30" in slow
     assert "bytes" not in slow
-    assert "50% of the ideal" in far
+    assert "50% of the ideal speed-up, with 3 layers left dense" in far
     assert "0% of the predictions" in wrong
     close = {"kind": "linear", "ratio": ratio, "predicted_ratio": 1.0}
     assert latency.shortfalls({"layers": [close]}) == []
