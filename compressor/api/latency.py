@@ -271,7 +271,9 @@ def prepared(
         return Prepared(measured, request)
     pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing)
     measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
-    if plan.factorized:
+    # A search by drop begins with a size that it may leave for a smaller, faster one.
+    searched = request.budget is not None and request.budget.kind == "max-drop"
+    if plan.factorized and not searched:
         whole = _timed_plan(speed, subject, plan)
         if limit is None:
             _require_fast(speed, subject, whole, limit=None)
