@@ -110,8 +110,9 @@ def may_be_written(input: Tensor, down: nn.Module, up: nn.Module) -> bool:
         and not is_observed(up, input)
         and type(down.weight) is type(up.weight) is nn.Parameter
         and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-        # `vmap` has no rule for it.
+        # Neither `vmap` nor derivatives in forward mode have a rule for it.
         and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 

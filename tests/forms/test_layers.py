@@ -220,6 +220,16 @@ def test_other_parameters_in_a_functional_call_and_vmap(form: str, rows: int) ->
             torch.testing.assert_close(y, layer(x))
 
 
+@pytest.mark.parametrize("rows", [7, 700])
+@pytest.mark.parametrize("form", ["plain", "pivoted", *CONVOLUTIONS])
+def test_derivatives_in_forward_mode(form: str, rows: int) -> None:
+    layer, x = filled(form, torch.float64), inputs(form, torch.float64, rows=rows)
+    without_bias = by_modules(layer, torch.zeros_like(x))
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        y, tangent = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, x)))
+        torch.testing.assert_close(y - tangent, without_bias)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_trace_holds_the_parameters_and_one_of_modules_the_parts(form: str) -> None:
     layer, x = filled(form), inputs(form)
