@@ -170,7 +170,7 @@ def inspection_page(inspection: Inspection) -> Page:
 def evaluation_page(evaluation: Evaluation) -> Page:
     """The verdict; quality, size, arithmetic, memory and latency of two models side by side."""
     costs = _side_by_side(evaluation_rows(evaluation), "baseline", "model")
-    large_loss = large_loss_words(evaluation, calibrated=False)
+    large_loss = large_loss_words(evaluation)
     warning = [] if large_loss is None else [Facts.of(("warning", large_loss))]
     return Page((VerdictLine(evaluation.verdict.remarks), costs, _measured_on(evaluation), *warning))
 

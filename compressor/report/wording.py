@@ -14,7 +14,7 @@ from compressor.formatting import format_percent, format_size, one_line
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.io.training_state import LeftOut
-    from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan
+    from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
     from compressor.results import Compression
 
@@ -289,7 +289,9 @@ def warning_words(compression: Compression) -> tuple[str, ...]:
     ]
     if evaluation is not None:
         found.append(larger_drop_words(evaluation, plan.budget))
-        found.append(large_loss_words(evaluation, calibrated=plan.calibration is not None))
+        found.append(large_loss_words(evaluation, plan))
+    else:
+        found.append(large_holdout_loss_words(plan))
     return tuple(words for words in found if words is not None)
 
 
@@ -374,7 +376,7 @@ def above_one_words(layers: Sequence[LayerPlan]) -> str | None:
 LARGE_ACCURACY_DROP, LARGE_PERPLEXITY_RATIO = 0.05, 2.0
 
 
-def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
+def large_loss_words(evaluation: Evaluation, plan: Plan | None = None) -> str | None:
     """What to do about a large loss of quality; None if there is none, or no baseline."""
     before, after = evaluation.baseline, evaluation.compressed
     if before is None or evaluation.higher_is_better is not None:  # what is much of another metric is not known
@@ -385,4 +387,20 @@ def large_loss_words(evaluation: Evaluation, *, calibrated: bool) -> str | None:
         large = not after <= LARGE_PERPLEXITY_RATIO * before
     if not large:
         return None
-    return "this is a large loss: keep more" + ("" if calibrated else ", or pass `calibration`")
+    calibrated = "" if plan is not None and plan.calibration is not None else ", or pass `calibration`"
+    return f"this is a large loss: keep more{_or_by_size(plan)}{calibrated}"
+
+
+def large_holdout_loss_words(plan: Plan) -> str | None:
+    """What to do where nothing was measured on data, and the loss is large on the holdout; None if it is not."""
+    result = plan.calibration
+    if result is None or result.unit != "nats per prediction":
+        return None
+    if result.holdout_loss <= math.log(LARGE_PERPLEXITY_RATIO):
+        return None
+    return f"the holdout shows a large loss: keep more{_or_by_size(plan)}"
+
+
+def _or_by_size(plan: Plan | None) -> str:
+    """What else loses less: fewer ranks are fast than small."""
+    return "" if plan is None or plan.device is None else ", or ask for its size alone with `prefer='size'`"

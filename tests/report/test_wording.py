@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.evaluation import Cost, Evaluation
-from compressor.planning import Budget
+from compressor.planning import Budget, CalibrationResult, Plan
 from compressor.recipe import TrainingRecipe
 from compressor.report.wording import (
     budget_words,
     change_words,
     error_words,
+    large_holdout_loss_words,
     large_loss_words,
     recipe_sources,
     recipe_words,
@@ -82,6 +83,12 @@ def evaluation(metric: Literal["accuracy", "perplexity"], baseline: float | None
     return Evaluation(metric, baseline, compressed, worse, None, 1.0, 10, "data", task, "cpu", None, cost, ())
 
 
+def planned(holdout_loss: float | None, *, device: str | None = None) -> Plan:
+    """A plan by calibration with a loss on the holdout, or without calibration."""
+    result = None if holdout_loss is None else CalibrationResult(96, 32, 0.0, 0.1, holdout_loss)
+    return Plan("model", None, Budget("keep", 0.5), (), calibration=result, device=device)
+
+
 @pytest.mark.parametrize(
     ("measured", "large"),
     [
@@ -96,10 +103,23 @@ def evaluation(metric: Literal["accuracy", "perplexity"], baseline: float | None
     ],
 )
 def test_a_large_loss_is_called_so_with_what_is_left_to_try(measured: Evaluation, large: bool) -> None:
-    words = large_loss_words(measured, calibrated=False)
+    words = large_loss_words(measured)
+    assert words == large_loss_words(measured, planned(None))
     assert words == ("this is a large loss: keep more, or pass `calibration`" if large else None)
-    words = large_loss_words(measured, calibrated=True)
+    words = large_loss_words(measured, planned(0.1))
     assert words == ("this is a large loss: keep more" if large else None)
+    words = large_loss_words(measured, planned(0.1, device="cpu"))
+    by_size = "this is a large loss: keep more, or ask for its size alone with `prefer='size'`"
+    assert words == (by_size if large else None)
+
+
+@pytest.mark.parametrize(("loss", "large"), [(0.6, False), (0.8, True), (math.nan, True)])
+def test_a_large_loss_on_the_holdout_is_called_so(loss: float, large: bool) -> None:
+    words = large_holdout_loss_words(planned(loss))
+    assert words == ("the holdout shows a large loss: keep more" if large else None)
+    words = large_holdout_loss_words(planned(loss, device="cpu"))
+    assert (words is not None and words.endswith("with `prefer='size'`")) == large
+    assert large_holdout_loss_words(planned(None)) is None
 
 
 def test_worse_is_a_minus_for_accuracy_and_a_plus_for_perplexity() -> None:
