@@ -224,9 +224,8 @@ def compress_torch_file(folder: Path) -> Any:
 @case
 def compress_convolutions(folder: Path) -> Any:
     source = weight_file(folder, "convolutions")
-    return compressor.compress(
-        source, output=folder / "out/a.safetensors", keep=0.3, factory=factory(folder, "convolutions")
-    )
+    build = factory(folder, "convolutions")
+    return compressor.compress(source, output=folder / "out/a.safetensors", keep=0.3, factory=build, calibration="none")
 
 
 @case
