@@ -278,12 +278,16 @@ def prepared(
         if limit is None:
             _require_fast(speed, subject, whole, limit=None)
         else:
+            most = _most_rest(limit, measured, plan, whole=whole)
             limit = replace(limit, rest=_rest(measured, plan, whole))
             if _least_ratio(limit, measured, request) > limit.ratio:
                 # Far from that plan it may be otherwise: the fastest there is tells.
                 plan = _probe(subject, measured, 0.0, request=request)
-                limit = replace(limit, rest=_rest(measured, plan, _timed_plan(speed, subject, plan)))
+                whole = _timed_plan(speed, subject, plan)
+                most = np.minimum(most, _most_rest(limit, measured, plan, whole=whole))
+                limit = replace(limit, rest=_rest(measured, plan, whole))
             limit = _corrected(speed, subject, measured, request=replace(request, limit=limit))
+            limit = replace(limit, rest=tuple(np.minimum(limit.rest, most).tolist()))
     return Prepared(measured, replace(request, limit=limit), speed, pairs)
 
 
@@ -367,6 +371,16 @@ def _rest(measured: Sequence[MeasuredLayer], plan: Plan, whole: Sequence[TimedWo
     ratios = np.minimum(_ratios(measured, whole), 0.99)
     rest = (ratios * dense_seconds(measured) - _chosen_seconds(plan)) / (1 - ratios)
     return tuple(np.maximum(0.0, np.nan_to_num(rest, nan=0.0)).tolist())
+
+
+def _most_rest(
+    limit: TimeLimit, measured: Sequence[MeasuredLayer], plan: Plan, *, whole: Sequence[TimedWorkload]
+) -> Seconds:
+    """The rest in each workload at which a plan just keeps a limit, if it was measured to do so; else infinite."""
+    dense = dense_seconds(measured)
+    if limit.ratio >= 1 or any(each.ratio > limit.ratio for each in whole):
+        return np.full(len(dense), np.inf)
+    return np.maximum(0.0, (limit.ratio * dense - _chosen_seconds(plan)) / (1 - limit.ratio) * (1 - 1e-9))
 
 
 def _ratios(measured: Sequence[MeasuredLayer], whole: Sequence[TimedWorkload]) -> Seconds:

@@ -249,6 +249,13 @@ def test_a_search_by_drop_may_begin_with_a_size_that_is_slower_than_dense() -> N
         )
 
 
+def test_a_latency_that_the_fastest_plan_was_measured_to_reach_is_not_refused() -> None:
+    # Hardly faster than dense, and all at once much faster.
+    timer = whole_models(lambda share: 0.6 if share < 0.3 else 0.99)
+    report = compress(network(), max_latency=0.8, timing_settings=timing(timer))
+    assert [each.ratio for each in report.latency] == pytest.approx([0.6])
+
+
 def test_what_the_rest_of_a_model_takes_is_part_of_the_least_latency() -> None:
     def timer(model: nn.Module, call: Callable[[], Any], device: torch.device) -> float:
         return by_size(model, call, device) + (1.0 if isinstance(model, nn.Sequential) else 0.0)
