@@ -185,7 +185,7 @@ def compress(
             latency=latency,
             timed_on=device_words(run.device) if latency else None,
         )
-        compression = replace(compression, warnings=warning_words(compression))
+        compression = replace(compression, warnings=(*planned.warnings, *warning_words(compression)))
         if target is not None:
             card, source = in_flags(compression), subject.checkpoint
             made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))

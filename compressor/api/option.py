@@ -8,7 +8,7 @@ import inspect
 import reprlib
 import shlex
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar, dataclass_transform
@@ -164,9 +164,14 @@ class Options:
     @classmethod
     def merged(cls, before: Mapping[str, Any], given: Mapping[str, object]) -> dict[str, Any]:
         """The values of options `before`, with what was given instead of them."""
-        if any(given.get(name) is not None for name in cls.alternatives):
-            before = {name: value for name, value in before.items() if name not in cls.alternatives}
+        replaced = cls.replaced_by({name for name, value in given.items() if value is not None})
+        before = {name: value for name, value in before.items() if name not in replaced}
         return {**before, **{name: value for name, value in given.items() if value is not None}}
+
+    @classmethod
+    def replaced_by(cls, given: Set[str]) -> Set[str]:
+        """The options that no longer hold where others of the alternatives are given after them."""
+        return frozenset(cls.alternatives) if given & set(cls.alternatives) else frozenset()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -7,7 +7,7 @@ keyword arguments of its verb.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -425,6 +425,14 @@ class PlanOptions(
         self.check_speed()
         self._check_needs()
         self.check_metric()
+
+    @classmethod
+    def replaced_by(cls, given: Set[str]) -> Set[str]:
+        beside = {"max_latency", "max_drop"}  # which may stand beside a size
+        sizes = set(cls.alternatives) - beside
+        if given & {"tolerance", "plan"}:
+            return frozenset(cls.alternatives)
+        return sizes if given & sizes else {"tolerance", "plan"} if given & beside else frozenset()
 
     @property
     def may_calibrate_itself(self) -> bool:

@@ -62,13 +62,14 @@ class PlannedModel:
     """A plan and, with calibration, the factors by layer and the changed statistics by tensor.
 
     `weighted` are then the layers in the metric of the loss, as measured at the dense model. The factors take as much
-    memory as the compressed model, so they are cleared once they are written.
+    memory as the compressed model, so they are cleared once they are written. `warnings` are sentences about the plan.
     """
 
     plan: Plan
     factors: dict[str, Factors] = field(default_factory=dict)
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     weighted: Sequence[MeasuredLayer] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def open_calibration_data(
@@ -171,7 +172,25 @@ def plan_ranks(
     factors = _with_errors(subject, calibration, found)
     layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in found.layers)
     plan = replace(bare, layers=with_latency(measured, layers), calibration=_result(calibration, found))
-    return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted)
+    warnings = () if given is not None else _loss_for_speed(weighted, found, request)
+    return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted, warnings)
+
+
+def _loss_for_speed(weighted: Sequence[MeasuredLayer], found: Candidate, request: PlanRequest) -> tuple[str, ...]:
+    """A warning where a plan for speed is predicted to lose much more than one of the same size would."""
+    if found.exponent is None or all(m.latency is None for m in weighted):
+        return ()
+    alike = [replace(m, latency=None) for m in weighted]
+    size = Budget("keep", found.kept)
+    layers = choose_ranks(alike, size, request.form, file_bytes=lambda _: 0, exponent=found.exponent)
+    ours, theirs = predicted_loss(weighted, found.layers), predicted_loss(alike, layers)
+    if theirs <= 0 or ours <= request.settings.most_loss_for_speed * theirs:
+        return ()
+    return (
+        f"for its speed this model is predicted to lose {ours / theirs:.3g} times what one of its size would with"
+        f" `prefer='size'` ({ours:.2g} instead of {theirs:.2g} {found.calibration.unit}): few layers are faster as"
+        " pairs here, and these are cut deep; larger batches (`batch`) leave more layers to choose from",
+    )
 
 
 def _warn_of_other_origin(plan: Plan, subject: Model, calibration: Calibration | None) -> None:

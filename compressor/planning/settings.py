@@ -41,6 +41,10 @@ class PlanningSettings:
     least_time_saving: float = 0.03
     """Share of its time that a layer must save in every workload to be factorized, where speed is asked for."""
 
+    most_loss_for_speed: float = 4.0
+    """How many times the predicted loss of a plan of the same size may be that of one for speed before it is warned of.
+    """
+
     least_file_saving: float = 0.05
     """Share of their bytes that the weight files must save where no budget was given."""
 

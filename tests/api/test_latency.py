@@ -466,3 +466,28 @@ def test_at_a_shell_a_refusal_is_one_line_with_its_status(
 def test_an_unknown_device_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no constants are known of 'abacus'"):
         compress(tmp_path / "missing", keep=0.5, target_device="abacus")
+
+
+def test_a_plan_for_speed_that_loses_much_more_than_one_for_size_says_so() -> None:
+    torch.manual_seed(0)
+    small = [nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(*small, nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8))
+    batches = [(torch.randn(8, 32), torch.randint(8, (8,))) for _ in range(4)]
+    launches = timing(profile=charging(kernel=3e-6))  # so that a pair of a small layer is no faster
+
+    def warnings(most: float) -> list[str]:
+        report = compress(
+            model,
+            keep=0.6,
+            prefer="speed",
+            calibration=batches,
+            effort="fast",
+            timing_settings=launches,
+            planning_settings=PlanningSettings(most_loss_for_speed=most),
+        )
+        assert {each.name for each in report.plan.layers if each.rank is not None} == {"5"}
+        return [words for words in report.warnings if "times what one of its size would" in words]
+
+    [words] = warnings(1.0)
+    assert "`prefer='size'`" in words
+    assert warnings(1e6) == []

@@ -135,6 +135,17 @@ def test_a_budget_replaces_the_one_before_it() -> None:
         CompressOptions.of(CompressOptions(keep=0.5), {"max_size": "1MB", "tolerance": 0.1})
 
 
+def test_a_limit_that_may_stand_beside_a_size_leaves_it_and_replaces_what_it_contradicts() -> None:
+    data = {"data": "test.csv"}
+    beside = CompressOptions.of(CompressOptions(keep=0.5), {"max_latency": 0.7, "max_drop": 0.01, **data})
+    assert (beside.keep, beside.max_latency, beside.max_drop) == (0.5, 0.7, 0.01)
+    other = CompressOptions.of(CompressOptions(keep=0.5, max_latency=0.7), {"max_size": "1MB"})
+    assert (other.keep, other.max_size, other.max_latency) == (None, 10**6, 0.7)
+    assert CompressOptions.of(CompressOptions(tolerance=0.1), {"max_latency": 0.7}).tolerance is None
+    alone = CompressOptions.of(CompressOptions(keep=0.5, max_latency=0.7), {"tolerance": 0.1})
+    assert (alone.keep, alone.max_latency, alone.tolerance) == (None, None, 0.1)
+
+
 def test_options_survive_a_file(tmp_path: Path) -> None:
     asked = CompressOptions(
         keep="60%", calibration="c.txt", seed=3, include=("*.mlp.*",), recipe=TrainingRecipe(optimizer="sgd")
