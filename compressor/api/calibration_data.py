@@ -76,6 +76,9 @@ def _by_default(asked: CompressOptions, subject: Model, run: Run) -> Calibration
         return None
     try:
         subject.require_runnable()
+    except BadInput:  # nobody asked for more than its weights
+        return None
+    try:
         request = _request(asked, subject)
         count = examples_by_default(subject, request, device=run.device)
         if count is None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import compress
+from compressor import CalibrationSettings, compress
 from compressor.calibration import Calibration, Compensated, compensate
 from compressor.calibration.calibrate import with_layers
 from compressor.calibration.examples import Part
@@ -126,9 +126,15 @@ def test_a_file_holds_the_moved_statistics_and_loads_to_what_is_in_memory(
     torch.manual_seed(1)
     batches = [images(40) for _ in range(6)]
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    in_memory = compress(network, keep=0.2, calibration=batches, effort="balanced", prefer="size").model
+    settings = CalibrationSettings(refine=False)
+    in_memory = compress(network, keep=0.2, calibration=batches, calibration_settings=settings, prefer="size").model
     report = compress(
-        tmp_path / "model.safetensors", factory=build, keep=0.2, calibration=batches, effort="balanced", prefer="size"
+        tmp_path / "model.safetensors",
+        factory=build,
+        keep=0.2,
+        calibration=batches,
+        calibration_settings=settings,
+        prefer="size",
     )
     assert in_memory is not None
     written, expected = load_file(str(report.output)), in_memory.state_dict()
