@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, balanced
-from compressor.forms.layers import MARKERS, Convolution, TransposedConvolution, applied, copy_geometry, unfilled
+from compressor.forms.layers import MARKERS, Convolution, LayerPair, TransposedConvolution, copy_geometry, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.network import Kind
 
 
-class LowRankConvolution(nn.Module):
+class LowRankConvolution(LayerPair):
     """A channel pair: a convolution to r channels with the dense one's kernel, then a 1 x 1 convolution with its
     bias."""
-
-    weight: Tensor
 
     def __init__(self, dense: Convolution, rank: int) -> None:
         super().__init__()
@@ -45,13 +43,6 @@ class LowRankConvolution(nn.Module):
         )
         self.up = unfilled(kind, rank, dense.out_channels, 1, bias=dense.bias is not None, **factory)
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.up(self.down(input))  # type: ignore[no-any-return]
-        else:
-            parts = self._modules  # looked up in half the time of `self.down`
-            return applied(parts["up"], applied(parts["down"], input))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, balanced
-from compressor.forms.layers import MARKERS, applied, linear_sides, unfilled
+from compressor.forms.layers import MARKERS, LayerPair, applied, linear_sides, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.network import Kind
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(LayerPair):
     """A plain pair: `y = up(down(x))`, with `down` of `r x d_in` and `up` of `d_out x r` and the bias."""
-
-    weight: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, bias: bool, like: Tensor, kind: str = "linear"
@@ -33,13 +31,6 @@ class LowRankLinear(nn.Module):
         self.down = unfilled(nn.Linear, in_features, rank, bias=False, **factory)
         self.up = unfilled(nn.Linear, rank, out_features, bias=bias, **factory)
         self.register_buffer("weight", torch.empty(MARKERS[kind], **factory))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.up(self.down(input))  # type: ignore[no-any-return]
-        else:
-            parts = self._modules  # looked up in half the time of `self.down`
-            return applied(parts["up"], applied(parts["down"], input))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -23,7 +23,7 @@ from compressor.factorize import (
     spatial_pair,
 )
 from compressor.forms.kernels import convolution
-from compressor.forms.layers import MARKERS, applied, copy_geometry, unfilled
+from compressor.forms.layers import MARKERS, LayerPair, copy_geometry, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
@@ -32,14 +32,12 @@ from compressor.measure import Spectrum, singular_values
 from compressor.network import Kind
 
 
-class SpatialConvolution(nn.Module):
+class SpatialConvolution(LayerPair):
     """A spatial pair: a `k_h x 1` convolution to r channels, then a `1 x k_w` one with the bias.
 
     Each takes its own axis of the dense one's stride, padding and dilation, and both its padding mode. The first works
     on the columns one by one, so whether these are padded before or after it is the same in every mode.
     """
-
-    weight: Tensor
 
     def __init__(self, dense: nn.Conv2d, rank: int) -> None:
         super().__init__()
@@ -73,13 +71,6 @@ class SpatialConvolution(nn.Module):
             **factory,
         )
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.up(self.down(input))  # type: ignore[no-any-return]
-        else:
-            parts = self._modules  # looked up in half the time of `self.down`
-            return applied(parts["up"], applied(parts["down"], input))  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
