@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,19 +76,18 @@ class Speed:
 
     def of_layers(self, subject: Model, measured: Sequence[MeasuredLayer]) -> list[MeasuredLayer]:
         """The layers with what is known of their time."""
-        latencies = (
-            LayerLatency(
-                self.profile,
-                subject.checkpoint.tensors[m.layer.tensor].dtype,
-                self.workloads,
-                tuple(uses.get(m.layer.name) for uses in self.uses),
+        alike: dict[object, LayerLatency] = {}
+        found = []
+        for m in measured:
+            dtype = subject.checkpoint.tensors[m.layer.tensor].dtype
+            uses = tuple(each.get(m.layer.name) for each in self.uses)
+            latency = alike.setdefault(
+                (m.layer.kind, m.layer.tensor_shape, dtype, uses),
+                LayerLatency(self.profile, dtype, self.workloads, uses),
             )
-            for m in measured
-        )
-        return [
-            replace(m, latency=latency, rank_multiple=self._multiple(m, latency.dtype), stays_dense=self._unknown(m))
-            for m, latency in zip(measured, latencies, strict=True)
-        ]
+            multiple = self._multiple(m, dtype)
+            found.append(replace(m, latency=latency, rank_multiple=multiple, stays_dense=self._unknown(m)))
+        return found
 
     def _multiple(self, m: MeasuredLayer, dtype: torch.dtype) -> int:
         """What ranks are multiples of: as asked, else as the device likes it."""
@@ -193,17 +192,17 @@ def requested_speed(
 
 def _workloads(
     subject: Model, data: Sequence[CalibrationData | EvaluationData | None], batch: Sequence[int], *, run: Run
-) -> Iterator[tuple[Workload, Inputs, Mapping[str, LayerUse]]]:
+) -> list[tuple[Workload, Inputs, Mapping[str, LayerUse]]]:
     """Each workload with inputs for it, and how it uses the layers."""
     layers = [layer for layer in subject.layers if layer.eligible]
-    found = []
+    found: list[tuple[Workload, Inputs, Mapping[str, LayerUse]]] = []
     for what, example in _kinds(subject, _example(subject, data, run.seed)):
         uses = layer_uses(subject, layers, example, device=run.device)
         for size in batch:
             inputs = {name: each.repeat_interleave(size, 0) for name, each in example.items()}
             by_size = {name: scaled(use, size) for name, use in uses.items()}
             found.append((Workload(f"{what}batch {size}", size), inputs, by_size))
-    return iter(found)
+    return found
 
 
 def _example(subject: Model, data: Sequence[CalibrationData | EvaluationData | None], seed: int) -> Inputs:

@@ -11,7 +11,7 @@ import torch
 
 from compressor.forms import DENSE, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse, Workload
-from compressor.network import Layer
+from compressor.network import Kind, Layer
 
 # Seconds in each workload, or in each workload at each of many ranks.
 Seconds = npt.NDArray[np.float64]
@@ -56,10 +56,22 @@ class LayerLatency:
     workloads: tuple[Workload, ...]
     uses: tuple[LayerUse | None, ...]
     measured: Mapping[str, Seconds] = field(default_factory=dict)
+    # What was predicted, without factors, at every rank from 1 on: plans ask for it again and again.
+    _known: dict[tuple[Kind, tuple[int, ...], str], Seconds] = field(init=False, repr=False, default_factory=dict)
 
     def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
         """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
-        seconds = np.stack(
+        ranks = np.ones_like(ranks) if form == DENSE else ranks
+        key, largest = (layer.kind, layer.tensor_shape, form), int(ranks.max(initial=1))
+        known = self._known.get(key)
+        if known is None or known.shape[1] < largest:
+            most = 1 if form == DENSE else max(largest, min(layer.shape))
+            known = self._known[key] = self._predicted(layer, form, np.arange(1, most + 1))
+        seconds = known[:, ranks - 1]
+        return seconds * self.measured[form][:, None] if form in self.measured else seconds
+
+    def _predicted(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
+        return np.stack(
             [
                 np.zeros(len(ranks))
                 if use is None
@@ -69,7 +81,6 @@ class LayerLatency:
                 for use in self.uses
             ]
         )
-        return seconds * self.measured[form][:, None] if form in self.measured else seconds
 
     def dense(self, layer: Layer) -> Seconds:
         """Predicted seconds of the dense layer in each workload."""

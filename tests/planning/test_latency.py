@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from compressor.errors import BadInput
 from compressor.forms import predicted_seconds, stored_parameters
-from compressor.latency import DeviceProfile, LayerUse, Workload
+from compressor.latency import Amount, DeviceProfile, Kernel, LayerUse, Workload
 from compressor.network import Layer
 from compressor.planning import (
     Budget,
@@ -34,7 +34,7 @@ from compressor.planning import (
     with_latency,
 )
 from compressor.planning.plan import layer_choices
-from tests.planning.profiles import charging
+from tests.planning.profiles import Charges, charging
 
 WORKLOADS = (Workload("batch 1", 1), Workload("batch 32", 32))
 
@@ -313,3 +313,29 @@ def test_a_form_that_is_corrected_again_is_predicted_as_it_was_measured_last() -
         assert first.predicted.ratio == pytest.approx(measured)
     _, second = latency.of(m.layer, "plain", 4)
     assert second.predicted.ratio == pytest.approx(4 * 128 / 64**2)
+
+
+@dataclass(frozen=True)
+class Counting(Charges):
+    """A device that notes what it is asked for."""
+
+    asked: list[Kernel] = field(default_factory=list)
+
+    def seconds(self, kernel: Kernel, dtype: torch.dtype) -> Amount:
+        self.asked.append(kernel)
+        return super().seconds(kernel, dtype)
+
+
+def test_a_device_is_asked_once_about_a_layer_and_again_where_it_is_used_otherwise() -> None:
+    device = Counting(**vars(charging()))
+    one = layer("one", (16, 24), device)
+    first = layer_choices(one, "auto", "parameters")
+    asked = len(device.asked)
+    again = layer_choices(replace(one, rank_multiple=1), "auto", "bytes", exponent=0.5)
+    assert len(device.asked) == asked
+    assert np.array_equal(first.seconds, again.seconds)
+    assert one.latency is not None
+    longer = replace(one.latency, uses=(LayerUse(rows=2), LayerUse(rows=64)))
+    assert np.array_equal(longer.dense(one.layer), 2 * one.latency.dense(one.layer))
+    other = Layer("other", "other", "other.weight", None, "linear", (32, 48), (32, 48))
+    assert np.array_equal(one.latency.dense(other), 4 * one.latency.dense(one.layer))
