@@ -38,6 +38,7 @@ from compressor.planning import (
     choose_ranks,
     default_budget,
     given_plan,
+    plan_by_size,
     predicted_loss,
     rank_caps,
     window_rule_advice,
@@ -181,8 +182,9 @@ def _loss_for_speed(weighted: Sequence[MeasuredLayer], found: Candidate, request
     if found.exponent is None or all(m.latency is None for m in weighted):
         return ()
     alike = [replace(m, latency=None) for m in weighted]
-    size = Budget("keep", found.kept)
-    layers = choose_ranks(alike, size, request.form, file_bytes=lambda _: 0, exponent=found.exponent)
+    size = sum(layer.parameters for layer in found.layers)
+    layers = plan_by_size(alike, size, request.form, unit="parameters", exponent=found.exponent)
+    assert layers is not None, "what is chosen for speed is a choice for size"
     ours, theirs = predicted_loss(weighted, found.layers), predicted_loss(alike, layers)
     if theirs <= 0 or ours <= request.settings.most_loss_for_speed * theirs:
         return ()
