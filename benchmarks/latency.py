@@ -44,6 +44,7 @@ from latency_networks import digits_resnet, images, network_of_images, networks,
 from latency_timing import Clock, CudaClock, ProcessClock, Quartiles, Repeats, WallClock
 
 from compressor.latency import DeviceProfile, device_profile
+from compressor.latency.measure import device_name
 from compressor.progress import Run
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,26 +90,15 @@ def clock_of(device: torch.device, threads: int) -> Clock:
 
 def environment(device: torch.device, threads: int) -> Document:
     """What the times depend on beside the code."""
-    on_gpu = device.type == "cuda"
+    vectors = "" if device.type == "cuda" else f", {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "device": device_name(device) + vectors,
         "threads": threads,
         "clock": clock_of(device, threads).name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    """The CPU's model, as far as the system says it, and its widest vector instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    family = f", family {fields['cpu family']}" if "cpu family" in fields else ""
-    return f"{fields.get('model name', platform.processor())}{family}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 # Tables, each from the document of the results

@@ -38,6 +38,7 @@ from torch.nn.functional import linear
 
 from compressor.forms import LowRankLinear, PivotedLinear
 from compressor.forms.layers import columns_in_order
+from compressor.latency.measure import device_name
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -488,8 +489,8 @@ def main() -> None:
     torch.manual_seed(0)
     path = options.output / f"module_variants-{device.type}.json"
     document: Document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    processor = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    document["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "device": processor}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(device)}
+    document["versions"] = versions
     with torch.inference_mode():
         for part in options.parts:
             document[part] = PARTS[part](device, QUICK if options.quick else Sizes())

@@ -64,10 +64,13 @@ def default_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "compressor" / "devices"
 
 
+def _identity(device: torch.device) -> tuple[str, int, str]:
+    """What a profile was measured on: the device, its threads, and the version of PyTorch."""
+    return device_name(device), torch.get_num_threads() if device.type == "cpu" else 0, str(torch.__version__)
+
+
 def _file_name(device: torch.device) -> str:
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
-    parts = (device_name(device), str(threads), str(torch.__version__))
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts) + ".json"
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)) for part in _identity(device)) + ".json"
 
 
 def _read(path: Path, device: torch.device) -> DeviceProfile | None:
@@ -76,12 +79,7 @@ def _read(path: Path, device: torch.device) -> DeviceProfile | None:
         return None
     try:
         profile = DeviceProfile.from_dict(read_json(path))
-        threads = torch.get_num_threads() if device.type == "cpu" else 0
-        if (profile.name, profile.threads, profile.torch_version) != (
-            device_name(device),
-            threads,
-            str(torch.__version__),
-        ):
+        if (profile.name, profile.threads, profile.torch_version) != _identity(device):
             raise ValueError("it is of another device")
     except (BadInput, ValueError, TypeError, KeyError, AttributeError) as error:
         why = error.what if isinstance(error, BadInput) else error

@@ -143,21 +143,18 @@ class _Measuring:
 
     def speeds(self, dtype: torch.dtype) -> DtypeSpeeds:
         itemsize, settings = dtype.itemsize, self.settings
-        run = self.run
-        run.report(STEP, self.done, self.total)
+        self.run.report(STEP, self.done, self.total)
         grid = (
             MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize)
             for rows, inner, columns in product(settings.rows, settings.sides, settings.sides)
         )
         axes = (settings.rows, settings.sides, settings.sides)
         wide = MatrixProduct(rows=128, inner=512, columns=512, itemsize=itemsize)
-        products = self._speed(list(grid), axes, dtype)
-        if isinstance(wide, MatrixProduct):
-            products = replace(
-                products,
-                inner=self._steps(lambda width: replace(wide, inner=width), dtype),
-                columns=self._steps(lambda width: replace(wide, columns=width), dtype),
-            )
+        products = replace(
+            self._speed(list(grid), axes, dtype),
+            inner=self._steps(lambda width: replace(wide, inner=width), dtype),
+            columns=self._steps(lambda width: replace(wide, columns=width), dtype),
+        )
         moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order")}
         self._finished()
         found: dict[str, Speed] = {}
