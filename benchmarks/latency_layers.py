@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compressor.forms import DENSE, pair_forms, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse
-from compressor.latency.stopwatch import StopwatchSettings
+from compressor.latency.stopwatch import StopwatchSettings, keep_freed_memory
 from compressor.lowrank import low_rank_layer
 from compressor.network import Kind, Layer
 
@@ -32,8 +32,8 @@ BATCHES = (1, 8, 32)
 KEEPS = (0.75, 0.5, 0.25)
 
 # A network's layers take turns, and most of their weights do not stay in a cache. So copies do: as many layers as the
-# cost model is measured with, and of as many bytes together at most.
-IN_TURN = StopwatchSettings()
+# cost model is measured with, and of so many bytes together that a quarter of them is more than a cache holds.
+IN_TURN = StopwatchSettings(memory=2**28)
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def measured_layer(
             check_layer(Placed(layer, form.name, rank), pair, dense)
             placed.append(Placed(layer, form.name, rank))
             modules.append(pair)
+    keep_freed_memory()
     inputs = torch.randn(case.input_shape, generator=torch.Generator().manual_seed(0)).to(timing.device, dtype)
     with torch.inference_mode():
         outputs = dense(inputs)
         use = layer_use(dense, inputs, outputs)
-        count = copies_in_turn(dense)
+        count = copies_in_turn(dense, outputs)
         calls = [in_turn(module, inputs, count) for module in modules]
         timed = timed_in_turn(calls, timing.clock, timing.repeats)
 
@@ -157,10 +158,13 @@ def in_turn(module: nn.Module, inputs: Tensor, count: int) -> Callable[[], None]
     return run
 
 
-def copies_in_turn(dense: nn.Module) -> int:
+def copies_in_turn(dense: nn.Module, outputs: Tensor) -> int:
     """How many layers take turns: a network has as many pairs as it had dense layers."""
-    nbytes = sum(parameter.nbytes for parameter in dense.parameters())
-    return min(IN_TURN.layers, max(1, IN_TURN.memory // nbytes))
+    weight: Any = dense.weight
+    positions = outputs.numel() / weight.shape[0]
+    of_memory = IN_TURN.memory // weight.nbytes
+    of_time = IN_TURN.flops / (2 * positions * weight.numel())
+    return min(IN_TURN.layers, max(2, int(min(of_memory, of_time))))
 
 
 def within(row: dict[str, Any], share: float) -> bool:

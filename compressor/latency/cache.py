@@ -31,7 +31,7 @@ def device_profile(
     folder: Path | None = None,
     timer: Timer | None = None,
 ) -> DeviceProfile:
-    """The profile of the device at hand for some dtypes: from its file, or measured in a few seconds and kept there.
+    """The profile of the device at hand for some dtypes: from its file, or measured in some seconds and kept there.
 
     Args:
         run: Its device, and who is told how far the measurement is.

@@ -1,10 +1,11 @@
-"""The constants of a device, measured in a few seconds."""
+"""The constants of a device, measured in some seconds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -42,7 +43,8 @@ class MeasuringSettings:
         sides: Widths of their inputs and outputs.
         batches: Numbers of images of convolutions.
         images: Sides of these images.
-        channels: Numbers of their channels, in and out.
+        few: Channels of images that no convolution has changed yet.
+        channels: Numbers of channels, in and out.
         period: Widths are expected to cost the more the farther they are from a multiple of this.
         residues: The widths beside a multiple that are measured.
         most_seconds: Seconds of a kernel after which none of more operations is measured.
@@ -50,13 +52,14 @@ class MeasuringSettings:
     """
 
     rows: tuple[int, ...] = (1, 2, 8, 32, 128, 512)
-    sides: tuple[int, ...] = (16, 64, 128, 256, 1024, 4096)
-    batches: tuple[int, ...] = (2, 8)
-    images: tuple[int, ...] = (7, 14, 28)
-    channels: tuple[int, ...] = (16, 64, 256)
+    sides: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 4096)
+    batches: tuple[int, ...] = (2, 32)
+    images: tuple[int, ...] = (2, 7, 28)
+    few: int = 3
+    channels: tuple[int, ...] = (16, 64, 256, 512)
     period: int = 16
     residues: tuple[int, ...] = (0, 1, 4, 8, 12, 15, 16)
-    most_seconds: float = 0.012
+    most_seconds: float = 0.025
     rounds: int = 2
 
 
@@ -64,7 +67,6 @@ CPU = MeasuringSettings()
 ACCELERATOR = MeasuringSettings(
     rows=(1, 8, 64, 512, 4096),
     sides=(64, 256, 1024, 4096, 8192),
-    channels=(16, 64, 256, 1024),
     period=128,
     residues=(0, 1, 8, 16, 32, 64, 96, 127, 128),
 )
@@ -144,73 +146,77 @@ class _Measuring:
     def speeds(self, dtype: torch.dtype) -> DtypeSpeeds:
         itemsize, settings = dtype.itemsize, self.settings
         self.run.report(STEP, self.done, self.total)
-        grid = (
+        grid: list[Kernel | None] = [
             MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize)
             for rows, inner, columns in product(settings.rows, settings.sides, settings.sides)
-        )
+        ]
         axes = (settings.rows, settings.sides, settings.sides)
         wide = MatrixProduct(rows=128, inner=512, columns=512, itemsize=itemsize)
         products = replace(
-            self._speed(list(grid), axes, dtype),
+            self._speed(grid, axes, dtype),
             inner=self._steps(lambda width: replace(wide, inner=width), dtype),
             columns=self._steps(lambda width: replace(wide, columns=width), dtype),
         )
         moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order")}
         self._finished()
-        found: dict[str, Speed] = {}
-        if self.convolutions:
-            axes_of = (
-                settings.batches,
-                tuple(side * side for side in settings.images),
-                settings.channels,
-                settings.channels,
+        return DtypeSpeeds(products, moves, *(self._convolutions(dtype) if self.convolutions else ()))
+
+    def _convolutions(self, dtype: torch.dtype) -> tuple[dict[str, Speed], dict[str, Speed]]:
+        """Convolutions by their footprint, and those that are unfolded."""
+        area = Convolution(
+            batch=8,
+            in_channels=64,
+            out_channels=64,
+            kernel=(3, 3),
+            in_size=(14, 14),
+            out_size=(14, 14),
+            itemsize=dtype.itemsize,
+        )
+        settings, found, unfolded = self.settings, dict[str, Speed](), dict[str, Speed]()
+        for name, kernel in _KERNELS.items():
+            like = replace(area, kernel=kernel)
+            found[name] = replace(
+                self._images(like, settings.batches, settings.images, dtype=dtype),
+                inner=self._steps(partial(_with_inputs, like), dtype),
+                columns=self._steps(partial(_with_outputs, like), dtype),
             )
-            area = Convolution(
-                batch=8,
-                in_channels=64,
-                out_channels=64,
-                kernel=(3, 3),
-                in_size=(14, 14),
-                out_size=(14, 14),
-                itemsize=itemsize,
-            )
-            inner = self._steps(lambda width: replace(area, in_channels=width), dtype)
-            columns = self._steps(lambda width: replace(area, out_channels=width), dtype)
-            for name, kernel in _KERNELS.items():
-                speed = self._speed(list(self._images(kernel, dtype)), axes_of, dtype)
-                found[name] = replace(speed, inner=inner, columns=columns)
-                self._finished()
-            found["column"] = found["row"]
-        return DtypeSpeeds(products, moves, found)
+            if not self.overlaps and is_unfolded(_smallest(kernel, dtype), torch.get_num_threads()):
+                unfolded[name] = self._images(_smallest(kernel, dtype), (1, 8), (1, *settings.images), dtype=dtype)
+            self._finished()
+        for of_kind in (found, unfolded):
+            if "row" in of_kind:
+                of_kind["column"] = of_kind["row"]
+        return found, unfolded
 
     def _finished(self) -> None:
         self.done += 1
         self.run.report(STEP, self.done, self.total)
 
-    def _images(self, kernel: tuple[int, int], dtype: torch.dtype) -> Iterator[Kernel]:
-        settings = self.settings
-        for batch, side, c_in, c_out in product(
-            settings.batches, settings.images, settings.channels, settings.channels
-        ):
-            plain = Convolution(
-                batch=batch,
-                in_channels=c_in,
-                out_channels=c_out,
-                kernel=kernel,
-                in_size=(side, side),
-                out_size=(side, side),
-                itemsize=dtype.itemsize,
-            )
-            # A stride, where it is a matrix product without one.
-            unfolded = not self.overlaps and bool(is_unfolded(plain, torch.get_num_threads()))
-            yield replace(plain, in_size=(2 * side, 2 * side)) if unfolded else plain
+    def _images(
+        self, like: Convolution, batches: tuple[int, ...], images: tuple[int, ...], *, dtype: torch.dtype
+    ) -> Speed:
+        """The speed of convolutions like one, on a grid of batches, images, and channels."""
+        settings, threads = self.settings, torch.get_num_threads()
+        inner = (settings.few, *settings.channels)
+        axes = (batches, tuple(side * side for side in images), inner, settings.channels)
+        grid: list[Kernel | None] = []
+        for batch, side, c_in, c_out in product(batches, images, inner, settings.channels):
+            size = (side, side)
+            each = replace(like, batch=batch, in_channels=c_in, out_channels=c_out, in_size=size, out_size=size)
+            unfolded = not self.overlaps and bool(is_unfolded(each, threads))
+            if like.batch == 1:
+                grid.append(each if unfolded else None)
+            else:  # with a stride, where it is unfolded without one
+                grid.append(replace(each, in_size=(2 * side, 2 * side)) if unfolded else each)
+        return self._speed(grid, axes, dtype)
 
-    def _speed(self, grid: list[Kernel], axes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Speed:
+    def _speed(self, places: list[Kernel | None], axes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Speed:
         """The roofline that is closest to the kernels of a grid, and what each takes over what it says."""
+        grid = {place: kernel for place, kernel in enumerate(places) if kernel is not None}
         seconds: dict[int, float] = {}
         for _ in range(self.settings.rounds):
             limit = math.inf
-            for place in sorted(range(len(grid)), key=lambda place: float(grid[place].flops)):
+            for place in sorted(grid, key=lambda place: float(grid[place].flops)):
                 if float(grid[place].flops) > limit:
                     break
                 taken = self.timer(grid[place], dtype)
@@ -255,6 +261,22 @@ class _Measuring:
             for taken, kernel in zip(seconds, kernels, strict=True)
         ]
         return replace(speed, corrections=Corrections((numbers,), tuple(factors)))
+
+
+def _with_inputs(like: Convolution, width: int) -> Kernel:
+    return replace(like, in_channels=width)
+
+
+def _with_outputs(like: Convolution, width: int) -> Kernel:
+    return replace(like, out_channels=width)
+
+
+def _smallest(kernel: tuple[int, int], dtype: torch.dtype) -> Convolution:
+    """The convolution of one number."""
+    one = (1, 1)
+    return Convolution(
+        batch=1, in_channels=1, out_channels=1, kernel=kernel, in_size=one, out_size=one, itemsize=dtype.itemsize
+    )
 
 
 def _roofline(kernels: Sequence[Kernel], seconds: Sequence[float], *, overlaps: bool) -> Speed:

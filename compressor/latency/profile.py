@@ -14,7 +14,7 @@ import torch
 from compressor.latency.kernels import Amount, Convolution, Kernel, MatrixProduct, ModuleCall, Movement, Size
 from compressor.network import Kind
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 # Bytes or operations a second where no kernel is held up by them; JSON has no infinity.
 UNLIMITED = 1e30
 
@@ -124,11 +124,13 @@ class DtypeSpeeds:
         products: Matrix products.
         moves: Numbers that are moved, by how.
         convolutions: Convolutions by their footprint; without any they are as fast as matrix products.
+        unfolded: Those that are run as products with patches; without any they are as fast as the others.
     """
 
     products: Speed
     moves: Mapping[str, Speed]
     convolutions: Mapping[str, Speed] = field(default_factory=dict)
+    unfolded: Mapping[str, Speed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,27 +167,17 @@ class DeviceProfile:
         """
         if isinstance(kernel, ModuleCall):
             return self.call
-        if isinstance(kernel, Convolution) and not self.overlaps:
+        speeds = self.of(dtype)
+        if isinstance(kernel, Convolution) and speeds.unfolded:
             unfolded = is_unfolded(kernel, self.threads)
             if np.any(unfolded):
-                return np.where(unfolded, self._unfolded(kernel, dtype), self._timed(kernel, dtype))
-        return self._timed(kernel, dtype)
+                apart = self._timed(kernel, speeds.unfolded[footprint(kernel.kernel)])
+                return np.where(unfolded, apart, self._timed(kernel, _speed(kernel, speeds)))
+        return self._timed(kernel, _speed(kernel, speeds))
 
-    def _timed(self, kernel: Kernel, dtype: torch.dtype) -> Amount:
-        speed = self._speed(kernel, dtype)
+    def _timed(self, kernel: Kernel, speed: Speed) -> Amount:
         whole = _in_whole_steps(kernel, speed)
         return speed.seconds(kernel, whole, overlaps=self.overlaps) * speed.corrections.at(grid_sizes(whole))
-
-    def _unfolded(self, kernel: Convolution, dtype: torch.dtype) -> Amount:
-        """Seconds of a convolution as one matrix product for each image, of its patches as rows."""
-        positions = kernel.positions / kernel.batch
-        inner = kernel.in_channels * math.prod(kernel.kernel)
-        matrix = MatrixProduct(rows=positions, inner=inner, columns=kernel.out_channels, itemsize=kernel.itemsize)
-        each = self._timed(matrix, dtype)
-        if math.prod(kernel.kernel) > 1:
-            patches = Movement(how="copy", rows=positions, columns=inner, itemsize=kernel.itemsize)
-            each = each + self._timed(patches, dtype)
-        return kernel.batch * each
 
     def rank_multiple(self, kind: Kind, dtype: torch.dtype, *, width: int | None = None) -> int:
         """What the ranks of a layer should be multiples of, so that none costs as much as a larger one.
@@ -205,14 +197,6 @@ class DeviceProfile:
         name = dtype_name(dtype)
         return self.dtypes[name if name in self.dtypes else _widest(self.dtypes)]
 
-    def _speed(self, kernel: Kernel, dtype: torch.dtype) -> Speed:
-        speeds = self.of(dtype)
-        if isinstance(kernel, Movement):
-            return speeds.moves[kernel.how]
-        if isinstance(kernel, Convolution):
-            return speeds.convolutions.get(footprint(kernel.kernel), speeds.products)
-        return speeds.products
-
     def to_dict(self) -> dict[str, Any]:
         return {"version": PROFILE_VERSION} | asdict(self)
 
@@ -227,10 +211,19 @@ class DeviceProfile:
                 _speed_of(each["products"]),
                 {how: _speed_of(speed) for how, speed in each["moves"].items()},
                 {kind: _speed_of(speed) for kind, speed in each["convolutions"].items()},
+                {kind: _speed_of(speed) for kind, speed in each["unfolded"].items()},
             )
             for name, each in values["dtypes"].items()
         }
         return DeviceProfile(**values)
+
+
+def _speed(kernel: Kernel, speeds: DtypeSpeeds) -> Speed:
+    if isinstance(kernel, Movement):
+        return speeds.moves[kernel.how]
+    if isinstance(kernel, Convolution):
+        return speeds.convolutions.get(footprint(kernel.kernel), speeds.products)
+    return speeds.products
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -281,8 +274,10 @@ def _in_whole_steps(kernel: Kernel, speed: Speed) -> Kernel:
         columns = np.where(one, kernel.columns, speed.columns.width(kernel.columns))
         return MatrixProduct(rows=kernel.rows, inner=inner, columns=columns, itemsize=kernel.itemsize)
     if isinstance(kernel, Convolution):
+        # Images have fewer channels than a block of them: kernels of their own read them as they are.
+        few = np.asarray(kernel.in_channels) < speed.inner.period
         channels = {
-            "in_channels": speed.inner.width(kernel.in_channels),
+            "in_channels": np.where(few, kernel.in_channels, speed.inner.width(kernel.in_channels)),
             "out_channels": speed.columns.width(kernel.out_channels),
         }
         return Convolution(**{**vars(kernel), **channels})

@@ -46,6 +46,10 @@ class Stopwatch:
     settings: StopwatchSettings = StopwatchSettings()
     _memory: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
     def seconds(self, kernel: Kernel, dtype: torch.dtype) -> float:
         """Seconds of one run, the fastest of some rounds: what else the machine does only adds to it."""
         with torch.no_grad():
@@ -150,6 +154,15 @@ class _Reads(nn.Module):
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return input, self.weight, self.bias
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep what is freed, as it does from the first forward of a model with large activations on.
+
+    Before that it gives back what is freed, and each page that is asked for again costs as much as thousands of
+    operations. glibc keeps blocks up to the size of the largest that was freed, 32 MiB at most.
+    """
+    torch.empty(2**25 - 2**20, dtype=torch.uint8).fill_(1)
 
 
 def default_clock(device: torch.device) -> Callable[[], float]:

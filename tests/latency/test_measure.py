@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from compressor.latency import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.latency.measure import STEP, measure_profile
+from compressor.latency.profile import is_unfolded
 from compressor.progress import Run
 from tests.latency.fake import SMALL, FakeDevice
 
@@ -88,3 +91,32 @@ def test_progress_is_told_and_convolutions_only_timed_where_asked() -> None:
     told.clear()
     measure_profile(run, [torch.float32, torch.bfloat16], timer=device, settings=SMALL)
     assert told[-1] == (STEP, 8, 8)
+
+
+def test_convolutions_that_pytorch_unfolds_are_measured_apart() -> None:
+    def timer(kernel: Kernel, _: torch.dtype) -> float:
+        slow = isinstance(kernel, Convolution) and bool(is_unfolded(kernel, torch.get_num_threads()))
+        return float(FakeDevice().seconds(kernel)) * (3 if slow else 1)
+
+    profile = measure_profile(RUN, [torch.float32, torch.bfloat16], timer=timer, settings=SMALL)
+    assert not profile.dtypes["bfloat16"].unfolded
+    small = Convolution(
+        batch=1, in_channels=16, out_channels=16, kernel=(3, 3), in_size=(7, 7), out_size=(7, 7), itemsize=4
+    )
+    for kernel in (small, replace(small, batch=8)):
+        assert float(profile.seconds(kernel, torch.float32)) == pytest.approx(timer(kernel, torch.float32), rel=0.05)
+
+
+def test_few_channels_are_not_filled_up() -> None:
+    def timer(kernel: Kernel, _: torch.dtype) -> float:
+        if isinstance(kernel, Convolution) and kernel.in_channels > 4:
+            kernel = replace(kernel, in_channels=-(-int(kernel.in_channels) // 16) * 16)
+        return float(FakeDevice().seconds(kernel))
+
+    profile = measure_profile(RUN, [torch.bfloat16], timer=timer, settings=SMALL)
+    image = Convolution(
+        batch=8, in_channels=3, out_channels=64, kernel=(7, 7), in_size=(14, 14), out_size=(14, 14), itemsize=2
+    )
+    for channels in (3, 16, 24, 32):
+        kernel = replace(image, in_channels=channels)
+        assert float(profile.seconds(kernel, torch.bfloat16)) == pytest.approx(timer(kernel, torch.bfloat16), rel=0.1)
