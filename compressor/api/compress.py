@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
@@ -56,6 +57,7 @@ from compressor.model import (
     ModelLike,
     inspect_layers,
     measured_layers,
+    on_device,
     open_model,
     open_runnable,
     resolve_device,
@@ -160,14 +162,15 @@ def compress(
     run = Run(resolve_device(asked.device), asked.seed, asked.progress)
     target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     data = _open_data(asked, subject, run)
-    _announce(asked, subject, data, run=run)
-    inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
-    measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
-    measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
-    _require_some(measured, subject.name)
-    speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
-    ready = prepared(speed, subject, measured, request=_request(asked, subject))
-    planned = _planned(asked, subject, ready, data=data, run=run)
+    with _held(subject, data, run):
+        _announce(asked, subject, data, run=run)
+        inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
+        measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
+        measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
+        _require_some(measured, subject.name)
+        speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
+        ready = prepared(speed, subject, measured, request=_request(asked, subject))
+        planned = _planned(asked, subject, ready, data=data, run=run)
     rewriting = _rewriting(asked, subject, planned)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
@@ -213,6 +216,13 @@ def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
         subject.require_runnable()
     search, report = data_to_measure_on(asked, subject)
     return _Data(calibration_data(asked, subject, run), search, report)
+
+
+def _held(subject: Model, data: _Data, run: Run) -> AbstractContextManager[None]:
+    """Hold the dense model on the device while it is planned for, if it runs there at all."""
+    if data.calibration is None and data.search is None:
+        return nullcontext()
+    return on_device(run.device, subject.with_separate_experts)
 
 
 def _request(asked: CompressOptions, subject: Model) -> PlanRequest:

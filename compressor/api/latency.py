@@ -27,7 +27,7 @@ from compressor.evaluation import (
 from compressor.formatting import format_size
 from compressor.latency import DeviceProfile, LayerUse, Workload, device_profile, shipped_profile
 from compressor.lowrank import Rewriting
-from compressor.model import Model, layer_uses, scaled
+from compressor.model import Model, layer_uses, on_device, scaled
 from compressor.model.example_inputs import architecture_of, example_inputs, is_transformer
 from compressor.planning import (
     Budget,
@@ -102,7 +102,8 @@ class Speed:
     def in_memory(self, subject: Model) -> Speed:
         """The same, but nothing is timed where a model and its compressed copy do not fit, which is said."""
         nbytes = sum(info.nbytes for info in subject.checkpoint.tensors.values())
-        needs = {self.run.device: 2 * nbytes, CPU: nbytes if subject.in_memory else 2 * nbytes}
+        needs = {CPU: nbytes if subject.in_memory else 2 * nbytes}
+        needs[self.run.device] = nbytes if subject.lies_on(self.run.device) else 2 * nbytes
         for device, needed in needs.items():
             free = free_memory(device) if self.timing.most_memory is None else self.timing.most_memory
             if free is not None and needed > free:
@@ -128,13 +129,14 @@ class Speed:
     def timed(self, compressed: nn.Module, dense: nn.Module) -> tuple[TimedWorkload, ...]:
         """A whole model timed beside the dense one, in every workload."""
         device, timing = self.run.device, self._of_gates
-        return tuple(
-            TimedWorkload(
-                workload.name, measure_latency(compressed, inputs, baseline=dense, device=device, timing=timing)
+        with on_device(device, compressed, dense):
+            return tuple(
+                TimedWorkload(
+                    workload.name, measure_latency(compressed, inputs, baseline=dense, device=device, timing=timing)
+                )
+                for workload, inputs in zip(self.workloads, self.inputs, strict=True)
+                if inputs is not None
             )
-            for workload, inputs in zip(self.workloads, self.inputs, strict=True)
-            if inputs is not None
-        )
 
 
 def target_profile(asked: CompressOptions) -> DeviceProfile | None:
@@ -268,6 +270,13 @@ def prepared(
     speed = speed.in_memory(subject).without_long(subject, measured)
     if not speed.at_hand:
         return Prepared(measured, request)
+    with on_device(speed.run.device, subject.with_separate_experts):
+        return _by_timing(speed, subject, measured, request=request)
+
+
+def _by_timing(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest) -> Prepared:
+    """What is known once plans were timed."""
+    limit = request.limit
     pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing)
     measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
     # A search by drop begins with a size that it may leave for a smaller, faster one.

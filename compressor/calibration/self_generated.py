@@ -118,7 +118,7 @@ def self_generated(model: Model, request: SelfRequest, *, run: Run) -> Evaluatio
     generator = torch.Generator().manual_seed(run.seed)
     making = _Making(model, request, generator, partial(run.report, "generate"))
     try:
-        with evaluation_mode(run.device, model.with_separate_experts), frozen(model.with_separate_experts):
+        with evaluation_mode(run.device, model.module), frozen(model.module):
             inputs = making.inputs(kind)
     except BadInput as error:
         what, remedy = f"the model cannot make its own examples: {error.what}", "give `calibration=DATA`"

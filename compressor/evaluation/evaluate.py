@@ -25,7 +25,7 @@ from compressor.evaluation.cost import (
 from compressor.evaluation.metrics import Quality, accepts, drop_error, measure_quality, quality_drop
 from compressor.evaluation.verdict import LatencyChange, QualityChange, SizeChange, Verdict, finite_or_words
 from compressor.latency.measure import device_name
-from compressor.model import resolve_device
+from compressor.model import on_device, resolve_device
 from compressor.progress import Progress
 
 
@@ -182,14 +182,18 @@ def compare(
     if progress:
         progress("evaluate", 0, parts)
     for model in models:
-        qualities.append(measure_quality(model, data, device=device))
-        costs.append(measure_cost(model, example.inputs, batch.inputs, device=device) if runs else stored_cost(model))
+        with on_device(device, model):
+            qualities.append(measure_quality(model, data, device=device))
+            cost = measure_cost(model, example.inputs, batch.inputs, device=device) if runs else stored_cost(model)
+            costs.append(cost)
         if progress:
             progress("evaluate", len(costs), parts)
-    for each, settings in timed:
-        latencies.append(measure_latency(compressed, each.inputs, baseline=baseline, device=device, timing=settings))
-        if progress:
-            progress("evaluate", len(costs) + len(latencies), parts)
+    with on_device(device, *(models if timed else ())):
+        for each, settings in timed:
+            latency = measure_latency(compressed, each.inputs, baseline=baseline, device=device, timing=settings)
+            latencies.append(latency)
+            if progress:
+                progress("evaluate", len(costs) + len(latencies), parts)
     before, after = (None if baseline is None else qualities[0]), qualities[-1]
     for quality in qualities:
         if math.isnan(quality.value):

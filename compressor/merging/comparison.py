@@ -23,7 +23,7 @@ from compressor.merging.overlap import (
     row_space_overlap,
 )
 from compressor.merging.parts import Part
-from compressor.model import Factory, build_model
+from compressor.model import Factory, build_model, on_device
 from compressor.network import layer_name
 from compressor.progress import Progress
 
@@ -39,9 +39,9 @@ def layer_overlaps(
     measured = {}
     if tasks:
         modules = [part.model.module for part in parts]
-        measured = measured_interference(
-            modules, tasks, device=device, base=None if base is None else base.model.module
-        )
+        start = None if base is None else base.model.module
+        with on_device(device, *modules, *(() if start is None else (start,))):
+            measured = measured_interference(modules, tasks, device=device, base=start)
     names = [name for name in parts[0].matrices if _same_inputs(combination.parts, name)]
     overlaps = []
     products = dict.fromkeys(combinations(range(len(parts)), 2), 0.0)

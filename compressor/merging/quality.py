@@ -14,6 +14,7 @@ from compressor.evaluation import measure_quality, quality_drop
 from compressor.merging.combination import Combination
 from compressor.merging.overlap import output_change
 from compressor.merging.parts import Part
+from compressor.model import on_device
 from compressor.progress import Progress
 
 
@@ -76,7 +77,8 @@ def task_qualities(
     qualities = []
     for index, (part, data) in enumerate(zip(combination.networks, tasks, strict=True)):
         own = merged if combination.head == "shared" else _outputs_of(merged, combination, index)
-        qualities.append(_quality(part, own, data, device=device))
+        with on_device(device, merged, part.model.module):
+            qualities.append(_quality(part, own, data, device=device))
         if progress:
             progress("evaluate", index + 1, len(tasks))
     return tuple(qualities)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
-from compressor.model.inference import evaluation_mode, logits_of, resolve_device
+from compressor.model.inference import evaluation_mode, logits_of, on_device, resolve_device
 from compressor.model.layer_uses import layer_uses, scaled
 from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
 from compressor.model.opened import (
@@ -32,6 +32,7 @@ __all__ = [
     "load_transformers",
     "logits_of",
     "measured_layers",
+    "on_device",
     "open_model",
     "open_runnable",
     "resolve_device",

@@ -69,33 +69,50 @@ def _has_float64(device: torch.device) -> bool:
 
 
 @contextmanager
+def on_device(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Hold `models` on `device` while the block runs; then they are back in the memory where they were.
+
+    Whatever asks for them there meanwhile, such as `evaluation_mode`, moves nothing. A model that is spread over
+    several devices stays where it is.
+    """
+    moved = [model for model in models if _home(model) not in {None, device}]
+    with _same_tensors(*moved):
+        for model in moved:
+            model.to(device)
+        yield
+
+
+@contextmanager
 def evaluation_mode(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Hold `models` on `device`, in evaluation mode and without gradients; then put back what was changed.
 
     That includes buffers and attributes that a forward changes. A model that is spread over several devices stays where
     it is.
     """
-    moved = [model for model in models if _home(model) not in {None, device}]
-    with same_attributes(*models), scratch_buffers(*models), _same_parameters(*moved), torch.no_grad():
-        for model in moved:
-            model.to(device)
+    with same_attributes(*models), on_device(device, *models), scratch_buffers(*models), torch.no_grad():
         for model in models:
             model.eval()
         yield
 
 
 @contextmanager
-def _same_parameters(*models: nn.Module) -> Iterator[None]:
-    """Restore the parameters of models that move: the same tensors in the same memory, which models may share."""
-    owners = {module: dict(module._parameters) for model in models for module in model.modules()}
+def _same_tensors(*models: nn.Module) -> Iterator[None]:
+    """Restore parameters and buffers of models that move: the same tensors in the same memory, which may be shared."""
+    modules = {module for model in models for module in model.modules()}
+    owners = {module: (dict(module._parameters), dict(module._buffers)) for module in modules}
     values = [(parameter, parameter.data, parameter.grad) for model in models for parameter in model.parameters()]
+    # Recurrent layers keep a list of their weights beside.
+    lists = [(module, module._flat_weights) for module in modules if isinstance(module, nn.RNNBase)]
     try:
         yield
     finally:
-        for module, parameters in owners.items():
+        for module, (parameters, buffers) in owners.items():
             module._parameters.update(parameters)
+            module._buffers.update(buffers)
         for parameter, data, grad in values:
             parameter.data, parameter.grad = data, grad
+        for recurrent, weights in lists:
+            recurrent._flat_weights = weights
 
 
 def _home(model: nn.Module) -> torch.device | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from compressor.data import Preprocessing, load_preprocessing
@@ -104,6 +105,12 @@ class Model:
     def in_memory(self) -> bool:
         """Whether it was given as a module."""
         return self.checkpoint.source is None
+
+    def lies_on(self, device: torch.device) -> bool:
+        """Whether the network is loaded and on a device, as a whole or in part."""
+        if not self.in_memory and "with_separate_experts" not in vars(self):
+            return False
+        return any(each.device == device for each in self.with_separate_experts.parameters())
 
     @cached_property
     def pairs(self) -> Mapping[str, StoredPair]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.model import evaluation_mode
+from compressor.model import evaluation_mode, on_device
 from compressor.network import SeparateExperts, with_separate_experts
 from tests.lowrank.architectures import ARCHITECTURES
 
@@ -60,3 +60,26 @@ def test_a_model_that_is_on_the_device_stays_there() -> None:
     with evaluation_mode(torch.device("cpu"), model):
         during = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     assert during.items() <= before.items()
+
+
+def test_a_model_that_is_held_on_a_device_is_moved_once() -> None:
+    model = network()
+    before = memory(model)
+    with on_device(ELSEWHERE, model):
+        held = dict(model.named_parameters())
+        assert model.training
+        for _ in range(2):
+            with evaluation_mode(ELSEWHERE, model), on_device(ELSEWHERE, model):
+                assert all(parameter is held[name] for name, parameter in model.named_parameters())
+        assert {tensor.device for tensor in model.state_dict().values()} == {ELSEWHERE}
+    assert memory(model) == before
+
+
+def test_a_recurrent_layer_that_was_moved_runs_with_its_own_weights() -> None:
+    layer, x = nn.LSTM(3, 4), torch.randn(2, 5, 3)
+    with torch.no_grad():
+        expected, _ = layer(x)
+        with on_device(ELSEWHERE, layer):
+            pass
+        found, _ = layer(x)
+    assert torch.equal(found, expected)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import compressor
 from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings, calibrate
@@ -41,16 +42,24 @@ def size(model: nn.Module) -> int:
     return sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
 
 
-# How often a model on the CPU is moved to the device and back: for the calibration, each holdout loss, each refit.
-MOVES = {"fast": 7, "balanced": 16, "best": 43}
-
-
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("name", ["llama", "perceptron"])
 def test_how_often_a_model_is_moved(name, effort, device):
     there, here = (counts_of(name, at, batches=4, **EFFORTS[effort]) for at in (device, "cpu"))
     moved = (here["bytes to device"] - there["bytes to device"]) / size(NETWORKS[name].on("cpu"))
-    assert moved < MOVES[effort]
+    assert moved <= 2, "once to see that it takes the data, and once to be planned for"
+
+
+def test_how_often_models_are_moved_to_be_evaluated(device):
+    network = NETWORKS["perceptron"]
+    inputs = torch.cat(network.batches(4))
+    data = DataLoader(TensorDataset(inputs, torch.zeros(len(inputs), dtype=torch.long)), batch_size=4)
+    found = []
+    for at in (device, "cpu"):
+        with counted() as counts:
+            compressor.evaluate(network.on(at), baseline=network.on(at), data=data, device="standin")
+        found.append(counts["bytes to device"])
+    assert found[1] - found[0] <= 2 * 2 * size(network.on("cpu")), "one after the other to be run, and both to be timed"
 
 
 def waits_of_calibration(model: nn.Module, batches: Sequence[Tensor], device: torch.device) -> int:
