@@ -78,6 +78,7 @@ def planned_for_speed(model: nn.Module, layers: Sequence[Layer], timing: ModelTi
         batch=timing.planned_for,
         calibration="none",
         device=str(timing.device),
+        timing_settings=compressor.TimingSettings(profile=timing.profile),
     )
     assert small.model is not None
     by_name = {layer.name: layer for layer in layers}
