@@ -17,6 +17,7 @@ from compressor.errors import BadInput
 from compressor.evaluation import measure_quality
 from compressor.measure import counted_positions, scaling_degree
 from compressor.model import Model, evaluation_mode, logits_of
+from compressor.network import Layer
 from compressor.progress import Progress
 
 # Examples on which the scaling degree is measured, with three forward passes per layer.
@@ -48,11 +49,9 @@ def measured_on_data(
     model = subject.with_separate_experts
     eligible = {layer.name: layer for layer in subject.layers if layer.eligible}
     places = {name: layer.module for name, layer in eligible.items()}
-    weights = {
-        name: model.get_submodule(layer.module).get_parameter(layer.parameter) for name, layer in eligible.items()
-    }
     modules = {name: model.get_submodule(layer.module) for name, layer in eligible.items() if layer.kind != "parameter"}
     with evaluation_mode(device, model):
+        weights = _weights(model, eligible)  # which may be other parameters than where it came from
         quality = measure_quality(model, data, device=device)
         gradients, counts = _gradients(model, weights, data=data, progress=progress)
         chance = float(counts.max() / counts.sum()) if quality.metric == "accuracy" else float(len(counts))
@@ -75,11 +74,15 @@ def measured_on_data(
             logits.shape[-1] if _is_output(last.get(name), logits) else None,
             squares.get(name),
         )
-        for name, weight in weights.items()
+        for name, weight in _weights(model, eligible).items()
     }
     assert quality.loss is not None  # which the caller's own metric would lack
     predictions = Predictions(data.name, quality.metric, quality.value, quality.loss, quality.count, chance)
     return predictions, seen
+
+
+def _weights(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    return {name: model.get_submodule(layer.module).get_parameter(layer.parameter) for name, layer in layers.items()}
 
 
 def _gradients(
