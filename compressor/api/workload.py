@@ -128,13 +128,14 @@ class CalibrationWork:
         """From a calibrated model to a plan and its factors; rounds, and all after them, may be left out."""
         settings = self.settings
         allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
+        # A layer is decomposed once for all allocations, and in compensation once more, with the best ridge.
         factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
-        best = [Step("allocate", (factors + judged * (1 + 1 / self.segments),) * allocations)]
+        best = [Step("allocate", (factors / allocations + judged * (1 + 1 / self.segments),) * allocations)]
         if settings.compensate:
             # Both models are run on all examples.
             run = self.forward.of_segments(self.fit + self.holdout, segments=self.segments)
             statistics = (2 + self.products) * run * self.groups / self.segments
-            best.append(Step("compensate", self._by_segment(statistics + (len(settings.ridges) + 1) * factors)))
+            best.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
         again = [*best, *self.calibration_steps(), *best]
         steps = [*best, *(replace(step, certain=False) for _ in range(rounds) for step in again)]
         return [*steps, self._refinement()] if settings.refine else steps

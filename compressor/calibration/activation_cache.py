@@ -1,4 +1,4 @@
-"""Tensors kept on disk during calibration: activations between segments, their gradients, and each layer's metric."""
+"""Tensors kept on disk during calibration: activations, gradients, and each layer's metric and decomposition in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.calibration.examples import Part
-from compressor.factorize import Metric, TiedMetric
+from compressor.factorize import Decomposition, Metric, TiedMetric
 from compressor.io import temporary_workspace
 from compressor.system_errors import temporary_space
 
@@ -96,6 +96,10 @@ class ActivationCache:
         """Metrics by layer, of which there are none yet."""
         return CachedMetrics(self._folder)
 
+    def decompositions(self) -> CachedDecompositions:
+        """Decompositions by layer, of which there are none yet."""
+        return CachedDecompositions(self._folder)
+
 
 class CachedMetrics(Mapping[str, Metric | TiedMetric]):
     """The metrics of layers by name, each read when it is asked for."""
@@ -115,6 +119,29 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
         if "lookup.inputs" in tensors:
             return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
         return _metric(tensors, "")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class CachedDecompositions(Mapping[str, Decomposition]):
+    """The decompositions of layers in their metrics by name, each read when it is asked for."""
+
+    def __init__(self, folder: _Folder) -> None:
+        self._folder = folder
+        self._files: dict[str, str] = {}
+
+    def put(self, name: str, found: Decomposition) -> None:
+        """Keep the decomposition of a layer, in place of the one before."""
+        file = self._files.setdefault(name, f"decomposition-{len(self._files)}")
+        self._folder.write(file, {"values": torch.from_numpy(found.values.copy()), "basis": found.basis})
+
+    def __getitem__(self, name: str) -> Decomposition:
+        tensors = self._folder.read(self._files[name])
+        return Decomposition(tensors["values"].cpu().numpy(), tensors["basis"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

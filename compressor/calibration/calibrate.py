@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.activation_cache import ActivationCache, CachedMetrics
+from compressor.calibration.activation_cache import ActivationCache, CachedDecompositions, CachedMetrics
 from compressor.calibration.criterion import (
     UNITS,
     Criterion,
@@ -51,7 +51,8 @@ class Calibration:
     """A model, the calibration data, and what they say: metric and uses per prediction of the layers, by name.
 
     A layer that no example reached is in neither mapping. The `cache` holds the outputs of every segment of the dense
-    model, and the second moments of the gradients at them.
+    model, and the second moments of the gradients at them. `decompositions` are those of the layers' matrices in their
+    metrics, each there once it was asked for.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Calibration:
     run: Run
     settings: CalibrationSettings
     cache: ActivationCache = field(repr=False)
+    decompositions: CachedDecompositions = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ def calibrate(
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         known = {layer.name: layer for layer in layers}
         cache = ActivationCache(run.device)
-        bare = Calibration(model, known, data, segments, criterion, run, settings, cache)
+        bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
         modules = _modules(model, layers)
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
@@ -171,14 +173,18 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
         with_layers(calibration.model, modules) as changed,
         frozen(changed),
     ):
-        at_compressed = replace(calibration, model=changed, cache=ActivationCache(calibration.run.device))
+        cache = ActivationCache(calibration.run.device)
+        at_compressed = replace(calibration, model=changed, cache=cache)
         running = _modules(changed, calibration.layers.values())
         _cache_outputs(at_compressed, ("fit",), running)
         metrics, uses = _BackwardPass(at_compressed, layers, running).metrics()
+    decompositions = cache.decompositions()
     for name in calibration.metrics.keys() - metrics.keys():
         metrics.put(name, calibration.metrics[name])
         uses[name] = calibration.uses[name]
-    return replace(calibration, metrics=metrics, uses=uses)
+        if name in calibration.decompositions:
+            decompositions.put(name, calibration.decompositions[name])
+    return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions)
 
 
 def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:

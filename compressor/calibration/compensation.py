@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.calibrate import Calibration
+from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.walk import Walk
-from compressor.factorize import Metric
+from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates
 from compressor.forms import LowRankEmbedding, MatrixPair
 from compressor.lowrank import (
     DenseWeights,
@@ -92,7 +93,9 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.run.device)
-    pair = approximate(layer, plan, matrix, metric=metric, settings=calibration.settings.factorization)
+    found = None if metric is None else decomposition_of(calibration, layer)
+    settings = calibration.settings.factorization
+    pair = approximate(layer, plan, matrix, metric=metric, settings=settings, decomposition=found)
     weights = DenseWeights(matrix, bias, getattr(dense, layer.parameter).dtype)
     return stored_tensors(layer, plan, pair, dense=weights, metric=metric)
 
@@ -172,24 +175,61 @@ class _InputStatistics:
 def _refit(
     calibration: Calibration, plan: LayerPlan, *, fit: _InputStatistics, holdout: _InputStatistics
 ) -> dict[str, Tensor]:
-    """The tensors of the candidate with the least holdout error."""
+    """The tensors of the layer refitted with the best ridge, or as it is where its holdout error is no larger."""
     layer, settings = calibration.layers[plan.name], calibration.settings
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(layer, dense, calibration.run.device)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
-    start = _Target(matrix, bias, metric, metric.mean, metric.mean)
-    best: tuple[float, _Target, MatrixPair] | None = None
-    for each in (start, *_ridge_targets(start, fit, settings.ridges)):
-        pair = approximate(layer, plan, each.matrix, metric=each.metric, settings=settings.factorization)
-        error = _error(matrix, pair.product(), holdout.centered(each.x, each.y), gradients=metric.gradients)
-        if best is None or error < best[0]:
-            best = (error, each, pair)
-    assert best is not None
-    _, chosen, pair = best
+    found = decomposition_of(calibration, layer)
+    pair = approximate(layer, plan, matrix, metric=metric, settings=settings.factorization, decomposition=found)
+    chosen = start = _Target(matrix, bias, metric, metric.mean, metric.mean)
+    before = _Outputs.of(matrix, holdout.centered(start.x, start.y), metric.gradients)
+    target = _ridge_target(start, _factored(pair), fit, holdout=holdout, ridges=settings.ridges)
+    if target is not None:
+        refitted = approximate(layer, plan, target.matrix, metric=target.metric, settings=settings.factorization)
+        after = _Outputs.of(matrix, holdout.centered(target.x, target.y), metric.gradients)
+        # Differences below the precision of the moments, whose products are in float32, say nothing.
+        rounding = torch.finfo(torch.float32).eps * before.total
+        if after.error(_factored(refitted)) < before.error(_factored(pair)) - rounding:
+            chosen, pair = target, refitted
     weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense))
     return stored_tensors(layer, plan, pair, dense=weights, metric=chosen.metric)
+
+
+def _factored(pair: MatrixPair) -> FactorPair:
+    """The pair as two matrices, the first with the columns that the product is made of."""
+    if isinstance(pair, FactorPair):
+        return pair
+    assert isinstance(pair, SpatialPair)
+    columns = torch.linalg.qr(pair.up.flatten(1)).Q
+    return FactorPair(up=columns, down=columns.T @ pair.product())
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What the error of a pair `W'` on inputs y is computed from, for the outputs `W x` and the metric G of gradients.
+
+    `total` is `tr(G W xx W^T)`, the error of leaving the outputs out, and `cross` is `G W xy`.
+    """
+
+    total: float
+    cross: Tensor
+    yy: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor, inputs: _InputStatistics, gradients: Tensor) -> _Outputs:
+        """Those of a `d_out x d_in` matrix W."""
+        weighted = gradients @ matrix
+        return cls(float((weighted @ inputs.xx * matrix).sum()), weighted @ inputs.xy, inputs.yy, gradients)
+
+    def error(self, pair: FactorPair) -> float:
+        """E||W x - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
+        up, down = pair.up, pair.down
+        agreeing = float((up.T @ self.cross * down).sum())
+        return self.total - 2 * agreeing + float((up.T @ self.gradients @ up * (down @ self.yy @ down.T)).sum())
 
 
 @dataclass(frozen=True)
@@ -203,27 +243,56 @@ class _Target:
     y: Tensor | None
 
 
-def _ridge_targets(start: _Target, fit: _InputStatistics, ridges: Sequence[float]) -> Iterator[_Target]:
-    """The layer refitted with each strength of the ridge; nothing where its inputs are all zero."""
-    matrix, bias = start.matrix, start.bias
+def _ridge_target(
+    start: _Target, pair: FactorPair, fit: _InputStatistics, *, holdout: _InputStatistics, ridges: Sequence[float]
+) -> _Target | None:
+    """The layer refitted with the ridge of least holdout error; None where its inputs are all zero.
+
+    The ridges are compared by pairs that are found without a decomposition, from the columns of the layer's own.
+    """
+    matrix, gradients = start.matrix, start.metric.gradients
     x, y = (None, None) if start.x is None else (fit.x, fit.y)
     about = fit.centered(x, y)
-    identity = torch.eye(len(about.yy), dtype=about.yy.dtype, device=about.yy.device)
-    scale = about.yy.diagonal().mean()
-    for relative in ridges if 0 < scale < torch.inf else ():
+    scale = float(about.yy.diagonal().mean())
+    if not 0 < scale < float("inf"):
+        return None
+    outputs = _Outputs.of(matrix, holdout.centered(x, y), gradients)
+    wanted = matrix @ about.xy
+    best: tuple[float, float, Tensor] | None = None
+    for relative in ridges:
         ridge = relative * scale
-        moment = about.yy + ridge * identity
-        target = torch.linalg.solve(moment, matrix @ about.xy + ridge * matrix, left=False)
-        shifted = bias
-        if bias is not None and x is not None and y is not None:
-            shifted = (bias.to(matrix) + matrix @ x - target @ y).to(bias.dtype)
-        yield _Target(target, shifted, Metric(moment, start.metric.gradients, y), x, y)
+        factor, failed = torch.linalg.cholesky_ex(_ridged(about.yy, ridge))
+        if failed:
+            continue
+        truncated = _truncated_near(pair.up, wanted + ridge * matrix, factor, gradients=gradients)
+        error = outputs.error(truncated)
+        if best is None or error < best[0]:
+            best = error, ridge, factor
+    if best is None:
+        return None
+    _, ridge, factor = best
+    target = torch.cholesky_solve((wanted + ridge * matrix).T, factor).T
+    shifted = start.bias
+    if start.bias is not None and x is not None and y is not None:
+        shifted = (start.bias.to(matrix) + matrix @ x - target @ y).to(start.bias.dtype)
+    return _Target(target, shifted, Metric(_ridged(about.yy, ridge), gradients, y), x, y)
 
 
-def _error(matrix: Tensor, low_rank: Tensor, inputs: _InputStatistics, *, gradients: Tensor) -> float:
-    """E||W x - W' y||^2 in the metric of the gradients."""
-    moved = matrix @ inputs.xx @ matrix.T - 2 * (matrix @ inputs.xy) @ low_rank.T + low_rank @ inputs.yy @ low_rank.T
-    return float((gradients * moved).sum())
+def _truncated_near(up: Tensor, right: Tensor, factor: Tensor, *, gradients: Tensor) -> FactorPair:
+    """The matrix T of `T L L^T = right` truncated: a step of subspace iteration from the columns of `up`."""
+
+    def best_down(columns: Tensor) -> Tensor:
+        return torch.cholesky_solve((coordinates(columns, gradients) @ right).T, factor).T
+
+    columns = torch.linalg.qr(right @ best_down(up).T).Q
+    return FactorPair(up=columns, down=best_down(columns))
+
+
+def _ridged(moment: Tensor, ridge: float) -> Tensor:
+    """The moment of inputs with a multiple of the identity added."""
+    ridged = moment.clone()
+    ridged.diagonal().add_(ridge)
+    return ridged
 
 
 def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) -> nn.Module | None:

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
+from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.refinement import refine
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
-from compressor.factorize import TiedMetric, tied_singular_values, weighted_singular_values
+from compressor.factorize import Metric
 from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance
 from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
+from compressor.measure import Spectrum
 from compressor.model import Model
 from compressor.network import Layer
 from compressor.planning import (
@@ -377,15 +379,13 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration)
         if m.layer.name not in calibration.metrics:
             weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
             continue
-        weight = getattr(calibration.model.get_submodule(m.layer.module), m.layer.parameter)
-        assert isinstance(weight, Tensor)
-        weight, metric = weight.detach().to(calibration.run.device), calibration.metrics[m.layer.name]
-        matrix = as_matrix(m.layer, weight)
-        uses, own = calibration.uses[m.layer.name], {}
-        if isinstance(metric, TiedMetric):
-            values = tied_singular_values(matrix, metric)
-        else:
-            values = weighted_singular_values(matrix, metric)
+        own: dict[str, Spectrum] = {}
+        if m.own_values:
+            metric = calibration.metrics[m.layer.name]
+            assert isinstance(metric, Metric)
+            weight = getattr(calibration.model.get_submodule(m.layer.module), m.layer.parameter)
+            weight = weight.detach().to(calibration.run.device)
             own = {form: FORMS[form].errors_in(weight, metric, factorization) for form in m.own_values}
+        values, uses = decomposition_of(calibration, m.layer).values, calibration.uses[m.layer.name]
         weighted.append(replace(m, weighted_values=values, own_errors=own, uses=uses))
     return weighted

@@ -4,11 +4,12 @@ from compressor.factorize.balanced import balanced
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
-from compressor.factorize.tied_embedding import TiedMetric, embedding_metric, tied_singular_values, tied_truncated_svd
+from compressor.factorize.tied_embedding import TiedMetric, decompose_tied, embedding_metric, tied_truncated_svd
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
-from compressor.factorize.weighted_svd import Metric, weighted_singular_values, weighted_truncated_svd
+from compressor.factorize.weighted_svd import Decomposition, Metric, coordinates, decompose, weighted_truncated_svd
 
 __all__ = [
+    "Decomposition",
     "FactorPair",
     "FactorizationSettings",
     "Metric",
@@ -16,14 +17,15 @@ __all__ = [
     "SpatialPair",
     "TiedMetric",
     "balanced",
+    "coordinates",
+    "decompose",
+    "decompose_tied",
     "embedding_metric",
     "pivoted_pair",
     "spatial_errors",
     "spatial_matrix",
     "spatial_pair",
-    "tied_singular_values",
     "tied_truncated_svd",
     "truncated_svd",
-    "weighted_singular_values",
     "weighted_truncated_svd",
 ]

@@ -1,4 +1,4 @@
-"""When the iterative factorizations stop."""
+"""When the iterative factorizations stop, and how exact the others are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FactorizationSettings:
-    """When the factorizations that have no closed form stop: spatial pairs and tied embeddings, both in a metric.
+    """When the factorizations that have no closed form stop, and what rounding may cost the others.
 
-    The defaults were chosen on the reference models: more sweeps and steps take longer, and lower their loss by less
-    than its standard error.
+    Spatial pairs and tied embeddings in a metric have none. The defaults were chosen on the reference models: more
+    sweeps and steps take longer, and lower their loss by less than its standard error.
     """
 
     spatial_sweeps: int = 10
@@ -33,6 +33,9 @@ class FactorizationSettings:
 
     tied_gain: float = 1e-3
     """Share of its cost that a sweep for a tied embedding must remove for another sweep to follow."""
+
+    float32_loss: float = 1e-6
+    """Share of the energy captured by a pair of any rank that float32 in place of float64 may cost."""
 
 
 DEFAULTS = FactorizationSettings()

@@ -10,7 +10,7 @@ one in a single metric close to the sum and improved by alternating least square
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from compressor.factorize.settings import DEFAULTS, FactorizationSettings
 from compressor.factorize.truncated_svd import FactorPair
-from compressor.factorize.weighted_svd import Metric, weighted_components, weighted_truncated_svd
-from compressor.measure import Spectrum
+from compressor.factorize.weighted_svd import Decomposition, Metric, decompose
 from compressor.measure.eigen import eigh
 from compressor.measure.moments import oas_shrinkage
 from compressor.measure.scale import power_of_two
@@ -74,14 +73,17 @@ def nearest_kronecker_metric(metric: TiedMetric) -> Metric:
     return Metric(inputs=inputs, gradients=gradients.view_as(metric.lookup.gradients))
 
 
-def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
-    """What takes the place of the singular values that the sum of two metrics does not have; it need not descend.
+def decompose_tied(matrix: Tensor, metric: TiedMetric) -> Decomposition:
+    """Decompose a `d_out x d_in` matrix in the single metric that `tied_truncated_svd` starts in.
 
-    The squares from the r-th on sum to twice the loss at which `tied_truncated_svd` starts for rank r, exact in the sum
+    Its `values` take the place of the singular values that the sum of two metrics does not have, and need not descend:
+    the squares from the r-th on sum to twice the loss at which `tied_truncated_svd` starts for rank r, exact in the sum
     of both metrics and for all ranks in one go. What it ends at costs no more.
     """
     scale = power_of_two(matrix)
-    parts = weighted_components(matrix.to(torch.float64) / scale, nearest_kronecker_metric(metric))
+    wide, single = matrix.to(torch.float64) / scale, nearest_kronecker_metric(metric)
+    found = decompose(wide, single)
+    parts = found.components(wide, single)
     products = sum(
         (parts.up.T @ term.gradients @ parts.up) * ((parts.down * term.inputs) @ parts.down.T)
         for term in (metric.lookup, metric.head)
@@ -91,20 +93,26 @@ def tied_singular_values(matrix: Tensor, metric: TiedMetric) -> Spectrum:
     costs = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0).cpu().numpy()
     # A lower rank can be stored as well.
     costs = np.minimum.accumulate(np.append(costs, 0.0).clip(min=0))
-    return scale * np.asarray(np.sqrt(costs[:-1] - costs[1:]), dtype=np.float64)
+    return replace(found, values=scale * np.asarray(np.sqrt(costs[:-1] - costs[1:]), dtype=np.float64))
 
 
 def tied_truncated_svd(
-    matrix: Tensor, rank: int, metric: TiedMetric, *, settings: FactorizationSettings = DEFAULTS
+    matrix: Tensor,
+    rank: int,
+    metric: TiedMetric,
+    *,
+    start: Decomposition | None = None,
+    settings: FactorizationSettings = DEFAULTS,
 ) -> FactorPair:
     """A matrix of rank `rank` that is close to a `d_out x d_in` one in the sum of both metrics, in float64.
 
     Not always the closest, but none that differs in one factor only is closer by more than `settings.tied_gain`.
-    Columns of zeros, such as a padding token's, stay zero.
+    Columns of zeros, such as a padding token's, stay zero. `start` is what `decompose_tied` gives, where it is known.
     """
     scale = power_of_two(matrix)
     wide = matrix.to(torch.float64) / scale
-    pair = weighted_truncated_svd(wide, rank, nearest_kronecker_metric(metric))
+    single = nearest_kronecker_metric(metric)
+    pair = (start or decompose(wide, single)).pair(wide, rank, single)
     cost = metric.squared_size(wide - pair.product())
     vectors = _diagonalizing(metric.lookup.gradients, metric.head.gradients)
     for _ in range(settings.tied_sweeps):

@@ -8,7 +8,7 @@ SVD of `S_g^(1/2) W S_x^(1/2)` mapped back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.measure import Spectrum
-from compressor.measure.eigen import eigh, eigvalsh
+from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 
 
@@ -40,40 +40,86 @@ class Metric:
         return max(0.0, float((self.gradients @ _times(matrix, self.inputs) * matrix).sum()))
 
 
-def weighted_singular_values(matrix: Tensor, metric: Metric) -> Spectrum:
-    """Singular values of `S_g^(1/2) W S_x^(1/2)`, descending; the sum of the dropped ones squared is twice the loss."""
+@dataclass(frozen=True)
+class Decomposition:
+    """What gives the best pair of every rank for one `d_out x d_in` matrix in one metric, from one decomposition.
+
+    Attributes:
+        values: Singular values of `S_g^(1/2) W S_x^(1/2)`, descending; the sum of the dropped ones squared is twice the
+            loss. Of a tied embedding what takes their place.
+        basis: `n x n` for the smaller side n of the matrix: `L^-T U`, where `L L^T` is the moment of this side and U
+            has the eigenvectors of the smaller Gram matrix of `S_g^(1/2) W S_x^(1/2)`. The first r columns are the best
+            r-dimensional space to project the matrix on.
+    """
+
+    values: Spectrum
+    basis: Tensor
+
+    def pair(self, matrix: Tensor, rank: int, metric: Metric) -> FactorPair:
+        """The rank-`rank` matrix W' that minimizes `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
+
+        The rows of `down` carry the size of W', `up` is orthonormal, so that neither loses digits when it is rounded.
+        A basis that was rounded costs next to nothing: the matrix is projected on the space that it spans.
+        """
+        require_rank(matrix, rank)
+        space = torch.linalg.qr(self.basis[:, :rank].to(torch.float64)).Q
+        wide = matrix.to(torch.float64)
+        if matrix.shape[0] <= matrix.shape[1]:
+            return FactorPair(up=space, down=coordinates(space, metric.gradients) @ wide)
+        up, triangular = torch.linalg.qr(wide @ coordinates(space, metric.inputs).T)
+        return FactorPair(up=up, down=triangular @ space.T)
+
+    def components(self, matrix: Tensor, metric: Metric) -> FactorPair:
+        """The pair of full rank whose first r columns of `up` and rows of `down` are the best matrix of rank r."""
+        wide, basis = matrix.to(torch.float64), self.basis.to(torch.float64)
+        if matrix.shape[0] <= matrix.shape[1]:
+            return FactorPair(up=basis, down=_times(basis.T, metric.gradients) @ wide)
+        return FactorPair(up=wide @ _times(basis.T, metric.inputs).T, down=basis.T)
+
+    def rounded(self, matrix: Tensor, metric: Metric, largest_loss: float) -> Decomposition:
+        """The same with the basis in float32, where that costs no rank more than this share of what it captures.
+
+        In coordinates in which the metric is the identity rounding moves the basis by d in the Frobenius norm. So the
+        sines of the angles by which any of the spaces turns have squares that sum to at most `d^2 / (1 - d)^2`, and
+        each costs at most the largest eigenvalue, which all of them capture.
+        """
+        moment = metric.gradients if matrix.shape[0] <= matrix.shape[1] else metric.inputs
+        scale = power_of_two(moment)
+        narrow = self.basis.to(torch.float32)
+        moved = ((self.basis - narrow) * scale**0.5).to(torch.float32)
+        squares = float((_times(moved.T, (moment / scale).to(torch.float32)) * moved.T).sum())
+        # Not where they are too large, and not where they are not finite.
+        within = squares < 1 and squares / (1 - squares**0.5) ** 2 <= largest_loss
+        return replace(self, basis=narrow) if within else self
+
+
+def decompose(matrix: Tensor, metric: Metric) -> Decomposition:
+    """Decompose a `d_out x d_in` matrix in a metric, in float64."""
     scale = power_of_two(matrix)
-    gram, _ = _weighted_gram(matrix.to(torch.float64) / scale, metric)
-    eigenvalues = eigvalsh(gram).clamp_min_(0).sqrt_().flip(0)
-    return scale * np.asarray(eigenvalues.cpu().numpy(), dtype=np.float64)
+    gram, factor = _weighted_gram(matrix.to(torch.float64) / scale, metric)
+    eigenvalues, vectors = eigh(gram)
+    values = scale * np.asarray(eigenvalues.clamp_min(0).sqrt().flip(0).cpu().numpy(), dtype=np.float64)
+    return Decomposition(values, torch.linalg.solve_triangular(factor.T, vectors.flip(1), upper=True))
 
 
 def weighted_truncated_svd(matrix: Tensor, rank: int, metric: Metric) -> FactorPair:
-    """The rank-`rank` matrix W' that minimizes `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
-
-    With the Cholesky factor L of one side's moment it is a projection of W: `L^-T U_r U_r^T L^T W` for `S_g = L L^T`
-    and U the eigenvectors of `L^T W S_x W^T L`, or its mirror image from the side of the inputs; the smaller side is
-    taken. The rows of `down` carry the size of W', `up` is orthonormal, so that neither loses digits when it is
-    rounded.
-    """
-    if not 1 <= rank <= min(matrix.shape):
-        raise ValueError(
-            f"rank {rank} is outside 1 .. {min(matrix.shape)} of a {matrix.shape[0]} x {matrix.shape[1]} matrix"
-        )
-    components = weighted_components(matrix, metric)
-    orthonormal, triangular = torch.linalg.qr(components.up[:, :rank])
-    return FactorPair(up=orthonormal, down=triangular @ components.down[:rank])
+    """`Decomposition.pair` of one rank."""
+    return decompose(matrix, metric).pair(matrix, rank, metric)
 
 
-def weighted_components(matrix: Tensor, metric: Metric) -> FactorPair:
-    """The pair of full rank of which the first r columns of `up` and rows of `down` are the best matrix of rank r."""
-    wide = matrix.to(torch.float64)
-    gram, factor = _weighted_gram(wide / power_of_two(wide), metric)
-    basis = eigh(gram)[1].flip(1)
-    inverse = torch.linalg.solve_triangular(factor.T, basis, upper=True)
-    if matrix.shape[0] <= matrix.shape[1]:
-        return FactorPair(up=inverse, down=(factor @ basis).T @ wide)
-    return FactorPair(up=wide @ (factor @ basis), down=inverse.T)
+def coordinates(space: Tensor, moment: Tensor) -> Tensor:
+    """`(U^T S U)^-1 U^T S` for `n x r` columns U: times U it is the projection on their span in the metric S."""
+    weighted = _times(space.T, moment)
+    gram = weighted @ space
+    solved: Tensor = torch.cholesky_solve(weighted, torch.linalg.cholesky((gram + gram.T) / 2))
+    return solved
+
+
+def require_rank(matrix: Tensor, rank: int) -> None:
+    """Raise ValueError for a rank that a `d_out x d_in` matrix does not have."""
+    d_out, d_in = matrix.shape
+    if not 1 <= rank <= min(d_out, d_in):
+        raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
 
 
 def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import (
+    Decomposition,
     FactorizationSettings,
     FactorPair,
     Metric,
     PivotedPair,
     TiedMetric,
+    decompose,
     tied_truncated_svd,
     truncated_svd,
-    weighted_truncated_svd,
 )
 from compressor.forms.kernels import pair_kernels
 from compressor.forms.weights import Count, DenseWeight
@@ -130,11 +131,17 @@ class PairForm(ABC):
         *,
         metric: Metric | TiedMetric | None,
         settings: FactorizationSettings,
+        decomposition: Decomposition | None = None,
     ) -> MatrixPair:
-        """The pair of this rank that is nearest to a `d_out x d_in` matrix, in float64."""
+        """The pair of this rank that is nearest to a `d_out x d_in` matrix, in float64.
+
+        `decomposition` is that of the matrix in the metric, where it is known.
+        """
         if isinstance(metric, TiedMetric):
-            return tied_truncated_svd(matrix, rank, metric, settings=settings)
-        return truncated_svd(matrix, rank) if metric is None else weighted_truncated_svd(matrix, rank, metric)
+            return tied_truncated_svd(matrix, rank, metric, start=decomposition, settings=settings)
+        if metric is None:
+            return truncated_svd(matrix, rank)
+        return (decomposition or decompose(matrix, metric)).pair(matrix, rank, metric)
 
     @abstractmethod
     def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import (
+    Decomposition,
     FactorizationSettings,
     FactorPair,
     Metric,
@@ -133,6 +134,7 @@ class SpatialForm(PairForm):
         *,
         metric: Metric | TiedMetric | None,
         settings: FactorizationSettings,
+        decomposition: Decomposition | None = None,
     ) -> SpatialPair:
         assert not isinstance(metric, TiedMetric)
         return spatial_pair(matrix.reshape(weight.tensor_shape), rank, metric, settings=settings)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.documents import parse_json
 from compressor.errors import BadInput
-from compressor.factorize import FactorizationSettings, Metric, TiedMetric
+from compressor.factorize import Decomposition, FactorizationSettings, Metric, TiedMetric
 from compressor.factorize.settings import DEFAULTS
 from compressor.forms import FORMS, MARKERS, TRANSPOSED, MatrixPair, StoredWeight, recognized
 from compressor.io import Checkpoint, TensorInfo, require_in_range
@@ -127,10 +127,15 @@ def approximate(
     *,
     metric: Metric | TiedMetric | None = None,
     settings: FactorizationSettings = DEFAULTS,
+    decomposition: Decomposition | None = None,
 ) -> MatrixPair:
-    """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64."""
+    """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64.
+
+    `decomposition` is that of the matrix in the metric, where it is known.
+    """
     assert plan.rank is not None
-    return FORMS[plan.form].approximate(layer, matrix, plan.rank, metric=metric, settings=settings)
+    form = FORMS[plan.form]
+    return form.approximate(layer, matrix, plan.rank, metric=metric, settings=settings, decomposition=decomposition)
 
 
 def stored_tensors(

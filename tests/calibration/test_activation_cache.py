@@ -6,13 +6,14 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from compressor import compress
 from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.examples import PARTS
-from compressor.factorize import Metric, TiedMetric
+from compressor.factorize import Decomposition, Metric, TiedMetric
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
 CPU = torch.device("cpu")
@@ -41,6 +42,21 @@ def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> No
         warnings.simplefilter("error")
         del cache
     assert not list(temporary.iterdir())
+
+
+@pytest.mark.usefixtures("temporary")
+def test_decompositions_are_kept_by_layer_in_their_own_precision() -> None:
+    kept = ActivationCache(CPU).decompositions()
+    assert "a" not in kept
+    for name, dtype in (("a", torch.float32), ("b", torch.float64)):
+        kept.put(name, Decomposition(np.arange(3.0)[::-1], torch.randn(3, 3, dtype=torch.float64)))
+        last = Decomposition(np.array([2.0, 1.0, np.pi]), torch.randn(3, 3, dtype=dtype))
+        kept.put(name, last)
+        found = kept[name]
+        np.testing.assert_array_equal(found.values, last.values)
+        assert found.basis.dtype == dtype
+        assert torch.equal(found.basis, last.basis)
+    assert list(kept) == ["a", "b"]
 
 
 @pytest.mark.usefixtures("temporary")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import compress
@@ -16,7 +23,9 @@ from compressor.calibration import (
     uncompensated,
 )
 from compressor.calibration.calibrate import with_layers
+from compressor.calibration.compensation import _factored, _InputStatistics, _Outputs, _ridge_target, _Target
 from compressor.calibration.examples import Part
+from compressor.factorize import FactorPair, Metric, decompose, spatial_pair
 from compressor.planning import LayerPlan
 from tests.calibration.tiny_models import (
     CHAINS,
@@ -204,6 +213,104 @@ def test_the_model_is_restored_after_compensation_and_after_a_failure_in_it() ->
         with pytest.raises(KeyboardInterrupt):
             compress(model, keep=0.5, calibration=data, effort="balanced", progress=stop, prefer="size")
         compress(model, keep=0.5, calibration=data, effort="balanced", prefer="size")
+
+
+def moments_of(x: Tensor, y: Tensor) -> _InputStatistics:
+    """The moments of a layer's inputs in two models, one input a row."""
+    return _InputStatistics(x.T @ x / len(x), x.T @ y / len(x), y.T @ y / len(x), x.mean(0), y.mean(0))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer with its metric, and few inputs to fit and many to judge: y lacks some of x, and there is noise."""
+
+    start: _Target
+    fit: _InputStatistics
+    holdout: _InputStatistics
+    rank: int
+
+    def pair(self, target: _Target) -> FactorPair:
+        return decompose(target.matrix, target.metric).pair(target.matrix, self.rank, target.metric)
+
+    def error(self, target: _Target) -> float:
+        """The holdout error of a target truncated, by products of whole matrices."""
+        product, inputs = self.pair(target).product(), self.holdout.centered(target.x, target.y)
+        matrix = self.start.matrix
+        crossed = matrix @ inputs.xy @ product.T
+        moved = matrix @ inputs.xx @ matrix.T - crossed - crossed.T + product @ inputs.yy @ product.T
+        return float((self.start.metric.gradients * moved).sum())
+
+
+def problem(d_out: int, d_in: int, *, samples: int, bias: bool, seed: int) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    random = partial(torch.randn, generator=generator, dtype=torch.float64)
+    mix, lost = random(d_in, d_in) / d_in**0.5, random(d_in, d_in) / d_in**0.5
+    mean, output = random(d_in) if bias else torch.zeros(d_in).double(), random(d_out, d_out) * 0.3
+    both = []
+    for count in (samples, 20 * samples):
+        x = random(count, d_in) @ mix + mean
+        both.append(moments_of(x, x - 0.3 * x @ lost + 0.1 * random(count, d_in)))
+    fit, holdout = both
+    gradients = torch.eye(d_out, dtype=torch.float64) + output @ output.T
+    # No two of its singular values are so close that a ridge may exchange them, and with them what is truncated.
+    left, right = (torch.linalg.qr(random(side, min(d_out, d_in))).Q for side in (d_out, d_in))
+    matrix = left * 0.5 ** torch.arange(min(d_out, d_in)) @ right.T
+    about, x = (fit.centered(fit.x, fit.x), fit.x) if bias else (fit, None)
+    inputs = about.xx + 1e-3 * about.xx.diagonal().mean() * torch.eye(d_in, dtype=torch.float64)
+    start = _Target(matrix, random(d_out) if bias else None, Metric(inputs, gradients, x), x, x)
+    return Problem(start, fit, holdout, rank=max(1, min(d_out, d_in) // 3))
+
+
+@pytest.mark.slow
+def test_the_ridge_chosen_is_as_good_as_the_best_of_all_decomposed() -> None:
+    ridges, shares = CalibrationSettings().ridges, []
+    for seed in range(100):
+        d_out, d_in, samples = (int(each) for each in np.random.default_rng(seed).integers(5, (40, 40, 300)))
+        one = problem(d_out, d_in, samples=samples, bias=seed % 2 == 0, seed=seed)
+
+        def target(*tried: float, one: Problem = one) -> _Target:
+            found = _ridge_target(one.start, one.pair(one.start), one.fit, holdout=one.holdout, ridges=tried)
+            assert found is not None
+            return found
+
+        alone = [one.error(target(ridge)) for ridge in ridges]
+        shares.append((one.error(target(*ridges)) - min(alone)) / min(alone))
+        assert max(alone) > 1.001 * min(alone), "which ridge it is matters"
+    # What a decomposition truncates may jump with the ridge; without one it does not.
+    assert sum(share > 0.01 for share in shares) <= 1
+    assert max(shares) < 0.1
+
+
+@settings(max_examples=40)
+@drawn(d_out=st.integers(2, 12), d_in=st.integers(2, 12), bias=st.booleans(), seed=st.integers(0, 2**31))
+def test_the_error_through_the_factors_is_that_of_the_whole_matrix(
+    d_out: int, d_in: int, *, bias: bool, seed: int
+) -> None:
+    one = problem(d_out, d_in, samples=20, bias=bias, seed=seed)
+    inputs = one.holdout.centered(one.start.x, one.start.y)
+    outputs = _Outputs.of(one.start.matrix, inputs, one.start.metric.gradients)
+    assert outputs.error(one.pair(one.start)) == pytest.approx(one.error(one.start), abs=1e-12 * outputs.total)
+
+
+def test_a_spatial_pair_is_compared_by_the_columns_of_its_matrix() -> None:
+    torch.manual_seed(0)
+    for shape in ((5, 4, 3, 3), (12, 3, 3, 2)):
+        pair = spatial_pair(torch.randn(shape), 2)
+        torch.testing.assert_close(_factored(pair).product(), pair.product())
+
+
+def test_a_layer_is_decomposed_once_for_all_ranks() -> None:
+    calibration, _ = toy(bias=True)
+    layer = calibration.layers["second"]
+    assert not calibration.decompositions
+    first = uncompensated(calibration, [planned(layer, 2)])
+    made = calibration.decompositions["second"]
+    assert made.basis.dtype == torch.float32
+    uncompensated(calibration, [planned(layer, 3)])
+    # What is found there is used, whatever it is.
+    calibration.decompositions.put("second", replace(made, basis=made.basis.flip(1)))
+    other = uncompensated(calibration, [planned(layer, 2)])
+    assert not torch.equal(first.factors["second"]["second.up.weight"], other.factors["second"]["second.up.weight"])
 
 
 class Routed(nn.Module):

@@ -14,13 +14,13 @@ from compressor import compress
 from compressor.factorize import (
     Metric,
     TiedMetric,
+    decompose,
+    decompose_tied,
     pivoted_pair,
     spatial_errors,
     spatial_pair,
-    tied_singular_values,
     tied_truncated_svd,
     truncated_svd,
-    weighted_singular_values,
     weighted_truncated_svd,
 )
 from compressor.measure import effective_ranks, singular_values, truncation_errors
@@ -54,8 +54,8 @@ def test_spectra_and_factors_scale_with_their_matrix(
     np.testing.assert_array_equal(truncation_errors(factor * spectrum), truncation_errors(spectrum))
     assert effective_ranks(factor * spectrum) == effective_ranks(spectrum)
     metric = Metric(moment(d_in, seed + 1), moment(d_out, seed + 2))
-    weighted = weighted_singular_values(w, metric)
-    np.testing.assert_array_equal(weighted_singular_values(factor * w, metric), factor * weighted)
+    weighted = decompose(w, metric).values
+    np.testing.assert_array_equal(decompose(factor * w, metric).values, factor * weighted)
     for pair, scaled in (
         (truncated_svd(w, rank), truncated_svd(factor * w, rank)),
         (weighted_truncated_svd(w, rank, metric), weighted_truncated_svd(factor * w, rank, metric)),
@@ -81,7 +81,7 @@ def test_spatial_and_tied_pairs_scale_with_their_matrix(exponent: int) -> None:
         *(Metric(torch.rand(20, dtype=torch.float64) + 0.1, moment(6, seed)) for seed in (4, 5)),
     )
     np.testing.assert_array_equal(
-        tied_singular_values(factor * words, tied), factor * tied_singular_values(words, tied)
+        decompose_tied(factor * words, tied).values, factor * decompose_tied(words, tied).values
     )
     expected = tied_truncated_svd(words, 3, tied).product()
     torch.testing.assert_close(tied_truncated_svd(factor * words, 3, tied).product() / factor, expected)

@@ -12,10 +12,10 @@ from compressor.factorize import (
     FactorizationSettings,
     Metric,
     TiedMetric,
-    tied_singular_values,
+    decompose,
+    decompose_tied,
     tied_truncated_svd,
     truncated_svd,
-    weighted_singular_values,
     weighted_truncated_svd,
 )
 from compressor.factorize.tied_embedding import nearest_kronecker_metric
@@ -91,7 +91,7 @@ def test_it_costs_no_more_than_its_start_and_what_is_planned_with(
     assert pair.rank == rank
     cost = brute_cost(metric, matrix - pair.product())
     assert cost <= brute_cost(metric, matrix - start.product()) + 1e-12 * total
-    planned = tied_singular_values(matrix, metric)
+    planned = decompose_tied(matrix, metric).values
     assert planned.shape == (min(size),)
     assert float((planned**2).sum()) == pytest.approx(total, rel=1e-9)
     assert float((planned[:rank] ** 2).sum()) <= total - cost + 1e-9 * total
@@ -100,7 +100,7 @@ def test_it_costs_no_more_than_its_start_and_what_is_planned_with(
 def test_what_is_planned_with_is_the_exact_cost_of_the_start() -> None:
     torch.manual_seed(0)
     metric, matrix = tied_metric(8, 30, 1), torch.randn(8, 30, dtype=torch.float64)
-    planned = tied_singular_values(matrix, metric)
+    planned = decompose_tied(matrix, metric).values
     for rank in range(1, 9):
         start = weighted_truncated_svd(matrix, rank, nearest_kronecker_metric(metric))
         exact = brute_cost(metric, matrix - start.product())
@@ -145,8 +145,8 @@ def test_two_proportional_uses_are_one() -> None:
     metric = TiedMetric(lookup, Metric(3 * lookup.inputs, 2 * lookup.gradients))
     expected = weighted_truncated_svd(matrix, 4, lookup).product()
     torch.testing.assert_close(tied_truncated_svd(matrix, 4, metric).product(), expected, rtol=1e-8, atol=1e-8)
-    values = torch.tensor(weighted_singular_values(matrix, lookup)) * 7**0.5
-    torch.testing.assert_close(torch.tensor(tied_singular_values(matrix, metric)), values, rtol=1e-5, atol=1e-8)
+    values = torch.tensor(decompose(matrix, lookup).values) * 7**0.5
+    torch.testing.assert_close(torch.tensor(decompose_tied(matrix, metric).values), values, rtol=1e-5, atol=1e-8)
 
 
 def test_equal_weights_are_eckart_and_young() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.factorize import Metric, truncated_svd, weighted_singular_values, weighted_truncated_svd
+from compressor.factorize import Metric, decompose, truncated_svd, weighted_truncated_svd
 
 
 def positive_definite(size: int, spread: float) -> Tensor:
@@ -41,7 +41,7 @@ def test_it_is_the_truncated_svd_of_the_weighted_matrix(
     matrix = torch.randn(d_out, d_in, dtype=torch.float64)
     metric = Metric(positive_definite(d_in, spread), positive_definite(d_out, spread))
     exact = torch.linalg.svdvals(root(metric.gradients) @ matrix @ root(metric.inputs))
-    values = torch.tensor(weighted_singular_values(matrix, metric))
+    values = torch.tensor(decompose(matrix, metric).values)
     torch.testing.assert_close(values, exact, rtol=1e-6, atol=3e-8 * float(exact[0]))
     pair = weighted_truncated_svd(matrix, rank, metric)
     assert pair.rank == rank
@@ -98,3 +98,51 @@ def test_a_rank_that_the_matrix_does_not_have_is_refused(rank: int) -> None:
     metric = Metric(torch.eye(7, dtype=torch.float64), torch.eye(5, dtype=torch.float64))
     with pytest.raises(ValueError, match="outside 1"):
         weighted_truncated_svd(torch.randn(5, 7), rank, metric)
+
+
+@settings(max_examples=30)
+@given(d_out=st.integers(1, 16), d_in=st.integers(1, 16), spread=st.floats(0, 7), seed=st.integers(0, 2**31))
+def test_one_decomposition_gives_the_pair_of_every_rank(d_out: int, d_in: int, *, spread: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    matrix = torch.randn(d_out, d_in, dtype=torch.float64)
+    metric = Metric(positive_definite(d_in, spread), positive_definite(d_out, spread))
+    found = decompose(matrix, metric)
+    parts = found.components(matrix, metric)
+    for rank in range(1, min(d_out, d_in) + 1):
+        product = found.pair(matrix, rank, metric).product()
+        torch.testing.assert_close(product, parts.up[:, :rank] @ parts.down[:rank], rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=60)
+@given(
+    d_out=st.integers(1, 20),
+    d_in=st.integers(1, 20),
+    spread=st.floats(0, 14),
+    size=st.integers(-30, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_a_basis_is_rounded_where_that_costs_next_to_nothing(
+    d_out: int, d_in: int, *, spread: float, size: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    matrix = torch.randn(d_out, d_in, dtype=torch.float64)
+    metric = Metric(positive_definite(d_in, spread) * 10.0**size, positive_definite(d_out, spread) * 10.0**-size)
+    exact = decompose(matrix, metric)
+    rounded = exact.rounded(matrix, metric, 1e-6)
+    if spread < 6:
+        assert rounded.basis.dtype == torch.float32
+    total = metric.squared_size(matrix)
+    for rank in range(1, min(d_out, d_in) + 1):
+        captured = [
+            total - metric.squared_size(matrix - each.pair(matrix, rank, metric).product()) for each in (exact, rounded)
+        ]
+        assert captured[1] >= (1 - 1e-6) * captured[0] - 1e-12 * total
+
+
+def test_a_basis_that_float32_does_not_hold_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 20, dtype=torch.float64)
+    metric = Metric(positive_definite(20, 2), positive_definite(12, 13))
+    assert decompose(matrix, metric).rounded(matrix, metric, 1e-6).basis.dtype == torch.float64
+    tiny = Metric(metric.inputs, positive_definite(12, 2) * 1e-90)
+    assert decompose(matrix, tiny).rounded(matrix, tiny, 1e-6).basis.dtype == torch.float64

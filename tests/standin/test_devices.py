@@ -11,7 +11,7 @@ from compressor.errors import BadInput
 from compressor.evaluation.cost import measure_latency, measure_peak_memory
 from compressor.factorize.tied_embedding import TiedMetric, nearest_kronecker_metric
 from compressor.factorize.truncated_svd import truncated_svd
-from compressor.factorize.weighted_svd import Metric, weighted_singular_values
+from compressor.factorize.weighted_svd import Metric, decompose
 from compressor.measure import singular_values
 from compressor.merging.overlap import row_space
 from compressor.model import resolve_device
@@ -75,10 +75,10 @@ def test_a_decomposition_that_fails_on_the_device_is_done_on_the_cpu(device, mat
     moved = Metric(metric.inputs.to(device), metric.gradients.to(device))
     with failing("aten::_linalg_eigh"):
         pair, basis = truncated_svd(there, 3), row_space(there)
-        values = [singular_values(there), weighted_singular_values(there, moved)]
+        values = [singular_values(there), decompose(there, moved).values]
     assert {pair.up.device, pair.down.device, basis.device} == {device}
     torch.testing.assert_close(pair.product().cpu(), truncated_svd(matrix, 3).product())
-    np.testing.assert_allclose(values, [singular_values(matrix), weighted_singular_values(matrix, metric)])
+    np.testing.assert_allclose(values, [singular_values(matrix), decompose(matrix, metric).values])
 
 
 def test_the_nearest_metric_asks_the_device_for_no_eigenvalues(device):
