@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.settings import SelfGeneratedSettings
+from compressor.model.streaming import device_of
 
 # Told after each token or round how many are done, and of how many.
 Told = Callable[[int, int], None]
@@ -50,7 +51,7 @@ def continued(
     the decoder's.
     """
     named = "decoder_input_ids" if inputs else "input_ids"
-    device = next(model.parameters()).device
+    device = device_of(model)
     running: Any = model
     if inputs:
         encoder = running.get_encoder()
@@ -71,7 +72,7 @@ def unmasked(model: nn.Module, masked: Tensor, mask: int, *, sampler: Sampler, t
 
     In each round an equal part of the masks of each text is filled, at random places.
     """
-    texts, device = masked.clone(), next(model.parameters()).device
+    texts, device = masked.clone(), device_of(model)
     order = torch.rand(texts.shape, generator=sampler.generator).masked_fill(texts != mask, math.inf).argsort(dim=1)
     turns, rounds = order.argsort(dim=1), sampler.settings.unmasking_rounds
     counts = (texts == mask).sum(dim=1, keepdim=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.model.streaming import blocks_of, device_of
 from compressor.torch_state import called_as_by_the_caller, same_attributes, scratch_buffers
 
 
@@ -73,12 +74,12 @@ def on_device(device: torch.device, *models: nn.Module) -> Iterator[None]:
     """Hold `models` on `device` while the block runs; then they are back in the memory where they were.
 
     Whatever asks for them there meanwhile, such as `evaluation_mode`, moves nothing. A model that is spread over
-    several devices stays where it is.
+    several devices stays where it is. Of one that is streamed, the blocks come to the device when they are read.
     """
     moved = [model for model in models if _home(model) not in {None, device}]
-    with _same_tensors(*moved):
+    with _blocks_on(device, *moved), _same_tensors(*moved):
         for model in moved:
-            model.to(device)
+            _move(model, device)
         yield
 
 
@@ -115,8 +116,33 @@ def _same_tensors(*models: nn.Module) -> Iterator[None]:
             recurrent._flat_weights = weights
 
 
+@contextmanager
+def _blocks_on(device: torch.device, *models: nn.Module) -> Iterator[None]:
+    """Read the blocks of streamed models onto a device; none of them is in memory before and after."""
+    streamed = [blocks for blocks in map(blocks_of, models) if blocks is not None]
+    before = [blocks.device for blocks in streamed]
+    for blocks in streamed:
+        blocks.come_to(device)
+    try:
+        yield
+    finally:
+        for blocks, home in zip(streamed, before, strict=True):
+            blocks.come_to(home)
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move what a model has in memory."""
+    if blocks_of(model) is None:
+        model.to(device)
+    else:
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # type: ignore[no-untyped-call]
+
+
 def _home(model: nn.Module) -> torch.device | None:
     """The device of all of a model's tensors, None where there are several or none."""
+    blocks = blocks_of(model)
+    if blocks is not None:
+        return blocks.device
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     return devices.pop() if len(devices) == 1 else None
 
@@ -128,8 +154,7 @@ def forward_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[],
     module takes one by position, or several by keyword. Raises `BadInput` for keywords that such a module does not
     have.
     """
-    weight = next(chain(model.parameters(), model.buffers()), None)
-    device = None if weight is None else weight.device
+    device = device_of(model)
     dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
     placed = {
         name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)

@@ -27,6 +27,7 @@ from compressor.lowrank import (
 )
 from compressor.model.build import build_model, load_transformers
 from compressor.model.load import fill
+from compressor.model.streaming import NotStreamed, streamed_module, streamed_transformers, whole
 from compressor.model.training import training_recipe
 from compressor.network import (
     Architecture,
@@ -61,8 +62,8 @@ class LayerSelection:
 class Model:
     """An opened model: its tensors, its architecture and layers, its training, and the network itself.
 
-    Opening reads no weights. The network is loaded when `module` is first asked for, and only once, also for copies
-    that `dataclasses.replace` makes of the model.
+    Opening reads no weights. The network is loaded when `module` or `streamed` is first asked for, and only once, also
+    for copies that `dataclasses.replace` makes of the model.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Model:
     architecture: Architecture | None
     layers: tuple[Layer, ...]
     factory: Factory | None
-    _load: Callable[[], nn.Module] = field(repr=False)
+    _network: _Network = field(repr=False)
     _find_recipe: Callable[[], TrainingRecipe] = field(repr=False)
 
     def __repr__(self) -> str:
@@ -83,18 +84,27 @@ class Model:
 
         Raises `BadInput` when the architecture is not known, or the weights do not fit.
         """
-        return self._load()
+        return self._network.whole()
 
-    @cached_property
+    @property
     def with_separate_experts(self) -> nn.Module:
         """`module` with one linear layer for every matrix of its experts, whose weights it shares.
 
-        It is `module` itself for a network without fused experts. Calibration needs the layers, and evaluation the
-        speed of `module`, which stays as it is.
+        It is `module` itself for a network without fused experts. Evaluation needs the speed of `module`, which stays
+        as it is.
         """
         if self.in_memory and self.architecture is not None:
             return self.architecture.module
-        return with_separate_experts(self.module)
+        return self._network.apart()
+
+    @property
+    def streamed(self) -> nn.Module:
+        """`with_separate_experts`, frozen, with its blocks read from the files when they run: never whole in memory.
+
+        It is `with_separate_experts` itself where that is in memory already, or cannot be read by blocks. For
+        calibration, which runs a block many times; every other run reads all blocks anew.
+        """
+        return self.with_separate_experts if self.in_memory else self._network.by_block(self.name)
 
     @property
     def recipe(self) -> TrainingRecipe:
@@ -108,9 +118,8 @@ class Model:
 
     def lies_on(self, device: torch.device) -> bool:
         """Whether the network is loaded and on a device, as a whole or in part."""
-        if not self.in_memory and "with_separate_experts" not in vars(self):
-            return False
-        return any(each.device == device for each in self.with_separate_experts.parameters())
+        known = self.with_separate_experts if self.in_memory else self._network.known
+        return known is not None and any(each.device == device for each in known.parameters())
 
     @cached_property
     def pairs(self) -> Mapping[str, StoredPair]:
@@ -237,12 +246,63 @@ def _opened(
     name = type(given).__name__ if isinstance(given, nn.Module) else str(given)
     if checkpoint.source is not None and hub_model(checkpoint.source) is not None:
         name = checkpoint.name
-
-    def load() -> nn.Module:
-        return given if isinstance(given, nn.Module) else _loaded(checkpoint, architecture, factory)
-
+    network = _Network(checkpoint, architecture, factory, given if isinstance(given, nn.Module) else None)
     find_recipe = partial(training_recipe, checkpoint, recipe)
-    return Model(name, checkpoint, architecture, layers, factory, functools.cache(load), functools.cache(find_recipe))
+    return Model(name, checkpoint, architecture, layers, factory, network, functools.cache(find_recipe))
+
+
+@dataclass
+class _Network:
+    """The network of a model, loaded once: whole, or by blocks as long as nobody asked for all of it.
+
+    What a factory built is one module, which is whole from the first time on that it is asked for.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture | None
+    factory: Factory | None
+    loaded: nn.Module | None
+    separate: nn.Module | None = None
+    blocks: nn.Module | None = None
+
+    @property
+    def known(self) -> nn.Module | None:
+        """What was asked for so far, with separate experts where these were."""
+        return self.separate or self.blocks
+
+    def whole(self) -> nn.Module:
+        """All of it in memory."""
+        if self.loaded is None and self.blocks is not None and self.factory is not None:
+            self.loaded = whole(self.blocks)
+        if self.loaded is None:
+            self.loaded = _loaded(self.checkpoint, self.architecture, self.factory)
+        return self.loaded
+
+    def apart(self) -> nn.Module:
+        """The same with separate experts."""
+        if self.separate is None:
+            self.separate = with_separate_experts(self.whole())
+        return self.separate
+
+    def by_block(self, name: str) -> nn.Module:
+        """Its blocks read when they run, with separate experts."""
+        if self.blocks is None and self.loaded is None:
+            try:
+                self.blocks = _by_block(self.checkpoint, self.architecture, self.factory)
+            except NotStreamed as reason:
+                logger.info("%s is loaded whole: %s", name, reason)
+        return self.apart() if self.loaded is not None or self.blocks is None else self.blocks
+
+
+def _by_block(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> nn.Module:
+    _require_architecture(checkpoint, factory)
+    if stored_pairs(checkpoint):
+        raise NotStreamed("it is compressed already")
+    if factory is not None:
+        assert architecture is not None
+        return streamed_module(architecture, checkpoint)
+    assert checkpoint.folder is not None
+    return streamed_transformers(checkpoint, checkpoint.folder)
 
 
 def _loaded(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> nn.Module:

@@ -7,6 +7,7 @@ from compressor.network.architecture import (
     module_architecture,
     transformers_architecture,
     transformers_module,
+    transformers_without_weights,
 )
 from compressor.network.experts import SeparateExperts, fuse_experts, with_separate_experts
 from compressor.network.layers import (
@@ -43,6 +44,7 @@ __all__ = [
     "tied_names",
     "transformers_architecture",
     "transformers_module",
+    "transformers_without_weights",
     "with_separate_experts",
     "with_ties",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from compressor.network.conversions import name_conversions, name_in_model, without_merges
+from compressor.network.conversions import (
+    initialize_buffers,
+    loaded_in_several_dtypes,
+    name_conversions,
+    name_in_model,
+    without_merges,
+)
 from compressor.network.experts import separate_experts
 
 # Far more modules than any published model has.
@@ -69,12 +75,15 @@ def _few_modules(most: int) -> Iterator[None]:
         hook.remove()
 
 
-def transformers_architecture(folder: Path, *, most_modules: int = MOST_MODULES) -> Architecture | None:
+def transformers_architecture(
+    folder: Path, *, most_modules: int = MOST_MODULES, dtype: torch.dtype | None = None
+) -> Architecture | None:
     """Build the module tree of the `config.json` in `folder` on the meta device, with separate experts.
 
-    None if transformers does not know the architecture, or cannot build it without running the checkpoint's own code.
+    `dtype` is that of its weights where the configuration names none. None if transformers does not know the
+    architecture, or cannot build it without running the checkpoint's own code.
     """
-    model = transformers_module(folder, most_modules=most_modules)
+    model = transformers_module(folder, most_modules=most_modules, dtype=dtype)
     if model is None:
         return None
     try:
@@ -86,8 +95,36 @@ def transformers_architecture(folder: Path, *, most_modules: int = MOST_MODULES)
     return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, names=known))
 
 
-def transformers_module(folder: Path, *, most_modules: int = MOST_MODULES) -> Any | None:
-    """The model of the `config.json` in `folder`, on the meta device; None as for `transformers_architecture`."""
+def transformers_without_weights(folder: Path, dtype: torch.dtype | None) -> Architecture | None:
+    """As `transformers_architecture`, with buffers that have values, and the dtypes that transformers loads it in.
+
+    `dtype` is that of the weights, which counts where the configuration names none. None also for a model that
+    transformers loads in more than one dtype, or in one that is not known.
+    """
+    architecture = transformers_architecture(folder, dtype=dtype)
+    if architecture is None:
+        return None
+    model: Any = architecture.module
+    if model.config.dtype is None or loaded_in_several_dtypes(model):
+        return None
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    initialize_buffers(model)
+    if model.can_generate():
+        with suppress(OSError):  # there need not be a file of them
+            model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+    return replace(architecture, module=model.eval())
+
+
+def transformers_module(
+    folder: Path, *, most_modules: int = MOST_MODULES, dtype: torch.dtype | None = None
+) -> Any | None:
+    """The model of the `config.json` in `folder`, on the meta device; None as for `transformers_architecture`.
+
+    `dtype` is that of its weights where the configuration names none.
+    """
     import transformers
 
     try:
@@ -95,6 +132,8 @@ def transformers_module(folder: Path, *, most_modules: int = MOST_MODULES) -> An
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0])
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if config.dtype is None:
+            config.dtype = dtype
         with torch.device("meta"), _few_modules(most_modules):
             build = architecture.from_config if architecture is transformers.AutoModel else architecture._from_config
             model: Any = build(config)

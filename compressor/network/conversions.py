@@ -1,4 +1,4 @@
-"""How transformers maps the names in a file to the names of its modules; its internals are used only here."""
+"""How transformers makes a model of the tensors in a file; its internals are used only here."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def name_in_model(name: str, conversions: Sequence[Any], model_prefix: str, *, n
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     renamed, converted = rename_source_key(name, renamings, converters, model_prefix, names)
     return renamed if converted is None and renamed in names else None
+
+
+def loaded_in_several_dtypes(model: Any) -> bool:
+    """Whether transformers keeps some of a model's weights in float32 when it loads them in another dtype."""
+    return bool(model._get_dtype_plan(model.config.dtype))
+
+
+def initialize_buffers(model: Any) -> None:
+    """Give the buffers of a model that was built without weights the values that they have before it is loaded."""
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def _plain(pattern: str) -> str:
