@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from compressor.engine import Run
 from compressor.latency import DeviceProfile
 from compressor.latency.measure import measure_profile
-from compressor.progress import Run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -43,9 +43,9 @@ from latency_models import BATCHES, SPEED, ModelTiming, measured_network
 from latency_networks import digits_resnet, images, network_of_images, networks, resnet
 from latency_timing import Clock, CudaClock, ProcessClock, Quartiles, Repeats, WallClock
 
+from compressor.engine import Run
 from compressor.latency import DeviceProfile, device_profile
 from compressor.latency.measure import device_name
-from compressor.progress import Run
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = (torch.float32, torch.bfloat16)

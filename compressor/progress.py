@@ -4,27 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # the command line shows progress before torch is imported
-    import torch
 
 # Called with the name of the step, how many parts of it are done, and how many there are.
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a command runs: its device, its random seed, and its progress callback."""
-
-    device: torch.device
-    seed: int = 0
-    progress: Progress | None = None
-
-    def report(self, step: str, done: int, total: int) -> None:
-        """Report how many parts of a step are done."""
-        if self.progress is not None:
-            self.progress(step, done, total)
 
 
 @dataclass(frozen=True)

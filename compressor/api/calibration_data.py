@@ -11,11 +11,11 @@ from compressor.calibration import CalibrationData, CalibrationSettings, split_e
 from compressor.calibration.search import open_calibration_data
 from compressor.calibration.self_generated import SelfRequest, examples_by_default, self_generated
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.evaluation import require_accepted
 from compressor.model import Model
 from compressor.planning import Budget
-from compressor.progress import Run
 from compressor.report.wording import needs_calibration
 
 logger = logging.getLogger(__name__)

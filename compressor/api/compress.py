@@ -41,6 +41,7 @@ from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
@@ -71,7 +72,7 @@ from compressor.planning import (
     within_limit,
     worthwhile_size,
 )
-from compressor.progress import Run, expect, takes_steps
+from compressor.progress import expect, takes_steps
 from compressor.report.model_card import compressed_card
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression

@@ -10,9 +10,9 @@ from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
 from compressor.api.requests import reported_data, timing_settings
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.evaluation import Cost, Evaluation, TimingSettings, compare
 from compressor.model import Model, ModelLike, open_runnable, resolve_device
-from compressor.progress import Run
 from compressor.torch_state import neutral_torch_state
 
 

@@ -12,6 +12,7 @@ from compressor.api.evaluate import evaluate_models
 from compressor.api.options import CompressOptions
 from compressor.api.requests import output_target, provenance, reported_data, requested_budget, timing_settings
 from compressor.api.write import Output, written
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.evaluation import process_memory
 from compressor.fine_tuning.adaptation import Adaptation, adapted_module
@@ -32,7 +33,6 @@ from compressor.fine_tuning.verification import verify_with_peft
 from compressor.io import Naming
 from compressor.model import Model, open_runnable, resolve_device
 from compressor.network import module_architecture
-from compressor.progress import Run
 from compressor.report.fine_tune_card import adapter_card
 from compressor.report.wording import warning_words
 from compressor.results import BeforeAfter, Compression, FineTune

@@ -15,6 +15,7 @@ from compressor.api.requests import preferred, timing_settings
 from compressor.calibration import CalibrationData
 from compressor.calibration.search import PlanRequest, plan_ranks
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import (
     PairTimer,
@@ -42,7 +43,6 @@ from compressor.planning import (
     smallest_size,
 )
 from compressor.planning.latency import Seconds
-from compressor.progress import Run
 from compressor.torch_state import CPU
 
 logger = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ from compressor.calibration.examples import PARTS, CalibrationData, Chunk, Part,
 from compressor.calibration.segments import Segments, State, find_segments
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.data import Batch
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
@@ -41,7 +42,6 @@ from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.model import evaluation_mode
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
-from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
 from compressor.lowrank import Rewriting, rewritten_module
@@ -27,7 +28,6 @@ from compressor.planning import (
     smallest_size,
     within_limit,
 )
-from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 

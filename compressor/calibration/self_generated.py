@@ -19,6 +19,7 @@ from compressor.calibration.written_text import Sampler, Told, continued, unmask
 from compressor.data import Batch, EvaluationData, Preprocessing
 from compressor.data.data import NO_LABELS, Task
 from compressor.data.text import special_tokens
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.evaluation import count_macs
 from compressor.model import Model, evaluation_mode
@@ -28,7 +29,6 @@ from compressor.model.example_inputs import (
     most_tokens,
     ordinary_tokens,
 )
-from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 

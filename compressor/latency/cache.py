@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from compressor.documents import read_json
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.latency.measure import Timer, device_name, measure_profile
 from compressor.latency.profile import DeviceProfile, dtype_name
-from compressor.progress import Run
 
 logger = logging.getLogger(__name__)
 

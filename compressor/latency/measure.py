@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from compressor.engine import Run
 from compressor.latency.kernels import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.latency.profile import (
     UNLIMITED,
@@ -25,7 +26,6 @@ from compressor.latency.profile import (
     is_unfolded,
 )
 from compressor.latency.stopwatch import Stopwatch, default_clock
-from compressor.progress import Run
 
 # Seconds of a kernel in a dtype.
 Timer = Callable[[Kernel, torch.dtype], float]

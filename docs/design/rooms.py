@@ -15,6 +15,7 @@ ROOMS = (
     *(
         "recipe",
         "io",
+        "engine",
         "network",
         "data",
         "measure",

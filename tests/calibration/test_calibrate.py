@@ -14,9 +14,9 @@ from compressor import BadInput, compress
 from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate, holdout_loss
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.data import Batch
+from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
 from compressor.measure.moments import kept_rows, oas_shrinkage
-from compressor.progress import Run
 from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,

@@ -21,11 +21,11 @@ from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, 
 from compressor.cli.run import run
 from compressor.data import Sample, halves, open_data
 from compressor.data.builtin_data import digits
+from compressor.engine import Run
 from compressor.measure.memory_window import EPSILON
 from compressor.model.measurements import inspect_layers, measured_layers
 from compressor.model.opened import open_model
 from compressor.planning import PLANNING, Budget, smallest_found
-from compressor.progress import Run
 
 MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 CPU = torch.device("cpu")

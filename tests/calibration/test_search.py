@@ -24,9 +24,9 @@ from compressor.calibration import (
 )
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
+from compressor.engine import Run
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture
-from compressor.progress import Run
 from tests.calibration.tiny_models import TWO_PASSES, trained_on_digits
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from compressor.calibration.self_generated import SelfRequest, kind_of_model, se
 from compressor.calibration.settings import SelfGeneratedSettings
 from compressor.calibration.written_text import Sampler, continued, unmasked
 from compressor.data import EvaluationData
+from compressor.engine import Run
 from compressor.model import open_model
-from compressor.progress import Run
 from tests.calibration.tiny_models import CPU
 from tests.lowrank.architectures import ARCHITECTURES
 

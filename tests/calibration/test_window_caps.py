@@ -14,11 +14,11 @@ from compressor.calibration import Calibration, CalibrationSettings, calibrate, 
 from compressor.calibration.search import Judge, PlanRequest, Search, plan_ranks, weighted_layers
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
+from compressor.engine import Run
 from compressor.measure.memory_window import EPSILON
 from compressor.model.measurements import inspect_layers, measured_layers
 from compressor.model.opened import open_model
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettings, choose_ranks, rank_caps
-from compressor.progress import Run
 from compressor.report.wording import calibration_words
 from tests.calibration.tiny_models import eligible
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, RefinementSettings, calibrate
 from compressor.data import Batch
 from compressor.data.builtin_data import digits
+from compressor.engine import Run
 from compressor.io import open_checkpoint
 from compressor.network import Layer, find_layers, module_architecture
 from compressor.planning import LayerPlan
-from compressor.progress import Run
 
 torch.set_num_threads(1)
 

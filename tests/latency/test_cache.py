@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.engine import Run
 from compressor.latency import device_profile
 from compressor.latency.cache import default_folder
-from compressor.progress import Run
 from tests.latency.fake import FakeDevice
 
 RUN = Run(torch.device("cpu"))

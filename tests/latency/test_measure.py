@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.engine import Run
 from compressor.latency import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.latency.measure import STEP, measure_profile
 from compressor.latency.profile import is_unfolded
-from compressor.progress import Run
 from tests.latency.fake import SMALL, FakeDevice
 
 RUN = Run(torch.device("cpu"))

@@ -19,11 +19,11 @@ from compressor.calibration.compensation import _calls, _of_the_same_positions
 from compressor.calibration.examples import Chunk
 from compressor.calibration.walk import Walk
 from compressor.data import open_data
+from compressor.engine import Run
 from compressor.evaluation import count_macs
 from compressor.io import open_checkpoint
 from compressor.model import evaluation_mode
 from compressor.network import find_layers, fuse_experts, module_architecture, with_separate_experts
-from compressor.progress import Run
 from tests.lowrank.architectures import ARCHITECTURES
 
 TOKENS = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))

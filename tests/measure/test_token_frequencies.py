@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from compressor import compress
 from compressor.calibration.criterion import sampled_loss
 from compressor.data import open_data
+from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric, truncated_svd, weighted_truncated_svd
 from compressor.io import open_checkpoint
 from compressor.measure.moments import MomentPass, collect_moments
 from compressor.measure.token_frequencies import EmbeddingCollector, EmbeddingMoments, smoothed_frequencies
 from compressor.network import find_layers, module_architecture
-from compressor.progress import Run
 
 TOKENS = 12
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from compressor import compress, restore
 from compressor.calibration import calibrate, split_examples
 from compressor.data import Sample, open_data
+from compressor.engine import Run
 from compressor.io import open_checkpoint
 from compressor.model import load_model
 from compressor.network import find_layers, module_architecture
-from compressor.progress import Run
 from compressor.report import compression_page
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words

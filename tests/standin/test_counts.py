@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import compressor
 from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings, calibrate
 from compressor.data import Batch
-from compressor.progress import Run
+from compressor.engine import Run
 from tests.calibration.tiny_models import eligible
 from tests.standin.accelerator import counted
 from tests.standin.networks import NETWORKS

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from compressor import TimingSettings, compress, evaluate
+from compressor.engine import Run
 from compressor.evaluation import count_parameters
 from compressor.evaluation.cost import forward_seconds
 from compressor.latency import MatrixProduct
 from compressor.latency.measure import measure_profile
-from compressor.progress import Run
 from tests.latency.fake import SMALL
 from tests.planning.profiles import charging
 from tests.standin.accelerator import counted, memory
