@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import gettempdir
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.calibration.examples import Part
+from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
-from compressor.io import temporary_workspace
-from compressor.system_errors import temporary_space
 
 
+@dataclass(frozen=True)
 class _Folder:
-    """Named tensors in files of a temporary folder, which is removed with the object."""
+    """Named tensors of a journal, read on a device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._temporary = Path(gettempdir())
-        with temporary_space(self._temporary):
-            workspace = temporary_workspace(self._temporary)
-            self._path = workspace.new("tensors")
-            self._path.mkdir()
-        self._written: set[str] = set()
-        weakref.finalize(self, workspace.remove)
+    _journal: Journal
+    _device: torch.device
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a file, in place of one of that name."""
-        path = self._path / f"{name}.safetensors"
-        self._written.add(name)
-        with temporary_space(self._temporary):
-            path.unlink(missing_ok=True)  # a file that is still mapped must not change under its readers
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        """Keep tensors, in place of those of that name."""
+        self._journal.write(name, tensors)
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a file, on the device. KeyError for one that was never written."""
-        if name not in self._written:
-            raise KeyError(name)
-        with temporary_space(self._temporary):
-            tensors = load_file(self._path / f"{name}.safetensors")
+        """The tensors of a name, on the device. KeyError for one that was never written."""
         # safetensors knows some devices by name, PyTorch all of them
-        return {key: tensor.to(self._device) for key, tensor in tensors.items()}
+        return {key: tensor.to(self._device) for key, tensor in self._journal.read(name).items()}
+
+    def holds(self, name: str) -> bool:
+        """Whether there are tensors of a name."""
+        return self._journal.holds(name)
 
 
 @dataclass(frozen=True)
@@ -60,6 +45,10 @@ class CachedBatches:
         """Keep the tensors of a batch, in place of those before."""
         self._folder.write(f"{self._kind}-{batch}", {str(place): each for place, each in enumerate(tensors)})
 
+    def holds(self, batch: int) -> bool:
+        """Whether there are tensors of a batch."""
+        return self._folder.holds(f"{self._kind}-{batch}")
+
     def read(self, batch: int) -> tuple[Tensor, ...]:
         """The tensors of a batch, on the device. KeyError where there are none."""
         tensors = self._folder.read(f"{self._kind}-{batch}")
@@ -67,10 +56,10 @@ class CachedBatches:
 
 
 class ActivationCache:
-    """What the walks through a model leave for each other, on disk until the object goes."""
+    """What the walks through a model leave for each other, in a journal: by default on disk until the object goes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._folder = _Folder(device)
+    def __init__(self, device: torch.device, journal: Journal | None = None) -> None:
+        self._folder = _Folder(Journal() if journal is None else journal, device)
 
     def dense(self, part: Part, segment: int) -> CachedBatches:
         """New outputs of a segment of the dense model."""

@@ -7,6 +7,7 @@ So whatever ends a process, what is recorded is whole or is found to be damaged,
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -85,6 +86,8 @@ class Journal:
         self._files: dict[str, _File] = {}
         self._values: dict[str, Any] = {}
         self._unchecked: set[str] = set()
+        self._prefix = ""
+        self._whole: Journal | None = None
         self._close: Callable[[], object] = lambda: None
 
     @classmethod
@@ -121,6 +124,14 @@ class Journal:
     def __len__(self) -> int:
         return len(self._files) + len(self._values)
 
+    def part(self, name: str) -> Journal:
+        """The units whose names begin so, without it; of a temporary journal a folder of its own."""
+        if not self.kept:
+            return Journal()
+        part = copy.copy(self)
+        part._prefix, part._whole = f"{self._prefix}{name}/", self
+        return part
+
     def expect(self, fingerprint: Fingerprint) -> None:
         """Record what the units depend on, too; `BadInput` where it is not as it was recorded."""
         if self._log is None:
@@ -147,11 +158,12 @@ class Journal:
         """What was recorded under a name, or else what is made now: something that JSON can hold."""
         if self._log is None:
             return make()
-        if name not in self._values:
+        full = self._prefix + name
+        if full not in self._values:
             made = make()
-            self._log.write({"unit": name, "value": made})
-            self._values[name] = made
-        value: Value = self._values[name]
+            self._log.write({"unit": full, "value": made})
+            self._values[full] = made
+        value: Value = self._values[full]
         return value
 
     def file(self, name: str, make: Callable[[Path], object]) -> Path:
@@ -173,14 +185,15 @@ class Journal:
                         partial.unlink(missing_ok=True)
                     raise
                 if self._log is not None:
-                    self._log.write({"unit": name, "bytes": recorded.bytes, "sha256": recorded.sha256})
-            self._files[name] = recorded
+                    record = {"unit": self._prefix + name, "bytes": recorded.bytes, "sha256": recorded.sha256}
+                    self._log.write(record)
+            self._files[self._prefix + name] = recorded
         return self._path(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors under a name, in place of those before."""
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        self._files.pop(name, None)
+        self._files.pop(self._prefix + name, None)
         self.file(name, lambda path: save_file(on_cpu, path))
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -193,22 +206,24 @@ class Journal:
 
     def holds(self, name: str) -> bool:
         """Whether there is a unit of tensors, or a file, of that name, and it is as it was recorded."""
-        if name in self._unchecked:
-            self._unchecked.discard(name)
-            path, recorded = self._path(name), self._files[name]
+        full = self._prefix + name
+        if full in self._unchecked:
+            self._unchecked.discard(full)
+            path, recorded = self._path(name), self._files[full]
             whole = path.is_file() and path.stat().st_size == recorded.bytes and _digest(path) == recorded.sha256
             if not whole:
-                logger.warning("%s: %s is damaged, and is computed again", self._folder, name)
-                del self._files[name]
-        return name in self._files
+                logger.warning("%s: %s is damaged, and is computed again", self._folder, full)
+                del self._files[full]
+        return full in self._files
 
     def drop(self, name: str) -> None:
         """Remove a unit of tensors, or a file, that is not needed any more."""
-        if self._files.pop(name, None) is None:
+        full = self._prefix + name
+        if self._files.pop(full, None) is None:
             return
-        self._unchecked.discard(name)
+        self._unchecked.discard(full)
         if self._log is not None:
-            self._log.write({"dropped": name})
+            self._log.write({"dropped": full})
         with self._space():
             self._path(name).unlink(missing_ok=True)
 
@@ -224,12 +239,14 @@ class Journal:
                 (self._folder / name).unlink(missing_ok=True)
             with suppress(OSError):
                 self._folder.rmdir()
-        self._files, self._values, self._unchecked = {}, {}, set()
+        for known in (self._files, self._values, self._unchecked):
+            known.clear()
         self._close()
 
     def _path(self, name: str) -> Path:
         """Where the file of a unit is: a name may be anything, also too long for a file."""
-        return self._place() / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        full = self._prefix + name
+        return self._place() / f"{hashlib.sha256(full.encode()).hexdigest()[:32]}.safetensors"
 
     def _place(self) -> Path:
         if self._log is not None:

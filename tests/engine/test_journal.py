@@ -262,3 +262,37 @@ def test_digests_tell_names_shapes_dtypes_and_numbers_apart() -> None:
     ]
     assert len(set(found)) == len(found)
     assert digest_of({"a": x.reshape(2, 3).T.contiguous()}) == digest_of({"a": x.reshape(2, 3).T})
+
+
+def test_parts_have_names_of_their_own(work: Path) -> None:
+    journal, made = opened(work), Made()
+    for name in ("one", "two"):
+        part = journal.part(name)
+        part.tensors("layer", made.tensors)
+        part.value("loss", made.value)
+        part.part("more").write("state", {"a": torch.ones(1)})
+    assert made.times == 4
+    assert len(journal) == 6
+    assert journal.part("two").read("layer")["b"].tolist() == [3.0, 3.0]
+    assert not journal.holds("layer")
+    del part
+    journal.part("one").drop("layer")
+    journal.close()
+    journal = opened(work)
+    assert not journal.part("one").holds("layer")
+    assert journal.part("one").part("more").holds("state")
+    assert journal.part("two").value("loss", made.value)[-1] == 4.0
+
+
+def test_the_parts_of_a_temporary_journal_are_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    journal = Journal()
+    one, two = journal.part("one"), journal.part("one")
+    one.write("state", {"a": torch.ones(1)})
+    assert not two.holds("state")
+    assert not journal.holds("state")
+    del one
+    gc.collect()
+    assert not list(tmp_path.iterdir())
