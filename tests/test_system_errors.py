@@ -85,7 +85,7 @@ def test_temporary_files_that_do_not_fit_name_their_folder_and_tmpdir(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     cache = ActivationCache(torch.device("cpu"))
     with pytest.raises(BadInput) as caught:
-        cache.gradients().write(0, [torch.zeros(100_000)])
+        cache.gradients(0).write(0, [torch.zeros(100_000)])
     said = str(caught.value)
     assert said.startswith(f"temporary files cannot be kept: a file is too large for {tmp_path} (File too large); ")
     assert "TMPDIR" in said

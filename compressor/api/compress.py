@@ -28,6 +28,7 @@ from compressor.api.requests import (
     selection,
     timing_settings,
 )
+from compressor.api.work_folder import expect_data, kept_work
 from compressor.api.workload import (
     CompressionWork,
     decomposition_costs,
@@ -45,7 +46,7 @@ from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
-from compressor.io import Artifact, Naming, form_of
+from compressor.io import Artifact, Naming, Target, form_of
 from compressor.lowrank import (
     Rewriting,
     StoredErrors,
@@ -162,7 +163,15 @@ def compress(
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     run = Run(resolve_device(asked.device), asked.seed, asked.progress)
     target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
+    with kept_work(asked, subject, run) as running:
+        compression = _compressed(asked, subject, target, run=running)
+    return replace(compression, seconds=time.monotonic() - started)
+
+
+def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *, run: Run) -> Compression:
+    """The compression of an opened model; how long all of it took is not known here."""
     data = _open_data(asked, subject, run)
+    expect_data(run, data.calibration, data.search)
     with _held(subject, data, run):
         _announce(asked, subject, data, run=run)
         inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
@@ -199,7 +208,7 @@ def compress(
         measured=tuple(planned.weighted or ready.measured),
     )
     pushed = None if target is None else target.push()
-    return replace(compression, form=asked.form, pushed=pushed, seconds=time.monotonic() - started)
+    return replace(compression, form=asked.form, pushed=pushed)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class CompressKeywords(TypedDict, total=False):
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
+    work_dir: str | Path | None
     allow_miss: bool | None
     push_to: str | None
     dry_run: bool | None

@@ -223,6 +223,20 @@ class RunOptions(ProgressOptions):
 
 
 @options
+class WorkOptions(Options):
+    """Where a run keeps what it has done."""
+
+    work_dir: Path | None = option(
+        "Keep what is done in this folder, so that the same command goes on from there when it was interrupted; "
+        "removed when all is done.",
+        PATH,
+        metavar="DIR",
+        panel=RUNNING,
+        repeatable=False,
+    )
+
+
+@options
 class OverwriteOptions(Options):
     """Whether outputs are replaced."""
 
@@ -496,12 +510,12 @@ class PlanOptions(
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
     *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
-    *("prefer", "batch", "target_device", "max_latency", "rank_multiple"),
+    *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir"),
 )
 
 
 @options
-class CompressOptions(OutputOptions, PlanOptions):
+class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
     """What can be asked of `compress`."""
 
     verb = "compress"

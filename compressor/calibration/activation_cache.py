@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,10 @@ class _Folder:
         """Whether there are tensors of a name."""
         return self._journal.holds(name)
 
+    def drop(self, name: str) -> None:
+        """Remove the tensors of a name."""
+        self._journal.drop(name)
+
 
 @dataclass(frozen=True)
 class CachedBatches:
@@ -49,6 +53,10 @@ class CachedBatches:
         """Whether there are tensors of a batch."""
         return self._folder.holds(f"{self._kind}-{batch}")
 
+    def drop(self, batch: int) -> None:
+        """Remove the tensors of a batch."""
+        self._folder.drop(f"{self._kind}-{batch}")
+
     def read(self, batch: int) -> tuple[Tensor, ...]:
         """The tensors of a batch, on the device. KeyError where there are none."""
         tensors = self._folder.read(f"{self._kind}-{batch}")
@@ -59,23 +67,28 @@ class ActivationCache:
     """What the walks through a model leave for each other, in a journal: by default on disk until the object goes."""
 
     def __init__(self, device: torch.device, journal: Journal | None = None) -> None:
-        self._folder = _Folder(Journal() if journal is None else journal, device)
+        self.journal = Journal() if journal is None else journal
+        self._folder = _Folder(self.journal, device)
 
     def dense(self, part: Part, segment: int) -> CachedBatches:
         """New outputs of a segment of the dense model."""
         return CachedBatches(self._folder, f"dense-{part}-{segment}")
 
-    def compressed(self, part: Part) -> CachedBatches:
-        """Inputs of the segment of the compressed model that a walk is at."""
-        return CachedBatches(self._folder, f"compressed-{part}")
+    def compressed(self, part: Part, walk: str, segment: int) -> CachedBatches:
+        """Inputs of a segment of the compressed model, in a walk of that name."""
+        return CachedBatches(self._folder, f"{walk}/compressed-{part}-{segment}")
 
-    def gradients(self) -> CachedBatches:
-        """Gradients of the loss at the inputs of the segment that the backward pass is at, of the fit batches."""
-        return CachedBatches(self._folder, "gradients")
+    def gradients(self, segment: int) -> CachedBatches:
+        """Gradients of the loss at the inputs of a segment, of the fit batches."""
+        return CachedBatches(self._folder, f"gradients-{segment}")
 
     def write_boundary(self, segment: int, moments: Sequence[Tensor]) -> None:
         """Keep the second moments of the gradients at the new outputs of a segment."""
         CachedBatches(self._folder, "boundary").write(segment, moments)
+
+    def has_boundary(self, segment: int) -> bool:
+        """Whether there are second moments of the gradients at the new outputs of a segment."""
+        return CachedBatches(self._folder, "boundary").holds(segment)
 
     def boundary(self, segment: int) -> tuple[Tensor, ...]:
         """The second moments of the gradients at the new outputs of a segment."""
@@ -86,7 +99,7 @@ class ActivationCache:
         return CachedMetrics(self._folder)
 
     def decompositions(self) -> CachedDecompositions:
-        """Decompositions by layer, of which there are none yet."""
+        """Decompositions by layer, those that the journal has."""
         return CachedDecompositions(self._folder)
 
 
@@ -95,48 +108,55 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
-        self._files: dict[str, str] = {}
+        self._names: dict[str, None] = {}
 
     def put(self, name: str, metric: Metric | TiedMetric) -> None:
         """Keep the metric of a layer, in place of the one before."""
         parts = {"": metric} if isinstance(metric, Metric) else {"lookup.": metric.lookup, "head.": metric.head}
-        file = self._files.setdefault(name, f"metric-{len(self._files)}")
-        self._folder.write(file, {prefix + key: each for prefix, part in parts.items() for key, each in _tensors(part)})
+        tensors = {prefix + key: each for prefix, part in parts.items() for key, each in _tensors(part)}
+        self._folder.write(f"metric/{name}", tensors)
+        self._names[name] = None
+
+    def take(self, name: str) -> None:
+        """Know the metric of a layer that is kept already."""
+        self._names[name] = None
+
+    def are_kept(self, names: Iterable[str]) -> bool:
+        """Whether there is a metric of each of some layers."""
+        return all(self._folder.holds(f"metric/{name}") for name in names)
 
     def __getitem__(self, name: str) -> Metric | TiedMetric:
-        tensors = self._folder.read(self._files[name])
+        if name not in self._names:
+            raise KeyError(name)
+        tensors = self._folder.read(f"metric/{name}")
         if "lookup.inputs" in tensors:
             return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
         return _metric(tensors, "")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
 
-class CachedDecompositions(Mapping[str, Decomposition]):
+class CachedDecompositions:
     """The decompositions of layers in their metrics by name, each read when it is asked for."""
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
-        self._files: dict[str, str] = {}
 
     def put(self, name: str, found: Decomposition) -> None:
         """Keep the decomposition of a layer, in place of the one before."""
-        file = self._files.setdefault(name, f"decomposition-{len(self._files)}")
-        self._folder.write(file, {"values": torch.from_numpy(found.values.copy()), "basis": found.basis})
+        tensors = {"values": torch.from_numpy(found.values.copy()), "basis": found.basis}
+        self._folder.write(f"decomposition/{name}", tensors)
 
     def __getitem__(self, name: str) -> Decomposition:
-        tensors = self._folder.read(self._files[name])
+        tensors = self._folder.read(f"decomposition/{name}")
         return Decomposition(tensors["values"].cpu().numpy(), tensors["basis"])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+    def __contains__(self, name: str) -> bool:
+        return self._folder.holds(f"decomposition/{name}")
 
 
 def _tensors(metric: Metric) -> list[tuple[str, Tensor]]:

@@ -94,13 +94,13 @@ def calibrate(
         logger.info("calibration runs the model in %d segments", segments.count)
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         known = {layer.name: layer for layer in layers}
-        cache = ActivationCache(run.device)
+        cache = ActivationCache(run.device, run.journal.part("calibration"))
         bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
         modules = _modules(model, layers)
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
-            backward = _BackwardPass(bare, modules, modules, embeddings=embeddings)
+            backward = _BackwardPass(bare, modules, modules, embeddings=embeddings, parameters=parameters)
             metrics, uses = backward.metrics()
         for name, of_parameter in parameters.moments(backward.predictions).items():
             inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
@@ -161,8 +161,8 @@ def _accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:
         ) from error
 
 
-def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> Calibration:
-    """Calibrate again at a compressed model: the dense one with `modules` in their places.
+def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name: str = "") -> Calibration:
+    """Calibrate again at a compressed model, of that name in the journal: the dense one with `modules` in their places.
 
     Inputs are those of the layers in the compressed model, gradients those of its own loss. The metrics of embeddings
     and parameters, and of layers that the compressed model does not reach, stay those of the dense model.
@@ -173,17 +173,17 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module]) -> C
         with_layers(calibration.model, modules) as changed,
         frozen(changed),
     ):
-        cache = ActivationCache(calibration.run.device)
+        cache = ActivationCache(calibration.run.device, calibration.cache.journal.part(f"recalibrated/{name}"))
         at_compressed = replace(calibration, model=changed, cache=cache)
         running = _modules(changed, calibration.layers.values())
         _cache_outputs(at_compressed, ("fit",), running)
         metrics, uses = _BackwardPass(at_compressed, layers, running).metrics()
     decompositions = cache.decompositions()
-    for name in calibration.metrics.keys() - metrics.keys():
-        metrics.put(name, calibration.metrics[name])
-        uses[name] = calibration.uses[name]
-        if name in calibration.decompositions:
-            decompositions.put(name, calibration.decompositions[name])
+    for unreached in calibration.metrics.keys() - metrics.keys():
+        metrics.put(unreached, calibration.metrics[unreached])
+        uses[unreached] = calibration.uses[unreached]
+        if unreached in calibration.decompositions:
+            decompositions.put(unreached, calibration.decompositions[unreached])
     return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions)
 
 
@@ -270,6 +270,9 @@ def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapp
     model, segments, data = calibration.model, calibration.segments, calibration.data
     chunks = data.chunks(*parts)
     for done, chunk in enumerate(chunks, start=1):
+        cached = [calibration.cache.dense(chunk.part, segment) for segment in range(segments.count - 1)]
+        if cached and all(each.holds(chunk.batch) for each in cached):
+            continue
         state: State = ()
         for segment in range(segments.count - 1):
             state = segments.run(model, segment, data.read(chunk), state=state)
@@ -309,8 +312,12 @@ class _BackwardPass:
         running: Mapping[str, nn.Module],
         *,
         embeddings: EmbeddingCollector | None = None,
+        parameters: ParameterCollector | None = None,
     ) -> None:
         self.predictions = 0
+        self._collectors = {
+            name: each for name, each in (("embeddings", embeddings), ("parameters", parameters)) if each is not None
+        }
         self._calibration, self._layers, self._running = calibration, layers, running
         self._embeddings = embeddings
         self._generator: torch.Generator | None = None
@@ -318,20 +325,60 @@ class _BackwardPass:
 
     def metrics(self) -> tuple[CachedMetrics, dict[str, float]]:
         """The metric and the uses per prediction of every layer that is reached."""
-        calibration = self._calibration
+        calibration, journal = self._calibration, self._calibration.cache.journal
         metrics, uses = calibration.cache.metrics(), dict[str, float]()
         count = calibration.segments.count
+        done_before = self._done_before(metrics)
         for done, segment in enumerate(reversed(range(count)), start=1):
-            for name, moments in self._moments(segment).items():
-                metric = None if moments is None else _metric(moments, self._layers[name], calibration.settings)
-                if moments is not None and metric is not None:
-                    metrics.put(name, metric)
-                    uses[name] = moments.positions / self.predictions
-            if self._boundary:
-                calibration.cache.write_boundary(segment - 1, [each.mean() for each in self._boundary.values()])
-                self._boundary.clear()
+            of_segment = journal.value(f"backward-{segment}", partial(self._measured, segment, metrics))
+            self.predictions = of_segment["predictions"]
+            for name, used in of_segment["uses"].items():
+                metrics.take(name)
+                uses[name] = used
+            if done == done_before:
+                for kind, collector in self._collectors.items():
+                    state = journal.read(f"{kind}-{segment}")
+                    collector.restore({key: each.to(calibration.run.device) for key, each in state.items()})
+            for chunk in calibration.data.chunks("fit"):
+                calibration.cache.gradients(segment + 1).drop(chunk.batch)
             calibration.run.report("calibrate", done, count)
         return metrics, uses
+
+    def _measured(self, segment: int, metrics: CachedMetrics) -> dict[str, Any]:
+        """Keep the metrics of a segment's layers; their uses per prediction, and the predictions."""
+        cache, uses = self._calibration.cache, dict[str, float]()
+        for name, moments in self._moments(segment).items():
+            metric = None if moments is None else _metric(moments, self._layers[name], self._calibration.settings)
+            if moments is not None and metric is not None:
+                metrics.put(name, metric)
+                uses[name] = moments.positions / self.predictions
+        if self._boundary:
+            cache.write_boundary(segment - 1, [each.mean() for each in self._boundary.values()])
+            self._boundary.clear()
+        if cache.journal.kept:
+            for kind, collector in self._collectors.items():
+                cache.journal.write(f"{kind}-{segment}", collector.state())
+        return {"uses": uses, "predictions": self.predictions}
+
+    def _done_before(self, metrics: CachedMetrics) -> int:
+        """How many segments an interrupted run has measured: none where something of that is damaged."""
+        cache, data = self._calibration.cache, self._calibration.data
+        journal, count = cache.journal, self._calibration.segments.count
+        recorded = [f"backward-{segment}" for segment in reversed(range(count))]
+        done = next((place for place, name in enumerate(recorded) if not journal.knows(name)), count)
+        if done == 0:
+            return 0
+        whole = all(metrics.are_kept(journal.value(name, dict[str, Any])["uses"]) for name in recorded[:done])
+        whole &= all(journal.holds(f"{kind}-{count - done}") for kind in self._collectors)
+        whole &= all(cache.has_boundary(segment - 1) for segment in range(count - done, count) if segment > 0)
+        if done < count:
+            gradients = cache.gradients(count - done)
+            whole &= all(gradients.holds(chunk.batch) for chunk in data.chunks("fit"))
+        if whole:
+            return done
+        for name in recorded[:done]:
+            journal.drop(name)
+        return 0
 
     def _moments(self, segment: int) -> dict[str, Moments | None]:
         data = self._calibration.data
@@ -353,7 +400,7 @@ class _BackwardPass:
         if last:
             outputs = (self._loss(outputs[0], batch.masks),)
         else:
-            gradients = calibration.cache.gradients().read(chunk.batch)
+            gradients = calibration.cache.gradients(segment + 1).read(chunk.batch)
         # An output that depends on none of the layers and inputs of the segment has no gradient.
         reachable = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
         if reachable:
@@ -361,7 +408,7 @@ class _BackwardPass:
         if not state:
             return
         received = tuple(torch.zeros_like(each) if each.grad is None else each.grad for each in state)
-        calibration.cache.gradients().write(chunk.batch, received)
+        calibration.cache.gradients(segment).write(chunk.batch, received)
         for place, gradient in enumerate(calibration.segments.new_outputs(segment - 1, received)):
             self._boundary.setdefault(place, _SecondMoment()).add(hidden_rows(gradient, batch.masks))
 

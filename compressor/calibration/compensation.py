@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
-from compressor.calibration.walk import Walk
+from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates
 from compressor.forms import LowRankEmbedding, MatrixPair
 from compressor.lowrank import (
@@ -62,7 +62,7 @@ class Compensated:
             f"{place}.{name}": getattr(module, name)
             for place, module in self.modules.items()
             if isinstance(module, _BatchNorm)
-            for name in ("running_mean", "running_var")
+            for name in _STATISTICS
         }
 
 
@@ -100,8 +100,10 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[
     return stored_tensors(layer, plan, pair, dense=weights, metric=metric)
 
 
-def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
+def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str = "compensate") -> Compensated:
     """Refit the planned low-rank layers in forward order; layers that stay dense are left as they are.
+
+    `name` is that of the plan in the journal.
 
     The inputs of embeddings are the same tokens whatever other layers lost, so there is nothing to refit; the inputs of
     bare parameters are unknown.
@@ -113,11 +115,28 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compen
     names = {calibration.layers[name].module: name for name in plans}
     left = {*names, *_batch_normalizations(calibration.model)}
     factors: dict[str, Mapping[str, Tensor]] = dict(start.factors)
-    walk = Walk(calibration, dict(start.modules))
+    walk = Walk(calibration, dict(start.modules), name=name)
+
+    def put(place: str, tensors: Mapping[str, Tensor]) -> None:
+        name = names[place]
+        layer, factors[name] = calibration.layers[name], tensors
+        low_rank_layer = filled_layer(layer, plans[name], calibration.model.get_submodule(place), tensors=factors[name])
+        walk.modules.update(dict.fromkeys((place, *layer.places), low_rank_layer))
+
     with evaluation_mode(calibration.run.device, calibration.model):
         for segment in range(calibration.segments.count):
+            if (kept := walk.kept_before()) is not None:
+                left -= set(kept.places)
+                for each, tensors in kept.factors.items():
+                    put(calibration.layers[each].module, tensors)
+                for place, statistics in kept.statistics.items():
+                    walk.modules[place] = _with_statistics(calibration.model.get_submodule(place), statistics)
+                walk.skip()
+                continue
+            passed: list[str] = []
             for group in walk.groups(left):
                 left -= set(group)
+                passed += group
                 first = calibration.model.get_submodule(group[0])
                 fit, holdout = (_statistics(walk, part, first) for part in PARTS)
                 if isinstance(first, _BatchNorm):
@@ -128,18 +147,33 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compen
                     name = names[place]
                     layer, plan = calibration.layers[name], plans[name]
                     if fit is None or holdout is None or name not in calibration.metrics:
-                        factors[name] = _truncated(calibration, layer, plan)
+                        put(place, _truncated(calibration, layer, plan))
                     else:
-                        factors[name] = _refit(calibration, plan, fit=fit, holdout=holdout)
-                    low_rank_layer = filled_layer(
-                        layer, plan, calibration.model.get_submodule(place), tensors=factors[name]
-                    )
-                    walk.modules |= dict.fromkeys((place, *layer.places), low_rank_layer)
-            walk.advance()
+                        put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
+            own = {names[place]: factors[names[place]] for place in passed if place in names}
+            walk.advance(partial(_kept, walk, own, passed))
             calibration.run.report("compensate", segment + 1, calibration.segments.count)
     # Layers that the first calibration batch does not reach are truncated as they are.
     rest = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
     return Compensated({**factors, **rest.factors}, {**walk.modules, **rest.modules})
+
+
+def _kept(walk: Walk, factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str]) -> Kept:
+    """What a segment with these factors and places has become."""
+    moved = {place: module for place in passed if isinstance(module := walk.modules.get(place), _BatchNorm)}
+    statistics = {place: {key: getattr(each, key) for key in _STATISTICS} for place, each in moved.items()}
+    return Kept(factors, statistics, passed)
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def _with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a batch normalization with other statistics."""
+    moved = deepcopy(dense)
+    for name, value in statistics.items():
+        getattr(moved, name).copy_(value)
+    return moved
 
 
 @dataclass(frozen=True)
@@ -322,11 +356,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     chosen = min(candidates, key=lambda statistics: error(*statistics))
     if chosen is candidates[0]:
         return None
-    moved = deepcopy(dense)
-    for kept, value in zip((moved.running_mean, moved.running_var), chosen, strict=True):
-        assert kept is not None
-        kept.copy_(value)
-    return moved
+    return _with_statistics(dense, dict(zip(_STATISTICS, chosen, strict=True)))
 
 
 def _batch_normalizations(model: nn.Module) -> Iterator[str]:

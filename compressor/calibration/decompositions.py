@@ -21,4 +21,5 @@ def decomposition_of(calibration: Calibration, layer: Layer) -> Decomposition:
         found = decompose(matrix, metric)
         found = found.rounded(matrix, metric, calibration.settings.factorization.float32_loss)
     calibration.decompositions.put(layer.name, found)
-    return found
+    # Read back, so that the numbers lie as in every later run: kernels mind where they begin.
+    return calibration.decompositions[layer.name]

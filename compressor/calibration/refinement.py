@@ -26,7 +26,7 @@ from compressor.calibration.criterion import divergence, hidden_rows
 from compressor.calibration.examples import Chunk
 from compressor.calibration.segments import State
 from compressor.calibration.settings import RefinementSettings
-from compressor.calibration.walk import Walk
+from compressor.calibration.walk import Kept, Walk
 from compressor.lowrank import join
 from compressor.model import evaluation_mode
 
@@ -91,8 +91,12 @@ def fit_to_dense(
     return least < started
 
 
-def refine(calibration: Calibration, start: Compensated, *, fit: Fit = fit_to_dense) -> Compensated:
+def refine(
+    calibration: Calibration, start: Compensated, name: str = "refine", *, fit: Fit = fit_to_dense
+) -> Compensated:
     """Fit the low-rank layers of `start`, a segment at a time, in the metric of the loss; `start` stays as it is.
+
+    `name` is that of the plan in the journal.
 
     Embeddings, bare parameters, and layers that the first calibration batch does not reach are not fitted, nor is a
     segment whose holdout error does not fall, or that cannot be differentiated with respect to its factors.
@@ -104,19 +108,35 @@ def refine(calibration: Calibration, start: Compensated, *, fit: Fit = fit_to_de
     }
     left = set(layers)
     own = {place: start.modules[place] for layer in layers.values() for place in (layer.module, *layer.places)}
-    walk = Walk(calibration, {**start.modules, **deepcopy(own)})
+    walk = Walk(calibration, {**start.modules, **deepcopy(own)}, name=name)
     factors = dict(start.factors)
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         for segment in range(calibration.segments.count):
+            if (kept := walk.kept_before()) is not None:
+                left -= set(kept.places)
+                for each, tensors in kept.factors.items():
+                    factors[each] = tensors
+                    _put_state(walk.modules[calibration.layers[each].module], each, tensors)
+                walk.skip()
+                continue
             places = [place for group in walk.groups(left) for place in group]
             left -= set(places)
+            fitted: dict[str, Mapping[str, Tensor]] = {}
             if _fit(walk, {place: walk.modules[place] for place in places}, fit):
-                for place in places:
-                    name = layers[place].name
-                    factors[name] = {join(name, key): each for key, each in walk.modules[place].state_dict().items()}
-            walk.advance()
+                fitted = dict(_state(layers[place].name, walk.modules[place]) for place in places)
+            factors |= fitted
+            walk.advance(partial(Kept, fitted, places=places))
             calibration.run.report("refine", segment + 1, calibration.segments.count)
     return Compensated(factors, walk.modules)
+
+
+def _state(name: str, module: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """The tensors of a low-rank layer by their names in a file."""
+    return name, {join(name, key): each for key, each in module.state_dict().items()}
+
+
+def _put_state(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    module.load_state_dict({key: tensors[join(name, key)] for key in module.state_dict()})
 
 
 def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:

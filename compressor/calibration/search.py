@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,13 +320,14 @@ class Search:
         for _ in range(0 if best.as_predicted else self.rounds):
             try:
                 halfway = self.best(Budget("keep", math.sqrt(best.kept)))
-                again = recalibrate(self.calibration, halfway.solution.modules)
+                again = recalibrate(self.calibration, halfway.solution.modules, _name(halfway.layers))
                 fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
                 best = min(best, fresh.best(budget), key=_loss)
             except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
         if self.calibration.settings.refine:
-            refined = self._solved(best, refine(best.calibration, best.solution))
+            name = f"refined/{_name(best.layers)}"
+            refined = self._solved(best, refine(best.calibration, best.solution, name), name)
             best = min(best, replace(refined, refined=True), key=_loss)
         return best
 
@@ -340,15 +344,17 @@ class Search:
         if self.caps:
             found = min(found, self._capped(found, budget), key=_loss)
         if self.calibration.settings.compensate:
-            compensated = self._solved(found, compensate(self.calibration, found.layers))
+            name = f"compensated/{_name(found.layers)}"
+            compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
             allocation = f"{found.exponent}, capped" if found.capped else f"{found.exponent}"
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
         return replace(found, solution=uncompensated(self.calibration, found.layers))
 
-    def _solved(self, found: Candidate, solution: Compensated) -> Candidate:
-        return replace(found, solution=solution, loss=self.judge(found.calibration, solution.modules))
+    def _solved(self, found: Candidate, solution: Compensated, name: str) -> Candidate:
+        judged = partial(self.judge, found.calibration, solution.modules)
+        return replace(found, solution=solution, loss=found.calibration.cache.journal.value(f"loss/{name}", judged))
 
     def _capped(self, found: Candidate, budget: Budget) -> Candidate:
         """The same allocation under the caps; `found` itself where they change nothing."""
@@ -364,8 +370,17 @@ class Search:
         return replace(self._measured(layers, found.exponent), capped=True)
 
     def _measured(self, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
-        loss = self.judge(self.calibration, uncompensated(self.calibration, layers).modules)
+        def judged() -> float:
+            return self.judge(self.calibration, uncompensated(self.calibration, layers).modules)
+
+        loss = self.calibration.cache.journal.value(f"loss/{_name(layers)}", judged)
         return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
+
+
+def _name(layers: Sequence[LayerPlan]) -> str:
+    """The name of a plan in the journal: a digest of its ranks and forms."""
+    chosen = json.dumps([[layer.name, layer.form, layer.rank] for layer in layers])
+    return hashlib.sha256(chosen.encode()).hexdigest()[:16]
 
 
 def _loss(candidate: Candidate) -> float:

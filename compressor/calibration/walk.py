@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compressor.calibration.activation_cache import CachedBatches
 from compressor.calibration.calibrate import Calibration, dense_inputs, rows_of, with_layers
-from compressor.calibration.examples import PARTS, Chunk
+from compressor.calibration.examples import PARTS, Chunk, Part
 from compressor.calibration.segments import State
 from compressor.measure.moments import patches
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a walk has made of a segment: the factors of layers, moved statistics by place, and the places it passed."""
+
+    factors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    places: Sequence[str] = ()
+
+    def by_key(self) -> dict[str, Tensor]:
+        """All tensors, by names for a file."""
+        both = {"factors": self.factors, "statistics": self.statistics}
+        return {
+            json.dumps([kind, name, key]): each
+            for kind, named in both.items()
+            for name, tensors in named.items()
+            for key, each in tensors.items()
+        }
+
+    @classmethod
+    def of(cls, by_key: Mapping[str, Tensor], places: Sequence[str]) -> Self:
+        """What was kept in a file."""
+        both: dict[str, dict[str, dict[str, Tensor]]] = {"factors": {}, "statistics": {}}
+        for text, each in by_key.items():
+            kind, name, key = json.loads(text)
+            both[kind].setdefault(name, {})[key] = each
+        return cls(both["factors"], both["statistics"], places)
 
 
 @dataclass
 class Walk:
     """A model that is compressed on the way: the modules that are replaced so far, and the segment that comes next.
 
-    The inputs of that segment, in the model compressed so far, are in the calibration's cache.
+    The inputs of that segment, in the model compressed so far, are in the calibration's cache under the walk's name.
     """
 
     calibration: Calibration
     modules: dict[str, nn.Module] = field(default_factory=dict)
     segment: int = 0
+    name: str = "walk"
 
     @property
     def last(self) -> bool:
@@ -42,17 +73,60 @@ class Walk:
     def run_compressed(self, chunk: Chunk) -> State:
         """Outputs of the segment in the model compressed so far."""
         calibration = self.calibration
-        inputs = calibration.cache.compressed(chunk.part).read(chunk.batch) if self.segment > 0 else ()
+        inputs = self._inputs(chunk.part, self.segment).read(chunk.batch) if self.segment > 0 else ()
         batch = calibration.data.read(chunk)
         with with_layers(calibration.model, self.modules) as model:
             return calibration.segments.run(model, self.segment, batch, state=rows_of(inputs, chunk))
 
-    def advance(self) -> None:
-        """Go on to the next segment: cache its inputs in the model compressed so far."""
+    def advance(self, kept: Callable[[], Kept] = Kept) -> None:
+        """Go on to the next segment: cache its inputs in the model compressed so far.
+
+        In a journal that stays, what is `kept` of this segment is recorded then, for a walk that is interrupted.
+        """
+        chunks, journal = self.calibration.data.chunks(*PARTS), self.calibration.cache.journal
         if not self.last:
-            for chunk in self.calibration.data.chunks(*PARTS):
-                self.calibration.cache.compressed(chunk.part).write(chunk.batch, self.run_compressed(chunk))
+            for chunk in chunks:
+                self._inputs(chunk.part, self.segment + 1).write(chunk.batch, self.run_compressed(chunk))
+        if journal.kept:
+            made = kept()
+            journal.write(self._record("factors"), made.by_key())
+            journal.value(self._record("places"), lambda: list(made.places))
+        for chunk in chunks:
+            self._inputs(chunk.part, self.segment).drop(chunk.batch)
         self.segment += 1
+
+    def kept_before(self) -> Kept | None:
+        """What an interrupted walk kept of the segment that comes next, which is not walked again."""
+        if self.segment == 0:
+            self._forget_if_damaged()
+        journal = self.calibration.cache.journal
+        if not journal.knows(self._record("places")):
+            return None
+        # Copies: kernels may add up in another order where numbers begin at another address.
+        tensors = {key: each.clone() for key, each in journal.read(self._record("factors")).items()}
+        return Kept.of(tensors, journal.value(self._record("places"), list))
+
+    def skip(self) -> None:
+        """Go on to the next segment after one that an interrupted walk had done."""
+        self.segment += 1
+
+    def _forget_if_damaged(self) -> None:
+        journal, count = self.calibration.cache.journal, self.calibration.segments.count
+        records = [(self._record("factors", each), self._record("places", each)) for each in range(count)]
+        done = next((place for place, (_, name) in enumerate(records) if not journal.knows(name)), count)
+        whole = all(journal.holds(name) for name, _ in records[:done])
+        if 0 < done < count:
+            chunks = self.calibration.data.chunks(*PARTS)
+            whole &= all(self._inputs(chunk.part, done).holds(chunk.batch) for chunk in chunks)
+        if not whole:
+            for _, name in records[:done]:
+                journal.drop(name)
+
+    def _record(self, what: str, segment: int | None = None) -> str:
+        return f"{self.name}/{what}-{self.segment if segment is None else segment}"
+
+    def _inputs(self, part: Part, segment: int) -> CachedBatches:
+        return self.calibration.cache.compressed(part, self.name, segment)
 
     def groups(self, places: Iterable[str]) -> list[list[str]]:
         """Modules, of those at some places, that the segment runs, in order; those with one input are a group.

@@ -166,6 +166,10 @@ class Journal:
         value: Value = self._values[full]
         return value
 
+    def knows(self, name: str) -> bool:
+        """Whether a value was recorded under a name."""
+        return self._prefix + name in self._values
+
     def file(self, name: str, make: Callable[[Path], object]) -> Path:
         """The file of a unit, which `make` writes where there is none: at a path where nothing is."""
         if not self.holds(name):
@@ -217,11 +221,13 @@ class Journal:
         return full in self._files
 
     def drop(self, name: str) -> None:
-        """Remove a unit of tensors, or a file, that is not needed any more."""
+        """Remove a unit, or a value, that is not needed any more."""
         full = self._prefix + name
-        if self._files.pop(full, None) is None:
+        if full not in self._files and full not in self._values:
             return
         self._unchecked.discard(full)
+        self._values.pop(full, None)
+        self._files.pop(full, None)
         if self._log is not None:
             self._log.write({"dropped": full})
         with self._space():
@@ -281,6 +287,7 @@ class Journal:
                     self._values[name] = value
                 case {"dropped": str(name)}:
                     self._files.pop(name, None)
+                    self._values.pop(name, None)
                 case {"contents": dict(contents), "settings": dict(settings)}:
                     self._log.fingerprint = Fingerprint(contents, settings)
         self._unchecked = set(self._files)

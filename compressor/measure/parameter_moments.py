@@ -80,6 +80,16 @@ class ParameterCollector:
             )
         return found
 
+    def state(self) -> dict[str, Tensor]:
+        """What was gathered so far, by names for a file."""
+        found = {f"{name}/{place}": each for name, sums in self._sums.items() for place, each in enumerate(sums)}
+        return found | {f"{name}/batches": torch.tensor(count) for name, count in self._batches.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was gathered before."""
+        self._batches = {key.removesuffix("/batches"): int(state[key]) for key in state if key.endswith("/batches")}
+        self._sums = {name: [state[f"{name}/0"], state[f"{name}/1"]] for name in self._batches}
+
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None

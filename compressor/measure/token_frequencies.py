@@ -118,6 +118,23 @@ class EmbeddingCollector:
         """The means so far; None for an embedding that was not used, or whose head predicts nothing."""
         return {name: self._moments(name, head is not None) for name, (_, head) in self._embeddings.items()}
 
+    def state(self) -> dict[str, Tensor]:
+        """What was gathered so far, by names for a file."""
+        found = {f"{what}/{name}": each for (name, what), each in self._sums.items()}
+        found |= {f"positions of {what}/{name}": torch.tensor(each) for (name, what), each in self._positions.items()}
+        return found | {"predictions": torch.tensor(self._predictions)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was gathered before."""
+        for key, each in state.items():
+            what, _, name = key.partition("/")
+            if what == "predictions":
+                self._predictions = int(each)
+            elif what.startswith("positions of "):
+                self._positions[name, what.removeprefix("positions of ")] = int(each)
+            else:
+                self._sums[name, what] = each
+
     def _moments(self, name: str, tied: bool) -> EmbeddingMoments | None:
         positions = self._positions.get((name, "gradients"), 0)
         made = self._positions.get((name, "logits"), 0)

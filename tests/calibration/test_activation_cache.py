@@ -63,7 +63,7 @@ def test_decompositions_are_kept_by_layer_in_their_own_precision() -> None:
 def test_kinds_parts_segments_and_batches_are_kept_apart() -> None:
     cache = ActivationCache(CPU)
     kinds = [cache.dense(part, segment) for part in PARTS for segment in (1, 11)]
-    kinds += [cache.compressed(part) for part in PARTS] + [cache.gradients()]
+    kinds += [cache.compressed(part, walk, 1) for part in PARTS for walk in ("a", "b")] + [cache.gradients(0)]
     places = [(kind, batch) for kind in kinds for batch in (0, 1, 10)]
     for kind, batch in places:
         with pytest.raises(KeyError):

@@ -1,0 +1,134 @@
+"""The folder of a run that can be interrupted: what its results depend on, and how much of it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.api.option import described
+from compressor.api.options import CompressOptions
+from compressor.calibration import CalibrationData
+from compressor.data import EvaluationData
+from compressor.engine import Fingerprint, Journal, Run, digest_of
+from compressor.latency.measure import device_name
+from compressor.model import Model
+from compressor.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+# What changes no number: where it goes, who is told, and what is only measured.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "work_dir"),
+        *("data", "data_samples", "metric", "higher_is_better"),
+        # Seen in what is read by them.
+        *("revision", "factory", "recipe", "tokenizer", "processor", "calibration"),
+    }
+)
+
+
+@contextmanager
+def kept_work(asked: CompressOptions, subject: Model, run: Run) -> Iterator[Run]:
+    """The run with the journal of its work folder, if it has one.
+
+    The folder is removed when the block ends well, and stays where it does not.
+
+    Raises:
+        BadInput: the folder is used by another process, or belongs to a run on something else.
+    """
+    if asked.work_dir is None:
+        yield run
+        return
+    journal = Journal.open(asked.work_dir, _fingerprint(asked, subject, run), option="work_dir")
+    if len(journal):
+        logger.info("%s: goes on from %d results that are done", asked.work_dir, len(journal))
+    try:
+        yield replace(run, journal=journal)
+    except BaseException:
+        journal.close()
+        raise
+    journal.remove()
+
+
+def expect_data(run: Run, calibration: CalibrationData | None, search: EvaluationData | None) -> None:
+    """Record which data decide; `BadInput` where they are others than the run in the work folder began with."""
+    if not run.journal.kept:
+        return
+    contents = {"the calibration data": "" if calibration is None else _digest_of_calibration(calibration)}
+    if search is not None:
+        batches = [{**batch.inputs, "": batch.labels} for batch in search]
+        contents["the data that decide"] = _digest(*map(digest_of, batches))
+    run.journal.expect(Fingerprint(contents))
+
+
+def _digest_of_calibration(data: CalibrationData) -> str:
+    parts = [(data.fit, "fit"), (data.holdout, "holdout")]
+    return _digest(*(f"{name} {digest_of({**b.inputs, '': b.labels})}" for part, name in parts for b in part))
+
+
+def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprint:
+    """What the results depend on, but for the data, which are not open yet."""
+    contents = {
+        "the model": subject.checkpoint.digest() if subject.digest is None else subject.digest,
+        "its configuration": _digest(json.dumps(subject.checkpoint.config, sort_keys=True, default=str)),
+        "its training recipe": _digest(repr(subject.recipe)),
+        "its code": _digest_of_code(subject),
+    }
+    settings = {
+        "the version": VERSION,
+        "the version of PyTorch": str(torch.__version__),
+        "the device": device_name(run.device),
+        "the number of threads": str(torch.get_num_threads()),
+    }
+    for name, _, _ in described(CompressOptions):
+        if name in _WITHOUT_EFFECT:
+            continue
+        value = getattr(asked, name)
+        if isinstance(value, Path):
+            contents[f"`{name}`"] = _digest(value.read_bytes() if value.is_file() else str(value))
+        elif is_dataclass(value):
+            contents[f"`{name}`"] = _digest(repr(value))
+        else:
+            settings[f"`{name}`"] = _stated(value)
+    return Fingerprint(contents, settings)
+
+
+def _stated(value: Any) -> str:
+    if value is None or value == ():
+        return "not given"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _digest_of_code(subject: Model) -> str:
+    """The digest of the code that builds the model: a factory's file, or those in its folder."""
+    paths: list[Path] = []
+    folder = subject.checkpoint.folder
+    if folder is not None:
+        paths += sorted(folder.glob("*.py"))
+    factory = subject.factory
+    if isinstance(factory, str):
+        place = Path(factory.rpartition(":")[0])
+        paths += [place] if place.suffix == ".py" and place.is_file() else []
+    elif factory is not None:
+        try:
+            paths += [Path(inspect.getsourcefile(factory) or "")]
+        except TypeError:
+            paths += []
+    return _digest(*(path.read_bytes() for path in paths if path.is_file()))
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(content)} ".encode() + content)
+    return digest.hexdigest()
