@@ -56,7 +56,7 @@ def test_decompositions_are_kept_by_layer_in_their_own_precision() -> None:
         np.testing.assert_array_equal(found.values, last.values)
         assert found.basis.dtype == dtype
         assert torch.equal(found.basis, last.basis)
-    assert list(kept) == ["a", "b"]
+        assert name in kept
 
 
 @pytest.mark.usefixtures("temporary")
