@@ -302,7 +302,7 @@ def test_a_spatial_pair_is_compared_by_the_columns_of_its_matrix() -> None:
 def test_a_layer_is_decomposed_once_for_all_ranks() -> None:
     calibration, _ = toy(bias=True)
     layer = calibration.layers["second"]
-    assert not calibration.decompositions
+    assert "second" not in calibration.decompositions
     first = uncompensated(calibration, [planned(layer, 2)])
     made = calibration.decompositions["second"]
     assert made.basis.dtype == torch.float32
