@@ -39,13 +39,13 @@ coverage: .venv/dev
 # Every lower bound of pyproject.toml at once.
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,peft,mlflow,test]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,peft,ray,mlflow,test]'
 	touch $@
 
 # The tests of what meets those packages most closely.
 test-oldest: BIN := .venv-oldest/bin
 test-oldest: .venv-oldest/dev
-	$(PYTEST) tests/io tests/network tests/lowrank tests/exporting tests/fine_tuning tests/report
+	$(PYTEST) tests/io tests/network tests/engine tests/lowrank tests/exporting tests/fine_tuning tests/report
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -51,10 +51,10 @@ from latency_timing import Repeats
 from torch import nn
 
 import compressor
+from compressor.engine import Run
 from compressor.evaluation import process_memory
 from compressor.latency import DeviceProfile
 from compressor.latency.measure import ACCELERATOR, CPU, MeasuringSettings, device_name, measure_profile
-from compressor.progress import Run
 from compressor.torch_state import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from without_data_networks import NETWORKS, Network, Task, measured, trained
 
+from compressor.engine import Run
 from compressor.forms import TRANSPOSED
 from compressor.lowrank import approximate, as_matrix
 from compressor.model import inspect_layers, measured_layers, open_model
@@ -104,7 +105,7 @@ def truncated(
 def rows_of(network: Network, model: nn.Module, task: Task, *, seed: int) -> list[dict[str, Any]]:
     """Loss, score and what is left of the score, for every size and rule."""
     subject = open_model(model)
-    layers = measured_layers(subject, inspect_layers(subject, 0.1, torch.device("cpu"), progress=None))
+    layers = measured_layers(subject, inspect_layers(subject, 0.1, Run(torch.device("cpu"))))
     tables = [layer_choices(m, "auto", "parameters") for m in layers]
     parameters = sum(m.layer.parameters for m in layers)
     loss, score = measured(model, task)

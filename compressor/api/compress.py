@@ -42,7 +42,7 @@ from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
 from compressor.data import EvaluationData
-from compressor.engine import Run
+from compressor.engine import Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
@@ -161,10 +161,12 @@ def compress(
         require_copyable(subject.module)
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
-    run = Run(resolve_device(asked.device), asked.seed, asked.progress)
+    device = resolve_device(asked.device)
     target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
-    with kept_work(asked, subject, run) as running:
-        compression = _compressed(asked, subject, target, run=running)
+    with opened_engine(asked.engine, device) as engine:
+        run = Run(device, asked.seed, asked.progress, engine=engine)
+        with kept_work(asked, subject, run) as running:
+            compression = _compressed(asked, subject, target, run=running)
     return replace(compression, seconds=time.monotonic() - started)
 
 
@@ -174,7 +176,7 @@ def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *
     expect_data(run, data.calibration, data.search)
     with _held(subject, data, run):
         _announce(asked, subject, data, run=run)
-        inspected = inspect_layers(subject, EPSILON, run.device, progress=run.progress)
+        inspected = inspect_layers(subject, EPSILON, run)
         measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
         measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
         _require_some(measured, subject.name)
@@ -184,7 +186,7 @@ def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *
     rewriting = _rewriting(asked, subject, planned)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
-    artifact = compressed_artifact(rewriting, asked.max_shard_size, device=run.device, errors=errors, module=module)
+    artifact = compressed_artifact(rewriting, asked.max_shard_size, run=run, errors=errors, module=module)
     with written(artifact, target) as made:
         planned.factors.clear()
         compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)

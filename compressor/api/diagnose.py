@@ -14,6 +14,7 @@ from compressor.diagnosis.gradients import SeenLayer, measured_on_data
 from compressor.diagnosis.layers import balance_of, diagnosed_layer
 from compressor.diagnosis.series import measure_series
 from compressor.diagnosis.types import Predictions
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.measure import EPSILON
 from compressor.model import (
@@ -60,7 +61,8 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     limit = asked.data_samples
     examples = None if data is None else open_data(data, preprocessing(asked, subject), Sample("train", limit))
     evolved = None if series is None else measure_series(series, subject, chosen, progress=progress)
-    inspected = [each for each in inspect_layers(subject, EPSILON, chosen, progress=progress) if each.layer.eligible]
+    run = Run(chosen, progress=progress)
+    inspected = [each for each in inspect_layers(subject, EPSILON, run) if each.layer.eligible]
     predictions: Predictions | None = None
     seen: dict[str, SeenLayer] = {}
     if examples is not None:

@@ -57,7 +57,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
     naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
-    changes = measured_changes(subject, base, kind, provenance=made_by, device=run.device, progress=run.progress)
+    changes = measured_changes(subject, base, kind, provenance=made_by, run=run)
     adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
     stored = stored_changes(changes, adaptation, device=run.device, progress=run.progress)
     if stored.adapter is not None:

@@ -8,6 +8,7 @@ from compressor.api.keywords import InspectKeywords
 from compressor.api.option import verb
 from compressor.api.options import InspectOptions
 from compressor.api.requests import selection
+from compressor.engine import Run, opened_engine
 from compressor.model import ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import PLANNING, window_rule_advice
 from compressor.results import Inspection
@@ -36,7 +37,9 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     subject = open_model(
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
-    inspected = inspect_layers(subject, asked.epsilon, resolve_device(asked.device), progress=asked.progress)
+    device = resolve_device(asked.device)
+    with opened_engine(asked.engine, device) as engine:
+        inspected = inspect_layers(subject, asked.epsilon, Run(device, progress=asked.progress, engine=engine))
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,

@@ -56,6 +56,7 @@ class CompressKeywords(TypedDict, total=False):
     form: Literal["auto", "plain", "pivoted"] | None
     progress: Progress | None
     device: str | None
+    engine: str | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
@@ -77,6 +78,7 @@ class InspectKeywords(TypedDict, total=False):
     embeddings: bool | None
     progress: Progress | None
     device: str | None
+    engine: str | None
     epsilon: float | None
 
 
@@ -117,6 +119,7 @@ class PlanKeywords(TypedDict, total=False):
     form: Literal["auto", "plain", "pivoted"] | None
     progress: Progress | None
     device: str | None
+    engine: str | None
 
 
 class EvaluateKeywords(TypedDict, total=False):

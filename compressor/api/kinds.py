@@ -217,6 +217,17 @@ def _progress(value: Any, name: str) -> Any:
     return value
 
 
+def _engine(value: Any, name: str) -> str:
+    """The name of an engine, with the number of its processes or the address of its cluster."""
+    text = _text(value, name)
+    kind, colon, detail = text.partition(":")
+    known = {"processes": detail.isdecimal() and int(detail) > 0, "ray": bool(detail)}
+    if kind not in known or (colon and not known[kind]):
+        remedy = "give 'processes', 'processes:4', 'ray', or 'ray:HOST:PORT'"
+        raise BadInput(f"`{name}` {text[:40]!r} is unknown", option=name, remedy=remedy)
+    return text
+
+
 def _explored(value: Any, name: str) -> Any:
     from compressor.recipe import TrainingRecipe
 
@@ -269,5 +280,6 @@ PLAN = Kind("Plan | str | Path", _plan, metavar="FILE")
 RECIPE = Kind("RecipeLike", _recipe, metavar="FILE", flags=_recipe_flags, plain=_plain_recipe)
 DEVICE_PROFILE = Kind("DeviceProfile | str", _target_device, metavar="NAME", plain=_named_device)
 SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
+ENGINE = Kind("str", _engine, metavar="processes[:N]|ray[:ADDRESS]")
 PROGRESS = Kind("Progress", _progress)
 EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

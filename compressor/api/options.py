@@ -18,6 +18,7 @@ from compressor.api.kinds import (
     COUNTS,
     DATA,
     DEVICE_PROFILE,
+    ENGINE,
     EXPLORED,
     FACTORY,
     METRIC,
@@ -237,6 +238,20 @@ class WorkOptions(Options):
 
 
 @options
+class EngineOptions(RunOptions):
+    """Where independent jobs run."""
+
+    engine: str | None = option(
+        "Measure and factorize layers in worker processes of this machine, or on the machines of a Ray cluster, which "
+        "have the files of the model at the same paths. The result is the same.",
+        ENGINE,
+        default_text="in this process",
+        panel=RUNNING,
+        repeatable=False,
+    )
+
+
+@options
 class OverwriteOptions(Options):
     """Whether outputs are replaced."""
 
@@ -406,7 +421,7 @@ class BaseOptions(Options):
 
 @options
 class PlanOptions(
-    RunOptions,
+    EngineOptions,
     FormOptions,
     ArchitectureOptions,
     CalibrationOptions,
@@ -510,7 +525,7 @@ class PlanOptions(
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
     *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
-    *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir"),
+    *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine"),
 )
 
 
@@ -550,7 +565,9 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
 
 
 @options
-class InspectOptions(RunOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, TrainingOptions, HubOptions):
+class InspectOptions(
+    EngineOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, TrainingOptions, HubOptions
+):
     """What can be asked of `inspect`."""
 
     verb = "inspect"

@@ -63,9 +63,10 @@ class DropGate:
         rewriting = Rewriting(
             subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
         )
-        dense, device = subject.with_separate_experts, self.run.device
-        compressed = rewritten_module(rewriting, dense, device, done=lambda _name, _error: None)
-        return measure_quality(compressed, self.data, device=device, replicates=True)
+        compressed = rewritten_module(
+            rewriting, subject.with_separate_experts, self.run, done=lambda _name, _error: None
+        )
+        return measure_quality(compressed, self.data, device=self.run.device, replicates=True)
 
 
 class Planner(Protocol):

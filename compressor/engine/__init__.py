@@ -1,8 +1,22 @@
-"""How the work of a command is done: on which device, and what of it is done already."""
+"""How the work of a command is done: on which device, where its jobs run, and what of it is done already."""
 
 from __future__ import annotations
 
+from compressor.engine.engine import Engine, InProcess
 from compressor.engine.journal import Fingerprint, Journal, digest_of
+from compressor.engine.pool import ProcessPool
+from compressor.engine.ray import RayEngine
+from compressor.engine.request import opened_engine
 from compressor.engine.run import Run
 
-__all__ = ["Fingerprint", "Journal", "Run", "digest_of"]
+__all__ = [
+    "Engine",
+    "Fingerprint",
+    "InProcess",
+    "Journal",
+    "ProcessPool",
+    "RayEngine",
+    "Run",
+    "digest_of",
+    "opened_engine",
+]

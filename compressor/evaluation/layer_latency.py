@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from compressor.engine import Run
 from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
 from compressor.forms import TRANSPOSED
 from compressor.io import TensorInfo
@@ -22,7 +23,7 @@ from compressor.planning import LayerPlan, MeasuredLayer, Times, WorkloadLatency
 def unfilled_module(rewriting: Rewriting, dense: nn.Module, device: torch.device) -> nn.Module:
     """A copy of the dense model with the layers of a plan, whose factors are random: as fast as the compressed one."""
     factors = {layer.name: _random_factors(rewriting, layer, plan) for layer, plan in rewriting.factorized}
-    return rewritten_module(replace(rewriting, factors=factors), dense, device, done=lambda _name, _error: None)
+    return rewritten_module(replace(rewriting, factors=factors), dense, Run(device), done=lambda _name, _error: None)
 
 
 def _random_factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan) -> Factors:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.fine_tuning.adaptation import Adaptation, pair_file_artifact
 from compressor.fine_tuning.adapter import (
@@ -86,8 +87,7 @@ def measured_changes(
     kind: Kind,
     *,
     provenance: Provenance | None,
-    device: torch.device,
-    progress: Progress | None,
+    run: Run,
 ) -> Changes:
     """Compare a fine-tune with its base, and measure the differences.
 
@@ -96,13 +96,11 @@ def measured_changes(
     # PEFT adds to all of the base.
     recipe = None if kind == "adapter" else subject.recipe
     start = with_ties(base.checkpoint, subject.architecture)
-    difference = compare_checkpoints(subject.checkpoint, start, recipe, progress=progress)
+    difference = compare_checkpoints(subject.checkpoint, start, recipe, progress=run.progress)
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
-    inspected = inspect_layers(
-        replace(subject, checkpoint=difference.checkpoint, layers=layers), EPSILON, device, progress=progress
-    )
+    inspected = inspect_layers(replace(subject, checkpoint=difference.checkpoint, layers=layers), EPSILON, run)
     measured = measured_differences(subject, inspected, difference)
     if not measured:
         raise BadInput(

@@ -26,7 +26,7 @@ from compressor.io.companions import (
 from compressor.io.hub import hub_model, local_model
 from compressor.io.output import Naming, Target, check_output, checked_target, form_of
 from compressor.io.staging import note_file, staged_file, staged_folder
-from compressor.io.tensors import TensorInfo
+from compressor.io.tensors import StoredTensor, TensorInfo
 from compressor.io.workspace import Workspace, temporary_workspace
 from compressor.io.writer import (
     SafetensorsWriter,
@@ -54,6 +54,7 @@ __all__ = [
     "SafetensorsWriter",
     "Shard",
     "ShardedWriter",
+    "StoredTensor",
     "Target",
     "TensorInfo",
     "Workspace",

@@ -107,6 +107,13 @@ class Checkpoint:
         """
         return self._stored[self.aliases.get(name, name)].read()
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where the values of a tensor are, by any of its names: small to hand to another process, but for a module.
+
+        Raises `KeyError` where the checkpoint has no such tensor.
+        """
+        return self._stored[self.aliases.get(name, name)]
+
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored tensor with its name, one at a time."""
         return ((name, self.read(name)) for name in self.tensors)

@@ -115,6 +115,10 @@ class TensorInMemory:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Another process gets these values, not all the memory that they are a part of.
+        return TensorInMemory, (self.read(),)
+
     @property
     def region(self) -> Hashable:
         if self.tensor.is_meta or not self.tensor.numel():

@@ -10,7 +10,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def read_torch_file(path: Path) -> TorchFile:
         state_dict = _tensors(weights)
         if all(_data_offset(tensor) is not None for tensor in state_dict.values()):
             on_disk = {name: _placed(path, name, tensor, records=records) for name, tensor in state_dict.items()}
+            resolved = path.resolve()
+            on_disk = {name: replace(tensor, file=resolved) for name, tensor in on_disk.items()}
             _require_stored_values(path, on_disk)
             number = partial(_number_on_disk, path, records)
             return _torch_file(document, keys, weights, tensors=on_disk, number=number)

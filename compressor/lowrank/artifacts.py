@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.documents import text_mapping
+from compressor.engine import Run
 from compressor.io import (
     OPTIONS_FILE,
     PLAN_FILE,
@@ -46,17 +47,17 @@ def compressed_artifact(
     rewriting: Rewriting,
     shard_size: int,
     *,
-    device: torch.device | None = None,
+    run: Run | None = None,
     errors: StoredErrors | None = None,
     module: nn.Module | None = None,
 ) -> Artifact:
     """The compressed model of a plan.
 
-    The weights are factorized on `device`, and `errors` are noted meanwhile; they are in the plan that is written. A
+    The weights are factorized as `run` says, and `errors` are noted meanwhile; they are in the plan that is written. A
     compressed module is built where the dense one is given.
     """
     checkpoint, plan = rewriting.checkpoint, rewriting.plan
-    where, errors = device or torch.device("cpu"), errors or StoredErrors()
+    how, errors = run or Run(torch.device("cpu")), errors or StoredErrors()
 
     def documents() -> dict[str, Document]:
         stored = plan.with_errors(errors.of).portable()
@@ -71,12 +72,12 @@ def compressed_artifact(
     return Artifact(
         form=checkpoint.form,
         infos=rewritten_infos(rewriting),
-        tensors=partial(rewritten_tensors, rewriting, where, errors),
+        tensors=partial(rewritten_tensors, rewriting, how, errors),
         metadata=file_metadata(rewriting),
         shard_size=shard_size if checkpoint.form == "folder" else None,
         companions_of=checkpoint,
         documents=documents,
-        module=None if module is None else partial(rewritten_module, rewriting, module, where, done=errors),
+        module=None if module is None else partial(rewritten_module, rewriting, module, how, done=errors),
     )
 
 

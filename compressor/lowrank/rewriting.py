@@ -6,12 +6,14 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from compressor.engine import Run
 from compressor.forms import FORMS
-from compressor.io import Checkpoint, Provenance, TensorInfo, require_finite, require_in_range
+from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
@@ -89,9 +91,9 @@ def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
 
 
 def rewritten_tensors(
-    rewriting: Rewriting, device: torch.device, done: Callable[[str, float], None]
+    rewriting: Rewriting, run: Run, done: Callable[[str, float], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the compressed checkpoint, read and computed one layer at a time on `device`.
+    """The tensors of the compressed checkpoint, read and computed a layer a job.
 
     `done` is told the name of each factorized layer and the relative error of what is stored for it.
     """
@@ -104,29 +106,56 @@ def rewritten_tensors(
         if is_weight(name) or name.endswith("bias"):
             require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
-    for layer, plan in rewriting.factorized:
-        factors = _factors(rewriting, layer, plan, device=device)
+    for layer, _, factors in _factors(rewriting, run):
         yield from factors.tensors.items()
         done(layer.name, factors.error)
 
 
-def _factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, device: torch.device) -> Factors:
-    factors = rewriting.factors.get(layer.name) or _factorized(rewriting, layer, plan, device=device)
-    for name, tensor in factors.tensors.items():
-        require_in_range(name, tensor)
-    return factors
+def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan, Factors]]:
+    """What stands for each layer that does not stay dense, in the order of the plan."""
+    checkpoint = rewriting.checkpoint
+    jobs = (
+        _Factorization(
+            layer=layer,
+            plan=plan,
+            weight=checkpoint.stored(layer.tensor),
+            bias=None if layer.bias is None else checkpoint.stored(layer.bias),
+            source=checkpoint.source,
+            device=run.job_device,
+        )
+        for layer, plan in rewriting.factorized
+        if layer.name not in rewriting.factors
+    )
+    computed = run.engine.map(_factorized, jobs)
+    for layer, plan in rewriting.factorized:
+        factors = rewriting.factors.get(layer.name) or next(computed)
+        for name, tensor in factors.tensors.items():
+            require_in_range(name, tensor)
+        yield layer, plan, factors
 
 
-def _factorized(rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, device: torch.device) -> Factors:
-    weight = rewriting.checkpoint.read(layer.tensor).to(device)
-    bias = None if layer.bias is None else rewriting.checkpoint.read(layer.bias)
+@dataclass(frozen=True)
+class _Factorization:
+    """A layer that is to be factorized without data on a device."""
+
+    layer: Layer
+    plan: LayerPlan
+    weight: StoredTensor
+    bias: StoredTensor | None
+    source: Path | None
+    device: torch.device
+
+
+def _factorized(asked: _Factorization) -> Factors:
+    layer, weight = asked.layer, asked.weight.read().to(asked.device)
+    bias = None if asked.bias is None else asked.bias.read()
     if layer.bias is not None and bias is not None:
-        require_finite(layer.bias, bias, rewriting.checkpoint.source)
-    return factorize(layer, plan, weight, bias=bias)
+        require_finite(layer.bias, bias, asked.source)
+    return factorize(layer, asked.plan, weight, bias=bias)
 
 
 def rewritten_module(
-    rewriting: Rewriting, module: nn.Module, device: torch.device, *, done: Callable[[str, float], None]
+    rewriting: Rewriting, module: nn.Module, run: Run, *, done: Callable[[str, float], None]
 ) -> nn.Module:
     """A copy of `module` with low-rank layers; the weights that are factorized are never copied.
 
@@ -137,8 +166,7 @@ def rewritten_module(
     dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
-    for layer, plan in rewriting.factorized:
-        factors = _factors(rewriting, layer, plan, device=device)
+    for layer, plan, factors in _factors(rewriting, run):
         if layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
             _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like=like, tensors=factors.tensors)

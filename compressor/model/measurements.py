@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.forms import FORMS, pair_forms
-from compressor.io import require_finite
+from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import as_matrix
 from compressor.measure import (
     EffectiveRanks,
@@ -27,47 +29,73 @@ from compressor.measure import (
 from compressor.model.opened import Model
 from compressor.network import Layer
 from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
-from compressor.progress import Progress
+from compressor.recipe import TrainingRecipe
 
 
-def inspect_layers(
-    subject: Model, epsilon: float, device: torch.device, *, progress: Progress | None
-) -> tuple[InspectedLayer, ...]:
+def inspect_layers(subject: Model, epsilon: float, run: Run) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
     recipe, architecture = subject.recipe, subject.architecture
     uses = uses_per_example(
         subject.layers, architecture, subject.checkpoint.directory, sequence_length=recipe.sequence_length
     )
     eligible = [layer for layer in subject.layers if layer.eligible]
-    inspected: dict[str, InspectedLayer] = {}
-    for done, layer in enumerate(eligible, start=1):
-        weight = subject.checkpoint.read(layer.tensor)
-        require_finite(layer.tensor, weight, subject.checkpoint.source)
-        weight = weight.to(device)
-        values = singular_values(as_matrix(layer, weight))
-        if not np.isfinite(values).all():
-            raise BadInput(
-                "its singular values exceed the range of float64",
-                where=layer.tensor,
-                remedy="use a checkpoint from before the training diverged",
-            )
-        own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
-        del weight
-        of_layer = recipe.of_parameter(layer.tensor)
-        inspected[layer.name] = InspectedLayer(
+    jobs = (
+        _Measurement(
             layer=layer,
+            weight=subject.checkpoint.stored(layer.tensor),
+            source=subject.checkpoint.source,
+            device=run.job_device,
             uses=uses[layer.name],
-            ranks=effective_ranks(values),
-            window=memory_window(of_layer, layer.shape, uses[layer.name], epsilon=epsilon),
-            initialization=surviving_initialization(
-                of_layer, layer.shape, values, init_std=initial_standard_deviation(layer, architecture)
-            ),
-            singular_values=tuple(values.tolist()),
-            own_values={form: tuple(values.tolist()) for form, values in own.items()},
+            recipe=recipe.of_parameter(layer.tensor),
+            epsilon=epsilon,
+            init_std=initial_standard_deviation(layer, architecture),
         )
-        if progress:
-            progress("measure", done, len(eligible))
+        for layer in eligible
+    )
+    inspected: dict[str, InspectedLayer] = {}
+    for measured in run.engine.map(_measured, jobs):
+        inspected[measured.layer.name] = measured
+        run.report("measure", len(inspected), len(eligible))
     return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What is known of a layer whose weight is to be measured on a device."""
+
+    layer: Layer
+    weight: StoredTensor
+    source: Path | None
+    device: torch.device
+    uses: int | None
+    recipe: TrainingRecipe
+    epsilon: float
+    init_std: float | None
+
+
+def _measured(asked: _Measurement) -> InspectedLayer:
+    layer = asked.layer
+    weight = asked.weight.read()
+    require_finite(layer.tensor, weight, asked.source)
+    weight = weight.to(asked.device)
+    values = singular_values(as_matrix(layer, weight))
+    if not np.isfinite(values).all():
+        raise BadInput(
+            "its singular values exceed the range of float64",
+            where=layer.tensor,
+            remedy="use a checkpoint from before the training diverged",
+        )
+    own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    del weight
+    return InspectedLayer(
+        layer=layer,
+        uses=asked.uses,
+        ranks=effective_ranks(values),
+        window=memory_window(asked.recipe, layer.shape, asked.uses, epsilon=asked.epsilon),
+        initialization=surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std),
+        singular_values=tuple(values.tolist()),
+        own_values={form: tuple(values.tolist()) for form, values in own.items()},
+    )
 
 
 def measured_layers(

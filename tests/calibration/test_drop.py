@@ -153,7 +153,7 @@ def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(trained: n
         return plan_ranks(subject, measured, request, **named)
 
     subject = open_model(trained)
-    measured = measured_layers(subject, inspect_layers(subject, EPSILON, CPU, progress=None))
+    measured = measured_layers(subject, inspect_layers(subject, EPSILON, Run(CPU)))
     request = PlanRequest(budget=Budget("max-drop", 0.05), shard_size=10**9)
     gate = DropGate(open_data("builtin:digits", sample=Sample("validation")), Run(CPU))
     found = plan_within_drop(subject, measured, request, gate=gate, planner=overflowing).plan

@@ -66,7 +66,7 @@ def calibration(trained: nn.Sequential) -> Calibration:
 
 def measured(model: nn.Module, known: Sequence[TrainingRecipe]) -> list[MeasuredLayer]:
     subject = open_model(model, recipe=known)
-    return measured_layers(subject, inspect_layers(subject, EPSILON, CPU, progress=None), LENIENT)
+    return measured_layers(subject, inspect_layers(subject, EPSILON, Run(CPU)), LENIENT)
 
 
 def planned(calibration: Calibration, known: Sequence[TrainingRecipe] = (), *, judge: Judge = holdout_loss) -> Plan:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.engine import Run
 from compressor.evaluation import PairTimer, TimingSettings, count_parameters, unfilled_module
 from compressor.forms import DENSE, FORMS
 from compressor.latency import LayerUse, Workload
@@ -43,7 +44,7 @@ class Network(nn.Module):
 
 def planned(model: nn.Module, keep: float) -> tuple[Rewriting, list[MeasuredLayer]]:
     subject = open_model(model)
-    inspected = inspect_layers(subject, 0.1, CPU, progress=None)
+    inspected = inspect_layers(subject, 0.1, Run(CPU))
     measured = measured_layers(subject, inspected)
     uses = layer_uses(subject, [m.layer for m in measured], {"x": torch.zeros(1, 3, 6, 6)}, device=CPU)
     latency = LayerLatency(charging(), torch.float32, (Workload("batch 1", 1),), ())
@@ -69,7 +70,7 @@ def test_random_factors_keep_the_size_of_activations_through_many_layers() -> No
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(40)))
     subject = open_model(model)
-    measured = measured_layers(subject, inspect_layers(subject, 0.1, CPU, progress=None))
+    measured = measured_layers(subject, inspect_layers(subject, 0.1, Run(CPU)))
     plan = Plan(
         "it", None, Budget("keep", 0.5), choose_ranks(measured, Budget("keep", 0.5), "auto", file_bytes=lambda _: 0)
     )

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import compressor
+from compressor.engine import Run
 from compressor.latency import MatrixProduct
 from compressor.latency.measure import ACCELERATOR, measure_profile
 from compressor.measure.eigen import eigh
 from compressor.measure.moments import outer_products
-from compressor.progress import Run
 from tests.standin.networks import NETWORKS, Network
 from tests.standin.test_verbs import EFFORTS
 

@@ -1,0 +1,72 @@
+"""What runs independent jobs, and the one that runs them here."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Engine(Protocol):
+    """Runs independent jobs, and gives their results in the order of the items.
+
+    A job is a function of a module that takes one item; both may be pickled and go to another process. Items are taken
+    from their iterator as workers come free, so that few are held at a time. Leaving the context of the engine ends its
+    workers.
+    """
+
+    def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The result of the job for each item, in order; what a job raises is raised here."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Runs jobs in this process, `threads` of them at a time.
+
+    Jobs beside each other have one thread of PyTorch each, as in the workers of the other engines.
+    """
+
+    threads: int = 1
+
+    def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """The result of the job for each item, in order."""
+        return map(job, items) if self.threads == 1 else self._in_threads(job, items)
+
+    def _in_threads(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        before = torch.get_num_threads()
+        pending = deque[Future[R]]()
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            try:
+                for item in items:
+                    pending.append(executor.submit(job, item))
+                    torch.set_num_threads(before)  # what a thread sets, threads to come have too
+                    if len(pending) > self.threads:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for each in pending:
+                    each.cancel()
+                torch.set_num_threads(before)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing was opened."""

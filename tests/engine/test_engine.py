@@ -1,0 +1,86 @@
+"""Independent jobs: whatever runs them gives what a loop would, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from compressor.engine import Engine, InProcess
+from compressor.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A seeded matrix of which the eigenvalues of the Gram matrix are asked for."""
+
+    seed: int
+    size: int = 40
+
+
+def eigenvalues(asked: Gram) -> torch.Tensor:
+    matrix = torch.randn(asked.size, asked.size, generator=torch.Generator().manual_seed(asked.seed))
+    values: torch.Tensor = torch.linalg.eigvalsh(matrix @ matrix.T)
+    return values
+
+
+def root(number: float) -> float:
+    if number < 0:
+        raise BadInput(f"{number} has no root", option="number", remedy="give a positive one")
+    return math.sqrt(number)
+
+
+def threads(_: int) -> int:
+    return torch.get_num_threads()
+
+
+def same_as_a_loop(engine: Engine) -> None:
+    """Check that an engine gives the bytes of a loop, in order, for no, one, and many items."""
+    for count in (0, 1, 7):
+        asked = [Gram(seed) for seed in range(count)]
+        found = list(engine.map(eigenvalues, asked))
+        assert all(map(torch.equal, found, map(eigenvalues, asked)))
+        assert len(found) == count
+
+
+def passes_errors_on(engine: Engine) -> None:
+    """Check that results before an error arrive, and then the error as it was raised."""
+    results = engine.map(root, [4.0, 9.0, -1.0, 16.0])
+    assert [next(results), next(results)] == [2.0, 3.0]
+    with pytest.raises(BadInput, match="has no root; give") as caught:
+        next(results)
+    assert caught.value.option == "number"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_jobs_in_process_give_what_a_loop_does(count: int) -> None:
+    same_as_a_loop(InProcess(count))
+    passes_errors_on(InProcess(count))
+
+
+def test_few_items_are_taken_ahead() -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    results = InProcess(2).map(abs, items())
+    assert next(results) == 0
+    assert len(taken) <= 3
+    assert list(results) == list(range(1, 20))
+
+
+def test_jobs_beside_each_other_have_a_thread_each_and_the_caller_keeps_its_own() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert set(InProcess(2).map(threads, range(4))) == {1}
+        assert torch.get_num_threads() == 2
+        assert set(InProcess(1).map(threads, range(4))) == {2}
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,87 @@
+"""Jobs in worker processes, some of which die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compressor.engine import ProcessPool
+from compressor.errors import CompressorError
+from tests.engine.test_engine import passes_errors_on, same_as_a_loop
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    with ProcessPool(2, most_deaths=2) as pool:
+        yield pool
+
+
+def die_once(mark: Path) -> str:
+    """Kill the worker the first time."""
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return mark.name
+
+
+def die(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def own_number(_: int) -> int:
+    return os.getpid()
+
+
+def test_jobs_in_processes_give_what_a_loop_does(pool: ProcessPool) -> None:
+    same_as_a_loop(pool)
+    passes_errors_on(pool)
+    assert os.getpid() not in set(pool.map(own_number, range(4)))
+
+
+def test_what_a_dead_worker_was_at_is_done_again(pool: ProcessPool, tmp_path: Path) -> None:
+    names = [f"{number}" for number in range(5)]
+    for name in names:
+        if name != "2":
+            (tmp_path / name).touch()
+    assert list(pool.map(die_once, (tmp_path / name for name in names))) == names
+
+
+def test_workers_that_die_again_and_again_are_an_error_of_one_line() -> None:
+    with ProcessPool(1, most_deaths=1) as pool, pytest.raises(CompressorError, match="worker processes died 2 times"):
+        list(pool.map(die, range(3)))
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    program = (
+        "from compressor.engine import ProcessPool\n"
+        "from tests.engine.test_pool import own_number\n"
+        "import time\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPool(1)\n"
+        "    print(*pool.map(own_number, [0]), flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    with parent:
+        worker = int(parent.stdout.readline())
+        os.kill(worker, 0)
+        parent.kill()
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
