@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # What changes no number: where it goes, who is told, and what is only measured.
 _WITHOUT_EFFECT = frozenset(
     {
-        *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "work_dir"),
+        *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "work_dir", "engine"),
         *("data", "data_samples", "metric", "higher_is_better"),
         # Seen in what is read by them.
         *("revision", "factory", "recipe", "tokenizer", "processor", "calibration"),

@@ -284,7 +284,7 @@ def test_type_checkers_see_options_made_from_the_keywords_of_their_verb(of: type
 def test_plan_takes_what_compress_takes_but_for_what_is_written() -> None:
     names = {name for name, _, _ in described(PlanOptions)}
     more = {name for name, _, _ in described(CompressOptions)} - names
-    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run"}
+    assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run", "work_dir"}
 
 
 def test_merge_refuses_what_contradicts() -> None:
