@@ -6,7 +6,7 @@ import copy
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -68,6 +68,15 @@ def synchronize(device: torch.device) -> None:
     """Wait until all that was launched on a device is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def all_answers(flags: Sequence[Tensor]) -> list[bool]:
+    """The values of boolean numbers, for which every device is waited for once."""
+    found: dict[int, bool] = {}
+    for device in dict.fromkeys(flag.device for flag in flags):
+        places = [place for place, flag in enumerate(flags) if flag.device == device]
+        found |= dict(zip(places, torch.stack([flags[place] for place in places]).tolist(), strict=True))
+    return [found[place] for place in range(len(flags))]
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.model import evaluation_mode
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
+from compressor.torch_state import all_answers
 
 logger = logging.getLogger(__name__)
 
@@ -274,12 +275,14 @@ def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapp
         if cached and all(each.holds(chunk.batch) for each in cached):
             continue
         state: State = ()
+        finite: list[Tensor] = []
         for segment in range(segments.count - 1):
             state = segments.run(model, segment, data.read(chunk), state=state)
             outputs = segments.new_outputs(segment, state)
-            if not all(torch.isfinite(each).all() for each in outputs):
-                raise _overflow(model, data.read(chunk), layers)
+            finite += [torch.isfinite(each).all() for each in outputs]
             calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
+        if not all(all_answers(finite)):
+            raise _overflow(model, data.read(chunk), layers)
         calibration.run.report("run", done, len(chunks))
 
 
@@ -295,8 +298,9 @@ def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(partial(note, name=name), with_kwargs=True).remove)
         outputs_of(model, batch.inputs)
-    what = f"the activations of layer {found[0]}" if found else "the model's activations"
-    return BadInput(f"{what} are not finite on the calibration data", remedy="use the model in a wider dtype")
+    what = f"the activations of layer {found[0]} are" if found else "what the model computes is"
+    remedy = "use the model in a wider dtype, or other data"
+    return BadInput(f"{what} not finite on the calibration data", remedy=remedy)
 
 
 class _BackwardPass:
@@ -398,7 +402,7 @@ class _BackwardPass:
         outputs = self._run(segment, batch, state)
         gradients: Sequence[Tensor | None] = (None,)
         if last:
-            outputs = (self._loss(outputs[0], batch.masks),)
+            outputs = (self._loss(outputs[0], batch),)
         else:
             gradients = calibration.cache.gradients(segment + 1).read(chunk.batch)
         # An output that depends on none of the layers and inputs of the segment has no gradient.
@@ -421,16 +425,14 @@ class _BackwardPass:
             run = self._embeddings.watched(run, batch.masks, logits=segment == segments.count - 1)
         return run()
 
-    def _loss(self, outputs: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        self.predictions += kept_rows(outputs, masks).shape[0]
+    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        calibration = self._calibration
+        self.predictions += kept_rows(outputs, batch.masks).shape[0]
         if self._generator is None:  # the last layer of a model that is spread over devices may lie on any of them
-            self._generator = torch.Generator(outputs.device).manual_seed(self._calibration.run.seed)
-        loss = sampled_loss(outputs, masks, self._calibration.criterion, generator=self._generator)
+            self._generator = torch.Generator(outputs.device).manual_seed(calibration.run.seed)
+        loss = sampled_loss(outputs, batch.masks, calibration.criterion, generator=self._generator)
         if not torch.isfinite(loss):
-            raise BadInput(
-                "the model's own loss on the calibration data is not finite",
-                remedy="use the model in a wider dtype, or other data",
-            )
+            raise _overflow(calibration.model, batch, self._running)
         return loss
 
 

@@ -107,7 +107,8 @@ def _drawn_targets(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     """
     p = rows.double().softmax(-1)
     squared_lengths = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
-    chances = p * squared_lengths
+    # A row that is not finite gets any target: its loss is not finite either, and a GPU would stop at it for good.
+    chances = (p * squared_lengths).nan_to_num_(nan=1.0)
     targets = torch.multinomial(chances, 1, generator=generator)
     weights = (chances.sum(-1, keepdim=True) / squared_lengths.gather(-1, targets)).sqrt()
     weights *= _signs(weights, generator)

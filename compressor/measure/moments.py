@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.measure.scale import power_of_two_on_device
+from compressor.torch_state import all_answers
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class _Collector:
         self._seen.clear()
 
     def moments(self) -> dict[str, Moments | None]:
-        """The means so far."""
+        """The means so far; `BadInput` where they are not finite."""
+        self._require_finite()
         shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
         found: dict[str, Moments | None] = dict.fromkeys(self._layers)
         for name, gradients in self._gradients.items():
@@ -123,6 +125,19 @@ class _Collector:
             found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count)
         return found
 
+    def _require_finite(self) -> None:
+        """Ask once for all sums, in which what is not finite stays so: each answer is waited for."""
+        order = list(self._layers)
+        sums = [(min(names, key=order.index), "activations", each) for names, each in self._inputs.items()]
+        sums += [(name, "gradients", each) for name, each in self._gradients.items()]
+        flags = [torch.isfinite(each.product.diagonal()).all() for *_, each in sums]
+        for (name, what, _), finite in zip(sums, all_answers(flags), strict=True):
+            if not finite:
+                raise BadInput(
+                    f"the {what} of layer {name} are not finite on the calibration data",
+                    remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
+                )
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
         layer = self._layers[name]
 
@@ -131,7 +146,7 @@ class _Collector:
             key = (id(x), x._version, patches(layer))
             if key not in self._seen:
                 vectors = kept_vectors(input_vectors(layer, x.detach()), x, self._masks)
-                self._seen[key] = (x, _summed(vectors, name, "activations"), set())
+                self._seen[key] = (x, _summed(vectors), set())
             self._seen[key][2].add(name)
             leaf = not output.requires_grad
             if leaf:
@@ -144,7 +159,7 @@ class _Collector:
 
     def _backward(self, name: str, gradient: Tensor) -> None:
         vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, self._masks)
-        _accumulate(self._gradients, name, _summed(vectors, name, "gradients"))
+        _accumulate(self._gradients, name, _summed(vectors))
 
 
 def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
@@ -154,14 +169,9 @@ def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
         sums[key] = more
 
 
-def _summed(vectors: Tensor, name: str, what: str) -> _Sum:
+def _summed(vectors: Tensor) -> _Sum:
     vectors = wide_enough(vectors)
     product = outer_products(vectors, vectors)
-    if not torch.isfinite(product).all():
-        raise BadInput(
-            f"the {what} of layer {name} are not finite on the calibration data",
-            remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
-        )
     return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
 
 
@@ -197,7 +207,9 @@ def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Te
     for mask in masks:
         flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
         if flattened or (tensor.dim() == 3 and tensor.shape[:2] == mask.shape):
-            return vectors[mask.flatten().to(device=vectors.device, dtype=torch.bool)]
+            # Found on the CPU, where masks are: how many rows a mask keeps is what a device is waited for.
+            rows = mask.flatten().nonzero().squeeze(1)
+            return vectors.index_select(0, rows.to(vectors.device))
     return vectors
 
 

@@ -42,7 +42,7 @@ class ParameterCollector:
     def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]]) -> None:
         self._parameters = {name: module._parameters[own] for name, (module, own) in parameters.items()}
         self._sums: dict[str, list[Tensor]] = {}
-        self._batches: dict[str, int] = {}
+        self._batches: dict[str, Tensor] = {}
         self._before: list[tuple[Tensor, bool, Tensor | None]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -64,13 +64,21 @@ class ParameterCollector:
         self._handles, self._before = [], []
 
     def moments(self, predictions: int) -> dict[str, ParameterMoments]:
-        """The moments of every parameter that a gradient reached, over a total number of predictions."""
+        """The moments of every parameter that a gradient reached, over a total number of predictions.
+
+        Raises `BadInput` for gradients that are not finite.
+        """
         found = {}
         for name, (gradients, inputs) in self._sums.items():
-            trace = float(gradients.trace())
+            trace = float(gradients.trace())  # no entry of either product is larger
+            if not math.isfinite(trace):
+                raise BadInput(
+                    f"the gradients of {name} are not finite on the calibration data",
+                    remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
+                )
             if trace <= 0:
                 continue
-            batches = self._batches[name]
+            batches = float(self._batches[name])
             scale = (predictions * trace) ** 0.5
             found[name] = ParameterMoments(
                 inputs=inputs / scale,
@@ -83,11 +91,11 @@ class ParameterCollector:
     def state(self) -> dict[str, Tensor]:
         """What was gathered so far, by names for a file."""
         found = {f"{name}/{place}": each for name, sums in self._sums.items() for place, each in enumerate(sums)}
-        return found | {f"{name}/batches": torch.tensor(count) for name, count in self._batches.items()}
+        return found | {f"{name}/batches": count for name, count in self._batches.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what was gathered before."""
-        self._batches = {key.removesuffix("/batches"): int(state[key]) for key in state if key.endswith("/batches")}
+        self._batches = {key.removesuffix("/batches"): state[key] for key in state if key.endswith("/batches")}
         self._sums = {name: [state[f"{name}/0"], state[f"{name}/1"]] for name in self._batches}
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
@@ -96,17 +104,11 @@ class ParameterCollector:
             gradient = parameter.grad.flatten(1).float()
             parameter.grad = None
             products = [(gradient @ gradient.T).double(), (gradient.T @ gradient).double()]
-            squares = float(products[0].trace())  # no entry of either product is larger
-            if not math.isfinite(squares):
-                raise BadInput(
-                    f"the gradients of {name} are not finite on the calibration data",
-                    remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
-                )
-            if squares == 0:
-                return
             before = self._sums.get(name, [torch.zeros_like(each) for each in products])
             self._sums[name] = [a + b for a, b in zip(before, products, strict=True)]
-            self._batches[name] = self._batches.get(name, 0) + 1
+            # What a batch says nothing of is not counted, and whether it does is left on the device until the end.
+            reached = (products[0].trace() != 0).double()
+            self._batches[name] = self._batches[name] + reached if name in self._batches else reached
 
         return hook
 

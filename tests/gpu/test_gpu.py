@@ -49,8 +49,8 @@ def test_a_model_loses_as_little_as_one_compressed_on_the_cpu(name: str, effort:
     expected = (outputs(compressed(network, "cpu", "cpu", **EFFORTS[effort]), batches) - dense).norm() / dense.norm()
     found = compressed(network, device, device, **EFFORTS[effort])
     assert {each.device for each in found.parameters()} == {device}
-    # Other draws give other targets, and own examples are others: how much that changes was seen on the CPU.
-    slack = 1.0001 if effort == "none" else 1.5
+    # Other draws give other targets, and own examples are others: of four seeds on a CPU one lost up to 2.5 times more.
+    slack = 1.0001 if effort == "none" else 2.5
     assert (outputs(found, batches) - dense).norm() / dense.norm() <= slack * expected + 1e-4
 
 

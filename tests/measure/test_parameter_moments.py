@@ -117,5 +117,8 @@ def test_gradients_that_were_there_return_and_what_is_not_reached_has_no_moments
 
 def test_gradients_that_are_not_finite_are_named() -> None:
     layer = nn.Linear(3, 2)
-    with pytest.raises(BadInput, match="head"), ParameterCollector({"head": (layer, "weight")}):
+    collector = ParameterCollector({"head": (layer, "weight")})
+    with collector:
         (layer(torch.ones(4, 3)) * torch.inf).sum().backward()
+    with pytest.raises(BadInput, match="head"):
+        collector.moments(4)

@@ -75,10 +75,7 @@ def waits_of_calibration(model: nn.Module, batches: Sequence[Tensor], device: to
 def test_waits_of_calibration_for_each_batch(name, device):
     network = NETWORKS[name]
     few, many = (waits_of_calibration(network.on(device), network.batches(count), device) for count in (4, 8))
-    # Each layer asks whether its inputs, which it may share with others, and its gradients are finite, each segment
-    # whether its outputs are, and once whether the loss is.
-    layers = sum(each.dim() > 1 for each in network.on("cpu").parameters())
-    assert (many - few) / 4 <= 2 * layers + 4
+    assert (many - few) / 4 <= 1, "whether the loss is finite"
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "t5"])
