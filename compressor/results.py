@@ -93,6 +93,40 @@ class Inspection(DisplayedLayers):
 
 
 @dataclass(frozen=True)
+class Amount:
+    """Bytes that are needed of something, and that there are.
+
+    Attributes:
+        needed: What is needed at most.
+        available: What there is; None where that is not known.
+        place: Where: a folder, or a device.
+    """
+
+    needed: int
+    available: int | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a compression is expected to take, as it says before it begins.
+
+    Attributes:
+        memory: The largest size of the process; on an accelerator, of its tensors there.
+        temporary: Disk for temporary files.
+        output: Disk for the weight files; at most this, where the request does not say their size.
+        seconds: How long it is expected to take; None where nothing was timed.
+        most_seconds: The same with all steps that may be left out.
+    """
+
+    memory: Amount
+    temporary: Amount
+    output: Amount
+    seconds: float | None = None
+    most_seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class FineTune:
     """How a fine-tune was stored as its difference from a base model.
 
@@ -135,6 +169,7 @@ class Compression(DisplayedLayers):
         evaluation: Quality and cost on `data`, beside the dense model; None without `data`.
         latency: The model timed beside the dense one in every workload; empty where speed was not asked for.
         timed_on: The device that it was timed on; None where speed was not asked for, or of another device.
+        needs: What it was expected to take before it began; None for the difference of a fine-tune.
         seconds: How long it took.
         peak_memory_bytes: The most memory that the process used.
         skipped: The matrices that are not eligible, each with the reason.
@@ -182,6 +217,7 @@ class Compression(DisplayedLayers):
     weights_at: str = ""
     latency: tuple[TimedWorkload, ...] = ()
     timed_on: str | None = None
+    needs: Needs | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -283,6 +319,7 @@ class Compression(DisplayedLayers):
             "recipe": self.recipe.to_dict(),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "needs": None if self.needs is None else asdict(self.needs),
         }
 
 

@@ -429,7 +429,7 @@ def evaluate_document(folder: Path) -> Any:
 # The recorder.
 
 # Values that change from run to run or between installations: only their presence is recorded.
-VOLATILE_KEYS = re.compile(r"seconds|latency|peak_memory_bytes|verified_with")
+VOLATILE_KEYS = re.compile(r"seconds|latency|peak_memory_bytes|needs|verified_with")
 VERSION = re.compile(r"\b\d+\.\d+\.\d+[\w.+]*")  # "torch 2.13.0+cpu" in a model card
 
 

@@ -18,10 +18,22 @@ from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
 from compressor.api.keywords import CompressKeywords, PlanKeywords
 from compressor.api.latency import Prepared, prepared, requested_speed, require_speed, target_profile
+from compressor.api.needs import (
+    NEEDS,
+    CalibrationSize,
+    ModelSize,
+    Places,
+    in_time,
+    model_size,
+    needs_of,
+    output_bytes,
+    require_available,
+)
 from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
+    output_folder,
     output_target,
     provenance,
     requested_budget,
@@ -31,7 +43,8 @@ from compressor.api.requests import (
 from compressor.api.work_folder import expect_data, kept_work
 from compressor.api.workload import (
     CompressionWork,
-    decomposition_costs,
+    FirstRun,
+    first_run,
     timed_decompositions,
     work_on_calibration,
     work_on_data,
@@ -75,8 +88,8 @@ from compressor.planning import (
 )
 from compressor.progress import expect, takes_steps
 from compressor.report.model_card import compressed_card
-from compressor.report.wording import warning_words
-from compressor.results import BeforeAfter, Compression
+from compressor.report.wording import needs_words, warning_words
+from compressor.results import BeforeAfter, Compression, Needs
 from compressor.torch_state import neutral_torch_state
 
 logger = logging.getLogger(__name__)
@@ -172,10 +185,11 @@ def compress(
 
 def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *, run: Run) -> Compression:
     """The compression of an opened model; how long all of it took is not known here."""
+    places = Places.now(run.device, asked.work_dir, output_folder(asked, subject))
     data = _open_data(asked, subject, run)
     expect_data(run, data.calibration, data.search)
     with _held(subject, data, run):
-        _announce(asked, subject, data, run=run)
+        needs = _announced(asked, subject, data, places=places, run=run)
         inspected = inspect_layers(subject, EPSILON, run)
         measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
         measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
@@ -199,6 +213,7 @@ def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *
             evaluation=evaluation,
             latency=latency,
             timed_on=device_words(run.device) if latency else None,
+            needs=needs,
         )
         compression = replace(compression, warnings=(*planned.warnings, *warning_words(compression)))
         if target is not None:
@@ -398,31 +413,60 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
         )
 
 
-def _announce(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -> None:
-    """Tell a progress that estimates the whole what steps `compress` will go through, and what they will cost.
+def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: Places, run: Run) -> Needs:
+    """What `compress` is expected to take; `BadInput` where there is not enough of it.
 
-    A short measurement says how long running the model takes.
+    A progress that estimates the whole is told what steps it will go through, and what they will cost. For this, and
+    for a dry run, a short measurement says how long decompositions and running the model take.
     """
-    report = None if asked.dry_run else data.report
-    if not takes_steps(run.progress):
-        return
-    settings = calibration_settings(asked)
     eligible = [layer for layer in subject.layers if layer.eligible]
-    decompositions = decomposition_costs(eligible)
+    first = None
+    if eligible and data.calibration is not None:
+        first = first_run(subject.with_separate_experts, eligible, data.calibration, device=run.device)
+    size = model_size(subject.checkpoint, eligible, () if first is None else first.blocks)
+    size = size.kept_by(requested_budget(asked), asked.plan)
+    examples = None
+    if first is not None and data.calibration is not None:
+        examples = CalibrationSize.of(data.calibration, first.footprint, calibration_settings(asked))
+    needs = needs_of(size, examples, places, whole=_whole_models(asked, subject, data, size=size))
+    require_available(replace(needs, output=replace(needs.output, needed=0)) if asked.dry_run else needs)
+    if eligible and (asked.dry_run or takes_steps(run.progress)):
+        work = _timed_work(asked, subject, data, first=first, run=run)
+        expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
+        needs = in_time(needs, work.steps(given=asked.plan is not None, writes=True))
+    if (needs.most_seconds or 0.0) > NEEDS.worth_saying:
+        logger.info("this takes %s", needs_words(needs))
+    return needs
+
+
+def _whole_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize) -> int:
+    """Bytes of the models that are loaded or made: the dense one to run it, the compressed one to be measured."""
+    runs = any(each is not None for each in (data.calibration, data.search, data.report))
+    dense = size.dense if runs and not subject.in_memory else 0
+    made = subject.in_memory or data.report is not None
+    return dense + (output_bytes(size) if made and not asked.dry_run else 0)
+
+
+def _timed_work(
+    asked: CompressOptions, subject: Model, data: _Data, *, first: FirstRun | None, run: Run
+) -> CompressionWork:
+    """What `compress` will do, in seconds."""
+    eligible = [layer for layer in subject.layers if layer.eligible]
+    decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
     calibration = trial = evaluation = None
-    if eligible and any(each is not None for each in (data.calibration, data.search, report)):
-        dense = subject.with_separate_experts
-        decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
-        if data.calibration is not None:
-            calibration = work_on_calibration(dense, eligible, data.calibration, device=run.device, settings=settings)
+    if any(each is not None for each in (data.calibration, data.search, data.report)):
+        dense, settings = subject.with_separate_experts, calibration_settings(asked)
+        if data.calibration is not None and first is not None:
+            calibration = work_on_calibration(
+                dense, eligible, data.calibration, first=first, device=run.device, settings=settings
+            )
         timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
-        evaluation = None if report is None else work_on_data(dense, report, run.device, timing=timing)
+        evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
     budget = requested_budget(asked)
     searched = budget is not None and budget.kind == "max-drop"
     trials = (asked.planning_settings or PLANNING).most_trials if searched else 1
-    work = CompressionWork(decompositions, calibration, trial, evaluation, trials)
-    expect(run.progress, work.steps(given=asked.plan is not None, writes=not asked.dry_run))
+    return CompressionWork(decompositions, calibration, trial, evaluation, trials)
 
 
 def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: str) -> None:

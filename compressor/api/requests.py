@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from compressor.api.options import (
     CompressOptions,
@@ -18,7 +19,7 @@ from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Preference, Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
 from compressor.evaluation import TIMING, TimingSettings
-from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target
+from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
 from compressor.planning import Budget, checked_budget
@@ -87,6 +88,14 @@ def output_target(
         return None
     target = checked_target(model.checkpoint, asked.output, naming, overwrite=asked.overwrite, others=others)
     return target.pushed_to(asked.push_to)
+
+
+def output_folder(asked: CompressOptions, model: Model) -> Path | None:
+    """The folder in which the result appears, or of a dry run would appear; None of a module."""
+    if model.in_memory:
+        return None
+    naming = Naming(form_of(model.checkpoint), "-compressed")
+    return naming.place(model.checkpoint, asked.output).absolute().parent
 
 
 def data_to_measure_on(asked: CompressOptions, model: Model) -> tuple[EvaluationData | None, EvaluationData | None]:

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.api.needs import FLOAT32, Footprint
 from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings
+from compressor.calibration.criterion import outputs_of
 from compressor.calibration.examples import with_decoder_inputs
 from compressor.calibration.refinement import adam
-from compressor.calibration.segments import most_segments
+from compressor.calibration.segments import longest_row
 from compressor.data import Batch, EvaluationData
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
@@ -79,21 +81,15 @@ class ForwardTime:
         return max(0.0, self.one - self.each)
 
 
-def decomposition_costs(layers: Sequence[Layer]) -> tuple[float, ...]:
-    """What the singular values of each layer cost, in multiplications."""
-    return tuple(_multiplications(layer) for layer in layers)
-
-
 def timed_decompositions(checkpoint: Checkpoint, layers: Sequence[Layer], device: torch.device) -> tuple[float, ...]:
     """The seconds that the singular values of each layer are expected to take, by those of the one in the middle."""
-    if not layers:
-        return ()
+    costs = tuple(map(_multiplications, layers))
     middle = sorted(layers, key=_multiplications)[len(layers) // 2]
     matrix = as_matrix(middle, checkpoint.read(middle.tensor).to(device))
     if not torch.isfinite(matrix).all():
-        return decomposition_costs(layers)
+        return costs
     rate = _least_seconds(lambda: singular_values(matrix), device) / _multiplications(middle)
-    return tuple(rate * cost for cost in decomposition_costs(layers))
+    return tuple(rate * cost for cost in costs)
 
 
 def _elements(layer: Layer) -> float:
@@ -193,7 +189,7 @@ def _timing_seconds(forward: float, timing: TimingSettings) -> float:
 
 @dataclass(frozen=True)
 class CompressionWork:
-    """What `compress` will do: in seconds, or in the unit of the decompositions where there are no data."""
+    """What `compress` will do, in seconds."""
 
     decompositions: Sequence[float]
     calibration: CalibrationWork | None = None
@@ -223,30 +219,78 @@ class CompressionWork:
         return steps
 
 
+@dataclass(frozen=True)
+class FirstRun:
+    """What a forward on one example showed: the blocks, how many inputs layers have in all, and what an example takes.
+
+    Layers that are given one tensor share an input.
+    """
+
+    blocks: tuple[str, ...]
+    groups: int
+    footprint: Footprint
+
+
+def first_run(
+    model: nn.Module, layers: Sequence[Layer], data: CalibrationData, *, device: torch.device
+) -> FirstRun | None:
+    """Run a model on one example; None where it does not take the data, which is said where they are used."""
+    modules = {model.get_submodule(layer.module) for layer in layers if layer.kind not in ("embedding", "parameter")}
+    blocks = longest_row(model, layers)
+    inputs: dict[nn.Module, Tensor] = {}  # kept, so that an address stands for one tensor
+    states: list[int] = []
+    inside = dict.fromkeys(blocks or ("",), 0)
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inputs.setdefault(module, arguments[0] if arguments else next(iter(named.values())))
+
+    def note_state(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        state = arguments[0] if arguments else next(iter(named.values()))
+        states.append(state.nbytes)
+
+    def note_output(_: nn.Module, __: tuple[Any, ...], output: Any, *, block: str) -> None:
+        inside[block] += output.nbytes if isinstance(output, Tensor) else 0
+
+    batch = with_decoder_inputs(data, model).fit[0][:1]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for block in inside:
+            whole = model.get_submodule(block)
+            if block:
+                stack.callback(whole.register_forward_pre_hook(note_state, with_kwargs=True).remove)
+            for part in whole.modules():
+                stack.callback(part.register_forward_hook(partial(note_output, block=block)).remove)
+        outputs = _outputs(model, batch, device)
+    if outputs is None:
+        return None
+    groups = len({id(each) for each in inputs.values()})
+    footprint = Footprint(max(states, default=0), max(inside.values()), FLOAT32 * outputs.numel())
+    return FirstRun(blocks, groups, footprint)
+
+
+def _outputs(model: nn.Module, batch: Batch, device: torch.device) -> Tensor | None:
+    try:
+        with evaluation_mode(device, model):
+            return outputs_of(model, batch.inputs)
+    except (BadInput, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return None
+
+
 def work_on_calibration(
     model: nn.Module,
     layers: Sequence[Layer],
     data: CalibrationData,
     *,
+    first: FirstRun,
     device: torch.device,
     settings: CalibrationSettings,
 ) -> CalibrationWork | None:
     """None where the model does not take the data, which is said where they are used."""
     modules = {model.get_submodule(layer.module) for layer in layers if layer.kind not in ("embedding", "parameter")}
-    inputs: dict[nn.Module, Tensor] = {}  # kept, so that an address stands for one tensor
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        inputs.setdefault(module, arguments[0] if arguments else next(iter(named.values())))
-
-    batch = with_decoder_inputs(data, model).fit[0]
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        failed = _forward_seconds(model, batch[:1], device) is None
-    forward = None if failed else timed_forward(model, batch, device)
+    forward = timed_forward(model, with_decoder_inputs(data, model).fit[0], device)
     if forward is None:
         return None
-    groups, segments = len({id(each) for each in inputs.values()}), most_segments(model, layers)
     factors = [layer.parameters // 2 for layer in layers]
     optimizing = 2 * len(modules) * _optimizer_seconds(factors, device, settings.refinement)
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
@@ -256,8 +300,8 @@ def work_on_calibration(
         fit=data.examples,
         holdout=data.holdout_examples,
         forward=forward,
-        groups=groups,
-        segments=segments,
+        groups=first.groups,
+        segments=1 + len(first.blocks),
         optimizing=optimizing,
         products=products,
         in_metric=in_metric,

@@ -182,11 +182,7 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     is one segment.
     """
     wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
-    rows = [
-        tuple(f"{name}.{index}" if name else index for index, _ in module.named_children())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and _alike(module, wanted)
-    ]
+    rows = _rows(model, wanted)
     chains = _chains(model, rows, batch)
     # Among chains of one length, the outer one comes first.
     longest = sorted(chains, key=lambda chain: (-len(chain.blocks), rows.index(chain.blocks)))
@@ -200,11 +196,20 @@ def find_segments(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> Se
     return Segments()
 
 
-def most_segments(model: nn.Module, layers: Sequence[Layer]) -> int:
-    """The most segments that `find_segments` may find, by the longest row of blocks, without running the model."""
+def longest_row(model: nn.Module, layers: Sequence[Layer]) -> tuple[str, ...]:
+    """The names of the most blocks that `find_segments` may find in a chain, without running the model."""
     wanted = {id(model.get_submodule(each.module)) for each in layers if each.kind not in ("embedding", "parameter")}
-    rows = (module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module))
-    return 1 + max((len(row) for row in rows if len(row) > 1 and _alike(row, wanted)), default=0)
+    rows = _rows(model, wanted)
+    return max(rows, key=len, default=())
+
+
+def _rows(model: nn.Module, wanted: set[int]) -> list[tuple[str, ...]]:
+    """The names of blocks that are listed together and hold layers."""
+    return [
+        tuple(f"{name}.{index}" if name else index for index, _ in module.named_children())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1 and _alike(module, wanted)
+    ]
 
 
 def _alike(parts: nn.Module, wanted: set[int]) -> bool:

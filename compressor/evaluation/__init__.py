@@ -16,6 +16,7 @@ from compressor.evaluation.cost import (
     measure_latency,
     measure_peak_memory,
     process_memory,
+    resident_memory,
 )
 from compressor.evaluation.custom_metric import PARTS
 from compressor.evaluation.evaluate import Evaluation, compare, device_words, latency_changes
@@ -55,5 +56,6 @@ __all__ = [
     "process_memory",
     "quality_drop",
     "require_accepted",
+    "resident_memory",
     "unfilled_module",
 ]

@@ -28,6 +28,7 @@ from compressor.report.wording import (
     error_words,
     large_loss_words,
     left_out_words,
+    needed_time_words,
     quality_words,
     recipe_sources,
     recipe_words,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from compressor.network import Layer
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import BeforeAfter, Compression, Export, Inspection, Merging, Restoration
+    from compressor.results import BeforeAfter, Compression, Export, Inspection, Merging, Needs, Restoration
 
 PAIRED = "ratio of the times: median of paired runs"
 
@@ -76,10 +77,25 @@ def compression_page(compression: Compression) -> Page:
     if compression.warnings:
         parts.append(Facts.of(*(("warning", words) for words in compression.warnings)))
     parts += _skipped(compression.skipped)
+    if compression.needs is not None and compression.output is None and compression.model is None:
+        parts.append(_needed(compression.needs))
     output = compression.output or "nothing was written"
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
     parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
     return Page(tuple(parts))
+
+
+def _needed(needs: Needs) -> LayerTable:
+    """What a run that writes is expected to take, beside what there is."""
+    amounts = [("memory", needs.memory), ("temporary files", needs.temporary), ("weight files", needs.output)]
+    rows = [
+        (name, format_size(each.needed), "-" if each.available is None else format_size(each.available))
+        for name, each in amounts
+        if each.needed
+    ]
+    if needs.seconds is not None:
+        rows.insert(0, ("time", needed_time_words(needs), "-"))
+    return LayerTable(("to write it", "needed", "available"), tuple(rows))
 
 
 def _left_out_facts(result: Compression | Inspection) -> Iterator[tuple[str, str]]:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from compressor.formatting import format_percent, format_size, one_line
+from compressor.formatting import format_percent, format_seconds, format_size, one_line
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import Compression
+    from compressor.results import Compression, Needs
 
 
 def shortened(name: str, width: int) -> str:
@@ -66,6 +66,26 @@ def _numbers_and_end(name: str, width: int) -> str:
 
 def _beginning_and_end(name: str, width: int, *, beginning: int) -> str:
     return name[:beginning] + "…" + name[len(name) - (width - beginning - 1) :]
+
+
+def needs_words(needs: Needs) -> str:
+    """What a compression is expected to take, in a line."""
+    words = [f"about {format_size(needs.memory.needed)} of memory"]
+    if needs.seconds is not None:
+        words.insert(0, needed_time_words(needs))
+    if needs.temporary.needed:
+        words.append(f"{format_size(needs.temporary.needed)} of temporary files in {needs.temporary.place}")
+    if needs.output.needed:
+        words.append(f"{format_size(needs.output.needed)} of weight files")
+    return ", ".join(words)
+
+
+def needed_time_words(needs: Needs) -> str:
+    """The time that a compression is expected to take."""
+    assert needs.seconds is not None
+    assert needs.most_seconds is not None
+    least, most = format_seconds(needs.seconds), format_seconds(needs.most_seconds)
+    return f"about {least}" if least == most else f"about {least} (at most {most})"
 
 
 def left_out_words(

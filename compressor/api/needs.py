@@ -1,0 +1,323 @@
+"""What `compress` will need before it begins: memory, temporary files, the size of the output, and time.
+
+The formulas count what the stages keep, one line for each thing kept; what depends on the network's own code, such as
+the size of the states between blocks, is taken from a forward on one example. They tend to say a little more than is
+taken. So a run is refused only where much less is free than they say (`NeedsSettings`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import gettempdir
+
+import torch
+
+from compressor.calibration import CalibrationData, CalibrationSettings
+from compressor.errors import BadInput
+from compressor.evaluation import free_memory, resident_memory
+from compressor.formatting import format_size
+from compressor.io import Checkpoint
+from compressor.network import Layer
+from compressor.planning import Budget, Plan
+from compressor.progress import Step
+from compressor.results import Amount, Needs
+
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class NeedsSettings:
+    """When a run is refused for what it will need, and when that is said."""
+
+    margin: float = 0.25
+    """A need is refused where less than this share short of it is free: the estimates are not exact."""
+
+    negligible: int = 2**28
+    """Bytes that are never refused: nobody runs this near to the end of a disk or of memory."""
+
+    worth_saying: float = 10.0
+    """Seconds from which on a run says beforehand what it will take."""
+
+
+NEEDS = NeedsSettings()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one example leaves on its way through a model, in bytes.
+
+    Attributes:
+        state: The tensor between two blocks.
+        block: The outputs of the modules inside of a block; of the whole model where it has no blocks.
+        outputs: The model's outputs in float32.
+    """
+
+    state: int
+    block: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model as the formulas see it.
+
+    Attributes:
+        dense: Bytes of all tensors.
+        itemsize: Bytes of a number of the eligible layers.
+        blocks: The eligible layers of each block of the longest chain.
+        others: The eligible layers outside of it.
+        kept: The share of their parameters that is expected to remain; 1 where the request does not say.
+    """
+
+    dense: int
+    itemsize: int
+    blocks: Sequence[Sequence[Layer]]
+    others: Sequence[Layer] = ()
+    kept: float = 1.0
+
+    def kept_by(self, budget: Budget | None, plan: object) -> ModelSize:
+        """The same with the share that a request leaves, where it says."""
+        kept = 1.0
+        if isinstance(plan, Plan):
+            kept = plan.eligible_after / plan.eligible_before
+        elif budget is not None and budget.value is not None and budget.kind == "keep":
+            kept = budget.value
+        elif budget is not None and budget.value is not None and budget.kind == "max-size" and self.eligible:
+            kept = min(1.0, max(0.0, (budget.value - self.dense) / self.eligible + 1))
+        return replace(self, kept=kept)
+
+    @property
+    def parts(self) -> list[Sequence[Layer]]:
+        """The layers that are calibrated together."""
+        return [part for part in (*self.blocks, self.others) if part]
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for part in self.parts for layer in part]
+
+    @property
+    def eligible(self) -> int:
+        """Bytes of the eligible layers."""
+        return self.itemsize * sum(layer.parameters for layer in self.layers)
+
+    @property
+    def factors(self) -> int:
+        """Bytes of what becomes of them."""
+        return round(self.kept * self.eligible)
+
+
+def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequence[str]) -> ModelSize:
+    """The sizes of a model whose blocks have these names."""
+    inside = [[layer for layer in eligible if layer.module.startswith(f"{block}.")] for block in blocks]
+    found = {layer.name for block in inside for layer in block}
+    return ModelSize(
+        dense=sum(info.nbytes for info in checkpoint.tensors.values()),
+        itemsize=max((checkpoint.tensors[layer.tensor].dtype.itemsize for layer in eligible), default=0),
+        blocks=inside,
+        others=[layer for layer in eligible if layer.name not in found],
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationSize:
+    """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model."""
+
+    fit: int
+    holdout: int
+    at_once: int
+    footprint: Footprint
+    settings: CalibrationSettings
+
+    @classmethod
+    def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
+        at_once = max(batch.examples for batch in (*data.fit, *data.holdout))
+        return cls(data.examples, data.holdout_examples, at_once, footprint, settings)
+
+    @property
+    def walks(self) -> bool:
+        """Whether the compressed model is walked through beside the dense one."""
+        return self.settings.compensate or self.settings.refine
+
+
+def output_bytes(model: ModelSize) -> int:
+    """Bytes of the weight files: what is not compressed, and the factors."""
+    return model.dense - model.eligible + model.factors
+
+
+def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> int:
+    """Most bytes of temporary files at a time; without calibration there are none.
+
+    The activation cache holds, until the factors are written,
+
+    - the states before every block, of all examples;
+    - the states in the compressed model before one block, of all examples;
+    - the gradients before one block, of the fit examples;
+    - the metric of every layer, `d_in x d_in` and `d_out x d_out` in float64;
+    - its decomposition, `n x n` for the smaller side n in float32;
+    - the second moment of the gradients before every block, as wide as its narrowest layer, in float64.
+
+    Recalibration has one of its own beside it, of the fit examples.
+    """
+    if calibration is None:
+        return 0
+    state, every = calibration.footprint.state, calibration.fit + calibration.holdout
+    dense = len(model.blocks) * every * state
+    compressed = every * state if calibration.walks else 0
+    gradients = calibration.fit * state
+    metrics = FLOAT64 * sum(map(_moments, model.layers))
+    decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
+    boundaries = FLOAT64 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks)
+    of_layers = metrics + decompositions + boundaries
+    again = len(model.blocks) * calibration.fit * state + gradients + of_layers
+    rounds = 1 if calibration.settings.recalibration_rounds else 0
+    return dense + compressed + gradients + of_layers + rounds * again
+
+
+def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, *, whole: int) -> int:
+    """Most bytes of memory at a time beside the libraries.
+
+    `whole` are the bytes of the models that are in memory whole: the dense one where it is run, and the compressed one
+    where it is evaluated or returned.
+    """
+    if calibration is None:
+        return whole + factorization_bytes(model)
+    return whole + max(model.factors + factorization_bytes(model), calibration_bytes(model, calibration))
+
+
+def factorization_bytes(model: ModelSize) -> int:
+    """Of the largest layer, in float64: the matrix, its factors, their product, and what LAPACK works with.
+
+    A matrix of `m x n` takes `5 m n`, and the smaller side's Gram matrix, its eigenvectors and the work space of
+    `syevd` `5 min(m, n)^2`.
+    """
+    return max((5 * FLOAT64 * (layer.parameters + min(layer.shape) ** 2) for layer in model.layers), default=0)
+
+
+def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
+    """Of one block and one batch:
+
+    - the moments of the block's layers in float64, and those of a batch;
+    - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
+      gradients;
+    - the model's outputs in float32, with their logarithms, probabilities and gradients;
+    - the factors of the layers so far, and the copies that refinement fits; of those of one block also the gradients
+      and Adam's moments, in float32.
+    """
+    settings = calibration.settings
+    moments = 2 * FLOAT64 * max((sum(map(_moments, part)) for part in model.parts), default=0)
+    passing = 3 * calibration.at_once * calibration.footprint.block
+    outputs = 5 * calibration.at_once * calibration.footprint.outputs
+    factors = (1 + settings.refine) * model.factors
+    largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
+    optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
+    return factors + max(moments, optimizing) + max(passing, outputs)
+
+
+def _moments(layer: Layer) -> int:
+    """Numbers in the second moments of a layer's inputs and gradients; those of an embedding's inputs are a vector."""
+    outputs, inputs = layer.shape
+    return outputs**2 + (inputs if layer.kind == "embedding" else inputs**2)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run works, as it is before anything is loaded.
+
+    Attributes:
+        device: The device that computes.
+        temporary: The folder of temporary files.
+        kept: Bytes of those that an interrupted run has left there for this one.
+        output: That of the output; None where nothing is written.
+        memory: The most bytes that the process, or on an accelerator its tensors, may have; None where not known.
+        taken: Those that it has.
+    """
+
+    device: torch.device
+    temporary: Path
+    kept: int
+    output: Path | None
+    memory: int | None
+    taken: int
+
+    @classmethod
+    def now(cls, device: torch.device, work: Path | None, output: Path | None) -> Places:
+        """The places of a run that is about to begin, with its work folder if it has one."""
+        taken = resident_memory() if device.type == "cpu" else 0
+        free = free_memory(device)
+        kept = 0 if work is None else sum(path.stat().st_size for path in work.glob("*/*.safetensors"))
+        return cls(device, work or Path(gettempdir()), kept, output, None if free is None else taken + free, taken)
+
+
+def needs_of(model: ModelSize, calibration: CalibrationSize | None, places: Places, *, whole: int) -> Needs:
+    """What a run is expected to take, and what there is; `whole` as for `memory_bytes`."""
+    memory = places.taken + memory_bytes(model, calibration, whole=whole)
+    written = 0 if places.output is None else output_bytes(model)
+    free = _free_space(places.temporary)
+    return Needs(
+        Amount(memory, places.memory, places.device.type),
+        Amount(
+            temporary_bytes(model, calibration), None if free is None else free + places.kept, str(places.temporary)
+        ),
+        Amount(written, None if places.output is None else _free_space(places.output), str(places.output or "")),
+    )
+
+
+def in_time(needs: Needs, steps: Sequence[Step]) -> Needs:
+    """The needs with the seconds of the steps of a run: of those that are certain, and of all."""
+    certain = sum(step.cost for step in steps if step.certain)
+    return replace(needs, seconds=certain, most_seconds=sum(step.cost for step in steps))
+
+
+def require_available(needs: Needs, settings: NeedsSettings = NEEDS) -> None:
+    """Raise `BadInput` where memory or a disk will not do, naming what is needed, what there is, and what to change."""
+    memory, temporary, output = needs.memory, needs.temporary, needs.output
+    less = "ask for `effort='fast'` or for fewer examples (`calibration_samples`)" if temporary.needed else ""
+    elsewhere = "set TMPDIR or `work_dir` to a folder on another disk"
+    if _is_short(memory, settings):
+        remedy = f"{less}, or use a machine that has more" if less else "use a machine that has more"
+        raise BadInput(_short(memory, f"of memory ({memory.place})"), remedy=remedy)
+    if _is_short(temporary, settings):
+        what = _short(temporary, "for temporary files")
+        raise BadInput(what, where=temporary.place, remedy=f"{elsewhere}, or {less}")
+    if _is_short(output, settings):
+        what = _short(output, "for the output")
+        raise BadInput(what, where=output.place, remedy="free some space, or choose an output on another disk")
+    if temporary.needed and output.needed and _on_one_disk(Path(temporary.place), Path(output.place)):
+        both = replace(temporary, needed=temporary.needed + output.needed)
+        if _is_short(both, settings):
+            what = _short(both, "for temporary files and the output")
+            raise BadInput(what, where=temporary.place, remedy=f"{elsewhere}, or {less}")
+
+
+def _is_short(amount: Amount, settings: NeedsSettings) -> bool:
+    if amount.available is None or amount.needed <= settings.negligible:
+        return False
+    return amount.available < (1 - settings.margin) * amount.needed
+
+
+def _short(amount: Amount, of_what: str) -> str:
+    return (
+        f"about {format_size(amount.needed)} are needed {of_what}, and there are {format_size(amount.available or 0)}"
+    )
+
+
+def _free_space(folder: Path) -> int | None:
+    """Bytes free to this user on the disk of a folder, or of the nearest one above it that exists."""
+    try:
+        return shutil.disk_usage(_existing(folder)).free
+    except OSError:
+        return None
+
+
+def _on_one_disk(first: Path, second: Path) -> bool:
+    try:
+        return _existing(first).stat().st_dev == _existing(second).stat().st_dev
+    except OSError:
+        return False
+
+
+def _existing(folder: Path) -> Path:
+    return next((each for each in (folder, *folder.parents) if each.exists()), Path())
