@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -219,11 +219,15 @@ def _refit(
     found = decomposition_of(calibration, layer)
     pair = approximate(layer, plan, matrix, metric=metric, settings=settings.factorization, decomposition=found)
     chosen = start = _Target(matrix, bias, metric, metric.mean, metric.mean)
-    before = _Outputs.of(matrix, holdout.centered(start.x, start.y), metric.gradients)
-    target = _ridge_target(start, _factored(pair), fit, holdout=holdout, ridges=settings.ridges)
+    x, y = (None, None) if start.x is None else (fit.x, fit.y)
+    after = before = _Outputs.of(matrix, holdout.centered(start.x, start.y), metric.gradients)
+    if x is not None:
+        after = _Outputs.of(matrix, holdout.centered(x, y), metric.gradients)
+    target = _ridge_target(
+        replace(start, x=x, y=y), _factored(pair), fit.centered(x, y), outputs=after, ridges=settings.ridges
+    )
     if target is not None:
         refitted = approximate(layer, plan, target.matrix, metric=target.metric, settings=settings.factorization)
-        after = _Outputs.of(matrix, holdout.centered(target.x, target.y), metric.gradients)
         # Differences below the precision of the moments, whose products are in float32, say nothing.
         rounding = torch.finfo(torch.float32).eps * before.total
         if after.error(_factored(refitted)) < before.error(_factored(pair)) - rounding:
@@ -278,28 +282,23 @@ class _Target:
 
 
 def _ridge_target(
-    start: _Target, pair: FactorPair, fit: _InputStatistics, *, holdout: _InputStatistics, ridges: Sequence[float]
+    start: _Target, pair: FactorPair, fit: _InputStatistics, *, outputs: _Outputs, ridges: Sequence[float]
 ) -> _Target | None:
     """The layer refitted with the ridge of least holdout error; None where its inputs are all zero.
 
-    The ridges are compared by pairs that are found without a decomposition, from the columns of the layer's own.
+    The ridges are compared by pairs that are found without a decomposition, from the layer's own. All moments are about
+    the means of `start`.
     """
-    matrix, gradients = start.matrix, start.metric.gradients
-    x, y = (None, None) if start.x is None else (fit.x, fit.y)
-    about = fit.centered(x, y)
-    scale = float(about.yy.diagonal().mean())
-    if not 0 < scale < float("inf"):
-        return None
-    outputs = _Outputs.of(matrix, holdout.centered(x, y), gradients)
-    wanted = matrix @ about.xy
+    matrix, gradients, x, y = start.matrix, start.metric.gradients, start.x, start.y
+    scale = float(fit.yy.diagonal().mean())
+    wanted = matrix @ fit.xy
     best: tuple[float, float, Tensor] | None = None
-    for relative in ridges:
+    for relative in ridges if 0 < scale < float("inf") else ():
         ridge = relative * scale
-        factor, failed = torch.linalg.cholesky_ex(_ridged(about.yy, ridge))
+        factor, failed = torch.linalg.cholesky_ex(_ridged(fit.yy, ridge))
         if failed:
             continue
-        truncated = _truncated_near(pair.up, wanted + ridge * matrix, factor, gradients=gradients)
-        error = outputs.error(truncated)
+        error = outputs.error(_truncated_near(pair, wanted + ridge * matrix, factor, gradients=gradients))
         if best is None or error < best[0]:
             best = error, ridge, factor
     if best is None:
@@ -309,17 +308,14 @@ def _ridge_target(
     shifted = start.bias
     if start.bias is not None and x is not None and y is not None:
         shifted = (start.bias.to(matrix) + matrix @ x - target @ y).to(start.bias.dtype)
-    return _Target(target, shifted, Metric(_ridged(about.yy, ridge), gradients, y), x, y)
+    return _Target(target, shifted, Metric(_ridged(fit.yy, ridge), gradients, y), x, y)
 
 
-def _truncated_near(up: Tensor, right: Tensor, factor: Tensor, *, gradients: Tensor) -> FactorPair:
-    """The matrix T of `T L L^T = right` truncated: a step of subspace iteration from the columns of `up`."""
-
-    def best_down(columns: Tensor) -> Tensor:
-        return torch.cholesky_solve((coordinates(columns, gradients) @ right).T, factor).T
-
-    columns = torch.linalg.qr(right @ best_down(up).T).Q
-    return FactorPair(up=columns, down=best_down(columns))
+def _truncated_near(pair: FactorPair, right: Tensor, factor: Tensor, *, gradients: Tensor) -> FactorPair:
+    """The matrix T of `T L L^T = right` truncated: a step of subspace iteration from the rows of a pair."""
+    columns = torch.linalg.qr(right @ pair.down.T).Q
+    down = torch.cholesky_solve((coordinates(columns, gradients) @ right).T, factor).T
+    return FactorPair(up=columns, down=down)
 
 
 def _ridged(moment: Tensor, ridge: float) -> Tensor:
