@@ -40,7 +40,7 @@ from compressor.api.requests import (
     selection,
     timing_settings,
 )
-from compressor.api.work_folder import expect_data, kept_work
+from compressor.api.work_folder import expect_data, kept_work, note_output
 from compressor.api.workload import (
     CompressionWork,
     FirstRun,
@@ -59,7 +59,7 @@ from compressor.engine import Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
-from compressor.io import Artifact, Naming, Target, form_of
+from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
     Rewriting,
     StoredErrors,
@@ -175,16 +175,16 @@ def compress(
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     device = resolve_device(asked.device)
-    target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     with opened_engine(asked.engine, device) as engine:
         run = Run(device, asked.seed, asked.progress, engine=engine)
         with kept_work(asked, subject, run) as running:
-            compression = _compressed(asked, subject, target, run=running)
+            compression = _compressed(asked, subject, running)
     return replace(compression, seconds=time.monotonic() - started)
 
 
-def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *, run: Run) -> Compression:
+def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression:
     """The compression of an opened model; how long all of it took is not known here."""
+    target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     places = Places.now(run.device, asked.work_dir, output_folder(asked, subject))
     data = _open_data(asked, subject, run)
     expect_data(run, data.calibration, data.search)
@@ -219,6 +219,7 @@ def _compressed(asked: CompressOptions, subject: Model, target: Target | None, *
         if target is not None:
             card, source = in_flags(compression), subject.checkpoint
             made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))
+            note_output(run, target.path)
     compression = replace(
         compression,
         inspected=tuple(each for each in inspected if each.layer.eligible),

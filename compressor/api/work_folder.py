@@ -54,9 +54,28 @@ def kept_work(asked: CompressOptions, subject: Model, run: Run) -> Iterator[Run]
     try:
         yield replace(run, journal=journal)
     except BaseException:
-        journal.close()
+        # Nothing was done yet, or all was: a run that died between the last step and this one.
+        if not len(journal) or _is_written(journal):
+            journal.remove()
+        else:
+            journal.close()
         raise
-    journal.remove()
+    if asked.dry_run:
+        journal.close()
+    else:
+        journal.remove()
+
+
+_OUTPUT = "output"
+
+
+def note_output(run: Run, path: Path) -> None:
+    """Record that all is done but to move the output to its place."""
+    run.journal.value(_OUTPUT, lambda: str(path.absolute()))
+
+
+def _is_written(journal: Journal) -> bool:
+    return journal.knows(_OUTPUT) and Path(journal.value(_OUTPUT, str)).exists()
 
 
 def expect_data(run: Run, calibration: CalibrationData | None, search: EvaluationData | None) -> None:

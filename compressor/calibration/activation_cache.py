@@ -64,11 +64,17 @@ class CachedBatches:
 
 
 class ActivationCache:
-    """What the walks through a model leave for each other, in a journal: by default on disk until the object goes."""
+    """What the walks through a model leave for each other, in a journal: by default on disk until the object goes.
 
-    def __init__(self, device: torch.device, journal: Journal | None = None) -> None:
+    What does not depend on a size is in the journal `moments`, which may be another one: metrics and decompositions.
+    """
+
+    def __init__(
+        self, device: torch.device, journal: Journal | None = None, moments: Journal | None = None
+    ) -> None:
         self.journal = Journal() if journal is None else journal
-        self._folder = _Folder(self.journal, device)
+        self.moments = self.journal if moments is None else moments
+        self._folder, self._of_moments = _Folder(self.journal, device), _Folder(self.moments, device)
 
     def dense(self, part: Part, segment: int) -> CachedBatches:
         """New outputs of a segment of the dense model."""
@@ -84,23 +90,23 @@ class ActivationCache:
 
     def write_boundary(self, segment: int, moments: Sequence[Tensor]) -> None:
         """Keep the second moments of the gradients at the new outputs of a segment."""
-        CachedBatches(self._folder, "boundary").write(segment, moments)
+        CachedBatches(self._of_moments, "boundary").write(segment, moments)
 
     def has_boundary(self, segment: int) -> bool:
         """Whether there are second moments of the gradients at the new outputs of a segment."""
-        return CachedBatches(self._folder, "boundary").holds(segment)
+        return CachedBatches(self._of_moments, "boundary").holds(segment)
 
     def boundary(self, segment: int) -> tuple[Tensor, ...]:
         """The second moments of the gradients at the new outputs of a segment."""
-        return CachedBatches(self._folder, "boundary").read(segment)
+        return CachedBatches(self._of_moments, "boundary").read(segment)
 
     def metrics(self) -> CachedMetrics:
         """Metrics by layer, of which there are none yet."""
-        return CachedMetrics(self._folder)
+        return CachedMetrics(self._of_moments)
 
     def decompositions(self) -> CachedDecompositions:
         """Decompositions by layer, those that the journal has."""
-        return CachedDecompositions(self._folder)
+        return CachedDecompositions(self._of_moments)
 
 
 class CachedMetrics(Mapping[str, Metric | TiedMetric]):

@@ -32,7 +32,7 @@ from compressor.calibration.examples import PARTS, CalibrationData, Chunk, Part,
 from compressor.calibration.segments import Segments, State, find_segments
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.data import Batch
-from compressor.engine import Run
+from compressor.engine import Journal, Run
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
@@ -81,8 +81,11 @@ def calibrate(
     *,
     run: Run,
     settings: CalibrationSettings = CALIBRATION,
+    moments: Journal | None = None,
 ) -> Calibration:
     """Estimate the moments of the layers' inputs and gradients on the fit examples.
+
+    They are kept in the run's journal, or in one of their own, and not estimated again where they are there.
 
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
@@ -95,7 +98,7 @@ def calibrate(
         logger.info("calibration runs the model in %d segments", segments.count)
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         known = {layer.name: layer for layer in layers}
-        cache = ActivationCache(run.device, run.journal.part("calibration"))
+        cache = ActivationCache(run.device, run.journal.part("calibration"), moments)
         bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
         modules = _modules(model, layers)
         _cache_outputs(bare, PARTS, modules)
@@ -329,7 +332,7 @@ class _BackwardPass:
 
     def metrics(self) -> tuple[CachedMetrics, dict[str, float]]:
         """The metric and the uses per prediction of every layer that is reached."""
-        calibration, journal = self._calibration, self._calibration.cache.journal
+        calibration, journal = self._calibration, self._calibration.cache.moments
         metrics, uses = calibration.cache.metrics(), dict[str, float]()
         count = calibration.segments.count
         done_before = self._done_before(metrics)
@@ -359,15 +362,15 @@ class _BackwardPass:
         if self._boundary:
             cache.write_boundary(segment - 1, [each.mean() for each in self._boundary.values()])
             self._boundary.clear()
-        if cache.journal.kept:
+        if cache.moments.kept:
             for kind, collector in self._collectors.items():
-                cache.journal.write(f"{kind}-{segment}", collector.state())
+                cache.moments.write(f"{kind}-{segment}", collector.state())
         return {"uses": uses, "predictions": self.predictions}
 
     def _done_before(self, metrics: CachedMetrics) -> int:
         """How many segments an interrupted run has measured: none where something of that is damaged."""
         cache, data = self._calibration.cache, self._calibration.data
-        journal, count = cache.journal, self._calibration.segments.count
+        journal, count = cache.moments, self._calibration.segments.count
         recorded = [f"backward-{segment}" for segment in reversed(range(count))]
         done = next((place for place, name in enumerate(recorded) if not journal.knows(name)), count)
         if done == 0:
