@@ -69,9 +69,7 @@ class ActivationCache:
     What does not depend on a size is in the journal `moments`, which may be another one: metrics and decompositions.
     """
 
-    def __init__(
-        self, device: torch.device, journal: Journal | None = None, moments: Journal | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, journal: Journal | None = None, moments: Journal | None = None) -> None:
         self.journal = Journal() if journal is None else journal
         self.moments = self.journal if moments is None else moments
         self._folder, self._of_moments = _Folder(self.journal, device), _Folder(self.moments, device)

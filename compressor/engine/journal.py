@@ -198,6 +198,7 @@ class Journal:
         """Keep tensors under a name, in place of those before."""
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         self._files.pop(self._prefix + name, None)
+        self._unchecked.discard(self._prefix + name)
         self.file(name, lambda path: save_file(on_cpu, path))
 
     def read(self, name: str) -> dict[str, Tensor]:

@@ -113,7 +113,8 @@ def rewritten_tensors(
 
 def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan, Factors]]:
     """What stands for each layer that does not stay dense, in the order of the plan."""
-    checkpoint = rewriting.checkpoint
+    checkpoint, journal = rewriting.checkpoint, run.journal
+    done = {layer.name for layer, plan in rewriting.factorized if journal.holds(_unit(layer, plan))}
     jobs = (
         _Factorization(
             layer=layer,
@@ -124,14 +125,36 @@ def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan,
             device=run.job_device,
         )
         for layer, plan in rewriting.factorized
-        if layer.name not in rewriting.factors
+        if layer.name not in rewriting.factors and layer.name not in done
     )
     computed = run.engine.map(_factorized, jobs)
     for layer, plan in rewriting.factorized:
-        factors = rewriting.factors.get(layer.name) or next(computed)
+        if layer.name in rewriting.factors:
+            factors = rewriting.factors[layer.name]
+        elif layer.name in done:
+            factors = _recorded(journal.read(_unit(layer, plan)))
+        else:
+            factors = next(computed)
+            if journal.kept:
+                error = torch.tensor(factors.error, dtype=torch.float64)
+                journal.write(_unit(layer, plan), {_ERROR: error, **factors.tensors})
         for name, tensor in factors.tensors.items():
             require_in_range(name, tensor)
         yield layer, plan, factors
+
+
+# The error of factors, among their tensors in a journal: no tensor of a model has such a name.
+_ERROR = "/error"
+
+
+def _unit(layer: Layer, plan: LayerPlan) -> str:
+    """What the factors of a layer that are found without data are called in a journal."""
+    return f"factors/{plan.form}-{plan.rank}/{layer.name}"
+
+
+def _recorded(tensors: dict[str, Tensor]) -> Factors:
+    error = float(tensors.pop(_ERROR))
+    return Factors({name: each.clone() for name, each in tensors.items()}, error)
 
 
 @dataclass(frozen=True)

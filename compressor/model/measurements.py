@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compressor.engine import Run
 from compressor.errors import BadInput
@@ -39,7 +40,7 @@ def inspect_layers(subject: Model, epsilon: float, run: Run) -> tuple[InspectedL
         subject.layers, architecture, subject.checkpoint.directory, sequence_length=recipe.sequence_length
     )
     eligible = [layer for layer in subject.layers if layer.eligible]
-    jobs = (
+    asked = [
         _Measurement(
             layer=layer,
             weight=subject.checkpoint.stored(layer.tensor),
@@ -51,10 +52,19 @@ def inspect_layers(subject: Model, epsilon: float, run: Run) -> tuple[InspectedL
             init_std=initial_standard_deviation(layer, architecture),
         )
         for layer in eligible
-    )
+    ]
     inspected: dict[str, InspectedLayer] = {}
-    for measured in run.engine.map(_measured, jobs):
-        inspected[measured.layer.name] = measured
+    done = {each.layer.name for each in asked if run.journal.holds(f"spectrum/{each.layer.name}")}
+    computed = run.engine.map(_spectra, (each for each in asked if each.layer.name not in done))
+    for each in asked:
+        name, unit = each.layer.name, f"spectrum/{each.layer.name}"
+        if name in done:
+            spectra = {key: values.numpy() for key, values in run.journal.read(unit).items()}
+        else:
+            spectra = next(computed)
+            if run.journal.kept:
+                run.journal.write(unit, {key: torch.from_numpy(values.copy()) for key, values in spectra.items()})
+        inspected[name] = _inspected(each, spectra)
         run.report("measure", len(inspected), len(eligible))
     return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
 
@@ -73,7 +83,8 @@ class _Measurement:
     init_std: float | None
 
 
-def _measured(asked: _Measurement) -> InspectedLayer:
+def _spectra(asked: _Measurement) -> dict[str, NDArray[np.float64]]:
+    """The singular values of a layer, under no name, and those of forms that have their own, by the form's."""
     layer = asked.layer
     weight = asked.weight.read()
     require_finite(layer.tensor, weight, asked.source)
@@ -85,8 +96,11 @@ def _measured(asked: _Measurement) -> InspectedLayer:
             where=layer.tensor,
             remedy="use a checkpoint from before the training diverged",
         )
-    own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
-    del weight
+    return {"": values} | {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+
+
+def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) -> InspectedLayer:
+    layer, values = asked.layer, spectra[""]
     return InspectedLayer(
         layer=layer,
         uses=asked.uses,
@@ -94,7 +108,7 @@ def _measured(asked: _Measurement) -> InspectedLayer:
         window=memory_window(asked.recipe, layer.shape, asked.uses, epsilon=asked.epsilon),
         initialization=surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std),
         singular_values=tuple(values.tolist()),
-        own_values={form: tuple(values.tolist()) for form, values in own.items()},
+        own_values={form: tuple(each.tolist()) for form, each in spectra.items() if form},
     )
 
 

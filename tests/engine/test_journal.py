@@ -264,6 +264,23 @@ def test_digests_tell_names_shapes_dtypes_and_numbers_apart() -> None:
     assert digest_of({"a": x.reshape(2, 3).T.contiguous()}) == digest_of({"a": x.reshape(2, 3).T})
 
 
+def test_a_unit_of_a_run_before_is_replaced(work: Path) -> None:
+    journal = opened(work)
+    journal.write("state", {"a": torch.zeros(1)})
+    journal.close()
+    journal = opened(work)
+    journal.write("state", {"a": torch.ones(1)})
+    journal.close()
+    journal = opened(work)
+    assert journal.read("state")["a"] == 1
+    journal.drop("state")
+    journal.value("loss", lambda: 1.5)
+    journal.drop("loss")
+    assert not journal.knows("loss")
+    journal.close()
+    assert len(opened(work)) == 0
+
+
 def test_parts_have_names_of_their_own(work: Path) -> None:
     journal, made = opened(work), Made()
     for name in ("one", "two"):
