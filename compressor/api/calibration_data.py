@@ -55,7 +55,7 @@ def _given(asked: CompressOptions, subject: Model) -> EvaluationData:
 
 
 def _accepted(asked: CompressOptions, subject: Model, samples: EvaluationData, *, run: Run) -> CalibrationData:
-    require_accepted(subject.with_separate_experts, samples, device=run.device)
+    require_accepted(subject.streamed, samples, device=run.device)
     return split_examples(samples, calibration_settings(asked))
 
 

@@ -250,7 +250,7 @@ def _held(subject: Model, data: _Data, run: Run) -> AbstractContextManager[None]
     """Hold the dense model on the device while it is planned for, if it runs there at all."""
     if data.calibration is None and data.search is None:
         return nullcontext()
-    return on_device(run.device, subject.with_separate_experts)
+    return on_device(run.device, subject.streamed)
 
 
 def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
@@ -288,7 +288,7 @@ def _calibrated(
     asked: CompressOptions, subject: Model, measured: Sequence[MeasuredLayer], *, data: CalibrationData, run: Run
 ) -> Calibration | None:
     """The metric of the layers; None where the model cannot be calibrated on examples of its own, unasked."""
-    dense, layers = subject.with_separate_experts, [each.layer for each in measured]
+    dense, layers = subject.streamed, [each.layer for each in measured]
     try:
         return calibrate(dense, layers, data, run=run, settings=calibration_settings(asked))
     except BadInput as error:
@@ -423,7 +423,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     eligible = [layer for layer in subject.layers if layer.eligible]
     first = None
     if eligible and data.calibration is not None:
-        first = first_run(subject.with_separate_experts, eligible, data.calibration, device=run.device)
+        first = first_run(subject.streamed, eligible, data.calibration, device=run.device)
     size = model_size(subject.checkpoint, eligible, () if first is None else first.blocks)
     size = size.kept_by(requested_budget(asked), asked.plan)
     examples = None
@@ -456,7 +456,7 @@ def _timed_work(
     decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
     calibration = trial = evaluation = None
     if any(each is not None for each in (data.calibration, data.search, data.report)):
-        dense, settings = subject.with_separate_experts, calibration_settings(asked)
+        dense, settings = subject.streamed, calibration_settings(asked)
         if data.calibration is not None and first is not None:
             calibration = work_on_calibration(
                 dense, eligible, data.calibration, first=first, device=run.device, settings=settings

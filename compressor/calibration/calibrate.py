@@ -40,6 +40,7 @@ from compressor.measure.moments import MomentPass, Moments, collect_moments, kep
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.model import evaluation_mode
+from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
 from compressor.torch_state import all_answers
@@ -72,6 +73,10 @@ class Calibration:
     def unit(self) -> LossUnit:
         """The unit of losses."""
         return UNITS[self.criterion]
+
+    def weight(self, layer: Layer) -> Tensor:
+        """The dense weight of a layer as it is stored, on the device, whether or not it is in memory."""
+        return parameter_of(self.model, layer.module, layer.parameter).detach().to(self.run.device)
 
 
 def calibrate(
@@ -256,13 +261,17 @@ def with_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Compute no gradients of the model's parameters."""
+    blocks = blocks_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     # cuDNN runs recurrent layers backwards only in training mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
-        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+        with (
+            nullcontext() if blocks is None else blocks.frozen(),
+            torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
+        ):
             yield
     finally:
         for parameter in trained:
@@ -272,21 +281,25 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
     """Run all segments but the last on some parts of the data, and cache the outputs of each."""
     model, segments, data = calibration.model, calibration.segments, calibration.data
-    chunks = data.chunks(*parts)
-    for done, chunk in enumerate(chunks, start=1):
-        cached = [calibration.cache.dense(chunk.part, segment) for segment in range(segments.count - 1)]
-        if cached and all(each.holds(chunk.batch) for each in cached):
-            continue
-        state: State = ()
+    for segment in range(segments.count - 1):
+        # All of the data run through one block after the other, each of which is then read once.
         finite: list[Tensor] = []
-        for segment in range(segments.count - 1):
-            state = segments.run(model, segment, data.read(chunk), state=state)
+        chunks = [
+            chunk
+            for chunk in data.chunks(*parts)
+            if not calibration.cache.dense(chunk.part, segment).holds(chunk.batch)
+        ]
+        for chunk in chunks:
+            state = segments.run(model, segment, data.read(chunk), state=dense_inputs(calibration, segment, chunk))
             outputs = segments.new_outputs(segment, state)
-            finite += [torch.isfinite(each).all() for each in outputs]
+            finite.append(torch.stack([torch.isfinite(each).all() for each in outputs]).all())
             calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
-        if not all(all_answers(finite)):
-            raise _overflow(model, data.read(chunk), layers)
-        calibration.run.report("run", done, len(chunks))
+        for chunk, sound in zip(chunks, all_answers(finite), strict=True):
+            if not sound:
+                calibration.cache.dense(chunk.part, segment).drop(chunk.batch)
+                raise _overflow(model, data.read(chunk), layers)
+        calibration.run.report("run", segment + 1, segments.count)
+    calibration.run.report("run", segments.count, segments.count)
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:

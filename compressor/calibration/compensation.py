@@ -92,7 +92,7 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
 def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(layer, dense, calibration.run.device)
+    matrix, bias = _matrix(calibration, layer, dense)
     found = None if metric is None else decomposition_of(calibration, layer)
     settings = calibration.settings.factorization
     pair = approximate(layer, plan, matrix, metric=metric, settings=settings, decomposition=found)
@@ -212,7 +212,7 @@ def _refit(
     """The tensors of the layer refitted with the best ridge, or as it is where its holdout error is no larger."""
     layer, settings = calibration.layers[plan.name], calibration.settings
     dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(layer, dense, calibration.run.device)
+    matrix, bias = _matrix(calibration, layer, dense)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
@@ -455,12 +455,11 @@ def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | No
     return None, -1
 
 
-def _matrix(layer: Layer, dense: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _matrix(calibration: Calibration, layer: Layer, dense: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight as a matrix in float64, and the bias."""
-    weight = getattr(dense, layer.parameter)
     bias = None if layer.kind == "parameter" else getattr(dense, "bias", None)
-    wide = as_matrix(layer, weight.detach().to(device)).to(torch.float64)
-    return wide, None if bias is None else bias.detach().to(device)
+    wide = as_matrix(layer, calibration.weight(layer)).to(torch.float64)
+    return wide, None if bias is None else bias.detach().to(calibration.run.device)
 
 
 def _dtype(dense: nn.Module) -> torch.dtype:

@@ -12,8 +12,7 @@ def decomposition_of(calibration: Calibration, layer: Layer) -> Decomposition:
     """The decomposition of a layer that has a metric, from the cache where it was asked for before."""
     if layer.name in calibration.decompositions:
         return calibration.decompositions[layer.name]
-    weight = getattr(calibration.model.get_submodule(layer.module), layer.parameter)
-    matrix = as_matrix(layer, weight.detach().to(calibration.run.device))
+    matrix = as_matrix(layer, calibration.weight(layer))
     metric = calibration.metrics[layer.name]
     if isinstance(metric, TiedMetric):
         found = decompose_tied(matrix, metric)

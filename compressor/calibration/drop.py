@@ -41,7 +41,7 @@ class DropGate:
 
     def baseline(self, subject: Model) -> Quality:
         """The quality of the dense model; `BadInput` where it is not finite."""
-        quality = measure_quality(subject.with_separate_experts, self.data, device=self.run.device, replicates=True)
+        quality = measure_quality(subject.streamed, self.data, device=self.run.device, replicates=True)
         if 0 < len(quality.replicates) < PARTS:
             logger.warning(
                 "%s has only %d parts to estimate the standard error of a drop in %s from, where %d are better",
@@ -63,9 +63,7 @@ class DropGate:
         rewriting = Rewriting(
             subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
         )
-        compressed = rewritten_module(
-            rewriting, subject.with_separate_experts, self.run, done=lambda _name, _error: None
-        )
+        compressed = rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
         return measure_quality(compressed, self.data, device=self.run.device, replicates=True)
 
 

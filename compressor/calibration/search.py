@@ -234,8 +234,7 @@ def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> 
             continue
         layer = calibration.layers[plan.name]
         tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solution.factors[plan.name])
-        weight = getattr(calibration.model.get_submodule(layer.module), layer.parameter)
-        matrix = as_matrix(layer, weight.detach().to(calibration.run.device)).to(torch.float64)
+        matrix = as_matrix(layer, calibration.weight(layer)).to(torch.float64)
         error = stored_error(layer, plan, tensors, matrix=matrix, metric=calibration.metrics.get(plan.name))
         factors[plan.name] = Factors(tensors, error)
     return factors
@@ -398,8 +397,7 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration)
         if m.own_values:
             metric = calibration.metrics[m.layer.name]
             assert isinstance(metric, Metric)
-            weight = getattr(calibration.model.get_submodule(m.layer.module), m.layer.parameter)
-            weight = weight.detach().to(calibration.run.device)
+            weight = calibration.weight(m.layer)
             own = {form: FORMS[form].errors_in(weight, metric, factorization) for form in m.own_values}
         values, uses = decomposition_of(calibration, m.layer).values, calibration.uses[m.layer.name]
         weighted.append(replace(m, weighted_values=values, own_errors=own, uses=uses))

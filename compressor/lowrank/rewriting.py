@@ -234,6 +234,9 @@ def filled_layer(
     # Assigned, not copied: the factors are the layer's own numbers from here on.
     assert isinstance(low_rank.weight, Tensor)
     place = low_rank.weight.device
+    if low_rank.weight.is_meta:  # the dense weight is not in memory: the layer goes where its factors are
+        place = next(iter(tensors.values())).device
+        low_rank.to_empty(device=place)
     own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in tensors.items()}
     low_rank.load_state_dict(own, assign=True)
     weight = dense.weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -99,12 +99,14 @@ class Model:
 
     @property
     def streamed(self) -> nn.Module:
-        """`with_separate_experts`, frozen, with its blocks read from the files when they run: never whole in memory.
+        """`with_separate_experts` with its blocks read from the files when they run: never whole in memory.
 
         It is `with_separate_experts` itself where that is in memory already, or cannot be read by blocks. For
         calibration, which runs a block many times; every other run reads all blocks anew.
         """
-        return self.with_separate_experts if self.in_memory else self._network.by_block(self.name)
+        # What its own code multiplies with has to be one and the same tensor all the time.
+        kept = {f"{layer.module}.{layer.parameter}" for layer in self.layers if layer.kind == "parameter"}
+        return self.with_separate_experts if self.in_memory else self._network.by_block(self.name, kept)
 
     @property
     def recipe(self) -> TrainingRecipe:
@@ -284,23 +286,25 @@ class _Network:
             self.separate = with_separate_experts(self.whole())
         return self.separate
 
-    def by_block(self, name: str) -> nn.Module:
-        """Its blocks read when they run, with separate experts."""
+    def by_block(self, name: str, kept: Collection[str]) -> nn.Module:
+        """Its blocks read when they run, with separate experts; the parameters that are `kept` are in memory."""
         if self.blocks is None and self.loaded is None:
             try:
-                self.blocks = _by_block(self.checkpoint, self.architecture, self.factory)
+                self.blocks = _by_block(self.checkpoint, self.architecture, self.factory, kept=kept)
             except NotStreamed as reason:
                 logger.info("%s is loaded whole: %s", name, reason)
         return self.apart() if self.loaded is not None or self.blocks is None else self.blocks
 
 
-def _by_block(checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None) -> nn.Module:
+def _by_block(
+    checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None, *, kept: Collection[str]
+) -> nn.Module:
     _require_architecture(checkpoint, factory)
     if stored_pairs(checkpoint):
         raise NotStreamed("it is compressed already")
     if factory is not None:
         assert architecture is not None
-        return streamed_module(architecture, checkpoint)
+        return streamed_module(architecture, checkpoint, kept=kept)
     assert checkpoint.folder is not None
     return streamed_transformers(checkpoint, checkpoint.folder)
 

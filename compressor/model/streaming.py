@@ -2,12 +2,12 @@
 
 The matrices of a block are on the meta device until the block is called. They are then read, and are let go when other
 blocks are read; autograd keeps what it still needs. All else stays in memory: what is outside the blocks, biases,
-norms, and buffers. The network is frozen.
+norms, and buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -111,8 +111,8 @@ class Blocks:
 
     source: _Source
     settings: StreamingSettings
-    trained: Sequence[str]
     device: torch.device = CPU
+    are_frozen: bool = False
     stored: dict[str, str] = field(default_factory=dict)
     every: list[Block] = field(default_factory=list)
     in_memory: list[Block] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Blocks:
         needed = [(owner, parameter, empty, stored) for owner, parameter, empty, stored in block.missing()]
         self._make_room(block, sum(empty.nbytes for _, _, empty, _ in needed))
         for owner, parameter, empty, stored in needed:
-            values = nn.Parameter(self.values(stored, empty), empty.requires_grad)
+            values = nn.Parameter(self.values(stored, empty), empty.requires_grad and not self.are_frozen)
             block.held.append(_Held(owner, parameter, values, empty))
             setattr(owner, parameter, values)
         self.in_memory = [*(each for each in self.in_memory if each is not block), block]
@@ -154,6 +154,21 @@ class Blocks:
         if empty.is_contiguous() or empty.dim() < 4:
             return values
         return torch.empty_like(empty, device=self.device).copy_(values)  # channels last
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Compute no gradients of what is read, or is in memory."""
+        before, self.are_frozen = self.are_frozen, True
+        for block in self.in_memory:
+            for held in block.held:
+                held.values.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.are_frozen = before
+            for block in self.in_memory:
+                for held in block.held:
+                    held.values.requires_grad_(held.empty.requires_grad and not before)
 
     def come_to(self, device: torch.device) -> None:
         """Let all blocks go, and read them onto a device from now on."""
@@ -198,15 +213,21 @@ def streamed_transformers(checkpoint: Checkpoint, folder: Path, settings: Stream
     architecture = transformers_without_weights(folder, dtypes.pop() if len(dtypes) == 1 else None)
     if architecture is None:
         raise NotStreamed("transformers has a way of its own to load it")
+    architecture.module.requires_grad_(True)  # as what is loaded does
     return _streamed(architecture, checkpoint, settings)
 
 
 def streamed_module(
-    architecture: Architecture, checkpoint: Checkpoint, settings: StreamingSettings = STREAMING
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    settings: StreamingSettings = STREAMING,
+    *,
+    kept: Collection[str] = (),
 ) -> nn.Module:
     """The module that a factory built, changed in place: with the weights of a checkpoint, and streamed.
 
-    Raises `NotStreamed` where it cannot be; the module is then as it was.
+    The parameters of the names that are `kept` stay in memory. Raises `NotStreamed` where it cannot be; the module is
+    then as it was.
     """
     for module in architecture.module.modules():
         hooks = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
@@ -216,7 +237,7 @@ def streamed_module(
     unknown = next((name for name in checkpoint.tensors if name not in architecture.module.state_dict()), None)
     if unknown is not None:
         raise NotStreamed(f"its module has no {unknown}")
-    return _streamed(architecture, checkpoint, settings)
+    return _streamed(architecture, checkpoint, settings, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -232,17 +253,18 @@ class _Place:
         return join(self.module, self.parameter)
 
 
-def _streamed(architecture: Architecture, checkpoint: Checkpoint, settings: StreamingSettings) -> nn.Module:
+def _streamed(
+    architecture: Architecture, checkpoint: Checkpoint, settings: StreamingSettings, *, kept: Collection[str] = ()
+) -> nn.Module:
     """The module, in place; its buffers have values already, those of the checkpoint apart."""
     module = architecture.module
     names = {architecture.module_name(name): name for name in (*checkpoint.aliases, *checkpoint.tensors)}
     stored = {own: name for own, name in names.items() if own is not None}
     _require_fit(module, stored, checkpoint)
-    of_blocks = _matrices_of_blocks(module, stored)
+    of_blocks = _matrices_of_blocks(module, stored.keys() - set(kept))
     if not of_blocks:
         raise NotStreamed("it has no chain of blocks")
-    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    blocks = Blocks(_Source(checkpoint.read), settings, trained)
+    blocks = Blocks(_Source(checkpoint.read), settings)
     on_disk = {place.name for places in of_blocks.values() for place in places.values()}
     blocks.stored |= {name: stored[name] for name in on_disk}
     for places in _places(module):
@@ -253,7 +275,7 @@ def _streamed(architecture: Architecture, checkpoint: Checkpoint, settings: Stre
             values = old.detach().to("meta")
         else:
             values = torch.empty_like(old, device=CPU) if name is None else blocks.values(stored[name], old)
-        new = nn.Parameter(values, requires_grad=False)
+        new = nn.Parameter(values, old.requires_grad)
         for place in places:
             setattr(place.owner, place.parameter, new)
     _fill_buffers(module, stored, checkpoint)
@@ -270,11 +292,9 @@ def whole(module: nn.Module) -> nn.Module:
         return module
     for block in blocks.every:
         for owner, parameter, empty, stored in block.missing():
-            setattr(owner, parameter, nn.Parameter(blocks.values(stored, empty), requires_grad=False))
+            setattr(owner, parameter, nn.Parameter(blocks.values(stored, empty), empty.requires_grad))
         del block.module.forward
     del vars(module)["blocks_on_disk"]
-    for name in blocks.trained:
-        module.get_parameter(name).requires_grad_(True)
     return module
 
 
@@ -304,8 +324,8 @@ def _places(module: nn.Module) -> list[list[_Place]]:
     return list(found.values())
 
 
-def _matrices_of_blocks(module: nn.Module, stored: Mapping[str, str]) -> dict[nn.Module, dict[str, _Place]]:
-    """The matrices of each block, by their names in it; of a block inside another one they are its own alone.
+def _matrices_of_blocks(module: nn.Module, names: Collection[str]) -> dict[nn.Module, dict[str, _Place]]:
+    """Of the parameters of some names the matrices of each block, by their names in it; one inside another has its own.
 
     Those that several layers share are not among them.
     """
@@ -320,7 +340,7 @@ def _matrices_of_blocks(module: nn.Module, stored: Mapping[str, str]) -> dict[nn
     for places in _places(module):
         place = places[0]
         parameter = place.owner._parameters[place.parameter]
-        if len(places) > 1 or place.name not in stored or parameter is None or parameter.dim() < 2:
+        if len(places) > 1 or place.name not in names or parameter is None or parameter.dim() < 2:
             continue
         parts = place.module.split(".")
         above = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))

@@ -64,6 +64,11 @@ class SeparateExperts(nn.Module):
         """Whether no layer of any expert was replaced."""
         return all(type(layer) is nn.Linear for layer in chain.from_iterable(self.layers))
 
+    @property
+    def unfilled(self) -> bool:
+        """Whether weights are not in memory."""
+        return any(parameter.is_meta for parameter in self.parameters())
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
         experts = [expert for expert in self.children() if isinstance(expert, Expert)]
@@ -144,9 +149,9 @@ def with_separate_experts(model: nn.Module) -> nn.Module:
 
 
 def fuse_experts(model: nn.Module) -> nn.Module:
-    """Fuse the experts of a model again, in place, except those with a layer that was replaced."""
+    """Fuse the experts of a model again, in place, unless a layer was replaced or is not in memory."""
     apart = {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
-    if all(experts.dense for experts in apart.values()):
+    if all(experts.dense and not experts.unfilled for experts in apart.values()):
         for name, experts in apart.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, experts.fused())
