@@ -183,6 +183,8 @@ def positive(moment: Tensor) -> Tensor:
 
 def work(method: str, folder: Path, output: Path) -> dict[str, Any]:
     """One cell, in this process: the processor's seconds, of which some children's, and what was said beforehand."""
+    assert transformers.LlamaForCausalLM  # imported when it is first asked for, which takes seconds
+    assert transformers.MixtralForCausalLM
     libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = cpu_seconds()
     needs: dict[str, Any] = {}
