@@ -21,6 +21,7 @@ from compressor.api.latency import Prepared, prepared, requested_speed, require_
 from compressor.api.needs import (
     NEEDS,
     CalibrationSize,
+    Held,
     ModelSize,
     Places,
     in_time,
@@ -429,7 +430,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     examples = None
     if first is not None and data.calibration is not None:
         examples = CalibrationSize.of(data.calibration, first.footprint, calibration_settings(asked))
-    needs = needs_of(size, examples, places, whole=_whole_models(asked, subject, data, size=size))
+    needs = needs_of(size, examples, places, held=_held_models(asked, subject, data, size=size))
     require_available(replace(needs, output=replace(needs.output, needed=0)) if asked.dry_run else needs)
     if eligible and (asked.dry_run or takes_steps(run.progress)):
         work = _timed_work(asked, subject, data, first=first, run=run)
@@ -440,12 +441,13 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     return needs
 
 
-def _whole_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize) -> int:
-    """Bytes of the models that are loaded or made: the dense one to run it, the compressed one to be measured."""
-    runs = any(each is not None for each in (data.calibration, data.search, data.report))
-    dense = size.dense if runs and not subject.in_memory else 0
-    made = subject.in_memory or data.report is not None
-    return dense + (output_bytes(size) if made and not asked.dry_run else 0)
+def _held_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize) -> Held:
+    """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned."""
+    runs = data.calibration is not None or data.search is not None
+    if subject.in_memory:
+        return Held(0, 0 if asked.dry_run else output_bytes(size))
+    compared = size.dense + output_bytes(size) if data.report is not None and not asked.dry_run else 0
+    return Held(size.streamed if runs else 0, compared)
 
 
 def _timed_work(

@@ -104,6 +104,12 @@ class ModelSize:
         return self.itemsize * sum(layer.parameters for layer in self.layers)
 
     @property
+    def streamed(self) -> int:
+        """Bytes of the model in memory where its blocks are read when they run: one of them, and what is outside."""
+        blocks = [self.itemsize * sum(layer.parameters for layer in block) for block in self.blocks]
+        return self.dense - sum(blocks) + max(blocks, default=0)
+
+    @property
     def factors(self) -> int:
         """Bytes of what becomes of them."""
         return round(self.kept * self.eligible)
@@ -176,15 +182,25 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     return dense + compressed + gradients + of_layers + rounds * again
 
 
-def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, *, whole: int) -> int:
-    """Most bytes of memory at a time beside the libraries.
+@dataclass(frozen=True)
+class Held:
+    """Bytes of models in memory, beside what there is before the work begins.
 
-    `whole` are the bytes of the models that are in memory whole: the dense one where it is run, and the compressed one
-    where it is evaluated or returned.
+    Attributes:
+        calibrating: While ranks are looked for.
+        compared: When the result is measured or returned.
     """
+
+    calibrating: int = 0
+    compared: int = 0
+
+
+def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: Held) -> int:
+    """Most bytes of memory at a time beside the libraries."""
     if calibration is None:
-        return whole + factorization_bytes(model)
-    return whole + max(model.factors + factorization_bytes(model), calibration_bytes(model, calibration))
+        return max(held.calibrating + factorization_bytes(model), held.compared)
+    work = max(factorization_bytes(model), calibration_bytes(model, calibration))
+    return max(held.calibrating + model.factors + work, held.compared)
 
 
 def factorization_bytes(model: ModelSize) -> int:
@@ -203,17 +219,17 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
       gradients;
     - the model's outputs in float32, with their logarithms, probabilities and gradients;
-    - the factors of the layers so far, and the copies that refinement fits; of those of one block also the gradients
-      and Adam's moments, in float32.
+    - the copies of the factors that refinement fits; of those of one block also the gradients and Adam's moments, in
+      float32.
     """
     settings = calibration.settings
     moments = 2 * FLOAT64 * max((sum(map(_moments, part)) for part in model.parts), default=0)
     passing = 3 * calibration.at_once * calibration.footprint.block
     outputs = 5 * calibration.at_once * calibration.footprint.outputs
-    factors = (1 + settings.refine) * model.factors
+    copies = model.factors if settings.refine else 0
     largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
     optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
-    return factors + max(moments, optimizing) + max(passing, outputs)
+    return copies + max(moments, optimizing) + max(passing, outputs)
 
 
 def _moments(layer: Layer) -> int:
@@ -251,9 +267,9 @@ class Places:
         return cls(device, work or Path(gettempdir()), kept, output, None if free is None else taken + free, taken)
 
 
-def needs_of(model: ModelSize, calibration: CalibrationSize | None, places: Places, *, whole: int) -> Needs:
-    """What a run is expected to take, and what there is; `whole` as for `memory_bytes`."""
-    memory = places.taken + memory_bytes(model, calibration, whole=whole)
+def needs_of(model: ModelSize, calibration: CalibrationSize | None, places: Places, *, held: Held) -> Needs:
+    """What a run is expected to take, and what there is."""
+    memory = places.taken + memory_bytes(model, calibration, held)
     written = 0 if places.output is None else output_bytes(model)
     free = _free_space(places.temporary)
     return Needs(

@@ -18,6 +18,7 @@ from compressor import CalibrationSettings, compress
 from compressor.api.needs import (
     CalibrationSize,
     Footprint,
+    Held,
     ModelSize,
     NeedsSettings,
     memory_bytes,
@@ -107,7 +108,7 @@ def test_disk_is_linear_in_blocks_and_examples_and_memory_beyond_the_model_does_
     for fixed in (*disk, *zip(*disk, strict=True)):
         assert fixed[2] - fixed[1] == 2 * (fixed[1] - fixed[0]) > 0
     beyond = {
-        memory_bytes(sized(blocks, kept=0.0), calibrated(samples), whole=0)
+        memory_bytes(sized(blocks, kept=0.0), calibrated(samples), Held(sized(blocks).streamed))
         for blocks in (2, 4, 8)
         for samples in (32, 64, 128)
     }
