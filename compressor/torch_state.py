@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 import sys
@@ -62,6 +63,38 @@ def neutral_torch_state() -> Iterator[None]:
             yield
     finally:
         _caller.reset(token)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, which Apple's do not."""
+    if device.type in {"cpu", "cuda", "meta"}:
+        return True
+    try:
+        torch.eye(2, dtype=torch.float64, device=device) @ torch.ones(2, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where what is on a device is computed in float64: there, or on the CPU."""
+    return device if has_float64(device) else CPU
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64, on its device if that has float64, and else on the CPU."""
+    return tensor.to(float64_device(tensor.device)).to(torch.float64)
+
+
+def sum_in_float64(rows: Tensor) -> Tensor:
+    """The sum of some rows in float64, likewise."""
+    return rows.sum(0, dtype=torch.float64) if has_float64(rows.device) else in_float64(rows).sum(0)
+
+
+def brought_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor on a device; one in float64 where that is computed with."""
+    return tensor.to(float64_device(device) if tensor.dtype == torch.float64 else device)
 
 
 def synchronize(device: torch.device) -> None:

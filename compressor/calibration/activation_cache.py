@@ -11,6 +11,7 @@ from torch import Tensor
 from compressor.calibration.examples import Part
 from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
+from compressor.torch_state import brought_to
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class _Folder:
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a name, on the device. KeyError for one that was never written."""
         # safetensors knows some devices by name, PyTorch all of them
-        return {key: tensor.to(self._device) for key, tensor in self._journal.read(name).items()}
+        return {key: brought_to(self._device, tensor) for key, tensor in self._journal.read(name).items()}
 
     def holds(self, name: str) -> bool:
         """Whether there are tensors of a name."""

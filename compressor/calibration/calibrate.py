@@ -43,7 +43,7 @@ from compressor.model import evaluation_mode
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
-from compressor.torch_state import all_answers
+from compressor.torch_state import all_answers, brought_to, in_float64
 
 logger = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ class _BackwardPass:
             if done == done_before:
                 for kind, collector in self._collectors.items():
                     state = journal.read(f"{kind}-{segment}")
-                    collector.restore({key: each.to(calibration.run.device) for key, each in state.items()})
+                    collector.restore({key: brought_to(calibration.run.device, each) for key, each in state.items()})
             for chunk in calibration.data.chunks("fit"):
                 calibration.cache.gradients(segment + 1).drop(chunk.batch)
             calibration.run.report("calibrate", done, count)
@@ -460,7 +460,7 @@ class _SecondMoment:
     positions: int = 0
 
     def add(self, vectors: Tensor) -> None:
-        product = (vectors.T @ vectors).to(torch.float64)
+        product = in_float64(vectors.T @ vectors)
         self.product = product if self.product is None else self.product + product
         self.positions += len(vectors)
 

@@ -43,6 +43,7 @@ from compressor.measure.moments import input_vectors, kept_vectors, outer_produc
 from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
+from compressor.torch_state import brought_to, in_float64, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class _InputStatistics:
 
     def to(self, device: torch.device) -> _InputStatistics:
         """The same on a device: a layer of a model that is spread over several may lie on another."""
-        return _InputStatistics(*(each.to(device) for each in (self.xx, self.xy, self.yy, self.x, self.y)))
+        return _InputStatistics(*(brought_to(device, each) for each in (self.xx, self.xy, self.yy, self.x, self.y)))
 
     def centered(self, x: Tensor | None, y: Tensor | None) -> _InputStatistics:
         """The same moments about x and y; about zero where these are None."""
@@ -334,7 +335,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     """
     assert dense.running_mean is not None
     assert dense.running_var is not None
-    mean, variance = dense.running_mean.double(), dense.running_var.double()
+    mean, variance = in_float64(dense.running_mean), in_float64(dense.running_var)
     before, after = fit.xx - fit.x**2, fit.yy - fit.y**2
     # A channel that hardly varies, relative to its size, does not tell how its variance changes.
     noise = torch.finfo(torch.float32).eps
@@ -345,7 +346,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
         a, b = (variance + dense.eps).rsqrt(), (running_variance + dense.eps).rsqrt()
         shift = b * running_mean - a * mean
         squares = a**2 * holdout.xx - 2 * a * b * holdout.xy + b**2 * holdout.yy
-        weight = 1.0 if dense.weight is None else dense.weight.double() ** 2
+        weight = 1.0 if dense.weight is None else in_float64(dense.weight) ** 2
         return float((weight * (squares + shift**2 + 2 * shift * (a * holdout.x - b * holdout.y))).sum())
 
     candidates = [(mean, variance), (moved_mean, variance), (moved_mean, moved_variance)]
@@ -381,7 +382,7 @@ def _statistics(walk: Walk, part: Part, layer: nn.Module) -> _InputStatistics | 
         for before, after in together:
             x, y = (_vectors(layer, each, data.read(chunk).masks) for each in (before, after))
             count += len(x)
-            one = [*_products(layer, x, y), x.sum(0, dtype=torch.float64), y.sum(0, dtype=torch.float64)]
+            one = [*_products(layer, x, y), sum_in_float64(x), sum_in_float64(y)]
             sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
     return None if sums is None or count == 0 else _InputStatistics(*(each / count for each in sums))
 
@@ -394,7 +395,7 @@ def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, T
 
 def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     if isinstance(layer, _BatchNorm):
-        return x.movedim(1, -1).flatten(0, -2).double()
+        return in_float64(x.movedim(1, -1).flatten(0, -2))
     return wide_enough(kept_vectors(input_vectors(layer, x), x, masks))
 
 
@@ -458,7 +459,7 @@ def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | No
 def _matrix(calibration: Calibration, layer: Layer, dense: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight as a matrix in float64, and the bias."""
     bias = None if layer.kind == "parameter" else getattr(dense, "bias", None)
-    wide = as_matrix(layer, calibration.weight(layer)).to(torch.float64)
+    wide = in_float64(as_matrix(layer, calibration.weight(layer)))
     return wide, None if bias is None else bias.detach().to(calibration.run.device)
 
 

@@ -23,7 +23,7 @@ from compressor.errors import BadInput
 from compressor.measure.moments import kept_rows
 from compressor.model.inference import forward_call
 from compressor.planning import LossUnit
-from compressor.torch_state import scratch_buffers
+from compressor.torch_state import has_float64, in_float64, scratch_buffers
 
 Criterion = Literal["likelihood", "outputs"]
 
@@ -105,7 +105,7 @@ def _drawn_targets(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     Weighted by the square root of the mean of s over s, the squared length of every gradient is the trace of its row's
     Fisher matrix. The sign of the weight is random.
     """
-    p = rows.double().softmax(-1)
+    p = rows.to(torch.float64 if has_float64(rows.device) else torch.float32).softmax(-1)
     squared_lengths = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
     # A row that is not finite gets any target: its loss is not finite either, and a GPU would stop at it for good.
     chances = (p * squared_lengths).nan_to_num_(nan=1.0)
@@ -126,7 +126,7 @@ def divergence(before: Tensor, after: Tensor, masks: Sequence[Tensor], *, criter
     """
     dense, compressed = (kept_rows(each, masks) for each in (before, after))
     parts = zip(torch.split(dense, ROWS_AT_ONCE), torch.split(compressed, ROWS_AT_ONCE), strict=True)
-    return torch.stack([_divergence(a.double(), b.double(), criterion) for a, b in parts]).sum(), dense.shape[0]
+    return torch.stack([_divergence(in_float64(a), in_float64(b), criterion) for a, b in parts]).sum(), dense.shape[0]
 
 
 def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tensor:

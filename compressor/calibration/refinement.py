@@ -162,7 +162,7 @@ class _SegmentCosts:
     def __init__(self, walk: Walk) -> None:
         self._walk, self._calibration = walk, walk.calibration
         boundary = () if walk.last else walk.calibration.cache.boundary(walk.segment)
-        self._metrics = [each.float() for each in boundary]
+        self._metrics = [each.float().to(walk.calibration.run.device) for each in boundary]
 
     def mean(self, chunk: Chunk) -> Tensor:
         """Mean cost over the rows of a chunk."""

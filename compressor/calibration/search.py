@@ -49,6 +49,7 @@ from compressor.planning import (
     window_rule_advice,
     with_latency,
 )
+from compressor.torch_state import in_float64
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> 
             continue
         layer = calibration.layers[plan.name]
         tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solution.factors[plan.name])
-        matrix = as_matrix(layer, calibration.weight(layer)).to(torch.float64)
+        matrix = in_float64(as_matrix(layer, calibration.weight(layer)))
         error = stored_error(layer, plan, tensors, matrix=matrix, metric=calibration.metrics.get(plan.name))
         factors[plan.name] = Factors(tensors, error)
     return factors

@@ -19,6 +19,7 @@ from compressor.measure import counted_positions, scaling_degree
 from compressor.model import Model, evaluation_mode, logits_of
 from compressor.network import Layer
 from compressor.progress import Progress
+from compressor.torch_state import in_float64
 
 # Examples on which the scaling degree is measured, with three forward passes per layer.
 PROBED = 8
@@ -99,7 +100,7 @@ def _gradients(
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
                 if gradient is not None:
-                    more, sofar = gradient.detach().to("cpu", torch.float64), sums[name]
+                    more, sofar = gradient.detach().cpu().double(), sums[name]
                     sums[name] = more if sofar is None else sofar.add_(more)
             counted = torch.bincount(labels.cpu(), minlength=classes)
             counts = counted if not len(counts) else counts + counted
@@ -143,7 +144,7 @@ def _gradient_squares(
             loss, labels, _ = _summed_loss(model, data.read(drawn), data)
             found = torch.autograd.grad(loss / len(labels), everything, allow_unused=True)
             for name, gradient in zip(weights, found, strict=True):
-                sums[name] += 0.0 if gradient is None else float(gradient.double().square().sum())
+                sums[name] += 0.0 if gradient is None else float(in_float64(gradient).square().sum())
     return {name: total / NOISE_BATCHES for name, total in sums.items()}
 
 

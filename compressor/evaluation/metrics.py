@@ -18,6 +18,7 @@ from compressor.errors import BadInput
 from compressor.evaluation.custom_metric import metric_value, without_each_part
 from compressor.model import evaluation_mode, logits_of, resolve_device
 from compressor.model.inference import forward_call
+from compressor.torch_state import in_float64
 
 # Inputs that are tokens of the model's vocabulary.
 TOKEN_IDS = ("input_ids", "decoder_input_ids", "labels")
@@ -253,9 +254,11 @@ def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
     losses, right = [], []
     for scores, targets in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
-        losses.append(nn.functional.cross_entropy(scores.double(), targets, reduction="none"))
+        losses.append(
+            nn.functional.cross_entropy(wide := in_float64(scores), targets.to(wide.device), reduction="none")
+        )
         # `argmax` returns the position of a NaN, which is no prediction.
-        right.append(((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)).double())
+        right.append(in_float64((scores.argmax(-1) == targets) & ~scores.isnan().any(-1)))
     return torch.cat(losses), torch.cat(right)
 
 

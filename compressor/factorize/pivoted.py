@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
 from compressor.measure.scale import power_of_two
+from compressor.torch_state import in_float64
 
 # A swap of two rows is worth its cost while it enlarges the volume of the chosen rows by more than this factor;
 # afterwards no coefficient is larger.
@@ -44,7 +45,7 @@ def pivoted_pair(pair: FactorPair) -> PivotedPair:
     et al., ICML 2025).
     """
     d_out, rank = pair.up.shape
-    basis = torch.linalg.qr(pair.up.to(torch.float64) / power_of_two(pair.up)).Q
+    basis = torch.linalg.qr(in_float64(pair.up) / power_of_two(pair.up)).Q
     permutation = torch.linalg.lu_factor(basis).pivots
     rows = _apply_transpositions(permutation, d_out)
     coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)

@@ -23,6 +23,7 @@ from compressor.factorize.truncated_svd import truncated_svd
 from compressor.factorize.weighted_svd import Metric
 from compressor.measure import Spectrum
 from compressor.measure.scale import power_of_two
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def spatial_pair(
         left, down = pair.up, pair.down
     else:
         scale = power_of_two(kernel)
-        problem = whitened(kernel.to(torch.float64) / scale, metric)
+        problem = whitened(in_float64(kernel) / scale, metric)
         best = _best(problem, truncated_svd(_rows(problem.kernel), rank).down, settings)
         up = best.up @ problem.horizontal_root.inverse()
         up = torch.linalg.solve_triangular(problem.gradients_root.T, up.flatten(1), upper=True).reshape(up.shape)
@@ -113,7 +114,7 @@ def spatial_errors(kernel: Tensor, metric: Metric, *, settings: FactorizationSet
     largest at which a pair is no larger than the kernel. Between them it is interpolated linearly, which overstates it
     where the errors are convex in the rank, as they mostly are.
     """
-    problem = whitened(kernel.to(torch.float64) / power_of_two(kernel), metric)
+    problem = whitened(in_float64(kernel) / power_of_two(kernel), metric)
     rows, columns = _rows(problem.kernel).shape
     full = min(rows, columns)
     if problem.total <= 0:
@@ -153,7 +154,7 @@ def whitened(kernel: Tensor, metric: Metric) -> WhitenedKernel:
     vertical, horizontal = nearest_kronecker(metric.inputs, k_w)
     gradients_root = torch.linalg.cholesky(metric.gradients)
     vertical_root, horizontal_root = torch.linalg.cholesky(vertical), torch.linalg.cholesky(horizontal)
-    wide = gradients_root.T @ kernel.to(torch.float64).reshape(d_out, -1)
+    wide = gradients_root.T @ in_float64(kernel).reshape(d_out, -1)
     wide = vertical_root.T @ wide.reshape(d_out, c * k_h, k_w) @ horizontal_root
     inputs = _divided(_divided(metric.inputs, vertical_root, horizontal_root).T, vertical_root, horizontal_root)
     weighted = (wide.flatten(1) @ inputs).reshape(wide.shape)

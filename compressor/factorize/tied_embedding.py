@@ -23,6 +23,7 @@ from compressor.measure.eigen import eigh
 from compressor.measure.moments import oas_shrinkage
 from compressor.measure.scale import power_of_two
 from compressor.measure.token_frequencies import EmbeddingMoments
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def decompose_tied(matrix: Tensor, metric: TiedMetric) -> Decomposition:
     of both metrics and for all ranks in one go. What it ends at costs no more.
     """
     scale = power_of_two(matrix)
-    wide, single = matrix.to(torch.float64) / scale, nearest_kronecker_metric(metric)
+    wide, single = in_float64(matrix) / scale, nearest_kronecker_metric(metric)
     found = decompose(wide, single)
     parts = found.components(wide, single)
     products = sum(
@@ -110,7 +111,7 @@ def tied_truncated_svd(
     Columns of zeros, such as a padding token's, stay zero. `start` is what `decompose_tied` gives, where it is known.
     """
     scale = power_of_two(matrix)
-    wide = matrix.to(torch.float64) / scale
+    wide = in_float64(matrix) / scale
     single = nearest_kronecker_metric(metric)
     pair = (start or decompose(wide, single)).pair(wide, rank, single)
     cost = metric.squared_size(wide - pair.product())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.measure.spectrum import smaller_gram
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     if not 1 <= rank <= min(d_out, d_in):
         raise ValueError(f"rank {rank} is outside 1 .. {min(d_out, d_in)} of a {d_out} x {d_in} matrix")
     basis = eigh(smaller_gram(matrix, power_of_two(matrix)))[1][:, -rank:].flip(1)
-    wide = matrix.to(torch.float64)
+    wide = in_float64(matrix)
     if d_out <= d_in:
         return FactorPair(up=basis.contiguous(), down=basis.T @ wide)
     return FactorPair(up=wide @ basis, down=basis.T.contiguous())

@@ -18,6 +18,7 @@ from compressor.factorize.truncated_svd import FactorPair
 from compressor.measure import Spectrum
 from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Decomposition:
         A basis that was rounded costs next to nothing: the matrix is projected on the space that it spans.
         """
         require_rank(matrix, rank)
-        space = torch.linalg.qr(self.basis[:, :rank].to(torch.float64)).Q
-        wide = matrix.to(torch.float64)
+        space = torch.linalg.qr(in_float64(self.basis[:, :rank])).Q
+        wide = in_float64(matrix)
         if matrix.shape[0] <= matrix.shape[1]:
             return FactorPair(up=space, down=coordinates(space, metric.gradients) @ wide)
         up, triangular = torch.linalg.qr(wide @ coordinates(space, metric.inputs).T)
@@ -71,7 +72,7 @@ class Decomposition:
 
     def components(self, matrix: Tensor, metric: Metric) -> FactorPair:
         """The pair of full rank whose first r columns of `up` and rows of `down` are the best matrix of rank r."""
-        wide, basis = matrix.to(torch.float64), self.basis.to(torch.float64)
+        wide, basis = in_float64(matrix), in_float64(self.basis)
         if matrix.shape[0] <= matrix.shape[1]:
             return FactorPair(up=basis, down=_times(basis.T, metric.gradients) @ wide)
         return FactorPair(up=wide @ _times(basis.T, metric.inputs).T, down=basis.T)
@@ -96,7 +97,7 @@ class Decomposition:
 def decompose(matrix: Tensor, metric: Metric) -> Decomposition:
     """Decompose a `d_out x d_in` matrix in a metric, in float64."""
     scale = power_of_two(matrix)
-    gram, factor = _weighted_gram(matrix.to(torch.float64) / scale, metric)
+    gram, factor = _weighted_gram(in_float64(matrix) / scale, metric)
     eigenvalues, vectors = eigh(gram)
     values = scale * np.asarray(eigenvalues.clamp_min(0).sqrt().flip(0).cpu().numpy(), dtype=np.float64)
     return Decomposition(values, torch.linalg.solve_triangular(factor.T, vectors.flip(1), upper=True))

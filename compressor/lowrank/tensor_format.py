@@ -27,6 +27,7 @@ from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind, Layer, is_weight, layer_name
 from compressor.planning import LayerPlan
+from compressor.torch_state import float64_device, in_float64
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def factorize(
     With a metric the pair is the best in it (a spatial one close to a local optimum), and so is the error; else both
     are of the Frobenius norm.
     """
-    matrix = as_matrix(layer, weight).to(torch.float64)
+    matrix = in_float64(as_matrix(layer, weight))
     pair = approximate(layer, plan, matrix, metric=metric)
     tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(matrix, bias, weight.dtype), metric=metric)
     return Factors(tensors, stored_error(layer, plan, tensors, matrix=matrix, metric=metric))
@@ -164,8 +165,11 @@ def stored_tensors(
 
 
 def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in float64; those that are not floating-point stay as they are."""
-    return {name: each.to(torch.float64) if each.is_floating_point() else each for name, each in tensors.items()}
+    """The tensors in float64, where that is computed; those that are not floating-point keep their dtype."""
+    return {
+        name: in_float64(each) if each.is_floating_point() else each.to(float64_device(each.device))
+        for name, each in tensors.items()
+    }
 
 
 def _row_major(tensor: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,10 +32,16 @@ def eigvalsh(matrix: Tensor) -> Tensor:
 
 
 def _robust(decompose: Callable[[Tensor], Any], matrix: Tensor) -> Any:
-    """On the CPU where the device fails: cuSOLVER does not converge for some matrices that LAPACK takes."""
+    """On the CPU where the device fails, which is said once: cuSOLVER does not converge for what LAPACK takes."""
     try:
         return decompose(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if matrix.device.type == "cpu":
             raise
+        _say_once(matrix.device.type)
         return decompose(matrix.cpu())
+
+
+@functools.cache
+def _say_once(device: str) -> None:
+    logger.warning("%s does not find the eigenvalues of some matrices: the CPU does", device)

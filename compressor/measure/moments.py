@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.measure.scale import power_of_two_on_device
-from compressor.torch_state import all_answers
+from compressor.torch_state import all_answers, in_float64, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
 def _summed(vectors: Tensor) -> _Sum:
     vectors = wide_enough(vectors)
     product = outer_products(vectors, vectors)
-    return _Sum(product, vectors.sum(0, dtype=torch.float64), vectors.shape[0])
+    return _Sum(product, sum_in_float64(vectors), vectors.shape[0])
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
@@ -191,10 +191,10 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
     count = max(len(x), 1)
     about_x, about_y = x.sum(0) / count, y.sum(0) / count
     centered_x, centered_y = x - about_x, y - about_y
-    product = (centered_x.T @ centered_y).to(torch.float64)
-    about_x, about_y = about_x.to(torch.float64), about_y.to(torch.float64)
-    product += torch.outer(about_x, y.sum(0, dtype=torch.float64))
-    product += torch.outer(centered_x.sum(0, dtype=torch.float64), about_y)
+    product = in_float64(centered_x.T @ centered_y)
+    about_x, about_y = in_float64(about_x), in_float64(about_y)
+    product += torch.outer(about_x, sum_in_float64(y))
+    product += torch.outer(sum_in_float64(centered_x), about_y)
     return product * (scale_x * scale_y)
 
 

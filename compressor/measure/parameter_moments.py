@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class ParameterCollector:
             assert parameter.grad is not None
             gradient = parameter.grad.flatten(1).float()
             parameter.grad = None
-            products = [(gradient @ gradient.T).double(), (gradient.T @ gradient).double()]
+            products = [in_float64(gradient @ gradient.T), in_float64(gradient.T @ gradient)]
             before = self._sums.get(name, [torch.zeros_like(each) for each in products])
             self._sums[name] = [a + b for a, b in zip(before, products, strict=True)]
             # What a batch says nothing of is not counted, and whether it does is left on the device until the end.

@@ -9,6 +9,7 @@ from torch import Tensor
 from compressor.measure.effective_rank import Spectrum
 from compressor.measure.eigen import eigvalsh
 from compressor.measure.scale import power_of_two
+from compressor.torch_state import float64_device, in_float64
 
 
 def smaller_gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
@@ -19,10 +20,10 @@ def smaller_gram(matrix: Tensor, scale: float = 1.0) -> Tensor:
     d_out, d_in = matrix.shape
     tall = matrix.T if d_out <= d_in else matrix  # n x d with n >= d, and the Gram matrix is d x d
     d = tall.shape[1]
-    gram = torch.zeros(d, d, dtype=torch.float64, device=matrix.device)
+    gram = torch.zeros(d, d, dtype=torch.float64, device=float64_device(matrix.device))
     rows = max(1, 2**22 // d)
     for block in torch.split(tall, rows):
-        wide = block.to(torch.float64) / scale
+        wide = in_float64(block) / scale
         gram.addmm_(wide.T, wide)
     return gram
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compressor.measure.scale import power_of_two
 from compressor.recipe import TrainingRecipe
+from compressor.torch_state import in_float64
 
 # A normalization's epsilon keeps it from undoing a scale exactly; this share of the effect of another change is
 # tolerated.
@@ -107,7 +108,7 @@ def stationarity(weight: Tensor, gradient: Tensor, recipe: TrainingRecipe, *, sc
     `recipe` is the matrix's own (`TrainingRecipe.of_parameter`). If the outputs do not depend on the matrix's scale,
     <W, grad> = 0 wherever training ends, and nothing is measured.
     """
-    w, g = weight.detach().to("cpu", torch.float64).flatten(), gradient.detach().to("cpu", torch.float64).flatten()
+    w, g = weight.detach().cpu().double().flatten(), gradient.detach().cpu().double().flatten()
     scale, gradient_scale = power_of_two(w), power_of_two(g)
     w, g = w / scale, g / gradient_scale
     norm, gradient_norm = scale * float(w.norm()), gradient_scale * float(g.norm())
@@ -133,12 +134,12 @@ def scaling_degree(weight: Tensor, outputs: Callable[[], Tensor], *, seed: int =
     order = torch.randperm(original.numel(), generator=generator).to(original.device)
     other = original.flatten()[order].reshape(original.shape)
     with torch.no_grad():
-        before = outputs().double()
+        before = in_float64(outputs())
         try:
             weight.copy_(2 * original)
-            doubled = outputs().double()
+            doubled = in_float64(outputs())
             weight.copy_(original + other)
-            moved = outputs().double()
+            moved = in_float64(outputs())
         finally:
             weight.copy_(original)
     size, effect = float(before.norm()), float((moved - before).norm())

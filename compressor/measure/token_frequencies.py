@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.measure.moments import kept_rows
+from compressor.torch_state import in_float64, sum_in_float64
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def smoothed_frequencies(counts: Tensor) -> Tensor:
     language modeling", Computer Speech and Language, 1999, section 2.1): the fewer tokens were seen relative to the
     vocabulary, the closer the estimate is to uniform.
     """
-    wide = counts.to(torch.float64)
+    wide = in_float64(counts)
     return (wide + 1) / (wide.sum() + wide.numel())
 
 
@@ -168,7 +169,7 @@ class EmbeddingCollector:
             counts = torch.bincount(kept, minlength=vocabulary)
 
             def used(gradient: Tensor) -> None:
-                self._add(name, "tokens", counts.to(torch.float64), positions=kept.numel())
+                self._add(name, "tokens", in_float64(counts), positions=kept.numel())
                 self._add_product(name, "gradients", gradient)
 
             output.requires_grad_(True)
@@ -201,12 +202,12 @@ class EmbeddingCollector:
             chances = kept_rows(made.detach().float().softmax(-1), self._masks)
             chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
             weighted = chances * kept_rows(slope, self._masks).float().square()
-            self._add(name, "chances", chances.sum(0, dtype=torch.float64), positions=len(chances))
-            self._add(name, "logits", weighted.sum(0, dtype=torch.float64), positions=len(chances))
+            self._add(name, "chances", sum_in_float64(chances), positions=len(chances))
+            self._add(name, "logits", sum_in_float64(weighted), positions=len(chances))
 
     def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
         vectors = kept_rows(vectors, self._masks).float()
-        product = (vectors.T @ vectors).to(torch.float64)
+        product = in_float64(vectors.T @ vectors)
         if not torch.isfinite(product).all():
             raise BadInput(
                 f"the {what} at embedding {name} are not finite on the calibration data",

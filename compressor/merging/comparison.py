@@ -26,6 +26,7 @@ from compressor.merging.parts import Part
 from compressor.model import Factory, build_model, on_device
 from compressor.network import layer_name
 from compressor.progress import Progress
+from compressor.torch_state import float64_device
 
 
 def layer_overlaps(
@@ -68,10 +69,10 @@ def _same_inputs(parts: Sequence[Part], name: str) -> bool:
 
 def _matrices(combination: Combination, name: str, device: torch.device) -> list[Tensor]:
     """Each network's `d_out x d_in` matrix, or what was trained on top of the base, in float64."""
-    matrices = [part.matrix(name).to(device) for part in combination.networks]
+    matrices = [part.matrix(name).to(float64_device(device)) for part in combination.networks]
     if combination.base is None:
         return matrices
-    before = combination.base.matrix(name).to(device)
+    before = combination.base.matrix(name).to(float64_device(device))
     return [matrix - before for matrix in matrices]
 
 

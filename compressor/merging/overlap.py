@@ -16,6 +16,7 @@ from compressor.measure import energy_rank
 from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.model import evaluation_mode, logits_of
+from compressor.torch_state import in_float64
 
 # How many examples of each task the input angles and the interference are measured on: both are means or maxima
 # over pairs of examples and over all outputs, so they settle early.
@@ -68,7 +69,7 @@ def row_space(matrix: Tensor, edge: float = 0.0) -> Tensor:
     """
     d_out, d_in = matrix.shape
     scale = power_of_two(matrix)
-    wide = matrix.to(torch.float64) / scale
+    wide = in_float64(matrix) / scale
     eigenvalues, vectors = eigh(wide.T @ wide if d_in <= d_out else wide @ wide.T)
     values = eigenvalues.flip(0).clamp_min(0).sqrt()
     rank = energy_rank(values.cpu().numpy()) if float(values[0]) > 0 else 0
@@ -156,7 +157,7 @@ def data_overlap(data: Sequence[EvaluationData], models: Sequence[nn.Module]) ->
             vectors = None
         if vectors is None:
             return None
-        directions.append(nn.functional.normalize(vectors.to("cpu", torch.float64), dim=1))
+        directions.append(nn.functional.normalize(vectors.cpu().double(), dim=1))
     if len({each.shape[1] for each in directions}) > 1:
         return None
     worst = InputOverlap(source, 0.0, 0.0)
@@ -224,8 +225,8 @@ def measured_interference(
             if base is not None:
                 foreign = foreign - len(others) * _without_bias(start[name], inputs)
             total = squares.setdefault(name, [0.0, 0.0])
-            total[0] += float(foreign.double().square().sum())
-            total[1] += float(own.double().square().sum())
+            total[0] += float(in_float64(foreign).square().sum())
+            total[1] += float(in_float64(own).square().sum())
 
         hooks = [
             layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
@@ -247,7 +248,7 @@ def output_change(alone: nn.Module, merged: nn.Module, data: EvaluationData, *, 
     change = size = 0.0
     with evaluation_mode(device, alone, merged):
         for batch in _batches(data):
-            before, after = logits_of(alone, batch).double(), logits_of(merged, batch).double()
+            before, after = in_float64(logits_of(alone, batch)), in_float64(logits_of(merged, batch))
             change += float((after - before).square().sum())
             size += float(before.square().sum())
     return (change / size) ** 0.5 if size > 0 else 0.0

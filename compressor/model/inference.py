@@ -22,8 +22,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """Return the device that a name stands for here, an accelerator with its number.
 
     "auto" is the current CUDA device where there is one, else the CPU. "cuda" and "cuda:N" are CUDA devices; another
-    accelerator that PyTorch has here goes by its name, such as "xpu" or "xpu:1". Raises `BadInput` for any other name,
-    for a device that this machine does not have, and for one that has no float64, such as "mps".
+    accelerator that PyTorch has here goes by its name, such as "mps", "xpu" or "xpu:1". Raises `BadInput` for any other
+    name, and for a device that this machine does not have.
     """
     name = str(name)
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -48,25 +48,13 @@ def resolve_device(name: str | torch.device) -> torch.device:
             option="device",
             remedy=f"use {kind}:0 to {kind}:{count - 1}, auto or cpu",
         )
-    device = torch.device(kind, number)
-    if kind != "cuda" and not _has_float64(device):
-        what = f"the device {name!r} has no float64, in which weights are factorized"
-        raise BadInput(what, option="device", remedy="use auto or cpu")
-    return device
+    return torch.device(kind, number)
 
 
 def _other_accelerator() -> str | None:
     """The kind of the accelerator of this machine, None where it is CUDA or there is none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None or found.type == "cuda" else found.type
-
-
-def _has_float64(device: torch.device) -> bool:
-    try:
-        torch.eye(2, dtype=torch.float64, device=device) @ torch.ones(2, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError):
-        return False
-    return True
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from compressor.network.conversions import (
     without_merges,
 )
 from compressor.network.experts import separate_experts
+from compressor.torch_state import in_float64
 
 # Far more modules than any published model has.
 MOST_MODULES = 200_000
@@ -46,7 +47,7 @@ def module_architecture(module: nn.Module, *, untrained: bool = False) -> Archit
 
 def root_mean_square(weight: Tensor) -> float:
     """The root mean square of a tensor, in float64."""
-    return float(weight.detach().to(torch.float64).square().mean().sqrt())
+    return float(in_float64(weight.detach()).square().mean().sqrt())
 
 
 def _sizes(module: nn.Module) -> dict[str, float]:

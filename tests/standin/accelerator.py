@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from compressor.torch_state import has_float64
+
 SOURCE = Path(__file__).with_name("standin.cpp")
 
 
@@ -114,6 +116,18 @@ def failing(operator: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.standin.fail("")
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """Let the accelerator have no float64, as Apple's."""
+    torch.ops.standin.narrow(True)
+    has_float64.cache_clear()
+    try:
+        yield
+    finally:
+        torch.ops.standin.narrow(False)
+        has_float64.cache_clear()
 
 
 @contextmanager

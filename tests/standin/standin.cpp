@@ -36,10 +36,15 @@ thread_local c10::DeviceIndex current_device = 0;
 std::mutex counts_mutex;
 std::unordered_map<std::string, int64_t> counts;
 std::string failing;  // the operator that raises a LinAlgError
+bool narrow = false;  // whether there is no float64, as on Apple's
 
 void count(const std::string& what, int64_t by = 1) {
   std::lock_guard<std::mutex> lock(counts_mutex);
   counts[what] += by;
+}
+
+void require_known(c10::ScalarType dtype) {
+  TORCH_CHECK_TYPE(!narrow || dtype != at::kDouble, "Cannot convert a standin tensor to float64 dtype: it has none");
 }
 
 c10::Device checked(c10::Device device) {
@@ -363,6 +368,7 @@ class Call {
 
   at::Tensor on_device(const at::Tensor& tensor, bool& view) {
     if (!tensor.defined()) return tensor;
+    require_known(tensor.scalar_type());
     auto known = originals.find(tensor.storage().unsafeGetStorageImpl());
     c10::Storage storage;
     if (known != originals.end()) {
@@ -432,6 +438,7 @@ struct On {
 };
 
 at::Tensor on_device(const at::Tensor& host, c10::Device device) {
+  require_known(host.scalar_type());
   On here(device);
   at::Tensor made = at::detail::empty_strided_generic(
       host.sizes(), host.strides(), &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), host.scalar_type());
@@ -442,6 +449,7 @@ at::Tensor on_device(const at::Tensor& host, c10::Device device) {
 at::Tensor empty_memory_format(
     at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
     std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  require_known(c10::dtype_or_default(dtype));
   On here(device.value_or(c10::Device(kDevice, current_device)));
   return at::detail::empty_generic(size, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
@@ -450,6 +458,7 @@ at::Tensor empty_memory_format(
 at::Tensor empty_strided(
     at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
     std::optional<at::Device> device, std::optional<bool>) {
+  require_known(c10::dtype_or_default(dtype));
   On here(device.value_or(c10::Device(kDevice, current_device)));
   return at::detail::empty_strided_generic(
       size, stride, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
@@ -600,6 +609,7 @@ TORCH_LIBRARY(standin, m) {
     default_generator(static_cast<c10::DeviceIndex>(device)).set_state(state);
   });
   m.def("capacity(int bytes) -> ()", [](int64_t bytes) { capacity = bytes; });
+  m.def("narrow(bool without) -> ()", [](bool without) { narrow = without; });
   m.def("fail(str operator) -> ()", [](const std::string& name) { failing = name; });
 }
 

@@ -13,6 +13,7 @@ from compressor.factorize.tied_embedding import TiedMetric, nearest_kronecker_me
 from compressor.factorize.truncated_svd import truncated_svd
 from compressor.factorize.weighted_svd import Metric, decompose
 from compressor.measure import singular_values
+from compressor.measure.eigen import _say_once
 from compressor.merging.overlap import row_space
 from compressor.model import resolve_device
 from compressor.torch_state import neutral_torch_state
@@ -69,7 +70,8 @@ def test_peak_memory_is_the_allocator_s(device):
 
 
 @pytest.mark.parametrize("matrix", [torch.randn(6, 9), torch.randn(9, 6)])
-def test_a_decomposition_that_fails_on_the_device_is_done_on_the_cpu(device, matrix):
+def test_a_decomposition_that_fails_on_the_device_is_done_on_the_cpu(device, matrix, caplog):
+    _say_once.cache_clear()
     there = matrix.to(device)
     metric = Metric(torch.eye(9 if matrix.shape[1] == 9 else 6).double(), torch.eye(len(matrix)).double())
     moved = Metric(metric.inputs.to(device), metric.gradients.to(device))
@@ -77,6 +79,7 @@ def test_a_decomposition_that_fails_on_the_device_is_done_on_the_cpu(device, mat
         pair, basis = truncated_svd(there, 3), row_space(there)
         values = [singular_values(there), decompose(there, moved).values]
     assert {pair.up.device, pair.down.device, basis.device} == {device}
+    assert caplog.text.count("standin does not find the eigenvalues of some matrices: the CPU does") == 1
     torch.testing.assert_close(pair.product().cpu(), truncated_svd(matrix, 3).product())
     np.testing.assert_allclose(values, [singular_values(matrix), decompose(matrix, metric).values])
 
