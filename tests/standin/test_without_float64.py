@@ -22,7 +22,7 @@ def _narrow(device):
 
 def test_the_stand_in_refuses_float64(device):
     assert resolve_device("standin") == device
-    here, wide = torch.ones(2, device=device), torch.ones(2).double()
+    here = torch.ones(2, device=device)
     for make in (
         here.double,
         lambda: here.new_zeros(2, dtype=torch.float64),
