@@ -68,6 +68,8 @@ class Calibration:
     decompositions: CachedDecompositions = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
+    name: str = "dense"
+    """What it is called in the journal, where all that follows from its metrics has names below."""
 
     @property
     def unit(self) -> LossUnit:
@@ -193,7 +195,8 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
         uses[unreached] = calibration.uses[unreached]
         if unreached in calibration.decompositions:
             decompositions.put(unreached, calibration.decompositions[unreached])
-    return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions)
+    again = f"{calibration.name}/recalibrated-{name}"
+    return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions, name=again)
 
 
 def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:

@@ -326,7 +326,7 @@ class Search:
             except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
         if self.calibration.settings.refine:
-            name = f"refined/{_name(best.layers)}"
+            name = f"{best.calibration.name}/refined/{_name(best.layers)}"
             refined = self._solved(best, refine(best.calibration, best.solution, name), name)
             best = min(best, replace(refined, refined=True), key=_loss)
         return best
@@ -344,7 +344,7 @@ class Search:
         if self.caps:
             found = min(found, self._capped(found, budget), key=_loss)
         if self.calibration.settings.compensate:
-            name = f"compensated/{_name(found.layers)}"
+            name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
             allocation = f"{found.exponent}, capped" if found.capped else f"{found.exponent}"
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
@@ -354,7 +354,7 @@ class Search:
 
     def _solved(self, found: Candidate, solution: Compensated, name: str) -> Candidate:
         judged = partial(self.judge, found.calibration, solution.modules)
-        return replace(found, solution=solution, loss=found.calibration.cache.journal.value(f"loss/{name}", judged))
+        return replace(found, solution=solution, loss=found.calibration.cache.journal.value(f"{name}/loss", judged))
 
     def _capped(self, found: Candidate, budget: Budget) -> Candidate:
         """The same allocation under the caps; `found` itself where they change nothing."""
@@ -373,7 +373,8 @@ class Search:
         def judged() -> float:
             return self.judge(self.calibration, uncompensated(self.calibration, layers).modules)
 
-        loss = self.calibration.cache.journal.value(f"loss/{_name(layers)}", judged)
+        name = f"{self.calibration.name}/loss/{_name(layers)}"
+        loss = self.calibration.cache.journal.value(name, judged)
         return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
 
 
