@@ -19,7 +19,7 @@ class _Folder:
     """Named tensors of a journal, read on a device."""
 
     _journal: Journal
-    _device: torch.device
+    device: torch.device
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, in place of those of that name."""
@@ -28,7 +28,11 @@ class _Folder:
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a name, on the device. KeyError for one that was never written."""
         # safetensors knows some devices by name, PyTorch all of them
-        return {key: brought_to(self._device, tensor) for key, tensor in self._journal.read(name).items()}
+        return {key: brought_to(self.device, tensor) for key, tensor in self._journal.read(name).items()}
+
+    def read_on_cpu(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a name, on the CPU. KeyError for one that was never written."""
+        return self._journal.read(name)
 
     def holds(self, name: str) -> bool:
         """Whether there are tensors of a name."""
@@ -157,8 +161,8 @@ class CachedDecompositions:
         self._folder.write(f"decomposition/{name}", tensors)
 
     def __getitem__(self, name: str) -> Decomposition:
-        tensors = self._folder.read(f"decomposition/{name}")
-        return Decomposition(tensors["values"].cpu().numpy(), tensors["basis"])
+        tensors = self._folder.read_on_cpu(f"decomposition/{name}")
+        return Decomposition(tensors["values"].numpy(), brought_to(self._folder.device, tensors["basis"]))
 
     def __contains__(self, name: str) -> bool:
         return self._folder.holds(f"decomposition/{name}")

@@ -267,8 +267,9 @@ class _Outputs:
     def error(self, pair: FactorPair) -> float:
         """E||W x - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
         up, down = pair.up, pair.down
-        agreeing = float((up.T @ self.cross * down).sum())
-        return self.total - 2 * agreeing + float((up.T @ self.gradients @ up * (down @ self.yy @ down.T)).sum())
+        agreeing = (up.T @ self.cross * down).sum()
+        own = (up.T @ self.gradients @ up * (down @ self.yy @ down.T)).sum()
+        return self.total + float(own - 2 * agreeing)  # one number, for which the device is waited for
 
 
 @dataclass(frozen=True)
