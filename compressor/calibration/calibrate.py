@@ -26,7 +26,9 @@ from compressor.calibration.criterion import (
     divergence,
     hidden_rows,
     outputs_of,
+    rows_within,
     sampled_loss,
+    summed_in_parts,
 )
 from compressor.calibration.examples import PARTS, CalibrationData, Chunk, Part, with_decoder_inputs
 from compressor.calibration.segments import Segments, State, find_segments
@@ -36,10 +38,11 @@ from compressor.engine import Journal, Run
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
-from compressor.measure.moments import MomentPass, Moments, collect_moments, kept_rows, oas_shrinkage
+from compressor.measure.moments import MomentCollector, Moments, kept_rows, oas_shrinkage, with_padding
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector
 from compressor.model import evaluation_mode
+from compressor.model.head import find_head
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
@@ -98,10 +101,13 @@ def calibrate(
     """
     data = with_decoder_inputs(data, model)
     with evaluation_mode(run.device, model), frozen(model):
-        first = data.fit[0]
+        first = _few_examples(model, data.fit[0], settings)
         outputs = _accepted_outputs(model, first)
-        _try_every_shape(model, [*data.fit, *data.holdout])
-        segments = find_segments(model, layers, first) if settings.by_segment else Segments()
+        _try_every_shape(model, [_few_examples(model, each, settings) for each in (*data.fit, *data.holdout)])
+        segments = Segments()
+        if settings.by_segment:
+            head = find_head(model, partial(outputs_of, inputs=first.inputs))
+            segments = replace(find_segments(model, layers, first), head=head)
         logger.info("calibration runs the model in %d segments", segments.count)
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         known = {layer.name: layer for layer in layers}
@@ -142,6 +148,16 @@ def _parameter_collector(calibration: Calibration) -> ParameterCollector:
     return ParameterCollector(
         {layer.name: (calibration.model.get_submodule(layer.module), layer.parameter) for layer in layers}
     )
+
+
+def _few_examples(model: nn.Module, batch: Batch, settings: CalibrationSettings) -> Batch:
+    """As many of the examples as have logits of the bytes that may be in memory, by the widest layer of the model."""
+    tokens = [each for each in batch.inputs.values() if each.dim() == 2 and not each.is_floating_point()]
+    if not tokens:
+        return batch
+    widest = max((len(each) for each in model.parameters() if each.dim() == 2), default=1)
+    rows = settings.logit_bytes // (4 * widest)
+    return batch[: max(1, rows // max(each.shape[1] for each in tokens))]
 
 
 def _try_every_shape(model: nn.Module, batches: Sequence[Batch]) -> None:
@@ -220,13 +236,39 @@ def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> 
     with evaluation_mode(calibration.run.device, calibration.model):
         for chunk in calibration.data.chunks("holdout"):
             batch = calibration.data.read(chunk)
-            [before] = segments.run(calibration.model, last, batch, state=dense_inputs(calibration, last, chunk))
+            [before] = dense_outputs(calibration, last, chunk)
             with with_layers(calibration.model, modules) as changed:
-                after = outputs_of(changed, batch.inputs)
-            cost, rows = divergence(before, after, batch.masks, criterion=calibration.criterion)
+                [after] = segments.run_whole(changed, batch)
+            cost, rows = cost_of_predictions(calibration, before, after, masks=batch.masks, modules=modules)
             total += float(cost)
             count += rows
     return total / count if math.isfinite(total) else math.inf
+
+
+def cost_of_predictions(
+    calibration: Calibration,
+    before: Tensor,
+    after: Tensor,
+    *,
+    masks: Sequence[Tensor],
+    modules: Mapping[str, nn.Module],
+) -> tuple[Tensor, int]:
+    """The cost of the predictions of a compressed model against the dense one's, summed over rows, and their number.
+
+    `before` and `after` are what the last segment outputs in the dense model, and in the one with other `modules`.
+    """
+    segments, model, criterion = calibration.segments, calibration.model, calibration.criterion
+    dense, compressed = kept_rows(before, masks), kept_rows(after, masks)
+
+    def cost(part: Tensor, place: slice) -> Tensor:
+        with torch.no_grad():
+            expected = segments.outputs(model, dense[place])
+        return divergence(expected, segments.outputs(model, part, modules), (), criterion=criterion)[0]
+
+    head = None if segments.head is None else modules.get(segments.head.name)
+    trained = [] if head is None else [each for each in head.parameters() if each.requires_grad]
+    at_once = rows_within(calibration.settings.logit_bytes, segments.width(after))
+    return summed_in_parts(cost, compressed, at_once=at_once, parameters=trained), len(dense)
 
 
 def dense_inputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:
@@ -237,7 +279,11 @@ def dense_inputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:
 
 
 def dense_outputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:
-    """New outputs of a segment of the dense model, of any but the last."""
+    """New outputs of a segment of the dense model."""
+    segments = calibration.segments
+    if segment == segments.count - 1 and segments.head is None:  # the predictions, which are not kept
+        state = dense_inputs(calibration, segment, chunk)
+        return segments.run(calibration.model, segment, calibration.data.read(chunk), state=state)
     return rows_of(calibration.cache.dense(chunk.part, segment).read(chunk.batch), chunk)
 
 
@@ -282,9 +328,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
-    """Run all segments but the last on some parts of the data, and cache the outputs of each."""
+    """Run all segments on some parts of the data, and cache the outputs of each, without the model's predictions."""
     model, segments, data = calibration.model, calibration.segments, calibration.data
-    for segment in range(segments.count - 1):
+    for segment in range(segments.count - (segments.head is None)):
         # All of the data run through one block after the other, each of which is then read once.
         finite: list[Tensor] = []
         chunks = [
@@ -406,12 +452,14 @@ class _BackwardPass:
     def _moments(self, segment: int) -> dict[str, Moments | None]:
         data = self._calibration.data
         inside = self._calibration.segments.own_layers(self._calibration.model, segment, self._running)
-        passes = (
-            MomentPass(partial(self._step, segment, chunk), data.read(chunk).masks) for chunk in data.chunks("fit")
-        )
-        return collect_moments({name: self._layers[name] for name in inside}, passes, inside)
+        layers = {name: self._layers[name] for name in inside}
+        with torch.enable_grad(), MomentCollector(layers, inside) as collector:
+            for chunk in data.chunks("fit"):
+                with collector.masked(data.read(chunk).masks):
+                    self._step(segment, chunk, collector)
+        return collector.moments()
 
-    def _step(self, segment: int, chunk: Chunk) -> None:
+    def _step(self, segment: int, chunk: Chunk, collector: MomentCollector) -> None:
         """Run a segment forward and backward on one batch, and cache the gradients at its inputs."""
         calibration = self._calibration
         batch, last = calibration.data.read(chunk), segment == calibration.segments.count - 1
@@ -419,9 +467,8 @@ class _BackwardPass:
         for each in state:
             each.requires_grad_(True)
         outputs = self._run(segment, batch, state)
-        gradients: Sequence[Tensor | None] = (None,)
         if last:
-            outputs = (self._loss(outputs[0], batch),)
+            gradients: Sequence[Tensor] = (self._gradient(outputs[0], batch, collector),)
         else:
             gradients = calibration.cache.gradients(segment + 1).read(chunk.batch)
         # An output that depends on none of the layers and inputs of the segment has no gradient.
@@ -441,18 +488,36 @@ class _BackwardPass:
         copies = tuple(each.clone() for each in state)
         run: Callable[[], State] = partial(segments.run, model, segment, batch, state=copies)
         if self._embeddings is not None:
-            run = self._embeddings.watched(run, batch.masks, logits=segment == segments.count - 1)
+            logits = segment == segments.count - 1 and segments.head is None
+            run = self._embeddings.watched(run, batch.masks, logits=logits)
         return run()
 
-    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        calibration = self._calibration
-        self.predictions += kept_rows(outputs, batch.masks).shape[0]
+    def _gradient(self, last: Tensor, batch: Batch, collector: MomentCollector) -> Tensor:
+        """The gradient of the sampled loss at what the last segment outputs, with a few rows of logits at a time."""
+        calibration, segments = self._calibration, self._calibration.segments
+        rows = kept_rows(last.detach(), batch.masks)
+        self.predictions += len(rows)
         if self._generator is None:  # the last layer of a model that is spread over devices may lie on any of them
-            self._generator = torch.Generator(outputs.device).manual_seed(calibration.run.seed)
-        loss = sampled_loss(outputs, batch.masks, calibration.criterion, generator=self._generator)
-        if not torch.isfinite(loss):
+            self._generator = torch.Generator(last.device).manual_seed(calibration.run.seed)
+        found, losses = [], []
+        for part in torch.split(rows, rows_within(calibration.settings.logit_bytes, segments.width(last))):
+            leaf = part.clone().requires_grad_(True)
+            with collector.masked(()):
+                loss = sampled_loss(self._outputs(leaf), (), calibration.criterion, generator=self._generator)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+        if not torch.isfinite(torch.stack(losses)).all():
             raise _overflow(calibration.model, batch, self._running)
-        return loss
+        return with_padding(torch.cat(found), last, batch.masks)
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        """The model's outputs from rows of what the last segment outputs."""
+        head, model = self._calibration.segments.head, self._calibration.model
+        if head is None or self._embeddings is None:
+            return self._calibration.segments.outputs(model, rows)
+        [outputs] = self._embeddings.watched(lambda: (head(model, rows[None]),), ())()
+        return outputs[0]
 
 
 @dataclass

@@ -13,8 +13,8 @@ variance).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,13 @@ UNITS: Mapping[Criterion, LossUnit] = {
 
 # Predictions copied to float64 at a time: with a large vocabulary the copies are large.
 ROWS_AT_ONCE = 256
+
+
+def rows_within(size: int, width: int) -> int:
+    """How many rows of `width` outputs take at most `size` bytes in float32: one at least, or whole parts of the rows
+    that are copied to float64 at a time."""
+    rows = max(1, size // (4 * width))
+    return rows if rows < ROWS_AT_ONCE else rows - rows % ROWS_AT_ONCE
 
 
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -135,6 +142,44 @@ def _divergence(dense: Tensor, compressed: Tensor, criterion: Criterion) -> Tens
     dense, compressed = dense.log_softmax(-1), compressed.log_softmax(-1)
     # A class of probability zero in the dense model adds nothing, whatever its probability in the compressed one.
     return torch.where(dense > -torch.inf, dense.exp() * (dense - compressed), 0.0).sum()
+
+
+def summed_in_parts(
+    cost: Callable[[Tensor, slice], Tensor], rows: Tensor, *, at_once: int, parameters: Sequence[Tensor] = ()
+) -> Tensor:
+    """The sum of a cost over parts of some rows, with the memory of one part, for its gradients too.
+
+    `cost` is given a part of the rows and its place among them. Where the rows or the parameters that the cost depends
+    on need gradients, these are computed with the cost, so that no graph of all parts is kept.
+    """
+    places = [slice(start, start + at_once) for start in range(0, max(len(rows), 1), at_once)]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (rows, *parameters)):
+        total: Tensor = _InParts.apply(cost, places, rows, *parameters)  # type: ignore[no-untyped-call]
+        return total
+    return torch.stack([cost(rows[place], place) for place in places]).sum()
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cost: Callable[[Tensor, slice], Tensor], places: Sequence[slice], *tensors: Tensor) -> Tensor:
+        rows, *parameters = tensors
+        gradients = [torch.zeros_like(each) for each in tensors]
+        costs = []
+        for place in places:
+            with torch.enable_grad():
+                part = rows[place].detach().requires_grad_(True)
+                value = cost(part, place)
+            found = torch.autograd.grad(value, [part, *parameters], allow_unused=True)
+            for total, more in zip((gradients[0][place], *gradients[1:]), found, strict=True):
+                if more is not None:
+                    total.add_(more)
+            costs.append(value.detach())
+        ctx.save_for_backward(*gradients)
+        return torch.stack(costs).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(each * scale.to(each.dtype) for each in ctx.saved_tensors))
 
 
 def hidden_rows(hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -20,9 +20,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, dense_outputs, frozen, rows_of
+from compressor.calibration.calibrate import Calibration, cost_of_predictions, dense_outputs, frozen, rows_of
 from compressor.calibration.compensation import Compensated
-from compressor.calibration.criterion import divergence, hidden_rows
+from compressor.calibration.criterion import hidden_rows
 from compressor.calibration.examples import Chunk
 from compressor.calibration.segments import State
 from compressor.calibration.settings import RefinementSettings
@@ -203,7 +203,8 @@ class _SegmentCosts:
         before = self._dense(chunk)
         after = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_compressed(chunk))
         if self._walk.last:
-            return divergence(before[0], after[0], masks, criterion=self._calibration.criterion)
+            modules = self._walk.modules
+            return cost_of_predictions(self._calibration, before[0], after[0], masks=masks, modules=modules)
         changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
         costs = [(change @ metric * change).sum() for change, metric in zip(changes, self._metrics, strict=True)]
         return torch.stack(costs).sum(), len(changes[0])
@@ -211,8 +212,6 @@ class _SegmentCosts:
     @torch.no_grad()
     def _dense(self, chunk: Chunk) -> State:
         """New outputs of the dense segment."""
-        if self._walk.last:
-            return self._walk.run_dense(chunk)
         return dense_outputs(self._calibration, self._walk.segment, chunk)
 
 

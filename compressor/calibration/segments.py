@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from compressor.calibration.criterion import outputs_of
 from compressor.data import Batch
+from compressor.model.head import Head, with_forward
 from compressor.network import Layer
 
 # Inputs of a segment: the input of its block, then the output of each chain that has ended. The first segment has none,
-# and the last segment outputs the model's outputs alone.
+# and the last segment outputs one tensor: the inputs of the model's head, or its outputs where no head is known.
 State = tuple[Tensor, ...]
 
 
@@ -41,9 +42,13 @@ class BlockChain:
 
 @dataclass(frozen=True)
 class Segments:
-    """The chains of a model in order: segment 0 ends where the first block begins, and segment i runs block i - 1."""
+    """The chains of a model in order: segment 0 ends where the first block begins, and segment i runs block i - 1.
+
+    The last segment ends where the head begins, of a model that has one.
+    """
 
     chains: tuple[BlockChain, ...] = ()
+    head: Head | None = None
 
     @property
     def count(self) -> int:
@@ -74,8 +79,25 @@ class Segments:
         others = {module for name in names for module in model.get_submodule(name).modules()} - own
         return {name: layer for name, layer in layers.items() if layer not in others}
 
+    def outputs(self, model: nn.Module, rows: Tensor, modules: Mapping[str, nn.Module] | None = None) -> Tensor:
+        """The model's outputs at some positions, `(positions, size)` both, from what the last segment outputs there.
+
+        Of `modules`, by their places, the one at the head's runs instead of the head.
+        """
+        if self.head is None:
+            return rows
+        return self.head(model, rows[None], instead=(modules or {}).get(self.head.name))[0]
+
+    def run_whole(self, model: nn.Module, batch: Batch) -> State:
+        """What the last segment outputs when the whole model runs."""
+        return replace(self, chains=()).run(model, 0, batch, state=())
+
+    def width(self, last: Tensor) -> int:
+        """How many outputs the model has at a position, by what the last segment outputs."""
+        return last.shape[-1] if self.head is None else self.head.width
+
     def run(self, model: nn.Module, index: int, batch: Batch, *, state: State) -> State:
-        """Run one segment on its inputs, and return those of the next, or the model's outputs.
+        """Run one segment on its inputs, and return those of the next; of the last, those of the head.
 
         `model` is the one that was split, or that one with other layers inside the same blocks.
         """
@@ -97,9 +119,14 @@ class Segments:
             if index < self.count - 1:
                 number, place = self._blocks[index]
                 stack.callback(chains[number][place].register_forward_pre_hook(_stop, with_kwargs=True).remove)
+            elif self.head is not None:
+                head = model.get_submodule(self.head.name)
+                stack.callback(head.register_forward_pre_hook(_stop, with_kwargs=True).remove)
             try:
                 return (outputs_of(model, batch.inputs),)
             except _Reached as reached:
+                if index == self.count - 1:
+                    return (reached.hidden,)
                 assert len(ended) == self._ends_a_chain(index), "a chain goes on after the next one has begun"
                 return (reached.hidden, *state[1:], *ended)
 
@@ -149,22 +176,8 @@ def _skipped(blocks: Sequence[nn.Module], results: int) -> Iterator[None]:
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
             forward = partial(first, block.forward) if number == 0 and results > 1 else others
-            stack.enter_context(_forward(block, forward))
+            stack.enter_context(with_forward(block, forward))
         yield
-
-
-@contextmanager
-def _forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of a block."""
-    own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
 
 
 def _hidden(arguments: Sequence[Any], named: Mapping[str, Any]) -> Tensor:

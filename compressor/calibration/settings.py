@@ -105,6 +105,9 @@ class CalibrationSettings:
     tokens_at_once: int = 8192
     """Tokens whose activations are in memory at a time: long windows make small batches."""
 
+    logit_bytes: int = 2**26
+    """Bytes of logits, in float32, that are in memory at a time, whatever the vocabulary."""
+
     by_segment: bool = True
     """Run the model a block at a time, in the memory of one block; False runs it whole, for comparison."""
 
@@ -162,7 +165,13 @@ class CalibrationSettings:
                 return cls()
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 2), ("holdout_every", 2), ("tokens_at_once", 1), ("recalibration_rounds", 0)):
+        for name, least in (
+            ("samples", 2),
+            ("holdout_every", 2),
+            ("tokens_at_once", 1),
+            ("logit_bytes", 1),
+            ("recalibration_rounds", 0),
+        ):
             as_count(getattr(self, name), name, least=least)
         if not isinstance(self.exponents, Sequence) or not self.exponents:
             what = f"`exponents` is {self.exponents!r}"

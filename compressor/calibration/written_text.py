@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration.settings import SelfGeneratedSettings
+from compressor.model.head import find_head
 from compressor.model.streaming import device_of
 
 # Told after each token or round how many are done, and of how many.
@@ -53,13 +56,15 @@ def continued(
     named = "decoder_input_ids" if inputs else "input_ids"
     device = device_of(model)
     running: Any = model
+    more: dict[str, Any] = {}
     if inputs:
         encoder = running.get_encoder()
-        encoded = encoder(**{name: tensor.to(device) for name, tensor in inputs.items()})
-        inputs = {"encoder_outputs": encoded}
+        more["encoder_outputs"] = encoder(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    if "logits_to_keep" in signature(model.forward).parameters:
+        more["logits_to_keep"] = 1  # of a model without a cache there would be those of whole texts
     texts, new, cache = prompts, prompts, None
     while texts.shape[1] < length:
-        output = running(**{named: new.to(device)}, past_key_values=cache, use_cache=True, **inputs)
+        output = running(**{named: new.to(device)}, past_key_values=cache, use_cache=True, **more)
         texts = torch.cat([texts, sampler.draw(output.logits[:, -1])[:, None]], dim=1)
         cache = getattr(output, "past_key_values", None)
         new = texts if cache is None else texts[:, -1:]
@@ -76,11 +81,21 @@ def unmasked(model: nn.Module, masked: Tensor, mask: int, *, sampler: Sampler, t
     order = torch.rand(texts.shape, generator=sampler.generator).masked_fill(texts != mask, math.inf).argsort(dim=1)
     turns, rounds = order.argsort(dim=1), sampler.settings.unmasking_rounds
     counts = (texts == mask).sum(dim=1, keepdim=True)
+    head = find_head(model, partial(_logits, texts[:1].to(device)))
     for done in range(1, rounds + 1):
         # Rounded up, so that no place is left after the last round.
         chosen = (texts == mask) & (turns < (counts * done / rounds).ceil())
         if chosen.any():
-            logits = model(input_ids=texts.to(device)).logits
-            texts[chosen] = sampler.draw(logits[chosen.to(device)])
+            predicted = partial(_logits, texts.to(device))
+            if head is None:
+                logits = predicted(model)[chosen.to(device)]
+            else:  # a large vocabulary has many logits
+                logits = head(model, head.inputs(model, predicted)[chosen.to(device)][None])[0]
+            texts[chosen] = sampler.draw(logits)
         told(done, rounds)
     return texts
+
+
+def _logits(texts: Tensor, model: nn.Module) -> Tensor:
+    logits: Tensor = model(input_ids=texts).logits
+    return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from compressor.data.batches import count_examples
 from compressor.errors import BadInput
 from compressor.evaluation.custom_metric import metric_value, without_each_part
 from compressor.model import evaluation_mode, logits_of, resolve_device
+from compressor.model.head import Head, find_head
 from compressor.model.inference import forward_call
 from compressor.torch_state import in_float64
 
@@ -78,12 +80,15 @@ def measure_quality(
     losses: list[npt.NDArray[np.float64]] = []
     right: list[npt.NDArray[np.float64]] = []
     predictions: list[npt.NDArray[np.float64]] = []
+    head: Head | None = None
     with evaluation_mode(resolve_device(device), model):
         for batch in data:
             _require_known_tokens(model, batch, data.name)
-            logits = _predictions(model, batch, data, first=not losses)
-            labels = batch.labels.to(logits.device)
-            for found, each in zip((losses, right), _score(logits.flatten(0, -2), labels.flatten()), strict=True):
+            if not losses and data.task in ("language-modeling", "text-to-text"):
+                head = _accepted(model, batch, data.name, run=partial(_head, examples=batch[:1]))
+            scores = _predictions(model, batch, data, head=head, first=not losses)
+            labels = batch.labels.to(scores.hidden.device)
+            for found, each in zip((losses, right), _score(scores, labels.flatten()), strict=True):
                 found.append(each.reshape(len(labels), -1).sum(1).cpu().numpy())
             predictions.append((batch.labels != IGNORED_LABEL).reshape(len(labels), -1).sum(1).double().numpy())
     examples = ExampleScores(*(np.concatenate(each) for each in (losses, right, predictions)))
@@ -192,8 +197,30 @@ def _deviations(sums: npt.NDArray[np.float64], predictions: npt.NDArray[np.float
     return sums - predictions * mean
 
 
-def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first: bool) -> Tensor:
-    """The logits for `batch.labels`: one vector of scores for each label."""
+@dataclass(frozen=True)
+class _Scores:
+    """What the scores of some predictions are formed of, some at a time: a large vocabulary has many."""
+
+    model: nn.Module
+    head: Head | None
+    hidden: Tensor
+    """The inputs of the head, or the scores themselves where no head is known, `(..., size)`."""
+
+    @property
+    def classes(self) -> int:
+        return self.hidden.shape[-1] if self.head is None else self.head.width
+
+    def of(self, rows: Tensor) -> Tensor:
+        """The scores of some rows of `hidden`."""
+        return rows if self.head is None else self.head(self.model, rows[None])[0]
+
+
+def _head(model: nn.Module, _: Mapping[str, Tensor], *, examples: Batch) -> Head | None:
+    return find_head(model, partial(logits_of, inputs=examples.inputs))
+
+
+def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, head: Head | None, first: bool) -> _Scores:
+    """The scores for `batch.labels`: one vector of them for each label."""
     name = type(model).__name__
     if data.task == "language-modeling" and name.endswith("ForMaskedLM"):
         raise BadInput(
@@ -208,27 +235,34 @@ def _predictions(model: nn.Module, batch: Batch, data: EvaluationData, *, first:
             remedy="add `labels`, or in Python measure by a `metric` where the verb takes one",
         )
     # A model that accepts one batch accepts them all: a later failure is not about the choice of data.
-    logits = _accepted(model, batch, data.name) if first else logits_of(model, batch.inputs)
-    if data.task == "language-modeling" and logits.ndim == 3:
-        logits = logits[:, :-1]
-    if logits.shape[:-1] != batch.labels.shape:
+    run = logits_of if head is None else partial(_hidden, head)
+    hidden = _accepted(model, batch, data.name, run=run) if first else run(model, batch.inputs)
+    if data.task == "language-modeling" and hidden.ndim == 3:
+        hidden = hidden[:, :-1]
+    scores = _Scores(model, head, hidden)
+    if hidden.shape[:-1] != batch.labels.shape:
+        shape = (*hidden.shape[:-1], scores.classes)
         raise BadInput(
-            f"{name} gives scores of shape {tuple(logits.shape)} for labels of shape {tuple(batch.labels.shape)}",
+            f"{name} gives scores of shape {shape} for labels of shape {tuple(batch.labels.shape)}",
             where=data.name,
             remedy=f"use a model whose head is for {data.task.replace('-', ' ')}, or in Python a `metric`",
         )
     predicted = batch.labels[batch.labels != IGNORED_LABEL]
     if predicted.numel() == 0:
-        return logits
+        return scores
     lowest, highest = int(predicted.min()), int(predicted.max())
-    if lowest < 0 or highest >= logits.shape[-1]:
+    if lowest < 0 or highest >= scores.classes:
         bad = lowest if lowest < 0 else highest
         raise BadInput(
-            f"label {bad} is out of the range 0 to {logits.shape[-1] - 1} of the model's {logits.shape[-1]} classes",
+            f"label {bad} is out of the range 0 to {scores.classes - 1} of the model's {scores.classes} classes",
             where=data.name,
             remedy="use the labels, or the tokenizer, that the model was trained with",
         )
-    return logits
+    return scores
+
+
+def _hidden(head: Head, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    return head.inputs(model, partial(logits_of, inputs=inputs))
 
 
 def _accepted(
@@ -249,11 +283,13 @@ def _accepted(
         ) from error
 
 
-def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _score(predictions: _Scores, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of every prediction in nats, and whether it is correct, as float64."""
-    rows = max(1, SCORED_AT_ONCE // logits.shape[-1])
+    rows = max(1, SCORED_AT_ONCE // predictions.classes)
     losses, right = [], []
-    for scores, targets in zip(torch.split(logits, rows), torch.split(labels, rows), strict=True):
+    hidden = predictions.hidden.flatten(0, -2)
+    for some, targets in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True):
+        scores = predictions.of(some)
         losses.append(
             nn.functional.cross_entropy(wide := in_float64(scores), targets.to(wide.device), reduction="none")
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,10 @@ def collect_moments(
     used. Layers that receive the same tensor share one moment. Raises `BadInput`, naming the layer, if activations or
     gradients are not finite.
     """
-    collector = _Collector(layers, stand_ins or layers)
-    with torch.enable_grad(), collector:
+    with torch.enable_grad(), MomentCollector(layers, stand_ins or layers) as collector:
         for each in passes:
-            collector.begin(each.masks)
-            each.run()
-            collector.end()
+            with collector.masked(each.masks):
+                each.run()
     return collector.moments()
 
 
@@ -74,8 +73,11 @@ class _Sum:
         self.count += other.count
 
 
-class _Collector:
-    """Hooks that add up the moments during forward and backward passes."""
+class MomentCollector:
+    """Hooks that add up the moments during forward and backward passes.
+
+    `layers` and the modules that are `hooked` in their places are those of `collect_moments`.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module], hooked: Mapping[str, nn.Module]) -> None:
         self._layers, self._hooked = layers, hooked
@@ -87,22 +89,30 @@ class _Collector:
         self._masks: Sequence[Tensor] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         for name, layer in self._hooked.items():
             self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
+        return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._seen.clear()
 
-    def begin(self, masks: Sequence[Tensor]) -> None:
-        """Start a pass."""
-        self._masks = masks
-        self._seen.clear()
+    @contextmanager
+    def masked(self, masks: Sequence[Tensor]) -> Iterator[None]:
+        """A forward of the model, or of a part of it, whose padding the masks say; its gradients may come later.
 
-    def end(self) -> None:
-        """Add the sums of the pass to the totals."""
+        Inside of one for the whole model another may run a part on other positions.
+        """
+        before, self._masks = self._masks, masks
+        self._add_up()
+        yield
+        self._add_up()
+        self._masks = before
+
+    def _add_up(self) -> None:
+        """Add the sums of the products so far to the totals."""
         for _, seen, names in self._seen.values():
             _accumulate(self._inputs, frozenset(names), seen)
         self._seen.clear()
@@ -151,14 +161,14 @@ class _Collector:
             leaf = not output.requires_grad
             if leaf:
                 output.requires_grad_(True)
-            output.register_hook(partial(self._backward, name))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._backward, name, self._masks))  # type: ignore[no-untyped-call]
             # The next module may work in place, which autograd does not allow on a leaf.
             return output.clone() if leaf else None
 
         return hook
 
-    def _backward(self, name: str, gradient: Tensor) -> None:
-        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, self._masks)
+    def _backward(self, name: str, masks: Sequence[Tensor], gradient: Tensor) -> None:
+        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, masks)
         _accumulate(self._gradients, name, _summed(vectors))
 
 
@@ -204,13 +214,26 @@ def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Te
     The tensor is `(batch, length, size)`, or `(batch * length, size)` as some models flatten it; any other has no
     padding.
     """
+    kept = _kept(tensor, masks)
+    return vectors if kept is None else vectors.index_select(0, kept)
+
+
+def with_padding(rows: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Rows for the positions of a tensor that are not padding as a tensor of its shape, zero at padding."""
+    kept = _kept(tensor, masks)
+    if kept is None:
+        return rows.view_as(tensor)
+    return rows.new_zeros(tensor.shape[:-1].numel(), rows.shape[-1]).index_copy(0, kept, rows).view_as(tensor)
+
+
+def _kept(tensor: Tensor, masks: Sequence[Tensor]) -> Tensor | None:
+    """The rows of a tensor that are not padding, by the first mask that fits it; None where none does."""
     for mask in masks:
         flattened = tensor.dim() == 2 and len(tensor) == mask.numel()
         if flattened or (tensor.dim() == 3 and tensor.shape[:2] == mask.shape):
             # Found on the CPU, where masks are: how many rows a mask keeps is what a device is waited for.
-            rows = mask.flatten().nonzero().squeeze(1)
-            return vectors.index_select(0, rows.to(vectors.device))
-    return vectors
+            return mask.flatten().nonzero().squeeze(1).to(tensor.device)
+    return None
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

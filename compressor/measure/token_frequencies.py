@@ -165,12 +165,13 @@ class EmbeddingCollector:
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
         def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            kept = kept_rows(tokens[..., None], self._masks).flatten()
+            masks = self._masks  # others, where the head is applied to some positions before the gradient comes
+            kept = kept_rows(tokens[..., None], masks).flatten()
             counts = torch.bincount(kept, minlength=vocabulary)
 
             def used(gradient: Tensor) -> None:
                 self._add(name, "tokens", in_float64(counts), positions=kept.numel())
-                self._add_product(name, "gradients", gradient)
+                self._add_product(name, "gradients", kept_rows(gradient, masks))
 
             output.requires_grad_(True)
             output.register_hook(used)  # type: ignore[no-untyped-call]
@@ -184,7 +185,7 @@ class EmbeddingCollector:
             if not self._heads:
                 return
             hidden: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            self._add_product(name, "hidden", hidden.detach())
+            self._add_product(name, "hidden", kept_rows(hidden.detach(), self._masks))
             self._outputs.setdefault(name, []).append(output)
 
         return hook
@@ -198,15 +199,16 @@ class EmbeddingCollector:
         for output in outputs:
             if output.shape != made.shape or not output.requires_grad:
                 continue
-            [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
             chances = kept_rows(made.detach().float().softmax(-1), self._masks)
-            chances = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
-            weighted = chances * kept_rows(slope, self._masks).float().square()
+            chances = weighted = chances * (1 - chances) if self._likelihood else torch.ones_like(chances)
+            if made is not output:
+                [slope] = torch.autograd.grad(made.sum(), output, retain_graph=True)
+                weighted = chances * kept_rows(slope, self._masks).float().square()
             self._add(name, "chances", sum_in_float64(chances), positions=len(chances))
             self._add(name, "logits", sum_in_float64(weighted), positions=len(chances))
 
     def _add_product(self, name: str, what: str, vectors: Tensor) -> None:
-        vectors = kept_rows(vectors, self._masks).float()
+        vectors = vectors.float()
         product = in_float64(vectors.T @ vectors)
         if not torch.isfinite(product).all():
             raise BadInput(

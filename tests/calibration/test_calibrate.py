@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate, holdout_loss
+from compressor.calibration import (
+    Calibration,
+    CalibrationData,
+    CalibrationSettings,
+    RefinementSettings,
+    calibrate,
+    compensate,
+    holdout_loss,
+    refine,
+)
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.data import Batch
 from compressor.engine import Run
@@ -28,8 +39,10 @@ from tests.calibration.tiny_models import (
     inputs_for,
     left_as_it_was,
     odd,
+    planned,
     transformer,
 )
+from tests.model.test_head import capped
 
 WHOLE = CalibrationSettings(by_segment=False)
 
@@ -135,6 +148,78 @@ def test_and_those_of_embeddings(name: str) -> None:
             torch.testing.assert_close(one.inputs, other.inputs, rtol=1e-4, atol=1e-9)
             assert float((one.gradients - other.gradients).abs().max()) <= 1e-4 * float(other.gradients.abs().max())
         assert cut.uses[each] == whole.uses[each]
+
+
+def few_logits(width: int = 40, rows: int = 5) -> CalibrationSettings:
+    """Settings with which the logits of a few rows are in memory at a time."""
+    return CalibrationSettings(logit_bytes=4 * width * rows, refinement=RefinementSettings(passes=2))
+
+
+@contextmanager
+def most_rows_of(head: nn.Module) -> Iterator[list[int]]:
+    """The rows of outputs that a head has in a call."""
+    rows: list[int] = []
+    handle = head.register_forward_hook(lambda _, __, output: rows.append(output.shape[:-1].numel()))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt", "capped", "t5", "whisper"])
+def test_with_few_logits_at_a_time_the_moments_are_those_of_the_whole_model(name: str) -> None:
+    data: list[dict[str, Tensor]]
+    if name in CHAINS:
+        model = transformer(name)
+        data = [inputs_for(name, 4), inputs_for(name, 4, padded=True), inputs_for(name, 2, length=5)]
+    elif name == "capped":
+        model, data = capped(), [{"input_ids": torch.randint(3, 40, (4, 7))}]
+    else:
+        model, inputs = odd(name)
+        data = [inputs]
+    head = model.get_submodule(
+        "cls.predictions.decoder" if name == "bert" else "lm_head" if name != "whisper" else "proj_out"
+    )
+    few = few_logits()
+    with left_as_it_was(model), most_rows_of(head) as rows:
+        cut = calibrated(model, data, settings=few, embeddings=name in ("llama", "capped"))
+    assert cut.segments.head is not None
+    # The first examples, on which it is found, are one at least.
+    assert max(rows) <= 11
+    assert rows.count(5) > 2
+    whole = calibrated(model, data, settings=replace(few, by_segment=False), embeddings=name in ("llama", "capped"))
+    assert whole.segments.head is None
+    assert cut.uses == whole.uses
+    for each in cut.metrics:
+        for one, other in zip(parts_of(cut.metrics[each]), parts_of(whole.metrics[each]), strict=True):
+            torch.testing.assert_close(one.inputs, other.inputs, rtol=1e-4, atol=1e-4 * float(other.inputs.abs().max()))
+            tolerance = 1e-4 * float(other.gradients.abs().max())
+            torch.testing.assert_close(one.gradients, other.gradients, rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compressed_head", [False, True])
+def test_so_are_the_holdout_loss_and_what_is_fitted(*, compressed_head: bool) -> None:
+    model, data = transformer("llama"), [inputs_for("llama", 4), inputs_for("llama", 4, padded=True)]
+    model.requires_grad_(False)
+    once = calibrated(model, data, settings=few_logits())
+    ranks = {name: 3 if compressed_head or name != "lm_head" else None for name in once.layers}
+    start = compensate(once, [planned(layer, ranks[name]) for name, layer in once.layers.items()])
+    found = {}
+    for rows in (5, 1000):
+        calibration = replace(once, settings=few_logits(rows=rows))
+        with most_rows_of(model.get_submodule("lm_head")) as seen:
+            fitted = refine(calibration, start)
+            losses = [holdout_loss(calibration, each.modules) for each in (start, fitted)]
+        assert seen
+        assert max(seen) <= rows
+        found[rows] = losses, fitted
+    (few, few_fitted), (many, many_fitted) = found.values()
+    assert few == pytest.approx(many, rel=1e-4)
+    for name, tensors in few_fitted.factors.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, many_fitted.factors[name][key], rtol=0.02, atol=2e-3)
 
 
 def parts_of(metric: Metric | TiedMetric) -> tuple[Metric, ...]:
