@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,7 +40,7 @@ from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
 from compressor.measure.moments import MomentCollector, Moments, kept_rows, oas_shrinkage, with_padding
 from compressor.measure.parameter_moments import ParameterCollector
-from compressor.measure.token_frequencies import EmbeddingCollector
+from compressor.measure.token_frequencies import EmbeddingCollector, HeadMoments
 from compressor.model import evaluation_mode
 from compressor.model.head import find_head
 from compressor.model.streaming import blocks_of, parameter_of
@@ -73,6 +73,8 @@ class Calibration:
     uses: Mapping[str, float] = field(default_factory=dict)
     name: str = "dense"
     """What it is called in the journal, where all that follows from its metrics has names below."""
+    heads: frozenset[str] = frozenset()
+    """Layers that output so many classes that of their gradients only the diagonal of the moment is used."""
 
     @property
     def unit(self) -> LossUnit:
@@ -113,7 +115,11 @@ def calibrate(
         known = {layer.name: layer for layer in layers}
         cache = ActivationCache(run.device, run.journal.part("calibration"), moments)
         bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
-        modules = _modules(model, layers)
+        classes = outputs.shape[-1]
+        if classes > settings.most_classes:
+            heads = (each.name for each in layers if "linear" in each.kind and each.shape[0] == classes)
+            bare = replace(bare, heads=frozenset(heads))
+        modules = _modules(bare, model)
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
@@ -124,6 +130,10 @@ def calibrate(
             gradients = oas_shrinkage(of_parameter.gradients, of_parameter.gradient_samples)
             metrics.put(name, Metric(inputs, gradients if settings.gradient_moments else _identity(gradients)))
             uses[name] = 1.0
+        for name, of_head in embeddings.head_moments().items():
+            if of_head is not None:
+                metrics.put(name, _head_metric(of_head, model.get_submodule(known[name].module), settings))
+                uses[name] = of_head.uses
         for name, of_embedding in embeddings.moments().items():
             if of_embedding is not None:
                 metric, uses[name] = embedding_metric(of_embedding)
@@ -140,7 +150,8 @@ def _embedding_collector(calibration: Calibration) -> EmbeddingCollector:
         for layer in calibration.layers.values()
         if layer.kind == "embedding"
     }
-    return EmbeddingCollector(embeddings, likelihood=calibration.criterion == "likelihood")
+    heads = {name: model.get_submodule(calibration.layers[name].module) for name in calibration.heads}
+    return EmbeddingCollector(embeddings, heads, likelihood=calibration.criterion == "likelihood")
 
 
 def _parameter_collector(calibration: Calibration) -> ParameterCollector:
@@ -191,10 +202,11 @@ def _accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:
 def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name: str = "") -> Calibration:
     """Calibrate again at a compressed model, of that name in the journal: the dense one with `modules` in their places.
 
-    Inputs are those of the layers in the compressed model, gradients those of its own loss. The metrics of embeddings
-    and parameters, and of layers that the compressed model does not reach, stay those of the dense model.
+    Inputs are those of the layers in the compressed model, gradients those of its own loss. The metrics of embeddings,
+    of heads of many classes, of parameters, and of layers that the compressed model does not reach stay those of the
+    dense model.
     """
-    layers = _modules(calibration.model, calibration.layers.values())
+    layers = _modules(calibration, calibration.model)
     with (
         evaluation_mode(calibration.run.device, calibration.model),
         with_layers(calibration.model, modules) as changed,
@@ -202,7 +214,7 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     ):
         cache = ActivationCache(calibration.run.device, calibration.cache.journal.part(f"recalibrated/{name}"))
         at_compressed = replace(calibration, model=changed, cache=cache)
-        running = _modules(changed, calibration.layers.values())
+        running = _modules(calibration, changed)
         _cache_outputs(at_compressed, ("fit",), running)
         metrics, uses = _BackwardPass(at_compressed, layers, running).metrics()
     decompositions = cache.decompositions()
@@ -215,12 +227,12 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions, name=again)
 
 
-def _modules(model: nn.Module, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Modules of the layers that are applied to vectors, by the layers' names."""
+def _modules(calibration: Calibration, model: nn.Module) -> dict[str, nn.Module]:
+    """Modules in a model of the layers that are applied to vectors, by their names, without heads of many classes."""
     return {
-        layer.name: model.get_submodule(layer.module)
-        for layer in layers
-        if layer.kind not in ("embedding", "parameter")
+        name: model.get_submodule(layer.module)
+        for name, layer in calibration.layers.items()
+        if layer.kind not in ("embedding", "parameter") and name not in calibration.heads
     }
 
 
@@ -348,7 +360,8 @@ def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapp
                 calibration.cache.dense(chunk.part, segment).drop(chunk.batch)
                 raise _overflow(model, data.read(chunk), layers)
         calibration.run.report("run", segment + 1, segments.count)
-    calibration.run.report("run", segments.count, segments.count)
+    if segments.head is None:
+        calibration.run.report("run", segments.count, segments.count)
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
@@ -556,6 +569,14 @@ def _metric(moments: Moments, layer: nn.Module, settings: CalibrationSettings) -
         gradients if settings.gradient_moments else _identity(gradients),
         moments.mean if has_bias else None,
     )
+
+
+def _head_metric(found: HeadMoments, head: nn.Module, settings: CalibrationSettings) -> Metric:
+    """The metric of a head of many classes, with the diagonal of the gradients' moment alone."""
+    mean = found.mean if getattr(head, "bias", None) is not None else None
+    inputs = found.hidden if mean is None else found.hidden - torch.outer(mean, mean)
+    gradients = found.logits if settings.gradient_moments else torch.ones_like(found.logits)
+    return Metric(oas_shrinkage(inputs, found.positions), gradients, mean)
 
 
 def _identity(moment: Tensor) -> Tensor:

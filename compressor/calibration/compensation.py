@@ -28,7 +28,7 @@ from compressor.calibration.calibrate import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.walk import Kept, Walk
-from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates
+from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
 from compressor.forms import LowRankEmbedding, MatrixPair
 from compressor.lowrank import (
     DenseWeights,
@@ -261,14 +261,14 @@ class _Outputs:
     @classmethod
     def of(cls, matrix: Tensor, inputs: _InputStatistics, gradients: Tensor) -> _Outputs:
         """Those of a `d_out x d_in` matrix W."""
-        weighted = gradients @ matrix
+        weighted = weighed(matrix, gradients)
         return cls(float((weighted @ inputs.xx * matrix).sum()), weighted @ inputs.xy, inputs.yy, gradients)
 
     def error(self, pair: FactorPair) -> float:
         """E||W x - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
         up, down = pair.up, pair.down
         agreeing = (up.T @ self.cross * down).sum()
-        own = (up.T @ self.gradients @ up * (down @ self.yy @ down.T)).sum()
+        own = (up.T @ weighed(up, self.gradients) * (down @ self.yy @ down.T)).sum()
         return self.total + float(own - 2 * agreeing)  # one number, for which the device is waited for
 
 

@@ -115,6 +115,10 @@ class CalibrationSettings:
     """Weight the outputs of a layer by the loss gradient's second moment; False counts the error of all outputs
     alike, as SVD-LLM does (Wang et al., ICLR 2025)."""
 
+    most_classes: int = 4096
+    """Of the loss gradient at the outputs of a head with more classes only the diagonal of the second moment is used:
+    the whole one would grow with the square of the vocabulary."""
+
     exponents: tuple[float, ...] = (1.0, 0.5, 0.0)
     """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.
     0 trusts the second-order estimate, 1 is relative; the one with the least holdout loss is kept."""

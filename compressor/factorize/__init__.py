@@ -6,7 +6,14 @@ from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import TiedMetric, decompose_tied, embedding_metric, tied_truncated_svd
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd
-from compressor.factorize.weighted_svd import Decomposition, Metric, coordinates, decompose, weighted_truncated_svd
+from compressor.factorize.weighted_svd import (
+    Decomposition,
+    Metric,
+    coordinates,
+    decompose,
+    weighed,
+    weighted_truncated_svd,
+)
 
 __all__ = [
     "Decomposition",
@@ -27,5 +34,6 @@ __all__ = [
     "spatial_pair",
     "tied_truncated_svd",
     "truncated_svd",
+    "weighed",
     "weighted_truncated_svd",
 ]

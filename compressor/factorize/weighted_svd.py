@@ -28,8 +28,9 @@ class Metric:
     For a layer with a bias `inputs` is the covariance and `mean` the mean of the inputs (`d_in`): the bias compensates
     for the change of the mean output. Without a bias `mean` is None.
 
-    `inputs` may be a vector of d_in, which stands for the diagonal matrix: the inputs of an embedding are its tokens,
-    of which there is one at a time, and `E[x x^T]` has their frequencies on its diagonal and nothing else.
+    Either may be a vector, which stands for the diagonal matrix. The inputs of an embedding are its tokens, of which
+    there is one at a time, and `E[x x^T]` has their frequencies on its diagonal and nothing else; and of a head with
+    many classes only the diagonal of `E[g g^T]` is used.
     """
 
     inputs: Tensor
@@ -38,7 +39,7 @@ class Metric:
 
     def squared_size(self, matrix: Tensor) -> float:
         """`tr(S_g D S_x D^T)` of a `d_out x d_in` matrix D: twice the loss that changing a layer by it costs."""
-        return max(0.0, float((self.gradients @ _times(matrix, self.inputs) * matrix).sum()))
+        return max(0.0, float((weighed(_times(matrix, self.inputs), self.gradients) * matrix).sum()))
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,24 @@ def require_rank(matrix: Tensor, rank: int) -> None:
 def _weighted_gram(wide: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """`A A^T` or `A^T A` of `A = S_g^(1/2) W S_x^(1/2)`, whichever is smaller, and the Cholesky factor of its side."""
     if wide.shape[0] <= wide.shape[1]:
-        factor = torch.linalg.cholesky(metric.gradients)
+        factor = _root(metric.gradients)
         half = factor.T @ wide
         return _times(half, metric.inputs) @ half.T, factor
-    diagonal = metric.inputs.dim() == 1
-    factor = torch.diag(metric.inputs.sqrt()) if diagonal else torch.linalg.cholesky(metric.inputs)
+    factor = _root(metric.inputs)
     half = wide @ factor
-    return half.T @ metric.gradients @ half, factor
+    return half.T @ weighed(half, metric.gradients), factor
 
 
-def _times(matrix: Tensor, inputs: Tensor) -> Tensor:
-    """The product of a matrix with the moment of the inputs, which may be given as its diagonal alone."""
-    return matrix * inputs if inputs.dim() == 1 else matrix @ inputs
+def _root(moment: Tensor) -> Tensor:
+    """The Cholesky factor of a moment, which may be given as its diagonal alone."""
+    return torch.diag(moment.sqrt()) if moment.dim() == 1 else torch.linalg.cholesky(moment)
+
+
+def _times(matrix: Tensor, moment: Tensor) -> Tensor:
+    """The product of a matrix with a moment, which may be given as its diagonal alone."""
+    return matrix * moment if moment.dim() == 1 else matrix @ moment
+
+
+def weighed(matrix: Tensor, moment: Tensor) -> Tensor:
+    """The product of a moment, which may be given as its diagonal alone, with a matrix of as many rows."""
+    return moment[:, None] * matrix if moment.dim() == 1 else moment @ matrix

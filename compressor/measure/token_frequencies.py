@@ -1,7 +1,9 @@
-"""Statistics of an embedding from calibration data: its tokens' frequencies, and the gradients at its uses.
+"""Statistics of embeddings and of heads with many classes: frequencies of tokens, and the gradients at their uses.
 
 The inputs of an embedding are tokens, so their second moment is diagonal and holds the frequencies. Of the gradient at
-the logits of a tied head only the diagonal is accumulated. Nothing here grows with the square of the vocabulary.
+the logits of a head only the diagonal is accumulated. What is off it, `-E[p p^T]`, is small where predictions spread
+over many classes, and the diagonal `E[p (1 - p)]` is exact, where most classes would never be among sampled targets.
+Nothing here grows with the square of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ from compressor.torch_state import in_float64, sum_in_float64
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Moments of a tied head over `positions`, in float64.
+    """Moments of a head over `positions`, in float64.
 
-    `hidden` is E[h h^T] (`d x d`) of its inputs, and `logits` the diagonal of E[g g^T] of the loss gradient at its
-    outputs, one number per token.
+    `hidden` is E[h h^T] (`d x d`) of its inputs, `mean` is E[h], and `logits` the diagonal of E[g g^T] of the loss
+    gradient at its outputs, one number per token.
     """
 
     hidden: Tensor
+    mean: Tensor
     logits: Tensor
     positions: int
     uses: float
@@ -60,23 +63,27 @@ def smoothed_frequencies(counts: Tensor) -> Tensor:
 
 
 class EmbeddingCollector:
-    """Accumulates the moments of embeddings while `collect_moments` runs the model.
+    """Accumulates the moments of embeddings and heads while `collect_moments` runs the model.
 
-    `embeddings` maps names to embeddings of one model, each with its tied head or None. Inside the context, run every
-    pass through `watched`. With `likelihood=False`, use half the squared change of the outputs as the loss, instead of
-    the log-likelihood.
+    `embeddings` maps names to embeddings of one model, each with its tied head or None, and `heads` maps names to heads
+    that are not tied. Inside the context, run every pass through `watched`. With `likelihood=False`, use half the
+    squared change of the outputs as the loss, instead of the log-likelihood.
     """
 
     def __init__(
-        self, embeddings: Mapping[str, tuple[nn.Module, nn.Module | None]], *, likelihood: bool = True
+        self,
+        embeddings: Mapping[str, tuple[nn.Module, nn.Module | None]],
+        heads: Mapping[str, nn.Module] | None = None,
+        *,
+        likelihood: bool = True,
     ) -> None:
-        self._embeddings, self._likelihood = embeddings, likelihood
+        self._embeddings, self._heads, self._likelihood = embeddings, heads or {}, likelihood
         self._sums: dict[tuple[str, str], Tensor] = {}
         self._positions: dict[tuple[str, str], int] = {}
         self._outputs: dict[str, list[Tensor]] = {}
         self._predictions = 0
         self._masks: Sequence[Tensor] = ()
-        self._heads = True
+        self._logits = True
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -86,6 +93,8 @@ class EmbeddingCollector:
             self._handles.append(embedding.register_forward_hook(hook, with_kwargs=True))
             if head is not None:
                 self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
+        for name, head in self._heads.items():
+            self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -103,7 +112,7 @@ class EmbeddingCollector:
         """
 
         def run() -> tuple[Tensor, ...]:
-            self._masks, self._heads = masks, logits
+            self._masks, self._logits = masks, logits
             self._outputs.clear()
             made = part()
             if not logits:
@@ -118,6 +127,11 @@ class EmbeddingCollector:
     def moments(self) -> dict[str, EmbeddingMoments | None]:
         """The means so far; None for an embedding that was not used, or whose head predicts nothing."""
         return {name: self._moments(name, head is not None) for name, (_, head) in self._embeddings.items()}
+
+    def head_moments(self) -> dict[str, HeadMoments | None]:
+        """The means so far of the heads that are not tied; None for one that predicts nothing."""
+        made = {name: self._positions.get((name, "logits"), 0) for name in self._heads}
+        return {name: self._head_moments(name, positions) if positions else None for name, positions in made.items()}
 
     def state(self) -> dict[str, Tensor]:
         """What was gathered so far, by names for a file."""
@@ -155,6 +169,7 @@ class EmbeddingCollector:
         once = logits.sum() / self._sums[name, "chances"].sum()
         return HeadMoments(
             hidden=self._sums[name, "hidden"] / self._positions[name, "hidden"],
+            mean=self._sums[name, "mean"] / self._positions[name, "mean"],
             logits=(logits + once) / (made + logits.numel()),
             positions=made,
             uses=made / self._predictions,
@@ -182,10 +197,12 @@ class EmbeddingCollector:
 
     def _head_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-            if not self._heads:
+            if not self._logits:
                 return
             hidden: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            self._add_product(name, "hidden", kept_rows(hidden.detach(), self._masks))
+            vectors = kept_rows(hidden.detach(), self._masks)
+            self._add_product(name, "hidden", vectors)
+            self._add(name, "mean", sum_in_float64(vectors), positions=len(vectors))
             self._outputs.setdefault(name, []).append(output)
 
         return hook

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor import BadInput, compress
 from compressor.calibration import (
@@ -23,6 +25,7 @@ from compressor.calibration import (
     holdout_loss,
     refine,
 )
+from compressor.calibration.calibrate import recalibrate
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
 from compressor.data import Batch
 from compressor.engine import Run
@@ -31,6 +34,7 @@ from compressor.measure.moments import kept_rows, oas_shrinkage
 from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
+    CPU,
     ODD,
     TEXTS,
     batch_of,
@@ -220,6 +224,62 @@ def test_so_are_the_holdout_loss_and_what_is_fitted(*, compressed_head: bool) ->
     for name, tensors in few_fitted.factors.items():
         for key, tensor in tensors.items():
             torch.testing.assert_close(tensor, many_fitted.factors[name][key], rtol=0.02, atol=2e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the numbers of the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, *given: Any) -> Any:
+        _, arguments, named = given
+        made = function(*arguments, **(named or {}))
+        for each in made if isinstance(made, list | tuple) else (made,):
+            if isinstance(each, Tensor) and each.device == CPU:
+                self.numbers = max(self.numbers, each.untyped_storage().nbytes() // each.element_size())
+        return made
+
+
+def test_of_a_head_of_many_classes_the_diagonal_of_its_gradients_is_used() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    x, labels = torch.randn(3000, 6), torch.zeros(3000, dtype=torch.long)
+    settings = CalibrationSettings(most_classes=4)
+    found = calibrated(model, [{"inputs": x}], labels=labels, settings=settings)
+    hidden = model[:2](x).double().detach()
+    p = model(x).double().detach().softmax(-1)
+    metric, whole = found.metrics["2"], calibrated(model, [{"inputs": x}], labels=labels).metrics["2"]
+    assert isinstance(metric, Metric)
+    torch.testing.assert_close(metric.gradients, (p * (1 - p)).mean(0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(metric.inputs, whole.inputs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(metric.mean, hidden.mean(0), rtol=1e-5, atol=1e-7)
+    assert found.uses["2"] == 1
+    again = recalibrate(found, {})
+    assert torch.equal(again.metrics["2"].gradients, metric.gradients)
+    alike = calibrated(model, [{"inputs": x}], settings=replace(settings, gradient_moments=False), labels=labels)
+    assert torch.equal(alike.metrics["2"].gradients, torch.ones(5, dtype=torch.float64))
+
+
+def test_nothing_of_the_size_of_the_vocabulary_squared_is_made() -> None:
+    vocabulary = 20_000
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(vocabulary, (4, 32))} for _ in range(2)]
+    settings = CalibrationSettings(logit_bytes=4 * vocabulary * 8, refinement=RefinementSettings(passes=1))
+    with Largest() as largest:
+        calibration = calibrated(model, batches, settings=settings)
+        plans = [planned(layer, 4) for layer in calibration.layers.values()]
+        start = compensate(calibration, plans)
+        refined = refine(calibration, start)
+        assert holdout_loss(calibration, refined.modules) >= 0
+    assert calibration.heads == {"lm_head"}
+    assert calibration.metrics["lm_head"].gradients.shape == (vocabulary,)
+    # The first example has 32 tokens, so its logits are the most; the head's matrix has 16 numbers for each class.
+    assert largest.numbers <= 32 * vocabulary
 
 
 def parts_of(metric: Metric | TiedMetric) -> tuple[Metric, ...]:

@@ -146,3 +146,18 @@ def test_a_basis_that_float32_does_not_hold_stays_as_it_is() -> None:
     assert decompose(matrix, metric).rounded(matrix, metric, 1e-6).basis.dtype == torch.float64
     tiny = Metric(metric.inputs, positive_definite(12, 2) * 1e-90)
     assert decompose(matrix, tiny).rounded(matrix, tiny, 1e-6).basis.dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9)])
+def test_a_vector_stands_for_the_diagonal_moment_on_either_side(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    outputs, inputs = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.1 for size in shape)
+    vectors, matrices = Metric(inputs, outputs), Metric(torch.diag(inputs), torch.diag(outputs))
+    assert vectors.squared_size(matrix) == pytest.approx(matrices.squared_size(matrix), rel=1e-12)
+    one, other = decompose(matrix, vectors), decompose(matrix, matrices)
+    assert one.values == pytest.approx(other.values, rel=1e-9)
+    for rank in (1, 3, 5):
+        found, expected = (each.pair(matrix, rank, metric) for each, metric in ((one, vectors), (other, matrices)))
+        torch.testing.assert_close(found.product(), expected.product())
+    assert one.rounded(matrix, vectors, 1.0).basis.dtype == torch.float32
