@@ -8,10 +8,11 @@ from dataclasses import replace
 from compressor.api.options import CALIBRATION_DETAILS, CompressOptions
 from compressor.api.requests import preprocessing, requested_budget
 from compressor.calibration import CalibrationData, CalibrationSettings, split_examples
+from compressor.calibration.kept_examples import digest_of_examples, keep_examples, kept_examples
 from compressor.calibration.search import open_calibration_data
 from compressor.calibration.self_generated import SelfRequest, examples_by_default, self_generated
 from compressor.data import EvaluationData
-from compressor.engine import Run
+from compressor.engine import Fingerprint, Journal, Run
 from compressor.errors import BadInput
 from compressor.evaluation import require_accepted
 from compressor.model import Model
@@ -27,21 +28,43 @@ def calibration_settings(asked: CompressOptions) -> CalibrationSettings:
 
 
 def calibration_data(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:
-    """The examples that were given, or that the model makes itself where it is asked to or does so by default.
+    """The examples that were given or kept, or that the model makes itself where it is asked to or does so by default.
 
     Raises `BadInput` for data that the model does not take, and for options about calibration where there is none.
     """
+    kept = None if run.calibrated is None else kept_examples(run.calibrated)
     if asked.calibrates and not asked.calibrates_itself:
-        return _accepted(asked, subject, _given(asked, subject), run=run)
+        given = _accepted(asked, subject, _given(asked, subject), run=run)
+        return given if run.calibrated is None else _kept(run.calibrated, given)
     if asked.calibrates_itself:
+        if kept is not None:
+            _require_as_kept(asked, kept)
         return _own(asked, subject, _request(asked, subject), run=run)
+    if kept is not None:
+        _require_as_kept(asked, kept)
+        return kept
     found = _by_default(asked, subject, run)
     if found is None:
+        if asked.calibration_cache is not None:
+            what, remedy = "holds no examples yet", "pass `calibration=DATA` once"
+            raise BadInput(what, where=asked.calibration_cache, option="calibration_cache", remedy=remedy)
         for name in CALIBRATION_DETAILS & asked.given:
             what = f"`{name}` is about calibration data, and none were given"
             raise BadInput(what, option=name, remedy="pass `calibration=DATA`, or leave it out")
         _warn_of_missing_data(subject, requested_budget(asked))
     return found
+
+
+def _require_as_kept(asked: CompressOptions, kept: CalibrationData) -> None:
+    """Raise `BadInput` where other examples are asked for than those of the cache."""
+    count, wanted = kept.examples + kept.holdout_examples, asked.calibration_samples
+    if asked.calibrates_itself and not kept.made:
+        what, option = "holds examples that were given, and not the model's own", "calibration"
+    elif wanted is not None and wanted != count:
+        what, option = f"holds {count} examples, and `calibration_samples` is {wanted}", "calibration_samples"
+    else:
+        return
+    raise BadInput(what, where=asked.calibration_cache, option=option, remedy=f"leave out `{option}`")
 
 
 def _given(asked: CompressOptions, subject: Model) -> EvaluationData:
@@ -66,8 +89,17 @@ def _request(asked: CompressOptions, subject: Model) -> SelfRequest:
 
 
 def _own(asked: CompressOptions, subject: Model, request: SelfRequest, *, run: Run) -> CalibrationData:
-    samples = self_generated(subject, request, run=run)
-    return replace(_accepted(asked, subject, samples, run=run), made=samples.name)
+    def make() -> CalibrationData:
+        samples = self_generated(subject, request, run=run)
+        return replace(_accepted(asked, subject, samples, run=run), made=samples.name)
+
+    return keep_examples(run.journal if run.calibrated is None else run.calibrated, make)
+
+
+def _kept(journal: Journal, given: CalibrationData) -> CalibrationData:
+    """The examples of the cache, which are those that were given: `BadInput` where they are not."""
+    journal.expect(Fingerprint({"the calibration data": digest_of_examples(given)}))
+    return keep_examples(journal, lambda: given)
 
 
 def _by_default(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:

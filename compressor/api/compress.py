@@ -41,7 +41,7 @@ from compressor.api.requests import (
     selection,
     timing_settings,
 )
-from compressor.api.work_folder import expect_data, kept_work, note_output
+from compressor.api.work_folder import expect_data, kept_calibration, kept_work, note_output
 from compressor.api.workload import (
     CompressionWork,
     FirstRun,
@@ -178,7 +178,7 @@ def compress(
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device) as engine:
         run = Run(device, asked.seed, asked.progress, engine=engine)
-        with kept_work(asked, subject, run) as running:
+        with kept_work(asked, subject, run) as working, kept_calibration(asked, subject, working) as running:
             compression = _compressed(asked, subject, running)
     return replace(compression, seconds=time.monotonic() - started)
 
@@ -241,7 +241,7 @@ class _Data:
 
 def _open_data(asked: CompressOptions, subject: Model, run: Run) -> _Data:
     """The data that are asked for, which the model is known to take."""
-    if asked.data is not None or asked.calibrates:
+    if asked.data is not None or asked.calibrates or asked.calibration_cache is not None:
         subject.require_runnable()
     search, report = data_to_measure_on(asked, subject)
     return _Data(calibration_data(asked, subject, run), search, report)
@@ -293,7 +293,7 @@ def _calibrated(
     try:
         return calibrate(dense, layers, data, run=run, settings=calibration_settings(asked))
     except BadInput as error:
-        if asked.calibrates:
+        if asked.calibrates or asked.calibration_cache is not None:
             raise
         logger.warning("not calibrated on examples of its own: %s", error)
         return None

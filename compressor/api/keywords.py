@@ -48,6 +48,7 @@ class CompressKeywords(TypedDict, total=False):
     calibration_length: int | None
     effort: Literal["fast", "balanced", "best"] | None
     seed: int | None
+    calibration_cache: str | Path | None
     calibration_settings: CalibrationSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None
@@ -111,6 +112,7 @@ class PlanKeywords(TypedDict, total=False):
     calibration_length: int | None
     effort: Literal["fast", "balanced", "best"] | None
     seed: int | None
+    calibration_cache: str | Path | None
     calibration_settings: CalibrationSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None

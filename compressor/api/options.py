@@ -370,6 +370,13 @@ class CalibrationOptions(Options):
         0,
         panel=CALIBRATION,
     )
+    calibration_cache: Path | None = option(
+        "Keep examples, moments, and decompositions in this folder: another size, form, or preference of the same "
+        "model starts from them, and needs no data.",
+        PATH,
+        metavar="DIR",
+        panel=CALIBRATION,
+    )
     calibration_settings: CalibrationSettings | None = option(
         "Every knob of calibration and of the search over plans, in place of `effort`.",
         settings("CalibrationSettings"),
@@ -495,7 +502,10 @@ class PlanOptions(
                 raise BadInput(what, option="plan", remedy=f"state the {stated} in the plan")
 
     def _check_needs(self) -> None:
-        if not self.calibrates and not self.may_calibrate_itself:
+        if self._is("none") and self.calibration_cache is not None:
+            what = "`calibration_cache` and `calibration='none'` contradict each other"
+            raise BadInput(what, option="calibration_cache", remedy="leave one of them out")
+        if not self.calibrates and not self.may_calibrate_itself and self.calibration_cache is None:
             for name in sorted(CALIBRATION_DETAILS):
                 if name in self.given:
                     what = f"`{name}` is about calibration data, and none were given"
@@ -506,7 +516,8 @@ class PlanOptions(
         if self.data_samples is not None and self.data is None:
             what = "`data_samples` is about data, and none were given"
             raise BadInput(what, option="data_samples", remedy="pass `data=DATA`, or leave it out")
-        if self.calibrates and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
+        must_calibrate = self.calibrates or self.calibration_cache is not None
+        if must_calibrate and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
             raise BadInput(
                 "calibration shares a size among the layers, and none was asked for",
                 option="calibration",
@@ -524,7 +535,7 @@ class PlanOptions(
 
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
-    *("planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
+    *("calibration_cache", "planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine"),
 )
 

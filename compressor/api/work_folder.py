@@ -16,7 +16,8 @@ import torch
 
 from compressor.api.option import described
 from compressor.api.options import CompressOptions
-from compressor.calibration import CalibrationData
+from compressor.calibration import CalibrationData, CalibrationSettings
+from compressor.calibration.kept_examples import digest_of_examples
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run, digest_of
 from compressor.latency.measure import device_name
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 # What changes no number: where it goes, who is told, and what is only measured.
 _WITHOUT_EFFECT = frozenset(
     {
-        *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "work_dir", "engine"),
-        *("data", "data_samples", "metric", "higher_is_better"),
+        *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "engine"),
+        *("work_dir", "calibration_cache", "data", "data_samples", "metric", "higher_is_better"),
         # Seen in what is read by them.
         *("revision", "factory", "recipe", "tokenizer", "processor", "calibration"),
     }
@@ -82,32 +83,16 @@ def expect_data(run: Run, calibration: CalibrationData | None, search: Evaluatio
     """Record which data decide; `BadInput` where they are others than the run in the work folder began with."""
     if not run.journal.kept:
         return
-    contents = {"the calibration data": "" if calibration is None else _digest_of_calibration(calibration)}
+    contents = {"the calibration data": "" if calibration is None else digest_of_examples(calibration)}
     if search is not None:
         batches = [{**batch.inputs, "": batch.labels} for batch in search]
         contents["the data that decide"] = _digest(*map(digest_of, batches))
     run.journal.expect(Fingerprint(contents))
 
 
-def _digest_of_calibration(data: CalibrationData) -> str:
-    parts = [(data.fit, "fit"), (data.holdout, "holdout")]
-    return _digest(*(f"{name} {digest_of({**b.inputs, '': b.labels})}" for part, name in parts for b in part))
-
-
 def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprint:
     """What the results depend on, but for the data, which are not open yet."""
-    contents = {
-        "the model": subject.checkpoint.digest() if subject.digest is None else subject.digest,
-        "its configuration": _digest(json.dumps(subject.checkpoint.config, sort_keys=True, default=str)),
-        "its training recipe": _digest(repr(subject.recipe)),
-        "its code": _digest_of_code(subject),
-    }
-    settings = {
-        "the version": VERSION,
-        "the version of PyTorch": str(torch.__version__),
-        "the device": device_name(run.device),
-        "the number of threads": str(torch.get_num_threads()),
-    }
+    contents, settings = {"the training recipe": _digest(repr(subject.recipe))}, dict[str, str]()
     for name, _, _ in described(CompressOptions):
         if name in _WITHOUT_EFFECT:
             continue
@@ -118,7 +103,44 @@ def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprin
             contents[f"`{name}`"] = _digest(repr(value))
         else:
             settings[f"`{name}`"] = _stated(value)
-    return Fingerprint(contents, settings)
+    return _of_model(subject, run).joined(Fingerprint(contents, settings))
+
+
+def _of_model(subject: Model, run: Run) -> Fingerprint:
+    """What is read of a model, and what computes with it."""
+    return Fingerprint(
+        {
+            "the model": subject.checkpoint.digest() if subject.digest is None else subject.digest,
+            "its configuration": _digest(json.dumps(subject.checkpoint.config, sort_keys=True, default=str)),
+            "its code": _digest_of_code(subject),
+        },
+        {
+            "the version": VERSION,
+            "the version of PyTorch": str(torch.__version__),
+            "the device": device_name(run.device),
+            "the number of threads": str(torch.get_num_threads()),
+        },
+    )
+
+
+@contextmanager
+def kept_calibration(asked: CompressOptions, subject: Model, run: Run) -> Iterator[Run]:
+    """The run with the journal of its calibration cache, if it has one.
+
+    Raises:
+        BadInput: the cache is used by another process, or is of another model, or was made with other settings.
+    """
+    if asked.calibration_cache is None:
+        yield run
+        return
+    settings = (asked.calibration_settings or CalibrationSettings.of(asked.effort)).of_moments
+    stated = {f"`{name}`": _stated(getattr(asked, name)) for name in ("include", "exclude", "embeddings", "seed")}
+    wanted = _of_model(subject, run).joined(Fingerprint({"`calibration_settings`": _digest(repr(settings))}, stated))
+    journal = Journal.open(asked.calibration_cache, wanted, option="calibration_cache")
+    try:
+        yield replace(run, calibrated=journal)
+    finally:
+        journal.close()
 
 
 def _stated(value: Any) -> str:

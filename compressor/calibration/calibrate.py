@@ -34,7 +34,7 @@ from compressor.calibration.examples import PARTS, CalibrationData, Chunk, Part,
 from compressor.calibration.segments import Segments, State, find_segments
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.data import Batch
-from compressor.engine import Journal, Run
+from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Metric, TiedMetric, embedding_metric
 from compressor.lowrank import put_layer
@@ -93,11 +93,10 @@ def calibrate(
     *,
     run: Run,
     settings: CalibrationSettings = CALIBRATION,
-    moments: Journal | None = None,
 ) -> Calibration:
     """Estimate the moments of the layers' inputs and gradients on the fit examples.
 
-    They are kept in the run's journal, or in one of their own, and not estimated again where they are there.
+    They are kept in the run's journal, or in that for calibration, and not estimated again where they are there.
 
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
@@ -113,7 +112,7 @@ def calibrate(
         logger.info("calibration runs the model in %d segments", segments.count)
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
         known = {layer.name: layer for layer in layers}
-        cache = ActivationCache(run.device, run.journal.part("calibration"), moments)
+        cache = ActivationCache(run.device, run.journal.part("calibration"), run.calibrated)
         bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
         classes = outputs.shape[-1]
         if classes > settings.most_classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Self
 
 from compressor.arguments import as_count
@@ -152,6 +152,13 @@ class CalibrationSettings:
 
     factorization: FactorizationSettings = field(default_factory=FactorizationSettings)
     """When the factorizations that iterate stop."""
+
+    @property
+    def of_moments(self) -> CalibrationSettings:
+        """The same with the search and what follows it as by default: all that moments depend on."""
+        changed = {each.name: getattr(CalibrationSettings(), each.name) for each in fields(self)}
+        kept = ("holdout_every", "tokens_at_once", "by_segment", "gradient_moments", "self_generated", "factorization")
+        return CalibrationSettings(**changed | {name: getattr(self, name) for name in kept})
 
     @classmethod
     def of(cls, effort: Effort) -> Self:

@@ -134,17 +134,20 @@ def interrupted(folder: Path, work: Path, at: int, **asked: Any) -> Progress:
 def test_what_is_done_is_not_done_again_and_is_said(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    work, output, asked = tmp_path / "work", tmp_path / "output", CASES["calibrated"]()
-    done = interrupted(folder, work, 40, output=output, **asked)
-    assert done.calls["compensate"] > 0
+    work, output = tmp_path / "work", tmp_path / "output"
+    asked: dict[str, Any] = {"keep": 0.5, "calibration": data(), "effort": "fast", "output": output}
+    interrupted(folder, work, 28, **asked)
+    done = units_of(work)
+    assert len(done) > 30
     assert not output.exists()
-    units = len(list((work / "units").iterdir()))
-    assert units > 10
-    records = (work / "journal.jsonl").read_text()
-    with caplog.at_level(logging.INFO, "compressor"):
-        compress(folder, output=output, prefer="size", work_dir=work, **asked)
-    assert f"{work}: goes on from " in caplog.text
-    assert json.loads(records.splitlines()[-1])["record"]["unit"]
+    with caplog.at_level(logging.INFO, "compressor"), pytest.raises(Interrupted):
+        compress(folder, prefer="size", work_dir=work, progress=Progress(33), **asked)
+    # Gradients are removed once they were used.
+    left = sum(1 for each in done if "/gradients-" not in each)
+    assert f"{work}: goes on from {left} results that are done" in caplog.text
+    more = units_of(work)
+    assert more[: len(done)] == done
+    assert not set(done) & set(more[len(done) :])
 
 
 OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -191,3 +194,85 @@ def test_nothing_is_left_of_a_run_that_did_nothing(folder: Path, tmp_path: Path)
     with pytest.raises(BadInput, match="already exists"):
         compress(folder, keep=0.5, calibration="none", output=output, work_dir=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def units_of(folder: Path) -> list[str]:
+    """The names in a journal, in the order in which they were recorded."""
+    records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [record["unit"] for record in records if "unit" in record]
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    return {name: content for name, content in files(output).items() if name.endswith(".safetensors")}
+
+
+@pytest.mark.slow
+def test_another_size_starts_from_the_calibration_cache_without_data(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def made(name: str, **asked: Any) -> tuple[dict[str, bytes], Counter[str]]:
+        progress = Progress()
+        compress(folder, output=tmp_path / name, prefer="size", progress=progress, **asked)
+        return weights(tmp_path / name), progress.calls
+
+    first, _ = made("first", keep=0.5, effort="fast", calibration=data(), calibration_cache=cache)
+    records = units_of(cache)
+    for number, asked in enumerate(
+        ({"keep": 0.5, "effort": "fast"}, {"keep": 0.4, "effort": "balanced"}, {"keep": 0.6, "form": "plain"})
+    ):
+        found, _ = made(f"cached-{number}", calibration_cache=cache, **asked)
+        expected, _ = made(f"expected-{number}", calibration=data(), **asked)
+        assert found == expected
+        assert (found == first) == (number == 0)
+    # The moments are those of the first run, and so are the decompositions that it needed.
+    units = units_of(cache)
+    assert len(units) == len(set(units))
+    assert not [each for each in units[len(records) :] if not each.startswith("decomposition/")]
+    again, _ = made("again", keep=0.5, effort="fast", calibration=data(), calibration_cache=cache)
+    assert again == first
+
+
+@pytest.mark.slow
+def test_a_model_keeps_the_examples_that_it_made(folder: Path, tmp_path: Path) -> None:
+    cache, own = tmp_path / "cache", {"calibration": "self", "calibration_samples": 8}
+    outputs = []
+    for number, asked in enumerate(({**own, "calibration_cache": cache}, {"calibration_cache": cache}, own)):
+        progress = Progress()
+        output = tmp_path / str(number)
+        compress(folder, output=output, prefer="size", keep=0.6, effort="fast", progress=progress, **asked)
+        assert (progress.calls["generate"] == 0) == (number == 1)
+        outputs.append(weights(output))
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
+    "other data": ({"calibration": data(seed=1)}, "the calibration data changed"),
+    "its own examples": ({"calibration": "self"}, "examples that were given, and not the model's own"),
+    "fewer examples": ({"calibration_samples": 3}, "holds 16 examples, and `calibration_samples` is 3"),
+    "another seed": ({"seed": 1}, "`seed` was 0"),
+    "other layers": ({"exclude": ("*q_proj",)}, "`exclude` was not given"),
+    "no calibration": ({"calibration": "none"}, "contradict each other"),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("calibrated")
+    asked: dict[str, Any] = {"keep": 0.5, "effort": "fast", "prefer": "size", "calibration": data()}
+    compress(folder, output=place / "output", calibration_cache=place / "cache", **asked)
+    return place / "cache"
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_calibration_cache_of_something_else_is_refused_by_name(folder: Path, cache: Path, wrong: str) -> None:
+    given, said = WRONG[wrong]
+    with pytest.raises(BadInput, match=said):
+        compress(folder, output=cache.with_name("refused"), prefer="size", keep=0.4, calibration_cache=cache, **given)
+    assert not cache.with_name("refused").exists()
+
+
+def test_an_empty_calibration_cache_needs_data_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds no examples yet; pass `calibration=DATA` once"):
+        compress(folder, prefer="size", max_drop=0.1, data=data()[0], calibration_cache=tmp_path / "cache")
+    with pytest.raises(BadInput, match="none was asked for"):
+        compress(folder, prefer="size", tolerance=0.1, calibration_cache=tmp_path / "cache")
