@@ -203,7 +203,6 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, asked.max_shard_size, run=run, errors=errors, module=module)
     with written(artifact, target) as made:
-        planned.factors.clear()
         compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)
         latency = require_speed(ready.speed, subject, compressed_model, limit=asked.max_latency)
         evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)

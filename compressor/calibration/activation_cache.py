@@ -149,6 +149,35 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
         return len(self._names)
 
 
+class CachedFactors(Mapping[str, Mapping[str, Tensor]]):
+    """The tensors of low-rank layers by name, in a temporary folder, each read when it is asked for.
+
+    Those that were not put there are those of `before`.
+    """
+
+    def __init__(self, device: torch.device, before: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+        self._folder = _Folder(Journal(), device)
+        self._before = {} if before is None else before
+        self._names: dict[str, None] = {}
+
+    def put(self, name: str, factors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a layer, in place of those before."""
+        self._folder.write(name, {key: each.detach().clone() for key, each in factors.items()})
+        self._names[name] = None
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        if name not in self._names:
+            return self._before[name]
+        # Copies: kernels may add up in another order where numbers begin at another address.
+        return {key: each.clone() for key, each in self._folder.read(name).items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._before), **self._names})
+
+    def __len__(self) -> int:
+        return len(self._before.keys() | self._names.keys())
+
+
 class CachedDecompositions:
     """The decompositions of layers in their metrics by name, each read when it is asked for."""
 

@@ -57,7 +57,7 @@ class Calibration:
 
     A layer that no example reached is in neither mapping. The `cache` holds the outputs of every segment of the dense
     model, and the second moments of the gradients at them. `decompositions` are those of the layers' matrices in their
-    metrics, each there once it was asked for.
+    metrics, each there once it was asked for. The modules that are `replaced` run in the places of the model's own.
     """
 
     model: nn.Module
@@ -71,6 +71,7 @@ class Calibration:
     decompositions: CachedDecompositions = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
+    replaced: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     name: str = "dense"
     """What it is called in the journal, where all that follows from its metrics has names below."""
     heads: frozenset[str] = frozenset()
@@ -80,6 +81,12 @@ class Calibration:
     def unit(self) -> LossUnit:
         """The unit of losses."""
         return UNITS[self.criterion]
+
+    @contextmanager
+    def running(self, segment: int) -> Iterator[nn.Module]:
+        """The model with the modules that are `replaced`, as far as a segment runs them."""
+        with with_layers(self.model, of_segment(self.segments, segment, self.replaced)) as model:
+            yield model
 
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight of a layer as it is stored, on the device, whether or not it is in memory."""
@@ -101,6 +108,8 @@ def calibrate(
     Raises `BadInput` for data that the model does not take, or on which it is not finite.
     """
     data = with_decoder_inputs(data, model)
+    if (blocks := blocks_of(model)) is not None:
+        blocks.kept_bytes = settings.kept_weights
     with evaluation_mode(run.device, model), frozen(model):
         first = _few_examples(model, data.fit[0], settings)
         outputs = _accepted_outputs(model, first)
@@ -122,7 +131,7 @@ def calibrate(
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
-            backward = _BackwardPass(bare, modules, modules, embeddings=embeddings, parameters=parameters)
+            backward = _BackwardPass(bare, modules, embeddings=embeddings, parameters=parameters)
             metrics, uses = backward.metrics()
         for name, of_parameter in parameters.moments(backward.predictions).items():
             inputs = oas_shrinkage(of_parameter.inputs, of_parameter.input_samples)
@@ -206,16 +215,11 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     dense model.
     """
     layers = _modules(calibration, calibration.model)
-    with (
-        evaluation_mode(calibration.run.device, calibration.model),
-        with_layers(calibration.model, modules) as changed,
-        frozen(changed),
-    ):
+    with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         cache = ActivationCache(calibration.run.device, calibration.cache.journal.part(f"recalibrated/{name}"))
-        at_compressed = replace(calibration, model=changed, cache=cache)
-        running = _modules(calibration, changed)
-        _cache_outputs(at_compressed, ("fit",), running)
-        metrics, uses = _BackwardPass(at_compressed, layers, running).metrics()
+        at_compressed = replace(calibration, cache=cache, replaced=modules)
+        _cache_outputs(at_compressed, ("fit",), layers)
+        metrics, uses = _BackwardPass(at_compressed, layers).metrics()
     decompositions = cache.decompositions()
     for unreached in calibration.metrics.keys() - metrics.keys():
         metrics.put(unreached, calibration.metrics[unreached])
@@ -243,17 +247,31 @@ def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> 
     outputs. Infinite if it is not finite.
     """
     total, count = 0.0, 0
-    segments, last = calibration.segments, calibration.segments.count - 1
-    with evaluation_mode(calibration.run.device, calibration.model):
-        for chunk in calibration.data.chunks("holdout"):
-            batch = calibration.data.read(chunk)
-            [before] = dense_outputs(calibration, last, chunk)
-            with with_layers(calibration.model, modules) as changed:
-                [after] = segments.run_whole(changed, batch)
-            cost, rows = cost_of_predictions(calibration, before, after, masks=batch.masks, modules=modules)
-            total += float(cost)
-            count += rows
+    segments, last, model = calibration.segments, calibration.segments.count - 1, calibration.model
+    chunks, states = calibration.data.chunks("holdout"), ActivationCache(calibration.run.device)
+    with evaluation_mode(calibration.run.device, model):
+        for segment in range(last + 1):
+            own = of_segment(segments, segment, modules)
+            inputs, outputs = (states.compressed("holdout", "judged", each) for each in (segment, segment + 1))
+            for chunk in chunks:
+                batch = calibration.data.read(chunk)
+                with with_layers(model, own) as changed:
+                    state = inputs.read(chunk.batch) if segment > 0 else ()
+                    state = segments.run(changed, segment, batch, state=state)
+                inputs.drop(chunk.batch)
+                if segment < last:
+                    outputs.write(chunk.batch, state)
+                    continue
+                [before] = dense_outputs(calibration, last, chunk)
+                cost, rows = cost_of_predictions(calibration, before, state[0], masks=batch.masks, modules=own)
+                total += float(cost)
+                count += rows
     return total / count if math.isfinite(total) else math.inf
+
+
+def of_segment(segments: Segments, index: int, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of modules by their places those that a segment may run."""
+    return {place: modules[place] for place in modules if segments.may_run(index, place)}
 
 
 def cost_of_predictions(
@@ -349,11 +367,13 @@ def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapp
             for chunk in data.chunks(*parts)
             if not calibration.cache.dense(chunk.part, segment).holds(chunk.batch)
         ]
-        for chunk in chunks:
-            state = segments.run(model, segment, data.read(chunk), state=dense_inputs(calibration, segment, chunk))
-            outputs = segments.new_outputs(segment, state)
-            finite.append(torch.stack([torch.isfinite(each).all() for each in outputs]).all())
-            calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
+        with calibration.running(segment) as running:
+            for chunk in chunks:
+                state = dense_inputs(calibration, segment, chunk)
+                state = segments.run(running, segment, data.read(chunk), state=state)
+                outputs = segments.new_outputs(segment, state)
+                finite.append(torch.stack([torch.isfinite(each).all() for each in outputs]).all())
+                calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
         for chunk, sound in zip(chunks, all_answers(finite), strict=True):
             if not sound:
                 calibration.cache.dense(chunk.part, segment).drop(chunk.batch)
@@ -383,14 +403,13 @@ def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -
 class _BackwardPass:
     """Runs the model of a calibration backward, from the last segment to the first, for the metrics of its layers.
 
-    `layers` are those of the dense model, `running` the modules that run in their places.
+    `layers` are those of the dense model.
     """
 
     def __init__(
         self,
         calibration: Calibration,
         layers: Mapping[str, nn.Module],
-        running: Mapping[str, nn.Module],
         *,
         embeddings: EmbeddingCollector | None = None,
         parameters: ParameterCollector | None = None,
@@ -399,7 +418,7 @@ class _BackwardPass:
         self._collectors = {
             name: each for name, each in (("embeddings", embeddings), ("parameters", parameters)) if each is not None
         }
-        self._calibration, self._layers, self._running = calibration, layers, running
+        self._calibration, self._layers = calibration, layers
         self._embeddings = embeddings
         self._generator: torch.Generator | None = None
         self._boundary: dict[int, _SecondMoment] = {}
@@ -462,23 +481,25 @@ class _BackwardPass:
         return 0
 
     def _moments(self, segment: int) -> dict[str, Moments | None]:
-        data = self._calibration.data
-        inside = self._calibration.segments.own_layers(self._calibration.model, segment, self._running)
-        layers = {name: self._layers[name] for name in inside}
-        with torch.enable_grad(), MomentCollector(layers, inside) as collector:
-            for chunk in data.chunks("fit"):
-                with collector.masked(data.read(chunk).masks):
-                    self._step(segment, chunk, collector)
-        return collector.moments()
+        calibration, data = self._calibration, self._calibration.data
+        with calibration.running(segment) as model:
+            running = {name: model.get_submodule(calibration.layers[name].module) for name in self._layers}
+            inside = calibration.segments.own_layers(model, segment, running)
+            layers = {name: self._layers[name] for name in inside}
+            with torch.enable_grad(), MomentCollector(layers, inside) as collector:
+                for chunk in data.chunks("fit"):
+                    with collector.masked(data.read(chunk).masks):
+                        self._step(model, segment, chunk, collector=collector)
+            return collector.moments()
 
-    def _step(self, segment: int, chunk: Chunk, collector: MomentCollector) -> None:
+    def _step(self, model: nn.Module, segment: int, chunk: Chunk, *, collector: MomentCollector) -> None:
         """Run a segment forward and backward on one batch, and cache the gradients at its inputs."""
         calibration = self._calibration
         batch, last = calibration.data.read(chunk), segment == calibration.segments.count - 1
         state = dense_inputs(calibration, segment, chunk)
         for each in state:
             each.requires_grad_(True)
-        outputs = self._run(segment, batch, state)
+        outputs = self._run(model, segment, batch, state=state)
         if last:
             gradients: Sequence[Tensor] = (self._gradient(outputs[0], batch, collector),)
         else:
@@ -494,8 +515,8 @@ class _BackwardPass:
         for place, gradient in enumerate(calibration.segments.new_outputs(segment - 1, received)):
             self._boundary.setdefault(place, _SecondMoment()).add(hidden_rows(gradient, batch.masks))
 
-    def _run(self, segment: int, batch: Batch, state: State) -> State:
-        segments, model = self._calibration.segments, self._calibration.model
+    def _run(self, model: nn.Module, segment: int, batch: Batch, *, state: State) -> State:
+        segments = self._calibration.segments
         # Copies, because a segment may work in place on its inputs, which a leaf does not allow.
         copies = tuple(each.clone() for each in state)
         run: Callable[[], State] = partial(segments.run, model, segment, batch, state=copies)
@@ -520,7 +541,7 @@ class _BackwardPass:
             losses.append(loss.detach())
             found.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
         if not torch.isfinite(torch.stack(losses)).all():
-            raise _overflow(calibration.model, batch, self._running)
+            raise _overflow(calibration.model, batch, self._layers)
         return with_padding(torch.cat(found), last, batch.masks)
 
     def _outputs(self, rows: Tensor) -> Tensor:

@@ -24,18 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
+from compressor.calibration.replacements import Replacements
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
-from compressor.forms import LowRankEmbedding, MatrixPair
+from compressor.forms import MatrixPair
 from compressor.lowrank import (
     DenseWeights,
-    TiedHead,
     approximate,
     as_matrix,
-    carry_over,
     filled_layer,
     stored_tensors,
 )
@@ -48,46 +48,33 @@ from compressor.torch_state import brought_to, in_float64, sum_in_float64
 
 @dataclass(frozen=True)
 class Compensated:
-    """The tensors of the low-rank layers, by layer, and the modules that replace others, by their place in the model.
+    """The modules that replace others, by their place in the model; their factors are on disk.
 
     Among the modules are batch normalizations with changed statistics.
     """
 
-    factors: Mapping[str, Mapping[str, Tensor]]
-    modules: Mapping[str, nn.Module]
+    modules: Replacements
+
+    @property
+    def factors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The tensors of the low-rank layers, by layer."""
+        return self.modules.factors
 
     @property
     def statistics(self) -> dict[str, Tensor]:
         """The changed means and variances of batch normalizations, by their names in the model."""
-        return {
-            f"{place}.{name}": getattr(module, name)
-            for place, module in self.modules.items()
-            if isinstance(module, _BatchNorm)
-            for name in _STATISTICS
-        }
+        moved = self.modules.moved
+        return {f"{place}.{name}": getattr(module, name) for place, module in moved.items() for name in _STATISTICS}
 
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
     """Truncate every layer by itself, in the metric of the dense model."""
-    factors: dict[str, Mapping[str, Tensor]] = {}
-    modules: dict[str, nn.Module] = {}
+    factors = CachedFactors(calibration.run.device)
+    low_rank = [plan for plan in planned if plan.rank is not None]
     with evaluation_mode(calibration.run.device, calibration.model):
-        for plan in planned:
-            if plan.rank is None:
-                continue
-            layer = calibration.layers[plan.name]
-            factors[plan.name] = _truncated(calibration, layer, plan)
-            # Several parameters of one module are factorized in the same low-rank module.
-            dense = modules.get(layer.module) or calibration.model.get_submodule(layer.module)
-            low_rank = filled_layer(layer, plan, dense, tensors=factors[plan.name])
-            modules |= dict.fromkeys((layer.module, *layer.places), low_rank)
-            if layer.head is not None:
-                assert isinstance(low_rank, LowRankEmbedding)
-                head = calibration.model.get_submodule(layer.head)
-                tied = TiedHead(low_rank, head.bias).train(head.training)  # type: ignore[arg-type]
-                carry_over(head, tied)
-                modules[layer.head] = tied
-    return Compensated(factors, modules)
+        for plan in low_rank:
+            factors.put(plan.name, _truncated(calibration, calibration.layers[plan.name], plan))
+    return Compensated(Replacements(calibration, low_rank, factors))
 
 
 def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
@@ -115,23 +102,28 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     names = {calibration.layers[name].module: name for name in plans}
     left = {*names, *_batch_normalizations(calibration.model)}
-    factors: dict[str, Mapping[str, Tensor]] = dict(start.factors)
-    walk = Walk(calibration, dict(start.modules), name=name)
+    factors, moved = CachedFactors(calibration.run.device, start.factors), dict[str, nn.Module]()
 
     def put(place: str, tensors: Mapping[str, Tensor]) -> None:
         name = names[place]
-        layer, factors[name] = calibration.layers[name], tensors
-        low_rank_layer = filled_layer(layer, plans[name], calibration.model.get_submodule(place), tensors=factors[name])
-        walk.modules.update(dict.fromkeys((place, *layer.places), low_rank_layer))
+        layer = calibration.layers[name]
+        factors.put(name, tensors)
+        dense = calibration.model.get_submodule(place)
+        low_rank_layer = filled_layer(layer, plans[name], dense, tensors=factors[name])
+        walk.placed.update(dict.fromkeys((place, *layer.places), low_rank_layer))
+
+    def move(place: str, module: nn.Module) -> None:
+        moved[place] = walk.placed[place] = module
 
     with evaluation_mode(calibration.run.device, calibration.model):
+        walk = Walk(calibration, start.modules, name=name)
         for segment in range(calibration.segments.count):
             if (kept := walk.kept_before()) is not None:
                 left -= set(kept.places)
                 for each, tensors in kept.factors.items():
                     put(calibration.layers[each].module, tensors)
                 for place, statistics in kept.statistics.items():
-                    walk.modules[place] = _with_statistics(calibration.model.get_submodule(place), statistics)
+                    move(place, _with_statistics(calibration.model.get_submodule(place), statistics))
                 walk.skip()
                 continue
             passed: list[str] = []
@@ -141,8 +133,9 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
                 first = calibration.model.get_submodule(group[0])
                 fit, holdout = (_statistics(walk, part, first) for part in PARTS)
                 if isinstance(first, _BatchNorm):
-                    moved = None if fit is None or holdout is None else _moved(first, fit, holdout)
-                    walk.modules |= {} if moved is None else {group[0]: moved}
+                    found = None if fit is None or holdout is None else _moved(first, fit, holdout)
+                    if found is not None:
+                        move(group[0], found)
                     continue
                 for place in group:
                     name = names[place]
@@ -152,17 +145,18 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
                     else:
                         put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
             own = {names[place]: factors[names[place]] for place in passed if place in names}
-            walk.advance(partial(_kept, walk, own, passed))
+            walk.advance(partial(_kept, own, passed, moved))
             calibration.run.report("compensate", segment + 1, calibration.segments.count)
     # Layers that the first calibration batch does not reach are truncated as they are.
     rest = uncompensated(calibration, [plan for name, plan in plans.items() if name not in factors])
-    return Compensated({**factors, **rest.factors}, {**walk.modules, **rest.modules})
+    for each, tensors in rest.factors.items():
+        factors.put(each, tensors)
+    return Compensated(Replacements(calibration, low_rank, factors, moved=moved))
 
 
-def _kept(walk: Walk, factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str]) -> Kept:
+def _kept(factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str], moved: Mapping[str, nn.Module]) -> Kept:
     """What a segment with these factors and places has become."""
-    moved = {place: module for place in passed if isinstance(module := walk.modules.get(place), _BatchNorm)}
-    statistics = {place: {key: getattr(each, key) for key in _STATISTICS} for place, each in moved.items()}
+    statistics = {place: {key: getattr(moved[place], key) for key in _STATISTICS} for place in passed if place in moved}
     return Kept(factors, statistics, passed)
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibrate import Calibration, cost_of_predictions, dense_outputs, frozen, rows_of
 from compressor.calibration.compensation import Compensated
 from compressor.calibration.criterion import hidden_rows
@@ -107,27 +108,35 @@ def refine(
         if calibration.layers[name].kind not in ("embedding", "parameter")
     }
     left = set(layers)
-    own = {place: start.modules[place] for layer in layers.values() for place in (layer.module, *layer.places)}
-    walk = Walk(calibration, {**start.modules, **deepcopy(own)}, name=name)
-    factors = dict(start.factors)
+    factors = CachedFactors(calibration.run.device, start.factors)
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
+        walk = Walk(calibration, start.modules, name=name)
+
+        def take_copies(places: Sequence[str]) -> None:
+            own = {each: walk.placed[each] for place in places for each in (place, *layers[place].places)}
+            walk.placed.update(deepcopy(own))
+
         for segment in range(calibration.segments.count):
             if (kept := walk.kept_before()) is not None:
                 left -= set(kept.places)
                 for each, tensors in kept.factors.items():
-                    factors[each] = tensors
-                    _put_state(walk.modules[calibration.layers[each].module], each, tensors)
+                    factors.put(each, tensors)
+                    place = calibration.layers[each].module
+                    take_copies([place])
+                    _put_state(walk.placed[place], each, factors[each])
                 walk.skip()
                 continue
             places = [place for group in walk.groups(left) for place in group]
             left -= set(places)
             fitted: dict[str, Mapping[str, Tensor]] = {}
-            if _fit(walk, {place: walk.modules[place] for place in places}, fit):
-                fitted = dict(_state(layers[place].name, walk.modules[place]) for place in places)
-            factors |= fitted
+            take_copies(places)
+            if _fit(walk, {place: walk.placed[place] for place in places}, fit):
+                fitted = dict(_state(layers[place].name, walk.placed[place]) for place in places)
+            for each, tensors in fitted.items():
+                factors.put(each, tensors)
             walk.advance(partial(Kept, fitted, places=places))
             calibration.run.report("refine", segment + 1, calibration.segments.count)
-    return Compensated(factors, walk.modules)
+    return Compensated(start.modules.with_factors(factors))
 
 
 def _state(name: str, module: nn.Module) -> tuple[str, dict[str, Tensor]]:
@@ -203,7 +212,7 @@ class _SegmentCosts:
         before = self._dense(chunk)
         after = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_compressed(chunk))
         if self._walk.last:
-            modules = self._walk.modules
+            modules = self._walk.placed
             return cost_of_predictions(self._calibration, before[0], after[0], masks=masks, modules=modules)
         changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
         costs = [(change @ metric * change).sum() for change, metric in zip(changes, self._metrics, strict=True)]

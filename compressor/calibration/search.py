@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -68,12 +68,12 @@ class NotFinite(BadInput):
 class PlannedModel:
     """A plan and, with calibration, the factors by layer and the changed statistics by tensor.
 
-    `weighted` are then the layers in the metric of the loss, as measured at the dense model. The factors take as much
-    memory as the compressed model, so they are cleared once they are written. `warnings` are sentences about the plan.
+    `weighted` are then the layers in the metric of the loss, as measured at the dense model. The factors are on disk,
+    and read when they are asked for. `warnings` are sentences about the plan.
     """
 
     plan: Plan
-    factors: dict[str, Factors] = field(default_factory=dict)
+    factors: Mapping[str, Factors] = field(default_factory=dict)
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     weighted: Sequence[MeasuredLayer] = ()
     warnings: tuple[str, ...] = ()
@@ -177,10 +177,10 @@ def plan_ranks(
             remedy="keep more, or use the model in a wider dtype",
         )
     factors = _with_errors(subject, calibration, found)
-    layers = tuple(replace(p, error=factors[p.name].error) if p.name in factors else p for p in found.layers)
+    layers = tuple(replace(p, error=factors.errors.get(p.name, p.error)) for p in found.layers)
     plan = replace(bare, layers=with_latency(measured, layers), calibration=_result(calibration, found))
     warnings = () if given is not None else _loss_for_speed(weighted, found, request)
-    return PlannedModel(plan, factors, _by_tensor(subject, found.solution.statistics), weighted, warnings)
+    return PlannedModel(plan, factors, _by_tensor(subject, found.solved.statistics), weighted, warnings)
 
 
 def _loss_for_speed(weighted: Sequence[MeasuredLayer], found: Candidate, request: PlanRequest) -> tuple[str, ...]:
@@ -227,18 +227,38 @@ def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
     )
 
 
-def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> dict[str, Factors]:
-    """The factors that were chosen, as they are stored, each with its error in the metric of the dense model."""
-    factors = {}
+@dataclass(frozen=True, eq=False)
+class _ChosenFactors(Mapping[str, Factors]):
+    """The factors that were chosen, as they are stored, and their errors; tensors are read when they are asked for."""
+
+    checkpoint: Checkpoint
+    layers: Mapping[str, Layer]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    errors: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> Factors:
+        tensors = _in_stored_dtypes(self.checkpoint, self.layers[name], self.tensors[name])
+        return Factors(tensors, self.errors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.errors)
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+
+def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> _ChosenFactors:
+    """The factors that were chosen, each with its error in the metric of the dense model."""
+    errors = {}
     for plan in found.layers:
         if plan.rank is None:
             continue
         layer = calibration.layers[plan.name]
-        tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solution.factors[plan.name])
+        tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solved.factors[plan.name])
         matrix = in_float64(as_matrix(layer, calibration.weight(layer)))
-        error = stored_error(layer, plan, tensors, matrix=matrix, metric=calibration.metrics.get(plan.name))
-        factors[plan.name] = Factors(tensors, error)
-    return factors
+        metric = calibration.metrics.get(plan.name)
+        errors[plan.name] = stored_error(layer, plan, tensors, matrix=matrix, metric=metric)
+    return _ChosenFactors(subject.checkpoint, calibration.layers, found.solved.factors, errors)
 
 
 def _in_stored_dtypes(checkpoint: Checkpoint, layer: Layer, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -270,7 +290,7 @@ def _by_tensor(subject: Model, statistics: Mapping[str, Tensor]) -> dict[str, tu
 class Candidate:
     """Ranks, the layers that they give, and their loss: predicted to second order, and on the holdout.
 
-    The solution of an allocation that is only compared is not kept: it is as large as the compressed model.
+    The solution of an allocation that is only compared is not kept: on disk it is as large as the compressed model.
     """
 
     calibration: Calibration
@@ -278,9 +298,15 @@ class Candidate:
     exponent: float | None
     predicted: float
     loss: float
-    solution: Compensated = field(default_factory=lambda: Compensated({}, {}))
+    solution: Compensated | None = None
     capped: bool = False
     refined: bool = False
+
+    @property
+    def solved(self) -> Compensated:
+        """The solution, of a candidate that is not only compared."""
+        assert self.solution is not None
+        return self.solution
 
     @property
     def kept(self) -> float:
@@ -320,14 +346,14 @@ class Search:
         for _ in range(0 if best.as_predicted else self.rounds):
             try:
                 halfway = self.best(Budget("keep", math.sqrt(best.kept)))
-                again = recalibrate(self.calibration, halfway.solution.modules, _name(halfway.layers))
+                again = recalibrate(self.calibration, halfway.solved.modules, _name(halfway.layers))
                 fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
                 best = min(best, fresh.best(budget), key=_loss)
             except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
         if self.calibration.settings.refine:
             name = f"{best.calibration.name}/refined/{_name(best.layers)}"
-            refined = self._solved(best, refine(best.calibration, best.solution, name), name)
+            refined = self._solved(best, refine(best.calibration, best.solved, name), name)
             best = min(best, replace(refined, refined=True), key=_loss)
         return best
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -88,13 +88,21 @@ class Segments:
             return rows
         return self.head(model, rows[None], instead=(modules or {}).get(self.head.name))[0]
 
-    def run_whole(self, model: nn.Module, batch: Batch) -> State:
-        """What the last segment outputs when the whole model runs."""
-        return replace(self, chains=()).run(model, 0, batch, state=())
-
     def width(self, last: Tensor) -> int:
         """How many outputs the model has at a position, by what the last segment outputs."""
         return last.shape[-1] if self.head is None else self.head.width
+
+    def may_run(self, index: int, place: str) -> bool:
+        """Whether a segment may run a module: all but those in the blocks of other segments.
+
+        The first block of a chain runs in later segments too where it returns several tensors.
+        """
+        for segment, (number, each) in enumerate(self._blocks, start=1):
+            block = self.chains[number].blocks[each]
+            if place == block or place.startswith(f"{block}."):
+                again = each == 0 and self.chains[number].results > 1
+                return segment == index or (again and segment < index)
+        return True
 
     def run(self, model: nn.Module, index: int, batch: Batch, *, state: State) -> State:
         """Run one segment on its inputs, and return those of the next; of the last, those of the head.

@@ -108,6 +108,10 @@ class CalibrationSettings:
     logit_bytes: int = 2**26
     """Bytes of logits, in float32, that are in memory at a time, whatever the vocabulary."""
 
+    kept_weights: int = 2**25
+    """Bytes of the weights of blocks that stay in memory after these ran, of a model that is read from files: small
+    models are read once, and the blocks of large ones whenever they run."""
+
     by_segment: bool = True
     """Run the model a block at a time, in the memory of one block; False runs it whole, for comparison."""
 

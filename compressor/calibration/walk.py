@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.activation_cache import CachedBatches
-from compressor.calibration.calibrate import Calibration, dense_inputs, rows_of, with_layers
+from compressor.calibration.calibrate import Calibration, dense_inputs, of_segment, rows_of, with_layers
 from compressor.calibration.examples import PARTS, Chunk, Part
 from compressor.calibration.segments import State
 from compressor.measure.moments import patches
@@ -49,15 +49,29 @@ class Kept:
 
 @dataclass
 class Walk:
-    """A model that is compressed on the way: the modules that are replaced so far, and the segment that comes next.
+    """A model that is compressed on the way: the modules that replace others, and the segment that comes next.
 
     The inputs of that segment, in the model compressed so far, are in the calibration's cache under the walk's name.
+    Those `modules` that the segment may run are `placed`, and others that were put there meanwhile.
     """
 
     calibration: Calibration
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
     segment: int = 0
     name: str = "walk"
+    placed: dict[str, nn.Module] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._enter()
+
+    def _enter(self) -> None:
+        """Hold the modules that the segment may run, and no others."""
+        segments = self.calibration.segments
+        if self.segment < segments.count:
+            before = of_segment(segments, self.segment, self.placed)
+            left = {place: None for place in self.modules if place not in before}
+            new = {place: self.modules[place] for place in left if segments.may_run(self.segment, place)}
+            self.placed = {**before, **new}
 
     @property
     def last(self) -> bool:
@@ -75,7 +89,7 @@ class Walk:
         calibration = self.calibration
         inputs = self._inputs(chunk.part, self.segment).read(chunk.batch) if self.segment > 0 else ()
         batch = calibration.data.read(chunk)
-        with with_layers(calibration.model, self.modules) as model:
+        with with_layers(calibration.model, self.placed) as model:
             return calibration.segments.run(model, self.segment, batch, state=rows_of(inputs, chunk))
 
     def advance(self, kept: Callable[[], Kept] = Kept) -> None:
@@ -93,7 +107,7 @@ class Walk:
             journal.value(self._record("places"), lambda: list(made.places))
         for chunk in chunks:
             self._inputs(chunk.part, self.segment).drop(chunk.batch)
-        self.segment += 1
+        self.skip()
 
     def kept_before(self) -> Kept | None:
         """What an interrupted walk kept of the segment that comes next, which is not walked again."""
@@ -109,6 +123,7 @@ class Walk:
     def skip(self) -> None:
         """Go on to the next segment after one that an interrupted walk had done."""
         self.segment += 1
+        self._enter()
 
     def _forget_if_damaged(self) -> None:
         journal, count = self.calibration.cache.journal, self.calibration.segments.count

@@ -23,18 +23,6 @@ from compressor.network import Architecture, transformers_without_weights
 from compressor.torch_state import CPU
 
 
-@dataclass(frozen=True)
-class StreamingSettings:
-    """How much of a network that is read from its files is in memory."""
-
-    kept_bytes: int = 2**25
-    """Bytes of blocks that stay in memory after they ran, so that small models are read once; the block that runs and
-    the one before it stay in any case."""
-
-
-STREAMING = StreamingSettings()
-
-
 class NotStreamed(Exception):  # noqa: N818 - it is no error
     """A network that has to be loaded whole, and why."""
 
@@ -107,10 +95,14 @@ class _Source:
 
 @dataclass
 class Blocks:
-    """The blocks of a network, and those in memory from the least to the most recently run."""
+    """The blocks of a network, and those in memory from the least to the most recently run.
+
+    Up to `kept_bytes` of them stay in memory, so that small models are read once; the block that runs and the one
+    before it stay in any case.
+    """
 
     source: _Source
-    settings: StreamingSettings
+    kept_bytes: int = 2**25
     device: torch.device = CPU
     are_frozen: bool = False
     stored: dict[str, str] = field(default_factory=dict)
@@ -138,7 +130,7 @@ class Blocks:
         others = [each for each in self.in_memory if each is not block]
         total = nbytes + sum(each.nbytes for each in self.in_memory)
         for each in others[:-1]:
-            if total <= self.settings.kept_bytes:
+            if total <= self.kept_bytes:
                 break
             if not any(each is active for active in self.active):
                 total -= each.nbytes
@@ -202,7 +194,7 @@ def device_of(model: nn.Module) -> torch.device | None:
     return None if first is None else first.device
 
 
-def streamed_transformers(checkpoint: Checkpoint, folder: Path, settings: StreamingSettings = STREAMING) -> nn.Module:
+def streamed_transformers(checkpoint: Checkpoint, folder: Path) -> nn.Module:
     """A transformers model that equals what is loaded from a folder, with separate experts, and is streamed.
 
     Raises `NotStreamed` where it cannot be.
@@ -214,16 +206,10 @@ def streamed_transformers(checkpoint: Checkpoint, folder: Path, settings: Stream
     if architecture is None:
         raise NotStreamed("transformers has a way of its own to load it")
     architecture.module.requires_grad_(True)  # as what is loaded does
-    return _streamed(architecture, checkpoint, settings)
+    return _streamed(architecture, checkpoint)
 
 
-def streamed_module(
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    settings: StreamingSettings = STREAMING,
-    *,
-    kept: Collection[str] = (),
-) -> nn.Module:
+def streamed_module(architecture: Architecture, checkpoint: Checkpoint, *, kept: Collection[str] = ()) -> nn.Module:
     """The module that a factory built, changed in place: with the weights of a checkpoint, and streamed.
 
     The parameters of the names that are `kept` stay in memory. Raises `NotStreamed` where it cannot be; the module is
@@ -237,7 +223,7 @@ def streamed_module(
     unknown = next((name for name in checkpoint.tensors if name not in architecture.module.state_dict()), None)
     if unknown is not None:
         raise NotStreamed(f"its module has no {unknown}")
-    return _streamed(architecture, checkpoint, settings, kept=kept)
+    return _streamed(architecture, checkpoint, kept)
 
 
 @dataclass(frozen=True)
@@ -253,9 +239,7 @@ class _Place:
         return join(self.module, self.parameter)
 
 
-def _streamed(
-    architecture: Architecture, checkpoint: Checkpoint, settings: StreamingSettings, *, kept: Collection[str] = ()
-) -> nn.Module:
+def _streamed(architecture: Architecture, checkpoint: Checkpoint, kept: Collection[str] = ()) -> nn.Module:
     """The module, in place; its buffers have values already, those of the checkpoint apart."""
     module = architecture.module
     names = {architecture.module_name(name): name for name in (*checkpoint.aliases, *checkpoint.tensors)}
@@ -264,7 +248,7 @@ def _streamed(
     of_blocks = _matrices_of_blocks(module, stored.keys() - set(kept))
     if not of_blocks:
         raise NotStreamed("it has no chain of blocks")
-    blocks = Blocks(_Source(checkpoint.read), settings)
+    blocks = Blocks(_Source(checkpoint.read))
     on_disk = {place.name for places in of_blocks.values() for place in places.values()}
     blocks.stored |= {name: stored[name] for name in on_disk}
     for places in _places(module):

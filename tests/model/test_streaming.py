@@ -21,7 +21,6 @@ from compressor.model.inference import forward_call
 from compressor.model.streaming import (
     Blocks,
     NotStreamed,
-    StreamingSettings,
     blocks_of,
     parameter_of,
     streamed_module,
@@ -33,11 +32,12 @@ from tests.calibration.tiny_models import Block, inputs_for, odd, transformer
 from tests.lowrank.architectures import ARCHITECTURES
 
 CPU = torch.device("cpu")
-NOTHING_KEPT = StreamingSettings(kept_bytes=0)
 
 
 def streamed(folder: Path) -> nn.Module:
-    return streamed_transformers(open_checkpoint(folder), folder, NOTHING_KEPT)
+    model = streamed_transformers(open_checkpoint(folder), folder)
+    blocks(model).kept_bytes = 0
+    return model
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -253,7 +253,8 @@ def test_the_module_of_a_factory_computes_what_it_does_when_it_is_filled(
     trained(torch.randn(*shape))  # the statistics of batch normalization
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path / "model.safetensors")
-    model = streamed_module(module_architecture(build()), checkpoint, NOTHING_KEPT)
+    model = streamed_module(module_architecture(build()), checkpoint)
+    blocks(model).kept_bytes = 0
     inputs = {"input": torch.randn(*shape)}
     assert matrices_in_memory(model) < matrices_in_memory(trained) / 4
     assert same(outputs(model, inputs), outputs(trained, inputs))

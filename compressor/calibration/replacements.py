@@ -1,0 +1,77 @@
+"""The modules of a compressed model, each made of its factors on disk when its segment runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+from compressor.calibration.calibrate import Calibration
+from compressor.forms import LowRankEmbedding
+from compressor.lowrank import TiedHead, carry_over, filled_layer
+from compressor.planning import LayerPlan
+
+
+class Replacements(Mapping[str, nn.Module]):
+    """The modules that take the places of others in a model, by these places.
+
+    A low-rank layer is made when it is asked for, and again when it is asked for after nobody held it any more. Batch
+    normalizations that `moved` have other statistics.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        planned: Sequence[LayerPlan],
+        factors: Mapping[str, Mapping[str, Tensor]],
+        *,
+        moved: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.factors, self.moved = factors, {} if moved is None else moved
+        self._calibration, self._planned = calibration, planned
+        # Several parameters of one module are factorized in the same low-rank module.
+        self._plans: dict[str, list[LayerPlan]] = {}
+        self._modules: dict[str, str] = {}
+        self._embeddings: dict[str, str] = {}
+        for plan in planned:
+            layer = calibration.layers[plan.name]
+            self._plans.setdefault(layer.module, []).append(plan)
+            self._modules |= dict.fromkeys((layer.module, *layer.places), layer.module)
+            if layer.head is not None:
+                self._embeddings[layer.head] = layer.module
+        self._alive: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+
+    def with_factors(self, factors: Mapping[str, Mapping[str, Tensor]]) -> Replacements:
+        """The same with other factors."""
+        return Replacements(self._calibration, self._planned, factors, moved=self.moved)
+
+    def __getitem__(self, place: str) -> nn.Module:
+        if place in self.moved:
+            return self.moved[place]
+        name = place if place in self._embeddings else self._modules[place]
+        found = self._alive.get(name)
+        if found is None:
+            found = self._head(name) if name in self._embeddings else self._low_rank(name)
+            self._alive[name] = found
+        return found
+
+    def _low_rank(self, name: str) -> nn.Module:
+        calibration = self._calibration
+        made = calibration.model.get_submodule(name)
+        for plan in self._plans[name]:
+            made = filled_layer(calibration.layers[plan.name], plan, made, tensors=self.factors[plan.name])
+        return made
+
+    def _head(self, name: str) -> nn.Module:
+        embedding, head = self[self._embeddings[name]], self._calibration.model.get_submodule(name)
+        assert isinstance(embedding, LowRankEmbedding)
+        tied = TiedHead(embedding, head.bias).train(head.training)  # type: ignore[arg-type]
+        carry_over(head, tied)
+        return tied
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._modules, **self._embeddings, **self.moved})
+
+    def __len__(self) -> int:
+        return len({**self._modules, **self._embeddings, **self.moved})
