@@ -31,11 +31,11 @@ from compressor.io import (
     form_of,
 )
 from compressor.lowrank import StoredErrors
-from compressor.model import Model, ModelLike, open_model, open_runnable
+from compressor.model import Model, ModelLike, on_device, open_model, open_runnable
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export
-from compressor.torch_state import neutral_torch_state
+from compressor.torch_state import CPU, neutral_torch_state
 
 
 @neutral_torch_state()
@@ -183,7 +183,7 @@ def _to_onnx(model: Model, asked: ExportOptions) -> _Exported:
     named = Naming("file", "", (".onnx",))
     target = checked_target(model.checkpoint, asked.output, named, overwrite=asked.overwrite)
     module, inputs = model.module, traced_inputs(model, asked.input_shape)
-    with written(onnx_artifact(module, inputs), target) as made:
+    with on_device(CPU, module), written(onnx_artifact(module, inputs), target) as made:
         assert isinstance(made.model, Path)
         difference = largest_difference(module, inputs, made.model)
     load = f"onnxruntime.InferenceSession({str(target.path)!r})"

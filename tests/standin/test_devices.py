@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import compressor
 from compressor.errors import BadInput
 from compressor.evaluation.cost import measure_latency, measure_peak_memory
 from compressor.factorize.tied_embedding import TiedMetric, nearest_kronecker_metric
@@ -17,7 +18,9 @@ from compressor.measure.eigen import _say_once
 from compressor.merging.overlap import row_space
 from compressor.model import resolve_device
 from compressor.torch_state import neutral_torch_state
-from tests.standin.accelerator import counted, failing
+from tests.standin.accelerator import counted, failing, without_float64
+from tests.standin.networks import NETWORKS
+from tests.standin.test_verbs import EFFORTS, compressed, require_same
 
 pytestmark = pytest.mark.slow
 
@@ -98,3 +101,61 @@ def test_the_nearest_metric_asks_the_device_for_no_eigenvalues(device):
     wanted = nearest_kronecker_metric(metric(torch.device("cpu")))
     torch.testing.assert_close(found.inputs.cpu(), wanted.inputs)
     torch.testing.assert_close(found.gradients.cpu(), wanted.gradients)
+
+
+@pytest.fixture
+def narrow(device):
+    """The device without float64, as Apple's: what needs float64 is computed on the CPU, the rest on the device."""
+    with without_float64():
+        yield device
+
+
+def test_the_stand_in_refuses_float64(narrow):
+    assert resolve_device("standin") == narrow
+    here = torch.ones(2, device=narrow)
+    for make in (
+        here.double,
+        lambda: here.new_zeros(2, dtype=torch.float64),
+        lambda: torch.ones(2).double().to(narrow),
+    ):
+        with pytest.raises(TypeError, match="float64"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("name", "effort"),
+    [
+        ("perceptron", "none"),
+        ("perceptron", "best"),
+        ("convolutions", "balanced"),
+        ("llama", "best"),
+        ("mixture", "fast"),
+        ("recurrent", "self"),
+    ],
+)
+def test_compress_without_float64(name, effort, narrow):
+    found, expected = (
+        compressed(NETWORKS[name], at, on, **EFFORTS[effort]) for at, on in ((narrow, "standin"), ("cpu", "cpu"))
+    )
+    require_same(found.model, expected.model, device=narrow)
+
+
+def test_tied_embeddings_without_float64(narrow):
+    found, expected = (
+        compressed(NETWORKS["tied"], at, on, embeddings=True, **EFFORTS["balanced"])
+        for at, on in ((narrow, "standin"), ("cpu", "cpu"))
+    )
+    require_same(found.model, expected.model, device=narrow)
+
+
+def test_other_verbs_without_float64(narrow, tmp_path):
+    network = NETWORKS["llama"]
+    network.on("cpu").save_pretrained(tmp_path / "dense")
+    batches = network.batches(4)
+    asked = {"data": batches, "device": "standin"}
+    found, expected = (
+        compressor.evaluate(tmp_path / "dense", data=batches, device=on).compressed for on in ("standin", "cpu")
+    )
+    assert found == pytest.approx(expected)
+    assert compressor.diagnose(tmp_path / "dense", **asked).layers
+    assert compressor.inspect(tmp_path / "dense", device="standin").layers

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import compressor
@@ -150,3 +150,92 @@ def test_the_difference_of_two_files(tmp_path):
         for on in ("standin", "cpu")
     ]
     assert sizes[0] == sizes[1]
+
+
+class Spread(nn.Module):
+    """A perceptron whose layers take what the one before computes to their own device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x.to(next(layer.parameters()).device)))
+        return x
+
+
+@pytest.mark.parametrize("effort", [effort for effort in EFFORTS if effort != "self"])
+def test_a_model_on_two_devices_is_compressed_where_it_lies(effort, device, other_device):
+    model = Spread().to(device)
+    model.layers[2].to(other_device)
+    asked = {"keep": 0.6, "prefer": "size", **EFFORTS[effort]}
+    if effort != "none":
+        asked["calibration"] = list(torch.randn(4, 8, 32, generator=torch.Generator().manual_seed(1)))
+    found = compressor.compress(model, device="standin", **asked).model
+    expected = compressor.compress(Spread(), device="cpu", **asked).model
+    assert {each.device for each in found.layers[:2].parameters()} == {device}
+    assert {each.device for each in found.layers[2].parameters()} == {other_device}
+    for ours, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=5e-3)
+
+
+def test_merge(device, tmp_path):
+    network, files = NETWORKS["perceptron"], []
+    data = []
+    for number in range(2):
+        model = network.on("cpu")
+        with torch.no_grad():
+            model[0].weight.mul_(1 + number)
+        save_file(model.state_dict(), tmp_path / f"{number}.safetensors")
+        files.append(tmp_path / f"{number}.safetensors")
+        inputs = torch.cat(network.batches(2))
+        data.append(DataLoader(TensorDataset(inputs, model(inputs).argmax(-1)), batch_size=4))
+    found, expected = (
+        compressor.merge(
+            files, output=tmp_path / f"{on}.safetensors", mode="sum", data=data, device=on, factory=network.build
+        ).to_dict()
+        for on in ("standin", "cpu")
+    )
+    for each in (found, expected):
+        each.pop("seconds")
+        each.pop("output")
+    torch.testing.assert_close(torch.tensor(_numbers(found)), torch.tensor(_numbers(expected)))
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers of a document."""
+    if isinstance(value, dict | list | tuple):
+        return [number for each in (value.values() if isinstance(value, dict) else value) for number in _numbers(each)]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_diagnose(data, device):
+    network = NETWORKS["perceptron"]
+    inputs = torch.cat(network.batches(2))
+    examples = (inputs, torch.arange(len(inputs)) % 5) if data else None
+    found, expected = (
+        compressor.diagnose(network.on(at), data=examples, device=on).to_dict()
+        for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    torch.testing.assert_close(torch.tensor(_numbers(found)), torch.tensor(_numbers(expected)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_drop_is_searched_for(device):
+    network = NETWORKS["perceptron"]
+    inputs = torch.cat(network.batches(4))
+    data = (inputs, network.on("cpu")(inputs).argmax(-1))
+    asked = {"calibration": network.batches(4), "effort": "fast", "data": data, "max_drop": 0.5, "prefer": "size"}
+    found, expected = (
+        compressor.compress(network.on(at), device=on, **asked) for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    assert [layer.rank for layer in found.plan.layers] == [layer.rank for layer in expected.plan.layers]
+
+
+def test_a_compressed_model_on_the_device_is_exported(device, tmp_path):
+    pytest.importorskip("onnxscript")
+    small = compressed(NETWORKS["perceptron"], device, "standin").model
+    compressor.export(small, to="onnx", output=tmp_path / "small.onnx")
+    assert (tmp_path / "small.onnx").stat().st_size > 0
