@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
-from compressor.calibration.decompositions import decomposition_of
+from compressor.calibration.decompositions import decompose_layers, decomposition_of, own_errors
 from compressor.calibration.refinement import refine
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
-from compressor.factorize import Metric
-from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance
 from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
-from compressor.measure import Spectrum
 from compressor.model import Model
 from compressor.network import Layer
 from compressor.planning import (
@@ -416,17 +413,17 @@ def _loss(candidate: Candidate) -> float:
 
 def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration) -> list[MeasuredLayer]:
     """The layers with their singular values in the metric of the loss; a layer that no example reached stays dense."""
-    weighted, factorization = [], calibration.settings.factorization
+    reached = [m for m in measured if m.layer.name in calibration.metrics]
+    decompose_layers(calibration, [m.layer for m in reached])
+    with_own = [m for m in reached if m.own_values]
+    found = own_errors(calibration, [(m.layer, tuple(m.own_values)) for m in with_own])
+    own = {m.layer.name: errors for m, errors in zip(with_own, found, strict=True)}
+    weighted = []
     for m in measured:
-        if m.layer.name not in calibration.metrics:
+        name = m.layer.name
+        if name not in calibration.metrics:
             weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
             continue
-        own: dict[str, Spectrum] = {}
-        if m.own_values:
-            metric = calibration.metrics[m.layer.name]
-            assert isinstance(metric, Metric)
-            weight = calibration.weight(m.layer)
-            own = {form: FORMS[form].errors_in(weight, metric, factorization) for form in m.own_values}
-        values, uses = decomposition_of(calibration, m.layer).values, calibration.uses[m.layer.name]
-        weighted.append(replace(m, weighted_values=values, own_errors=own, uses=uses))
+        values, uses = decomposition_of(calibration, m.layer).values, calibration.uses[name]
+        weighted.append(replace(m, weighted_values=values, own_errors=own.get(name, {}), uses=uses))
     return weighted

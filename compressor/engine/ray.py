@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 from compressor.engine.calls import carried_out, packed, unpacked
 from compressor.errors import BadInput, CompressorError, first_line
@@ -28,8 +30,9 @@ class RayEngine:
         self._started = not self._ray.is_initialized()
         if self._started:
             try:
+                _require_listener(address)
                 self._ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 what = f"there is no Ray cluster to use{f' at {address}' if address else ''}: {first_line(error)}"
                 raise BadInput(what, option="engine", remedy="start one, or leave the address out") from None
         self._call = self._ray.remote(carried_out).options(
@@ -74,6 +77,13 @@ class RayEngine:
         except self._ray.exceptions.RayError as error:
             raise CompressorError(f"a job on the Ray cluster was lost: {first_line(error)}") from error
         return reply
+
+
+def _require_listener(address: str | None) -> None:
+    """Raise `OSError` where nothing listens at `HOST:PORT`, for which Ray itself waits for many minutes."""
+    parts = urlsplit(address if "://" in (address or "") else f"//{address or ''}")
+    if parts.hostname is not None and parts.port is not None:
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
 
 
 def _ray() -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from compressor.engine import Engine, InProcess
 from compressor.errors import BadInput
+from tests.engine.runs import without_data
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,28 @@ def test_few_items_are_taken_ahead() -> None:
     assert next(results) == 0
     assert len(taken) <= 3
     assert list(results) == list(range(1, 20))
+
+
+def test_jobs_in_threads_round_as_one_thread_does() -> None:
+    asked = [Gram(seed, size=200) for seed in range(4)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = list(map(eigenvalues, asked))
+    torch.set_num_threads(2)
+    try:
+        assert all(map(torch.equal, InProcess(2).map(eigenvalues, asked), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_a_run_writes_the_same_bytes_for_every_number_of_threads(tmp_path: Path) -> None:
+    expected, before = without_data(tmp_path), torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert without_data(tmp_path) == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_jobs_beside_each_other_have_a_thread_each_and_the_caller_keeps_its_own() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from compressor.engine import ProcessPool
 from compressor.errors import CompressorError
+from tests.engine.runs import calibrated, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,16 @@ def test_what_a_dead_worker_was_at_is_done_again(pool: ProcessPool, tmp_path: Pa
         if name != "2":
             (tmp_path / name).touch()
     assert list(pool.map(die_once, (tmp_path / name for name in names))) == names
+
+
+def test_a_run_in_processes_writes_the_bytes_of_one_in_process(tmp_path: Path) -> None:
+    expected = without_data(tmp_path)
+    assert without_data(tmp_path, "processes:2") == expected
+
+
+def test_a_calibrated_run_in_processes_writes_the_bytes_of_one_in_process(tmp_path: Path) -> None:
+    expected = calibrated(tmp_path)
+    assert calibrated(tmp_path, "processes:1") == expected
 
 
 def test_workers_that_die_again_and_again_are_an_error_of_one_line() -> None:
