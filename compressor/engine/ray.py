@@ -30,7 +30,7 @@ class RayEngine:
         self._started = not self._ray.is_initialized()
         if self._started:
             try:
-                _require_listener(address)
+                _require_listener(address or "")
                 self._ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             except (OSError, ValueError, RuntimeError) as error:
                 what = f"there is no Ray cluster to use{f' at {address}' if address else ''}: {first_line(error)}"
@@ -79,9 +79,9 @@ class RayEngine:
         return reply
 
 
-def _require_listener(address: str | None) -> None:
+def _require_listener(address: str) -> None:
     """Raise `OSError` where nothing listens at `HOST:PORT`, for which Ray itself waits for many minutes."""
-    parts = urlsplit(address if "://" in (address or "") else f"//{address or ''}")
+    parts = urlsplit(address if "://" in address else f"//{address}")
     if parts.hostname is not None and parts.port is not None:
         socket.create_connection((parts.hostname, parts.port), timeout=10).close()
 

@@ -16,7 +16,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def without_data(folder: Path, engine: str | None = None, progress: Progress | None = None) -> dict[str, bytes]:
-    """What is written of a transformers folder of fourteen layers."""
+    """What is written of a transformers folder of fifteen layers."""
     source = folder / "llama" if (folder / "llama").is_dir() else model_folder(folder / "llama", LLAMA)
     options: dict[str, Any] = {"keep": 0.6, "calibration": "none", "prefer": "size", "engine": engine}
     compressor.compress(source, output=folder / "small", overwrite=True, progress=progress, **options)
