@@ -14,7 +14,7 @@ the same walk by as much as their inputs moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,6 +115,24 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     def move(place: str, module: nn.Module) -> None:
         moved[place] = walk.placed[place] = module
 
+    def refit(group: Sequence[str], fit: _InputStatistics | None, holdout: _InputStatistics | None) -> None:
+        first = calibration.model.get_submodule(group[0])
+        if isinstance(first, _BatchNorm):
+            found = None if fit is None or holdout is None else _moved(first, fit, holdout)
+            if found is not None:
+                move(group[0], found)
+            return
+        for place in group:
+            plan = plans[names[place]]
+            if fit is None or holdout is None or plan.name not in calibration.metrics:
+                put(place, _truncated(calibration, calibration.layers[plan.name], plan))
+            else:
+                put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
+
+    def statistics_size(group: Sequence[str]) -> int:
+        # Three moments in float64, of the fit and of the holdout examples.
+        return 2 * 3 * 8 * calibration.layers[names[group[0]]].shape[1] ** 2 if group[0] in names else 0
+
     with evaluation_mode(calibration.run.device, calibration.model):
         walk = Walk(calibration, start.modules, name=name)
         for segment in range(calibration.segments.count):
@@ -127,23 +145,15 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
                 walk.skip()
                 continue
             passed: list[str] = []
-            for group in walk.groups(left):
-                left -= set(group)
-                passed += group
-                first = calibration.model.get_submodule(group[0])
-                fit, holdout = (_statistics(walk, part, first) for part in PARTS)
-                if isinstance(first, _BatchNorm):
-                    found = None if fit is None or holdout is None else _moved(first, fit, holdout)
-                    if found is not None:
-                        move(group[0], found)
-                    continue
-                for place in group:
-                    name = names[place]
-                    layer, plan = calibration.layers[name], plans[name]
-                    if fit is None or holdout is None or name not in calibration.metrics:
-                        put(place, _truncated(calibration, layer, plan))
-                    else:
-                        put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
+            for stage in walk.stages(left):
+                sizes = [statistics_size(group) for group in stage.groups]
+                for groups in _in_parts(stage.groups, sizes, calibration.settings.statistics_bytes):
+                    firsts = [group[0] for group in groups]
+                    fit, holdout = (_statistics(walk, part, firsts, once=stage.once) for part in PARTS)
+                    for group in groups:
+                        refit(group, fit[group[0]], holdout[group[0]])
+                        left -= set(group)
+                        passed += group
             own = {names[place]: factors[names[place]] for place in passed if place in names}
             walk.advance(partial(_kept, own, passed, moved))
             calibration.run.report("compensate", segment + 1, calibration.segments.count)
@@ -358,28 +368,58 @@ def _batch_normalizations(model: nn.Module) -> Iterator[str]:
             yield place
 
 
-def _statistics(walk: Walk, part: Part, layer: nn.Module) -> _InputStatistics | None:
-    """Moments of a layer's inputs, in the dense model and in the one compressed so far, over a part of the data.
+def _in_parts(groups: Sequence[Sequence[str]], sizes: Sequence[int], limit: int) -> Iterator[list[Sequence[str]]]:
+    """Groups together as far as their sizes stay within a limit, one at least."""
+    part: list[Sequence[str]] = []
+    total = 0
+    for group, size in zip(groups, sizes, strict=True):
+        if part and total + size > limit:
+            yield part
+            part, total = [], 0
+        part, total = [*part, group], total + size
+    yield part
 
-    Of an expert these are the tokens that both models route to it. None where it gets no inputs, or inputs at other
-    positions.
-    """
-    data = walk.calibration.data
+
+@dataclass
+class _Sums:
+    """What the statistics of a layer are the means of; `comparable` while its calls are at the same positions."""
+
     sums: list[Tensor] | None = None
-    count = 0
+    count: int = 0
+    comparable: bool = True
+
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.count += len(x)
+        one = [*_products(layer, x, y), sum_in_float64(x), sum_in_float64(y)]
+        self.sums = one if self.sums is None else [a + b for a, b in zip(self.sums, one, strict=True)]
+
+    def mean(self) -> _InputStatistics | None:
+        if self.sums is None or self.count == 0 or not self.comparable:
+            return None
+        return _InputStatistics(*(each / self.count for each in self.sums))
+
+
+def _statistics(walk: Walk, part: Part, places: Sequence[str], *, once: bool) -> dict[str, _InputStatistics | None]:
+    """Moments of layers' inputs, in the dense model and in the one compressed so far, over a part of the data.
+
+    Of an expert these are the tokens that both models route to it. None where a layer gets no inputs, or inputs at
+    other positions. Where each is called `once`, the models run no further than to the last of them.
+    """
+    model, data = walk.calibration.model, walk.calibration.data
+    layers = {place: model.get_submodule(place) for place in places}
+    sums = {place: _Sums() for place in places}
     for chunk in data.chunks(part):
         dense, compressed = (
-            _calls(walk.calibration.model, layer, partial(run, chunk)) for run in (walk.run_dense, walk.run_compressed)
+            _calls(model, layers, partial(run, chunk), once=once) for run in (walk.run_dense, walk.run_compressed)
         )
-        together = _of_the_same_positions(dense, compressed)
-        if together is None:
-            return None
-        for before, after in together:
-            x, y = (_vectors(layer, each, data.read(chunk).masks) for each in (before, after))
-            count += len(x)
-            one = [*_products(layer, x, y), sum_in_float64(x), sum_in_float64(y)]
-            sums = one if sums is None else [a + b for a, b in zip(sums, one, strict=True)]
-    return None if sums is None or count == 0 else _InputStatistics(*(each / count for each in sums))
+        for place, layer in layers.items():
+            together = _of_the_same_positions(dense[place], compressed[place])
+            if together is None:
+                sums[place].comparable = False
+            for before, after in together or ():
+                x, y = (_vectors(layer, each, data.read(chunk).masks) for each in (before, after))
+                sums[place].add(layer, x, y)
+    return {place: each.mean() for place, each in sums.items()}
 
 
 def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -420,35 +460,54 @@ def _of_the_same_positions(dense: Sequence[_Call], compressed: Sequence[_Call]) 
     return [(before.x, after.x) for before, after in zip(dense, compressed, strict=True)]
 
 
-def _calls(model: nn.Module, layer: nn.Module, run: Callable[[], object]) -> list[_Call]:
-    """The calls of a layer during a run of the model, or of a part of it."""
-    calls: list[_Call] = []
-    routes: list[Tensor] = []
-    experts, expert = _expert_of(model, layer)
+class _AllCalled(Exception):  # noqa: N818 - it is no error
+    """Raised where nothing more is to be noted."""
 
-    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+
+def _calls(
+    model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], object], *, once: bool
+) -> dict[str, list[_Call]]:
+    """The calls of layers during a run of the model, or of a part of it, which ends when all were called `once`."""
+    calls: dict[str, list[_Call]] = {place: [] for place in layers}
+    routes: dict[nn.Module, Tensor] = {}
+    experts = _experts_of(model, layers)
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], *, place: str) -> None:
         x = (arguments[0] if arguments else next(iter(named.values()))).detach().clone()
-        calls.append(_Call(x, None if experts is None else torch.where(routes[-1] == expert)[0]))
+        own = experts.get(place)
+        calls[place].append(_Call(x, None if own is None else torch.where(routes[own.mixture] == own.number)[0]))
+        if once and all(calls.values()):
+            raise _AllCalled
 
-    def note_routes(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        routes.append(arguments[1] if len(arguments) > 1 else named["top_k_index"])
+    def note_routes(mixture: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        routes[mixture] = arguments[1] if len(arguments) > 1 else named["top_k_index"]
 
     with ExitStack() as stack:
-        stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        if experts is not None:
-            stack.callback(experts.register_forward_pre_hook(note_routes, with_kwargs=True).remove)
-        run()
+        for mixture in {each.mixture for each in experts.values()}:
+            stack.callback(mixture.register_forward_pre_hook(note_routes, with_kwargs=True).remove)
+        for place, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(note, place=place), with_kwargs=True).remove)
+        with suppress(_AllCalled):
+            run()
     return calls
 
 
-def _expert_of(model: nn.Module, layer: nn.Module) -> tuple[SeparateExperts | None, int]:
-    """The experts that a layer belongs to, and the number of its expert among them."""
-    for experts in model.modules():
-        if isinstance(experts, SeparateExperts):
-            for number, expert in experts.named_children():
-                if any(module is layer for module in expert.modules()):
-                    return experts, int(number)
-    return None, -1
+@dataclass(frozen=True)
+class _Expert:
+    mixture: SeparateExperts
+    number: int
+
+
+def _experts_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, _Expert]:
+    """The experts that layers belong to, by place, without the layers that are in none."""
+    places = {layer: place for place, layer in layers.items()}
+    found = {}
+    for mixture in model.modules():
+        if isinstance(mixture, SeparateExperts):
+            for number, expert in mixture.named_children():
+                own = (places[module] for module in expert.modules() if module in places)
+                found.update(dict.fromkeys(own, _Expert(mixture, int(number))))
+    return found
 
 
 def _matrix(calibration: Calibration, layer: Layer, dense: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -141,6 +141,10 @@ class CalibrationSettings:
     compensate: bool = True
     """Refit each layer to the original's outputs on the inputs that it gets in the compressed model."""
 
+    statistics_bytes: int = 2**30
+    """Bytes of moments of inputs that are in memory for that: the experts of a block share walks through it as far as
+    their moments have room, and one group of layers has it in any case."""
+
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     """Strengths of the ridge tried in that refit, relative to the mean second moment of the inputs; the one with the
     least holdout error is kept, and the layer is left as it is where none lowers it."""
@@ -185,6 +189,8 @@ class CalibrationSettings:
             ("holdout_every", 2),
             ("tokens_at_once", 1),
             ("logit_bytes", 1),
+            ("most_classes", 1),
+            ("statistics_bytes", 1),
             ("recalibration_rounds", 0),
         ):
             as_count(getattr(self, name), name, least=least)

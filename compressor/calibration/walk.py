@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from compressor.calibration.calibrate import Calibration, dense_inputs, of_segme
 from compressor.calibration.examples import PARTS, Chunk, Part
 from compressor.calibration.segments import State
 from compressor.measure.moments import patches
+from compressor.network import SeparateExperts
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Kept:
             kind, name, key = json.loads(text)
             both[kind].setdefault(name, {})[key] = each
         return cls(both["factors"], both["statistics"], places)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Groups of layers whose inputs do not depend on each other, and whether each is called once."""
+
+    groups: Sequence[Sequence[str]]
+    once: bool
 
 
 @dataclass
@@ -148,13 +158,32 @@ class Walk:
 
         Every batch normalization is a group of its own.
         """
+        return self._trace(places)[0]
+
+    def stages(self, places: Iterable[str]) -> list[Stage]:
+        """The `groups` of some places in order, those of one kind of layer in all experts of a block together."""
+        groups, calls = self._trace(places)
+        named = self.calibration.model.named_modules()
+        mixtures = [f"{name}." for name, module in named if isinstance(module, SeparateExperts)]
+        stages: dict[str, list[list[str]]] = {}
+        for group in groups:
+            inside = next((name for name in mixtures if group[0].startswith(name)), None)
+            # Without the number of the expert.
+            kind = group[0] if inside is None else inside + group[0].removeprefix(inside).partition(".")[2]
+            stages.setdefault(kind, []).append(group)
+        return [Stage(each, all(calls[place] == 1 for group in each for place in group)) for each in stages.values()]
+
+    def _trace(self, places: Iterable[str]) -> tuple[list[list[str]], Counter[str]]:
+        """The groups of some places, and how often each of these is called, on the first batch."""
         model = self.calibration.model
         groups: dict[Any, list[str]] = {}
+        calls: Counter[str] = Counter()
         inputs: list[Tensor] = []  # kept, so that an address stands for one tensor
 
         def note(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], *, place: str) -> None:
             x = arguments[0] if arguments else next(iter(named.values()))
             inputs.append(x)
+            calls[place] += 1
             alone = place if isinstance(layer, _BatchNorm) else None
             if not any(place in group for group in groups.values()):
                 groups.setdefault((id(x), x._version, patches(layer), alone), []).append(place)
@@ -164,4 +193,4 @@ class Walk:
                 hook = partial(note, place=place)
                 stack.callback(model.get_submodule(place).register_forward_pre_hook(hook, with_kwargs=True).remove)
             self.run_dense(Chunk("fit", 0))
-        return list(groups.values())
+        return list(groups.values()), calls

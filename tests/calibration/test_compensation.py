@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,6 +28,8 @@ from compressor.calibration.calibrate import with_layers
 from compressor.calibration.compensation import _factored, _InputStatistics, _Outputs, _ridge_target, _Target
 from compressor.calibration.examples import Part
 from compressor.factorize import FactorPair, Metric, decompose, spatial_pair
+from compressor.network import with_separate_experts
+from compressor.network.experts import Expert
 from compressor.planning import LayerPlan
 from tests.calibration.tiny_models import (
     CHAINS,
@@ -414,3 +417,47 @@ def test_a_whole_model_refitted_segment_by_segment_is_the_one_refitted_at_once(
     whole = calibrated(model, fit, holdout, settings=CalibrationSettings(by_segment=False))
     other = compensate(whole, plans)
     assert holdout_loss(cut, one.modules) == pytest.approx(holdout_loss(whole, other.modules), rel=0.02)
+
+
+def mixture(experts: int) -> nn.Module:
+    """A Mixtral of two blocks with separate experts."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=experts, num_experts_per_tok=2, initializer_range=0.3,
+    )  # fmt: skip
+    return with_separate_experts(transformers.MixtralForCausalLM(config)).eval()
+
+
+def compensated_mixture(experts: int, settings: CalibrationSettings) -> tuple[int, Compensated]:
+    """How often experts run while their layers are compensated, and the result."""
+    model = mixture(experts)
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(40, (4, 16), generator=generator)} for _ in range(2)]
+    calibration = calibrated(model, batches, settings=settings)
+    plans = [planned(layer, 3) for layer in calibration.layers.values() if "experts" in layer.name]
+    assert len(plans) > 2 * 3 * experts - 6  # all but those of experts that nothing is routed to
+    runs: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, Expert):
+            module.register_forward_pre_hook(lambda expert, _: runs.append(expert))
+    found = compensate(calibration, plans)
+    return len(runs), found
+
+
+@pytest.mark.slow
+def test_experts_cost_time_in_proportion_to_their_number() -> None:
+    settings = CalibrationSettings()
+    few, several, many = (compensated_mixture(experts, settings)[0] for experts in (4, 8, 16))
+    assert several <= 2.2 * few
+    assert many <= 2.2 * several
+
+
+@pytest.mark.slow
+def test_and_are_refitted_as_one_after_the_other() -> None:
+    fewer, found = compensated_mixture(4, CalibrationSettings())
+    more, expected = compensated_mixture(4, CalibrationSettings(statistics_bytes=1))
+    assert fewer < more / 2
+    for name, tensors in found.factors.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected.factors[name][key], rtol=0, atol=0)
