@@ -66,7 +66,14 @@ def measured(
         batches = [train.read(chosen[start : start + BATCH_SIZE]).inputs for start in range(0, len(chosen), BATCH_SIZE)]
         for settings in names:
             started = time.process_time()
-            small = compress(model, keep=keep, calibration=batches, seed=seed, calibration_settings=SETTINGS[settings])
+            small = compress(
+                model,
+                keep=keep,
+                calibration=batches,
+                seed=seed,
+                calibration_settings=SETTINGS[settings],
+                prefer="size",
+            )
             seconds = time.process_time() - started
             assert small.model is not None
             assert small.plan.calibration is not None

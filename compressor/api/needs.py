@@ -7,6 +7,7 @@ taken. So a run is refused only where much less is free than they say (`NeedsSet
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -158,28 +159,30 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
 
     The activation cache holds, until the factors are written,
 
-    - the states before every block, of all examples;
+    - the states before every block and before the head, of all examples;
     - the states in the compressed model before one block, of all examples;
-    - the gradients before one block, of the fit examples;
+    - the gradients before one block, of the fit examples that are run backward;
     - the metric of every layer, `d_in x d_in` and `d_out x d_out` in float64;
     - its decomposition, `n x n` for the smaller side n in float32;
-    - the second moment of the gradients before every block, as wide as its narrowest layer, in float64.
+    - the second moment of the gradients before every block, as wide as its narrowest layer, in float64;
+    - the factors: truncated, compensated, and refined.
 
     Recalibration has one of its own beside it, of the fit examples.
     """
     if calibration is None:
         return 0
     state, every = calibration.footprint.state, calibration.fit + calibration.holdout
-    dense = len(model.blocks) * every * state
+    dense = (len(model.blocks) + 1) * every * state
     compressed = every * state if calibration.walks else 0
-    gradients = calibration.fit * state
+    gradients = math.ceil(calibration.fit / calibration.settings.gradient_every) * state
     metrics = FLOAT64 * sum(map(_moments, model.layers))
     decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
     boundaries = FLOAT64 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks)
     of_layers = metrics + decompositions + boundaries
-    again = len(model.blocks) * calibration.fit * state + gradients + of_layers
+    again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
-    return dense + compressed + gradients + of_layers + rounds * again
+    factors = (1 + calibration.settings.compensate + calibration.settings.refine) * model.factors
+    return dense + compressed + gradients + of_layers + rounds * again + factors
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: He
     if calibration is None:
         return max(held.calibrating + factorization_bytes(model), held.compared)
     work = max(factorization_bytes(model), calibration_bytes(model, calibration))
-    return max(held.calibrating + model.factors + work, held.compared)
+    return max(held.calibrating + work, held.compared)
 
 
 def factorization_bytes(model: ModelSize) -> int:
@@ -219,17 +222,15 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
       gradients;
     - the model's outputs in float32, with their logarithms, probabilities and gradients;
-    - the copies of the factors that refinement fits; of those of one block also the gradients and Adam's moments, in
-      float32.
+    - of the factors of a block, which refinement fits, copies, gradients and Adam's moments in float32.
     """
     settings = calibration.settings
     moments = 2 * FLOAT64 * max((sum(map(_moments, part)) for part in model.parts), default=0)
     passing = 3 * calibration.at_once * calibration.footprint.block
     outputs = 5 * calibration.at_once * calibration.footprint.outputs
-    copies = model.factors if settings.refine else 0
     largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
     optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
-    return copies + max(moments, optimizing) + max(passing, outputs)
+    return max(moments, optimizing) + max(passing, outputs)
 
 
 def _moments(layer: Layer) -> int:

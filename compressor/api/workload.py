@@ -149,10 +149,12 @@ class CalibrationWork:
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
-        run, both = self.forward.of, self.fit + self.holdout
-        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * run(self.fit))
+        run, both, share = self.forward.of, self.fit + self.holdout, 1 / self.settings.gradient_every
+        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * share * run(self.fit))
+        # Half of the products are of inputs, which all examples have.
+        inputs = self.products / 2 * (1 - share) * run(self.fit)
         # The segments are found by running the first batch.
-        return [Step("run", (run(both) + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
+        return [Step("run", (run(both) + inputs + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
 
     def _by_segment(self, seconds: float) -> tuple[float, ...]:
         """The first of several segments ends where the first block begins, and holds hardly any layer."""

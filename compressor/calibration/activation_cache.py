@@ -11,6 +11,7 @@ from torch import Tensor
 from compressor.calibration.examples import Part
 from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
+from compressor.measure.moments import InputSums, VectorSum
 from compressor.torch_state import brought_to
 
 
@@ -102,6 +103,34 @@ class ActivationCache:
     def boundary(self, segment: int) -> tuple[Tensor, ...]:
         """The second moments of the gradients at the new outputs of a segment."""
         return CachedBatches(self._of_moments, "boundary").read(segment)
+
+    def write_inputs(self, segment: int, sums: InputSums) -> None:
+        """Keep the sums of the inputs of a segment's layers over the examples that are not run backward."""
+        tensors: dict[str, Tensor] = {}
+        for names, each in sums.items():
+            key = "\n".join(sorted(names))
+            tensors |= {f"product\n{key}": each.product, f"total\n{key}": each.total}
+            tensors[f"count\n{key}"] = torch.tensor(each.count)
+        self._folder.write(f"inputs-{segment}", tensors)
+
+    def has_inputs(self, segment: int) -> bool:
+        """Whether the sums of the inputs of a segment's layers are kept."""
+        return self._folder.holds(f"inputs-{segment}")
+
+    def inputs(self, segment: int) -> InputSums:
+        """The sums of the inputs of a segment's layers."""
+        tensors = self._folder.read(f"inputs-{segment}")
+        keys = [key.partition("\n")[2] for key in tensors if key.startswith("count\n")]
+        return {
+            frozenset(key.split("\n")): VectorSum(
+                tensors[f"product\n{key}"], tensors[f"total\n{key}"], int(tensors[f"count\n{key}"])
+            )
+            for key in keys
+        }
+
+    def drop_inputs(self, segment: int) -> None:
+        """Remove the sums of the inputs of a segment's layers."""
+        self._folder.drop(f"inputs-{segment}")
 
     def metrics(self) -> CachedMetrics:
         """Metrics by layer, of which there are none yet."""

@@ -357,30 +357,78 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
-    """Run all segments on some parts of the data, and cache the outputs of each, without the model's predictions."""
-    model, segments, data = calibration.model, calibration.segments, calibration.data
+    """Run all segments on some parts of the data, and cache the outputs of each, without the model's predictions.
+
+    On the examples that are not run backward the moments of the layers' inputs are taken meanwhile.
+    """
+    segments, data, cache = calibration.segments, calibration.data, calibration.cache
+    backward = _run_backward(calibration)
+    forward = [chunk for chunk in data.chunks("fit") if chunk not in backward]
     for segment in range(segments.count - (segments.head is None)):
         # All of the data run through one block after the other, each of which is then read once.
-        finite: list[Tensor] = []
-        chunks = [
-            chunk
-            for chunk in data.chunks(*parts)
-            if not calibration.cache.dense(chunk.part, segment).holds(chunk.batch)
-        ]
-        with calibration.running(segment) as running:
-            for chunk in chunks:
-                state = dense_inputs(calibration, segment, chunk)
-                state = segments.run(running, segment, data.read(chunk), state=state)
-                outputs = segments.new_outputs(segment, state)
-                finite.append(torch.stack([torch.isfinite(each).all() for each in outputs]).all())
-                calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
-        for chunk, sound in zip(chunks, all_answers(finite), strict=True):
+        finite: dict[Chunk, Tensor] = {}
+        if forward and not cache.has_inputs(segment) and not cache.journal.knows(f"backward-{segment}"):
+            with _collecting(calibration, layers, segment) as (model, collector), torch.no_grad():
+                for chunk in forward:
+                    with collector.masked(data.read(chunk).masks):
+                        outputs, finite[chunk] = _cached_outputs(calibration, model, segment, chunk=chunk)
+                        _note_head(calibration, model, segment, outputs=outputs, collector=collector)
+                cache.write_inputs(segment, collector.inputs)
+        with calibration.running(segment) as model:
+            for chunk in data.chunks(*parts):
+                if chunk not in finite and not cache.dense(chunk.part, segment).holds(chunk.batch):
+                    _, finite[chunk] = _cached_outputs(calibration, model, segment, chunk=chunk)
+        for chunk, sound in zip(finite, all_answers(list(finite.values())), strict=True):
             if not sound:
-                calibration.cache.dense(chunk.part, segment).drop(chunk.batch)
-                raise _overflow(model, data.read(chunk), layers)
+                cache.dense(chunk.part, segment).drop(chunk.batch)
+                raise _overflow(calibration.model, data.read(chunk), layers)
         calibration.run.report("run", segment + 1, segments.count)
     if segments.head is None:
         calibration.run.report("run", segments.count, segments.count)
+
+
+def _cached_outputs(calibration: Calibration, model: nn.Module, segment: int, *, chunk: Chunk) -> tuple[State, Tensor]:
+    """The new outputs of a segment, which are kept, and whether they are finite."""
+    state, batch = dense_inputs(calibration, segment, chunk), calibration.data.read(chunk)
+    outputs = calibration.segments.new_outputs(segment, calibration.segments.run(model, segment, batch, state=state))
+    calibration.cache.dense(chunk.part, segment).write(chunk.batch, outputs)
+    return outputs, torch.stack([torch.isfinite(each).all() for each in outputs]).all()
+
+
+@contextmanager
+def _collecting(
+    calibration: Calibration, layers: Mapping[str, nn.Module], segment: int
+) -> Iterator[tuple[nn.Module, MomentCollector]]:
+    """The model that a segment is run of, and what collects the moments of the segment's layers."""
+    with calibration.running(segment) as model:
+        running = {name: model.get_submodule(calibration.layers[name].module) for name in layers}
+        inside = calibration.segments.own_layers(model, segment, running)
+        with MomentCollector({name: layers[name] for name in inside}, inside) as collector:
+            yield model, collector
+
+
+def _note_head(
+    calibration: Calibration, model: nn.Module, segment: int, *, outputs: State, collector: MomentCollector
+) -> None:
+    """Add the inputs of the head, or of the layers in it, which is applied to what the last segment outputs."""
+    segments = calibration.segments
+    if segments.head is None or segment < segments.count - 1:
+        return
+    head, [last] = model.get_submodule(segments.head.name), outputs
+    itself = [name for name, layer in collector.hooked.items() if layer is head]
+    for name in itself:
+        collector.note_input(name, last)
+    if not itself and set(collector.hooked.values()) & set(head.modules()):
+        rows = kept_rows(last, collector.masks)
+        for part in torch.split(rows, rows_within(calibration.settings.logit_bytes, segments.width(last))):
+            with collector.masked(()):
+                segments.outputs(model, part)
+
+
+def _run_backward(calibration: Calibration) -> list[Chunk]:
+    """The fit batches that are run backward."""
+    whole = any(layer.kind in ("embedding", "parameter") for layer in calibration.layers.values())
+    return calibration.data.chunks("fit")[:: 1 if whole else calibration.settings.gradient_every]
 
 
 def _overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:
@@ -439,8 +487,9 @@ class _BackwardPass:
                 for kind, collector in self._collectors.items():
                     state = journal.read(f"{kind}-{segment}")
                     collector.restore({key: brought_to(calibration.run.device, each) for key, each in state.items()})
-            for chunk in calibration.data.chunks("fit"):
+            for chunk in _run_backward(calibration):
                 calibration.cache.gradients(segment + 1).drop(chunk.batch)
+            calibration.cache.drop_inputs(segment)
             calibration.run.report("calibrate", done, count)
         return metrics, uses
 
@@ -462,7 +511,7 @@ class _BackwardPass:
 
     def _done_before(self, metrics: CachedMetrics) -> int:
         """How many segments an interrupted run has measured: none where something of that is damaged."""
-        cache, data = self._calibration.cache, self._calibration.data
+        cache = self._calibration.cache
         journal, count = cache.moments, self._calibration.segments.count
         recorded = [f"backward-{segment}" for segment in reversed(range(count))]
         done = next((place for place, name in enumerate(recorded) if not journal.knows(name)), count)
@@ -473,7 +522,7 @@ class _BackwardPass:
         whole &= all(cache.has_boundary(segment - 1) for segment in range(count - done, count) if segment > 0)
         if done < count:
             gradients = cache.gradients(count - done)
-            whole &= all(gradients.holds(chunk.batch) for chunk in data.chunks("fit"))
+            whole &= all(gradients.holds(chunk.batch) for chunk in _run_backward(self._calibration))
         if whole:
             return done
         for name in recorded[:done]:
@@ -481,16 +530,28 @@ class _BackwardPass:
         return 0
 
     def _moments(self, segment: int) -> dict[str, Moments | None]:
-        calibration, data = self._calibration, self._calibration.data
-        with calibration.running(segment) as model:
-            running = {name: model.get_submodule(calibration.layers[name].module) for name in self._layers}
-            inside = calibration.segments.own_layers(model, segment, running)
-            layers = {name: self._layers[name] for name in inside}
-            with torch.enable_grad(), MomentCollector(layers, inside) as collector:
-                for chunk in data.chunks("fit"):
-                    with collector.masked(data.read(chunk).masks):
+        calibration, data, cache = self._calibration, self._calibration.data, self._calibration.cache
+        known = cache.inputs(segment) if cache.has_inputs(segment) else None
+        backward = _run_backward(calibration)
+        with (
+            _collecting(calibration, self._layers, segment) as (model, collector),
+            torch.enable_grad(),
+        ):
+            for chunk in data.chunks("fit") if known is None else backward:
+                with collector.masked(data.read(chunk).masks):
+                    if chunk in backward:
                         self._step(model, segment, chunk, collector=collector)
-            return collector.moments()
+                    else:
+                        self._forward(model, segment, chunk, collector=collector)
+            return collector.moments(known)
+
+    @torch.no_grad()
+    def _forward(self, model: nn.Module, segment: int, chunk: Chunk, *, collector: MomentCollector) -> None:
+        """Run a segment on one batch, for the inputs of its layers."""
+        calibration = self._calibration
+        state = dense_inputs(calibration, segment, chunk)
+        outputs = calibration.segments.run(model, segment, calibration.data.read(chunk), state=state)
+        _note_head(calibration, model, segment, outputs=outputs, collector=collector)
 
     def _step(self, model: nn.Module, segment: int, chunk: Chunk, *, collector: MomentCollector) -> None:
         """Run a segment forward and backward on one batch, and cache the gradients at its inputs."""
@@ -585,7 +646,7 @@ def _metric(moments: Moments, layer: nn.Module, settings: CalibrationSettings) -
         return None
     gradients = oas_shrinkage(moments.gradients, moments.positions)
     return Metric(
-        oas_shrinkage(inputs, moments.positions),
+        oas_shrinkage(inputs, moments.input_positions),
         gradients if settings.gradient_moments else _identity(gradients),
         moments.mean if has_bias else None,
     )

@@ -123,6 +123,10 @@ class CalibrationSettings:
     """Of the loss gradient at the outputs of a head with more classes only the diagonal of the second moment is used:
     the whole one would grow with the square of the vocabulary."""
 
+    gradient_every: int = 1
+    """Every how manyth batch of fit examples is run backward too, for the moments of the gradients; those of the inputs
+    are of all. All are run backward where embeddings or bare parameters are compressed."""
+
     exponents: tuple[float, ...] = (1.0, 0.5, 0.0)
     """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.
     0 trusts the second-order estimate, 1 is relative; the one with the least holdout loss is kept."""
@@ -172,12 +176,22 @@ class CalibrationSettings:
     def of(cls, effort: Effort) -> Self:
         """Those of an effort, whose times and losses benchmarks/effort.py measures.
 
-        `fast` takes the moments and makes one allocation; `balanced` makes one by every exponent and under the window
-        rule's caps, and compensates; `best` also recalibrates and refines.
+        `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
+        which nothing has to be chosen on holdout examples, so that few are; `balanced` makes one by every exponent and
+        under the window rule's caps, and compensates; `best` also recalibrates and refines.
         """
         match effort:
             case "fast":
-                return cls(exponents=(0.0,), window_caps=False, recalibration_rounds=0, compensate=False, refine=False)
+                return cls(
+                    holdout_every=16,
+                    tokens_at_once=2048,
+                    gradient_every=4,
+                    exponents=(0.0,),
+                    window_caps=False,
+                    recalibration_rounds=0,
+                    compensate=False,
+                    refine=False,
+                )
             case "balanced":
                 return cls(recalibration_rounds=0, refine=False)
             case "best":
@@ -191,6 +205,7 @@ class CalibrationSettings:
             ("logit_bytes", 1),
             ("most_classes", 1),
             ("statistics_bytes", 1),
+            ("gradient_every", 1),
             ("recalibration_rounds", 0),
         ):
             as_count(getattr(self, name), name, least=least)

@@ -22,19 +22,24 @@ class Moments:
     outputs.
 
     `inputs` is `d_in x d_in`, `mean` has `d_in` numbers, `gradients` is `d_out x d_out`. The expectations are over
-    `positions`: the vectors that the layer was applied to. With `uses` of them per prediction of the model, a change D
-    of the matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction, to second order.
+    vectors that the layer was applied to: those of gradients over `positions`, those of inputs over `input_positions`,
+    which are more where not every pass went backward. With `uses` of them per prediction of the model, a change D of
+    the matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction, to second order.
     """
 
     inputs: Tensor
     mean: Tensor
     gradients: Tensor
     positions: int
+    input_positions: int
 
 
 @dataclass(frozen=True)
 class MomentPass:
-    """One batch: `run` does a forward and a backward pass; `masks` of `(batch, length)` are false on padding."""
+    """One batch: `run` does a forward and a backward pass; `masks` of `(batch, length)` are false on padding.
+
+    What runs forward without gradients, as under `torch.no_grad`, adds to the moments of the inputs alone.
+    """
 
     run: Callable[[], None]
     masks: Sequence[Tensor] = ()
@@ -60,37 +65,42 @@ def collect_moments(
 
 
 @dataclass
-class _Sum:
-    """Running sums of outer products and of vectors."""
+class VectorSum:
+    """Running sums of outer products and of vectors, in float64."""
 
     product: Tensor
     total: Tensor
     count: int
 
-    def add(self, other: _Sum) -> None:
+    def add(self, other: VectorSum) -> None:
         self.product += other.product
         self.total += other.total
         self.count += other.count
 
 
+# Sums of inputs, by the set of layers that share them.
+InputSums = Mapping[frozenset[str], VectorSum]
+
+
 class MomentCollector:
     """Hooks that add up the moments during forward and backward passes.
 
-    `layers` and the modules that are `hooked` in their places are those of `collect_moments`.
+    `layers` and the modules that are `hooked` in their places are those of `collect_moments`; `masks` are of the
+    forward at hand.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], hooked: Mapping[str, nn.Module]) -> None:
-        self._layers, self._hooked = layers, hooked
+        self._layers, self.hooked = layers, hooked
         # Inputs by the set of layers that share them, gradients by layer.
-        self._inputs: dict[frozenset[str], _Sum] = {}
-        self._gradients: dict[str, _Sum] = {}
+        self._inputs: dict[frozenset[str], VectorSum] = {}
+        self._gradients: dict[str, VectorSum] = {}
         # Within a pass, layers that extract the same vectors from one version of a tensor share one product.
-        self._seen: dict[tuple[int, int, Hashable], tuple[Tensor, _Sum, set[str]]] = {}
-        self._masks: Sequence[Tensor] = ()
+        self._seen: dict[tuple[int, int, Hashable], tuple[Tensor, VectorSum, set[str]]] = {}
+        self.masks: Sequence[Tensor] = ()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for name, layer in self._hooked.items():
+        for name, layer in self.hooked.items():
             self._handles.append(layer.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
@@ -105,11 +115,11 @@ class MomentCollector:
 
         Inside of one for the whole model another may run a part on other positions.
         """
-        before, self._masks = self._masks, masks
+        before, self.masks = self.masks, masks
         self._add_up()
         yield
         self._add_up()
-        self._masks = before
+        self.masks = before
 
     def _add_up(self) -> None:
         """Add the sums of the products so far to the totals."""
@@ -117,8 +127,16 @@ class MomentCollector:
             _accumulate(self._inputs, frozenset(names), seen)
         self._seen.clear()
 
-    def moments(self) -> dict[str, Moments | None]:
-        """The means so far; `BadInput` where they are not finite."""
+    @property
+    def inputs(self) -> InputSums:
+        """The sums of the inputs; `BadInput` where they are not finite."""
+        self._require_finite()
+        return self._inputs
+
+    def moments(self, known: InputSums | None = None) -> dict[str, Moments | None]:
+        """The means so far, with further sums of inputs; `BadInput` where they are not finite."""
+        for names, each in (known or {}).items():
+            _accumulate(self._inputs, names, each)
         self._require_finite()
         shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
         found: dict[str, Moments | None] = dict.fromkeys(self._layers)
@@ -126,13 +144,13 @@ class MomentCollector:
             if not gradients.count:
                 continue
             keys = [key for key in self._inputs if name in key]
+            count = sum(self._inputs[key].count for key in keys)
             if len(keys) == 1:
                 inputs, mean = shared[keys[0]]
             else:  # it ran several times, and shared its inputs with other layers each time
-                count = sum(self._inputs[key].count for key in keys)
                 inputs = torch.stack([self._inputs[key].product for key in keys]).sum(0) / count
                 mean = torch.stack([self._inputs[key].total for key in keys]).sum(0) / count
-            found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count)
+            found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count, count)
         return found
 
     def _require_finite(self) -> None:
@@ -148,20 +166,24 @@ class MomentCollector:
                     remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
                 )
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+    def note_input(self, name: str, x: Tensor) -> None:
+        """Add an input of a layer, which may not be run on it."""
         layer = self._layers[name]
+        key = (id(x), x._version, patches(layer))
+        if key not in self._seen:
+            vectors = kept_vectors(input_vectors(layer, x.detach()), x, self.masks)
+            self._seen[key] = (x, _summed(vectors), set())
+        self._seen[key][2].add(name)
 
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
-            x: Tensor = arguments[0] if arguments else next(iter(named.values()))
-            key = (id(x), x._version, patches(layer))
-            if key not in self._seen:
-                vectors = kept_vectors(input_vectors(layer, x.detach()), x, self._masks)
-                self._seen[key] = (x, _summed(vectors), set())
-            self._seen[key][2].add(name)
+            self.note_input(name, arguments[0] if arguments else next(iter(named.values())))
+            if not torch.is_grad_enabled():
+                return None
             leaf = not output.requires_grad
             if leaf:
                 output.requires_grad_(True)
-            output.register_hook(partial(self._backward, name, self._masks))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._backward, name, self.masks))  # type: ignore[no-untyped-call]
             # The next module may work in place, which autograd does not allow on a leaf.
             return output.clone() if leaf else None
 
@@ -172,17 +194,17 @@ class MomentCollector:
         _accumulate(self._gradients, name, _summed(vectors))
 
 
-def _accumulate(sums: dict[Any, _Sum], key: Hashable, more: _Sum) -> None:
+def _accumulate(sums: dict[Any, VectorSum], key: Hashable, more: VectorSum) -> None:
     if key in sums:
         sums[key].add(more)
     else:
         sums[key] = more
 
 
-def _summed(vectors: Tensor) -> _Sum:
+def _summed(vectors: Tensor) -> VectorSum:
     vectors = wide_enough(vectors)
     product = outer_products(vectors, vectors)
-    return _Sum(product, sum_in_float64(vectors), vectors.shape[0])
+    return VectorSum(product, sum_in_float64(vectors), vectors.shape[0])
 
 
 def wide_enough(vectors: Tensor) -> Tensor:

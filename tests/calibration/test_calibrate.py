@@ -90,6 +90,24 @@ def test_and_those_of_other_models(name: str) -> None:
         assert_same(cut, calibrated(model, [inputs, inputs], settings=WHOLE))
 
 
+@pytest.mark.parametrize("name", ["llama", "vit", "mlp", "piped"])
+def test_moments_of_inputs_are_of_all_examples_where_gradients_are_of_some(name: str) -> None:
+    chain = name in CHAINS
+    model = transformer(name) if chain else odd(name)[0]
+    data = [inputs_for(name, examples) if chain else {"inputs": torch.randn(examples, 6)} for examples in (4, 3, 4, 2)]
+    some = calibrated(model, data, settings=CalibrationSettings(gradient_every=2))
+    inputs, gradients = calibrated(model, data), calibrated(model, data[::2])
+    assert some.uses == gradients.uses
+    for layer, metric in some.metrics.items():
+        assert isinstance(metric, Metric)
+        torch.testing.assert_close(metric.gradients, gradients.metrics[layer].gradients)
+        expected = inputs.metrics[layer]
+        assert float((metric.inputs - expected.inputs).abs().max()) <= 1e-4 * float(expected.inputs.abs().max())
+        assert (metric.mean is None) == (expected.mean is None)
+        if metric.mean is not None:
+            torch.testing.assert_close(metric.mean, expected.mean)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bart", "t5", "clip", "swin", "piped"])
 def test_the_moments_between_segments_are_those_of_the_whole_models_gradients(name: str) -> None:
