@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,7 +178,8 @@ def requested_speed(
         eligible = [layer for layer in subject.layers if layer.eligible]
         dtypes = {subject.checkpoint.tensors[layer.tensor].dtype for layer in eligible}
         images = any("convolution" in layer.kind for layer in eligible)
-        profile = device_profile(run, sorted(dtypes, key=str), convolutions=images)
+        measured = partial(_profile, run, sorted(dtypes, key=str), convolutions=images)
+        profile = DeviceProfile.from_dict(run.journal.value("device", measured))
     if shipped is not None:
         logger.warning("planned for %s by its constants alone: nothing was measured", profile.name)
     workloads, inputs, uses = (tuple(each) for each in zip(*found, strict=True))
@@ -277,7 +280,7 @@ def prepared(
 def _by_timing(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest) -> Prepared:
     """What is known once plans were timed."""
     limit = request.limit
-    pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing)
+    pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing, journal=speed.run.journal)
     measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
     # A search by drop begins with a size that it may leave for a smaller, faster one.
     searched = request.budget is not None and request.budget.kind == "max-drop"
@@ -412,9 +415,19 @@ def _corrected(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], 
 
 
 def _timed_plan(speed: Speed, subject: Model, plan: Plan) -> tuple[TimedWorkload, ...]:
-    """A model with the shapes of a plan timed beside the dense one."""
+    """A model with the shapes of a plan timed beside the dense one, once also by a run that is interrupted."""
     dense = subject.with_separate_experts
-    return speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+
+    def timed() -> list[dict[str, Any]]:
+        whole = speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+        return [each.to_dict() for each in whole]
+
+    name = f"time of {[(layer.name, layer.form, layer.rank) for layer in plan.layers]}"
+    return tuple(map(TimedWorkload.from_dict, speed.run.journal.value(name, timed)))
+
+
+def _profile(run: Run, dtypes: Sequence[torch.dtype], *, convolutions: bool) -> dict[str, Any]:
+    return device_profile(run, dtypes, convolutions=convolutions).to_dict()
 
 
 def _chosen_seconds(plan: Plan) -> Seconds:

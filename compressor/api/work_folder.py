@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _WITHOUT_EFFECT = frozenset(
     {
         *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "engine"),
-        *("work_dir", "calibration_cache", "data", "data_samples", "metric", "higher_is_better"),
+        *("work_dir", "calibration_cache", "data", "data_samples", "metric"),
         # Seen in what is read by them.
         *("revision", "factory", "recipe", "tokenizer", "processor", "calibration"),
     }
@@ -103,6 +103,8 @@ def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprin
             contents[f"`{name}`"] = _digest(repr(value))
         else:
             settings[f"`{name}`"] = _stated(value)
+    if asked.metric is not None:
+        contents["`metric`"] = _digest(*(path.read_bytes() for path in _source_of(asked.metric)))
     return _of_model(subject, run).joined(Fingerprint(contents, settings))
 
 
@@ -160,11 +162,17 @@ def _digest_of_code(subject: Model) -> str:
         place = Path(factory.rpartition(":")[0])
         paths += [place] if place.suffix == ".py" and place.is_file() else []
     elif factory is not None:
-        try:
-            paths += [Path(inspect.getsourcefile(factory) or "")]
-        except TypeError:
-            paths += []
+        paths += _source_of(factory)
     return _digest(*(path.read_bytes() for path in paths if path.is_file()))
+
+
+def _source_of(function: Callable[..., Any]) -> list[Path]:
+    """The file that a function is from, where it is known."""
+    try:
+        path = Path(inspect.getsourcefile(function) or "")
+    except TypeError:
+        return []
+    return [path] if path.is_file() else []
 
 
 def _digest(*parts: str | bytes) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import nn
 
 from compressor.calibration.calibrate import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
@@ -41,7 +43,7 @@ class DropGate:
 
     def baseline(self, subject: Model) -> Quality:
         """The quality of the dense model; `BadInput` where it is not finite."""
-        quality = measure_quality(subject.streamed, self.data, device=self.run.device, replicates=True)
+        quality = self._measured("quality of the dense model", lambda: subject.streamed)
         if 0 < len(quality.replicates) < PARTS:
             logger.warning(
                 "%s has only %d parts to estimate the standard error of a drop in %s from, where %d are better",
@@ -60,11 +62,23 @@ class DropGate:
 
     def quality(self, subject: Model, planned: PlannedModel) -> Quality:
         """That of the model that a plan leads to."""
-        rewriting = Rewriting(
-            subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
-        )
-        compressed = rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
-        return measure_quality(compressed, self.data, device=self.run.device, replicates=True)
+
+        def compressed() -> nn.Module:
+            rewriting = Rewriting(
+                subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
+            )
+            return rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
+
+        chosen = [(layer.name, layer.form, layer.rank) for layer in planned.plan.layers]
+        return self._measured(f"quality of {chosen}", compressed)
+
+    def _measured(self, name: str, model: Callable[[], nn.Module]) -> Quality:
+        """The quality of a model, measured once also by a run that is interrupted."""
+
+        def measured() -> dict[str, Any]:
+            return measure_quality(model(), self.data, device=self.run.device, replicates=True).recorded()
+
+        return Quality.of_record(self.run.journal.value(name, measured))
 
 
 class Planner(Protocol):

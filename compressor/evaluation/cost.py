@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,12 @@ class TimedWorkload:
 
     def to_dict(self) -> dict[str, Any]:
         return {"workload": self.workload, **asdict(self.latency)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """What `to_dict` made a document of."""
+        known = dict(document)
+        return cls(known.pop("workload"), Latency(**known))
 
 
 def stored_tensors(model: nn.Module) -> Iterator[Tensor]:

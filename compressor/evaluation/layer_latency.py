@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from compressor.engine import Run
+from compressor.engine import Journal, Run
 from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
 from compressor.forms import TRANSPOSED
 from compressor.io import TensorInfo
@@ -56,7 +57,7 @@ class _Shape:
 class PairTimer:
     """Times pairs beside the dense layers of a model, each by itself, for `timing.layer_seconds` in all.
 
-    Layers of one shape are timed once.
+    Layers of one shape are timed once, also by a run that was interrupted: what is in the journal is not timed again.
     """
 
     dense: nn.Module
@@ -64,6 +65,7 @@ class PairTimer:
     timing: TimingSettings = TIMING
     found: dict[_Shape, Times] = field(default_factory=dict)
     spent: float = 0.0
+    journal: Journal = field(default_factory=Journal)
 
     def timed(self, rewriting: Rewriting, measured: Sequence[MeasuredLayer]) -> tuple[LayerPlan, ...]:
         """The plans of a rewriting with what its pairs take, those first whose dense layers take longest.
@@ -88,7 +90,10 @@ class PairTimer:
                 break
             if self._expected(alone[shape]) > left:
                 continue
-            self.found[shape] = self._time(rewriting, layers[examples[shape].name], examples[shape], use=shape.use)
+            layer, plan = layers[examples[shape].name], examples[shape]
+            measure = partial(self._time, rewriting, layer, plan, use=shape.use)
+            dense, chosen, spent = self.journal.value(f"time of {shape}", measure)
+            self.found[shape], self.spent = Times(dense, chosen), self.spent + spent
         return tuple(
             replace(plan, latency=tuple(map(self._with_measured, plan.latency, of_layer))) if plan.latency else plan
             for plan, of_layer in zip(rewriting.plan.layers, shapes, strict=True)
@@ -110,7 +115,10 @@ class PairTimer:
         """The least that timing takes of a dense layer that is predicted to take so many seconds, and of its pair."""
         return 2 * seconds * (self._quick.warm_ups + self._quick.fewest_repeats)
 
-    def _time(self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse) -> Times:
+    def _time(
+        self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse
+    ) -> tuple[float, float, float]:
+        """The seconds of a dense layer and of its pair, and those that timing them took."""
         dense = self.dense.get_submodule(layer.module)
         pair = filled_layer(layer, plan, dense, tensors=_random_factors(rewriting, layer, plan).tensors)
         quick = self._quick
@@ -119,9 +127,9 @@ class PairTimer:
         assert latency.baseline_seconds is not None
         assert latency.ratio is not None
         before = latency.baseline_seconds
-        self.spent += (latency.repeats + quick.warm_ups) * (before + latency.compressed_seconds)
+        spent = (latency.repeats + quick.warm_ups) * (before + latency.compressed_seconds)
         # By the ratio of pairs, so that a change in the machine's load cancels.
-        return Times(use.calls * before, use.calls * before * latency.ratio)
+        return use.calls * before, use.calls * before * latency.ratio, spent
 
 
 def _shapes(m: MeasuredLayer, plan: LayerPlan) -> tuple[_Shape | None, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,18 @@ class Quality:
     examples: ExampleScores | None = field(default=None, repr=False, compare=False)
     higher_is_better: bool | None = None
     replicates: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    def recorded(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        parts = None if self.examples is None else [each.tolist() for each in astuple(self.examples)]
+        return {**vars(self), "examples": parts, "replicates": list(self.replicates)}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """What was recorded."""
+        parts = record["examples"]
+        examples = None if parts is None else ExampleScores(*map(np.array, parts))
+        return cls(**{**record, "examples": examples, "replicates": tuple(record["replicates"])})
 
 
 def measure_quality(

@@ -50,10 +50,16 @@ def data(seed: int = 0) -> list[dict[str, Tensor]]:
     return [inputs_for("llama", 4) for _ in range(4)]
 
 
+def examples() -> Tensor:
+    torch.manual_seed(1)
+    return inputs_for("llama", 40)["input_ids"]
+
+
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "by its weights": lambda: {"keep": 0.5, "calibration": "none"},
     "calibrated": lambda: {"keep": 0.4, "calibration": data(), "calibration_settings": TWO_PASSES},
     "embeddings": lambda: {"keep": 0.4, "calibration": data(), "effort": "balanced", "embeddings": True},
+    "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
     "on its own examples": lambda: {"keep": 0.4, "calibration": "self", "calibration_samples": 8, "effort": "fast"},
 }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.engine import Run
+from compressor.engine import Fingerprint, Journal, Run
 from compressor.evaluation import PairTimer, TimingSettings, count_parameters, unfilled_module
 from compressor.forms import DENSE, FORMS
 from compressor.latency import LayerUse, Workload
@@ -97,6 +98,23 @@ def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None
     before = timer.spent
     assert timer.timed(rewriting, measured) == tuple(plans.values())
     assert timer.spent == before
+
+
+def test_what_an_interrupted_run_has_timed_is_not_timed_again(tmp_path: Path) -> None:
+    model = Network()
+    rewriting, measured = planned(model, 0.5)
+
+    def never(*_: object) -> float:
+        raise AssertionError
+
+    timers = []
+    for timing in (COUNTED, replace(COUNTED, timer=never)):
+        journal = Journal.open(tmp_path / "work", Fingerprint(), option="work_dir")
+        timer = PairTimer(model, CPU, timing, journal=journal)
+        timers.append((timer.timed(rewriting, measured), timer.found, timer.spent))
+        journal.close()
+    assert timers[0] == timers[1]
+    assert timers[0][1]
 
 
 def test_no_further_layer_is_timed_when_the_time_is_over_and_the_longest_came_first() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import astuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from compressor.data import Batch, EvaluationData, Preprocessing, open_data
 from compressor.errors import BadInput
 from compressor.evaluation import Quality, drop_error, measure_quality, quality_drop
+from compressor.evaluation.metrics import ExampleScores
 
 LETTERS = "abcdefgh"
 
@@ -286,3 +289,19 @@ def test_a_plain_module_takes_one_tensor(lookup, tokenizer, tmp_path):
     path.write_text('{"text": "ab", "label": 0}')
     with pytest.raises(BadInput, match="does not take what this data has"):
         measure_quality(lookup(torch.eye(12)), open_data(path, Preprocessing(tokenizer=tokenizer)), device="cpu")
+
+
+@pytest.mark.parametrize("loss", [0.5, math.inf])
+def test_a_quality_is_read_from_a_record_as_it_was(loss: float) -> None:
+    scores = ExampleScores(np.array([0.1, loss]), np.array([1.0, 0.0]), np.array([2.0, 1.0]))
+    for one in (
+        Quality("accuracy", 0.75, loss, 3, scores, replicates=(0.5, 1 / 3)),
+        Quality("f1", 0.1, None, 3, higher_is_better=True),
+    ):
+        again = Quality.of_record(json.loads(json.dumps(one.recorded())))
+        assert again == one
+        assert again.replicates == one.replicates
+        assert (again.examples is None) == (one.examples is None)
+        if one.examples is not None and again.examples is not None:
+            for before, after in zip(astuple(one.examples), astuple(again.examples), strict=True):
+                np.testing.assert_array_equal(before, after)
