@@ -7,9 +7,10 @@ norms, and buffers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ class Blocks:
     every: list[Block] = field(default_factory=list)
     in_memory: list[Block] = field(default_factory=list)
     active: list[Block] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blocks:
+        """Blocks of which none is in memory; nor are those of the network that is copied any more."""
+        self.come_to(self.device)
+        memo[id(self)] = copied = replace(self, every=[], in_memory=[], active=[])
+        copied.every += copy.deepcopy(self.every, memo)
+        return copied
 
     @contextmanager
     def running(self, block: Block) -> Iterator[None]:

@@ -180,6 +180,16 @@ def test_a_copy_runs_by_itself(llama: Path) -> None:
     assert same(outputs(copied, inputs), expected)
 
 
+def test_a_copy_holds_no_block_and_lacks_what_is_left_out_of_it(llama: Path) -> None:
+    model, inputs = streamed(llama), inputs_for("llama", 2)
+    outputs(model, inputs)
+    place = "model.layers.1.self_attn.q_proj"
+    copied = copy.deepcopy(model, {id(model.get_submodule(place).weight): None})
+    assert not blocks(copied).in_memory
+    copied.get_submodule(place.rpartition(".")[0]).q_proj = nn.Linear(16, 16, bias=False)
+    assert not same(outputs(copied, inputs), outputs(model, inputs))
+
+
 def test_a_parameter_is_read_where_it_is_not_in_memory(llama: Path) -> None:
     model, loaded = streamed(llama), load_transformers(llama)
     for name, parameter in loaded.named_parameters():
