@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -243,6 +244,23 @@ def test_a_folder_that_may_not_be_written_is_told_in_a_line(tmp_path: Path) -> N
     tmp_path.chmod(0o500)
     with pytest.raises(BadInput, match="may not be written to"):
         opened(tmp_path / "work")
+
+
+def test_what_a_killed_process_left_in_the_temporary_folder_is_removed_by_the_next_run(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for begin in (lambda: opened(work).close(), lambda: Journal().write("state", {})):
+        child = os.fork()
+        if child == 0:  # nothing here starts a thread
+            left = Journal()
+            left.write("state", {"a": torch.ones(3)})
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert list(tmp_path.glob("compressor-*"))
+        begin()
+        gc.collect()
+        assert not list(tmp_path.glob("compressor-*"))
 
 
 def test_digests_tell_names_shapes_dtypes_and_numbers_apart() -> None:
