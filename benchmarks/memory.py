@@ -14,9 +14,10 @@ of files that the system had in memory, and `dense_models_anonymous` without the
 At the peak both models are in memory, because they are timed side by side; `calibrated_before_the_model_was_shared` in
 the results was measured when the dense one was loaded once more, for the evaluation.
 
-Each command runs in a process of its own. Writes its peak sizes and time to benchmarks/results/memory.json, where the
-figures of the other measurement stay. The anonymous size is Linux's `RssAnon`, sampled twenty times a second. The
-weights are random: the figures say nothing about quality.
+Each command runs in a process of its own. Writes its peak sizes, its time, and the processor's to
+benchmarks/results/memory.json, where the figures of the other measurement stay, and those of the first version: its
+time was taken on two busy cores, so that its processor's time is at most twice as much. The anonymous size is Linux's
+`RssAnon`, sampled twenty times a second. The weights are random: the figures say nothing about quality.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def measured(*arguments: str) -> dict[str, Any]:
     return {
         "command": "compress " + " ".join(Path(a).name if os.sep in a else a for a in arguments),
         "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_resident_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "peak_anonymous_bytes": anonymous,
     }
@@ -188,6 +190,19 @@ def calibrated(scratch: Path) -> dict[str, Any]:
         for kind in ("resident", "anonymous")
     }
     return {"dense_bytes": dense_bytes["wide"], **taken, "runs": runs}
+
+
+def sharded_table(document: dict[str, Any]) -> str:
+    """Time and peak of both commands, in the first version and now."""
+    lines = ["| | command | seconds | CPU seconds | peak memory |", "|---|---|---|---|---|"]
+    for version, key in (("first version", "sharded_in_the_first_version"), ("now", "sharded")):
+        for run in document.get(key, {"runs": []})["runs"]:
+            verb = "restore" if " restore " in run["command"] else "compress"
+            spent = f"{run['cpu_seconds']:.0f}" if "cpu_seconds" in run else "-"
+            lines.append(
+                f"| {version} | {verb} | {run['seconds']:.0f} | {spent} | {run['peak_resident_bytes'] / 1e9:.2f} GB |"
+            )
+    return "\n".join(lines)
 
 
 def main() -> None:
