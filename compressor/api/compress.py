@@ -34,6 +34,7 @@ from compressor.api.option import verb
 from compressor.api.options import CompressOptions, PlanOptions
 from compressor.api.requests import (
     data_to_measure_on,
+    memory_of_jobs,
     output_folder,
     output_target,
     provenance,
@@ -56,7 +57,7 @@ from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
 from compressor.data import EvaluationData
-from compressor.engine import Run, opened_engine
+from compressor.engine import InProcess, Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
@@ -176,7 +177,7 @@ def compress(
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
     device = resolve_device(asked.device)
-    with opened_engine(asked.engine, device) as engine:
+    with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         run = Run(device, asked.seed, asked.progress, engine=engine)
         with kept_work(asked, subject, run) as working, kept_calibration(asked, subject, working) as running:
             compression = _compressed(asked, subject, running)
@@ -429,7 +430,10 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     examples = None
     if first is not None and data.calibration is not None:
         examples = CalibrationSize.of(data.calibration, first.footprint, calibration_settings(asked))
-    needs = needs_of(size, examples, places, held=_held_models(asked, subject, data, size=size))
+    held = replace(_held_models(asked, subject, data, size=size), jobs=run.engine.here)
+    if isinstance(run.engine, InProcess):
+        held = replace(held, jobs_memory=run.engine.memory)
+    needs = needs_of(size, examples, places, held=held)
     require_available(replace(needs, output=replace(needs.output, needed=0)) if asked.dry_run else needs)
     if eligible and (asked.dry_run or takes_steps(run.progress)):
         work = _timed_work(asked, subject, data, first=first, run=run)

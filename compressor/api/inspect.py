@@ -7,7 +7,7 @@ from typing import Unpack
 from compressor.api.keywords import InspectKeywords
 from compressor.api.option import verb
 from compressor.api.options import InspectOptions
-from compressor.api.requests import selection
+from compressor.api.requests import memory_of_jobs, selection
 from compressor.engine import Run, opened_engine
 from compressor.model import ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import PLANNING, window_rule_advice
@@ -38,7 +38,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
     device = resolve_device(asked.device)
-    with opened_engine(asked.engine, device) as engine:
+    with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         inspected = inspect_layers(subject, asked.epsilon, Run(device, progress=asked.progress, engine=engine))
     return Inspection(
         source=subject.name,

@@ -19,6 +19,7 @@ import torch
 from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.errors import BadInput
 from compressor.evaluation import free_memory, resident_memory
+from compressor.factorize import working_bytes
 from compressor.formatting import format_size
 from compressor.io import Checkpoint
 from compressor.network import Layer
@@ -192,27 +193,29 @@ class Held:
     Attributes:
         calibrating: While ranks are looked for.
         compared: When the result is measured or returned.
+        jobs: Layers that are worked on at a time.
+        jobs_memory: The most bytes that these take together; None where only their number is limited.
     """
 
     calibrating: int = 0
     compared: int = 0
+    jobs: int = 1
+    jobs_memory: int | None = None
 
 
 def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: Held) -> int:
     """Most bytes of memory at a time beside the libraries."""
     if calibration is None:
-        return max(held.calibrating + factorization_bytes(model), held.compared)
-    work = max(factorization_bytes(model), calibration_bytes(model, calibration))
+        return max(held.calibrating + factorization_bytes(model, held), held.compared)
+    work = max(factorization_bytes(model, held), calibration_bytes(model, calibration))
     return max(held.calibrating + work, held.compared)
 
 
-def factorization_bytes(model: ModelSize) -> int:
-    """Of the largest layer, in float64: the matrix, its factors, their product, and what LAPACK works with.
-
-    A matrix of `m x n` takes `5 m n`, and the smaller side's Gram matrix, its eigenvectors and the work space of
-    `syevd` `5 min(m, n)^2`.
-    """
-    return max((5 * FLOAT64 * (layer.parameters + min(layer.shape) ** 2) for layer in model.layers), default=0)
+def factorization_bytes(model: ModelSize, held: Held) -> int:
+    """Of the largest layers, as many as are worked on at a time, or of the largest alone where it takes more."""
+    largest = sorted((working_bytes(layer.shape) for layer in model.layers), reverse=True)
+    together = sum(largest[: held.jobs])
+    return together if held.jobs_memory is None else max(*largest[:1], min(together, held.jobs_memory), 0)
 
 
 def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:

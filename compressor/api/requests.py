@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from compressor.api.options import (
     CompressOptions,
     DataOptions,
@@ -18,7 +20,7 @@ from compressor.api.options import (
 from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Preference, Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
-from compressor.evaluation import TIMING, TimingSettings
+from compressor.evaluation import TIMING, TimingSettings, free_memory
 from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
@@ -59,6 +61,15 @@ def timing_settings(asked: CompressOptions | EvaluateOptions) -> TimingSettings:
 def provenance(asked: PlanOptions, checkpoint: Checkpoint) -> Provenance | None:
     """What the output says of how it was asked for; None of a module."""
     return None if checkpoint.source is None else Provenance(asked.command(checkpoint.name), asked.portable())
+
+
+def memory_of_jobs(device: torch.device) -> int | None:
+    """The most bytes that layers which are worked on at a time may take: a quarter of what is free, if that is known.
+
+    The machine is used by others too, and what is free now is not all free later.
+    """
+    free = free_memory(device)
+    return None if free is None else free // 4
 
 
 def selection(asked: LayerOptions) -> LayerSelection:

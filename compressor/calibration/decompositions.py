@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.calibrate import Calibration
-from compressor.factorize import Decomposition, FactorizationSettings, Metric, TiedMetric, decompose, decompose_tied
+from compressor.factorize import (
+    Decomposition,
+    FactorizationSettings,
+    Metric,
+    TiedMetric,
+    decompose,
+    decompose_tied,
+    working_bytes,
+)
 from compressor.forms import FORMS
 from compressor.lowrank import as_matrix
 from compressor.measure import Spectrum
@@ -50,6 +58,10 @@ class _InMetric:
     forms: Sequence[str]
     settings: FactorizationSettings
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return working_bytes(self.layer.shape)
 
     def on_device(self) -> _InMetric:
         """The same where it is to be computed, the numbers beginning alike whichever way they came there."""

@@ -20,8 +20,11 @@ class Engine(Protocol):
 
     A job is a function of a module that takes one item; both may be pickled and go to another process. Items are taken
     from their iterator as workers come free, so that few are held at a time. Leaving the context of the engine ends its
-    workers.
+    workers. `here` is how many jobs at most run on this machine at a time.
     """
+
+    @property
+    def here(self) -> int: ...
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order; what a job raises is raised here."""
@@ -37,10 +40,16 @@ class Engine(Protocol):
 class InProcess:
     """Runs jobs in this process, `threads` of them at a time.
 
-    Jobs beside each other have one thread of PyTorch each, as in the workers of the other engines.
+    Jobs beside each other have one thread of PyTorch each, as in the workers of the other engines. Those whose items
+    have `nbytes`, what the job takes in memory, are beside each other only while they take at most `memory` together.
     """
 
     threads: int = 1
+    memory: int | None = None
+
+    @property
+    def here(self) -> int:
+        return self.threads
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order."""
@@ -48,20 +57,26 @@ class InProcess:
 
     def _in_threads(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         before = torch.get_num_threads()
-        pending = deque[Future[R]]()
+        pending = deque[tuple[Future[R], int]]()
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
             try:
                 for item in items:
-                    pending.append(executor.submit(job, item))
+                    size = int(getattr(item, "nbytes", 0))
+                    while pending and not self._fits(size + sum(held for _, held in pending)):
+                        yield pending.popleft()[0].result()
+                    pending.append((executor.submit(job, item), size))
                     torch.set_num_threads(before)  # what a thread sets, threads to come have too
                     if len(pending) > self.threads:
-                        yield pending.popleft().result()
+                        yield pending.popleft()[0].result()
                 while pending:
-                    yield pending.popleft().result()
+                    yield pending.popleft()[0].result()
             finally:
-                for each in pending:
-                    each.cancel()
+                for future, _ in pending:
+                    future.cancel()
                 torch.set_num_threads(before)
+
+    def _fits(self, size: int) -> bool:
+        return self.memory is None or size <= self.memory
 
     def __enter__(self) -> Self:
         return self

@@ -41,6 +41,11 @@ class ProcessPool:
         self._accelerators, self._most_deaths, self._deaths = accelerators, most_deaths, 0
         self._executor: ProcessPoolExecutor | None = None
 
+    @property
+    def here(self) -> int:
+        """How many jobs run on this machine at a time."""
+        return self.workers
+
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order.
 

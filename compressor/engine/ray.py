@@ -39,6 +39,11 @@ class RayEngine:
             num_cpus=1, num_gpus=accelerators, max_retries=most_retries, name="compressor"
         )
 
+    @property
+    def here(self) -> int:
+        """How many jobs run on this machine at a time, of which a cluster decides by itself: it is not counted on."""
+        return 1
+
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order.
 

@@ -11,12 +11,12 @@ from compressor.engine.pool import ProcessPool
 from compressor.engine.ray import RayEngine
 
 
-def opened_engine(name: str | None, device: torch.device) -> Engine:
+def opened_engine(name: str | None, device: torch.device, *, memory: int | None = None) -> Engine:
     """The engine of a name as the option takes it: `processes`, `processes:4`, `ray`, or `ray:ADDRESS`.
 
     None is this process, in which a CPU decomposes as many layers at a time as PyTorch has threads: LAPACK shares the
     work on one poorly among them, and would give other digits for each number of threads. Of accelerators every worker
-    has one.
+    has one. Jobs in this process take at most `memory` bytes together.
 
     Raises:
         BadInput: Ray is not installed, or there is no cluster.
@@ -28,7 +28,7 @@ def opened_engine(name: str | None, device: torch.device) -> Engine:
         return ProcessPool(int(detail) if detail else count or _processors(), accelerators=count)
     if kind == "ray":
         return RayEngine(detail or None, accelerators=int(accelerated))
-    return InProcess(1 if accelerated else torch.get_num_threads())
+    return InProcess(1 if accelerated else torch.get_num_threads(), memory)
 
 
 def _processors() -> int:

@@ -5,7 +5,7 @@ from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import TiedMetric, decompose_tied, embedding_metric, tied_truncated_svd
-from compressor.factorize.truncated_svd import FactorPair, truncated_svd
+from compressor.factorize.truncated_svd import FactorPair, truncated_svd, working_bytes
 from compressor.factorize.weighted_svd import (
     Decomposition,
     Metric,
@@ -36,4 +36,5 @@ __all__ = [
     "truncated_svd",
     "weighed",
     "weighted_truncated_svd",
+    "working_bytes",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from compressor.measure.eigen import eigh
@@ -43,3 +44,12 @@ def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     if d_out <= d_in:
         return FactorPair(up=basis.contiguous(), down=basis.T @ wide)
     return FactorPair(up=wide @ basis, down=basis.T.contiguous())
+
+
+def working_bytes(shape: tuple[int, int]) -> int:
+    """Bytes that a layer of `d_out x d_in` takes while it is factorized, in float64.
+
+    The matrix, its factors, their product, and what lies between them take `5 d_out d_in` numbers, and the Gram matrix
+    of the smaller side, its eigenvectors, and the work space of LAPACK's `syevd` `5 min(d_out, d_in)^2`.
+    """
+    return 5 * torch.float64.itemsize * (shape[0] * shape[1] + min(shape) ** 2)

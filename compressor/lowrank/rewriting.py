@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.engine import Run
+from compressor.factorize import working_bytes
 from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.effective_weights import let_script
@@ -167,6 +168,10 @@ class _Factorization:
     bias: StoredTensor | None
     source: Path | None
     device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        return working_bytes(self.layer.shape)
 
 
 def _factorized(asked: _Factorization) -> Factors:

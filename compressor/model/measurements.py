@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compressor.engine import Run
 from compressor.errors import BadInput
+from compressor.factorize import working_bytes
 from compressor.forms import FORMS, pair_forms
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import as_matrix
@@ -81,6 +82,10 @@ class _Measurement:
     recipe: TrainingRecipe
     epsilon: float
     init_std: float | None
+
+    @property
+    def nbytes(self) -> int:
+        return working_bytes(self.layer.shape)
 
 
 def _spectra(asked: _Measurement) -> dict[str, NDArray[np.float64]]:

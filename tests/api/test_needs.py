@@ -115,6 +115,13 @@ def test_disk_is_linear_in_blocks_and_examples_and_memory_beyond_the_model_does_
     assert len(beyond) == 1
 
 
+def test_layers_that_are_worked_on_at_a_time_need_memory_together_but_no_more_than_they_may_have() -> None:
+    one, two = (memory_bytes(sized(4), None, Held(jobs=jobs)) for jobs in (1, 2))
+    assert two == 2 * one > 0
+    assert memory_bytes(sized(4), None, Held(jobs=3, jobs_memory=round(1.5 * one))) == round(1.5 * one)
+    assert memory_bytes(sized(4), None, Held(jobs=3, jobs_memory=1)) == one
+
+
 def test_the_output_is_what_the_request_leaves() -> None:
     model = sized(4, kept=1.0)
     assert output_bytes(model) == model.dense

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
+from _thread import LockType
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -75,6 +78,32 @@ def test_few_items_are_taken_ahead() -> None:
     assert next(results) == 0
     assert len(taken) <= 3
     assert list(results) == list(range(1, 20))
+
+
+@dataclass(frozen=True)
+class Sized:
+    """An item whose job takes memory, and the bytes of all jobs under way."""
+
+    nbytes: int
+    taken: list[int]
+    lock: LockType
+
+
+def bytes_beside(asked: Sized) -> int:
+    with asked.lock:
+        asked.taken.append(asked.nbytes)
+        together = sum(asked.taken)
+    time.sleep(0.01)
+    with asked.lock:
+        asked.taken.remove(asked.nbytes)
+    return together
+
+
+def test_jobs_in_threads_stay_within_the_memory_they_may_have() -> None:
+    taken, lock = list[int](), Lock()
+    together = list(InProcess(4, memory=100).map(bytes_beside, [Sized(n, taken, lock) for n in (40, 60, 90, 30, 150)]))
+    assert max(together[:4]) <= 100
+    assert together[4] == 150
 
 
 def test_jobs_in_threads_round_as_one_thread_does() -> None:
