@@ -93,8 +93,9 @@ def sum_in_float64(rows: Tensor) -> Tensor:
 
 
 def brought_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """A tensor on a device; one in float64 where that is computed with."""
-    return tensor.to(float64_device(device) if tensor.dtype == torch.float64 else device)
+    """A tensor on a device; one in float64 where that is computed with. Nothing waits for a copy from pinned memory."""
+    where = float64_device(device) if tensor.dtype == torch.float64 else device
+    return tensor.to(where, non_blocking=where.type == "cuda" and tensor.is_pinned())
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,21 +17,69 @@ from compressor.measure.moments import InputSums, VectorSum
 from compressor.torch_state import brought_to
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """Named tensors of a journal, read on a device."""
+class _Ahead:
+    """Reads the batch that comes next of each kind while the device computes, where batches are asked for in order."""
 
-    _journal: Journal
-    device: torch.device
+    def __init__(self, read: Callable[[str], dict[str, Tensor]], most_kinds: int = 4) -> None:
+        self._read, self._most_kinds = read, most_kinds
+        self._reader = ThreadPoolExecutor(1)
+        self._begun: dict[str, Future[dict[str, Tensor]]] = {}
+        self._next: dict[str, str] = {}
+
+    def read(self, kind: str, name: str, then: str | None) -> dict[str, Tensor]:
+        """The tensors of a name; those of `then` are read meanwhile if this name was the one to come next."""
+        in_order = self._next.pop(kind, None) == name
+        begun = self._begun.pop(name, None)
+        found = self._read(name) if begun is None else begun.result()
+        if then is not None:
+            self._next[kind] = then
+            if in_order:
+                self._begun[then] = self._reader.submit(self._read, then)
+        # Of kinds that nobody goes on with, a few are kept.
+        while len(self._next) > self._most_kinds:
+            del self._next[next(iter(self._next))]
+        while len(self._begun) > self._most_kinds:
+            del self._begun[next(iter(self._begun))]
+        return found
+
+    def forget(self, name: str) -> None:
+        """Let go of what was read of a name, which is written anew, once nothing reads it any more."""
+        begun = self._begun.pop(name, None)
+        if begun is not None:
+            wait([begun])
+
+
+def _read_for(device: torch.device, journal: Journal, name: str) -> dict[str, Tensor]:
+    """The tensors of a name in memory that a GPU copies from while it computes."""
+    found = journal.read(name)
+    return {key: each.pin_memory() for key, each in found.items()} if device.type == "cuda" else found
+
+
+class _Folder:
+    """Named tensors of a journal, read on a device; batches one ahead where that is an accelerator."""
+
+    def __init__(self, journal: Journal, device: torch.device) -> None:
+        self._journal, self.device = journal, device
+        self._ahead = None if device.type == "cpu" else _Ahead(partial(_read_for, device, journal))
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors, in place of those of that name."""
+        if self._ahead is not None:
+            self._ahead.forget(name)
         self._journal.write(name, tensors)
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a name, on the device. KeyError for one that was never written."""
         # safetensors knows some devices by name, PyTorch all of them
         return {key: brought_to(self.device, tensor) for key, tensor in self._journal.read(name).items()}
+
+    def read_batch(self, kind: str, batch: int) -> dict[str, Tensor]:
+        """The tensors of a batch of a kind, likewise."""
+        name, then = f"{kind}-{batch}", f"{kind}-{batch + 1}"
+        if self._ahead is None:
+            return self.read(name)
+        found = self._ahead.read(kind, name, then if self._journal.holds(then) else None)
+        return {key: brought_to(self.device, tensor) for key, tensor in found.items()}
 
     def read_on_cpu(self, name: str) -> dict[str, Tensor]:
         """The tensors of a name, on the CPU. KeyError for one that was never written."""
@@ -41,6 +91,8 @@ class _Folder:
 
     def drop(self, name: str) -> None:
         """Remove the tensors of a name."""
+        if self._ahead is not None:
+            self._ahead.forget(name)
         self._journal.drop(name)
 
 
@@ -65,7 +117,7 @@ class CachedBatches:
 
     def read(self, batch: int) -> tuple[Tensor, ...]:
         """The tensors of a batch, on the device. KeyError where there are none."""
-        tensors = self._folder.read(f"{self._kind}-{batch}")
+        tensors = self._folder.read_batch(self._kind, batch)
         return tuple(tensors[str(place)] for place in range(len(tensors)))
 
 

@@ -22,6 +22,7 @@ from compressor.forms import FORMS
 from compressor.lowrank import as_matrix
 from compressor.measure import Spectrum
 from compressor.network import Layer
+from compressor.torch_state import brought_to
 
 
 def decomposition_of(calibration: Calibration, layer: Layer) -> Decomposition:
@@ -77,7 +78,7 @@ class _InMetric:
         return Metric(self._placed(metric.inputs), self._placed(metric.gradients), mean)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        return aligned(tensor.to(self.device))
+        return aligned(brought_to(self.device, tensor))
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import compressor
+from compressor.calibration.activation_cache import ActivationCache
 from compressor.errors import BadInput
 from compressor.evaluation.cost import measure_latency, measure_peak_memory
 from compressor.factorize.tied_embedding import TiedMetric, nearest_kronecker_metric
@@ -101,6 +102,28 @@ def test_the_nearest_metric_asks_the_device_for_no_eigenvalues(device):
     wanted = nearest_kronecker_metric(metric(torch.device("cpu")))
     torch.testing.assert_close(found.inputs.cpu(), wanted.inputs)
     torch.testing.assert_close(found.gradients.cpu(), wanted.gradients)
+
+
+@pytest.mark.parametrize("order", [range(6), [0, 1, 2, 3, 3, 3, 4, 5], [3, 1, 0, 5, 2, 4]])
+def test_batches_that_are_read_ahead_are_those_that_were_written_last(order, device):
+    cache = ActivationCache(device)
+    kinds = cache.dense("fit", 1), cache.gradients(2)
+    values = {kind: [torch.randn(3) for _ in range(6)] for kind in kinds}
+    for kind, batches in values.items():
+        for batch, each in enumerate(batches):
+            kind.write(batch, (each,))
+    for batch in order:
+        for kind, batches in values.items():
+            [found] = kind.read(batch)
+            assert found.device == device
+            assert torch.equal(found.cpu(), batches[batch])
+            if batch < 5:  # the next one, which may be read already
+                batches[batch + 1] = torch.randn(3)
+                kind.write(batch + 1, (batches[batch + 1],))
+    kinds[0].drop(5)
+    kinds[0].read(4)
+    with pytest.raises(KeyError):
+        kinds[0].read(5)
 
 
 @pytest.fixture
