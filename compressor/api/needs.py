@@ -224,13 +224,13 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     - the moments of the block's layers in float64, and those of a batch;
     - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
       gradients;
-    - the model's outputs in float32, with their logarithms, probabilities and gradients;
+    - some of the model's outputs in float32, with their logarithms, probabilities and gradients;
     - of the factors of a block, which refinement fits, copies, gradients and Adam's moments in float32.
     """
     settings = calibration.settings
     moments = 2 * FLOAT64 * max((sum(map(_moments, part)) for part in model.parts), default=0)
     passing = 3 * calibration.at_once * calibration.footprint.block
-    outputs = 5 * calibration.at_once * calibration.footprint.outputs
+    outputs = 5 * min(calibration.at_once * calibration.footprint.outputs, settings.logit_bytes)
     largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
     optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
     return max(moments, optimizing) + max(passing, outputs)
