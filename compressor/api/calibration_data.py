@@ -14,7 +14,8 @@ from compressor.calibration.self_generated import SelfRequest, examples_by_defau
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.errors import BadInput
-from compressor.evaluation import require_accepted
+from compressor.evaluation import free_memory, require_accepted
+from compressor.formatting import format_size
 from compressor.model import Model
 from compressor.planning import Budget
 from compressor.report.wording import needs_calibration
@@ -90,7 +91,18 @@ def _request(asked: CompressOptions, subject: Model) -> SelfRequest:
 
 def _own(asked: CompressOptions, subject: Model, request: SelfRequest, *, run: Run) -> CalibrationData:
     def make() -> CalibrationData:
-        samples = self_generated(subject, request, run=run)
+        nbytes = sum(info.nbytes for info in subject.checkpoint.tensors.values())
+        free = free_memory(run.device)
+        by_block = not subject.in_memory and free is not None and nbytes > free
+        if by_block:
+            logger.warning(
+                "%s does not fit in memory (%s): its blocks are read again for every token that it writes, which takes"
+                " long; `calibration=DATA` does not",
+                subject.name,
+                format_size(nbytes),
+            )
+        samples = self_generated(subject, request, run=run, by_block=by_block)
+        subject.let_go()
         return replace(_accepted(asked, subject, samples, run=run), made=samples.name)
 
     return keep_examples(run.journal if run.calibrated is None else run.calibrated, make)

@@ -198,6 +198,7 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
         _require_some(measured, subject.name)
         speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
         ready = prepared(speed, subject, measured, request=_request(asked, subject))
+        subject.let_go()
         planned = _planned(asked, subject, ready, data=data, run=run)
     rewriting = _rewriting(asked, subject, planned)
     errors = StoredErrors(len(rewriting.factorized), run.progress)

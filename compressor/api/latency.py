@@ -280,7 +280,7 @@ def prepared(
 def _by_timing(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], *, request: PlanRequest) -> Prepared:
     """What is known once plans were timed."""
     limit = request.limit
-    pairs = PairTimer(subject.with_separate_experts, speed.run.device, speed.timing, journal=speed.run.journal)
+    pairs = PairTimer(subject.streamed, speed.run.device, speed.timing, journal=speed.run.journal)
     measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
     # A search by drop begins with a size that it may leave for a smaller, faster one.
     searched = request.budget is not None and request.budget.kind == "max-drop"

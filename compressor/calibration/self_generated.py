@@ -24,11 +24,13 @@ from compressor.errors import BadInput
 from compressor.evaluation import count_macs
 from compressor.model import Model, evaluation_mode
 from compressor.model.example_inputs import (
+    architecture_of,
     example_inputs,
     is_transformer,
     most_tokens,
     ordinary_tokens,
 )
+from compressor.model.streaming import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class SelfRequest:
 
 def kind_of_model(model: Model, preprocessing: Preprocessing) -> SelfMaking:
     """How a model makes examples of its own, by its class, what it takes, and its tokenizer."""
-    module = model.module
+    module = architecture_of(model)
     named = getattr(module, "main_input_name", None) if is_transformer(module) else None
     name = type(module).__name__
     if named == "input_ids":
@@ -95,7 +97,7 @@ def examples_by_default(model: Model, request: SelfRequest, *, device: torch.dev
     None for a kind of model of which it is not known that they help, for images whose normalization is not known, and
     where calibration on them would take long.
     """
-    kind, module = kind_of_model(model, request.preprocessing), model.module
+    kind, module = kind_of_model(model, request.preprocessing), architecture_of(model)
     if kind not in BY_DEFAULT or (kind == "image model" and not is_transformer(module)):
         return None
     settings = request.settings
@@ -103,22 +105,26 @@ def examples_by_default(model: Model, request: SelfRequest, *, device: torch.dev
     if kind == "causal language model":
         each = most_tokens(model, request.length or settings.length) * sum(map(torch.numel, module.parameters()))
     else:
-        each = count_macs(module, example_inputs(model, 1, generator=torch.Generator().manual_seed(0)), device=device)
+        each = count_macs(
+            model.module, example_inputs(model, 1, generator=torch.Generator().manual_seed(0)), device=device
+        )
     count = min(request.count, int(most / max(1, each)))
     return count if count >= min(settings.fewest, request.count) else None
 
 
-def self_generated(model: Model, request: SelfRequest, *, run: Run) -> EvaluationData:
+def self_generated(model: Model, request: SelfRequest, *, run: Run, by_block: bool = False) -> EvaluationData:
     """Examples that the model makes itself, seeded, without labels.
 
-    Raises `BadInput` for a model whose inputs are not known.
+    With `by_block` it is never whole in memory, and its blocks are read again for every token. Raises `BadInput` for a
+    model whose inputs are not known.
     """
     kind = kind_of_model(model, request.preprocessing)
     logger.info("calibration on %d %s", request.count, MADE[kind])
     generator = torch.Generator().manual_seed(run.seed)
-    making = _Making(model, request, generator, partial(run.report, "generate"))
+    network = model.streamed if by_block else model.module
+    making = _Making(model, network, request, generator, partial(run.report, "generate"))
     try:
-        with evaluation_mode(run.device, model.module), frozen(model.module):
+        with evaluation_mode(run.device, network), frozen(network):
             inputs = making.inputs(kind)
     except BadInput as error:
         what, remedy = f"the model cannot make its own examples: {error.what}", "give `calibration=DATA`"
@@ -148,6 +154,7 @@ class _Making:
     """One model making its examples."""
 
     model: Model
+    network: nn.Module
     request: SelfRequest
     generator: torch.Generator
     told: Told
@@ -184,7 +191,7 @@ class _Making:
 
     def _sampler(self, *, decoder: bool = False, special: bool = True) -> Sampler:
         ordinary = self._ordinary(decoder=decoder)
-        config: Any = self.model.module.config
+        config: Any = self.network.config
         size = getattr(getattr(config, "decoder", None) if decoder else None, "vocab_size", None)
         size = size or (getattr(config, "text_config", None) or config).vocab_size
         excluded = () if special else tuple(set(range(size)) - set(ordinary.tolist()))
@@ -204,7 +211,7 @@ class _Making:
         return torch.cat([before.expand(len(first), -1), first], dim=1)
 
     def _written(self, prompts: Tensor, told: Told) -> Tensor:
-        return continued(self.model.module, prompts, self._length(), sampler=self._sampler(), told=told)
+        return continued(self.network, prompts, self._length(), sampler=self._sampler(), told=told)
 
     def _masks(self) -> Tensor:
         mask = _mask_token(self.request.preprocessing)
@@ -216,7 +223,7 @@ class _Making:
     def _filled(self, masked: Tensor, told: Told) -> Tensor:
         mask = _mask_token(self.request.preprocessing)
         assert mask is not None
-        return unmasked(self.model.module, masked, mask, sampler=self._sampler(special=False), told=told)
+        return unmasked(self.network, masked, mask, sampler=self._sampler(special=False), told=told)
 
     def _translated(self) -> dict[str, Tensor]:
         inputs = self._random(self._length())
@@ -227,12 +234,12 @@ class _Making:
         def written(chosen: Tensor, told: Told) -> Tensor:
             places = chosen[:, 0]
             named = {"input_ids": sources[places]}
-            return continued(self.model.module, first[places], length, sampler=sampler, told=told, **named)
+            return continued(self.network, first[places], length, sampler=sampler, told=told, **named)
 
         return {"input_ids": sources, "decoder_input_ids": self._in_parts(rows, written)}
 
     def _name_of_images(self) -> str:
-        return "pixel_values" if is_transformer(self.model.module) else "inputs"
+        return "pixel_values" if is_transformer(self.network) else "inputs"
 
     def _images(self, kind: SelfMaking) -> Tensor:
         [example] = self._random().values()
@@ -242,7 +249,7 @@ class _Making:
         return self._in_parts(noise, self._matched)
 
     def _matched(self, noise: Tensor, told: Told) -> Tensor:
-        model, device = self.model.module, next(self.model.module.parameters()).device
+        model, device = self.network, device_of(self.network)
         run = partial(_run_on_images, model, self._name_of_images())
         return matched(model, noise.to(device), run=run, settings=self.request.settings, told=told).cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,17 @@ def _random(info: TensorInfo, generator: torch.Generator) -> Tensor:
         return torch.arange(info.elements, dtype=info.dtype).reshape(info.shape)
     inputs = max(1, info.elements // max(1, info.shape[0]))
     return torch.randn(info.shape, generator=generator).div_(math.sqrt(inputs)).to(info.dtype)
+
+
+def _with_weights(dense: nn.Module) -> nn.Module:
+    """A layer, or a copy with random weights where its own are not in memory."""
+    if not any(parameter.is_meta for parameter in dense.parameters()):
+        return dense
+    copied, generator = copy.deepcopy(dense).to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in copied.state_dict().items():
+            tensor.copy_(_random(TensorInfo(name, tuple(tensor.shape), tensor.dtype), generator))
+    return copied
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,7 @@ class PairTimer:
         self, rewriting: Rewriting, layer: Layer, plan: LayerPlan, *, use: LayerUse
     ) -> tuple[float, float, float]:
         """The seconds of a dense layer and of its pair, and those that timing them took."""
-        dense = self.dense.get_submodule(layer.module)
+        dense = _with_weights(self.dense.get_submodule(layer.module))
         pair = filled_layer(layer, plan, dense, tensors=_random_factors(rewriting, layer, plan).tensors)
         quick = self._quick
         inputs = {"input": _inputs(layer, use)}

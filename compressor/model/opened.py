@@ -108,6 +108,10 @@ class Model:
         kept = {f"{layer.module}.{layer.parameter}" for layer in self.layers if layer.kind == "parameter"}
         return self.with_separate_experts if self.in_memory else self._network.by_block(self.name, kept)
 
+    def let_go(self) -> None:
+        """Let go of `module` where `streamed` does without it; it is loaded again when it is asked for."""
+        self._network.let_go(self.name)
+
     @property
     def recipe(self) -> TrainingRecipe:
         """How it was trained, as far as that is known."""
@@ -288,12 +292,23 @@ class _Network:
 
     def by_block(self, name: str, kept: Collection[str]) -> nn.Module:
         """Its blocks read when they run, with separate experts; the parameters that are `kept` are in memory."""
-        if self.blocks is None and self.loaded is None:
+        if self.loaded is None:
+            self._find_blocks(name, kept)
+        return self.apart() if self.blocks is None else self.blocks
+
+    def let_go(self, name: str) -> None:
+        """Forget what was loaded whole, where its blocks are another module."""
+        if self.checkpoint.source is not None and self.factory is None and self.loaded is not None:
+            self._find_blocks(name, ())
+            if self.blocks is not None:
+                self.loaded = self.separate = None
+
+    def _find_blocks(self, name: str, kept: Collection[str]) -> None:
+        if self.blocks is None:
             try:
                 self.blocks = _by_block(self.checkpoint, self.architecture, self.factory, kept=kept)
             except NotStreamed as reason:
                 logger.info("%s is loaded whole: %s", name, reason)
-        return self.apart() if self.loaded is not None or self.blocks is None else self.blocks
 
 
 def _by_block(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from compressor.calibration.noise import matched, spectral_noise, statistics_dis
 from compressor.calibration.self_generated import SelfRequest, kind_of_model, self_generated
 from compressor.calibration.settings import SelfGeneratedSettings
 from compressor.calibration.written_text import Sampler, continued, unmasked
-from compressor.data import EvaluationData
+from compressor.data import EvaluationData, Preprocessing
 from compressor.engine import Run
 from compressor.model import open_model
 from tests.calibration.tiny_models import CPU
@@ -188,6 +189,16 @@ def test_every_kind_of_model_makes_examples_that_it_takes_the_same_for_a_seed(na
         assert len(tensor.unique(dim=0)) == 6
     assert all(torch.equal(before[key], tensor) for key, tensor in module.state_dict().items())
     assert [each.requires_grad for each in module.parameters()] == [each.requires_grad for each in build().parameters()]
+
+
+def test_a_model_whose_blocks_are_read_for_every_token_writes_the_same(tmp_path: Path) -> None:
+    ARCHITECTURES["llama"].dense().save_pretrained(tmp_path)
+    request = SelfRequest(4, 6, Preprocessing(), SelfGeneratedSettings())
+    ours, theirs = (
+        self_generated(open_model(tmp_path), request, run=Run(CPU), by_block=by_block).read(range(4))
+        for by_block in (True, False)
+    )
+    assert torch.equal(ours.inputs["input_ids"], theirs.inputs["input_ids"])
 
 
 def test_texts_begin_as_the_tokenizer_begins_them() -> None:

@@ -100,6 +100,13 @@ def test_pairs_are_timed_beside_their_dense_layers_once_for_each_shape() -> None
     assert timer.spent == before
 
 
+def test_layers_that_are_not_in_memory_are_timed_with_random_weights() -> None:
+    model = Network()
+    rewriting, measured = planned(model, 0.5)
+    expected = PairTimer(model, CPU, COUNTED).timed(rewriting, measured)
+    assert PairTimer(Network().to("meta"), CPU, COUNTED).timed(rewriting, measured) == expected
+
+
 def test_what_an_interrupted_run_has_timed_is_not_timed_again(tmp_path: Path) -> None:
     model = Network()
     rewriting, measured = planned(model, 0.5)

@@ -333,6 +333,19 @@ def test_a_folder_is_streamed_beside_the_loaded_model(llama: Path) -> None:
     assert same(outputs(by_block, inputs), outputs(load_model(llama), inputs))
 
 
+def test_what_was_loaded_whole_is_let_go_for_its_blocks(llama: Path) -> None:
+    model = open_model(llama)
+    first = model.module
+    assert model.streamed is first
+    model.let_go()
+    assert blocks_of(model.streamed) is not None
+    assert model.module is not first
+    assert blocks_of(model.streamed) is not None
+    given = open_model(first)
+    given.let_go()
+    assert given.module is first
+
+
 def test_modules_in_memory_stay_as_they_are() -> None:
     module = transformer("llama")
     assert open_model(module).streamed is module
