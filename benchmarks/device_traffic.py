@@ -75,12 +75,11 @@ def measured(name: str, effort: str, device: torch.device) -> dict[str, Any]:
 
 def traffic_table(document: dict[str, Any]) -> str:
     """A line for each network and effort."""
-    head = ["network", "effort", "waits", "to device", "to host", "model moves", "waits a batch", "copies a batch"]
+    head = ["network", "effort", "waits", "copies to device", "copies to host", "model moves", "launches"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in document["rows"]:
-        batch = row["for each batch"]
-        cells = [row["network"], row["effort"], row["waits"], row["to device"], row["to host"], row["model moves"]]
-        cells += [f"{batch['waits']:g}", f"{batch['to device'] + batch['to host']:g}"]
+        counted_there = ("waits", "to device", "to host", "model moves", "launches")
+        cells = [row["network"], row["effort"], *(row[what] for what in counted_there)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
