@@ -58,22 +58,23 @@ class InProcess:
     def _in_threads(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         before = torch.get_num_threads()
         pending = deque[tuple[Future[R], int]]()
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-            try:
-                for item in items:
-                    size = int(getattr(item, "nbytes", 0))
-                    while pending and not self._fits(size + sum(held for _, held in pending)):
+        try:
+            with ThreadPoolExecutor(self.threads, initializer=_have_one_thread) as executor:
+                try:
+                    for item in items:
+                        size = int(getattr(item, "nbytes", 0))
+                        while pending and not self._fits(size + sum(held for _, held in pending)):
+                            yield pending.popleft()[0].result()
+                        pending.append((executor.submit(job, item), size))
+                        if len(pending) > self.threads:
+                            yield pending.popleft()[0].result()
+                    while pending:
                         yield pending.popleft()[0].result()
-                    pending.append((executor.submit(job, item), size))
-                    torch.set_num_threads(before)  # what a thread sets, threads to come have too
-                    if len(pending) > self.threads:
-                        yield pending.popleft()[0].result()
-                while pending:
-                    yield pending.popleft()[0].result()
-            finally:
-                for future, _ in pending:
-                    future.cancel()
-                torch.set_num_threads(before)
+                finally:
+                    for future, _ in pending:
+                        future.cancel()
+        finally:
+            torch.set_num_threads(before)  # what a thread sets, those that begin after it have too
 
     def _fits(self, size: int) -> bool:
         return self.memory is None or size <= self.memory
@@ -85,3 +86,9 @@ class InProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing was opened."""
+
+
+def _have_one_thread() -> None:
+    """Give this thread one of PyTorch's; asked first, because the first question sets the number of all."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
