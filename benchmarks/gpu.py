@@ -8,11 +8,12 @@ In this order, as long as there is time left:
 `profile`: the constants of the cost model, measured anew.
 `decompositions`: eigenvalues and eigenvectors on the device and on the CPU, in float32 and float64.
 `calibration`: a folder of a few blocks of a Llama of the shape of an 8B one, with random weights, compressed with
-calibration: times, memory, and tokens a second. A line through two numbers of blocks says what all 32 blocks would
-take; that is extrapolated, and rows say so. The head is left as it is.
+calibration at `--effort fast`: times, memory, and tokens a second. A line through two numbers of blocks says what all
+32 blocks would take; that is extrapolated, and rows say so. The head is left as it is.
 `generation`: prefill and decoding with a cache, dense against half of the numbers of each layer in two forms, and as
 `prefer="speed"` plans it. Layout, bytes, and outputs are checked before anything is timed.
 `repeatable`: whether the same command gave the same bytes twice, with calibration and without.
+`more effort`: `calibration` at `--effort balanced` and `best`.
 
 Everything is written to benchmarks/results/gpu-NAME.json as soon as it is known, so that a run that is stopped leaves
 what it found. A part that fails is in the file with its error, and the exit status is 1. `--tiny` does all of it with a
@@ -33,10 +34,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -253,9 +254,9 @@ def _milliseconds_of_eigh(side: int, dtype: torch.dtype, device: torch.device) -
     return round(1e3 * (time.perf_counter() - started), 3)
 
 
-def calibrate(job: Job) -> Iterator[Document]:
+def calibrate(job: Job, efforts: Sequence[str]) -> Iterator[Document]:
     """Rows of compressions with calibration: each effort at two numbers of blocks, and extrapolated to all."""
-    for effort in ("fast", "balanced", "best"):
+    for effort in efforts:
         rows = []
         for blocks in job.measured.blocks:
             rows.append(_compressed(job, blocks, effort))
@@ -305,17 +306,22 @@ def _source(job: Job, blocks: int) -> Path:
     """The folder of a model in bfloat16, which is made once."""
     folder = job.folder / f"dense-{blocks}"
     if not folder.exists():
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with job.device:
-                model = job.measured.llama.build(blocks)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        model = _built(job, blocks)
         model.to("cpu").save_pretrained(folder)
         del model
         gc.collect()
     return folder
+
+
+def _built(job: Job, blocks: int) -> nn.Module:
+    """A model in bfloat16, drawn on the device: on a CPU that takes as long as much of the rest."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with job.device:
+            return job.measured.llama.build(blocks)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _extrapolated(job: Job, rows: list[Document]) -> Document:
@@ -337,7 +343,7 @@ def generate(job: Job) -> Iterator[Document]:
     measured = job.measured
     network = Network(
         f"Llama, hidden {measured.llama.hidden}, {measured.generating} of {measured.llama.whole} blocks",
-        lambda: measured.llama.build(measured.generating),
+        lambda: _built(job, measured.generating),
         (tokens("prefill", measured.length, use_cache=False), decode(measured.length)),
     )
     dtype = torch.bfloat16
@@ -366,9 +372,10 @@ PARTS: dict[str, Part] = {
     "tests": run_tests,
     "profile": measure_constants,
     "decompositions": time_decompositions,
-    "calibration": calibrate,
+    "calibration": partial(calibrate, efforts=("fast",)),
     "generation": generate,
     "repeatable": repeat,
+    "more effort": partial(calibrate, efforts=("balanced", "best")),
 }
 
 

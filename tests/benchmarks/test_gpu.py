@@ -40,7 +40,7 @@ def test_all_parts(gpu: ModuleType, tmp_path: Path) -> None:
     assert gpu.PARTS.keys() <= document.keys()
     assert not document.keys() & {"errors", "out of time"}
     assert document["tests"]["passed"] > 0
-    rows = document["calibration"]
+    rows = [*document["calibration"], *document["more effort"]]
     assert [(row["effort"], row["blocks"]) for row in rows] == [
         (effort, blocks) for effort in ("fast", "balanced", "best") for blocks in (1, 2, gpu.TINY.llama.whole)
     ]
