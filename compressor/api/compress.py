@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
@@ -63,13 +64,15 @@ from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
 from compressor.io import Artifact, Naming, form_of
 from compressor.lowrank import (
+    KeptDecompositions,
     Rewriting,
     StoredErrors,
     compressed_artifact,
     rewritten_infos,
 )
-from compressor.measure import EPSILON
+from compressor.measure import EPSILON, Precision
 from compressor.model import (
+    Decomposing,
     Model,
     ModelLike,
     inspect_layers,
@@ -192,15 +195,17 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
     expect_data(run, data.calibration, data.search)
     with _held(subject, data, run):
         needs = _announced(asked, subject, data, places=places, run=run)
-        inspected = inspect_layers(subject, EPSILON, run)
+        decomposing = _decomposing(asked, data, places, run=run)
+        kept = None if decomposing is None else decomposing.kept
+        inspected = inspect_layers(subject, EPSILON, run, decomposing=decomposing)
         measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
         measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
         _require_some(measured, subject.name)
         speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
         ready = prepared(speed, subject, measured, request=_request(asked, subject))
         subject.let_go()
-        planned = _planned(asked, subject, ready, data=data, run=run)
-    rewriting = _rewriting(asked, subject, planned)
+        planned = _planned(asked, subject, ready, data=data, gate=_gate(data, kept, run), run=run)
+    rewriting = replace(_rewriting(asked, subject, planned), decompositions=kept)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
     artifact = compressed_artifact(rewriting, asked.max_shard_size, run=run, errors=errors, module=module)
@@ -229,6 +234,24 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
     )
     pushed = None if target is None else target.push()
     return replace(compression, form=asked.form, pushed=pushed)
+
+
+def _decomposing(asked: CompressOptions, data: _Data, places: Places, *, run: Run) -> Decomposing | None:
+    """How large layers are decomposed when they are measured; None where calibration will decompose them."""
+    if data.calibration is not None:
+        return None
+    precision, budget = Precision(), requested_budget(asked)
+    if budget is not None and budget.kind == "tolerance" and budget.value is not None:
+        # The dropped energy that is asked for is to be known to a thousandth.
+        precision = replace(precision, loss=min(precision.loss, 1e-3 * budget.value**2))
+    searched = budget is not None and budget.kind == "max-drop"
+    if asked.dry_run and not searched:
+        return Decomposing(precision)
+    # They take as much as a model in float32, which is not always there, and not ours alone.
+    room = 0
+    with suppress(OSError):
+        room = shutil.disk_usage(places.temporary).free // 2
+    return Decomposing(precision, KeptDecompositions(run.journal.part("decompositions"), room))
 
 
 @dataclass(frozen=True)
@@ -267,12 +290,18 @@ def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
     )
 
 
-def _planned(asked: CompressOptions, subject: Model, ready: Prepared, *, data: _Data, run: Run) -> PlannedModel:
+def _gate(data: _Data, decompositions: KeptDecompositions | None, run: Run) -> DropGate | None:
+    """What drops in quality are measured on, where there are data for that."""
+    return None if data.search is None else DropGate(data.search, run, decompositions)
+
+
+def _planned(
+    asked: CompressOptions, subject: Model, ready: Prepared, *, data: _Data, gate: DropGate | None, run: Run
+) -> PlannedModel:
     """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
         calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
-    gate = None if data.search is None else DropGate(data.search, run)
     if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
     else:

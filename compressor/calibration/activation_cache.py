@@ -267,8 +267,7 @@ class CachedDecompositions:
 
     def put(self, name: str, found: Decomposition) -> None:
         """Keep the decomposition of a layer, in place of the one before."""
-        tensors = {"values": torch.from_numpy(found.values.copy()), "basis": found.basis}
-        self._folder.write(f"decomposition/{name}", tensors)
+        self._folder.write(f"decomposition/{name}", found.tensors())
 
     def __getitem__(self, name: str) -> Decomposition:
         tensors = self._folder.read_on_cpu(f"decomposition/{name}")

@@ -16,7 +16,7 @@ from compressor.data import EvaluationData
 from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
-from compressor.lowrank import Rewriting, rewritten_module
+from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_module
 from compressor.model import Model
 from compressor.planning import (
     Budget,
@@ -40,6 +40,7 @@ class DropGate:
 
     data: EvaluationData
     run: Run
+    decompositions: KeptDecompositions | None = None
 
     def baseline(self, subject: Model) -> Quality:
         """The quality of the dense model; `BadInput` where it is not finite."""
@@ -65,7 +66,13 @@ class DropGate:
 
         def compressed() -> nn.Module:
             rewriting = Rewriting(
-                subject.checkpoint, subject.recipe, subject.layers, planned.plan, planned.factors, planned.statistics
+                subject.checkpoint,
+                subject.recipe,
+                subject.layers,
+                planned.plan,
+                planned.factors,
+                planned.statistics,
+                decompositions=self.decompositions,
             )
             return rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
 

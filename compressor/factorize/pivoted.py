@@ -42,13 +42,15 @@ def pivoted_pair(pair: FactorPair) -> PivotedPair:
     The rows are those of (nearly) maximal volume: the pivots of an LU decomposition of an orthonormal basis of the
     column space, improved by swaps until no coefficient exceeds `LARGEST_COEFFICIENT` (Goreinov, Oseledets,
     Savostyanov, Tyrtyshnikov and Zamarashkin, "How to find a good submatrix", 2010). The storage is that of PIFA (Zhao
-    et al., ICML 2025).
+    et al., ICML 2025). The arithmetic is in float64; in float32 for a pair in float32, such as those of truncated SVDs,
+    whose columns are orthogonal.
     """
     d_out, rank = pair.up.shape
-    basis = torch.linalg.qr(in_float64(pair.up) / power_of_two(pair.up)).Q
+    basis = _orthonormal(pair.up)
     permutation = torch.linalg.lu_factor(basis).pivots
     rows = _apply_transpositions(permutation, d_out)
     coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)
+    swapped = False
     while coefficients.numel():
         flat = int(coefficients.abs().argmax())
         i, j = divmod(flat, rank)
@@ -61,11 +63,21 @@ def pivoted_pair(pair: FactorPair) -> PivotedPair:
         column[i] += 1
         coefficients.sub_(torch.outer(column, row) / pivot)
         rows[j], rows[rank + i] = rows[rank + i].clone(), rows[j].clone()
-    # The swaps' rounding is shed by solving once more for the rows they ended at.
-    coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)
+        swapped = True
+    if swapped:  # their rounding is shed by solving once more for the rows they ended at
+        coefficients = torch.linalg.solve(basis[rows[:rank]], basis[rows[rank:]], left=False)
     order = torch.empty(d_out, dtype=torch.int32, device=rows.device)
     order[rows] = torch.arange(d_out, dtype=torch.int32, device=rows.device)
     return PivotedPair(up=coefficients, down=pair.up[rows[:rank]] @ pair.down, order=order)
+
+
+def _orthonormal(up: Tensor) -> Tensor:
+    """An orthonormal basis of the columns; of those of a pair in float32 it is taken that they are orthogonal."""
+    if up.dtype == torch.float32:
+        columns: Tensor = up / torch.linalg.vector_norm(up, dim=0).clamp_min(torch.finfo(up.dtype).tiny)
+        return columns
+    basis: Tensor = torch.linalg.qr(in_float64(up) / power_of_two(up)).Q
+    return basis
 
 
 def _apply_transpositions(pivots: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ SVD of `S_g^(1/2) W S_x^(1/2)` mapped back.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from compressor.factorize.truncated_svd import FactorPair
-from compressor.measure import Spectrum
+from compressor.measure import Precision, Spectrum, singular_basis
 from compressor.measure.eigen import eigh
 from compressor.measure.scale import power_of_two
 from compressor.torch_state import in_float64
+
+# No float32.
+EXACT = Precision(loss=0.0)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Metric:
 class Decomposition:
     """What gives the best pair of every rank for one `d_out x d_in` matrix in one metric, from one decomposition.
 
+    Without a metric it is that of the matrix itself, in the Frobenius norm.
+
     Attributes:
         values: Singular values of `S_g^(1/2) W S_x^(1/2)`, descending; the sum of the dropped ones squared is twice the
             loss. Of a tied embedding what takes their place.
@@ -57,13 +63,29 @@ class Decomposition:
     values: Spectrum
     basis: Tensor
 
-    def pair(self, matrix: Tensor, rank: int, metric: Metric) -> FactorPair:
+    def tensors(self) -> dict[str, Tensor]:
+        """The decomposition as tensors by name, to be kept."""
+        return {"values": torch.from_numpy(self.values.copy()), "basis": self.basis}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Decomposition:
+        """The decomposition that was kept as `tensors`."""
+        return cls(tensors["values"].cpu().numpy(), tensors["basis"])
+
+    def pair(self, matrix: Tensor, rank: int, metric: Metric | None) -> FactorPair:
         """The rank-`rank` matrix W' that minimizes `tr(S_g (W - W') S_x (W - W')^T)`, in float64.
 
         The rows of `down` carry the size of W', `up` is orthonormal, so that neither loses digits when it is rounded.
-        A basis that was rounded costs next to nothing: the matrix is projected on the space that it spans.
+        A basis that was rounded costs next to nothing: the matrix is projected on the space that it spans. Without a
+        metric the pair is in the precision of the basis, and one of its factors is a part of it.
         """
         require_rank(matrix, rank)
+        if metric is None:
+            basis = self.basis[:, :rank]
+            wide = matrix.to(basis.dtype)
+            if matrix.shape[0] <= matrix.shape[1]:
+                return FactorPair(up=basis.contiguous(), down=basis.T @ wide)
+            return FactorPair(up=wide @ basis, down=basis.T.contiguous())
         space = torch.linalg.qr(in_float64(self.basis[:, :rank])).Q
         wide = in_float64(matrix)
         if matrix.shape[0] <= matrix.shape[1]:
@@ -95,8 +117,11 @@ class Decomposition:
         return replace(self, basis=narrow) if within else self
 
 
-def decompose(matrix: Tensor, metric: Metric) -> Decomposition:
-    """Decompose a `d_out x d_in` matrix in a metric, in float64."""
+def decompose(matrix: Tensor, metric: Metric | None, precision: Precision = EXACT) -> Decomposition:
+    """Decompose a `d_out x d_in` matrix in a metric, in float64; without one in float32, if `precision` allows it."""
+    if metric is None:
+        found = singular_basis(matrix, precision)
+        return Decomposition(found.values, found.vectors)
     scale = power_of_two(matrix)
     gram, factor = _weighted_gram(in_float64(matrix) / scale, metric)
     eigenvalues, vectors = eigh(gram)

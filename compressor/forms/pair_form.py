@@ -139,7 +139,7 @@ class PairForm(ABC):
         """
         if isinstance(metric, TiedMetric):
             return tied_truncated_svd(matrix, rank, metric, start=decomposition, settings=settings)
-        if metric is None:
+        if metric is None and decomposition is None:
             return truncated_svd(matrix, rank)
         return (decomposition or decompose(matrix, metric)).pair(matrix, rank, metric)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.lowrank.artifacts import StoredErrors, compressed_artifact, restored_artifact
+from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.lowrank.modules import (
@@ -53,6 +54,7 @@ __all__ = [
     "DenseWeights",
     "FactoredWeight",
     "Factors",
+    "KeptDecompositions",
     "LayerSpec",
     "LowRankSpec",
     "Rewriting",

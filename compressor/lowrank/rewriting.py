@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.engine import Run
-from compressor.factorize import working_bytes
+from compressor.factorize import Decomposition, working_bytes
 from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
+from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
@@ -39,6 +40,8 @@ class Rewriting:
     """Tensors of batch normalizations that changed, by name: what they are called in the model, and their values."""
     provenance: Provenance | None = None
     """What was asked for, which the model will say."""
+    decompositions: KeptDecompositions | None = None
+    """Those of the layers' matrices, where they are known."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -124,6 +127,7 @@ def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan,
             bias=None if layer.bias is None else checkpoint.stored(layer.bias),
             source=checkpoint.source,
             device=run.job_device,
+            decomposition=None if rewriting.decompositions is None else rewriting.decompositions.get(layer.name),
         )
         for layer, plan in rewriting.factorized
         if layer.name not in rewriting.factors and layer.name not in done
@@ -168,6 +172,7 @@ class _Factorization:
     bias: StoredTensor | None
     source: Path | None
     device: torch.device
+    decomposition: Decomposition | None = None
 
     @property
     def nbytes(self) -> int:
@@ -179,7 +184,10 @@ def _factorized(asked: _Factorization) -> Factors:
     bias = None if asked.bias is None else asked.bias.read()
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, asked.source)
-    return factorize(layer, asked.plan, weight, bias=bias)
+    found = asked.decomposition
+    if found is not None:
+        found = replace(found, basis=found.basis.to(asked.device))
+    return factorize(layer, asked.plan, weight, bias=bias, decomposition=found)
 
 
 def rewritten_module(

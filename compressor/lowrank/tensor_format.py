@@ -29,6 +29,9 @@ from compressor.network import Kind, Layer, is_weight, layer_name
 from compressor.planning import LayerPlan
 from compressor.torch_state import float64_device, in_float64
 
+# A relative error of which products in float32 have three digits at least.
+SMALL_IN_FLOAT32 = 1e-3
+
 
 @dataclass(frozen=True)
 class StoredPair:
@@ -108,17 +111,26 @@ class Factors:
 
 
 def factorize(
-    layer: Layer, plan: LayerPlan, weight: Tensor, *, bias: Tensor | None, metric: Metric | TiedMetric | None = None
+    layer: Layer,
+    plan: LayerPlan,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    decomposition: Decomposition | None = None,
 ) -> Factors:
-    """The factors of a layer: the arithmetic in float64, the result in the weight's own dtype.
+    """The factors of a layer that are the best in the Frobenius norm, in the weight's own dtype.
 
-    With a metric the pair is the best in it (a spatial one close to a local optimum), and so is the error; else both
-    are of the Frobenius norm.
+    The arithmetic is in float64, but where `decomposition`, that of the layer's matrix, is in float32.
     """
-    matrix = in_float64(as_matrix(layer, weight))
-    pair = approximate(layer, plan, matrix, metric=metric)
-    tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(matrix, bias, weight.dtype), metric=metric)
-    return Factors(tensors, stored_error(layer, plan, tensors, matrix=matrix, metric=metric))
+    matrix = as_matrix(layer, weight)
+    narrow = decomposition is not None and decomposition.basis.dtype == torch.float32
+    wide = matrix.to(torch.float32) if narrow else in_float64(matrix)
+    pair = approximate(layer, plan, wide, decomposition=decomposition)
+    tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(wide, bias, weight.dtype), metric=None)
+    error = stored_error(layer, plan, tensors, matrix=wide, metric=None)
+    if narrow and error < SMALL_IN_FLOAT32:
+        error = stored_error(layer, plan, tensors, matrix=in_float64(matrix), metric=None)
+    return Factors(tensors, error)
 
 
 def approximate(
@@ -164,8 +176,10 @@ def stored_tensors(
     return {info.name: _row_major(value.reshape(info.shape)) for info, value in zip(infos, values, strict=True)}
 
 
-def _wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in float64, where that is computed; those that are not floating-point keep their dtype."""
+def _wide(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """The tensors in float64, where that is computed, or in another dtype; those without fractions keep theirs."""
+    if dtype != torch.float64:
+        return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
     return {
         name: in_float64(each) if each.is_floating_point() else each.to(float64_device(each.device))
         for name, each in tensors.items()
@@ -184,7 +198,7 @@ def stored_error(
 
     In the metric of the loss where there is one, else in the Frobenius norm.
     """
-    change = matrix - stored_matrix(layer, plan, tensors).to(matrix.device)
+    change = matrix - stored_matrix(layer, plan, tensors, dtype=matrix.dtype).to(matrix.device)
     scale = power_of_two(matrix)
     total, changed = (
         float(each.square().sum()) if metric is None else metric.squared_size(each)
@@ -193,10 +207,12 @@ def stored_error(
     return (changed / total) ** 0.5 if total > 0 else 0.0
 
 
-def stored_matrix(layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The `d_out x d_in` matrix that the stored factors of a layer give, in float64."""
+def stored_matrix(
+    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """The `d_out x d_in` matrix that the stored factors of a layer give, computed in a dtype."""
     form = FORMS[plan.form]
-    return form.product(layer, _wide({name: tensors[join(layer.name, name)] for name in form.names}))
+    return form.product(layer, _wide({name: tensors[join(layer.name, name)] for name in form.names}, dtype))
 
 
 def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:

@@ -17,7 +17,7 @@ from compressor.measure.equilibrium import EquilibriumNorm, equilibrium_norm
 from compressor.measure.fresh_weights import initial_standard_deviation
 from compressor.measure.initialization import SurvivingInitialization, surviving_initialization
 from compressor.measure.memory_window import EPSILON, MemoryWindow, memory_window
-from compressor.measure.spectrum import singular_values
+from compressor.measure.spectrum import Precision, SingularBasis, singular_basis, singular_values
 from compressor.measure.stationarity import (
     NormBalance,
     Stationarity,
@@ -36,6 +36,8 @@ __all__ = [
     "EquilibriumNorm",
     "MemoryWindow",
     "NormBalance",
+    "Precision",
+    "SingularBasis",
     "Spectrum",
     "Stationarity",
     "SurvivingInitialization",
@@ -53,6 +55,7 @@ __all__ = [
     "numerical_rank",
     "participation_ratio",
     "scaling_degree",
+    "singular_basis",
     "singular_values",
     "stable_rank",
     "stationarity",

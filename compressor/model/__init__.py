@@ -5,7 +5,7 @@ from __future__ import annotations
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
 from compressor.model.inference import evaluation_mode, logits_of, on_device, resolve_device
 from compressor.model.layer_uses import layer_uses, scaled
-from compressor.model.measurements import InspectedLayer, inspect_layers, measured_layers
+from compressor.model.measurements import Decomposing, InspectedLayer, inspect_layers, measured_layers
 from compressor.model.opened import (
     Factory,
     LayerSelection,
@@ -17,6 +17,7 @@ from compressor.model.opened import (
 )
 
 __all__ = [
+    "Decomposing",
     "Factory",
     "InspectedLayer",
     "LayerSelection",

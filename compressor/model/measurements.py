@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from compressor.engine import Run
 from compressor.errors import BadInput
-from compressor.factorize import working_bytes
+from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS, pair_forms
 from compressor.io import StoredTensor, require_finite
-from compressor.lowrank import as_matrix
+from compressor.lowrank import KeptDecompositions, as_matrix
 from compressor.measure import (
     EffectiveRanks,
     MemoryWindow,
+    Precision,
     SurvivingInitialization,
     effective_ranks,
     initial_standard_deviation,
@@ -34,8 +35,19 @@ from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.recipe import TrainingRecipe
 
 
-def inspect_layers(subject: Model, epsilon: float, run: Run) -> tuple[InspectedLayer, ...]:
+@dataclass(frozen=True)
+class Decomposing:
+    """That large layers are decomposed when they are measured: how precisely, and where that is kept, if it is."""
+
+    precision: Precision
+    kept: KeptDecompositions | None = None
+
+
+def inspect_layers(
+    subject: Model, epsilon: float, run: Run, *, decomposing: Decomposing | None = None
+) -> tuple[InspectedLayer, ...]:
     """Read every eligible layer once, and measure it."""
+    kept = None if decomposing is None else decomposing.kept
     recipe, architecture = subject.recipe, subject.architecture
     uses = uses_per_example(
         subject.layers, architecture, subject.checkpoint.directory, sequence_length=recipe.sequence_length
@@ -51,18 +63,27 @@ def inspect_layers(subject: Model, epsilon: float, run: Run) -> tuple[InspectedL
             recipe=recipe.of_parameter(layer.tensor),
             epsilon=epsilon,
             init_std=initial_standard_deviation(layer, architecture),
+            precision=_precision(layer, decomposing),
+            kept=kept is not None,
         )
         for layer in eligible
     ]
     inspected: dict[str, InspectedLayer] = {}
-    done = {each.layer.name for each in asked if run.journal.holds(f"spectrum/{each.layer.name}")}
+    done = {
+        each.layer.name
+        for each in asked
+        if run.journal.holds(f"spectrum/{each.layer.name}")
+        and (kept is None or each.precision is None or each.layer.name in kept)
+    }
     computed = run.engine.map(_spectra, (each for each in asked if each.layer.name not in done))
     for each in asked:
         name, unit = each.layer.name, f"spectrum/{each.layer.name}"
         if name in done:
             spectra = {key: values.numpy() for key, values in run.journal.read(unit).items()}
         else:
-            spectra = next(computed)
+            spectra, found = next(computed)
+            if kept is not None and found is not None:
+                kept.put(name, found)
             if run.journal.kept:
                 run.journal.write(unit, {key: torch.from_numpy(values.copy()) for key, values in spectra.items()})
         inspected[name] = _inspected(each, spectra)
@@ -82,26 +103,44 @@ class _Measurement:
     recipe: TrainingRecipe
     epsilon: float
     init_std: float | None
+    precision: Precision | None
+    kept: bool
 
     @property
     def nbytes(self) -> int:
         return working_bytes(self.layer.shape)
 
 
-def _spectra(asked: _Measurement) -> dict[str, NDArray[np.float64]]:
-    """The singular values of a layer, under no name, and those of forms that have their own, by the form's."""
-    layer = asked.layer
+def _precision(layer: Layer, decomposing: Decomposing | None) -> Precision | None:
+    """How precisely a layer is decomposed; None where only its singular values are computed."""
+    if decomposing is None or min(layer.shape) < decomposing.precision.side:
+        return None
+    return decomposing.precision
+
+
+def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decomposition | None]:
+    """The singular values of a layer, under no name, and those of forms that have their own, by the form's.
+
+    And its decomposition, if there is one to be kept.
+    """
+    layer, found = asked.layer, None
     weight = asked.weight.read()
     require_finite(layer.tensor, weight, asked.source)
     weight = weight.to(asked.device)
-    values = singular_values(as_matrix(layer, weight))
+    matrix = as_matrix(layer, weight)
+    if asked.precision is None:
+        values = singular_values(matrix)
+    else:
+        found = decompose(matrix, None, asked.precision)
+        values = found.values
     if not np.isfinite(values).all():
         raise BadInput(
             "its singular values exceed the range of float64",
             where=layer.tensor,
             remedy="use a checkpoint from before the training diverged",
         )
-    return {"": values} | {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    return {"": values} | own, found if asked.kept else None
 
 
 def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) -> InspectedLayer:

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.factorize import FactorPair, pivoted_pair, truncated_svd
+from compressor.factorize import FactorPair, decompose, pivoted_pair, truncated_svd
 from compressor.factorize.pivoted import LARGEST_COEFFICIENT
+from compressor.measure import Precision
 
 
 @settings(max_examples=60)
@@ -34,6 +35,17 @@ def test_it_agrees_to_1e_5_when_both_are_stored_in_float32() -> None:
         stored = torch.cat([pivoted.down.float(), pivoted.up.float() @ pivoted.down.float()])[pivoted.order.long()]
         reference = plain.up.float() @ plain.down.float()
         assert float((stored - reference).norm() / reference.norm()) <= 1e-5
+
+
+def test_a_truncated_svd_in_float32_is_pivoted_in_float32() -> None:
+    torch.manual_seed(0)
+    for d_out, d_in, rank in ((300, 200, 90), (128, 512, 100), (256, 256, 200)):
+        matrix = torch.randn(d_out, d_in) * 10.0 ** -torch.linspace(0, 3, d_in)
+        plain = decompose(matrix, None, Precision(loss=1, side=1)).pair(matrix, rank, None)
+        pivoted = pivoted_pair(plain)
+        assert pivoted.up.dtype == torch.float32
+        assert float(pivoted.up.abs().max()) <= LARGEST_COEFFICIENT * (1 + 1e-6)
+        assert float((pivoted.product() - plain.product()).norm() / plain.product().norm()) <= 1e-5
 
 
 def test_its_first_rows_are_rows_of_the_matrix() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from compressor.measure import singular_values
+from compressor.measure import Precision, singular_basis, singular_values
 from compressor.measure.spectrum import smaller_gram
 
 
@@ -49,3 +53,46 @@ def test_the_gram_matrix_is_the_same_whatever_the_blocks(monkeypatch: pytest.Mon
     whole = matrix.double() @ matrix.double().T
     torch.testing.assert_close(smaller_gram(matrix), whole, rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(smaller_gram(matrix.T), whole, rtol=1e-12, atol=1e-10)
+
+
+@settings(max_examples=80)
+@given(
+    shape=st.tuples(st.integers(2, 60), st.integers(2, 60)),
+    decay=st.floats(0, 4),
+    rank=st.integers(1, 60),
+    size=st.integers(-18, 18),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_one_decomposition_captures_at_every_rank_what_lapack_in_float64_does(
+    shape: tuple[int, int], decay: float, rank: int, *, size: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    least = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(side, least, dtype=torch.float64)).Q for side in shape)
+    values = torch.arange(1, least + 1, dtype=torch.float64) ** -decay
+    values[rank:] = 0
+    matrix = (10.0**size * (left * values) @ right.T).to(dtype)
+    found = singular_basis(matrix, Precision(side=2))
+    exact = torch.linalg.svdvals(matrix.double())
+    rows = matrix.double() if shape[0] <= shape[1] else matrix.double().T
+    captured = (torch.linalg.qr(found.vectors.double()).Q.T @ rows).square().sum(1).cumsum(0)
+    best = exact.square().cumsum(0)
+    assert ((best - captured) <= 1e-6 * best).all()
+    assert found.values.shape == (least,)
+    assert (np.diff(found.values) <= 0).all()
+    # Every tail is known to the share that may be lost.
+    sums = np.cumsum(np.square(found.values))
+    np.testing.assert_allclose(sums, best.numpy(), rtol=3e-6)
+
+
+def test_float32_is_used_where_it_loses_nothing_and_float64_where_it_might() -> None:
+    torch.manual_seed(6)
+    flat = torch.randn(80, 120)
+    deficient = flat.T[:, :40] @ flat[:40]
+    precision = Precision(side=80)
+    for matrix in (flat, flat.T, flat.bfloat16()):
+        assert singular_basis(matrix, precision).vectors.dtype == torch.float32
+    for matrix in (deficient, flat.double(), torch.zeros(80, 80), flat[:79]):
+        assert singular_basis(matrix, precision).vectors.dtype == torch.float64
+    assert singular_basis(flat, replace(precision, loss=1e-12)).vectors.dtype == torch.float64
