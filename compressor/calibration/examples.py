@@ -86,7 +86,8 @@ def with_decoder_inputs(data: CalibrationData, model: nn.Module) -> CalibrationD
 
 
 def split_examples(data: EvaluationData, settings: CalibrationSettings = CALIBRATION) -> CalibrationData:
-    """Split data into fit and holdout: every fourth example is holdout, or every fourth batch of data in batches.
+    """Split data into fit and holdout: every fourth example is holdout, or every fourth batch of data in batches, where
+    the settings do not say otherwise.
 
     Raises `BadInput` for data of fewer than two examples.
     """
