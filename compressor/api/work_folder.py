@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +92,9 @@ def expect_data(run: Run, calibration: CalibrationData | None, search: Evaluatio
 
 def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprint:
     """What the results depend on, but for the data, which are not open yet."""
-    contents, settings = {"the training recipe": _digest(repr(subject.recipe))}, dict[str, str]()
-    for name, _, _ in described(CompressOptions):
-        if name in _WITHOUT_EFFECT:
-            continue
-        value = getattr(asked, name)
-        if isinstance(value, Path):
-            contents[f"`{name}`"] = _digest(value.read_bytes() if value.is_file() else str(value))
-        elif is_dataclass(value):
-            contents[f"`{name}`"] = _digest(repr(value))
-        else:
-            settings[f"`{name}`"] = _stated(value)
+    contents = {"the training recipe": _digest_of_fields(subject.recipe)}
+    names = [name for name, _, _ in described(CompressOptions) if name not in _WITHOUT_EFFECT]
+    settings = {f"`{name}`": _stated(getattr(asked, name)) for name in names}
     if asked.metric is not None:
         contents["`metric`"] = _digest(*(path.read_bytes() for path in _source_of(asked.metric)))
     return _of_model(subject, run).joined(Fingerprint(contents, settings))
@@ -135,9 +127,10 @@ def kept_calibration(asked: CompressOptions, subject: Model, run: Run) -> Iterat
     if asked.calibration_cache is None:
         yield run
         return
-    settings = (asked.calibration_settings or CalibrationSettings.of(asked.effort)).of_moments
+    settings = asked.calibration_settings or CalibrationSettings.of(asked.effort)
     stated = {f"`{name}`": _stated(getattr(asked, name)) for name in ("include", "exclude", "embeddings", "seed")}
-    wanted = _of_model(subject, run).joined(Fingerprint({"`calibration_settings`": _digest(repr(settings))}, stated))
+    stated |= {f"the setting `{name}`": _stated(value) for name, value in settings.of_moments.items()}
+    wanted = _of_model(subject, run).joined(Fingerprint({}, stated))
     journal = Journal.open(asked.calibration_cache, wanted, option="calibration_cache")
     try:
         yield replace(run, calibrated=journal)
@@ -146,8 +139,13 @@ def kept_calibration(asked: CompressOptions, subject: Model, run: Run) -> Iterat
 
 
 def _stated(value: Any) -> str:
+    """A value in words; of what is more than a word a digest."""
     if value is None or value == ():
         return "not given"
+    if isinstance(value, Path):
+        return f"a file of SHA-256 {_digest(value.read_bytes())[:16]}" if value.is_file() else str(value)
+    if is_dataclass(value):
+        return f"a {type(value).__name__} of SHA-256 {_digest_of_fields(value)[:16]}"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -164,6 +162,15 @@ def _digest_of_code(subject: Model) -> str:
     elif factory is not None:
         paths += _source_of(factory)
     return _digest(*(path.read_bytes() for path in paths if path.is_file()))
+
+
+def _digest_of_fields(value: Any) -> str:
+    """The digest of all that a dataclass holds; of a function in it the name, for its address is another every time."""
+
+    def named(other: Any) -> str:
+        return getattr(other, "__qualname__", str(other))
+
+    return _digest(json.dumps(asdict(value), sort_keys=True, default=named))
 
 
 def _source_of(function: Callable[..., Any]) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import Any, Self
 
 from compressor.arguments import as_count
 from compressor.choices import Effort
@@ -166,11 +166,11 @@ class CalibrationSettings:
     """When the factorizations that iterate stop."""
 
     @property
-    def of_moments(self) -> CalibrationSettings:
-        """The same with the search and what follows it as by default: all that moments depend on."""
-        changed = {each.name: getattr(CalibrationSettings(), each.name) for each in fields(self)}
-        kept = ("holdout_every", "tokens_at_once", "by_segment", "gradient_moments", "self_generated", "factorization")
-        return CalibrationSettings(**changed | {name: getattr(self, name) for name in kept})
+    def of_moments(self) -> dict[str, Any]:
+        """Those that moments and decompositions depend on, by name: all but the search and what follows it."""
+        search = ("exponents", "window_caps", "recalibration_rounds", "trust_factor", "compensate", "ridges")
+        later = ("refine", "refinement", "samples")
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
     @classmethod
     def of(cls, effort: Effort) -> Self:

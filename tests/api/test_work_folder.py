@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor import BadInput, compress
 from compressor.io import CARD_FILE
+from compressor.planning import PlanningSettings
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
 
@@ -160,7 +161,18 @@ OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "no size": ({"keep": None, "tolerance": 0.5}, "`keep` was 0.5, `tolerance` was not given"),
     "other layers": ({"exclude": ("*q_proj",)}, "`exclude` was not given"),
     "another seed": ({"calibration": "self", "seed": 1}, "`seed` was 0"),
+    "other thresholds": ({"planning_settings": PlanningSettings(most_trials=3)}, "`planning_settings` was not given"),
 }
+
+
+def test_settings_are_told_apart_by_all_that_they_hold(folder: Path, tmp_path: Path) -> None:
+    asked = {"keep": 0.5, "calibration": "none", "output": tmp_path / "output"}
+    work = tmp_path / "work"
+    settings = [PlanningSettings(most_trials=trials) for trials in (3, 3, 4)]
+    for each in settings[:2]:
+        interrupted(folder, work, 3, planning_settings=each, **asked)
+    with pytest.raises(BadInput, match="`planning_settings` was a PlanningSettings of SHA-256"):
+        compress(folder, prefer="size", work_dir=work, planning_settings=settings[2], **asked)
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -220,10 +232,10 @@ def test_another_size_starts_from_the_calibration_cache_without_data(folder: Pat
         compress(folder, output=tmp_path / name, prefer="size", progress=progress, **asked)
         return weights(tmp_path / name), progress.calls
 
-    first, _ = made("first", keep=0.5, effort="fast", calibration=data(), calibration_cache=cache)
+    first, _ = made("first", keep=0.5, effort="balanced", calibration=data(), calibration_cache=cache)
     records = units_of(cache)
     for number, asked in enumerate(
-        ({"keep": 0.5, "effort": "fast"}, {"keep": 0.4, "effort": "balanced"}, {"keep": 0.6, "form": "plain"})
+        ({"keep": 0.5, "effort": "balanced"}, {"keep": 0.6, "effort": "best", "form": "plain"})
     ):
         found, _ = made(f"cached-{number}", calibration_cache=cache, **asked)
         expected, _ = made(f"expected-{number}", calibration=data(), **asked)
@@ -233,7 +245,7 @@ def test_another_size_starts_from_the_calibration_cache_without_data(folder: Pat
     units = units_of(cache)
     assert len(units) == len(set(units))
     assert not [each for each in units[len(records) :] if not each.startswith("decomposition/")]
-    again, _ = made("again", keep=0.5, effort="fast", calibration=data(), calibration_cache=cache)
+    again, _ = made("again", keep=0.5, effort="balanced", calibration=data(), calibration_cache=cache)
     assert again == first
 
 
@@ -257,6 +269,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "another seed": ({"seed": 1}, "`seed` was 0"),
     "other layers": ({"exclude": ("*q_proj",)}, "`exclude` was not given"),
     "no calibration": ({"calibration": "none"}, "contradict each other"),
+    "another effort": ({"effort": "best"}, "the setting `holdout_every` was 16"),
 }
 
 
@@ -271,8 +284,11 @@ def cache(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_calibration_cache_of_something_else_is_refused_by_name(folder: Path, cache: Path, wrong: str) -> None:
     given, said = WRONG[wrong]
+    asked: dict[str, Any] = {"keep": 0.4, "prefer": "size", "output": cache.with_name("refused"), "effort": "fast"}
+    if wrong == "no calibration":
+        del asked["effort"]
     with pytest.raises(BadInput, match=said):
-        compress(folder, output=cache.with_name("refused"), prefer="size", keep=0.4, calibration_cache=cache, **given)
+        compress(folder, calibration_cache=cache, **{**asked, **given})
     assert not cache.with_name("refused").exists()
 
 
