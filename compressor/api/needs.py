@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -163,9 +164,10 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     - the states before every block and before the head, of all examples;
     - the states in the compressed model before one block, of all examples;
     - the gradients before one block, of the fit examples that are run backward;
-    - the metric of every layer, `d_in x d_in` and `d_out x d_out` in float64;
+    - the metric of every layer: the triangles of `d_in x d_in` and `d_out x d_out` in float32, as if no layers shared
+      their inputs;
     - its decomposition, `n x n` for the smaller side n in float32;
-    - the second moment of the gradients before every block, as wide as its narrowest layer, in float64;
+    - the second moment of the gradients before every block, as wide as its narrowest layer: a triangle in float32;
     - the factors: truncated, compensated, and refined.
 
     Recalibration has one of its own beside it, of the fit examples.
@@ -176,9 +178,9 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     dense = (len(model.blocks) + 1) * every * state
     compressed = every * state if calibration.walks else 0
     gradients = math.ceil(calibration.fit / calibration.settings.gradient_every) * state
-    metrics = FLOAT64 * sum(map(_moments, model.layers))
+    metrics = FLOAT32 * sum(map(partial(_moments, settings=calibration.settings), model.layers)) // 2
     decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
-    boundaries = FLOAT64 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks)
+    boundaries = FLOAT32 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks) // 2
     of_layers = metrics + decompositions + boundaries
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
@@ -224,22 +226,30 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     - the moments of the block's layers in float64, and those of a batch;
     - what a backward pass keeps: the outputs of the block's modules, as much again of what are no modules, and the
       gradients;
-    - some of the model's outputs in float32, with their logarithms, probabilities and gradients;
+    - the model's outputs of a few positions in float32, with their logarithms, probabilities and gradients, or those of
+      one example, on which the head is found;
     - of the factors of a block, which refinement fits, copies, gradients and Adam's moments in float32.
     """
     settings = calibration.settings
-    moments = 2 * FLOAT64 * max((sum(map(_moments, part)) for part in model.parts), default=0)
+    parts = [sum(map(partial(_moments, settings=settings), part)) for part in model.parts]
+    moments = 2 * FLOAT64 * max(parts, default=0)
     passing = 3 * calibration.at_once * calibration.footprint.block
-    outputs = 5 * min(calibration.at_once * calibration.footprint.outputs, settings.logit_bytes)
+    outputs = calibration.footprint.outputs
+    outputs = 5 * max(outputs, min(calibration.at_once * outputs, 2 * settings.logit_bytes))
     largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
     optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
     return max(moments, optimizing) + max(passing, outputs)
 
 
-def _moments(layer: Layer) -> int:
-    """Numbers in the second moments of a layer's inputs and gradients; those of an embedding's inputs are a vector."""
+def _moments(layer: Layer, settings: CalibrationSettings) -> int:
+    """Numbers in the second moments of a layer's inputs and gradients.
+
+    Those of an embedding's inputs are a vector, and those of the gradients at a head of many classes: a layer of many
+    more outputs than inputs, as far as is known here.
+    """
     outputs, inputs = layer.shape
-    return outputs**2 + (inputs if layer.kind == "embedding" else inputs**2)
+    head = outputs > max(settings.most_classes, 6 * inputs)
+    return (outputs if head else outputs**2) + (inputs if layer.kind == "embedding" else inputs**2)
 
 
 @dataclass(frozen=True)

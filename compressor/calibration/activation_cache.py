@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from compressor.calibration.examples import Part
 from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
 from compressor.measure.moments import InputSums, VectorSum
-from compressor.torch_state import brought_to
+from compressor.measure.scale import power_of_two_on_device
+from compressor.torch_state import brought_to, in_float64
 
 
 class _Ahead:
@@ -146,7 +148,10 @@ class ActivationCache:
 
     def write_boundary(self, segment: int, moments: Sequence[Tensor]) -> None:
         """Keep the second moments of the gradients at the new outputs of a segment."""
-        CachedBatches(self._of_moments, "boundary").write(segment, moments)
+        tensors = {
+            f"{place}.{key}": tensor for place, each in enumerate(moments) for key, tensor in _stored(each).items()
+        }
+        self._of_moments.write(f"boundary-{segment}", tensors)
 
     def has_boundary(self, segment: int) -> bool:
         """Whether there are second moments of the gradients at the new outputs of a segment."""
@@ -154,7 +159,9 @@ class ActivationCache:
 
     def boundary(self, segment: int) -> tuple[Tensor, ...]:
         """The second moments of the gradients at the new outputs of a segment."""
-        return CachedBatches(self._of_moments, "boundary").read(segment)
+        tensors = self._of_moments.read(f"boundary-{segment}")
+        count = sum(key.endswith(".lower") for key in tensors)
+        return tuple(_moment(tensors, f"{place}.") for place in range(count))
 
     def write_inputs(self, segment: int, sums: InputSums) -> None:
         """Keep the sums of the inputs of a segment's layers over the examples that are not run backward."""
@@ -194,16 +201,29 @@ class ActivationCache:
 
 
 class CachedMetrics(Mapping[str, Metric | TiedMetric]):
-    """The metrics of layers by name, each read when it is asked for."""
+    """The metrics of layers by name, each read when it is asked for.
+
+    Moments are kept in float32, in which their products were computed, and only their lower triangles. What the OAS
+    shrinkage adds to every eigenvalue, at least float32's precision times the trace, is twice what this rounding moves
+    them, so they stay positive definite.
+    """
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
         self._names: dict[str, None] = {}
 
-    def put(self, name: str, metric: Metric | TiedMetric) -> None:
-        """Keep the metric of a layer, in place of the one before."""
+    def put(self, name: str, metric: Metric | TiedMetric, *, inputs_of: str | None = None) -> None:
+        """Keep the metric of a layer, in place of the one before; its inputs with those of another layer, if named."""
         parts = {"": metric} if isinstance(metric, Metric) else {"lookup.": metric.lookup, "head.": metric.head}
-        tensors = {prefix + key: each for prefix, part in parts.items() for key, each in _tensors(part)}
+        tensors: dict[str, Tensor] = {}
+        for prefix, part in parts.items():
+            tensors |= {f"{prefix}gradients.{key}": each for key, each in _stored(part.gradients).items()}
+            if inputs_of is None:
+                tensors |= {f"{prefix}inputs.{key}": each for key, each in _stored(part.inputs).items()}
+            if part.mean is not None:
+                tensors[f"{prefix}mean"] = part.mean
+        if inputs_of is not None:
+            tensors["inputs of"] = torch.tensor(list(inputs_of.encode()), dtype=torch.uint8)
         self._folder.write(f"metric/{name}", tensors)
         self._names[name] = None
 
@@ -219,7 +239,10 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
         if name not in self._names:
             raise KeyError(name)
         tensors = self._folder.read(f"metric/{name}")
-        if "lookup.inputs" in tensors:
+        if "inputs of" in tensors:
+            shared = self._folder.read(f"metric/{bytes(tensors['inputs of'].tolist()).decode()}")
+            tensors |= {key: each for key, each in shared.items() if key.startswith("inputs.")}
+        if "head.gradients.lower" in tensors:
             return TiedMetric(_metric(tensors, "lookup."), _metric(tensors, "head."))
         return _metric(tensors, "")
 
@@ -277,10 +300,52 @@ class CachedDecompositions:
         return self._folder.holds(f"decomposition/{name}")
 
 
-def _tensors(metric: Metric) -> list[tuple[str, Tensor]]:
-    tensors = [("inputs", metric.inputs), ("gradients", metric.gradients)]
-    return tensors if metric.mean is None else [*tensors, ("mean", metric.mean)]
-
-
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:
-    return Metric(tensors[prefix + "inputs"], tensors[prefix + "gradients"], tensors.get(prefix + "mean"))
+    inputs, gradients = (_moment(tensors, f"{prefix}{side}.") for side in ("inputs", "gradients"))
+    return Metric(inputs, gradients, tensors.get(f"{prefix}mean"))
+
+
+def _stored(moment: Tensor) -> dict[str, Tensor]:
+    """A moment for a file: a vector as it is, of a symmetric matrix the lower triangle in float32 and its scale."""
+    if moment.dim() == 1:
+        return {"diagonal": moment}
+    # Divided by a power of two, so that no square underflows.
+    scale = power_of_two_on_device(moment)
+    return {"lower": packed_triangle(moment / scale), "scale": scale}
+
+
+def _moment(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
+    """A moment from a file, in float64."""
+    if f"{prefix}diagonal" in tensors:
+        return tensors[f"{prefix}diagonal"]
+    return in_float64(unpacked_triangle(tensors[f"{prefix}lower"])) * tensors[f"{prefix}scale"]
+
+
+def packed_triangle(symmetric: Tensor) -> Tensor:
+    """The `n (n + 1) / 2` numbers of the lower triangle of a symmetric `n x n` matrix, in float32.
+
+    Rectangular full packed format (Gustavson et al., "Rectangular full packed format for Cholesky's algorithm", ACM
+    TOMS 2010): two triangles of half the size side by side, then the square that is left, all by slices.
+    """
+    half = len(symmetric) // 2
+    rest = len(symmetric) - half
+    narrow = symmetric.to(torch.float32)
+    triangles = narrow.new_zeros(half + 1, rest)
+    triangles[:rest] += narrow[half:, half:].triu()
+    triangles[1:, :half] += narrow[:half, :half].tril()
+    return torch.cat([triangles.flatten(), narrow[half:, :half].flatten()])
+
+
+def unpacked_triangle(packed: Tensor) -> Tensor:
+    """The symmetric matrix of `packed_triangle`."""
+    size = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    half = size // 2
+    rest = size - half
+    triangles = packed[: (half + 1) * rest].view(half + 1, rest)
+    below = packed[(half + 1) * rest :].view(rest, half)
+    lower, upper = triangles[1:, :half].tril(), triangles[:rest].triu()
+    matrix = packed.new_empty(size, size)
+    matrix[:half, :half] = lower + lower.tril(-1).T
+    matrix[half:, half:] = upper + upper.triu(1).T
+    matrix[half:, :half], matrix[:half, half:] = below, below.T
+    return matrix

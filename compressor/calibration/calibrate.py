@@ -496,11 +496,18 @@ class _BackwardPass:
     def _measured(self, segment: int, metrics: CachedMetrics) -> dict[str, Any]:
         """Keep the metrics of a segment's layers; their uses per prediction, and the predictions."""
         cache, uses = self._calibration.cache, dict[str, float]()
+        first: dict[Any, tuple[str, Tensor]] = {}  # of the layers that share their inputs
         for name, moments in self._moments(segment).items():
-            metric = None if moments is None else _metric(moments, self._layers[name], self._calibration.settings)
-            if moments is not None and metric is not None:
-                metrics.put(name, metric)
-                uses[name] = moments.positions / self.predictions
+            if moments is None or float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
+                continue  # inputs or gradients that are all zero say nothing about a layer
+            bias = _has_bias(self._layers[name])
+            alike = id(moments.inputs), moments.input_positions, bias
+            owner, inputs = first.get(alike) or (None, _inputs(moments, bias=bias))
+            first.setdefault(alike, (name, inputs))
+            gradients = oas_shrinkage(moments.gradients, moments.positions)
+            gradients = gradients if self._calibration.settings.gradient_moments else _identity(gradients)
+            metrics.put(name, Metric(inputs, gradients, moments.mean if bias else None), inputs_of=owner)
+            uses[name] = moments.positions / self.predictions
         if self._boundary:
             cache.write_boundary(segment - 1, [each.mean() for each in self._boundary.values()])
             self._boundary.clear()
@@ -634,22 +641,18 @@ class _SecondMoment:
         return oas_shrinkage(self.product / self.positions, self.positions)
 
 
-def _metric(moments: Moments, layer: nn.Module, settings: CalibrationSettings) -> Metric | None:
-    """The metric of a layer; None where inputs or gradients are all zero, and so say nothing about it.
+def _has_bias(layer: nn.Module) -> bool:
+    """Whether a layer has a bias that takes up the mean of its inputs, so that their covariance counts.
 
-    A bias takes up the mean of the inputs, so a layer with a bias has the covariance of its inputs.
+    A transposed convolution has a bias for each channel, but its matrix has rows for each channel and position.
     """
-    # A transposed convolution has a bias for each channel, but its matrix has rows for each channel and position.
-    has_bias = getattr(layer, "bias", None) is not None and not isinstance(layer, TRANSPOSED_CONVOLUTIONS)
-    inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if has_bias else moments.inputs
-    if float(moments.inputs.trace()) <= 0 or float(moments.gradients.trace()) <= 0:
-        return None
-    gradients = oas_shrinkage(moments.gradients, moments.positions)
-    return Metric(
-        oas_shrinkage(inputs, moments.input_positions),
-        gradients if settings.gradient_moments else _identity(gradients),
-        moments.mean if has_bias else None,
-    )
+    return getattr(layer, "bias", None) is not None and not isinstance(layer, TRANSPOSED_CONVOLUTIONS)
+
+
+def _inputs(moments: Moments, *, bias: bool) -> Tensor:
+    """The moment of a layer's inputs as its metric has it."""
+    inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if bias else moments.inputs
+    return oas_shrinkage(inputs, moments.input_positions)
 
 
 def _head_metric(found: HeadMoments, head: nn.Module, settings: CalibrationSettings) -> Metric:

@@ -169,7 +169,7 @@ class CalibrationSettings:
     def of_moments(self) -> dict[str, Any]:
         """Those that moments and decompositions depend on, by name: all but the search and what follows it."""
         search = ("exponents", "window_caps", "recalibration_rounds", "trust_factor", "compensate", "ridges")
-        later = ("refine", "refinement", "samples")
+        later = ("refine", "refinement", "samples", "statistics_bytes")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
     @classmethod
