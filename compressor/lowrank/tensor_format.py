@@ -201,10 +201,16 @@ def stored_error(
     change = matrix - stored_matrix(layer, plan, tensors, dtype=matrix.dtype).to(matrix.device)
     scale = power_of_two(matrix)
     total, changed = (
-        float(each.square().sum()) if metric is None else metric.squared_size(each)
+        _squared_norm(each) if metric is None else metric.squared_size(each)
         for each in (matrix / scale, change / scale)
     )
     return (changed / total) ** 0.5 if total > 0 else 0.0
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    if matrix.dtype == torch.float32:  # a row at a time: a sum of millions of squares has fewer digits
+        return float(in_float64(torch.linalg.vector_norm(matrix, dim=1)).square().sum())
+    return float(matrix.square().sum())
 
 
 def stored_matrix(
