@@ -166,3 +166,10 @@ def test_settings_with_which_nothing_can_be_done_are_refused(settings: Any, valu
     with pytest.raises(compressor.BadInput, match=f"`{name}` .*; give ") as caught:
         settings(**values)
     assert caught.value.option == name
+
+
+def test_moments_depend_on_which_examples_are_run_backward_and_not_on_the_search() -> None:
+    best = CalibrationSettings()
+    assert replace(best, gradient_every=2).of_moments != best.of_moments
+    assert replace(best, most_classes=10).of_moments != best.of_moments
+    assert CalibrationSettings.of("balanced").of_moments == best.of_moments
