@@ -23,7 +23,7 @@ from compressor.errors import BadInput
 from compressor.measure.moments import kept_rows
 from compressor.model.inference import forward_call
 from compressor.planning import LossUnit
-from compressor.torch_state import has_float64, in_float64, scratch_buffers
+from compressor.torch_state import in_float64, scratch_buffers
 
 Criterion = Literal["likelihood", "outputs"]
 
@@ -112,14 +112,32 @@ def _drawn_targets(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Te
     Weighted by the square root of the mean of s over s, the squared length of every gradient is the trace of its row's
     Fisher matrix. The sign of the weight is random.
     """
-    p = rows.to(torch.float64 if has_float64(rows.device) else torch.float32).softmax(-1)
-    squared_lengths = (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp_min(torch.finfo(p.dtype).tiny)
+    p = rows.float().softmax(-1)
+    squared_lengths = _squared_lengths(p)
     # A row that is not finite gets any target: its loss is not finite either, and a GPU would stop at it for good.
     chances = (p * squared_lengths).nan_to_num_(nan=1.0)
-    targets = torch.multinomial(chances, 1, generator=generator)
-    weights = (chances.sum(-1, keepdim=True) / squared_lengths.gather(-1, targets)).sqrt()
+    # By its distribution function, with one random number a row: `multinomial` draws one for every class.
+    cumulative = chances.cumsum(-1)
+    total = cumulative[:, -1:]
+    drawn = torch.rand(len(rows), 1, generator=generator, device=rows.device) * total
+    # A class of no chance is never the first whose sum is larger.
+    targets = torch.searchsorted(cumulative, drawn, right=True).clamp_max_(rows.shape[-1] - 1)
+    weights = (total / squared_lengths.gather(-1, targets)).sqrt()
     weights *= _signs(weights, generator)
     return targets.squeeze(-1), weights.squeeze(-1).to(rows.dtype)
+
+
+def _squared_lengths(p: Tensor) -> Tensor:
+    """`1 - 2 p + sum p^2` for each class of each row: the squared length of `e_class - p`, in full precision.
+
+    For a class of nearly all of the probability the terms cancel: there it is summed from what the others have.
+    """
+    likeliest = p.argmax(-1, keepdim=True)
+    others = p.scatter(-1, likeliest, 0.0)
+    squares = others.square().sum(-1, keepdim=True)
+    lengths = 1 - 2 * p + (squares + p.gather(-1, likeliest).square())
+    own = (others.sum(-1, keepdim=True).square() + squares).clamp_min(torch.finfo(p.dtype).tiny)
+    return lengths.scatter_(-1, likeliest, own)
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,10 +29,12 @@ def batches(count: int, *shape: int) -> list[Tensor]:
 
 
 def test_a_linear_layers_are_those_that_a_hook_on_it_sees() -> None:
-    # For one vector a prediction the Fisher information is E[x x^T (x) g g^T], near to a Kronecker product.
+    # For one vector a prediction the Fisher information is E[x x^T (x) g g^T], near to a Kronecker product where all
+    # vectors are as long.
     torch.manual_seed(0)
     layer = nn.Linear(6, 8)
-    model, data = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 5)), batches(200, 20, 6)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(8, 5))
+    data = [nn.functional.normalize(each, dim=-1) for each in batches(600, 20, 6)]
     collector, generator = ParameterCollector({"layer": (layer, "weight")}), torch.Generator().manual_seed(0)
 
     def run(x: Tensor) -> None:
@@ -40,7 +42,7 @@ def test_a_linear_layers_are_those_that_a_hook_on_it_sees() -> None:
 
     with collector:
         seen = collect_moments({"layer": layer}, [MomentPass(lambda x=x: run(x)) for x in data])["layer"]
-    found = collector.moments(200 * 20)["layer"]
+    found = collector.moments(600 * 20)["layer"]
     assert seen is not None
     for ours, theirs in ((found.inputs, seen.inputs), (found.gradients, seen.gradients)):
         scaled = ours * (theirs.trace() / ours.trace())
