@@ -42,7 +42,7 @@ from compressor.measure.moments import MomentCollector, Moments, kept_rows, oas_
 from compressor.measure.parameter_moments import ParameterCollector
 from compressor.measure.token_frequencies import EmbeddingCollector, HeadMoments
 from compressor.model import evaluation_mode
-from compressor.model.head import find_head
+from compressor.model.head import Head, find_head
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import TRANSPOSED_CONVOLUTIONS, Layer
 from compressor.planning import LossUnit
@@ -114,9 +114,8 @@ def calibrate(
         first = _few_examples(model, data.fit[0], settings)
         outputs = _accepted_outputs(model, first)
         _try_every_shape(model, [_few_examples(model, each, settings) for each in (*data.fit, *data.holdout)])
-        segments = Segments()
+        segments, head = Segments(), find_head(model, partial(outputs_of, inputs=first.inputs))
         if settings.by_segment:
-            head = find_head(model, partial(outputs_of, inputs=first.inputs))
             segments = replace(find_segments(model, layers, first), head=head)
         logger.info("calibration runs the model in %d segments", segments.count)
         criterion = criterion_of(model, outputs, first.labels if data.labeled else None)
@@ -125,8 +124,7 @@ def calibrate(
         bare = Calibration(model, known, data, segments, criterion, run, settings, cache, cache.decompositions())
         classes = outputs.shape[-1]
         if classes > settings.most_classes:
-            heads = (each.name for each in layers if "linear" in each.kind and each.shape[0] == classes)
-            bare = replace(bare, heads=frozenset(heads))
+            bare = replace(bare, heads=_of_many_classes(layers, head, classes))
         modules = _modules(bare, model)
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
@@ -149,6 +147,15 @@ def calibrate(
     for name in known.keys() - metrics.keys():
         logger.warning("no calibration example reached %s with an effect on the outputs: it stays dense", name)
     return replace(bare, metrics=metrics, uses=uses)
+
+
+def _of_many_classes(layers: Sequence[Layer], head: Head | None, classes: int) -> frozenset[str]:
+    """The layer that outputs so many classes, which is the model's head or in it; where none is known, the only one as
+    wide."""
+    wide = [each for each in layers if "linear" in each.kind and each.shape[0] == classes]
+    if head is not None:
+        wide = [each for each in wide if f"{each.module}.".startswith(f"{head.name}.")]
+    return frozenset(each.name for each in wide) if len(wide) == 1 else frozenset()
 
 
 def _embedding_collector(calibration: Calibration) -> EmbeddingCollector:
@@ -340,20 +347,20 @@ def with_layers(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[
 def frozen(model: nn.Module) -> Iterator[None]:
     """Compute no gradients of the model's parameters."""
     blocks = blocks_of(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     # cuDNN runs recurrent layers backwards only in training mode.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    try:
-        with (
-            nullcontext() if blocks is None else blocks.frozen(),
-            torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
-        ):
-            yield
-    finally:
+    with (
+        nullcontext() if blocks is None else blocks.frozen(),
+        torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
+    ):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:  # before the blocks, whose matrices in memory become what is in their places otherwise
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
@@ -367,7 +374,7 @@ def _cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapp
     for segment in range(segments.count - (segments.head is None)):
         # All of the data run through one block after the other, each of which is then read once.
         finite: dict[Chunk, Tensor] = {}
-        if forward and not cache.has_inputs(segment) and not cache.journal.knows(f"backward-{segment}"):
+        if forward and not cache.has_inputs(segment) and not cache.moments.knows(f"backward-{segment}"):
             with _collecting(calibration, layers, segment) as (model, collector), torch.no_grad():
                 for chunk in forward:
                     with collector.masked(data.read(chunk).masks):

@@ -104,7 +104,9 @@ def _split_examples(data: EvaluationData, settings: CalibrationSettings) -> Cali
     every = min(settings.holdout_every, data.count)
     chosen = range(every - 1, data.count, every)
     rest = sorted(set(range(data.count)) - set(chosen))
-    fit, holdout = (tuple(_in_batches(data, each, settings.tokens_at_once)) for each in (rest, chosen))
+    # Examples are often in the order of their classes, and those of a batch that is run backward must be of all.
+    fit = tuple(_in_batches(data, rest, settings.tokens_at_once, apart=settings.gradient_every > 1))
+    holdout = tuple(_in_batches(data, chosen, settings.tokens_at_once))
     return CalibrationData(fit, holdout, _labeled((*fit, *holdout)), data.unused)
 
 
@@ -118,9 +120,13 @@ def _labeled(batches: Sequence[Batch]) -> bool:
     return all(batch.labels.numel() > 0 for batch in batches)
 
 
-def _in_batches(data: EvaluationData, positions: Sequence[int], tokens_at_once: int) -> Iterator[Batch]:
+def _in_batches(
+    data: EvaluationData, positions: Sequence[int], tokens_at_once: int, *, apart: bool = False
+) -> Iterator[Batch]:
+    """Examples at some positions in batches, each of neighbors, or of such that lie as far `apart` as they may."""
     size = data.batch_size
     if data.task == "language-modeling" and positions:
         size = max(1, min(size, tokens_at_once // data.read(positions[:1]).inputs["input_ids"].shape[1]))
-    for start in range(0, len(positions), size):
-        yield data.read(positions[start : start + size])
+    count = -(-len(positions) // size)
+    for batch in range(count):
+        yield data.read(positions[batch::count] if apart else positions[batch * size : (batch + 1) * size])

@@ -125,7 +125,8 @@ class CalibrationSettings:
 
     gradient_every: int = 1
     """Every how manyth batch of fit examples is run backward too, for the moments of the gradients; those of the inputs
-    are of all. All are run backward where embeddings or bare parameters are compressed."""
+    are of all, but for heads of many classes, whose moments are of the same batches. All are run backward where
+    embeddings or bare parameters are compressed."""
 
     exponents: tuple[float, ...] = (1.0, 0.5, 0.0)
     """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.

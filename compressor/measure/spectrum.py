@@ -106,18 +106,18 @@ def _in_float32(matrix: Tensor, precision: Precision) -> SingularBasis | None:
     rotated = torch.zeros_like(gram)
     _add_products(rotated, vectors.T.contiguous(), gram @ vectors)
     energies = in_float64(rotated.diagonal())
-    small = int((energies >= precision.graded * energies[0]).sum())
-    if small < size:
-        rest, tail = vectors[:, small:].T.contiguous(), torch.zeros(size - small, size - small, device=matrix.device)
+    large = int((energies >= precision.graded * energies[0]).sum())
+    if large < size:
+        rest, tail = vectors[:, large:].T.contiguous(), torch.zeros(size - large, size - large, device=matrix.device)
         for block in columns:
             _add_products(tail, rest @ (block.to(torch.float32) / scale))
-        if small >= size / 2:  # else that takes as long as the decomposition itself
+        if large >= size / 2:  # else that takes as long as the decomposition itself
             _mirror(tail)
             turn = eigh(tail)[1].flip(1)
-            vectors[:, small:], rotated[:small, small:] = vectors[:, small:] @ turn, rotated[:small, small:] @ turn
+            vectors[:, large:], rotated[:large, large:] = vectors[:, large:] @ turn, rotated[:large, large:] @ turn
             tail = turn.T @ (tail @ turn)
-        rotated[small:, small:] = tail
-        energies[small:] = in_float64(tail.diagonal())
+        rotated[large:, large:] = tail
+        energies[large:] = in_float64(tail.diagonal())
     _mirror(rotated)
     order = energies.argsort(descending=True).to(rows.device)
     energies, vectors = energies[order.to(energies.device)], vectors[:, order].contiguous()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +25,15 @@ from compressor.calibration import (
     compensate,
     holdout_loss,
     refine,
+    split_examples,
 )
+from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.calibrate import recalibrate
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
-from compressor.data import Batch
-from compressor.engine import Run
+from compressor.data import Batch, open_data
+from compressor.engine import Fingerprint, Journal, Run
 from compressor.factorize import Metric, TiedMetric
-from compressor.measure.moments import kept_rows, oas_shrinkage
+from compressor.measure.moments import InputSums, kept_rows, oas_shrinkage
 from tests.calibration.tiny_models import (
     BLOCKS,
     CHAINS,
@@ -172,6 +175,42 @@ def test_and_those_of_embeddings(name: str) -> None:
         assert cut.uses[each] == whole.uses[each]
 
 
+def test_batches_that_are_run_backward_are_of_all_classes_of_examples_in_their_order() -> None:
+    labels = torch.arange(128) // 16
+    data = open_data((torch.randn(128, 3), labels))
+    settings = CalibrationSettings.of("fast")
+    split = split_examples(data, settings)
+    assert len(split.fit) == 4
+    [backward] = split.fit[:: settings.gradient_every]
+    assert set(backward.labels.tolist()) == set(range(8))
+    found = torch.cat([each.labels for each in (*split.fit, *split.holdout)])
+    assert torch.equal(found.sort().values, labels)
+
+
+def test_moments_of_inputs_are_not_taken_again_where_a_calibration_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = transformer("llama"), [Batch(inputs_for("llama", 2), torch.empty(0)) for _ in range(4)]
+    data = CalibrationData(tuple(batches[:3]), (batches[3],), labeled=False)
+    written: list[int] = []
+    write = ActivationCache.write_inputs
+
+    def noted(cache: ActivationCache, segment: int, sums: InputSums) -> None:
+        written.append(segment)
+        write(cache, segment, sums)
+
+    monkeypatch.setattr(ActivationCache, "write_inputs", noted)
+    journal = Journal.open(tmp_path / "cache", Fingerprint(), option="calibration_cache")
+    found = []
+    for _ in range(2):
+        run = Run(CPU, calibrated=journal)
+        settings = CalibrationSettings(gradient_every=2)
+        found.append(calibrate(model, eligible(model), data, run=run, settings=settings))
+        assert written == list(range(found[0].segments.count))
+    assert found[0].uses == found[1].uses
+    journal.close()
+
+
 def few_logits(width: int = 40, rows: int = 5) -> CalibrationSettings:
     """Settings with which the logits of a few rows are in memory at a time."""
     return CalibrationSettings(logit_bytes=4 * width * rows, refinement=RefinementSettings(passes=2))
@@ -276,6 +315,20 @@ def test_of_a_head_of_many_classes_the_diagonal_of_its_gradients_is_used() -> No
     assert torch.equal(again.metrics["2"].gradients, metric.gradients)
     alike = calibrated(model, [{"inputs": x}], settings=replace(settings, gradient_moments=False), labels=labels)
     assert torch.equal(alike.metrics["2"].gradients, torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("by_segment", [True, False])
+def test_layers_as_wide_as_the_head_are_no_heads(*, by_segment: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    settings = CalibrationSettings(most_classes=4, by_segment=by_segment)
+    found, expected = (
+        calibrated(model, [{"inputs": torch.randn(20, 6, generator=torch.Generator().manual_seed(1))}], settings=each)
+        for each in (settings, replace(settings, most_classes=4096))
+    )
+    assert found.heads == {"4"}
+    for name in ("0", "2"):
+        torch.testing.assert_close(found.metrics[name].gradients, expected.metrics[name].gradients)
 
 
 def test_nothing_of_the_size_of_the_vocabulary_squared_is_made() -> None:

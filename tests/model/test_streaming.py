@@ -169,6 +169,15 @@ def test_no_gradients_of_what_is_read_are_computed_while_it_is_frozen(llama: Pat
     assert all(block.held[0].empty.requires_grad for block in blocks(model).in_memory)
 
 
+def test_what_is_read_while_it_is_frozen_is_trained_again_after(llama: Path) -> None:
+    model = streamed(llama)
+    with evaluation_mode(CPU, model):
+        with frozen(model):
+            model(input_ids=inputs_for("llama", 2)["input_ids"])
+        assert blocks(model).in_memory
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_copy_runs_by_itself(llama: Path) -> None:
     model, inputs = streamed(llama), inputs_for("llama", 2)
     expected = outputs(model, inputs)
