@@ -251,7 +251,7 @@ def _decomposing(asked: CompressOptions, data: _Data, places: Places, *, run: Ru
     room = 0
     with suppress(OSError):
         room = shutil.disk_usage(places.temporary).free // 2
-    return Decomposing(precision, KeptDecompositions(run.journal.part("decompositions"), room))
+    return Decomposing(precision, KeptDecompositions(run.journal.part("decompositions"), room, precision))
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from compressor.engine import Journal
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition
+from compressor.measure import Precision
 
 logger = logging.getLogger(__name__)
 
 
 class KeptDecompositions:
     """Decompositions by the names of layers, in units of a journal, as many as fit in `room` bytes; others are made
-    again."""
+    again, as precisely."""
 
-    def __init__(self, journal: Journal, room: int | None = None) -> None:
+    def __init__(self, journal: Journal, room: int | None = None, precision: Precision | None = None) -> None:
+        self.precision = precision or Precision()
         self._journal = journal
         self._room = room
         self._full = False
@@ -38,4 +41,8 @@ class KeptDecompositions:
 
     def get(self, name: str) -> Decomposition | None:
         """The decomposition of a layer, on the CPU; None where it is not kept."""
-        return Decomposition.of(self._journal.read(name)) if self._journal.holds(name) else None
+        if not self._journal.holds(name):
+            return None
+        found = Decomposition.of(self._journal.read(name))
+        # A copy: kernels may add up in another order where numbers begin at another address.
+        return replace(found, basis=found.basis.clone())

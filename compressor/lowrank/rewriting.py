@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.engine import Run
-from compressor.factorize import Decomposition, working_bytes
+from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS
 from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.decompositions import KeptDecompositions
@@ -20,7 +20,8 @@ from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
-from compressor.lowrank.tensor_format import Factors, factorize, join, pair_infos
+from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, join, pair_infos
+from compressor.measure import Precision
 from compressor.network import Layer, fuse_experts, is_weight
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
@@ -128,6 +129,7 @@ def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan,
             source=checkpoint.source,
             device=run.job_device,
             decomposition=None if rewriting.decompositions is None else rewriting.decompositions.get(layer.name),
+            precision=None if rewriting.decompositions is None else rewriting.decompositions.precision,
         )
         for layer, plan in rewriting.factorized
         if layer.name not in rewriting.factors and layer.name not in done
@@ -173,6 +175,7 @@ class _Factorization:
     source: Path | None
     device: torch.device
     decomposition: Decomposition | None = None
+    precision: Precision | None = None
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +190,9 @@ def _factorized(asked: _Factorization) -> Factors:
     found = asked.decomposition
     if found is not None:
         found = replace(found, basis=found.basis.to(asked.device))
+    elif asked.precision is not None and min(layer.shape) >= asked.precision.side:
+        # There was no room for what was found when it was measured, and the same is found again.
+        found = decompose(as_matrix(layer, weight), None, asked.precision)
     return factorize(layer, asked.plan, weight, bias=bias, decomposition=found)
 
 
