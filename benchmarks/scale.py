@@ -122,7 +122,7 @@ def quickly(shape: Shape) -> Shape:
 
 
 def make_model(shape: Shape, folder: Path) -> None:
-    """Write a model of random weights a block at a time, and its windows of random tokens."""
+    """Write a model of random weights, and its windows of random tokens."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     dtype = getattr(torch, shape.dtype)
@@ -222,7 +222,8 @@ def cpu_seconds() -> float:
 
 def measured(cell: Cell, scratch: Path) -> dict[str, Any]:
     """A cell, in a process of its own with a folder for temporary files of its own."""
-    folder = scratch / cell.shape.name.replace(" ", "-")
+    shape = cell.shape  # `--quick` has fewer blocks and windows of a shape of the same name
+    folder = scratch / f"{shape.name.replace(' ', '-')}-{shape.blocks}-{shape.windows}"
     if not (folder / "windows.npz").exists():
         shutil.rmtree(folder, ignore_errors=True)
         in_process = [sys.executable, __file__, "--make", json.dumps(asdict(cell.shape)), str(folder)]

@@ -105,13 +105,16 @@ def _own(asked: CompressOptions, subject: Model, request: SelfRequest, *, run: R
         subject.let_go()
         return replace(_accepted(asked, subject, samples, run=run), made=samples.name)
 
-    return keep_examples(run.journal if run.calibrated is None else run.calibrated, make)
+    if run.calibrated is None:
+        return keep_examples(run.journal, make)
+    kept = kept_examples(run.calibrated)
+    return _kept(run.calibrated, make()) if kept is None else kept
 
 
-def _kept(journal: Journal, given: CalibrationData) -> CalibrationData:
-    """The examples of the cache, which are those that were given: `BadInput` where they are not."""
-    journal.expect(Fingerprint({"the calibration data": digest_of_examples(given)}))
-    return keep_examples(journal, lambda: given)
+def _kept(journal: Journal, data: CalibrationData) -> CalibrationData:
+    """The examples of the cache, which are those that were given or made: `BadInput` where they are not."""
+    journal.expect(Fingerprint({"the calibration data": digest_of_examples(data)}))
+    return keep_examples(journal, lambda: data)
 
 
 def _by_default(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -573,6 +574,16 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
         if self.push_to is not None and self.dry_run:
             what = "`push_to` and `dry_run` contradict each other"
             raise BadInput(what, option="push_to", remedy="leave one of them out")
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Refuse folders that lie in one another: what is kept there is checked, and removed, as a whole."""
+        asked = {name: getattr(self, name) for name in ("work_dir", "calibration_cache", "output")}
+        places = {name: path.resolve() for name, path in asked.items() if path is not None}
+        for name, other in combinations(places, 2):
+            if places[name].is_relative_to(places[other]) or places[other].is_relative_to(places[name]):
+                what = f"`{name}` and `{other}` are one folder, or one is in the other"
+                raise BadInput(what, option=name, remedy="give folders apart from each other")
 
 
 @options

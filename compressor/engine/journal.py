@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import weakref
@@ -36,6 +37,8 @@ Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 _LOG, _LOCK, _UNITS = "journal.jsonl", "lock", "units"
+_FIRST = b'{"sha256": "'
+_UNIT = re.compile(r"[0-9a-f]{32}\.(safetensors|partial)")
 
 
 @dataclass(frozen=True)
@@ -383,9 +386,28 @@ def _require_ours(folder: Path, option: str) -> None:
         raise BadInput(
             "is not a folder", where=folder, option=option, remedy="give a folder, or a path where nothing is"
         )
-    if folder.is_dir() and (foreign := sorted({each.name for each in folder.iterdir()} - {_LOG, _LOCK, _UNITS})):
-        what = f"holds {foreign[0]}, which is no work of a run"
+    if folder.is_dir() and (foreign := min(_foreign(folder), default=None)) is not None:
+        what = f"holds {foreign}, which is no work of a run"
         raise BadInput(what, where=folder, option=option, remedy="give a new or an empty folder")
+
+
+def _foreign(folder: Path) -> Iterator[str]:
+    """What lies in a folder that no journal has written, and so must not remove."""
+    for path in folder.iterdir():
+        if path.name not in {_LOG, _LOCK, _UNITS} or path.is_symlink():
+            yield path.name
+        elif path.name == _UNITS:
+            names = [each.name for each in path.iterdir()] if path.is_dir() else [""]
+            yield from (f"{_UNITS}/{name}" for name in names if not _UNIT.fullmatch(name))
+        elif not path.is_file() or not _begins_as_ours(path):
+            yield path.name
+
+
+def _begins_as_ours(path: Path) -> bool:
+    """Whether a lock is empty, and a log begins as those of journals do, as far as it goes."""
+    first = _FIRST if path.name == _LOG else b""
+    with path.open("rb") as file:
+        return first.startswith(file.read(len(_FIRST)))
 
 
 @contextmanager

@@ -287,6 +287,20 @@ def test_plan_takes_what_compress_takes_but_for_what_is_written() -> None:
     assert more == {"output", "overwrite", "max_shard_size", "allow_miss", "push_to", "dry_run", "work_dir"}
 
 
+@pytest.mark.parametrize("output", ["kept", "kept/small", "."])
+@pytest.mark.parametrize("name", ["work_dir", "calibration_cache"])
+def test_what_a_run_keeps_lies_apart_from_its_output(name: str, output: str) -> None:
+    with pytest.raises(BadInput, match=f"`{name}` and `output` are one folder, or one is in the other"):
+        CompressOptions.of(None, {"keep": 0.5, "calibration": "self", name: "kept", "output": output})
+
+
+def test_a_work_folder_lies_apart_from_a_calibration_cache() -> None:
+    for cache in ("kept", "kept/cache"):
+        with pytest.raises(BadInput, match="`work_dir` and `calibration_cache` are one folder"):
+            CompressOptions(keep=0.5, calibration="self", work_dir="kept", calibration_cache=cache)
+    CompressOptions(keep=0.5, calibration="self", work_dir="kept", calibration_cache="kept-cache", output="out")
+
+
 def test_merge_refuses_what_contradicts() -> None:
     with pytest.raises(BadInput, match="one head"):
         MergeOptions(output="o", mode="sum", head="separate")

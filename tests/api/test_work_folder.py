@@ -260,6 +260,8 @@ def test_a_model_keeps_the_examples_that_it_made(folder: Path, tmp_path: Path) -
         assert (progress.calls["generate"] == 0) == (number == 1)
         outputs.append(weights(output))
     assert outputs[0] == outputs[1] == outputs[2]
+    with pytest.raises(BadInput, match="the calibration data changed"):
+        compress(folder, prefer="size", keep=0.6, effort="fast", calibration=data(), calibration_cache=cache)
 
 
 WRONG: Mapping[str, tuple[dict[str, Any], str]] = {

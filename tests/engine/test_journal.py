@@ -142,8 +142,8 @@ def test_what_a_dead_run_left_is_removed(work: Path) -> None:
     journal.write("dropped", {"a": torch.ones(1)})
     journal.drop("dropped")
     journal.close()
-    (work / "units" / "half.partial").write_bytes(b"1")
-    (work / "units" / "never recorded.safetensors").write_bytes(b"1")
+    (work / "units" / f"{'a' * 32}.partial").write_bytes(b"1")
+    (work / "units" / f"{'b' * 32}.safetensors").write_bytes(b"1")
     journal = opened(work)
     assert len(units(work)) == 1
     assert journal.holds("kept")
@@ -207,6 +207,17 @@ def test_what_is_not_ours_is_left_alone(work: Path) -> None:
     with pytest.raises(BadInput, match="not a folder"):
         opened(work / "thesis.tex")
     assert sorted(each.name for each in work.iterdir()) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["units/thesis.tex", "units/model.safetensors", "units/a/b", "journal.jsonl", "lock"])
+def test_what_is_only_named_like_ours_is_left_alone(work: Path, name: str) -> None:
+    path = work / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"of": "another program"}\n{"cut')
+    with pytest.raises(BadInput, match="which is no work of a run"):
+        opened(work)
+    assert path.read_text() == '{"of": "another program"}\n{"cut'
+    assert [each for each in work.rglob("*") if each.is_file()] == [path]
 
 
 @pytest.fixture
