@@ -164,12 +164,16 @@ class ActivationCache:
         return tuple(_moment(tensors, f"{place}.") for place in range(count))
 
     def write_inputs(self, segment: int, sums: InputSums) -> None:
-        """Keep the sums of the inputs of a segment's layers over the examples that are not run backward."""
+        """Keep the sums of the inputs of a segment's layers over the examples that are not run backward.
+
+        Products about the mean, which the rounding to float32 thus does not depend on.
+        """
         tensors: dict[str, Tensor] = {}
         for names, each in sums.items():
             key = "\n".join(sorted(names))
-            tensors |= {f"product\n{key}": each.product, f"total\n{key}": each.total}
-            tensors[f"count\n{key}"] = torch.tensor(each.count)
+            about_mean = _stored(each.product - _of_mean(each.total, each.count))
+            tensors |= {f"{what}\n{key}": tensor for what, tensor in about_mean.items()}
+            tensors |= {f"total\n{key}": each.total, f"count\n{key}": torch.tensor(each.count)}
         self._folder.write(f"inputs-{segment}", tensors)
 
     def has_inputs(self, segment: int) -> bool:
@@ -179,13 +183,12 @@ class ActivationCache:
     def inputs(self, segment: int) -> InputSums:
         """The sums of the inputs of a segment's layers."""
         tensors = self._folder.read(f"inputs-{segment}")
-        keys = [key.partition("\n")[2] for key in tensors if key.startswith("count\n")]
-        return {
-            frozenset(key.split("\n")): VectorSum(
-                tensors[f"product\n{key}"], tensors[f"total\n{key}"], int(tensors[f"count\n{key}"])
-            )
-            for key in keys
-        }
+        found: dict[frozenset[str], VectorSum] = {}
+        for key in [key.partition("\n")[2] for key in tensors if key.startswith("count\n")]:
+            total, count = tensors[f"total\n{key}"], int(tensors[f"count\n{key}"])
+            about_mean = _moment({what: tensors[f"{what}\n{key}"] for what in ("lower", "scale")}, "")
+            found[frozenset(key.split("\n"))] = VectorSum(about_mean + _of_mean(total, count), total, count)
+        return found
 
     def drop_inputs(self, segment: int) -> None:
         """Remove the sums of the inputs of a segment's layers."""
@@ -303,6 +306,11 @@ class CachedDecompositions:
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:
     inputs, gradients = (_moment(tensors, f"{prefix}{side}.") for side in ("inputs", "gradients"))
     return Metric(inputs, gradients, tensors.get(f"{prefix}mean"))
+
+
+def _of_mean(total: Tensor, count: int) -> Tensor:
+    """The sum of outer products that so many vectors of this sum would have if they were all alike."""
+    return torch.outer(total, total) / max(count, 1)
 
 
 def _stored(moment: Tensor) -> dict[str, Tensor]:

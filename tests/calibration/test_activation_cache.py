@@ -14,7 +14,7 @@ from compressor import compress
 from compressor.calibration.activation_cache import ActivationCache, packed_triangle, unpacked_triangle
 from compressor.calibration.examples import PARTS
 from compressor.factorize import Decomposition, Metric, TiedMetric
-from compressor.measure.moments import oas_shrinkage
+from compressor.measure.moments import VectorSum, oas_shrinkage
 from tests.calibration.tiny_models import TWO_PASSES, calibrated, inputs_for, transformer
 
 CPU = torch.device("cpu")
@@ -212,3 +212,24 @@ def test_layers_that_share_their_inputs_keep_one_moment_of_them() -> None:
     assert len(shared) == 3  # of q, k, and v all but one, of gate and up one
     q, k = (calibration.metrics[f"model.layers.1.self_attn.{name}_proj"] for name in "qk")
     assert torch.equal(q.inputs, k.inputs)
+
+
+@pytest.mark.usefixtures("temporary")
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_sums_of_inputs_are_kept_to_the_precision_of_float32_about_their_mean(offset: float) -> None:
+    cache, size = ActivationCache(CPU), 40
+    vectors = {name: torch.randn(90, size, dtype=torch.float64) + offset for name in ("a", "b c")}
+    sums = {frozenset({name, f"{name}.x"}): VectorSum(x.T @ x, x.sum(0), len(x)) for name, x in vectors.items()}
+    cache.write_inputs(3, sums)
+    found = cache.inputs(3)
+    assert found.keys() == sums.keys()
+    for names, kept in found.items():
+        made = sums[names]
+        assert kept.count == made.count
+        assert torch.equal(kept.total, made.total)
+        covariance = made.product - torch.outer(made.total, made.total) / made.count
+        assert (
+            float((kept.product - made.product).norm()) <= 1e-7 * float(covariance.norm()) + 1e-15 * offset**2 * 90**2
+        )
+    files = cache.journal.read("inputs-3").values()
+    assert sum(each.nbytes for each in files) <= 2 * (4 * size * (size + 1) // 2 + 8 * size + 16)
