@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -18,6 +18,7 @@ from compressor.api.option import described
 from compressor.api.options import CompressOptions
 from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.calibration.kept_examples import digest_of_examples
+from compressor.choices import Effort
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run, digest_of
 from compressor.latency.measure import device_name
@@ -129,6 +130,11 @@ def kept_calibration(asked: CompressOptions, subject: Model, run: Run) -> Iterat
         return
     settings = asked.calibration_settings or CalibrationSettings.of(asked.effort)
     stated = {f"`{name}`": _stated(getattr(asked, name)) for name in ("include", "exclude", "embeddings", "seed")}
+    if asked.calibration_settings is None:
+        alike = [
+            effort for effort in get_args(Effort) if CalibrationSettings.of(effort).of_moments == settings.of_moments
+        ]
+        stated["`effort`"] = " or ".join(alike)
     stated |= {f"the setting `{name}`": _stated(value) for name, value in settings.of_moments.items()}
     wanted = _of_model(subject, run).joined(Fingerprint({}, stated))
     journal = Journal.open(asked.calibration_cache, wanted, option="calibration_cache")

@@ -271,7 +271,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
     "another seed": ({"seed": 1}, "`seed` was 0"),
     "other layers": ({"exclude": ("*q_proj",)}, "`exclude` was not given"),
     "no calibration": ({"calibration": "none"}, "contradict each other"),
-    "another effort": ({"effort": "best"}, "the setting `holdout_every` was 16"),
+    "another effort": ({"effort": "best"}, "`effort` was fast, the setting `holdout_every` was 16"),
 }
 
 
