@@ -257,13 +257,15 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
 
 
 class CachedFactors(Mapping[str, Mapping[str, Tensor]]):
-    """The tensors of low-rank layers by name, in a temporary folder, each read when it is asked for.
+    """The tensors of low-rank layers by name, in a temporary journal, each read when it is asked for.
 
     Those that were not put there are those of `before`.
     """
 
-    def __init__(self, device: torch.device, before: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
-        self._folder = _Folder(Journal(), device)
+    def __init__(
+        self, device: torch.device, journal: Journal, before: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> None:
+        self._folder = _Folder(journal, device)
         self._before = {} if before is None else before
         self._names: dict[str, None] = {}
 

@@ -255,7 +255,8 @@ def holdout_loss(calibration: Calibration, modules: Mapping[str, nn.Module]) -> 
     """
     total, count = 0.0, 0
     segments, last, model = calibration.segments, calibration.segments.count - 1, calibration.model
-    chunks, states = calibration.data.chunks("holdout"), ActivationCache(calibration.run.device)
+    chunks = calibration.data.chunks("holdout")
+    states = ActivationCache(calibration.run.device, calibration.run.journal.temporary())
     with evaluation_mode(calibration.run.device, model):
         for segment in range(last + 1):
             own = of_segment(segments, segment, modules)

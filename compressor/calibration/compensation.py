@@ -69,7 +69,7 @@ class Compensated:
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
     """Truncate every layer by itself, in the metric of the dense model."""
-    factors = CachedFactors(calibration.run.device)
+    factors = CachedFactors(calibration.run.device, calibration.run.journal.temporary())
     low_rank = [plan for plan in planned if plan.rank is not None]
     with evaluation_mode(calibration.run.device, calibration.model):
         for plan in low_rank:
@@ -102,7 +102,10 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     names = {calibration.layers[name].module: name for name in plans}
     left = {*names, *_batch_normalizations(calibration.model)}
-    factors, moved = CachedFactors(calibration.run.device, start.factors), dict[str, nn.Module]()
+    factors, moved = (
+        CachedFactors(calibration.run.device, calibration.run.journal.temporary(), start.factors),
+        dict[str, nn.Module](),
+    )
 
     def put(place: str, tensors: Mapping[str, Tensor]) -> None:
         name = names[place]

@@ -108,7 +108,7 @@ def refine(
         if calibration.layers[name].kind not in ("embedding", "parameter")
     }
     left = set(layers)
-    factors = CachedFactors(calibration.run.device, start.factors)
+    factors = CachedFactors(calibration.run.device, calibration.run.journal.temporary(), start.factors)
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         walk = Walk(calibration, start.modules, name=name)
 

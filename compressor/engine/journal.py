@@ -29,7 +29,7 @@ from torch import Tensor
 from compressor.errors import BadInput
 from compressor.io import temporary_workspace
 from compressor.io.tensors import bytes_of
-from compressor.io.workspace import remove_abandoned
+from compressor.io.workspace import is_temporary, remove_abandoned
 from compressor.system_errors import explained, temporary_space
 
 Value = TypeVar("Value")
@@ -91,6 +91,7 @@ class Journal:
         self._unchecked: set[str] = set()
         self._prefix = ""
         self._whole: Journal | None = None
+        self._beside: Journal | None = None
         self._close: Callable[[], object] = lambda: None
 
     @classmethod
@@ -109,6 +110,7 @@ class Journal:
             (folder / _UNITS).mkdir(parents=True, exist_ok=True)
             descriptor = _locked(folder, option)
             journal._close = weakref.finalize(journal, os.close, descriptor)
+            remove_abandoned(folder)
             journal._log = _Log(folder, option)
             journal._read()
         try:
@@ -134,6 +136,12 @@ class Journal:
         part = copy.copy(self)
         part._prefix, part._whole = f"{self._prefix}{name}/", self
         return part
+
+    def temporary(self) -> Journal:
+        """A temporary journal on the disk of this one."""
+        made = Journal()
+        made._beside = self if self.kept else None
+        return made
 
     def expect(self, fingerprint: Fingerprint) -> None:
         """Record what the units depend on, too; `BadInput` where it is not as it was recorded."""
@@ -248,6 +256,8 @@ class Journal:
             for name in (_LOG, _LOCK):
                 (self._folder / name).unlink(missing_ok=True)
             with suppress(OSError):
+                for path in filter(is_temporary, self._folder.iterdir()):
+                    shutil.rmtree(path, ignore_errors=True)
                 self._folder.rmdir()
         for known in (self._files, self._values, self._unchecked):
             known.clear()
@@ -263,9 +273,9 @@ class Journal:
             assert self._folder is not None
             return self._folder / _UNITS
         if self._folder is None:
-            parent = Path(tempfile.gettempdir())
-            with temporary_space(parent):
-                workspace = temporary_workspace(parent)
+            beside = None if self._beside is None else self._beside._folder
+            with self._space():
+                workspace = temporary_workspace(beside or Path(tempfile.gettempdir()))
                 self._close = weakref.finalize(self, workspace.remove)
                 self._folder = workspace.new(_UNITS)
                 self._folder.mkdir()
@@ -273,7 +283,10 @@ class Journal:
 
     @contextmanager
     def _space(self) -> Iterator[None]:
-        if self._log is None:
+        if self._beside is not None:
+            with self._beside._space():
+                yield
+        elif self._log is None:
             with temporary_space(Path(tempfile.gettempdir())):
                 yield
         else:
@@ -394,8 +407,10 @@ def _require_ours(folder: Path, option: str) -> None:
 def _foreign(folder: Path) -> Iterator[str]:
     """What lies in a folder that no journal has written, and so must not remove."""
     for path in folder.iterdir():
-        if path.name not in {_LOG, _LOCK, _UNITS} or path.is_symlink():
+        if path.is_symlink() or (path.name not in {_LOG, _LOCK, _UNITS} and not is_temporary(path)):
             yield path.name
+        elif is_temporary(path):
+            continue
         elif path.name == _UNITS:
             names = [each.name for each in path.iterdir()] if path.is_dir() else [""]
             yield from (f"{_UNITS}/{name}" for name in names if not _UNIT.fullmatch(name))

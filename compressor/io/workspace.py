@@ -89,6 +89,11 @@ def is_workspace(path: Path) -> bool:
     return _NAMES.fullmatch(path.name) is not None
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a path is named as workspaces for temporary files are."""
+    return re.fullmatch(rf"{_TEMPORARY}[0-9a-f]{{12}}", path.name) is not None
+
+
 def _may_be_abandoned(entry: os.DirEntry[str]) -> bool:
     if _NAMES.fullmatch(entry.name) is None or not entry.is_dir(follow_symlinks=False):
         return False

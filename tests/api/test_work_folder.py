@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.io import CARD_FILE
+from compressor.engine import journal
+from compressor.io import CARD_FILE, temporary_workspace
+from compressor.io.workspace import Workspace
 from compressor.planning import PlanningSettings
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
@@ -299,3 +301,17 @@ def test_an_empty_calibration_cache_needs_data_once(folder: Path, tmp_path: Path
         compress(folder, prefer="size", max_drop=0.1, data=data()[0], calibration_cache=tmp_path / "cache")
     with pytest.raises(BadInput, match="none was asked for"):
         compress(folder, prefer="size", tolerance=0.1, calibration_cache=tmp_path / "cache")
+
+
+def test_temporary_files_lie_in_the_work_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents: list[Path] = []
+
+    def noted(parent: Path) -> Workspace:
+        parents.append(parent)
+        return temporary_workspace(parent)
+
+    monkeypatch.setattr(journal, "temporary_workspace", noted)
+    asked: dict[str, Any] = {"keep": 0.5, "prefer": "size", "calibration": data(), "calibration_settings": TWO_PASSES}
+    compress(folder, output=tmp_path / "output", work_dir=tmp_path / "work", **asked)
+    assert set(parents) == {tmp_path / "work"}
+    assert not (tmp_path / "work").exists()

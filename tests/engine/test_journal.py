@@ -15,6 +15,8 @@ from torch import Tensor
 
 from compressor.engine.journal import Fingerprint, Journal, digest_of
 from compressor.errors import BadInput
+from compressor.io import temporary_workspace
+from compressor.io.workspace import is_temporary
 
 FINGERPRINT = Fingerprint({"the model": "abc"}, {"`keep`": "0.6"})
 
@@ -342,3 +344,20 @@ def test_the_parts_of_a_temporary_journal_are_folders_of_their_own(
     del one
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_of_temporary_files_goes(work: Path) -> None:
+    first = opened(work)
+    left = temporary_workspace(work)
+    left.new("units").mkdir()
+    first.close()
+    os.close(left._descriptor)
+    again = opened(work)
+    assert not left.path.exists()
+    beside = again.temporary()
+    beside.write("layer", {"b": torch.ones(2)})
+    assert beside.read("layer")["b"].tolist() == [1.0, 1.0]
+    assert not beside.kept
+    assert any(is_temporary(path) for path in work.iterdir())
+    again.remove()
+    assert not work.exists()
