@@ -84,7 +84,7 @@ class ModelSize:
     def kept_by(self, budget: Budget | None, plan: object) -> ModelSize:
         """The same with the share that a request leaves, where it says."""
         kept = 1.0
-        if isinstance(plan, Plan):
+        if isinstance(plan, Plan) and plan.eligible_before:
             kept = plan.eligible_after / plan.eligible_before
         elif budget is not None and budget.value is not None and budget.kind == "keep":
             kept = budget.value

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
-from compressor.engine import journal
-from compressor.io import CARD_FILE, temporary_workspace
-from compressor.io.workspace import Workspace
+from compressor.io import CARD_FILE
+from compressor.io.workspace import is_workspace
 from compressor.planning import PlanningSettings
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
@@ -303,15 +302,13 @@ def test_an_empty_calibration_cache_needs_data_once(folder: Path, tmp_path: Path
         compress(folder, prefer="size", tolerance=0.1, calibration_cache=tmp_path / "cache")
 
 
-def test_temporary_files_lie_in_the_work_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parents: list[Path] = []
+def test_temporary_files_lie_in_the_work_folder(folder: Path, tmp_path: Path) -> None:
+    seen: set[Path] = set()
 
-    def noted(parent: Path) -> Workspace:
-        parents.append(parent)
-        return temporary_workspace(parent)
+    def note(*_: object) -> None:
+        seen.update(path for path in (tmp_path / "work").glob("*") if is_workspace(path))
 
-    monkeypatch.setattr(journal, "temporary_workspace", noted)
     asked: dict[str, Any] = {"keep": 0.5, "prefer": "size", "calibration": data(), "calibration_settings": TWO_PASSES}
-    compress(folder, output=tmp_path / "output", work_dir=tmp_path / "work", **asked)
-    assert set(parents) == {tmp_path / "work"}
+    compress(folder, output=tmp_path / "output", work_dir=tmp_path / "work", progress=note, **asked)
+    assert seen
     assert not (tmp_path / "work").exists()

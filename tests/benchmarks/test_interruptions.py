@@ -18,7 +18,10 @@ def test_killed_runs_end_with_the_same_bytes_and_leave_nothing(tmp_path: Path) -
     # A process of its own, because one that has run threads cannot be copied for every start.
     result = tmp_path / "result.json"
     command = [sys.executable, str(SCRIPT), "--kills", "5", "--seed", "3", "--output", str(result)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
     cases = json.loads(result.read_text())["cases"]
     assert [each["case"] for each in cases] == ["data-free", "calibrated"]
     for each in cases:

@@ -148,7 +148,10 @@ def test_what_an_expert_is_given_is_compared_token_by_token() -> None:
     with evaluation_mode(torch.device("cpu"), dense):
         for _ in range(2):
             walk.advance()
-        before, after = (_calls(dense, layer, partial(run, chunk)) for run in (walk.run_dense, walk.run_compressed))
+        before, after = (
+            _calls(dense, {"2": layer}, partial(run, chunk), once=False)["2"]
+            for run in (walk.run_dense, walk.run_compressed)
+        )
     tokens = [set(call.tokens.tolist()) for call in (*before, *after)]
     assert tokens[0] != tokens[1]
     [(x, y)] = _of_the_same_positions(before, after)
