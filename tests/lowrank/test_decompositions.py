@@ -15,7 +15,7 @@ from compressor import compress, plan
 from compressor.engine import Journal, Run
 from compressor.errors import BadInput
 from compressor.factorize import decompose
-from compressor.lowrank import KeptDecompositions
+from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_tensors
 from compressor.measure import EPSILON, Precision
 from compressor.model import Decomposing, inspect_layers, open_model
 
@@ -86,3 +86,16 @@ def test_without_room_a_layer_is_decomposed_again(caplog: pytest.LogCaptureFixtu
             kept.put(name, decompose(torch.randn(4, 5), None))
     assert kept.get("a") is None
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("room", [1.5 * SIDE**2 * 4, 0])
+def test_the_same_numbers_are_stored_with_and_without_room(model: Path, room: float) -> None:
+    subject, run, chosen = open_model(model), Run(torch.device("cpu")), plan(model, keep=0.5)
+    found = []
+    for space in (None, int(room)):
+        kept = KeptDecompositions(Journal(), space)
+        inspect_layers(subject, EPSILON, run, decomposing=Decomposing(Precision(), kept))
+        rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen, decompositions=kept)
+        found.append(dict(rewritten_tensors(rewriting, run, lambda *_: None)))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
