@@ -29,6 +29,9 @@ from compressor.latency.stopwatch import Stopwatch, default_clock
 
 # Seconds of a kernel in a dtype.
 Timer = Callable[[Kernel, torch.dtype], float]
+# The kernels at the points of a grid, those along its last axis one after the other; None where there is none.
+Grid = Sequence[Kernel | None]
+Axes = tuple[tuple[int, ...], ...]
 
 _KERNELS: dict[Footprint, tuple[int, int]] = {"point": (1, 1), "row": (1, 3), "area": (3, 3)}
 STEP = "Measure the device"
@@ -146,7 +149,7 @@ class _Measuring:
     def speeds(self, dtype: torch.dtype) -> DtypeSpeeds:
         itemsize, settings = dtype.itemsize, self.settings
         self.run.report(STEP, self.done, self.total)
-        grid: list[Kernel | None] = [
+        grid = [
             MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize)
             for rows, inner, columns in product(settings.rows, settings.sides, settings.sides)
         ]
@@ -172,16 +175,17 @@ class _Measuring:
             out_size=(14, 14),
             itemsize=dtype.itemsize,
         )
-        settings, found, unfolded = self.settings, dict[str, Speed](), dict[str, Speed]()
+        found, unfolded = dict[str, Speed](), dict[str, Speed]()
         for name, kernel in _KERNELS.items():
             like = replace(area, kernel=kernel)
             found[name] = replace(
-                self._images(like, settings.batches, settings.images, dtype=dtype),
+                self._speed(*self._images(like), dtype),
                 inner=self._steps(partial(_with_inputs, like), dtype),
                 columns=self._steps(partial(_with_outputs, like), dtype),
             )
-            if not self.overlaps and is_unfolded(_smallest(kernel, dtype), torch.get_num_threads()):
-                unfolded[name] = self._images(_smallest(kernel, dtype), (1, 8), (1, *settings.images), dtype=dtype)
+            places, axes = self._unfolded_images(like)
+            if any(place is not None for place in places):
+                unfolded[name] = self._speed(places, axes, dtype)
             self._finished()
         for of_kind in (found, unfolded):
             if "row" in of_kind:
@@ -192,25 +196,36 @@ class _Measuring:
         self.done += 1
         self.run.report(STEP, self.done, self.total)
 
-    def _images(
-        self, like: Convolution, batches: tuple[int, ...], images: tuple[int, ...], *, dtype: torch.dtype
-    ) -> Speed:
-        """The speed of convolutions like one, on a grid of batches, images, and channels."""
-        settings, threads = self.settings, torch.get_num_threads()
-        inner = (settings.few, *settings.channels)
-        axes = (batches, tuple(side * side for side in images), inner, settings.channels)
-        grid: list[Kernel | None] = []
-        for batch, side, c_in, c_out in product(batches, images, inner, settings.channels):
-            size = (side, side)
-            each = replace(like, batch=batch, in_channels=c_in, out_channels=c_out, in_size=size, out_size=size)
-            unfolded = not self.overlaps and bool(is_unfolded(each, threads))
-            if like.batch == 1:
-                grid.append(each if unfolded else None)
-            else:  # with a stride, where it is unfolded without one
-                grid.append(replace(each, in_size=(2 * side, 2 * side)) if unfolded else each)
-        return self._speed(grid, axes, dtype)
+    def _images(self, like: Convolution) -> tuple[Grid, Axes]:
+        """Convolutions like one that are not unfolded: with a stride where they would be without."""
+        kernels, axes = self._grid(like, self.settings.batches, self.settings.images)
+        return [
+            replace(each, in_size=(2 * each.in_size[0], 2 * each.in_size[1])) if self._unfolds(each) else each
+            for each in kernels
+        ], axes
 
-    def _speed(self, places: list[Kernel | None], axes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Speed:
+    def _unfolded_images(self, like: Convolution) -> tuple[Grid, Axes]:
+        """Convolutions like one that are unfolded, and None in the places of the others."""
+        kernels, axes = self._grid(like, (1, 8), (1, *self.settings.images))
+        return [each if self._unfolds(each) else None for each in kernels], axes
+
+    def _grid(
+        self, like: Convolution, batches: tuple[int, ...], images: tuple[int, ...]
+    ) -> tuple[list[Convolution], Axes]:
+        """Convolutions like one, on a grid of batches, images, and channels."""
+        inner, outer = (self.settings.few, *self.settings.channels), self.settings.channels
+        axes = (batches, tuple(side * side for side in images), inner, outer)
+        return [
+            replace(
+                like, batch=batch, in_channels=c_in, out_channels=c_out, in_size=(side, side), out_size=(side, side)
+            )
+            for batch, side, c_in, c_out in product(batches, images, inner, outer)
+        ], axes
+
+    def _unfolds(self, kernel: Convolution) -> bool:
+        return not self.overlaps and bool(is_unfolded(kernel, torch.get_num_threads()))
+
+    def _speed(self, places: Grid, axes: Axes, dtype: torch.dtype) -> Speed:
         """The roofline that is closest to the kernels of a grid, and what each takes over what it says."""
         grid = {place: kernel for place, kernel in enumerate(places) if kernel is not None}
         seconds: dict[int, float] = {}
@@ -269,14 +284,6 @@ def _with_inputs(like: Convolution, width: int) -> Kernel:
 
 def _with_outputs(like: Convolution, width: int) -> Kernel:
     return replace(like, out_channels=width)
-
-
-def _smallest(kernel: tuple[int, int], dtype: torch.dtype) -> Convolution:
-    """The convolution of one number."""
-    one = (1, 1)
-    return Convolution(
-        batch=1, in_channels=1, out_channels=1, kernel=kernel, in_size=one, out_size=one, itemsize=dtype.itemsize
-    )
 
 
 def _roofline(kernels: Sequence[Kernel], seconds: Sequence[float], *, overlaps: bool) -> Speed:
