@@ -125,7 +125,7 @@ def calibrate(
         classes = outputs.shape[-1]
         if classes > settings.most_classes:
             bare = replace(bare, heads=_of_many_classes(layers, head, classes))
-        modules = _modules(bare, model)
+        modules = _modules(bare)
         _cache_outputs(bare, PARTS, modules)
         embeddings, parameters = _embedding_collector(bare), _parameter_collector(bare)
         with embeddings, parameters:
@@ -221,7 +221,7 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     of heads of many classes, of parameters, and of layers that the compressed model does not reach stay those of the
     dense model.
     """
-    layers = _modules(calibration, calibration.model)
+    layers = _modules(calibration)
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         cache = ActivationCache(calibration.run.device, calibration.cache.journal.part(f"recalibrated/{name}"))
         at_compressed = replace(calibration, cache=cache, replaced=modules)
@@ -237,10 +237,10 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions, name=again)
 
 
-def _modules(calibration: Calibration, model: nn.Module) -> dict[str, nn.Module]:
-    """Modules in a model of the layers that are applied to vectors, by their names, without heads of many classes."""
+def _modules(calibration: Calibration) -> dict[str, nn.Module]:
+    """The layers of the dense model that are applied to vectors, by name, without heads of many classes."""
     return {
-        name: model.get_submodule(layer.module)
+        name: calibration.model.get_submodule(layer.module)
         for name, layer in calibration.layers.items()
         if layer.kind not in ("embedding", "parameter") and name not in calibration.heads
     }
