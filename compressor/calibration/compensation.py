@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.activation_cache import CachedFactors
-from compressor.calibration.calibrate import Calibration
+from compressor.calibration.calibration import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.replacements import Replacements

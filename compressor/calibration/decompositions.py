@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.calibration.calibrate import Calibration
+from compressor.calibration.calibration import Calibration
 from compressor.factorize import (
     Decomposition,
     FactorizationSettings,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from compressor.calibration.calibrate import Calibration
+from compressor.calibration.calibration import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
 from compressor.data import EvaluationData
 from compressor.engine import Run

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration
+from compressor.calibration.calibration import Calibration
 from compressor.forms import LowRankEmbedding
 from compressor.lowrank import TiedHead, carry_over, filled_layer
 from compressor.planning import LayerPlan

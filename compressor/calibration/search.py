@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import Calibration, holdout_loss, recalibrate
+from compressor.calibration.calibrate import recalibrate
+from compressor.calibration.calibration import Calibration
 from compressor.calibration.compensation import Compensated, compensate, uncompensated
 from compressor.calibration.decompositions import decompose_layers, decomposition_of, own_errors
+from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.choices import FormRequest

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.calibration.calibrate import frozen
+from compressor.calibration.calibration import frozen
 from compressor.calibration.criterion import outputs_of
 from compressor.calibration.noise import batch_normalizations, matched, spectral_noise
 from compressor.calibration.settings import SelfGeneratedSettings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.calibration.activation_cache import CachedBatches
-from compressor.calibration.calibrate import Calibration, dense_inputs, of_segment, rows_of, with_layers
+from compressor.calibration.calibration import Calibration, dense_inputs, of_segment, rows_of, with_layers
 from compressor.calibration.examples import PARTS, Chunk, Part
 from compressor.calibration.segments import State
 from compressor.measure.moments import patches

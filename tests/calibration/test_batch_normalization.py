@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor import CalibrationSettings, compress
 from compressor.calibration import Calibration, Compensated, compensate
-from compressor.calibration.calibrate import with_layers
+from compressor.calibration.calibration import with_layers
 from compressor.calibration.examples import Part
 from tests.calibration.tiny_models import calibrated, eligible, planned
 

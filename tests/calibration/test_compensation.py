@@ -24,7 +24,7 @@ from compressor.calibration import (
     holdout_loss,
     uncompensated,
 )
-from compressor.calibration.calibrate import with_layers
+from compressor.calibration.calibration import with_layers
 from compressor.calibration.compensation import _factored, _InputStatistics, _Outputs, _ridge_target, _Target
 from compressor.calibration.examples import Part
 from compressor.factorize import FactorPair, Metric, decompose, spatial_pair

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from compressor import BadInput
-from compressor.calibration.calibrate import frozen
+from compressor.calibration.calibration import frozen
 from compressor.io import open_checkpoint
 from compressor.model import evaluation_mode, load_model, load_transformers, open_model
 from compressor.model.inference import forward_call
