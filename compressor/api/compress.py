@@ -87,6 +87,7 @@ from compressor.planning import (
     LayerPlan,
     MeasuredLayer,
     Plan,
+    PlanningSettings,
     is_worthwhile,
     within_limit,
     worthwhile_size,
@@ -106,7 +107,7 @@ def plan(model: ModelLike, options: PlanOptions | None = None, **given: Unpack[P
     """Choose the ranks that `compress` would choose, without the work.
 
     Only `max_drop` uses `data`, and compresses in memory to find the ranks. The refinement, which only `effort="best"`
-    has, changes no rank, only the holdout loss.
+    has, changes a rank only there, where it may let a smaller size be chosen; else only the holdout loss.
 
     Args:
         model: As for `compress`.
@@ -459,7 +460,10 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     size = size.kept_by(requested_budget(asked), asked.plan)
     examples = None
     if first is not None and data.calibration is not None:
-        examples = CalibrationSize.of(data.calibration, first.footprint, calibration_settings(asked))
+        settings = calibration_settings(asked)
+        examples = CalibrationSize.of(data.calibration, first.footprint, settings)
+        if settings.refine and (search := _search_settings(asked)) is not None:
+            examples = replace(examples, candidates=search.most_refined)
     held = replace(_held_models(asked, subject, data, size=size), jobs=run.engine.here)
     if isinstance(run.engine, InProcess):
         held = replace(held, jobs_memory=run.engine.memory)
@@ -499,10 +503,14 @@ def _timed_work(
         timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
         evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
+    return CompressionWork(decompositions, calibration, trial, evaluation, _search_settings(asked))
+
+
+def _search_settings(asked: CompressOptions) -> PlanningSettings | None:
+    """The settings of a search by drop; None where none was asked for."""
     budget = requested_budget(asked)
     searched = budget is not None and budget.kind == "max-drop"
-    trials = (asked.planning_settings or PLANNING).most_trials if searched else 1
-    return CompressionWork(decompositions, calibration, trial, evaluation, trials)
+    return (asked.planning_settings or PLANNING) if searched else None
 
 
 def _require_allowed_drop(evaluation: Evaluation, asked: CompressOptions, name: str) -> None:

@@ -132,13 +132,17 @@ def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequen
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model."""
+    """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model.
+
+    The factors of so many `candidates` wait on disk at a time.
+    """
 
     fit: int
     holdout: int
     at_once: int
     footprint: Footprint
     settings: CalibrationSettings
+    candidates: int = 1
 
     @classmethod
     def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
@@ -168,7 +172,7 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
       their inputs;
     - its decomposition, `n x n` for the smaller side n in float32;
     - the second moment of the gradients before every block, as wide as its narrowest layer: a triangle in float32;
-    - the factors: truncated, compensated, and refined.
+    - the factors: truncated, of every candidate that waits, compensated, and refined.
 
     Recalibration has one of its own beside it, of the fit examples.
     """
@@ -184,8 +188,8 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     of_layers = metrics + decompositions + boundaries
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
-    factors = (1 + calibration.settings.compensate + calibration.settings.refine) * model.factors
-    return dense + compressed + gradients + of_layers + rounds * again + factors
+    kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine
+    return dense + compressed + gradients + of_layers + rounds * again + kinds * model.factors
 
 
 @dataclass(frozen=True)

@@ -287,8 +287,8 @@ class BudgetOptions(Options):
     )
     max_drop: float | None = option(
         "The smallest model that is at most this much worse on `data`: accuracy as a fraction (0.01 is one point), or "
-        "increase in perplexity. One standard error is added to a measured drop. With `keep`, `max_size` or "
-        "`max_latency`, what these give is refused where it is worse.",
+        "increase in perplexity. One standard error is added to a measured drop. Factors are refined for the last "
+        "candidates only. With `keep`, `max_size` or `max_latency`, what these give is refused where it is worse.",
         NUMBER,
         panel=BUDGET,
     )

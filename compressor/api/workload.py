@@ -33,7 +33,7 @@ from compressor.measure import singular_values
 from compressor.model import evaluation_mode
 from compressor.model.inference import forward_call
 from compressor.network import Layer
-from compressor.planning import PLANNING
+from compressor.planning import PlanningSettings
 from compressor.progress import Step
 from compressor.torch_state import synchronize
 
@@ -121,7 +121,7 @@ class CalibrationWork:
     settings: CalibrationSettings
 
     def planning_steps(self, decompositions: float, *, given: bool) -> list[Step]:
-        """From a calibrated model to a plan and its factors; rounds, and all after them, may be left out."""
+        """From a calibrated model to a plan and its factors but for refinement; rounds may be left out."""
         settings = self.settings
         allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
         # A layer is decomposed once for all allocations, and in compensation once more, with the best ridge.
@@ -133,10 +133,12 @@ class CalibrationWork:
             statistics = (2 + self.products) * run * self.groups / self.segments
             best.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
         again = [*best, *self.calibration_steps(), *best]
-        steps = [*best, *(replace(step, certain=False) for _ in range(rounds) for step in again)]
-        return [*steps, self._refinement()] if settings.refine else steps
+        return [*best, *(replace(step, certain=False) for _ in range(rounds) for step in again)]
 
-    def _refinement(self) -> Step:
+    def refinement_steps(self) -> list[Step]:
+        """From there to refined factors."""
+        if not self.settings.refine:
+            return []
         passes, steps = self.settings.refinement.passes, self.settings.refinement.steps
         both, at_once = self.fit + self.holdout, max(1, self.fit // steps)
         run = partial(self.forward.of_segments, segments=self.segments)
@@ -145,7 +147,7 @@ class CalibrationWork:
         *others, last = self._by_segment(passes * one_pass + 2 * run(both))
         # The last segment is compared with the model's outputs, for which the dense one is run again.
         last += passes * run(both, at_once) / max(1, self.segments - 1)
-        return Step("refine", (*others, last))
+        return [Step("refine", (*others, last))]
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
@@ -191,28 +193,34 @@ def _timing_seconds(forward: float, timing: TimingSettings) -> float:
 
 @dataclass(frozen=True)
 class CompressionWork:
-    """What `compress` will do, in seconds."""
+    """What `compress` will do, in seconds; with settings for a `search` where data decide on the size."""
 
     decompositions: Sequence[float]
     calibration: CalibrationWork | None = None
     deciding: EvaluationWork | None = None
     reported: EvaluationWork | None = None
-    most_trials: int = PLANNING.most_trials
+    search: PlanningSettings | None = None
 
     def steps(self, *, given: bool, writes: bool) -> list[Step]:
-        """All steps: with data that decide, as many trials as there can be; with a given plan, one allocation."""
+        """All steps: of a search as many trials as there can be; with a given plan, one allocation."""
         steps, decomposing = [Step("measure", tuple(self.decompositions))], sum(self.decompositions)
-        planning: list[Step] = []
+        planning, refinement = list[Step](), list[Step]()
         if self.calibration is not None:
             steps += self.calibration.calibration_steps()
             planning = self.calibration.planning_steps(decomposing, given=given)
+            refinement = self.calibration.refinement_steps()
         factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing
+        trials = [planning + refinement]
+        if self.search is not None:
+            trials = [planning] * self.search.most_trials + [refinement] * (
+                self.search.most_refined if refinement else 0
+            )
         if self.deciding is None:
-            steps += planning
+            steps += planning + refinement
         else:
             measured = Step("search", (self.deciding.quality_seconds() + factors,))
-            for number in range(1, self.most_trials + 1):
-                trial = [*planning, replace(measured, number=number)]
+            for number, before in enumerate(trials, start=1):
+                trial = [*before, replace(measured, number=number)]
                 steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
         if writes:
             steps.append(Step("factorize", (factors,)))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import nn
 
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, weighted_layers
+from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_unrefined, weighted_layers
 from compressor.data import EvaluationData
 from compressor.engine import Run
 from compressor.errors import BadInput, QualityGateNotMet
@@ -77,7 +77,7 @@ class DropGate:
             return rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
 
         chosen = [(layer.name, layer.form, layer.rank) for layer in planned.plan.layers]
-        return self._measured(f"quality of {chosen}", compressed)
+        return self._measured(f"quality of {planned.solution} {chosen}", compressed)
 
     def _measured(self, name: str, model: Callable[[], nn.Module]) -> Quality:
         """The quality of a model, measured once also by a run that is interrupted."""
@@ -89,7 +89,7 @@ class DropGate:
 
 
 class Planner(Protocol):
-    """Makes a plan for a size; `plan_ranks` or a stand-in."""
+    """Makes a plan for a size, whose factors are yet to be refined; `plan_unrefined` or a stand-in."""
 
     def __call__(
         self,
@@ -109,14 +109,17 @@ def plan_within_drop(
     *,
     gate: DropGate,
     calibration: Calibration | None = None,
-    planner: Planner = plan_ranks,
+    planner: Planner = plan_unrefined,
 ) -> PlannedModel:
     """Find the smallest plan whose model is worse than the dense one by at most the budget, one standard error added.
+
+    Sizes are tried without refinement. Then the smallest that holds is refined, and the next smaller ones of those that
+    were tried, as long as they hold.
 
     Raises `QualityGateNotMet`, naming the closest size that was tried, when only the dense model is good enough, and
     `BadInput` when the dense model has no finite score, or the budget is out of its metric's range.
     """
-    budget = request.budget
+    budget, settings = request.budget, request.settings
     assert budget is not None
     limit = budget.value
     assert limit is not None
@@ -124,8 +127,9 @@ def plan_within_drop(
     baseline = gate.baseline(subject)
     layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
-    most = request.settings.most_trials
-    trials = _Trials(limit, baseline, eligible)
+    refines = calibration is not None and calibration.settings.refine
+    most = settings.most_trials + (settings.most_refined if refines else 0)
+    trials = _Trials(limit, baseline, eligible, kept=settings.most_refined if refines else 1)
 
     def measure(keep: float) -> Trial:
         at_size = replace(request, budget=Budget("keep", keep))
@@ -135,7 +139,7 @@ def plan_within_drop(
             return Trial(keep, round(keep * eligible), math.inf, math.inf)
         stored = planned.plan.eligible_after
         if stored not in trials.by_size:
-            trials.add(keep, planned, gate.quality(subject, planned))
+            trials.add(trials.measured(keep, planned, gate.quality(subject, planned)))
             gate.run.report("search", len(trials.by_size), most)
         return trials.by_size[stored]
 
@@ -149,14 +153,34 @@ def plan_within_drop(
         eligible=eligible,
         least=least,
         first=max(least, (least + 1) / 2) if first is None else first,
-        settings=request.settings,
+        settings=settings,
     )
+    plans = list(trials.candidates)
+    for each in _refined(subject, trials, gate):
+        plans.append(each)
+        tried = (*tried, each.trial)
+        gate.run.report("search", len(tried), most)
     gate.run.report("search", most, most)
     search = DropSearch(baseline.metric, gate.data.name, baseline.count, limit, tried, baseline.higher_is_better)
-    found = smallest_found([t for t in tried if t.parameters < eligible], limit)
-    if found is None or trials.best is None:
+    found = smallest_found([each.trial for each in plans], limit)
+    if found is None:
         raise QualityGateNotMet(_nothing_holds(subject.name, search))
-    return replace(trials.best, plan=replace(trials.best.plan, budget=budget, search=search))
+    [chosen] = [each.planned for each in plans if each.trial is found]
+    return replace(chosen, plan=replace(chosen.plan, budget=budget, search=search))
+
+
+def _refined(subject: Model, trials: _Trials, gate: DropGate) -> Iterator[_Measured]:
+    """Refine the candidates, the largest first, as long as they hold; measured are those whose holdout loss fell."""
+    for candidate in trials.candidates:
+        if candidate.planned.refine is None:
+            return
+        bound, refined = candidate.trial.bound, candidate.planned.refine()
+        if refined.is_refined:
+            measured = trials.measured(candidate.trial.keep, refined, gate.quality(subject, refined))
+            bound = measured.trial.bound
+            yield measured
+        if not within_limit(bound, trials.limit):
+            return
 
 
 def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit: float) -> PlannedModel:
@@ -167,7 +191,8 @@ def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit:
     require_possible_drop(limit, gate.data)
     baseline = gate.baseline(subject)
     trials = _Trials(limit, baseline, planned.plan.eligible_before)
-    trial = trials.add(planned.plan.eligible_after / trials.eligible, planned, gate.quality(subject, planned))
+    share = planned.plan.eligible_after / trials.eligible
+    trial = trials.measured(share, planned, gate.quality(subject, planned)).trial
     gate.run.report("search", 1, 1)
     search = DropSearch(
         baseline.metric, gate.data.name, baseline.count, limit, (trial,), higher_is_better=baseline.higher_is_better
@@ -181,25 +206,46 @@ def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit:
     return replace(planned, plan=replace(planned.plan, search=search))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A plan, and what its model loses."""
+
+    trial: Trial
+    planned: PlannedModel
+
+
 @dataclass
 class _Trials:
-    """The sizes that were measured, by the number of parameters that they store, and the smallest allowed plan."""
+    """The sizes that were tried, by the number of parameters that they store, and the plans that may be chosen.
+
+    These `candidates` are the smallest that holds, and of smaller ones the largest, `kept` in all.
+    """
 
     limit: float
     baseline: Quality
     eligible: int
+    kept: int = 1
     by_size: dict[int, Trial] = field(default_factory=dict)
-    best: PlannedModel | None = None
+    candidates: list[_Measured] = field(default_factory=list)
 
-    def add(self, keep: float, planned: PlannedModel, quality: Quality) -> Trial:
-        stored = planned.plan.eligible_after
+    def measured(self, keep: float, planned: PlannedModel, quality: Quality) -> _Measured:
+        """A plan with what its model, of that quality, loses."""
         # No change is 0.0, and not -0.0, which would be printed.
-        trial = Trial(keep, stored, quality_drop(self.baseline, quality) + 0.0, drop_error(self.baseline, quality))
-        self.by_size[stored] = trial
-        logger.info("keep %.4f: drop %.4g (%s)", keep, trial.drop, self.baseline.metric)
-        if within_limit(trial.bound, self.limit) and (self.best is None or stored < self.best.plan.eligible_after):
-            self.best = planned
-        return trial
+        drop, error = quality_drop(self.baseline, quality) + 0.0, drop_error(self.baseline, quality)
+        trial = Trial(keep, planned.plan.eligible_after, drop, error, planned.is_refined)
+        logger.info(
+            "keep %.4f%s: drop %.4g (%s)", keep, ", refined" if trial.refined else "", trial.drop, self.baseline.metric
+        )
+        return _Measured(trial, planned)
+
+    def add(self, new: _Measured) -> None:
+        """Note a size that was tried, and keep its plan if it may be chosen."""
+        self.by_size[new.trial.parameters] = new.trial
+        among = [each for each in (*self.candidates, new) if each.trial.parameters < self.eligible]
+        best = smallest_found([each.trial for each in among], self.limit)
+        largest = self.eligible if best is None else best.parameters
+        among = [each for each in among if each.trial.parameters <= largest]
+        self.candidates = sorted(among, key=lambda each: -each.trial.parameters)[: self.kept]
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:

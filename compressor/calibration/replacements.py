@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from weakref import WeakValueDictionary
 
@@ -29,13 +30,14 @@ class Replacements(Mapping[str, nn.Module]):
         moved: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.factors, self.moved = factors, {} if moved is None else moved
-        self._calibration, self._planned = calibration, planned
+        # Not the calibration itself, whose moments are on disk as long as somebody holds it.
+        self._model, self._layers = calibration.model, calibration.layers
         # Several parameters of one module are factorized in the same low-rank module.
         self._plans: dict[str, list[LayerPlan]] = {}
         self._modules: dict[str, str] = {}
         self._embeddings: dict[str, str] = {}
         for plan in planned:
-            layer = calibration.layers[plan.name]
+            layer = self._layers[plan.name]
             self._plans.setdefault(layer.module, []).append(plan)
             self._modules |= dict.fromkeys((layer.module, *layer.places), layer.module)
             if layer.head is not None:
@@ -44,7 +46,9 @@ class Replacements(Mapping[str, nn.Module]):
 
     def with_factors(self, factors: Mapping[str, Mapping[str, Tensor]]) -> Replacements:
         """The same with other factors."""
-        return Replacements(self._calibration, self._planned, factors, moved=self.moved)
+        other = copy.copy(self)
+        other.factors, other._alive = factors, WeakValueDictionary()
+        return other
 
     def __getitem__(self, place: str) -> nn.Module:
         if place in self.moved:
@@ -57,14 +61,13 @@ class Replacements(Mapping[str, nn.Module]):
         return found
 
     def _low_rank(self, name: str) -> nn.Module:
-        calibration = self._calibration
-        made = calibration.model.get_submodule(name)
+        made = self._model.get_submodule(name)
         for plan in self._plans[name]:
-            made = filled_layer(calibration.layers[plan.name], plan, made, tensors=self.factors[plan.name])
+            made = filled_layer(self._layers[plan.name], plan, made, tensors=self.factors[plan.name])
         return made
 
     def _head(self, name: str) -> nn.Module:
-        embedding, head = self[self._embeddings[name]], self._calibration.model.get_submodule(name)
+        embedding, head = self[self._embeddings[name]], self._model.get_submodule(name)
         assert isinstance(embedding, LowRankEmbedding)
         tied = TiedHead(embedding, head.bias).train(head.training)  # type: ignore[arg-type]
         carry_over(head, tied)

@@ -68,7 +68,8 @@ class PlannedModel:
     """A plan and, with calibration, the factors by layer and the changed statistics by tensor.
 
     `weighted` are then the layers in the metric of the loss, as measured at the dense model. The factors are on disk,
-    and read when they are asked for. `warnings` are sentences about the plan.
+    and read when they are asked for; `solution` is what they are called in the journal. `warnings` are sentences about
+    the plan. `refine` refines the factors where that is yet to be done.
     """
 
     plan: Plan
@@ -76,6 +77,13 @@ class PlannedModel:
     statistics: Mapping[str, tuple[str, Tensor]] = field(default_factory=dict)
     weighted: Sequence[MeasuredLayer] = ()
     warnings: tuple[str, ...] = ()
+    solution: str = ""
+    refine: Callable[[], PlannedModel] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_refined(self) -> bool:
+        """Whether its factors were refined, and lost less for it."""
+        return self.plan.calibration is not None and self.plan.calibration.refined
 
 
 def open_calibration_data(
@@ -137,49 +145,114 @@ def plan_ranks(
 ) -> PlannedModel:
     """Choose a rank and a form for every layer: those of a given plan, or those that the budget allows.
 
-    With calibration they are found by a `Search`. Raises `BadInput` for a plan that does not fit the model, or a budget
-    that cannot be met. `weighted` is the result of `weighted_layers`, for a caller that plans several times.
+    With calibration they are found by a `Search`, and the factors are refined if the settings say so. Raises `BadInput`
+    for a plan that does not fit the model, or a budget that cannot be met. `weighted` is the result of
+    `weighted_layers`, for a caller that plans several times.
     """
-    budget = request.budget or default_budget(measured, subject.recipe.family, request.settings)
-    advice = None if request.budget else window_rule_advice(measured, subject.recipe.family, request.form)
-    given, where = (None, "") if request.given is None else given_plan(request.given)
-    if given is not None:
-        _warn_of_other_origin(given, subject, calibration)
-    device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
-    kind = budget if given is None else Budget("plan")
-    bare = Plan(subject.name, subject.digest, kind, (), advice, device=device)
-
-    def file_bytes(layers: tuple[LayerPlan, ...]) -> int:
-        return request.file_bytes(subject, replace(bare, layers=layers))
-
-    def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
-        if given is not None:
-            return apply_edits(given, layers, where)
-        form, limit = request.form, request.limit
-        return choose_ranks(layers, budget, form, file_bytes=file_bytes, exponent=exponent, limit=limit)
-
+    allocation = _Allocation.of(subject, measured, request, calibrated=calibration is not None)
     if calibration is None:
-        return PlannedModel(replace(bare, layers=with_latency(measured, allocate(measured, bare.budget))))
-    settings = calibration.settings
-    weighted = weighted if weighted is not None else weighted_layers(measured, calibration)
-    search = Search(calibration, weighted, allocate, settings.exponents, judge=judge)
-    if given is not None:
-        found = replace(search, exponents=(1.0,)).find(bare.budget)
-        found = replace(found, exponent=None)
-    else:
-        caps = rank_caps(measured, subject.recipe.family) if settings.window_caps else {}
-        found = replace(search, caps=caps, rounds=settings.recalibration_rounds).find(bare.budget)
-    if not math.isfinite(found.loss):
-        raise NotFinite(
-            "the compressed model's predictions on the calibration data are not finite",
-            where=subject.name,
-            remedy="keep more, or use the model in a wider dtype",
+        return allocation.without_data()
+    return allocation.searched(calibration, weighted, judge).refined()
+
+
+def plan_unrefined(
+    subject: Model,
+    measured: Sequence[MeasuredLayer],
+    request: PlanRequest,
+    *,
+    calibration: Calibration | None = None,
+    weighted: Sequence[MeasuredLayer] | None = None,
+) -> PlannedModel:
+    """The same but for the refinement, which is left to `PlannedModel.refine`."""
+    allocation = _Allocation.of(subject, measured, request, calibrated=calibration is not None)
+    if calibration is None:
+        return allocation.without_data()
+    searched = allocation.searched(calibration, weighted, holdout_loss)
+    return replace(searched.planned(searched.found), refine=searched.refined if calibration.settings.refine else None)
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """What ranks are chosen by: the measured layers and the request; `plan` is without layers yet."""
+
+    subject: Model
+    measured: Sequence[MeasuredLayer]
+    request: PlanRequest
+    plan: Plan
+    given: Plan | None
+    where: str
+
+    @classmethod
+    def of(
+        cls, subject: Model, measured: Sequence[MeasuredLayer], request: PlanRequest, *, calibrated: bool
+    ) -> _Allocation:
+        budget = request.budget or default_budget(measured, subject.recipe.family, request.settings)
+        advice = None if request.budget else window_rule_advice(measured, subject.recipe.family, request.form)
+        given, where = (None, "") if request.given is None else given_plan(request.given)
+        if given is not None:
+            _warn_of_other_origin(given, subject, calibrated=calibrated)
+        device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
+        kind = budget if given is None else Budget("plan")
+        plan = Plan(subject.name, subject.digest, kind, (), advice, device=device)
+        return cls(subject, measured, request, plan, given, where)
+
+    def layers(self, layers: Sequence[MeasuredLayer], budget: Budget, exponent: float = 1.0) -> tuple[LayerPlan, ...]:
+        """The ranks and forms of all layers."""
+        if self.given is not None:
+            return apply_edits(self.given, layers, self.where)
+        request = self.request
+        return choose_ranks(
+            layers, budget, request.form, file_bytes=self._file_bytes, exponent=exponent, limit=request.limit
         )
-    factors = _with_errors(subject, calibration, found)
-    layers = tuple(replace(p, error=factors.errors.get(p.name, p.error)) for p in found.layers)
-    plan = replace(bare, layers=with_latency(measured, layers), calibration=_result(calibration, found))
-    warnings = () if given is not None else _loss_for_speed(weighted, found, request)
-    return PlannedModel(plan, factors, _by_tensor(subject, found.solved.statistics), weighted, warnings)
+
+    def _file_bytes(self, layers: tuple[LayerPlan, ...]) -> int:
+        return self.request.file_bytes(self.subject, replace(self.plan, layers=layers))
+
+    def without_data(self) -> PlannedModel:
+        layers = with_latency(self.measured, self.layers(self.measured, self.plan.budget))
+        return PlannedModel(replace(self.plan, layers=layers))
+
+    def searched(self, calibration: Calibration, weighted: Sequence[MeasuredLayer] | None, judge: Judge) -> _Searched:
+        """The candidate with the least holdout loss."""
+        settings = calibration.settings
+        weighted = weighted if weighted is not None else weighted_layers(self.measured, calibration)
+        search = Search(calibration, weighted, self.layers, settings.exponents, judge=judge)
+        if self.given is not None:
+            found = replace(search, exponents=(1.0,)).find(self.plan.budget)
+            return _Searched(self, search, replace(found, exponent=None))
+        caps = rank_caps(self.measured, self.subject.recipe.family) if settings.window_caps else {}
+        search = replace(search, caps=caps, rounds=settings.recalibration_rounds)
+        return _Searched(self, search, search.find(self.plan.budget))
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """The candidate that a search has found, whose factors may be refined."""
+
+    allocation: _Allocation
+    search: Search
+    found: Candidate
+
+    def refined(self) -> PlannedModel:
+        return self.planned(self.search.refined(self.found))
+
+    def planned(self, found: Candidate) -> PlannedModel:
+        """The plan with the factors of a candidate."""
+        subject, measured, calibration = self.allocation.subject, self.allocation.measured, self.search.calibration
+        if not math.isfinite(found.loss):
+            raise NotFinite(
+                "the compressed model's predictions on the calibration data are not finite",
+                where=subject.name,
+                remedy="keep more, or use the model in a wider dtype",
+            )
+        weighted, request = self.search.weighted, self.allocation.request
+        factors = _with_errors(subject, calibration, found)
+        layers = tuple(replace(p, error=factors.errors.get(p.name, p.error)) for p in found.layers)
+        layers = with_latency(measured, layers)
+        plan = replace(self.allocation.plan, layers=layers, calibration=_result(calibration, found))
+        warnings = () if self.allocation.given is not None else _loss_for_speed(weighted, found, request)
+        statistics = _by_tensor(subject, found.solved.statistics)
+        return PlannedModel(plan, factors, statistics, weighted, warnings, found.name)
 
 
 def _loss_for_speed(weighted: Sequence[MeasuredLayer], found: Candidate, request: PlanRequest) -> tuple[str, ...]:
@@ -200,11 +273,11 @@ def _loss_for_speed(weighted: Sequence[MeasuredLayer], found: Candidate, request
     )
 
 
-def _warn_of_other_origin(plan: Plan, subject: Model, calibration: Calibration | None) -> None:
+def _warn_of_other_origin(plan: Plan, subject: Model, *, calibrated: bool) -> None:
     """Warn if a plan was made for other weights, or with calibration data that are missing now."""
     if plan.digest is not None and subject.digest is not None and plan.digest != subject.digest:
         logger.warning("the plan was made for other weights than those of %s", subject.name)
-    if (plan.calibrated or plan.calibration is not None) and calibration is None:
+    if (plan.calibrated or plan.calibration is not None) and not calibrated:
         logger.warning(
             "the plan was made with calibration data: pass them too, or `calibration='self'` where the model made them"
             " itself, for factors as good as its ranks"
@@ -290,6 +363,7 @@ class Candidate:
     """Ranks, the layers that they give, and their loss: predicted to second order, and on the holdout.
 
     The solution of an allocation that is only compared is not kept: on disk it is as large as the compressed model.
+    `name` is that of the solution in the journal.
     """
 
     calibration: Calibration
@@ -300,6 +374,7 @@ class Candidate:
     solution: Compensated | None = None
     capped: bool = False
     refined: bool = False
+    name: str = ""
 
     @property
     def solved(self) -> Compensated:
@@ -338,8 +413,7 @@ class Search:
     def find(self, budget: Budget) -> Candidate:
         """Find the best candidate, with rounds of recalibration if the second-order estimate cannot be trusted.
 
-        In each round the moments are taken again at the best candidate that is compressed half as far. Last, the
-        factors are refined, if the settings say so and the loss falls.
+        In each round the moments are taken again at the best candidate that is compressed half as far.
         """
         best = self.best(budget)
         for _ in range(0 if best.as_predicted else self.rounds):
@@ -350,11 +424,16 @@ class Search:
                 best = min(best, fresh.best(budget), key=_loss)
             except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
-        if self.calibration.settings.refine:
-            name = f"{best.calibration.name}/refined/{_name(best.layers)}"
-            refined = self._solved(best, refine(best.calibration, best.solved, name), name)
-            best = min(best, replace(refined, refined=True), key=_loss)
-        return best
+        # What follows needs none of the moments that were taken again, and they go with their calibration.
+        return replace(best, calibration=replace(self.calibration, name=best.calibration.name))
+
+    def refined(self, found: Candidate) -> Candidate:
+        """The candidate with refined factors, if the settings say so and the loss falls."""
+        if not self.calibration.settings.refine:
+            return found
+        name = f"{found.calibration.name}/refined/{_name(found.layers)}"
+        refined = self._solved(found, refine(found.calibration, found.solved, name), name)
+        return min(found, replace(refined, refined=True), key=_loss)
 
     def best(self, budget: Budget) -> Candidate:
         """The allocation with the least loss, compensated where that lowers the loss.
@@ -375,11 +454,13 @@ class Search:
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
-        return replace(found, solution=uncompensated(self.calibration, found.layers))
+        name = f"{self.calibration.name}/truncated/{_name(found.layers)}"
+        return replace(found, solution=uncompensated(self.calibration, found.layers), name=name)
 
     def _solved(self, found: Candidate, solution: Compensated, name: str) -> Candidate:
         judged = partial(self.judge, found.calibration, solution.modules)
-        return replace(found, solution=solution, loss=found.calibration.cache.journal.value(f"{name}/loss", judged))
+        loss = found.calibration.cache.journal.value(f"{name}/loss", judged)
+        return replace(found, solution=solution, loss=loss, name=name)
 
     def _capped(self, found: Candidate, budget: Budget) -> Candidate:
         """The same allocation under the caps; `found` itself where they change nothing."""

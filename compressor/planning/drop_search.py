@@ -15,13 +15,15 @@ class Trial:
     """One size that was measured: the `keep` that was asked for, what it stored of the eligible layers, and the drop.
 
     `parameters` counts stored numbers. `drop` is accuracy lost, as a fraction, or increase in perplexity, and
-    `standard_error` that of the difference between the two models on the same examples.
+    `standard_error` that of the difference between the two models on the same examples. A size may be measured twice:
+    once more with `refined` factors.
     """
 
     keep: float
     parameters: int
     drop: float
     standard_error: float
+    refined: bool = False
 
     @property
     def bound(self) -> float:
@@ -71,8 +73,12 @@ def within_limit(drop: float, limit: float) -> bool:
 
 
 def smallest_found(trials: Sequence[Trial], limit: float) -> Trial | None:
-    """The smallest size tried whose bound on the drop is at most `limit`, None when there is none."""
-    return min((t for t in trials if within_limit(t.bound, limit)), key=lambda t: t.parameters, default=None)
+    """The smallest size tried whose bound on the drop is at most `limit`, None when there is none.
+
+    Of one size with and without refined factors it is what has the lower bound.
+    """
+    allowed = (trial for trial in trials if within_limit(trial.bound, limit))
+    return min(allowed, key=lambda trial: (trial.parameters, trial.bound, not trial.refined), default=None)
 
 
 def search_by_drop(

@@ -51,6 +51,10 @@ class PlanningSettings:
     most_trials: int = 7
     """Sizes that a search by drop in quality measures at most, besides the dense model."""
 
+    most_refined: int = 3
+    """Of these sizes how many are measured once more with refined factors at most, where factors are refined: the
+    smallest that passed, and the next smaller ones as long as they pass."""
+
     drop_resolution: float = 0.02
     """Relative width of the bracket at which that search ends: the largest size that failed beside the smallest that
     passed."""
@@ -63,6 +67,7 @@ class PlanningSettings:
 
     def __post_init__(self) -> None:
         as_count(self.most_trials, "most_trials", least=1)
+        as_count(self.most_refined, "most_refined", least=1)
         known = [form.name for form in FORMS.values() if form.has_own_errors]
         if not set(self.excluded_forms) <= set(known):
             what = f"`excluded_forms` is {self.excluded_forms!r}"

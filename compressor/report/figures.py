@@ -142,21 +142,24 @@ def curve_figure(curve: SizeCurve, points: Sequence[CurvePoint], eligible: int) 
         return _svg(figure, "curve", "Loss against size")
 
 
-def search_figure(search: DropSearch, *, eligible: int, chosen: int, limit: float | None) -> str:
+def search_figure(search: DropSearch, *, eligible: int, limit: float | None) -> str:
     """The measured drop at every size tried, with the chosen size and the allowed drop, as SVG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
+    from compressor.planning import smallest_found
+
     custom = search.higher_is_better is not None
     scale = 100.0 if search.metric == "accuracy" and not custom else 1.0
-    tried = sorted((t.parameters, scale * t.drop) for t in search.trials if math.isfinite(t.drop))
+    chosen = smallest_found(search.trials, search.limit)
+    tried = sorted((t.parameters, scale * t.drop, t is chosen) for t in search.trials if math.isfinite(t.drop))
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.8), layout="constrained")
         axes = figure.add_subplot()
         # The points are not joined: the drop need not be monotone, and with few examples it jumps.
-        for parameters, drop in tried:
-            color, size = (AFTER, 8) if parameters == chosen else (BEFORE, 6)
+        for parameters, drop, is_chosen in tried:
+            color, size = (AFTER, 8) if is_chosen else (BEFORE, 6)
             axes.plot(100 * parameters / eligible, drop, "o", color=color, markersize=size)
         if limit is not None:
             axes.axhline(scale * limit, color=INK, linewidth=1.0, linestyle=(0, (3, 2)))

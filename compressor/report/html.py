@@ -137,7 +137,7 @@ def report_page(compression: Compression) -> str:
         else Markup(curve_figure(compression.curve, points, plan.eligible_before)),
         tried=None
         if plan.search is None
-        else Markup(search_figure(plan.search, eligible=plan.eligible_before, chosen=plan.eligible_after, limit=limit)),
+        else Markup(search_figure(plan.search, eligible=plan.eligible_before, limit=limit)),
         sizes=Markup(sizes_figure(plan.layers)),
         ranks=Markup(ranks_figure(plan.layers, [marks[layer.name] for layer in plan.layers])),
         edges=any(mark.edge is not None for mark in marks.values()),

@@ -251,7 +251,8 @@ def search_rows(search: DropSearch) -> list[tuple[str, ...]]:
         verdict = "chosen" if trial is chosen else "allowed" if within_limit(trial.bound, search.limit) else "too much"
         numbers = (trial.drop, trial.standard_error)
         words = (drop_words(search.metric, each, search.higher_is_better) for each in numbers)
-        rows.append((f"{trial.keep:.3f}", *words, verdict))
+        kept = f"{trial.keep:.3f}, refined" if trial.refined else f"{trial.keep:.3f}"
+        rows.append((kept, *words, verdict))
     return rows
 
 

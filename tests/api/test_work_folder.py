@@ -62,6 +62,13 @@ CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "calibrated": lambda: {"keep": 0.4, "calibration": data(), "calibration_settings": TWO_PASSES},
     "embeddings": lambda: {"keep": 0.4, "calibration": data(), "effort": "balanced", "embeddings": True},
     "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
+    "within a drop, refined": lambda: {
+        "max_drop": 20.0,
+        "data": {"input_ids": examples()},
+        "calibration": data(),
+        "calibration_settings": TWO_PASSES,
+        "planning_settings": PlanningSettings(most_trials=3, most_refined=2),
+    },
     "on its own examples": lambda: {"keep": 0.4, "calibration": "self", "calibration_samples": 8, "effort": "fast"},
 }
 

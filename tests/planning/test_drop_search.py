@@ -127,13 +127,18 @@ def test_accuracies_that_differ_by_exactly_the_limit_hold(counts: tuple[int, int
 
 @pytest.mark.parametrize("drop", [0.25, math.inf])
 def test_a_search_as_a_document(drop: float) -> None:
-    trials = (Trial(0.5, 50, drop, drop), Trial(0.75, 75, 0.125, 0.0625), Trial(0.8, 80, 0.125, 0.03125))
+    trials = (Trial(0.5, 50, drop, drop), Trial(0.75, 75, 0.125, 0.0625), Trial(0.8, 80, 0.125, 0.03125, refined=True))
     search = DropSearch("perplexity", "text.txt", 7, 0.16, trials)
     document = search.to_dict()
     infinite = drop if drop < math.inf else "infinity"
     assert (document["evaluations"], document["limit"]) == (4, 0.16)
+    sizes = [
+        {"keep": 0.5, "parameters": 50, "drop": infinite, "standard_error": infinite},
+        {"keep": 0.75, "parameters": 75, "drop": 0.125, "standard_error": 0.0625},
+        {"keep": 0.8, "parameters": 80, "drop": 0.125, "standard_error": 0.03125},
+    ]
+    verdicts = [(False, False), (False, False), (True, True)]
     assert document["tried"] == [
-        {"keep": 0.5, "parameters": 50, "drop": infinite, "standard_error": infinite, "allowed": False},
-        {"keep": 0.75, "parameters": 75, "drop": 0.125, "standard_error": 0.0625, "allowed": False},
-        {"keep": 0.8, "parameters": 80, "drop": 0.125, "standard_error": 0.03125, "allowed": True},
+        size | {"refined": refined, "allowed": allowed}
+        for size, (refined, allowed) in zip(sizes, verdicts, strict=True)
     ]
