@@ -39,7 +39,7 @@ from compressor.lowrank import (
     filled_layer,
     stored_tensors,
 )
-from compressor.measure.moments import input_vectors, kept_vectors, outer_products, wide_enough
+from compressor.measure.moments import input_vectors, joint_moments, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
@@ -393,8 +393,8 @@ class _Sums:
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
         self.count += len(x)
-        one = [*_products(layer, x, y), sum_in_float64(x), sum_in_float64(y)]
-        self.sums = one if self.sums is None else [a + b for a, b in zip(self.sums, one, strict=True)]
+        one = _products(layer, x, y)
+        self.sums = list(one) if self.sums is None else [a + b for a, b in zip(self.sums, one, strict=True)]
 
     def mean(self) -> _InputStatistics | None:
         if self.sums is None or self.count == 0 or not self.comparable:
@@ -425,10 +425,11 @@ def _statistics(walk: Walk, part: Part, places: Sequence[str], *, once: bool) ->
     return {place: each.mean() for place, each in sums.items()}
 
 
-def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The sums that `_InputStatistics` are the means of."""
     if isinstance(layer, _BatchNorm):
-        return (x * x).sum(0), (x * y).sum(0), (y * y).sum(0)
-    return outer_products(x, x), outer_products(x, y), outer_products(y, y)
+        return (x * x).sum(0), (x * y).sum(0), (y * y).sum(0), sum_in_float64(x), sum_in_float64(y)
+    return joint_moments(x, y)
 
 
 def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -202,9 +202,7 @@ def _accumulate(sums: dict[Any, VectorSum], key: Hashable, more: VectorSum) -> N
 
 
 def _summed(vectors: Tensor) -> VectorSum:
-    vectors = wide_enough(vectors)
-    product = outer_products(vectors, vectors)
-    return VectorSum(product, sum_in_float64(vectors), vectors.shape[0])
+    return VectorSum(*second_moment(wide_enough(vectors)), vectors.shape[0])
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
@@ -218,16 +216,66 @@ def outer_products(x: Tensor, y: Tensor) -> Tensor:
     The products are taken about the means: for vectors with a large mean, float32 would round away what varies. Common
     factors are divided out first, so that no square underflows or overflows in float32.
     """
-    scale_x, scale_y = power_of_two_on_device(x), power_of_two_on_device(y)
-    x, y = (x / scale_x).float(), (y / scale_y).float()
-    count = max(len(x), 1)
-    about_x, about_y = x.sum(0) / count, y.sum(0) / count
-    centered_x, centered_y = x - about_x, y - about_y
-    product = in_float64(centered_x.T @ centered_y)
-    about_x, about_y = in_float64(about_x), in_float64(about_y)
-    product += torch.outer(about_x, sum_in_float64(y))
-    product += torch.outer(sum_in_float64(centered_x), about_y)
-    return product * (scale_x * scale_y)
+    of_x, of_y = _centered(x), _centered(y)
+    return _uncentered(of_x.rows.T @ of_y.rows, of_x, of_y)
+
+
+def second_moment(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x^T x` as `outer_products` has it, and the sum of the rows of x, both in float64."""
+    of_x = _centered(x)
+    return _uncentered(gram(of_x.rows), of_x, of_x), of_x.total * of_x.scale
+
+
+def joint_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`x^T x`, `x^T y` and `y^T y` as `outer_products` has them, and the sums of the rows of x and of y."""
+    of_x, of_y = _centered(x), _centered(y)
+    xx, yy = (_uncentered(gram(each.rows), each, each) for each in (of_x, of_y))
+    xy = _uncentered(of_x.rows.T @ of_y.rows, of_x, of_y)
+    return xx, xy, yy, of_x.total * of_x.scale, of_y.total * of_y.scale
+
+
+def gram(x: Tensor, *, narrow: int = 192, parts: int = 8) -> Tensor:
+    """`x^T x`, of which only the lower triangle is computed, in strips of rows, and mirrored.
+
+    There are at most `parts` strips, of `narrow` rows at least: on a CPU narrower ones save no more time.
+    """
+    size = x.shape[1]
+    if size <= narrow:
+        return x.T @ x
+    product = x.new_empty(size, size)
+    step = max(narrow, -(-size // parts))
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        strip = x[:, start:end].T @ x[:, :end]
+        product[start:end, :end] = strip
+        product[:start, start:end] = strip[:, :start].T
+    return product
+
+
+@dataclass(frozen=True)
+class _Centered:
+    """Vectors without their common factor and their mean, in float32; and both, and what the rest adds up to."""
+
+    rows: Tensor
+    mean: Tensor
+    total: Tensor
+    scale: Tensor
+
+
+def _centered(x: Tensor) -> _Centered:
+    scale = power_of_two_on_device(x)
+    total = sum_in_float64(x) / scale
+    mean = (total / max(len(x), 1)).float()
+    rows = (x / scale).float().sub_(mean.to(x.device))
+    return _Centered(rows, in_float64(mean), total, scale)
+
+
+def _uncentered(product: Tensor, x: _Centered, y: _Centered) -> Tensor:
+    """The product of vectors from that of the centered ones."""
+    found = in_float64(product)
+    found.addr_(x.mean, y.total)
+    found.addr_(x.total - len(x.rows) * x.mean, y.mean)
+    return found.mul_(x.scale * y.scale)
 
 
 def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ def power_of_two(values: Tensor | npt.NDArray[np.float64]) -> float:
 
 def power_of_two_on_device(values: Tensor) -> Tensor:
     """The same as a float64 number on the device of the values, so that nothing waits for it."""
-    largest = in_float64(values.abs().max() if values.numel() else values.new_zeros(()))
+    largest = in_float64(torch.stack(torch.aminmax(values)).abs().max() if values.numel() else values.new_zeros(()))
     mantissa, _ = torch.frexp(largest)
     # The quotient is a power of two, and so has no rounding.
     return torch.where((largest > 0) & torch.isfinite(largest), largest / (2 * mantissa), 1.0)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from compressor.calibration.criterion import sampled_loss
 from compressor.errors import BadInput
-from compressor.measure.moments import MomentPass, collect_moments, oas_shrinkage
+from compressor.measure.moments import (
+    MomentPass,
+    collect_moments,
+    gram,
+    joint_moments,
+    oas_shrinkage,
+    second_moment,
+)
 
 CONVOLUTIONS = [
     nn.Conv1d(3, 4, 3, stride=2, padding=1),
@@ -258,3 +265,24 @@ def test_padding_counts_neither_as_input_nor_as_prediction() -> None:
         assert short[name].positions == long[name].positions == 16  # type: ignore[union-attr]
         torch.testing.assert_close(short[name].inputs, long[name].inputs, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
         torch.testing.assert_close(short[name].gradients, long[name].gradients, rtol=1e-3, atol=1e-6)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [1, 5, 191, 192, 193, 400, 2000])
+def test_the_gram_matrix_is_the_product(size: int) -> None:
+    x = torch.randn(7, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    torch.testing.assert_close(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_moments_of_inputs_with_a_large_mean_keep_what_varies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (100 + torch.randn(512, 300, generator=generator) for _ in range(2))
+    wide = x.double(), y.double()
+    xx, xy, yy, of_x, of_y = joint_moments(x, y)
+    for found, (a, b) in ((xx, (0, 0)), (xy, (0, 1)), (yy, (1, 1))):
+        error = (found - wide[a].T @ wide[b]).abs().max() / 512
+        assert error < 1e-4  # of the variance, which is one; the moment itself is 10,000
+    torch.testing.assert_close(of_x, wide[0].sum(0))
+    torch.testing.assert_close(of_y, wide[1].sum(0))
+    alone, total = second_moment(x)
+    assert torch.equal(alone, xx)
+    assert torch.equal(total, of_x)
