@@ -55,7 +55,7 @@ from compressor.api.workload import (
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
 from compressor.calibration import Calibration, CalibrationData, calibrate
-from compressor.calibration.drop import DropGate, plan_within_drop, within_drop
+from compressor.calibration.drop import DropGate, plan_within_drop, tried_at_once, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
 from compressor.data import EvaluationData
 from compressor.engine import InProcess, Run, opened_engine
@@ -464,7 +464,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
         if settings.refine and (search := _search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
-    held = replace(_held_models(asked, subject, data, size=size), jobs=run.engine.here)
+    held = replace(_held_models(asked, subject, data, size=size, run=run), jobs=run.engine.here)
     if isinstance(run.engine, InProcess):
         held = replace(held, jobs_memory=run.engine.memory)
     needs = needs_of(size, examples, places, held=held)
@@ -478,13 +478,19 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     return needs
 
 
-def _held_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize) -> Held:
-    """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned."""
+def _held_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize, run: Run) -> Held:
+    """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned.
+
+    Workers on this machine that measure several sizes at a time have one each.
+    """
     runs = data.calibration is not None or data.search is not None
     if subject.in_memory:
         return Held(0, 0 if asked.dry_run else output_bytes(size))
     compared = size.dense + output_bytes(size) if data.report is not None and not asked.dry_run else 0
-    return Held(size.streamed if runs else 0, compared)
+    calibrating = size.streamed if runs else 0
+    if _at_once(asked, subject, data, run=run) > 1:
+        calibrating += run.engine.here * (size.streamed + size.factors)
+    return Held(calibrating, compared)
 
 
 def _timed_work(
@@ -503,7 +509,15 @@ def _timed_work(
         timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
         evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
-    return CompressionWork(decompositions, calibration, trial, evaluation, _search_settings(asked))
+    at_once = _at_once(asked, subject, data, run=run)
+    return CompressionWork(decompositions, calibration, trial, evaluation, _search_settings(asked), at_once)
+
+
+def _at_once(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -> int:
+    """How many sizes a search by drop tries at a time."""
+    if data.search is None or _search_settings(asked) is None:
+        return 1
+    return tried_at_once(subject, data.search, run.engine, calibrated=data.calibration is not None)
 
 
 def _search_settings(asked: CompressOptions) -> PlanningSettings | None:

@@ -197,7 +197,7 @@ class Held:
     """Bytes of models in memory, beside what there is before the work begins.
 
     Attributes:
-        calibrating: While ranks are looked for.
+        calibrating: While ranks are looked for, in workers on this machine too.
         compared: When the result is measured or returned.
         jobs: Layers that are worked on at a time.
         jobs_memory: The most bytes that these take together; None where only their number is limited.

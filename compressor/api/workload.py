@@ -193,13 +193,17 @@ def _timing_seconds(forward: float, timing: TimingSettings) -> float:
 
 @dataclass(frozen=True)
 class CompressionWork:
-    """What `compress` will do, in seconds; with settings for a `search` where data decide on the size."""
+    """What `compress` will do, in seconds; with settings for a `search` where data decide on the size.
+
+    Such a search measures several sizes `at_once`.
+    """
 
     decompositions: Sequence[float]
     calibration: CalibrationWork | None = None
     deciding: EvaluationWork | None = None
     reported: EvaluationWork | None = None
     search: PlanningSettings | None = None
+    at_once: int = 1
 
     def steps(self, *, given: bool, writes: bool) -> list[Step]:
         """All steps: of a search as many trials as there can be; with a given plan, one allocation."""
@@ -212,13 +216,12 @@ class CompressionWork:
         factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing
         trials = [planning + refinement]
         if self.search is not None:
-            trials = [planning] * self.search.most_trials + [refinement] * (
-                self.search.most_refined if refinement else 0
-            )
+            trials = [planning] * (self.at_once * self.search.rounds(self.at_once))
+            trials += [refinement] * (self.search.most_refined if refinement else 0)
         if self.deciding is None:
             steps += planning + refinement
         else:
-            measured = Step("search", (self.deciding.quality_seconds() + factors,))
+            measured = Step("search", ((self.deciding.quality_seconds() + factors) / self.at_once,))
             for number, before in enumerate(trials, start=1):
                 trial = [*before, replace(measured, number=number)]
                 steps += trial if number == 1 else [replace(step, certain=False) for step in trial]

@@ -6,22 +6,26 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_unrefined, weighted_layers
 from compressor.data import EvaluationData
-from compressor.engine import Run
+from compressor.engine import Engine, Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
-from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_module
-from compressor.model import Model
+from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_factors, rewritten_module
+from compressor.model import Factory, Model, open_runnable
+from compressor.network import Layer
 from compressor.planning import (
     Budget,
     DropSearch,
     MeasuredLayer,
+    Sizes,
     Trial,
     choose_ranks,
     predicted_loss,
@@ -30,6 +34,7 @@ from compressor.planning import (
     smallest_size,
     within_limit,
 )
+from compressor.recipe import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -65,19 +70,47 @@ class DropGate:
         """That of the model that a plan leads to."""
 
         def compressed() -> nn.Module:
-            rewriting = Rewriting(
-                subject.checkpoint,
-                subject.recipe,
-                subject.layers,
-                planned.plan,
-                planned.factors,
-                planned.statistics,
-                decompositions=self.decompositions,
-            )
+            rewriting = self._rewriting(subject, planned)
             return rewritten_module(rewriting, subject.streamed, self.run, done=lambda _name, _error: None)
 
-        chosen = [(layer.name, layer.form, layer.rank) for layer in planned.plan.layers]
-        return self._measured(f"quality of {planned.solution} {chosen}", compressed)
+        return self._measured(_name(planned), compressed)
+
+    def qualities(self, subject: Model, planned: Sequence[PlannedModel]) -> Iterator[Quality]:
+        """Those of the models that some plans lead to, of several each measured by a job."""
+        if len(planned) < 2:
+            yield from (self.quality(subject, each) for each in planned)
+            return
+        journal, data = self.run.journal, self.data.in_memory()
+        jobs = (self._job(subject, each, data) for each in planned if not journal.knows(_name(each)))
+        measured = self.run.engine.map(_quality, jobs)
+        for each in planned:
+            yield Quality.of_record(journal.value(_name(each), lambda: next(measured).recorded()))
+
+    def _job(self, subject: Model, planned: PlannedModel, data: EvaluationData) -> _Evaluation:
+        """A model that is to be measured, with its factors, of which each was found by a job of its own."""
+        assert isinstance(subject.checkpoint.source, Path)
+        rewriting = self._rewriting(subject, planned)
+        factors = {layer.name: each for layer, _, each in rewritten_factors(rewriting, self.run)}
+        return _Evaluation(
+            source=subject.checkpoint.source.absolute(),
+            factory=_from_anywhere(subject.factory),
+            recipe=subject.recipe,
+            layers=subject.layers,
+            planned=PlannedModel(planned.plan, factors, planned.statistics),
+            data=data,
+            device=self.run.job_device,
+        )
+
+    def _rewriting(self, subject: Model, planned: PlannedModel) -> Rewriting:
+        return Rewriting(
+            subject.checkpoint,
+            subject.recipe,
+            subject.layers,
+            planned.plan,
+            planned.factors,
+            planned.statistics,
+            decompositions=self.decompositions,
+        )
 
     def _measured(self, name: str, model: Callable[[], nn.Module]) -> Quality:
         """The quality of a model, measured once also by a run that is interrupted."""
@@ -86,6 +119,44 @@ class DropGate:
             return measure_quality(model(), self.data, device=self.run.device, replicates=True).recorded()
 
         return Quality.of_record(self.run.journal.value(name, measured))
+
+
+def _name(planned: PlannedModel) -> str:
+    """What the quality of the model that a plan leads to is called in the journal."""
+    chosen = [(layer.name, layer.form, layer.rank) for layer in planned.plan.layers]
+    return f"quality of {planned.solution} {chosen}"
+
+
+def _from_anywhere(factory: Factory | None) -> str | None:
+    """The name of a factory where the folder may be another one."""
+    if factory is None:
+        return None
+    assert isinstance(factory, str)
+    place, _, name = factory.rpartition(":")
+    return f"{Path(place).absolute()}:{name}" if place.endswith(".py") else factory
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A compressed model that is to be measured where its dense one is opened from files."""
+
+    source: Path
+    factory: str | None
+    recipe: TrainingRecipe
+    layers: tuple[Layer, ...]
+    planned: PlannedModel
+    data: EvaluationData
+    device: torch.device
+
+
+def _quality(asked: _Evaluation) -> Quality:
+    opened = replace(open_runnable(asked.source, asked.factory), layers=asked.layers)
+    planned = asked.planned
+    rewriting = Rewriting(
+        opened.checkpoint, asked.recipe, asked.layers, planned.plan, planned.factors, planned.statistics
+    )
+    module = rewritten_module(rewriting, opened.streamed, Run(asked.device), done=lambda _name, _error: None)
+    return measure_quality(module, asked.data, device=asked.device)
 
 
 class Planner(Protocol):
@@ -102,6 +173,15 @@ class Planner(Protocol):
     ) -> PlannedModel: ...
 
 
+def tried_at_once(subject: Model, data: EvaluationData, engine: Engine, *, calibrated: bool) -> int:
+    """How many sizes are tried at a time: as many as there are workers, if these can open the model.
+
+    Calibrated plans are made one after another, by walks through the model in this process.
+    """
+    opened = not subject.in_memory and (subject.factory is None or isinstance(subject.factory, str))
+    return engine.workers if opened and data.metric is None and not calibrated else 1
+
+
 def plan_within_drop(
     subject: Model,
     measured: Sequence[MeasuredLayer],
@@ -114,7 +194,7 @@ def plan_within_drop(
     """Find the smallest plan whose model is worse than the dense one by at most the budget, one standard error added.
 
     Sizes are tried without refinement. Then the smallest that holds is refined, and the next smaller ones of those that
-    were tried, as long as they hold.
+    were tried, as long as they hold. Without calibration as many sizes are tried at a time as can be measured.
 
     Raises `QualityGateNotMet`, naming the closest size that was tried, when only the dense model is good enough, and
     `BadInput` when the dense model has no finite score, or the budget is out of its metric's range.
@@ -128,33 +208,38 @@ def plan_within_drop(
     layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
     refines = calibration is not None and calibration.settings.refine
-    most = settings.most_trials + (settings.most_refined if refines else 0)
+    at_once = tried_at_once(subject, gate.data, gate.run.engine, calibrated=calibration is not None)
+    most = at_once * settings.rounds(at_once) + (settings.most_refined if refines else 0)
     trials = _Trials(limit, baseline, eligible, kept=settings.most_refined if refines else 1)
 
-    def measure(keep: float) -> Trial:
+    def planned_at(keep: float) -> PlannedModel | None:
         at_size = replace(request, budget=Budget("keep", keep))
         try:
-            planned = planner(subject, measured, at_size, calibration=calibration, weighted=layers)
+            return planner(subject, measured, at_size, calibration=calibration, weighted=layers)
         except NotFinite:
-            return Trial(keep, round(keep * eligible), math.inf, math.inf)
-        stored = planned.plan.eligible_after
-        if stored not in trials.by_size:
-            trials.add(trials.measured(keep, planned, gate.quality(subject, planned)))
+            return None
+
+    def measure(keeps: Sequence[float]) -> list[Trial]:
+        plans = [(keep, planned_at(keep)) for keep in keeps]
+        by_size = {each.plan.eligible_after: (keep, each) for keep, each in plans if each is not None}
+        new = [each for size, each in by_size.items() if size not in trials.by_size]
+        qualities = gate.qualities(subject, [planned for _, planned in new])
+        for (keep, planned), quality in zip(new, qualities, strict=True):
+            trials.add(trials.measured(keep, planned, quality))
             gate.run.report("search", len(trials.by_size), most)
-        return trials.by_size[stored]
+        return [
+            Trial(keep, round(keep * eligible), math.inf, math.inf)
+            if each is None
+            else trials.by_size[each.plan.eligible_after]
+            for keep, each in plans
+        ]
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
     predictable = calibration is not None and limit > 0 and baseline.higher_is_better is None
     first = _first_guess(layers, request, trials, least=least) if predictable else None
-    tried = search_by_drop(
-        measure,
-        limit,
-        eligible=eligible,
-        least=least,
-        first=max(least, (least + 1) / 2) if first is None else first,
-        settings=settings,
-    )
+    sizes = Sizes(eligible, least, max(least, (least + 1) / 2) if first is None else first, at_once)
+    tried = search_by_drop(measure, limit, sizes, settings=settings)
     plans = list(trials.candidates)
     for each in _refined(subject, trials, gate):
         plans.append(each)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,12 @@ class EvaluationData:
         groups = [range(start, min(start + self.batch_size, self.count)) for start in starts]
         return iter(self.batches) if self.batches else _read_all(self, groups)
 
+    def in_memory(self) -> EvaluationData:
+        """The same batches in memory, as another process can be given them: they cannot be taken apart any more."""
+        batches = tuple(replace(batch, given=None) for batch in self)
+        whole = partial(_whole_batch, batches)
+        return replace(self, count=len(batches), batch_size=1, read=whole, batches=batches, read_all=None)
+
     def at(self, positions: Sequence[int], name: str) -> EvaluationData:
         """The examples at some positions."""
 
@@ -89,6 +96,10 @@ class EvaluationData:
             return _read_all(self, [among(chosen) for chosen in groups])
 
         return replace(self, name=name, count=len(positions), read=read, batches=(), read_all=read_all)
+
+
+def _whole_batch(batches: Sequence[Batch], places: Sequence[int]) -> Batch:
+    return batches[places[0]]
 
 
 def _read_all(data: EvaluationData | _Examples, groups: Sequence[Sequence[int]]) -> Iterator[Batch]:

@@ -20,11 +20,14 @@ class Engine(Protocol):
 
     A job is a function of a module that takes one item; both may be pickled and go to another process. Items are taken
     from their iterator as workers come free, so that few are held at a time. Leaving the context of the engine ends its
-    workers. `here` is how many jobs at most run on this machine at a time.
+    workers. `here` is how many jobs at most run on this machine at a time, and `workers` in how many processes.
     """
 
     @property
     def here(self) -> int: ...
+
+    @property
+    def workers(self) -> int: ...
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order; what a job raises is raised here."""
@@ -50,6 +53,11 @@ class InProcess:
     @property
     def here(self) -> int:
         return self.threads
+
+    @property
+    def workers(self) -> int:
+        """This process alone."""
+        return 1
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order."""

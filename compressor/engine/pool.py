@@ -27,6 +27,7 @@ R = TypeVar("R")
 class _Call:
     content: bytes
     reply: Future[bytes]
+    executor: ProcessPoolExecutor
 
 
 class ProcessPool:
@@ -37,14 +38,19 @@ class ProcessPool:
     """
 
     def __init__(self, workers: int, *, accelerators: int = 0, most_deaths: int = 3) -> None:
-        self.workers = workers
+        self._workers = workers
         self._accelerators, self._most_deaths, self._deaths = accelerators, most_deaths, 0
         self._executor: ProcessPoolExecutor | None = None
 
     @property
     def here(self) -> int:
         """How many jobs run on this machine at a time."""
-        return self.workers
+        return self._workers
+
+    @property
+    def workers(self) -> int:
+        """In how many processes jobs run."""
+        return self._workers
 
     def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """The result of the job for each item, in order.
@@ -56,7 +62,7 @@ class ProcessPool:
         try:
             for item in items:
                 pending.append(self._called(packed(job, item)))
-                if len(pending) > self.workers:
+                if len(pending) > self._workers:
                     yield unpacked(self._next(pending))
             while pending:
                 yield unpacked(self._next(pending))
@@ -78,13 +84,13 @@ class ProcessPool:
     def _next(self, pending: deque[_Call]) -> bytes:
         """The reply to the first call; calls that were lost with a worker are made again."""
         while isinstance(pending[0].reply.exception(), BrokenProcessPool):
-            self._deaths += 1
+            if self._executor is pending[0].executor:  # else it was replaced for other calls already
+                self._deaths, self._executor = self._deaths + 1, None
             if self._deaths > self._most_deaths:
                 raise CompressorError(
                     f"worker processes died {self._deaths} times, perhaps for lack of memory; use fewer of them, and in"
                     " a script of your own call this below `if __name__ == '__main__':`"
                 )
-            self._executor = None
             for place, call in enumerate(pending):
                 if call.reply.exception() is not None:
                     pending[place] = self._called(call.content)
@@ -94,13 +100,13 @@ class ProcessPool:
         if self._executor is None:
             context = get_context("spawn")  # a forked process would share the threads' locks of this one
             arguments = (context.Value("i", 0), self._accelerators) if self._accelerators else ()
-            self._executor = ProcessPoolExecutor(self.workers, context, _begin_worker, arguments)
+            self._executor = ProcessPoolExecutor(self._workers, context, _begin_worker, arguments)
         try:
-            return _Call(content, self._executor.submit(carried_out, content))
+            return _Call(content, self._executor.submit(carried_out, content), self._executor)
         except BrokenProcessPool as error:
             lost = Future[bytes]()
             lost.set_exception(error)
-            return _Call(content, lost)
+            return _Call(content, lost, self._executor)
 
 
 def _begin_worker(started: Any = None, accelerators: int = 0) -> None:

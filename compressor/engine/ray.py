@@ -54,7 +54,7 @@ class RayEngine:
         try:
             for item in items:
                 pending.append(self._call.remote(packed(job, item)))
-                if len(pending) > self._workers():
+                if len(pending) > self.workers:
                     yield unpacked(self._reply(pending.popleft()))
             while pending:
                 yield unpacked(self._reply(pending.popleft()))
@@ -72,7 +72,8 @@ class RayEngine:
         if self._started:
             self._ray.shutdown()
 
-    def _workers(self) -> int:
+    @property
+    def workers(self) -> int:
         """How many jobs run at a time, on the nodes that there are now."""
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 

@@ -111,12 +111,12 @@ def rewritten_tensors(
         if is_weight(name) or name.endswith("bias"):
             require_finite(name, tensor, rewriting.checkpoint.source)
         yield name, tensor
-    for layer, _, factors in _factors(rewriting, run):
+    for layer, _, factors in rewritten_factors(rewriting, run):
         yield from factors.tensors.items()
         done(layer.name, factors.error)
 
 
-def _factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan, Factors]]:
+def rewritten_factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, LayerPlan, Factors]]:
     """What stands for each layer that does not stay dense, in the order of the plan."""
     checkpoint, journal = rewriting.checkpoint, run.journal
     done = {layer.name for layer, plan in rewriting.factorized if journal.holds(_unit(layer, plan))}
@@ -208,7 +208,7 @@ def rewritten_module(
     dense = {layer.name: module.get_submodule(layer.module) for layer, _ in rewriting.factorized}
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
-    for layer, plan, factors in _factors(rewriting, run):
+    for layer, plan, factors in rewritten_factors(rewriting, run):
         if layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
             _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like=like, tensors=factors.tensors)

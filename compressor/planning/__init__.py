@@ -11,7 +11,7 @@ from compressor.planning.choice import (
     window_rule_advice,
     worthwhile_size,
 )
-from compressor.planning.drop_search import DropSearch, Trial, search_by_drop, smallest_found, within_limit
+from compressor.planning.drop_search import DropSearch, Sizes, Trial, search_by_drop, smallest_found, within_limit
 from compressor.planning.edits import apply_edits, given_plan, read_plan
 from compressor.planning.latency import LayerLatency, TimeLimit, Times, WorkloadLatency
 from compressor.planning.plan import (
@@ -43,6 +43,7 @@ __all__ = [
     "Plan",
     "PlanningSettings",
     "SizeCurve",
+    "Sizes",
     "TimeLimit",
     "Times",
     "Trial",

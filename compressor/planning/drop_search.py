@@ -81,54 +81,74 @@ def smallest_found(trials: Sequence[Trial], limit: float) -> Trial | None:
     return min(allowed, key=lambda trial: (trial.parameters, trial.bound, not trial.refined), default=None)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a search may try.
+
+    Attributes:
+        eligible: The number of parameters, of which a size is a fraction.
+        least: The smallest fraction that can be asked for.
+        first: The one to begin with, where they are tried one after another.
+        at_once: How many are tried at a time.
+    """
+
+    eligible: int
+    least: float
+    first: float
+    at_once: int = 1
+
+
 def search_by_drop(
-    measure: Callable[[float], Trial],
+    measure: Callable[[Sequence[float]], Sequence[Trial]],
     limit: float,
+    sizes: Sizes,
     *,
-    eligible: int,
-    least: float,
-    first: float,
     settings: PlanningSettings = PLANNING,
 ) -> tuple[Trial, ...]:
     """Search for the smallest size whose bound is at most `limit`, and return all trials.
 
-    `measure` tries a fraction of the `eligible` parameters to keep. `least` is the smallest fraction that can be asked
-    for and `first` the one to begin with; dense, a fraction of one, drops nothing. Between the largest size that fails
-    and the smallest that holds the next trial is where a line through the logarithm of the two bounds nearest to the
-    limit meets it, or in the middle where there are not two. A size that stores as much
-    as one before counts as that one, so two trials never do.
+    `measure` tries some fractions of the parameters to keep. Dense, a fraction of one, drops nothing. Between the
+    largest size that fails and the smallest that holds the next trial is where a line through the logarithm of the two
+    bounds nearest to the limit meets it, or in the middle where there are not two; several at once divide this range
+    evenly. A size that stores as much as one before counts as that one, so two trials never do.
     """
     trials: dict[int, Trial] = {}
-    keep: float | None = first
-    for _ in range(settings.most_trials):
-        if keep is None:
+    keeps = [sizes.first] if sizes.at_once == 1 else _sections(sizes.least, 1.0, sizes.at_once)
+    for _ in range(settings.rounds(sizes.at_once)):
+        if not keeps:
             break
-        trial = measure(keep)
-        # Of one size the most that was asked for is kept, for asking for less may lead to it again.
-        known = trials.get(trial.parameters, trial)
-        trials[trial.parameters] = replace(known, keep=max(known.keep, keep))
-        keep = _next_keep(trials, limit, eligible=eligible, least=least, settings=settings)
+        for keep, trial in zip(keeps, measure(keeps), strict=True):
+            # Of one size the most that was asked for is kept, for asking for less may lead to it again.
+            known = trials.get(trial.parameters, trial)
+            trials[trial.parameters] = replace(known, keep=max(known.keep, keep))
+        keeps = _next_keeps(trials, limit, sizes, settings=settings)
     return tuple(trials.values())
 
 
-def _next_keep(
-    trials: Mapping[int, Trial], limit: float, *, eligible: int, least: float, settings: PlanningSettings
-) -> float | None:
-    """The next fraction to try, None when the bracket is narrow enough."""
+def _next_keeps(
+    trials: Mapping[int, Trial], limit: float, sizes: Sizes, *, settings: PlanningSettings
+) -> Sequence[float]:
+    """The next fractions to try, none when the bracket is narrow enough."""
     found = smallest_found(tuple(trials.values()), limit)
     # Asking for less than a trial stored leads to another model; asking for less than it was asked for may not.
-    upper = 1.0 if found is None else found.parameters / eligible
+    upper = 1.0 if found is None else found.parameters / sizes.eligible
     lower = max((t.keep for t in trials.values() if not within_limit(t.bound, limit) and t.keep < upper), default=None)
     if lower is None:
-        return max(least, upper / 2) if upper > least else None
+        below = _sections(0.0, upper, sizes.at_once) if upper > sizes.least else []
+        return sorted({max(sizes.least, keep) for keep in below})
     width = upper - lower
     if width <= settings.drop_resolution * upper:
-        return None
-    wanted = _where_the_drop_is(limit, trials)
+        return []
+    wanted = _where_the_drop_is(limit, trials) if sizes.at_once == 1 else None
     if wanted is None:
-        return (lower + upper) / 2
+        return _sections(lower, upper, sizes.at_once)
     margin = settings.drop_margin * width
-    return min(max(wanted, lower + margin), upper - margin)
+    return [min(max(wanted, lower + margin), upper - margin)]
+
+
+def _sections(lower: float, upper: float, count: int) -> Sequence[float]:
+    """The ends of equal sections of a range, without its own."""
+    return [lower + (upper - lower) * number / (count + 1) for number in range(1, count + 1)]
 
 
 def _where_the_drop_is(limit: float, trials: Mapping[int, Trial]) -> float | None:

@@ -49,7 +49,8 @@ class PlanningSettings:
     """Share of their bytes that the weight files must save where no budget was given."""
 
     most_trials: int = 7
-    """Sizes that a search by drop in quality measures at most, besides the dense model."""
+    """Sizes that a search by drop in quality measures at most, besides the dense model, where it tries them one after
+    another; where it tries several at a time, as many rounds as narrow the range as much."""
 
     most_refined: int = 3
     """Of these sizes how many are measured once more with refined factors at most, where factors are refined: the
@@ -64,6 +65,10 @@ class PlanningSettings:
 
     largest_first_keep: float = 0.95
     """Fraction of the parameters that the first trial keeps at most: the dense model passes trivially."""
+
+    def rounds(self, at_once: int) -> int:
+        """In how many rounds at most a search tries so many sizes at a time."""
+        return math.ceil(self.most_trials / math.log2(1 + at_once))
 
     def __post_init__(self) -> None:
         as_count(self.most_trials, "most_trials", least=1)

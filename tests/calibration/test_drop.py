@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from compressor import BadInput, QualityGateNotMet, compress, evaluate, plan
 from compressor.calibration import Calibration, CalibrationSettings, calibrate, split_examples
-from compressor.calibration.drop import DropGate, Planner, plan_within_drop
+from compressor.calibration.drop import DropGate, Planner, plan_within_drop, tried_at_once
 from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_ranks, plan_unrefined
 from compressor.cli.run import run
-from compressor.data import EvaluationData, Sample, halves, open_data
+from compressor.data import CustomMetric, EvaluationData, Sample, halves, open_data
 from compressor.data.builtin_data import digits
-from compressor.engine import Fingerprint, Journal, Run
+from compressor.engine import Engine, Fingerprint, InProcess, Journal, Run
+from compressor.engine.calls import carried_out, packed, unpacked
 from compressor.evaluation import Quality
 from compressor.measure.memory_window import EPSILON
 from compressor.model.measurements import inspect_layers, measured_layers
@@ -36,12 +37,13 @@ from compressor.planning import (
     Budget,
     CalibrationResult,
     MeasuredLayer,
+    Plan,
     PlanningSettings,
     Trial,
     smallest_found,
     within_limit,
 )
-from tests.calibration.tiny_models import TWO_PASSES
+from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
 MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 CPU = torch.device("cpu")
@@ -327,6 +329,118 @@ def test_a_size_at_which_nothing_is_finite_is_one_that_loses_too_much(trained: n
     assert min(tried) < 0.6
     assert found.eligible_after >= 0.59 * found.eligible_before
     assert any(trial.drop == math.inf for trial in found.search.trials)
+
+
+@dataclass(frozen=True)
+class TwoAtATime(InProcess):
+    """Runs jobs here as if in two processes, packed as they are for these, and notes what they were given."""
+
+    given: list[Any] = field(default_factory=list)
+
+    @property
+    def workers(self) -> int:
+        return 2
+
+    def map(self, job: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.given.append(item)
+            yield unpacked(carried_out(packed(job, item)))
+
+    @property
+    def evaluations(self) -> int:
+        return sum(hasattr(item, "planned") for item in self.given)
+
+
+CARD: dict[str, Any] = {"factory": f"{MLP / 'train.py'}:build_model"}
+
+
+FEW = PlanningSettings(most_trials=3)
+
+
+def search_digits(
+    engine: Engine, settings: PlanningSettings = FEW, *, journal: Journal | None = None, model: Any = None
+) -> Plan:
+    """A search on a model card, or on a module."""
+    run = Run(CPU, engine=engine, journal=Journal() if journal is None else journal)
+    subject = open_model(MLP / "model.safetensors", **CARD) if model is None else open_model(model)
+    measured = measured_layers(subject, inspect_layers(subject, EPSILON, Run(CPU)))
+    asked = PlanRequest(budget=Budget("max-drop", 0.02), shard_size=10**9, settings=settings)
+    return plan_within_drop(subject, measured, asked, gate=DropGate(deciding(), run)).plan
+
+
+@pytest.mark.slow
+def test_with_two_workers_two_sizes_are_tried_at_a_time() -> None:
+    engine = TwoAtATime()
+    found, again = search_digits(engine, PLANNING), search_digits(TwoAtATime(), PLANNING)
+    assert found == again
+    assert found.search is not None
+    first, second = (trial.keep for trial in found.search.trials[:2])
+    assert second - first == pytest.approx(1 - second, rel=1e-3)  # a third of the range apart
+    assert 3 < engine.evaluations <= len(found.search.trials) <= 2 * PLANNING.rounds(2)
+    chosen, alone = smallest_found(found.search.trials, 0.02), search_digits(InProcess(), PLANNING)
+    assert chosen is not None
+    assert chosen.parameters == found.eligible_after
+    assert abs(found.eligible_after - alone.eligible_after) < 0.1 * found.eligible_before
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_job_measures_is_what_is_measured_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, folder: bool
+) -> None:
+    monkeypatch.chdir(MLP)  # paths need not be absolute
+    subject, data = open_model("model.safetensors", factory="train.py:build_model"), deciding()
+    if folder:
+        save: Any = transformer("llama")
+        save.save_pretrained(tmp_path)
+        subject = open_model(tmp_path)
+        data = open_data(inputs_for("llama", 12), subject.preprocessing)
+    measured = measured_layers(subject, inspect_layers(subject, EPSILON, Run(CPU)))
+    asked = [PlanRequest(budget=Budget("keep", keep), shard_size=10**9) for keep in (0.2, 0.4)]
+    plans = [plan_ranks(subject, measured, each) for each in asked]
+    engine = TwoAtATime()
+    here, apart = DropGate(data, Run(CPU)), DropGate(data, Run(CPU, engine=engine))
+    expected = [here.quality(subject, each) for each in plans]
+    found = list(apart.qualities(subject, plans))
+    assert [each.loss for each in found] == pytest.approx([each.loss for each in expected], rel=1e-6)
+    assert [each.count for each in found] == [each.count for each in expected]
+    assert engine.evaluations == 2
+    assert expected[0].loss != expected[1].loss
+
+
+@pytest.mark.slow
+def test_what_the_journal_has_is_no_job(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path / "work", Fingerprint(), option="work_dir")
+    first, second = TwoAtATime(), TwoAtATime()
+    assert search_digits(first, journal=journal) == search_digits(second, journal=journal)
+    assert first.evaluations > second.evaluations == 0
+
+
+def test_a_module_in_memory_and_a_metric_of_the_callers_own_are_measured_here(trained: nn.Sequential) -> None:
+    engine = TwoAtATime()
+    assert search_digits(engine, model=trained) == search_digits(InProcess(), model=trained)
+    assert engine.evaluations == 0
+    subject = open_model(MLP / "model.safetensors", **CARD)
+    own = replace(deciding(), metric=CustomMetric(accuracy))
+    assert tried_at_once(subject, deciding(), engine, calibrated=False) == 2
+    assert tried_at_once(subject, deciding(), engine, calibrated=True) == 1
+    assert tried_at_once(subject, own, engine, calibrated=False) == 1
+
+
+@pytest.mark.slow
+def test_sizes_tried_in_processes_are_those_that_two_workers_try(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"max_drop": 0.02, "data": "builtin:digits", "calibration": "none", "allow_miss": True}
+    asked |= {"planning_settings": FEW, **CARD}
+    report = compress(MLP / "model.safetensors", output=tmp_path / "small.safetensors", engine="processes:2", **asked)
+    assert report.plan.search is not None
+    expected = search_digits(TwoAtATime()).search
+    assert expected is not None
+    assert report.plan.search.trials == expected.trials
+    of_file = evaluate(
+        tmp_path / "small.safetensors", baseline=MLP / "model.safetensors", data="builtin:digits", split="validation",
+        **CARD,
+    )  # fmt: skip
+    assert of_file.drop is not None
+    assert of_file.drop <= 0.02
 
 
 def test_a_dry_run_and_a_plan_search_and_write_nothing(trained: nn.Sequential, tmp_path: Path) -> None:

@@ -56,6 +56,25 @@ def test_what_a_dead_worker_was_at_is_done_again(pool: ProcessPool, tmp_path: Pa
     assert list(pool.map(die_once, (tmp_path / name for name in names))) == names
 
 
+def name_after(mark: Path) -> str:
+    """The name of a mark, half a second after there is another beside it."""
+    while not (mark.parent / "inside").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    return mark.name
+
+
+def test_a_death_that_jobs_inside_others_notice_first_counts_once(tmp_path: Path) -> None:
+    with ProcessPool(2, most_deaths=1) as pool:
+
+        def marks() -> Iterator[Path]:
+            yield tmp_path / "before"
+            assert list(pool.map(die_once, [tmp_path / "inside"])) == ["inside"]
+            yield tmp_path / "after"
+
+        assert list(pool.map(name_after, marks())) == ["before", "after"]
+
+
 def test_a_run_in_processes_writes_the_bytes_of_one_in_process(tmp_path: Path) -> None:
     expected = without_data(tmp_path)
     assert without_data(tmp_path, "processes:2") == expected

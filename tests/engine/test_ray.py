@@ -13,6 +13,7 @@ import pytest
 
 from compressor.engine import RayEngine
 from compressor.errors import BadInput
+from tests.calibration.test_drop import TwoAtATime, search_digits
 from tests.engine.runs import calibrated, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
@@ -99,3 +100,13 @@ def test_a_run_of_which_a_node_is_killed_writes_the_bytes_of_one_in_process(conn
 
     assert without_data(tmp_path, "ray", kill_at_the_third_layer) == expected
     assert told.count("measure") == told.count("factorize") == 15
+
+
+def test_a_search_by_drop_tries_a_size_on_each_node_at_a_time(connected: Any) -> None:
+    node = connected.add_node(num_cpus=1)
+    connected.wait_for_nodes()
+    with RayEngine() as engine:
+        assert engine.workers == 2
+        found = search_digits(engine)
+    connected.remove_node(node)
+    assert found == search_digits(TwoAtATime())

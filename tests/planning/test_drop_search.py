@@ -3,49 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.planning import PLANNING, DropSearch, Trial, search_by_drop, smallest_found, within_limit
+from compressor.planning import (
+    PLANNING,
+    DropSearch,
+    PlanningSettings,
+    Sizes,
+    Trial,
+    search_by_drop,
+    smallest_found,
+    within_limit,
+)
 
 ELIGIBLE = 100_000
 LEAST = 0.02
 
 
 def search(
-    drop: Callable[[float], float], limit: float, first: float, *, share: float = 0.0
+    drop: Callable[[float], float], limit: float, first: float, *, share: float = 0.0, at_once: int = 1
 ) -> tuple[tuple[Trial, ...], int]:
-    """What was tried on a curve of the bound over the fraction stored, and how often it was measured.
+    """What was tried on a curve of the bound over the fraction stored, and in how many rounds.
 
     `share` of the bound is standard error.
     """
-    measured = 0
+    rounds = 0
 
-    def measure(keep: float) -> Trial:
-        nonlocal measured
-        measured += 1
+    def tried(keep: float) -> Trial:
         stored = int(keep * ELIGIBLE)
         bound = drop(stored / ELIGIBLE)
         return Trial(keep, stored, (1 - share) * bound, share * bound)
 
-    return search_by_drop(measure, limit, eligible=ELIGIBLE, least=LEAST, first=first), measured
+    def measure(keeps: Sequence[float]) -> list[Trial]:
+        nonlocal rounds
+        rounds += 1
+        assert 1 <= len(keeps) <= at_once
+        assert all(LEAST <= keep <= 1 for keep in keeps)
+        return [tried(keep) for keep in keeps]
+
+    return search_by_drop(measure, limit, Sizes(ELIGIBLE, LEAST, first, at_once)), rounds
 
 
 falling = st.floats(0.5, 40).flatmap(lambda rate: st.floats(0.01, 50).map(lambda scale: (scale, rate)))
 
 
-@given(curve=falling, limit=st.floats(0, 1), first=st.floats(LEAST, 0.95), share=st.floats(0, 1))
+@given(
+    curve=falling, limit=st.floats(0, 1), first=st.floats(LEAST, 0.95), share=st.floats(0, 1), at_once=st.integers(1, 9)
+)
 def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
-    curve: tuple[float, float], limit: float, first: float, *, share: float
+    curve: tuple[float, float], limit: float, first: float, *, share: float, at_once: int
 ) -> None:
     scale, rate = curve
-    trials, measured = search(
-        lambda kept: scale * (math.exp(-rate * kept) - math.exp(-rate)), limit, first, share=share
-    )
-    assert measured <= PLANNING.most_trials
+
+    def drop(kept: float) -> float:
+        return scale * (math.exp(-rate * kept) - math.exp(-rate))
+
+    trials, rounds = search(drop, limit, first, share=share, at_once=at_once)
+    assert rounds <= PLANNING.rounds(at_once)
+    assert len(trials) <= rounds * at_once
     assert len({trial.parameters for trial in trials}) == len(trials)
     assert all(trial.parameters >= int(LEAST * ELIGIBLE) for trial in trials)
     found = smallest_found(trials, limit)
@@ -57,9 +76,9 @@ def test_what_is_found_holds_and_every_smaller_size_that_was_tried_does_not(
 
 
 @pytest.mark.slow
-@given(falling, st.floats(0.001, 0.5), st.floats(LEAST, 0.95))
+@given(curve=falling, limit=st.floats(0.001, 0.5), first=st.floats(LEAST, 0.95), at_once=st.integers(1, 9))
 def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size_there_is(
-    curve: tuple[float, float], limit: float, first: float
+    curve: tuple[float, float], limit: float, first: float, *, at_once: int
 ) -> None:
     scale, rate = curve
 
@@ -69,7 +88,7 @@ def test_it_comes_within_a_tenth_of_the_eligible_parameters_of_the_smallest_size
     smallest = next(
         (k for k in range(int(LEAST * ELIGIBLE), ELIGIBLE) if within_limit(drop(k / ELIGIBLE), limit)), ELIGIBLE
     )
-    found = smallest_found(search(drop, limit, first)[0], limit)
+    found = smallest_found(search(drop, limit, first, at_once=at_once)[0], limit)
     assert (ELIGIBLE if found is None else found.parameters) - smallest <= ELIGIBLE / 10
 
 
@@ -85,11 +104,11 @@ def test_a_ragged_curve_of_few_sizes_is_searched_as_honestly(
 ) -> None:
     drops = [random.randint(-2, examples) / (examples + 1) for _ in range(sizes + 1)]  # type: ignore[attr-defined]
 
-    def measure(keep: float) -> Trial:
-        step = math.floor(keep * sizes)
-        return Trial(keep, step * 10, drops[step], 0.0)
+    def measure(keeps: Sequence[float]) -> list[Trial]:
+        steps = [math.floor(keep * sizes) for keep in keeps]
+        return [Trial(keep, step * 10, drops[step], 0.0) for keep, step in zip(keeps, steps, strict=True)]
 
-    trials = search_by_drop(measure, limit, eligible=sizes * 10, least=1 / sizes, first=max(first, 1 / sizes))
+    trials = search_by_drop(measure, limit, Sizes(sizes * 10, 1 / sizes, max(first, 1 / sizes)))
     assert len({trial.parameters for trial in trials}) == len(trials) <= PLANNING.most_trials
     found = smallest_found(trials, limit)
     assert found is None or within_limit(found.bound, limit)
@@ -104,8 +123,21 @@ def test_on_a_straight_logarithm_three_trials_bracket_the_root_closely() -> None
     assert abs(trials[2].parameters / ELIGIBLE - root) < 0.005
 
 
-def test_where_everything_holds_the_smallest_size_is_found() -> None:
-    trials, _ = search(lambda _: 0.0, 0.01, 0.5)
+@pytest.mark.parametrize(("at_once", "rounds"), [(1, 7), (2, 5), (3, 4), (7, 3), (127, 1)])
+def test_several_at_a_time_narrow_the_range_as_far_in_fewer_rounds(at_once: int, rounds: int) -> None:
+    """Each round divides the range by one more than are tried, and bisection halves it."""
+    assert PlanningSettings().rounds(at_once) == rounds
+    assert (1 + at_once) ** rounds >= 2**7
+    trials, needed = search(lambda kept: 1 - kept, 0.5003, 0.5, at_once=at_once)
+    found = smallest_found(trials, 0.5003)
+    assert found is not None
+    assert needed <= rounds
+    assert found.parameters / ELIGIBLE - 0.4997 <= PLANNING.drop_resolution
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_where_everything_holds_the_smallest_size_is_found(at_once: int) -> None:
+    trials, _ = search(lambda _: 0.0, 0.01, 0.5, at_once=at_once)
     found = smallest_found(trials, 0.01)
     assert found is not None
     assert found.parameters == int(LEAST * ELIGIBLE)
