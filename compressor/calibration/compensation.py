@@ -31,7 +31,7 @@ from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.replacements import Replacements
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
-from compressor.forms import MatrixPair
+from compressor.forms import FORMS, MatrixPair
 from compressor.lowrank import (
     DenseWeights,
     approximate,
@@ -75,6 +75,12 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
         for plan in low_rank:
             factors.put(plan.name, _truncated(calibration, calibration.layers[plan.name], plan))
     return Compensated(Replacements(calibration, low_rank, factors))
+
+
+def only_compared(calibration: Calibration, planned: Sequence[LayerPlan]) -> Replacements:
+    """The modules of `uncompensated` for a comparison: of the same matrices, in the forms that are found fastest."""
+    alike = [each if each.rank is None else replace(each, form=FORMS[each.form].compared.name) for each in planned]
+    return uncompensated(calibration, alike).modules
 
 
 def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:

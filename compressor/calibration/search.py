@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.calibrate import recalibrate
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.compensation import Compensated, compensate, uncompensated
+from compressor.calibration.compensation import Compensated, compensate, only_compared, uncompensated
 from compressor.calibration.decompositions import decompose_layers, decomposition_of, own_errors
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
@@ -440,6 +440,12 @@ class Search:
 
         Besides those by each exponent, the best of them is tried under the window rule's caps, where they change it.
         """
+        if not self._compares:
+            [exponent] = self.exponents
+            found = self._candidate(self.allocate(self.weighted, budget, exponent), exponent, math.inf)
+            self.calibration.run.report("allocate", 1, 1)
+            name = self._truncated_name(found)
+            return self._solved(found, uncompensated(self.calibration, found.layers), name)
         candidates = []
         for exponent in self.exponents:
             candidates.append(self._measured(self.allocate(self.weighted, budget, exponent), exponent))
@@ -454,8 +460,16 @@ class Search:
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
-        name = f"{self.calibration.name}/truncated/{_name(found.layers)}"
-        return replace(found, solution=uncompensated(self.calibration, found.layers), name=name)
+        solution = uncompensated(self.calibration, found.layers)
+        return replace(found, solution=solution, name=self._truncated_name(found))
+
+    @property
+    def _compares(self) -> bool:
+        """Whether there is more than one candidate: else the only one is made once, as it will be stored."""
+        return len(self.exponents) > 1 or bool(self.caps) or self.calibration.settings.compensate
+
+    def _truncated_name(self, found: Candidate) -> str:
+        return f"{self.calibration.name}/truncated/{_name(found.layers)}"
 
     def _solved(self, found: Candidate, solution: Compensated, name: str) -> Candidate:
         judged = partial(self.judge, found.calibration, solution.modules)
@@ -477,10 +491,13 @@ class Search:
 
     def _measured(self, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
         def judged() -> float:
-            return self.judge(self.calibration, uncompensated(self.calibration, layers).modules)
+            return self.judge(self.calibration, only_compared(self.calibration, layers))
 
         name = f"{self.calibration.name}/loss/{_name(layers)}"
         loss = self.calibration.cache.journal.value(name, judged)
+        return self._candidate(layers, exponent, loss)
+
+    def _candidate(self, layers: tuple[LayerPlan, ...], exponent: float, loss: float) -> Candidate:
         return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
 
 

@@ -82,6 +82,11 @@ class PairForm(ABC):
         """The unfilled module that takes a dense layer's place; ValueError where it cannot become such a pair."""
         return self.build(dense, rank, **self.settings)
 
+    @property
+    def compared(self) -> PairForm:
+        """The form in which a pair is found fastest that stands for the same matrix: what is only compared is in it."""
+        return self
+
     @abstractmethod
     def takes(self, weight: DenseWeight) -> bool:
         """Whether a layer can become such a pair."""

@@ -15,6 +15,7 @@ from compressor.factorize import FactorPair, PivotedPair, pivoted_pair
 from compressor.forms.kernels import dense_kernels, products
 from compressor.forms.layers import MARKERS, in_order, linear_sides, unfilled
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.plain import PLAIN
 from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, ModuleCall, Movement, Size
@@ -70,6 +71,10 @@ class PivotedForm(PairForm):
     bias: str = "bias"
     build: Callable[..., nn.Module] = pivoted_layer
     classes: tuple[type[nn.Module], ...] = (PivotedLinear,)
+
+    @property
+    def compared(self) -> PairForm:
+        return PLAIN
 
     def takes(self, weight: DenseWeight) -> bool:
         return len(weight.tensor_shape) == 2 and weight.kind != "embedding"

@@ -25,9 +25,17 @@ from compressor.calibration import (
     uncompensated,
 )
 from compressor.calibration.calibration import with_layers
-from compressor.calibration.compensation import _factored, _InputStatistics, _Outputs, _ridge_target, _Target
+from compressor.calibration.compensation import (
+    _factored,
+    _InputStatistics,
+    _Outputs,
+    _ridge_target,
+    _Target,
+    only_compared,
+)
 from compressor.calibration.examples import Part
 from compressor.factorize import FactorPair, Metric, decompose, spatial_pair
+from compressor.forms import LowRankLinear, PivotedLinear
 from compressor.network import with_separate_experts
 from compressor.network.experts import Expert
 from compressor.planning import LayerPlan
@@ -308,6 +316,17 @@ def test_a_spatial_pair_is_compared_by_the_columns_of_its_matrix() -> None:
     for shape in ((5, 4, 3, 3), (12, 3, 3, 2)):
         pair = spatial_pair(torch.randn(shape), 2)
         torch.testing.assert_close(_factored(pair).product(), pair.product())
+
+
+def test_what_is_only_compared_computes_the_same_without_pivots() -> None:
+    calibration, plans = toy(bias=True)
+    plans = [replace(plans[0], form="pivoted"), replace(plans[1], rank=None, form="dense")]
+    stored, compared = uncompensated(calibration, plans).modules, only_compared(calibration, plans)
+    assert list(stored) == list(compared) == ["first"]
+    assert isinstance(stored["first"], PivotedLinear)
+    assert isinstance(compared["first"], LowRankLinear)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(compared["first"](x), stored["first"](x))
 
 
 def test_a_layer_is_decomposed_once_for_all_ranks() -> None:

@@ -15,6 +15,7 @@ from compressor.calibration.search import Judge, PlanRequest, Search, plan_ranks
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.engine import Run
+from compressor.forms import PivotedLinear
 from compressor.measure.memory_window import EPSILON
 from compressor.model.measurements import inspect_layers, measured_layers
 from compressor.model.opened import open_model
@@ -133,6 +134,22 @@ def test_nothing_more_is_measured_where_there_is_no_cap(
     judged.clear()
     planned(replace(once, settings=replace(once.settings, window_caps=caps)), known, judge=counted)
     assert len(judged) == with_caps - 1
+
+
+@pytest.mark.parametrize(("exponents", "pivoted"), [((1.0, 0.0), [False, False]), ((0.0,), [True])])
+def test_only_what_is_stored_is_pivoted(
+    calibration: Calibration, exponents: tuple[float, ...], pivoted: list[bool]
+) -> None:
+    judged: list[bool] = []
+
+    def noted(_: object, modules: Mapping[str, nn.Module]) -> float:
+        judged.append(any(isinstance(module, PivotedLinear) for module in modules.values()))
+        return 1.0
+
+    settings = CalibrationSettings(exponents=exponents, compensate=False, recalibration_rounds=0, refine=False)
+    chosen = planned(replace(calibration, settings=settings), judge=noted)
+    assert any(layer.form == "pivoted" for layer in chosen.layers)
+    assert judged == pivoted
 
 
 def test_where_no_ranks_are_found_under_the_caps_the_plan_is_that_without_them(calibration: Calibration) -> None:

@@ -76,6 +76,22 @@ def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data
 
 
 @given(weights(), st.data())
+def test_a_pair_that_is_only_compared_stands_for_the_same_matrix(weight: StoredWeight, data: st.DataObject) -> None:
+    form = data.draw(st.sampled_from([form for form in ALL if form.takes(weight)]))
+    assert form.compared.takes(weight)
+    assert form.compared.sides(weight) == form.sides(weight)
+    matrix, rank = torch.randn(weight.shape, dtype=torch.float64), data.draw(st.integers(1, min(form.sides(weight))))
+    one, other = (
+        each.product(
+            weight,
+            each.stored(weight, each.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS), torch.float64),
+        )
+        for each in (form, form.compared)
+    )
+    torch.testing.assert_close(one, other)
+
+
+@given(weights(), st.data())
 def test_tensors_are_recognized_as_a_form_of_the_same_product(weight: StoredWeight, data: st.DataObject) -> None:
     form = data.draw(st.sampled_from([form for form in FORMS.values() if form.takes(weight)]))
     rank = data.draw(st.integers(1, min(form.sides(weight))))
