@@ -322,7 +322,8 @@ def _calibrated(
     """The metric of the layers; None where the model cannot be calibrated on examples of its own, unasked."""
     dense, layers = subject.streamed, [each.layer for each in measured]
     try:
-        return calibrate(dense, layers, data, run=run, settings=calibration_settings(asked))
+        settings = calibration_settings(asked)
+        return calibrate(dense, layers, data, run=run, settings=settings, files=subject.files)
     except BadInput as error:
         if asked.calibrates or asked.calibration_cache is not None:
             raise

@@ -243,9 +243,10 @@ class EngineOptions(RunOptions):
     """Where independent jobs run."""
 
     engine: str | None = option(
-        "Measure and factorize layers in worker processes of this machine, or on the machines of a Ray cluster, which "
-        "have the files of the model at the same paths. The result is the same, but that `max_drop` without "
-        "calibration tries as many sizes at a time as there are workers.",
+        "Measure and factorize layers, and take the moments of calibration, in worker processes of this machine, or on "
+        "the machines of a Ray cluster, which have the files of the model at the same paths. The result is the same, "
+        "but moments are equal to rounding where this process has several threads, and `max_drop` without calibration "
+        "tries as many sizes at a time as there are workers.",
         ENGINE,
         default_text="in this process",
         panel=RUNNING,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from torch import Tensor
 from compressor.calibration.examples import Part
 from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
-from compressor.measure.moments import InputSums, VectorSum
+from compressor.measure.moments import InputSums, PackedSum
 from compressor.measure.scale import power_of_two_on_device
+from compressor.measure.triangle import packed_triangle, unpacked_triangle
 from compressor.torch_state import brought_to, in_float64
 
 
@@ -91,6 +91,11 @@ class _Folder:
         """Whether there are tensors of a name."""
         return self._journal.holds(name)
 
+    def take(self, name: str, other: _Folder) -> None:
+        """Move the tensors of a name here from another folder on the same disk, if they are there and not here."""
+        if not self.holds(name):
+            self._journal.take(name, other._journal)
+
     def drop(self, name: str) -> None:
         """Remove the tensors of a name."""
         if self._ahead is not None:
@@ -112,6 +117,10 @@ class CachedBatches:
     def holds(self, batch: int) -> bool:
         """Whether there are tensors of a batch."""
         return self._folder.holds(f"{self._kind}-{batch}")
+
+    def take(self, batch: int, other: CachedBatches) -> None:
+        """Move the tensors of a batch here from a cache on the same disk, if they are there and not here."""
+        self._folder.take(f"{self._kind}-{batch}", other._folder)
 
     def drop(self, batch: int) -> None:
         """Remove the tensors of a batch."""
@@ -183,11 +192,11 @@ class ActivationCache:
     def inputs(self, segment: int) -> InputSums:
         """The sums of the inputs of a segment's layers."""
         tensors = self._folder.read(f"inputs-{segment}")
-        found: dict[frozenset[str], VectorSum] = {}
+        found: dict[frozenset[str], PackedSum] = {}
         for key in [key.partition("\n")[2] for key in tensors if key.startswith("count\n")]:
             total, count = tensors[f"total\n{key}"], int(tensors[f"count\n{key}"])
             about_mean = _moment({what: tensors[f"{what}\n{key}"] for what in ("lower", "scale")}, "")
-            found[frozenset(key.split("\n"))] = VectorSum(about_mean + _of_mean(total, count), total, count)
+            found[frozenset(key.split("\n"))] = PackedSum.of(about_mean + _of_mean(total, count), total, count)
         return found
 
     def drop_inputs(self, segment: int) -> None:
@@ -321,7 +330,7 @@ def _stored(moment: Tensor) -> dict[str, Tensor]:
         return {"diagonal": moment}
     # Divided by a power of two, so that no square underflows.
     scale = power_of_two_on_device(moment)
-    return {"lower": packed_triangle(moment / scale), "scale": scale}
+    return {"lower": packed_triangle(moment / scale, torch.float32), "scale": scale}
 
 
 def _moment(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
@@ -329,33 +338,3 @@ def _moment(tensors: Mapping[str, Tensor], prefix: str) -> Tensor:
     if f"{prefix}diagonal" in tensors:
         return tensors[f"{prefix}diagonal"]
     return in_float64(unpacked_triangle(tensors[f"{prefix}lower"])) * tensors[f"{prefix}scale"]
-
-
-def packed_triangle(symmetric: Tensor) -> Tensor:
-    """The `n (n + 1) / 2` numbers of the lower triangle of a symmetric `n x n` matrix, in float32.
-
-    Rectangular full packed format (Gustavson et al., "Rectangular full packed format for Cholesky's algorithm", ACM
-    TOMS 2010): two triangles of half the size side by side, then the square that is left, all by slices.
-    """
-    half = len(symmetric) // 2
-    rest = len(symmetric) - half
-    narrow = symmetric.to(torch.float32)
-    triangles = narrow.new_zeros(half + 1, rest)
-    triangles[:rest] += narrow[half:, half:].triu()
-    triangles[1:, :half] += narrow[:half, :half].tril()
-    return torch.cat([triangles.flatten(), narrow[half:, :half].flatten()])
-
-
-def unpacked_triangle(packed: Tensor) -> Tensor:
-    """The symmetric matrix of `packed_triangle`."""
-    size = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-    half = size // 2
-    rest = size - half
-    triangles = packed[: (half + 1) * rest].view(half + 1, rest)
-    below = packed[(half + 1) * rest :].view(rest, half)
-    lower, upper = triangles[1:, :half].tril(), triangles[:rest].triu()
-    matrix = packed.new_empty(size, size)
-    matrix[:half, :half] = lower + lower.tril(-1).T
-    matrix[half:, half:] = upper + upper.triu(1).T
-    matrix[half:, :half], matrix[:half, half:] = below, below.T
-    return matrix

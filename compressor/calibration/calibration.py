@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.activation_cache import ActivationCache, CachedDecompositions
 from compressor.calibration.criterion import UNITS, Criterion
-from compressor.calibration.examples import CalibrationData, Chunk
+from compressor.calibration.examples import CalibrationData, Chunk, Part, Slice
 from compressor.calibration.segments import Segments, State
 from compressor.calibration.settings import CalibrationSettings
 from compressor.engine import Run
@@ -28,7 +28,8 @@ class Calibration:
 
     A layer that no example reached is in neither mapping. The `cache` holds the outputs of every segment of the dense
     model, and the second moments of the gradients at them. `decompositions` are those of the layers' matrices in their
-    metrics, each there once it was asked for. The modules that are `replaced` run in the places of the model's own.
+    metrics, each there once it was asked for. The modules that are `replaced` run in the places of the model's own. The
+    sums that moments are of are formed for one of the `slices` of the fit examples after the other.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Calibration:
     settings: CalibrationSettings
     cache: ActivationCache = field(repr=False)
     decompositions: CachedDecompositions = field(repr=False)
+    slices: Sequence[Slice] = field(repr=False)
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
@@ -52,6 +54,11 @@ class Calibration:
     def unit(self) -> LossUnit:
         """The unit of losses."""
         return UNITS[self.criterion]
+
+    def chunks(self, part: Part) -> list[Chunk]:
+        """The batches of a part; of the fit examples those of its slices."""
+        fit = [chunk for each in self.slices for chunk in each.chunks]
+        return fit if part == "fit" else self.data.chunks(part)
 
     @contextmanager
     def running(self, segment: int) -> Iterator[nn.Module]:

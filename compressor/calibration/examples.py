@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -30,6 +31,15 @@ class Chunk:
     part: Part
     batch: int
     rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Neighboring fit batches whose sums are formed by themselves, and those of them that are run backward."""
+
+    number: int
+    chunks: Sequence[Chunk]
+    backward: Sequence[Chunk]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,16 @@ class CalibrationData:
     def chunks(self, *parts: Part) -> list[Chunk]:
         """Every batch of some parts, whole."""
         return [Chunk(part, batch) for part in parts for batch in range(len(self._batches(part)))]
+
+    def slices(self, most: int, *, backward_every: int) -> tuple[Slice, ...]:
+        """The fit batches in `most` slices, or as many as there are batches; some of all batches are run backward."""
+        chunks = self.chunks("fit")
+        backward, count = set(chunks[::backward_every]), min(most, len(chunks))
+        ends = [number * len(chunks) // count for number in range(count + 1)]
+        cut = (chunks[start:end] for start, end in pairwise(ends))
+        return tuple(
+            Slice(number, each, [chunk for chunk in each if chunk in backward]) for number, each in enumerate(cut)
+        )
 
     def read(self, chunk: Chunk) -> Batch:
         """The examples of a chunk."""

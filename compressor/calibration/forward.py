@@ -16,29 +16,36 @@ from compressor.calibration.examples import Chunk, Part
 from compressor.calibration.segments import State
 from compressor.data import Batch
 from compressor.errors import BadInput
-from compressor.measure.moments import MomentCollector, kept_rows
+from compressor.measure.moments import LayerSums, MomentCollector, kept_rows, require_finite
 from compressor.torch_state import all_answers
 
 
-def cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module]) -> None:
+def cache_outputs(
+    calibration: Calibration, parts: Sequence[Part], layers: Mapping[str, nn.Module], *, reported: int = 0
+) -> None:
     """Run all segments on some parts of the data, and cache the outputs of each, without the model's predictions.
 
-    On the examples that are not run backward the moments of the layers' inputs are taken meanwhile.
+    On the examples that are not run backward the moments of the layers' inputs are taken meanwhile. So many parts of
+    the step were `reported` before.
     """
     segments, data, cache = calibration.segments, calibration.data, calibration.cache
-    backward = backward_chunks(calibration)
-    forward = [chunk for chunk in data.chunks("fit") if chunk not in backward]
+    forward = [[chunk for chunk in each.chunks if chunk not in each.backward] for each in calibration.slices]
+    chunks = [chunk for part in parts for chunk in calibration.chunks(part)]
     for segment in range(segments.count - (segments.head is None)):
         # All of the data run through one block after the other, each of which is then read once.
         finite: dict[Chunk, Tensor] = {}
-        if forward and not cache.has_inputs(segment) and not cache.moments.knows(f"backward-{segment}"):
+        if any(forward) and not cache.has_inputs(segment) and not cache.moments.knows(f"backward-{segment}"):
             with collecting(calibration, layers, segment) as (model, collector), torch.no_grad():
-                for chunk in forward:
-                    outputs = noted_outputs(calibration, model, segment, chunk=chunk, collector=collector)
-                    finite[chunk] = _kept(calibration, segment, chunk=chunk, outputs=outputs)
-                cache.write_inputs(segment, collector.inputs)
+                sums = LayerSums()
+                for own in forward:
+                    for chunk in own:
+                        outputs = noted_outputs(calibration, model, segment, chunk=chunk, collector=collector)
+                        finite[chunk] = _kept(calibration, segment, chunk=chunk, outputs=outputs)
+                    sums.add(collector.taken().inputs, {})
+                require_finite(layers, sums)
+                cache.write_inputs(segment, sums.inputs)
         with calibration.running(segment) as model:
-            for chunk in data.chunks(*parts):
+            for chunk in chunks:
                 if chunk not in finite and not cache.dense(chunk.part, segment).holds(chunk.batch):
                     outputs = _outputs(calibration, model, segment, chunk=chunk)
                     finite[chunk] = _kept(calibration, segment, chunk=chunk, outputs=outputs)
@@ -46,9 +53,9 @@ def cache_outputs(calibration: Calibration, parts: Sequence[Part], layers: Mappi
             if not sound:
                 cache.dense(chunk.part, segment).drop(chunk.batch)
                 raise overflow(calibration.model, data.read(chunk), layers)
-        calibration.run.report("run", segment + 1, segments.count)
+        calibration.run.report("run", reported + segment + 1, reported + segments.count)
     if segments.head is None:
-        calibration.run.report("run", segments.count, segments.count)
+        calibration.run.report("run", reported + segments.count, reported + segments.count)
 
 
 def noted_outputs(
@@ -101,12 +108,6 @@ def _note_head(
         for part in torch.split(rows, rows_within(calibration.settings.logit_bytes, segments.width(last))):
             with collector.masked(()):
                 segments.outputs(model, part)
-
-
-def backward_chunks(calibration: Calibration) -> list[Chunk]:
-    """The fit batches that are run backward."""
-    whole = any(layer.kind in ("embedding", "parameter") for layer in calibration.layers.values())
-    return calibration.data.chunks("fit")[:: 1 if whole else calibration.settings.gradient_every]
 
 
 def overflow(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> BadInput:

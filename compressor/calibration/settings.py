@@ -119,6 +119,10 @@ class CalibrationSettings:
     """Weight the outputs of a layer by the loss gradient's second moment; False counts the error of all outputs
     alike, as SVD-LLM does (Wang et al., ICLR 2025)."""
 
+    slices: int = 8
+    """Slices of the fit batches whose sums are formed by themselves and then added up: workers take one each. They are
+    the same whatever the number of workers, and so are the digits of the sums."""
+
     most_classes: int = 4096
     """Of the loss gradient at the outputs of a head with more classes only the diagonal of the second moment is used:
     the whole one would grow with the square of the vocabulary."""
@@ -205,6 +209,7 @@ class CalibrationSettings:
             ("tokens_at_once", 1),
             ("logit_bytes", 1),
             ("most_classes", 1),
+            ("slices", 1),
             ("statistics_bytes", 1),
             ("gradient_every", 1),
             ("recalibration_rounds", 0),

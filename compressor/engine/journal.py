@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,7 +37,7 @@ Value = TypeVar("Value")
 
 logger = logging.getLogger(__name__)
 
-_LOG, _LOCK, _UNITS = "journal.jsonl", "lock", "units"
+_LOG, _LOCK, _UNITS, _JOBS = "journal.jsonl", "lock", "units", "jobs"
 _FIRST = b'{"sha256": "'
 _UNIT = re.compile(r"[0-9a-f]{32}\.(safetensors|partial)")
 
@@ -95,8 +96,10 @@ class Journal:
         self._close: Callable[[], object] = lambda: None
 
     @classmethod
-    def open(cls, folder: Path, fingerprint: Fingerprint, *, option: str) -> Self:
+    def open(cls, folder: Path, fingerprint: Fingerprint, *, option: str, patience: float = 0.0) -> Self:
         """Open the journal of a folder, or begin one in a folder that is new or empty.
+
+        Another process that uses it is waited for, for `patience` seconds.
 
         Raises:
             BadInput: the folder holds something else, is used by another process, belongs to a run of another
@@ -108,7 +111,7 @@ class Journal:
         with _explained(folder, option):
             _require_ours(folder, option)
             (folder / _UNITS).mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(folder, option)
+            descriptor = _locked(folder, option, patience)
             journal._close = weakref.finalize(journal, os.close, descriptor)
             remove_abandoned(folder)
             journal._log = _Log(folder, option)
@@ -232,6 +235,20 @@ class Journal:
                 del self._files[full]
         return full in self._files
 
+    def take(self, name: str, other: Journal) -> None:
+        """Move a unit here from another journal on the same disk, if it is there."""
+        if other.holds(name):
+            self.file(name, other._path(name).replace)
+            other.drop(name)
+
+    def folder(self, name: str) -> Path:
+        """A folder beside the units for journals that other processes keep, which goes with this one."""
+        place = self._place() if self._log is None or self._folder is None else self._folder / _JOBS
+        made = place / _hashed(self._prefix + name)
+        with self._space():
+            made.mkdir(parents=True, exist_ok=True)
+        return made
+
     def drop(self, name: str) -> None:
         """Remove a unit, or a value, that is not needed any more."""
         full = self._prefix + name
@@ -252,7 +269,8 @@ class Journal:
     def remove(self) -> None:
         """Remove all of it: what was to be done is done."""
         if self._log is not None and self._folder is not None:
-            shutil.rmtree(self._folder / _UNITS, ignore_errors=True)
+            for name in (_UNITS, _JOBS):
+                shutil.rmtree(self._folder / name, ignore_errors=True)
             for name in (_LOG, _LOCK):
                 (self._folder / name).unlink(missing_ok=True)
             with suppress(OSError):
@@ -265,8 +283,7 @@ class Journal:
 
     def _path(self, name: str) -> Path:
         """Where the file of a unit is: a name may be anything, also too long for a file."""
-        full = self._prefix + name
-        return self._place() / f"{hashlib.sha256(full.encode()).hexdigest()[:32]}.safetensors"
+        return self._place() / f"{_hashed(self._prefix + name)}.safetensors"
 
     def _place(self) -> Path:
         if self._log is not None:
@@ -363,6 +380,10 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 def _of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -379,10 +400,16 @@ def _flushed(path: Path) -> _File:
         return _File(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _locked(folder: Path, option: str) -> int:
+def _locked(folder: Path, option: str, patience: float) -> int:
     """A descriptor that holds the lock of a folder, which goes with the process."""
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    until = time.monotonic() + patience
     try:
+        while time.monotonic() < until:
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.1)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
@@ -407,15 +434,26 @@ def _require_ours(folder: Path, option: str) -> None:
 def _foreign(folder: Path) -> Iterator[str]:
     """What lies in a folder that no journal has written, and so must not remove."""
     for path in folder.iterdir():
-        if path.is_symlink() or (path.name not in {_LOG, _LOCK, _UNITS} and not is_temporary(path)):
+        if path.is_symlink() or (path.name not in {_LOG, _LOCK, _UNITS, _JOBS} and not is_temporary(path)):
             yield path.name
         elif is_temporary(path):
             continue
         elif path.name == _UNITS:
             names = [each.name for each in path.iterdir()] if path.is_dir() else [""]
             yield from (f"{_UNITS}/{name}" for name in names if not _UNIT.fullmatch(name))
+        elif path.name == _JOBS:
+            yield from (f"{_JOBS}/{name}" for name in _foreign_to_jobs(path))
         elif not path.is_file() or not _begins_as_ours(path):
             yield path.name
+
+
+def _foreign_to_jobs(folder: Path) -> Iterator[str]:
+    """What lies in the folder of other processes' journals and is none of these."""
+    for path in [folder] if not folder.is_dir() else [*folder.iterdir(), *folder.glob("*/*")]:
+        if path.is_symlink() or not path.is_dir():
+            yield path.name
+        elif path.parent != folder:
+            yield from _foreign(path)
 
 
 def _begins_as_ours(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.measure.scale import power_of_two_on_device
+from compressor.measure.triangle import packed_triangle, unpacked_triangle
 from compressor.torch_state import all_answers, in_float64, sum_in_float64
 
 
@@ -61,7 +62,7 @@ def collect_moments(
         for each in passes:
             with collector.masked(each.masks):
                 each.run()
-    return collector.moments()
+    return moments_of(layers, collector.taken())
 
 
 @dataclass
@@ -78,8 +79,55 @@ class VectorSum:
         self.count += other.count
 
 
+@dataclass
+class PackedSum:
+    """Sums of outer products, of which the lower triangle is kept, and of vectors, in float64.
+
+    The sum of vectors is empty where nobody asks for it.
+    """
+
+    lower: Tensor
+    total: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, product: Tensor, total: Tensor, count: int) -> Self:
+        """The sums with this matrix of the products."""
+        return cls(packed_triangle(product, torch.float64), total, count)
+
+    @property
+    def product(self) -> Tensor:
+        """The sum of outer products as a matrix."""
+        return unpacked_triangle(self.lower)
+
+    def add(self, other: PackedSum) -> None:
+        self.lower += other.lower
+        self.total += other.total
+        self.count += other.count
+
+
+def packed(sums: VectorSum) -> PackedSum:
+    """The same sums in half of the memory."""
+    return PackedSum.of(sums.product, sums.total, sums.count)
+
+
 # Sums of inputs, by the set of layers that share them.
-InputSums = Mapping[frozenset[str], VectorSum]
+InputSums = Mapping[frozenset[str], PackedSum]
+
+
+@dataclass
+class LayerSums:
+    """What the moments of layers are the means of: sums of inputs, and of gradients by layer."""
+
+    inputs: dict[frozenset[str], PackedSum] = field(default_factory=dict)
+    gradients: dict[str, PackedSum] = field(default_factory=dict)
+
+    def add(self, inputs: InputSums, gradients: Mapping[str, PackedSum]) -> None:
+        """Add further sums, which may become these."""
+        for names, each in inputs.items():
+            _accumulate(self.inputs, names, each)
+        for name, each in gradients.items():
+            _accumulate(self.gradients, name, each)
 
 
 class MomentCollector:
@@ -127,44 +175,14 @@ class MomentCollector:
             _accumulate(self._inputs, frozenset(names), seen)
         self._seen.clear()
 
-    @property
-    def inputs(self) -> InputSums:
-        """The sums of the inputs; `BadInput` where they are not finite."""
-        self._require_finite()
-        return self._inputs
-
-    def moments(self, known: InputSums | None = None) -> dict[str, Moments | None]:
-        """The means so far, with further sums of inputs; `BadInput` where they are not finite."""
-        for names, each in (known or {}).items():
-            _accumulate(self._inputs, names, each)
-        self._require_finite()
-        shared = {key: (each.product / each.count, each.total / each.count) for key, each in self._inputs.items()}
-        found: dict[str, Moments | None] = dict.fromkeys(self._layers)
-        for name, gradients in self._gradients.items():
-            if not gradients.count:
-                continue
-            keys = [key for key in self._inputs if name in key]
-            count = sum(self._inputs[key].count for key in keys)
-            if len(keys) == 1:
-                inputs, mean = shared[keys[0]]
-            else:  # it ran several times, and shared its inputs with other layers each time
-                inputs = torch.stack([self._inputs[key].product for key in keys]).sum(0) / count
-                mean = torch.stack([self._inputs[key].total for key in keys]).sum(0) / count
-            found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count, count)
+    def taken(self) -> LayerSums:
+        """The sums so far, which begin anew."""
+        found = LayerSums()
+        for names in list(self._inputs):
+            found.inputs[names] = packed(self._inputs.pop(names))
+        for name in list(self._gradients):
+            found.gradients[name] = packed(self._gradients.pop(name))
         return found
-
-    def _require_finite(self) -> None:
-        """Ask once for all sums, in which what is not finite stays so: each answer is waited for."""
-        order = list(self._layers)
-        sums = [(min(names, key=order.index), "activations", each) for names, each in self._inputs.items()]
-        sums += [(name, "gradients", each) for name, each in self._gradients.items()]
-        flags = [torch.isfinite(each.product.diagonal()).all() for *_, each in sums]
-        for (name, what, _), finite in zip(sums, all_answers(flags), strict=True):
-            if not finite:
-                raise BadInput(
-                    f"the {what} of layer {name} are not finite on the calibration data",
-                    remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
-                )
 
     def note_input(self, name: str, x: Tensor) -> None:
         """Add an input of a layer, which may not be run on it."""
@@ -194,7 +212,47 @@ class MomentCollector:
         _accumulate(self._gradients, name, _summed(vectors))
 
 
-def _accumulate(sums: dict[Any, VectorSum], key: Hashable, more: VectorSum) -> None:
+def moments_of(layers: Iterable[str], sums: LayerSums) -> dict[str, Moments | None]:
+    """The moments of layers, in their order; None for a layer that no gradient reached.
+
+    Raises `BadInput` where they are not finite.
+    """
+    found: dict[str, Moments | None] = dict.fromkeys(layers)
+    require_finite(found, sums)
+    shared: dict[frozenset[str], tuple[Tensor, Tensor]] = {}
+    for name in found:
+        gradients = sums.gradients.get(name)
+        if gradients is None or not gradients.count:
+            continue
+        keys = sorted((key for key in sums.inputs if name in key), key=sorted)
+        count = sum(sums.inputs[key].count for key in keys)
+        if len(keys) == 1:
+            each = sums.inputs[keys[0]]
+            if keys[0] not in shared:
+                shared[keys[0]] = each.product / each.count, each.total / each.count
+            inputs, mean = shared[keys[0]]
+        else:  # it ran several times, and shared its inputs with other layers each time
+            inputs = torch.stack([sums.inputs[key].product for key in keys]).sum(0) / count
+            mean = torch.stack([sums.inputs[key].total for key in keys]).sum(0) / count
+        found[name] = Moments(inputs, mean, gradients.product / gradients.count, gradients.count, count)
+    return found
+
+
+def require_finite(layers: Iterable[str], sums: LayerSums) -> None:
+    """Raise `BadInput` for sums that are not finite, naming a layer: one question for all, for it is waited for."""
+    order = list(layers)
+    named = [(min(names, key=order.index), "activations", each) for names, each in sums.inputs.items()]
+    named += [(name, "gradients", each) for name, each in sums.gradients.items()]
+    flags = [torch.isfinite(each.lower).all() for *_, each in named]
+    for (name, what, _), finite in zip(named, all_answers(flags), strict=True):
+        if not finite:
+            raise BadInput(
+                f"the {what} of layer {name} are not finite on the calibration data",
+                remedy="use the model in a wider dtype, or leave the layer out with `exclude`",
+            )
+
+
+def _accumulate(sums: dict[Any, Any], key: Hashable, more: VectorSum | PackedSum) -> None:
     if key in sums:
         sums[key].add(more)
     else:

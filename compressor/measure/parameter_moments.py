@@ -70,7 +70,8 @@ class ParameterCollector:
         Raises `BadInput` for gradients that are not finite.
         """
         found = {}
-        for name, (gradients, inputs) in self._sums.items():
+        for name in [each for each in self._parameters if each in self._sums]:
+            gradients, inputs = self._sums[name]
             trace = float(gradients.trace())  # no entry of either product is larger
             if not math.isfinite(trace):
                 raise BadInput(
@@ -93,6 +94,12 @@ class ParameterCollector:
         """What was gathered so far, by names for a file."""
         found = {f"{name}/{place}": each for name, sums in self._sums.items() for place, each in enumerate(sums)}
         return found | {f"{name}/batches": count for name, count in self._batches.items()}
+
+    def taken(self) -> dict[str, Tensor]:
+        """What was gathered so far, which begins anew; that of several runs may be added up by names."""
+        state = self.state()
+        self._sums, self._batches = {}, {}
+        return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what was gathered before."""

@@ -139,6 +139,12 @@ class EmbeddingCollector:
         found |= {f"positions of {what}/{name}": torch.tensor(each) for (name, what), each in self._positions.items()}
         return found | {"predictions": torch.tensor(self._predictions)}
 
+    def taken(self) -> dict[str, Tensor]:
+        """What was gathered so far, which begins anew; that of several runs may be added up by names."""
+        state = self.state()
+        self._sums, self._positions, self._predictions = {}, {}, 0
+        return state
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what was gathered before."""
         for key, each in state.items():

@@ -104,9 +104,26 @@ class Model:
         It is `with_separate_experts` itself where that is in memory already, or cannot be read by blocks. For
         calibration, which runs a block many times; every other run reads all blocks anew.
         """
-        # What its own code multiplies with has to be one and the same tensor all the time.
-        kept = {f"{layer.module}.{layer.parameter}" for layer in self.layers if layer.kind == "parameter"}
-        return self.with_separate_experts if self.in_memory else self._network.by_block(self.name, kept)
+        return self.with_separate_experts if self.in_memory else self._network.by_block(self.name, self._kept)
+
+    @property
+    def files(self) -> ModelFiles | None:
+        """What other processes read it from; None of a module, and where a function in this process builds it."""
+        source = self.checkpoint.source
+        if source is None or not isinstance(self.factory, str | None):
+            return None
+        factory = self.factory
+        if factory is not None and factory.rpartition(":")[0].endswith(".py"):
+            factory = str(Path(factory).absolute())
+        return ModelFiles(Path(source).absolute(), factory, self._kept)
+
+    @property
+    def _kept(self) -> frozenset[str]:
+        """Parameters that stay in memory where the blocks do not.
+
+        What its own code multiplies with has to be one and the same tensor all the time.
+        """
+        return frozenset(f"{layer.module}.{layer.parameter}" for layer in self.layers if layer.kind == "parameter")
 
     def let_go(self) -> None:
         """Let go of `module` where `streamed` does without it; it is loaded again when it is asked for."""
@@ -158,6 +175,20 @@ class Model:
         """Raise `BadInput` for weights that cannot be run, because nothing says what model they are of."""
         if not self.in_memory:
             _require_architecture(self.checkpoint, self.factory)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Files that any process reads a model from that sees them: what builds it, and parameters that stay in memory."""
+
+    source: Path
+    factory: str | None
+    kept: frozenset[str]
+
+    def streamed(self) -> nn.Module:
+        """The network as `Model.streamed` has it."""
+        opened = open_runnable(self.source, self.factory)
+        return opened._network.by_block(opened.name, self.kept)
 
 
 def open_model(

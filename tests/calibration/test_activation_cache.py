@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from compressor import compress
-from compressor.calibration.activation_cache import ActivationCache, packed_triangle, unpacked_triangle
+from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.examples import PARTS
 from compressor.factorize import Decomposition, Metric, TiedMetric
-from compressor.measure.moments import VectorSum, oas_shrinkage
+from compressor.measure.moments import PackedSum, oas_shrinkage
+from compressor.measure.triangle import packed_triangle, unpacked_triangle
 from tests.calibration.tiny_models import TWO_PASSES, calibrated, inputs_for, transformer
 
 CPU = torch.device("cpu")
@@ -177,7 +178,7 @@ def test_bfloat16_stays_bfloat16() -> None:
 def test_a_triangle_holds_half_the_numbers_of_a_symmetric_matrix(size: int) -> None:
     half = torch.randn(size, size)
     symmetric = half + half.T
-    packed = packed_triangle(symmetric)
+    packed = packed_triangle(symmetric, torch.float32)
     assert len(packed) == size * (size + 1) // 2
     assert torch.equal(unpacked_triangle(packed), symmetric)
 
@@ -219,7 +220,7 @@ def test_layers_that_share_their_inputs_keep_one_moment_of_them() -> None:
 def test_sums_of_inputs_are_kept_to_the_precision_of_float32_about_their_mean(offset: float) -> None:
     cache, size = ActivationCache(CPU), 40
     vectors = {name: torch.randn(90, size, dtype=torch.float64) + offset for name in ("a", "b c")}
-    sums = {frozenset({name, f"{name}.x"}): VectorSum(x.T @ x, x.sum(0), len(x)) for name, x in vectors.items()}
+    sums = {frozenset({name, f"{name}.x"}): PackedSum.of(x.T @ x, x.sum(0), len(x)) for name, x in vectors.items()}
     cache.write_inputs(3, sums)
     found = cache.inputs(3)
     assert found.keys() == sums.keys()

@@ -97,8 +97,8 @@ def test_moments_of_inputs_are_of_all_examples_where_gradients_are_of_some(name:
     chain = name in CHAINS
     model = transformer(name) if chain else odd(name)[0]
     data = [inputs_for(name, examples) if chain else {"inputs": torch.randn(examples, 6)} for examples in (4, 3, 4, 2)]
-    some = calibrated(model, data, settings=CalibrationSettings(gradient_every=2))
-    inputs, gradients = calibrated(model, data), calibrated(model, data[::2])
+    some = calibrated(model, data, settings=CalibrationSettings(gradient_every=2, slices=1))
+    inputs, gradients = (calibrated(model, each, settings=CalibrationSettings(slices=1)) for each in (data, data[::2]))
     assert some.uses == gradients.uses
     for layer, metric in some.metrics.items():
         assert isinstance(metric, Metric)
@@ -415,13 +415,17 @@ def test_padding_of_encoder_and_decoder_changes_no_moment(length: int) -> None:
     assert_same(calibrated(model, [padded]), calibrated(model, [{"input_ids": ids, "labels": labels}]))
 
 
-def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_generator() -> None:
+@pytest.mark.parametrize(("slices", "seeds"), [(1, {0: 7}), (2, {0: 7, 1: 8}), (8, {0: 7, 1: 8, 2: 9})])
+def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_generator_a_slice(
+    slices: int, seeds: dict[int, int]
+) -> None:
     # By autograd alone: the moment of the gradients at the outputs of the classifier.
     model = transformer("vit").eval()
-    data = [inputs_for("vit", 3), inputs_for("vit", 4)]
-    generator = torch.Generator().manual_seed(7)
+    data = [inputs_for("vit", 3), inputs_for("vit", 4), inputs_for("vit", 2)]
     gradients = []
-    for inputs in data:
+    for number, inputs in enumerate(data):
+        if number in seeds:
+            generator = torch.Generator().manual_seed(seeds[number])
         outputs = outputs_of(model, inputs).detach().requires_grad_(True)
         sampled_loss(outputs, (), "likelihood", generator=generator).backward()
         assert outputs.grad is not None
@@ -429,7 +433,8 @@ def test_the_gradients_are_those_of_the_sampled_loss_drawn_in_order_by_one_gener
     g = torch.cat(gradients).double()
     batches = tuple(batch_of(inputs) for inputs in data)
     examples = CalibrationData(batches, batches, labeled=False)
-    calibration = calibrate(model, eligible(model), examples, run=Run(torch.device("cpu"), seed=7))
+    run, settings = Run(torch.device("cpu"), seed=7), CalibrationSettings(slices=slices)
+    calibration = calibrate(model, eligible(model), examples, run=run, settings=settings)
     found = calibration.metrics["classifier"].gradients
     expected = g.T @ g / len(g)
     # Shrinkage keeps the eigenvectors and pulls toward the trace's multiple of the identity.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import compressor
 from compressor.progress import Progress
 from tests.test_frozen_outputs import LLAMA, examples, factory, model_folder, network, weight_file
@@ -31,4 +33,14 @@ def calibrated(folder: Path, engine: str | None = None, progress: Progress | Non
     (folder / "small").mkdir(exist_ok=True)
     output = folder / "small" / "a.safetensors"
     compressor.compress(source, output=output, overwrite=True, engine=engine, progress=progress, **options)
+    return files_of(folder / "small")
+
+
+def sliced(folder: Path, engine: str | None = None, progress: Progress | None = None) -> dict[str, bytes]:
+    """What is written of a transformers folder that is calibrated on eleven batches, in eight slices."""
+    source = folder / "llama" if (folder / "llama").is_dir() else model_folder(folder / "llama", LLAMA)
+    ids = torch.randint(0, 40, (11, 3, 12), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": each} for each in ids]
+    options: dict[str, Any] = {"keep": 0.6, "calibration": data, "effort": "fast", "prefer": "size", "engine": engine}
+    compressor.compress(source, output=folder / "small", overwrite=True, progress=progress, **options)
     return files_of(folder / "small")

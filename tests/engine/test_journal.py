@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -199,6 +200,57 @@ def test_two_runs_do_not_share_a_folder(work: Path) -> None:
         opened(work)
     journal.close()
     opened(work).close()
+
+
+def test_another_process_is_waited_for_with_patience(work: Path) -> None:
+    first = opened(work)
+    with pytest.raises(BadInput, match="is used by another run"):
+        Journal.open(work, FINGERPRINT, option="work_dir", patience=0.2)
+    timer = Timer(0.3, first.close)
+    timer.start()
+    Journal.open(work, FINGERPRINT, option="work_dir", patience=60.0).close()
+    timer.join()
+
+
+def test_journals_of_other_processes_lie_in_a_folder_of_this_one_and_go_with_it(work: Path) -> None:
+    journal = opened(work)
+    folder = journal.part("a").folder("slices")
+    assert folder == journal.part("a").folder("slices") != journal.folder("slices")
+    other = opened(folder / "0")
+    other.write("x", {"x": torch.arange(3)})
+    journal.take("x", other)
+    journal.take("z", other)
+    assert torch.equal(journal.read("x")["x"], torch.arange(3))
+    assert not other.holds("x")
+    assert not journal.holds("z")
+    other.close()
+    journal.close()
+    again = opened(work)
+    assert torch.equal(again.read("x")["x"], torch.arange(3))
+    again.close()
+    (folder / "0" / "mine.txt").touch()
+    with pytest.raises(BadInput, match=r"holds jobs/mine\.txt, which is no work of a run"):
+        opened(work)
+    (folder / "0" / "mine.txt").unlink()
+    (folder / "mine.txt").touch()
+    with pytest.raises(BadInput, match=r"holds jobs/mine\.txt, which is no work of a run"):
+        opened(work)
+    (folder / "mine.txt").unlink()
+    again = opened(work)
+    again.remove()
+    assert not work.exists()
+
+
+def test_the_folder_of_a_temporary_journal_goes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    journal = Journal()
+    other = opened(journal.folder("slices") / "0")
+    other.write("x", {"x": torch.arange(3)})
+    journal.take("x", other)
+    assert torch.equal(journal.read("x")["x"], torch.arange(3))
+    other.close()
+    del journal
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_ours_is_left_alone(work: Path) -> None:

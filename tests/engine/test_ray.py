@@ -14,7 +14,7 @@ import pytest
 from compressor.engine import RayEngine
 from compressor.errors import BadInput
 from tests.calibration.test_drop import TwoAtATime, search_digits
-from tests.engine.runs import calibrated, without_data
+from tests.engine.runs import calibrated, sliced, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
 ray = pytest.importorskip("ray")
@@ -110,3 +110,18 @@ def test_a_search_by_drop_tries_a_size_on_each_node_at_a_time(connected: Any) ->
         found = search_digits(engine)
     connected.remove_node(node)
     assert found == search_digits(TwoAtATime())
+
+
+def test_moments_of_which_a_node_is_killed_are_those_of_a_run_in_process(connected: Any, tmp_path: Path) -> None:
+    expected = sliced(tmp_path)
+    node = connected.add_node(num_cpus=1)
+    connected.wait_for_nodes()
+    told: list[str] = []
+
+    def kill_at_the_second_slice(step: str, _done: int, _total: int) -> None:
+        told.append(step)
+        if told.count("run") == 2 and step == "run":
+            connected.remove_node(node, allow_graceful=False)
+
+    assert sliced(tmp_path, "ray", kill_at_the_second_slice) == expected
+    assert told.count("run") == 8 + 3  # slices, and then blocks
