@@ -134,8 +134,9 @@ def compress(
     Without a budget, the window rule decides where the recipe is of the SGD family, else a tolerance that is safe
     without data. `max_drop` tries a few sizes in memory for the smallest whose drop on `data` is at most that: the
     validation split of built-in data decides and the test split is reported; of other data every second example
-    decides. One standard error is added to a measured drop. A quarter of the calibration examples are the holdout, by
-    which candidates are compared; with `effort="fast"`, which compares none, a sixteenth.
+    decides. One standard error is added to a measured drop, and only the last candidates are refined. A quarter of the
+    calibration examples are the holdout, by which candidates are compared; with `effort="fast"`, which compares none, a
+    sixteenth.
 
     `data` and `calibration` take the path of a file or folder, the name of built-in data, or an object: a tensor or
     array of examples (images as N x C x H x W), a pair (inputs, labels), a mapping of arrays, a data set of PyTorch or

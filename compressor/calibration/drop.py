@@ -90,7 +90,11 @@ class DropGate:
         """A model that is to be measured, with its factors, of which each was found by a job of its own."""
         assert isinstance(subject.checkpoint.source, Path)
         rewriting = self._rewriting(subject, planned)
-        factors = {layer.name: each for layer, _, each in rewritten_factors(rewriting, self.run)}
+        factors = {
+            # On the CPU: the accelerator of a worker is another one.
+            layer.name: replace(found, tensors={name: each.cpu() for name, each in found.tensors.items()})
+            for layer, _, found in rewritten_factors(rewriting, self.run)
+        }
         return _Evaluation(
             source=subject.checkpoint.source.absolute(),
             factory=_from_anywhere(subject.factory),
@@ -207,10 +211,18 @@ def plan_within_drop(
     baseline = gate.baseline(subject)
     layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
-    refines = calibration is not None and calibration.settings.refine
     at_once = tried_at_once(subject, gate.data, gate.run.engine, calibrated=calibration is not None)
-    most = at_once * settings.rounds(at_once) + (settings.most_refined if refines else 0)
-    trials = _Trials(limit, baseline, eligible, kept=settings.most_refined if refines else 1)
+    refined = settings.most_refined if calibration is not None and calibration.settings.refine else 0
+    most = at_once * settings.rounds(at_once) + refined
+    trials = _Trials(
+        subject=subject,
+        gate=gate,
+        baseline=baseline,
+        limit=limit,
+        eligible=eligible,
+        kept=max(1, refined),
+        most=most,
+    )
 
     def planned_at(keep: float) -> PlannedModel | None:
         at_size = replace(request, budget=Budget("keep", keep))
@@ -220,19 +232,7 @@ def plan_within_drop(
             return None
 
     def measure(keeps: Sequence[float]) -> list[Trial]:
-        plans = [(keep, planned_at(keep)) for keep in keeps]
-        by_size = {each.plan.eligible_after: (keep, each) for keep, each in plans if each is not None}
-        new = [each for size, each in by_size.items() if size not in trials.by_size]
-        qualities = gate.qualities(subject, [planned for _, planned in new])
-        for (keep, planned), quality in zip(new, qualities, strict=True):
-            trials.add(trials.measured(keep, planned, quality))
-            gate.run.report("search", len(trials.by_size), most)
-        return [
-            Trial(keep, round(keep * eligible), math.inf, math.inf)
-            if each is None
-            else trials.by_size[each.plan.eligible_after]
-            for keep, each in plans
-        ]
+        return trials.measure(keeps, [planned_at(keep) for keep in keeps])
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
@@ -240,32 +240,16 @@ def plan_within_drop(
     first = _first_guess(layers, request, trials, least=least) if predictable else None
     sizes = Sizes(eligible, least, max(least, (least + 1) / 2) if first is None else first, at_once)
     tried = search_by_drop(measure, limit, sizes, settings=settings)
-    plans = list(trials.candidates)
-    for each in _refined(subject, trials, gate):
-        plans.append(each)
-        tried = (*tried, each.trial)
-        gate.run.report("search", len(tried), most)
+    refinements = list(trials.refined())
+    tried = (*tried, *(each.trial for each in refinements))
     gate.run.report("search", most, most)
     search = DropSearch(baseline.metric, gate.data.name, baseline.count, limit, tried, baseline.higher_is_better)
+    plans = [*trials.candidates, *refinements]
     found = smallest_found([each.trial for each in plans], limit)
     if found is None:
         raise QualityGateNotMet(_nothing_holds(subject.name, search))
     [chosen] = [each.planned for each in plans if each.trial is found]
     return replace(chosen, plan=replace(chosen.plan, budget=budget, search=search))
-
-
-def _refined(subject: Model, trials: _Trials, gate: DropGate) -> Iterator[_Measured]:
-    """Refine the candidates, the largest first, as long as they hold; measured are those whose holdout loss fell."""
-    for candidate in trials.candidates:
-        if candidate.planned.refine is None:
-            return
-        bound, refined = candidate.trial.bound, candidate.planned.refine()
-        if refined.is_refined:
-            measured = trials.measured(candidate.trial.keep, refined, gate.quality(subject, refined))
-            bound = measured.trial.bound
-            yield measured
-        if not within_limit(bound, trials.limit):
-            return
 
 
 def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit: float) -> PlannedModel:
@@ -275,9 +259,8 @@ def within_drop(subject: Model, planned: PlannedModel, *, gate: DropGate, limit:
     """
     require_possible_drop(limit, gate.data)
     baseline = gate.baseline(subject)
-    trials = _Trials(limit, baseline, planned.plan.eligible_before)
-    share = planned.plan.eligible_after / trials.eligible
-    trial = trials.measured(share, planned, gate.quality(subject, planned)).trial
+    share = planned.plan.eligible_after / planned.plan.eligible_before
+    trial = _trial(share, planned, gate.quality(subject, planned), baseline=baseline)
     gate.run.report("search", 1, 1)
     search = DropSearch(
         baseline.metric, gate.data.name, baseline.count, limit, (trial,), higher_is_better=baseline.higher_is_better
@@ -299,31 +282,41 @@ class _Measured:
     planned: PlannedModel
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Trials:
     """The sizes that were tried, by the number of parameters that they store, and the plans that may be chosen.
 
-    These `candidates` are the smallest that holds, and of smaller ones the largest, `kept` in all.
+    These `candidates` are the smallest that holds, and of smaller ones the largest, `kept` in all. There are at most
+    `most` trials.
     """
 
-    limit: float
+    subject: Model
+    gate: DropGate
     baseline: Quality
+    limit: float
     eligible: int
-    kept: int = 1
+    kept: int
+    most: int
     by_size: dict[int, Trial] = field(default_factory=dict)
     candidates: list[_Measured] = field(default_factory=list)
 
-    def measured(self, keep: float, planned: PlannedModel, quality: Quality) -> _Measured:
-        """A plan with what its model, of that quality, loses."""
-        # No change is 0.0, and not -0.0, which would be printed.
-        drop, error = quality_drop(self.baseline, quality) + 0.0, drop_error(self.baseline, quality)
-        trial = Trial(keep, planned.plan.eligible_after, drop, error, planned.is_refined)
-        logger.info(
-            "keep %.4f%s: drop %.4g (%s)", keep, ", refined" if trial.refined else "", trial.drop, self.baseline.metric
-        )
-        return _Measured(trial, planned)
+    def measure(self, keeps: Sequence[float], plans: Sequence[PlannedModel | None]) -> list[Trial]:
+        """The trials of some sizes by their plans, of which there are none where nothing is finite."""
+        asked = list(zip(keeps, plans, strict=True))
+        by_size = {each.plan.eligible_after: (keep, each) for keep, each in asked if each is not None}
+        new = [each for size, each in by_size.items() if size not in self.by_size]
+        qualities = self.gate.qualities(self.subject, [planned for _, planned in new])
+        for (keep, planned), quality in zip(new, qualities, strict=True):
+            self._add(_Measured(_trial(keep, planned, quality, baseline=self.baseline), planned))
+            self.gate.run.report("search", len(self.by_size), self.most)
+        return [
+            Trial(keep, round(keep * self.eligible), math.inf, math.inf)
+            if each is None
+            else self.by_size[each.plan.eligible_after]
+            for keep, each in asked
+        ]
 
-    def add(self, new: _Measured) -> None:
+    def _add(self, new: _Measured) -> None:
         """Note a size that was tried, and keep its plan if it may be chosen."""
         self.by_size[new.trial.parameters] = new.trial
         among = [each for each in (*self.candidates, new) if each.trial.parameters < self.eligible]
@@ -331,6 +324,29 @@ class _Trials:
         largest = self.eligible if best is None else best.parameters
         among = [each for each in among if each.trial.parameters <= largest]
         self.candidates = sorted(among, key=lambda each: -each.trial.parameters)[: self.kept]
+
+    def refined(self) -> Iterator[_Measured]:
+        """The candidates refined, the largest first, as long as they hold; measured are those whose loss fell."""
+        for count, candidate in enumerate(self.candidates, start=1):
+            if candidate.planned.refine is None:
+                return
+            trial, refined = candidate.trial, candidate.planned.refine()
+            if refined.is_refined:
+                quality = self.gate.quality(self.subject, refined)
+                trial = _trial(trial.keep, refined, quality, baseline=self.baseline)
+                self.gate.run.report("search", len(self.by_size) + count, self.most)
+                yield _Measured(trial, refined)
+            if not within_limit(trial.bound, self.limit):
+                return
+
+
+def _trial(keep: float, planned: PlannedModel, quality: Quality, *, baseline: Quality) -> Trial:
+    """What the model of a plan, of that quality, loses."""
+    # No change is 0.0, and not -0.0, which would be printed.
+    drop, error = quality_drop(baseline, quality) + 0.0, drop_error(baseline, quality)
+    how = ", refined" if planned.is_refined else ""
+    logger.info("keep %.4f%s: drop %.4g (%s)", keep, how, drop, baseline.metric)
+    return Trial(keep, planned.plan.eligible_after, drop, error, planned.is_refined)
 
 
 def require_possible_drop(limit: float, data: EvaluationData) -> None:
