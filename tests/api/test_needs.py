@@ -115,6 +115,11 @@ def test_disk_is_linear_in_blocks_and_examples_and_memory_beyond_the_model_does_
     assert len(beyond) == 1
 
 
+def test_the_factors_of_every_candidate_that_waits_are_on_disk() -> None:
+    one, three = (temporary_bytes(sized(4), replace(calibrated(64), candidates=count)) for count in (1, 3))
+    assert three - one == 2 * sized(4).factors > 0
+
+
 def test_layers_that_are_worked_on_at_a_time_need_memory_together_but_no_more_than_they_may_have() -> None:
     one, two = (memory_bytes(sized(4), None, Held(jobs=jobs)) for jobs in (1, 2))
     assert two == 2 * one > 0

@@ -157,6 +157,7 @@ def test_settings_of_another_kind_are_refused(option: str) -> None:
         (RefinementSettings, {"passes": 0}),
         (RefinementSettings, {"steps": 0}),
         (PlanningSettings, {"most_trials": 0}),
+        (PlanningSettings, {"most_refined": 0}),
         (PlanningSettings, {"excluded_forms": "spatial"}),
         (PlanningSettings, {"excluded_forms": ("plain",)}),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -73,6 +74,18 @@ def test_batches_hold_every_example_once_in_order_every_time(tmp_path_factory, c
     assert labels[0] == 0
     assert max(steps) - min(steps) <= 1
     assert min(steps) >= 1
+
+
+def test_data_in_memory_can_be_given_to_another_process(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.arange(7, dtype=np.float32)[:, None], y=np.arange(7))
+    data = open_data(tmp_path / "data.npz", batch_size=3)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(data)
+    held = pickle.loads(pickle.dumps(data.in_memory()))
+    assert [batch.labels.tolist() for batch in held] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert inputs_of(held).tolist() == inputs_of(data).tolist()
+    assert (held.name, held.task, held.count) == (data.name, data.task, 3)
+    assert held.read([1]).labels.tolist() == [3, 4, 5]
 
 
 @pytest.mark.parametrize(("option", "value"), [("limit", 0), ("limit", -1), ("batch_size", 0), ("sequence_length", 1)])
