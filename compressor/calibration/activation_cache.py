@@ -147,6 +147,10 @@ class ActivationCache:
         """New outputs of a segment of the dense model."""
         return CachedBatches(self._folder, f"dense-{part}-{segment}")
 
+    def predictions(self, part: Part) -> CachedBatches:
+        """What the divergence from the dense model's predictions depends on."""
+        return CachedBatches(self._folder, f"predictions-{part}")
+
     def compressed(self, part: Part, walk: str, segment: int) -> CachedBatches:
         """Inputs of a segment of the compressed model, in a walk of that name."""
         return CachedBatches(self._folder, f"{walk}/compressed-{part}-{segment}")

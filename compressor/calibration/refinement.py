@@ -209,12 +209,10 @@ class _SegmentCosts:
 
     def _sum(self, chunk: Chunk) -> tuple[Tensor, int]:
         """The cost summed over the rows of a chunk, and their number."""
-        masks = self._calibration.data.read(chunk).masks
-        before = self._dense(chunk)
         after = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_compressed(chunk))
         if self._walk.last:
-            modules = self._walk.placed
-            return cost_of_predictions(self._calibration, before[0], after[0], masks=masks, modules=modules)
+            return cost_of_predictions(self._calibration, chunk, after[0], modules=self._walk.placed)
+        masks, before = self._calibration.data.read(chunk).masks, self._dense(chunk)
         changes = [hidden_rows(b, masks) - hidden_rows(a, masks) for a, b in zip(before, after, strict=True)]
         costs = [(change @ metric * change).sum() for change, metric in zip(changes, self._metrics, strict=True)]
         return torch.stack(costs).sum(), len(changes[0])

@@ -28,7 +28,9 @@ from compressor.calibration import (
     split_examples,
 )
 from compressor.calibration.calibrate import recalibrate
+from compressor.calibration.calibration import dense_outputs
 from compressor.calibration.criterion import hidden_rows, outputs_of, sampled_loss
+from compressor.calibration.holdout import cost_of_predictions
 from compressor.data import Batch, open_data
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.factorize import Metric, TiedMetric
@@ -39,6 +41,7 @@ from tests.calibration.tiny_models import (
     CPU,
     ODD,
     TEXTS,
+    TOKENS,
     batch_of,
     calibrated,
     eligible,
@@ -710,3 +713,22 @@ def test_start_and_end_of_an_answer_both_count() -> None:
         after, before = (each.double().log_softmax(-1) for each in (changed[..., 1], said.end_logits))
         expected = float((before.exp() * (before - after)).sum()) / (2 * 5)
     assert holdout_loss(found, {"qa_outputs": head}) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_divergence_at_a_wide_head_and_its_gradient_are_those_of_the_logits() -> None:
+    model = transformer("llama")
+    fit, held = inputs_for("llama", 4), [inputs_for("llama", 3, padded=True), inputs_for("llama", 2, length=5)]
+    costs, gradients = [], []
+    for most in (1, TOKENS):
+        calibration = calibrated(model, [fit], held, settings=CalibrationSettings(most_classes=most))
+        chunk, last = calibration.data.chunks("holdout")[0], calibration.segments.count - 1
+        [before] = dense_outputs(calibration, last, chunk)
+        after = (before * 1.1).requires_grad_(True)
+        cost, rows = cost_of_predictions(calibration, chunk, after, modules={})
+        gradients.append(torch.autograd.grad(cost, after)[0])
+        layer = next(iter(calibration.layers.values()))
+        changed, _ = changed_layer(calibration, layer.name, 0.5, seed=0)
+        costs.append((float(cost.detach()), rows, holdout_loss(calibration, {layer.module: changed})))
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert costs[0][0] > 0.01
