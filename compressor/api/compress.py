@@ -25,6 +25,7 @@ from compressor.api.needs import (
     Held,
     ModelSize,
     Places,
+    SlicesInWorkers,
     in_time,
     model_size,
     needs_of,
@@ -466,6 +467,8 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
         if settings.refine and (search := _search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
+        if subject.files is not None:
+            examples = replace(examples, slices=SlicesInWorkers.of(data.calibration, settings, run))
     held = replace(_held_models(asked, subject, data, size=size, run=run), jobs=run.engine.here)
     if isinstance(run.engine, InProcess):
         held = replace(held, jobs_memory=run.engine.memory)

@@ -18,6 +18,7 @@ from tempfile import gettempdir
 import torch
 
 from compressor.calibration import CalibrationData, CalibrationSettings
+from compressor.engine import InProcess, Run
 from compressor.errors import BadInput
 from compressor.evaluation import free_memory, resident_memory
 from compressor.factorize import working_bytes
@@ -131,6 +132,22 @@ def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequen
 
 
 @dataclass(frozen=True)
+class SlicesInWorkers:
+    """Slices of the examples that workers run through the model: how many, and how many at a time in this memory."""
+
+    count: int
+    at_once: int
+
+    @classmethod
+    def of(cls, data: CalibrationData, settings: CalibrationSettings, run: Run) -> SlicesInWorkers | None:
+        """Those of a run on a model that its workers can open; on accelerators each has one of its own."""
+        count = min(settings.slices, len(data.fit))
+        if isinstance(run.engine, InProcess) or count < 2:
+            return None
+        return cls(count, min(count, run.engine.here) if run.device.type == "cpu" else 1)
+
+
+@dataclass(frozen=True)
 class CalibrationSize:
     """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model.
 
@@ -143,6 +160,7 @@ class CalibrationSize:
     footprint: Footprint
     settings: CalibrationSettings
     candidates: int = 1
+    slices: SlicesInWorkers | None = None
 
     @classmethod
     def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
@@ -172,6 +190,7 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
       their inputs;
     - its decomposition, `n x n` for the smaller side n in float32;
     - the second moment of the gradients before every block, as wide as its narrowest layer: a triangle in float32;
+    - of every slice of the examples that a worker takes, the sums of all moments: triangles in float64;
     - the factors: truncated, of every candidate that waits, compensated, and refined.
 
     Recalibration has one of its own beside it, of the fit examples.
@@ -186,10 +205,11 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
     boundaries = FLOAT32 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks) // 2
     of_layers = metrics + decompositions + boundaries
+    sums = 0 if calibration.slices is None else calibration.slices.count * metrics * FLOAT64 // FLOAT32
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
     kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine
-    return dense + compressed + gradients + of_layers + rounds * again + kinds * model.factors
+    return dense + compressed + gradients + of_layers + sums + rounds * again + kinds * model.factors
 
 
 @dataclass(frozen=True)
@@ -213,7 +233,9 @@ def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: He
     """Most bytes of memory at a time beside the libraries."""
     if calibration is None:
         return max(held.calibrating + factorization_bytes(model, held), held.compared)
-    work = max(factorization_bytes(model, held), calibration_bytes(model, calibration))
+    calibrating = calibration_bytes(model, calibration)
+    workers = 0 if calibration.slices is None else calibration.slices.at_once * (model.streamed + calibrating)
+    work = max(factorization_bytes(model, held), calibrating, workers)
     return max(held.calibrating + work, held.compared)
 
 

@@ -28,8 +28,7 @@ from compressor.engine import Run
 from compressor.factorize import Metric, embedding_metric
 from compressor.measure.moments import oas_shrinkage
 from compressor.measure.token_frequencies import HeadMoments
-from compressor.model import evaluation_mode
-from compressor.model.opened import ModelFiles
+from compressor.model import ModelFiles, evaluation_mode
 from compressor.network import Layer
 
 logger = logging.getLogger(__name__)

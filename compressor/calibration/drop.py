@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from compressor.engine import Engine, Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
 from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_factors, rewritten_module
-from compressor.model import Factory, Model, open_runnable
+from compressor.model import Model, ModelFiles
 from compressor.network import Layer
 from compressor.planning import (
     Budget,
@@ -88,7 +87,7 @@ class DropGate:
 
     def _job(self, subject: Model, planned: PlannedModel, data: EvaluationData) -> _Evaluation:
         """A model that is to be measured, with its factors, of which each was found by a job of its own."""
-        assert isinstance(subject.checkpoint.source, Path)
+        assert subject.files is not None
         rewriting = self._rewriting(subject, planned)
         factors = {
             # On the CPU: the accelerator of a worker is another one.
@@ -96,8 +95,7 @@ class DropGate:
             for layer, _, found in rewritten_factors(rewriting, self.run)
         }
         return _Evaluation(
-            source=subject.checkpoint.source.absolute(),
-            factory=_from_anywhere(subject.factory),
+            files=subject.files,
             recipe=subject.recipe,
             layers=subject.layers,
             planned=PlannedModel(planned.plan, factors, planned.statistics),
@@ -131,21 +129,11 @@ def _name(planned: PlannedModel) -> str:
     return f"quality of {planned.solution} {chosen}"
 
 
-def _from_anywhere(factory: Factory | None) -> str | None:
-    """The name of a factory where the folder may be another one."""
-    if factory is None:
-        return None
-    assert isinstance(factory, str)
-    place, _, name = factory.rpartition(":")
-    return f"{Path(place).absolute()}:{name}" if place.endswith(".py") else factory
-
-
 @dataclass(frozen=True)
 class _Evaluation:
     """A compressed model that is to be measured where its dense one is opened from files."""
 
-    source: Path
-    factory: str | None
+    files: ModelFiles
     recipe: TrainingRecipe
     layers: tuple[Layer, ...]
     planned: PlannedModel
@@ -154,7 +142,7 @@ class _Evaluation:
 
 
 def _quality(asked: _Evaluation) -> Quality:
-    opened = replace(open_runnable(asked.source, asked.factory), layers=asked.layers)
+    opened = replace(asked.files.opened(), layers=asked.layers)
     planned = asked.planned
     rewriting = Rewriting(
         opened.checkpoint, asked.recipe, asked.layers, planned.plan, planned.factors, planned.statistics
@@ -182,8 +170,7 @@ def tried_at_once(subject: Model, data: EvaluationData, engine: Engine, *, calib
 
     Calibrated plans are made one after another, by walks through the model in this process.
     """
-    opened = not subject.in_memory and (subject.factory is None or isinstance(subject.factory, str))
-    return engine.workers if opened and data.metric is None and not calibrated else 1
+    return engine.workers if subject.files is not None and data.metric is None and not calibrated else 1
 
 
 def plan_within_drop(

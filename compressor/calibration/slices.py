@@ -21,8 +21,7 @@ from compressor.calibration.sums import SegmentSums
 from compressor.data import Batch
 from compressor.engine import Fingerprint, InProcess, Journal, Run
 from compressor.measure.moments import InputSums, LayerSums, require_finite
-from compressor.model import evaluation_mode
-from compressor.model.opened import ModelFiles
+from compressor.model import ModelFiles, evaluation_mode
 from compressor.network import Layer
 from compressor.torch_state import brought_to, neutral_torch_state
 

@@ -187,8 +187,12 @@ class ModelFiles:
 
     def streamed(self) -> nn.Module:
         """The network as `Model.streamed` has it."""
-        opened = open_runnable(self.source, self.factory)
+        opened = self.opened()
         return opened._network.by_block(opened.name, self.kept)
+
+    def opened(self) -> Model:
+        """The model, whose layers are not looked for."""
+        return open_runnable(self.source, self.factory)
 
 
 def open_model(

@@ -21,12 +21,16 @@ from compressor.api.needs import (
     Held,
     ModelSize,
     NeedsSettings,
+    SlicesInWorkers,
     memory_bytes,
     output_bytes,
     require_available,
     temporary_bytes,
 )
+from compressor.calibration import CalibrationData
 from compressor.cli.run import run
+from compressor.data import Batch
+from compressor.engine import Engine, InProcess, ProcessPool, Run
 from compressor.errors import BadInput
 from compressor.network import Layer
 from compressor.planning import Budget
@@ -118,6 +122,35 @@ def test_disk_is_linear_in_blocks_and_examples_and_memory_beyond_the_model_does_
 def test_the_factors_of_every_candidate_that_waits_are_on_disk() -> None:
     one, three = (temporary_bytes(sized(4), replace(calibrated(64), candidates=count)) for count in (1, 3))
     assert three - one == 2 * sized(4).factors > 0
+
+
+def test_slices_that_workers_take_need_their_sums_on_disk_and_a_model_and_moments_each_in_memory() -> None:
+    model, alone = sized(4, kept=0.0), calibrated(64)
+    sliced = replace(alone, slices=SlicesInWorkers(count=8, at_once=3))
+    triangles = 4 * (32 * 32 + 64 * 64) // 2
+    assert temporary_bytes(model, sliced) - temporary_bytes(model, alone) == 8 * 8 * triangles
+    held = Held(model.streamed)
+    beside = memory_bytes(model, alone, held) - model.streamed
+    assert memory_bytes(model, sliced, held) == model.streamed + 3 * (model.streamed + beside)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "batches", "expected"),
+    [
+        (InProcess(), "cpu", 9, None),
+        (ProcessPool(4), "cpu", 1, None),
+        (ProcessPool(4), "cpu", 9, SlicesInWorkers(8, 4)),
+        (ProcessPool(4), "cpu", 3, SlicesInWorkers(3, 3)),
+        (ProcessPool(4), "cuda", 9, SlicesInWorkers(8, 1)),
+    ],
+)
+def test_the_slices_are_those_of_the_batches_where_there_are_workers(
+    engine: Engine, device: str, *, batches: int, expected: SlicesInWorkers | None
+) -> None:
+    batch = Batch({"x": torch.zeros(2, 3)}, torch.empty(0))
+    data = CalibrationData((batch,) * batches, (batch,), labeled=False)
+    run = Run(torch.device(device), engine=engine)
+    assert SlicesInWorkers.of(data, CalibrationSettings(), run) == expected
 
 
 def test_layers_that_are_worked_on_at_a_time_need_memory_together_but_no_more_than_they_may_have() -> None:

@@ -139,6 +139,20 @@ def test_slices_elsewhere_watch_embeddings_as_in_process(name: str, tmp_path: Pa
     assert_same(found, expected)
 
 
+def test_more_threads_in_this_process_give_the_numbers_of_workers_to_rounding(tmp_path: Path) -> None:
+    data, settings = data_for("convolutions"), CalibrationSettings()
+    torch.set_num_threads(2)
+    try:
+        expected = numbers(calibrated(opened("convolutions", tmp_path), data, settings))
+    finally:
+        torch.set_num_threads(1)
+    found = numbers(calibrated(opened("convolutions", tmp_path), data, settings, engine=Elsewhere()))
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        # Activations and products are computed in float32, and gradients are sums of hundreds of them.
+        assert float((found[name] - each).abs().max()) <= 1e-4 * float(each.abs().max()), name
+
+
 def test_the_slices_are_all_fit_batches_in_order_whatever_runs_them() -> None:
     data = data_for("llama", batches=11)
     slices = data.slices(4, backward_every=3)
