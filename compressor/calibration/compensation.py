@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ from compressor.lowrank import (
     filled_layer,
     stored_tensors,
 )
-from compressor.measure.moments import input_vectors, joint_moments, kept_vectors, wide_enough
+from compressor.measure.moments import Centered, input_vectors, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
@@ -194,10 +194,11 @@ def _with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.M
 class _InputStatistics:
     """Moments of a layer's inputs: x in the dense model and y in the compressed one, position by position, in float64.
 
-    For batch normalization the second moments are those of each channel alone.
+    For batch normalization the second moments are those of each channel alone. `xx` is None of the fit examples of any
+    other layer: no target depends on it.
     """
 
-    xx: Tensor
+    xx: Tensor | None
     xy: Tensor
     yy: Tensor
     x: Tensor
@@ -205,14 +206,18 @@ class _InputStatistics:
 
     def to(self, device: torch.device) -> _InputStatistics:
         """The same on a device: a layer of a model that is spread over several may lie on another."""
-        return _InputStatistics(*(brought_to(device, each) for each in (self.xx, self.xy, self.yy, self.x, self.y)))
+        xx = None if self.xx is None else brought_to(device, self.xx)
+        return _InputStatistics(xx, *(brought_to(device, each) for each in (self.xy, self.yy, self.x, self.y)))
 
     def centered(self, x: Tensor | None, y: Tensor | None) -> _InputStatistics:
         """The same moments about x and y; about zero where these are None."""
         if x is None or y is None:
             return self
+        xx = self.xx
+        if xx is not None:
+            xx = xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x)
         return _InputStatistics(
-            self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x),
+            xx,
             self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + torch.outer(x, y),
             self.yy - torch.outer(self.y, y) - torch.outer(y, self.y) + torch.outer(y, y),
             self.x - x,
@@ -274,6 +279,7 @@ class _Outputs:
     @classmethod
     def of(cls, matrix: Tensor, inputs: _InputStatistics, gradients: Tensor) -> _Outputs:
         """Those of a `d_out x d_in` matrix W."""
+        assert inputs.xx is not None, "errors are those on holdout examples"
         weighted = weighed(matrix, gradients)
         return cls(float((weighted @ inputs.xx * matrix).sum()), weighted @ inputs.xy, inputs.yy, gradients)
 
@@ -350,6 +356,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     assert dense.running_mean is not None
     assert dense.running_var is not None
     mean, variance = in_float64(dense.running_mean), in_float64(dense.running_var)
+    assert fit.xx is not None
     before, after = fit.xx - fit.x**2, fit.yy - fit.y**2
     # A channel that hardly varies, relative to its size, does not tell how its variance changes.
     noise = torch.finfo(torch.float32).eps
@@ -357,6 +364,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     moved_mean, moved_variance = mean + fit.y - fit.x, variance * torch.where(varies, after / before, 1.0)
 
     def error(running_mean: Tensor, running_variance: Tensor) -> float:
+        assert holdout.xx is not None
         a, b = (variance + dense.eps).rsqrt(), (running_variance + dense.eps).rsqrt()
         shift = b * running_mean - a * mean
         squares = a**2 * holdout.xx - 2 * a * b * holdout.xy + b**2 * holdout.yy
@@ -393,19 +401,19 @@ def _in_parts(groups: Sequence[Sequence[str]], sizes: Sequence[int], limit: int)
 class _Sums:
     """What the statistics of a layer are the means of; `comparable` while its calls are at the same positions."""
 
-    sums: list[Tensor] | None = None
+    sums: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
     comparable: bool = True
 
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.count += len(x)
-        one = _products(layer, x, y)
-        self.sums = list(one) if self.sums is None else [a + b for a, b in zip(self.sums, one, strict=True)]
+    def add(self, products: Mapping[str, Tensor], count: int) -> None:
+        self.count += count
+        self.sums = {name: self.sums[name] + each if self.sums else each for name, each in products.items()}
 
     def mean(self) -> _InputStatistics | None:
-        if self.sums is None or self.count == 0 or not self.comparable:
+        if self.count == 0 or not self.comparable:
             return None
-        return _InputStatistics(*(each / self.count for each in self.sums))
+        found = {name: each / self.count for name, each in self.sums.items()}
+        return _InputStatistics(found.get("xx"), *(found[name] for name in ("xy", "yy", "x", "y")))
 
 
 def _statistics(walk: Walk, part: Part, places: Sequence[str], *, once: bool) -> dict[str, _InputStatistics | None]:
@@ -427,15 +435,18 @@ def _statistics(walk: Walk, part: Part, places: Sequence[str], *, once: bool) ->
                 sums[place].comparable = False
             for before, after in together or ():
                 x, y = (_vectors(layer, each, data.read(chunk).masks) for each in (before, after))
-                sums[place].add(layer, x, y)
+                sums[place].add(_products(layer, x, y, dense=part == "holdout"), len(x))
     return {place: each.mean() for place, each in sums.items()}
 
 
-def _products(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The sums that `_InputStatistics` are the means of."""
+def _products(layer: nn.Module, x: Tensor, y: Tensor, *, dense: bool) -> dict[str, Tensor]:
+    """The sums that `_InputStatistics` are the means of; that of the `dense` inputs' squares where it is asked for."""
     if isinstance(layer, _BatchNorm):
-        return (x * x).sum(0), (x * y).sum(0), (y * y).sum(0), sum_in_float64(x), sum_in_float64(y)
-    return joint_moments(x, y)
+        squares = {"xx": (x * x).sum(0), "xy": (x * y).sum(0), "yy": (y * y).sum(0)}
+        return squares | {"x": sum_in_float64(x), "y": sum_in_float64(y)}
+    of_x, of_y = Centered.of(x), Centered.of(y)
+    found = {"xx": of_x.second_moment()} if dense else {}
+    return found | {"xy": of_x.product(of_y), "yy": of_y.second_moment(), "x": of_x.sum, "y": of_y.sum}
 
 
 def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -260,7 +260,8 @@ def _accumulate(sums: dict[Any, Any], key: Hashable, more: VectorSum | PackedSum
 
 
 def _summed(vectors: Tensor) -> VectorSum:
-    return VectorSum(*second_moment(wide_enough(vectors)), vectors.shape[0])
+    centered = Centered.of(wide_enough(vectors))
+    return VectorSum(centered.second_moment(), centered.sum, vectors.shape[0])
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
@@ -268,28 +269,48 @@ def wide_enough(vectors: Tensor) -> Tensor:
     return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
-def outer_products(x: Tensor, y: Tensor) -> Tensor:
-    """`x^T y` of two matrices, computed in float32 and returned in float64, accurate relative to their covariance.
+@dataclass(frozen=True)
+class Centered:
+    """Vectors, one a row, without their mean and a common factor, for sums of their products.
 
-    The products are taken about the means: for vectors with a large mean, float32 would round away what varies. Common
-    factors are divided out first, so that no square underflows or overflows in float32.
+    The products are computed in float32, and returned in float64, accurate relative to the covariance: for vectors with
+    a large mean, float32 would round away what varies. The common factor is divided out first, so that no square
+    underflows or overflows in float32.
     """
-    of_x, of_y = _centered(x), _centered(y)
-    return _uncentered(of_x.rows.T @ of_y.rows, of_x, of_y)
 
+    rows: Tensor
+    mean: Tensor
+    total: Tensor
+    scale: Tensor
 
-def second_moment(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x^T x` as `outer_products` has it, and the sum of the rows of x, both in float64."""
-    of_x = _centered(x)
-    return _uncentered(gram(of_x.rows), of_x, of_x), of_x.total * of_x.scale
+    @classmethod
+    def of(cls, x: Tensor) -> Self:
+        """Those of a matrix."""
+        scale = power_of_two_on_device(x)
+        total = sum_in_float64(x) / scale
+        mean = (total / max(len(x), 1)).float()
+        rows = (x / scale).float().sub_(mean.to(x.device))
+        return cls(rows, in_float64(mean), total, scale)
 
+    @property
+    def sum(self) -> Tensor:
+        """The sum of the rows as they were."""
+        return self.total * self.scale
 
-def joint_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`x^T x`, `x^T y` and `y^T y` as `outer_products` has them, and the sums of the rows of x and of y."""
-    of_x, of_y = _centered(x), _centered(y)
-    xx, yy = (_uncentered(gram(each.rows), each, each) for each in (of_x, of_y))
-    xy = _uncentered(of_x.rows.T @ of_y.rows, of_x, of_y)
-    return xx, xy, yy, of_x.total * of_x.scale, of_y.total * of_y.scale
+    def second_moment(self) -> Tensor:
+        """`x^T x`."""
+        return self._of_all(gram(self.rows), self)
+
+    def product(self, other: Centered) -> Tensor:
+        """`x^T y`."""
+        return self._of_all(self.rows.T @ other.rows, other)
+
+    def _of_all(self, product: Tensor, other: Centered) -> Tensor:
+        """The product of the rows as they were from that of the centered ones."""
+        found = in_float64(product)
+        found.addr_(self.mean, other.total)
+        found.addr_(self.total - len(self.rows) * self.mean, other.mean)
+        return found.mul_(self.scale * other.scale)
 
 
 def gram(x: Tensor, *, narrow: int = 192, parts: int = 8) -> Tensor:
@@ -308,32 +329,6 @@ def gram(x: Tensor, *, narrow: int = 192, parts: int = 8) -> Tensor:
         product[start:end, :end] = strip
         product[:start, start:end] = strip[:, :start].T
     return product
-
-
-@dataclass(frozen=True)
-class _Centered:
-    """Vectors without their common factor and their mean, in float32; and both, and what the rest adds up to."""
-
-    rows: Tensor
-    mean: Tensor
-    total: Tensor
-    scale: Tensor
-
-
-def _centered(x: Tensor) -> _Centered:
-    scale = power_of_two_on_device(x)
-    total = sum_in_float64(x) / scale
-    mean = (total / max(len(x), 1)).float()
-    rows = (x / scale).float().sub_(mean.to(x.device))
-    return _Centered(rows, in_float64(mean), total, scale)
-
-
-def _uncentered(product: Tensor, x: _Centered, y: _Centered) -> Tensor:
-    """The product of vectors from that of the centered ones."""
-    found = in_float64(product)
-    found.addr_(x.mean, y.total)
-    found.addr_(x.total - len(x.rows) * x.mean, y.mean)
-    return found.mul_(x.scale * y.scale)
 
 
 def kept_vectors(vectors: Tensor, tensor: Tensor, masks: Sequence[Tensor]) -> Tensor:

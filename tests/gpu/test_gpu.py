@@ -20,7 +20,7 @@ from compressor.engine import Run
 from compressor.latency import MatrixProduct
 from compressor.latency.measure import ACCELERATOR, measure_profile
 from compressor.measure.eigen import eigh
-from compressor.measure.moments import outer_products
+from compressor.measure.moments import Centered
 from tests.standin.networks import NETWORKS, Network
 from tests.standin.test_verbs import EFFORTS
 
@@ -93,7 +93,7 @@ def test_eigenvectors_are_those_of_the_matrix(side: int, device: torch.device) -
 def test_moments_are_as_exact_as_float32(dtype: torch.dtype, device: torch.device) -> None:
     """No TensorFloat-32, whose products have ten bits."""
     x = (100 + torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))).to(dtype)
-    found = outer_products(x.to(device), x.to(device)).cpu().double() / len(x)
+    found = Centered.of(x.to(device)).second_moment().cpu().double() / len(x)
     mean = x.double().mean(0)
     covariance = (x.double().T @ x.double()) / len(x) - torch.outer(mean, mean)
     torch.testing.assert_close(found - torch.outer(mean, mean), covariance, rtol=0, atol=1e-4)

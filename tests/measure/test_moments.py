@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.criterion import sampled_loss
 from compressor.errors import BadInput
-from compressor.measure.moments import (
-    MomentPass,
-    collect_moments,
-    gram,
-    joint_moments,
-    oas_shrinkage,
-    second_moment,
-)
+from compressor.measure.moments import Centered, MomentPass, collect_moments, gram, oas_shrinkage
 
 CONVOLUTIONS = [
     nn.Conv1d(3, 4, 3, stride=2, padding=1),
@@ -277,12 +270,11 @@ def test_moments_of_inputs_with_a_large_mean_keep_what_varies() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (100 + torch.randn(512, 300, generator=generator) for _ in range(2))
     wide = x.double(), y.double()
-    xx, xy, yy, of_x, of_y = joint_moments(x, y)
-    for found, (a, b) in ((xx, (0, 0)), (xy, (0, 1)), (yy, (1, 1))):
-        error = (found - wide[a].T @ wide[b]).abs().max() / 512
-        assert error < 1e-4  # of the variance, which is one; the moment itself is 10,000
-    torch.testing.assert_close(of_x, wide[0].sum(0))
-    torch.testing.assert_close(of_y, wide[1].sum(0))
-    alone, total = second_moment(x)
-    assert torch.equal(alone, xx)
-    assert torch.equal(total, of_x)
+    a, b = Centered.of(x), Centered.of(y)
+    for found, exact in (
+        (a.second_moment(), wide[0].T @ wide[0]),
+        (a.product(b), wide[0].T @ wide[1]),
+        (b.second_moment(), wide[1].T @ wide[1]),
+    ):
+        assert (found - exact).abs().max() / 512 < 1e-4  # of the variance, which is one; the moment itself is 10,000
+    torch.testing.assert_close(a.sum, wide[0].sum(0))
