@@ -123,7 +123,7 @@ def test_a_channel_that_is_constant_keeps_its_variance(network: nn.Sequential) -
 def test_a_file_holds_the_moved_statistics_and_loads_to_what_is_in_memory(
     network: nn.Sequential, tmp_path: Path
 ) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # of a draw on which compensation is chosen
     batches = [images(40) for _ in range(6)]
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     settings = CalibrationSettings(refine=False)
