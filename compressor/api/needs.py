@@ -303,7 +303,7 @@ class Places:
         """The places of a run that is about to begin, with its work folder if it has one."""
         taken = resident_memory() if device.type == "cpu" else 0
         free = free_memory(device)
-        kept = 0 if work is None else sum(path.stat().st_size for path in work.glob("*/*.safetensors"))
+        kept = 0 if work is None else sum(path.stat().st_size for path in work.rglob("*.safetensors"))
         return cls(device, work or Path(gettempdir()), kept, output, None if free is None else taken + free, taken)
 
 

@@ -54,7 +54,6 @@ def calibrate(
     with evaluation_mode(run.device, model), frozen(model):
         rows = settings.logit_bytes // (4 * _widest(model))
         first = _few_examples(data.fit[0], rows)
-        accepted_outputs(model, first)
         _try_every_shape(model, [_few_examples(each, rows) for each in (*data.fit, *data.holdout)])
         bare = prepared(model, layers, data, first=first, run=run, settings=settings)
         modules, collectors = modules_of(bare), collectors_of(bare)

@@ -81,7 +81,7 @@ class VectorSum:
 
 @dataclass
 class PackedSum:
-    """Sums of outer products, of which the lower triangle is kept, and of vectors, in float64.
+    """Sums of outer products, of which a triangle is kept, and of vectors, in float64.
 
     The sum of vectors is empty where nobody asks for it.
     """

@@ -21,6 +21,7 @@ from compressor.api.needs import (
     Held,
     ModelSize,
     NeedsSettings,
+    Places,
     SlicesInWorkers,
     memory_bytes,
     output_bytes,
@@ -151,6 +152,13 @@ def test_the_slices_are_those_of_the_batches_where_there_are_workers(
     data = CalibrationData((batch,) * batches, (batch,), labeled=False)
     run = Run(torch.device(device), engine=engine)
     assert SlicesInWorkers.of(data, CalibrationSettings(), run) == expected
+
+
+def test_what_an_interrupted_run_and_its_workers_left_is_not_needed_again(tmp_path: Path) -> None:
+    for folder, size in (("units", 10), ("jobs/a/0/units", 5)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.safetensors").write_bytes(bytes(size))
+    assert Places.now(torch.device("cpu"), tmp_path, None).kept == 15
 
 
 def test_layers_that_are_worked_on_at_a_time_need_memory_together_but_no_more_than_they_may_have() -> None:

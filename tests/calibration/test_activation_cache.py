@@ -15,7 +15,6 @@ from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.examples import PARTS
 from compressor.factorize import Decomposition, Metric, TiedMetric
 from compressor.measure.moments import PackedSum, oas_shrinkage
-from compressor.measure.triangle import packed_triangle, unpacked_triangle
 from tests.calibration.tiny_models import TWO_PASSES, calibrated, inputs_for, transformer
 
 CPU = torch.device("cpu")
@@ -172,15 +171,6 @@ def test_bfloat16_stays_bfloat16() -> None:
     assert all(t.dtype in {torch.bfloat16, torch.int32} for t in report.model.parameters())
     with torch.no_grad():
         assert torch.isfinite(report.model(**data[0]).logits).all()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 9])
-def test_a_triangle_holds_half_the_numbers_of_a_symmetric_matrix(size: int) -> None:
-    half = torch.randn(size, size)
-    symmetric = half + half.T
-    packed = packed_triangle(symmetric, torch.float32)
-    assert len(packed) == size * (size + 1) // 2
-    assert torch.equal(unpacked_triangle(packed), symmetric)
 
 
 @pytest.mark.usefixtures("temporary")
