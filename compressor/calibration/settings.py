@@ -182,8 +182,9 @@ class CalibrationSettings:
         """Those of an effort, whose times and losses benchmarks/effort.py measures.
 
         `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
-        which nothing has to be chosen on holdout examples, so that few are; `balanced` makes one by every exponent and
-        under the window rule's caps, and compensates; `best` also recalibrates and refines.
+        which nothing has to be chosen on holdout examples, so that few are; `balanced` takes the gradients of half of
+        them, makes an allocation by every exponent and under the window rule's caps, and compensates; `best` takes the
+        gradients of all, and also recalibrates and refines.
         """
         match effort:
             case "fast":
@@ -198,7 +199,7 @@ class CalibrationSettings:
                     refine=False,
                 )
             case "balanced":
-                return cls(recalibration_rounds=0, refine=False)
+                return cls(tokens_at_once=2048, gradient_every=2, recalibration_rounds=0, refine=False)
             case "best":
                 return cls()
 
