@@ -42,7 +42,7 @@ def slices_in_workers(
     if files is None or known or isinstance(run.engine, InProcess) or len(calibration.slices) < 2:
         yield None
         return
-    folder = calibration.cache.journal.folder("slices")
+    folder = calibration.cache.journal.folder("slices").absolute()  # workers may be at work in another one
     asked = [
         _SliceOfExamples(
             number=each.number,

@@ -182,6 +182,26 @@ def test_a_model_that_a_function_of_this_process_builds_is_calibrated_here(tmp_p
     assert engine.told == []
 
 
+def test_workers_in_another_folder_see_a_work_folder_of_a_relative_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    journal = Journal.open(Path("work"), Fingerprint(), option="work_dir")
+    seen: list[bool] = []
+
+    def look(item: Any) -> Any:
+        with monkeypatch.context() as there:
+            there.chdir(tmp_path / "elsewhere")
+            seen.append(item.folder.is_dir() and item.files.source.is_file())
+        return item
+
+    subject = opened("convolutions", Path())
+    calibrated(subject, data_for("convolutions", 2), CalibrationSettings(), engine=Elsewhere(look), journal=journal)
+    assert seen == [True, True]
+    journal.close()
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no error
     pass
 
