@@ -20,7 +20,7 @@ from compressor.factorize import (
 )
 from compressor.forms import FORMS
 from compressor.lowrank import as_matrix
-from compressor.measure import Spectrum
+from compressor.measure import Precision, Spectrum
 from compressor.network import Layer
 from compressor.torch_state import brought_to
 
@@ -102,7 +102,8 @@ def _decomposed(asked: _InMetric) -> Decomposition:
     matrix = as_matrix(here.layer, here.weight)
     if isinstance(here.metric, TiedMetric):
         return decompose_tied(matrix, here.metric)
-    return decompose(matrix, here.metric).rounded(matrix, here.metric, here.settings.float32_loss)
+    loss = here.settings.float32_loss
+    return decompose(matrix, here.metric, Precision(loss=loss)).rounded(matrix, here.metric, loss)
 
 
 def _own_errors(asked: _InMetric) -> Mapping[str, Spectrum]:

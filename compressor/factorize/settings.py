@@ -35,7 +35,8 @@ class FactorizationSettings:
     """Share of its cost that a sweep for a tied embedding must remove for another sweep to follow."""
 
     float32_loss: float = 1e-6
-    """Share of the energy captured by a pair of any rank that float32 in place of float64 may cost."""
+    """Share of the energy captured by a pair of any rank that float32 in place of float64 may cost: by a bound where a
+    basis is kept in float32, by an estimate where it is computed there."""
 
 
 DEFAULTS = FactorizationSettings()

@@ -26,7 +26,7 @@ from compressor.forms.kernels import pair_kernels
 from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, Size
-from compressor.measure import Spectrum
+from compressor.measure import Precision, Spectrum
 from compressor.network import Kind
 
 
@@ -146,7 +146,8 @@ class PairForm(ABC):
             return tied_truncated_svd(matrix, rank, metric, start=decomposition, settings=settings)
         if metric is None and decomposition is None:
             return truncated_svd(matrix, rank)
-        return (decomposition or decompose(matrix, metric)).pair(matrix, rank, metric)
+        found = decomposition or decompose(matrix, metric, Precision(loss=settings.float32_loss))
+        return found.pair(matrix, rank, metric)
 
     @abstractmethod
     def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:

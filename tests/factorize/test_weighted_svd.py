@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.factorize import Metric, decompose, truncated_svd, weighted_truncated_svd
+from compressor.measure import Precision
 
 
 def positive_definite(size: int, spread: float) -> Tensor:
@@ -137,6 +138,75 @@ def test_a_basis_is_rounded_where_that_costs_next_to_nothing(
             total - metric.squared_size(matrix - each.pair(matrix, rank, metric).product()) for each in (exact, rounded)
         ]
         assert captured[1] >= (1 - 1e-6) * captured[0] - 1e-12 * total
+
+
+TRIED = Precision(side=1)
+
+
+def captured(matrix: Tensor, metric: Metric, basis: Tensor) -> Tensor:
+    """What the spans of the first 1, 2, .. columns of a basis capture of the matrix in the metric."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    rows, own, other = (
+        (matrix, metric.gradients, metric.inputs) if wide else (matrix.T, metric.inputs, metric.gradients)
+    )
+    factor = torch.linalg.cholesky(own)
+    spaces, half = torch.linalg.qr(factor.T @ basis.double()).Q, factor.T @ rows
+    return (spaces * (half @ other @ half.T @ spaces)).sum(0).cumsum(0)
+
+
+@settings(max_examples=60)
+@given(
+    d_out=st.integers(1, 60),
+    d_in=st.integers(1, 60),
+    spread=st.floats(0, 9),
+    size=st.integers(-40, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_float32_loses_no_more_than_it_may(d_out: int, d_in: int, *, spread: float, size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    matrix = torch.randn(d_out, d_in, dtype=torch.float64) * torch.logspace(0, -1, d_in) * 2.0**size
+    metric = Metric(positive_definite(d_in, spread) * 8.0**size, positive_definite(d_out, spread) * 2.0**-size)
+    exact, found = decompose(matrix, metric), decompose(matrix, metric, TRIED)
+    if found.basis.dtype == torch.float64:
+        assert found.values.tolist() == exact.values.tolist()
+        assert torch.equal(found.basis, exact.basis)
+    else:
+        best, own = (captured(matrix, metric, each.basis) for each in (exact, found))
+        assert (own >= (1 - TRIED.loss) * best).all()
+        energies = torch.from_numpy(exact.values).square()
+        assert (torch.from_numpy(found.values).square() - energies).abs().max() <= 1e-5 * energies[0]
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (40, 70), (70, 40)])
+@pytest.mark.parametrize(
+    ("spread", "spike", "loss", "dtype"),
+    [
+        (1.0, 1.0, 1e-6, torch.float32),
+        (7.0, 1.0, 1e-6, torch.float32),
+        (7.0, 1.0, 1e-9, torch.float64),
+        (1.0, 1e4, 1e-6, torch.float64),
+        (12.0, 1.0, 1e-6, torch.float64),
+        (1.0, 1.0, 0.0, torch.float64),
+    ],
+    ids=["well", "ill", "it would lose more", "one direction", "no root", "not asked for"],
+)
+def test_float64_is_for_metrics_that_float32_does_not_hold(
+    shape: tuple[int, int], spread: float, *, spike: float, loss: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    inputs, gradients = (positive_definite(size, spread) for size in reversed(shape))
+    ones = torch.ones(shape[1], dtype=torch.float64)
+    metric = Metric(inputs + (spike - 1) * torch.outer(ones, ones) / shape[1], gradients)
+    assert decompose(matrix, metric, Precision(side=min(shape), loss=loss)).basis.dtype == dtype
+    assert decompose(matrix, metric, Precision(side=min(shape) + 1, loss=loss)).basis.dtype == torch.float64
+
+
+def test_nothing_is_decomposed_in_float32_where_there_is_nothing_to_capture() -> None:
+    metric = Metric(positive_definite(6, 1), positive_definite(5, 1))
+    found = decompose(torch.zeros(5, 6), metric, TRIED)
+    assert found.basis.dtype == torch.float64
+    assert not found.values.any()
 
 
 def test_a_basis_that_float32_does_not_hold_stays_as_it_is() -> None:
