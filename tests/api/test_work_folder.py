@@ -242,9 +242,8 @@ def test_another_size_starts_from_the_calibration_cache_without_data(folder: Pat
 
     first, _ = made("first", keep=0.5, effort="balanced", calibration=data(), calibration_cache=cache)
     records = units_of(cache)
-    for number, asked in enumerate(
-        ({"keep": 0.5, "effort": "balanced"}, {"keep": 0.6, "effort": "best", "form": "plain"})
-    ):
+    alike: tuple[dict[str, Any], ...] = ({"keep": 0.5}, {"keep": 0.6, "form": "plain"})
+    for number, asked in enumerate({**each, "effort": "balanced"} for each in alike):
         found, _ = made(f"cached-{number}", calibration_cache=cache, **asked)
         expected, _ = made(f"expected-{number}", calibration=data(), **asked)
         assert found == expected
