@@ -265,8 +265,25 @@ def _summed(vectors: Tensor) -> VectorSum:
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
-    """Vectors in float32; float64 stays float64."""
-    return vectors if vectors.dtype == torch.float64 else vectors.float()
+    """Vectors in float32; float64 stays float64, and bfloat16, which has float32's range, bfloat16."""
+    return vectors if vectors.dtype in (torch.float64, torch.bfloat16) else vectors.float()
+
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""The product of two matrices in bfloat16, summed and returned in float32."""
+
+
+def _multiply_on(device: torch.device) -> Multiply | None:
+    """What a device has for this product, and where it is faster than one in float32."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    return partial(torch.mm, out_dtype=torch.float32)
+
+
+def _in_two(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers in float32 as sums of two in bfloat16, to 16 bits: twice as many as vectors in bfloat16 came with."""
+    large = rows.to(torch.bfloat16)
+    return large, (rows - large).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -282,15 +299,21 @@ class Centered:
     mean: Tensor
     total: Tensor
     scale: Tensor
+    multiply: Multiply | None = None
 
     @classmethod
-    def of(cls, x: Tensor) -> Self:
-        """Those of a matrix."""
+    def of(cls, x: Tensor, *, multiply: Multiply | None = None) -> Self:
+        """Those of a matrix.
+
+        Where it is in bfloat16, `multiply` takes products of such matrices with sums in float32; by default that is
+        what the device has for it, if anything.
+        """
         scale = power_of_two_on_device(x)
         total = sum_in_float64(x) / scale
         mean = (total / max(len(x), 1)).float()
         rows = (x / scale).float().sub_(mean.to(x.device))
-        return cls(rows, in_float64(mean), total, scale)
+        own = multiply or _multiply_on(x.device) if x.dtype == torch.bfloat16 else None
+        return cls(rows, in_float64(mean), total, scale, own)
 
     @property
     def sum(self) -> Tensor:
@@ -299,11 +322,19 @@ class Centered:
 
     def second_moment(self) -> Tensor:
         """`x^T x`."""
-        return self._of_all(gram(self.rows), self)
+        if self.multiply is None:
+            return self._of_all(gram(self.rows), self)
+        large, small = _in_two(self.rows)
+        mixed = self.multiply(large.T, small)
+        return self._of_all(self.multiply(large.T, large).add_(mixed).add_(mixed.T), self)
 
     def product(self, other: Centered) -> Tensor:
         """`x^T y`."""
-        return self._of_all(self.rows.T @ other.rows, other)
+        if self.multiply is None or other.multiply is None:
+            return self._of_all(self.rows.T @ other.rows, other)
+        (large, small), (of_large, of_small) = _in_two(self.rows), _in_two(other.rows)
+        mixed = self.multiply(large.T, of_small).add_(self.multiply(small.T, of_large))
+        return self._of_all(mixed.add_(self.multiply(large.T, of_large)), other)
 
     def _of_all(self, product: Tensor, other: Centered) -> Tensor:
         """The product of the rows as they were from that of the centered ones."""

@@ -278,3 +278,32 @@ def test_moments_of_inputs_with_a_large_mean_keep_what_varies() -> None:
     ):
         assert (found - exact).abs().max() / 512 < 1e-4  # of the variance, which is one; the moment itself is 10,000
     torch.testing.assert_close(a.sum, wide[0].sum(0))
+
+
+def test_products_in_bfloat16_are_far_more_exact_than_their_inputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen: list[torch.dtype] = []
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        seen.extend((a.dtype, b.dtype))
+        return a.float() @ b.float()  # products of bfloat16 are exact in float32
+
+    means = torch.tensor([0.0, 1.0, 100.0]).repeat(20)
+    x, y = ((means + torch.randn(2000, 60, generator=generator)).bfloat16() for _ in range(2))
+    a, b = (Centered.of(each, multiply=multiply) for each in (x, y))
+    wide = x.double(), y.double()
+    for found, exact in (
+        (a.second_moment(), wide[0].T @ wide[0]),
+        (a.product(b), wide[0].T @ wide[1]),
+    ):
+        assert (found - exact).abs().max() / len(x) < 1e-5  # of the variance, which is one
+    assert set(seen) == {torch.bfloat16}
+    assert Centered.of(x.float(), multiply=multiply).multiply is None
+
+
+def test_vectors_in_bfloat16_have_the_moments_of_the_same_numbers_in_float32() -> None:
+    x = (3 + torch.randn(50, 20, generator=torch.Generator().manual_seed(0))).bfloat16()
+    narrow, wide = Centered.of(x), Centered.of(x.float())
+    assert torch.equal(narrow.second_moment(), wide.second_moment())
+    assert torch.equal(narrow.product(wide), wide.product(narrow))
+    assert torch.equal(narrow.sum, wide.sum)
