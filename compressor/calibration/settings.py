@@ -130,7 +130,8 @@ class CalibrationSettings:
     gradient_every: int = 1
     """Every how manyth batch of fit examples is run backward too, for the moments of the gradients; those of the inputs
     are of all, but for heads of many classes, whose moments are of the same batches. All are run backward where
-    embeddings or bare parameters are compressed."""
+    embeddings or bare parameters are compressed. A layer that none of these batches reaches stays dense: an expert that
+    gets tokens of others alone has no gradients."""
 
     exponents: tuple[float, ...] = (1.0, 0.5, 0.0)
     """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.
@@ -209,6 +210,7 @@ class CalibrationSettings:
             ("holdout_every", 2),
             ("tokens_at_once", 1),
             ("logit_bytes", 1),
+            ("kept_weights", 0),
             ("most_classes", 1),
             ("slices", 1),
             ("statistics_bytes", 1),

@@ -78,8 +78,8 @@ class SingularBasis:
 def singular_basis(matrix: Tensor, precision: Precision) -> SingularBasis:
     """Singular values and vectors of the smaller side of a `d_out x d_in` matrix, from one decomposition.
 
-    The vectors are in float32 where its loss, which is bounded by what the products of all vectors with the matrix
-    show, is within `precision`; else in float64, with the values of `singular_values` up to rounding.
+    The vectors are in float32 where its loss, which is estimated from the products of all vectors with the matrix, is
+    within `precision`; else in float64, with the values of `singular_values` up to rounding.
     """
     if matrix.dtype != torch.float64 and min(matrix.shape) >= precision.side and precision.loss > 0:
         found = _in_float32(matrix, precision)
@@ -121,7 +121,7 @@ def _in_float32(matrix: Tensor, precision: Precision) -> SingularBasis | None:
     _mirror(rotated)
     order = energies.argsort(descending=True).to(rows.device)
     energies, vectors = energies[order.to(energies.device)], vectors[:, order].contiguous()
-    lost = _largest_loss(rotated[order][:, order], energies)
+    lost = _loss_by_exchanges(rotated[order][:, order], energies)
     off = abs(float(energies.sum()) - total)
     least = float(energies[-1]) / float(energies[0]) if float(energies[0]) > 0 else 0.0
     certain = lost <= precision.loss and off <= precision.loss * total
@@ -147,11 +147,12 @@ def _mirror(upper: Tensor, *, parts: int = 8) -> None:
         upper[end:, start:end] = upper[start:end, end:].T
 
 
-def _largest_loss(rotated: Tensor, energies: Tensor) -> float:
-    """The largest share, over the ranks, of what the first r vectors capture that the best r of their span's would add.
+def _loss_by_exchanges(rotated: Tensor, energies: Tensor) -> float:
+    """An estimate of the largest share, over the ranks, of what the first r vectors capture that the best r would add.
 
     `rotated` is the Gram matrix in the basis of the vectors, and `energies` its diagonal, descending. An exchange
-    between vectors i <= r < j with the product h gains at most `h^2 / (energy_i - energy_j)`, and at most h.
+    between vectors i <= r < j with the product h gains at most `h^2 / (energy_i - energy_j)`, and at most h; that the
+    gains of all exchanges add up holds to second order, so this is no bound.
     """
     gained = rotated.abs()
     sizes = energies.to(gained)

@@ -151,6 +151,7 @@ def test_settings_of_another_kind_are_refused(option: str) -> None:
         (CalibrationSettings, {"samples": 1}),
         (CalibrationSettings, {"holdout_every": 1}),
         (CalibrationSettings, {"tokens_at_once": 0}),
+        (CalibrationSettings, {"kept_weights": -1}),
         (CalibrationSettings, {"recalibration_rounds": -1}),
         (CalibrationSettings, {"exponents": ()}),
         (CalibrationSettings, {"exponents": 1.0}),
