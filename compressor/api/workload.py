@@ -128,8 +128,9 @@ class CalibrationWork:
         factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
         best = [Step("allocate", (factors / allocations + judged * (1 + 1 / self.segments),) * allocations)]
         if settings.compensate:
-            # Both models are run on all examples.
-            run = self.forward.of_segments(self.fit + self.holdout, segments=self.segments)
+            # Both models are run on the holdout, and on some of the fit examples.
+            examples = self.fit // settings.refit_every + self.holdout
+            run = self.forward.of_segments(examples, segments=self.segments)
             statistics = (2 + self.products) * run * self.groups / self.segments
             best.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
         again = [*best, *self.calibration_steps(), *best]

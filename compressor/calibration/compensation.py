@@ -419,13 +419,16 @@ class _Sums:
 def _statistics(walk: Walk, part: Part, places: Sequence[str], *, once: bool) -> dict[str, _InputStatistics | None]:
     """Moments of layers' inputs, in the dense model and in the one compressed so far, over a part of the data.
 
+    Over some batches of the fit examples, where the settings say so.
+
     Of an expert these are the tokens that both models route to it. None where a layer gets no inputs, or inputs at
     other positions. Where each is called `once`, the models run no further than to the last of them.
     """
     model, data = walk.calibration.model, walk.calibration.data
     layers = {place: model.get_submodule(place) for place in places}
     sums = {place: _Sums() for place in places}
-    for chunk in data.chunks(part):
+    every = walk.calibration.settings.refit_every if part == "fit" else 1
+    for chunk in data.chunks(part)[::every]:
         dense, compressed = (
             _calls(model, layers, partial(run, chunk), once=once) for run in (walk.run_dense, walk.run_compressed)
         )

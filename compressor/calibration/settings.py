@@ -151,6 +151,9 @@ class CalibrationSettings:
     compensate: bool = True
     """Refit each layer to the original's outputs on the inputs that it gets in the compressed model."""
 
+    refit_every: int = 1
+    """Every how manyth batch of fit examples that refit is made to."""
+
     statistics_bytes: int = 2**30
     """Bytes of moments of inputs that are in memory for that: the experts of a block share walks through it as far as
     their moments have room, and one group of layers has it in any case."""
@@ -175,7 +178,7 @@ class CalibrationSettings:
     def of_moments(self) -> dict[str, Any]:
         """Those that moments and decompositions depend on, by name: all but the search and what follows it."""
         search = ("exponents", "window_caps", "recalibration_rounds", "trust_factor", "compensate", "ridges")
-        later = ("refine", "refinement", "samples", "statistics_bytes")
+        later = ("refit_every", "refine", "refinement", "samples", "statistics_bytes")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
     @classmethod
@@ -184,8 +187,8 @@ class CalibrationSettings:
 
         `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
         which nothing has to be chosen on holdout examples, so that few are; `balanced` takes the gradients of half of
-        them, makes an allocation by every exponent and under the window rule's caps, and compensates; `best` takes the
-        gradients of all, and also recalibrates and refines.
+        them, makes an allocation by every exponent and under the window rule's caps, and compensates, on half of the
+        examples; `best` takes all of them for both, and also recalibrates and refines.
         """
         match effort:
             case "fast":
@@ -200,7 +203,7 @@ class CalibrationSettings:
                     refine=False,
                 )
             case "balanced":
-                return cls(tokens_at_once=2048, gradient_every=2, recalibration_rounds=0, refine=False)
+                return cls(tokens_at_once=2048, gradient_every=2, recalibration_rounds=0, refit_every=2, refine=False)
             case "best":
                 return cls()
 
@@ -215,6 +218,7 @@ class CalibrationSettings:
             ("slices", 1),
             ("statistics_bytes", 1),
             ("gradient_every", 1),
+            ("refit_every", 1),
             ("recalibration_rounds", 0),
         ):
             as_count(getattr(self, name), name, least=least)
