@@ -128,10 +128,11 @@ def remote_code(architecture: str, configuration: str) -> str:
     """
     shared, own = _body(layers), _body(low_rank_modules)
     pieces: dict[Callable[..., Any], None] = {}
-    for form in FORMS.values():
+    forms = [form for form in FORMS.values() if not form.from_initial]  # which are dense once they are loaded
+    for form in forms:
         pieces |= dict.fromkeys((*form.classes, form.build))
     parts = [inspect.getsource(piece) for piece in pieces]
-    builders = (f"{form.name!r}: ({form.build.__name__}, {form.settings!r})," for form in FORMS.values())
+    builders = (f"{form.name!r}: ({form.build.__name__}, {form.settings!r})," for form in forms)
     table = _BUILDERS.format(builders="\n        ".join(builders))
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTransposedConvolution
+from compressor.forms.initial import INITIAL, InitialForm, InitialLayer
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
@@ -19,15 +20,15 @@ from compressor.latency import Amount, DeviceProfile, LayerUse, Size
 from compressor.network import Kind
 
 # Of two that are as small as each other the planner takes the first.
-FORMS: dict[str, PairForm] = {form.name: form for form in (PLAIN, PIVOTED, CHANNEL, SPATIAL)}
+FORMS: dict[str, PairForm] = {form.name: form for form in (PLAIN, PIVOTED, CHANNEL, SPATIAL, *INITIAL)}
 
 # What a plan says of a layer that stays as it is.
 DENSE = "dense"
 
 
-def pair_forms(weight: DenseWeight) -> tuple[PairForm, ...]:
-    """The forms of the pairs that a layer can become."""
-    return tuple(form for form in FORMS.values() if form.takes(weight))
+def pair_forms(weight: DenseWeight, *, initial: bool = False) -> tuple[PairForm, ...]:
+    """The forms of the pairs that a layer can become; those of what training wrote where its `initial` is known."""
+    return tuple(form for form in FORMS.values() if form.takes(weight) and (initial or not form.from_initial))
 
 
 def layer_builder(form: str) -> Callable[[nn.Module, int], nn.Module]:
@@ -40,6 +41,11 @@ def layer_builder(form: str) -> Callable[[nn.Module, int], nn.Module]:
 def has_own_errors(form: str) -> bool:
     """Whether a layer's errors in a form differ from those of the truncated SVD of its own matrix."""
     return form != DENSE and FORMS[form].has_own_errors
+
+
+def from_initial(form: str) -> bool:
+    """Whether a form stands for what training wrote alone."""
+    return form != DENSE and FORMS[form].from_initial
 
 
 def factorized_shape(weight: DenseWeight, form: str) -> tuple[int, int]:
@@ -102,6 +108,8 @@ __all__ = [
     "TRANSPOSED",
     "Count",
     "DenseWeight",
+    "InitialForm",
+    "InitialLayer",
     "LowRankConvolution",
     "LowRankEmbedding",
     "LowRankLinear",
@@ -114,6 +122,7 @@ __all__ = [
     "StoredWeight",
     "dense_kernels",
     "factorized_shape",
+    "from_initial",
     "has_own_errors",
     "layer_builder",
     "pair_forms",

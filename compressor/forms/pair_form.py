@@ -23,6 +23,7 @@ from compressor.factorize import (
     truncated_svd,
 )
 from compressor.forms.kernels import pair_kernels
+from compressor.forms.layers import MARKERS
 from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, Size
@@ -69,6 +70,12 @@ class PairForm(ABC):
     it is a choice at every rank.
     """
 
+    from_initial: bool = False
+    """Whether its factors stand for what training wrote alone: the layer's matrix less a share of its initial one."""
+
+    least_rank: int = 1
+    """The smallest rank that can be stored."""
+
     build: Callable[..., nn.Module]
     classes: tuple[type[nn.Module], ...]
 
@@ -86,6 +93,14 @@ class PairForm(ABC):
     def compared(self) -> PairForm:
         """The form in which a pair is found fastest that stands for the same matrix: what is only compared is in it."""
         return self
+
+    def names_at(self, rank: int) -> tuple[str, ...]:
+        """The names of the tensors at a rank."""
+        return self.names
+
+    def marker(self, weight: DenseWeight) -> tuple[int, ...]:
+        """The shape of the zero-size tensor that stays in the place of the weight."""
+        return MARKERS[weight.kind]
 
     @abstractmethod
     def takes(self, weight: DenseWeight) -> bool:

@@ -44,6 +44,7 @@ from compressor.lowrank.tensor_format import (
     stored_matrix,
     stored_pairs,
     stored_tensors,
+    written,
 )
 from compressor.lowrank.widening import MERGE_KEY, merge_record, widened
 
@@ -98,4 +99,5 @@ __all__ = [
     "stored_tensors",
     "widened",
     "with_effective_weights",
+    "written",
 ]

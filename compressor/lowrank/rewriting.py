@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.engine import Run
 from compressor.factorize import Decomposition, decompose, working_bytes
-from compressor.forms import FORMS
+from compressor.forms import FORMS, InitialLayer
 from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script
@@ -236,12 +236,19 @@ def rewritten_module(
 
 
 def filled_layer(
-    layer: Layer, plan: LayerPlan, dense: nn.Module, *, tensors: Mapping[str, Tensor], copied: nn.Module | None = None
+    layer: Layer,
+    plan: LayerPlan,
+    dense: nn.Module,
+    *,
+    tensors: Mapping[str, Tensor],
+    copied: nn.Module | None = None,
+    start: Tensor | None = None,
 ) -> nn.Module:
     """The low-rank layer that takes the place of a dense one, with the numbers that stand for it, and its hooks.
 
     Where it is a parameter of a module that is factorized, a copy of this module that shares all else with it. Hooks
     may be bound to other modules of a model; where the model is a copy, they are those of the layer as it was `copied`.
+    In a form of what training wrote it is an `InitialLayer` with its `start`, a `d_out x d_in` matrix.
     """
     assert plan.rank is not None
     if layer.kind == "parameter":
@@ -258,6 +265,9 @@ def filled_layer(
         low_rank.to_empty(device=place)
     own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in tensors.items()}
     low_rank.load_state_dict(own, assign=True)
+    if isinstance(low_rank, InitialLayer):
+        assert start is not None
+        low_rank.fill_start(start)
     weight = dense.weight
     assert isinstance(weight, Tensor)
     for dimensions, order in ((4, torch.channels_last), (5, torch.channels_last_3d)):

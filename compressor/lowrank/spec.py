@@ -28,7 +28,8 @@ CODE_CLASS_PREFIX = "LowRank"
 class LayerSpec:
     """One low-rank layer: the form and rank of its pair, and the kind of layer that it stands for.
 
-    `share` is what remains of the base's weight, which the pair is added to, where it stands for a difference to one.
+    `share` is what remains of the weight that the pair is added to: the base's where it stands for a difference to one,
+    the initial one in a form of what training wrote.
     """
 
     form: str
@@ -39,13 +40,15 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if self.form not in tuple(FORMS):
             raise ValueError(f"there is no low-rank form {self.form!r}")
-        if type(self.rank) is not int or self.rank < 1:
+        if type(self.rank) is not int or self.rank < FORMS[self.form].least_rank:
             raise ValueError(f"{self.rank!r} is not a rank")
         if self.kind not in get_args(Kind) or self.kind == "other":
             raise ValueError(f"there is no kind of layer {self.kind!r}")
         share = 1.0 if self.share is None else self.share
         if type(share) not in (int, float) or not math.isfinite(share):
             raise ValueError(f"{share!r} is not a share")
+        if self.share is None and FORMS[self.form].from_initial:
+            raise ValueError(f"in the form {self.form!r} it has a share of its initial weights")
 
     def to_dict(self) -> dict[str, Any]:
         own = {"form": self.form, "rank": self.rank, "kind": self.kind}

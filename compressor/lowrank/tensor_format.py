@@ -53,18 +53,19 @@ class StoredPair:
     @property
     def tensors(self) -> dict[str, str]:
         """Role to tensor name, for the tensors that stand for the dense weight and bias."""
-        names = {role_of(name): join(self.name, name) for name in FORMS[self.form].names}
+        names = {role_of(name): join(self.name, name) for name in FORMS[self.form].names_at(self.rank)}
         bias = {"bias": join(self.name, FORMS[self.form].bias)} if self.has_bias else {}
         return {"weight": self.tensor} | names | bias
 
     @property
     def first(self) -> str:
         """The tensor that represents the pair: its dtype is the pair's, and sharing it means sharing the pair."""
-        return join(self.name, FORMS[self.form].names[0])
+        names = FORMS[self.form].names_at(self.rank)
+        return join(self.name, names[0]) if names else self.tensor
 
     def read_factors(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The tensors of the pair by their names below the layer's, each read by its name in the checkpoint."""
-        return {name: read(join(self.name, name)) for name in FORMS[self.form].names}
+        return {name: read(join(self.name, name)) for name in FORMS[self.form].names_at(self.rank)}
 
 
 def role_of(name: str) -> str:
@@ -81,7 +82,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, *, bias: Tenso
     """Names, shapes, and dtypes of the tensors that will replace a layer, before any of them is computed."""
     assert plan.rank is not None
     form = FORMS[plan.form]
-    infos = [TensorInfo(layer.tensor, MARKERS[layer.kind], dtype)]
+    infos = [TensorInfo(layer.tensor, form.marker(layer), dtype)]
     infos += [replace(info, name=join(layer.name, info.name)) for info in form.infos(layer, plan.rank, dtype)]
     if bias is not None:
         infos.append(TensorInfo(join(layer.name, form.bias), bias.shape, bias.dtype))
@@ -95,11 +96,15 @@ def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """The weights of a layer before it is factorized: its `d_out x d_in` matrix in float64, its bias, and its dtype."""
+    """The weights of a layer before it is factorized: its `d_out x d_in` matrix in float64, its bias, and its dtype.
+
+    `start` is the share of its initial matrix that the layer still has, for a form of what training wrote.
+    """
 
     matrix: Tensor
     bias: Tensor | None
     dtype: torch.dtype
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,20 +122,28 @@ def factorize(
     *,
     bias: Tensor | None,
     decomposition: Decomposition | None = None,
+    start: Tensor | None = None,
 ) -> Factors:
     """The factors of a layer that are the best in the Frobenius norm, in the weight's own dtype.
 
-    The arithmetic is in float64, but where `decomposition`, that of the layer's matrix, is in float32.
+    The arithmetic is in float64, but where `decomposition`, that of the layer's matrix, is in float32. Of a form of
+    what training wrote the factors are those of the matrix less `start`, in float64.
     """
     matrix = as_matrix(layer, weight)
-    narrow = decomposition is not None and decomposition.basis.dtype == torch.float32
+    narrow = start is None and decomposition is not None and decomposition.basis.dtype == torch.float32
     wide = matrix.to(torch.float32) if narrow else in_float64(matrix)
-    pair = approximate(layer, plan, wide, decomposition=decomposition)
-    tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(wide, bias, weight.dtype), metric=None)
-    error = stored_error(layer, plan, tensors, matrix=wide, metric=None)
+    start = None if start is None else start.to(wide)
+    pair = approximate(layer, plan, written(wide, start), decomposition=None if start is not None else decomposition)
+    tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(wide, bias, weight.dtype, start), metric=None)
+    error = stored_error(layer, plan, tensors, matrix=wide, metric=None, start=start)
     if narrow and error < SMALL_IN_FLOAT32:
         error = stored_error(layer, plan, tensors, matrix=in_float64(matrix), metric=None)
     return Factors(tensors, error)
+
+
+def written(matrix: Tensor, start: Tensor | None) -> Tensor:
+    """What the factors of a layer stand for: its `d_out x d_in` matrix, less its start where its form has one."""
+    return matrix if start is None else matrix - start.to(matrix)
 
 
 def approximate(
@@ -144,7 +157,7 @@ def approximate(
 ) -> MatrixPair:
     """The pair of the planned rank that is nearest to a `d_out x d_in` matrix, in float64.
 
-    `decomposition` is that of the matrix in the metric, where it is known.
+    The matrix is what `written` gives. `decomposition` is that of the matrix in the metric, where it is known.
     """
     assert plan.rank is not None
     form = FORMS[plan.form]
@@ -166,10 +179,11 @@ def stored_tensors(
     matrix, bias, dtype = dense.matrix, dense.bias, dense.dtype
     form = FORMS[plan.form]
     factors = form.stored(layer, pair, dtype)
-    values = [factors[form.names[0]].new_empty(0), *(factors[name] for name in form.names)]
+    assert plan.rank is not None
+    values = [matrix.new_empty(0, dtype=dtype), *(factors[name] for name in form.names_at(plan.rank))]
     if bias is not None:
         if isinstance(metric, Metric) and metric.mean is not None:
-            change = matrix - form.product(layer, _wide(factors))
+            change = written(matrix, dense.start) - form.product(layer, _wide(factors)).to(matrix.device)
             bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, bias=None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
@@ -192,13 +206,19 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 
 def stored_error(
-    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], *, matrix: Tensor, metric: Metric | TiedMetric | None
+    layer: Layer,
+    plan: LayerPlan,
+    tensors: Mapping[str, Tensor],
+    *,
+    matrix: Tensor,
+    metric: Metric | TiedMetric | None,
+    start: Tensor | None = None,
 ) -> float:
     """The relative error of a layer: how far what is stored is from its dense matrix, beside the matrix itself.
 
     In the metric of the loss where there is one, else in the Frobenius norm.
     """
-    change = matrix - stored_matrix(layer, plan, tensors, dtype=matrix.dtype).to(matrix.device)
+    change = matrix - stored_matrix(layer, plan, tensors, dtype=matrix.dtype, start=start).to(matrix.device)
     scale = power_of_two(matrix)
     total, changed = (
         _squared_norm(each) if metric is None else metric.squared_size(each)
@@ -214,11 +234,19 @@ def _squared_norm(matrix: Tensor) -> float:
 
 
 def stored_matrix(
-    layer: Layer, plan: LayerPlan, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float64
+    layer: Layer,
+    plan: LayerPlan,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float64,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """The `d_out x d_in` matrix that the stored factors of a layer give, computed in a dtype."""
+    """The `d_out x d_in` matrix that the stored factors of a layer give, and its start if it has one, in a dtype."""
     form = FORMS[plan.form]
-    return form.product(layer, _wide({name: tensors[join(layer.name, name)] for name in form.names}, dtype))
+    assert plan.rank is not None
+    own = {name: tensors[join(layer.name, name)] for name in form.names_at(plan.rank)}
+    product = form.product(layer, _wide(own, dtype))
+    return product if start is None else start.to(product.device, dtype) + product.to(dtype)
 
 
 def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:

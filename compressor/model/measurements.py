@@ -197,7 +197,8 @@ class InspectedLayer:
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer
-        own = {form.name: self.own_values.get(form.name) for form in FORMS.values() if form.has_own_errors}
+        apart = [form.name for form in FORMS.values() if form.has_own_errors and not form.from_initial]
+        own = {form: self.own_values.get(form) for form in apart}
         return {
             "name": layer.name,
             "kind": layer.kind,
