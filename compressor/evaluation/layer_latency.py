@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.engine import Journal, Run
 from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
-from compressor.forms import TRANSPOSED
+from compressor.forms import TRANSPOSED, from_initial
 from compressor.io import TensorInfo
 from compressor.latency import LayerUse
 from compressor.lowrank import Factors, Rewriting, filled_layer, rewritten_module
@@ -148,7 +148,7 @@ def _shapes(m: MeasuredLayer, plan: LayerPlan) -> tuple[_Shape | None, ...]:
     """What is to be timed of a layer in each workload; None where nothing is."""
     if m.latency is None:
         return ()
-    if plan.rank is None or m.layer.kind in ("embedding", "parameter"):
+    if plan.rank is None or from_initial(plan.form) or m.layer.kind in ("embedding", "parameter"):
         return (None,) * len(m.latency.uses)
     kind, sides = m.layer.kind, m.layer.tensor_shape
     return tuple(None if use is None else _Shape(kind, sides, plan.form, plan.rank, use) for use in m.latency.uses)

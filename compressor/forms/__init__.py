@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTransposedConvolution
-from compressor.forms.initial import INITIAL, InitialForm, InitialLayer
+from compressor.forms.initial import INITIAL, InitialForm, InitialLayer, formed_in
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
@@ -45,7 +45,13 @@ def has_own_errors(form: str) -> bool:
 
 def from_initial(form: str) -> bool:
     """Whether a form stands for what training wrote alone."""
-    return form != DENSE and FORMS[form].from_initial
+    return form in FORMS and FORMS[form].from_initial
+
+
+def pair_of(form: str) -> str | None:
+    """The form of the pair that stands for what training wrote; None of other forms."""
+    found = FORMS.get(form)
+    return found.pair.name if isinstance(found, InitialForm) else None
 
 
 def factorized_shape(weight: DenseWeight, form: str) -> tuple[int, int]:
@@ -122,10 +128,12 @@ __all__ = [
     "StoredWeight",
     "dense_kernels",
     "factorized_shape",
+    "formed_in",
     "from_initial",
     "has_own_errors",
     "layer_builder",
     "pair_forms",
+    "pair_of",
     "predicted_seconds",
     "recognized",
     "stored_bytes",

@@ -65,8 +65,7 @@ class InitialLayer(nn.Module):
 
     def fill_start(self, start: Tensor) -> None:
         """Give it `share * W_0`, as a `d_out x d_in` matrix."""
-        wide = start.to(self.weight.device, _wide(self.weight.dtype))
-        self.start = _as_tensor(self.stands_for, wide)
+        self.start = start.to(self.weight.device, formed_in(self.weight.dtype))
 
     @property
     def factors(self) -> dict[str, Tensor]:
@@ -118,14 +117,9 @@ def _without_weight(dense: nn.Module) -> nn.Module:
     return copied
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight is formed."""
+def formed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a dense weight is computed from its start and its factors before it is rounded to its own."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _as_tensor(weight: DenseWeight, matrix: Tensor) -> Tensor:
-    """A `d_out x d_in` matrix as it is stored."""
-    return (matrix.T if weight.kind in TRANSPOSED else matrix).reshape(weight.tensor_shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +201,12 @@ class InitialForm(PairForm):
         return self.pair.product(weight, tensors) if tensors else torch.zeros(weight.shape)
 
     def formed(self, weight: DenseWeight, tensors: Mapping[str, Tensor], start: Tensor) -> Tensor:
-        """The dense weight in the dtype of a start, which has the weight's shape."""
-        if not tensors:
-            return start
-        wide = {name: each.to(start.dtype) if each.is_floating_point() else each for name, each in tensors.items()}
-        return start + _as_tensor(weight, self.pair.product(weight, wide))
+        """The dense weight in its shape, from stored tensors and a start, `d_out x d_in`, in whose dtype it is."""
+        matrix = start
+        if tensors:
+            wide = {name: each.to(start.dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+            matrix = start + self.pair.product(weight, wide)
+        return (matrix.T if weight.kind in TRANSPOSED else matrix).reshape(weight.tensor_shape)
 
     def defect(self, read: Callable[[str], Tensor]) -> str | None:
         return self.pair.defect(read)

@@ -10,7 +10,7 @@ from typing import Any
 
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.forms import DENSE, FORMS, factorized_shape, pair_forms, stored_parameters
+from compressor.forms import DENSE, FORMS, factorized_shape, from_initial, pair_forms, stored_parameters
 from compressor.planning.budget import Budget
 from compressor.planning.plan import PLAN_SCHEMA_VERSION, LayerPlan, MeasuredLayer, Plan, dense_plan
 
@@ -51,13 +51,18 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
     name, form = entry["name"], entry.get("form", DENSE)
     if "rank" not in entry:
         raise BadInput(f"{name} has no rank", where=path, remedy="give one, or null for dense")
-    rank = entry["rank"]
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    rank, share = entry["rank"], entry.get("share")
+    least = 0 if isinstance(form, str) and from_initial(form) else 1
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < least):
         raise BadInput(
-            f"rank {rank!r} of {name} is not a positive whole number", where=path, remedy="give one, or null for dense"
+            f"rank {rank!r} of {name} is not a {'' if least == 0 else 'positive '}whole number",
+            where=path,
+            remedy="give one, or null for dense",
         )
     if form not in (known := (DENSE, *FORMS)):
         raise BadInput(f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(known)}")
+    if share is not None and (type(share) not in (int, float) or not math.isfinite(share)):
+        raise BadInput(f"share {share!r} of {name} is not a number", where=path, remedy="give one, or leave it out")
     if rank is not None and form == DENSE:
         *others, last = FORMS
         remedy = f"set the rank to null for dense, or the form to {', '.join(others)} or {last}"
@@ -71,6 +76,7 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
         parameters=0,
         error=math.nan,
         reason=str(entry.get("reason", "")),
+        share=None if share is None else float(share),
     )
 
 
@@ -118,8 +124,14 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
         )
     if edit.rank is None:
         return dense_plan(layer, "asked for by the plan")
-    form = edit.form
-    if form not in (possible := [each.name for each in pair_forms(layer)]):
+    form, initial = edit.form, from_initial(edit.form)
+    if initial and m.start is None:
+        raise BadInput(
+            f"form {form!r} does not exist for {layer.name}, whose initial weights are not known",
+            where=where,
+            remedy="name them with `initial`; a layer that does not correlate with them has no such form",
+        )
+    if form not in (possible := [each.name for each in pair_forms(layer, initial=m.start is not None)]):
         sides = " x ".join(map(str, layer.tensor_shape))
         raise BadInput(
             f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer of {sides}",
@@ -144,4 +156,5 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
         parameters=parameters,
         error=float(m.errors(form)[edit.rank]),
         latency=None,
+        share=(m.start.share if edit.share is None else edit.share) if initial and m.start is not None else None,
     )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.forms import DENSE, predicted_seconds
+from compressor.forms import DENSE, from_initial, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse, Workload
 from compressor.network import Kind, Layer
 
@@ -61,7 +61,7 @@ class LayerLatency:
 
     def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
         """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
-        ranks = np.ones_like(ranks) if form == DENSE else ranks
+        ranks = np.ones_like(ranks) if form == DENSE or from_initial(form) else ranks
         key, largest = (layer.kind, layer.tensor_shape, form), int(ranks.max(initial=1))
         known = self._known.get(key)
         if known is None or known.shape[1] < largest:

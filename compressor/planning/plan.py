@@ -17,11 +17,14 @@ from compressor.forms import (
     DENSE,
     Count,
     factorized_shape,
+    from_initial,
     has_own_errors,
     pair_forms,
+    pair_of,
     stored_bytes,
     stored_parameters,
 )
+from compressor.initial import Start
 from compressor.io import portable_name
 from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
 from compressor.network import Layer
@@ -54,6 +57,7 @@ class LayerPlan:
             (`Plan.error_name` says which). Of the stored factors once they exist, of the best pair of the rank before.
         reason: Why this rank, in words.
         latency: Seconds of the layer in each workload, dense and as it was chosen; None where speed was not asked for.
+        share: The share of its initial weights that a layer in a form of what training wrote still has; None in others.
     """
 
     name: str
@@ -65,6 +69,7 @@ class LayerPlan:
     error: float
     reason: str
     latency: tuple[WorkloadLatency, ...] | None = None
+    share: float | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -72,8 +77,9 @@ class LayerPlan:
 
     def to_dict(self) -> dict[str, Any]:
         document = asdict(self) | {"shape": list(self.shape)}
-        latency = document.pop("latency")
-        return document if latency is None else document | {"latency": list(latency)}
+        latency, share = document.pop("latency"), document.pop("share")
+        document |= {} if latency is None else {"latency": list(latency)}
+        return document if share is None else document | {"share": share}
 
 
 # What a calibrated loss is in: of models that predict classes or tokens, and of all others.
@@ -212,7 +218,8 @@ class MeasuredLayer:
     `own_values` has the singular values of the matrix that is factorized, and with calibration `own_errors` the
     relative errors of the pairs of rank 0, 1, .. in the metric of the loss. The thresholds are in `settings`.
     Ranks are multiples of `rank_multiple`. Where speed is asked for `latency` knows how long the layer takes, and the
-    fastest form is chosen instead of the smallest one.
+    fastest form is chosen instead of the smallest one. Where the layer correlates with its initial weights, `start`
+    says how, and for the forms of what training wrote `own_values` has the singular values of that.
     """
 
     layer: Layer
@@ -234,10 +241,11 @@ class MeasuredLayer:
     settings: PlanningSettings = PLANNING
     latency: LayerLatency | None = None
     rank_multiple: int = 1
+    start: Start | None = None
 
-    def ranks(self, largest: int) -> npt.NDArray[np.int64]:
-        """The ranks that are choices, up to the largest one."""
-        return np.arange(self.rank_multiple, largest + 1, self.rank_multiple)
+    def ranks(self, largest: int, form: str = DENSE) -> npt.NDArray[np.int64]:
+        """The ranks that are choices, up to the largest one; in a form of what training wrote from 0 on."""
+        return np.arange(0 if from_initial(form) else self.rank_multiple, largest + 1, self.rank_multiple)
 
     def rounded(self, rank: int) -> int:
         """The smallest rank from a rank on that is a choice."""
@@ -266,12 +274,31 @@ class MeasuredLayer:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
         if not has_own_errors(form):
             return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
-        return self.own_errors[form] if form in self.own_errors else truncation_errors(self.own_values[form])
+        if form in self.own_errors:
+            return self.own_errors[form]
+        return truncation_errors(self.own_values[form]) * self.relative_size(form)
 
-    @property
-    def forms_apart(self) -> tuple[str, ...]:
-        """The eligible forms that have errors of their own."""
-        return tuple(form for form in self.own_values if form not in self.settings.excluded_forms)
+    def relative_size(self, form: str) -> float:
+        """The norm of what a form with errors of its own factorizes, beside that of the layer's matrix."""
+        if not from_initial(form):
+            return 1.0
+        whole = float(np.linalg.norm(self.singular_values))
+        return float(np.linalg.norm(self.own_values[form])) / whole if whole > 0 else 0.0
+
+    def rank_within(self, form: str, tolerance: float) -> int:
+        """The smallest rank of a form with errors of its own whose relative Frobenius error is at most a tolerance."""
+        size = self.relative_size(form)
+        least = 0 if from_initial(form) else 1
+        return self.rounded(max(least, frobenius_rank(self.own_values[form], tolerance / size))) if size > 0 else least
+
+    def forms_apart(self, request: FormRequest) -> list[str]:
+        """The eligible forms that have errors of their own; of those of what training wrote the one that is asked for.
+
+        A form is asked for where the layer can have it.
+        """
+        known = [form for form in self.own_values if form not in self.settings.excluded_forms]
+        alike = _forms_alike(self.layer, request)
+        return [form for form in known if (part := pair_of(form)) is None or part in alike or has_own_errors(part)]
 
     @property
     def total(self) -> float:
@@ -327,11 +354,16 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
             else f"save less than {measured.settings.least_layer_saving:.0%}"
         )
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
-    if measured.latency is not None and not measured.saves_time(form, np.array([rank])).all():
+    if (
+        measured.latency is not None
+        and not from_initial(form)
+        and not measured.saves_time(form, np.array([rank])).all()
+    ):
         device = measured.latency.profile.name
         return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be faster on {device}")
     error = float(measured.errors(form)[rank])
-    return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason)
+    share = measured.start.share if measured.start is not None and from_initial(form) else None
+    return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share)
 
 
 def _most_bytes(m: MeasuredLayer) -> float:
@@ -374,14 +406,20 @@ def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest
         rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
     rank = m.rounded(rank)
     plan = layer_plan(m, rank, form_for(m, rank, request), reason=reason)
-    return _better_form(plan, m, truncation, reason=reason)
+    return _better_form(plan, m, truncation, request=request, reason=reason)
 
 
-def _better_form(plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, reason: str) -> LayerPlan:
-    """The plan, or the best pair with an error of at most `tolerance` in a form with errors of its own."""
+def _better_form(
+    plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, request: FormRequest, reason: str
+) -> LayerPlan:
+    """The plan, or the best pair with an error of at most `tolerance` in a form with errors of its own.
+
+    For speed what training wrote is no choice: such a layer takes as long as the dense one.
+    """
     apart = [
-        layer_plan(m, m.rounded(max(1, frobenius_rank(m.own_values[form], tolerance))), form, reason=reason)
-        for form in m.forms_apart
+        layer_plan(m, m.rank_within(form, tolerance), form, reason=reason)
+        for form in m.forms_apart(request)
+        if m.latency is None or not from_initial(form)
     ]
     return min([plan, *apart], key=lambda each: float(m.demand(each.form, np.array([each.rank or 0]))[0]))
 
@@ -412,7 +450,7 @@ def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest)
         rank = m.rounded(max(1, ranks[reason]))
         plan = layer_plan(m, rank, form_for(m, rank, request), reason=f"window rule: {reason}")
         within = f"window rule: relative error <= {tolerance:g}"
-        plans.append(_better_form(plan, m, tolerance, reason=within))
+        plans.append(_better_form(plan, m, tolerance, request=request, reason=within))
     return tuple(plans)
 
 
@@ -691,9 +729,10 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[st
     best = demands.argmin(axis=0)
     for place, form in enumerate(alike):
         yield form, ranks[(best == place) & np.isfinite(demands[place])]
-    for form in m.forms_apart:
-        own = m.ranks(len(m.own_values[form]))
-        yield form, own[m.saves_time(form, own)]
+    for form in m.forms_apart(request):
+        own = m.ranks(len(m.own_values[form]), form)
+        # A size that is asked for may be met without becoming faster: such a layer takes as long as the dense one.
+        yield form, own if from_initial(form) else own[m.saves_time(form, own)]
 
 
 def _losses(m: MeasuredLayer, errors: Spectrum, exponent: float) -> Spectrum:

@@ -19,6 +19,7 @@ ROOMS = (
         "network",
         "data",
         "measure",
+        "initial",
         "factorize",
         "latency",
         "forms",

@@ -1,0 +1,7 @@
+"""Where training started: the initial weights, drawn again from their seed or read, and what is left of them."""
+
+from __future__ import annotations
+
+from compressor.initial.weights import Start
+
+__all__ = ["Start"]
