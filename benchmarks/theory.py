@@ -1,6 +1,7 @@
 """The theory's studies: what training hyperparameters do to ranks, what rules for ranks keep and cost, and merging.
 
-    OMP_NUM_THREADS=1 python benchmarks/theory.py [--quick] [--studies ranks rules merging] [--output FOLDER]
+    OMP_NUM_THREADS=1 python benchmarks/theory.py [--quick] [--output FOLDER]
+        [--studies ranks rules momentum merging sums]
 
 Perceptrons, small convolutional networks with batch normalization and small transformers are trained on the digits by
 plain SGD at a constant learning rate (`theory_networks.py`), over a grid of batch size B, learning rate and weight
@@ -14,12 +15,17 @@ energy rank at 99 %, one relative error for all layers that gives the window rul
 Donoho (2014, for an unknown level of noise) and the stable rank. Sizes are those of pivoted pairs, r (d_out + d_in - r)
 numbers. Networks of AdamW are added here.
 
+`momentum`: `theory_momentum.py`, ranks over momentum, at equal epochs and at equal K.
+
 `merging`: `merging.py`, the sum of networks and networks side by side over depth, weight decay and input overlap.
+
+`sums`: `flow_sums.py`, sums of networks that gradient flow has brought to a stationary point.
 
 Accuracies are of the validation and test splits together; nothing was trained on them, but the least K at which the
 window rule decides was chosen by them. `--quick`
-takes one seed and a corner of the grid. Writes theory-ranks.json and .svg, theory-rules.json and .svg, merging.json and
-.svg to benchmarks/results (with `--quick` to FOLDER only, which is then needed), and prints the tables of the README.
+takes one seed and a corner of the grid. Writes theory-ranks.json and .svg, theory-rules.json and .svg,
+theory-momentum.json and .svg, merging.json and .svg, theory-sums.json and .svg to benchmarks/results (with `--quick` to
+FOLDER only, which is then needed), and prints the tables of the README.
 """
 
 from __future__ import annotations
@@ -36,9 +42,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flow_sums
 import matplotlib as mpl
 import merging
 import numpy as np
+import theory_momentum
 import torch
 from scipy.stats import spearmanr
 from theory_networks import NETWORKS, Network, accuracy, steps_of, trained
@@ -404,9 +412,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument(
-        "--studies", nargs="+", choices=("ranks", "rules", "merging"), default=("ranks", "rules", "merging")
-    )
+    studies = ("ranks", "rules", "momentum", "merging", "sums")
+    parser.add_argument("--studies", nargs="+", choices=studies, default=studies)
     parser.add_argument("--output", type=Path, default=None)
     asked = parser.parse_args()
     if asked.quick and asked.output is None:
@@ -426,8 +433,20 @@ def main() -> None:
             write(output / "theory-rules.json", [without(row, "hidden") for row in rows])
             plot_rules(rows, output / "theory-rules.svg")
             sys.stdout.write(rules_table(rows) + "\n\n")
+    if "momentum" in asked.studies:
+        found = theory_momentum.study(theory_momentum.QUICK if asked.quick else theory_momentum.WHOLE)
+        write(output / "theory-momentum.json", found)
+        theory_momentum.plot(found, output / "theory-momentum.svg")
+        sys.stdout.write(theory_momentum.table({"rows": found}) + "\n\n")
     if "merging" in asked.studies:
-        sys.stdout.write(merging.whole_study(output, quick=asked.quick) + "\n")
+        sys.stdout.write(merging.whole_study(output, quick=asked.quick) + "\n\n")
+    if "sums" in asked.studies:
+        grids = flow_sums.QUICK if asked.quick else flow_sums.WHOLE
+        found = [row for grid in grids for row in flow_sums.study(grid)]
+        write(output / "theory-sums.json", found)
+        flow_sums.plot(found, output / "theory-sums.svg")
+        sys.stdout.write(flow_sums.stationary_table({"rows": found}) + "\n\n")
+        sys.stdout.write(flow_sums.sums_table({"rows": found}) + "\n")
 
 
 def quick(network: Network) -> Network:

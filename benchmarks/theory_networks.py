@@ -138,9 +138,11 @@ def trained(
     assert recipe.batch_size is not None
     torch.manual_seed(seed)
     model = network.build()
-    optimizers = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    optimizer = optimizers[str(recipe.optimizer)](
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    rates = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), **rates)
+        if recipe.optimizer == "adamw"
+        else torch.optim.SGD(model.parameters(), momentum=recipe.momentum or 0.0, **rates)
     )
     images, labels = digits("train")
     rows = torch.empty(0, dtype=torch.int64)

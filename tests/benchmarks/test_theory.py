@@ -17,7 +17,7 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-MODULES = ("theory", "theory_networks", "merging")
+MODULES = ("theory", "theory_networks", "theory_momentum", "merging", "flow_sums", "gradient_flow")
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,35 @@ def test_merging_is_studied_over_depth_decay_and_overlap(
     for row in found:
         assert (row["largest_input_cosine"] == 0) == (row["shared_inputs"] == 0)
     assert (tmp_path / "merging.svg").stat().st_size > 1000
+
+
+def test_momentum_is_compared_where_as_much_is_forgotten(theory: ModuleType) -> None:
+    momentum = theory.theory_momentum
+    found = list(momentum.runs(momentum.WHOLE))
+    assert len(found) == 4 * (3 + 3)
+    for run in found:
+        recipe = run.recipe
+        exponent, _ = momentum.forgetting_exponent(recipe)
+        if "equal K" in run.compared:
+            # The formula is exact without momentum, and leaves out the buffer's start with it.
+            assert exponent == pytest.approx(4.0, rel=1e-3 if recipe.momentum == 0 else 0.06)
+        else:
+            assert (recipe.learning_rate, recipe.steps) == (0.05, theory.steps_of(momentum.WHOLE.network, 16))
+    by_rate = [run.recipe for run in found if run.compared == "equal K by learning rate"]
+    assert len({(recipe.steps, recipe.weight_decay) for recipe in by_rate}) == 1
+
+
+def test_what_training_wrote_under_momentum_is_of_the_rank_of_its_examples(theory: ModuleType, tmp_path: Path) -> None:
+    momentum = theory.theory_momentum
+    grid = replace(momentum.QUICK, batch=2, exponent=0.0005)
+    run = momentum.Run("a few steps", replace(next(momentum.runs(grid)).recipe, momentum=0.9, steps=3))
+    row = momentum.measured(grid, run, 0)
+    for layer in row["layers"].values():
+        assert layer["written_counted"] <= 2 * 3
+        assert layer["counted"] > 60  # the start has the full rank
+    rows = [row, row | {"momentum": 0.0}]
+    lines = momentum.table({"rows": rows}).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 4
+    momentum.plot(rows, tmp_path / "plot.svg")
+    assert "a few steps" in (tmp_path / "plot.svg").read_text()
