@@ -23,9 +23,10 @@ from compressor.report.wording import needs_calibration
 logger = logging.getLogger(__name__)
 
 
-def calibration_settings(asked: CompressOptions) -> CalibrationSettings:
-    """The settings of the effort that is asked for, or those that were given."""
-    return asked.calibration_settings or CalibrationSettings.of(asked.effort)
+def calibration_settings(asked: CompressOptions, data: CalibrationData | None = None) -> CalibrationSettings:
+    """The settings of the effort that is asked for, or those that were given, on as many tokens as some data have."""
+    settings = asked.calibration_settings or CalibrationSettings.of(asked.effort)
+    return settings if data is None else settings.on(data.tokens)
 
 
 def calibration_data(asked: CompressOptions, subject: Model, run: Run) -> CalibrationData | None:

@@ -324,7 +324,7 @@ def _calibrated(
     """The metric of the layers; None where the model cannot be calibrated on examples of its own, unasked."""
     dense, layers = subject.streamed, [each.layer for each in measured]
     try:
-        settings = calibration_settings(asked)
+        settings = calibration_settings(asked, data)
         return calibrate(dense, layers, data, run=run, settings=settings, files=subject.files)
     except BadInput as error:
         if asked.calibrates or asked.calibration_cache is not None:
@@ -463,7 +463,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     size = size.kept_by(requested_budget(asked), asked.plan)
     examples = None
     if first is not None and data.calibration is not None:
-        settings = calibration_settings(asked)
+        settings = calibration_settings(asked, data.calibration)
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
         if settings.refine and (search := _search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
@@ -506,7 +506,7 @@ def _timed_work(
     decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
     calibration = trial = evaluation = None
     if any(each is not None for each in (data.calibration, data.search, data.report)):
-        dense, settings = subject.streamed, calibration_settings(asked)
+        dense, settings = subject.streamed, calibration_settings(asked, data.calibration)
         if data.calibration is not None and first is not None:
             calibration = work_on_calibration(
                 dense, eligible, data.calibration, first=first, device=run.device, settings=settings

@@ -375,7 +375,7 @@ class CalibrationOptions(Options):
     )
     calibration_cache: Path | None = option(
         "Keep examples, moments, and decompositions in this folder: another size, form, or preference of the same "
-        "model at the same effort starts from them, and needs no data.",
+        "model at the same effort starts from them, and needs no data; balanced and best are alike here.",
         PATH,
         metavar="DIR",
         panel=CALIBRATION,

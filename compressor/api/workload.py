@@ -141,10 +141,11 @@ class CalibrationWork:
         if not self.settings.refine:
             return []
         passes, steps = self.settings.refinement.passes, self.settings.refinement.steps
-        both, at_once = self.fit + self.holdout, max(1, self.fit // steps)
+        fit = self.fit // self.settings.refit_every
+        both, at_once = self.fit + self.holdout, max(1, fit // steps)
         run = partial(self.forward.of_segments, segments=self.segments)
-        optimizing = self.optimizing * self.fit / at_once
-        one_pass = FORWARD_AND_BACKWARD * run(self.fit, at_once) + run(self.holdout) + optimizing
+        optimizing = self.optimizing * fit / at_once
+        one_pass = FORWARD_AND_BACKWARD * run(fit, at_once) + run(self.holdout) + optimizing
         *others, last = self._by_segment(passes * one_pass + 2 * run(both))
         # The last segment is compared with the model's outputs, for which the dense one is run again.
         last += passes * run(both, at_once) / max(1, self.segments - 1)

@@ -62,6 +62,11 @@ class CalibrationData:
         return sum(batch.examples for batch in self.fit)
 
     @property
+    def tokens(self) -> int:
+        """Number of tokens of the fit examples, with padding; 0 of what is no text."""
+        return sum(batch.inputs["input_ids"].numel() for batch in self.fit if "input_ids" in batch.inputs)
+
+    @property
     def holdout_examples(self) -> int:
         return sum(batch.examples for batch in self.holdout)
 
@@ -125,7 +130,8 @@ def _split_examples(data: EvaluationData, settings: CalibrationSettings) -> Cali
     chosen = range(every - 1, data.count, every)
     rest = sorted(set(range(data.count)) - set(chosen))
     # Examples are often in the order of their classes, and those of a batch that is run backward must be of all.
-    fit = tuple(_in_batches(data, rest, settings.tokens_at_once, apart=settings.gradient_every > 1))
+    some = settings.on(len(rest) * _length(data)).gradient_every > 1
+    fit = tuple(_in_batches(data, rest, settings.tokens_at_once, apart=some))
     holdout = tuple(_in_batches(data, chosen, settings.tokens_at_once))
     return CalibrationData(fit, holdout, _labeled((*fit, *holdout)), data.unused)
 
@@ -140,13 +146,18 @@ def _labeled(batches: Sequence[Batch]) -> bool:
     return all(batch.labels.numel() > 0 for batch in batches)
 
 
+def _length(data: EvaluationData) -> int:
+    """Tokens of an example; 0 of what is no text."""
+    return data.read([0]).inputs["input_ids"].shape[1] if data.task == "language-modeling" else 0
+
+
 def _in_batches(
     data: EvaluationData, positions: Sequence[int], tokens_at_once: int, *, apart: bool = False
 ) -> Iterator[Batch]:
     """Examples at some positions in batches, each of neighbors, or of such that lie as far `apart` as they may."""
     size = data.batch_size
     if data.task == "language-modeling" and positions:
-        size = max(1, min(size, tokens_at_once // data.read(positions[:1]).inputs["input_ids"].shape[1]))
+        size = max(1, min(size, tokens_at_once // _length(data)))
     count = -(-len(positions) // size)
     for batch in range(count):
         yield data.read(positions[batch::count] if apart else positions[batch * size : (batch + 1) * size])

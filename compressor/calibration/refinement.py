@@ -155,7 +155,8 @@ def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:
         return False
     costs = _SegmentCosts(walk)
     run, settings = walk.calibration.run, walk.calibration.settings.refinement
-    losses = [partial(costs.mean, part) for chunk in walk.calibration.data.chunks("fit") for part in costs.parts(chunk)]
+    chunks = walk.calibration.data.chunks("fit")[:: walk.calibration.settings.refit_every]
+    losses = [partial(costs.mean, part) for chunk in chunks for part in costs.parts(chunk)]
     try:
         return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
     except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
@@ -194,7 +195,8 @@ class _SegmentCosts:
         """
         data, steps = self._calibration.data, self._calibration.settings.refinement.steps
         examples = data.read(batch).examples
-        count = math.ceil(examples / max(1, data.examples // steps))
+        fitted = data.examples // self._calibration.settings.refit_every
+        count = math.ceil(examples / max(1, fitted // steps))
         edges = [examples * part // count for part in range(count + 1)]
         parts = [replace(batch, rows=slice(start, end)) for start, end in pairwise(edges)]
         if count == 1:

@@ -413,12 +413,13 @@ class Search:
     def find(self, budget: Budget) -> Candidate:
         """Find the best candidate, with rounds of recalibration if the second-order estimate cannot be trusted.
 
-        In each round the moments are taken again at the best candidate that is compressed half as far.
+        In each round the moments are taken again at a candidate that is compressed half as far, by the same exponent.
         """
         best = self.best(budget)
         for _ in range(0 if best.as_predicted else self.rounds):
             try:
-                halfway = self.best(Budget("keep", math.sqrt(best.kept)))
+                alike = self if best.exponent is None else replace(self, exponents=(best.exponent,), caps={})
+                halfway = alike.best(Budget("keep", math.sqrt(best.kept)))
                 again = recalibrate(self.calibration, halfway.solved.modules, _name(halfway.layers))
                 fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
                 best = min(best, fresh.best(budget), key=_loss)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from compressor.arguments import as_count
@@ -102,8 +103,12 @@ class CalibrationSettings:
     holdout_every: int = 4
     """Every how manyth example is holdout: statistics and factors are fit on the others, and chosen by these."""
 
-    tokens_at_once: int = 8192
+    tokens_at_once: int = 2048
     """Tokens whose activations are in memory at a time: long windows make small batches."""
+
+    most_tokens: int = 2**14
+    """Of texts with more tokens than this the gradients, the refit and the refinement are of so many: every second
+    batch of fit examples, or every third, and so on. The moments of the inputs are of all."""
 
     logit_bytes: int = 2**26
     """Bytes of logits, in float32, that are in memory at a time, whatever the vocabulary."""
@@ -152,7 +157,7 @@ class CalibrationSettings:
     """Refit each layer to the original's outputs on the inputs that it gets in the compressed model."""
 
     refit_every: int = 1
-    """Every how manyth batch of fit examples that refit is made to."""
+    """Every how manyth batch of fit examples that refit, and the refinement, are made to."""
 
     statistics_bytes: int = 2**30
     """Bytes of moments of inputs that are in memory for that: the experts of a block share walks through it as far as
@@ -186,15 +191,13 @@ class CalibrationSettings:
         """Those of an effort, whose times and losses benchmarks/effort.py measures.
 
         `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
-        which nothing has to be chosen on holdout examples, so that few are; `balanced` takes the gradients of half of
-        them, makes an allocation by every exponent and under the window rule's caps, and compensates, on half of the
-        examples; `best` takes all of them for both, and also recalibrates and refines.
+        which nothing has to be chosen on holdout examples, so that few are; `balanced` makes one by every exponent and
+        under the window rule's caps, and compensates; `best` also recalibrates and refines.
         """
         match effort:
             case "fast":
                 return cls(
                     holdout_every=16,
-                    tokens_at_once=2048,
                     gradient_every=4,
                     exponents=(0.0,),
                     window_caps=False,
@@ -203,15 +206,22 @@ class CalibrationSettings:
                     refine=False,
                 )
             case "balanced":
-                return cls(tokens_at_once=2048, gradient_every=2, recalibration_rounds=0, refit_every=2, refine=False)
+                return cls(recalibration_rounds=0, refine=False)
             case "best":
                 return cls()
+
+    def on(self, tokens: int) -> Self:
+        """Those for fit examples of so many tokens, which take every how manyth batch the most tokens ask for."""
+        every = math.ceil(tokens / self.most_tokens) or 1
+        gradients, refit = (max(every, each) for each in (self.gradient_every, self.refit_every))
+        return replace(self, gradient_every=gradients, refit_every=refit)
 
     def __post_init__(self) -> None:
         for name, least in (
             ("samples", 2),
             ("holdout_every", 2),
             ("tokens_at_once", 1),
+            ("most_tokens", 1),
             ("logit_bytes", 1),
             ("kept_weights", 0),
             ("most_classes", 1),

@@ -174,4 +174,12 @@ def test_moments_depend_on_which_examples_are_run_backward_and_not_on_the_search
     best = CalibrationSettings()
     assert replace(best, gradient_every=2).of_moments != best.of_moments
     assert replace(best, most_classes=10).of_moments != best.of_moments
-    assert replace(best, refine=False, recalibration_rounds=0).of_moments == best.of_moments
+    assert CalibrationSettings.of("balanced").of_moments == best.of_moments
+
+
+def test_long_texts_are_run_backward_and_refitted_to_in_part() -> None:
+    best = CalibrationSettings(most_tokens=1000)
+    assert best.on(0) == best.on(1000) == best
+    assert (best.on(1001).gradient_every, best.on(1001).refit_every) == (2, 2)
+    assert best.on(2001).gradient_every == 3
+    assert replace(best, gradient_every=4).on(2001) == replace(best, gradient_every=4, refit_every=3)
