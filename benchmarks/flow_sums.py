@@ -244,11 +244,14 @@ def sums_table(document: Mapping[str, Any]) -> str:
     sums = [row for row in document["rows"] if row["row"] == "sum"]
     overlaps = list(dict.fromkeys(row["overlap"] for row in sums))
     titles = ["orthogonal" if overlap == 0 else f"cosines to {overlap:g}" for overlap in overlaps]
-    columns = ["tasks", "layers", "added", *titles, "orthogonal, unseen", "loss", "outputs change", "interference"]
+    columns = ["tasks", "layers", "added", "within a point", *titles]
+    columns += ["orthogonal, unseen", "loss", "outputs change", "interference"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for kind, depth, merged in dict.fromkeys((row["kind"], row["depth"], row["merged"]) for row in sums):
         setting = {"kind": kind, "depth": depth, "merged": merged}
-        cells = [in_words(lost(sums, "accuracy", overlap=overlap, **setting)) for overlap in overlaps]
+        orthogonal = lost(sums, "accuracy", overlap=0.0, **setting)
+        cells = [f"{sum(points <= 1 for points in orthogonal)} of {len(orthogonal)}"]
+        cells += [in_words(lost(sums, "accuracy", overlap=overlap, **setting)) for overlap in overlaps]
         tasks = _tasks(sums, overlap=0.0, **setting)
         losses = [statistics.mean(task["loss"][place] for task in tasks) for place in (0, 1)]
         layers = [statistics.mean(task["interference"][layer] for task in tasks) for layer in range(depth)]
