@@ -301,21 +301,31 @@ class CachedFactors(Mapping[str, Mapping[str, Tensor]]):
 
 
 class CachedDecompositions:
-    """The decompositions of layers in their metrics by name, each read when it is asked for."""
+    """The decompositions of layers in their metrics by name, each read when it is asked for.
+
+    Of a layer that has a start there are two: that of its matrix, and that of its matrix without the start, which is
+    kept under a digest of the start.
+    """
 
     def __init__(self, folder: _Folder) -> None:
         self._folder = folder
 
-    def put(self, name: str, found: Decomposition) -> None:
+    def put(self, name: str, found: Decomposition, start: str = "") -> None:
         """Keep the decomposition of a layer, in place of the one before."""
-        self._folder.write(f"decomposition/{name}", found.tensors())
+        self._folder.write(_unit(name, start), found.tensors())
 
-    def __getitem__(self, name: str) -> Decomposition:
-        tensors = self._folder.read_on_cpu(f"decomposition/{name}")
+    def get(self, name: str, start: str = "") -> Decomposition:
+        """The decomposition of a layer. KeyError where there is none."""
+        tensors = self._folder.read_on_cpu(_unit(name, start))
         return Decomposition(tensors["values"].numpy(), brought_to(self._folder.device, tensors["basis"]))
 
-    def __contains__(self, name: str) -> bool:
-        return self._folder.holds(f"decomposition/{name}")
+    def has(self, name: str, start: str = "") -> bool:
+        """Whether there is a decomposition of a layer."""
+        return self._folder.holds(_unit(name, start))
+
+
+def _unit(name: str, start: str) -> str:
+    return f"decomposition/{name}/without-{start}" if start else f"decomposition/{name}"
 
 
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:

@@ -126,8 +126,8 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
     for unreached in calibration.metrics.keys() - metrics.keys():
         metrics.put(unreached, calibration.metrics[unreached])
         uses[unreached] = calibration.uses[unreached]
-        if unreached in calibration.decompositions:
-            decompositions.put(unreached, calibration.decompositions[unreached])
+        if calibration.decompositions.has(unreached):
+            decompositions.put(unreached, calibration.decompositions.get(unreached))
     again = f"{calibration.name}/recalibrated-{name}"
     return replace(calibration, metrics=metrics, uses=uses, decompositions=decompositions, name=again)
 

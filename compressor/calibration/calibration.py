@@ -16,10 +16,12 @@ from compressor.calibration.segments import Segments, State
 from compressor.calibration.settings import CalibrationSettings
 from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
-from compressor.lowrank import put_layer
+from compressor.initial import InitialWeights
+from compressor.lowrank import as_matrix, join, put_layer
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import Layer
 from compressor.planning import LossUnit
+from compressor.torch_state import brought_to, in_float64
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Calibration:
     replaced: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)
     name: str = "dense"
     """What it is called in the journal, where all that follows from its metrics has names below."""
+    initial: InitialWeights | None = field(default=None, repr=False)
+    """The weights that training started from, where they are known."""
     heads: frozenset[str] = frozenset()
     """Layers that output so many classes that of their gradients only the diagonal of the moment is used."""
 
@@ -69,6 +73,23 @@ class Calibration:
     def weight(self, layer: Layer) -> Tensor:
         """The dense weight of a layer as it is stored, on the device, whether or not it is in memory."""
         return parameter_of(self.model, layer.module, layer.parameter).detach().to(self.run.device)
+
+    def start(self, layer: Layer, share: float | None) -> Tensor | None:
+        """What the pair of a layer that has a share of its initial weights is added to, as a `d_out x d_in` matrix in
+        float64, read or drawn again. None without a share."""
+        return start_of(layer, share, initial=self.initial, device=self.run.device)
+
+
+def start_of(
+    layer: Layer, share: float | None, *, initial: InitialWeights | None, device: torch.device
+) -> Tensor | None:
+    """The share of its initial weights that a layer has, as a `d_out x d_in` matrix in float64; None without one."""
+    if share is None:
+        return None
+    assert initial is not None, "a layer has a share of the initial weights where these are known"
+    found = initial.read(join(layer.module, layer.parameter))
+    assert found is not None, "a layer has a start where its initial weight is known"
+    return share * in_float64(as_matrix(layer, brought_to(device, found)))
 
 
 def dense_inputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:

@@ -9,6 +9,9 @@ so that in directions which calibration never excites the layer stays as it was;
 and of the gradients. (SVD-LLM, Wang et al., ICLR 2025, refits one factor toward zero.) For every layer the strength of
 the ridge, and whether to refit at all, is chosen by the holdout error. The statistics of batch normalization move in
 the same walk by as much as their inputs moved.
+
+A layer in an initial form is `S + pair`, where S is what is left of its initial weights: then `T - S` is truncated, and
+the pair's outputs are compared with `W x - S x'`.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from compressor.lowrank import (
     as_matrix,
     filled_layer,
     stored_tensors,
+    written,
 )
 from compressor.measure.moments import Centered, input_vectors, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
@@ -87,10 +91,11 @@ def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[
     metric = calibration.metrics.get(plan.name)
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(calibration, layer, dense)
-    found = None if metric is None else decomposition_of(calibration, layer)
+    start = calibration.start(layer, plan.share)
+    found = None if metric is None else decomposition_of(calibration, layer, start)
     settings = calibration.settings.factorization
-    pair = approximate(layer, plan, matrix, metric=metric, settings=settings, decomposition=found)
-    weights = DenseWeights(matrix, bias, getattr(dense, layer.parameter).dtype)
+    pair = approximate(layer, plan, written(matrix, start), metric=metric, settings=settings, decomposition=found)
+    weights = DenseWeights(matrix, bias, getattr(dense, layer.parameter).dtype, start)
     return stored_tensors(layer, plan, pair, dense=weights, metric=metric)
 
 
@@ -118,7 +123,8 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
         layer = calibration.layers[name]
         factors.put(name, tensors)
         dense = calibration.model.get_submodule(place)
-        low_rank_layer = filled_layer(layer, plans[name], dense, tensors=factors[name])
+        start = calibration.start(layer, plans[name].share)
+        low_rank_layer = filled_layer(layer, plans[name], dense, tensors=factors[name], start=start)
         walk.placed.update(dict.fromkeys((place, *layer.places), low_rank_layer))
 
     def move(place: str, module: nn.Module) -> None:
@@ -232,26 +238,28 @@ def _refit(
     layer, settings = calibration.layers[plan.name], calibration.settings
     dense = calibration.model.get_submodule(layer.module)
     matrix, bias = _matrix(calibration, layer, dense)
+    start = calibration.start(layer, plan.share)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
-    found = decomposition_of(calibration, layer)
-    pair = approximate(layer, plan, matrix, metric=metric, settings=settings.factorization, decomposition=found)
-    chosen = start = _Target(matrix, bias, metric, metric.mean, metric.mean)
-    x, y = (None, None) if start.x is None else (fit.x, fit.y)
-    after = before = _Outputs.of(matrix, holdout.centered(start.x, start.y), metric.gradients)
+    truncated = partial(approximate, layer, plan, settings=settings.factorization)
+    found = decomposition_of(calibration, layer, start)
+    pair = truncated(written(matrix, start), metric=metric, decomposition=found)
+    chosen = before = _Target(matrix, bias, metric, metric.mean, metric.mean, start)
+    x, y = (None, None) if before.x is None else (fit.x, fit.y)
+    error_before = error_after = _Outputs.of(before, holdout)
     if x is not None:
-        after = _Outputs.of(matrix, holdout.centered(x, y), metric.gradients)
+        error_after = _Outputs.of(replace(before, x=x, y=y), holdout)
     target = _ridge_target(
-        replace(start, x=x, y=y), _factored(pair), fit.centered(x, y), outputs=after, ridges=settings.ridges
+        replace(before, x=x, y=y), _factored(pair), fit.centered(x, y), outputs=error_after, ridges=settings.ridges
     )
     if target is not None:
-        refitted = approximate(layer, plan, target.matrix, metric=target.metric, settings=settings.factorization)
+        refitted = truncated(written(target.matrix, start), metric=target.metric)
         # Differences below the precision of the moments, whose products are in float32, say nothing.
-        rounding = torch.finfo(torch.float32).eps * before.total
-        if after.error(_factored(refitted)) < before.error(_factored(pair)) - rounding:
+        rounding = torch.finfo(torch.float32).eps * error_before.dense
+        if error_after.error(_factored(refitted)) < error_before.error(_factored(pair)) - rounding:
             chosen, pair = target, refitted
-    weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense))
+    weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense), start)
     return stored_tensors(layer, plan, pair, dense=weights, metric=chosen.metric)
 
 
@@ -265,71 +273,88 @@ def _factored(pair: MatrixPair) -> FactorPair:
 
 
 @dataclass(frozen=True)
-class _Outputs:
-    """What the error of a pair `W'` on inputs y is computed from, for the outputs `W x` and the metric G of gradients.
-
-    `total` is `tr(G W xx W^T)`, the error of leaving the outputs out, and `cross` is `G W xy`.
-    """
-
-    total: float
-    cross: Tensor
-    yy: Tensor
-    gradients: Tensor
-
-    @classmethod
-    def of(cls, matrix: Tensor, inputs: _InputStatistics, gradients: Tensor) -> _Outputs:
-        """Those of a `d_out x d_in` matrix W."""
-        assert inputs.xx is not None, "errors are those on holdout examples"
-        weighted = weighed(matrix, gradients)
-        return cls(float((weighted @ inputs.xx * matrix).sum()), weighted @ inputs.xy, inputs.yy, gradients)
-
-    def error(self, pair: FactorPair) -> float:
-        """E||W x - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
-        up, down = pair.up, pair.down
-        agreeing = (up.T @ self.cross * down).sum()
-        own = (up.T @ weighed(up, self.gradients) * (down @ self.yy @ down.T)).sum()
-        return self.total + float(own - 2 * agreeing)  # one number, for which the device is waited for
-
-
-@dataclass(frozen=True)
 class _Target:
-    """A matrix and bias to be truncated in a metric; with a bias, about the means x and y of the inputs."""
+    """A matrix and bias to be truncated in a metric; with a bias, about the means x and y of the inputs.
+
+    In an initial form what is truncated is the matrix without the `start`, to which the pair is added.
+    """
 
     matrix: Tensor
     bias: Tensor | None
     metric: Metric
     x: Tensor | None
     y: Tensor | None
+    start: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What the error of a pair `W'` on inputs y is computed from, for the outputs `W x - S y` and the metric G of
+    gradients, where S is the start that the pair is added to, if there is one.
+
+    `dense` is `tr(G W xx W^T)`, the size of the dense outputs, and `total` that of what the pair is for, the error of
+    leaving it out; `cross` is `G (W xy - S yy)`.
+    """
+
+    dense: float
+    total: float
+    cross: Tensor
+    yy: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def of(cls, dense: _Target, inputs: _InputStatistics) -> _Outputs:
+        """Those of a dense matrix W about the means of its target."""
+        matrix, start, gradients = dense.matrix, dense.start, dense.metric.gradients
+        inputs = inputs.centered(dense.x, dense.y)
+        assert inputs.xx is not None, "errors are those on holdout examples"
+        weighted = weighed(matrix, gradients)
+        total = size = float((weighted @ inputs.xx * matrix).sum())
+        cross = weighted @ inputs.xy
+        if start is not None:
+            of_start = weighed(start @ inputs.yy, gradients)
+            total += float(((of_start - 2 * cross) * start).sum())
+            cross = cross - of_start
+        return cls(size, total, cross, inputs.yy, gradients)
+
+    def error(self, pair: FactorPair) -> float:
+        """E||W x - S y - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
+        up, down = pair.up, pair.down
+        agreeing = (up.T @ self.cross * down).sum()
+        own = (up.T @ weighed(up, self.gradients) * (down @ self.yy @ down.T)).sum()
+        return self.total + float(own - 2 * agreeing)  # one number, for which the device is waited for
 
 
 def _ridge_target(
-    start: _Target, pair: FactorPair, fit: _InputStatistics, *, outputs: _Outputs, ridges: Sequence[float]
+    dense: _Target, pair: FactorPair, fit: _InputStatistics, *, outputs: _Outputs, ridges: Sequence[float]
 ) -> _Target | None:
     """The layer refitted with the ridge of least holdout error; None where its inputs are all zero.
 
     The ridges are compared by pairs that are found without a decomposition, from the layer's own. All moments are about
-    the means of `start`.
+    the means of `dense`.
     """
-    matrix, gradients, x, y = start.matrix, start.metric.gradients, start.x, start.y
+    matrix, gradients, x, y = dense.matrix, dense.metric.gradients, dense.x, dense.y
     scale = float(fit.yy.diagonal().mean())
     wanted = matrix @ fit.xy
+    without_start = wanted if dense.start is None else wanted - dense.start @ fit.yy
+    toward = written(matrix, dense.start)
     best: tuple[float, float, Tensor] | None = None
     for relative in ridges if 0 < scale < float("inf") else ():
         ridge = relative * scale
         factor, failed = torch.linalg.cholesky_ex(_ridged(fit.yy, ridge))
         if failed:
             continue
-        error = outputs.error(_truncated_near(pair, wanted + ridge * matrix, factor, gradients=gradients))
+        error = outputs.error(_truncated_near(pair, without_start + ridge * toward, factor, gradients=gradients))
         if best is None or error < best[0]:
             best = error, ridge, factor
     if best is None:
         return None
     _, ridge, factor = best
     target = torch.cholesky_solve((wanted + ridge * matrix).T, factor).T
-    shifted = start.bias
-    if start.bias is not None and x is not None and y is not None:
-        shifted = (start.bias.to(matrix) + matrix @ x - target @ y).to(start.bias.dtype)
-    return _Target(target, shifted, Metric(_ridged(fit.yy, ridge), gradients, y), x, y)
+    shifted = dense.bias
+    if dense.bias is not None and x is not None and y is not None:
+        shifted = (dense.bias.to(matrix) + matrix @ x - target @ y).to(dense.bias.dtype)
+    return _Target(target, shifted, Metric(_ridged(fit.yy, ridge), gradients, y), x, y, dense.start)
 
 
 def _truncated_near(pair: FactorPair, right: Tensor, factor: Tensor, *, gradients: Tensor) -> FactorPair:

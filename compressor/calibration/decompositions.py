@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -18,40 +19,65 @@ from compressor.factorize import (
     decompose_tied,
     working_bytes,
 )
-from compressor.forms import FORMS
-from compressor.lowrank import as_matrix
+from compressor.forms import FORMS, TRANSPOSED
+from compressor.lowrank import as_matrix, written
 from compressor.measure import Precision, Spectrum
 from compressor.network import Layer
-from compressor.torch_state import brought_to
+from compressor.torch_state import brought_to, in_float64
 
 
-def decomposition_of(calibration: Calibration, layer: Layer) -> Decomposition:
-    """The decomposition of a layer that has a metric, from the cache where it was asked for before."""
-    decompose_layers(calibration, [layer])
+def decomposition_of(calibration: Calibration, layer: Layer, start: Tensor | None = None) -> Decomposition:
+    """The decomposition of a layer that has a metric, from the cache where it was asked for before.
+
+    With a `start` that of what training wrote, the matrix without it.
+    """
+    digest = _digest(start)
+    if not calibration.decompositions.has(layer.name, digest):
+        found = next(iter(calibration.run.engine.map(_decomposed, [_in_metric(calibration, layer, start=start)])))
+        calibration.decompositions.put(layer.name, found, digest)
     # Read back, so that the numbers lie as in every later run: kernels mind where they begin.
-    return calibration.decompositions[layer.name]
+    return calibration.decompositions.get(layer.name, digest)
 
 
-def decompose_layers(calibration: Calibration, layers: Sequence[Layer]) -> None:
-    """Decompose the layers that have a metric and are not in the cache, a layer a job."""
-    missing = [layer for layer in layers if layer.name in calibration.metrics]
-    missing = [layer for layer in missing if layer.name not in calibration.decompositions]
-    decomposed = calibration.run.engine.map(_decomposed, (_in_metric(calibration, layer) for layer in missing))
-    for layer, found in zip(missing, decomposed, strict=True):
-        calibration.decompositions.put(layer.name, found)
+def decompose_layers(calibration: Calibration, asked: Sequence[tuple[Layer, float | None]]) -> None:
+    """Decompose layers that are not in the cache, a layer a job: each matrix without a share of its initial one."""
+    made: list[tuple[str, str]] = []
+
+    def missing() -> Iterator[_InMetric]:
+        for layer, share in asked:
+            start = calibration.start(layer, share)
+            digest = _digest(start)
+            if not calibration.decompositions.has(layer.name, digest):
+                made.append((layer.name, digest))
+                yield _in_metric(calibration, layer, start=start)
+
+    for place, found in enumerate(calibration.run.engine.map(_decomposed, missing())):
+        name, digest = made[place]
+        calibration.decompositions.put(name, found, digest)
 
 
 def own_errors(
-    calibration: Calibration, forms: Sequence[tuple[Layer, Sequence[str]]]
+    calibration: Calibration, asked: Sequence[tuple[Layer, float | None, Sequence[str]]]
 ) -> Iterator[Mapping[str, Spectrum]]:
-    """The errors in the metric, for each layer, of those forms that have errors of their own; a layer a job."""
-    jobs = (_in_metric(calibration, layer, names) for layer, names in forms)
+    """The errors in the metric, for each layer, of those forms whose errors are not those of a truncated SVD of the
+    layer's matrix, or with a share of what training wrote; a layer a job.
+
+    They are relative to what is factorized.
+    """
+    jobs = (
+        _in_metric(calibration, layer, forms, start=calibration.start(layer, share)) for layer, share, forms in asked
+    )
     return calibration.run.engine.map(_own_errors, jobs)
+
+
+def _digest(start: Tensor | None) -> str:
+    """What a start is called in a cache that other starts may have filled; empty without one."""
+    return "" if start is None else sha256(start.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class _InMetric:
-    """A layer's weight with its metric, and the forms that are asked about."""
+    """A layer's weight with its metric, its start in a form that has one, and the forms that are asked about."""
 
     layer: Layer
     weight: Tensor
@@ -59,6 +85,7 @@ class _InMetric:
     forms: Sequence[str]
     settings: FactorizationSettings
     device: torch.device
+    start: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +98,21 @@ class _InMetric:
             metric = TiedMetric(self._metric(metric.lookup), self._metric(metric.head))
         else:
             metric = self._metric(metric)
-        return replace(self, weight=self._placed(self.weight), metric=metric)
+        start = None if self.start is None else self._placed(self.start)
+        return replace(self, weight=self._placed(self.weight), metric=metric, start=start)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The `d_out x d_in` matrix that is factorized."""
+        matrix = as_matrix(self.layer, self.weight)
+        return matrix if self.start is None else written(in_float64(matrix), self.start)
+
+    @property
+    def factorized(self) -> Tensor:
+        """The same as the weight is stored."""
+        if self.start is None:
+            return self.weight
+        return (self.matrix.T if self.layer.kind in TRANSPOSED else self.matrix).reshape(self.weight.shape)
 
     def _metric(self, metric: Metric) -> Metric:
         mean = None if metric.mean is None else self._placed(metric.mean)
@@ -86,7 +127,9 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def _in_metric(calibration: Calibration, layer: Layer, forms: Sequence[str] = ()) -> _InMetric:
+def _in_metric(
+    calibration: Calibration, layer: Layer, forms: Sequence[str] = (), *, start: Tensor | None = None
+) -> _InMetric:
     return _InMetric(
         layer=layer,
         weight=calibration.weight(layer),
@@ -94,12 +137,13 @@ def _in_metric(calibration: Calibration, layer: Layer, forms: Sequence[str] = ()
         forms=forms,
         settings=calibration.settings.factorization,
         device=calibration.run.job_device,
+        start=start,
     )
 
 
 def _decomposed(asked: _InMetric) -> Decomposition:
     here = asked.on_device()
-    matrix = as_matrix(here.layer, here.weight)
+    matrix = here.matrix
     if isinstance(here.metric, TiedMetric):
         return decompose_tied(matrix, here.metric)
     loss = here.settings.float32_loss
@@ -109,4 +153,4 @@ def _decomposed(asked: _InMetric) -> Decomposition:
 def _own_errors(asked: _InMetric) -> Mapping[str, Spectrum]:
     here = asked.on_device()
     assert isinstance(here.metric, Metric)
-    return {form: FORMS[form].errors_in(here.weight, here.metric, here.settings) for form in here.forms}
+    return {form: FORMS[form].errors_in(here.factorized, here.metric, here.settings) for form in here.forms}

@@ -125,7 +125,7 @@ class DropGate:
 
 def _name(planned: PlannedModel) -> str:
     """What the quality of the model that a plan leads to is called in the journal."""
-    chosen = [(layer.name, layer.form, layer.rank) for layer in planned.plan.layers]
+    chosen = [(layer.name, layer.form, layer.rank, layer.share) for layer in planned.plan.layers]
     return f"quality of {planned.solution} {chosen}"
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from compressor.calibration.calibration import Calibration
-from compressor.forms import LowRankEmbedding
+from compressor.calibration.calibration import Calibration, start_of
+from compressor.forms import InitialLayer, LowRankEmbedding
 from compressor.lowrank import TiedHead, carry_over, filled_layer
 from compressor.planning import LayerPlan
 
@@ -17,8 +18,8 @@ from compressor.planning import LayerPlan
 class Replacements(Mapping[str, nn.Module]):
     """The modules that take the places of others in a model, by these places.
 
-    A low-rank layer is made when it is asked for, and again when it is asked for after nobody held it any more. Batch
-    normalizations that `moved` have other statistics.
+    A low-rank layer is made when it is asked for, and again when it is asked for after nobody held it any more; one in
+    an initial form has its start only as long. Batch normalizations that `moved` have other statistics.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Replacements(Mapping[str, nn.Module]):
         self.factors, self.moved = factors, {} if moved is None else moved
         # Not the calibration itself, whose moments are on disk as long as somebody holds it.
         self._model, self._layers = calibration.model, calibration.layers
+        self._start = partial(start_of, initial=calibration.initial, device=calibration.run.device)
         # Several parameters of one module are factorized in the same low-rank module.
         self._plans: dict[str, list[LayerPlan]] = {}
         self._modules: dict[str, str] = {}
@@ -63,14 +65,21 @@ class Replacements(Mapping[str, nn.Module]):
     def _low_rank(self, name: str) -> nn.Module:
         made = self._model.get_submodule(name)
         for plan in self._plans[name]:
-            made = filled_layer(self._layers[plan.name], plan, made, tensors=self.factors[plan.name])
+            layer = self._layers[plan.name]
+            start = self._start(layer, plan.share)
+            made = filled_layer(layer, plan, made, tensors=self.factors[plan.name], start=start)
         return made
 
     def _head(self, name: str) -> nn.Module:
         embedding, head = self[self._embeddings[name]], self._model.get_submodule(name)
-        assert isinstance(embedding, LowRankEmbedding)
-        tied = TiedHead(embedding, head.bias).train(head.training)  # type: ignore[arg-type]
-        carry_over(head, tied)
+        bias = head.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        if isinstance(embedding, InitialLayer):
+            tied: nn.Module = _HeadOfInitial(embedding, bias)
+        else:
+            assert isinstance(embedding, LowRankEmbedding)
+            tied = TiedHead(embedding, bias)
+        carry_over(head, tied.train(head.training))
         return tied
 
     def __iter__(self) -> Iterator[str]:
@@ -78,3 +87,14 @@ class Replacements(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len({**self._modules, **self._embeddings, **self.moved})
+
+
+class _HeadOfInitial(nn.Module):
+    """An output head that is tied to an embedding in an initial form."""
+
+    def __init__(self, embedding: InitialLayer, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.embedding, self.bias = embedding, bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.embedding.formed_weight(), self.bias)

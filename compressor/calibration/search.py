@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +23,14 @@ from compressor.calibration.decompositions import decompose_layers, decompositio
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
+from compressor.calibration.starts import starts_in_metric
 from compressor.choices import FormRequest
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
+from compressor.forms import FORMS, InitialForm, PairForm, from_initial
 from compressor.io import Checkpoint, Provenance
 from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
+from compressor.measure import Spectrum, truncation_errors
 from compressor.model import Model
 from compressor.network import Layer
 from compressor.planning import (
@@ -329,7 +333,8 @@ def _with_errors(subject: Model, calibration: Calibration, found: Candidate) -> 
         tensors = _in_stored_dtypes(subject.checkpoint, layer, found.solved.factors[plan.name])
         matrix = in_float64(as_matrix(layer, calibration.weight(layer)))
         metric = calibration.metrics.get(plan.name)
-        errors[plan.name] = stored_error(layer, plan, tensors, matrix=matrix, metric=metric)
+        start = calibration.start(layer, plan.share)
+        errors[plan.name] = stored_error(layer, plan, tensors, matrix=matrix, metric=metric, start=start)
     return _ChosenFactors(subject.checkpoint, calibration.layers, found.solved.factors, errors)
 
 
@@ -503,8 +508,8 @@ class Search:
 
 
 def _name(layers: Sequence[LayerPlan]) -> str:
-    """The name of a plan in the journal: a digest of its ranks and forms."""
-    chosen = json.dumps([[layer.name, layer.form, layer.rank] for layer in layers])
+    """The name of a plan in the journal: a digest of its ranks, forms, and shares of the initial weights."""
+    chosen = json.dumps([[layer.name, layer.form, layer.rank, layer.share] for layer in layers])
     return hashlib.sha256(chosen.encode()).hexdigest()[:16]
 
 
@@ -513,18 +518,48 @@ def _loss(candidate: Candidate) -> float:
 
 
 def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration) -> list[MeasuredLayer]:
-    """The layers with their singular values in the metric of the loss; a layer that no example reached stays dense."""
+    """The layers with their singular values in the metric of the loss; a layer that no example reached stays dense.
+
+    Of a layer with a start the share is that of its recipe, or else the one that fits best in this metric.
+    """
     reached = [m for m in measured if m.layer.name in calibration.metrics]
-    decompose_layers(calibration, [m.layer for m in reached])
-    with_own = [m for m in reached if m.own_values]
-    found = own_errors(calibration, [(m.layer, tuple(m.own_values)) for m in with_own])
-    own = {m.layer.name: errors for m, errors in zip(with_own, found, strict=True)}
-    weighted = []
-    for m in measured:
-        name = m.layer.name
-        if name not in calibration.metrics:
-            weighted.append(replace(m, stays_dense="no calibration example reached it with an effect on the outputs"))
-            continue
-        values, uses = decomposition_of(calibration, m.layer).values, calibration.uses[name]
-        weighted.append(replace(m, weighted_values=values, own_errors=own.get(name, {}), uses=uses))
-    return weighted
+    decompose_layers(calibration, [(m.layer, None) for m in reached])
+    starts = starts_in_metric(calibration, [(m.layer, m.start) for m in reached if m.start is not None])
+    reached = [m if m.start is None else replace(m, start=next(starts)) for m in reached]
+    decompose_layers(calibration, [(m.layer, m.start.share) for m in reached if m.start is not None])
+    found = own_errors(calibration, [asked for m in reached for asked in _asked(m)])
+    weighted = {}
+    for m in reached:
+        own: dict[str, Spectrum] = {}
+        for _ in _asked(m):
+            own |= next(found)
+        weighted[m.layer.name] = _weighted(m, calibration, own)
+    unreached = "no calibration example reached it with an effect on the outputs"
+    return [weighted.get(m.layer.name) or replace(m, stays_dense=unreached) for m in measured]
+
+
+def _asked(m: MeasuredLayer) -> list[tuple[Layer, float | None, Sequence[str]]]:
+    """The forms of a layer whose errors are not those of a truncated SVD: of its matrix, and of what training wrote."""
+    of_layer = [form for form in m.own_values if not from_initial(form)]
+    of_written = [form for form in m.own_values if _of_own_errors(FORMS[form])]
+    share = None if m.start is None else m.start.share
+    asked = ((m.layer, None, of_layer), (m.layer, share, of_written))
+    return [(layer, share, forms) for layer, share, forms in asked if forms]
+
+
+def _of_own_errors(form: PairForm) -> bool:
+    """Whether what training wrote errs otherwise in a form than its truncated SVD."""
+    return isinstance(form, InitialForm) and form.pair.has_own_errors
+
+
+def _weighted(m: MeasuredLayer, calibration: Calibration, own: Mapping[str, Spectrum]) -> MeasuredLayer:
+    """A layer with its values in the metric; what training wrote errs relative to the whole layer too."""
+    values, errors = decomposition_of(calibration, m.layer).values, dict(own)
+    if m.start is not None:
+        written = decomposition_of(calibration, m.layer, calibration.start(m.layer, m.start.share)).values
+        total, of_written = (float(np.square(each).sum()) for each in (values, written))
+        relative = math.sqrt(of_written / total) if total > 0 else 0.0
+        for form in m.own_values:
+            if from_initial(form):
+                errors[form] = relative * (own[form] if form in own else truncation_errors(written))
+    return replace(m, weighted_values=values, own_errors=errors, uses=calibration.uses[m.layer.name])

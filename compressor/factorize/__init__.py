@@ -4,7 +4,13 @@ from compressor.factorize.balanced import balanced
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
-from compressor.factorize.tied_embedding import TiedMetric, decompose_tied, embedding_metric, tied_truncated_svd
+from compressor.factorize.tied_embedding import (
+    TiedMetric,
+    decompose_tied,
+    embedding_metric,
+    nearest_kronecker_metric,
+    tied_truncated_svd,
+)
 from compressor.factorize.truncated_svd import FactorPair, truncated_svd, working_bytes
 from compressor.factorize.weighted_svd import (
     Decomposition,
@@ -28,6 +34,7 @@ __all__ = [
     "decompose",
     "decompose_tied",
     "embedding_metric",
+    "nearest_kronecker_metric",
     "pivoted_pair",
     "spatial_errors",
     "spatial_matrix",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from compressor.initial.weights import Start
+from compressor.initial.weights import InitialWeights, Start
 
-__all__ = ["Start"]
+__all__ = ["InitialWeights", "Start"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,3 +29,21 @@ class Start:
     share: float
     written: float
     rank_bound: int | None = None
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """The weights that training started from, each drawn again or read when it is asked for.
+
+    Attributes:
+        source: What they are called in messages.
+        read: The tensor of a name in the state of the module, None where there is none.
+    """
+
+    source: str
+    read: Callable[[str], Tensor | None] = field(repr=False)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], source: str = "the initial state") -> InitialWeights:
+        """Those of a module's state that was kept."""
+        return cls(source, state.get)

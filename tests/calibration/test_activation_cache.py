@@ -48,16 +48,16 @@ def test_what_is_kept_is_found_again_until_it_is_replaced(temporary: Path) -> No
 @pytest.mark.usefixtures("temporary")
 def test_decompositions_are_kept_by_layer_in_their_own_precision() -> None:
     kept = ActivationCache(CPU).decompositions()
-    assert "a" not in kept
+    assert not kept.has("a")
     for name, dtype in (("a", torch.float32), ("b", torch.float64)):
         kept.put(name, Decomposition(np.arange(3.0)[::-1], torch.randn(3, 3, dtype=torch.float64)))
         last = Decomposition(np.array([2.0, 1.0, np.pi]), torch.randn(3, 3, dtype=dtype))
         kept.put(name, last)
-        found = kept[name]
+        found = kept.get(name)
         np.testing.assert_array_equal(found.values, last.values)
         assert found.basis.dtype == dtype
         assert torch.equal(found.basis, last.basis)
-        assert name in kept
+        assert kept.has(name)
 
 
 @pytest.mark.usefixtures("temporary")
@@ -182,7 +182,7 @@ def test_metrics_are_kept_to_the_precision_of_float32_whatever_their_scale(scale
     kept.put("a", Metric(inputs, gradients, x[0]))
     kept.put("b", Metric(inputs, gradients[0]), inputs_of="a")
     for name, metric in (("a", Metric(inputs, gradients, x[0])), ("b", Metric(inputs, gradients[0]))):
-        found = kept[name]
+        found = kept.get(name)
         assert isinstance(found, Metric)
         for one, other in ((found.inputs, metric.inputs), (found.gradients, metric.gradients)):
             assert one.dtype == torch.float64
