@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from compressor.calibration import (
     split_examples,
     uncompensated,
 )
-from compressor.calibration.search import weighted_layers
+from compressor.calibration.search import Search, weighted_layers
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.engine import Run
@@ -34,7 +34,7 @@ from compressor.initial import InitialWeights, Start
 from compressor.lowrank import as_matrix, stored_matrix
 from compressor.model import open_model
 from compressor.network import Layer
-from compressor.planning import LayerPlan, MeasuredLayer
+from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks
 from tests.calibration.tiny_models import (
     CPU,
     TWO_PASSES,
@@ -295,3 +295,26 @@ def test_a_start_is_in_memory_as_long_as_its_layer(trained: Trained) -> None:
     assert modules["5"] is layer
     del layer
     assert start() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "most"), [(0.5, 1.0), (0.2, 0.7), (0.1, 0.7)])
+def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, keep: float, most: float) -> None:
+    calibration, with_start = trained.calibration, measured(trained, START)
+    plain = [each for each in FORMS if not FORMS[each].from_initial]
+    without = [
+        replace(m, start=None, own_values={form: each for form, each in m.own_values.items() if form in plain})
+        for m in with_start
+    ]
+    losses = []
+    for layers in (without, with_start):
+        search = Search(calibration, weighted_layers(layers, calibration), allocate, calibration.settings.exponents)
+        found = search.best(Budget("keep", keep))
+        assert sum(each.parameters for each in found.layers) <= keep * sum(m.layer.parameters for m in layers)
+        assert all((each.share is not None) == each.form.startswith("initial") for each in found.layers)
+        losses.append(found.loss)
+    assert losses[1] <= most * losses[0]
+
+
+def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
+    return choose_ranks(layers, budget, "auto", file_bytes=lambda _: 0, exponent=exponent)
