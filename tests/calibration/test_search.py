@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,17 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(t
     assert divergence(trained, calibrated.model) <= divergence(trained, plain.model) / 2
 
 
-@pytest.mark.parametrize(("keep", "share"), [(0.2, 1.0), (0.07, 0.8)])
-def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(
-    trained: nn.Module, keep: float, share: float
-) -> None:
-    settings, run = CalibrationSettings.of("balanced"), Run(torch.device("cpu"))
-    chosen = plan(trained, keep=keep, calibration=batches(), effort="balanced", prefer="size")
+@pytest.mark.parametrize("keep", [0.12, 0.07])
+def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(trained: nn.Module, keep: float) -> None:
+    # Of so few examples it takes all.
+    settings, run = replace(CalibrationSettings.of("balanced"), refit_every=1), Run(torch.device("cpu"))
+    chosen = plan(trained, keep=keep, calibration=batches(), calibration_settings=settings, prefer="size")
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(open_data(batches())), run=run, settings=settings)
     refitted, truncated = (
         holdout_loss(calibration, each(calibration, chosen.layers).modules) for each in (compensate, uncompensated)
     )
-    assert refitted < share * truncated
+    assert refitted < 0.8 * truncated
     assert chosen.calibration is not None
     assert chosen.calibration.holdout_loss == pytest.approx(min(refitted, truncated))
 
