@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from compressor.errors import BadInput
+from compressor.initial import share_left
 from compressor.io import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
 from compressor.io.tensors import StoredTensor
-from compressor.measure.memory_window import retention
 from compressor.measure.rounding import Rounding, rounding
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
@@ -116,16 +114,6 @@ def _subtracted(new: Tensor, old: Tensor, share: float) -> Tensor:
 
 def _norm(new: Tensor, old: Tensor, share: float) -> float:
     return float(_subtracted(new, old, share).norm())
-
-
-@lru_cache(maxsize=64)
-def share_left(recipe: TrainingRecipe) -> float | None:
-    """How much of the start is left in a matrix, `p_T`; None where the recipe does not tell."""
-    if recipe.weight_decay == 0:
-        return 1.0
-    with suppress(BadInput):
-        return retention(recipe, recipe.total_steps or 1).weights
-    return None
 
 
 def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:

@@ -20,9 +20,10 @@ from compressor.fine_tuning.adapter import (
     adapter_artifact,
     adapter_of,
 )
-from compressor.fine_tuning.difference import Difference, compare_checkpoints, share_left
+from compressor.fine_tuning.difference import Difference, compare_checkpoints
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
 from compressor.forms import CHANNEL, DENSE, PLAIN
+from compressor.initial import share_left
 from compressor.io import Artifact, Provenance, portable_name
 from compressor.lowrank import StoredErrors
 from compressor.measure import EPSILON

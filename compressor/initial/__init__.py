@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from compressor.initial.weights import InitialWeights, Start
+from compressor.initial.weights import (
+    InitialWeights,
+    Start,
+    fitted_share,
+    initial_tensor,
+    share_left,
+    start_of,
+    starts_of,
+)
 
-__all__ = ["InitialWeights", "Start"]
+__all__ = ["InitialWeights", "Start", "fitted_share", "initial_tensor", "share_left", "start_of", "starts_of"]

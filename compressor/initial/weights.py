@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import BadInput
+from compressor.io import Checkpoint, local_model, open_checkpoint, refuse_adapter, refuse_fp8
+from compressor.measure.memory_window import memory_window, retention
+from compressor.network import Architecture, Layer, with_separate_experts
+from compressor.recipe import TrainingRecipe
+from compressor.torch_state import float64_device
+
+LEAST_Z = 8.0
+"""The correlation of a layer with its start, in standard deviations of chance: a hit from here on."""
+
+# The remainder after the predicted share may be larger than after the fit by this share of it.
+_CLEARLY_WORSE = 0.01
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,8 @@ class Start:
         z: The correlation times the square root of the count of numbers: of two random matrices about 1.
         predicted: The share that weight decay left by the layer's own recipe, exp(-K); None where that is not known.
         fitted: The share by least squares; in the metric of the loss where there is one.
-        share: The one that is used: predicted where the recipe is known, else fitted.
+        share: The one that is used: predicted where the recipe is known and leaves no more to write than the fit does
+            by 1 %, else fitted.
         written: The norm of what training wrote beside that of the layer.
         rank_bound: The bound on the rank of what training wrote, `B R T`; None where it is vacuous.
     """
@@ -31,19 +52,236 @@ class Start:
     rank_bound: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InitialWeights:
-    """The weights that training started from, each drawn again or read when it is asked for.
+    """The initial weights of a model: `read` gives a tensor by its name in the module's state, or None.
 
     Attributes:
-        source: What they are called in messages.
-        read: The tensor of a name in the state of the module, None where there is none.
+        source: What it is called in messages.
+        read: The initial tensor of a name in the module's state; None where there is none.
+        checkpoint_name: The name of the checkpoint that they were read from.
+        digest: The SHA-256 of that checkpoint.
     """
 
     source: str
     read: Callable[[str], Tensor | None] = field(repr=False)
+    checkpoint_name: str | None = None
+    digest: str | None = None
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], source: str = "the initial state") -> InitialWeights:
-        """Those of a module's state that was kept."""
-        return cls(source, state.get)
+    def from_seed(cls, build: Callable[[], nn.Module], seed: int) -> InitialWeights:
+        """What a model's own code draws after its seed was set, as `transformers.set_seed` sets it.
+
+        Args:
+            build: Builds the untrained model.
+            seed: The seed of Python's, NumPy's and PyTorch's generators, which are restored afterwards.
+
+        Returns:
+            The initial weights; experts have the names that they have when they are separate.
+
+        Raises:
+            BadInput: no generator takes the seed.
+        """
+        with seeded(seed):
+            module = build()
+        return cls.from_state(_state(module), source=f"seed {seed}")
+
+    @classmethod
+    def from_checkpoint(
+        cls, model: str | Path | nn.Module | Checkpoint, architecture: Architecture | None = None
+    ) -> InitialWeights:
+        """The weights of a checkpoint of the initial model, or of an early step; read tensor by tensor.
+
+        Args:
+            model: A file, a folder, the name of a model of the hub, a module, or what was opened of one.
+            architecture: What its tensors are called in the module; None where they have the same names.
+
+        Raises:
+            BadInput: it cannot be read, or is an adapter or of 8-bit floats.
+        """
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(local_model(model))
+        refuse_adapter(checkpoint)
+        refuse_fp8(checkpoint)
+        names: dict[str, str] = {}
+        for name in (*checkpoint.tensors, *checkpoint.aliases):
+            in_module = name if architecture is None else architecture.module_name(name)
+            if in_module is not None:
+                names.setdefault(in_module, name)
+
+        def read(name: str) -> Tensor | None:
+            return checkpoint.read(names[name]) if name in names else None
+
+        digest = None if checkpoint.source is None else checkpoint.digest()
+        return cls(checkpoint.name, read, checkpoint_name=checkpoint.name, digest=digest)
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]], *, source: str = "the initial state"
+    ) -> InitialWeights:
+        """The weights of a state dict, or of a function that returns one, which is called when it is first needed.
+
+        Raises:
+            BadInput: what was given, or what the function returns, is no state dict.
+        """
+        known: list[Mapping[str, Tensor]] = [] if callable(state) else [_checked_state(state, source)]
+
+        def read(name: str) -> Tensor | None:
+            if not known and callable(state):
+                known.append(_checked_state(state(), source))
+            return known[0].get(name)
+
+        return cls(source, read)
+
+
+def _checked_state(state: object, source: str) -> Mapping[str, Tensor]:
+    remedy = "give what `state_dict()` of the untrained model returns"
+    if not isinstance(state, Mapping):
+        raise BadInput(f"{source} is a {type(state).__name__}, not a state dict", option="initial", remedy=remedy)
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise BadInput(f"{source} holds no tensors", option="initial", remedy=remedy)
+    return tensors
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module by its own names, and by those that it has with separate experts."""
+    apart = with_separate_experts(module)
+    return {**apart.state_dict(), **module.state_dict()}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Set the seeds of Python, NumPy and PyTorch as `transformers.set_seed` does, and restore the generators.
+
+    A seed beyond what NumPy takes sets the other two. Raises `BadInput` for one that PyTorch does not take.
+    """
+    if not 0 <= seed < 2**64:
+        raise BadInput(f"{seed} is no seed", option="initial", remedy="give a whole number from 0 to 2^64 - 1")
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=()):
+            random.seed(seed)
+            if seed < 2**32:
+                np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def initial_tensor(layer: Layer, initial: InitialWeights) -> Tensor | None:
+    """The initial weight of a layer, in the shape that it has in the checkpoint; None where there is none."""
+    name = f"{layer.module}.{layer.parameter}".lstrip(".")
+    found = initial.read(name)
+    if found is None and name != layer.tensor:
+        found = initial.read(layer.tensor)
+    fits = found is not None and tuple(found.shape) == layer.tensor_shape and found.is_floating_point()
+    return found if fits else None
+
+
+def starts_of(
+    layers: Iterable[Layer],
+    checkpoint: Checkpoint,
+    initial: InitialWeights,
+    *,
+    recipe: TrainingRecipe | None = None,
+    uses: Mapping[str, int | None] | None = None,
+) -> dict[str, Start]:
+    """What each layer still has of its initial weights; only the layers that correlate with them.
+
+    Args:
+        layers: The layers of a trained model.
+        checkpoint: Their weights.
+        initial: The weights that training may have started from.
+        recipe: How the model was trained; None predicts no share.
+        uses: How often one example uses a layer, by the layer's name, for the bound on the rank.
+
+    Returns:
+        The start of each layer with `z` of at least 8, by the layer's name.
+    """
+    found: dict[str, Start] = {}
+    for layer in layers:
+        drawn = initial_tensor(layer, initial)
+        if drawn is None:
+            continue
+        own = None if recipe is None else recipe.of_parameter(layer.tensor)
+        start = start_of(checkpoint.read(layer.tensor), drawn, recipe=own)
+        if start is not None:
+            bound = _rank_bound(start, layer, own, uses=(uses or {}).get(layer.name))
+            found[layer.name] = start if bound is None else replace(start, rank_bound=bound)
+    return found
+
+
+def _rank_bound(start: Start, layer: Layer, recipe: TrainingRecipe | None, *, uses: int | None) -> int | None:
+    """`B R T`, which holds for the remainder after the predicted share alone; None where it is vacuous."""
+    if recipe is None or start.share != start.predicted:
+        return None
+    bound = memory_window(recipe, layer.shape, uses).learned_rank_bound
+    return bound if bound is not None and bound < min(layer.shape) else None
+
+
+def start_of(
+    weight: Tensor,
+    initial: Tensor,
+    *,
+    recipe: TrainingRecipe | None = None,
+    in_metric: Callable[[Tensor], Tensor] | None = None,
+) -> Start | None:
+    """What a weight still has of its initial one; None where they do not correlate.
+
+    Args:
+        weight: The trained weight, of any shape.
+        initial: The initial one, of the same shape.
+        recipe: How this parameter was trained (`TrainingRecipe.of_parameter`).
+        in_metric: Maps a weight linearly to where Euclidean distance is that of the loss, for the fit; None is the
+            Frobenius norm.
+
+    Returns:
+        The start, where the correlation stands at least 8 standard deviations above chance. The share is the predicted
+        one unless its remainder is more than 1 % larger than that of the fit, or the recipe does not tell it.
+    """
+    device = float64_device(weight.device)
+    trained, drawn = (each.detach().to(device).to(torch.float64) for each in (weight, initial))
+    correlation = correlation_of(trained, drawn)
+    z = correlation * math.sqrt(trained.numel())
+    if not z >= LEAST_Z:
+        return None
+    predicted = None if recipe is None else share_left(recipe)
+    mapped = (trained, drawn) if in_metric is None else (in_metric(trained), in_metric(drawn))
+    fitted = fitted_share(*mapped)
+    share = fitted
+    if predicted is not None and _remainder(mapped, predicted) <= (1 + _CLEARLY_WORSE) * _remainder(mapped, fitted):
+        share = predicted
+    norm = float(trained.norm())
+    return Start(correlation, z, predicted, fitted, share, written=_remainder((trained, drawn), share) / norm)
+
+
+def correlation_of(first: Tensor, second: Tensor) -> float:
+    """The correlation of two tensors' numbers, their means subtracted; 0 where one of them is constant."""
+    one, two = first - first.mean(), second - second.mean()
+    norms = float(one.norm()) * float(two.norm())
+    product = float(torch.dot(one.flatten(), two.flatten()))
+    return product / norms if norms > 0 and math.isfinite(norms) else 0.0
+
+
+def fitted_share(weight: Tensor, initial: Tensor) -> float:
+    """The share a that makes `||W - a W_0||` least: `<W, W_0> / ||W_0||^2`; of tensors in any metric."""
+    one, two = weight.flatten(), initial.flatten()
+    return float(torch.dot(one, two) / torch.dot(two, two))
+
+
+def _remainder(pair: tuple[Tensor, Tensor], share: float) -> float:
+    """The norm of `W - share * W_0`."""
+    weight, initial = pair
+    return float(torch.sub(weight, initial, alpha=share).norm())
+
+
+@lru_cache(maxsize=64)
+def share_left(recipe: TrainingRecipe) -> float | None:
+    """How much of the start is left in a matrix, `p_T`; None where the recipe does not tell."""
+    if recipe.weight_decay == 0:
+        return 1.0
+    with suppress(BadInput):
+        return retention(recipe, recipe.total_steps or 1).weights
+    return None

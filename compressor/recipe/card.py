@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.documents import parse_yaml, read_text
 from compressor.errors import BadInput
-from compressor.recipe.recipe import TrainingRecipe
+from compressor.recipe.recipe import TrainingRecipe, whole_seed
 from compressor.recipe.trainer import optimizer_named, warmup
 
 _HEADING = re.compile(r"^#+[ \t]*training hyperparameters[ \t]*$", re.IGNORECASE | re.MULTILINE)
@@ -38,6 +38,7 @@ def read_model_card(path: str | Path) -> TrainingRecipe:
     values: dict[str, Any] = _trainer_values(items)
     own = {entry.name for entry in fields(TrainingRecipe)} - {"sources", "optimizer"}
     values |= {name: value for name, value in items.items() if name in own}
+    values["seed"] = whole_seed(items.get("seed"))
     values["base_model"] = values.get("base_model") or _base_model(text)
     return TrainingRecipe.from_dict(values, source=f"{path.name} (model card)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +21,8 @@ KNOWN_SCHEDULES = ("constant", "linear", "cosine", "step")
 
 # More than any training has taken.
 MOST_STEPS = 10**8
+# The seeds that PyTorch takes.
+MOST_SEEDS = 2**64
 _MOST = 10**15
 
 _SGD = frozenset({"sgd", "sgdw"})
@@ -93,6 +96,7 @@ class TrainingRecipe:
         group_weight_decay: Pairs of a glob and the weight decay of the parameters that it matches, the first match
             counting; a mapping is accepted too.
         base_model: The model whose weights training started from.
+        seed: The seed of the run, which in most scripts is set before the model is built.
         sources: Where each field was read.
 
     Raises:
@@ -123,6 +127,7 @@ class TrainingRecipe:
     undecayed: tuple[str, ...] | None = None
     group_weight_decay: tuple[tuple[str, float], ...] | None = None
     base_model: str | None = None
+    seed: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -149,6 +154,7 @@ class TrainingRecipe:
         for name, most in _COUNTS.items():
             if (value := getattr(self, name)) is not None:
                 self._set(name, self._count(name, value, least=1, most=most))
+        self._check_seed()
         if self.warmup_steps is not None:
             warmup = self._real("warmup_steps", self.warmup_steps)
             if not 0 < warmup < 1:
@@ -191,6 +197,15 @@ class TrainingRecipe:
         if not least <= number <= most:
             raise self._bad(name, f"must be from {least} to {most:.0e}")
         return int(number)
+
+    def _check_seed(self) -> None:
+        """Every digit of a seed counts, so it is never a float."""
+        if self.seed is None:
+            return
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise self._bad("seed", "is not a whole number")
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise self._bad("seed", "must be from 0 to 2^64 - 1")
 
     def _milestones(self) -> tuple[int, ...] | None:
         given = self.step_milestones
@@ -414,6 +429,12 @@ def finite_number(value: object) -> float | None:
     return float(value)
 
 
+def whole_seed(value: object) -> int | None:
+    """The value as a seed, whatever a file holds there; None if it is not one."""
+    read = _typed("seed", value)
+    return read if isinstance(read, int) and not isinstance(read, bool) and 0 <= read < MOST_SEEDS else None
+
+
 def fields_like(key: str) -> list[str]:
     """The recipe fields that a key may misspell or abbreviate."""
     names = [entry.name for entry in fields(TrainingRecipe) if entry.name != "sources"]
@@ -435,6 +456,8 @@ def _typed(name: str, value: object) -> object:
     text = value.strip()
     if name in ("optimizer", "schedule"):
         return text or None
+    if name == "seed":
+        return int(text) if re.fullmatch(r"\d{1,20}", text) else text
     if name in _SWITCHES:
         return {"true": True, "false": False}.get(text.lower(), text)
     if name in ("step_milestones", "undecayed"):

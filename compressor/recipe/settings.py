@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor.documents import read_yaml
 from compressor.errors import BadInput
-from compressor.recipe.recipe import TrainingRecipe, finite_number
+from compressor.recipe.recipe import TrainingRecipe, finite_number, whole_seed
 
 # The field of a recipe: the names under which scripts keep it, the clearest first.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -34,6 +34,7 @@ _SECTIONS = (
     *("lr_scheduler", "scheduler", "hparams", "hyper_parameters", "args", "data", "dataset", "common", "config"),
 )
 _TYPE_OF_A_SECTION = ("_target_", "type", "name", "_name", "class", "class_path")
+_SEED = ("seed", "random_seed", "manual_seed", "manualseed", "seed_everything", "init_seed", "rng_seed")
 _TOTAL_BATCH = ("total_batch_size", "global_batch_size", "effective_batch_size", "total_train_batch_size")
 _BATCH = (
     *("batch_size", "train_batch_size", "per_device_train_batch_size", "batch_size_per_gpu", "micro_batch_size"),
@@ -116,6 +117,7 @@ def _found(document: Mapping[Any, Any]) -> dict[str, Any]:
         del values["schedule_steps"]
     _warmup(values, places)
     values["batch_size"] = _batch_size(places)
+    values["seed"] = whole_seed(_first(places, _SEED))
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.documents import read_yaml
-from compressor.recipe.recipe import TrainingRecipe
+from compressor.recipe.recipe import TrainingRecipe, whole_seed
 from compressor.recipe.trainer import product
 
 # timm's names for stochastic gradient descent; its "sgd" is Nesterov's (timm.optim, optimizer registry).
@@ -38,6 +38,7 @@ def read_timm_args(path: str | Path) -> TrainingRecipe:
         "schedule": arguments.get("sched"),
         "epochs": arguments.get("epochs"),
         "batch_size": _global_batch(arguments),
+        "seed": whole_seed(arguments.get("seed")),
     }
     if isinstance(values["optimizer"], str) and values["optimizer"].lower() in _SGD:
         values["optimizer"], values["nesterov"] = _SGD[values["optimizer"].lower()]

@@ -18,7 +18,7 @@ from typing import Any
 
 from compressor.documents import read_json, read_regular_file
 from compressor.errors import BadInput
-from compressor.recipe.recipe import TrainingRecipe, finite_number
+from compressor.recipe.recipe import TrainingRecipe, finite_number, whole_seed
 
 _MOST_BYTES = 2**24
 _LEAST_SAMPLES = 3
@@ -74,6 +74,7 @@ def read_training_args(path: str | Path) -> TrainingRecipe:
         "schedule_steps": planned if by_steps else None,
         "epochs": None if by_steps else arguments.get("num_train_epochs"),
         "sequence_length": sequence_length,
+        "seed": whole_seed(arguments.get("seed")),
     }
     if not {"learning_rate", "optim", "adafactor"} & arguments.keys():
         raise BadInput(
