@@ -107,6 +107,7 @@ def test_training_arguments_of_transformers(tmp_path: Path, legacy: bool) -> Non
         batch_size=12,
         epochs=2,
         undecayed=recipe.undecayed,
+        seed=42,
     )
     assert set(recipe.sources.values()) == {"training_args.bin"}
 
@@ -248,6 +249,7 @@ def test_card_that_transformers_writes(tmp_path: Path) -> None:
         warmup_steps=50,
         batch_size=16,
         steps=1000,
+        seed=42,
     )
 
 
@@ -278,6 +280,7 @@ def test_card_with_further_lines(tmp_path: Path) -> None:
         dataset_size=1000,
         sequence_length=1,
         undecayed=("*.bias", "*norm*"),
+        seed=0,
     )
     assert recipe.total_steps == 30 * 32
     assert set(recipe.sources.values()) == {"README.md (model card)"}
@@ -607,3 +610,23 @@ def test_the_log_of_a_trainer_tells_a_schedule_that_all_its_rates_lie_on(
 def test_a_base_model_is_called_by_its_name_and_not_by_a_path_of_the_machine():
     for given, name in (("/home/me/runs/first", "first"), ("org/name", "org/name"), ("runs/first", "runs/first")):
         assert TrainingRecipe(base_model=given).base_model == name
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "seed"),
+    [
+        ("args.yaml", "lr: 0.1\nopt: sgd\nseed: 7\n", 7),
+        ("recipe.yaml", "learning_rate: 0.1\nseed: '18446744073709551615'\n", 2**64 - 1),
+        ("config.yaml", "optimizer:\n  lr: 0.1\nseed_everything: 11\n", 11),
+        ("config.yaml", "optimizer:\n  lr: 0.1\nseed_everything: true\n", None),
+    ],
+)
+def test_the_seed_is_read_to_its_last_digit(tmp_path: Path, name: str, text: str, seed: int | None) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert find_recipe(tmp_path).seed == seed
+
+
+@pytest.mark.parametrize("seed", [1.0, True, -1, 2**64])
+def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
+    with pytest.raises(BadInput, match="seed = "):
+        TrainingRecipe(seed=seed)

@@ -1,0 +1,113 @@
+"""The initial weights and what a layer still has of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from compressor.errors import BadInput
+from compressor.initial import InitialWeights, fitted_share, start_of, starts_of
+from compressor.io import open_checkpoint
+from compressor.network import find_layers, module_architecture
+from compressor.recipe import TrainingRecipe
+
+
+def build() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 16))
+
+
+def trained(seed: int, *, share: float = 0.8) -> nn.Sequential:
+    """A network whose first layer kept a share of its start, and whose second one is another's."""
+    torch.manual_seed(seed)
+    module = build()
+    column, row = torch.randn(32, 1), torch.randn(1, 24)
+    with torch.no_grad():
+        module[0].weight.mul_(share).add_(column @ row, alpha=0.02)
+        module[2].weight.normal_(std=0.1)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_generator():
+    with torch.random.fork_rng(devices=()):
+        yield
+
+
+def test_a_layer_that_correlates_with_its_start_has_one_and_another_has_none():
+    module = trained(3)
+    checkpoint = open_checkpoint(module)
+    layers = find_layers(checkpoint, module_architecture(module))
+    found = starts_of(layers, checkpoint, InitialWeights.from_seed(build, 3))
+    assert set(found) == {"0"}
+    start = found["0"]
+    assert start.z == pytest.approx(start.correlation * math.sqrt(24 * 32))
+    assert start.fitted == pytest.approx(0.8, abs=0.02)
+    assert start.share == start.fitted
+    assert start.predicted is None
+    assert 0.05 < start.written < 0.5
+    assert starts_of(layers, checkpoint, InitialWeights.from_seed(build, 4)) == {}
+
+
+def test_the_generators_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    InitialWeights.from_seed(build, 1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(BadInput, match="-1 is no seed"):
+        InitialWeights.from_seed(build, -1)
+
+
+@pytest.mark.parametrize(("decay", "used"), [(0.2231435, "predicted"), (1.0, "fitted")])
+def test_the_share_is_the_predicted_one_where_it_leaves_no_more_than_the_fit(decay, used):
+    drawn = torch.randn(40, 40, dtype=torch.float64)
+    recipe = TrainingRecipe(optimizer="adamw", learning_rate=0.01, weight_decay=decay, schedule="constant", steps=100)
+    start = start_of(0.8 * drawn + 0.05 * torch.randn(40, 40, dtype=torch.float64), drawn, recipe=recipe)
+    assert start is not None
+    assert start.predicted == pytest.approx((1 - 0.01 * decay) ** 100, rel=1e-3)
+    assert start.share == getattr(start, used)
+
+
+def test_the_fit_is_taken_in_the_metric_that_is_given():
+    drawn, written = torch.randn(2, 30, 30, dtype=torch.float64)
+    written[:, :15] = 0
+    start = start_of(0.7 * drawn + written, drawn, in_metric=lambda weight: weight[:, :15])
+    assert start is not None
+    assert start.fitted == pytest.approx(0.7)
+    assert start.written == pytest.approx(float(written.norm() / (0.7 * drawn + written).norm()))
+
+
+def test_a_common_mean_is_no_correlation():
+    first, second = 1 + 0.1 * torch.randn(2, 50, 50, dtype=torch.float64)
+    assert start_of(first, second) is None
+    assert fitted_share(first, second) == pytest.approx(1, abs=0.02)
+
+
+def test_a_checkpoint_and_a_state_give_the_same_weights(tmp_path):
+    torch.manual_seed(3)
+    module = build()
+    torch.save(module.state_dict(), tmp_path / "initial.pt")
+    called = []
+    sources = (
+        InitialWeights.from_checkpoint(tmp_path / "initial.pt"),
+        InitialWeights.from_state(module.state_dict()),
+        InitialWeights.from_state(lambda: called.append(1) or module.state_dict()),
+    )
+    assert not called
+    for initial in sources:
+        assert torch.equal(initial.read("0.weight"), module[0].weight)
+        assert initial.read("elsewhere") is None
+    assert called == [1]
+    assert sources[0].digest is not None
+
+
+@pytest.mark.parametrize("state", [3, {}, {"name": "a"}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(BadInput, match="the initial state"):
+        InitialWeights.from_state(state)
