@@ -621,7 +621,7 @@ def test_a_base_model_is_called_by_its_name_and_not_by_a_path_of_the_machine():
         ("config.yaml", "optimizer:\n  lr: 0.1\nseed_everything: true\n", None),
     ],
 )
-def test_the_seed_is_read_to_its_last_digit(tmp_path: Path, name: str, text: str, seed: int | None) -> None:
+def test_the_seed_is_read_to_its_last_digit(tmp_path: Path, *, name: str, text: str, seed: int | None) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert find_recipe(tmp_path).seed == seed
 
