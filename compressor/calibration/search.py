@@ -520,7 +520,7 @@ def _loss(candidate: Candidate) -> float:
 def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration) -> list[MeasuredLayer]:
     """The layers with their singular values in the metric of the loss; a layer that no example reached stays dense.
 
-    Of a layer with a start the share is that of its recipe, or else the one that fits best in this metric.
+    Of a layer with a start the share is the predicted one where that is used, else the best fit in this metric.
     """
     reached = [m for m in measured if m.layer.name in calibration.metrics]
     decompose_layers(calibration, [(m.layer, None) for m in reached])

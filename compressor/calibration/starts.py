@@ -26,7 +26,7 @@ from compressor.torch_state import brought_to, in_float64
 
 
 def starts_in_metric(calibration: Calibration, known: Sequence[tuple[Layer, Start]]) -> Iterator[Start]:
-    """The starts of layers with the shares that fit best in the metric of the loss, used where no recipe predicts one.
+    """The starts of layers with the share that fits best in the metric of the loss, used where the predicted is not.
 
     As they were where the fit says nothing. A layer is a job.
     """
@@ -50,7 +50,7 @@ def starts_in_metric(calibration: Calibration, known: Sequence[tuple[Layer, Star
         if not math.isfinite(fitted):
             yield start
             continue
-        yield replace(start, fitted=fitted, share=fitted if start.predicted is None else start.predicted)
+        yield replace(start, fitted=fitted, share=start.share if start.share == start.predicted else fitted)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def test_the_errors_of_what_training_wrote_are_relative_to_the_whole_layer(train
 
 def test_the_share_is_the_recipes_or_else_the_fit_in_the_metric_beside_what_training_wrote(trained: Trained) -> None:
     calibration = trained.calibration
-    for predicted in (0.9, None):
+    for predicted in (0.9, 0.5, None):  # the second says what is not so, and is not used
         for m in weighted_layers(measured(trained, replace(START, predicted=predicted)), calibration):
             (matrix, rest), (_, written) = (trained.written(m.layer, share) for share in (1.0, 0.9))
             metric = calibration.metrics[m.layer.name]
@@ -179,7 +179,7 @@ def test_the_share_is_the_recipes_or_else_the_fit_in_the_metric_beside_what_trai
             [fitted], *_ = np.linalg.lstsq(a[:, None], b, rcond=None)
             assert m.start is not None
             assert m.start.fitted == pytest.approx(fitted, rel=1e-5)
-            assert m.start.share == (m.start.fitted if predicted is None else predicted)
+            assert m.start.share == (0.9 if predicted == 0.9 else m.start.fitted)
 
 
 def test_the_fit_finds_what_weight_decay_left(trained: Trained) -> None:
