@@ -16,8 +16,8 @@ from compressor.calibration.segments import Segments, State
 from compressor.calibration.settings import CalibrationSettings
 from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
-from compressor.initial import InitialWeights
-from compressor.lowrank import as_matrix, join, put_layer
+from compressor.initial import InitialWeights, initial_tensor
+from compressor.lowrank import as_matrix, put_layer
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import Layer
 from compressor.planning import LossUnit
@@ -87,7 +87,7 @@ def start_of(
     if share is None:
         return None
     assert initial is not None, "a layer has a share of the initial weights where these are known"
-    found = initial.read(join(layer.module, layer.parameter))
+    found = initial_tensor(layer, initial)
     assert found is not None, "a layer has a start where its initial weight is known"
     return share * in_float64(as_matrix(layer, brought_to(device, found)))
 
