@@ -30,8 +30,10 @@ from compressor.data.builtin_data import digits
 from compressor.engine import Run
 from compressor.factorize import Metric
 from compressor.forms import FORMS, TRANSPOSED, InitialLayer
-from compressor.initial import InitialWeights, Start
+from compressor.initial import InitialWeights, Start, starts_of
+from compressor.io import open_checkpoint
 from compressor.lowrank import as_matrix, stored_matrix
+from compressor.measure import Spectrum
 from compressor.model import open_model
 from compressor.network import Layer
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks
@@ -301,11 +303,7 @@ def test_a_start_is_in_memory_as_long_as_its_layer(trained: Trained) -> None:
 @pytest.mark.parametrize(("keep", "most"), [(0.5, 1.0), (0.2, 0.7), (0.1, 0.7)])
 def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, keep: float, most: float) -> None:
     calibration, with_start = trained.calibration, measured(trained, START)
-    plain = [each for each in FORMS if not FORMS[each].from_initial]
-    without = [
-        replace(m, start=None, own_values={form: each for form, each in m.own_values.items() if form in plain})
-        for m in with_start
-    ]
+    without = [replace(m, start=None, own_values=of_matrix(m)) for m in with_start]
     losses = []
     for layers in (without, with_start):
         search = Search(calibration, weighted_layers(layers, calibration), allocate, calibration.settings.exponents)
@@ -318,3 +316,26 @@ def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, kee
 
 def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
     return choose_ranks(layers, budget, "auto", file_bytes=lambda _: 0, exponent=exponent)
+
+
+@pytest.mark.slow
+def test_a_wrong_seed_changes_nothing(trained: Trained) -> None:
+    right, wrong = (InitialWeights.from_seed(build, seed) for seed in (0, 1))
+    model, layers = trained.calibration.model, list(trained.calibration.layers.values())
+    assert starts_of(layers, open_checkpoint(model), right).keys() == {layer.name for layer in layers}
+    starts = starts_of(layers, open_checkpoint(model), wrong)
+    factors = []
+    for initial in (None, wrong):
+        calibration = replace(trained.calibration, initial=initial)
+        own = [replace(m, start=starts.get(m.layer.name), own_values=of_matrix(m)) for m in measured(trained, START)]
+        search = Search(calibration, weighted_layers(own, calibration), allocate, calibration.settings.exponents)
+        factors.append(search.best(Budget("keep", 0.2)).solved.factors)
+    one, other = factors
+    assert one.keys() == other.keys()
+    for name, tensors in one.items():
+        assert all(torch.equal(each, other[name][key]) for key, each in tensors.items())
+
+
+def of_matrix(m: MeasuredLayer) -> dict[str, Spectrum]:
+    """The values of the forms of a layer without a start."""
+    return {form: values for form, values in m.own_values.items() if not FORMS[form].from_initial}
