@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Unpack
 
 from torch import nn
@@ -63,13 +64,15 @@ from compressor.engine import InProcess, Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
-from compressor.io import Artifact, Naming, form_of
+from compressor.io import Artifact, Naming, Target, form_of
 from compressor.lowrank import (
     KeptDecompositions,
     Rewriting,
     StoredErrors,
     compressed_artifact,
+    require_read_back,
     rewritten_infos,
+    with_factors,
 )
 from compressor.measure import EPSILON, Precision
 from compressor.model import (
@@ -211,8 +214,13 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
     rewriting = replace(_rewriting(asked, subject, planned), decompositions=kept)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
+    if subject.in_memory and target is not None:
+        rewriting = with_factors(rewriting, run)
     artifact = compressed_artifact(rewriting, asked.max_shard_size, run=run, errors=errors, module=module)
-    with written(artifact, target) as made:
+    beside = target if subject.in_memory else None
+    with written(artifact, None if subject.in_memory else target) as made, _file_beside(artifact, beside) as file:
+        if isinstance(path := file or made.model, Path):
+            require_read_back(path, rewriting)
         compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)
         latency = require_speed(ready.speed, subject, compressed_model, limit=asked.max_latency)
         evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)
@@ -237,6 +245,17 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
     )
     pushed = None if target is None else target.push()
     return replace(compression, form=asked.form, pushed=pushed)
+
+
+@contextmanager
+def _file_beside(artifact: Artifact, target: Target | None) -> Iterator[Path | None]:
+    """The file of a module that is compressed in memory, where one is asked for."""
+    if target is None:
+        yield None
+        return
+    with written(replace(artifact, form="file"), target) as made:
+        assert isinstance(made.model, Path)
+        yield made.model
 
 
 def _decomposing(asked: CompressOptions, data: _Data, places: Places, *, run: Run) -> Decomposing | None:
@@ -325,7 +344,8 @@ def _calibrated(
     dense, layers = subject.streamed, [each.layer for each in measured]
     try:
         settings = calibration_settings(asked, data)
-        return calibrate(dense, layers, data, run=run, settings=settings, files=subject.files)
+        calibrated = calibrate(dense, layers, data, run=run, settings=settings, files=subject.files)
+        return replace(calibrated, initial=subject.initial)
     except BadInput as error:
         if asked.calibrates or asked.calibration_cache is not None:
             raise
@@ -343,6 +363,7 @@ def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) ->
         factors=planned.factors,
         statistics=planned.statistics,
         provenance=provenance(asked, subject.checkpoint),
+        initial=subject.initial,
     )
 
 
@@ -439,7 +460,9 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
             f" less, such as `keep=0.8`, or for a larger `tolerance`{by_size}"
         )
     before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
-    infos = rewritten_infos(Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen))
+    infos = rewritten_infos(
+        Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen, initial=subject.initial)
+    )
     after = sum(info.nbytes for info in infos)
     if after > before:
         raise QualityGateNotMet(

@@ -464,7 +464,7 @@ def _least_ratio(limit: TimeLimit, measured: Sequence[MeasuredLayer], request: P
 
 
 def _rewriting(subject: Model, plan: Plan) -> Rewriting:
-    return Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan)
+    return Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, initial=subject.initial)
 
 
 def _is_slower(plan: LayerPlan, timing: TimingSettings) -> bool:

@@ -92,10 +92,13 @@ def reported_data(asked: MetricOptions, model: Model, split: Split = "test") -> 
 def output_target(
     asked: CompressOptions, model: Model, naming: Naming, *, others: Sequence[Checkpoint] = ()
 ) -> Target | None:
-    """Where the result goes; None where nothing is written."""
-    if model.in_memory:
+    """Where the result goes; None where nothing is written.
+
+    A module whose initial weights are known may have a file: in memory its layers are dense.
+    """
+    if model.in_memory and (model.initial is None or asked.push_to is not None):
         require_no_output(asked.output, asked.push_to)
-    if model.in_memory or asked.dry_run:
+    if asked.dry_run or (model.in_memory and asked.output is None):
         return None
     target = checked_target(model.checkpoint, asked.output, naming, overwrite=asked.overwrite, others=others)
     return target.pushed_to(asked.push_to)

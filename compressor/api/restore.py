@@ -65,7 +65,7 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
     return Restoration(
         source=opened.name,
         output=str(target.path),
-        layers=tuple(in_natural_order(pairs)),
+        layers=tuple(in_natural_order([*pairs, *opened.formed])),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         seconds=time.monotonic() - started,
         not_copied=made.not_copied,
@@ -81,6 +81,6 @@ def _require_pairs(model: Model) -> None:
             where=where,
             remedy="use 'compress export MODEL --to dense --base ORIGINAL'",
         )
-    if not model.pairs:
+    if not model.pairs and not model.formed:
         remedy = "give a checkpoint that 'compress MODEL' wrote"
         raise BadInput("holds no low-rank layer", where=where, remedy=remedy)

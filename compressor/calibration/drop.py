@@ -17,6 +17,7 @@ from compressor.data import EvaluationData
 from compressor.engine import Engine, Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
+from compressor.initial import InitialWeights
 from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_factors, rewritten_module
 from compressor.model import Model, ModelFiles
 from compressor.network import Layer
@@ -101,6 +102,7 @@ class DropGate:
             planned=PlannedModel(planned.plan, factors, planned.statistics),
             data=data,
             device=self.run.job_device,
+            initial=subject.initial,
         )
 
     def _rewriting(self, subject: Model, planned: PlannedModel) -> Rewriting:
@@ -112,6 +114,7 @@ class DropGate:
             planned.factors,
             planned.statistics,
             decompositions=self.decompositions,
+            initial=subject.initial,
         )
 
     def _measured(self, name: str, model: Callable[[], nn.Module]) -> Quality:
@@ -139,13 +142,20 @@ class _Evaluation:
     planned: PlannedModel
     data: EvaluationData
     device: torch.device
+    initial: InitialWeights | None
 
 
 def _quality(asked: _Evaluation) -> Quality:
     opened = replace(asked.files.opened(), layers=asked.layers)
     planned = asked.planned
     rewriting = Rewriting(
-        opened.checkpoint, asked.recipe, asked.layers, planned.plan, planned.factors, planned.statistics
+        opened.checkpoint,
+        asked.recipe,
+        asked.layers,
+        planned.plan,
+        planned.factors,
+        planned.statistics,
+        initial=asked.initial,
     )
     module = rewritten_module(rewriting, opened.streamed, Run(asked.device), done=lambda _name, _error: None)
     return measure_quality(module, asked.data, device=asked.device)

@@ -134,7 +134,14 @@ class PlanRequest:
 
     def file_bytes(self, subject: Model, plan: Plan) -> int:
         """Size of the weight files that a plan leads to, headers included, without writing them."""
-        rewriting = Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, provenance=self.provenance)
+        rewriting = Rewriting(
+            subject.checkpoint,
+            subject.recipe,
+            subject.layers,
+            plan,
+            provenance=self.provenance,
+            initial=subject.initial,
+        )
         return compressed_artifact(rewriting, self.shard_size).bytes
 
 

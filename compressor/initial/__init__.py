@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compressor.initial.draws import Draws, Fingerprint, fingerprint, record
 from compressor.initial.weights import (
     InitialWeights,
     Start,
@@ -12,4 +13,16 @@ from compressor.initial.weights import (
     starts_of,
 )
 
-__all__ = ["InitialWeights", "Start", "fitted_share", "initial_tensor", "share_left", "start_of", "starts_of"]
+__all__ = [
+    "Draws",
+    "Fingerprint",
+    "InitialWeights",
+    "Start",
+    "fingerprint",
+    "fitted_share",
+    "initial_tensor",
+    "record",
+    "share_left",
+    "start_of",
+    "starts_of",
+]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
+from compressor.initial.draws import Draws, Fingerprint, fingerprint, record
 from compressor.io import Checkpoint, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.measure.memory_window import memory_window, retention
 from compressor.network import Architecture, Layer, with_separate_experts
@@ -61,12 +62,21 @@ class InitialWeights:
         read: The initial tensor of a name in the module's state; None where there is none.
         checkpoint_name: The name of the checkpoint that they were read from.
         digest: The SHA-256 of that checkpoint.
+        draws: The draws that make them again; None where they were read.
     """
 
     source: str
     read: Callable[[str], Tensor | None] = field(repr=False)
     checkpoint_name: str | None = None
     digest: str | None = None
+    draws: Draws | None = field(default=None, repr=False)
+    _fingerprints: dict[str, Fingerprint] = field(default_factory=dict, init=False, repr=False)
+
+    def fingerprint(self, name: str) -> Fingerprint | None:
+        """What a tensor is checked by, which is read once for it; None where there is none."""
+        if name not in self._fingerprints and (tensor := self.read(name)) is not None:
+            self._fingerprints[name] = fingerprint(tensor)
+        return self._fingerprints.get(name)
 
     @classmethod
     def from_seed(cls, build: Callable[[], nn.Module], seed: int) -> InitialWeights:
@@ -83,8 +93,9 @@ class InitialWeights:
             BadInput: no generator takes the seed.
         """
         with seeded(seed):
-            module = build()
-        return cls.from_state(_state(module), source=f"seed {seed}")
+            recorded = record(build, seed)
+        state = cls.from_state(_state(recorded.module), source=f"seed {seed}")
+        return replace(state, draws=recorded.draws)
 
     @classmethod
     def from_checkpoint(

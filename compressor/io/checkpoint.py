@@ -114,6 +114,16 @@ class Checkpoint:
         """
         return self._stored[self.aliases.get(name, name)]
 
+    def changed(self, tensors: Mapping[str, StoredTensor | None]) -> Checkpoint:
+        """The same with other tensors under some names of `tensors`, and without those under which there is None."""
+        stored = {**self._stored, **{name: each for name, each in tensors.items() if each is not None}}
+        infos = {
+            name: info if name not in tensors else TensorInfo(name, stored[name].shape, stored[name].dtype)
+            for name, info in self.tensors.items()
+            if tensors.get(name, self) is not None
+        }
+        return replace(self, tensors=infos, _stored=stored)
+
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored tensor with its name, one at a time."""
         return ((name, self.read(name)) for name in self.tensors)

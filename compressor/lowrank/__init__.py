@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from compressor.lowrank.artifacts import StoredErrors, compressed_artifact, restored_artifact
+from compressor.forms import InitialLayer
+from compressor.lowrank.artifacts import (
+    StoredErrors,
+    compressed_artifact,
+    require_read_back,
+    restored_artifact,
+    with_factors,
+)
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
+from compressor.lowrank.initial_layer import (
+    form_layers,
+    formed,
+    formed_checkpoint,
+    formed_layers,
+    formed_weight,
+    initial_given,
+    initial_name,
+    initial_weight,
+    start_matrix,
+)
 from compressor.lowrank.modules import (
     TiedHead,
     carry_over,
@@ -23,7 +41,15 @@ from compressor.lowrank.rewriting import (
     rewritten_module,
     rewritten_tensors,
 )
-from compressor.lowrank.spec import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LayerSpec, LowRankSpec
+from compressor.lowrank.spec import (
+    CODE_CLASS_PREFIX,
+    CODE_CONFIG_KEY,
+    METADATA_KEY,
+    InitialRecord,
+    InitialTensor,
+    LayerSpec,
+    LowRankSpec,
+)
 from compressor.lowrank.tensor_format import (
     DenseWeights,
     Factors,
@@ -56,6 +82,9 @@ __all__ = [
     "DenseWeights",
     "FactoredWeight",
     "Factors",
+    "InitialLayer",
+    "InitialRecord",
+    "InitialTensor",
     "KeptDecompositions",
     "LayerSpec",
     "LowRankSpec",
@@ -75,6 +104,14 @@ __all__ = [
     "factored_parameters",
     "file_record",
     "filled_layer",
+    "form_layers",
+    "formed",
+    "formed_checkpoint",
+    "formed_layers",
+    "formed_weight",
+    "initial_given",
+    "initial_name",
+    "initial_weight",
     "join",
     "layer_spec",
     "let_script",
@@ -85,6 +122,7 @@ __all__ = [
     "put_layer",
     "put_pair",
     "remove_call_hooks",
+    "require_read_back",
     "require_usable",
     "restored_artifact",
     "rewritten_factors",
@@ -93,11 +131,13 @@ __all__ = [
     "rewritten_tensors",
     "role_of",
     "spec_of",
+    "start_matrix",
     "stored_error",
     "stored_matrix",
     "stored_pairs",
     "stored_tensors",
     "widened",
     "with_effective_weights",
+    "with_factors",
     "written",
 ]

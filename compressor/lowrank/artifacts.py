@@ -5,25 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from compressor.documents import text_mapping
 from compressor.engine import Run
+from compressor.errors import CompressorError
 from compressor.io import (
     OPTIONS_FILE,
     PLAN_FILE,
     Artifact,
     Checkpoint,
+    open_checkpoint,
     portable_config,
     write_state_dict_file,
 )
 from compressor.io.artifact import Document
-from compressor.lowrank.rewriting import Rewriting, rewritten_infos, rewritten_module, rewritten_tensors
+from compressor.lowrank.initial_layer import formed_checkpoint, formed_weight, start_matrix
+from compressor.lowrank.rewriting import (
+    Rewriting,
+    rewritten_factors,
+    rewritten_infos,
+    rewritten_module,
+    rewritten_tensors,
+)
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
-from compressor.lowrank.tensor_format import StoredPair, dense_aliases, dense_infos, dense_tensors, file_record
+from compressor.lowrank.tensor_format import (
+    StoredPair,
+    dense_aliases,
+    dense_infos,
+    dense_tensors,
+    file_record,
+    pair_infos,
+)
 from compressor.progress import Progress
+from compressor.torch_state import in_float64
+
+# Relative difference of a layer that is read back: initial weights are drawn alike up to the rounding of float32.
+READ_BACK = 1e-5
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,33 @@ def compressed_artifact(
         documents=documents,
         module=None if module is None else partial(rewritten_module, rewriting, module, how, done=errors),
     )
+
+
+def with_factors(rewriting: Rewriting, run: Run) -> Rewriting:
+    """The same with all factors computed, for a model that is made twice: in memory, and in a file."""
+    return replace(rewriting, factors={layer.name: found for layer, _, found in rewritten_factors(rewriting, run)})
+
+
+def require_read_back(path: Path, rewriting: Rewriting) -> None:
+    """Read the layers that are stored as what training wrote back from a model, and compare them with those measured.
+
+    Raises `CompressorError` where the initial weights that its record leads to make other layers of them.
+    """
+    layers = [(layer, plan) for layer, plan in rewriting.factorized if plan.share is not None]
+    if not layers:
+        return
+    stored = open_checkpoint(path)
+    dense = formed_checkpoint(stored, rewriting.initial)
+    for layer, plan in layers:
+        start = start_matrix(layer, plan, rewriting.initial)
+        assert start is not None
+        known, dtype = rewriting.factors.get(layer.name), rewriting.info(layer.tensor).dtype
+        names = [info.name for info in pair_infos(layer, plan, dtype, bias=None)]
+        factors = {name: stored.read(name) for name in names} if known is None else known.tensors
+        expected = in_float64(formed_weight(layer, plan, factors, start=start.cpu(), dtype=dtype))
+        difference = torch.linalg.vector_norm(in_float64(dense.read(layer.tensor)) - expected)
+        if not difference <= max(READ_BACK, torch.finfo(dtype).eps) * torch.linalg.vector_norm(expected):
+            raise CompressorError(f"{path}: read back, {layer.name} is not the layer that was measured")
 
 
 def file_metadata(rewriting: Rewriting) -> dict[str, str]:

@@ -15,6 +15,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compressor.forms import from_initial
+from compressor.lowrank.initial_layer import PutLayer, form_layers, put_initial
 from compressor.lowrank.modules import put_pair
 from compressor.lowrank.restoring import restored_module
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
@@ -63,12 +65,28 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers):
             separate_experts(model)
         modules = dict(model.named_modules())
+        self._initial: dict[str, PutLayer] = {}
         for name, layer in layers.items():
             place = name if name in modules else name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             if place in modules:  # a head may be absent from the class that is loaded
-                put_pair(model, place, layer.form, rank=layer.rank)
+                if from_initial(layer.form):
+                    self._initial[name] = put_initial(model, place, layer.form, rank=layer.rank)
+                else:
+                    put_pair(model, place, layer.form, rank=layer.rank)
                 _spare_initialization(model, place.rpartition(".")[0])
         self._names = set(model.state_dict())
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        spec = self.quantization_config.spec
+        if not spec.from_initial:
+            return model
+        form_layers(model, self._initial, spec)
+        others = spec.without_initial()
+        if others.layers:
+            self.quantization_config.spec = others
+        else:
+            self.remove_quantization_config(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from compressor.engine import Run
 from compressor.factorize import Decomposition, decompose, working_bytes
-from compressor.forms import FORMS, InitialLayer
+from compressor.forms import FORMS, InitialLayer, from_initial
+from compressor.initial import InitialWeights
 from compressor.io import Checkpoint, Provenance, StoredTensor, TensorInfo, require_finite, require_in_range
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
+from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, join, pair_infos
@@ -43,6 +45,8 @@ class Rewriting:
     """What was asked for, which the model will say."""
     decompositions: KeptDecompositions | None = None
     """Those of the layers' matrices, where they are known."""
+    initial: InitialWeights | None = None
+    """The initial weights of the model, where the plan has layers in forms of what training wrote."""
 
     @property
     def factorized(self) -> tuple[tuple[Layer, LayerPlan], ...]:
@@ -53,7 +57,9 @@ class Rewriting:
     @property
     def spec(self) -> LowRankSpec:
         """The low-rank layers by their names in the checkpoint."""
-        return LowRankSpec({layer.name: layer_spec(layer, plan) for layer, plan in self.factorized})
+        layers = {layer.name: layer_spec(layer, plan) for layer, plan in self.factorized}
+        written = {layer.name: layer for layer, plan in self.factorized if from_initial(plan.form)}
+        return LowRankSpec(layers, initial_record(written, self.initial))
 
     @property
     def spec_of_modules(self) -> LowRankSpec:
@@ -83,7 +89,7 @@ class Rewriting:
 def layer_spec(layer: Layer, plan: LayerPlan, share: float | None = None) -> LayerSpec:
     """The specification of a layer that a plan makes low-rank."""
     assert plan.rank is not None
-    return LayerSpec(plan.form, plan.rank, layer.kind, share)
+    return LayerSpec(plan.form, plan.rank, layer.kind, plan.share if share is None else share)
 
 
 def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
@@ -130,6 +136,7 @@ def rewritten_factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, L
             device=run.job_device,
             decomposition=None if rewriting.decompositions is None else rewriting.decompositions.get(layer.name),
             precision=None if rewriting.decompositions is None else rewriting.decompositions.precision,
+            start=start_matrix(layer, plan, rewriting.initial),
         )
         for layer, plan in rewriting.factorized
         if layer.name not in rewriting.factors and layer.name not in done
@@ -156,7 +163,8 @@ _ERROR = "/error"
 
 def _unit(layer: Layer, plan: LayerPlan) -> str:
     """What the factors of a layer that are found without data are called in a journal."""
-    return f"factors/{plan.form}-{plan.rank}/{layer.name}"
+    share = "" if plan.share is None else f"-{plan.share}"
+    return f"factors/{plan.form}-{plan.rank}{share}/{layer.name}"
 
 
 def _recorded(tensors: dict[str, Tensor]) -> Factors:
@@ -176,6 +184,7 @@ class _Factorization:
     device: torch.device
     decomposition: Decomposition | None = None
     precision: Precision | None = None
+    start: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +196,8 @@ def _factorized(asked: _Factorization) -> Factors:
     bias = None if asked.bias is None else asked.bias.read()
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, asked.source)
+    if asked.start is not None:
+        return factorize(layer, asked.plan, weight, bias=bias, start=asked.start.to(asked.device))
     found = asked.decomposition
     if found is not None:
         found = replace(found, basis=found.basis.to(asked.device))
@@ -209,7 +220,16 @@ def rewritten_module(
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan, factors in rewritten_factors(rewriting, run):
-        if layer.kind == "parameter":
+        if (start := start_matrix(layer, plan, rewriting.initial)) is not None:
+            like = getattr(dense[layer.name], layer.parameter)
+            weight = formed_weight(layer, plan, factors.tensors, start=start, dtype=like.dtype)
+            owner = compressed.get_submodule(layer.module)
+            _put_parameter(owner, layer.parameter, weight, like=like)
+            if layer.bias is not None:
+                _put_parameter(owner, "bias", factors.tensors[join(layer.name, "bias")], like=dense[layer.name].bias)
+            if layer.head is not None:
+                compressed.get_submodule(layer.head).weight = owner.weight
+        elif layer.kind == "parameter":
             like = getattr(dense[layer.name], layer.parameter)
             _put_filled_factors(compressed.get_submodule(layer.module), layer, plan, like=like, tensors=factors.tensors)
         else:
@@ -218,7 +238,7 @@ def rewritten_module(
             carry_state_hooks(copied, low_rank)
             for place in (layer.module, *layer.places):
                 compressed = put_layer(compressed, place, low_rank)
-        if layer.head is not None:
+        if layer.head is not None and start is None:
             tie_head(compressed, layer.head, layer.module)
         done(layer.name, factors.error)
     own = dict(compressed.named_buffers())
@@ -228,10 +248,11 @@ def rewritten_module(
     compressed = fuse_experts(compressed)
     let_script(compressed)
     modeling = sys.modules.get("transformers.modeling_utils")
-    if rewriting.factorized and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
+    pairs = rewriting.spec_of_modules.without_initial()
+    if pairs.layers and modeling is not None and isinstance(compressed, modeling.PreTrainedModel):
         from compressor.lowrank.quantizer import tell_transformers
 
-        tell_transformers(compressed, rewriting.spec_of_modules)
+        tell_transformers(compressed, pairs)
     return compressed
 
 
@@ -251,6 +272,12 @@ def filled_layer(
     In a form of what training wrote it is an `InitialLayer` with its `start`, a `d_out x d_in` matrix.
     """
     assert plan.rank is not None
+    if layer.kind == "parameter" and start is not None:
+        copied, like = to_be_factored(dense), getattr(dense, layer.parameter)
+        _put_parameter(
+            copied, layer.parameter, formed_weight(layer, plan, tensors, start=start, dtype=like.dtype), like=like
+        )
+        return copied
     if layer.kind == "parameter":
         copied = to_be_factored(dense)
         _put_filled_factors(copied, layer, plan, like=getattr(dense, layer.parameter), tensors=tensors)
@@ -275,6 +302,16 @@ def filled_layer(
             low_rank.to(memory_format=order)  # type: ignore[call-overload]
     carry_over(dense if copied is None else copied, low_rank)
     return low_rank
+
+
+def _put_parameter(owner: nn.Module, name: str, values: Tensor, *, like: Tensor | nn.Module) -> None:
+    """Give a module a parameter with the values, placed in memory and as trainable as another."""
+    assert isinstance(like, Tensor)
+    values = values if like.is_meta else torch.empty_like(like).copy_(values)
+    setattr(owner, name, nn.Parameter(values, like.requires_grad))
+    if isinstance(owner, nn.RNNBase):
+        with torch.no_grad():
+            owner._init_flat_weights()  # it keeps a list of its weights
 
 
 def _put_filled_factors(

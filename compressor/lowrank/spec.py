@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from compressor.forms import FORMS
+from compressor.initial import Draws, Fingerprint
 from compressor.network import Kind
 from compressor.version import VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# The format of a model without layers in forms of what training wrote.
+_FORMAT_OF_PAIRS = 1
 METADATA_KEY = "compressor"
 
 # What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
@@ -64,18 +67,83 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class InitialTensor:
+    """The initial weights of a layer: their name in the state of the model's module, and what they are checked by."""
+
+    name: str
+    fingerprint: Fingerprint
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "fingerprint": self.fingerprint.to_dict()}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> InitialTensor:
+        """Read what `to_dict` returns; ValueError says what is wrong with the document."""
+        if not isinstance(document, Mapping) or not isinstance(document.get("name"), str):
+            raise ValueError("initial weights have a name and a fingerprint")
+        return cls(document["name"], Fingerprint.from_dict(document.get("fingerprint")))
+
+
+@dataclass(frozen=True)
+class InitialRecord:
+    """Where the initial weights of layers come from: draws that are made again, or a checkpoint that has to be given.
+
+    `tensors` are by the names of the layers. `checkpoint` and `digest` are the name and the SHA-256 of the checkpoint.
+    """
+
+    tensors: Mapping[str, InitialTensor]
+    draws: Draws | None = None
+    checkpoint: str = ""
+    digest: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        tensors = {name: each.to_dict() for name, each in self.tensors.items()}
+        if self.draws is not None:
+            return {"draws": self.draws.to_dict(), "tensors": tensors}
+        return {"checkpoint": self.checkpoint, "digest": self.digest, "tensors": tensors}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> InitialRecord:
+        """Read what `to_dict` returns; ValueError says what is wrong with the document."""
+        if not isinstance(document, Mapping) or not isinstance(document.get("tensors"), Mapping):
+            raise ValueError("it does not say what its initial weights are")
+        tensors = {str(name): InitialTensor.from_dict(each) for name, each in document["tensors"].items()}
+        if "draws" in document:
+            return cls(tensors, Draws.from_dict(document["draws"]))
+        checkpoint, digest = document.get("checkpoint"), document.get("digest")
+        if not isinstance(checkpoint, str) or not isinstance(digest, str | None):
+            raise ValueError("it does not say where its initial weights come from")
+        return cls(tensors, None, checkpoint, digest)
+
+
+@dataclass(frozen=True)
 class LowRankSpec:
-    """The low-rank layers of a model, by name."""
+    """The low-rank layers of a model, by name, and where the initial weights of those come from that have a share."""
 
     layers: Mapping[str, LayerSpec]
+    initial: InitialRecord | None = None
 
     def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
         """The same layers under other names."""
-        return LowRankSpec({name(old): layer for old, layer in self.layers.items()})
+        initial = self.initial
+        if initial is not None:
+            initial = replace(initial, tensors={name(old): each for old, each in initial.tensors.items()})
+        return LowRankSpec({name(old): layer for old, layer in self.layers.items()}, initial)
+
+    @property
+    def from_initial(self) -> dict[str, LayerSpec]:
+        """The layers in forms of what training wrote: they are dense once a model is loaded."""
+        return {name: layer for name, layer in self.layers.items() if FORMS[layer.form].from_initial}
+
+    def without_initial(self) -> LowRankSpec:
+        """The other layers."""
+        return LowRankSpec({name: layer for name, layer in self.layers.items() if name not in self.from_initial})
 
     def to_dict(self) -> dict[str, Any]:
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
-        return {"format_version": FORMAT_VERSION, "layers": layers}
+        if self.initial is None:
+            return {"format_version": _FORMAT_OF_PAIRS, "layers": layers}
+        return {"format_version": FORMAT_VERSION, "layers": layers, "initial": self.initial.to_dict()}
 
     def to_config(self) -> dict[str, Any]:
         """The `quantization_config` of a transformers model."""
@@ -117,4 +185,9 @@ class LowRankSpec:
                 found[name] = LayerSpec.from_dict(layer)
             except ValueError as error:
                 raise ValueError(f"it does not say which layers are low-rank: {name}: {error}") from None
-        return cls(found)
+        initial = None if document.get("initial") is None else InitialRecord.from_dict(document["initial"])
+        spec = cls(found, initial)
+        known = () if initial is None else initial.tensors.keys()
+        if missing := next((name for name in spec.from_initial if name not in known), None):
+            raise ValueError(f"it does not say what the initial weights of {missing} are")
+        return spec

@@ -21,7 +21,7 @@ from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, FactorizationSettings, Metric, TiedMetric
 from compressor.factorize.settings import DEFAULTS
-from compressor.forms import FORMS, MARKERS, TRANSPOSED, MatrixPair, StoredWeight, recognized
+from compressor.forms import FORMS, MARKERS, TRANSPOSED, DenseWeight, MatrixPair, StoredWeight, recognized
 from compressor.io import Checkpoint, TensorInfo, require_in_range
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
 from compressor.measure.scale import power_of_two
@@ -89,7 +89,7 @@ def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, *, bias: Tenso
     return infos
 
 
-def as_matrix(layer: Layer, weight: Tensor) -> Tensor:
+def as_matrix(layer: DenseWeight, weight: Tensor) -> Tensor:
     """The stored weight as the `d_out x d_in` matrix that it applies to its inputs."""
     return weight.flatten(1).T if layer.kind in TRANSPOSED else weight.reshape(layer.shape)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS, pair_forms
+from compressor.initial import InitialWeights, Start, starts_of
 from compressor.io import StoredTensor, require_finite
-from compressor.lowrank import KeptDecompositions, as_matrix
+from compressor.lowrank import KeptDecompositions, as_matrix, initial_name, initial_weight
 from compressor.measure import (
     EffectiveRanks,
     MemoryWindow,
@@ -33,6 +35,7 @@ from compressor.model.opened import Model
 from compressor.network import Layer
 from compressor.planning import PLANNING, MeasuredLayer, PlanningSettings
 from compressor.recipe import TrainingRecipe
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def inspect_layers(
         subject.layers, architecture, subject.checkpoint.directory, sequence_length=recipe.sequence_length
     )
     eligible = [layer for layer in subject.layers if layer.eligible]
+    starts = _starts(subject, eligible, uses)
     asked = [
         _Measurement(
             layer=layer,
@@ -65,6 +69,7 @@ def inspect_layers(
             init_std=initial_standard_deviation(layer, architecture),
             precision=_precision(layer, decomposing),
             kept=kept is not None,
+            start=starts.get(layer.name),
         )
         for layer in eligible
     ]
@@ -72,12 +77,12 @@ def inspect_layers(
     done = {
         each.layer.name
         for each in asked
-        if run.journal.holds(f"spectrum/{each.layer.name}")
-        and (kept is None or each.precision is None or each.layer.name in kept)
+        if run.journal.holds(each.unit) and (kept is None or each.precision is None or each.layer.name in kept)
     }
-    computed = run.engine.map(_spectra, (each for each in asked if each.layer.name not in done))
+    missing = (each.with_initial(subject.initial) for each in asked if each.layer.name not in done)
+    computed = run.engine.map(_spectra, missing)
     for each in asked:
-        name, unit = each.layer.name, f"spectrum/{each.layer.name}"
+        name, unit = each.layer.name, each.unit
         if name in done:
             spectra = {key: values.numpy() for key, values in run.journal.read(unit).items()}
         else:
@@ -89,6 +94,16 @@ def inspect_layers(
         inspected[name] = _inspected(each, spectra)
         run.report("measure", len(inspected), len(eligible))
     return tuple(inspected.get(layer.name, InspectedLayer(layer)) for layer in subject.layers)
+
+
+def _starts(subject: Model, layers: Sequence[Layer], uses: Mapping[str, int | None]) -> Mapping[str, Start]:
+    """What layers still have of their initial weights, where these are known and a compressed model can name them."""
+    initial = subject.initial
+    if initial is None:
+        return {}
+    if initial.draws is not None:
+        layers = [layer for layer in layers if initial_name(layer) in initial.draws.names]
+    return starts_of(layers, subject.checkpoint, initial, recipe=subject.recipe, uses=uses)
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,18 @@ class _Measurement:
     init_std: float | None
     precision: Precision | None
     kept: bool
+    start: Start | None
+    initial: Tensor | None = None
+
+    def with_initial(self, initial: InitialWeights | None) -> _Measurement:
+        """The same with the initial weights of the layer, where it correlates with them."""
+        return self if self.start is None else replace(self, initial=initial_weight(self.layer, initial))
+
+    @property
+    def unit(self) -> str:
+        """What the spectra are called in a journal."""
+        share = "" if self.start is None else f"-{self.start.share}"
+        return f"spectrum{share}/{self.layer.name}"
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +167,10 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
             remedy="use a checkpoint from before the training diverged",
         )
     own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    if asked.start is not None and asked.initial is not None:
+        training = in_float64(weight) - asked.start.share * in_float64(asked.initial.to(weight.device))
+        forms = [form for form in pair_forms(layer, initial=True) if form.from_initial]
+        own |= {form.name: form.own_values(training) for form in forms}
     return {"": values} | own, found if asked.kept else None
 
 
@@ -153,6 +184,7 @@ def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) 
         initialization=surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std),
         singular_values=tuple(values.tolist()),
         own_values={form: tuple(each.tolist()) for form, each in spectra.items() if form},
+        start=asked.start,
     )
 
 
@@ -177,6 +209,7 @@ def measured_layers(
                 rank_bound=window.rank_bound if window.vacuous is False else None,
                 own_values={form: np.array(values) for form, values in each.own_values.items()},
                 settings=settings,
+                start=each.start,
             )
         )
     return measured
@@ -193,7 +226,9 @@ class InspectedLayer:
     initialization: SurvivingInitialization | None = None
     singular_values: tuple[float, ...] | None = None
     own_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Singular values of the matrix that is factorized, by the form's name, for forms that arrange it otherwise."""
+    """Singular values of the matrix that is factorized, by the form's name, for forms that factorize another one."""
+    start: Start | None = None
+    """What is left of its initial weights, where it correlates with them."""
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer

@@ -15,12 +15,17 @@ from torch import nn
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
+from compressor.initial import InitialWeights
 from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.lowrank import (
     METADATA_KEY,
     StoredPair,
     dense_infos,
+    formed_checkpoint,
+    formed_layers,
+    initial_given,
     merge_record,
+    spec_of,
     stored_pairs,
     widened,
     with_effective_weights,
@@ -63,7 +68,9 @@ class Model:
     """An opened model: its tensors, its architecture and layers, its training, and the network itself.
 
     Opening reads no weights. The network is loaded when `module` or `streamed` is first asked for, and only once, also
-    for copies that `dataclasses.replace` makes of the model.
+    for copies that `dataclasses.replace` makes of the model. Layers that are stored as what training wrote are dense:
+    their weights are formed when they are read. `initial` are the weights that training started from, where they are
+    known.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Model:
     factory: Factory | None
     _network: _Network = field(repr=False)
     _find_recipe: Callable[[], TrainingRecipe] = field(repr=False)
+    initial: InitialWeights | None = None
 
     def __repr__(self) -> str:
         eligible = sum(layer.eligible for layer in self.layers)
@@ -150,6 +158,11 @@ class Model:
         return stored_pairs(self.checkpoint)
 
     @cached_property
+    def formed(self) -> tuple[str, ...]:
+        """The layers that are stored as what training wrote, whose weights are formed when they are read."""
+        return formed_layers(self.checkpoint)
+
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """What prepares data for it."""
         folder = self.checkpoint.directory
@@ -225,6 +238,7 @@ def open_model(
     _refuse_quantized(checkpoint)
     if not low_rank:
         _refuse_pairs(checkpoint)
+    checkpoint = formed_checkpoint(checkpoint)
     architecture = (
         module_architecture(separate) if isinstance(separate, nn.Module) else fitting_architecture(checkpoint, factory)
     )
@@ -238,22 +252,31 @@ def open_model(
     return opened
 
 
-def open_runnable(model: ModelLike, factory: Factory | None = None, *, revision: str | None = None) -> Model:
+def open_runnable(
+    model: ModelLike,
+    factory: Factory | None = None,
+    *,
+    revision: str | None = None,
+    initial: InitialWeights | None = None,
+) -> Model:
     """Open a model to run it or to read its tensors, dense or compressed; its layers are not looked for.
 
-    A module stays as it is. Raises `BadInput` for a model that cannot be read, and for a `factory` that fails.
+    A module stays as it is. `initial` are the weights that what training wrote is added to, where a compressed model
+    names a checkpoint. Raises `BadInput` for a model that cannot be read, and for a `factory` that fails.
     """
     given = uncompiled(local_model(model, revision))
-    checkpoint = open_checkpoint(given)
+    checkpoint = formed_checkpoint(open_checkpoint(given), initial)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
     elif factory is not None:
         architecture = module_architecture(widened(build_model(factory), checkpoint))
-    return _opened(given, checkpoint, architecture=architecture, layers=(), factory=factory, recipe=())
+    opened = _opened(given, checkpoint, architecture=architecture, layers=(), factory=factory, recipe=())
+    opened._network.initial = initial
+    return opened
 
 
-def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
+def load_model(model: ModelLike, factory: Factory | None = None, *, initial: InitialWeights | None = None) -> nn.Module:
     """Load a model to run, dense or compressed: a checkpoint's weights in the architecture of its folder or factory.
 
     For a file of concatenated networks the layers of the factory's architecture are widened as they are in the file.
@@ -262,17 +285,18 @@ def load_model(model: ModelLike, factory: Factory | None = None) -> nn.Module:
         model: A weight file, a model folder, or a module, which is returned as it is.
         factory: The function that builds the architecture, or its name, as in "package.module:function" or
             "file.py:function"; for weights without a transformers folder.
+        initial: The initial weights, for a model that was compressed to what training added to those of a checkpoint.
 
     Returns:
         The module.
 
     Raises:
-        BadInput: the architecture is unknown, or the weights do not fit it.
+        BadInput: the architecture is unknown, the weights do not fit it, or initial weights are missing or others.
 
     Example:
         >>> model = compressor.load_model("small.safetensors", build_model).eval()
     """
-    return open_runnable(model, factory).module
+    return open_runnable(model, factory, initial=initial).module
 
 
 def _opened(
@@ -305,6 +329,7 @@ class _Network:
     loaded: nn.Module | None
     separate: nn.Module | None = None
     blocks: nn.Module | None = None
+    initial: InitialWeights | None = None
 
     @property
     def known(self) -> nn.Module | None:
@@ -316,7 +341,8 @@ class _Network:
         if self.loaded is None and self.blocks is not None and self.factory is not None:
             self.loaded = whole(self.blocks)
         if self.loaded is None:
-            self.loaded = _loaded(self.checkpoint, self.architecture, self.factory)
+            with initial_given(self.initial):
+                self.loaded = _loaded(self.checkpoint, self.architecture, self.factory)
         return self.loaded
 
     def apart(self) -> nn.Module:
@@ -350,7 +376,7 @@ def _by_block(
     checkpoint: Checkpoint, architecture: Architecture | None, factory: Factory | None, *, kept: Collection[str]
 ) -> nn.Module:
     _require_architecture(checkpoint, factory)
-    if stored_pairs(checkpoint):
+    if stored_pairs(checkpoint) or formed_layers(checkpoint):
         raise NotStreamed("it is compressed already")
     if factory is not None:
         assert architecture is not None
@@ -392,7 +418,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_pairs(checkpoint: Checkpoint) -> None:
-    if stored_pairs(checkpoint):
+    if stored_pairs(checkpoint) or spec_of(checkpoint).from_initial:
         raise BadInput(
             "is compressed already",
             where=checkpoint.source,

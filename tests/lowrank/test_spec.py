@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_layer_is_said_with_its_name(layer: Any, words: str
     [
         ({"layers": {}}, "None is not a version"),
         ({"format_version": "1", "layers": {}}, "'1' is not a version"),
-        ({"format_version": 2, "layers": {}}, "low-rank format 2.*upgrade it"),
+        ({"format_version": 3, "layers": {}}, "low-rank format 3.*upgrade it"),
         ({"format_version": 1}, "does not say which layers are low-rank"),
         ({"format_version": 1, "layers": {"fc": GOOD}.items()}, "does not say which layers are low-rank"),
     ],
