@@ -83,13 +83,16 @@ def cost_of_predictions(
 
 def _shares_wide_head(calibration: Calibration, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the predictions of the model with other modules are those of the dense model's own linear head, of many
-    classes: for few the outputs of both cost little, and their difference has more digits."""
+    classes: for few the outputs of both cost little, and their difference has more digits. Logits of fewer digits than
+    float32 have too few for the difference of two logarithms of sums."""
     head = calibration.segments.head
     if head is None or head.tail is not None or head.name in modules or calibration.criterion != "likelihood":
         return False
     layer = calibration.model.get_submodule(head.name)
     wide = head.width > calibration.settings.most_classes
-    return wide and type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    if not wide or type(layer) is not nn.Linear or layer.weight.dtype not in (torch.float32, torch.float64):
+        return False
+    return not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 @torch.no_grad()

@@ -61,20 +61,21 @@ def slices_in_workers(
     for done, sees_it in enumerate(run.engine.map(_formed, asked), start=1):
         seen.append(sees_it)
         run.report("run", done, len(asked) + count)
-    if not all(seen):
-        logger.warning(
-            "the moments are taken in this process: not all workers see %s; give a work folder (`work_dir`) that all"
-            " machines share",
-            folder,
-        )
-        yield None
-        return
     with ExitStack() as stack:
         journals = []
-        for own in asked:
+        for own in asked if all(seen) else ():
             journals.append(own.opened())
             stack.callback(journals[-1].close)
         formed = SlicesOnDisk(calibration, journals)
+        # On another machine there may be a folder of that name that is not this one.
+        if not all(seen) or not formed.can_begin(count - 1):
+            logger.warning(
+                "the moments are taken in this process: not all workers see %s; give a work folder (`work_dir`) that"
+                " all machines share",
+                folder,
+            )
+            yield None
+            return
         formed.take_outputs()
         yield formed
         for journal in journals:
@@ -155,7 +156,7 @@ class SlicesOnDisk:
 
     def sums(self, segment: int) -> SegmentSums:
         """Those of a segment, over the examples that are run backward."""
-        return self._read(f"sums-{segment}")
+        return self._read(f"sums-{segment}", self._journals)
 
     def can_begin(self, segment: int) -> bool:
         """Whether a segment, of which later ones are done, can be the first that is asked for."""
@@ -173,17 +174,17 @@ class SlicesOnDisk:
                 made = ActivationCache(calibration.run.device, journal).dense("fit", segment)
                 for chunk in own.chunks:
                     cache.dense("fit", segment).take(chunk.batch, made)
-            inputs = self._read(f"inputs-{segment}").layers
+            name = f"inputs-{segment}"
+            inputs = self._read(name, [each for each in self._journals if each.holds(name)]).layers
             if inputs.inputs and not cache.has_inputs(segment):
                 require_finite(calibration.layers, inputs)
                 cache.write_inputs(segment, inputs.inputs)
 
-    def _read(self, name: str) -> SegmentSums:
+    def _read(self, name: str, journals: Sequence[Journal]) -> SegmentSums:
         found = SegmentSums()
-        for journal in self._journals:
-            if journal.holds(name):
-                read = {key: brought_to(self._calibration.run.device, each) for key, each in journal.read(name).items()}
-                found.add(SegmentSums.of(read))
+        for journal in journals:
+            read = {key: brought_to(self._calibration.run.device, each) for key, each in journal.read(name).items()}
+            found.add(SegmentSums.of(read))
         return found
 
 

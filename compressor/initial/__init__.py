@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.initial.draws import Draws, Fingerprint, fingerprint, record
+from compressor.initial.draws import Draws, Fingerprint, Recorded, record
 from compressor.initial.weights import (
     InitialWeights,
     Start,
@@ -17,8 +17,8 @@ __all__ = [
     "Draws",
     "Fingerprint",
     "InitialWeights",
+    "Recorded",
     "Start",
-    "fingerprint",
     "fitted_share",
     "initial_tensor",
     "record",

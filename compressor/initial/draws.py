@@ -1,191 +1,569 @@
-"""The random draws of an initialization, recorded as data, and made again without the code that made them first."""
+"""The random draws of an initialization: recorded while a model is built, kept as data, and replayed bit by bit.
+
+A record is a list of steps on registers, each the memory of one tensor. Steps are random draws and what was done to
+their results: a few operations in place, each on a whole register or on a strided region of it. Draws advance the
+generator, so all of them are replayed in order; all other steps only where a tensor that is wanted depends on them.
+PyTorch draws the same numbers from the same seed on every CPU, but for the last bits, which depend on the width of its
+vectors.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_DRAWN = {"uniform_": torch.ops.aten.uniform_.default, "normal_": torch.ops.aten.normal_.default}
-_SAMPLED = 8
+# What consumes random numbers, and what is done in place with scalars alone.
+DRAWS = ("uniform_", "normal_")
+_SCALAR = (
+    *("fill_", "mul_", "add_", "sub_", "div_", "pow_", "clamp_", "clamp_min_", "clamp_max_"),
+    *("zero_", "neg_", "sqrt_", "exp_", "log_", "erf_", "erfinv_", "abs_"),
+)
+_COPY = "copy_"
+OPERATIONS = frozenset((*DRAWS, *_SCALAR, _COPY))
+_DTYPES = {
+    str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_OVERWRITE = frozenset((*DRAWS, "fill_", "zero_", _COPY))
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """What a tensor is checked by: its norm, and a few of its values."""
+class Region:
+    """Which numbers of a register: those at `offset` and the strides from there."""
 
-    norm: float
-    values: tuple[float, ...]
+    register: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
 
-    def defect(self, tensor: Tensor) -> str | None:
-        """In what a tensor differs, by more than 1e-5 of its norm or of its values' root mean square; None if not."""
-        found = fingerprint(tensor)
-        if not abs(found.norm - self.norm) <= 1e-5 * self.norm:
-            return f"its norm is {found.norm:.7g}, not {self.norm:.7g}"
-        size = self.norm / math.sqrt(max(1, tensor.numel()))
-        for ours, theirs in zip(found.values, self.values, strict=True):
-            if not abs(ours - theirs) <= 1e-5 * max(size, abs(theirs)):
-                return f"it has {ours:.7g} in the place of {theirs:.7g}"
-        return None
+    def of(self, memory: Tensor) -> Tensor:
+        """The numbers, as a view."""
+        return memory.as_strided(self.shape, self.strides, self.offset)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"norm": self.norm, "values": list(self.values)}
+    def is_all(self, size: int) -> bool:
+        """Whether it is all of a register of a size, in order."""
+        contiguous = torch.empty(self.shape, device="meta").stride() == self.strides or math.prod(self.shape) == 1
+        return self.offset == 0 and math.prod(self.shape) == size and contiguous
+
+    def to_list(self) -> list[Any]:
+        return [self.register, list(self.shape), list(self.strides), self.offset]
 
     @classmethod
-    def from_dict(cls, document: Any) -> Fingerprint:
-        """Read what `to_dict` returns; ValueError says what is wrong with the document."""
-        if not isinstance(document, Mapping) or not isinstance(values := document.get("values"), list):
-            raise ValueError("a fingerprint has a norm and values")
-        numbers = [document.get("norm"), *values]
-        if len(values) > _SAMPLED or not all(type(each) in (int, float) and math.isfinite(each) for each in numbers):
-            raise ValueError("a fingerprint has a norm and a few values")
-        return cls(float(numbers[0]), tuple(float(each) for each in values))
+    def of_list(cls, document: Any) -> Region:
+        """Read what `to_list` returns; ValueError for anything else."""
+        match document:
+            case [int() as register, list() as shape, list() as strides, int() as offset]:
+                numbers = [register, offset, *shape, *strides]
+                if len(shape) == len(strides) <= 8 and all(type(each) is int and each >= 0 for each in numbers):
+                    return cls(register, tuple(shape), tuple(strides), offset)
+        raise ValueError(f"{document!r} is no region")
 
-
-def fingerprint(tensor: Tensor) -> Fingerprint:
-    """The norm of a tensor and values at even distances."""
-    flat = tensor.detach().flatten().double()
-    places = torch.linspace(0, max(0, len(flat) - 1), min(_SAMPLED, len(flat))).long()
-    return Fingerprint(float(torch.linalg.vector_norm(flat)), tuple(flat[places].tolist()))
+    @property
+    def end(self) -> int:
+        """One more than the place of its last number in the register."""
+        if 0 in self.shape:
+            return self.offset
+        steps = zip(self.shape, self.strides, strict=True)
+        return self.offset + 1 + sum((size - 1) * stride for size, stride in steps)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One random operation: what it draws, into how many numbers of which dtype, and the tensor that they become."""
+class Step:
+    """An operation in place on a region of a register, by scalars or with the numbers of another region."""
 
     operation: str
-    shape: tuple[int, ...]
-    dtype: str
-    arguments: tuple[float, ...]
-    name: str | None
+    target: Region
+    scalars: tuple[float, ...] = ()
+    source: Region | None = None
 
-    def make(self, generator: torch.Generator) -> Tensor:
-        """The numbers, the next of a generator."""
-        tensor = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
-        _DRAWN[self.operation](tensor, *self.arguments, generator=generator)
-        return tensor
+    def run(self, memory: Mapping[int, Tensor], generator: torch.Generator) -> None:
+        """Carry it out on the memory of the registers."""
+        target = self.target.of(memory[self.target.register])
+        if self.operation in DRAWS:
+            getattr(target, self.operation)(*self.scalars, generator=generator)
+        elif self.source is not None:
+            target.copy_(self.source.of(memory[self.source.register]))
+        else:
+            getattr(target, self.operation)(*self.scalars)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Register:
+    """The memory of one tensor: how many numbers, and their dtype."""
+
+    size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Draws:
-    """The draws of an initialization in their order, which a seed and a version of PyTorch make the same."""
+    """The record of an initialization, which can be drawn again from its seed.
+
+    Attributes:
+        seed: The seed of PyTorch's generator on the CPU.
+        torch_version: The release that drew them.
+        registers: The memory that the steps work on.
+        steps: What was drawn and done, in order.
+        tensors: Where the tensors of the module's state are, by name.
+    """
 
     seed: int
     torch_version: str
-    steps: tuple[Draw, ...]
-    # Of the generator before the first steps.
-    _states: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    registers: tuple[Register, ...] = field(repr=False)
+    steps: tuple[Step, ...] = field(repr=False)
+    tensors: Mapping[str, Region] = field(repr=False)
 
     @property
     def names(self) -> frozenset[str]:
         """The tensors of a module's state that are drawn."""
-        return frozenset(step.name for step in self.steps if step.name is not None)
+        return frozenset(self.tensors)
 
-    def replay(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Draw the tensors of some names again, in the order of the initialization; PyTorch's own generator is left."""
+    @property
+    def numbers(self) -> int:
+        """How many numbers are drawn."""
+        return sum(math.prod(step.target.shape) for step in self.steps if step.operation in DRAWS)
+
+    def with_seed(self, seed: int) -> Draws:
+        """The same draws from another seed."""
+        return replace(self, seed=seed)
+
+    def only(self, names: Collection[str]) -> Draws:
+        """The record of some tensors: all draws, and the steps that these depend on."""
+        tensors = {name: region for name, region in self.tensors.items() if name in names}
+        needed = self._needed(tensors.values())
+        steps = tuple(step for step in self.steps if step.operation in DRAWS or step.target.register in needed)
+        return _compact(replace(self, steps=steps, tensors=tensors), needed)
+
+    def first(self, numbers: int) -> Draws:
+        """The steps while no more than so many numbers are drawn, and the tensors that are finished by then."""
+        drawn, end = 0, len(self.steps)
+        for place, step in enumerate(self.steps):
+            drawn += math.prod(step.target.shape) if step.operation in DRAWS else 0
+            if drawn > numbers:
+                end = place
+                break
+        later = {step.target.register for step in self.steps[end:]}
+        touched = {step.target.register for step in self.steps[:end]}
+        kept = {
+            name: region
+            for name, region in self.tensors.items()
+            if region.register in touched and region.register not in later
+        }
+        return replace(self, steps=self.steps[:end], tensors=kept)
+
+    def without_overwritten(self) -> Draws:
+        """The same without the draws whose numbers are overwritten before they are used.
+
+        A library that skips the default initialization of a layer that it initializes itself draws these alone.
+        """
+        sizes = [each.size for each in self.registers]
+        kept: list[Step] = []
+        overwritten: set[int] = set()
+        for step in reversed(self.steps):
+            register = step.target.register
+            if register in overwritten:
+                continue
+            if step.operation in _OVERWRITE and step.target.is_all(sizes[register]):
+                overwritten.add(register)
+            if step.source is not None:
+                overwritten.discard(step.source.register)
+            kept.append(step)
+        return replace(self, steps=tuple(reversed(kept)))
+
+    def replay(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Draw tensors again, each given when its last step is done, in memory of its own.
+
+        The generator is one of its own. Only what is still needed is kept.
+        """
+        wanted = {name: region for name, region in self.tensors.items() if names is None or name in names}
+        needed = self._needed(wanted.values())
+        last = self._last_steps(needed)
+        ready: dict[int, list[str]] = {}
+        for name, region in wanted.items():
+            ready.setdefault(last.get(region.register, -1), []).append(name)
+        free: dict[int, list[int]] = {}
+        for register, place in self._last_uses(needed).items():
+            free.setdefault(place, []).append(register)
         generator = torch.Generator().manual_seed(self.seed)
+        memory: dict[int, Tensor] = {}
+        for place, step in enumerate(self.steps):
+            register = step.target.register
+            if register not in needed:
+                if step.operation in DRAWS:
+                    step.run({register: self._empty(register)}, generator)
+                continue
+            if register not in memory:
+                memory[register] = self._empty(register)
+            step.run(memory, generator)
+            for name in ready.get(place, ()):
+                yield name, wanted[name].of(memory[wanted[name].register]).clone()
+            for done in free.get(place, ()):
+                memory.pop(done, None)
+
+    @cached_property
+    def _states(self) -> list[Tensor]:
+        """The state of the generator before each step, 5 kB each, with which a step can be run alone."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = []
         for step in self.steps:
-            tensor = step.make(generator)
-            if step.name is not None and step.name in names:
-                yield step.name, tensor
+            found.append(generator.get_state())
+            if step.operation in DRAWS:
+                step.run({step.target.register: self._empty(step.target.register)}, generator)
+        return found
 
     def tensor(self, name: str) -> Tensor:
-        """Draw one tensor again, from the state of the generator before it once that is known.
+        """Draw one tensor again; all draws are made the first time that one is asked for. KeyError for other names."""
+        region = self.tensors[name]
+        needed = self._needed([region])
+        memory = {register: self._empty(register) for register in needed}
+        generator = torch.Generator()
+        for step, state in zip(self.steps, self._states, strict=True):
+            if step.target.register in needed:
+                generator.set_state(state)
+                step.run(memory, generator)
+        return region.of(memory[region.register]).clone()
 
-        KeyError where there is none of the name.
-        """
-        place = next((place for place, step in enumerate(self.steps) if step.name == name), None)
-        if place is None:
-            raise KeyError(name)
-        generator = torch.Generator().manual_seed(self.seed)
-        if not self._states:
-            self._states.append(generator.get_state())
-        first = min(place, len(self._states) - 1)
-        generator.set_state(self._states[first])
-        for each in range(first, place):
-            self.steps[each].make(generator)
-            self._states.append(generator.get_state())
-        return self.steps[place].make(generator)
+    def _empty(self, register: int) -> Tensor:
+        of = self.registers[register]
+        return torch.empty(of.size, dtype=of.dtype)
+
+    def _needed(self, regions: Collection[Region]) -> set[int]:
+        """The registers that some regions depend on."""
+        needed = {region.register for region in regions}
+        sources: dict[int, set[int]] = {}
+        for step in self.steps:
+            if step.source is not None:
+                sources.setdefault(step.target.register, set()).add(step.source.register)
+        left = list(needed)
+        while left:
+            more = sources.get(left.pop(), set()) - needed
+            needed |= more
+            left += more
+        return needed
+
+    def _last_steps(self, needed: Collection[int]) -> dict[int, int]:
+        """The place of the last step on each of some registers."""
+        return {step.target.register: place for place, step in enumerate(self.steps) if step.target.register in needed}
+
+    def _last_uses(self, needed: Collection[int]) -> dict[int, int]:
+        """The place of the last step that writes to or reads each of some registers."""
+        found: dict[int, int] = {}
+        for place, step in enumerate(self.steps):
+            if step.target.register in needed:
+                found[step.target.register] = place
+                if step.source is not None:
+                    found[step.source.register] = place
+        return found
 
     def to_dict(self) -> dict[str, Any]:
-        steps = [[each.operation, list(each.shape), each.dtype, list(each.arguments), each.name] for each in self.steps]
-        return {"seed": self.seed, "torch": self.torch_version, "steps": steps}
+        """What `from_dict` reads, in the types of JSON."""
+        names = {dtype: name for name, dtype in _DTYPES.items()}
+        return {
+            "seed": self.seed,
+            "torch": self.torch_version,
+            "registers": [[each.size, names[each.dtype]] for each in self.registers],
+            "steps": [_document(step, self.registers) for step in self.steps],
+            "tensors": {name: region.to_list() for name, region in self.tensors.items()},
+        }
 
     @classmethod
-    def from_dict(cls, document: Any) -> Draws:
-        """Read what `to_dict` returns; ValueError says what is wrong with the document."""
-        if not isinstance(document, Mapping) or not isinstance(document.get("steps"), list):
-            raise ValueError("it has no draws")
-        seed, version = document.get("seed"), document.get("torch")
-        if type(seed) is not int or not isinstance(version, str):
-            raise ValueError("draws have a seed and a version of PyTorch")
-        return cls(seed, version, tuple(_draw(step) for step in document["steps"]))
+    def from_dict(cls, document: Any, *, most_numbers: int = 2**38) -> Draws:
+        """Read what `to_dict` returns.
+
+        Args:
+            document: Data that nobody vouches for.
+            most_numbers: How many numbers it may draw, and a register may hold.
+
+        Raises:
+            ValueError: it is something else, or asks for more.
+        """
+        try:
+            seed, version = document["seed"], document["torch"]
+            registers = tuple(Register(size, _DTYPES[dtype]) for size, dtype in document["registers"])
+            steps = tuple(_step(each, registers) for each in document["steps"])
+            tensors = {name: Region.of_list(region) for name, region in document["tensors"].items()}
+        except (TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"it is no record of draws: {error}") from None
+        found = cls(seed, version, registers, steps, tensors)
+        found._require_sound(most_numbers)
+        return found
+
+    def _require_sound(self, most_numbers: int) -> None:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**64 or not isinstance(self.torch_version, str):
+            raise ValueError("its seed or release is none")
+        if any(type(each.size) is not int or not 0 <= each.size <= most_numbers for each in self.registers):
+            raise ValueError("it holds more numbers than the model")
+        regions = [region for step in self.steps for region in (step.target, step.source) if region is not None]
+        for region in (*regions, *self.tensors.values()):
+            if region.register >= len(self.registers) or region.end > self.registers[region.register].size:
+                raise ValueError("a step or tensor is outside of its register")
+        if self.numbers > 4 * most_numbers:
+            raise ValueError("it draws more numbers than the model has")
 
 
-def _draw(step: Any) -> Draw:
-    if not isinstance(step, list) or len(step) != 5 or step[0] not in _DRAWN:
-        raise ValueError(f"{step!r} is no draw")
-    operation, shape, dtype, arguments, name = step
-    sizes = isinstance(shape, list) and all(type(side) is int and 0 < side < 2**31 for side in shape)
-    numbers = isinstance(arguments, list) and len(arguments) == 2 and all(type(a) in (int, float) for a in arguments)
-    if not sizes or not numbers or dtype not in ("float32", "float64", "float16", "bfloat16"):
-        raise ValueError(f"{step!r} is no draw")
-    if math.prod(shape) > 2**34 or not isinstance(name, str | None):
-        raise ValueError(f"{step!r} is no draw")
-    return Draw(operation, tuple(shape), dtype, tuple(arguments), name)
+def _document(step: Step, registers: Sequence[Register]) -> list[Any]:
+    region = step.target
+    target: Any = region.to_list()
+    if region.is_all(registers[region.register].size) and step.source is None:
+        target = region.register
+    found = [step.operation, target, *step.scalars]
+    return found if step.source is None else [*found, step.source.to_list()]
+
+
+def _step(document: Any, registers: Sequence[Register]) -> Step:
+    operation, target, *rest = document
+    if operation not in OPERATIONS:
+        raise ValueError(f"there is no operation {operation!r}")
+    if type(target) is int:
+        if not 0 <= target < len(registers):
+            raise ValueError("a step is outside of its register")
+        region = Region(target, (registers[target].size,), (1,))
+    else:
+        region = Region.of_list(target)
+    if operation == _COPY:
+        [source] = rest
+        return Step(operation, region, source=Region.of_list(source))
+    if len(rest) > 2 or not all(type(each) in (int, float) and math.isfinite(each) for each in rest):
+        raise ValueError(f"{rest!r} are no scalars of {operation}")
+    return Step(operation, region, tuple(rest))
+
+
+def _compact(draws: Draws, needed: Collection[int]) -> Draws:
+    """The same with the registers that have steps or tensors alone; draws that nobody needs share one of their size."""
+    places: dict[tuple[int, int, torch.dtype], int] = {}
+    registers: list[Register] = []
+
+    def moved(region: Region) -> Region:
+        old = draws.registers[region.register]
+        key = (region.register if region.register in needed else -1, old.size, old.dtype)
+        if key not in places:
+            places[key] = len(registers)
+            registers.append(old)
+        return replace(region, register=places[key])
+
+    steps = tuple(
+        replace(step, target=moved(step.target), source=None if step.source is None else moved(step.source))
+        for step in draws.steps
+    )
+    tensors = {name: moved(region) for name, region in draws.tensors.items()}
+    return replace(draws, registers=tuple(registers), steps=steps, tensors=tensors)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A module that was built, the draws that its tensors are made of, and the tensors of which they are not known."""
+    """A module as it was built, the draws that led to it, and the floating-point tensors that they do not explain."""
 
     module: nn.Module
     draws: Draws
     unrecorded: frozenset[str]
 
 
+def record(build: Callable[[], nn.Module], seed: int) -> Recorded:
+    """Build a module from a seed and record its draws, which are replayed once and compared bit by bit.
+
+    Python's, NumPy's and PyTorch's generators are seeded, as `transformers.set_seed` does, and are afterwards as they
+    were.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    recorder = _Recorder()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            with recorder:
+                module = build()
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+    state = {name: each for name, each in module.state_dict(keep_vars=True).items() if each.is_floating_point()}
+    tensors = {name: region for name, each in state.items() if (region := recorder.region(each)) is not None}
+    draws = Draws(seed, torch.__version__, tuple(recorder.registers), tuple(recorder.steps), tensors)
+    draws = draws.only(set(tensors))
+    same = {name for name, each in draws.replay() if torch.equal(each, state[name].detach())}
+    return Recorded(module, draws.only(same), frozenset(state.keys() - same))
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what is drawn into whole tensors, and whether anything else is random."""
+    """Notes what is drawn and done on the CPU; memory that anything else writes to is forgotten."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.steps: list[tuple[str, Tensor, tuple[float, ...]]] = []
-        self.unknown = False
+        self.registers: list[Register] = []
+        self.steps: list[Step] = []
+        self._places: dict[int, int] = {}
+        self._kept: list[Any] = []  # storages stay alive, so that none has the address of another
+        self._broken = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: PLR0917
-        name = func._schema.name.partition("::")[2]
-        if name in _DRAWN:
-            numbers = tuple(float(each) for each in args[1:]) or ((0.0, 1.0))
-            self.steps.append((name, args[0], numbers))
-        elif torch.Tag.nondeterministic_seeded in func.tags:
-            self.unknown = True
-        return func(*args, **(kwargs or {}))
+    def region(self, tensor: Tensor) -> Region | None:
+        """Where a tensor is; None where it is not known how it came about."""
+        place = self._places.get(tensor.untyped_storage()._cdata)
+        if place is None or place < 0 or self.registers[place].dtype != tensor.dtype:
+            return None
+        return Region(place, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+    def __torch_dispatch__(  # noqa: PLR0917 - the signature is PyTorch's
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        name = _name(func)
+        before = None if name in _KNOWN or self._broken else torch.get_rng_state()
+        result = func(*args, **named)
+        if before is not None and not torch.equal(before, torch.get_rng_state()):
+            self._broken = True  # an unknown draw: nothing after it can be replayed
+        self._note(func, args, named=named, result=result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], *, named: dict[str, Any], result: Any) -> None:
+        name = _name(func)
+        written = [
+            args[place]
+            for place, each in enumerate(func._schema.arguments)
+            if place < len(args) and each.alias_info is not None and each.alias_info.is_write
+        ]
+        if written and name in OPERATIONS:
+            self._in_place(name, args, named)
+        elif written:
+            for each in written:
+                self._forget(each)
+        elif isinstance(result, Tensor) and result.untyped_storage()._cdata not in self._places:
+            self._new(name, args, named=named, result=result)
+
+    def _in_place(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        target, *rest = args
+        region = self.region(target)
+        if region is None:
+            return
+        size = self.registers[region.register].size
+        if region.is_all(size):  # what is drawn and done there does not depend on the shape
+            region = Region(region.register, (size,), (1,))
+        source = rest[0] if name == _COPY and rest else None
+        scalars = [*rest, *(value for key, value in named.items() if key not in ("generator", "non_blocking"))]
+        if name in DRAWS and (self._broken or named.get("generator") is not None):
+            self._forget(target)
+        elif isinstance(source, Tensor):
+            of = self.region(source)
+            if of is None or source.shape != target.shape:
+                self._forget(target)
+            else:
+                own = self.region(target)
+                assert own is not None
+                self.steps.append(Step(name, own, source=of))
+        elif name != _COPY and all(isinstance(each, int | float) and math.isfinite(each) for each in scalars):
+            self.steps.append(Step(name, region, tuple(scalars)))
+        else:
+            self._forget(target)
+
+    def _new(self, name: str, args: tuple[Any, ...], *, named: dict[str, Any], result: Tensor) -> None:
+        """A tensor in memory of its own: empty, of one number, drawn, or computed from one that is known."""
+        source = next((each for each in args if isinstance(each, Tensor)), None)
+        of = None if source is None else self.region(source)
+        if result.device.type != "cpu" or result.dtype not in _DTYPES.values():
+            self._forget(result)
+            return
+        if name in _EMPTY:
+            self._register(result)
+        elif name in _FILLED:
+            self._register(result)
+            value = _FILLED[name] if _FILLED[name] is not None else args[1]
+            self._in_place("fill_", (result, value), {})
+        elif name in ("rand", "randn", "rand_like", "randn_like") and named.get("generator") is None:
+            self._register(result)
+            self._in_place("uniform_" if "randn" not in name else "normal_", (result, 0.0, 1.0), {})
+        elif name == "normal" and source is None and named.get("generator") is None:
+            self._register(result)
+            self._in_place("normal_", (result, *args[:2]), {})
+        elif of is not None and source is not None and name in ("clone", "_to_copy", "contiguous"):
+            self._register(result)
+            self._in_place(_COPY, (result, source), {})
+        elif of is not None and source is not None and f"{name}_" in _SCALAR and result.dtype == source.dtype:
+            self._register(result)
+            self._in_place(_COPY, (result, source), {})
+            self._in_place(f"{name}_", (result, *args[1:]), named)
+        else:
+            self._forget(result)
+
+    def _register(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._kept.append(storage)
+        self._places[storage._cdata] = len(self.registers)
+        self.registers.append(Register(storage.nbytes() // tensor.dtype.itemsize, tensor.dtype))
+
+    def _forget(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor):
+            self._kept.append(tensor.untyped_storage())
+            self._places[tensor.untyped_storage()._cdata] = -1
 
 
-def record(build: Callable[[], nn.Module], seed: int) -> Recorded:
-    """Build a module after `torch.manual_seed(seed)`, and note its draws; PyTorch's generator is as it was after it."""
-    recorder = _Recorder()
-    with torch.random.fork_rng(devices=[]), recorder:
-        torch.manual_seed(seed)
-        module = build()
-    state = module.state_dict(keep_vars=True)
-    last = {tensor.data_ptr(): place for place, (_, tensor, _) in enumerate(recorder.steps)}
-    names: dict[int, str] = {}
-    for name, tensor in state.items():
-        place = last.get(tensor.data_ptr())
-        if place is not None and recorder.steps[place][1].shape == tensor.shape:
-            names.setdefault(place, name)
-    steps = [
-        Draw(operation, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), numbers, names.get(place))
-        for place, (operation, tensor, numbers) in enumerate(recorder.steps)
-    ]
-    draws = Draws(seed, torch.__version__, () if recorder.unknown else tuple(steps))
-    # What happened to a tensor after its draw shows in its values.
-    same = {name for name, tensor in draws.replay(set(state)) if torch.equal(tensor, state[name])}
-    kept = tuple(step if step.name in same else replace(step, name=None) for step in draws.steps)
-    return Recorded(module, replace(draws, steps=kept), frozenset(state.keys() - same))
+def _name(func: Any) -> str:
+    """The name of an operation of ATen."""
+    return str(func._schema.name).removeprefix("aten::")
+
+
+_EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_FILLED: dict[str, float | None] = {
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), 0.0),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), 1.0),
+    **dict.fromkeys(("full", "full_like"), None),
+}
+_KNOWN = OPERATIONS | {
+    *_EMPTY,
+    *_FILLED,
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "normal",
+    "clone",
+    "_to_copy",
+    "detach",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a tensor from others to a few digits: its norm, and some of its numbers."""
+
+    norm: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, count: int = 8) -> Fingerprint:
+        """That of a tensor, by numbers at places that are spread evenly."""
+        wide = tensor.detach().to(torch.float64).flatten()
+        return cls(float(wide.norm()), tuple(wide[_places(len(wide), count)].tolist()))
+
+    def defect(self, tensor: Tensor, tolerance: float = 1e-5) -> str | None:
+        """What is different in another tensor, relative to its root mean square; None where nothing is."""
+        other = Fingerprint.of(tensor, len(self.values))
+        size = self.norm / math.sqrt(max(1, tensor.numel()))
+        if not math.isclose(self.norm, other.norm, rel_tol=tolerance):
+            return f"its norm is {other.norm:.6g} instead of {self.norm:.6g}"
+        pairs = zip(self.values, other.values, strict=True)
+        apart = [abs(a - b) for a, b in pairs if not abs(a - b) <= tolerance * max(size, abs(a))]
+        return f"{len(apart)} of {len(self.values)} of its numbers are others" if apart else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"norm": self.norm, "values": list(self.values)}
+
+    @classmethod
+    def from_dict(cls, document: Any) -> Fingerprint:
+        """Read what `to_dict` returns; ValueError for anything else."""
+        match document:
+            case {"norm": int() | float() as norm, "values": list() as values}:
+                if all(type(each) in (int, float) and math.isfinite(each) for each in (norm, *values)):
+                    return cls(float(norm), tuple(map(float, values)))
+        raise ValueError(f"{document!r} is no fingerprint")
+
+
+def _places(size: int, count: int) -> list[int]:
+    count = min(size, count)
+    return [size * each // count for each in range(count)]

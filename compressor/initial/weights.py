@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.initial.draws import Draws, Fingerprint, fingerprint, record
+from compressor.initial.draws import Draws, Fingerprint, record
 from compressor.io import Checkpoint, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.measure.memory_window import memory_window, retention
 from compressor.network import Architecture, Layer, with_separate_experts
@@ -75,7 +75,7 @@ class InitialWeights:
     def fingerprint(self, name: str) -> Fingerprint | None:
         """What a tensor is checked by, which is read once for it; None where there is none."""
         if name not in self._fingerprints and (tensor := self.read(name)) is not None:
-            self._fingerprints[name] = fingerprint(tensor)
+            self._fingerprints[name] = Fingerprint.of(tensor)
         return self._fingerprints.get(name)
 
     @classmethod

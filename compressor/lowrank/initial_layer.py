@@ -79,7 +79,7 @@ def initial_record(layers: Mapping[str, Layer], initial: InitialWeights | None) 
     if initial is None or not tensors:
         return None
     if initial.draws is not None:
-        return InitialRecord(tensors, initial.draws)
+        return InitialRecord(tensors, initial.draws.only({each.name for each in tensors.values()}))
     return InitialRecord(tensors, None, initial.checkpoint_name or initial.source, initial.digest)
 
 
