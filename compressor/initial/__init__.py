@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.initial.draws import Draws, Fingerprint, Recorded, record
+from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
 from compressor.initial.weights import (
     InitialWeights,
     Start,
@@ -14,15 +15,20 @@ from compressor.initial.weights import (
 )
 
 __all__ = [
+    "SEARCH",
     "Draws",
     "Fingerprint",
+    "FoundSeed",
     "InitialWeights",
     "Recorded",
+    "SearchSettings",
     "Start",
+    "find_seed",
     "fitted_share",
     "initial_tensor",
     "record",
     "share_left",
     "start_of",
     "starts_of",
+    "what_is_searched",
 ]

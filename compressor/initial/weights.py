@@ -98,6 +98,15 @@ class InitialWeights:
         return replace(state, draws=recorded.draws)
 
     @classmethod
+    def from_draws(cls, draws: Draws) -> InitialWeights:
+        """What a record of draws gives, such as that of a seed that was found; a tensor is drawn when it is read."""
+
+        def read(name: str) -> Tensor | None:
+            return draws.tensor(name) if name in draws.names else None
+
+        return cls(f"seed {draws.seed}", read, draws=draws)
+
+    @classmethod
     def from_checkpoint(
         cls, model: str | Path | nn.Module | Checkpoint, architecture: Architecture | None = None
     ) -> InitialWeights:
