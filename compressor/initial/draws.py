@@ -23,11 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # What consumes random numbers, and what is done in place with scalars alone.
 DRAWS = ("uniform_", "normal_")
-_SCALAR = (
-    *("fill_", "mul_", "add_", "sub_", "div_", "pow_", "clamp_", "clamp_min_", "clamp_max_"),
-    *("zero_", "neg_", "sqrt_", "exp_", "log_", "erf_", "erfinv_", "abs_"),
-)
+# How many scalars each takes.
+_COUNTS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(DRAWS, (0, 1, 2)),
+    **dict.fromkeys(("fill_", "mul_", "add_", "sub_", "div_", "pow_", "clamp_min_", "clamp_max_"), (1,)),
+    **dict.fromkeys(("zero_", "neg_", "sqrt_", "exp_", "log_", "erf_", "erfinv_", "abs_"), (0,)),
+    "clamp_": (2,),
+}
+_SCALAR = tuple(name for name in _COUNTS if name not in DRAWS)
 _COPY = "copy_"
+# More than any initialization takes: a model of a thousand layers has ten thousand steps.
+_MOST_STEPS = 2**20
 OPERATIONS = frozenset((*DRAWS, *_SCALAR, _COPY))
 _DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -52,6 +58,17 @@ class Region:
         """Whether it is all of a register of a size, in order."""
         contiguous = torch.empty(self.shape, device="meta").stride() == self.strides or math.prod(self.shape) == 1
         return self.offset == 0 and math.prod(self.shape) == size and contiguous
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether several of its numbers may be the same."""
+        reach = 0
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1:
+                if stride <= reach:
+                    return True
+                reach += (size - 1) * stride
+        return False
 
     def to_list(self) -> list[Any]:
         return [self.register, list(self.shape), list(self.strides), self.offset]
@@ -200,8 +217,9 @@ class Draws:
                 if step.operation in DRAWS:
                     step.run({register: self._empty(register)}, generator)
                 continue
-            if register not in memory:
-                memory[register] = self._empty(register)
+            for each in (step.target, step.source):
+                if each is not None and each.register not in memory:
+                    memory[each.register] = self._empty(each.register)
             step.run(memory, generator)
             for name in ready.get(place, ()):
                 yield name, wanted[name].of(memory[wanted[name].register]).clone()
@@ -233,7 +251,7 @@ class Draws:
 
     def _empty(self, register: int) -> Tensor:
         of = self.registers[register]
-        return torch.empty(of.size, dtype=of.dtype)
+        return torch.zeros(of.size, dtype=of.dtype)
 
     def _needed(self, regions: Collection[Region]) -> set[int]:
         """The registers that some regions depend on."""
@@ -290,7 +308,7 @@ class Draws:
             registers = tuple(Register(size, _DTYPES[dtype]) for size, dtype in document["registers"])
             steps = tuple(_step(each, registers) for each in document["steps"])
             tensors = {name: Region.of_list(region) for name, region in document["tensors"].items()}
-        except (TypeError, KeyError, AttributeError, IndexError) as error:
+        except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"it is no record of draws: {error}") from None
         found = cls(seed, version, registers, steps, tensors)
         found._require_sound(most_numbers)
@@ -301,12 +319,26 @@ class Draws:
             raise ValueError("its seed or release is none")
         if any(type(each.size) is not int or not 0 <= each.size <= most_numbers for each in self.registers):
             raise ValueError("it holds more numbers than the model")
+        if max(len(self.steps), len(self.registers)) > _MOST_STEPS:
+            raise ValueError("it has more steps than any initialization")
         regions = [region for step in self.steps for region in (step.target, step.source) if region is not None]
         for region in (*regions, *self.tensors.values()):
             if region.register >= len(self.registers) or region.end > self.registers[region.register].size:
                 raise ValueError("a step or tensor is outside of its register")
-        if self.numbers > 4 * most_numbers:
+            if region.overlaps:
+                raise ValueError("numbers of a step or tensor lie on others")
+        if any(step.source is not None and step.source.shape != step.target.shape for step in self.steps):
+            raise ValueError("a copy has another shape")
+        if not self.is_within(most_numbers):
             raise ValueError("it draws more numbers than the model has")
+
+    def is_within(self, numbers: int) -> bool:
+        """Whether it draws and holds no more than the initialization of a model of so many numbers may.
+
+        A library may draw a default initialization, its own, and again what it rejects.
+        """
+        largest = max((each.size for each in self.registers), default=0)
+        return self.numbers <= 8 * numbers + 2**16 and largest <= numbers + 2**16
 
 
 def _document(step: Step, registers: Sequence[Register]) -> list[Any]:
@@ -331,7 +363,12 @@ def _step(document: Any, registers: Sequence[Register]) -> Step:
     if operation == _COPY:
         [source] = rest
         return Step(operation, region, source=Region.of_list(source))
-    if len(rest) > 2 or not all(type(each) in (int, float) and math.isfinite(each) for each in rest):
+    largest = torch.finfo(registers[region.register].dtype).max if region.register < len(registers) else 0.0
+    sound = len(rest) in _COUNTS[operation]
+    sound &= all(type(each) in (int, float) and math.isfinite(each) and abs(each) <= largest for each in rest)
+    if not sound or (operation == "normal_" and rest[1:] and rest[1] < 0):
+        raise ValueError(f"{rest!r} are no scalars of {operation}")
+    if operation == "uniform_" and len(rest) == 2 and not 0 <= rest[1] - rest[0] <= largest:
         raise ValueError(f"{rest!r} are no scalars of {operation}")
     return Step(operation, region, tuple(rest))
 

@@ -8,6 +8,7 @@ itself, which are `InitialLayer`s until their weights are formed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -179,6 +180,12 @@ def _form(spec: LayerSpec) -> InitialForm:
     return form
 
 
+def _require_modest(record: InitialRecord, numbers: int, source: Path | str | None) -> None:
+    """Refuse draws that no initialization of a model of so many numbers makes, before any of them is made."""
+    if record.draws is not None and not record.draws.is_within(numbers):
+        raise _damaged("the record of its initialization draws more numbers than the model has", source)
+
+
 def _damaged(what: str, source: Path | str | None) -> BadInput:
     return BadInput(what, where=source, remedy="compress the original checkpoint again")
 
@@ -204,8 +211,10 @@ def formed_checkpoint(checkpoint: Checkpoint, given: InitialWeights | None = Non
         changed |= {join(name, factor): None for factor in dense.factors} | {marker.name: dense}
     record = file_record(checkpoint) | spec.without_initial().to_dict()
     record.pop("initial", None)
+    formed = checkpoint.changed(changed)
+    _require_modest(spec.initial, sum(info.elements for info in formed.tensors.values()), checkpoint.source)
     return replace(
-        checkpoint.changed(changed),
+        formed,
         metadata={**checkpoint.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)},
         config=None if checkpoint.config is None else formed_config(checkpoint.config),
     )
@@ -318,6 +327,8 @@ def form_layers(root: nn.Module, put: Mapping[str, PutLayer], spec: LowRankSpec)
     if not put:
         return
     assert spec.initial is not None
+    numbers = sum(math.prod(each.layer.stands_for.tensor_shape) for each in put.values())
+    _require_modest(spec.initial, numbers + sum(each.numel() for each in root.parameters()), None)
     starts = RecordedStarts(spec.initial, _given.get(), None)
     for name, each in put.items():
         layer, share = each.layer, spec.layers[name].share

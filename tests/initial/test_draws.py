@@ -143,6 +143,14 @@ def test_draws_in_another_dtype(dtype: torch.dtype) -> None:
     assert not converted.unrecorded
 
 
+def test_what_is_never_written_is_zero() -> None:
+    sound = record(lambda: nn.Linear(3, 2), 0).draws.to_dict()
+    draws = Draws.from_dict(sound | {"steps": []}, most_numbers=100)
+    assert all(not draws.tensor(name).any() for name in draws.tensors)
+    copied = Draws.from_dict(sound | {"steps": [["copy_", [0, [2], [1], 0], [1, [2], [1], 0]]]}, most_numbers=100)
+    assert all(not tensor.any() for _, tensor in copied.replay())
+
+
 def changed(document: dict[str, Any], **other: Any) -> dict[str, Any]:
     return copy.deepcopy(document) | other
 
@@ -158,7 +166,11 @@ def test_hostile_documents_are_refused() -> None:
         changed(sound, registers=[[10**12, "float32"]]), changed(sound, registers=[[3, "int64"]]),
         changed(sound, tensors={"0.weight": [0, [10**6], [1], 0]}),
         changed(sound, tensors={"0.weight": [0, [-1], [1], 0]}),
-        changed(sound, steps=sound["steps"] * 1000),
+        changed(sound, steps=sound["steps"] * 1000), changed(sound, steps=[["zero_", 0]] * (2**20 + 1)),
+        changed(sound, steps=[["fill_", 0, 10**400]]), changed(sound, steps=[["fill_", 0, 1e300]]),
+        changed(sound, steps=[["normal_", 0, 0.0, -1.0]]), changed(sound, steps=[["uniform_", 0, 1.0, 0.0]]),
+        changed(sound, steps=[["zero_", 0, 1.0]]), changed(sound, steps=[["zero_", [0, [2, 2], [1, 1], 0]]]),
+        changed(sound, steps=[["copy_", [0, [2], [1], 0], [0, [3], [1], 0]]]),
     ):  # fmt: skip
         with pytest.raises(ValueError):  # noqa: PT011 - each says something else
             Draws.from_dict(document, most_numbers=10_000)

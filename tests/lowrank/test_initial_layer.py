@@ -149,6 +149,17 @@ def test_a_damaged_record_is_refused(small: tuple[Any, Path], record: dict[str, 
         load_model(changed(small[1], **record), Kinds)
 
 
+def test_a_record_that_draws_without_end_is_refused_before_it_draws(small: tuple[Any, Path]) -> None:
+    record = spec_of(open_checkpoint(small[1])).initial
+    assert record is not None
+    assert record.draws is not None
+    endless = record.draws.to_dict()
+    endless["registers"] = [*endless["registers"], [2**37, "float32"]]
+    endless["steps"] = [["normal_", len(endless["registers"]) - 1, 0.0, 1.0], *endless["steps"]]
+    with pytest.raises(BadInput, match="draws more numbers than the model has"):
+        load_model(changed(small[1], draws=endless), Kinds)
+
+
 @pytest.mark.parametrize("lost", ["tall.down.weight", "tall.weight"])
 def test_a_lost_factor_is_refused(small: tuple[Any, Path], lost: str) -> None:
     stored = load_file(small[1])
