@@ -38,7 +38,7 @@ def test_compress_takes_its_options(words: list[str]) -> None:
 
 def test_all_ways_to_run_are_on_the_page() -> None:
     engines = {parsed(CompressOptions, words).engine for words in commands("compress")}
-    assert engines == {None, "processes:8", "ray", "ray:1"}
+    assert engines == {None, "processes:4", "processes:8", "ray", "ray:1"}
 
 
 def test_ray_takes_its_options() -> None:

@@ -44,7 +44,7 @@ class BackwardPass:
         with collecting(calibration, self._layers, segment) as (model, collector), torch.enable_grad():
             for each in calibration.slices:
                 # Targets are drawn for each slice by itself, whoever draws those of the others.
-                self._generator, self._seed = None, calibration.run.seed + each.number
+                self._generator, self._seed = None, (calibration.run.seed + each.number) % 2**64
                 for chunk in each.chunks if forward_too else each.backward:
                     if chunk in each.backward:
                         with collector.masked(calibration.data.read(chunk).masks):

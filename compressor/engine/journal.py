@@ -39,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 _LOG, _LOCK, _UNITS, _JOBS = "journal.jsonl", "lock", "units", "jobs"
 _FIRST = b'{"sha256": "'
-_UNIT = re.compile(r"[0-9a-f]{32}\.(safetensors|partial)")
+# What a unit is called, and what safetensors calls one that it has not finished writing.
+_UNIT = re.compile(r"[0-9a-f]{32}\.(safetensors|partial)|\.tmp\w{6}")
 
 
 @dataclass(frozen=True)

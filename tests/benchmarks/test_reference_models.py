@@ -97,10 +97,10 @@ def channel_pairs_only(keep: float, *, shared: bool) -> Plan:
 def test_with_data_and_spatial_pairs_a_resnet_loses_at_most_half_of_what_channel_pairs_lose(tmp_path: Path) -> None:
     source, spec, _ = MODELS["digits-resnet"]
     dense = load_model(source)
-    report = compress(source, output=tmp_path / "small", keep=0.5, calibration=spec, prefer="size")
-    assert report.plan.eligible_after <= 0.5 * report.plan.eligible_before
+    report = compress(source, output=tmp_path / "small", keep=0.3, calibration=spec, prefer="size")
+    assert report.plan.eligible_after <= 0.3 * report.plan.eligible_before
     assert any(layer.form == "spatial" for layer in report.plan.layers)
-    uniform, shared = (compress(dense, plan=channel_pairs_only(0.5, shared=shared)).model for shared in (False, True))
+    uniform, shared = (compress(dense, plan=channel_pairs_only(0.3, shared=shared)).model for shared in (False, True))
     assert uniform is not None
     assert shared is not None
     ours = load_model(tmp_path / "small")

@@ -147,6 +147,7 @@ def test_what_a_dead_run_left_is_removed(work: Path) -> None:
     journal.close()
     (work / "units" / f"{'a' * 32}.partial").write_bytes(b"1")
     (work / "units" / f"{'b' * 32}.safetensors").write_bytes(b"1")
+    (work / "units" / ".tmpAb12Cd").write_bytes(b"1")  # safetensors writes beside the file first
     journal = opened(work)
     assert len(units(work)) == 1
     assert journal.holds("kept")
