@@ -201,6 +201,9 @@ def work(method: str, folder: Path, output: Path) -> dict[str, Any]:
             progress=Listening(),
         )
         needs = made.to_dict()["needs"]
+        for each in needs.values():
+            if isinstance(each, dict):
+                each.pop("place")  # a path of this machine
     return {"cpu_seconds": round(cpu_seconds() - started, 2), "libraries_bytes": libraries, "needs": needs}
 
 
