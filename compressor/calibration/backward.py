@@ -16,7 +16,7 @@ from compressor.calibration.prepare import Collectors
 from compressor.calibration.segments import State
 from compressor.calibration.sums import SegmentSums
 from compressor.data import Batch
-from compressor.measure.moments import MomentCollector, VectorSum, kept_rows, packed, with_padding
+from compressor.measure.moments import MomentCollector, VectorSum, accumulate, gram, kept_rows, packed, with_padding
 from compressor.torch_state import in_float64
 
 
@@ -104,9 +104,8 @@ class BackwardPass:
             self._note_boundary(place, hidden_rows(gradient, batch.masks))
 
     def _note_boundary(self, place: int, vectors: Tensor) -> None:
-        product = in_float64(vectors.T @ vectors)
-        of_nothing = VectorSum(torch.zeros_like(product), product.new_zeros(0), 0)
-        self._boundary.setdefault(place, of_nothing).add(VectorSum(product, of_nothing.total, len(vectors)))
+        product = in_float64(gram(vectors))
+        accumulate(self._boundary, place, VectorSum(product, product.new_zeros(0), len(vectors)))
 
     def _run(self, model: nn.Module, segment: int, batch: Batch, *, state: State) -> State:
         segments = self._calibration.segments

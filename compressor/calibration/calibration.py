@@ -16,12 +16,11 @@ from compressor.calibration.segments import Segments, State
 from compressor.calibration.settings import CalibrationSettings
 from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
-from compressor.initial import InitialWeights, initial_tensor
-from compressor.lowrank import as_matrix, put_layer
+from compressor.initial import InitialWeights
+from compressor.lowrank import put_layer, start_matrix
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import Layer
 from compressor.planning import LossUnit
-from compressor.torch_state import brought_to, in_float64
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,7 @@ class Calibration:
     def start(self, layer: Layer, share: float | None) -> Tensor | None:
         """What the pair of a layer that has a share of its initial weights is added to, as a `d_out x d_in` matrix in
         float64, read or drawn again. None without a share."""
-        return start_of(layer, share, initial=self.initial, device=self.run.device)
-
-
-def start_of(
-    layer: Layer, share: float | None, *, initial: InitialWeights | None, device: torch.device
-) -> Tensor | None:
-    """The share of its initial weights that a layer has, as a `d_out x d_in` matrix in float64; None without one."""
-    if share is None:
-        return None
-    assert initial is not None, "a layer has a share of the initial weights where these are known"
-    found = initial_tensor(layer, initial)
-    assert found is not None, "a layer has a start where its initial weight is known"
-    return share * in_float64(as_matrix(layer, brought_to(device, found)))
+        return start_matrix(layer, share, self.initial, device=self.run.device)
 
 
 def dense_inputs(calibration: Calibration, segment: int, chunk: Chunk) -> State:

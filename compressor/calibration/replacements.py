@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
-from compressor.calibration.calibration import Calibration, start_of
+from compressor.calibration.calibration import Calibration
 from compressor.forms import InitialLayer, LowRankEmbedding
-from compressor.lowrank import TiedHead, carry_over, filled_layer
+from compressor.lowrank import TiedHead, carry_over, filled_layer, start_matrix
 from compressor.planning import LayerPlan
 
 
@@ -33,7 +33,7 @@ class Replacements(Mapping[str, nn.Module]):
         self.factors, self.moved = factors, {} if moved is None else moved
         # Not the calibration itself, whose moments are on disk as long as somebody holds it.
         self._model, self._layers = calibration.model, calibration.layers
-        self._start = partial(start_of, initial=calibration.initial, device=calibration.run.device)
+        self._start = partial(start_matrix, initial=calibration.initial, device=calibration.run.device)
         # Several parameters of one module are factorized in the same low-rank module.
         self._plans: dict[str, list[LayerPlan]] = {}
         self._modules: dict[str, str] = {}

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compressor.measure.moments import LayerSums, PackedSum
+from compressor.measure.moments import LayerSums, PackedSum, accumulate
 
 
 @dataclass
@@ -33,10 +33,7 @@ class SegmentSums:
         """Add the sums over other examples, which may become these."""
         self.layers.add(other.layers.inputs, other.layers.gradients)
         for place, each in other.boundary.items():
-            if place in self.boundary:
-                self.boundary[place].add(each)
-            else:
-                self.boundary[place] = each
+            accumulate(self.boundary, place, each)
         for kind, state in other.collected.items():
             add_states(self.collected.setdefault(kind, {}), state)
         self.predictions += other.predictions

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from compressor.errors import BadInput
 
 # What consumes random numbers, and what is done in place with scalars alone.
 DRAWS = ("uniform_", "normal_")
@@ -227,13 +230,13 @@ class Draws:
                 memory.pop(done, None)
 
     @cached_property
-    def _states(self) -> list[Tensor]:
-        """The state of the generator before each step, 5 kB each, with which a step can be run alone."""
+    def _states(self) -> dict[int, Tensor]:
+        """The state of the generator before each draw, 5 kB each, with which it can be made alone, by its place."""
         generator = torch.Generator().manual_seed(self.seed)
-        found = []
-        for step in self.steps:
-            found.append(generator.get_state())
+        found = {}
+        for place, step in enumerate(self.steps):
             if step.operation in DRAWS:
+                found[place] = generator.get_state()
                 step.run({step.target.register: self._empty(step.target.register)}, generator)
         return found
 
@@ -243,9 +246,10 @@ class Draws:
         needed = self._needed([region])
         memory = {register: self._empty(register) for register in needed}
         generator = torch.Generator()
-        for step, state in zip(self.steps, self._states, strict=True):
+        for place, step in enumerate(self.steps):
             if step.target.register in needed:
-                generator.set_state(state)
+                if step.operation in DRAWS:
+                    generator.set_state(self._states[place])
                 step.run(memory, generator)
         return region.of(memory[region.register]).clone()
 
@@ -406,27 +410,34 @@ class Recorded:
 def record(build: Callable[[], nn.Module], seed: int) -> Recorded:
     """Build a module from a seed and record its draws, which are replayed once and compared bit by bit.
 
-    Python's, NumPy's and PyTorch's generators are seeded, as `transformers.set_seed` does, and are afterwards as they
-    were.
+    Raises `BadInput` for a seed that PyTorch does not take.
     """
-    python, arrays = random.getstate(), np.random.get_state()
     recorder = _Recorder()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            with recorder:
-                module = build()
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
+    with _seeded(seed), recorder:
+        module = build()
     state = {name: each for name, each in module.state_dict(keep_vars=True).items() if each.is_floating_point()}
     tensors = {name: region for name, each in state.items() if (region := recorder.region(each)) is not None}
     draws = Draws(seed, torch.__version__, tuple(recorder.registers), tuple(recorder.steps), tensors)
     draws = draws.only(set(tensors))
     same = {name for name, each in draws.replay() if torch.equal(each, state[name].detach())}
     return Recorded(module, draws.only(same), frozenset(state.keys() - same))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Set the seeds of Python, NumPy and PyTorch, as `transformers.set_seed` does, and restore the generators."""
+    if not 0 <= seed < 2**64:
+        raise BadInput(f"{seed} is no seed", option="initial", remedy="give a whole number from 0 to 2^64 - 1")
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=()):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -476,12 +487,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _in_place(self, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         target, *rest = args
-        region = self.region(target)
-        if region is None:
+        own = region = self.region(target)
+        if own is None or region is None:
             return
-        size = self.registers[region.register].size
-        if region.is_all(size):  # what is drawn and done there does not depend on the shape
-            region = Region(region.register, (size,), (1,))
+        size = self.registers[own.register].size
+        if own.is_all(size):  # what is drawn and done there does not depend on the shape
+            region = Region(own.register, (size,), (1,))
         source = rest[0] if name == _COPY and rest else None
         scalars = [*rest, *(value for key, value in named.items() if key not in ("generator", "non_blocking"))]
         if name in DRAWS and (self._broken or named.get("generator") is not None):
@@ -491,8 +502,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if of is None or source.shape != target.shape:
                 self._forget(target)
             else:
-                own = self.region(target)
-                assert own is not None
                 self.steps.append(Step(name, own, source=of))
         elif name != _COPY and all(isinstance(each, int | float) and math.isfinite(each) for each in scalars):
             self.steps.append(Step(name, region, tuple(scalars)))

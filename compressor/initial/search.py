@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.initial.draws import Draws
-from compressor.initial.weights import LEAST_Z, correlation_of
+from compressor.initial.weights import LEAST_Z, correlation_of, initial_name
 from compressor.io import Checkpoint
 from compressor.network import Layer
 
@@ -137,7 +137,7 @@ def _names(draws: Draws, layers: Sequence[Layer], settings: SearchSettings) -> d
     """The layers whose initial weights depend on the seed, by the names that these have in the module's state."""
     found: dict[str, Layer] = {}
     for layer in layers:
-        for name in (f"{layer.module}.{layer.parameter}".lstrip("."), layer.tensor):
+        for name in (initial_name(layer), layer.tensor):
             region = draws.tensors.get(name)
             if region is not None and region.shape == layer.tensor_shape and layer.parameters >= settings.least_size:
                 found.setdefault(name, layer)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,8 +90,7 @@ class InitialWeights:
         Raises:
             BadInput: no generator takes the seed.
         """
-        with seeded(seed):
-            recorded = record(build, seed)
+        recorded = record(build, seed)
         state = cls.from_state(_state(recorded.module), source=f"seed {seed}")
         return replace(state, draws=recorded.draws)
 
@@ -169,30 +166,14 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {**apart.state_dict(), **module.state_dict()}
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Set the seeds of Python, NumPy and PyTorch as `transformers.set_seed` does, and restore the generators.
-
-    A seed beyond what NumPy takes sets the other two. Raises `BadInput` for one that PyTorch does not take.
-    """
-    if not 0 <= seed < 2**64:
-        raise BadInput(f"{seed} is no seed", option="initial", remedy="give a whole number from 0 to 2^64 - 1")
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=()):
-            random.seed(seed)
-            if seed < 2**32:
-                np.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
+def initial_name(layer: Layer) -> str:
+    """What the weight of a layer is called in the state of the model's module."""
+    return f"{layer.module}.{layer.parameter}".lstrip(".")
 
 
 def initial_tensor(layer: Layer, initial: InitialWeights) -> Tensor | None:
     """The initial weight of a layer, in the shape that it has in the checkpoint; None where there is none."""
-    name = f"{layer.module}.{layer.parameter}".lstrip(".")
+    name = initial_name(layer)
     found = initial.read(name)
     if found is None and name != layer.tensor:
         found = initial.read(layer.tensor)

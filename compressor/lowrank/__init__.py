@@ -20,7 +20,6 @@ from compressor.lowrank.initial_layer import (
     formed_layers,
     formed_weight,
     initial_given,
-    initial_name,
     initial_weight,
     start_matrix,
 )
@@ -110,7 +109,6 @@ __all__ = [
     "formed_layers",
     "formed_weight",
     "initial_given",
-    "initial_name",
     "initial_weight",
     "join",
     "layer_spec",

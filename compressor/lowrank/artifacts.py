@@ -118,7 +118,7 @@ def require_read_back(path: Path, rewriting: Rewriting) -> None:
     stored = open_checkpoint(path)
     dense = formed_checkpoint(stored, rewriting.initial)
     for layer, plan in layers:
-        start = start_matrix(layer, plan, rewriting.initial)
+        start = start_matrix(layer, plan.share, rewriting.initial)
         assert start is not None
         known, dtype = rewriting.factors.get(layer.name), rewriting.info(layer.tensor).dtype
         names = [info.name for info in pair_infos(layer, plan, dtype, bias=None)]

@@ -20,21 +20,23 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.forms import FORMS, InitialForm, InitialLayer, StoredWeight, formed_in
-from compressor.initial import InitialWeights, initial_tensor
+from compressor.initial import InitialWeights, initial_name, initial_tensor
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_in_range
 from compressor.lowrank.modules import carry_hooks, carry_over, carry_state_hooks, low_rank_layer, put_layer, tied_head
 from compressor.lowrank.spec import METADATA_KEY, InitialRecord, InitialTensor, LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import as_matrix, file_record, join, spec_of
 from compressor.network import Layer, layer_name
 from compressor.planning import LayerPlan
-from compressor.torch_state import in_float64
+from compressor.torch_state import CPU, brought_to, in_float64
 
 
-def start_matrix(layer: Layer, plan: LayerPlan, initial: InitialWeights | None) -> Tensor | None:
-    """The share of its initial matrix that a layer still has, `d_out x d_in` in float64; None in other forms."""
-    if plan.share is None:
+def start_matrix(
+    layer: Layer, share: float | None, initial: InitialWeights | None, *, device: torch.device = CPU
+) -> Tensor | None:
+    """The share of its initial matrix that a layer still has, `d_out x d_in` in float64; None without a share."""
+    if share is None:
         return None
-    return plan.share * in_float64(as_matrix(layer, initial_weight(layer, initial)))
+    return share * in_float64(as_matrix(layer, brought_to(device, initial_weight(layer, initial))))
 
 
 def initial_weight(layer: Layer, initial: InitialWeights | None) -> Tensor:
@@ -51,11 +53,6 @@ def _no_initial(layer: Layer) -> BadInput:
         option="initial",
         remedy="name those that the plan was made with, or give the layer another form",
     )
-
-
-def initial_name(layer: Layer) -> str:
-    """What the weight of a layer is called in the state of the model's module."""
-    return join(layer.module, layer.parameter)
 
 
 def formed_weight(

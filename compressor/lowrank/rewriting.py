@@ -136,7 +136,7 @@ def rewritten_factors(rewriting: Rewriting, run: Run) -> Iterator[tuple[Layer, L
             device=run.job_device,
             decomposition=None if rewriting.decompositions is None else rewriting.decompositions.get(layer.name),
             precision=None if rewriting.decompositions is None else rewriting.decompositions.precision,
-            start=start_matrix(layer, plan, rewriting.initial),
+            start=start_matrix(layer, plan.share, rewriting.initial),
         )
         for layer, plan in rewriting.factorized
         if layer.name not in rewriting.factors and layer.name not in done
@@ -220,7 +220,7 @@ def rewritten_module(
     left_out = {id(getattr(dense[layer.name], layer.parameter)): None for layer, _ in rewriting.factorized}
     compressed = copy.deepcopy(module, left_out)
     for layer, plan, factors in rewritten_factors(rewriting, run):
-        if (start := start_matrix(layer, plan, rewriting.initial)) is not None:
+        if (start := start_matrix(layer, plan.share, rewriting.initial)) is not None:
             like = getattr(dense[layer.name], layer.parameter)
             weight = formed_weight(layer, plan, factors.tensors, start=start, dtype=like.dtype)
             owner = compressed.get_submodule(layer.module)

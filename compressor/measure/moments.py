@@ -125,9 +125,9 @@ class LayerSums:
     def add(self, inputs: InputSums, gradients: Mapping[str, PackedSum]) -> None:
         """Add further sums, which may become these."""
         for names, each in inputs.items():
-            _accumulate(self.inputs, names, each)
+            accumulate(self.inputs, names, each)
         for name, each in gradients.items():
-            _accumulate(self.gradients, name, each)
+            accumulate(self.gradients, name, each)
 
 
 class MomentCollector:
@@ -172,7 +172,7 @@ class MomentCollector:
     def _add_up(self) -> None:
         """Add the sums of the products so far to the totals."""
         for _, seen, names in self._seen.values():
-            _accumulate(self._inputs, frozenset(names), seen)
+            accumulate(self._inputs, frozenset(names), seen)
         self._seen.clear()
 
     def taken(self) -> LayerSums:
@@ -209,7 +209,7 @@ class MomentCollector:
 
     def _backward(self, name: str, masks: Sequence[Tensor], gradient: Tensor) -> None:
         vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, masks)
-        _accumulate(self._gradients, name, _summed(vectors))
+        accumulate(self._gradients, name, _summed(vectors))
 
 
 def moments_of(layers: Iterable[str], sums: LayerSums) -> dict[str, Moments | None]:
@@ -252,7 +252,8 @@ def require_finite(layers: Iterable[str], sums: LayerSums) -> None:
             )
 
 
-def _accumulate(sums: dict[Any, Any], key: Hashable, more: VectorSum | PackedSum) -> None:
+def accumulate(sums: dict[Any, Any], key: Hashable, more: VectorSum | PackedSum) -> None:
+    """Add to the sum of a key, which may become the one that is given."""
     if key in sums:
         sums[key].add(more)
     else:

@@ -16,9 +16,9 @@ from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS, pair_forms
-from compressor.initial import InitialWeights, Start, starts_of
+from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
-from compressor.lowrank import KeptDecompositions, as_matrix, initial_name, initial_weight
+from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
 from compressor.measure import (
     EffectiveRanks,
     MemoryWindow,

@@ -23,6 +23,7 @@ from compressor.forms import FORMS
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
 from tests.forms.diagonal import DIAGONAL, ROOT
+from tests.lowrank.started import Kinds
 
 pytestmark = pytest.mark.slow
 
@@ -60,24 +61,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(FORMS, form.name, form)
 
 
-class OwnCode(nn.Module):
-    """A layer of every kind, all of which the outputs depend on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.head = nn.Embedding(24, 16), nn.Linear(16, 24)
-        self.head.weight = self.words.weight
-        self.square, self.tall = nn.Linear(16, 16), nn.Linear(16, 32)
-        self.channel, self.spatial = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.back = nn.ConvTranspose2d(8, 8, 3, padding=1)
-        self.rnn = nn.LSTM(8, 16, batch_first=True)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.tall(torch.tanh(self.square(self.words(tokens))))
-        image = self.back(self.spatial(self.channel(hidden.unflatten(-1, (8, 4)).transpose(1, 2))))
-        return self.head(self.rnn(image.transpose(1, 2).mean(-1))[0])
-
-
 def lowered(weight: Tensor, form: str) -> Tensor:
     """A weight of the same shape and of rank two in a form."""
     if form == "spatial":
@@ -101,7 +84,7 @@ def made_low(model: nn.Module, forms: dict[str, str]) -> nn.Module:
 @cache
 def own_code(form: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return made_low(OwnCode(), OWN_CODE[form])
+    return made_low(Kinds(), OWN_CODE[form])
 
 
 @cache
@@ -172,7 +155,7 @@ def dense_state(place: Path) -> dict[str, Tensor]:
 
 def own_code_from(place: Path) -> nn.Module:
     """The user's own code with a state that was written for it; the tied name may be left out."""
-    model = OwnCode().eval()
+    model = Kinds().eval()
     missing, unexpected = model.load_state_dict(dense_state(place), strict=False)
     assert (set(missing) - {"head.weight"}, unexpected) == (set(), [])
     return model
@@ -189,13 +172,13 @@ def test_own_code_as_a_module(form: str, tmp_path: Path) -> None:
     assert low_rank(small) > 0
     same(small, dense)
     torch.save(small.state_dict(), tmp_path / "small.pt")
-    loaded = load_model(tmp_path / "small.pt", OwnCode)
+    loaded = load_model(tmp_path / "small.pt", Kinds)
     assert low_rank(loaded) == low_rank(small)
     same(loaded, dense)
-    for factory in (None, OwnCode):
+    for factory in (None, Kinds):
         for verb in (restore, lambda *given, **named: export(*given, to="dense", **named)):
             written = verb(tmp_path / "small.pt", output=tmp_path / "dense.pt", factory=factory, overwrite=True)
-            twin = OwnCode()
+            twin = Kinds()
             twin.load_state_dict(torch.load(written.output, weights_only=True), strict=True)
             same(twin, dense)
 
@@ -206,13 +189,13 @@ def test_own_code_in_files(form: str, container: str, tmp_path: Path) -> None:
     dense, shard = own_code(form), SHARD if container == "sharded folder" else FULL_MODEL
     place = saved(dense.state_dict(), tmp_path / "dense", container)
     ending = "" if place.is_dir() else ".safetensors"
-    given: Any = {"embeddings": True, "plan": planned(OWN_CODE[form]), "factory": OwnCode, "max_shard_size": shard}
+    given: Any = {"embeddings": True, "plan": planned(OWN_CODE[form]), "factory": Kinds, "max_shard_size": shard}
     small = Path(str(compress(place, output=tmp_path / f"small{ending}", **given).output))
-    loaded = load_model(small, OwnCode)
+    loaded = load_model(small, Kinds)
     assert low_rank(loaded) > 0
     same(loaded, dense)
     again = tmp_path / f"again{place.suffix}"
-    for factory in (None, OwnCode):
+    for factory in (None, Kinds):
         options: Any = {"output": again, "factory": factory, "max_shard_size": shard, "overwrite": True}
         same(own_code_from(Path(restore(small, **options).output)), dense)
         same(own_code_from(Path(export(small, to="dense", **options).output)), dense)
@@ -237,19 +220,19 @@ def merged_state(models: list[nn.Module], base: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("form", OWN_CODE)
 def test_own_code_merged(form: str, container: str, tmp_path: Path) -> None:
     models, forms = [own_code(form, seed) for seed in range(3)], OWN_CODE[form]
-    given: Any = {"embeddings": True, "plan": planned(forms), "factory": OwnCode}
+    given: Any = {"embeddings": True, "plan": planned(forms), "factory": Kinds}
     ending = "" if container == "sharded folder" else ".safetensors"
     dense, parts = [], []
     for seed, model in enumerate(models):
         dense.append(saved(model.state_dict(), tmp_path / f"dense{seed}", container))
         parts.append(Path(str(compress(dense[-1], output=tmp_path / f"small{seed}{ending}", **given).output)))
     output = tmp_path / f"merged{ending}"
-    options: Any = {"output": output, "mode": "sum", "factory": OwnCode, "max_shard_size": SHARD, "overwrite": True}
+    options: Any = {"output": output, "mode": "sum", "factory": Kinds, "max_shard_size": SHARD, "overwrite": True}
     expected = merged_state(models[1:], models[0])
     merge(parts[1:], base=dense[0], **options)
-    same(load_model(output, OwnCode), expected)
+    same(load_model(output, Kinds), expected)
     merge(parts[1:], base=parts[0], **options)
-    loaded = load_model(output, OwnCode)
+    loaded = load_model(output, Kinds)
     assert low_rank(loaded) > 0
     same(loaded, expected)
     again = tmp_path / f"again{ending}"
@@ -374,7 +357,7 @@ def test_a_fine_tune_of_own_code(form: str, tmp_path: Path) -> None:
         base=start,
         output=tmp_path / "pairs.safetensors",
         plan=planned(forms),
-        factory=OwnCode,
+        factory=Kinds,
     ).output
     written = export(str(pairs), to="dense", base=start, output=tmp_path / "dense.safetensors").output
     same(own_code_from(Path(written)), model)

@@ -195,7 +195,7 @@ def test_the_last_block_of_a_chain_is_fitted_to_what_it_gives_to_all_that_follow
 
 @torch.no_grad()
 def given_away(calibration: Calibration, block: str, solution: Compensated, *, metric: Tensor) -> float:
-    """How far what a block puts out is from the dense one's on the holdout, in a metric, as the whole model runs."""
+    """The change of a block's outputs on the holdout, in a metric, where the whole compressed model runs."""
     total = 0.0
     for batch in calibration.data.holdout:
         outputs: list[Tensor] = []

@@ -218,7 +218,7 @@ def test_layers_can_be_trained_until_they_are_formed() -> None:
     subject = opened(model, initial)
     rewriting = rewriting_of(subject, {"tall": ("plain", 2), "rnn.weight_ih_l0": ("plain", 2)})
     for layer, plan, factors in rewritten_factors(rewriting, Run(CPU)):
-        start = start_matrix(layer, plan, initial)
+        start = start_matrix(layer, plan.share, initial)
         made = filled_layer(layer, plan, model.get_submodule(layer.module), tensors=factors.tensors, start=start)
         if layer.kind == "linear":
             assert isinstance(made, InitialLayer)
