@@ -17,6 +17,7 @@ from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
 from compressor.evaluation import Evaluation, LatencyChange, SizeChange, TimedWorkload, Verdict, latency_changes
 from compressor.formatting import format_size
+from compressor.initial import InitialFound
 from compressor.io import NotCopied
 from compressor.io.training_state import LeftOut
 from compressor.measure import NormBalance, Spectrum
@@ -50,6 +51,7 @@ class Inspection(DisplayedLayers):
         advice: What the measurements suggest, or None.
         left_out: What the files hold beside the weights, such as an optimizer's state; not counted in `weight_bytes`.
         weights_at: The keys under which a torch file keeps the weights; empty if they are all of it.
+        initial: The initial weights that were looked for, and what layers still have of them; None where none were.
 
     Example:
         >>> inspection = compressor.inspect("model.safetensors")
@@ -65,6 +67,7 @@ class Inspection(DisplayedLayers):
     advice: str | None
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
+    initial: InitialFound | None = None
 
     @property
     def eligible(self) -> int:
@@ -88,6 +91,7 @@ class Inspection(DisplayedLayers):
             "left_out": [asdict(each) for each in self.left_out],
             "weights_at": self.weights_at,
             "advice": self.advice,
+            **({} if self.initial is None else {"initial": self.initial.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -229,6 +233,11 @@ class Compression(DisplayedLayers):
         )
 
     @property
+    def initial(self) -> InitialFound | None:
+        """The initial weights that were looked for, and what layers still have of them; None where none were."""
+        return self.plan.initial
+
+    @property
     def latency_changes(self) -> tuple[LatencyChange, ...]:
         """Times as ratios to the dense model's: measured, or predicted of the layers for a device not at hand."""
         if self.latency:
@@ -302,6 +311,7 @@ class Compression(DisplayedLayers):
             "budget": self.plan.budget.to_dict(),
             "advice": self.plan.advice,
             "warnings": list(self.warnings),
+            **({} if self.initial is None else {"initial": self.initial.to_dict()}),
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "curve": None if self.curve is None else self.curve.to_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compressor.initial.draws import Draws, Fingerprint, Recorded, record
+from compressor.initial.found import InitialFound, Origin, SeedSearch, StartedLayer
 from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
 from compressor.initial.weights import (
     InitialWeights,
@@ -20,10 +21,14 @@ __all__ = [
     "Draws",
     "Fingerprint",
     "FoundSeed",
+    "InitialFound",
     "InitialWeights",
+    "Origin",
     "Recorded",
     "SearchSettings",
+    "SeedSearch",
     "Start",
+    "StartedLayer",
     "find_seed",
     "fitted_share",
     "initial_name",

@@ -70,6 +70,11 @@ class InitialWeights:
     draws: Draws | None = field(default=None, repr=False)
     _fingerprints: dict[str, Fingerprint] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that they are drawn from; None where they are read."""
+        return None if self.draws is None else self.draws.seed
+
     def fingerprint(self, name: str) -> Fingerprint | None:
         """What a tensor is checked by, which is read once for it; None where there is none."""
         if name not in self._fingerprints and (tensor := self.read(name)) is not None:

@@ -24,7 +24,7 @@ from compressor.forms import (
     stored_bytes,
     stored_parameters,
 )
-from compressor.initial import Start
+from compressor.initial import InitialFound, Start
 from compressor.io import portable_name
 from compressor.measure import EPSILON, Spectrum, frobenius_rank, truncation_errors
 from compressor.network import Layer
@@ -125,6 +125,7 @@ class Plan(DisplayedLayers):
         calibrated: Whether a plan that was read from a file had been made with calibration data.
         search: How `max_drop` found the size; None for another budget.
         device: The device that it is to be fast on; None where speed was not asked for.
+        initial: The initial weights that were looked for, and the layers that have some of them; None where none were.
         schema_version: The version of the JSON document.
 
     Example:
@@ -142,6 +143,7 @@ class Plan(DisplayedLayers):
     calibrated: bool = False
     search: DropSearch | None = None
     device: str | None = None
+    initial: InitialFound | None = None
     schema_version: int = PLAN_SCHEMA_VERSION
 
     def __repr__(self) -> str:
@@ -199,6 +201,7 @@ class Plan(DisplayedLayers):
             "search": None if self.search is None else self.search.to_dict(),
             "error_name": self.error_name,
             **({} if self.device is None else {"device": self.device}),
+            **({} if self.initial is None else {"initial": self.initial.to_dict()}),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
