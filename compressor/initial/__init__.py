@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compressor.initial.draws import Draws, Fingerprint, Recorded, record
 from compressor.initial.found import InitialFound, Origin, SeedSearch, StartedLayer
+from compressor.initial.kept import find_kept, keep_initial, read_kept
 from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
 from compressor.initial.weights import (
     InitialWeights,
@@ -29,10 +30,13 @@ __all__ = [
     "SeedSearch",
     "Start",
     "StartedLayer",
+    "find_kept",
     "find_seed",
     "fitted_share",
     "initial_name",
     "initial_tensor",
+    "keep_initial",
+    "read_kept",
     "record",
     "share_left",
     "start_of",
