@@ -133,9 +133,14 @@ def model_size(checkpoint: Checkpoint, eligible: Sequence[Layer], blocks: Sequen
 
 @dataclass(frozen=True)
 class SlicesInWorkers:
-    """Slices of the examples that workers run through the model: how many, and how many at a time in this memory."""
+    """Slices of the examples that workers run through the model.
 
-    count: int
+    Attributes:
+        kept: Slices whose sums are on disk at a time: of one more than there are workers, and the total of those added.
+        at_once: How many are run at a time in this memory.
+    """
+
+    kept: int
     at_once: int
 
     @classmethod
@@ -144,7 +149,8 @@ class SlicesInWorkers:
         count = min(settings.slices, len(data.fit))
         if isinstance(run.engine, InProcess) or count < 2:
             return None
-        return cls(count, min(count, run.engine.here) if run.device.type == "cpu" else 1)
+        at_once = min(count, run.engine.here) if run.device.type == "cpu" else 1
+        return cls(min(count, run.engine.workers + 2), at_once)
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     decompositions = FLOAT32 * sum(min(layer.shape) ** 2 for layer in model.layers)
     boundaries = FLOAT32 * sum(min(min(layer.shape) for layer in block) ** 2 for block in model.blocks) // 2
     of_layers = metrics + decompositions + boundaries
-    sums = 0 if calibration.slices is None else calibration.slices.count * metrics * FLOAT64 // FLOAT32
+    sums = 0 if calibration.slices is None else calibration.slices.kept * metrics * FLOAT64 // FLOAT32
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
     kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,17 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def slices_in_workers(
-    calibration: Calibration, files: ModelFiles | None, first: Batch
-) -> Iterator[SlicesOnDisk | None]:
-    """The sums over the slices of the fit examples, each formed by a job of the run's engine.
+def slices_in_workers(calibration: Calibration, files: ModelFiles | None, first: Batch) -> Iterator[AddedSlices | None]:
+    """The sums over the slices of the fit examples, each formed by a job of the run's engine, and added up in order.
+
+    A slice is added once it and those before it are formed, and its sums are removed: so there are those of one slice
+    more than there are workers, and the total.
 
     None where this process forms them: where the run has no workers, these cannot read the model from files or do not
     see the folder of the run, there is only one slice, or all metrics are known.
     """
     run, count = calibration.run, calibration.segments.count
+    added = AddedSlices(calibration)
     known = all(calibration.cache.moments.knows(f"backward-{segment}") for segment in range(count))
     if files is None or known or isinstance(run.engine, InProcess) or len(calibration.slices) < 2:
+        added.drop_all()
         yield None
         return
     folder = calibration.cache.journal.folder("slices").absolute()  # workers may be at work in another one
@@ -57,29 +60,27 @@ def slices_in_workers(
         )
         for each in calibration.slices
     ]
-    seen = []
-    for done, sees_it in enumerate(run.engine.map(_formed, asked), start=1):
-        seen.append(sees_it)
-        run.report("run", done, len(asked) + count)
-    with ExitStack() as stack:
-        journals = []
-        for own in asked if all(seen) else ():
-            journals.append(own.opened())
-            stack.callback(journals[-1].close)
-        formed = SlicesOnDisk(calibration, journals)
-        # On another machine there may be a folder of that name that is not this one.
-        if not all(seen) or not formed.can_begin(count - 1):
-            logger.warning(
-                "the moments are taken in this process: not all workers see %s; give a work folder (`work_dir`) that"
-                " all machines share",
-                folder,
-            )
-            yield None
-            return
-        formed.take_outputs()
-        yield formed
-        for journal in journals:
-            journal.remove()
+    before = added.count()
+    for own in asked[:before]:
+        own.remove()
+    seen = True
+    for done, sees_it in enumerate(run.engine.map(_formed, asked[before:]), start=before):
+        seen = seen and sees_it and added.add(asked[done])
+        run.report("run", done + 1, len(asked) + count)
+    if seen:
+        added.take_inputs()
+        yield added
+    else:
+        logger.warning(
+            "the moments are taken in this process: not all workers see %s; give a work folder (`work_dir`) that all"
+            " machines share",
+            folder,
+        )
+        for own in asked:
+            own.remove()
+        added.drop_all()
+        yield None
+    added.drop_all()
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class _SliceOfExamples:
     def opened(self) -> Journal:
         """The journal of the slice, once a worker that died has let go of it."""
         return Journal.open(self.folder / str(self.number), Fingerprint(), option="work_dir", patience=60.0)
+
+    def remove(self) -> None:
+        """Remove the journal, if there is one."""
+        if (self.folder / str(self.number)).is_dir():
+            self.opened().remove()
 
 
 class _SliceCache(ActivationCache):
@@ -148,44 +154,97 @@ def _form(asked: _SliceOfExamples, journal: Journal) -> None:
                 backward.drop(segment)
 
 
-class SlicesOnDisk:
-    """The sums that workers have formed over the slices, added up in the order of these."""
+class AddedSlices:
+    """The sums that workers have formed over the first of the slices, added up in the order of these.
 
-    def __init__(self, calibration: Calibration, journals: Sequence[Journal]) -> None:
-        self._calibration, self._journals = calibration, journals
+    A unit for the sums of each segment is called by how many slices are in it, so that a run that is interrupted while
+    it adds one knows of every segment whether that is in it.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration, self._journal = calibration, calibration.cache.journal
+        segments = range(calibration.segments.count)
+        self._names = [f"{kind}-{segment}" for segment in segments for kind in ("inputs", "sums")]
+
+    def count(self) -> int:
+        """How many slices are in all sums; what cannot be gone on from is removed."""
+        most = len(self._calibration.slices)
+        found = next(count for count in range(most, -1, -1) if count == 0 or self._has(count))
+        for name in self._names:
+            for count in set(range(1, most + 1)) - {found, found + 1}:
+                self._journal.drop(_unit(name, count))
+        return found
+
+    def add(self, own: _SliceOfExamples) -> bool:
+        """Add a slice to those before it, and remove what its worker kept; False where it is not all here.
+
+        On another machine there may be a folder of that name that is not this one.
+        """
+        journal, count = own.opened(), own.number
+        try:
+            if not all(journal.holds(name) for name in self._names if name.startswith("sums")):
+                return False
+            self._take_outputs(own.number, journal)
+            for name in self._names:
+                if not self._journal.holds(_unit(name, count + 1)):
+                    total = self._read(self._journal, _unit(name, count))
+                    total.add(self._read(journal, name))
+                    self._journal.write(_unit(name, count + 1), total.tensors())
+                self._journal.drop(_unit(name, count))
+            journal.remove()
+        finally:
+            journal.close()
+        return True
+
+    def take_inputs(self) -> None:
+        """Keep the sums of inputs over the examples that were not run backward as a run in process does."""
+        calibration = self._calibration
+        for segment in range(calibration.segments.count):
+            inputs = self._whole(f"inputs-{segment}").layers
+            if inputs.inputs and not calibration.cache.has_inputs(segment):
+                require_finite(calibration.layers, inputs)
+                calibration.cache.write_inputs(segment, inputs.inputs)
 
     def sums(self, segment: int) -> SegmentSums:
         """Those of a segment, over the examples that are run backward."""
-        return self._read(f"sums-{segment}", self._journals)
+        return self._whole(f"sums-{segment}")
 
     def can_begin(self, segment: int) -> bool:
         """Whether a segment, of which later ones are done, can be the first that is asked for."""
-        return all(each.holds(f"sums-{before}") for each in self._journals for before in range(segment + 1))
+        count = len(self._calibration.slices)
+        return all(self._journal.holds(_unit(f"sums-{before}", count)) for before in range(segment + 1))
 
     def drop(self, segment: int) -> None:
-        """Let go of what a segment was made of."""
+        """Let go of what a segment was made of: all at the end, for the metrics of a segment may be damaged."""
 
-    def take_outputs(self) -> None:
-        """Take over what the workers kept when they ran the model forward."""
+    def drop_all(self) -> None:
+        """Remove all sums."""
+        for name in self._names:
+            for count in range(1, len(self._calibration.slices) + 1):
+                self._journal.drop(_unit(name, count))
+
+    def _has(self, count: int) -> bool:
+        """Whether so many slices are in all sums; in some there may be the next one too."""
+        return all(any(self._journal.holds(_unit(name, each)) for each in (count, count + 1)) for name in self._names)
+
+    def _take_outputs(self, number: int, journal: Journal) -> None:
+        """Take over what a worker kept when it ran the model forward."""
         calibration = self._calibration
-        cache = calibration.cache
+        made = ActivationCache(calibration.run.device, journal)
         for segment in range(calibration.segments.count):
-            for own, journal in zip(calibration.slices, self._journals, strict=True):
-                made = ActivationCache(calibration.run.device, journal).dense("fit", segment)
-                for chunk in own.chunks:
-                    cache.dense("fit", segment).take(chunk.batch, made)
-            name = f"inputs-{segment}"
-            inputs = self._read(name, [each for each in self._journals if each.holds(name)]).layers
-            if inputs.inputs and not cache.has_inputs(segment):
-                require_finite(calibration.layers, inputs)
-                cache.write_inputs(segment, inputs.inputs)
+            for chunk in calibration.slices[number].chunks:
+                calibration.cache.dense("fit", segment).take(chunk.batch, made.dense("fit", segment))
 
-    def _read(self, name: str, journals: Sequence[Journal]) -> SegmentSums:
-        found = SegmentSums()
-        for journal in journals:
-            read = {key: brought_to(self._calibration.run.device, each) for key, each in journal.read(name).items()}
-            found.add(SegmentSums.of(read))
-        return found
+    def _read(self, journal: Journal, name: str) -> SegmentSums:
+        return SegmentSums.of(journal.read(name)) if journal.holds(name) else SegmentSums()
+
+    def _whole(self, name: str) -> SegmentSums:
+        tensors = self._journal.read(_unit(name, len(self._calibration.slices)))
+        return SegmentSums.of({key: brought_to(self._calibration.run.device, each) for key, each in tensors.items()})
+
+
+def _unit(name: str, count: int) -> str:
+    return f"slices/{count}/{name}"
 
 
 def _without_holdout(data: CalibrationData) -> CalibrationData:

@@ -125,11 +125,11 @@ def test_the_factors_of_every_candidate_that_waits_are_on_disk() -> None:
     assert three - one == 2 * sized(4).factors > 0
 
 
-def test_slices_that_workers_take_need_their_sums_on_disk_and_a_model_and_moments_each_in_memory() -> None:
+def test_slices_that_workers_take_need_sums_on_disk_and_a_model_and_moments_each_in_memory() -> None:
     model, alone = sized(4, kept=0.0), calibrated(64)
-    sliced = replace(alone, slices=SlicesInWorkers(count=8, at_once=3))
+    sliced = replace(alone, slices=SlicesInWorkers(kept=5, at_once=3))
     triangles = 4 * (32 * 32 + 64 * 64) // 2
-    assert temporary_bytes(model, sliced) - temporary_bytes(model, alone) == 8 * 8 * triangles
+    assert temporary_bytes(model, sliced) - temporary_bytes(model, alone) == 5 * 8 * triangles
     held = Held(model.streamed)
     beside = memory_bytes(model, alone, held) - model.streamed
     assert memory_bytes(model, sliced, held) == model.streamed + 3 * (model.streamed + beside)
@@ -140,9 +140,10 @@ def test_slices_that_workers_take_need_their_sums_on_disk_and_a_model_and_moment
     [
         (InProcess(), "cpu", 9, None),
         (ProcessPool(4), "cpu", 1, None),
-        (ProcessPool(4), "cpu", 9, SlicesInWorkers(8, 4)),
+        (ProcessPool(4), "cpu", 9, SlicesInWorkers(6, 4)),
+        (ProcessPool(9), "cpu", 9, SlicesInWorkers(8, 8)),
         (ProcessPool(4), "cpu", 3, SlicesInWorkers(3, 3)),
-        (ProcessPool(4), "cuda", 9, SlicesInWorkers(8, 1)),
+        (ProcessPool(4), "cuda", 9, SlicesInWorkers(6, 1)),
     ],
 )
 def test_the_slices_are_those_of_the_batches_where_there_are_workers(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -221,18 +222,10 @@ def test_an_interrupted_run_goes_on_with_the_slices_that_are_done(tmp_path: Path
     with pytest.raises(Interrupted):
         calibrated(opened("llama", tmp_path), data, settings, engine=Elsewhere(interrupt), journal=first)
     first.close()
-    logs = {path: path.read_bytes() for path in sorted(work.glob("jobs/*/*/journal.jsonl"))}
-    assert [path.parent.name for path in logs] == ["0", "1", "2"]
-    again = Journal.open(work, Fingerprint(), option="work_dir")
-    seen: list[dict[Path, bytes]] = []
-
-    def look(item: Any) -> Any:
-        seen.append({path: path.read_bytes() for path in logs})
-        return item
-
-    found = calibrated(opened("llama", tmp_path), data, settings, engine=Elsewhere(look), journal=again)
-    assert seen == [logs] * 8
-    assert_same(found, expected)
+    assert not list(work.glob("jobs/*/*"))  # the first three are added up
+    again, engine = Journal.open(work, Fingerprint(), option="work_dir"), Elsewhere()
+    assert_same(calibrated(opened("llama", tmp_path), data, settings, engine=engine, journal=again), expected)
+    assert [item.number for item in engine.told] == [3, 4, 5, 6, 7]
     assert not list(work.glob("jobs/*/*"))
     again.close()
     # What is done is not formed again.
@@ -241,6 +234,81 @@ def test_an_interrupted_run_goes_on_with_the_slices_that_are_done(tmp_path: Path
     assert engine.told == []
     whole.remove()
     assert not work.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "damaged", "begins_at"), [("inputs-0", False, 2), ("sums-0", False, 3), ("inputs-0", True, 0)]
+)
+def test_a_run_that_dies_while_it_adds_a_slice_goes_on_there_or_anew_where_sums_are_damaged(
+    tmp_path: Path, written: str, *, damaged: bool, begins_at: int
+) -> None:
+    data, settings = data_for("convolutions"), CalibrationSettings(gradient_every=2)
+    expected = calibrated(opened("convolutions", tmp_path), data, settings)
+    work = tmp_path / "work"
+    first, engine = _DiesAfter.open(work, Fingerprint(), option="work_dir"), Elsewhere()
+    first.left = [f"slices/3/{written}"]
+    with pytest.raises(Interrupted):
+        calibrated(opened("convolutions", tmp_path), data, settings, engine=engine, journal=first)
+    first.close()
+    assert [path.name for path in work.glob("jobs/*/*")] == ["2"]
+    if damaged:
+        for path in work.glob("units/*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+    again, engine = Journal.open(work, Fingerprint(), option="work_dir"), Elsewhere()
+    assert_same(calibrated(opened("convolutions", tmp_path), data, settings, engine=engine, journal=again), expected)
+    assert [item.number for item in engine.told] == list(range(begins_at, 8))
+    assert not list(work.glob("jobs/*/*"))
+    again.remove()
+    assert not work.exists()
+
+
+class _DiesAfter(Journal):
+    """A journal whose process ends once the units that are `left` are written."""
+
+    left: Sequence[str] = ()
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        super().write(name, tensors)
+        if name in self.left:
+            raise Interrupted
+
+
+@dataclass
+class Ahead(Elsewhere):
+    """The same with workers that are done with all that they have before anyone asks, and then `look`."""
+
+    look: Callable[[], object] = lambda: None
+
+    def map(self, job: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        done = deque[R]()
+        for result in super().map(job, items):
+            done.append(result)
+            self.look()
+            if len(done) > self.workers:
+                yield done.popleft()
+        yield from done
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_the_sums_of_one_slice_more_than_there_are_workers_lie_on_disk(tmp_path: Path, workers: int) -> None:
+    data, settings = data_for("convolutions"), CalibrationSettings(gradient_every=2)
+    expected = calibrated(opened("convolutions", tmp_path), data, settings)
+    journal, kept, totals = Journal.open(tmp_path / "work", Fingerprint(), option="work_dir"), [], []
+
+    def look() -> None:
+        kept.append(len(list(tmp_path.glob("work/jobs/*/*"))))
+        text = (tmp_path / "work" / "journal.jsonl").read_text()
+        written, dropped = (text.count(f'{what}": "calibration/slices/') for what in ("unit", "dropped"))
+        totals.append(written - dropped)
+
+    engine = Ahead(workers=workers, look=look)
+    found = calibrated(opened("convolutions", tmp_path), data, settings, engine=engine, journal=journal)
+    assert_same(found, expected)
+    assert max(kept) == workers + 1
+    assert set(totals) == {0, 2 * found.segments.count}  # of inputs and of what is run backward
+    look()
+    assert (kept[-1], totals[-1]) == (0, 0)
+    journal.remove()
 
 
 DYING = """
