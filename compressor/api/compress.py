@@ -355,15 +355,11 @@ def _calibrated(
 
 def _rewriting(asked: CompressOptions, subject: Model, planned: PlannedModel) -> Rewriting:
     """The checkpoint with what becomes of its layers."""
-    return Rewriting(
-        subject.checkpoint,
-        subject.recipe,
-        subject.layers,
-        planned.plan,
+    return replace(
+        subject.rewriting(planned.plan),
         factors=planned.factors,
         statistics=planned.statistics,
         provenance=provenance(asked, subject.checkpoint),
-        initial=subject.initial,
     )
 
 
@@ -460,10 +456,7 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
             f" less, such as `keep=0.8`, or for a larger `tolerance`{by_size}"
         )
     before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
-    infos = rewritten_infos(
-        Rewriting(subject.checkpoint, subject.recipe, subject.layers, chosen, initial=subject.initial)
-    )
-    after = sum(info.nbytes for info in infos)
+    after = sum(info.nbytes for info in rewritten_infos(subject.rewriting(chosen)))
     if after > before:
         raise QualityGateNotMet(
             f"{subject.name}: the tensors would grow from {format_size(before)} to {format_size(after)}, because some"

@@ -29,7 +29,6 @@ from compressor.evaluation import (
 )
 from compressor.formatting import format_size
 from compressor.latency import DeviceProfile, LayerUse, Workload, device_profile, shipped_profile
-from compressor.lowrank import Rewriting
 from compressor.model import Model, layer_uses, on_device, scaled
 from compressor.model.example_inputs import architecture_of, example_inputs, is_transformer
 from compressor.planning import (
@@ -247,7 +246,7 @@ class Prepared:
         """The plan with what its layers take, as far as there is time left to measure it."""
         if self.pairs is None:
             return plan
-        return replace(plan, layers=self.pairs.timed(_rewriting(subject, plan), self.measured))
+        return replace(plan, layers=self.pairs.timed(subject.rewriting(plan), self.measured))
 
 
 def prepared(
@@ -311,7 +310,7 @@ def _without_slower(
     """
     for tries_left in reversed(range(speed.timing.most_corrections + 1)):
         plan = _first_plan(speed, subject, measured, request=request)
-        timed = pairs.timed(_rewriting(subject, plan), measured)
+        timed = pairs.timed(subject.rewriting(plan), measured)
         slower = [_is_slower(each, speed.timing) for each in timed]
         if not any(slower):
             break
@@ -419,7 +418,7 @@ def _timed_plan(speed: Speed, subject: Model, plan: Plan) -> tuple[TimedWorkload
     dense = subject.with_separate_experts
 
     def timed() -> list[dict[str, Any]]:
-        whole = speed.timed(unfilled_module(_rewriting(subject, plan), dense, speed.run.device), dense)
+        whole = speed.timed(unfilled_module(subject.rewriting(plan), dense, speed.run.device), dense)
         return [each.to_dict() for each in whole]
 
     name = f"time of {[(layer.name, layer.form, layer.rank) for layer in plan.layers]}"
@@ -461,10 +460,6 @@ def _probe(subject: Model, measured: Sequence[MeasuredLayer], ratio: float, *, r
 
 def _least_ratio(limit: TimeLimit, measured: Sequence[MeasuredLayer], request: PlanRequest) -> float:
     return limit.least_ratio(dense_seconds(measured), least_seconds(measured, request.form))
-
-
-def _rewriting(subject: Model, plan: Plan) -> Rewriting:
-    return Rewriting(subject.checkpoint, subject.recipe, subject.layers, plan, initial=subject.initial)
 
 
 def _is_slower(plan: LayerPlan, timing: TimingSettings) -> bool:

@@ -106,15 +106,11 @@ class DropGate:
         )
 
     def _rewriting(self, subject: Model, planned: PlannedModel) -> Rewriting:
-        return Rewriting(
-            subject.checkpoint,
-            subject.recipe,
-            subject.layers,
-            planned.plan,
-            planned.factors,
-            planned.statistics,
+        return replace(
+            subject.rewriting(planned.plan),
+            factors=planned.factors,
+            statistics=planned.statistics,
             decompositions=self.decompositions,
-            initial=subject.initial,
         )
 
     def _measured(self, name: str, model: Callable[[], nn.Module]) -> Quality:

@@ -29,7 +29,7 @@ from compressor.data import EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 from compressor.forms import FORMS, InitialForm, PairForm, from_initial
 from compressor.io import Checkpoint, Provenance
-from compressor.lowrank import Factors, Rewriting, as_matrix, compressed_artifact, stored_error
+from compressor.lowrank import Factors, as_matrix, compressed_artifact, stored_error
 from compressor.measure import Spectrum, truncation_errors
 from compressor.model import Model
 from compressor.network import Layer
@@ -134,14 +134,7 @@ class PlanRequest:
 
     def file_bytes(self, subject: Model, plan: Plan) -> int:
         """Size of the weight files that a plan leads to, headers included, without writing them."""
-        rewriting = Rewriting(
-            subject.checkpoint,
-            subject.recipe,
-            subject.layers,
-            plan,
-            provenance=self.provenance,
-            initial=subject.initial,
-        )
+        rewriting = replace(subject.rewriting(plan), provenance=self.provenance)
         return compressed_artifact(rewriting, self.shard_size).bytes
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from compressor.initial.draws import Draws, Fingerprint, Recorded, record
+from compressor.initial.draws import Draws
+from compressor.initial.fingerprint import Fingerprint
 from compressor.initial.found import InitialFound, Origin, SeedSearch, StartedLayer
 from compressor.initial.kept import find_kept, keep_initial, read_kept
+from compressor.initial.recording import Recorded, record
 from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
 from compressor.initial.weights import (
     InitialWeights,

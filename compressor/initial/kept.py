@@ -12,7 +12,8 @@ from torch import nn
 
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.initial.draws import Draws, record
+from compressor.initial.draws import Draws
+from compressor.initial.recording import record
 from compressor.initial.weights import InitialWeights
 from compressor.io import staged_file, write_json
 

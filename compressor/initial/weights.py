@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.initial.draws import Draws, Fingerprint, record
+from compressor.initial.draws import Draws
+from compressor.initial.fingerprint import Fingerprint
+from compressor.initial.recording import record
 from compressor.io import Checkpoint, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.measure.memory_window import memory_window, retention
 from compressor.network import Architecture, Layer, with_separate_experts

@@ -19,6 +19,7 @@ from compressor.initial import InitialWeights
 from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.lowrank import (
     METADATA_KEY,
+    Rewriting,
     StoredPair,
     dense_infos,
     formed_checkpoint,
@@ -45,6 +46,7 @@ from compressor.network import (
     with_ties,
 )
 from compressor.network.attention import has_attention
+from compressor.planning import Plan
 from compressor.recipe import TrainingRecipe
 from compressor.torch_state import uncompiled
 
@@ -179,6 +181,10 @@ class Model:
     def digest(self) -> str | None:
         """The SHA-256 of the checkpoint, which reads all of it; None of a module in memory."""
         return None if self.in_memory else self.checkpoint.digest()
+
+    def rewriting(self, plan: Plan) -> Rewriting:
+        """What a plan makes of it."""
+        return Rewriting(self.checkpoint, self.recipe, self.layers, plan, initial=self.initial)
 
     def with_ties(self) -> Model:
         """The same with the names that its tied tensors have in the architecture, and not in the file."""

@@ -207,15 +207,3 @@ def test_this_release_draws_what_another_one_drew() -> None:
         assert own.defect(tensor * (1 + 1e-4)) is not None
     other = dict(draws.with_seed(draws.seed + 1).replay())
     assert all(Fingerprint.from_dict(each).defect(other[name]) for name, each in document["fingerprints"].items())
-
-
-def test_a_fingerprint_tells_tensors_apart_and_forgives_the_last_digits() -> None:
-    tensor = torch.randn(40, 30)
-    own = Fingerprint.from_dict(json.loads(json.dumps(Fingerprint.of(tensor).to_dict())))
-    assert own.defect(tensor) is None
-    assert own.defect(tensor * (1 + 1e-7)) is None
-    assert own.defect(tensor.flip(0)) is not None
-    assert own.defect(torch.randn(40, 30)) is not None
-    for bad in (None, {}, {"norm": "1", "values": []}, {"norm": 1.0, "values": [float("nan")]}):
-        with pytest.raises(ValueError, match="no fingerprint"):
-            Fingerprint.from_dict(bad)

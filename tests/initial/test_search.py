@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.initial import InitialWeights
-from compressor.initial.draws import record
+from compressor.initial import InitialWeights, record
 from compressor.initial.search import SEARCH, FoundSeed, find_seed, what_is_searched
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture
