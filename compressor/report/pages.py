@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compressor.evaluation import Remark
 from compressor.formatting import (
     format_count,
     format_percent,
@@ -18,6 +19,13 @@ from compressor.formatting import (
 )
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
 from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
+from compressor.report.initial_words import (
+    initial_facts,
+    initial_table,
+    initial_terms,
+    initial_verdict,
+    search_facts,
+)
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
@@ -43,6 +51,7 @@ from compressor.report.wording import (
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
+    from compressor.initial import InitialFound
     from compressor.model import InspectedLayer
     from compressor.network import Layer
     from compressor.planning import Plan
@@ -64,6 +73,7 @@ def compression_page(compression: Compression) -> Page:
             *recipe_facts(compression.recipe),
             *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
+            *initial_facts(plan),
             *_calibration_facts(plan),
         ),
         *_search_parts(plan),
@@ -146,7 +156,12 @@ def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
     size = compared("eligible parameters", format_count, before=plan.eligible_before, after=plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
     parts: list[Block] = [
-        Facts.of(("model", plan.source), ("budget", budget_words(plan.budget)), *_calibration_facts(plan)),
+        Facts.of(
+            ("model", plan.source),
+            ("budget", budget_words(plan.budget)),
+            *initial_facts(plan),
+            *_calibration_facts(plan),
+        ),
         *_search_parts(plan),
         *_plan_parts(plan),
     ]
@@ -165,16 +180,19 @@ def inspection_page(inspection: Inspection) -> Page:
         f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}; "
         f"{format_percent(inspection.eligible, inspection.parameters)} of the parameters are eligible"
     )
-    parts: list[Block] = [
+    found = inspection.initial
+    parts: list[Block] = [] if found is None else [VerdictLine((Remark(initial_verdict(found), None),))]
+    parts.append(
         Facts.of(
             ("model", inspection.source),
             *recipe_facts(inspection.recipe),
             ("size", totals),
             *_left_out_facts(inspection),
+            *(() if found is None else search_facts(found)),
         )
-    ]
+    )
     if measured:
-        parts += [*_ranks(measured), *_memory(measured)]
+        parts += [*_ranks(measured), *_memory(measured), *_initial(found)]
     else:
         parts.append(Lines(("No layer is eligible.",)))
     parts += _skipped(each.layer for each in inspection.layers)
@@ -420,6 +438,13 @@ def _memory(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
     numbered = [(str(number), reason) for number, reason in enumerate(reasons, start=1)]
     explained = [Facts.of(*numbered)] if numbered else []
     return Title("Memory of the training"), LayerTable(headers, tuple(rows)), *explained, Facts.of(*terms)
+
+
+def _initial(found: InitialFound | None) -> tuple[Block, ...]:
+    """What layers have left of their initial weights, and what training wrote beside them."""
+    if found is None or not found.layers:
+        return ()
+    return Title("What training wrote"), LayerTable(*initial_table(found)), Facts.of(*initial_terms(found))
 
 
 def _skipped(layers: Iterable[Layer]) -> tuple[Block, ...]:
