@@ -171,24 +171,29 @@ def search_figure(search: DropSearch, *, eligible: int, limit: float | None) -> 
         return _svg(figure, "search", "Drop measured against size")
 
 
-def spectrum_figure(spectrum: Spectrum, rank: int | None, marks: RankMarks | None = None, *, prefix: str) -> str:
+def spectrum_figure(
+    spectrum: Spectrum, rank: int | None, marks: RankMarks | None = None, *, prefix: str, whole: Spectrum | None = None
+) -> str:
     """Singular values over their index, relative to the largest, with the chosen rank, as SVG.
 
     A horizontal line marks the edge of the surviving initialization, and a vertical one a bound on the rank that is not
-    vacuous.
+    vacuous. Of what training wrote, `whole` is the spectrum of the layer, which is drawn as a dotted line.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     values = np.asarray(spectrum, dtype=np.float64)
-    largest = float(values[0]) if values.size and values[0] > 0 else 1.0
+    scale = values if whole is None else np.asarray(whole, dtype=np.float64)
+    largest = float(scale[0]) if scale.size and scale[0] > 0 else 1.0
     shown = np.unique(np.linspace(0, max(values.size - 1, 0), min(values.size, POINTS)).round().astype(int))
     # A logarithmic axis has no zero; values below rounding are drawn at rounding.
     heights = np.maximum(values[shown] / largest, 1e-7)
     with rc_context(STYLE):
         figure = Figure(figsize=(2.9, 1.6), layout="constrained")
         axes = figure.add_subplot()
+        if whole is not None:
+            axes.semilogy(shown + 1, scale[shown] / largest, color=BEFORE, linewidth=1.6, linestyle=(0, (1, 1)))
         axes.semilogy(shown + 1, heights, color=BEFORE, linewidth=1.6)
         if rank is not None:
             kept = shown < rank

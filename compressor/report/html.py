@@ -12,6 +12,7 @@ from compressor.evaluation import Change, LatencyChange
 from compressor.formatting import format_percent, format_seconds, format_shape, format_size, one_line
 from compressor.forms import has_own_errors
 from compressor.report.comparison import compression_rows
+from compressor.report.initial_words import initial_facts, initial_table, initial_terms, started_layers
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
     SEARCH_HEADERS,
@@ -106,6 +107,9 @@ def report_page(compression: Compression) -> str:
     plan, evaluation = compression.plan, compression.evaluation
     marks, points = _marks(compression), curve_points(compression)
     limit = plan.budget.drop_limit
+    started = {layer.name for layer in started_layers(plan.layers)}
+    whole = {each.layer.name: each.singular_values for each in compression.measured if each.layer.name in started}
+    table = None if plan.initial is None or not plan.initial.layers else initial_table(plan.initial)
     return template.render(
         verdict=compression.verdict.remarks,
         source=one_line(compression.source),
@@ -113,6 +117,11 @@ def report_page(compression: Compression) -> str:
         command=compression.command,
         budget=budget_words(plan.budget),
         advice=plan.advice,
+        initial=[words for _, words in initial_facts(plan)],
+        started=bool(started),
+        initial_headers=[] if table is None else [header.replace("\n", " ") for header in table[0]],
+        initial_layers=[] if table is None else table[1],
+        initial_terms=[] if plan.initial is None else list(initial_terms(plan.initial)),
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
         search=search_words(plan.search) if plan.search is not None else None,
         tried_sizes=search_rows(plan.search) if plan.search is not None else [],
@@ -148,6 +157,7 @@ def report_page(compression: Compression) -> str:
                 "name": Markup(".<wbr>").join(one_line(layer.name).split(".")),
                 "shape": format_shape(layer.shape),
                 "kind": layer.kind,
+                "started": layer.name in started,
                 "rank": "-" if layer.rank is None else layer.rank,
                 "form": layer.form,
                 "kept": format_percent(layer.parameters, layer.dense_parameters),
@@ -156,7 +166,13 @@ def report_page(compression: Compression) -> str:
                 "reason": layer.reason,
                 "marks": _mark_words(marks[layer.name]),
                 "spectrum": Markup(
-                    spectrum_figure(compression.spectra[layer.name], layer.rank, marks[layer.name], prefix=f"s{number}")
+                    spectrum_figure(
+                        compression.spectra[layer.name],
+                        layer.rank,
+                        marks[layer.name],
+                        prefix=f"s{number}",
+                        whole=whole.get(layer.name),
+                    )
                 )
                 if layer.name in compression.spectra
                 else None,

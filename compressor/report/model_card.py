@@ -34,6 +34,7 @@ from compressor.report.card_parts import (
     repository_name,
 )
 from compressor.report.comparison import compression_rows
+from compressor.report.initial_words import initial_facts, started_layers
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
@@ -263,10 +264,14 @@ def _verdict(compression: Compression) -> str:
 
 def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
-    low_rank = sum(layer.rank is not None for layer in plan.layers)
+    started = len(started_layers(plan.layers))
+    low_rank = sum(layer.rank is not None for layer in plan.layers) - started
+    ways = [f"{low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank factors"]
+    if started:
+        ways.append(f"{started} as what training wrote on their initial weights")
     return (
-        f"{code(base_model)} with {low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank"
-        f" factors: {format_percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and"
+        f"{code(base_model)} with {' and '.join(ways)}:"
+        f" {format_percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and"
         f" weight files of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)}"
         " Made by compressor."
     )
@@ -319,6 +324,8 @@ def _warnings(compression: Compression) -> list[str]:
 
 def _plan(plan: Plan) -> str:
     said = [f"Budget: {budget_words(plan.budget)}."]
+    if initial := [plain_text(words) for _, words in initial_facts(plan)]:
+        said.append(f"Start: {'. '.join(initial)}.")
     if plan.calibration is not None:
         said.append(f"Calibration: {calibration_words(plan.calibration)}.")
     if plan.search is not None:
