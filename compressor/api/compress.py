@@ -18,6 +18,7 @@ from compressor.api.calibration_data import calibration_data, calibration_settin
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
 from compressor.api.flags import in_flags
+from compressor.api.initial import measured_found, with_initial
 from compressor.api.keywords import CompressKeywords, PlanKeywords
 from compressor.api.latency import Prepared, prepared, requested_speed, require_speed, target_profile
 from compressor.api.needs import (
@@ -64,6 +65,7 @@ from compressor.engine import InProcess, Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
+from compressor.initial import InitialFound
 from compressor.io import Artifact, Naming, Target, form_of
 from compressor.lowrank import (
     KeptDecompositions,
@@ -185,15 +187,16 @@ def compress(
         require_copyable(subject.module)
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
+    subject, initial = with_initial(asked, subject)
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         run = Run(device, asked.seed, asked.progress, engine=engine)
         with kept_work(asked, subject, run) as working, kept_calibration(asked, subject, working) as running:
-            compression = _compressed(asked, subject, running)
+            compression = _compressed(asked, subject, initial, run=running)
     return replace(compression, seconds=time.monotonic() - started)
 
 
-def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression:
+def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | None, *, run: Run) -> Compression:
     """The compression of an opened model; how long all of it took is not known here."""
     target = output_target(asked, subject, Naming(form_of(subject.checkpoint), "-compressed"))
     places = Places.now(run.device, asked.work_dir, output_folder(asked, subject))
@@ -207,6 +210,9 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
         measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
         measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
         _require_some(measured, subject.name)
+        if not any(each.start for each in measured):
+            # Nothing is left of them, so that the result is, to the byte, the one without them.
+            asked, subject = replace(asked, initial=None), replace(subject, initial=None)
         speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
         ready = prepared(speed, subject, measured, request=_request(asked, subject))
         subject.let_go()
@@ -227,7 +233,10 @@ def _compressed(asked: CompressOptions, subject: Model, run: Run) -> Compression
         compression = replace(
             _compression(subject, measured, rewriting, artifact=artifact, made=made),
             output=None if target is None else str(target.path),
-            plan=planned.plan.with_errors(errors.of),
+            plan=replace(
+                planned.plan.with_errors(errors.of),
+                initial=measured_found(initial, measured, planned.weighted or None),
+            ),
             evaluation=evaluation,
             latency=latency,
             timed_on=device_words(run.device) if latency else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+from compressor.api.initial import measured_found, with_initial
 from compressor.api.keywords import InspectKeywords
 from compressor.api.option import verb
 from compressor.api.options import InspectOptions
@@ -37,9 +38,11 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     subject = open_model(
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
+    subject, initial = with_initial(asked, subject)
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         inspected = inspect_layers(subject, asked.epsilon, Run(device, progress=asked.progress, engine=engine))
+    measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,
@@ -48,7 +51,6 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         weight_bytes=subject.checkpoint.weight_bytes,
         left_out=subject.checkpoint.left_out,
         weights_at=subject.checkpoint.weights_at,
-        advice=window_rule_advice(
-            measured_layers(subject, inspected, asked.planning_settings or PLANNING), subject.recipe.family, "auto"
-        ),
+        advice=window_rule_advice(measured, subject.recipe.family, "auto"),
+        initial=measured_found(initial, measured),
     )

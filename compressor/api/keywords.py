@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.api.options import DataLike, RecipeLike
+    from compressor.api.options import DataLike, InitialLike, RecipeLike
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
     from compressor.latency import DeviceProfile
@@ -35,6 +35,7 @@ class CompressKeywords(TypedDict, total=False):
     target_device: DeviceProfile | str | None
     rank_multiple: int | None
     recipe: RecipeLike | None
+    initial: InitialLike | None
     data: DataLike | None
     data_samples: int | None
     tokenizer: Callable[..., Any] | None
@@ -72,6 +73,7 @@ class InspectKeywords(TypedDict, total=False):
 
     revision: str | None
     recipe: RecipeLike | None
+    initial: InitialLike | None
     planning_settings: PlanningSettings | None
     factory: Factory | None
     include: str | Sequence[str] | None
@@ -99,6 +101,7 @@ class PlanKeywords(TypedDict, total=False):
     target_device: DeviceProfile | str | None
     rank_multiple: int | None
     recipe: RecipeLike | None
+    initial: InitialLike | None
     data: DataLike | None
     data_samples: int | None
     tokenizer: Callable[..., Any] | None

@@ -228,6 +228,25 @@ def _engine(value: Any, name: str) -> str:
     return text
 
 
+def _initial(value: Any, name: str) -> Any:
+    """A seed, the word for a search, a checkpoint, or an object, of which more is said where it is opened."""
+    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return as_count(value, name, least=0, most=2**64 - 1)
+    if isinstance(value, str | Path):
+        return value if value == "auto" else _model(value, name)
+    if isinstance(value, Mapping) or callable(value) or type(value).__name__ == "InitialWeights":
+        return value
+    what = f"`{name}` is of type {type(value).__name__}"
+    remedy = "give a seed, a checkpoint, the untrained module, its state dict, or a function that returns this"
+    raise BadInput(what, option=name, remedy=remedy)
+
+
+def _plain_initial(value: Any) -> int | str | None:
+    return value if isinstance(value, int) else _named_model(value)
+
+
 def _explored(value: Any, name: str) -> Any:
     from compressor.recipe import TrainingRecipe
 
@@ -282,4 +301,5 @@ DEVICE_PROFILE = Kind("DeviceProfile | str", _target_device, metavar="NAME", pla
 SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
 ENGINE = Kind("str", _engine, metavar="processes[:N]|ray[:ADDRESS]")
 PROGRESS = Kind("Progress", _progress)
+INITIAL = Kind("InitialLike", _initial, metavar="SEED|FILE|auto", plain=_plain_initial)
 EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

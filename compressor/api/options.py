@@ -22,6 +22,7 @@ from compressor.api.kinds import (
     ENGINE,
     EXPLORED,
     FACTORY,
+    INITIAL,
     METRIC,
     MODEL,
     NUMBER,
@@ -67,13 +68,14 @@ if TYPE_CHECKING:
     from compressor.data import CustomMetric
     from compressor.evaluation import TimingSettings
     from compressor.latency import DeviceProfile
-    from compressor.model import Factory, ModelLike
+    from compressor.model import Factory, InitialSource, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
 
     # Tensors, arrays, pairs, mappings, loaders and texts are all iterable.
     DataLike = str | Path | Iterable[Any] | Dataset[Any]
+    InitialLike = int | InitialSource
     RecipeLike = TrainingRecipe | str | Path | Mapping[str, Any] | Sequence[TrainingRecipe | str | Path]
 
 # The panels of the help.
@@ -118,6 +120,20 @@ class TrainingOptions(Options):
         (),
         panel=TRAINING,
         default_text="files beside the model",
+    )
+
+
+@options
+class InitialOptions(Options):
+    """Where the training started."""
+
+    initial: InitialLike | None = option(
+        "The weights that training started from, so that only what it wrote is stored: the seed that was set right "
+        "before the model was built, or a checkpoint of the initial model or of an early step. In Python also the "
+        "untrained module, its state dict, or a function that returns this. Layers that do not correlate with it, or "
+        "gain nothing, take a form without it.",
+        INITIAL,
+        panel=TRAINING,
     )
 
 
@@ -438,6 +454,7 @@ class PlanOptions(
     ThresholdOptions,
     TimingOptions,
     MetricOptions,
+    InitialOptions,
     TrainingOptions,
     SpeedOptions,
     BudgetOptions,
@@ -539,7 +556,7 @@ class PlanOptions(
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
     *("calibration_cache", "planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
-    *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine"),
+    *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine", "initial"),
 )
 
 
@@ -590,7 +607,7 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
 
 @options
 class InspectOptions(
-    EngineOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, TrainingOptions, HubOptions
+    EngineOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, InitialOptions, TrainingOptions, HubOptions
 ):
     """What can be asked of `inspect`."""
 

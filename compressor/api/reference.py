@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 if TYPE_CHECKING:
     from torch import nn
 
-    from compressor.api.options import DataLike, RecipeLike
+    from compressor.api.options import DataLike, InitialLike, RecipeLike
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
     from compressor.latency import DeviceProfile

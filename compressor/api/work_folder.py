@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -21,8 +21,10 @@ from compressor.calibration.kept_examples import digest_of_examples
 from compressor.choices import Effort
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run, digest_of
+from compressor.initial import InitialWeights, initial_name
 from compressor.latency.measure import device_name
 from compressor.model import Model
+from compressor.network import Layer
 from compressor.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ _WITHOUT_EFFECT = frozenset(
         *("output", "overwrite", "push_to", "allow_miss", "dry_run", "progress", "device", "engine"),
         *("work_dir", "calibration_cache", "data", "data_samples", "metric"),
         # Seen in what is read by them.
-        *("revision", "factory", "recipe", "tokenizer", "processor", "calibration"),
+        *("revision", "factory", "recipe", "tokenizer", "processor", "calibration", "initial"),
     }
 )
 
@@ -93,7 +95,10 @@ def expect_data(run: Run, calibration: CalibrationData | None, search: Evaluatio
 
 def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprint:
     """What the results depend on, but for the data, which are not open yet."""
-    contents = {"the training recipe": _digest_of_fields(subject.recipe)}
+    contents = {
+        "the training recipe": _digest_of_fields(subject.recipe),
+        "what the initial weights are": _digest_of_initial(subject.initial, subject.layers),
+    }
     names = [name for name, _, _ in described(CompressOptions) if name not in _WITHOUT_EFFECT]
     settings = {f"`{name}`": _stated(getattr(asked, name)) for name in names}
     if asked.metric is not None:
@@ -153,6 +158,18 @@ def _stated(value: Any) -> str:
     if is_dataclass(value):
         return f"a {type(value).__name__} of SHA-256 {_digest_of_fields(value)[:16]}"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _digest_of_initial(initial: InitialWeights | None, layers: Sequence[Layer]) -> str:
+    """The digest of initial weights: of the record of their draws, of the checkpoint, or of what tells them apart."""
+    if initial is None:
+        return ""
+    if initial.draws is not None:
+        return _digest(json.dumps(initial.draws.to_dict(), sort_keys=True))
+    if initial.digest is not None:
+        return initial.digest
+    found = (initial.fingerprint(initial_name(layer)) for layer in layers if layer.eligible)
+    return _digest(*(json.dumps(None if each is None else each.to_dict()) for each in found))
 
 
 def _digest_of_code(subject: Model) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from compressor.model.build import build_model, load_factory, load_state, load_transformers
 from compressor.model.inference import evaluation_mode, logits_of, on_device, resolve_device
+from compressor.model.initial import require_of_model, untrained_builder
 from compressor.model.layer_uses import layer_uses, scaled
 from compressor.model.measurements import Decomposing, InspectedLayer, inspect_layers, measured_layers
 from compressor.model.opened import (
     Factory,
+    InitialSource,
     LayerSelection,
     Model,
     ModelFiles,
     ModelLike,
+    given_initial,
     load_model,
     open_model,
     open_runnable,
@@ -20,6 +23,7 @@ from compressor.model.opened import (
 __all__ = [
     "Decomposing",
     "Factory",
+    "InitialSource",
     "InspectedLayer",
     "LayerSelection",
     "Model",
@@ -27,6 +31,7 @@ __all__ = [
     "ModelLike",
     "build_model",
     "evaluation_mode",
+    "given_initial",
     "inspect_layers",
     "layer_uses",
     "load_factory",
@@ -38,6 +43,8 @@ __all__ = [
     "on_device",
     "open_model",
     "open_runnable",
+    "require_of_model",
     "resolve_device",
     "scaled",
+    "untrained_builder",
 ]

@@ -68,16 +68,7 @@ def load_transformers(folder: Path) -> nn.Module:
     config.json, when transformers does not know the architecture, or when weights are missing or misfit,
     which transformers itself would replace by random numbers.
     """
-    architecture = _architecture(folder)
-    import transformers
-
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
-        raise BadInput(
-            f"transformers {transformers.__version__} has no model {architecture}",
-            where=folder / "config.json",
-            remedy="pass `factory` with a function that builds it",
-        )
+    architecture, model_class = _model_class(folder)
     try:
         with _silent_loading():
             model, loaded = model_class.from_pretrained(
@@ -97,6 +88,47 @@ def load_transformers(folder: Path) -> nn.Module:
             )
     assert isinstance(model, nn.Module)
     return model
+
+
+def untrained_transformers(folder: Path) -> Callable[[], nn.Module]:
+    """What builds a transformers model with fresh weights: its class, with the configuration in a local folder.
+
+    No code from the folder runs and nothing is fetched. Raises `BadInput` as `load_transformers` does.
+    """
+    _, model_class = _model_class(folder)
+    try:
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise BadInput(
+            f"transformers cannot read its configuration: {first_line(error)}", where=folder, remedy="repair the folder"
+        ) from error
+    return partial(_untrained, model_class, config, folder)
+
+
+def _untrained(model_class: Any, config: Any, folder: Path) -> nn.Module:
+    try:
+        model = model_class(config)
+    except Exception as error:
+        raise BadInput(
+            f"transformers cannot build its model: {first_line(error)}", where=folder, remedy="repair config.json"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _model_class(folder: Path) -> tuple[str, Any]:
+    """The architecture that a folder's config.json names, and its class in transformers."""
+    architecture = _architecture(folder)
+    import transformers
+
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None or not hasattr(model_class, "from_pretrained"):
+        raise BadInput(
+            f"transformers {transformers.__version__} has no model {architecture}",
+            where=folder / "config.json",
+            remedy="pass `factory` with a function that builds it",
+        )
+    return architecture, model_class
 
 
 def load_state(

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 ModelLike = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
+InitialSource = str | Path | nn.Module | Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | InitialWeights
+"""A checkpoint, the untrained module, its state, or a function that returns this."""
 
 
 @dataclass(frozen=True)
@@ -473,3 +475,31 @@ def _mismatch(checkpoint: Checkpoint, architecture: Architecture) -> str | None:
     """In what the dense tensors that a checkpoint holds, or its pairs stand for, do not fit an architecture."""
     dense = {name: info for name, (info, _) in dense_infos(checkpoint, stored_pairs(checkpoint)).items()}
     return architecture_mismatch(replace(checkpoint, tensors=dense), architecture)
+
+
+def given_initial(
+    source: InitialSource, *, factory: Factory | None = None, like: Model | None = None
+) -> InitialWeights:
+    """The initial weights that are given.
+
+    Args:
+        source: A file, a folder, the name of a model of the hub, a module, a state dict or a function that returns one.
+        factory: What builds the architecture, for the names that tensors have in it.
+        like: A model that has the same names for them, where it is open already.
+
+    Raises:
+        BadInput: they cannot be read.
+    """
+    try:
+        if isinstance(source, InitialWeights):
+            return source
+        if isinstance(source, nn.Module):
+            return InitialWeights.from_checkpoint(with_separate_experts(uncompiled(source)))
+        if not isinstance(source, str | Path):
+            return InitialWeights.from_state(source)
+        checkpoint = open_checkpoint(local_model(source))
+        architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
+        return InitialWeights.from_checkpoint(checkpoint, architecture)
+    except BadInput as error:
+        error.option = error.option or "initial"
+        raise

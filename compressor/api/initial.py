@@ -1,0 +1,86 @@
+"""The weights that a model started from, as the options name them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from compressor.api.options import InitialOptions
+from compressor.errors import BadInput
+from compressor.forms import has_own_errors, pair_of
+from compressor.initial import (
+    SEARCH,
+    Draws,
+    InitialFound,
+    InitialWeights,
+    StartedLayer,
+    find_seed,
+    record,
+)
+from compressor.measure import Spectrum, effective_ranks
+from compressor.model import Model, given_initial, require_of_model, untrained_builder
+from compressor.network import Layer
+from compressor.planning import MeasuredLayer
+
+
+def with_initial(asked: InitialOptions, subject: Model) -> tuple[Model, InitialFound | None]:
+    """The model with the initial weights that are asked for, and what is known of these before layers are measured.
+
+    Raises:
+        BadInput: they cannot be drawn or read, or are of another model.
+    """
+    if asked.initial is None:
+        return subject, None
+    if isinstance(asked.initial, int):
+        initial = _from_seed(subject, asked.initial)
+    else:
+        initial = given_initial(asked.initial, like=subject)
+        require_of_model(initial, subject)
+    return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "given")
+
+
+def _from_seed(subject: Model, seed: int) -> InitialWeights:
+    """What a seed draws, with the default initialization that is overwritten or without it, whichever correlates."""
+    draws = _recorded(subject, seed)
+    alone = replace(SEARCH, seeds=0, customary=())
+    found = find_seed(draws, subject.checkpoint, _eligible(subject), stated=[seed], settings=alone)
+    return InitialWeights.from_draws(draws if found is None else found.draws)
+
+
+def _recorded(subject: Model, seed: int) -> Draws:
+    """The record of the initialization of a model."""
+    build = untrained_builder(subject)
+    if build is None:
+        what = "a seed needs what builds the untrained model"
+        remedy = "pass `factory`, a transformers folder, or a checkpoint of the initial model instead of the seed"
+        raise BadInput(what, where=subject.name, option="initial", remedy=remedy)
+    return record(build, seed).draws
+
+
+def _eligible(subject: Model) -> list[Layer]:
+    return [layer for layer in subject.layers if layer.eligible]
+
+
+def measured_found(
+    found: InitialFound | None, measured: Sequence[MeasuredLayer], weighted: Sequence[MeasuredLayer] | None = None
+) -> InitialFound | None:
+    """What was found, with the layers that correlate; their shares are those of the `weighted` ones where there are."""
+    if found is None:
+        return None
+    layers = []
+    for plain, each in zip(measured, weighted or measured, strict=True):
+        if each.start is None or plain.start is None:
+            continue
+        written = _written(plain)
+        if written is not None:
+            ranks = effective_ranks(plain.singular_values), effective_ranks(written)
+            layers.append(StartedLayer(plain.layer.name, each.start, *ranks))
+    return replace(found, eligible=len(measured), layers=tuple(layers))
+
+
+def _written(measured: MeasuredLayer) -> Spectrum | None:
+    """The singular values of what training wrote, of a matrix of the layer's own sides."""
+    for form, values in measured.own_values.items():
+        if (pair := pair_of(form)) is not None and not has_own_errors(pair):
+            return values
+    return None
