@@ -144,6 +144,8 @@ class Draws:
     def tensor(self, name: str) -> Tensor:
         """Draw one tensor again; all draws are made the first time that one is asked for. KeyError for other names."""
         region = self.tensors[name]
+        if region.register in self._latest:
+            return region.of(self._latest[region.register]).clone()
         needed = self._needed([region])
         memory = {register: self._empty(register) for register in needed}
         generator = torch.Generator()
@@ -152,7 +154,18 @@ class Draws:
                 if step.operation in DRAWS:
                     generator.set_state(self._states[place])
                 step.run(memory, generator)
+        self._latest.clear()
+        if not region.is_all(self.registers[region.register].size):  # others, such as more experts, may lie there too
+            self._latest[region.register] = memory[region.register]
         return region.of(memory[region.register]).clone()
+
+    @cached_property
+    def _latest(self) -> dict[int, Tensor]:
+        """The memory that the latest tensor is a part of, by its register."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: each for name, each in self.__dict__.items() if name != "_latest"}
 
     def _empty(self, register: int) -> Tensor:
         of = self.registers[register]

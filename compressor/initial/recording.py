@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressor.errors import BadInput
 from compressor.initial.draws import Draws
 from compressor.initial.steps import COPY, DRAWS, DTYPES, OPERATIONS, SCALAR, Region, Register, Step
+from compressor.network import with_separate_experts
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class Recorded:
 def record(build: Callable[[], nn.Module], seed: int) -> Recorded:
     """Build a module from a seed and record its draws, which are replayed once and compared bit by bit.
 
-    Raises `BadInput` for a seed that PyTorch does not take.
+    Experts have both their own names and those that they have when they are separate. Raises `BadInput` for a seed that
+    PyTorch does not take.
     """
     recorder = _Recorder()
     with _seeded(seed), recorder:
         module = build()
-    state = {name: each for name, each in module.state_dict(keep_vars=True).items() if each.is_floating_point()}
+    apart = with_separate_experts(module)
+    known = {**apart.state_dict(keep_vars=True), **module.state_dict(keep_vars=True)}
+    state = {name: each for name, each in known.items() if each.is_floating_point()}
     tensors = {name: region for name, each in state.items() if (region := recorder.region(each)) is not None}
     draws = Draws(seed, torch.__version__, tuple(recorder.registers), tuple(recorder.steps), tensors)
     draws = draws.only(set(tensors))

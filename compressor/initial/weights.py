@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,11 +17,21 @@ from compressor.errors import BadInput
 from compressor.initial.draws import Draws
 from compressor.initial.fingerprint import Fingerprint
 from compressor.initial.recording import record
-from compressor.io import Checkpoint, local_model, open_checkpoint, refuse_adapter, refuse_fp8
+from compressor.io import (
+    Checkpoint,
+    StoredTensor,
+    TensorInMemory,
+    local_model,
+    open_checkpoint,
+    refuse_adapter,
+    refuse_fp8,
+)
 from compressor.measure.memory_window import memory_window, retention
-from compressor.network import Architecture, Layer, with_separate_experts
+from compressor.network import Architecture, Layer
 from compressor.recipe import TrainingRecipe
 from compressor.torch_state import float64_device
+
+logger = logging.getLogger(__name__)
 
 LEAST_Z = 8.0
 """The correlation of a layer with its start, in standard deviations of chance: a hit from here on."""
@@ -55,18 +66,18 @@ class Start:
 
 @dataclass(frozen=True, eq=False)
 class InitialWeights:
-    """The initial weights of a model: `read` gives a tensor by its name in the module's state, or None.
+    """The initial weights of a model, which are read or drawn a tensor at a time.
 
     Attributes:
         source: What it is called in messages.
-        read: The initial tensor of a name in the module's state; None where there is none.
+        tensors: Where the initial tensors are, by their names in the module's state.
         checkpoint_name: The name of the checkpoint that they were read from.
         digest: The SHA-256 of that checkpoint.
         draws: The draws that make them again; None where they were read.
     """
 
     source: str
-    read: Callable[[str], Tensor | None] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
     checkpoint_name: str | None = None
     digest: str | None = None
     draws: Draws | None = field(default=None, repr=False)
@@ -76,6 +87,10 @@ class InitialWeights:
     def seed(self) -> int | None:
         """The seed that they are drawn from; None where they are read."""
         return None if self.draws is None else self.draws.seed
+
+    def read(self, name: str) -> Tensor | None:
+        """The initial tensor of a name in the module's state; None where there is none."""
+        return self.tensors[name].read() if name in self.tensors else None
 
     def fingerprint(self, name: str) -> Fingerprint | None:
         """What a tensor is checked by, which is read once for it; None where there is none."""
@@ -92,23 +107,26 @@ class InitialWeights:
             seed: The seed of Python's, NumPy's and PyTorch's generators, which are restored afterwards.
 
         Returns:
-            The initial weights; experts have the names that they have when they are separate.
+            The initial weights, as far as their draws can be recorded; a tensor is drawn when it is read. Experts also
+            have the names that they have when they are separate.
 
         Raises:
             BadInput: no generator takes the seed.
         """
         recorded = record(build, seed)
-        state = cls.from_state(_state(recorded.module), source=f"seed {seed}")
-        return replace(state, draws=recorded.draws)
+        matrices = {name for name, each in recorded.module.named_parameters() if each.dim() >= 2}
+        if lost := sorted(matrices & recorded.unrecorded):
+            logger.warning(
+                "how %s and %d others are initialized cannot be recorded: they are taken to have no start",
+                lost[0],
+                len(lost) - 1,
+            )
+        return cls.from_draws(recorded.draws)
 
     @classmethod
     def from_draws(cls, draws: Draws) -> InitialWeights:
         """What a record of draws gives, such as that of a seed that was found; a tensor is drawn when it is read."""
-
-        def read(name: str) -> Tensor | None:
-            return draws.tensor(name) if name in draws.names else None
-
-        return cls(f"seed {draws.seed}", read, draws=draws)
+        return cls(f"seed {draws.seed}", {name: _DrawnTensor(draws, name) for name in draws.names}, draws=draws)
 
     @classmethod
     def from_checkpoint(
@@ -126,35 +144,48 @@ class InitialWeights:
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(local_model(model))
         refuse_adapter(checkpoint)
         refuse_fp8(checkpoint)
-        names: dict[str, str] = {}
+        tensors: dict[str, StoredTensor] = {}
         for name in (*checkpoint.tensors, *checkpoint.aliases):
             in_module = name if architecture is None else architecture.module_name(name)
             if in_module is not None:
-                names.setdefault(in_module, name)
-
-        def read(name: str) -> Tensor | None:
-            return checkpoint.read(names[name]) if name in names else None
-
+                tensors.setdefault(in_module, checkpoint.stored(name))
         digest = None if checkpoint.source is None else checkpoint.digest()
-        return cls(checkpoint.name, read, checkpoint_name=checkpoint.name, digest=digest)
+        return cls(checkpoint.name, tensors, checkpoint_name=checkpoint.name, digest=digest)
 
     @classmethod
     def from_state(
         cls, state: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]], *, source: str = "the initial state"
     ) -> InitialWeights:
-        """The weights of a state dict, or of a function that returns one, which is called when it is first needed.
+        """The weights of a state dict, or of a function that returns one.
 
         Raises:
             BadInput: what was given, or what the function returns, is no state dict.
         """
-        known: list[Mapping[str, Tensor]] = [] if callable(state) else [_checked_state(state, source)]
+        known = _checked_state(state() if callable(state) else state, source)
+        return cls(source, {name: TensorInMemory(tensor) for name, tensor in known.items()})
 
-        def read(name: str) -> Tensor | None:
-            if not known and callable(state):
-                known.append(_checked_state(state(), source))
-            return known[0].get(name)
 
-        return cls(source, read)
+@dataclass(frozen=True, eq=False)
+class _DrawnTensor:
+    """An initial tensor that is drawn whenever it is read."""
+
+    draws: Draws
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.draws.tensors[self.name].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.draws.registers[self.draws.tensors[self.name].register].dtype
+
+    @property
+    def region(self) -> Hashable:
+        return self.draws.tensors[self.name]
+
+    def read(self) -> Tensor:
+        return self.draws.tensor(self.name)
 
 
 def _checked_state(state: object, source: str) -> Mapping[str, Tensor]:
@@ -165,12 +196,6 @@ def _checked_state(state: object, source: str) -> Mapping[str, Tensor]:
     if not tensors:
         raise BadInput(f"{source} holds no tensors", option="initial", remedy=remedy)
     return tensors
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module by its own names, and by those that it has with separate experts."""
-    apart = with_separate_experts(module)
-    return {**apart.state_dict(), **module.state_dict()}
 
 
 def initial_name(layer: Layer) -> str:

@@ -26,7 +26,7 @@ from compressor.io.companions import (
 from compressor.io.hub import hub_model, local_model
 from compressor.io.output import Naming, Target, check_output, checked_target, form_of
 from compressor.io.staging import note_file, staged_file, staged_folder
-from compressor.io.tensors import StoredTensor, TensorInfo
+from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory
 from compressor.io.workspace import Workspace, temporary_workspace
 from compressor.io.writer import (
     SafetensorsWriter,
@@ -56,6 +56,7 @@ __all__ = [
     "ShardedWriter",
     "StoredTensor",
     "Target",
+    "TensorInMemory",
     "TensorInfo",
     "Workspace",
     "check_output",

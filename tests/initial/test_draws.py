@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from compressor.initial import Draws, Fingerprint, record
+from compressor.network import with_separate_experts
 
 SMALL = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 KEPT = Path(__file__).parent / "draws.json"
@@ -60,22 +61,22 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 def test_every_matrix_is_replayed_bit_by_bit_and_the_global_generator_is_left_alone(name: str) -> None:
     before = torch.get_rng_state()
     found = record(BUILDERS[name], 7)
-    state = found.module.state_dict()
+    whole = found.module.state_dict()
+    state = with_separate_experts(found.module).state_dict() | whole
     assert not [each for each in found.unrecorded if state[each].dim() > 1]
     document = json.loads(json.dumps(found.draws.to_dict()))
-    draws = Draws.from_dict(document, most_numbers=sum(each.numel() for each in state.values()))
+    draws = Draws.from_dict(document, most_numbers=sum(each.numel() for each in whole.values()))
     assert draws == found.draws
     replayed = dict(draws.replay())
     assert replayed.keys() == found.draws.tensors.keys()
     assert all(torch.equal(each, state[own]) for own, each in replayed.items())
-    last = list(draws.tensors)[-1]
-    assert torch.equal(draws.tensor(last), state[last])
+    assert all(torch.equal(draws.tensor(own), state[own]) for own in reversed(draws.tensors))
     assert draws.names == draws.tensors.keys()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
     expected = BUILDERS[name]().state_dict()
     torch.set_rng_state(before)
-    assert all(torch.equal(expected[own], state[own]) for own in state)
+    assert all(torch.equal(expected[own], state[own]) for own in whole)
 
 
 def test_some_tensors_are_replayed_from_a_record_of_these_alone() -> None:

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from compressor.initial import InitialWeights, record
 from compressor.initial.search import SEARCH, FoundSeed, find_seed, what_is_searched
 from compressor.io import open_checkpoint
-from compressor.network import find_layers, module_architecture
+from compressor.network import find_layers, module_architecture, with_separate_experts
 
 FEW = replace(SEARCH, seeds=30, customary=(1337,))
 
@@ -61,6 +62,24 @@ def test_a_seed_that_is_tried_is_found(seed):
     assert hit.seed == hit.draws.seed == seed
     assert hit.z.keys() == {"0", "2"}
     assert hit.next_best < 8 < min(hit.z.values())
+
+
+def test_the_seed_of_fused_experts_is_found():
+    def experts() -> nn.Module:
+        shape = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 2}
+        config = transformers.MixtralConfig(vocab_size=50, num_hidden_layers=1, num_local_experts=3, **shape)
+        return transformers.MixtralForCausalLM(config)
+
+    module = with_separate_experts(record(experts, 5).module)
+    hit = found(module, of=experts)
+    assert hit is not None
+    assert hit.seed == 5
+    initial = InitialWeights.from_draws(hit.draws)
+    own = [name for name, each in module.named_parameters() if ".experts." in name]
+    assert len(own) == 9
+    for name in own:
+        assert hit.z[name.removesuffix(".weight")] > 8
+        assert torch.equal(initial.read(name), module.get_parameter(name))
 
 
 def test_a_stated_seed_is_tried_first():

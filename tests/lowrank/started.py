@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from compressor.api.write import written
-from compressor.engine import Run
+from compressor.engine import Engine, InProcess, Run
 from compressor.initial import InitialWeights
 from compressor.io import Naming, checked_target, form_of
 from compressor.lowrank import Rewriting, StoredErrors, compressed_artifact
@@ -102,12 +102,15 @@ def rewriting_of(subject: Model, forms: Mapping[str, tuple[str, int]]) -> Rewrit
     return Rewriting(subject.checkpoint, TrainingRecipe(), subject.layers, planned(forms), initial=subject.initial)
 
 
-def write(rewriting: Rewriting, path: Path, shard_size: int = 10**9) -> dict[str, float]:
+def write(
+    rewriting: Rewriting, path: Path, shard_size: int = 10**9, *, engine: Engine | None = None
+) -> dict[str, float]:
     """Write the compressed model, and return the errors of its layers."""
     errors = StoredErrors()
     naming = Naming(form_of(rewriting.checkpoint), "")
     target = checked_target(rewriting.checkpoint, path, naming, overwrite=False)
-    artifact = compressed_artifact(rewriting, shard_size, run=Run(torch.device("cpu")), errors=errors)
+    run = Run(torch.device("cpu"), engine=engine or InProcess())
+    artifact = compressed_artifact(rewriting, shard_size, run=run, errors=errors)
     with written(artifact, target):
         pass
     return errors.of

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressor import compress, export, restore
-from compressor.engine import Run
+from compressor.engine import InProcess, ProcessPool, Run
 from compressor.errors import BadInput, CompressorError
 from compressor.forms import InitialLayer
 from compressor.initial import InitialWeights
@@ -37,7 +37,7 @@ from compressor.lowrank import (
     with_factors,
 )
 from compressor.lowrank.rewriting import filled_layer, rewritten_factors
-from compressor.model import load_model
+from compressor.model import inspect_layers, load_model
 from tests.lowrank.started import GPT2, KINDS, Kinds, gpt2, opened, outputs, planned, rewriting_of, trained, write
 
 torch.set_num_threads(1)
@@ -80,6 +80,21 @@ def test_a_file_is_loaded_as_the_dense_model(small: tuple[Any, Path]) -> None:
     assert {name: each.shape for name, each in loaded.state_dict().items()} == {
         name: each.shape for name, each in model.state_dict().items()
     }
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_write_the_same(tmp_path: Path) -> None:
+    model, initial = trained(Kinds)
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    subject = opened(tmp_path / "dense.pt", initial, Kinds)
+    rewriting = rewriting_of(subject, KINDS)
+    with ProcessPool(2) as pool:
+        found = [inspect_layers(subject, 0.1, Run(CPU, engine=engine)) for engine in (InProcess(), pool)]
+        write(rewriting, tmp_path / "here.safetensors")
+        write(rewriting, tmp_path / "pool.safetensors", engine=pool)
+    assert found[0] == found[1]
+    assert "initial+plain" in {form for each in found[0] for form in each.own_values}
+    assert (tmp_path / "here.safetensors").read_bytes() == (tmp_path / "pool.safetensors").read_bytes()
 
 
 def test_the_random_generator_is_left_as_it_is(small: tuple[Any, Path]) -> None:
