@@ -12,9 +12,10 @@ from compressor.api.options import ExploreOptions
 from compressor.errors import BadInput
 
 if TYPE_CHECKING:
+    from compressor.model import InspectedLayer
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
-    from compressor.report.explorer import ExploredLayers
+    from compressor.report.explorer import ExploredLayers, WrittenSpectrum
     from compressor.results import Inspection
 
 
@@ -111,6 +112,7 @@ def _alike(inspection: Inspection) -> tuple[ExploredLayers, ...]:
                 uses=first.uses,
                 window=first.window,
                 entropy_ranks=(min(ranks), max(ranks)) if ranks else None,
+                written=next(filter(None, (_written(member, inspection) for member in members)), None),
             )
         )
     if not explored:
@@ -120,6 +122,20 @@ def _alike(inspection: Inspection) -> tuple[ExploredLayers, ...]:
             remedy="see why with 'compress inspect MODEL'",
         )
     return tuple(sorted(explored, key=lambda each: -_parameters(each)))
+
+
+def _written(inspected: InspectedLayer, inspection: Inspection) -> WrittenSpectrum | None:
+    """The spectra of a layer and of what training wrote, where its initial weights were found."""
+    import numpy as np
+
+    from compressor.report.explorer import WrittenSpectrum
+
+    values, written, found = inspected.singular_values, inspected.written_values, inspection.initial
+    if inspected.start is None or values is None or written is None or found is None:
+        return None
+    return WrittenSpectrum(
+        inspected.layer.name, found.source, inspected.start.share, np.asarray(values), np.asarray(written)
+    )
 
 
 def _parameters(layers: ExploredLayers) -> int:

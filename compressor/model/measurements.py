@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, decompose, working_bytes
-from compressor.forms import FORMS, pair_forms
+from compressor.forms import FORMS, has_own_errors, pair_forms, pair_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
@@ -229,6 +229,15 @@ class InspectedLayer:
     """Singular values of the matrix that is factorized, by the form's name, for forms that factorize another one."""
     start: Start | None = None
     """What is left of its initial weights, where it correlates with them."""
+
+    @property
+    def written_values(self) -> tuple[float, ...] | None:
+        """Singular values of what training wrote, as a matrix of the layer's own sides; None without a start."""
+        for form, values in self.own_values.items():
+            pair = pair_of(form)
+            if pair is not None and not has_own_errors(pair):
+                return values
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         layer = self.layer

@@ -12,14 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compressor.formatting import format_count, one_line
-from compressor.measure import EPSILON, MemoryWindow
+from compressor.measure import EPSILON, MemoryWindow, Spectrum, effective_ranks
 from compressor.measure.simulation import SimulatedTraining
 from compressor.recipe import TrainingRecipe
 from compressor.report.wording import recipe_sources, recipe_words
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 _PLACE_OF_THE_CONTENT = "/* content */"
+
+# Singular values that a figure can show.
+POINTS = 200
 
 # The range of every slider. A weight decay of 0 is a stop too.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -90,11 +95,25 @@ PRESETS = (
 
 
 @dataclass(frozen=True)
+class WrittenSpectrum:
+    """The singular values of a layer, and those of what training wrote on the share that is left of its start.
+
+    `source` is what its initial weights are called.
+    """
+
+    name: str
+    source: str
+    share: float
+    values: Spectrum
+    written: Spectrum
+
+
+@dataclass(frozen=True)
 class ExploredLayers:
     """Layers of one model with the same shape, uses per example and memory window.
 
     `shape` is (d_out, d_in), None if only a recipe is known; `entropy_ranks` is the range of their entropy effective
-    ranks, None if none was measured.
+    ranks, None if none was measured; `written` are spectra of the first of them whose initial weights are known.
     """
 
     names: tuple[str, ...]
@@ -102,6 +121,7 @@ class ExploredLayers:
     uses: int | None
     window: MemoryWindow
     entropy_ranks: tuple[float, float] | None
+    written: WrittenSpectrum | None = None
 
 
 def explorer_page(recipe: TrainingRecipe | None = None, layers: Sequence[ExploredLayers] = ()) -> str:
@@ -149,6 +169,20 @@ def _layers_content(recipe: TrainingRecipe, layers: ExploredLayers) -> dict[str,
         "entropyRanks": layers.entropy_ranks,
         "training": training.to_dict(),
         "remarks": remarks,
+        "written": None if layers.written is None else _written_content(layers.written),
+    }
+
+
+def _written_content(written: WrittenSpectrum) -> dict[str, Any]:
+    shown = np.unique(np.linspace(0, len(written.values) - 1, min(len(written.values), POINTS)).round().astype(int))
+    return {
+        "name": one_line(written.name),
+        "source": one_line(written.source),
+        "share": written.share,
+        "count": len(written.values),
+        "places": shown.tolist(),
+        "spectra": [np.asarray(each)[shown].tolist() for each in (written.values, written.written)],
+        "ranks": [effective_ranks(each).energy for each in (written.values, written.written)],
     }
 
 

@@ -33,7 +33,7 @@ from compressor.measure.simulation import (
     standard_normals,
 )
 from compressor.recipe import TrainingRecipe
-from compressor.report.explorer import LIMITS, PRESETS, ExploredLayers, explorer_page, pictured
+from compressor.report.explorer import LIMITS, PRESETS, ExploredLayers, WrittenSpectrum, explorer_page, pictured
 from tests.report.browsing import OpenedPage, contrast, in_browser
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\u2028'\""
@@ -515,5 +515,37 @@ def test_it_opens_on_the_numbers_of_a_model(browser: Browser, tmp_path: Path) ->
     assert "the batch size, 500, is out of range; the simulation uses 64" in opened.text("remarks")
     rows.nth(1).get_by_role("button").click()
     assert opened.settle()["training"]["width"] == 24
+    assert opened.errors == []
+    opened.context.close()
+
+
+@in_browser
+@pytest.mark.parametrize("width", [400, 1400])
+def test_what_training_wrote_is_drawn_beside_its_layer(browser: Browser, tmp_path: Path, width: int) -> None:
+    recipe = TrainingRecipe(optimizer="sgd", learning_rate=0.1)
+    values = np.linspace(2.0, 1.0, 300)
+    written = WrittenSpectrum(HOSTILE, "seed 0", 0.95, values, values[0] * 0.5 ** np.arange(300))
+    known, unknown = explored(("first",), (300, 300), 1, recipe=recipe), explored(("last",), (8, 8), 1, recipe=recipe)
+    (tmp_path / "page.html").write_text(explorer_page(recipe, [replace(known, written=written), unknown]))
+    opened = Opened(browser, tmp_path / "page.html", width=width)
+    opened.settle()
+    words = opened.text("written-words")
+    assert "= 0.95 × its initial weights (seed 0)" in words
+    assert "rank 294 of the layer, and 4 of what training wrote" in words
+    paths = opened.page.locator("#written-plot path")
+    # The two end at the same index, and only the layer's far above the axis.
+    ends = [path.bounding_box() for path in paths.all()]
+    assert len(ends) == 2
+    assert [end["width"] for end in ends] == pytest.approx([ends[0]["width"]] * 2, abs=1)
+    assert ends[0]["height"] < 0.6 * ends[1]["height"]
+    # A slider makes the run one of one's own; the model is still that model.
+    opened.page.locator("#width").focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.settle()
+    assert opened.text("written-words") == words
+    opened.page.locator("#layers button").nth(1).click()
+    opened.settle()
+    assert not opened.page.locator("#written").is_visible()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.errors == []
     opened.context.close()
