@@ -96,7 +96,7 @@ def initial_facts(plan: Plan) -> Iterable[tuple[str, str]]:
 def initial_table(found: InitialFound) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Headers and a row per layer; a column of bounds only where one binds."""
     bounds = any(layer.start.rank_bound is not None for layer in found.layers)
-    headers = ("layer", "z", "exp(-K)", "fitted", "used", "wrote", "rank\nof W", "of what\nit wrote")
+    headers = ("layer", "z", "exp(-K)", "fitted", "used", "wrote", "rank\nof W", "rank\nof D")
     rows = tuple(
         (
             one_line(layer.name),
@@ -118,7 +118,7 @@ def initial_terms(found: InitialFound) -> Iterable[tuple[str, str]]:
     """What the columns of the table say."""
     yield "z", "correlation with the initial weights, in standard deviations of chance"
     yield "exp(-K)", "the share of them that the recipe predicts is left; fitted: by least squares"
-    yield "wrote", "the norm of what training wrote, W - used x initial weights, beside that of W"
+    yield "wrote", "the norm of what training wrote, D = W - used x initial weights, beside that of W"
     yield "rank", "99 % energy rank"
     if any(layer.start.rank_bound is not None for layer in found.layers):
         yield "bound", "batch x uses x steps, which bounds the rank of what training wrote"
