@@ -266,9 +266,10 @@ def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
     started = len(started_layers(plan.layers))
     low_rank = sum(layer.rank is not None for layer in plan.layers) - started
-    ways = [f"{low_rank} of its {len(plan.layers)} eligible matrices as products of low-rank factors"]
-    if started:
-        ways.append(f"{started} as what training wrote on their initial weights")
+    of = f"of its {len(plan.layers)} eligible matrices"
+    ways = [f"{started} {of} as what training wrote on their initial weights"] if started else []
+    if low_rank or not started:
+        ways.append(f"{low_rank}{'' if started else f' {of}'} as products of low-rank factors")
     return (
         f"{code(base_model)} with {' and '.join(ways)}:"
         f" {format_percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and"
