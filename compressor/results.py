@@ -383,6 +383,7 @@ class Diagnosis(DisplayedLayers):
         balance: How the norms of the matrices compare; None if fewer than two can be compared.
         series: The ranks over the checkpoints of the training; None without `series`.
         findings: The findings, each with its advice.
+        initial: The initial weights that were looked for, and what layers still have of them; None where none were.
 
     Example:
         >>> [finding.message for finding in compressor.diagnose("model/").findings if finding.warning]
@@ -395,6 +396,7 @@ class Diagnosis(DisplayedLayers):
     balance: NormBalance | None
     series: RankSeries | None
     findings: tuple[Finding, ...]
+    initial: InitialFound | None = None
 
     def __repr__(self) -> str:
         warnings = sum(finding.warning for finding in self.findings)
@@ -411,6 +413,7 @@ class Diagnosis(DisplayedLayers):
             "recipe": self.recipe.to_dict(),
             "predictions": self.predictions.to_dict() if self.predictions else None,
             "balance": self.balance.to_dict() if self.balance else None,
+            **({} if self.initial is None else {"initial": self.initial.to_dict()}),
             "findings": [finding.to_dict() for finding in self.findings],
             "layers": [layer.to_dict() for layer in self.layers],
             "series": self.series.to_dict() if self.series else None,

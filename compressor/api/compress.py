@@ -227,7 +227,9 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
     with written(artifact, None if subject.in_memory else target) as made, _file_beside(artifact, beside) as file:
         if isinstance(path := file or made.model, Path):
             require_read_back(path, rewriting)
-        compressed_model = None if made.model is None else open_runnable(made.model, subject.factory)
+        compressed_model = (
+            None if made.model is None else open_runnable(made.model, subject.factory, initial=subject.initial)
+        )
         latency = require_speed(ready.speed, subject, compressed_model, limit=asked.max_latency)
         evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)
         compression = replace(

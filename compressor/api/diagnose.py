@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+from compressor.api.initial import measured_found, with_initial
 from compressor.api.keywords import DiagnoseKeywords
 from compressor.api.option import verb
 from compressor.api.options import DiagnoseOptions
@@ -20,6 +21,7 @@ from compressor.measure import EPSILON
 from compressor.model import (
     ModelLike,
     inspect_layers,
+    measured_layers,
     open_model,
     resolve_device,
 )
@@ -56,6 +58,7 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")
     if asked.data is not None:
         subject.require_runnable()
+    subject, initial = with_initial(asked, subject)
     chosen = resolve_device(asked.device)
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples
@@ -72,4 +75,5 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
     )
     balance = balance_of(layers, subject.recipe)
     findings = all_findings(subject.recipe, layers, predictions=predictions, balance=balance)
-    return Diagnosis(subject.name, subject.recipe, layers, predictions, balance, evolved, findings)
+    found = measured_found(initial, measured_layers(subject, inspected))
+    return Diagnosis(subject.name, subject.recipe, layers, predictions, balance, evolved, findings, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar, Unpack
 
+from compressor.api.initial import require_use
 from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
@@ -38,8 +39,10 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     """
     asked = EvaluateOptions.of(options, given)
     device = resolve_device(asked.device)
-    opened = open_runnable(model, asked.factory)
-    reference = None if asked.baseline is None else open_runnable(asked.baseline, asked.factory)
+    opened = open_runnable(model, asked.factory, initial=asked.initial)
+    baseline = asked.baseline
+    reference = None if baseline is None else open_runnable(baseline, asked.factory, initial=asked.initial)
+    require_use(asked, opened, reference)
     examples = reported_data(asked, opened, asked.split)
     run = Run(device, progress=asked.progress)
     return evaluate_models(reference, opened, examples, run=run, timing=timing_settings(asked))

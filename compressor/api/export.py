@@ -11,6 +11,7 @@ from typing import Unpack
 import torch
 
 from compressor.api.fine_tune import finish_adapter
+from compressor.api.initial import require_use
 from compressor.api.keywords import ExportKeywords
 from compressor.api.option import verb
 from compressor.api.options import ExportOptions, RestoreOptions
@@ -64,7 +65,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
     """
     started = time.monotonic()
     asked = ExportOptions.of(options, given)
-    opened = open_runnable(model, asked.factory if asked.to == "onnx" else None)
+    opened = open_runnable(model, asked.factory if asked.to == "onnx" else None, initial=asked.initial)
+    require_use(asked, opened)
     _require_base(opened.checkpoint, asked.to, asked.base)
     _require_use(asked)
     if asked.base is not None:

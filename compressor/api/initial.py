@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compressor.api.options import InitialOptions
+from compressor.api.options import InitialOptions, StoredInitialOptions
 from compressor.errors import BadInput
 from compressor.forms import has_own_errors, pair_of
 from compressor.initial import (
@@ -37,6 +37,13 @@ def with_initial(asked: InitialOptions, subject: Model) -> tuple[Model, InitialF
         initial = given_initial(asked.initial, like=subject)
         require_of_model(initial, subject)
     return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "given")
+
+
+def require_use(asked: StoredInitialOptions, *models: Model | None) -> None:
+    """Refuse initial weights that none of the models needs."""
+    if asked.initial is not None and not any(model is not None and model.needs_initial for model in models):
+        what = f"{' and '.join(model.name for model in models if model is not None)} needs no initial weights"
+        raise BadInput(what, option="initial", remedy="leave out `initial`")
 
 
 def _from_seed(subject: Model, seed: int) -> InitialWeights:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
     from compressor.latency import DeviceProfile
-    from compressor.model import Factory, ModelLike
+    from compressor.model import Factory, InitialSource, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe
@@ -137,6 +137,7 @@ class EvaluateKeywords(TypedDict, total=False):
     metric: Callable[[nn.Module, Iterable[Any]], float] | None
     higher_is_better: bool | None
     factory: Factory | None
+    initial: InitialSource | None
     batch: int | str | Sequence[int] | None
     timing_settings: TimingSettings | None
     progress: Progress | None
@@ -149,6 +150,7 @@ class RestoreKeywords(TypedDict, total=False):
     """The keyword arguments of `restore`."""
 
     factory: Factory | None
+    initial: InitialSource | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
@@ -159,6 +161,7 @@ class ExportKeywords(TypedDict, total=False):
     """The keyword arguments of `export`."""
 
     factory: Factory | None
+    initial: InitialSource | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
@@ -176,6 +179,7 @@ class DiagnoseKeywords(TypedDict, total=False):
     tokenizer: Callable[..., Any] | None
     processor: Callable[..., Any] | None
     recipe: RecipeLike | None
+    initial: InitialLike | None
     factory: Factory | None
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None

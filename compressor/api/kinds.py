@@ -243,6 +243,15 @@ def _initial(value: Any, name: str) -> Any:
     raise BadInput(what, option=name, remedy=remedy)
 
 
+def _initial_source(value: Any, name: str) -> Any:
+    """Initial weights that are there: those of a seed are drawn by what a compressed model records."""
+    source = _initial(value, name)
+    if isinstance(source, int) or source == "auto":
+        what = f"`{name}={source!r}` names no weights: a model that was compressed with a seed has the draws itself"
+        raise BadInput(what, option=name, remedy="leave it out, or give the checkpoint that the model names")
+    return source
+
+
 def _plain_initial(value: Any) -> int | str | None:
     return value if isinstance(value, int) else _named_model(value)
 
@@ -302,4 +311,5 @@ SHAPE = Kind("str | Sequence[int]", _input_shape, metavar="3x224x224")
 ENGINE = Kind("str", _engine, metavar="processes[:N]|ray[:ADDRESS]")
 PROGRESS = Kind("Progress", _progress)
 INITIAL = Kind("InitialLike", _initial, metavar="SEED|FILE|auto", plain=_plain_initial)
+INITIAL_SOURCE = Kind("InitialSource", _initial_source, metavar="ORIGINAL", plain=_plain_initial)
 EXPLORED = Kind("TrainingRecipe | str | Path", _explored)

@@ -23,6 +23,7 @@ from compressor.api.kinds import (
     EXPLORED,
     FACTORY,
     INITIAL,
+    INITIAL_SOURCE,
     METRIC,
     MODEL,
     NUMBER,
@@ -134,6 +135,17 @@ class InitialOptions(Options):
         "gain nothing, take a form without it.",
         INITIAL,
         panel=TRAINING,
+    )
+
+
+@options
+class StoredInitialOptions(Options):
+    """The initial weights that a compressed model names."""
+
+    initial: InitialSource | None = option(
+        "The initial weights of a model that was compressed to what training added to those of a checkpoint, which it "
+        "names. A model that was compressed with a seed needs none.",
+        INITIAL_SOURCE,
     )
 
 
@@ -626,7 +638,9 @@ class InspectOptions(
 
 
 @options
-class EvaluateOptions(RunOptions, TimingOptions, BatchOptions, ArchitectureOptions, MetricOptions):
+class EvaluateOptions(
+    RunOptions, TimingOptions, BatchOptions, StoredInitialOptions, ArchitectureOptions, MetricOptions
+):
     """What can be asked of `evaluate`."""
 
     verb = "evaluate"
@@ -644,7 +658,7 @@ class EvaluateOptions(RunOptions, TimingOptions, BatchOptions, ArchitectureOptio
 
 
 @options
-class RestoreOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
+class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, ArchitectureOptions):
     """What can be asked of `restore`."""
 
     verb = "restore"
@@ -655,7 +669,7 @@ class RestoreOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
 
 
 @options
-class ExportOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
+class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, ArchitectureOptions):
     """What can be asked of `export`."""
 
     verb = "export"
@@ -677,7 +691,7 @@ class ExportOptions(ProgressOptions, OutputOptions, ArchitectureOptions):
 
 
 @options
-class DiagnoseOptions(RunOptions, LayerOptions, ArchitectureOptions, TrainingOptions, DataOptions):
+class DiagnoseOptions(RunOptions, LayerOptions, ArchitectureOptions, InitialOptions, TrainingOptions, DataOptions):
     """What can be asked of `diagnose`."""
 
     verb = "diagnose"

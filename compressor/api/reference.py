@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compressor.calibration import CalibrationSettings
     from compressor.evaluation import TimingSettings
     from compressor.latency import DeviceProfile
-    from compressor.model import Factory, ModelLike
+    from compressor.model import Factory, InitialSource, ModelLike
     from compressor.planning import Plan, PlanningSettings
     from compressor.progress import Progress
     from compressor.recipe import TrainingRecipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Unpack
 
+from compressor.api.initial import require_use
 from compressor.api.keywords import RestoreKeywords
 from compressor.api.option import verb
 from compressor.api.options import RestoreOptions
@@ -46,8 +47,9 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
     """
     started = time.monotonic()
     asked = RestoreOptions.of(options, given)
-    opened = open_runnable(model)
+    opened = open_runnable(model, initial=asked.initial)
     _require_pairs(opened)
+    require_use(asked, opened)
     checkpoint, pairs = opened.checkpoint, opened.pairs
     if asked.factory is not None:
         fitting_architecture(checkpoint, asked.factory)

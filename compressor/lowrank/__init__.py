@@ -21,6 +21,7 @@ from compressor.lowrank.initial_layer import (
     formed_weight,
     initial_given,
     initial_weight,
+    needs_initial,
     start_matrix,
 )
 from compressor.lowrank.modules import (
@@ -116,6 +117,7 @@ __all__ = [
     "low_rank_layer",
     "merge_record",
     "multiplied",
+    "needs_initial",
     "put_factors",
     "put_layer",
     "put_pair",

@@ -70,10 +70,11 @@ def initial_record(layers: Mapping[str, Layer], initial: InitialWeights | None) 
     """What a compressed model says of the initial weights of some of its layers; None where it needs none."""
     tensors = {}
     for name, layer in layers.items():
-        found = None if initial is None else initial.fingerprint(initial_name(layer))
-        if found is None:
+        for own in (initial_name(layer), layer.tensor):
+            if name not in tensors and initial is not None and (found := initial.fingerprint(own)) is not None:
+                tensors[name] = InitialTensor(own, found)
+        if name not in tensors:
             raise _no_initial(layer)
-        tensors[name] = InitialTensor(initial_name(layer), found)
     if initial is None or not tensors:
         return None
     if initial.draws is not None:
@@ -92,12 +93,16 @@ class RecordedStarts:
     def __post_init__(self) -> None:
         if self.record.draws is None and self.given is None:
             name = self.record.checkpoint or "its initial weights"
+            first = next(iter(self.record.tensors.values())).name
+            known = f" (SHA-256 {self.record.digest})" if self.record.digest else ""
+            # Where no source is known transformers itself loads a folder.
+            load = "" if self.source else f", with `compressor.load_model(FOLDER, initial={name!r})`"
+            layers = f"{first}{_and_more(len(self.record.tensors))}"
             raise BadInput(
-                f"needs {name}, to which what training wrote is added",
+                f"needs {name}, to which what training wrote is added, for {layers}",
                 where=self.source,
                 option="initial",
-                remedy=f"name it with `initial`: {name}"
-                + (f" (SHA-256 {self.record.digest})" if self.record.digest else ""),
+                remedy=f"give it as `initial`{load}: {name}{known}",
             )
 
     def start(self, layer: str, share: float, *, weight: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -183,6 +188,10 @@ def _require_modest(record: InitialRecord, numbers: int, source: Path | str | No
         raise _damaged("the record of its initialization draws more numbers than the model has", source)
 
 
+def _and_more(count: int) -> str:
+    return "" if count == 1 else f" and {count - 1} more"
+
+
 def _damaged(what: str, source: Path | str | None) -> BadInput:
     return BadInput(what, where=source, remedy="compress the original checkpoint again")
 
@@ -221,6 +230,12 @@ def formed_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The layers whose dense weights `formed_checkpoint` forms."""
     stored = (checkpoint.stored(name) for name in checkpoint.tensors)
     return tuple(each.layer for each in stored if isinstance(each, FormedTensor))
+
+
+def needs_initial(checkpoint: Checkpoint) -> bool:
+    """Whether dense weights that `formed_checkpoint` forms need initial ones which a file names and does not draw."""
+    stored = (checkpoint.stored(name) for name in checkpoint.tensors)
+    return any(isinstance(each, FormedTensor) and each.starts.record.draws is None for each in stored)
 
 
 def _formed_tensor(

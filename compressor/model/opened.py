@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
-from compressor.initial import InitialWeights
+from compressor.initial import InitialWeights, read_kept
 from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.lowrank import (
     METADATA_KEY,
@@ -26,6 +26,7 @@ from compressor.lowrank import (
     formed_layers,
     initial_given,
     merge_record,
+    needs_initial,
     spec_of,
     stored_pairs,
     widened,
@@ -188,6 +189,11 @@ class Model:
         """What a plan makes of it."""
         return Rewriting(self.checkpoint, self.recipe, self.layers, plan, initial=self.initial)
 
+    @property
+    def needs_initial(self) -> bool:
+        """Whether its weights cannot be formed without the initial ones that it names."""
+        return needs_initial(self.checkpoint)
+
     def with_ties(self) -> Model:
         """The same with the names that its tied tensors have in the architecture, and not in the file."""
         return replace(self, checkpoint=with_ties(self.checkpoint, self.architecture))
@@ -265,26 +271,28 @@ def open_runnable(
     factory: Factory | None = None,
     *,
     revision: str | None = None,
-    initial: InitialWeights | None = None,
+    initial: InitialSource | None = None,
 ) -> Model:
     """Open a model to run it or to read its tensors, dense or compressed; its layers are not looked for.
 
     A module stays as it is. `initial` are the weights that what training wrote is added to, where a compressed model
-    names a checkpoint. Raises `BadInput` for a model that cannot be read, and for a `factory` that fails.
+    names a checkpoint. Raises `BadInput` for a model that cannot be read, where initial weights are missing or are not
+    those that it was compressed with, and for a `factory` that fails.
     """
     given = uncompiled(local_model(model, revision))
-    checkpoint = formed_checkpoint(open_checkpoint(given), initial)
+    start = None if initial is None else given_initial(initial, factory=factory)
+    checkpoint = formed_checkpoint(open_checkpoint(given), start)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
     elif factory is not None:
         architecture = module_architecture(widened(build_model(factory), checkpoint))
     opened = _opened(given, checkpoint, architecture=architecture, layers=(), factory=factory, recipe=())
-    opened._network.initial = initial
+    opened._network.initial = start
     return opened
 
 
-def load_model(model: ModelLike, factory: Factory | None = None, *, initial: InitialWeights | None = None) -> nn.Module:
+def load_model(model: ModelLike, factory: Factory | None = None, *, initial: InitialSource | None = None) -> nn.Module:
     """Load a model to run, dense or compressed: a checkpoint's weights in the architecture of its folder or factory.
 
     For a file of concatenated networks the layers of the factory's architecture are widened as they are in the file.
@@ -293,7 +301,8 @@ def load_model(model: ModelLike, factory: Factory | None = None, *, initial: Ini
         model: A weight file, a model folder, or a module, which is returned as it is.
         factory: The function that builds the architecture, or its name, as in "package.module:function" or
             "file.py:function"; for weights without a transformers folder.
-        initial: The initial weights, for a model that was compressed to what training added to those of a checkpoint.
+        initial: The initial weights, for a model that was compressed to what training added to those of a checkpoint: a
+            file, a folder, the name of a model of the hub, a module, a state dict, or a function that returns one.
 
     Returns:
         The module.
@@ -483,7 +492,8 @@ def given_initial(
     """The initial weights that are given.
 
     Args:
-        source: A file, a folder, the name of a model of the hub, a module, a state dict or a function that returns one.
+        source: A file, a folder, the name of a model of the hub, what a training run kept of its start, a module, a
+            state dict, or a function that returns one.
         factory: What builds the architecture, for the names that tensors have in it.
         like: A model that has the same names for them, where it is open already.
 
@@ -497,6 +507,8 @@ def given_initial(
             return InitialWeights.from_checkpoint(with_separate_experts(uncompiled(source)))
         if not isinstance(source, str | Path):
             return InitialWeights.from_state(source)
+        if Path(source).suffix == ".json" and Path(source).is_file():
+            return read_kept(source)
         checkpoint = open_checkpoint(local_model(source))
         architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
         return InitialWeights.from_checkpoint(checkpoint, architecture)

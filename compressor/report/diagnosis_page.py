@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compressor.formatting import format_shape, format_short, one_line
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, Title
+from compressor.report.initial_words import initial_verdict
 from compressor.report.pages import number_words, recipe_facts, share_words
 from compressor.report.wording import quality_words, shortened_apart
 
@@ -34,6 +35,8 @@ def diagnosis_page(diagnosis: Diagnosis, *, figure: Path | None = None) -> Page:
 
 def _trained(diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
     yield from recipe_facts(diagnosis.recipe)
+    if diagnosis.initial is not None:
+        yield "start", initial_verdict(diagnosis.initial)
     if (found := diagnosis.predictions) is not None:
         chance = quality_words(found.metric, found.chance)
         score = f"{found.metric} {quality_words(found.metric, found.value)} (chance: {chance}), loss {found.loss:.3g}"
