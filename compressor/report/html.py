@@ -120,7 +120,7 @@ def report_page(compression: Compression) -> str:
         initial=[words for _, words in initial_facts(plan)],
         started=bool(started),
         initial_headers=[] if table is None else [header.replace("\n", " ") for header in table[0]],
-        initial_layers=[] if table is None else table[1],
+        initial_layers=[] if table is None else [(_breakable(name), *cells) for name, *cells in table[1]],
         initial_terms=[] if plan.initial is None else list(initial_terms(plan.initial)),
         calibration=calibration_words(plan.calibration) if plan.calibration is not None else None,
         search=search_words(plan.search) if plan.search is not None else None,
@@ -154,7 +154,7 @@ def report_page(compression: Compression) -> str:
         bounds=any(mark.bound is not None for mark in marks.values()),
         layers=[
             {
-                "name": Markup(".<wbr>").join(one_line(layer.name).split(".")),
+                "name": _breakable(one_line(layer.name)),
                 "shape": format_shape(layer.shape),
                 "kind": layer.kind,
                 "started": layer.name in started,
@@ -180,6 +180,13 @@ def report_page(compression: Compression) -> str:
             for number, layer in enumerate(plan.layers)
         ],
     )
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken after its dots."""
+    from markupsafe import Markup
+
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _time(ratio: float | None) -> tuple[str, Change | None]:
