@@ -5,7 +5,7 @@ from __future__ import annotations
 from compressor.initial.draws import Draws
 from compressor.initial.fingerprint import Fingerprint
 from compressor.initial.found import InitialFound, Origin, SeedSearch, StartedLayer
-from compressor.initial.kept import find_kept, keep_initial, read_kept
+from compressor.initial.kept import find_kept, is_record, keep_initial, read_kept
 from compressor.initial.recording import Recorded, record
 from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
 from compressor.initial.weights import (
@@ -37,6 +37,7 @@ __all__ = [
     "fitted_share",
     "initial_name",
     "initial_tensor",
+    "is_record",
     "keep_initial",
     "read_kept",
     "record",

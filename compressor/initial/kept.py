@@ -64,20 +64,32 @@ def find_kept(model: str | Path) -> Path | None:
     return None
 
 
-def read_kept(path: str | Path) -> InitialWeights:
+def is_record(path: str | Path) -> bool:
+    """Whether a path is that of a record of draws by its name: the index of a sharded checkpoint is JSON too."""
+    return Path(path).suffix == ".json" and not Path(path).name.endswith(".index.json") and Path(path).is_file()
+
+
+def read_kept(path: str | Path, numbers: int | None = None) -> InitialWeights:
     """The initial weights that `keep_initial` wrote.
 
+    Args:
+        path: The file.
+        numbers: How many numbers the model has, which bounds what may be drawn for it; None where it is not known.
+
     Raises:
-        BadInput: the file is something else.
+        BadInput: the file is something else, or draws more.
     """
     path = Path(path)
     if path.suffix != ".json":
         return InitialWeights.from_checkpoint(path)
     try:
-        return InitialWeights.from_draws(Draws.from_dict(read_json(path)))
+        draws = Draws.from_dict(read_json(path))
+        if numbers is not None and not draws.is_within(numbers):
+            raise ValueError("it draws more numbers than the model has")
     except ValueError as error:
         remedy = "give the draws.json that a training run kept, a seed, or a checkpoint"
         raise BadInput(f"holds no initialization: {error}", where=path, option="initial", remedy=remedy) from None
+    return InitialWeights.from_draws(draws)
 
 
 def _replayed(model: nn.Module, seed: int) -> Draws | None:

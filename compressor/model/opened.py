@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
-from compressor.initial import InitialWeights, read_kept
+from compressor.initial import InitialWeights, is_record, read_kept
 from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.lowrank import (
     METADATA_KEY,
@@ -507,8 +507,9 @@ def given_initial(
             return InitialWeights.from_checkpoint(with_separate_experts(uncompiled(source)))
         if not isinstance(source, str | Path):
             return InitialWeights.from_state(source)
-        if Path(source).suffix == ".json" and Path(source).is_file():
-            return read_kept(source)
+        if is_record(source):
+            numbers = None if like is None else sum(info.elements for info in like.checkpoint.tensors.values())
+            return read_kept(source, numbers)
         checkpoint = open_checkpoint(local_model(source))
         architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
         return InitialWeights.from_checkpoint(checkpoint, architecture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from compressor.errors import BadInput
-from compressor.initial import find_kept, keep_initial, read_kept
+from compressor.initial import find_kept, is_record, keep_initial, read_kept, record
 
 
 class Tied(nn.Module):
@@ -55,3 +56,19 @@ def test_a_document_that_is_no_record_is_refused(document: str, tmp_path: Path) 
     (tmp_path / "draws.json").write_text(document)
     with pytest.raises(BadInput, match=r"draws\.json"):
         read_kept(tmp_path / "draws.json")
+
+
+def test_a_record_that_draws_more_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    draws = record(lambda: nn.Linear(300, 400), 3).draws
+    path = tmp_path / "draws.json"
+    path.write_text(json.dumps(draws.to_dict()))
+    assert read_kept(path, 120_400).seed == 3
+    with pytest.raises(BadInput, match="more numbers than the model"):
+        read_kept(path, 100)
+
+
+def test_the_index_of_a_sharded_checkpoint_is_no_record(tmp_path: Path) -> None:
+    for name, expected in (("draws.json", True), ("model.safetensors.index.json", False), ("model.pt", False)):
+        (tmp_path / name).write_text("{}")
+        assert is_record(tmp_path / name) == expected
+    assert not is_record(tmp_path / "missing.json")
