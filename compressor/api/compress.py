@@ -187,7 +187,7 @@ def compress(
         require_copyable(subject.module)
     if asked.base is not None:
         return compress_fine_tune(subject, open_runnable(asked.base, asked.factory), asked)
-    subject, initial = with_initial(asked, subject)
+    subject, initial = with_initial(asked, subject, asked.progress)
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         run = Run(device, asked.seed, asked.progress, engine=engine)

@@ -58,7 +58,7 @@ def diagnose(model: ModelLike, options: DiagnoseOptions | None = None, **given: 
         raise BadInput("has no layer that can be diagnosed", where=subject.name, remedy="see 'compress inspect MODEL'")
     if asked.data is not None:
         subject.require_runnable()
-    subject, initial = with_initial(asked, subject)
+    subject, initial = with_initial(asked, subject, asked.progress)
     chosen = resolve_device(asked.device)
     data, series, progress = asked.data, asked.series, asked.progress
     limit = asked.data_samples

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from compressor.api.options import InitialOptions, StoredInitialOptions
 from compressor.errors import BadInput
@@ -13,17 +14,21 @@ from compressor.initial import (
     Draws,
     InitialFound,
     InitialWeights,
+    SeedSearch,
     StartedLayer,
+    false_hits,
     find_seed,
     record,
+    what_is_searched,
 )
 from compressor.measure import Spectrum, effective_ranks
 from compressor.model import Model, given_initial, require_of_model, untrained_builder
 from compressor.network import Layer
 from compressor.planning import MeasuredLayer
+from compressor.progress import Progress
 
 
-def with_initial(asked: InitialOptions, subject: Model) -> tuple[Model, InitialFound | None]:
+def with_initial(asked: InitialOptions, subject: Model, progress: Progress | None) -> tuple[Model, InitialFound | None]:
     """The model with the initial weights that are asked for, and what is known of these before layers are measured.
 
     Raises:
@@ -31,12 +36,49 @@ def with_initial(asked: InitialOptions, subject: Model) -> tuple[Model, InitialF
     """
     if asked.initial is None:
         return subject, None
+    if asked.initial == "auto":
+        return _searched(subject, progress)
     if isinstance(asked.initial, int):
         initial = _from_seed(subject, asked.initial)
     else:
         initial = given_initial(asked.initial, like=subject)
         require_of_model(initial, subject)
     return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "given")
+
+
+@dataclass
+class _Candidates:
+    """How many seeds were tried, and the largest z of those that are no hit; progress is told of it."""
+
+    progress: Progress | None
+    tried: int = 0
+    largest: float = 0.0
+
+    def __call__(self, tried: int, total: int, largest: float) -> None:
+        self.tried, self.largest = tried, largest
+        if self.progress is not None:
+            self.progress("search the seed", tried, total)
+
+
+def _searched(subject: Model, progress: Progress | None) -> tuple[Model, InitialFound]:
+    """The model with what the seed draws that is found for it, if one is."""
+    started = time.monotonic()
+    stated = [] if subject.recipe.seed is None else [subject.recipe.seed]
+    draws, layers, candidates = _recorded(subject, 0), _eligible(subject), _Candidates(progress)
+    hit = find_seed(draws, subject.checkpoint, layers, stated=stated, report=candidates)
+    search = SeedSearch(
+        searched=what_is_searched(draws, layers, stated=stated),
+        tried=candidates.tried,
+        seconds=time.monotonic() - started,
+        z=None if hit is None else max(hit.z.values()),
+        next_best=candidates.largest,
+        with_overwritten=hit is not None and hit.with_overwritten,
+        false_hits=false_hits(draws, layers),
+    )
+    if hit is None:
+        return subject, InitialFound("", None, "searched", search=search)
+    initial = InitialWeights.from_draws(hit.draws)
+    return replace(subject, initial=initial), InitialFound(initial.source, hit.seed, "searched", search=search)
 
 
 def require_use(asked: StoredInitialOptions, *models: Model | None) -> None:

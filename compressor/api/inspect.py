@@ -38,7 +38,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     subject = open_model(
         model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
     )
-    subject, initial = with_initial(asked, subject)
+    subject, initial = with_initial(asked, subject, asked.progress)
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
         inspected = inspect_layers(subject, asked.epsilon, Run(device, progress=asked.progress, engine=engine))

@@ -7,7 +7,7 @@ from compressor.initial.fingerprint import Fingerprint
 from compressor.initial.found import InitialFound, Origin, SeedSearch, StartedLayer
 from compressor.initial.kept import find_kept, is_record, keep_initial, read_kept
 from compressor.initial.recording import Recorded, record
-from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, find_seed, what_is_searched
+from compressor.initial.search import SEARCH, FoundSeed, SearchSettings, false_hits, find_seed, what_is_searched
 from compressor.initial.weights import (
     InitialWeights,
     Start,
@@ -32,6 +32,7 @@ __all__ = [
     "SeedSearch",
     "Start",
     "StartedLayer",
+    "false_hits",
     "find_kept",
     "find_seed",
     "fitted_share",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ class SearchSettings:
 
 SEARCH = SearchSettings()
 
+# After so many candidates it is reported how many there were.
+_REPORTED = 64
+
 
 @dataclass(frozen=True)
 class FoundSeed:
@@ -72,6 +75,7 @@ def find_seed(
     *,
     stated: Iterable[int] = (),
     settings: SearchSettings = SEARCH,
+    report: Callable[[int, int, float], None] | None = None,
 ) -> FoundSeed | None:
     """Find the seed that a model's initialization was drawn from.
 
@@ -86,6 +90,8 @@ def find_seed(
         layers: Its layers.
         stated: Seeds that were stated where the training is described.
         settings: Which seeds are tried.
+        report: Called now and then, and at the end, with how many candidates were tried, how many there are, and the
+            largest z of those that are no hit.
 
     Returns:
         The first hit that holds; None where there is none. Seeds that were set on an accelerator draw other numbers
@@ -97,17 +103,41 @@ def find_seed(
     variants = _variants(draws, names, settings)
     looked_at = {name for variant in variants for name in variant.names}
     weights = {name: _normalized(checkpoint.read(names[name].tensor)) for name in looked_at}
-    least = 0.0
-    for tried, (seed, variant) in enumerate(_candidates(variants, stated, settings), start=1):
+    report = report or _unheard
+    seeds = _seeds(variants, stated, settings)
+    least, tried, total = 0.0, 0, len(seeds) * len(variants)
+    for tried, (seed, variant) in enumerate(product(seeds, variants), start=1):
         z = _strongest(variant.first.with_seed(seed), variant.names, weights)
         if z >= LEAST_Z:
             whole = variant.draws.with_seed(seed)
             found = _confirmed(whole, names, checkpoint)
             if found:
+                report(tried, total, least)
                 with_overwritten = variant is variants[0] and len(variants) > 1
                 return FoundSeed(seed, whole, found, with_overwritten, tried, next_best=least)
         least = max(least, z)
+        if tried % _REPORTED == 0:
+            report(tried, total, least)
+    report(tried, total, least)
     return None
+
+
+def _unheard(tried: int, total: int, largest: float) -> None:
+    """Tell nobody."""
+
+
+def false_hits(draws: Draws, layers: Sequence[Layer], *, settings: SearchSettings = SEARCH) -> float:
+    """How many wrong seeds the whole search is expected to take for hits, before another matrix confirms them.
+
+    The correlation of a matrix with numbers that are independent of it is normal, and of a candidate each first matrix
+    is looked at, and all of them together.
+    """
+    names = _names(draws, layers, settings)
+    if not names:
+        return 0.0
+    variants = _variants(draws, names, settings)
+    looks = sum(len(variant.names) + (len(variant.names) > 1) for variant in variants)
+    return len(_seeds(variants, (), settings)) * looks * math.erfc(LEAST_Z / math.sqrt(2)) / 2
 
 
 def what_is_searched(
@@ -163,14 +193,10 @@ def _variants(draws: Draws, names: Mapping[str, Layer], settings: SearchSettings
     return variants
 
 
-def _candidates(
-    variants: Sequence[_Variant], stated: Iterable[int], settings: SearchSettings
-) -> Iterator[tuple[int, _Variant]]:
-    """Every seed with every variant, in order."""
+def _seeds(variants: Sequence[_Variant], stated: Iterable[int], settings: SearchSettings) -> list[int]:
+    """The seeds that are tried, in order."""
     small = range(_from_zero(variants, settings))
-    for seed in dict.fromkeys(chain(stated, small, settings.customary)):
-        for variant in variants:
-            yield seed, variant
+    return list(dict.fromkeys(chain(stated, small, settings.customary)))
 
 
 def _from_zero(variants: Sequence[_Variant], settings: SearchSettings) -> int:

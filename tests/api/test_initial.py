@@ -266,3 +266,29 @@ def test_a_seed_is_read_alike_as_a_number_and_as_text():
     assert (held.portable(), held.command("m")) == ({}, "compress m --initial ...")
     drawn = InitialWeights.from_seed(Net, SEED)
     assert CompressOptions(initial=drawn).initial is drawn
+
+
+def test_a_search_finds_the_seed_and_says_what_it_did(dense):
+    heard = []
+    found = inspect(
+        dense, factory=Net, initial="auto", recipe=RECIPE, progress=lambda *step: heard.append(step)
+    ).initial
+    assert (found.source, found.seed, found.origin) == (f"seed {SEED}", SEED, "searched")
+    assert len(found.layers) == 2
+    assert found.search.tried == SEED + 1
+    assert found.search.next_best < 8 < found.search.z
+    assert "an accelerator drew" in found.search.searched
+    assert found.search.false_hits < 1e-9
+    assert heard[0][:2] == ("search the seed", SEED + 1)
+
+
+@pytest.mark.slow
+def test_a_search_that_finds_nothing_changes_no_byte_and_says_so(tmp_path):
+    torch.save(nn.Linear(32, 32).state_dict(), tmp_path / "dense.pt")
+    asked = QUICK | {"factory": lambda: nn.Linear(32, 32)}
+    compress(tmp_path / "dense.pt", output=tmp_path / "without.safetensors", **asked)
+    compression = compress(tmp_path / "dense.pt", output=tmp_path / "searched.safetensors", initial="auto", **asked)
+    assert (tmp_path / "without.safetensors").read_bytes() == (tmp_path / "searched.safetensors").read_bytes()
+    assert compression.initial.seed is None
+    assert compression.initial.search.tried > 10_000
+    assert "no seed was found" in str(compression)
