@@ -49,6 +49,8 @@ MAIN_EPILOG = f"""
 
 [cyan]compress merge MODEL ...[/cyan]  networks added, or put side by side in one
 
+[cyan]compress archive CHECKPOINT ...[/cyan]  the checkpoints of one run, as changes from one another
+
 [cyan]compress explore[/cyan]         a page that shows how SGD writes a matrix and weight decay forgets it
 
 A model that is named like one of these commands is written ./inspect.
@@ -135,6 +137,15 @@ Models = Annotated[
         metavar="A B [C ...]",
         parser=given("MODEL", str),
         help="Two or more networks of one architecture: weight files, or Hugging Face folders.",
+        show_default=False,
+    ),
+]
+Checkpoints = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CHECKPOINT ...",
+        parser=given("CHECKPOINT", str),
+        help="The checkpoints of one run: weight files or model folders whose names tell their steps.",
         show_default=False,
     ),
 ]
@@ -321,6 +332,19 @@ def merge(models: Models, options: asked.MergeOptions, *, json: Json = False, qu
     _show(merged.to_dict(), merging_page(merged), json=json, written=merged.output)
     if refused is not None:
         raise refused
+
+
+@_command(subcommands, asked.ArchiveOptions)
+def archive(
+    checkpoints: Checkpoints, options: asked.ArchiveOptions, *, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Store the checkpoints of one training run as changes; 'compress restore' gives any of them back."""
+    with shown_progress(quiet=quiet) as progress:
+        from compressor import archive as archive_checkpoints
+        from compressor.report import archive_page
+
+        archived = archive_checkpoints(checkpoints, options, progress=progress)
+    _show(archived.to_dict(), archive_page(archived), json=json, written=archived.output)
 
 
 @_command(subcommands, asked.ExploreOptions)

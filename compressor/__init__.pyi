@@ -1,4 +1,5 @@
 # The public names, each stated once. `compressor/__init__.py` imports one when it is first used.
+from .api.archive import archive as archive
 from .api.compress import compress as compress
 from .api.compress import plan as plan
 from .api.diagnose import diagnose as diagnose
@@ -7,6 +8,7 @@ from .api.explore import explore as explore
 from .api.export import export as export
 from .api.inspect import inspect as inspect
 from .api.merge import merge as merge
+from .api.options import ArchiveOptions as ArchiveOptions
 from .api.options import CompressOptions as CompressOptions
 from .api.options import DiagnoseOptions as DiagnoseOptions
 from .api.options import EvaluateOptions as EvaluateOptions
@@ -36,6 +38,7 @@ from .planning import Plan as Plan
 from .planning import PlanningSettings as PlanningSettings
 from .recipe import TrainingRecipe as TrainingRecipe
 from .report import write_report as write_report
+from .results import Archiving as Archiving
 from .results import Compression as Compression
 from .results import Diagnosis as Diagnosis
 from .results import Export as Export

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from compressor.archiving import ArchivedCheckpoint
 from compressor.choices import ExportTarget, FormRequest, Head, MergeMode
 from compressor.diagnosis.findings import Finding
 from compressor.diagnosis.series import RankSeries
@@ -19,6 +20,7 @@ from compressor.evaluation import Evaluation, LatencyChange, SizeChange, TimedWo
 from compressor.formatting import format_size
 from compressor.initial import InitialFound
 from compressor.io import NotCopied
+from compressor.io.steps import Unit
 from compressor.io.training_state import LeftOut
 from compressor.measure import NormBalance, Spectrum
 from compressor.merging import InputOverlap, LayerOverlap, TaskQuality
@@ -344,6 +346,7 @@ class Restoration(Displayed):
         bytes: The size of the weight files, before and after.
         seconds: How long it took.
         not_copied: Files of the model folder that were not copied, each with the reason.
+        checkpoint: Which checkpoint of an archive it is; None of a compressed model.
     """
 
     source: str
@@ -352,10 +355,12 @@ class Restoration(Displayed):
     bytes: BeforeAfter
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
+    checkpoint: str | None = None
 
     def __repr__(self) -> str:
+        what = f"{len(self.layers)} layers made dense" if self.checkpoint is None else self.checkpoint
         return (
-            f"<Restoration of {self.source} to {self.output}: {len(self.layers)} layers made dense,"
+            f"<Restoration of {self.source} to {self.output}: {what},"
             f" {format_size(self.bytes.before)} to {format_size(self.bytes.after)}>"
         )
 
@@ -367,6 +372,58 @@ class Restoration(Displayed):
             "layers": list(self.layers),
             "bytes": asdict(self.bytes),
             "not_copied": [each._asdict() for each in self.not_copied],
+            "seconds": self.seconds,
+            "checkpoint": self.checkpoint,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Archiving(Displayed):
+    """The checkpoints of a training run in an archive, as `archive` returns it.
+
+    Attributes:
+        output: The archive.
+        tolerance: The largest relative error of a tensor that was asked for.
+        unit: What the numbers of the checkpoints count: optimizer steps or epochs.
+        recipe: How the run was trained, as far as that is known.
+        initial: Where the initial weights come from; None where they are not known.
+        checkpoints: What each checkpoint takes, and how it is stored.
+        bytes: The size of the weight files, and of the archive with all that it holds.
+        left_out: What the files of the checkpoints hold beside the weights, which is not stored.
+        seconds: How long it took.
+
+    Example:
+        >>> archived = compressor.archive(["run/step-100.pt", "run/step-200.pt"], output="run-archive")
+        >>> archived.bytes.after / archived.bytes.before
+    """
+
+    output: str
+    tolerance: float
+    unit: Unit
+    recipe: TrainingRecipe
+    initial: str | None
+    checkpoints: tuple[ArchivedCheckpoint, ...]
+    bytes: BeforeAfter
+    left_out: tuple[LeftOut, ...]
+    seconds: float
+
+    def __repr__(self) -> str:
+        return (
+            f"<Archiving of {len(self.checkpoints)} checkpoints to {self.output}:"
+            f" {format_size(self.bytes.before)} to {format_size(self.bytes.after)}>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "output": self.output,
+            "tolerance": self.tolerance,
+            "unit": self.unit,
+            "recipe": self.recipe.to_dict(),
+            "initial": self.initial,
+            "checkpoints": [each.to_dict() for each in self.checkpoints],
+            "bytes": asdict(self.bytes),
+            "left_out": [asdict(each) for each in self.left_out],
             "seconds": self.seconds,
         }
 

@@ -14,7 +14,7 @@ import pytest
 import compressor
 
 ROOT = Path(__file__).parents[1]
-VERBS = {"compress", "diagnose", "evaluate", "explore", "export", "inspect", "merge", "plan", "restore"}
+VERBS = {"archive", "compress", "diagnose", "evaluate", "explore", "export", "inspect", "merge", "plan", "restore"}
 
 
 @pytest.fixture(params=compressor.__all__)

@@ -155,6 +155,7 @@ class RestoreKeywords(TypedDict, total=False):
     output: str | Path | None
     max_shard_size: int | str | None
     progress: Progress | None
+    checkpoint: str | None
 
 
 class ExportKeywords(TypedDict, total=False):
@@ -203,6 +204,17 @@ class MergeKeywords(TypedDict, total=False):
     data: Sequence[DataLike] | None
     data_samples: int | None
     max_drop: float | None
+
+
+class ArchiveKeywords(TypedDict, total=False):
+    """The keyword arguments of `archive`."""
+
+    recipe: RecipeLike | None
+    factory: Factory | None
+    overwrite: bool | None
+    progress: Progress | None
+    output: str | Path
+    tolerance: float | str | None
 
 
 class ExploreKeywords(TypedDict, total=False):

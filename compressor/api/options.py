@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from compressor.api.keywords import (
+        ArchiveKeywords,
         CompressKeywords,
         DiagnoseKeywords,
         EvaluateKeywords,
@@ -658,6 +659,29 @@ class EvaluateOptions(
 
 
 @options
+class ArchiveOptions(ProgressOptions, OverwriteOptions, ArchitectureOptions, TrainingOptions):
+    """What can be asked of `archive`."""
+
+    verb = "archive"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **given: Unpack[ArchiveKeywords]) -> None: ...
+
+    output: Path = option("Folder to write.", PATH, MISSING, short="-o", repeatable=False)
+    tolerance: float = option(
+        "Largest relative error of each tensor of each checkpoint, such as 0.001 or 0.1%; 0 keeps every bit.",
+        SHARE,
+        0.001,
+    )
+
+    def check(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            what = f"`tolerance` {self.tolerance:g} is out of range"
+            raise BadInput(what, option="tolerance", remedy="give a number from 0 to below 1, such as 0.001")
+
+
+@options
 class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, ArchitectureOptions):
     """What can be asked of `restore`."""
 
@@ -666,6 +690,10 @@ class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Archi
     if TYPE_CHECKING:
 
         def __init__(self, **given: Unpack[RestoreKeywords]) -> None: ...
+
+    checkpoint: str | None = option(
+        "Which checkpoint of an archive, by its name.", TEXT, metavar="NAME", repeatable=False
+    )
 
 
 @options
@@ -786,5 +814,6 @@ VERBS: tuple[type[Options], ...] = (
     ExportOptions,
     DiagnoseOptions,
     MergeOptions,
+    ArchiveOptions,
     ExploreOptions,
 )

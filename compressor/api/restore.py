@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Unpack
 
 from compressor.api.initial import require_use
@@ -10,6 +12,7 @@ from compressor.api.keywords import RestoreKeywords
 from compressor.api.option import verb
 from compressor.api.options import RestoreOptions
 from compressor.api.write import written
+from compressor.archiving import archived_checkpoint, is_archive, read_index
 from compressor.errors import BadInput
 from compressor.fine_tuning import is_difference
 from compressor.io import Naming, checked_target, form_of
@@ -30,10 +33,12 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
 
     A folder gives a folder; a file gives safetensors, or a torch state dict where `output` is named like one (.pt,
     .pth, .bin, .th, .ckpt). The file says itself how each layer is laid out; with a `factory` of the dense architecture
-    the weights are checked to fit it before anything is written.
+    the weights are checked to fit it before anything is written. Of an archive of checkpoints the one that
+    `checkpoint` names is restored.
 
     Args:
-        model: A compressed weight file or folder, or a module with low-rank layers, which wants an `output`.
+        model: A compressed weight file or folder, an archive of checkpoints, or a module with low-rank layers, which
+            wants an `output`.
         options: The options as an object; keywords take precedence.
 
     Returns:
@@ -47,6 +52,11 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
     """
     started = time.monotonic()
     asked = RestoreOptions.of(options, given)
+    if isinstance(model, str | Path) and is_archive(Path(model)):
+        return _restored_from_archive(Path(model), asked, started)
+    if asked.checkpoint is not None:
+        what = "`checkpoint` is about an archive, and this is none"
+        raise BadInput(what, where=str(model), option="checkpoint", remedy="leave it out")
     opened = open_runnable(model, initial=asked.initial)
     _require_pairs(opened)
     require_use(asked, opened)
@@ -71,6 +81,41 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         seconds=time.monotonic() - started,
         not_copied=made.not_copied,
+    )
+
+
+def _restored_from_archive(folder: Path, asked: RestoreOptions, started: float) -> Restoration:
+    """A checkpoint of an archive, as the file or folder that it was."""
+    index = read_index(folder)
+    if asked.checkpoint is None:
+        what, names = "is an archive of checkpoints", [each.name for each in index.checkpoints]
+        remedy = f"name one of them with `checkpoint`, such as {names[-1]}"
+        raise BadInput(what, where=folder, option="checkpoint", remedy=remedy)
+    stored = index.checkpoint(asked.checkpoint, folder)
+    checkpoint = archived_checkpoint(folder, index, stored)
+    named = Naming(index.form, "", WEIGHT_FILES)
+    target = checked_target(
+        checkpoint, asked.output or folder.absolute().with_name(stored.name), named, overwrite=asked.overwrite
+    )
+    artifact = restored_artifact(
+        checkpoint,
+        {},
+        asked.max_shard_size,
+        torch_file=target.form == "file" and target.path.suffix != ".safetensors",
+        progress=asked.progress,
+    )
+    if checkpoint.config is None:
+        artifact = replace(artifact, documents=dict)
+    with written(artifact, target) as made:
+        pass
+    return Restoration(
+        source=str(folder),
+        output=str(target.path),
+        layers=(),
+        bytes=BeforeAfter(stored.stored_bytes, made.bytes),
+        seconds=time.monotonic() - started,
+        not_copied=made.not_copied,
+        checkpoint=stored.name,
     )
 
 

@@ -31,6 +31,9 @@ from compressor.recipe.training_files import is_training_state
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 """File name endings under which trained weights are kept."""
 
+CHANGE_SUFFIX = ".change"
+"""What the names of files in an archive of checkpoints end with: they hold changes, not weights."""
+
 _INDEX_SUFFIX = ".index.json"
 _STANDARD_NAMES = (  # in the order in which transformers looks for them
     "model.safetensors",
@@ -396,6 +399,9 @@ def _weights_in(folder: Path) -> Path:
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_training_state(Path(name))]
     found = indices or weights
     if not found:
+        if any(name.endswith(CHANGE_SUFFIX) for name in names):
+            remedy = "restore one first: 'compress restore ARCHIVE --checkpoint NAME'"
+            raise BadInput("is an archive of checkpoints", where=folder, remedy=remedy)
         refuse_foreign_in(folder, names)
         remedy = "give the folder that has model.safetensors or pytorch_model.bin, or a weight file"
         raise BadInput("is a folder without a weight file", where=folder, remedy=remedy)

@@ -14,6 +14,7 @@ from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
 from compressor.lowrank.initial_layer import (
+    RecordedStarts,
     form_layers,
     formed,
     formed_checkpoint,
@@ -88,6 +89,7 @@ __all__ = [
     "KeptDecompositions",
     "LayerSpec",
     "LowRankSpec",
+    "RecordedStarts",
     "Rewriting",
     "StoredErrors",
     "StoredPair",

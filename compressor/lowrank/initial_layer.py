@@ -110,13 +110,18 @@ class RecordedStarts:
 
         Raises `BadInput` where the initial weights are not those that the model was compressed with.
         """
+        found = self.tensor(layer, weight.tensor_shape)
+        return (share * in_float64(as_matrix(weight, found))).to(formed_in(dtype))
+
+    def tensor(self, layer: str, shape: tuple[int, ...]) -> Tensor:
+        """The initial weights of a layer, of this shape; `BadInput` where they are others than those recorded."""
         expected = self.record.tensors[layer]
         found = self._read(expected.name)
-        if found is None or tuple(found.shape) != weight.tensor_shape:
+        if found is None or tuple(found.shape) != shape:
             raise self._other(expected.name, "there is none of its shape")
         if (defect := expected.fingerprint.defect(found)) is not None:
             raise self._other(expected.name, defect)
-        return (share * in_float64(as_matrix(weight, found))).to(formed_in(dtype))
+        return found
 
     def _read(self, name: str) -> Tensor | None:
         draws = self.record.draws

@@ -3,6 +3,7 @@
 from compressor.report.diagnosis_page import diagnosis_page
 from compressor.report.html import check_report_path, write_report
 from compressor.report.pages import (
+    archive_page,
     compression_page,
     evaluation_page,
     export_page,
@@ -14,6 +15,7 @@ from compressor.report.pages import (
 from compressor.report.rank_figure import check_figure_path, write_rank_figure
 
 __all__ = [
+    "archive_page",
     "check_figure_path",
     "check_report_path",
     "compression_page",

@@ -7,6 +7,7 @@ from compressor.planning import Plan
 from compressor.report.blocks import Page
 from compressor.report.diagnosis_page import diagnosis_page
 from compressor.report.pages import (
+    archive_page,
     compression_page,
     evaluation_page,
     export_page,
@@ -15,12 +16,14 @@ from compressor.report.pages import (
     plan_page,
     restoration_page,
 )
-from compressor.results import Compression, Diagnosis, Export, Inspection, Merging, Restoration
+from compressor.results import Archiving, Compression, Diagnosis, Export, Inspection, Merging, Restoration
 
 
 def draw(result: object) -> Page:
     """The page of a result."""
     match result:
+        case Archiving():
+            return archive_page(result)
         case Compression():
             return compression_page(result)
         case Diagnosis():

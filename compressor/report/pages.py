@@ -29,6 +29,7 @@ from compressor.report.initial_words import (
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
+    archive_window_words,
     budget_words,
     calibration_words,
     change_words,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from compressor.network import Layer
     from compressor.planning import Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import BeforeAfter, Compression, Export, Inspection, Merging, Needs, Restoration
+    from compressor.results import Archiving, BeforeAfter, Compression, Export, Inspection, Merging, Needs, Restoration
 
 PAIRED = "ratio of the times: median of paired runs"
 
@@ -212,12 +213,54 @@ def evaluation_page(evaluation: Evaluation) -> Page:
 def restoration_page(restoration: Restoration) -> Page:
     """What `compress restore` restored, and where it is."""
     size = _grown("weight files", restoration.bytes)
-    layers = f"{len(restoration.layers)} made dense"
+    what = ("layers", f"{len(restoration.layers)} made dense")
+    if restoration.checkpoint is not None:
+        what = ("checkpoint", restoration.checkpoint)
     return Page(
         (
-            Facts.of(("model", restoration.source), ("layers", layers)),
+            Facts.of(("model", restoration.source), what),
             _side_by_side([size]),
             Facts.of(("output", restoration.output), ("took", format_seconds(restoration.seconds))),
+        )
+    )
+
+
+def archive_page(archiving: Archiving) -> Page:
+    """What `compress archive` stored of each checkpoint, how, and what it takes in all."""
+    stored, unit = archiving.checkpoints, archiving.unit
+    steps = f"{unit} {format_count(stored[0].number)}"
+    if len(stored) > 1:
+        steps += f" to {format_count(stored[-1].number)}"
+    bits = "0: every bit is kept"
+    tolerance = bits if not archiving.tolerance else f"{100 * archiving.tolerance:g} % of the norm of each tensor"
+    facts = [
+        ("run", f"{len(stored)} checkpoints, {steps}; their weights, and no states of optimizers"),
+        *recipe_facts(archiving.recipe),
+        ("initial", archiving.initial or "not known"),
+        ("tolerance", tolerance),
+        ("window", archive_window_words(stored)),
+    ]
+    headers = ("checkpoint", "bytes", "of its\nfile", "from the\ninitial", "from the\nprevious", "rank", "at\nmost")
+    rows = tuple(
+        (
+            each.name,
+            format_size(each.stored_bytes),
+            format_percent(each.stored_bytes, each.bytes),
+            str(each.from_initial),
+            str(each.from_previous),
+            "-" if each.rank is None else f"{each.rank:g}",
+            "-" if each.rank_bound is None else str(each.rank_bound),
+            f"{each.error:.1e}",
+        )
+        for each in stored
+    )
+    size = compared("checkpoints", format_size, before=archiving.bytes.before, after=archiving.bytes.after)
+    return Page(
+        (
+            Facts.of(*facts),
+            LayerTable((*headers, "largest\nerror"), rows),
+            _side_by_side([size], "files", "archive"),
+            Facts.of(("output", archiving.output), ("took", format_seconds(archiving.seconds))),
         )
     )
 

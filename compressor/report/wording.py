@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from compressor.formatting import format_percent, format_seconds, format_size, one_line
 
 if TYPE_CHECKING:
+    from compressor.archiving import ArchivedCheckpoint
     from compressor.evaluation import Evaluation
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
@@ -86,6 +87,15 @@ def needed_time_words(needs: Needs) -> str:
     assert needs.most_seconds is not None
     least, most = format_seconds(needs.seconds), format_seconds(needs.most_seconds)
     return f"about {least}" if least == most else f"about {least} (at most {most})"
+
+
+def archive_window_words(stored: Sequence[ArchivedCheckpoint]) -> str:
+    """What the memory window says of the changes between the checkpoints of a run."""
+    bounds = [each.rank_bound for each in stored if each.rank_bound is not None]
+    if not bounds:
+        return "no bound below the full rank is known of what was written between the checkpoints"
+    changes = sum(each.bounded for each in stored)
+    return f"{changes} changes have at most the rank that was written since: batch size x uses x steps"
 
 
 def left_out_words(
