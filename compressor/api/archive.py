@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
+from compressor.api.initial import with_initial
 from compressor.api.keywords import ArchiveKeywords
 from compressor.api.option import verb
 from compressor.api.options import ArchiveOptions
@@ -78,7 +79,7 @@ def _opened(checkpoints: Sequence[str | Path], asked: ArchiveOptions) -> Trainin
     paths = [_existing(each) for each in checkpoints]
     unit, ordered = steps_in_order(paths)
     opened = [_checkpoint(path) for _, path in ordered]
-    last = open_model(ordered[-1][1], recipe=asked.recipe, factory=asked.factory)
+    last, _ = with_initial(asked, open_model(ordered[-1][1], recipe=asked.recipe, factory=asked.factory))
     recipe, numbers = last.recipe, [number for number, _ in ordered]
     if unit == "step" and recipe.total_steps is None:
         recipe = replace(recipe, steps=numbers[-1])

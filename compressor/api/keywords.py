@@ -210,6 +210,7 @@ class ArchiveKeywords(TypedDict, total=False):
     """The keyword arguments of `archive`."""
 
     recipe: RecipeLike | None
+    initial: InitialLike | None
     factory: Factory | None
     overwrite: bool | None
     progress: Progress | None

@@ -659,7 +659,7 @@ class EvaluateOptions(
 
 
 @options
-class ArchiveOptions(ProgressOptions, OverwriteOptions, ArchitectureOptions, TrainingOptions):
+class ArchiveOptions(ProgressOptions, OverwriteOptions, ArchitectureOptions, InitialOptions, TrainingOptions):
     """What can be asked of `archive`."""
 
     verb = "archive"

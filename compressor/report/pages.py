@@ -29,6 +29,7 @@ from compressor.report.initial_words import (
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
+    archive_initial_words,
     archive_window_words,
     budget_words,
     calibration_words,
@@ -236,7 +237,7 @@ def archive_page(archiving: Archiving) -> Page:
     facts = [
         ("run", f"{len(stored)} checkpoints, {steps}; their weights, and no states of optimizers"),
         *recipe_facts(archiving.recipe),
-        ("initial", archiving.initial or "not known"),
+        ("initial", archive_initial_words(archiving)),
         ("tolerance", tolerance),
         ("window", archive_window_words(stored)),
     ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import Compression, Needs
+    from compressor.results import Archiving, Compression, Needs
 
 
 def shortened(name: str, width: int) -> str:
@@ -87,6 +87,14 @@ def needed_time_words(needs: Needs) -> str:
     assert needs.most_seconds is not None
     least, most = format_seconds(needs.seconds), format_seconds(needs.most_seconds)
     return f"about {least}" if least == most else f"about {least} (at most {most})"
+
+
+def archive_initial_words(archiving: Archiving) -> str:
+    """Where the initial weights of an archived run come from, and whether anything is a change from them."""
+    if archiving.initial is None:
+        return "not known"
+    used = any(each.from_initial for each in archiving.checkpoints)
+    return archiving.initial + ("" if used else ", from which no change is smaller")
 
 
 def archive_window_words(stored: Sequence[ArchivedCheckpoint]) -> str:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"))  # by name: 12 comes before 2
 
 
+def without_seconds(archived: compressor.Archiving) -> dict[str, Any]:
+    """The result but for what two runs differ in."""
+    return archived.to_dict() | {"seconds": 0.0, "output": "", "initial": None}
+
+
 def errors(stored: Path, original: Path) -> dict[str, float]:
     """The relative error of each tensor."""
     found, wanted = load_file(stored), load_file(original)
@@ -106,6 +112,46 @@ def test_the_window_bounds_the_rank_of_the_pairs(files: list[Path], tmp_path: Pa
     assert "at most the rank that was written since" in " ".join(str(archived).split())
     whole = 4 * 48 * 48
     assert archived.checkpoints[1].stored_bytes < whole / 2
+
+
+def test_what_a_seed_draws_is_not_stored(files: list[Path], tmp_path: Path) -> None:
+    without = compressor.archive(files, output=tmp_path / "without")
+    archived = compressor.archive(files, output=tmp_path / "archive", initial=5, factory=network)
+    first = archived.checkpoints[0]
+    # The three matrices of the first checkpoint; nothing else correlates with 8 standard deviations.
+    assert (first.from_initial, first.from_previous, first.in_full) == (3, 0, 8)
+    assert first.stored_bytes < 0.6 * without.checkpoints[0].stored_bytes
+    for file in files:
+        compressor.restore(tmp_path / "archive", checkpoint=file.stem, output=tmp_path / file.name)
+        assert max(errors(tmp_path / file.name, file).values()) <= 1e-3
+    assert "initial    seed 5" in str(archived)
+
+
+def test_a_checkpoint_may_be_where_training_started(files: list[Path], tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    save_file(network().state_dict(), tmp_path / "start.safetensors")
+    archived = compressor.archive(files, output=tmp_path / "archive", initial=tmp_path / "start.safetensors")
+    assert archived.checkpoints[0].from_initial == 3
+    with pytest.raises(BadInput, match=r"needs start\.safetensors"):
+        compressor.restore(tmp_path / "archive", checkpoint="checkpoint-4", output=tmp_path / "again.safetensors")
+
+
+def test_a_wrong_seed_changes_nothing_and_that_is_said(files: list[Path], tmp_path: Path) -> None:
+    without = compressor.archive(files, output=tmp_path / "without")
+    wrong = compressor.archive(files, output=tmp_path / "wrong", initial=6, factory=network)
+    assert without_seconds(wrong) == without_seconds(without)
+    contents = [{each.name: each.read_bytes() for each in (tmp_path / name).iterdir()} for name in ("without", "wrong")]
+    assert contents[0] == contents[1]
+    assert "seed 6, from which no change is smaller" in str(wrong)
+
+
+def test_other_draws_are_refused(files: list[Path], tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    compressor.archive(files, output=archive, initial=5, factory=network)
+    _change(archive, lambda each: each["initial"]["draws"].update(seed=6))
+    with pytest.raises(BadInput, match=r"does not draw .*weight as PyTorch .* did"):
+        compressor.restore(archive, checkpoint="checkpoint-4", output=tmp_path / "again.safetensors")
+    assert not (tmp_path / "again.safetensors").exists()
 
 
 def test_a_tighter_tolerance_takes_more_bytes_and_an_archive_less_than_the_files(

@@ -80,7 +80,8 @@ def test_what_was_not_said_was_not_given() -> None:
 def test_a_training_flag_sets_its_field_and_is_named_as_its_source(of: type[Options], field: str) -> None:
     kind, flag, _ = TRAINING_FLAGS[field]
     text, value = {str: ("sgd", "sgd"), bool: ("", True), int: ("3", 3), float: ("0.25", 0.25)}[kind]
-    [recipe] = parsed(of, ["m", flag, *([text] if text else [])]).recipe
+    required = ["--output", "out"] if of.missing({}) == "output" else []
+    [recipe] = parsed(of, ["m", flag, *([text] if text else []), *required]).recipe
     assert getattr(recipe, field) == value
     assert recipe.sources[field] == f"flag {flag}"
 
