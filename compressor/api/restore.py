@@ -18,7 +18,7 @@ from compressor.fine_tuning import is_difference
 from compressor.io import Naming, checked_target, form_of
 from compressor.io.output import WEIGHT_FILES
 from compressor.lowrank import restored_artifact
-from compressor.model import Model, ModelLike, open_runnable
+from compressor.model import Model, ModelLike, given_initial, open_runnable
 from compressor.model.opened import fitting_architecture
 from compressor.network import in_natural_order
 from compressor.report.model_card import restored_card
@@ -92,7 +92,10 @@ def _restored_from_archive(folder: Path, asked: RestoreOptions, started: float) 
         remedy = f"name one of them with `checkpoint`, such as {names[-1]}"
         raise BadInput(what, where=folder, option="checkpoint", remedy=remedy)
     stored = index.checkpoint(asked.checkpoint, folder)
-    checkpoint = archived_checkpoint(folder, index, stored)
+    if asked.initial is not None and (index.initial is None or index.initial.draws is not None):
+        raise BadInput("needs no initial weights", where=folder, option="initial", remedy="leave out `initial`")
+    initial = None if asked.initial is None else given_initial(asked.initial, factory=asked.factory)
+    checkpoint = archived_checkpoint(folder, index, stored, initial=initial)
     named = Naming(index.form, "", WEIGHT_FILES)
     target = checked_target(
         checkpoint, asked.output or folder.absolute().with_name(stored.name), named, overwrite=asked.overwrite

@@ -132,8 +132,15 @@ def test_a_checkpoint_may_be_where_training_started(files: list[Path], tmp_path:
     save_file(network().state_dict(), tmp_path / "start.safetensors")
     archived = compressor.archive(files, output=tmp_path / "archive", initial=tmp_path / "start.safetensors")
     assert archived.checkpoints[0].from_initial == 3
+    again = tmp_path / "again.safetensors"
     with pytest.raises(BadInput, match=r"needs start\.safetensors"):
-        compressor.restore(tmp_path / "archive", checkpoint="checkpoint-4", output=tmp_path / "again.safetensors")
+        compressor.restore(tmp_path / "archive", checkpoint="checkpoint-4", output=again)
+    with pytest.raises(BadInput, match=r"weight of checkpoint-2\.safetensors is not what this model was"):
+        compressor.restore(tmp_path / "archive", checkpoint="checkpoint-4", output=again, initial=files[1])
+    compressor.restore(
+        tmp_path / "archive", checkpoint="checkpoint-4", output=again, initial=tmp_path / "start.safetensors"
+    )
+    assert max(errors(again, tmp_path / "run" / "checkpoint-4.safetensors").values()) <= 1e-3
 
 
 def test_a_wrong_seed_changes_nothing_and_that_is_said(files: list[Path], tmp_path: Path) -> None:
