@@ -79,7 +79,11 @@ def _opened(checkpoints: Sequence[str | Path], asked: ArchiveOptions) -> Trainin
     paths = [_existing(each) for each in checkpoints]
     unit, ordered = steps_in_order(paths)
     opened = [_checkpoint(path) for _, path in ordered]
-    last, _ = with_initial(asked, open_model(ordered[-1][1], recipe=asked.recipe, factory=asked.factory))
+    last = open_model(ordered[-1][1], recipe=asked.recipe, factory=asked.factory)
+    # The first checkpoint has most of what a seed draws; it may be the one that is given.
+    drawn = asked.initial == "auto" or isinstance(asked.initial, int)
+    subject = replace(last, checkpoint=opened[0]) if drawn else last
+    initial = with_initial(asked, subject, asked.progress)[0].initial
     recipe, numbers = last.recipe, [number for number, _ in ordered]
     if unit == "step" and recipe.total_steps is None:
         recipe = replace(recipe, steps=numbers[-1])
@@ -93,7 +97,7 @@ def _opened(checkpoints: Sequence[str | Path], asked: ArchiveOptions) -> Trainin
         layers={layer.tensor: layer for layer in last.layers},
         uses=uses,
         recipe=recipe,
-        initial=last.initial,
+        initial=initial,
     )
 
 

@@ -47,7 +47,7 @@ class KeepInitial(TrainerCallback):  # type: ignore[misc]
             return
         if args.fsdp or args.deepspeed:
             logger.warning(
-                "the initial weights are not kept: no process has all of them; state the seed with --initial"
+                "the initial weights are not kept: no process has all of them; state the seed with `initial`"
             )
             return
         path = keep_initial(model, args.output_dir, seeds=(*self._seeds, args.seed))
