@@ -25,6 +25,7 @@ from .errors import CompressorError as CompressorError
 from .errors import QualityGateNotMet as QualityGateNotMet
 from .evaluation import Evaluation as Evaluation
 from .evaluation import TimingSettings as TimingSettings
+from .integrations.trainer import KeepInitial as KeepInitial
 from .io import Checkpoint as Checkpoint
 from .io import open_checkpoint as open_checkpoint
 from .latency import DeviceProfile as DeviceProfile

@@ -58,10 +58,12 @@ def search_facts(found: InitialFound) -> Iterable[tuple[str, str]]:
     """How a seed was found, where it was searched."""
     search = found.search
     if search is not None and search.z is not None:
+        tried = "the first candidate" if search.tried == 1 else f"{format_count(search.tried)} candidates"
+        others = "" if search.tried == 1 else f", the next best {search.next_best:.1f}"
         yield (
             "search",
-            f"{format_count(search.tried)} candidates in {format_seconds(search.seconds)}: z {search.z:.0f}, the next"
-            f" best {search.next_best:.1f}; {search.false_hits:.1g} false hits expected",
+            f"{tried} in {format_seconds(search.seconds)}: z {search.z:.0f}{others}; {search.false_hits:.0e} false hits"
+            " expected in all there are",
         )
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from compressor import KeepInitial
 from compressor.initial import find_kept, read_kept, starts_of
-from compressor.integrations.trainer import KeepInitial
 from compressor.model import open_model
 
 CONFIG = LlamaConfig(
