@@ -85,10 +85,15 @@ class Draws:
 
         A library that skips the default initialization of a layer that it initializes itself draws these alone.
         """
+        kept = self._used_steps()
+        return replace(self, steps=tuple(step for place, step in enumerate(self.steps) if place in kept))
+
+    def _used_steps(self) -> set[int]:
+        """The places of the steps whose results are not overwritten before they are used."""
         sizes = [each.size for each in self.registers]
-        kept: list[Step] = []
+        kept: set[int] = set()
         overwritten: set[int] = set()
-        for step in reversed(self.steps):
+        for place, step in reversed(list(enumerate(self.steps))):
             register = step.target.register
             if register in overwritten:
                 continue
@@ -96,13 +101,57 @@ class Draws:
                 overwritten.add(register)
             if step.source is not None:
                 overwritten.discard(step.source.register)
-            kept.append(step)
-        return replace(self, steps=tuple(reversed(kept)))
+            kept.add(place)
+        return kept
 
-    def replay(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def places_of_draws(self, names: Collection[str]) -> list[int]:
+        """The places, among the steps, of the draws whose numbers are in some tensors."""
+        needed, used = self._needed([self.tensors[name] for name in names]), self._used_steps()
+        return [
+            place
+            for place, step in enumerate(self.steps)
+            if place in used and step.operation in DRAWS and step.target.register in needed
+        ]
+
+    def without_draws(self, end: int) -> Draws:
+        """The same without the draws among its first steps."""
+        kept = (step for place, step in enumerate(self.steps) if place >= end or step.operation not in DRAWS)
+        return replace(self, steps=tuple(kept))
+
+    def part(self, name: str, numbers: int) -> Draws | None:
+        """The record of the first numbers of a tensor, a multiple of 16; None where they do not come first.
+
+        The numbers of a draw do not depend on how many there are, but for the last 16 of normal ones.
+        """
+        region = self.tensors[name]
+        size, needed = self.registers[region.register].size, self._needed([region])
+        steps = [step for step in self.steps if step.target.register in needed]
+        drawn = [step for step in self.steps if step.operation in DRAWS]
+        regions = [each for step in steps for each in (step.target, step.source) if each is not None]
+        whole = all(self.registers[each.register].size == size and each.is_all(size) for each in (region, *regions))
+        alone = [step for step in steps if step.operation in DRAWS] == drawn[:1]
+        if not whole or not alone or numbers % 16 or numbers > size - 16:
+            return None
+
+        def part(of: Region) -> Region:
+            return Region(of.register, (numbers,), (1,))
+
+        registers = tuple(
+            replace(each, size=numbers) if place in needed else each for place, each in enumerate(self.registers)
+        )
+        steps = [
+            replace(step, target=part(step.target), source=None if step.source is None else part(step.source))
+            for step in steps
+        ]
+        found = replace(self, registers=registers, steps=tuple(steps), tensors={name: part(region)})
+        return _compact(found, needed)
+
+    def replay(
+        self, names: Collection[str] | None = None, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Draw tensors again, each given when its last step is done, in memory of its own.
 
-        The generator is one of its own. Only what is still needed is kept.
+        Only what is still needed is kept. The generator is one of its own that is seeded, if none is given.
         """
         wanted = {name: region for name, region in self.tensors.items() if names is None or name in names}
         needed = self._needed(wanted.values())
@@ -113,7 +162,7 @@ class Draws:
         free: dict[int, list[int]] = {}
         for register, place in self._last_uses(needed).items():
             free.setdefault(place, []).append(register)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = generator or torch.Generator().manual_seed(self.seed)
         memory: dict[int, Tensor] = {}
         for place, step in enumerate(self.steps):
             register = step.target.register

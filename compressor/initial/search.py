@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, product
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from compressor.initial.draws import Draws
+from compressor.initial.probe import Probe, probe_of
 from compressor.initial.weights import LEAST_Z, correlation_of, initial_name
 from compressor.io import Checkpoint
 from compressor.network import Layer
@@ -23,9 +24,10 @@ class SearchSettings:
     Attributes:
         seeds: How many are tried from 0 on.
         customary: Further ones that scripts often set.
-        numbers: How many numbers a candidate draws at most, where a matrix is complete by then; else as many as the
-            first matrix needs.
+        numbers: How many numbers of a candidate are looked at; more where the first matrix cannot be drawn in part.
         most_numbers: How many numbers all candidates draw; fewer are tried from 0 on where each needs many.
+        jump_from: From how many numbers on those that come before are jumped over, which takes as long for more.
+        at_once: For how many seeds.
         least_size: The numbers of the smallest matrix that is looked at.
     """
 
@@ -38,6 +40,8 @@ class SearchSettings:
     )
     numbers: int = 2**17
     most_numbers: int = 2**34
+    jump_from: int = 2**18
+    at_once: int = 64
     least_size: int = 1024
 
 
@@ -100,20 +104,19 @@ def find_seed(
     names = _names(draws, layers, settings)
     if not names:
         return None
-    variants = _variants(draws, names, settings)
-    looked_at = {name for variant in variants for name in variant.names}
-    weights = {name: _normalized(checkpoint.read(names[name].tensor)) for name in looked_at}
+    probes = _probes(draws, names, settings)
+    weights = [_looked_at(probe.first, names, checkpoint) for probe in probes]
     report = report or _unheard
-    seeds = _seeds(variants, stated, settings)
-    least, tried, total = 0.0, 0, len(seeds) * len(variants)
-    for tried, (seed, variant) in enumerate(product(seeds, variants), start=1):
-        z = _strongest(variant.first.with_seed(seed), variant.names, weights)
+    seeds = _seeds(probes, stated, settings)
+    least, tried, total = 0.0, 0, len(seeds) * len(probes)
+    for tried, (seed, which, generator) in enumerate(_candidates(probes, seeds, settings.at_once), start=1):
+        z = _strongest(probes[which].first, weights[which], generator)
         if z >= LEAST_Z:
-            whole = variant.draws.with_seed(seed)
+            whole = probes[which].draws.with_seed(seed)
             found = _confirmed(whole, names, checkpoint)
             if found:
                 report(tried, total, least)
-                with_overwritten = variant is variants[0] and len(variants) > 1
+                with_overwritten = which == 0 and len(probes) > 1
                 return FoundSeed(seed, whole, found, with_overwritten, tried, next_best=least)
         least = max(least, z)
         if tried % _REPORTED == 0:
@@ -135,9 +138,9 @@ def false_hits(draws: Draws, layers: Sequence[Layer], *, settings: SearchSetting
     names = _names(draws, layers, settings)
     if not names:
         return 0.0
-    variants = _variants(draws, names, settings)
-    looks = sum(len(variant.names) + (len(variant.names) > 1) for variant in variants)
-    return len(_seeds(variants, (), settings)) * looks * math.erfc(LEAST_Z / math.sqrt(2)) / 2
+    probes = _probes(draws, names, settings)
+    looks = sum(len(probe.first.names) + (len(probe.first.names) > 1) for probe in probes)
+    return len(_seeds(probes, (), settings)) * looks * math.erfc(LEAST_Z / math.sqrt(2)) / 2
 
 
 def what_is_searched(
@@ -147,20 +150,11 @@ def what_is_searched(
     names = _names(draws, layers, settings)
     if not names:
         return "nothing: no matrix depends on the seed by draws that are known"
-    variants = _variants(draws, names, settings)
+    probes = _probes(draws, names, settings)
     own = "".join(f"{seed}, " for seed in dict.fromkeys(stated))
-    both = ", each with and without the default initialization that is overwritten" if len(variants) > 1 else ""
-    tried = f"{own}0 to {_from_zero(variants, settings) - 1:,} and {len(settings.customary)} customary seeds{both}"
+    both = ", each with and without the default initialization that is overwritten" if len(probes) > 1 else ""
+    tried = f"{own}0 to {_from_zero(probes, settings) - 1:,} and {len(settings.customary)} customary seeds{both}"
     return f"{tried}; numbers that an accelerator drew are others, and were not tried"
-
-
-@dataclass(frozen=True, eq=False)
-class _Variant:
-    """One way to draw an initialization, and its first draws with the matrices that they complete."""
-
-    draws: Draws
-    first: Draws
-    names: tuple[str, ...]
 
 
 def _names(draws: Draws, layers: Sequence[Layer], settings: SearchSettings) -> dict[str, Layer]:
@@ -180,29 +174,43 @@ def _has_overwritten(draws: Draws) -> bool:
     return draws.without_overwritten().numbers < draws.numbers
 
 
-def _variants(draws: Draws, names: Mapping[str, Layer], settings: SearchSettings) -> list[_Variant]:
+def _probes(draws: Draws, names: Mapping[str, Layer], settings: SearchSettings) -> list[Probe]:
+    """What is drawn of each way to make the initialization."""
     found = [draws, draws.without_overwritten()] if _has_overwritten(draws) else [draws]
-    variants = []
-    for each in found:
-        numbers = settings.numbers
-        first = each.first(numbers)
-        while not (complete := tuple(name for name in names if name in first.tensors)):
-            numbers *= 2
-            first = each.first(numbers)
-        variants.append(_Variant(each, first.only(complete), complete))
-    return variants
+    return [probe_of(each, names, numbers=settings.numbers, jump_from=settings.jump_from) for each in found]
 
 
-def _seeds(variants: Sequence[_Variant], stated: Iterable[int], settings: SearchSettings) -> list[int]:
+def _seeds(probes: Sequence[Probe], stated: Iterable[int], settings: SearchSettings) -> list[int]:
     """The seeds that are tried, in order."""
-    small = range(_from_zero(variants, settings))
+    small = range(_from_zero(probes, settings))
     return list(dict.fromkeys(chain(stated, small, settings.customary)))
 
 
-def _from_zero(variants: Sequence[_Variant], settings: SearchSettings) -> int:
+def _candidates(
+    probes: Sequence[Probe], seeds: Sequence[int], at_once: int
+) -> Iterator[tuple[int, int, torch.Generator]]:
+    """Every seed with every probe, by its place, in order; and the generator to draw with."""
+    for start in range(0, len(seeds), at_once):
+        some = seeds[start : start + at_once]
+        for seed, *generators in zip(some, *(probe.generators(some) for probe in probes), strict=True):
+            for which, generator in enumerate(generators):
+                yield seed, which, generator
+
+
+def _from_zero(probes: Sequence[Probe], settings: SearchSettings) -> int:
     """How many seeds are tried from 0 on: at least 100, and no more than there are numbers for."""
-    each = sum(variant.first.numbers for variant in variants)
+    each = sum(
+        probe.first.numbers + (probe.skipped.numbers if probe.jump is None else settings.jump_from) for probe in probes
+    )
     return min(settings.seeds, max(100, settings.most_numbers // max(1, each) - len(settings.customary)))
+
+
+def _looked_at(draws: Draws, names: Mapping[str, Layer], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of the matrices that are drawn, or as many of their first numbers."""
+    return {
+        name: _normalized(checkpoint.read(names[name].tensor).flatten()[: math.prod(region.shape)])
+        for name, region in draws.tensors.items()
+    }
 
 
 def _normalized(weight: Tensor) -> Tensor:
@@ -212,10 +220,10 @@ def _normalized(weight: Tensor) -> Tensor:
     return torch.nan_to_num(flat / flat.norm()).to(torch.float32)
 
 
-def _strongest(draws: Draws, names: Sequence[str], weights: Mapping[str, Tensor]) -> float:
+def _strongest(draws: Draws, weights: Mapping[str, Tensor], generator: torch.Generator) -> float:
     """The z of the matrix that correlates most, or of all together where that is more."""
     every = []
-    for name, drawn in draws.replay(names):
+    for name, drawn in draws.replay(weights, generator):
         flat = drawn.flatten().to(torch.float32)
         # The mean of what is drawn drops out of the product with numbers whose mean is zero.
         norm = float(torch.std(flat, correction=0)) * math.sqrt(flat.numel())

@@ -101,6 +101,29 @@ def test_another_seed_and_the_first_draws() -> None:
     assert all(torch.equal(each, whole[name]) for name, each in first.replay())
 
 
+def chained(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(torch.empty(weight.shape).uniform_(-0.9, 0.9).erfinv().mul_(0.02).clamp_(-2, 2))
+
+
+@pytest.mark.parametrize("init", [nn.init.normal_, nn.init.uniform_, chained])
+def test_the_first_numbers_of_a_draw(init: Callable[[torch.Tensor], object]) -> None:
+    def build() -> nn.Module:
+        module = nn.Linear(50, 41, bias=False)
+        init(module.weight)
+        return module.bfloat16() if init is nn.init.uniform_ else module
+
+    found = record(build, 5)
+    draws = found.draws.without_overwritten()
+    part = draws.part("weight", 1024)
+    assert part is not None
+    assert part.numbers == 1024
+    replayed = dict(draws.replay())["weight"].flatten()
+    assert torch.equal(part.tensor("weight"), replayed[:1024])
+    assert draws.part("weight", 1000) is draws.part("weight", 2048) is None
+    assert found.draws.part("weight", 1024) is None  # the default initialization comes first
+
+
 def test_without_draws_that_are_overwritten_a_library_that_skips_them_is_replayed() -> None:
     def built() -> nn.Module:
         layer = nn.Linear(20, 30, bias=False)

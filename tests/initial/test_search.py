@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from compressor.initial import InitialWeights, record
+from compressor.initial.probe import probe_of
 from compressor.initial.search import SEARCH, FoundSeed, find_seed, what_is_searched
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture, with_separate_experts
@@ -96,6 +97,28 @@ def test_a_default_initialization_is_drawn_before_or_not(of, with_overwritten):
     assert (hit.seed, hit.with_overwritten) == (3, with_overwritten)
     start = record(of, 3).module[0].weight
     assert torch.equal(InitialWeights.from_draws(hit.draws).read("0.weight"), start)
+
+
+@pytest.mark.parametrize("jump_from", [1, 2**30])
+@pytest.mark.parametrize(("of", "with_overwritten"), [(overwritten, True), (skipped, False)])
+def test_the_first_part_of_a_large_matrix_is_enough(of, with_overwritten, jump_from):
+    settings = replace(FEW, numbers=512, jump_from=jump_from, at_once=2)
+    hit = found(trained(of, 3), of=overwritten, settings=settings)
+    assert hit is not None
+    assert (hit.seed, hit.with_overwritten) == (3, with_overwritten)
+    assert found(trained(of, 333), of=overwritten, settings=settings) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_draws_are_jumped_over_only_where_their_words_are_known(dtype):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(37, 15, dtype=dtype), nn.Linear(15, 8, dtype=dtype), nn.Linear(8, 100))
+
+    draws = record(build, 0).draws
+    probe = probe_of(draws, ["2.weight"], numbers=2**17, jump_from=1)
+    assert (probe.jump is not None) == (dtype == torch.float32)
+    [generator] = probe.generators([7])
+    assert torch.equal(dict(probe.first.replay(None, generator))["2.weight"], record(build, 7).module[2].weight)
 
 
 def test_a_matrix_that_nothing_confirms_is_no_hit():
