@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compressor.api.options import InitialOptions, StoredInitialOptions
 from compressor.errors import BadInput
+from compressor.evaluation import free_memory
+from compressor.formatting import format_size
 from compressor.forms import has_own_errors, pair_of
 from compressor.initial import (
     SEARCH,
@@ -17,7 +20,9 @@ from compressor.initial import (
     SeedSearch,
     StartedLayer,
     false_hits,
+    find_kept,
     find_seed,
+    read_kept,
     record,
     what_is_searched,
 )
@@ -26,16 +31,22 @@ from compressor.model import Model, given_initial, require_of_model, untrained_b
 from compressor.network import Layer
 from compressor.planning import MeasuredLayer
 from compressor.progress import Progress
+from compressor.torch_state import CPU
+
+logger = logging.getLogger(__name__)
 
 
 def with_initial(asked: InitialOptions, subject: Model, progress: Progress | None) -> tuple[Model, InitialFound | None]:
     """The model with the initial weights that are asked for, and what is known of these before layers are measured.
 
+    Where none are asked for, what its training run kept of its start is used, or what the seed draws that its recipe
+    states, if there is one.
+
     Raises:
         BadInput: they cannot be drawn or read, or are of another model.
     """
     if asked.initial is None:
-        return subject, None
+        return _stated(subject)
     if asked.initial == "auto":
         return _searched(subject, progress)
     if isinstance(asked.initial, int):
@@ -44,6 +55,43 @@ def with_initial(asked: InitialOptions, subject: Model, progress: Progress | Non
         initial = given_initial(asked.initial, like=subject)
         require_of_model(initial, subject)
     return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "given")
+
+
+def _stated(subject: Model) -> tuple[Model, InitialFound | None]:
+    """The model with what a record or a seed draws that is stated beside it, where nothing stands against trying it.
+
+    Weights that are kept beside it are not used unasked: what is made with these does not load without them.
+    """
+    source = subject.checkpoint.source
+    kept = None if source is None else find_kept(source)
+    if kept is not None and kept.suffix != ".json":
+        logger.info("%s has the weights that training started from; `initial=%s` compresses with them", kept, kept)
+        kept = None
+    try:
+        initial = _from_stated_seed(subject) if kept is None else read_kept(kept, numbers=_numbers(subject))
+    except BadInput as error:
+        logger.info("where training started is stated, and cannot be used: %s", error)
+        return subject, None
+    if initial is None:
+        return subject, None
+    return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "stated")
+
+
+def _numbers(subject: Model) -> int:
+    return sum(info.elements for info in subject.checkpoint.tensors.values())
+
+
+def _from_stated_seed(subject: Model) -> InitialWeights | None:
+    """What the seed draws that a recipe states; None without one, or where the untrained model cannot be built."""
+    seed = subject.recipe.seed
+    if seed is None or not any(layer.eligible for layer in subject.layers):
+        return None
+    # It is built in float32, and not what was asked for.
+    needed, free = 4 * _numbers(subject), free_memory(CPU)
+    if free is not None and needed > free / 2:
+        logger.info("seed %d is not tried: the untrained model takes %s", seed, format_size(needed))
+        return None
+    return None if untrained_builder(subject) is None else _from_seed(subject, seed)
 
 
 @dataclass

@@ -34,7 +34,7 @@ def keep_initial(model: nn.Module, run: str | Path, seeds: Iterable[int] = ()) -
 
     Returns:
         `initial/draws.json`, a record of a few kilobytes, or `initial/model.safetensors`, the state itself, in that
-        folder. `--initial` takes both, and both are found without being asked for.
+        folder. `--initial` takes both, and the record is found without being asked for.
 
     Raises:
         BadInput: nothing can be written there.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 from compressor import (
@@ -26,7 +27,7 @@ from compressor import (
     plan,
     restore,
 )
-from compressor.initial import InitialWeights
+from compressor.initial import InitialWeights, keep_initial
 from compressor.io import open_checkpoint
 from compressor.lowrank import formed_layers
 from compressor.report import diagnosis_page
@@ -292,3 +293,43 @@ def test_a_search_that_finds_nothing_changes_no_byte_and_says_so(tmp_path):
     assert compression.initial.seed is None
     assert compression.initial.search.tried > 10_000
     assert "no seed was found" in str(compression)
+
+
+def test_a_seed_that_the_recipe_states_is_tried_without_being_asked_for(dense, tmp_path):
+    asked = QUICK | {"factory": Net, "recipe": RECIPE | {"seed": SEED}}
+    compression = compress(dense, output=tmp_path / "small.safetensors", **asked)
+    assert (compression.initial.seed, compression.initial.origin) == (SEED, "stated")
+    assert {layer.form.partition("+")[0] for layer in compression.plan.layers} == {"initial"}
+    close(load_model(tmp_path / "small.safetensors", Net), dense)
+
+
+def test_a_seed_that_the_recipe_states_and_that_drew_something_else_changes_nothing(dense, tmp_path):
+    asked = QUICK | {"factory": Net}
+    compress(dense, output=tmp_path / "without.safetensors", **asked)
+    wrong = asked | {"recipe": RECIPE | {"seed": SEED + 1}}
+    compression = compress(dense, output=tmp_path / "wrong.safetensors", **wrong)
+    assert compression.initial.layers == ()
+    paths = tmp_path / "without.safetensors", tmp_path / "wrong.safetensors"
+    one, other = (load_file(path) for path in paths)
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+    # Nothing says how the model is built.
+    assert inspect(dense, recipe=RECIPE | {"seed": SEED}).initial is None
+
+
+def test_a_record_beside_a_checkpoint_is_found(folder, tmp_path):
+    keep_initial(untrained(gpt2), folder, seeds=[SEED])
+    found = inspect(folder, recipe=RECIPE).initial
+    assert (found.seed, found.origin, len(found.layers)) == (SEED, "stated", found.eligible)
+    named = inspect(folder, recipe=RECIPE, initial=folder / "initial" / "draws.json").initial
+    assert (named.origin, named.layers) == ("given", found.layers)
+    (folder / "initial" / "draws.json").write_text("[]")
+    assert inspect(folder, recipe=RECIPE).initial is None
+    with pytest.raises(BadInput) as refused:
+        inspect(folder, recipe=RECIPE, initial=folder / "initial" / "draws.json")
+    assert refused.value.option == "initial"
+
+
+def test_weights_that_a_run_kept_are_not_used_unasked(folder, tmp_path):
+    kept = keep_initial(untrained(gpt2), folder)
+    assert inspect(folder, recipe=RECIPE).initial is None
+    assert len(inspect(folder, recipe=RECIPE, initial=kept).initial.layers) == 4

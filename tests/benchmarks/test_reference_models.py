@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from compressor import QualityGateNotMet, compress, inspect, restore
 from compressor.data import Preprocessing, Sample, load_preprocessing, open_data
 from compressor.evaluation import measure_quality
+from compressor.forms import FORMS, from_initial
 from compressor.io import open_checkpoint
 from compressor.model import load_model, logits_of
 from compressor.network import find_layers, transformers_architecture
-from compressor.planning import Budget, LayerPlan, MeasuredLayer, Plan, choose_ranks
+from compressor.planning import PLANNING, Budget, LayerPlan, MeasuredLayer, Plan, choose_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +99,9 @@ def channel_pairs_only(keep: float, *, shared: bool) -> Plan:
 def test_with_data_and_spatial_pairs_a_resnet_loses_at_most_half_of_what_channel_pairs_lose(tmp_path: Path) -> None:
     source, spec, _ = MODELS["digits-resnet"]
     dense = load_model(source)
-    report = compress(source, output=tmp_path / "small", keep=0.3, calibration=spec, prefer="size")
+    pairs = replace(PLANNING, excluded_forms=tuple(form for form in FORMS if from_initial(form)))
+    asked = {"keep": 0.3, "calibration": spec, "prefer": "size", "planning_settings": pairs}
+    report = compress(source, output=tmp_path / "small", **asked)
     assert report.plan.eligible_after <= 0.3 * report.plan.eligible_before
     assert any(layer.form == "spatial" for layer in report.plan.layers)
     uniform, shared = (compress(dense, plan=channel_pairs_only(0.3, shared=shared)).model for shared in (False, True))
