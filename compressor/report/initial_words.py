@@ -77,13 +77,24 @@ def initial_use(plan: Plan) -> str | None:
     nothing = f", {empty} of them nothing but the seed" if empty and plan.initial.seed is not None else ""
     return (
         f"{len(started)} of {len(plan.layers)} layers store only what training wrote{nothing}:"
-        f" {format_count(stored)} of {format_count(dense)} numbers; loaded, they are dense"
+        f" {format_count(stored)} of {format_count(dense)} numbers; loaded{_with(needed_initial(plan))}, they are dense"
     )
+
+
+def _with(needed: str | None) -> str:
+    return "" if needed is None else f" with {one_line(needed)}"
 
 
 def started_layers(layers: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The layers in a form of what training wrote."""
     return [layer for layer in layers if layer.share is not None]
+
+
+def needed_initial(plan: Plan) -> str | None:
+    """What a model needs to be loaded: the initial weights that no seed draws; None where it needs none."""
+    if plan.initial is None or plan.initial.seed is not None or not started_layers(plan.layers):
+        return None
+    return plan.initial.source
 
 
 def initial_facts(plan: Plan) -> Iterable[tuple[str, str]]:

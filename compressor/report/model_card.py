@@ -34,7 +34,7 @@ from compressor.report.card_parts import (
     repository_name,
 )
 from compressor.report.comparison import compression_rows
-from compressor.report.initial_words import initial_facts, started_layers
+from compressor.report.initial_words import initial_facts, needed_initial, started_layers
 from compressor.report.wording import (
     SEARCH_HEADERS,
     above_one_words,
@@ -112,7 +112,7 @@ def model_card(
         _verdict(compression),
         _summary(compression, base_model),
         LOADING,
-        _loading(name, config),
+        _loading(name, config, needed=needed_initial(compression.plan)),
         "## Before and after",
         _sizes(compression),
         "## Plan",
@@ -285,8 +285,15 @@ def _left_out(compression: Compression) -> str:
     return f" Left out of the source: {words}."
 
 
-def _loading(name: str, config: Mapping[str, Any] | None) -> str:
+def _loading(name: str, config: Mapping[str, Any] | None, *, needed: str | None) -> str:
     quoted = json.dumps(name, ensure_ascii=False)  # a string of JSON is one of Python
+    build = "" if config is not None else ", build_model"
+    if needed is not None:
+        initial = json.dumps(needed, ensure_ascii=False)
+        said = "The weights that training started from are needed to load it: what training wrote is added to them."
+        return f"{said}\n\n" + python_block(
+            "import compressor", f"model = compressor.load_model({quoted}{build}, initial={initial})"
+        )
     if config is None:
         return python_block(
             "from compressor.model import load_model",

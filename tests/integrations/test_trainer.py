@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+import compressor
 from compressor import KeepInitial
 from compressor.initial import find_kept, read_kept, starts_of
 from compressor.model import open_model
@@ -114,3 +115,25 @@ def test_a_resumed_run_keeps_what_it_has_and_another_run_replaces_it(tmp_path: P
     assert kept.read_bytes() == before
     train(tmp_path, llama(9), KeepInitial())
     assert read_kept(kept).source == "seed 9"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_checkpoint_is_compressed_to_what_training_wrote(tmp_path: Path, seed: int | None) -> None:
+    model = llama(7)
+    if seed is None:
+        model.lm_head.weight.data.mul_(0.5)
+    trainer = train(tmp_path / "run", model, KeepInitial())
+    kept = find_kept(tmp_path / "run" / "checkpoint-3")
+    # The plan is for size: so small a model is not made faster.
+    asked = {"keep": 0.3, "prefer": "size", "calibration": "none", "output": tmp_path / "small"}
+    small = compressor.compress(tmp_path / "run" / "checkpoint-3", initial=kept, **asked)
+    assert small.initial is not None
+    assert small.initial.seed == seed
+    assert len(small.initial.layers) == small.initial.eligible
+    given = {} if seed is not None else {"initial": kept}
+    loaded = compressor.load_model(tmp_path / "small", **given)
+    plain = compressor.compress(trainer.model, keep=0.3, prefer="size", calibration="none").model
+    tokens = torch.arange(8)[None]
+    expected, found, without = (each.eval()(tokens).logits for each in (trainer.model, loaded, plain))
+    assert (found - expected).norm() < 0.2 * (without - expected).norm()

@@ -132,3 +132,15 @@ def test_there_is_no_column_of_bounds_where_none_binds() -> None:
     headers, rows = initial_table(replace(GAINS, layers=(started("first"),)))
     assert "bound" not in headers
     assert len(headers) == len(rows[0])
+
+
+def test_what_no_seed_draws_is_needed_to_load_a_model_and_said_to_be() -> None:
+    layers = (layer("first", 10, 0.95),)
+    read = replace(GAINS, source="org/initial", seed=None, origin="given", search=None)
+    for config, call in ((None, '"small", build_model, initial="org/initial"'), ({}, '"small", initial="org/initial"')):
+        card = model_card(planned(read, *layers), name="small", base_model="dense", config=config, original="")
+        assert f"model = compressor.load_model({call})" in card
+        assert "initial=" not in model_card(
+            planned(GAINS, *layers), name="small", base_model="dense", config=config, original=""
+        )
+    assert "loaded with org/initial, they are dense" in (initial_use(planned(read, *layers).plan) or "")
