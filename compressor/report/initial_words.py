@@ -102,8 +102,17 @@ def initial_facts(plan: Plan) -> Iterable[tuple[str, str]]:
     if plan.initial is not None:
         yield "start", initial_verdict(plan.initial)
         yield from search_facts(plan.initial)
-        if plan.initial.layers:
-            yield "", initial_use(plan) or "no layer loses less with it at this size: all take forms without it"
+        if (use := initial_use(plan)) is not None:
+            yield "", use
+        elif gaining_layers(plan.initial):
+            yield "", _unused(plan)
+
+
+def _unused(plan: Plan) -> str:
+    """Why no layer takes a form with the initial weights, though there is something to gain."""
+    if plan.device is not None:
+        return "no layer takes a form with it: loaded, it would be dense, and no faster"
+    return "no layer loses less with it at this size: all take forms without it"
 
 
 def initial_table(found: InitialFound) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

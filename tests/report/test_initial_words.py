@@ -116,6 +116,10 @@ def test_pages_cards_and_reports_tell_it_where_it_was_looked_for_and_say_nothing
 def test_that_no_layer_takes_it_is_said() -> None:
     result = planned(GAINS, layer("first", 10, None))
     assert "no layer loses less with it at this size" in " ".join(compression_page(result).text().split())
+    fast = replace(result, plan=replace(result.plan, device="h100"))
+    assert "it would be dense, and no faster" in " ".join(compression_page(fast).text().split())
+    nothing = replace(GAINS, layers=(started("first", written=0.98, rank=73),))
+    assert "no layer" not in compression_page(planned(nothing, layer("first", 10, None))).text()
 
 
 def test_the_table_of_layers_fits_80_columns_with_all_its_numbers() -> None:
