@@ -27,6 +27,7 @@ from compressor.api.needs import (
     Held,
     ModelSize,
     Places,
+    SizesInWorkers,
     SlicesInWorkers,
     in_time,
     model_size,
@@ -494,6 +495,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
         examples = CalibrationSize.of(data.calibration, first.footprint, settings)
         if settings.refine and (search := _search_settings(asked)) is not None:
             examples = replace(examples, candidates=search.most_refined)
+        examples = replace(examples, sizes=SizesInWorkers.of(_at_once(asked, subject, data, run=run), run))
         if subject.files is not None:
             examples = replace(examples, slices=SlicesInWorkers.of(data.calibration, settings, run))
     held = replace(_held_models(asked, subject, data, size=size, run=run), jobs=run.engine.here)
@@ -513,14 +515,15 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
 def _held_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize, run: Run) -> Held:
     """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned.
 
-    Workers on this machine that measure several sizes at a time have one each.
+    Workers on this machine that measure several sizes at a time have one each; those that plan them too are counted
+    with what calibration takes.
     """
     runs = data.calibration is not None or data.search is not None
     if subject.in_memory:
         return Held(0, 0 if asked.dry_run else output_bytes(size))
     compared = size.dense + output_bytes(size) if data.report is not None and not asked.dry_run else 0
     calibrating = size.streamed if runs else 0
-    if _at_once(asked, subject, data, run=run) > 1:
+    if data.calibration is None and _at_once(asked, subject, data, run=run) > 1:
         calibrating += run.engine.here * (size.streamed + size.factors)
     return Held(calibrating, compared)
 
@@ -549,7 +552,7 @@ def _at_once(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -
     """How many sizes a search by drop tries at a time."""
     if data.search is None or _search_settings(asked) is None:
         return 1
-    return tried_at_once(subject, data.search, run.engine, calibrated=data.calibration is not None)
+    return tried_at_once(subject, data.search, run.engine)
 
 
 def _search_settings(asked: CompressOptions) -> PlanningSettings | None:

@@ -154,6 +154,21 @@ class SlicesInWorkers:
 
 
 @dataclass(frozen=True)
+class SizesInWorkers:
+    """Sizes that workers plan, each with a model of its own: how many at a time, and how many in this memory."""
+
+    at_once: int = 0
+    here: int = 0
+
+    @classmethod
+    def of(cls, at_once: int, run: Run) -> SizesInWorkers:
+        """Those of a search that tries so many at a time; on accelerators each worker has one of its own."""
+        if at_once == 1:
+            return cls()
+        return cls(at_once, min(at_once, run.engine.here) if run.device.type == "cpu" else 1)
+
+
+@dataclass(frozen=True)
 class CalibrationSize:
     """Examples as the formulas see them: how many, how many of them at a time, and what each leaves in the model.
 
@@ -167,6 +182,7 @@ class CalibrationSize:
     settings: CalibrationSettings
     candidates: int = 1
     slices: SlicesInWorkers | None = None
+    sizes: SizesInWorkers = SizesInWorkers()
 
     @classmethod
     def of(cls, data: CalibrationData, footprint: Footprint, settings: CalibrationSettings) -> CalibrationSize:
@@ -215,7 +231,9 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
     kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine
-    return dense + compressed + gradients + of_layers + sums + rounds * again + kinds * model.factors
+    # A worker has the factors of each segment for one that goes on with its size, all of them, and those it hands over.
+    in_workers = calibration.sizes.at_once * (compressed + rounds * again + 3 * model.factors)
+    return dense + compressed + gradients + of_layers + sums + rounds * again + kinds * model.factors + in_workers
 
 
 @dataclass(frozen=True)
@@ -241,6 +259,8 @@ def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: He
         return max(held.calibrating + factorization_bytes(model, held), held.compared)
     calibrating = calibration_bytes(model, calibration)
     workers = 0 if calibration.slices is None else calibration.slices.at_once * (model.streamed + calibrating)
+    # A size is planned, and then measured with its factors in memory.
+    workers = max(workers, calibration.sizes.here * (model.streamed + max(calibrating, model.factors)))
     work = max(factorization_bytes(model, held), calibrating, workers)
     return max(held.calibrating + work, held.compared)
 

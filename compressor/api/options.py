@@ -274,8 +274,8 @@ class EngineOptions(RunOptions):
     engine: str | None = option(
         "Measure and factorize layers, and take the moments of calibration, in worker processes of this machine, or on "
         "the machines of a Ray cluster, which have the files of the model at the same paths. The result is the same, "
-        "but moments are equal to rounding where this process has several threads, and `max_drop` without calibration "
-        "tries as many sizes at a time as there are workers.",
+        "but moments are equal to rounding where this process has several threads, and `max_drop` tries as many sizes "
+        "at a time as there are workers.",
         ENGINE,
         default_text="in this process",
         panel=RUNNING,

@@ -270,7 +270,7 @@ class CachedMetrics(Mapping[str, Metric | TiedMetric]):
 
 
 class CachedFactors(Mapping[str, Mapping[str, Tensor]]):
-    """The tensors of low-rank layers by name, in a temporary journal, each read when it is asked for.
+    """The tensors of low-rank layers by name, in a journal, each read when it is asked for.
 
     Those that were not put there are those of `before`.
     """
@@ -285,6 +285,10 @@ class CachedFactors(Mapping[str, Mapping[str, Tensor]]):
     def put(self, name: str, factors: Mapping[str, Tensor]) -> None:
         """Keep the tensors of a layer, in place of those before."""
         self._folder.write(name, {key: each.detach().clone() for key, each in factors.items()})
+        self._names[name] = None
+
+    def take(self, name: str) -> None:
+        """Know the tensors of a layer that are in the journal already."""
         self._names[name] = None
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:

@@ -57,7 +57,7 @@ def calibrate(
         _try_every_shape(model, [_few_examples(each, rows) for each in (*data.fit, *data.holdout)])
         bare = prepared(model, layers, data, first=first, run=run, settings=settings)
         modules, collectors = modules_of(bare), collectors_of(bare)
-        with slices_in_workers(bare, files, first) as formed:
+        with slices_in_workers(bare, files) as formed:
             cache_outputs(bare, PARTS, modules, reported=0 if formed is None else len(bare.slices))
             with collectors.watching():
                 measured = metrics_of(bare, modules, formed or BackwardPass(bare, modules, collectors))

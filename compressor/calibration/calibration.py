@@ -14,6 +14,7 @@ from compressor.calibration.criterion import UNITS, Criterion
 from compressor.calibration.examples import CalibrationData, Chunk, Part, Slice
 from compressor.calibration.segments import Segments, State
 from compressor.calibration.settings import CalibrationSettings
+from compressor.data import Batch
 from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
 from compressor.initial import InitialWeights
@@ -43,6 +44,8 @@ class Calibration:
     cache: ActivationCache = field(repr=False)
     decompositions: CachedDecompositions = field(repr=False)
     slices: Sequence[Slice] = field(repr=False)
+    first: Batch = field(repr=False)
+    """A few of the examples, by which the segments were found."""
     metrics: Mapping[str, Metric | TiedMetric] = field(default_factory=dict)
     uses: Mapping[str, float] = field(default_factory=dict)
     replaced: Mapping[str, nn.Module] = field(default_factory=dict, repr=False)

@@ -65,10 +65,16 @@ class Compensated:
         return self.modules.factors
 
     @property
+    def moved(self) -> dict[str, dict[str, Tensor]]:
+        """The changed means and variances of batch normalizations, by place."""
+        return {
+            place: {name: getattr(module, name) for name in _STATISTICS} for place, module in self.modules.moved.items()
+        }
+
+    @property
     def statistics(self) -> dict[str, Tensor]:
-        """The changed means and variances of batch normalizations, by their names in the model."""
-        moved = self.modules.moved
-        return {f"{place}.{name}": getattr(module, name) for place, module in moved.items() for name in _STATISTICS}
+        """The same by their names in the model."""
+        return {f"{place}.{name}": each for place, named in self.moved.items() for name, each in named.items()}
 
 
 def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
@@ -156,7 +162,7 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
                 for each, tensors in kept.factors.items():
                     put(calibration.layers[each].module, tensors)
                 for place, statistics in kept.statistics.items():
-                    move(place, _with_statistics(calibration.model.get_submodule(place), statistics))
+                    move(place, with_statistics(calibration.model.get_submodule(place), statistics))
                 walk.skip()
                 continue
             passed: list[str] = []
@@ -188,9 +194,9 @@ def _kept(factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str], mo
 _STATISTICS = ("running_mean", "running_var")
 
 
-def _with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a batch normalization with other statistics."""
-    moved = deepcopy(dense)
+def with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a batch normalization with other statistics, in evaluation mode."""
+    moved = deepcopy(dense).eval()
     for name, value in statistics.items():
         getattr(moved, name).copy_(value)
     return moved
@@ -400,7 +406,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     chosen = min(candidates, key=lambda statistics: error(*statistics))
     if chosen is candidates[0]:
         return None
-    return _with_statistics(dense, dict(zip(_STATISTICS, chosen, strict=True)))
+    return with_statistics(dense, dict(zip(_STATISTICS, chosen, strict=True)))
 
 
 def _batch_normalizations(model: nn.Module) -> Iterator[str]:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_unrefined, weighted_layers
+from compressor.calibration.search import (
+    CalibratedRequest,
+    NotFinite,
+    PlannedModel,
+    PlanRequest,
+    SentPlan,
+    plan_unrefined,
+    weighted_layers,
+)
+from compressor.calibration.shared import SharedCalibration
 from compressor.data import EvaluationData
-from compressor.engine import Engine, Run
+from compressor.engine import Engine, Fingerprint, Journal, Run
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import PARTS, Quality, drop_error, measure_quality, quality_drop
-from compressor.initial import InitialWeights
 from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_factors, rewritten_module
-from compressor.model import Model, ModelFiles
-from compressor.network import Layer
+from compressor.model import Model, SentModel, on_device
 from compressor.planning import (
     Budget,
     DropSearch,
@@ -34,7 +43,7 @@ from compressor.planning import (
     smallest_size,
     within_limit,
 )
-from compressor.recipe import TrainingRecipe
+from compressor.torch_state import neutral_torch_state
 
 logger = logging.getLogger(__name__)
 
@@ -88,22 +97,14 @@ class DropGate:
 
     def _job(self, subject: Model, planned: PlannedModel, data: EvaluationData) -> _Evaluation:
         """A model that is to be measured, with its factors, of which each was found by a job of its own."""
-        assert subject.files is not None
         rewriting = self._rewriting(subject, planned)
         factors = {
             # On the CPU: the accelerator of a worker is another one.
             layer.name: replace(found, tensors={name: each.cpu() for name, each in found.tensors.items()})
             for layer, _, found in rewritten_factors(rewriting, self.run)
         }
-        return _Evaluation(
-            files=subject.files,
-            recipe=subject.recipe,
-            layers=subject.layers,
-            planned=PlannedModel(planned.plan, factors, planned.statistics),
-            data=data,
-            device=self.run.job_device,
-            initial=subject.initial,
-        )
+        sent = PlannedModel(planned.plan, factors, planned.statistics)
+        return _Evaluation(subject.sent(), sent, data, self.run.job_device)
 
     def _rewriting(self, subject: Model, planned: PlannedModel) -> Rewriting:
         return replace(
@@ -132,29 +133,127 @@ def _name(planned: PlannedModel) -> str:
 class _Evaluation:
     """A compressed model that is to be measured where its dense one is opened from files."""
 
-    files: ModelFiles
-    recipe: TrainingRecipe
-    layers: tuple[Layer, ...]
+    model: SentModel
     planned: PlannedModel
     data: EvaluationData
     device: torch.device
-    initial: InitialWeights | None
 
 
 def _quality(asked: _Evaluation) -> Quality:
-    opened = replace(asked.files.opened(), layers=asked.layers)
-    planned = asked.planned
-    rewriting = Rewriting(
-        opened.checkpoint,
-        asked.recipe,
-        asked.layers,
-        planned.plan,
-        planned.factors,
-        planned.statistics,
-        initial=asked.initial,
+    return DropGate(asked.data, Run(asked.device)).quality(asked.model.opened(), asked.planned)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A size that is to be planned, with calibration, and measured where the dense model is opened from files."""
+
+    model: SentModel
+    calibration: SharedCalibration
+    measured: Sequence[MeasuredLayer]
+    weighted: Sequence[MeasuredLayer]
+    request: PlanRequest
+    data: EvaluationData
+    folder: Path
+    stays: bool
+    """Whether an interrupted run may go on from what is in the folder."""
+
+    def opened(self) -> Journal:
+        """Its journal, once a worker that died has let go of it."""
+        assert self.request.budget is not None
+        path = self.folder / repr(self.request.budget.value)
+        return Journal.open(path, Fingerprint(), option="work_dir", patience=60.0)
+
+
+@dataclass(frozen=True)
+class _Attempted:
+    """What an attempt came to: nothing where no prediction is finite; None in its place where it was not made."""
+
+    plan: SentPlan | None = None
+    quality: Quality | None = None
+
+
+def _attempted(asked: _Attempt) -> _Attempted | None:
+    """Plan and measure a size, from where a worker that died had left it; None where the files are not seen."""
+    if not (asked.folder.is_dir() and asked.calibration.is_seen):
+        return None
+    journal = asked.opened()
+    try:
+        with neutral_torch_state():
+            return _attempt(asked, journal)
+    finally:
+        journal.close()
+
+
+def _attempt(asked: _Attempt, journal: Journal) -> _Attempted:
+    subject, device = asked.model.opened(), asked.calibration.device
+    with on_device(device, subject.streamed):
+        calibration = asked.calibration.opened(subject.streamed, journal)
+        planning = CalibratedRequest(subject, asked.measured, asked.request, calibration, asked.weighted)
+        try:
+            sent = planning.sent(journal)
+        except NotFinite:
+            return _Attempted()
+        gate = DropGate(asked.data, calibration.run)
+        planned = planning.received(sent, journal)
+        assert planned is not None
+        found = _Attempted(sent, gate.quality(subject, planned))
+    if not asked.stays:
+        planning.keep_factors_alone(journal)
+    return found
+
+
+@dataclass(frozen=True)
+class _Received:
+    """What an attempt came to, in the process of the search."""
+
+    planned: PlannedModel | None = None
+    quality: Quality | None = None
+
+
+def _in_workers(planning: CalibratedRequest, gate: DropGate, keeps: Sequence[float]) -> Iterator[_Received | None]:
+    """Plan and measure sizes with calibration in the workers of a run, a size in each; None where these do not see its
+    files."""
+    run = gate.run
+    folder = run.journal.folder("attempts").absolute()  # workers may be at work in another one
+    model, calibration, data = (
+        planning.subject.sent(),
+        SharedCalibration.of(planning.calibration),
+        gate.data.in_memory(),
     )
-    module = rewritten_module(rewriting, opened.streamed, Run(asked.device), done=lambda _name, _error: None)
-    return measure_quality(module, asked.data, device=asked.device)
+    sizes = [replace(planning, request=replace(planning.request, budget=Budget("keep", keep))) for keep in keeps]
+    asked = [
+        _Attempt(
+            model=model,
+            calibration=calibration,
+            measured=each.measured,
+            weighted=each.weighted,
+            request=each.request,
+            data=data,
+            folder=folder,
+            stays=run.journal.kept,
+        )
+        for each in sizes
+    ]
+    for size, attempt, attempted in zip(sizes, asked, run.engine.map(_attempted, asked), strict=True):
+        found = None if attempted is None else _received(size, attempt, attempted)
+        if found is None:
+            logger.warning(
+                "a size is planned in this process: not all workers see %s; give a work folder (`work_dir`) that all"
+                " machines share",
+                folder,
+            )
+        yield found
+
+
+def _received(size: CalibratedRequest, asked: _Attempt, attempted: _Attempted) -> _Received | None:
+    """What a worker has found; None where its factors are not here: another machine may have a folder of that name."""
+    if attempted.plan is None:
+        return _Received()
+    journal = asked.opened()
+    if not asked.stays:
+        journal.go_with_object()
+    planned = size.received(attempted.plan, journal)
+    return None if planned is None else _Received(planned, attempted.quality)
 
 
 class Planner(Protocol):
@@ -171,12 +270,9 @@ class Planner(Protocol):
     ) -> PlannedModel: ...
 
 
-def tried_at_once(subject: Model, data: EvaluationData, engine: Engine, *, calibrated: bool) -> int:
-    """How many sizes are tried at a time: as many as there are workers, if these can open the model.
-
-    Calibrated plans are made one after another, by walks through the model in this process.
-    """
-    return engine.workers if subject.files is not None and data.metric is None and not calibrated else 1
+def tried_at_once(subject: Model, data: EvaluationData, engine: Engine) -> int:
+    """How many sizes are tried at a time: as many as there are workers, if these can open the model."""
+    return engine.workers if subject.files is not None and data.metric is None else 1
 
 
 def plan_within_drop(
@@ -191,7 +287,8 @@ def plan_within_drop(
     """Find the smallest plan whose model is worse than the dense one by at most the budget, one standard error added.
 
     Sizes are tried without refinement. Then the smallest that holds is refined, and the next smaller ones of those that
-    were tried, as long as they hold. Without calibration as many sizes are tried at a time as can be measured.
+    were tried, as long as they hold. As many sizes are tried at a time as there are workers: without calibration these
+    measure what is planned here, and with it each plans its size too, whatever the `planner`.
 
     Raises `QualityGateNotMet`, naming the closest size that was tried, when only the dense model is good enough, and
     `BadInput` when the dense model has no finite score, or the budget is out of its metric's range.
@@ -204,7 +301,7 @@ def plan_within_drop(
     baseline = gate.baseline(subject)
     layers = measured if calibration is None else weighted_layers(measured, calibration)
     eligible = sum(m.layer.parameters for m in measured)
-    at_once = tried_at_once(subject, gate.data, gate.run.engine, calibrated=calibration is not None)
+    at_once = tried_at_once(subject, gate.data, gate.run.engine)
     refined = settings.most_refined if calibration is not None and calibration.settings.refine else 0
     most = at_once * settings.rounds(at_once) + refined
     trials = _Trials(
@@ -225,7 +322,15 @@ def plan_within_drop(
             return None
 
     def measure(keeps: Sequence[float]) -> list[Trial]:
-        return trials.measure(keeps, [planned_at(keep) for keep in keeps])
+        if calibration is None or at_once == 1:
+            return trials.measure(keeps, [planned_at(keep) for keep in keeps])
+        planning = CalibratedRequest(subject, measured, request, calibration, layers)
+        plans, qualities = list[PlannedModel | None](), dict[str, Quality]()
+        for keep, found in zip(keeps, _in_workers(planning, gate, keeps), strict=True):
+            plans.append(planned_at(keep) if found is None else found.planned)
+            if found is not None and found.planned is not None and found.quality is not None:
+                qualities[_name(found.planned)] = found.quality
+        return trials.measure(keeps, plans, qualities)
 
     # Half a parameter more, so that asking for the smallest size is not rounded to less than it.
     least = min(1.0, (smallest_size(layers, request.form, "parameters") + 0.5) / eligible)
@@ -293,13 +398,23 @@ class _Trials:
     by_size: dict[int, Trial] = field(default_factory=dict)
     candidates: list[_Measured] = field(default_factory=list)
 
-    def measure(self, keeps: Sequence[float], plans: Sequence[PlannedModel | None]) -> list[Trial]:
-        """The trials of some sizes by their plans, of which there are none where nothing is finite."""
+    def measure(
+        self,
+        keeps: Sequence[float],
+        plans: Sequence[PlannedModel | None],
+        qualities: Mapping[str, Quality] = MappingProxyType({}),
+    ) -> list[Trial]:
+        """The trials of some sizes by their plans, of which there are none where nothing is finite.
+
+        Of some the `qualities` are known, by what they are called in the journal.
+        """
         asked = list(zip(keeps, plans, strict=True))
         by_size = {each.plan.eligible_after: (keep, each) for keep, each in asked if each is not None}
         new = [each for size, each in by_size.items() if size not in self.by_size]
-        qualities = self.gate.qualities(self.subject, [planned for _, planned in new])
-        for (keep, planned), quality in zip(new, qualities, strict=True):
+        found = self.gate.qualities(self.subject, [each for _, each in new if _name(each) not in qualities])
+        for keep, planned in new:
+            name = _name(planned)
+            quality = qualities[name] if name in qualities else next(found)
             self._add(_Measured(_trial(keep, planned, quality, baseline=self.baseline), planned))
             self.gate.run.report("search", len(self.by_size), self.most)
         return [

@@ -84,6 +84,12 @@ class CalibrationData:
             Slice(number, each, [chunk for chunk in each if chunk in backward]) for number, each in enumerate(cut)
         )
 
+    def bare(self) -> CalibrationData:
+        """The same for another process."""
+        return replace(
+            self, fit=tuple(each.bare() for each in self.fit), holdout=tuple(each.bare() for each in self.holdout)
+        )
+
     def read(self, chunk: Chunk) -> Batch:
         """The examples of a chunk."""
         batch = self._batches(chunk.part)[chunk.batch]

@@ -62,6 +62,7 @@ def prepared(
         settings=settings,
         cache=cache,
         decompositions=cache.decompositions(),
+        first=first,
         slices=data.slices(settings.slices, backward_every=1 if whole else settings.gradient_every),
         heads=_of_many_classes(layers, head, classes) if classes > settings.most_classes else frozenset(),
     )

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def slices_in_workers(calibration: Calibration, files: ModelFiles | None, first: Batch) -> Iterator[AddedSlices | None]:
+def slices_in_workers(calibration: Calibration, files: ModelFiles | None) -> Iterator[AddedSlices | None]:
     """The sums over the slices of the fit examples, each formed by a job of the run's engine, and added up in order.
 
     A slice is added once it and those before it are formed, and its sums are removed: so there are those of one slice
@@ -52,7 +52,7 @@ def slices_in_workers(calibration: Calibration, files: ModelFiles | None, first:
             files=files,
             layers=tuple(calibration.layers.values()),
             data=_without_holdout(calibration.data),
-            first=_bare(first),
+            first=calibration.first.bare(),
             folder=folder,
             settings=calibration.settings,
             device=run.job_device,
@@ -248,9 +248,4 @@ def _unit(name: str, count: int) -> str:
 
 
 def _without_holdout(data: CalibrationData) -> CalibrationData:
-    return replace(data, fit=tuple(map(_bare, data.fit)), holdout=())
-
-
-def _bare(batch: Batch) -> Batch:
-    """A batch without what its loader gave, which may be anything."""
-    return replace(batch, given=None)
+    return replace(data.bare(), holdout=())

@@ -48,6 +48,10 @@ class Batch:
     def examples(self) -> int:
         return len(next(iter(self.inputs.values())))
 
+    def bare(self) -> Batch:
+        """The same for another process: without what a loader gave, which may be anything."""
+        return Batch(self.inputs, self.labels)
+
     @property
     def masks(self) -> tuple[Tensor, ...]:
         """Masks that are false on padding, `(B, L)` each: of the decoder, then of the encoder or only text."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compressor.engine.engine import Engine, InProcess
-from compressor.engine.journal import Fingerprint, Journal, digest_of
+from compressor.engine.journal import Fingerprint, Journal, Units, digest_of
 from compressor.engine.pool import ProcessPool
 from compressor.engine.ray import RayEngine
 from compressor.engine.request import opened_engine
@@ -17,6 +17,7 @@ __all__ = [
     "ProcessPool",
     "RayEngine",
     "Run",
+    "Units",
     "digest_of",
     "opened_engine",
 ]

@@ -74,6 +74,24 @@ class _File:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Units:
+    """Units of tensors of a journal as they are now, which other processes may read."""
+
+    folder: Path
+    prefix: str
+    names: frozenset[str]
+
+    def path(self, name: str) -> Path:
+        """The file of a unit."""
+        return self.folder / _file_name(self.prefix + name)
+
+    @property
+    def are_seen(self) -> bool:
+        """Whether this process sees all of them: on another machine there may be no such folder, or another one."""
+        return all(self.path(name).is_file() for name in self.names)
+
+
 class Journal:
     """The units of a run by name: tensors in files, and values in the journal itself.
 
@@ -94,6 +112,7 @@ class Journal:
         self._prefix = ""
         self._whole: Journal | None = None
         self._beside: Journal | None = None
+        self._others: Units | None = None
         self._close: Callable[[], object] = lambda: None
 
     @classmethod
@@ -138,8 +157,24 @@ class Journal:
         if not self.kept:
             return Journal()
         part = copy.copy(self)
-        part._prefix, part._whole = f"{self._prefix}{name}/", self
+        part._prefix, part._whole, part._others = f"{self._prefix}{name}/", self, None
         return part
+
+    def units(self) -> Units:
+        """The units of tensors that are whole now, for other processes."""
+        known = [name.removeprefix(self._prefix) for name in list(self._files) if name.startswith(self._prefix)]
+        return Units(self._place().absolute(), self._prefix, frozenset(filter(self.holds, known)))
+
+    def beside(self, others: Units) -> Journal:
+        """The same journal, in which the units of another are read too; of two that have one name this one's."""
+        both = copy.copy(self)
+        both._whole, both._others = self, others
+        return both
+
+    def go_with_object(self) -> None:
+        """Remove all of it when nobody holds the journal, or a part of it, any more."""
+        assert self._folder is not None
+        self._close = weakref.finalize(self, _removed, self._folder, self._close)
 
     def temporary(self) -> Journal:
         """A temporary journal on the disk of this one."""
@@ -187,7 +222,7 @@ class Journal:
 
     def file(self, name: str, make: Callable[[Path], object]) -> Path:
         """The file of a unit, which `make` writes where there is none: at a path where nothing is."""
-        if not self.holds(name):
+        if not self._has(name):
             path = self._path(name)
             partial = path.with_suffix(".partial")
             with self._space():
@@ -220,12 +255,17 @@ class Journal:
         """The tensors of a unit, on the CPU. KeyError where there is none."""
         if not self.holds(name):
             raise KeyError(name)
+        path = self._path(name) if self._others is None or self._has(name) else self._others.path(name)
         with self._space():
-            tensors: dict[str, Tensor] = load_file(self._path(name))
+            tensors: dict[str, Tensor] = load_file(path)
         return tensors
 
     def holds(self, name: str) -> bool:
         """Whether there is a unit of tensors, or a file, of that name, and it is as it was recorded."""
+        return self._has(name) or (self._others is not None and name in self._others.names)
+
+    def _has(self, name: str) -> bool:
+        """Whether there is one of this journal's own."""
         full = self._prefix + name
         if full in self._unchecked:
             self._unchecked.discard(full)
@@ -238,7 +278,7 @@ class Journal:
 
     def take(self, name: str, other: Journal) -> None:
         """Move a unit here from another journal on the same disk, if it is there."""
-        if other.holds(name):
+        if other._has(name):
             self.file(name, other._path(name).replace)
             other.drop(name)
 
@@ -263,6 +303,13 @@ class Journal:
         with self._space():
             self._path(name).unlink(missing_ok=True)
 
+    def keep_only(self, part: str) -> None:
+        """Remove all units and values but those of a part."""
+        begin = f"{self._prefix}{part}/"
+        for full in [*self._files, *self._values]:
+            if full.startswith(self._prefix) and not full.startswith(begin):
+                self.drop(full.removeprefix(self._prefix))
+
     def close(self) -> None:
         """Let other processes use the folder."""
         self._close()
@@ -284,7 +331,7 @@ class Journal:
 
     def _path(self, name: str) -> Path:
         """Where the file of a unit is: a name may be anything, also too long for a file."""
-        return self._place() / f"{_hashed(self._prefix + name)}.safetensors"
+        return self._place() / _file_name(self._prefix + name)
 
     def _place(self) -> Path:
         if self._log is not None:
@@ -381,6 +428,10 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _file_name(name: str) -> str:
+    return f"{_hashed(name)}.safetensors"
+
+
 def _hashed(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
@@ -462,6 +513,12 @@ def _begins_as_ours(path: Path) -> bool:
     first = _FIRST if path.name == _LOG else b""
     with path.open("rb") as file:
         return first.startswith(file.read(len(_FIRST)))
+
+
+def _removed(folder: Path, close: Callable[[], object]) -> None:
+    """Remove the folder of a journal, and then let it go."""
+    shutil.rmtree(folder, ignore_errors=True)
+    close()
 
 
 @contextmanager

@@ -130,6 +130,11 @@ class Model:
             factory = str(Path(factory).absolute())
         return ModelFiles(Path(source).absolute(), factory, self._kept)
 
+    def sent(self) -> SentModel:
+        """What another process opens it from, of a model that has `files`."""
+        assert self.files is not None
+        return SentModel(self.files, self.name, self.digest, self.layers, self.recipe, self.initial)
+
     @property
     def _kept(self) -> frozenset[str]:
         """Parameters that stay in memory where the blocks do not.
@@ -202,6 +207,27 @@ class Model:
         """Raise `BadInput` for weights that cannot be run, because nothing says what model they are of."""
         if not self.in_memory:
             _require_architecture(self.checkpoint, self.factory)
+
+
+@dataclass(frozen=True)
+class SentModel:
+    """What another process opens the same model from: its files, and what was found of it here."""
+
+    files: ModelFiles
+    name: str
+    digest: str | None
+    layers: tuple[Layer, ...]
+    recipe: TrainingRecipe
+    initial: InitialWeights | None
+
+    def opened(self) -> Model:
+        """The model in another process."""
+        opened = self.files.opened()
+        found = replace(
+            opened, name=self.name, layers=self.layers, initial=self.initial, _find_recipe=lambda: self.recipe
+        )
+        vars(found)["digest"] = self.digest  # the cached property, which would read the whole checkpoint
+        return found
 
 
 @dataclass(frozen=True)

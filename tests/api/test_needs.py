@@ -22,6 +22,7 @@ from compressor.api.needs import (
     ModelSize,
     NeedsSettings,
     Places,
+    SizesInWorkers,
     SlicesInWorkers,
     memory_bytes,
     output_bytes,
@@ -133,6 +134,30 @@ def test_slices_that_workers_take_need_sums_on_disk_and_a_model_and_moments_each
     held = Held(model.streamed)
     beside = memory_bytes(model, alone, held) - model.streamed
     assert memory_bytes(model, sliced, held) == model.streamed + 3 * (model.streamed + beside)
+
+
+def test_sizes_that_workers_plan_need_a_model_each_and_what_a_size_leaves_on_disk() -> None:
+    model = sized(4)
+    alone = replace(calibrated(64), settings=CalibrationSettings(recalibration_rounds=0))
+    three, held = replace(alone, sizes=SizesInWorkers(3, 2)), Held(model.streamed)
+    states = 64 * alone.footprint.state
+    assert temporary_bytes(model, three) - temporary_bytes(model, alone) == 3 * (states + 3 * model.factors)
+    beside = memory_bytes(model, alone, held) - model.streamed
+    assert memory_bytes(model, three, held) == model.streamed + 2 * (model.streamed + max(beside, model.factors))
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "at_once", "expected"),
+    [
+        (InProcess(), "cpu", 1, SizesInWorkers()),
+        (ProcessPool(4), "cpu", 4, SizesInWorkers(4, 4)),
+        (ProcessPool(4), "cuda", 4, SizesInWorkers(4, 1)),
+    ],
+)
+def test_sizes_are_planned_in_workers_where_several_are_tried_at_a_time(
+    engine: Engine, device: str, at_once: int, *, expected: SizesInWorkers
+) -> None:
+    assert SizesInWorkers.of(at_once, Run(torch.device(device), engine=engine)) == expected
 
 
 @pytest.mark.parametrize(

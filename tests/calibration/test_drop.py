@@ -44,6 +44,7 @@ from compressor.planning import (
     within_limit,
 )
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
+from tests.test_frozen_outputs import factory, weight_file
 
 MLP = Path(__file__).parents[2] / "model_cards" / "digits-mlp"
 CPU = torch.device("cpu")
@@ -421,9 +422,94 @@ def test_a_module_in_memory_and_a_metric_of_the_callers_own_are_measured_here(tr
     assert engine.evaluations == 0
     subject = open_model(MLP / "model.safetensors", **CARD)
     own = replace(deciding(), metric=CustomMetric(accuracy))
-    assert tried_at_once(subject, deciding(), engine, calibrated=False) == 2
-    assert tried_at_once(subject, deciding(), engine, calibrated=True) == 1
-    assert tried_at_once(subject, own, engine, calibrated=False) == 1
+    assert tried_at_once(subject, deciding(), engine) == 2
+    assert tried_at_once(subject, own, engine) == 1
+
+
+@dataclass(frozen=True)
+class Blind(TwoAtATime):
+    """The same with workers that do not see the folder of the run."""
+
+    def map(self, job: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        away = Path("/on another machine")
+        return super().map(job, (replace(each, folder=away) if hasattr(each, "folder") else each for each in items))
+
+
+def search_calibrated(folder: Path, engine: Engine, *, journal: Journal | None = None) -> PlannedModel:
+    """A calibrated search on a small network from a file."""
+    subject = open_model(weight_file(folder, "perceptron"), factory=factory(folder, "perceptron"))
+    run = Run(CPU, engine=engine, journal=Journal() if journal is None else journal)
+    layers = [layer for layer in subject.layers if layer.eligible]
+    measured = measured_layers(subject, inspect_layers(subject, EPSILON, Run(CPU)))
+    torch.manual_seed(0)
+    inputs = torch.randn(128, 20)
+    labels = subject.module(inputs).argmax(-1)
+    data, settings = split_examples(open_data(list(inputs.split(16)))), replace(TWO_PASSES, recalibration_rounds=0)
+    calibrated = calibrate(subject.streamed, layers, data, run=run, settings=settings, files=subject.files)
+    few = PlanningSettings(most_trials=2, most_refined=1)
+    asked = PlanRequest(budget=Budget("max-drop", 0.2), shard_size=10**9, settings=few)
+    gate = DropGate(open_data((inputs, labels)), run)
+    return plan_within_drop(subject, measured, asked, gate=gate, calibration=calibrated)
+
+
+def assert_same_plan(found: PlannedModel, expected: PlannedModel) -> None:
+    assert found.plan == expected.plan
+    assert found.factors.keys() == expected.factors.keys() != set()
+    for name, each in expected.factors.items():
+        assert each.error == found.factors[name].error
+        assert all(torch.equal(found.factors[name].tensors[key], tensor) for key, tensor in each.tensors.items())
+    assert found.statistics.keys() == expected.statistics.keys()
+    assert all(torch.equal(found.statistics[name][1], each) for name, (_, each) in expected.statistics.items())
+
+
+def attempts(engine: TwoAtATime) -> list[Any]:
+    return [item for item in engine.given if hasattr(item, "weighted")]
+
+
+@pytest.mark.slow
+def test_with_calibration_sizes_are_planned_and_measured_in_workers_as_here(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = TwoAtATime()
+    found = search_calibrated(tmp_path, engine)
+    assert len(attempts(engine)) == 4
+    with caplog.at_level(logging.WARNING):
+        expected = search_calibrated(tmp_path, Blind())
+    assert "a size is planned in this process: not all workers see" in caplog.text
+    assert_same_plan(found, expected)
+    assert found.plan.search is not None
+
+
+@dataclass(frozen=True)
+class Dying(TwoAtATime):
+    """The same in a run that ends when so many attempts are begun."""
+
+    most: int = 3
+
+    def map(self, job: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for result in super().map(job, items):
+            if len(attempts(self)) == self.most:
+                raise KeyboardInterrupt
+            yield result
+
+
+@pytest.mark.slow
+def test_an_interrupted_search_goes_on_with_the_sizes_that_workers_have_tried(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = Journal.open(work, Fingerprint(), option="work_dir")
+    with pytest.raises(KeyboardInterrupt):
+        search_calibrated(tmp_path, Dying(), journal=first)
+    first.close()
+    before = {path: path.read_bytes() for path in work.glob("jobs/*/*/journal.jsonl")}
+    assert len(before) == 3
+    again = Journal.open(work, Fingerprint(), option="work_dir")
+    found = search_calibrated(tmp_path, TwoAtATime(), journal=again)
+    for path, log in before.items():  # nothing but the factors is kept anew
+        added = path.read_bytes().removeprefix(log).decode().splitlines()
+        assert all('"unit": "found/' in line for line in added), path
+    assert_same_plan(found, search_calibrated(tmp_path, TwoAtATime()))
+    again.remove()
+    assert not work.exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from threading import Timer
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.engine.journal import Fingerprint, Journal, digest_of
@@ -252,6 +254,61 @@ def test_the_folder_of_a_temporary_journal_goes_with_it(tmp_path: Path, monkeypa
     other.close()
     del journal
     assert not list(tmp_path.iterdir())
+
+
+def test_another_process_reads_the_units_there_are_and_keeps_its_own(work: Path, tmp_path: Path) -> None:
+    journal, made = opened(work), Made()
+    part = journal.part("outputs")
+    for name in ("shared", "replaced", "damaged"):
+        part.write(name, {"a": torch.ones(2)})
+    journal.write("of another part", {"a": torch.ones(2)})
+    journal.close()
+    damaged = journal.part("outputs").units().path("damaged")
+    damaged.write_bytes(b"")
+    units = pickle.loads(pickle.dumps(opened(work).part("outputs").units()))
+    assert units.names == {"shared", "replaced"}
+    assert units.are_seen
+    other = opened(tmp_path / "other")
+    both = other.part("outputs").beside(units)
+    assert both.holds("shared")
+    assert torch.equal(both.tensors("shared", made.tensors)["a"], torch.ones(2))
+    both.write("replaced", {"a": torch.zeros(2)})
+    assert torch.equal(both.read("replaced")["a"], torch.zeros(2))
+    both.drop("shared")  # which is not its own
+    assert not both.holds("damaged")
+    assert not both.part("any").holds("shared")
+    assert made.times == 0
+    other.close()
+    again = opened(tmp_path / "other").part("outputs")
+    assert (again.holds("replaced"), again.holds("shared")) == (True, False)
+    assert torch.equal(load_file(units.path("replaced"))["a"], torch.ones(2))
+    units.path("shared").unlink()
+    assert not units.are_seen
+
+
+def test_all_but_a_part_is_removed(work: Path) -> None:
+    journal = opened(work)
+    for name in ("kept/a", "other/a", "keptness"):
+        journal.write(name, {"a": torch.ones(2)})
+    journal.value("kept/value", lambda: 1)
+    journal.value("value", lambda: 2)
+    journal.keep_only("kept")
+    assert len(journal) == 2
+    assert (journal.holds("kept/a"), journal.knows("kept/value")) == (True, True)
+    assert len(list((work / "units").iterdir())) == 1
+
+
+def test_a_journal_that_goes_with_its_object_goes_with_the_last_part(work: Path) -> None:
+    journal = opened(work)
+    journal.write("a", {"a": torch.ones(2)})
+    journal.go_with_object()
+    part = journal.part("any")
+    del journal
+    gc.collect()
+    assert work.exists()
+    del part
+    gc.collect()
+    assert not work.exists()
 
 
 def test_what_is_not_ours_is_left_alone(work: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from compressor.engine import RayEngine
 from compressor.errors import BadInput
-from tests.calibration.test_drop import TwoAtATime, search_digits
+from tests.calibration.test_drop import TwoAtATime, assert_same_plan, search_calibrated, search_digits
 from tests.engine.runs import calibrated, sliced, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
@@ -110,6 +110,15 @@ def test_a_search_by_drop_tries_a_size_on_each_node_at_a_time(connected: Any) ->
         found = search_digits(engine)
     connected.remove_node(node)
     assert found == search_digits(TwoAtATime())
+
+
+def test_a_calibrated_search_plans_a_size_on_each_node_at_a_time(connected: Any, tmp_path: Path) -> None:
+    node = connected.add_node(num_cpus=1)
+    connected.wait_for_nodes()
+    with RayEngine() as engine:
+        found = search_calibrated(tmp_path, engine)
+    connected.remove_node(node)
+    assert_same_plan(found, search_calibrated(tmp_path, TwoAtATime()))
 
 
 def test_moments_of_which_a_node_is_killed_are_those_of_a_run_in_process(connected: Any, tmp_path: Path) -> None:
