@@ -15,6 +15,7 @@ from compressor.api.option import verb
 from compressor.api.options import ArchiveOptions
 from compressor.archiving import TrainingRun, write_archive
 from compressor.errors import BadInput
+from compressor.initial import starts_of
 from compressor.io import Checkpoint, check_output, open_checkpoint, refuse_adapter, staged_folder
 from compressor.io.output import files_below
 from compressor.io.steps import steps_in_order
@@ -81,9 +82,12 @@ def _opened(checkpoints: Sequence[str | Path], asked: ArchiveOptions) -> Trainin
     opened = [_checkpoint(path) for _, path in ordered]
     last = open_model(ordered[-1][1], recipe=asked.recipe, factory=asked.factory)
     # The first checkpoint has most of what a seed draws; it may be the one that is given.
-    drawn = asked.initial == "auto" or isinstance(asked.initial, int)
+    drawn = asked.initial is None or asked.initial == "auto" or isinstance(asked.initial, int)
     subject = replace(last, checkpoint=opened[0]) if drawn else last
     initial = with_initial(asked, subject, asked.progress)[0].initial
+    if asked.initial is None and initial is not None:
+        eligible = [layer for layer in subject.layers if layer.eligible]
+        initial = initial if starts_of(eligible, subject.checkpoint, initial) else None
     recipe, numbers = last.recipe, [number for number, _ in ordered]
     if unit == "step" and recipe.total_steps is None:
         recipe = replace(recipe, steps=numbers[-1])
