@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, get_args
 
@@ -106,6 +107,27 @@ def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprin
     return _of_model(subject, run).joined(Fingerprint(contents, settings))
 
 
+def code_version(package: Path, installed_from: str | None) -> str:
+    """The version of the code in a package's folder, which of no release has a digest: each state of it has one number.
+
+    Args:
+        package: The folder.
+        installed_from: What the installer noted of where it came from; nothing of what an index has (PEP 610).
+    """
+    if installed_from is None and not (package.parent / "pyproject.toml").is_file():
+        return VERSION
+    sources = sorted(path for kind in ("py", "json") for path in package.rglob(f"*.{kind}"))
+    digest = _digest(*(part for path in sources for part in (str(path.relative_to(package)), path.read_bytes())))
+    return f"{VERSION} with code of SHA-256 {digest[:16]}"
+
+
+def _installed_from() -> str | None:
+    try:
+        return distribution("compressor").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+
+
 def _of_model(subject: Model, run: Run) -> Fingerprint:
     """What is read of a model, and what computes with it."""
     return Fingerprint(
@@ -115,7 +137,7 @@ def _of_model(subject: Model, run: Run) -> Fingerprint:
             "its code": _digest_of_code(subject),
         },
         {
-            "the version": VERSION,
+            "the version": code_version(Path(__file__).parents[1], _installed_from()),
             "the version of PyTorch": str(torch.__version__),
             "the device": device_name(run.device),
             "the number of threads": str(torch.get_num_threads()),

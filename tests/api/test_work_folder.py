@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor import BadInput, compress
+from compressor.api.work_folder import code_version
 from compressor.io import CARD_FILE
 from compressor.io.workspace import is_workspace
 from compressor.planning import PlanningSettings
+from compressor.version import VERSION
 from tests.calibration.tiny_models import TWO_PASSES, inputs_for, transformer
 
 
@@ -193,6 +195,30 @@ def test_a_run_that_is_asked_for_something_else_is_refused_by_name(folder: Path,
         compress(folder, prefer="size", work_dir=work, **{**asked, **given})
     assert refused.value.option == "work_dir"
     compress(folder, prefer="size", work_dir=work, **asked)  # and is there to go on from
+
+
+def test_the_version_of_a_release_is_its_number_and_of_a_checkout_its_code_too(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "room").mkdir(parents=True)
+    (package / "room" / "a.py").write_text("a = 1")
+    assert code_version(package, None) == VERSION
+    from_git = code_version(package, '{"url": "https://example.org"}')
+    (tmp_path / "pyproject.toml").touch()
+    before = code_version(package, None)
+    assert before == from_git
+    assert before.startswith(f"{VERSION} with code of SHA-256 ")
+    (package / "room" / "a.pyc").write_text("b = 1")
+    assert code_version(package, None) == before
+    seen = {before}
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: (package / "room" / "a.py").write_text("a = 2"),
+        lambda: (package / "room" / "a.py").rename(package / "a.py"),
+        lambda: (package / "settings.json").write_text("{}"),
+    )
+    for change in changes:
+        change()
+        seen.add(code_version(package, None))
+    assert len(seen) == 4
 
 
 def test_a_run_on_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
