@@ -19,7 +19,7 @@ from typing import Any
 from compressor.errors import BadInput, CompressorError
 from compressor.forms import FORMS, layers
 from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
-from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec
+from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec, formed_layers
 from compressor.lowrank import modules as low_rank_modules
 from compressor.version import VERSION
 
@@ -69,6 +69,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     config = dict(checkpoint.config or {})
     described = config.pop("quantization_config", None)
+    if checkpoint.folder is not None and described is None and (formed := formed_layers(checkpoint)):
+        raise BadInput(
+            f"needs no code: its {len(formed)} compressed layers are dense once they are loaded",
+            where=checkpoint.source,
+            remedy="export it with `to='dense'`, or give it as it is to those who have this package",
+        )
     if checkpoint.folder is None or not isinstance(described, Mapping) or described.get("quant_method") != METADATA_KEY:
         raise BadInput(
             "is no transformers folder with low-rank layers",

@@ -272,6 +272,9 @@ def test_transformers_loads_a_folder_as_the_dense_model(
     restore(tmp_path / "small", output=tmp_path / "restored")
     assert "quantization_config" not in json.loads((tmp_path / "restored/config.json").read_text())
     close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "restored"), model)
+    with pytest.raises(BadInput, match=r"4 compressed layers are dense once they are loaded") as refused:
+        export(tmp_path / "small", to="hf-remote", output=tmp_path / "remote")
+    assert "to='dense'" in str(refused.value.remedy)
 
 
 @pytest.mark.slow
@@ -288,6 +291,8 @@ def test_beside_pairs_the_configuration_lists_these_alone(
     close(loaded, model)
     loaded.save_pretrained(tmp_path / "saved")
     close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
+    export(tmp_path / "small", to="hf-remote", output=tmp_path / "remote")
+    close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "remote", trust_remote_code=True), model)
 
 
 @pytest.mark.slow
