@@ -191,7 +191,7 @@ def _digest_of_initial(initial: InitialWeights | None, layers: Sequence[Layer]) 
     if initial.digest is not None:
         return initial.digest
     found = (initial.fingerprint(initial_name(layer)) for layer in layers if layer.eligible)
-    return _digest(*(json.dumps(None if each is None else each.to_dict()) for each in found))
+    return _digest(*(json.dumps(None if each is None else each.to_list()) for each in found))
 
 
 def _digest_of_code(subject: Model) -> str:

@@ -18,10 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.initial.steps import DRAWS, DTYPES, OVERWRITE, Region, Register, Step, step_document, step_of
+from compressor.initial.steps import (
+    DRAWS,
+    OVERWRITE,
+    Region,
+    Register,
+    Step,
+    registers_document,
+    registers_of,
+    steps_document,
+    steps_of,
+)
 
 # More than any initialization takes: a model of a thousand layers has ten thousand steps.
-_MOST_STEPS = 2**20
+_MOST_STEPS = 2**18
+# What `Draws.to_dict` is written in.
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -250,12 +262,12 @@ class Draws:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, in the types of JSON."""
-        names = {dtype: name for name, dtype in DTYPES.items()}
         return {
+            "format": _FORMAT,
             "seed": self.seed,
             "torch": self.torch_version,
-            "registers": [[each.size, names[each.dtype]] for each in self.registers],
-            "steps": [step_document(step, self.registers) for step in self.steps],
+            "registers": registers_document(self.registers),
+            "steps": steps_document(self.steps, self.registers),
             "tensors": {name: region.to_list() for name, region in self.tensors.items()},
         }
 
@@ -271,9 +283,13 @@ class Draws:
             ValueError: it is something else, or asks for more.
         """
         try:
+            if document["format"] != _FORMAT:
+                raise ValueError(f"it is a record of format {document['format']!r} instead of {_FORMAT}")
             seed, version = document["seed"], document["torch"]
-            registers = tuple(Register(size, DTYPES[dtype]) for size, dtype in document["registers"])
-            steps = tuple(step_of(each, registers) for each in document["steps"])
+            registers = registers_of(document["registers"], most=_MOST_STEPS)
+            if any(each.size > most_numbers for each in registers):
+                raise ValueError("it holds more numbers than the model")
+            steps = steps_of(document["steps"], registers, most=_MOST_STEPS)
             tensors = {name: Region.of_list(region) for name, region in document["tensors"].items()}
         except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"it is no record of draws: {error}") from None
@@ -284,18 +300,11 @@ class Draws:
     def _require_sound(self, most_numbers: int) -> None:
         if type(self.seed) is not int or not 0 <= self.seed < 2**64 or not isinstance(self.torch_version, str):
             raise ValueError("its seed or release is none")
-        if any(type(each.size) is not int or not 0 <= each.size <= most_numbers for each in self.registers):
-            raise ValueError("it holds more numbers than the model")
-        if max(len(self.steps), len(self.registers)) > _MOST_STEPS:
-            raise ValueError("it has more steps than any initialization")
-        regions = [region for step in self.steps for region in (step.target, step.source) if region is not None]
-        for region in (*regions, *self.tensors.values()):
+        for region in self.tensors.values():
             if region.register >= len(self.registers) or region.end > self.registers[region.register].size:
-                raise ValueError("a step or tensor is outside of its register")
+                raise ValueError("a tensor is outside of its register")
             if region.overlaps:
-                raise ValueError("numbers of a step or tensor lie on others")
-        if any(step.source is not None and step.source.shape != step.target.shape for step in self.steps):
-            raise ValueError("a copy has another shape")
+                raise ValueError("numbers of a tensor lie on others")
         if not self.is_within(most_numbers):
             raise ValueError("it draws more numbers than the model has")
 
@@ -310,16 +319,19 @@ class Draws:
 
 def _compact(draws: Draws, needed: Collection[int]) -> Draws:
     """The same with the registers that have steps or tensors alone; draws that nobody needs share one of their size."""
-    places: dict[tuple[int, int, torch.dtype], int] = {}
-    registers: list[Register] = []
+    used = [region.register for step in draws.steps for region in (step.target, step.source) if region is not None]
+    used += [region.register for region in draws.tensors.values()]
+    in_order = dict.fromkeys(used)
+    # Scratch memory comes first, so that those of repeated blocks have numbers that advance evenly.
+    registers = list(dict.fromkeys(draws.registers[each] for each in in_order if each not in needed))
+    places = {each: registers.index(draws.registers[each]) for each in in_order if each not in needed}
+    for each in in_order:
+        if each in needed:
+            places[each] = len(registers)
+            registers.append(draws.registers[each])
 
     def moved(region: Region) -> Region:
-        old = draws.registers[region.register]
-        key = (region.register if region.register in needed else -1, old.size, old.dtype)
-        if key not in places:
-            places[key] = len(registers)
-            registers.append(old)
-        return replace(region, register=places[key])
+        return replace(region, register=places[region.register])
 
     steps = tuple(
         replace(step, target=moved(step.target), source=None if step.source is None else moved(step.source))

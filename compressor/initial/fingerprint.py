@@ -18,10 +18,10 @@ class Fingerprint:
     values: tuple[float, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor, count: int = 8) -> Fingerprint:
-        """That of a tensor, by numbers at places that are spread evenly."""
+    def of(cls, tensor: Tensor, count: int = 4) -> Fingerprint:
+        """That of a tensor, to seven digits, by numbers at places that are spread evenly."""
         wide = tensor.detach().to(torch.float64).flatten()
-        return cls(float(wide.norm()), tuple(wide[_places(len(wide), count)].tolist()))
+        return cls(_rounded(float(wide.norm())), tuple(map(_rounded, wide[_places(len(wide), count)].tolist())))
 
     def defect(self, tensor: Tensor, tolerance: float = 1e-5) -> str | None:
         """What is different in another tensor, relative to its root mean square; None where nothing is."""
@@ -33,17 +33,23 @@ class Fingerprint:
         apart = [abs(a - b) for a, b in pairs if not abs(a - b) <= tolerance * max(size, abs(a))]
         return f"{len(apart)} of {len(self.values)} of its numbers are others" if apart else None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"norm": self.norm, "values": list(self.values)}
+    def to_list(self) -> list[float]:
+        """What `of_list` reads, in the types of JSON."""
+        return [self.norm, *self.values]
 
     @classmethod
-    def from_dict(cls, document: Any) -> Fingerprint:
-        """Read what `to_dict` returns; ValueError for anything else."""
-        match document:
-            case {"norm": int() | float() as norm, "values": list() as values}:
-                if all(type(each) in (int, float) and math.isfinite(each) for each in (norm, *values)):
-                    return cls(float(norm), tuple(map(float, values)))
-        raise ValueError(f"{document!r} is no fingerprint")
+    def of_list(cls, document: Any) -> Fingerprint:
+        """Read what `to_list` returns; ValueError for anything else."""
+        if not isinstance(document, list) or not document:
+            raise ValueError(f"{document!r} is no fingerprint")
+        if any(type(each) not in (int, float) or not math.isfinite(each) for each in document):
+            raise ValueError(f"{document!r} is no fingerprint")
+        norm, *values = map(float, document)
+        return cls(norm, tuple(values))
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.7g}")
 
 
 def _places(size: int, count: int) -> list[int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from compressor.initial.repeats import repeats_of
 
 # What consumes random numbers, and what is done in place with scalars alone.
 DRAWS = ("uniform_", "normal_")
@@ -25,6 +27,7 @@ OPERATIONS = frozenset((*DRAWS, *SCALAR, COPY))
 DTYPES = {
     str(each).removeprefix("torch."): each for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OVERWRITE = frozenset((*DRAWS, "fill_", "zero_", COPY))
 
 
@@ -58,12 +61,18 @@ class Region:
         return False
 
     def to_list(self) -> list[Any]:
-        return [self.register, list(self.shape), list(self.strides), self.offset]
+        found = [self.register, list(self.shape)]
+        if self.offset or torch.empty(self.shape, device="meta").stride() != self.strides:
+            found += [list(self.strides), self.offset]
+        return found
 
     @classmethod
     def of_list(cls, document: Any) -> Region:
         """Read what `to_list` returns; ValueError for anything else."""
         match document:
+            case [int() as register, list() as shape] if all(type(each) is int and each >= 0 for each in shape):
+                strides = [math.prod(max(1, size) for size in shape[place + 1 :]) for place in range(len(shape))]
+                return cls.of_list([register, shape, strides, 0])
             case [int() as register, list() as shape, list() as strides, int() as offset]:
                 numbers = [register, offset, *shape, *strides]
                 if len(shape) == len(strides) <= 8 and all(type(each) is int and each >= 0 for each in numbers):
@@ -107,8 +116,80 @@ class Register:
     dtype: torch.dtype
 
 
-def step_document(step: Step, registers: Sequence[Register]) -> list[Any]:
-    """What `step_of` reads, in the types of JSON."""
+def registers_document(registers: Sequence[Register]) -> list[Any]:
+    """What `registers_of` reads, in the types of JSON: registers, and what repeats once."""
+    found: list[Any] = []
+    for repeat in repeats_of(registers, [()] * len(registers)):
+        own = [[each.size, _NAMES[each.dtype]] for each in registers[repeat.place : repeat.place + repeat.length]]
+        found += own if repeat.times == 1 else [{"times": repeat.times, "registers": own}]
+    return found
+
+
+def registers_of(document: Any, *, most: int) -> tuple[Register, ...]:
+    """Read what `registers_document` returns; ValueError for anything else, and for more registers than `most`."""
+    found: list[Register] = []
+    for each in document:
+        times, some = (each["times"], each["registers"]) if isinstance(each, Mapping) else (1, [each])
+        if type(times) is not int or not 0 < times <= most or len(found) + times * len(some) > most:
+            raise ValueError("it has more registers than any initialization")
+        own = [Register(size, DTYPES[dtype]) for size, dtype in some]
+        if any(type(register.size) is not int or register.size < 0 for register in own):
+            raise ValueError("a register has no size")
+        found += own * times
+    return tuple(found)
+
+
+def steps_document(steps: Sequence[Step], registers: Sequence[Register]) -> list[Any]:
+    """What `steps_of` reads, in the types of JSON: steps, and what repeats on other registers once."""
+    numbers = [_registers(step) for step in steps]
+    keys = [_moved(step, tuple(-number for number in own)) for step, own in zip(steps, numbers, strict=True)]
+    found: list[Any] = []
+    for repeat in repeats_of(keys, numbers):
+        own = [_document(step, registers) for step in steps[repeat.place : repeat.place + repeat.length]]
+        if repeat.times == 1:
+            found += own
+        else:
+            strides = [list(each) for each in repeat.strides]
+            found.append({"times": repeat.times, "steps": own, "strides": strides})
+    return found
+
+
+def steps_of(document: Any, registers: Sequence[Register], *, most: int) -> tuple[Step, ...]:
+    """Read what `steps_document` returns; ValueError for anything else, and for more steps than `most`."""
+    if len(document) > most:
+        raise ValueError("it has more steps than any initialization")
+    found: list[Step] = []
+    for each in document:
+        if not isinstance(each, Mapping):
+            found.append(_step(each, registers))
+            if len(found) > most:
+                raise ValueError("it has more steps than any initialization")
+        else:
+            times, strides = each["times"], each["strides"]
+            own = [_step(step, registers) for step in each["steps"]]
+            sound = type(times) is int and times > 0 and len(found) + times * len(own) <= most
+            if not sound or any(type(by) is not int for stride in strides for by in stride):
+                raise ValueError("what repeats has no times or strides, or too many")
+            for time in range(times):
+                found += [
+                    _sound(_moved(step, tuple(time * by for by in stride)), registers)
+                    for step, stride in zip(own, strides, strict=True)
+                ]
+    return tuple(found)
+
+
+def _registers(step: Step) -> tuple[int, ...]:
+    return (step.target.register,) if step.source is None else (step.target.register, step.source.register)
+
+
+def _moved(step: Step, by: tuple[int, ...]) -> Step:
+    """The same on registers whose numbers are larger."""
+    regions = (step.target,) if step.source is None else (step.target, step.source)
+    moved = [replace(each, register=each.register + own) for each, own in zip(regions, by, strict=True)]
+    return replace(step, target=moved[0], source=None if step.source is None else moved[1])
+
+
+def _document(step: Step, registers: Sequence[Register]) -> list[Any]:
     region = step.target
     target: Any = region.to_list()
     if region.is_all(registers[region.register].size) and step.source is None:
@@ -117,8 +198,7 @@ def step_document(step: Step, registers: Sequence[Register]) -> list[Any]:
     return found if step.source is None else [*found, step.source.to_list()]
 
 
-def step_of(document: Any, registers: Sequence[Register]) -> Step:
-    """Read what `step_document` returns; ValueError for anything else."""
+def _step(document: Any, registers: Sequence[Register]) -> Step:
     operation, target, *rest = document
     if operation not in OPERATIONS:
         raise ValueError(f"there is no operation {operation!r}")
@@ -130,12 +210,30 @@ def step_of(document: Any, registers: Sequence[Register]) -> Step:
         region = Region.of_list(target)
     if operation == COPY:
         [source] = rest
-        return Step(operation, region, source=Region.of_list(source))
-    largest = torch.finfo(registers[region.register].dtype).max if region.register < len(registers) else 0.0
-    sound = len(rest) in _COUNTS[operation]
-    sound &= all(type(each) in (int, float) and math.isfinite(each) and abs(each) <= largest for each in rest)
-    if not sound or (operation == "normal_" and rest[1:] and rest[1] < 0):
-        raise ValueError(f"{rest!r} are no scalars of {operation}")
-    if operation == "uniform_" and len(rest) == 2 and not 0 <= rest[1] - rest[0] <= largest:
-        raise ValueError(f"{rest!r} are no scalars of {operation}")
-    return Step(operation, region, tuple(rest))
+        return _sound(Step(operation, region, source=Region.of_list(source)), registers)
+    return _sound(Step(operation, region, tuple(rest)), registers)
+
+
+def _sound(step: Step, registers: Sequence[Register]) -> Step:
+    """The step, if it is one that can be carried out; ValueError otherwise."""
+    for region in (step.target, step.source):
+        if region is None:
+            continue
+        if not 0 <= region.register < len(registers) or region.end > registers[region.register].size:
+            raise ValueError("a step is outside of its register")
+        if region.overlaps:
+            raise ValueError("numbers of a step lie on others")
+    if step.source is not None:
+        if step.source.shape != step.target.shape:
+            raise ValueError("a copy has another shape")
+        return step
+    scalars, largest = step.scalars, torch.finfo(registers[step.target.register].dtype).max
+    sound = len(scalars) in _COUNTS[step.operation]
+    sound &= all(type(each) in (int, float) and math.isfinite(each) and abs(each) <= largest for each in scalars)
+    if sound and step.operation == "normal_":
+        sound = len(scalars) < 2 or scalars[1] >= 0
+    if sound and step.operation == "uniform_" and len(scalars) == 2:
+        sound = 0 <= scalars[1] - scalars[0] <= largest
+    if not sound:
+        raise ValueError(f"{scalars!r} are no scalars of {step.operation}")
+    return step

@@ -73,15 +73,18 @@ class InitialTensor:
     name: str
     fingerprint: Fingerprint
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "fingerprint": self.fingerprint.to_dict()}
+    def to_dict(self, layer: str) -> dict[str, Any]:
+        """What `from_dict` reads: the name only where it is not that of the layer's weight."""
+        said: dict[str, Any] = {} if self.name == f"{layer}.weight" else {"name": self.name}
+        return said | {"fingerprint": self.fingerprint.to_list()}
 
     @classmethod
-    def from_dict(cls, document: Any) -> InitialTensor:
+    def from_dict(cls, document: Any, layer: str) -> InitialTensor:
         """Read what `to_dict` returns; ValueError says what is wrong with the document."""
-        if not isinstance(document, Mapping) or not isinstance(document.get("name"), str):
-            raise ValueError("initial weights have a name and a fingerprint")
-        return cls(document["name"], Fingerprint.from_dict(document.get("fingerprint")))
+        name = document.get("name", f"{layer}.weight") if isinstance(document, Mapping) else None
+        if not isinstance(name, str):
+            raise ValueError("initial weights have a fingerprint, and a name if it is not the layer's")
+        return cls(name, Fingerprint.of_list(document.get("fingerprint")))
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class InitialRecord:
     digest: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        tensors = {name: each.to_dict() for name, each in self.tensors.items()}
+        tensors = {name: each.to_dict(name) for name, each in self.tensors.items()}
         if self.draws is not None:
             return {"draws": self.draws.to_dict(), "tensors": tensors}
         return {"checkpoint": self.checkpoint, "digest": self.digest, "tensors": tensors}
@@ -107,7 +110,7 @@ class InitialRecord:
         """Read what `to_dict` returns; ValueError says what is wrong with the document."""
         if not isinstance(document, Mapping) or not isinstance(document.get("tensors"), Mapping):
             raise ValueError("it does not say what its initial weights are")
-        tensors = {str(name): InitialTensor.from_dict(each) for name, each in document["tensors"].items()}
+        tensors = {str(name): InitialTensor.from_dict(each, str(name)) for name, each in document["tensors"].items()}
         if "draws" in document:
             return cls(tensors, Draws.from_dict(document["draws"]))
         checkpoint, digest = document.get("checkpoint"), document.get("digest")
