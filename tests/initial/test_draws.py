@@ -205,7 +205,7 @@ def test_hostile_documents_are_refused() -> None:
         changed(sound, registers=[[10**12, "float32"]]), changed(sound, registers=[[3, "int64"]]),
         changed(sound, tensors={"0.weight": [0, [10**6], [1], 0]}),
         changed(sound, tensors={"0.weight": [0, [-1], [1], 0]}),
-        changed(sound, steps=sound["steps"] * 200), changed(sound, steps=[["zero_", 0]] * (2**20 + 1)),
+        changed(sound, steps=sound["steps"] * 300), changed(sound, steps=[["zero_", 0]] * (2**20 + 1)),
         changed(sound, steps=[["fill_", 0, 10**400]]), changed(sound, steps=[["fill_", 0, 1e300]]),
         changed(sound, steps=[["normal_", 0, 0.0, -1.0]]), changed(sound, steps=[["uniform_", 0, 1.0, 0.0]]),
         changed(sound, steps=[["zero_", 0, 1.0]]), changed(sound, steps=[["zero_", [0, [2, 2], [1, 1], 0]]]),
