@@ -16,6 +16,7 @@ from compressor.documents import parse_json, read_json
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights
 from compressor.io import PLAN_FILE, Checkpoint, StoredTensor, TensorInfo
+from compressor.io.checkpoint import CHANGE_SUFFIX
 from compressor.io.safetensors_file import read_safetensors
 from compressor.io.tensors import bytes_of
 from compressor.lowrank import RecordedStarts
@@ -25,7 +26,7 @@ _REMEDY = "copy it again, or archive the checkpoints again"
 
 def is_archive(folder: Path) -> bool:
     """Whether a folder is an archive of checkpoints."""
-    return (folder / PLAN_FILE).is_file() and "archive" in read_json(folder / PLAN_FILE)
+    return any(folder.glob(f"*{CHANGE_SUFFIX}"))
 
 
 def read_index(folder: Path) -> ArchiveIndex:

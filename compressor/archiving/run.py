@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
+from compressor.archiving.change import matrix_sides
 from compressor.archiving.window import Window, window_between
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights, initial_name, initial_tensor
@@ -43,6 +45,11 @@ class TrainingRun:
         """Raise `BadInput` where the checkpoints have other tensors than the first, or of another shape or dtype."""
         first = self.checkpoints[0]
         remedy = "give the checkpoints of one run"
+        names = Counter(each.name for each in self.checkpoints)
+        for name, count in names.items():
+            if count > 1:
+                what = f"{count} checkpoints are called {name}"
+                raise BadInput(what, where=first.source, remedy="rename them, as in checkpoint-500")
         for other in self.checkpoints[1:]:
             if other.form != first.form:
                 what = f"is a {other.form}, and {first.name} is a {first.form}"
@@ -68,19 +75,20 @@ class TrainingRun:
             return None
         return tuple(round(total * number / epochs) for number in self.numbers)
 
-    @property
-    def names(self) -> list[str]:
-        """What the checkpoints are called, each by a name of its own."""
-        return [each.name for each in self.checkpoints]
-
     def window(self, tensor: str, index: int, since: int | None) -> Window:
         """What the memory window says of a tensor of a checkpoint since another one; since the start for None."""
         layer, steps = self.layers.get(tensor), self.steps
         if steps is None or layer is None:
             return Window()
         earlier = 0 if since is None else steps[since]
-        uses = self.uses.get(layer.name)
-        return window_between(self.recipe.of_parameter(tensor), layer.shape, uses, earlier=earlier, later=steps[index])
+        uses = self.uses.get(layer.name) if self._is_used_alone(layer) else None
+        recipe = self.recipe.of_parameter(tensor)
+        return window_between(recipe, layer.shape, uses, earlier=earlier, later=steps[index])
+
+    def _is_used_alone(self, layer: Layer) -> bool:
+        """Whether a tensor is one matrix of one module, so that the uses of the layer are all of its uses."""
+        tied = layer.head is not None or layer.places or layer.tensor in self.checkpoints[0].aliases.values()
+        return layer.eligible and not tied and sorted(layer.shape) == sorted(matrix_sides(layer.tensor_shape))
 
     def initial_of(self, tensor: str) -> Tensor | None:
         """The initial weights of a matrix in the shape of the checkpoint, where a file can name them."""

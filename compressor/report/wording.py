@@ -93,6 +93,8 @@ def archive_initial_words(archiving: Archiving) -> str:
     """Where the initial weights of an archived run come from, and whether anything is a change from them."""
     if archiving.initial is None:
         return "not known"
+    if not archiving.tolerance:
+        return f"{archiving.initial}, not used: other processors draw other last bits"
     used = any(each.from_initial for each in archiving.checkpoints)
     return archiving.initial + ("" if used else ", from which no change is smaller")
 

@@ -143,6 +143,12 @@ def test_a_checkpoint_may_be_where_training_started(files: list[Path], tmp_path:
     assert max(errors(again, tmp_path / "run" / "checkpoint-4.safetensors").values()) <= 1e-3
 
 
+def test_a_seed_is_not_used_where_every_bit_is_kept(files: list[Path], tmp_path: Path) -> None:
+    archived = compressor.archive(files, output=tmp_path / "archive", initial=5, factory=network, tolerance=0)
+    assert archived.checkpoints[0].from_initial == 0
+    assert "seed 5, not used" in str(archived)
+
+
 def test_a_wrong_seed_changes_nothing_and_that_is_said(files: list[Path], tmp_path: Path) -> None:
     without = compressor.archive(files, output=tmp_path / "without")
     wrong = compressor.archive(files, output=tmp_path / "wrong", initial=6, factory=network)
@@ -376,6 +382,18 @@ def test_a_damaged_archive_is_refused_in_a_line(
     assert len(printed) == 1
     assert says in printed[0]
     assert not (tmp_path / "again.pt").exists()
+
+
+def test_checkpoints_of_one_name_are_refused(files: list[Path], tmp_path: Path) -> None:
+    given = []
+    for step, file in ((10, files[0]), (20, files[1])):
+        folder = tmp_path / str(step) / "last"
+        folder.mkdir(parents=True)
+        shutil.copy(file, folder / "model.safetensors")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        given.append(folder)
+    with pytest.raises(BadInput, match="2 checkpoints are called last"):
+        compressor.archive(given, output=tmp_path / "archive")
 
 
 def test_an_archive_is_no_model_and_a_model_is_no_archive(files: list[Path], tmp_path: Path) -> None:

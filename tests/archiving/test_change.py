@@ -106,6 +106,12 @@ def test_a_bound_on_the_rank_is_kept() -> None:
     assert 0 < change.rank <= 4
 
 
+def test_what_takes_no_fewer_bytes_to_within_an_error_is_kept_bit_for_bit() -> None:
+    few_bits = normal(60, 50).bfloat16().float()  # to 1e-6 they would need 21 bits instead of 16
+    assert change_from(few_bits, Reference(), 1e-6).exact
+    assert not change_from(few_bits, Reference(), 1e-3).exact
+
+
 @pytest.mark.parametrize(
     "damaged",
     [
