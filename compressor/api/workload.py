@@ -102,7 +102,7 @@ def _multiplications(layer: Layer) -> float:
 
 @dataclass(frozen=True)
 class CalibrationWork:
-    """How often and how long calibration runs the model.
+    """How often and how long calibration runs the model: on examples to `fit`, of so many `tokens`, and on the holdout.
 
     Compensation takes `groups` of layers that have one input, one after the other, and runs one of `segments` for each
     of them. A step of the refinement takes `optimizing` seconds besides forward and backward.
@@ -111,6 +111,7 @@ class CalibrationWork:
     """
 
     fit: int
+    tokens: int
     holdout: int
     forward: ForwardTime
     groups: int
@@ -126,26 +127,27 @@ class CalibrationWork:
         allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
         # A layer is decomposed once for all allocations, and in compensation once more, with the best ridge.
         factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
-        best = [Step("allocate", (factors / allocations + judged * (1 + 1 / self.segments),) * allocations)]
+        compared = Step("allocate", (factors / allocations + judged * (1 + 1 / self.segments),) * allocations)
+        again = [replace(step, certain=False) for step in (*self._of_some.calibration_steps(), compared)]
+        found = [compared, *again * rounds]
         if settings.compensate:
             # Both models are run on the holdout, and on some of the fit examples.
-            examples = self.fit // settings.refit_every + self.holdout
-            run = self.forward.of_segments(examples, segments=self.segments)
+            run = self.forward.of_segments(self._of_some.fit + self.holdout, segments=self.segments)
             statistics = (2 + self.products) * run * self.groups / self.segments
-            best.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
-        again = [*best, *self.calibration_steps(), *best]
-        return [*best, *(replace(step, certain=False) for _ in range(rounds) for step in again)]
+            found.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
+        return found
 
     def refinement_steps(self) -> list[Step]:
         """From there to refined factors."""
         if not self.settings.refine:
             return []
-        passes, steps = self.settings.refinement.passes, self.settings.refinement.steps
-        fit = self.fit // self.settings.refit_every
-        both, at_once = self.fit + self.holdout, max(1, fit // steps)
+        settings, some = self.settings.refinement, self._of_some
+        passes, share = settings.passes, settings.share(some.tokens)
+        fit, holdout = math.ceil(share * some.fit), self.holdout // self.settings.refit_every
+        both, at_once = some.fit + holdout, max(1, fit // settings.steps)
         run = partial(self.forward.of_segments, segments=self.segments)
         optimizing = self.optimizing * fit / at_once
-        one_pass = FORWARD_AND_BACKWARD * run(fit, at_once) + run(self.holdout) + optimizing
+        one_pass = FORWARD_AND_BACKWARD * run(fit, at_once) + run(holdout) + optimizing
         *others, last = self._by_segment(passes * one_pass + 2 * run(both))
         # The last segment is compared with the model's outputs, for which the dense one is run again.
         last += passes * run(both, at_once) / max(1, self.segments - 1)
@@ -159,6 +161,14 @@ class CalibrationWork:
         inputs = self.products / 2 * (1 - share) * run(self.fit)
         # The segments are found by running the first batch.
         return [Step("run", (run(both) + inputs + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
+
+    @property
+    def _of_some(self) -> CalibrationWork:
+        """The same on the fit examples that moments are taken again of, and factors are fitted to."""
+        settings = self.settings
+        gradients = math.ceil(settings.gradient_every / settings.refit_every)
+        fit, tokens = self.fit // settings.refit_every, self.tokens // settings.refit_every
+        return replace(self, fit=fit, tokens=tokens, settings=replace(settings, gradient_every=gradients))
 
     def _by_segment(self, seconds: float) -> tuple[float, ...]:
         """The first of several segments ends where the first block begins, and holds hardly any layer."""
@@ -313,6 +323,7 @@ def work_on_calibration(
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
     return CalibrationWork(
         fit=data.examples,
+        tokens=data.tokens,
         holdout=data.holdout_examples,
         forward=forward,
         groups=first.groups,

@@ -113,12 +113,16 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
 
     Inputs are those of the layers in the compressed model, gradients those of its own loss. The metrics of embeddings,
     of heads of many classes, of parameters, and of layers that the compressed model does not reach stay those of the
-    dense model.
+    dense model. They are of as many of the fit batches as layers are refitted to.
     """
     layers = modules_of(calibration)
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         cache = ActivationCache(calibration.run.device, calibration.cache.journal.part(f"recalibrated/{name}"))
-        at_compressed = replace(calibration, cache=cache, replaced=modules)
+        settings = calibration.settings
+        some = calibration.data.slices(
+            settings.slices, backward_every=settings.gradient_every, every=settings.refit_every
+        )
+        at_compressed = replace(calibration, cache=cache, replaced=modules, slices=some)
         cache_outputs(at_compressed, ("fit",), layers)
         measured = metrics_of(at_compressed, layers, BackwardPass(at_compressed, layers))
     metrics, uses = measured.metrics, dict(measured.uses)

@@ -74,10 +74,11 @@ class CalibrationData:
         """Every batch of some parts, whole."""
         return [Chunk(part, batch) for part in parts for batch in range(len(self._batches(part)))]
 
-    def slices(self, most: int, *, backward_every: int) -> tuple[Slice, ...]:
-        """The fit batches in `most` slices, or as many as there are batches; some of all batches are run backward."""
-        chunks = self.chunks("fit")
-        backward, count = set(chunks[::backward_every]), min(most, len(chunks))
+    def slices(self, most: int, *, backward_every: int, every: int = 1) -> tuple[Slice, ...]:
+        """The fit batches, or every how manyth, in `most` slices, or as many as there are batches; some of all batches
+        are run backward."""
+        chunks, backward = self.chunks("fit")[::every], set(self.chunks("fit")[::backward_every])
+        count = min(most, len(chunks))
         ends = [number * len(chunks) // count for number in range(count + 1)]
         cut = (chunks[start:end] for start, end in pairwise(ends))
         return tuple(

@@ -525,22 +525,29 @@ class Search:
     judge: Judge = holdout_loss
 
     def find(self, budget: Budget) -> Candidate:
-        """Find the best candidate, with rounds of recalibration if the second-order estimate cannot be trusted.
+        """Find the best candidate, compensated where that lowers its loss.
 
-        In each round the moments are taken again at a candidate that is compressed half as far, by the same exponent.
+        Where the second-order estimate of what truncation alone costs cannot be trusted, there are rounds of
+        recalibration before: the moments are taken again at a model that is compressed half as far.
         """
+        if not self._compares:
+            return self._only(budget)
         best = self.best(budget)
         for _ in range(0 if best.as_predicted else self.rounds):
             try:
-                alike = self if best.exponent is None else replace(self, exponents=(best.exponent,), caps={})
-                halfway = alike.best(Budget("keep", math.sqrt(best.kept)))
-                again = recalibrate(self.calibration, halfway.solved.modules, _name(halfway.layers))
-                fresh = replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
-                best = min(best, fresh.best(budget), key=_loss)
+                best = min(best, self._halfway(best).best(budget), key=_loss)
             except BadInput as error:  # the candidate so far remains the best
                 logger.info("no recalibration: %s", error)
+        best = replace(self, calibration=best.calibration)._compensated(best)
         # What follows needs none of the moments that were taken again, and they go with their calibration.
         return replace(best, calibration=replace(self.calibration, name=best.calibration.name))
+
+    def _halfway(self, found: Candidate) -> Search:
+        """The search by the moments at a model that is compressed half as far: by the square root of the share kept."""
+        exponent = 1.0 if found.exponent is None else found.exponent
+        layers = self.allocate(self.weighted, Budget("keep", math.sqrt(found.kept)), exponent)
+        again = recalibrate(self.calibration, only_compared(self.calibration, layers), _name(layers))
+        return replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
 
     def refined(self, found: Candidate) -> Candidate:
         """The candidate with refined factors, if the settings say so and the loss falls."""
@@ -551,23 +558,26 @@ class Search:
         return min(found, replace(refined, refined=True), key=_loss)
 
     def best(self, budget: Budget) -> Candidate:
-        """The allocation with the least loss, compensated where that lowers the loss.
+        """The allocation with the least loss, its layers truncated as they are.
 
         Besides those by each exponent, the best of them is tried under the window rule's caps, where they change it.
         """
-        if not self._compares:
-            [exponent] = self.exponents
-            found = self._candidate(self.allocate(self.weighted, budget, exponent), exponent, math.inf)
-            self.calibration.run.report("allocate", 1, 1)
-            name = self._truncated_name(found)
-            return self._solved(found, uncompensated(self.calibration, found.layers), name)
         candidates = []
         for exponent in self.exponents:
             candidates.append(self._measured(self.allocate(self.weighted, budget, exponent), exponent))
             self.calibration.run.report("allocate", len(candidates), len(self.exponents))
         found = min(candidates, key=_loss)
-        if self.caps:
-            found = min(found, self._capped(found, budget), key=_loss)
+        return min(found, self._capped(found, budget), key=_loss) if self.caps else found
+
+    def _only(self, budget: Budget) -> Candidate:
+        """The only candidate there is."""
+        [exponent] = self.exponents
+        found = self._candidate(self.allocate(self.weighted, budget, exponent), exponent, math.inf)
+        self.calibration.run.report("allocate", 1, 1)
+        return self._solved(found, uncompensated(self.calibration, found.layers), self._truncated_name(found))
+
+    def _compensated(self, found: Candidate) -> Candidate:
+        """The candidate with its layers refitted, if the settings say so and the loss falls."""
         if self.calibration.settings.compensate:
             name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)

@@ -26,6 +26,9 @@ class RefinementSettings:
     steps: int = 16
     """Steps in a pass at least, where there are as many fit examples; never more than one example needs."""
 
+    most_tokens: int = 2**13
+    """Tokens in a pass at most: of more text every pass takes some of the fit examples, drawn anew."""
+
     learning_rate: float = 1e-2
     """Learning rate of the first step, relative to the root mean square of each tensor; it falls linearly to zero over
     the passes."""
@@ -36,8 +39,12 @@ class RefinementSettings:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
 
+    def share(self, tokens: float) -> float:
+        """The share of fit examples of so many tokens that a pass takes; of what is no text, 0 tokens, all of them."""
+        return min(1.0, self.most_tokens / tokens) if tokens else 1.0
+
     def __post_init__(self) -> None:
-        for name in ("passes", "steps"):
+        for name in ("passes", "steps", "most_tokens"):
             as_count(getattr(self, name), name, least=1)
 
 
@@ -107,8 +114,9 @@ class CalibrationSettings:
     """Tokens whose activations are in memory at a time: long windows make small batches."""
 
     most_tokens: int = 2**14
-    """Of texts with more tokens than this the gradients, the refit and the refinement are of so many: every second
-    batch of fit examples, or every third, and so on. The moments of the inputs are of all."""
+    """Of texts with more tokens than this the gradients, the refit, the refinement, and the moments that are taken
+    again are of so many: every second batch of fit examples, or every third, and so on. The first moments of the
+    inputs are of all."""
 
     logit_bytes: int = 2**26
     """Bytes of logits, in float32, that are in memory at a time, whatever the vocabulary."""
@@ -157,7 +165,8 @@ class CalibrationSettings:
     """Refit each layer to the original's outputs on the inputs that it gets in the compressed model."""
 
     refit_every: int = 1
-    """Every how manyth batch of fit examples that refit, and the refinement, are made to."""
+    """Every how manyth batch of fit examples that refit and the refinement are made to, and moments are taken again
+    of; the passes of the refinement are compared on every how manyth batch of the holdout too."""
 
     statistics_bytes: int = 2**30
     """Bytes of moments of inputs that are in memory for that: the experts of a block share walks through it as far as

@@ -310,6 +310,18 @@ def test_of_a_head_of_many_classes_the_diagonal_of_its_gradients_is_used() -> No
     assert torch.equal(alike.metrics["2"].gradients, torch.ones(5, dtype=torch.float64))
 
 
+def test_moments_are_taken_again_of_the_batches_that_layers_are_refitted_to() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    batches = [{"inputs": torch.randn(10, 6)} for _ in range(6)]
+    settings = CalibrationSettings(refit_every=2, gradient_every=2, slices=2)
+    some, others = recalibrate(calibrated(model, batches, settings=settings), {}), calibrated(model, batches)
+    of_some = calibrated(model, [*batches[::2]])
+    for name, metric in of_some.metrics.items():
+        torch.testing.assert_close(some.metrics[name].inputs, metric.inputs)
+        assert not torch.allclose(some.metrics[name].inputs, others.metrics[name].inputs)
+
+
 @pytest.mark.parametrize("by_segment", [True, False])
 def test_layers_as_wide_as_the_head_are_no_heads(*, by_segment: bool) -> None:
     torch.manual_seed(0)

@@ -307,7 +307,7 @@ def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, kee
     losses = []
     for layers in (without, with_start):
         search = Search(calibration, weighted_layers(layers, calibration), allocate, calibration.settings.exponents)
-        found = search.best(Budget("keep", keep))
+        found = search.find(Budget("keep", keep))
         assert sum(each.parameters for each in found.layers) <= keep * sum(m.layer.parameters for m in layers)
         assert all((each.share is not None) == each.form.startswith("initial") for each in found.layers)
         losses.append(found.loss)
@@ -329,7 +329,7 @@ def test_a_wrong_seed_changes_nothing(trained: Trained) -> None:
         calibration = replace(trained.calibration, initial=initial)
         own = [replace(m, start=starts.get(m.layer.name), own_values=of_matrix(m)) for m in measured(trained, START)]
         search = Search(calibration, weighted_layers(own, calibration), allocate, calibration.settings.exponents)
-        factors.append(search.best(Budget("keep", 0.2)).solved.factors)
+        factors.append(search.find(Budget("keep", 0.2)).solved.factors)
     one, other = factors
     assert one.keys() == other.keys()
     for name, tensors in one.items():
