@@ -560,14 +560,20 @@ class Search:
     def best(self, budget: Budget) -> Candidate:
         """The allocation with the least loss, its layers truncated as they are.
 
-        Besides those by each exponent, the best of them is tried under the window rule's caps, where they change it.
+        Besides those by each exponent, the best of them is tried under the window rule's caps, and without initial
+        weights, where that changes it.
         """
         candidates = []
         for exponent in self.exponents:
             candidates.append(self._measured(self.allocate(self.weighted, budget, exponent), exponent))
             self.calibration.run.report("allocate", len(candidates), len(self.exponents))
         found = min(candidates, key=_loss)
-        return min(found, self._capped(found, budget), key=_loss) if self.caps else found
+        if self.caps:
+            capped = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in self.weighted]
+            found = min(found, self._tried(capped, found, budget, capped=True), key=_loss)
+        if any(m.start is not None for m in self.weighted):
+            found = min(found, self._tried(_without_starts(self.weighted), found, budget), key=_loss)
+        return found
 
     def _only(self, budget: Budget) -> Candidate:
         """The only candidate there is."""
@@ -601,18 +607,19 @@ class Search:
         loss = found.calibration.cache.journal.value(f"{name}/loss", judged)
         return replace(found, solution=solution, loss=loss, name=name)
 
-    def _capped(self, found: Candidate, budget: Budget) -> Candidate:
-        """The same allocation under the caps; `found` itself where they change nothing."""
+    def _tried(
+        self, measured: Sequence[MeasuredLayer], found: Candidate, budget: Budget, *, capped: bool = False
+    ) -> Candidate:
+        """The allocation by the same exponent with fewer choices; `found` itself where they change nothing."""
         assert found.exponent is not None
-        under_caps = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in self.weighted]
         try:
-            layers = self.allocate(under_caps, budget, found.exponent)
+            layers = self.allocate(measured, budget, found.exponent)
         except BadInput:
             # Whether ranks are found for a size in bytes depends on the file's header, and so a little on the ranks.
             return found
         if layers == found.layers:
             return found
-        return replace(self._measured(layers, found.exponent), capped=True)
+        return replace(self._measured(layers, found.exponent), capped=capped)
 
     def _measured(self, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
         def judged() -> float:
@@ -624,6 +631,17 @@ class Search:
 
     def _candidate(self, layers: tuple[LayerPlan, ...], exponent: float, loss: float) -> Candidate:
         return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
+
+
+def _without_starts(weighted: Sequence[MeasuredLayer]) -> list[MeasuredLayer]:
+    """The layers without the forms that begin at initial weights."""
+
+    def of_matrix(values: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
+        return {form: each for form, each in values.items() if not from_initial(form)}
+
+    return [
+        replace(m, start=None, own_values=of_matrix(m.own_values), own_errors=of_matrix(m.own_errors)) for m in weighted
+    ]
 
 
 def _name(layers: Sequence[LayerPlan]) -> str:

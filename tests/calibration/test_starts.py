@@ -314,6 +314,19 @@ def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, kee
     assert losses[1] <= most * losses[0]
 
 
+@pytest.mark.parametrize("worse", [True, False])
+def test_starts_are_left_where_the_holdout_loses_less_without(trained: Trained, worse: bool) -> None:
+    def judge(_: object, modules: Mapping[str, nn.Module]) -> float:
+        return float(any(isinstance(each, InitialLayer) for each in modules.values()) == worse)
+
+    calibration = trained.calibration
+    weighted = weighted_layers(measured(trained, START), calibration)
+    found = Search(calibration, weighted, allocate, calibration.settings.exponents, judge=judge).best(
+        Budget("keep", 0.2)
+    )
+    assert any(each.form.startswith("initial") for each in found.layers) != worse
+
+
 def allocate(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
     return choose_ranks(layers, budget, "auto", file_bytes=lambda _: 0, exponent=exponent)
 
