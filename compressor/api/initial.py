@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from compressor.api.options import InitialOptions, StoredInitialOptions
-from compressor.errors import BadInput
+from compressor.errors import BadInput, first_line
 from compressor.evaluation import free_memory
 from compressor.formatting import format_size
 from compressor.forms import has_own_errors, pair_of
@@ -22,6 +22,7 @@ from compressor.initial import (
     false_hits,
     find_kept,
     find_seed,
+    initial_name,
     read_kept,
     record,
     what_is_searched,
@@ -69,8 +70,8 @@ def _stated(subject: Model) -> tuple[Model, InitialFound | None]:
         kept = None
     try:
         initial = _from_stated_seed(subject) if kept is None else read_kept(kept, numbers=_numbers(subject))
-    except BadInput as error:
-        logger.info("where training started is stated, and cannot be used: %s", error)
+    except Exception as error:  # whatever a user's own code raises: it was not asked for
+        logger.info("where training started is stated, and cannot be used: %s", first_line(error))
         return subject, None
     if initial is None:
         return subject, None
@@ -151,7 +152,12 @@ def _recorded(subject: Model, seed: int) -> Draws:
         what = "a seed needs what builds the untrained model"
         remedy = "pass `factory`, a transformers folder, or a checkpoint of the initial model instead of the seed"
         raise BadInput(what, where=subject.name, option="initial", remedy=remedy)
-    return record(build, seed).draws
+    draws, eligible = record(build, seed).draws, _eligible(subject)
+    if eligible and not any(name in draws.names for each in eligible for name in (initial_name(each), each.tensor)):
+        what = "what this model draws at first cannot be recorded, so that a seed does not tell its initial weights"
+        remedy = "give the untrained model, as `torch.save(build().state_dict(), 'initial.pt')` saves it after the seed"
+        raise BadInput(what, where=subject.name, option="initial", remedy=remedy)
+    return draws
 
 
 def _eligible(subject: Model) -> list[Layer]:

@@ -98,7 +98,7 @@ def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprin
     """What the results depend on, but for the data, which are not open yet."""
     contents = {
         "the training recipe": _digest_of_fields(subject.recipe),
-        "what the initial weights are": _digest_of_initial(subject.initial, subject.layers),
+        "the initial weights": _digest_of_initial(subject.initial, subject.layers),
     }
     names = [name for name, _, _ in described(CompressOptions) if name not in _WITHOUT_EFFECT]
     settings = {f"`{name}`": _stated(getattr(asked, name)) for name in names}

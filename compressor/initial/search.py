@@ -151,7 +151,8 @@ def what_is_searched(
     if not names:
         return "nothing: no matrix depends on the seed by draws that are known"
     probes = _probes(draws, names, settings)
-    own = "".join(f"{seed}, " for seed in dict.fromkeys(stated))
+    others = {*range(_from_zero(probes, settings)), *settings.customary}
+    own = "".join(f"{seed}, " for seed in dict.fromkeys(stated) if seed not in others)
     both = ", each with and without the default initialization that is overwritten" if len(probes) > 1 else ""
     tried = f"{own}0 to {_from_zero(probes, settings) - 1:,} and {len(settings.customary)} customary seeds{both}"
     return f"{tried}; numbers that an accelerator drew are others, and were not tried"

@@ -41,7 +41,8 @@ def _not_found(found: InitialFound) -> str:
             f" the best correlates with z {search.next_best:.1f}, as chance does ({one_line(search.searched)})"
         )
     stated = ", which its recipe states," if found.origin == "stated" else ""
-    return f"{one_line(found.source)}{stated} is not what it started from: no layer correlates with it (z below 8)"
+    said = f"{one_line(found.source)}{stated} is not what it started from: no layer correlates with it (z below 8)"
+    return said if found.seed is None else f"{said}; numbers that an accelerator draws from a seed are others"
 
 
 def gaining_layers(found: InitialFound) -> list[StartedLayer]:

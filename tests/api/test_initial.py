@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -333,3 +334,36 @@ def test_weights_that_a_run_kept_are_not_used_unasked(folder, tmp_path):
     kept = keep_initial(untrained(gpt2), folder)
     assert inspect(folder, recipe=RECIPE).initial is None
     assert len(inspect(folder, recipe=RECIPE, initial=kept).initial.layers) == 4
+
+
+def test_a_folder_names_the_checkpoint_that_it_needs(folder, tmp_path):
+    untrained(gpt2).save_pretrained(tmp_path / "start")
+    small = tmp_path / "small"
+    compress(folder, output=small, initial=tmp_path / "start", **QUICK)
+    with pytest.raises(BadInput, match=r"needs start, .* `compressor\.load_model\(FOLDER, initial='start'\)`"):
+        transformers.GPT2LMHeadModel.from_pretrained(small)
+    found = load_model(small, initial=tmp_path / "start")
+    expected = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    torch.testing.assert_close(outputs(found), outputs(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_written_with_a_checkpoint_is_measured(dense, start, tmp_path):
+    data = (rows(), torch.zeros(5, dtype=torch.int64))
+    asked = QUICK | {"data": data, "initial": start, "factory": Net}
+    assert compress(dense, output=tmp_path / "small.safetensors", **asked).evaluation.score
+
+
+@pytest.mark.parametrize("asked", [SEED, "auto"])
+def test_draws_that_cannot_be_recorded_are_refused_with_a_remedy(asked, dense, tmp_path):
+    def build() -> nn.Module:
+        module = Net()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(parameter.shape))))
+        return module
+
+    with pytest.raises(BadInput, match=r"cannot be recorded.*give the untrained model") as refused:
+        inspect(dense, factory=build, initial=asked)
+    assert refused.value.option == "initial"
+    # Unasked it is no reason to stop.
+    assert inspect(dense, factory=build, recipe=RECIPE | {"seed": SEED}).initial is None

@@ -104,6 +104,7 @@ def test_batch_sizes_are_read_alike_as_numbers_and_as_text(written: object) -> N
         ({"base": "b", "batch": 1}, "batch"),
         ({"base": "b", "max_latency": 0.7}, "max_latency"),
         ({"base": "b", "prefer": "size"}, "prefer"),
+        ({"base": "b", "initial": 0}, "initial"),
     ],
 )
 def test_bad_options_are_refused_with_the_option_they_are_about(asked: dict[str, object], option: str) -> None:

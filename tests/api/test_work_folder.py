@@ -61,6 +61,7 @@ def examples() -> Tensor:
 
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "by its weights": lambda: {"keep": 0.5, "calibration": "none"},
+    "from its seed": lambda: {"keep": 0.5, "calibration": "none", "initial": 0},
     "calibrated": lambda: {"keep": 0.4, "calibration": data(), "calibration_settings": TWO_PASSES},
     "embeddings": lambda: {"keep": 0.4, "calibration": data(), "effort": "balanced", "embeddings": True},
     "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
@@ -171,6 +172,7 @@ OTHERS: Mapping[str, tuple[dict[str, Any], str]] = {
     "no size": ({"keep": None, "tolerance": 0.5}, "`keep` was 0.5, `tolerance` was not given"),
     "other layers": ({"exclude": ("*q_proj",)}, "`exclude` was not given"),
     "another seed": ({"calibration": "self", "seed": 1}, "`seed` was 0"),
+    "another start": ({"initial": 1}, "the initial weights changed"),
     "other thresholds": ({"planning_settings": PlanningSettings(most_trials=3)}, "`planning_settings` was not given"),
 }
 

@@ -79,7 +79,8 @@ def test_a_layer_gains_by_a_lower_rank_or_a_smaller_norm(written: float, rank: i
 def test_a_seed_that_is_another_and_a_search_that_found_none_are_told_apart() -> None:
     wrong = InitialFound("seed 7", 7, "stated", 26)
     assert initial_verdict(wrong) == (
-        "seed 7, which its recipe states, is not what it started from: no layer correlates with it (z below 8)"
+        "seed 7, which its recipe states, is not what it started from: no layer correlates with it (z below 8);"
+        " numbers that an accelerator draws from a seed are others"
     )
     none = InitialFound("", None, "searched", 26, search=replace(SEARCH, z=None))
     assert initial_verdict(none).startswith("no seed was found: 10,040 candidates in 21.5 s, of which the best")
