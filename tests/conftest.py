@@ -13,11 +13,26 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.data import Batch, EvaluationData
+from tests.warm import WARM, Warm
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[WARM] = Warm()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[WARM].close()
+
+
+@pytest.fixture
+def warm(pytestconfig: pytest.Config) -> Warm:
+    """Runs code in processes of its own that start at once."""
+    return pytestconfig.stash[WARM]
 
 
 ALPHABET = "abcdefgh \n"

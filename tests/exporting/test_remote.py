@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
-import os
-import subprocess
 import symtable
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from compressor.cli.run import run
 from compressor.errors import CompressorError
 from compressor.exporting.remote import remote_code
 from compressor.forms import FORMS, PLAIN
+from tests.warm import Warm
 
 WITHOUT_THIS_PACKAGE = """
 import sys
@@ -34,17 +32,6 @@ class Blocked:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
 """
-
-
-def run_without_this_package(code: str, home: Path) -> subprocess.CompletedProcess[str]:
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT_THIS_PACKAGE + code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | offline,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +44,19 @@ def remote_llama(small_llama: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_card_needs_no_more_than_the_folder(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
+def test_the_card_needs_no_more_than_the_folder(small_llama: Path, remote_llama: Path, warm: Warm) -> None:
     said = (remote_llama / "README.md").read_text()
     assert "import compressor" in (small_llama / "README.md").read_text()
     assert "import compressor" not in said
     [code] = [block.split("```")[0] for block in said.split("```python\n")[1:]]
-    result = run_without_this_package(f"import os\nos.chdir({str(remote_llama.parent)!r})\n{code}", tmp_path)
+    result = warm.run(WITHOUT_THIS_PACKAGE + code, folder=remote_llama.parent)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
-def test_logits_are_bit_equal_where_this_package_is_not(small_llama: Path, remote_llama: Path, tmp_path: Path) -> None:
+def test_logits_are_bit_equal_where_this_package_is_not(
+    small_llama: Path, remote_llama: Path, tmp_path: Path, *, warm: Warm
+) -> None:
     tied = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, n_positions=32)
     )
@@ -97,13 +86,13 @@ else:
     raise AssertionError("the dense architecture took the factors for its own")
 print("equal")
 """
-    ran = run_without_this_package(code, tmp_path / "home")
+    ran = warm.run(WITHOUT_THIS_PACKAGE + code)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.endswith("equal\n")
 
 
 @pytest.mark.slow
-def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path) -> None:
+def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path, warm: Warm) -> None:
     pytest.importorskip("lm_eval")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -125,8 +114,8 @@ def test_the_harness_scores_it(remote_llama: Path, tmp_path: Path) -> None:
     arguments = ["--model", "hf", "--tasks", "local_words", "--include_path", str(tmp_path), "--device", "cpu"]
     arguments += ["--model_args", f"pretrained={remote_llama},trust_remote_code=True"]
     arguments += ["--output_path", str(tmp_path / "scores.json")]
-    code = f"import runpy; sys.argv = {['lm_eval', *arguments]!r}; runpy.run_module('lm_eval', run_name='__main__')"
-    ran = run_without_this_package(code, tmp_path / "home")
+    code = "import runpy; runpy.run_module('lm_eval', run_name='__main__')"
+    ran = warm.run(WITHOUT_THIS_PACKAGE + code, *arguments)
     assert ran.returncode == 0, ran.stderr[-2000:]
     [scores] = tmp_path.glob("scores*.json")
     assert 0 <= json.loads(scores.read_text())["results"]["local_words"]["acc,none"] <= 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor import compress, restore
 from tests.lowrank.architectures import ARCHITECTURES
+from tests.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -204,7 +203,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_without_this_package_loading_stops(tmp_path: Path) -> None:
+def test_without_this_package_loading_stops(tmp_path: Path, warm: Warm) -> None:
     folders = []
     for name in ("llama", "gpt2", "mixtral"):
         ARCHITECTURES[name].dense().save_pretrained(tmp_path / name)
@@ -212,8 +211,9 @@ def test_without_this_package_loading_stops(tmp_path: Path) -> None:
         folders.append(str(tmp_path / f"small-{name}"))
 
     def outcomes(first: str) -> list[str]:
-        run = [sys.executable, "-c", first + LOAD, *folders]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+        ran = warm.run(first + LOAD, *folders)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.splitlines()
 
     assert outcomes("import sys; sys.modules['compressor'] = None") == ["stopped by a size"] * 3
     assert outcomes("import compressor") == ["loaded"] * 3

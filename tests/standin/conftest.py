@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from tests.standin.accelerator import load, unavailable
+from tests.warm import WARM
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -68,14 +67,9 @@ def _run_module(item: pytest.Item) -> dict[str, list[pytest.TestReport]]:
     asked = [each for each in item.session.items if each.path == item.path]
     reports = item.config.cache.mkdir("standin") / f"{os.getpid()}.jsonl"
     ids = [str(ROOT / each.nodeid) for each in asked]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", *ids],
-        cwd=ROOT,
-        env={**os.environ, "STAND_IN": str(reports), "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "STAND_IN": str(reports), "PYTEST_ADDOPTS": ""}
+    code = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    ran = item.config.stash[WARM].run(code, *ids, folder=ROOT, environment=environment)
     found: dict[str, list[pytest.TestReport]] = {each.nodeid: [] for each in asked}
     for line in reports.read_text().splitlines() if reports.exists() else ():
         report = item.config.hook.pytest_report_from_serializable(config=item.config, data=json.loads(line))
