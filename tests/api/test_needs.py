@@ -29,7 +29,7 @@ from compressor.api.needs import (
     require_available,
     temporary_bytes,
 )
-from compressor.calibration import CalibrationData
+from compressor.calibration import CalibrationData, RefinementSettings
 from compressor.cli.run import run
 from compressor.data import Batch
 from compressor.engine import Engine, InProcess, ProcessPool, Run
@@ -226,9 +226,10 @@ def test_temporary_files_are_as_large_as_was_said(effort: str, tmp_path: Path, m
         most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
 
     batches = list(torch.randn(16, 32, 4, 8, generator=torch.Generator().manual_seed(1)))
-    settings = replace(CalibrationSettings.of(effort), trust_factor=1.0)  # a round of recalibration where there is one
+    settings = replace(CalibrationSettings.of(effort), refinement=RefinementSettings(passes=1, steps=2))
+    settings = replace(settings, trust_factor=1.0)  # a round of recalibration where there is one
     made = compress(
-        network(6), keep=0.5, calibration=batches, calibration_settings=settings, progress=note, prefer="size"
+        network(4), keep=0.5, calibration=batches, calibration_settings=settings, progress=note, prefer="size"
     )
     assert made.needs is not None
     headers = 500 * 100  # what safetensors writes beside the tensors of a file

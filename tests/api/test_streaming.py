@@ -21,7 +21,7 @@ from tests.lowrank.architectures import ARCHITECTURES
 
 
 def settings(effort: Effort) -> CalibrationSettings:
-    return replace(CalibrationSettings.of(effort), kept_weights=0, refinement=RefinementSettings(passes=1))
+    return replace(CalibrationSettings.of(effort), kept_weights=0, refinement=RefinementSettings(passes=1, steps=4))
 
 
 def aligned(model: nn.Module) -> nn.Module:

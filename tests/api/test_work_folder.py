@@ -56,7 +56,7 @@ def data(seed: int = 0) -> list[dict[str, Tensor]]:
 
 def examples() -> Tensor:
     torch.manual_seed(1)
-    return inputs_for("llama", 40)["input_ids"]
+    return inputs_for("llama", 16)["input_ids"]
 
 
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {

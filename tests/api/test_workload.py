@@ -17,6 +17,7 @@ from compressor import Plan, compress, plan
 from compressor.api.workload import ForwardTime
 from compressor.cli.pace import Pace
 from compressor.progress import Step
+from tests.calibration.tiny_models import TWO_PASSES
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,10 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.Sequential(*blocks), nn.Linear(16, 5))
 
 
+def calibrated() -> dict[str, Any]:
+    return {"calibration": batches(), "calibration_settings": TWO_PASSES}
+
+
 def batches() -> list[Tensor]:
     return list(torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(1)))
 
@@ -63,16 +68,16 @@ def data(tmp_path: Path) -> Path:
 COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
     "weights alone": lambda _, seen: compress(model(), keep=0.5, progress=seen, prefer="size"),
     "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen, prefer="size"),
-    "calibrated": lambda _, seen: compress(model(), keep=0.5, calibration=batches(), progress=seen, prefer="size"),
+    "calibrated": lambda _, seen: compress(model(), keep=0.5, **calibrated(), progress=seen, prefer="size"),
     "not refined": lambda data, seen: compress(
         model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen, prefer="size"
     ),
     "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen, prefer="size"),
     "within a drop, calibrated": lambda data, seen: compress(
-        model(), max_drop=0.5, data=data, calibration=batches(), progress=seen, prefer="size"
+        model(), max_drop=0.5, data=data, **calibrated(), progress=seen, prefer="size"
     ),
-    "planned": lambda _, seen: plan(model(), keep=0.5, calibration=batches(), progress=seen, prefer="size"),
-    "a given plan": lambda _, seen: compress(model(), plan=_given(), calibration=batches(), progress=seen),
+    "planned": lambda _, seen: plan(model(), keep=0.5, **calibrated(), progress=seen, prefer="size"),
+    "a given plan": lambda _, seen: compress(model(), plan=_given(), **calibrated(), progress=seen),
 }
 
 
@@ -105,7 +110,7 @@ def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
 def test_the_measurement_changes_nothing_of_the_result() -> None:
     subject, random = model(), torch.random.get_rng_state()
     plain, watched = (
-        compress(subject, keep=0.5, calibration=batches(), progress=progress, prefer="size").model
+        compress(subject, keep=0.5, **calibrated(), progress=progress, prefer="size").model
         for progress in (None, Followed())
     )
     assert plain is not None

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 # For what does not depend on how far the factors are fitted: Adam takes most of the time of a calibration.
-TWO_PASSES = CalibrationSettings(refinement=RefinementSettings(passes=2))
+TWO_PASSES = CalibrationSettings(refinement=RefinementSettings(passes=2, steps=4))
 BLOCKS = 3
 TOKENS = 40
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from compressor import BadInput, compress, export
+from compressor import BadInput, Export, compress, export
 from compressor.cli.run import run
 from compressor.exporting.onnx import traced_inputs
 from compressor.model import open_runnable
@@ -87,9 +87,13 @@ def test_a_perceptron_of_a_file(networks: Path, tmp_path: Path, capsys: pytest.C
     assert products(path) == expected
 
 
-def test_the_file_is_weights_and_graph_and_names_no_path(small_llama: Path, tmp_path: Path) -> None:
-    path = tmp_path / "small.onnx"
-    export(small_llama, to="onnx", output=path)
+@pytest.fixture(scope="module")
+def exported(small_llama: Path) -> Export:
+    return export(small_llama, to="onnx", output=small_llama.with_name("llama.onnx"))
+
+
+def test_the_file_is_weights_and_graph_and_names_no_path(exported: Export) -> None:
+    path = Path(exported.output)
     model = onnx.load(path)
     weights = sum(len(each.raw_data) for each in model.graph.initializer)
     assert weights > 0
@@ -123,10 +127,9 @@ def test_convolutions_of_the_one_size_that_goes_through(networks: Path, tmp_path
     assert set(kernels) <= set(found)
 
 
-def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
+def test_a_language_model(small_llama: Path, exported: Export) -> None:
     import transformers
 
-    exported = export(small_llama, to="onnx", output=tmp_path / "llama.onnx")
     assert exported.difference is not None
     assert exported.difference <= 1e-5
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(small_llama).eval()
@@ -135,8 +138,8 @@ def test_a_language_model(small_llama: Path, tmp_path: Path) -> None:
     mask[0, -4:] = 0
     with torch.no_grad():
         expected = model(input_ids=tokens, attention_mask=mask).logits
-    assert (computed(tmp_path / "llama.onnx", tokens, mask) - expected).abs().max() <= 1e-5
-    stored = [tuple(sorted(shape)) for _, shape in products(tmp_path / "llama.onnx")]
+    assert (computed(Path(exported.output), tokens, mask) - expected).abs().max() <= 1e-5
+    stored = [tuple(sorted(shape)) for _, shape in products(Path(exported.output))]
     layer = model.model.layers[0].mlp.gate_proj
     pair = [tuple(sorted(part.weight.shape)) for part in (layer.down, layer.up)]
     dense = tuple(sorted((layer.out_features, layer.in_features)))
