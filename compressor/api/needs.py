@@ -229,6 +229,7 @@ def temporary_bytes(model: ModelSize, calibration: CalibrationSize | None) -> in
     of_layers = metrics + decompositions + boundaries
     sums = 0 if calibration.slices is None else calibration.slices.kept * metrics * FLOAT64 // FLOAT32
     again = (len(model.blocks) + 1) * calibration.fit * state + gradients + of_layers
+    again += 0 if calibration.slices is None else model.factors  # of the smaller model, for the workers
     rounds = 1 if calibration.settings.recalibration_rounds else 0
     kinds = calibration.candidates + calibration.settings.compensate + calibration.settings.refine
     # A worker has the factors of each segment for one that goes on with its size, all of them, and those it hands over.

@@ -55,9 +55,9 @@ def calibrate(
         rows = settings.logit_bytes // (4 * _widest(model))
         first = _few_examples(data.fit[0], rows)
         _try_every_shape(model, [_few_examples(each, rows) for each in (*data.fit, *data.holdout)])
-        bare = prepared(model, layers, data, first=first, run=run, settings=settings)
+        bare = replace(prepared(model, layers, data, first=first, run=run, settings=settings), files=files)
         modules, collectors = modules_of(bare), collectors_of(bare)
-        with slices_in_workers(bare, files) as formed:
+        with slices_in_workers(bare) as formed:
             cache_outputs(bare, PARTS, modules, reported=0 if formed is None else len(bare.slices))
             with collectors.watching():
                 measured = metrics_of(bare, modules, formed or BackwardPass(bare, modules, collectors))
@@ -123,8 +123,9 @@ def recalibrate(calibration: Calibration, modules: Mapping[str, nn.Module], name
             settings.slices, backward_every=settings.gradient_every, every=settings.refit_every
         )
         at_compressed = replace(calibration, cache=cache, replaced=modules, slices=some)
-        cache_outputs(at_compressed, ("fit",), layers)
-        measured = metrics_of(at_compressed, layers, BackwardPass(at_compressed, layers))
+        with slices_in_workers(at_compressed) as formed:
+            cache_outputs(at_compressed, ("fit",), layers, reported=0 if formed is None else len(some))
+            measured = metrics_of(at_compressed, layers, formed or BackwardPass(at_compressed, layers))
     metrics, uses = measured.metrics, dict(measured.uses)
     decompositions = cache.decompositions()
     for unreached in calibration.metrics.keys() - metrics.keys():

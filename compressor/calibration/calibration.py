@@ -19,6 +19,7 @@ from compressor.engine import Run
 from compressor.factorize import Metric, TiedMetric
 from compressor.initial import InitialWeights
 from compressor.lowrank import put_layer, start_matrix
+from compressor.model import ModelFiles
 from compressor.model.streaming import blocks_of, parameter_of
 from compressor.network import Layer
 from compressor.planning import LossUnit
@@ -53,6 +54,8 @@ class Calibration:
     """What it is called in the journal, where all that follows from its metrics has names below."""
     initial: InitialWeights | None = field(default=None, repr=False)
     """The weights that training started from, where they are known."""
+    files: ModelFiles | None = None
+    """What other processes open the model from, where they can."""
     heads: frozenset[str] = frozenset()
     """Layers that output so many classes that of their gradients only the diagonal of the moment is used."""
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,7 +30,7 @@ from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
-from compressor.calibration.replacements import Replacements
+from compressor.calibration.replacements import STATISTICS, Replacements, statistics_of, with_statistics
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
 from compressor.forms import FORMS, MatrixPair
@@ -68,7 +67,7 @@ class Compensated:
     def moved(self) -> dict[str, dict[str, Tensor]]:
         """The changed means and variances of batch normalizations, by place."""
         return {
-            place: {name: getattr(module, name) for name in _STATISTICS} for place, module in self.modules.moved.items()
+            place: {name: getattr(module, name) for name in STATISTICS} for place, module in self.modules.moved.items()
         }
 
     @property
@@ -187,19 +186,8 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
 
 def _kept(factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str], moved: Mapping[str, nn.Module]) -> Kept:
     """What a segment with these factors and places has become."""
-    statistics = {place: {key: getattr(moved[place], key) for key in _STATISTICS} for place in passed if place in moved}
+    statistics = {place: statistics_of(moved[place]) for place in passed if place in moved}
     return Kept(factors, statistics, passed)
-
-
-_STATISTICS = ("running_mean", "running_var")
-
-
-def with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a batch normalization with other statistics, in evaluation mode."""
-    moved = deepcopy(dense).eval()
-    for name, value in statistics.items():
-        getattr(moved, name).copy_(value)
-    return moved
 
 
 @dataclass(frozen=True)
@@ -406,7 +394,7 @@ def _moved(dense: _BatchNorm, fit: _InputStatistics, holdout: _InputStatistics) 
     chosen = min(candidates, key=lambda statistics: error(*statistics))
     if chosen is candidates[0]:
         return None
-    return with_statistics(dense, dict(zip(_STATISTICS, chosen, strict=True)))
+    return with_statistics(dense, dict(zip(STATISTICS, chosen, strict=True)))
 
 
 def _batch_normalizations(model: nn.Module) -> Iterator[str]:

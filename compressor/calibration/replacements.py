@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
+from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
+from compressor.engine import Journal, Units
 from compressor.forms import InitialLayer, LowRankEmbedding
 from compressor.lowrank import TiedHead, carry_over, filled_layer, start_matrix
 from compressor.planning import LayerPlan
+
+
+@dataclass(frozen=True)
+class SentReplacements:
+    """What another process makes the same modules of: their plans, where their factors are, and moved statistics."""
+
+    planned: Sequence[LayerPlan]
+    factors: Units
+    moved: Mapping[str, Mapping[str, Tensor]]
+
+    def opened(self, calibration: Calibration) -> Replacements:
+        """The modules in the model of a calibration of this process."""
+        factors = CachedFactors(calibration.run.device, Journal().beside(self.factors))
+        for name in self.factors.names:
+            factors.take(name)
+        moved = {
+            place: with_statistics(calibration.model.get_submodule(place), each) for place, each in self.moved.items()
+        }
+        return Replacements(calibration, self.planned, factors, moved=moved)
 
 
 class Replacements(Mapping[str, nn.Module]):
@@ -45,6 +68,16 @@ class Replacements(Mapping[str, nn.Module]):
             if layer.head is not None:
                 self._embeddings[layer.head] = layer.module
         self._alive: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+
+    def sent(self, journal: Journal) -> SentReplacements:
+        """What another process makes them of, their factors kept in a journal that it sees."""
+        for name, tensors in self.factors.items():
+            journal.write(name, tensors)
+        planned = [plan for plans in self._plans.values() for plan in plans]
+        moved = {place: statistics_of(module) for place, module in self.moved.items()}
+        # On the CPU: the accelerator of a worker is another one.
+        on_cpu = {place: {name: each.cpu() for name, each in named.items()} for place, named in moved.items()}
+        return SentReplacements(planned, journal.units(), on_cpu)
 
     def with_factors(self, factors: Mapping[str, Mapping[str, Tensor]]) -> Replacements:
         """The same with other factors."""
@@ -98,3 +131,19 @@ class _HeadOfInitial(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.embedding.formed_weight(), self.bias)
+
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """The mean and variance of a batch normalization."""
+    return {name: getattr(module, name) for name in STATISTICS}
+
+
+def with_statistics(dense: nn.Module, statistics: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a batch normalization with other statistics, in evaluation mode."""
+    moved = deepcopy(dense).eval()
+    for name, value in statistics.items():
+        getattr(moved, name).copy_(value)
+    return moved

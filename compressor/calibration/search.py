@@ -24,12 +24,11 @@ from compressor.calibration.compensation import (
     compensate,
     only_compared,
     uncompensated,
-    with_statistics,
 )
 from compressor.calibration.decompositions import decompose_layers, decomposition_of, own_errors
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
-from compressor.calibration.replacements import Replacements
+from compressor.calibration.replacements import Replacements, with_statistics
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
 from compressor.calibration.starts import starts_in_metric
 from compressor.choices import FormRequest

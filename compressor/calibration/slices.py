@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +13,15 @@ import torch
 from compressor.calibration.activation_cache import ActivationCache
 from compressor.calibration.backward import BackwardPass
 from compressor.calibration.calibration import Calibration, frozen
-from compressor.calibration.examples import CalibrationData
+from compressor.calibration.examples import CalibrationData, Slice
 from compressor.calibration.forward import cache_outputs
 from compressor.calibration.prepare import collectors_of, modules_of, prepared
+from compressor.calibration.replacements import Replacements, SentReplacements
 from compressor.calibration.settings import CalibrationSettings
 from compressor.calibration.sums import SegmentSums
 from compressor.data import Batch
 from compressor.engine import Fingerprint, InProcess, Journal, Run
+from compressor.initial import InitialWeights
 from compressor.measure.moments import InputSums, LayerSums, require_finite
 from compressor.model import ModelFiles, evaluation_mode
 from compressor.network import Layer
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def slices_in_workers(calibration: Calibration, files: ModelFiles | None) -> Iterator[AddedSlices | None]:
+def slices_in_workers(calibration: Calibration) -> Iterator[AddedSlices | None]:
     """The sums over the slices of the fit examples, each formed by a job of the run's engine, and added up in order.
 
     A slice is added once it and those before it are formed, and its sums are removed: so there are those of one slice
@@ -41,14 +43,19 @@ def slices_in_workers(calibration: Calibration, files: ModelFiles | None) -> Ite
     run, count = calibration.run, calibration.segments.count
     added = AddedSlices(calibration)
     known = all(calibration.cache.moments.knows(f"backward-{segment}") for segment in range(count))
-    if files is None or known or isinstance(run.engine, InProcess) or len(calibration.slices) < 2:
+    files, replaced = calibration.files, calibration.replaced
+    here = known or isinstance(run.engine, InProcess) or len(calibration.slices) < 2
+    if files is None or here or (replaced and not isinstance(replaced, Replacements)):
         added.drop_all()
         yield None
         return
     folder = calibration.cache.journal.folder("slices").absolute()  # workers may be at work in another one
+    factors = run.journal.temporary()  # which goes when this ends
+    sent = replaced.sent(factors) if isinstance(replaced, Replacements) else None
     asked = [
         _SliceOfExamples(
-            number=each.number,
+            place=place,
+            own=each,
             files=files,
             layers=tuple(calibration.layers.values()),
             data=_without_holdout(calibration.data),
@@ -57,8 +64,10 @@ def slices_in_workers(calibration: Calibration, files: ModelFiles | None) -> Ite
             settings=calibration.settings,
             device=run.job_device,
             seed=run.seed,
+            initial=calibration.initial,
+            replaced=sent,
         )
-        for each in calibration.slices
+        for place, each in enumerate(calibration.slices)
     ]
     before = added.count()
     for own in asked[:before]:
@@ -85,9 +94,13 @@ def slices_in_workers(calibration: Calibration, files: ModelFiles | None) -> Ite
 
 @dataclass(frozen=True)
 class _SliceOfExamples:
-    """What a worker needs to form the sums over a slice of the fit examples, and the folder that it keeps them in."""
+    """What a worker needs to form the sums over a slice of the fit examples, and the folder that it keeps them in.
 
-    number: int
+    At a compressed model some modules of the dense one are `replaced`, and no embeddings or parameters are watched.
+    """
+
+    place: int
+    own: Slice
     files: ModelFiles
     layers: Sequence[Layer]
     data: CalibrationData
@@ -96,14 +109,16 @@ class _SliceOfExamples:
     settings: CalibrationSettings
     device: torch.device
     seed: int
+    initial: InitialWeights | None
+    replaced: SentReplacements | None
 
     def opened(self) -> Journal:
         """The journal of the slice, once a worker that died has let go of it."""
-        return Journal.open(self.folder / str(self.number), Fingerprint(), option="work_dir", patience=60.0)
+        return Journal.open(self.folder / str(self.place), Fingerprint(), option="work_dir", patience=60.0)
 
     def remove(self) -> None:
         """Remove the journal, if there is one."""
-        if (self.folder / str(self.number)).is_dir():
+        if (self.folder / str(self.place)).is_dir():
             self.opened().remove()
 
 
@@ -121,7 +136,7 @@ class _SliceCache(ActivationCache):
 
 def _formed(asked: _SliceOfExamples) -> bool:
     """Form the sums over a slice in its folder, from where a worker that died had left it; False if it is not seen."""
-    if not asked.folder.is_dir():
+    if not asked.folder.is_dir() or (asked.replaced is not None and not asked.replaced.factors.are_seen):
         return False
     journal = asked.opened()
     try:
@@ -138,8 +153,10 @@ def _form(asked: _SliceOfExamples, journal: Journal) -> None:
     with evaluation_mode(run.device, model), frozen(model):
         whole = prepared(model, asked.layers, asked.data, first=asked.first, run=run, settings=asked.settings)
         cache = _SliceCache(run.device, journal)
-        own = replace(whole, slices=(whole.slices[asked.number],), cache=cache)
-        modules, collectors = modules_of(own), collectors_of(own)
+        own = replace(whole, slices=(asked.own,), cache=cache, initial=asked.initial)
+        modules, collectors = modules_of(own), None if asked.replaced is not None else collectors_of(own)
+        if asked.replaced is not None:
+            own = replace(own, replaced=asked.replaced.opened(own))
         backward = BackwardPass(own, modules, collectors)
         order = list(reversed(range(own.segments.count)))
         done = next((place for place, each in enumerate(order) if not journal.holds(f"sums-{each}")), len(order))
@@ -148,7 +165,7 @@ def _form(asked: _SliceOfExamples, journal: Journal) -> None:
         cache_outputs(own, ("fit",), modules)
         if done and not backward.can_begin(order[done]):
             done = 0
-        with collectors.watching():
+        with nullcontext() if collectors is None else collectors.watching():
             for segment in order[done:]:
                 journal.write(f"sums-{segment}", backward.sums(segment).tensors())
                 backward.drop(segment)
@@ -180,11 +197,11 @@ class AddedSlices:
 
         On another machine there may be a folder of that name that is not this one.
         """
-        journal, count = own.opened(), own.number
+        journal, count = own.opened(), own.place
         try:
             if not all(journal.holds(name) for name in self._names if name.startswith("sums")):
                 return False
-            self._take_outputs(own.number, journal)
+            self._take_outputs(own.place, journal)
             for name in self._names:
                 if not self._journal.holds(_unit(name, count + 1)):
                     total = self._read(self._journal, _unit(name, count))
@@ -227,12 +244,12 @@ class AddedSlices:
         """Whether so many slices are in all sums; in some there may be the next one too."""
         return all(any(self._journal.holds(_unit(name, each)) for each in (count, count + 1)) for name in self._names)
 
-    def _take_outputs(self, number: int, journal: Journal) -> None:
+    def _take_outputs(self, place: int, journal: Journal) -> None:
         """Take over what a worker kept when it ran the model forward."""
         calibration = self._calibration
         made = ActivationCache(calibration.run.device, journal)
         for segment in range(calibration.segments.count):
-            for chunk in calibration.slices[number].chunks:
+            for chunk in calibration.slices[place].chunks:
                 calibration.cache.dense("fit", segment).take(chunk.batch, made.dense("fit", segment))
 
     def _read(self, journal: Journal, name: str) -> SegmentSums:

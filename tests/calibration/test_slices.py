@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 import compressor
-from compressor.calibration import Calibration, CalibrationData, CalibrationSettings, calibrate
+from compressor.calibration import (
+    Calibration,
+    CalibrationData,
+    CalibrationSettings,
+    calibrate,
+    compensate,
+    recalibrate,
+)
 from compressor.calibration.examples import Chunk
 from compressor.engine import Engine, Fingerprint, InProcess, Journal, ProcessPool, Run
 from compressor.engine.calls import carried_out, packed, unpacked
+from compressor.factorize import Metric
 from compressor.model import Model, open_model
 from compressor.model.opened import LayerSelection
-from tests.calibration.tiny_models import CPU, batch_of, inputs_for, transformer
+from tests.calibration.tiny_models import CPU, batch_of, inputs_for, planned, transformer
 from tests.engine.runs import files_of
 from tests.test_frozen_outputs import factory, network, weight_file
 
@@ -124,9 +132,37 @@ def test_slices_elsewhere_give_the_numbers_of_those_in_process(name: str, case: 
     data, engine, settings = data_for(name), Elsewhere(), CASES[case]
     expected = calibrated(opened(name, tmp_path), data, settings)
     found = calibrated(opened(name, tmp_path), data, settings, engine=engine)
-    assert [each.number for each in engine.told] == list(range(settings.slices))
+    assert [each.place for each in engine.told] == list(range(settings.slices))
     assert expected.metrics
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "convolutions"])
+def test_a_compressed_model_is_calibrated_again_in_slices_elsewhere_as_in_process(name: str, tmp_path: Path) -> None:
+    data, engine, settings = data_for(name, 4), Elsewhere(), CalibrationSettings(gradient_every=2)
+    dense = calibrated(opened(name, tmp_path), data, settings)
+    ranks = [planned(layer, 3) for layer in dense.layers.values()]
+    expected = recalibrate(dense, compensate(dense, ranks).modules)
+    there = calibrated(opened(name, tmp_path), data, settings, engine=engine)
+    modules = compensate(there, ranks).modules
+    again = recalibrate(there, modules)
+    assert [each.place for each in engine.told if hasattr(each, "place")] == [0, 1, 2, 3] * 2
+    assert again.metrics.keys() == expected.metrics.keys() == dense.metrics.keys() != set()
+    assert again.uses == expected.uses
+    changed = False
+    for each, metric in expected.metrics.items():
+        found, before = again.metrics[each], dense.metrics[each]
+        assert isinstance(metric, Metric)
+        assert isinstance(found, Metric)
+        assert isinstance(before, Metric)
+        assert torch.equal(found.inputs, metric.inputs)
+        assert torch.equal(found.gradients, metric.gradients)
+        changed |= not torch.equal(found.inputs, before.inputs)
+    assert changed
+    # Modules that nobody can send are run here.
+    told = len(engine.told)
+    recalibrate(there, {place: modules[place] for place in modules}, "here")
+    assert len(engine.told) == told
 
 
 @pytest.mark.slow
@@ -214,7 +250,7 @@ def test_an_interrupted_run_goes_on_with_the_slices_that_are_done(tmp_path: Path
     work = tmp_path / "work"
 
     def interrupt(item: Any) -> Any:
-        if item.number == 3:
+        if item.place == 3:
             raise Interrupted
         return item
 
@@ -225,7 +261,7 @@ def test_an_interrupted_run_goes_on_with_the_slices_that_are_done(tmp_path: Path
     assert not list(work.glob("jobs/*/*"))  # the first three are added up
     again, engine = Journal.open(work, Fingerprint(), option="work_dir"), Elsewhere()
     assert_same(calibrated(opened("llama", tmp_path), data, settings, engine=engine, journal=again), expected)
-    assert [item.number for item in engine.told] == [3, 4, 5, 6, 7]
+    assert [item.place for item in engine.told] == [3, 4, 5, 6, 7]
     assert not list(work.glob("jobs/*/*"))
     again.close()
     # What is done is not formed again.
@@ -256,7 +292,7 @@ def test_a_run_that_dies_while_it_adds_a_slice_goes_on_there_or_anew_where_sums_
             path.write_bytes(path.read_bytes()[:-1])
     again, engine = Journal.open(work, Fingerprint(), option="work_dir"), Elsewhere()
     assert_same(calibrated(opened("convolutions", tmp_path), data, settings, engine=engine, journal=again), expected)
-    assert [item.number for item in engine.told] == list(range(begins_at, 8))
+    assert [item.place for item in engine.told] == list(range(begins_at, 8))
     assert not list(work.glob("jobs/*/*"))
     again.remove()
     assert not work.exists()
