@@ -22,11 +22,12 @@ from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_
 from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
-from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, join, pair_infos
+from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, join, pair_infos, written
 from compressor.measure import Precision
 from compressor.network import Layer, fuse_experts, is_weight
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -196,15 +197,17 @@ def _factorized(asked: _Factorization) -> Factors:
     bias = None if asked.bias is None else asked.bias.read()
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, asked.source)
-    if asked.start is not None:
-        return factorize(layer, asked.plan, weight, bias=bias, start=asked.start.to(asked.device))
-    found = asked.decomposition
+    start = None if asked.start is None else asked.start.to(asked.device)
+    found = asked.decomposition if start is None else None
     if found is not None:
         found = replace(found, basis=found.basis.to(asked.device))
-    elif asked.precision is not None and min(layer.shape) >= asked.precision.side:
+    elif asked.precision is not None and min(layer.shape) >= asked.precision.side and asked.plan.rank:
         # There was no room for what was found when it was measured, and the same is found again.
-        found = decompose(as_matrix(layer, weight), None, asked.precision)
-    return factorize(layer, asked.plan, weight, bias=bias, decomposition=found)
+        matrix = as_matrix(layer, weight)
+        if start is not None:
+            matrix = written(in_float64(matrix), start).to(torch.float32)
+        found = decompose(matrix, None, asked.precision)
+    return factorize(layer, asked.plan, weight, bias=bias, decomposition=found, start=start)
 
 
 def rewritten_module(

@@ -126,14 +126,16 @@ def factorize(
 ) -> Factors:
     """The factors of a layer that are the best in the Frobenius norm, in the weight's own dtype.
 
-    The arithmetic is in float64, but where `decomposition`, that of the layer's matrix, is in float32. Of a form of
-    what training wrote the factors are those of the matrix less `start`, in float64.
+    The arithmetic is in float64, but where `decomposition` is in float32. It is that of what is factorized: of the
+    layer's matrix, less `start` for a form of what training wrote.
     """
     matrix = as_matrix(layer, weight)
-    narrow = start is None and decomposition is not None and decomposition.basis.dtype == torch.float32
+    in_float32 = decomposition is not None and decomposition.basis.dtype == torch.float32
+    narrow = in_float32 and start is None
     wide = matrix.to(torch.float32) if narrow else in_float64(matrix)
     start = None if start is None else start.to(wide)
-    pair = approximate(layer, plan, written(wide, start), decomposition=None if start is not None else decomposition)
+    factorized = written(wide, start).to(torch.float32 if in_float32 else wide.dtype)
+    pair = approximate(layer, plan, factorized, decomposition=decomposition)
     tensors = stored_tensors(layer, plan, pair, dense=DenseWeights(wide, bias, weight.dtype, start), metric=None)
     error = stored_error(layer, plan, tensors, matrix=wide, metric=None, start=start)
     if narrow and error < SMALL_IN_FLOAT32:

@@ -15,7 +15,7 @@ from torch import Tensor
 from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, decompose, working_bytes
-from compressor.forms import FORMS, has_own_errors, pair_forms, pair_of
+from compressor.forms import FORMS, InitialForm, has_own_errors, pair_forms, pair_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
@@ -169,8 +169,10 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
     own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
     if asked.start is not None and asked.initial is not None:
         training = in_float64(weight) - asked.start.share * in_float64(asked.initial.to(weight.device))
-        forms = [form for form in pair_forms(layer, initial=True) if form.from_initial]
-        own |= {form.name: form.own_values(training) for form in forms}
+        of_training = singular_values(as_matrix(layer, training))
+        for form in pair_forms(layer, initial=True):
+            if isinstance(form, InitialForm):
+                own[form.name] = form.own_values(training) if form.pair.has_own_errors else of_training
     return {"": values} | own, found if asked.kept else None
 
 

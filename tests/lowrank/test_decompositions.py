@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor import compress, plan
 from compressor.engine import Journal, Run
 from compressor.errors import BadInput
 from compressor.factorize import decompose
+from compressor.initial import InitialWeights
 from compressor.lowrank import KeptDecompositions, Rewriting, rewritten_tensors
+from compressor.lowrank.rewriting import rewritten_factors
 from compressor.measure import EPSILON, Precision
 from compressor.model import Decomposing, inspect_layers, open_model
+from compressor.planning import Budget, LayerPlan, Plan
 
 SIDE = Precision().side
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +104,31 @@ def test_the_same_numbers_are_stored_with_and_without_room(model: Path, room: fl
         found.append(dict(rewritten_tensors(rewriting, run, lambda *_: None)))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize("form", ["plain", "pivoted"])
+def test_what_training_wrote_in_a_large_layer_is_factorized_as_well_as_in_float64(form: str) -> None:
+    def build() -> nn.Linear:
+        return nn.Linear(SIDE + 40, SIDE)
+
+    initial = InitialWeights.from_seed(build, 0)
+    model, generator = build(), torch.Generator().manual_seed(1)
+    sizes = torch.logspace(0, -3, SIDE)
+    change = torch.randn(SIDE, SIDE, generator=generator) * sizes @ torch.randn(SIDE, SIDE + 40, generator=generator)
+    start = initial.read("weight")
+    assert start is not None
+    with torch.no_grad():
+        model.weight.copy_(0.9 * start + 1e-3 * change)
+    subject = replace(open_model(model), initial=initial)
+    kept = KeptDecompositions(Journal())
+    [found] = inspect_layers(subject, EPSILON, Run(CPU), decomposing=Decomposing(Precision(), kept))
+    assert found.start is not None
+    written = model.weight.detach().double() - found.start.share * start.double()
+    exact = torch.linalg.svdvals(written)
+    values = torch.tensor(found.own_values[f"initial+{form}"], dtype=torch.float64)
+    torch.testing.assert_close(values, exact, rtol=1e-4, atol=1e-7)
+    layer = LayerPlan("", (0, 0), "", 60, f"initial+{form}", 0, 0.0, "", share=found.start.share)
+    rewriting = replace(subject.rewriting(Plan("", None, Budget("plan"), (layer,))), decompositions=kept)
+    [(_, _, factors)] = rewritten_factors(rewriting, Run(CPU))
+    least = float(exact[60:].square().sum().sqrt() / model.weight.detach().double().norm())
+    assert factors.error == pytest.approx(least, rel=1e-4)
