@@ -28,7 +28,7 @@ ROOMS = (
         "model",
         "evaluation",
     ),
-    *("calibration", "fine_tuning", "merging", "diagnosis", "archiving", "exporting", "results", "report", "api"),
+    *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "archiving", "results", "report", "api"),
     *("registration", "integrations", "cli"),
 )
 
