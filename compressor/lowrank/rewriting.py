@@ -292,7 +292,8 @@ def filled_layer(
     place = low_rank.weight.device
     if low_rank.weight.is_meta:  # the dense weight is not in memory: the layer goes where its factors are
         place = next(iter(tensors.values())).device
-        low_rank.to_empty(device=place)
+        # Not `to_empty`, which would empty what the layer shares with the dense one: its bias is in memory.
+        low_rank._apply(lambda own: torch.empty_like(own, device=place) if own.is_meta else own)  # type: ignore[no-untyped-call]
     own = {name.removeprefix(prefix): tensor.to(place) for name, tensor in tensors.items()}
     low_rank.load_state_dict(own, assign=True)
     if isinstance(low_rank, InitialLayer):

@@ -245,6 +245,20 @@ def test_layers_can_be_trained_until_they_are_formed() -> None:
         )
 
 
+def test_a_layer_whose_matrix_is_not_in_memory_leaves_the_bias_of_the_dense_one_alone() -> None:
+    model, initial = trained(Kinds)
+    rewriting = rewriting_of(opened(model, initial), {"tall": ("plain", 2)})
+    [(layer, plan, factors)] = rewritten_factors(rewriting, Run(CPU))
+    dense = model.get_submodule("tall")
+    bias, memory = dense.bias.detach().clone(), dense.bias.data_ptr()
+    dense.weight = nn.Parameter(dense.weight.to("meta"))
+    start = start_matrix(layer, plan.share, initial)
+    made = filled_layer(layer, plan, dense, tensors=factors.tensors, start=start)
+    assert not any(tensor.is_meta for tensor in made.state_dict().values())
+    assert dense.bias.data_ptr() == memory
+    assert torch.equal(dense.bias, bias)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, InitialWeights, Path]:
     tmp_path = tmp_path_factory.mktemp("gpt2")
