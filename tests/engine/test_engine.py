@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from _thread import LockType
 from collections.abc import Iterator
@@ -15,27 +14,8 @@ import torch
 
 from compressor.engine import Engine, InProcess
 from compressor.errors import BadInput
+from tests.engine.jobs import Gram, eigenvalues, root
 from tests.engine.runs import without_data
-
-
-@dataclass(frozen=True)
-class Gram:
-    """A seeded matrix of which the eigenvalues of the Gram matrix are asked for."""
-
-    seed: int
-    size: int = 40
-
-
-def eigenvalues(asked: Gram) -> torch.Tensor:
-    matrix = torch.randn(asked.size, asked.size, generator=torch.Generator().manual_seed(asked.seed))
-    values: torch.Tensor = torch.linalg.eigvalsh(matrix @ matrix.T)
-    return values
-
-
-def root(number: float) -> float:
-    if number < 0:
-        raise BadInput(f"{number} has no root", option="number", remedy="give a positive one")
-    return math.sqrt(number)
 
 
 def threads(_: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 
 from compressor.engine import ProcessPool
 from compressor.errors import CompressorError
+from tests.engine.jobs import die, die_once, name_after, own_number
 from tests.engine.runs import calibrated, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
@@ -24,22 +24,6 @@ pytestmark = pytest.mark.slow
 def pool() -> Iterator[ProcessPool]:
     with ProcessPool(2, most_deaths=2) as pool:
         yield pool
-
-
-def die_once(mark: Path) -> str:
-    """Kill the worker the first time."""
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return mark.name
-
-
-def die(_: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def own_number(_: int) -> int:
-    return os.getpid()
 
 
 def test_jobs_in_processes_give_what_a_loop_does(pool: ProcessPool) -> None:
@@ -54,14 +38,6 @@ def test_what_a_dead_worker_was_at_is_done_again(pool: ProcessPool, tmp_path: Pa
         if name != "2":
             (tmp_path / name).touch()
     assert list(pool.map(die_once, (tmp_path / name for name in names))) == names
-
-
-def name_after(mark: Path) -> str:
-    """The name of a mark, half a second after there is another beside it."""
-    while not (mark.parent / "inside").exists():
-        time.sleep(0.01)
-    time.sleep(0.5)
-    return mark.name
 
 
 def test_a_death_that_jobs_inside_others_notice_first_counts_once(tmp_path: Path) -> None:
@@ -93,7 +69,7 @@ def test_workers_that_die_again_and_again_are_an_error_of_one_line() -> None:
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     program = (
         "from compressor.engine import ProcessPool\n"
-        "from tests.engine.test_pool import own_number\n"
+        "from tests.engine.jobs import own_number\n"
         "import time\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPool(1)\n"

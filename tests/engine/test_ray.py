@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from compressor.engine import RayEngine
 from compressor.errors import BadInput
 from tests.calibration.test_drop import TwoAtATime, assert_same_plan, search_calibrated, search_digits
+from tests.engine.jobs import Lost, number_elsewhere
 from tests.engine.runs import calibrated, sliced, without_data
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
@@ -36,22 +36,6 @@ def connected(cluster: Any) -> Iterator[Any]:
     ray.init(cluster.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield cluster
     ray.shutdown()
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A number, and a node on which its job never ends once it has made a mark."""
-
-    number: int
-    node: str
-    mark: Path
-
-
-def number_elsewhere(asked: Lost) -> int:
-    if ray.get_runtime_context().get_node_id() == asked.node:
-        asked.mark.touch()
-        time.sleep(600)
-    return asked.number
 
 
 def kill_when_marked(cluster: Any, node: Any, mark: Path) -> None:
