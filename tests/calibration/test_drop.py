@@ -125,10 +125,9 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
 @pytest.mark.slow
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
-    batches = list(digits("train")[0][:256].split(32)) if calibrated else None
-    report = compress(
-        trained, max_drop=0.02, data="builtin:digits", calibration=batches, allow_miss=True, prefer="size"
-    )
+    batches = list(digits("train")[0][:256].split(32))
+    asked: Any = {"calibration": batches, "calibration_settings": TWO_PASSES} if calibrated else {}
+    report = compress(trained, max_drop=0.02, data="builtin:digits", allow_miss=True, prefer="size", **asked)
     assert report.plan.search is not None
     lost = accuracy(trained, *digits("validation")) - accuracy(report.model, *digits("validation"))
     assert lost <= 0.02
@@ -151,6 +150,7 @@ def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential) -> No
         data="builtin:digits",
         calibration="builtin:digits",
         progress=lambda *event: seen.append(event),
+        planning_settings=FEW,
         effort="balanced",  # which does not calibrate again at a compressed model
         prefer="size",
     )

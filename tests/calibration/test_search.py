@@ -87,7 +87,7 @@ def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(trained:
 def test_the_dense_model_is_left_as_it_was(trained: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     trained.train()
-    compress(trained, keep=0.5, calibration=batches(), prefer="size")
+    compress(trained, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
     assert trained.training
     assert all(parameter.requires_grad for parameter in trained.parameters())
     assert not any(module._forward_hooks for module in trained.modules())
@@ -108,8 +108,9 @@ def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, tmp_path: Path) 
 
 def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
-    in_memory = compress(trained, keep=0.4, calibration=batches(), prefer="size").model
-    report = compress(tmp_path / "model.safetensors", factory=build, keep=0.4, calibration=batches())
+    asked: Any = {"keep": 0.4, "calibration": batches(), "calibration_settings": TWO_PASSES}
+    in_memory = compress(trained, **asked, prefer="size").model
+    report = compress(tmp_path / "model.safetensors", factory=build, **asked)
     restore(str(report.output), output=tmp_path / "back.safetensors")
     dense = build()
     dense.load_state_dict(load_file(tmp_path / "back.safetensors"), strict=True)
@@ -119,7 +120,8 @@ def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, 
 
 
 def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
-    chosen = plan(trained, keep=0.5, calibration=batches(), calibration_samples=256, prefer="size")
+    asked: Any = {"calibration": batches(), "calibration_samples": 256, "calibration_settings": TWO_PASSES}
+    chosen = plan(trained, keep=0.5, **asked, prefer="size")
     found = chosen.calibration
     assert found is not None
     assert (found.examples, found.holdout) == (192, 64)
@@ -141,7 +143,8 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
             return self.head(torch.relu(self.used(x)))
 
     torch.manual_seed(0)
-    report = compress(Branching(), keep=0.7, calibration=[torch.randn(8, 20) for _ in range(4)], prefer="size")
+    data = [torch.randn(8, 20) for _ in range(4)]
+    report = compress(Branching(), keep=0.7, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
     ranks = {layer.name: (layer.rank, layer.reason) for layer in report.plan.layers}
     assert ranks["unused"] == (None, "no calibration example reached it with an effect on the outputs")
     assert ranks["used"][0] is not None
@@ -158,7 +161,8 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
 )
 def test_any_iterable_of_batches_will_do(data: Any) -> None:
     torch.manual_seed(0)
-    assert compress(build(), keep=0.5, calibration=data, prefer="size").plan.calibration is not None
+    found = compress(build(), keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+    assert found.plan.calibration is not None
 
 
 @pytest.mark.parametrize(
