@@ -23,7 +23,8 @@ from compressor.forms import FORMS
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
 from tests.forms.diagonal import DIAGONAL, ROOT
-from tests.lowrank.started import Kinds
+from tests.lowrank.started import GPT2, KINDS, SEED, Kinds, gpt2, trained
+from tests.lowrank.started import planned as planned_from_start
 
 pytestmark = pytest.mark.slow
 
@@ -203,6 +204,44 @@ def test_own_code_in_files(form: str, container: str, tmp_path: Path) -> None:
         assert (folder / "model.safetensors.index.json").is_file() == (container == "sharded folder")
 
 
+@cache
+def from_seed(transformer: bool = False) -> Any:
+    """A network whose matrices are a share of what a seed draws, and of rank two beside it."""
+    return trained(gpt2 if transformer else Kinds)[0]
+
+
+FROM_SEED: dict[str, Any] = {"embeddings": True, "plan": planned_from_start(KINDS), "initial": SEED, "factory": Kinds}
+
+
+def test_what_training_wrote_as_a_module(tmp_path: Path) -> None:
+    dense = from_seed()
+    small = compress(dense, **FROM_SEED).model
+    assert small is not None
+    assert {type(each) for each in small.modules()} == {type(each) for each in dense.modules()}
+    same(small, dense)
+    small = compress(dense, output=tmp_path / "small.safetensors", **FROM_SEED).output
+    same(load_model(str(small), Kinds), dense)
+
+
+@pytest.mark.parametrize("container", FILES)
+def test_what_training_wrote_in_files(container: str, tmp_path: Path) -> None:
+    dense, shard = from_seed(), 1000 if container == "sharded folder" else FULL_MODEL
+    place = saved(dense.state_dict(), tmp_path / "dense", container)
+    ending = "" if place.is_dir() else ".safetensors"
+    small = Path(str(compress(place, output=tmp_path / f"small{ending}", max_shard_size=shard, **FROM_SEED).output))
+    assert sum(each.numel() for each in dense_state(small).values()) < sum(each.numel() for each in dense.parameters())
+    same(load_model(small, Kinds), dense)
+    again = tmp_path / f"again{place.suffix}"
+    for factory in (None, Kinds):
+        options: Any = {"output": again, "factory": factory, "max_shard_size": shard, "overwrite": True}
+        same(own_code_from(Path(restore(small, **options).output)), dense)
+        same(own_code_from(Path(export(small, to="dense", **options).output)), dense)
+    for folder in (small, again):
+        assert (folder / "model.safetensors.index.json").is_file() == (container == "sharded folder")
+    merge([small, small], base=small, output=tmp_path / f"merged{ending}", mode="sum", factory=Kinds)
+    same(load_model(tmp_path / f"merged{ending}", Kinds), dense)
+
+
 def merged_state(models: list[nn.Module], base: nn.Module) -> nn.Module:
     """The sum of what each model was trained by on top of the base, added up in memory."""
     result, states = copy.deepcopy(base), [model.state_dict() for model in (*models, base)]
@@ -298,6 +337,24 @@ def test_transformers_folders(form: str, shard: int, folders: Any, *, tmp_path: 
     with_code = load(Path(remote), form, trust_remote_code=True)
     assert type(with_code).__name__.startswith("LowRank")
     same(with_code, dense)
+
+
+@CONTAINERS
+def test_what_training_wrote_in_transformers_folders(shard: int, tmp_path: Path) -> None:
+    dense = from_seed(transformer=True)
+    given: Any = {"embeddings": True, "plan": planned_from_start(GPT2), "initial": SEED, "max_shard_size": shard}
+    same(compress(dense, **given).model, dense)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size=shard)
+    small = Path(str(compress(tmp_path / "dense", output=tmp_path / "small", **given).output))
+    assert (small / "model.safetensors.index.json").is_file() == (shard == SHARD)
+    loaded = load(small, "plain")
+    assert low_rank(loaded) == 0
+    same(loaded, dense)
+    loaded.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    same(load(tmp_path / "saved", "plain"), dense)
+    same(load(Path(restore(small, output=tmp_path / "again", max_shard_size=shard).output), "plain"), dense)
+    exported = export(small, to="dense", output=tmp_path / "exported", max_shard_size=shard).output
+    same(load(Path(exported), "plain"), dense)
 
 
 @CONTAINERS

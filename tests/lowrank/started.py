@@ -69,7 +69,7 @@ GPT2 = {
 }
 
 
-def trained(build: Callable[[], nn.Module], untouched: Mapping[str, float] | None = None) -> tuple[Any, InitialWeights]:
+def trained(build: Callable[[], nn.Module]) -> tuple[Any, InitialWeights]:
     """A network and its initial weights: a matrix of rank two is added to the share of each of its matrices."""
     initial = InitialWeights.from_seed(build, SEED)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def trained(build: Callable[[], nn.Module], untouched: Mapping[str, float] | Non
         start = initial.read(name) if parameter.dim() > 1 else None
         if start is not None:
             flat = start.flatten(1)
-            size = 0.0 if name == "rnn.weight_hh_l0" else 0.05
+            size = 0.0 if name == "rnn.weight_hh_l0" else 0.3 * float(start.std())
             change = torch.randn(len(flat), RANK) @ torch.randn(RANK, flat.shape[1]) * size
             parameter.data = (SHARE * flat + change).reshape(start.shape)
     return model, initial
