@@ -28,6 +28,7 @@ from compressor import (
     plan,
     restore,
 )
+from compressor.cli.run import run
 from compressor.initial import InitialWeights, keep_initial
 from compressor.io import open_checkpoint
 from compressor.lowrank import formed_layers
@@ -132,8 +133,10 @@ def test_a_file_holds_what_training_wrote_from_a_seed_or_a_checkpoint(from_a_see
     assert formed_layers(open_checkpoint(tmp_path / "small.safetensors")) == ()
 
 
-def test_a_folder_holds_what_training_wrote_from_a_seed(folder, tmp_path):
-    compression = compress(folder, output=tmp_path / "small", initial=SEED, **QUICK)
+@pytest.mark.parametrize("shard", ["5GB", "2KB"])
+def test_a_folder_holds_what_training_wrote_from_a_seed(shard, folder, tmp_path):
+    compression = compress(folder, output=tmp_path / "small", initial=SEED, max_shard_size=shard, **QUICK)
+    assert (tmp_path / "small" / "model.safetensors.index.json").exists() == (shard == "2KB")
     assert "initial+plain" in {layer.form for layer in compression.plan.layers}
     found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "small")
     expected = transformers.GPT2LMHeadModel.from_pretrained(folder)
@@ -367,3 +370,31 @@ def test_draws_that_cannot_be_recorded_are_refused_with_a_remedy(asked, dense, t
     assert refused.value.option == "initial"
     # Unasked it is no reason to stop.
     assert inspect(dense, factory=build, recipe=RECIPE | {"seed": SEED}).initial is None
+
+
+def test_a_command_says_in_one_line_what_is_wrong_with_a_start_and_writes_nothing(dense, start, capsys):
+    tmp_path = dense.parent
+    other, small = tmp_path / "other.pt", tmp_path / "small.safetensors"
+    torch.save({"first.weight": torch.zeros(2, 2)}, other)
+    asked = [dense, "--keep", "0.5", "--calibration", "none", "-o", small]
+    wrong = {
+        ("--initial", "-1"): "--initial -1 is out of range; give a whole number from 0 to 18446744073709551615",
+        ("--initial", "7"): "a seed needs what builds the untrained model; pass --model",
+        ("--initial", "auto"): "a seed needs what builds the untrained model; pass --model",
+        ("--initial", tmp_path / "nowhere.pt"): "no such file or folder",
+        ("--initial", other): "for first.weight of shape (48, 32) it has one of shape (2, 2)",
+        ("--initial", dense): "has the trained weights of",
+    }
+    for given, said in wrong.items():
+        assert run([*map(str, (*asked, *given)), "-q"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert said in err
+        assert not small.exists()
+    assert run([*map(str, (*asked, "--initial", start)), "-q"]) == 0
+    capsys.readouterr()
+    assert run(["restore", str(small), "-q"]) == 2
+    assert "needs start.pt, to which what training wrote is added, for first.weight" in capsys.readouterr().err
+    assert run(["restore", str(small), "-q", "--initial", str(start)]) == 0
