@@ -301,7 +301,18 @@ class MeasuredLayer:
         """
         known = [form for form in self.own_values if form not in self.settings.excluded_forms]
         alike = _forms_alike(self.layer, request)
-        return [form for form in known if (part := pair_of(form)) is None or part in alike or has_own_errors(part)]
+        return [
+            form
+            for form in known
+            if (part := pair_of(form)) is None
+            or ((part in alike or has_own_errors(part)) and self._start_gains(form, part))
+        ]
+
+    def _start_gains(self, form: str, pair: str) -> bool:
+        """Whether a form of what training wrote errs clearly less, at some rank, than the same pair of the layer."""
+        written, own = self.errors(form), self.errors(pair)
+        ranks = min(len(written), len(own))
+        return bool((written[:ranks] < (1 - self.settings.least_start_gain) * own[:ranks]).any())
 
     @property
     def total(self) -> float:
@@ -521,23 +532,74 @@ def chosen_within(
     """
     order = sorted(range(len(measured)), key=lambda place: measured[place].layer.name)
     measured, choices = [measured[place] for place in order], [choices[place] for place in order]
+    chosen = _chosen(measured, choices, budget, seconds=seconds)
+    if chosen is None:
+        return None
+    if not _in_loss(measured) and any(each.started.any() for each in choices):
+        chosen = _with_start_or_without(measured, choices, chosen, budget=budget, seconds=seconds)
+    by_place = dict(zip(order, chosen, strict=True))
+    return [by_place[place] for place in range(len(order))]
+
+
+def _with_start_or_without(
+    measured: Sequence[MeasuredLayer],
+    choices: Sequence[LayerChoices],
+    chosen: list[int],
+    *,
+    budget: int | None,
+    seconds: Seconds | None,
+) -> list[int]:
+    """What was chosen, or the choices without any initial weights, unless these are predicted to lose clearly more.
+
+    What both lose is compared in one unit: beside an even share of the size without initial weights.
+    """
+    others = [each.unstarted() for each in choices]
+    without = _chosen(measured, others, budget, seconds=seconds)
+    if without is None:
+        return chosen
+    size = sum(float(each.choices.cost[index]) for each, index in zip(others, without, strict=True))
+    places = [np.flatnonzero(~each.started)[index] for each, index in zip(choices, without, strict=True)]
+    alone = _at_even_share(measured, [each.choices for each in others], size)
+    losses = [_beside(each.choices, alone.mean(), own).loss for each, own in zip(choices, alone, strict=True)]
+    with_start, others_lose = (
+        sum(float(loss[index]) for loss, index in zip(losses, each, strict=True)) for each in (chosen, places)
+    )
+    most = min(m.settings.most_started_loss for m in measured)
+    return chosen if with_start <= most * others_lose else [int(place) for place in places]
+
+
+def _chosen(
+    measured: Sequence[MeasuredLayer],
+    choices: Sequence[LayerChoices],
+    budget: int | None,
+    *,
+    seconds: Seconds | None,
+) -> list[int] | None:
+    """`chosen_within` for layers in a fixed order."""
     chosen = (
-        None if budget is None else allocate(_losses_of(measured, [each.choices for each in choices], budget), budget)
+        None
+        if budget is None
+        else allocate(_losses_of(measured, choices, [each.choices for each in choices], budget=budget), budget)
     )
     # Whatever loses least at the size alone also does under limits that it keeps.
     kept = seconds is None or (chosen is not None and _within(choices, chosen, seconds))
     if seconds is not None and not kept and (budget is None or chosen is not None):
         chosen = _within_limits(measured, choices, budget, seconds=seconds)
-    if chosen is None:
-        return None
-    by_place = dict(zip(order, chosen, strict=True))
-    return [by_place[place] for place in range(len(order))]
+    return chosen
 
 
-def _losses_of(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], budget: float) -> list[Choices]:
-    """The choices with losses that compare between layers."""
-    weighted = any(m.weighted_values is not None for m in measured)
-    return list(choices) if weighted else comparable(measured, choices, budget)
+def _in_loss(measured: Sequence[MeasuredLayer]) -> bool:
+    """Whether losses are in the unit of the calibration, and so compare between layers."""
+    return any(m.weighted_values is not None for m in measured)
+
+
+def _losses_of(
+    measured: Sequence[MeasuredLayer], layers: Sequence[LayerChoices], costed: Sequence[Choices], *, budget: float
+) -> list[Choices]:
+    """The choices of layers, of a cost, with losses that compare between layers."""
+    if _in_loss(measured):
+        return list(costed)
+    return comparable(measured, costed, [each.started for each in layers], budget=budget)
 
 
 def _within(choices: Sequence[LayerChoices], chosen: Sequence[int], seconds: Seconds) -> bool:
@@ -559,12 +621,18 @@ def _within_limits(
     # Losses that are to be compared without data are those beside an even share of all limits alike.
     even = np.full(len(limits), 1 / len(limits)) / limits
     mixed = [Choices(even @ cost, each.choices.loss) for cost, each in zip(costs, choices, strict=True)]
-    losses = _losses_of(measured, mixed, 1.0)
+    losses = _losses_of(measured, choices, mixed, budget=1.0)
     layers = [LimitedChoices(cost, each.loss) for cost, each in zip(costs, losses, strict=True)]
     return allocate_within(layers, limits)
 
 
-def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], budget: float) -> list[Choices]:
+def comparable(
+    measured: Sequence[MeasuredLayer],
+    choices: Sequence[Choices],
+    started: Sequence[npt.NDArray[np.bool_]],
+    *,
+    budget: float,
+) -> list[Choices]:
     """The choices with losses that compare between layers without data: beside those at an even share of `budget`.
 
     Were the inputs of every layer alike in all directions, a relative error e would leave the share 1 - e^2 of its
@@ -574,19 +642,40 @@ def comparable(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], bu
     same layer loses when all layers keep the same share of their size. So what is minimized is the sum of `l / mean l'
     + (l / l')^2 / 2`: both views weigh the same near the even share, and far from it the second keeps any layer from
     being given up for the others. Of k layers none loses more than sqrt(3 k) times l', for the even share has 3 k / 2.
+
+    `started` tells which choices are forms of what training wrote. The factor is that of the layer whatever its form,
+    and what the layer loses at an even share without them, w, is a second view of it. Nothing but the seed is a choice
+    of no size, by which an even share may lose much more than w: l' is at most w. And where training wrote a matrix of
+    low rank, an even share loses next to nothing because the form is exact there, not because of the inputs: l' is at
+    least the share `least_started_loss` of its mean, or w if that is less.
     """
+    own = _at_even_share(measured, choices, budget)
+    without = own
+    if any(of_start.any() for of_start in started):
+        others = [Choices(each.cost[~mask], each.loss[~mask]) for each, mask in zip(choices, started, strict=True)]
+        without = _at_even_share(measured, others, budget)
+        own = np.minimum(own, without)
+    mean = own.mean()
+    least = np.array([m.settings.least_started_loss for m in measured]) * mean
+    protected = np.maximum(own, np.minimum(without, least))
+    return [_beside(each, mean, alone) for each, alone in zip(choices, protected, strict=True)]
+
+
+def _beside(choices: Choices, mean: float, own: float) -> Choices:
+    """The choices of a layer with their losses beside the mean and the layer's own at an even share."""
+    return Choices(choices.cost, choices.loss / mean + np.square(choices.loss / own) / 2)
+
+
+def _at_even_share(measured: Sequence[MeasuredLayer], choices: Sequence[Choices], budget: float) -> Spectrum:
+    """What each layer loses at an even share of the budget."""
     even = even_shares(choices, budget)
     # What rounding does to a layer anyway is no loss.
-    own = np.array(
+    return np.array(
         [
             each.loss[index] + max(m.precision**2, ROUNDING)
             for m, each, index in zip(measured, choices, even, strict=True)
         ]
     )
-    return [
-        Choices(each.cost, each.loss / own.mean() + np.square(each.loss / alone) / 2)
-        for each, alone in zip(choices, own, strict=True)
-    ]
 
 
 def plan_by_file_size(
@@ -668,6 +757,22 @@ class LayerChoices:
     ranks: npt.NDArray[np.int64]
     errors: Spectrum
     seconds: Seconds
+
+    @property
+    def started(self) -> npt.NDArray[np.bool_]:
+        """Which choices are forms of what training wrote."""
+        return np.array([from_initial(form) for form in self.forms], dtype=np.bool_)
+
+    def unstarted(self) -> LayerChoices:
+        """The choices that need no initial weights."""
+        rest = np.flatnonzero(~self.started).tolist()
+        return LayerChoices(
+            Choices(self.choices.cost[rest], self.choices.loss[rest]),
+            [self.forms[place] for place in rest],
+            self.ranks[rest],
+            self.errors[rest],
+            self.seconds[:, rest],
+        )
 
 
 def layer_choices(

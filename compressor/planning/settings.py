@@ -35,6 +35,27 @@ class PlanningSettings:
     excluded_forms: tuple[str, ...] = ()
     """Names of forms with errors of their own, such as "spatial", that are not to be chosen where they lose less."""
 
+    least_start_gain: float = 0.01
+    """Share by which the relative error of what training wrote must at some rank be below that of the layer itself
+    for the layer to be stored as what training wrote: where nothing is gained, no layer is to need its start."""
+
+    least_started_loss: float = 0.1
+    """Share of the mean loss at an even share that a layer's own counts as at least, without data, where it is below
+    that because of what is known of its start (`comparable`).
+
+    Chosen by the validation split of the networks of benchmarks/initial.py, whose tables are of the test split. From
+    .05 to .2 little changes; at 0 perceptrons trained by SGD lose two to four points of accuracy at 5 % of their size,
+    and at .3 a residual network loses thirty.
+    """
+
+    most_started_loss: float = 0.5
+    """Share of the loss predicted without initial weights that a plan with them may be predicted to lose, without data,
+    to be taken. No network is to need its seed for less than a prediction by weights alone can tell.
+
+    Of the networks of benchmarks/initial.py those that gain are at .33 at most, at any size; a language model of whose
+    norm training wrote 98 % is at .78 at least, and a perceptron that forgot its start at .96.
+    """
+
     least_layer_saving: float = 0.05
     """Share of its bytes that a layer must save to be factorized: two small products are slower than a large one."""
 

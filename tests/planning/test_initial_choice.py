@@ -20,6 +20,7 @@ from compressor.initial import Start
 from compressor.latency import LayerUse, Workload
 from compressor.network import Layer
 from compressor.planning import Budget, LayerLatency, MeasuredLayer, Plan, PlanningSettings, choose_ranks, read_plan
+from compressor.planning.allocation import even_shares
 from compressor.planning.edits import apply_edits
 from compressor.planning.plan import layer_choices, plan_by_size, plan_by_tolerance
 from tests.planning.profiles import charging
@@ -168,3 +169,77 @@ def test_entries_that_cannot_be_are_refused(tmp_path: Path, entry: dict[str, Any
 def test_without_a_start_the_form_is_refused_and_the_remedy_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="`initial`"):
         edited(tmp_path, unstarted(started()), rank=1, form="initial+plain")
+
+
+@pytest.mark.parametrize("size", [1.0, 0.995])
+def test_a_start_that_gains_nothing_is_no_choice(size: float) -> None:
+    m = started(size=size)
+    values = m.singular_values * size
+    forgotten = replace(m, own_values=dict.fromkeys(m.own_values, values))
+    assert not any("initial" in form for form in layer_choices(forgotten, "auto", "bytes").forms)
+    (plan,) = plan_by_tolerance([forgotten], 0.05, "auto")
+    assert plan == plan_by_tolerance([unstarted(m)], 0.05, "auto")[0]
+
+
+def decaying(name: str, sides: tuple[int, int], ranks: float, *, size: float = 1.0) -> MeasuredLayer:
+    """A layer whose spectrum falls over so many ranks, and of which training wrote all of it but for its size."""
+    values = np.exp(-np.arange(min(sides)) / ranks)
+    return replace(started(name, sides), singular_values=values, own_values={"initial+plain": size * values})
+
+
+def test_a_layer_is_not_given_up_because_it_may_be_nothing_but_its_seed() -> None:
+    """An even share leaves small layers nothing but their seed: that loss is not what they are measured by."""
+    lenient = PlanningSettings(most_started_loss=1)
+    layers = [
+        replace(decaying(name, (rows, 60), ranks, size=0.95), settings=lenient)
+        for name, rows, ranks in (("small", 10, 2), ("large", 60, 1))
+    ]
+    budget = int(0.07 * sum(m.layer.parameters for m in layers))
+    choices = [layer_choices(m, "plain", "parameters") for m in layers]
+    even = even_shares([each.choices for each in choices], budget)
+    assert choices[0].ranks[even[0]] == 0
+    all_unstarted = [unstarted(m) for m in layers]
+    plans, without = (plan_by_size(each, budget, "plain", unit="parameters") for each in (layers, all_unstarted))
+    assert plans is not None
+    assert without is not None
+    for plan, other in zip(plans, without, strict=True):
+        assert plan.error < other.error, plan
+
+
+def test_the_last_error_of_a_layer_that_nearly_is_its_start_is_not_worth_others() -> None:
+    """What training wrote of a large layer falls steeply: an even share of the size leaves next to no error there."""
+    written = 0.1 * np.exp(-np.arange(60) / 0.3)
+    large = replace(started("large", (60, 60)), singular_values=np.ones(60), own_values={"initial+plain": written})
+    small = decaying("small", (10, 60), 4, size=0.9)
+    budget = int(0.1 * (600 + 3600))
+
+    def errors(**settings: Any) -> list[float]:
+        layers = [replace(m, settings=PlanningSettings(**settings)) for m in (large, small)]
+        plans = plan_by_size(layers, budget, "plain", unit="parameters")
+        assert plans is not None
+        return [plan.error for plan in plans]
+
+    (of_large, of_small), (_, before) = errors(), errors(least_started_loss=0)
+    assert of_small < before / 2
+    assert of_large < 0.02
+
+
+@pytest.mark.parametrize(("size", "taken"), [(0.6, True), (0.8, False)])
+def test_without_data_starts_are_taken_only_where_they_are_predicted_to_lose_clearly_less(
+    size: float, *, taken: bool
+) -> None:
+    layers = [decaying("a", (40, 60), 8, size=size), decaying("b", (60, 60), 8, size=size)]
+    budget = int(0.3 * sum(m.layer.parameters for m in layers))
+    plans = plan_by_size(layers, budget, "plain", unit="parameters")
+    without = plan_by_size([unstarted(m) for m in layers], budget, "plain", unit="parameters")
+    assert plans is not None
+    assert any("initial" in plan.form for plan in plans) == taken
+    assert (plans == without) != taken
+
+
+def test_a_size_below_that_of_all_pairs_is_met_by_starts_that_gain_little() -> None:
+    layers = [decaying("a", (40, 60), 8, size=0.9), decaying("b", (60, 60), 8, size=0.9)]
+    assert plan_by_size([unstarted(m) for m in layers], 99, "plain", unit="parameters") is None
+    plans = plan_by_size(layers, 99, "plain", unit="parameters")
+    assert plans is not None
+    assert all(plan.rank == 0 for plan in plans)
