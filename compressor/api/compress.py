@@ -51,6 +51,7 @@ from compressor.api.work_folder import expect_data, kept_calibration, kept_work,
 from compressor.api.workload import (
     CompressionWork,
     FirstRun,
+    Workers,
     first_run,
     timed_decompositions,
     work_on_calibration,
@@ -533,19 +534,25 @@ def _timed_work(
 ) -> CompressionWork:
     """What `compress` will do, in seconds."""
     eligible = [layer for layer in subject.layers if layer.eligible]
-    decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
+    workers = Workers.of(run)
+    with workers.timing():
+        decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
     calibration = trial = evaluation = None
     if any(each is not None for each in (data.calibration, data.search, data.report)):
         dense, settings = subject.streamed, calibration_settings(asked, data.calibration)
         if data.calibration is not None and first is not None:
             calibration = work_on_calibration(
-                dense, eligible, data.calibration, first=first, device=run.device, settings=settings
+                dense, eligible, data.calibration, first=first, run=run, settings=settings
             )
+            if calibration is not None and subject.files is None:
+                calibration = replace(calibration, workers=workers)
         timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
         evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
     at_once = _at_once(asked, subject, data, run=run)
-    return CompressionWork(decompositions, calibration, trial, evaluation, _search_settings(asked), at_once)
+    return CompressionWork(
+        decompositions, calibration, trial, evaluation, _search_settings(asked), at_once=at_once, workers=workers
+    )
 
 
 def _at_once(asked: CompressOptions, subject: Model, data: _Data, *, run: Run) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from compressor.calibration.examples import with_decoder_inputs
 from compressor.calibration.refinement import adam
 from compressor.calibration.segments import longest_row
 from compressor.data import Batch, EvaluationData
+from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
 from compressor.io import Checkpoint
@@ -101,13 +102,40 @@ def _multiplications(layer: Layer) -> float:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """How many processes of one thread jobs run in at a time, and a forward in one, where workers have the model."""
+
+    count: int = 1
+    forward: ForwardTime | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Workers:
+        """Those of a run; no more of this machine than it has processors."""
+        engine = run.engine
+        if isinstance(engine, InProcess):
+            return cls()
+        on_processors = run.device.type == "cpu" and engine.here == engine.workers
+        return cls(min(engine.workers, processors()) if on_processors else engine.workers)
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Have as many threads as a worker, where there are some."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(before if self.count == 1 else 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
 class CalibrationWork:
     """How often and how long calibration runs the model: on examples to `fit`, of so many `tokens`, and on the holdout.
 
     Compensation takes `groups` of layers that have one input, one after the other, and runs one of `segments` for each
     of them. A step of the refinement takes `optimizing` seconds besides forward and backward.
     The `products` of inputs and of gradients are in forwards, and a decomposition in the metric takes `in_metric` times
-    as long as one without.
+    as long as one without. Decompositions for allocations and slices of the examples are the `workers`' jobs.
     """
 
     fit: int
@@ -120,6 +148,7 @@ class CalibrationWork:
     products: float
     in_metric: float
     settings: CalibrationSettings
+    workers: Workers = Workers()
 
     def planning_steps(self, decompositions: float, *, given: bool) -> list[Step]:
         """From a calibrated model to a plan and its factors but for refinement; rounds may be left out."""
@@ -127,7 +156,8 @@ class CalibrationWork:
         allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
         # A layer is decomposed once for all allocations, and in compensation once more, with the best ridge.
         factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
-        compared = Step("allocate", (factors / allocations + judged * (1 + 1 / self.segments),) * allocations)
+        decomposed = factors / self.workers.count
+        compared = Step("allocate", (decomposed / allocations + judged * (1 + 1 / self.segments),) * allocations)
         again = [replace(step, certain=False) for step in (*self._of_some.calibration_steps(), compared)]
         found = [compared, *again * rounds]
         if settings.compensate:
@@ -155,12 +185,27 @@ class CalibrationWork:
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
-        run, both, share = self.forward.of, self.fit + self.holdout, 1 / self.settings.gradient_every
-        backwards = self._by_segment((FORWARD_AND_BACKWARD + self.products) * share * run(self.fit))
-        # Half of the products are of inputs, which all examples have.
-        inputs = self.products / 2 * (1 - share) * run(self.fit)
+        forward, workers = self.forward, self.workers
         # The segments are found by running the first batch.
-        return [Step("run", (run(both) + inputs + 3 * self.forward.batch,)), Step("calibrate", backwards[::-1])]
+        begun = 3 * forward.batch
+        slices = min(self.settings.slices, math.ceil(self.fit / forward.size))
+        if workers.forward is None or slices < 2:
+            run = forward.of(self.fit + self.holdout) + self._inputs(forward)
+            return [Step("run", (run + begun,)), Step("calibrate", self._by_segment(self._backward(forward))[::-1])]
+        # Each worker takes a slice after the other; what they have found is read in no time.
+        there = workers.forward
+        sliced = there.of(self.fit) + self._inputs(there) + self._backward(there) + slices * there.batch
+        here = forward.of(self.holdout) + begun
+        taken = sliced / slices * math.ceil(slices / workers.count)
+        return [Step("run", (taken + here,)), Step("calibrate", self._by_segment(0.0))]
+
+    def _backward(self, forward: ForwardTime) -> float:
+        share = 1 / self.settings.gradient_every
+        return (FORWARD_AND_BACKWARD + self.products) * share * forward.of(self.fit)
+
+    def _inputs(self, forward: ForwardTime) -> float:
+        """Half of the products are of inputs, which those examples have too that are not run backward."""
+        return self.products / 2 * (1 - 1 / self.settings.gradient_every) * forward.of(self.fit)
 
     @property
     def _of_some(self) -> CalibrationWork:
@@ -207,7 +252,8 @@ def _timing_seconds(forward: float, timing: TimingSettings) -> float:
 class CompressionWork:
     """What `compress` will do, in seconds; with settings for a `search` where data decide on the size.
 
-    Such a search measures several sizes `at_once`.
+    Such a search measures several sizes `at_once`, and with calibration plans them too, in workers. What layers take is
+    divided among the `workers`.
     """
 
     decompositions: Sequence[float]
@@ -216,26 +262,32 @@ class CompressionWork:
     reported: EvaluationWork | None = None
     search: PlanningSettings | None = None
     at_once: int = 1
+    workers: Workers = Workers()
 
     def steps(self, *, given: bool, writes: bool) -> list[Step]:
         """All steps: of a search as many trials as there can be; with a given plan, one allocation."""
-        steps, decomposing = [Step("measure", tuple(self.decompositions))], sum(self.decompositions)
+        decomposing, workers = sum(self.decompositions), self.workers.count
+        steps = [Step("measure", tuple(each / workers for each in self.decompositions))]
         planning, refinement = list[Step](), list[Step]()
         if self.calibration is not None:
             steps += self.calibration.calibration_steps()
             planning = self.calibration.planning_steps(decomposing, given=given)
             refinement = self.calibration.refinement_steps()
-        factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing
-        trials = [planning + refinement]
-        if self.search is not None:
-            trials = [planning] * (self.at_once * self.search.rounds(self.at_once))
-            trials += [refinement] * (self.search.most_refined if refinement else 0)
+        factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing / workers
         if self.deciding is None:
             steps += planning + refinement
         else:
-            measured = Step("search", ((self.deciding.quality_seconds() + factors) / self.at_once,))
-            for number, before in enumerate(trials, start=1):
-                trial = [*before, replace(measured, number=number)]
+            quality = self.deciding.quality_seconds()
+            trials = [([*planning, *refinement], quality + factors)]
+            if self.search is not None:
+                count = self.at_once * self.search.rounds(self.at_once)
+                trials = [(planning, quality / self.at_once + factors)] * count
+                if planning and self.at_once > 1:  # workers report no steps
+                    whole = quality + sum(step.cost for step in planning)
+                    trials = [([], whole / self.at_once)] * count
+                trials += [(refinement, quality)] * (self.search.most_refined if refinement else 0)
+            for number, (before, seconds) in enumerate(trials, start=1):
+                trial = [*before, Step("search", (seconds,), number=number)]
                 steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
         if writes:
             steps.append(Step("factorize", (factors,)))
@@ -308,14 +360,18 @@ def work_on_calibration(
     data: CalibrationData,
     *,
     first: FirstRun,
-    device: torch.device,
+    run: Run,
     settings: CalibrationSettings,
 ) -> CalibrationWork | None:
     """None where the model does not take the data, which is said where they are used."""
     modules = {model.get_submodule(layer.module) for layer in layers if layer.kind not in ("embedding", "parameter")}
-    forward = timed_forward(model, with_decoder_inputs(data, model).fit[0], device)
+    batch, device, workers = with_decoder_inputs(data, model).fit[0], run.device, Workers.of(run)
+    forward = timed_forward(model, batch, device)
     if forward is None:
         return None
+    if workers.count > 1:
+        with workers.timing():
+            workers = replace(workers, forward=timed_forward(model, batch, device))
     factors = [layer.parameters // 2 for layer in layers]
     optimizing = 2 * len(modules) * _optimizer_seconds(factors, device, settings.refinement)
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
@@ -332,6 +388,7 @@ def work_on_calibration(
         products=products,
         in_metric=in_metric,
         settings=settings,
+        workers=workers,
     )
 
 

@@ -6,7 +6,7 @@ from compressor.engine.engine import Engine, InProcess
 from compressor.engine.journal import Fingerprint, Journal, Units, digest_of
 from compressor.engine.pool import ProcessPool
 from compressor.engine.ray import RayEngine
-from compressor.engine.request import opened_engine
+from compressor.engine.request import opened_engine, processors
 from compressor.engine.run import Run
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "Units",
     "digest_of",
     "opened_engine",
+    "processors",
 ]

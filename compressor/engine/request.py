@@ -25,12 +25,12 @@ def opened_engine(name: str | None, device: torch.device, *, memory: int | None 
     accelerated = device.type != "cpu"
     if kind == "processes":
         count = torch.accelerator.device_count() if accelerated else 0
-        return ProcessPool(int(detail) if detail else count or _processors(), accelerators=count)
+        return ProcessPool(int(detail) if detail else count or processors(), accelerators=count)
     if kind == "ray":
         return RayEngine(detail or None, accelerators=int(accelerated))
     return InProcess(1 if accelerated else torch.get_num_threads(), memory)
 
 
-def _processors() -> int:
+def processors() -> int:
     """The processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import Plan, compress, plan
-from compressor.api.workload import ForwardTime
+from compressor.api.workload import CalibrationWork, CompressionWork, EvaluationWork, ForwardTime, Workers
+from compressor.calibration import CalibrationSettings
 from compressor.cli.pace import Pace
+from compressor.engine import InProcess, ProcessPool, Run, processors
+from compressor.planning import PlanningSettings
 from compressor.progress import Step
 from tests.calibration.tiny_models import TWO_PASSES
 
@@ -137,3 +141,69 @@ def test_small_batches_and_many_segments_cost_more(
     assert in_segments >= whole * (1 - 1e-9)
     assert forward.of_segments(examples, 1, segments=segments) >= in_segments * (1 - 1e-6)
     assert forward.of(0) == 0
+
+
+def work(workers: Workers, settings: CalibrationSettings | None = None) -> CalibrationWork:
+    """That of a calibration on 64 examples of a second each, four at a time, with 16 for the holdout."""
+    return CalibrationWork(
+        fit=64, tokens=0, holdout=16, forward=ForwardTime(1.0, 4.0, 4), groups=4, segments=5, optimizing=0.1,
+        products=0.5, in_metric=2.0, settings=settings or CalibrationSettings(), workers=workers,
+    )  # fmt: skip
+
+
+def test_layers_are_divided_among_workers() -> None:
+    alone, four = (
+        CompressionWork((8.0, 4.0), workers=Workers(count)).steps(given=False, writes=True) for count in (1, 4)
+    )
+    assert [step.name for step in alone] == [step.name for step in four] == ["measure", "factorize"]
+    assert four[0].costs == (2.0, 1.0)
+    assert four[1].cost == alone[1].cost / 4
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(2, 4), (3, 3), (8, 1), (20, 1)])
+def test_slices_of_the_examples_are_taken_by_workers_one_after_the_other(count: int, rounds: int) -> None:
+    slow = ForwardTime(2.0, 8.0, 4)  # in one thread
+    alone, sliced = work(Workers()).calibration_steps(), work(Workers(count, slow)).calibration_steps()
+    assert [step.name for step in alone] == [step.name for step in sliced] == ["run", "calibrate"]
+    here = 16 + 3 * 4.0
+    there = 2 * (sum(step.cost for step in alone) - here) + 8 * 8.0  # and each slice runs a batch for the segments
+    assert sliced[0].cost == pytest.approx(here + there / 8 * rounds)
+    assert sliced[1].cost == 0
+    # Workers that cannot open the model, and one batch, leave them here.
+    assert work(Workers(count)).calibration_steps() == alone
+    assert (
+        replace(work(Workers(count, slow)), fit=4).calibration_steps()
+        == replace(work(Workers()), fit=4).calibration_steps()
+    )
+
+
+def test_sizes_that_workers_plan_are_one_step_each_and_refinements_are_not_divided() -> None:
+    searching = CompressionWork(
+        (8.0, 4.0),
+        work(Workers()),
+        EvaluationWork(10, ForwardTime(1.0, 4.0, 4)),
+        search=PlanningSettings(most_trials=4),
+    )
+    alone, four = (replace(searching, at_once=count).steps(given=False, writes=False) for count in (1, 4))
+    names = [step.name for step in four if step.name not in ("measure", "run", "calibrate")]
+    assert names == ["search"] * 8 + ["refine", "search"] * 3
+    planned, refined = [step.cost for step in four if step.name == "search"][::10]
+    assert refined == 10
+    first = alone[: next(place for place, step in enumerate(alone) if step.name == "search") + 1]
+    whole = sum(step.cost for step in first) - sum(step.cost for step in four[:3])
+    assert planned == pytest.approx(whole / 4)
+
+
+def test_workers_are_those_of_the_engine_and_no_more_than_processors() -> None:
+    assert Workers.of(Run(torch.device("cpu"), engine=InProcess(4))) == Workers()
+    assert Workers.of(Run(torch.device("cpu"), engine=ProcessPool(10_000))) == Workers(processors())
+    assert Workers.of(Run(torch.device("cuda"), engine=ProcessPool(4))) == Workers(4)
+    torch.set_num_threads(2)
+    try:
+        with Workers(3).timing():
+            assert torch.get_num_threads() == 1
+        with Workers().timing():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
