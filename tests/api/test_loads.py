@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from compressor import compress, diagnose, evaluate, merge
 from compressor.planning import Budget, LayerPlan, Plan
+from tests.calibration.tiny_models import TWO_PASSES
 from tests.model.test_opened import Counted, network
 
 
@@ -60,7 +61,15 @@ def test_compress_builds_the_dense_network_once_and_the_compressed_one(
     file: Path, data: Path, batches: list[torch.Tensor], *, budget: dict[str, Any]
 ) -> None:
     factory = Counted(network)
-    report = compress(file, factory=factory, calibration=batches, data=data, progress=lambda *_: None, **budget)
+    report = compress(
+        file,
+        factory=factory,
+        calibration=batches,
+        calibration_settings=TWO_PASSES,
+        data=data,
+        progress=lambda *_: None,
+        **budget,
+    )
     assert report.evaluation is not None
     assert factory.calls == 2
 
@@ -77,6 +86,7 @@ def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
         tmp_path / "dense",
         output=tmp_path / "small",
         calibration=list(tokens.split(3)),
+        calibration_settings=TWO_PASSES,
         data=tmp_path / "tokens.npz",
         progress=lambda *_: None,
         prefer="size",
@@ -97,7 +107,15 @@ def test_the_factors_are_in_memory_once_when_the_compressed_network_is_measured(
             found.append(len({each.data_ptr() for each in tensors if each.shape == (7, 12)}))
 
     plan = Plan("", None, Budget("plan"), (LayerPlan("0", (20, 12), "linear", 7, "plain", 224, 0.0, "asked for"),))
-    compress(file, plan=plan, factory=network, calibration=batches, data=data, progress=progress)
+    compress(
+        file,
+        plan=plan,
+        factory=network,
+        calibration=batches,
+        calibration_settings=TWO_PASSES,
+        data=data,
+        progress=progress,
+    )
     assert found == [1]
 
 

@@ -77,8 +77,7 @@ def test_the_predicted_loss_of_a_recurrent_weight_is_the_divergence_of_a_small_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [8, 256])
-def test_a_sure_model_has_the_same_moments_in_batches_of_any_size(size: int) -> None:
+def test_a_sure_model_has_the_same_moments_in_batches_of_any_size() -> None:
     torch.manual_seed(0)
     model = Last().eval()
     with torch.no_grad():
@@ -87,14 +86,14 @@ def test_a_sure_model_has_the_same_moments_in_batches_of_any_size(size: int) -> 
     [x] = batches(1, 2048, 4, 5)
     assert float(model(x).detach().softmax(-1).amax(-1).mean()) > 0.9
     traces = []
-    for each, draws in ((1, 1), (size, 8)):
+    for each, draws in ((1, 1), (8, 8), (256, 8)):
         collector, generator = ParameterCollector({"w": (model.rnn, "weight_ih_l0")}), torch.Generator().manual_seed(0)
         with collector:
             for batch in x.split(each) * draws:
                 sampled_loss(model(batch), (), "likelihood", generator=generator).backward()
         found = collector.moments(len(x) * draws)["w"]
         traces.append(float(found.inputs.trace() * found.gradients.trace()))
-    assert traces[1] == pytest.approx(traces[0], rel=0.35)
+    assert traces[1:] == pytest.approx([traces[0]] * 2, rel=0.35)
 
 
 def test_gradients_that_were_there_return_and_what_is_not_reached_has_no_moments() -> None:

@@ -27,7 +27,7 @@ from compressor.report import compression_page
 from compressor.report.html import report_page
 from compressor.report.wording import above_one_words, error_words
 from compressor.results import Compression
-from tests.calibration.tiny_models import CPU, TOKENS, transformer
+from tests.calibration.tiny_models import CPU, TOKENS, TWO_PASSES, transformer
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,11 @@ def written_matrices(result: Compression, tmp_path: Path) -> dict[str, Tensor]:
     return {name: each.double() for name, each in load_file(Path(dense) / "model.safetensors").items()}
 
 
-@pytest.mark.parametrize("options", [{"effort": "balanced"}, {}, None], ids=["compensated", "refined", "weights alone"])
+@pytest.mark.parametrize(
+    "options",
+    [{"effort": "balanced"}, {"calibration_settings": TWO_PASSES}, None],
+    ids=["compensated", "refined", "weights alone"],
+)
 def test_every_surface_shows_the_error_of_the_file_under_its_name(
     folder: Path, tmp_path: Path, options: dict[str, Any] | None
 ) -> None:
