@@ -65,10 +65,10 @@ def test_the_fit_comes_near_the_best_matrix_of_the_rank() -> None:
         return float(of_examples(dense, pair, held).detach())
 
     before = error()
-    assert fit_to_dense({"pair": pair}, losses, error, **ADAM)
+    assert fit_to_dense({"pair": pair}, losses, error, seed=0, settings=RefinementSettings(passes=24))
     # The weighted truncated SVD, in closed form.
     least = float(torch.linalg.svdvals(dense.weight.detach() * scales)[3:].square().sum())
-    assert error() - least < 0.2 * (before - least)
+    assert error() - least < 0.1 * (before - least)
 
 
 @pytest.mark.parametrize("helps", [0, 1, 3])
