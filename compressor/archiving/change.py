@@ -295,7 +295,7 @@ def _patterns_of(reference: Tensor | None, share: float, *, like: Tensor) -> Cod
     """The bits of what is stored as the reference, in the dtype of the tensor."""
     if reference is None:
         return bit_patterns(torch.zeros(like.shape, dtype=like.dtype))
-    if like.dtype not in _ROUNDED:
+    if share == 1 or like.dtype not in _ROUNDED:
         return bit_patterns(reference.to(like.dtype))
     return bit_patterns(_scaled(reference, share, like=like).to(like.dtype))
 

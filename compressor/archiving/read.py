@@ -65,11 +65,11 @@ def archived_checkpoint(
             break
     if pending:
         raise BadInput("its first checkpoint is a change from one before it", where=folder, remedy=_REMEDY)
-    starts = None
-    if any(chain[-1].source == "initial" for chain in chains.values()):
-        if index.initial is None:
-            raise BadInput("does not say what its initial weights are", where=folder, remedy=_REMEDY)
-        starts = RecordedStarts(index.initial, initial, folder)
+    started = {name for name, chain in chains.items() if chain[-1].source == "initial"}
+    if unknown := started - (set() if index.initial is None else index.initial.tensors.keys()):
+        what = f"does not say what the initial weights of {min(unknown)} are"
+        raise BadInput(what, where=folder, remedy=_REMEDY)
+    starts = RecordedStarts(index.initial, initial, folder) if started and index.initial is not None else None
     stored = {name: ArchivedTensor(info, tuple(reversed(chains[name])), starts) for name, info in index.tensors.items()}
     companions = folder / COMPANIONS if index.form == "folder" else None
     described = companions is not None and (companions / "config.json").is_file()

@@ -47,11 +47,12 @@ def references_of(
     The initial weights count where the tensor correlates with them, the checkpoint before is as it is restored, and
     nothing stands for neither.
     """
-    found = False
-    if initial is not None and start_of(tensor, initial) is not None:
+    found, finite = False, _is_finite(tensor)
+    if initial is not None and finite and start_of(tensor, initial) is not None:
         found = True
         yield from _references("initial", tensor, initial, window=run.window(name, index, None))
-    if previous is not None:
+    # What is finite is no change from what is not.
+    if previous is not None and (_is_finite(previous) or not finite):
         found = True
         yield from _references("previous", tensor, previous, window=run.window(name, index, index - 1))
     if not found:
@@ -64,7 +65,7 @@ def _references(source: Source, tensor: Tensor, earlier: Tensor, *, window: Wind
     Where the bound on the rank binds, it does for the predicted share alone, so that is tried too.
     """
     share = 1.0
-    if tensor.is_floating_point() and bool(torch.isfinite(tensor).all()) and bool(earlier.any()):
+    if tensor.is_floating_point() and _is_finite(tensor) and bool(earlier.any()):
         now, before = tensor.to(torch.float64), earlier.to(torch.float64)
         share = fitted_share(now, before)
         if window.share is not None:
@@ -75,3 +76,8 @@ def _references(source: Source, tensor: Tensor, earlier: Tensor, *, window: Wind
         if share == window.share:
             return
     yield Reference(source, earlier, share)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # torch has no isfinite for eight-bit floats.
+    return bool(torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all())

@@ -171,10 +171,9 @@ def _record(run: TrainingRun, names: Sequence[str]) -> InitialRecord | None:
         return None
     tensors = {}
     for name in names:
-        in_module = initial_name(run.layers[name])
-        found = run.initial.fingerprint(in_module)
-        assert found is not None
-        tensors[name] = InitialTensor(in_module, found)
+        for known in (initial_name(run.layers[name]), name):
+            if name not in tensors and (found := run.initial.fingerprint(known)) is not None:
+                tensors[name] = InitialTensor(known, found)
     if run.initial.draws is not None:
         return InitialRecord(tensors, run.initial.draws.only({each.name for each in tensors.values()}))
     return InitialRecord(tensors, None, run.initial.checkpoint_name or run.initial.source, run.initial.digest)

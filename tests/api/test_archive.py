@@ -354,12 +354,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "its first checkpoint is a change from one before it",
     ),
     "another shape": (
-        lambda archive: _change(archive, lambda each: each["tensors"].update({"3.weight": [[50, 48], "F32"]})),
-        "tensor 3.weight is damaged",
+        lambda archive: _change(archive, lambda each: each["tensors"].update({"3.bias": [[50], "F32"]})),
+        "tensor 3.bias is damaged",
     ),
     "a dtype that is none": (
         lambda archive: _change(archive, lambda each: each["tensors"].update({"3.weight": [[48, 48], "F31"]})),
         "has no shape and dtype",
+    ),
+    "no initial weights": (
+        lambda archive: _change(archive, lambda each: each.update(initial=None)),
+        "does not say what the initial weights of 0.weight are",
     ),
     "an error that is none": (
         lambda archive: _change(archive, lambda each: each["checkpoints"][1].update(error="small")),
@@ -373,7 +377,7 @@ def test_a_damaged_archive_is_refused_in_a_line(
     files: list[Path], tmp_path: Path, damage: str, *, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = tmp_path / "archive"
-    compressor.archive(files, output=archive)
+    compressor.archive(files, output=archive, initial=5, factory=network)
     spoil, says = DAMAGES[damage]
     spoil(archive)
     capsys.readouterr()
@@ -382,6 +386,23 @@ def test_a_damaged_archive_is_refused_in_a_line(
     assert len(printed) == 1
     assert says in printed[0]
     assert not (tmp_path / "again.pt").exists()
+
+
+def test_a_run_that_diverged_for_a_while_comes_back(tmp_path: Path) -> None:
+    weight = torch.randn(20, 30)
+    weights = [weight, weight + 0.01, weight.clone(), weight.clone(), weight + 0.02]
+    weights[2][3, 4], weights[3][5, 6] = math.nan, math.inf
+    given = [tmp_path / f"step-{step}.safetensors" for step in range(len(weights))]
+    for file, each in zip(given, weights, strict=True):
+        save_file({"weight": each}, file)
+    archived = compressor.archive(given, output=tmp_path / "archive")
+    assert [each.exact for each in archived.checkpoints] == [0, 0, 1, 1, 0]
+    for file, each in zip(given, weights, strict=True):
+        compressor.restore(tmp_path / "archive", checkpoint=file.name, output=tmp_path / f"again-{file.name}")
+        again = load_file(tmp_path / f"again-{file.name}")["weight"]
+        assert torch.equal(torch.isfinite(again), torch.isfinite(each))
+        kept = torch.isfinite(each)
+        assert float((again - each)[kept].norm()) <= 1e-3 * float(each[kept].norm())
 
 
 def test_checkpoints_of_one_name_are_refused(files: list[Path], tmp_path: Path) -> None:
