@@ -17,6 +17,7 @@ import json
 import math
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ LLAMA = ("llama", "LlamaForCausalLM", TEXT | {"num_key_value_heads": 2, "tie_wor
 TIED = ("llama", "LlamaForCausalLM", TEXT | {"num_key_value_heads": 2, "tie_word_embeddings": True})
 BERT = ("bert", "BertForMaskedLM", TEXT)
 VIT = ("vit", "ViTForImageClassification", IMAGE)
+SEED = 5
 RECIPE = """
 optimizer: sgd
 learning_rate: 0.9
@@ -135,6 +137,18 @@ def changed(module: nn.Module, seed: int) -> nn.Module:
                 left, right = (generator.standard_normal((size, 2)) for size in parameter.shape)
                 parameter.add_(torch.from_numpy(0.05 * left @ right.T))
     return module
+
+
+def started_file(folder: Path) -> Path:
+    """The perceptron as a seed draws it, with a change of rank two in every matrix."""
+    namespace: dict[str, Any] = {}
+    exec(NETWORKS, namespace)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        module = changed(namespace["perceptron"](), seed=7)
+    path = folder / "started.safetensors"
+    save_file(module.state_dict(), path, metadata={"format": "pt"})
+    return path
 
 
 def weight_file(folder: Path, name: str) -> Path:
@@ -213,6 +227,13 @@ def compress_file_window_rule(folder: Path) -> Any:
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE)
     return compressor.compress(weight_file(folder, "perceptron"), output=folder / "out/a.safetensors", recipe=recipe)
+
+
+@case
+def compress_file_from_seed(folder: Path) -> Any:
+    source, build = started_file(folder), factory(folder, "perceptron")
+    given: dict[str, Any] = {"keep": 0.3, "calibration": "none", "prefer": "size"}
+    return compressor.compress(source, output=folder / "out/a.safetensors", factory=build, initial=SEED, **given)
 
 
 @case
@@ -374,6 +395,13 @@ def small_folder(folder: Path) -> Path:
 def restore_file(folder: Path) -> Any:
     compressor.compress(weight_file(folder, "convolutions"), output=folder / "small.safetensors", keep=0.3)
     return compressor.restore(folder / "small.safetensors", output=folder / "out/model.pt")
+
+
+@case
+def restore_file_from_seed(folder: Path) -> Any:
+    compress_file_from_seed(folder)
+    shutil.move(folder / "out/a.safetensors", folder / "small.safetensors")
+    return compressor.restore(folder / "small.safetensors", output=folder / "out/model.safetensors")
 
 
 @case
