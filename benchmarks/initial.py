@@ -7,11 +7,14 @@ Trains the networks of initial_networks.py with five optimizers from three seeds
 theirs. The parts:
 
 - `without data` and `calibrated`: accuracy and loss on the test split at 50 to 2 % of the 16-bit bytes of the linear
-  and convolutional layers, with the initial weights and without. `without data` also rounds these layers to 4, 3, and 2
-  bits, to the nearest, in groups of 64 with a 16-bit scale and offset each.
+  and convolutional layers, with the seed and without. `without data` also rounds these layers to 4, 3, and 2 bits, to
+  the nearest, in groups of 64 with a 16-bit scale and offset each; `calibrated` takes vision transformers, and three
+  draws of 128 images.
 - `references`: the same of the models of model_cards/.
 - `layers`: of each layer the share exp(-K) of the start that the recipe predicts, the one fitted by least squares, what
   training wrote as a share of the norm, and the 99 % energy ranks of the matrix and of what training wrote.
+- `search`: what `initial="auto"` finds of these models and how long that takes, and what of twenty with seeds that it
+  does not try.
 - `length`: one network trained for 1 to 200 epochs.
 
 Cells are kept one by one in benchmarks/results/initial.json, and those that are there are not measured again: an
@@ -31,7 +34,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ from quality import SUBJECTS, opened
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, TrainingRecipe, compress
+from compressor import BadInput, TrainingRecipe, compress, inspect
 from compressor.evaluation import measure_quality
 from compressor.lowrank import as_matrix
 from compressor.measure import singular_values
@@ -65,8 +68,11 @@ SHARES = (0.5, 0.25, 0.1, 0.05, 0.02)
 CALIBRATED_SHARES = (0.5, 0.25, 0.2, 0.1, 0.05, 0.02)
 BITS = (4, 3, 2)
 GROUP = 64
+DRAWS = (0, 1, 2)
+OUTSIDE = tuple(range(1_000_003, 1_000_023))
 LENGTHS = (1, 3, 10, 30, 100, 200)
 LENGTH_OF = ("convolutions", "Adam")
+CALIBRATED = ("vision transformer", "AdamW")
 CARD = "as its card says"
 REFERENCES = ("digits-mlp", "digits-resnet", "digits-vit", "stdlib-llama")
 
@@ -154,12 +160,15 @@ def reference(name: str) -> Subject:
     )
 
 
-def compressed(subject: Subject, share: float, *, initial: bool, calibrated: bool) -> nn.Module:
-    """The network at a share of the bytes of its linear and convolutional layers, with a seed for its start or not."""
+def compressed(subject: Subject, share: float, *, initial: bool, draw: int | None) -> nn.Module:
+    """The network at a share of the numbers of its linear and convolutional layers, with its seed or not.
+
+    Calibrated on a draw of the training examples, or without data.
+    """
     given: dict[str, Any] = {"keep": share, "prefer": "size", "recipe": subject.recipe}
     if initial:
-        given |= {"initial": subject.initial()}
-    given |= {"calibration": subject.calibration(0), "seed": 0} if calibrated else {"calibration": "none"}
+        given |= {"initial": subject.seed, "factory": subject.build}
+    given |= {"calibration": "none"} if draw is None else {"calibration": subject.calibration(draw), "seed": draw}
     small = compress(subject.model, **given).model
     assert small is not None
     return small
@@ -242,25 +251,42 @@ class Source:
         return self.make()
 
 
-def measure_sizes(results: Results, source: Source, *, calibrated: bool) -> None:
+def measure_sizes(results: Results, source: Source, *, draw: int | None = None) -> None:
     """Quality of the dense model and at every size, with and without the initial weights."""
     if results.lacks(**source.about, kind="dense"):
         accuracy, loss = source.subject.test(source.subject.model)
         results.put({**source.about, "kind": "dense", "accuracy": accuracy, "loss": loss})
-    for share in CALIBRATED_SHARES if calibrated else SHARES:
+    drawn = {} if draw is None else {"draw": draw}
+    for share in SHARES if draw is None else CALIBRATED_SHARES:
         for initial in (False, True):
-            cell = {**source.about, "kind": "size", "calibrated": calibrated, "initial": initial, "share": share}
+            kind = {"kind": "size", "calibrated": draw is not None, **drawn, "initial": initial, "share": share}
+            cell = {**source.about, **kind}
             if not results.lacks(**cell):
                 continue
             started = time.process_time()
             try:
-                model = compressed(source.subject, share, initial=initial, calibrated=calibrated)
+                model = compressed(source.subject, share, initial=initial, draw=draw)
             except BadInput as refused:
                 results.put(cell | {"refused": str(refused)})
                 continue
             seconds = time.process_time() - started
             accuracy, loss = source.subject.test(model)
             results.put(cell | {"accuracy": accuracy, "loss": loss, "cpu_seconds": round(seconds, 2)})
+
+
+def measure_search(results: Results, source: Source) -> None:
+    """What the search finds of a model whose seed it is not told, and how long that takes."""
+    cell = {**source.about, "kind": "search"}
+    if not results.lacks(**cell):
+        return
+    subject, started = source.subject, time.process_time()
+    asked = {"factory": subject.build, "recipe": replace(subject.recipe, seed=None)}
+    found = inspect(subject.model, initial="auto", **asked).initial
+    assert found is not None
+    assert found.search is not None
+    own = {"found": found.seed, "z": found.search.z, "next_best": found.search.next_best, "tried": found.search.tried}
+    times = {"seconds": found.search.seconds, "cpu_seconds": time.process_time() - started}
+    results.put(cell | own | {name: round(each, 2) for name, each in times.items()})
 
 
 def measure_rounding(results: Results, source: Source) -> None:
@@ -280,21 +306,29 @@ def measure_layers(results: Results, source: Source) -> None:
 
 def without_data(results: Results, asked: argparse.Namespace) -> None:
     for source in sources(asked):
-        measure_sizes(results, source, calibrated=False)
+        measure_sizes(results, source)
         measure_rounding(results, source)
 
 
 def calibrated(results: Results, asked: argparse.Namespace) -> None:
-    for source in sources(asked):
-        measure_sizes(results, source, calibrated=True)
+    own = [each for each in reference_sources(asked) if each.about["network"] == "digits-vit"]
+    own += [each for each in sources(asked) if (each.about["network"], each.about["optimizer"]) == CALIBRATED]
+    for source in own:
+        for draw in asked.draws:
+            measure_sizes(results, source, draw=draw)
+
+
+def search(results: Results, asked: argparse.Namespace) -> None:
+    for source in [*reference_sources(asked), *sources(asked)]:
+        measure_search(results, source)
+    for seed in OUTSIDE[: asked.outside]:
+        measure_search(results, source_of("perceptron", "Adam", seed, epochs=1))
 
 
 def references(results: Results, asked: argparse.Namespace) -> None:
     for source in reference_sources(asked):
-        measure_sizes(results, source, calibrated=False)
+        measure_sizes(results, source)
         measure_rounding(results, source)
-    for source in reference_sources(asked):
-        measure_sizes(results, source, calibrated=True)
 
 
 def layers(results: Results, asked: argparse.Namespace) -> None:
@@ -307,7 +341,7 @@ def length(results: Results, asked: argparse.Namespace) -> None:
     for epochs in asked.lengths:
         for seed in asked.seeds:
             source = source_of(network, optimizer, seed, epochs=epochs)
-            measure_sizes(results, source, calibrated=False)
+            measure_sizes(results, source)
             measure_layers(results, source)
 
 
@@ -316,6 +350,7 @@ MEASURE: dict[str, Callable[[Results, argparse.Namespace], None]] = {
     "references": references,
     "calibrated": calibrated,
     "layers": layers,
+    "search": search,
     "length": length,
 }
 
@@ -461,6 +496,25 @@ def length_table(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def search_table(document: Mapping[str, Any]) -> str:
+    """What the search found: how many of each network's seeds, the least z, and the longest time."""
+    lines = ["| network | seeds | found | least z of these | longest |", "|---" * 5 + "|"]
+    rows = _rows(document["rows"], kind="search")
+    groups = [
+        (name, [row for row in rows if row["network"] == name and row["seed"] not in OUTSIDE]) for name in _names(rows)
+    ]
+    groups.append(("seeds that are not tried", [row for row in rows if row["seed"] in OUTSIDE]))
+    for name, own in groups:
+        if not own:
+            continue
+        found = [row for row in own if row["found"] is not None]
+        wrong = [row for row in found if row["found"] != row["seed"]]
+        least = f"{min(row['z'] for row in found):.0f}" if found else ""
+        count = f"{len(found)}" + (f", {len(wrong)} of them another" if wrong else "")
+        lines.append(_line([name, str(len(own)), count, least, f"{max(row['seconds'] for row in own):.1f} s"]))
+    return "\n".join(lines)
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -550,15 +604,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, the perceptron and digits-vit, two lengths")
     parser.add_argument("--output", type=Path, default=RESULT)
     asked = parser.parse_args()
-    asked.epochs, asked.lengths = EPOCHS, LENGTHS
+    asked.epochs, asked.lengths, asked.outside, asked.draws = EPOCHS, LENGTHS, len(OUTSIDE), DRAWS
     if asked.quick:
         asked.networks, asked.optimizers, asked.seeds = ["perceptron", "digits-vit"], ["SGD, momentum"], [SEEDS[0]]
-        asked.lengths = LENGTHS[:2]
+        asked.lengths, asked.outside, asked.draws = LENGTHS[:2], 1, DRAWS[:1]
     torch.set_num_threads(1)
     results = Results(asked.output)
     for part in asked.parts:
         MEASURE[part](results, asked)
-    for table in (without_data_table, calibrated_table, layers_table, length_table):
+    for table in (without_data_table, calibrated_table, layers_table, search_table, length_table):
         sys.stdout.write(f"{table(results.document)}\n\n")
     draw(results.document, asked.output.with_suffix(".svg"))
 

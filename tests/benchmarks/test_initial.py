@@ -44,6 +44,8 @@ def test_layers_sizes_and_bits_of_a_network_that_hardly_trained_fill_the_tables(
     results = benchmark.Results(tmp_path / "initial.json")
     benchmark.measure_layers(results, source)
     benchmark.measure_rounding(results, source)
+    benchmark.measure_sizes(results, source)
+    benchmark.measure_search(results, source)
     layers = [row for row in results.rows if row["kind"] == "layer"]
     assert len(layers) == 5
     for row in layers:
@@ -52,7 +54,18 @@ def test_layers_sizes_and_bits_of_a_network_that_hardly_trained_fill_the_tables(
     shares = [row["share"] for row in results.rows if row["kind"] == "rounding"]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == pytest.approx(4.5 / 16, abs=0.01)
+    [found] = [row for row in results.rows if row["kind"] == "search"]
+    assert (found["found"], found["tried"]) == (5, 6)
+    assert found["z"] > 8 > found["next_best"]
+    loss = {
+        (row["initial"], row["share"]): row["loss"]
+        for row in results.rows
+        if row["kind"] == "size" and "refused" not in row
+    }
+    assert loss[True, 0.1] < loss[False, 0.1]
     again = benchmark.Results(tmp_path / "initial.json")
     benchmark.measure_rounding(again, source)
     assert again.rows == results.rows
     assert benchmark.layers_table(results.document).count("| convolutions |") == 1
+    assert benchmark.without_data_table(results.document).count("| from the seed |") == 1
+    assert "| convolutions | 1 | 1 |" in benchmark.search_table(results.document)
