@@ -596,7 +596,8 @@ class Search:
     @property
     def _compares(self) -> bool:
         """Whether there is more than one candidate: else the only one is made once, as it will be stored."""
-        return len(self.exponents) > 1 or bool(self.caps) or self.calibration.settings.compensate
+        more = len(self.exponents) > 1 or bool(self.caps) or any(m.start is not None for m in self.weighted)
+        return more or self.calibration.settings.compensate
 
     def _truncated_name(self, found: Candidate) -> str:
         return f"{self.calibration.name}/truncated/{_name(found.layers)}"

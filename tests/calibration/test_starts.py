@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compressor.calibration import (
     Calibration,
     CalibrationData,
+    CalibrationSettings,
     Compensated,
     calibrate,
     compensate,
@@ -25,6 +26,7 @@ from compressor.calibration import (
     uncompensated,
 )
 from compressor.calibration.search import Search, weighted_layers
+from compressor.choices import Effort
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.engine import Run
@@ -315,15 +317,15 @@ def test_with_the_start_a_network_loses_less_at_equal_size(trained: Trained, kee
 
 
 @pytest.mark.parametrize("worse", [True, False])
-def test_starts_are_left_where_the_holdout_loses_less_without(trained: Trained, worse: bool) -> None:
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_starts_are_left_where_the_holdout_loses_less_without(trained: Trained, effort: Effort, *, worse: bool) -> None:
     def judge(_: object, modules: Mapping[str, nn.Module]) -> float:
         return float(any(isinstance(each, InitialLayer) for each in modules.values()) == worse)
 
-    calibration = trained.calibration
+    calibration = replace(trained.calibration, settings=CalibrationSettings.of(effort))
     weighted = weighted_layers(measured(trained, START), calibration)
-    found = Search(calibration, weighted, allocate, calibration.settings.exponents, judge=judge).best(
-        Budget("keep", 0.2)
-    )
+    search = Search(calibration, weighted, allocate, calibration.settings.exponents, judge=judge)
+    found = search.find(Budget("keep", 0.2))
     assert any(each.form.startswith("initial") for each in found.layers) != worse
 
 
