@@ -116,7 +116,8 @@ def test_draws_are_jumped_over_only_where_their_words_are_known(dtype):
 
     draws = record(build, 0).draws
     probe = probe_of(draws, ["2.weight"], numbers=2**17, jump_from=1)
-    assert (probe.jump is not None) == (dtype == torch.float32)
+    if dtype != torch.bfloat16:  # of which releases of PyTorch draw more or fewer words
+        assert (probe.jump is not None) == (dtype == torch.float32)
     [generator] = probe.generators([7])
     assert torch.equal(dict(probe.first.replay(None, generator))["2.weight"], record(build, 7).module[2].weight)
 
