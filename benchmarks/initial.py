@@ -165,7 +165,8 @@ def compressed(subject: Subject, share: float, *, initial: bool, draw: int | Non
 
     Calibrated on a draw of the training examples, or without data.
     """
-    given: dict[str, Any] = {"keep": share, "prefer": "size", "recipe": subject.recipe}
+    unasked = replace(subject.recipe, seed=None)  # a seed that the recipe states is tried too
+    given: dict[str, Any] = {"keep": share, "prefer": "size", "recipe": unasked}
     if initial:
         given |= {"initial": subject.seed, "factory": subject.build}
     given |= {"calibration": "none"} if draw is None else {"calibration": subject.calibration(draw), "seed": draw}
