@@ -158,14 +158,12 @@ class CalibrationWork:
         factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
         decomposed = factors / self.workers.count
         compared = Step("allocate", (decomposed / allocations + judged * (1 + 1 / self.segments),) * allocations)
-        again = [replace(step, certain=False) for step in (*self._of_some.calibration_steps(), compared)]
-        found = [compared, *again * rounds]
-        if settings.compensate:
-            # Both models are run on the holdout, and on some of the fit examples.
-            run = self.forward.of_segments(self._of_some.fit + self.holdout, segments=self.segments)
-            statistics = (2 + self.products) * run * self.groups / self.segments
-            found.append(Step("compensate", self._by_segment(statistics + 2 * factors)))
-        return found
+        # Both models are run on the holdout, and on some of the fit examples.
+        run = self.forward.of_segments(self._of_some.fit + self.holdout, segments=self.segments)
+        statistics = (2 + self.products) * run * self.groups / self.segments
+        compensated = [Step("compensate", self._by_segment(statistics + 2 * factors))] if settings.compensate else []
+        again = (*compensated, *self._of_some.calibration_steps(), compared)
+        return [compared, *[replace(step, certain=False) for step in again] * rounds, *compensated]
 
     def refinement_steps(self) -> list[Step]:
         """From there to refined factors."""
