@@ -77,10 +77,9 @@ def fit_to_dense(
             for done in range(settings.passes):
                 for count, index in enumerate(torch.randperm(len(losses), generator=generator)[:taken].tolist()):
                     gradients = _gradients(losses[index], parameters, started)
-                    factor = min(1.0, 2 * (done + (count + 1) / taken)) * (1 - (done + count / taken) / settings.passes)
                     for master, gradient, group in zip(masters, gradients, optimizer.param_groups, strict=True):
                         master.grad = None if gradient is None else gradient.to(master.dtype)
-                        group["lr"] = group["initial_lr"] * factor
+                        group["lr"] = group["initial_lr"] * (1 - (done + count / taken) / settings.passes)
                     optimizer.step()
                     _put(parameters, masters)
                 error = holdout_error()

@@ -30,8 +30,8 @@ class RefinementSettings:
     """Tokens in a pass at most: of more text every pass takes some of the fit examples, drawn anew."""
 
     learning_rate: float = 1e-2
-    """Largest learning rate, relative to the root mean square of each tensor: it rises over half of the first pass,
-    while Adam's moments are of few steps, and falls linearly to zero over all of them."""
+    """Learning rate of the first step, relative to the root mean square of each tensor; it falls linearly to zero over
+    the passes."""
 
     learning_rate_cut: float = 0.3
     """Factor on the learning rate after a pass that did not lower the holdout error; that pass is undone."""
