@@ -130,7 +130,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class CalibrationWork:
-    """How often and how long calibration runs the model: on examples to `fit`, of so many `tokens`, and on the holdout.
+    """How often and how long calibration runs the model: on examples to `fit`, and on the holdout.
 
     Compensation takes `groups` of layers that have one input, one after the other, and runs one of `segments` for each
     of them. A step of the refinement takes `optimizing` seconds besides forward and backward.
@@ -139,7 +139,6 @@ class CalibrationWork:
     """
 
     fit: int
-    tokens: int
     holdout: int
     forward: ForwardTime
     groups: int
@@ -162,17 +161,16 @@ class CalibrationWork:
         run = self.forward.of_segments(self._of_some.fit + self.holdout, segments=self.segments)
         statistics = (2 + self.products) * run * self.groups / self.segments
         compensated = [Step("compensate", self._by_segment(statistics + 2 * factors))] if settings.compensate else []
-        again = (*compensated, *self._of_some.calibration_steps(), compared)
-        return [compared, *[replace(step, certain=False) for step in again] * rounds, *compensated]
+        again = [replace(step, certain=False) for step in (*self._of_some.calibration_steps(), compared)]
+        return [compared, *again * rounds, *compensated]
 
     def refinement_steps(self) -> list[Step]:
         """From there to refined factors."""
         if not self.settings.refine:
             return []
         settings, some = self.settings.refinement, self._of_some
-        passes, share = settings.passes, settings.share(some.tokens)
-        fit, holdout = math.ceil(share * some.fit), self.holdout // self.settings.refit_every
-        both, at_once = some.fit + holdout, max(1, fit // settings.steps)
+        passes, fit, holdout = settings.passes, some.fit, self.holdout // self.settings.refit_every
+        both, at_once = fit + holdout, max(1, fit // settings.steps)
         run = partial(self.forward.of_segments, segments=self.segments)
         optimizing = self.optimizing * fit / at_once
         one_pass = FORWARD_AND_BACKWARD * run(fit, at_once) + run(holdout) + optimizing
@@ -210,8 +208,7 @@ class CalibrationWork:
         """The same on the fit examples that moments are taken again of, and factors are fitted to."""
         settings = self.settings
         gradients = math.ceil(settings.gradient_every / settings.refit_every)
-        fit, tokens = self.fit // settings.refit_every, self.tokens // settings.refit_every
-        return replace(self, fit=fit, tokens=tokens, settings=replace(settings, gradient_every=gradients))
+        return replace(self, fit=self.fit // settings.refit_every, settings=replace(settings, gradient_every=gradients))
 
     def _by_segment(self, seconds: float) -> tuple[float, ...]:
         """The first of several segments ends where the first block begins, and holds hardly any layer."""
@@ -377,7 +374,6 @@ def work_on_calibration(
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
     return CalibrationWork(
         fit=data.examples,
-        tokens=data.tokens,
         holdout=data.holdout_examples,
         forward=forward,
         groups=first.groups,

@@ -46,7 +46,6 @@ class Fit(Protocol):
         *,
         seed: int,
         settings: RefinementSettings,
-        share: float,
     ) -> bool: ...
 
 
@@ -57,11 +56,10 @@ def fit_to_dense(
     *,
     seed: int,
     settings: RefinementSettings,
-    share: float = 1.0,
 ) -> bool:
     """Fit the modules' parameters in place, and leave them at the least holdout error; whether it fell.
 
-    Each of `losses` is that of some fit examples, and `holdout_error` is computed after each pass over a share of them;
+    Each of `losses` is that of some fit examples, and `holdout_error` is computed after each pass over all of them;
     only their ratio to the first error counts. Adam (Kingma and Ba, ICLR 2015) in float32 or wider.
     """
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
@@ -71,15 +69,15 @@ def fit_to_dense(
     masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
     kept, least, rate = [master.clone() for master in masters], started, settings.learning_rate
     generator = torch.Generator().manual_seed(seed)
-    optimizer, taken = adam(masters, rate, settings), math.ceil(share * len(losses))
+    optimizer = adam(masters, rate, settings)
     with _trainable(parameters):
         try:
             for done in range(settings.passes):
-                for count, index in enumerate(torch.randperm(len(losses), generator=generator)[:taken].tolist()):
+                for count, index in enumerate(torch.randperm(len(losses), generator=generator).tolist()):
                     gradients = _gradients(losses[index], parameters, started)
                     for master, gradient, group in zip(masters, gradients, optimizer.param_groups, strict=True):
                         master.grad = None if gradient is None else gradient.to(master.dtype)
-                        group["lr"] = group["initial_lr"] * (1 - (done + count / taken) / settings.passes)
+                        group["lr"] = group["initial_lr"] * (1 - (done + count / len(losses)) / settings.passes)
                     optimizer.step()
                     _put(parameters, masters)
                 error = holdout_error()
@@ -160,7 +158,7 @@ def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:
     chunks = walk.calibration.data.chunks("fit")[:: walk.calibration.settings.refit_every]
     losses = [partial(costs.mean, part) for chunk in chunks for part in costs.parts(chunk)]
     try:
-        return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings, share=costs.share)
+        return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
     except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
         logger.warning("the factors of segment %d are not fitted: %s", walk.segment, error)
         return False
@@ -182,12 +180,6 @@ class _SegmentCosts:
         total, count = self._sum(chunk)
         return total / max(count, 1)  # an example may be all padding
 
-    @property
-    def share(self) -> float:
-        """The share of the fit examples that a pass takes."""
-        settings = self._calibration.settings
-        return settings.refinement.share(self._calibration.data.tokens / settings.refit_every)
-
     @torch.no_grad()
     def holdout_error(self) -> float:
         """Mean cost over the holdout."""
@@ -204,7 +196,7 @@ class _SegmentCosts:
         """
         data, steps = self._calibration.data, self._calibration.settings.refinement.steps
         examples = data.read(batch).examples
-        fitted = int(self.share * data.examples / self._calibration.settings.refit_every)
+        fitted = data.examples // self._calibration.settings.refit_every
         count = math.ceil(examples / max(1, fitted // steps))
         edges = [examples * part // count for part in range(count + 1)]
         parts = [replace(batch, rows=slice(start, end)) for start, end in pairwise(edges)]

@@ -545,11 +545,7 @@ class Search:
         """The search by the moments at a model that is compressed half as far: by the square root of the share kept."""
         exponent = 1.0 if found.exponent is None else found.exponent
         layers = self.allocate(self.weighted, Budget("keep", math.sqrt(found.kept)), exponent)
-        if self.calibration.settings.compensate:
-            modules = compensate(self.calibration, layers, self._compensated_name(layers)).modules
-        else:
-            modules = only_compared(self.calibration, layers)
-        again = recalibrate(self.calibration, modules, _name(layers))
+        again = recalibrate(self.calibration, only_compared(self.calibration, layers), _name(layers))
         return replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
 
     def refined(self, found: Candidate) -> Candidate:
@@ -588,7 +584,7 @@ class Search:
     def _compensated(self, found: Candidate) -> Candidate:
         """The candidate with its layers refitted, if the settings say so and the loss falls."""
         if self.calibration.settings.compensate:
-            name = self._compensated_name(found.layers)
+            name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
             allocation = f"{found.exponent}, capped" if found.capped else f"{found.exponent}"
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
@@ -602,9 +598,6 @@ class Search:
         """Whether there is more than one candidate: else the only one is made once, as it will be stored."""
         more = len(self.exponents) > 1 or bool(self.caps) or any(m.start is not None for m in self.weighted)
         return more or self.calibration.settings.compensate
-
-    def _compensated_name(self, layers: Sequence[LayerPlan]) -> str:
-        return f"{self.calibration.name}/compensated/{_name(layers)}"
 
     def _truncated_name(self, found: Candidate) -> str:
         return f"{self.calibration.name}/truncated/{_name(found.layers)}"

@@ -26,9 +26,6 @@ class RefinementSettings:
     steps: int = 16
     """Steps in a pass at least, where there are as many fit examples; never more than one example needs."""
 
-    most_tokens: int = 2**13
-    """Tokens in a pass at most: of more text every pass takes some of the fit examples, drawn anew."""
-
     learning_rate: float = 1e-2
     """Learning rate of the first step, relative to the root mean square of each tensor; it falls linearly to zero over
     the passes."""
@@ -39,12 +36,8 @@ class RefinementSettings:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
 
-    def share(self, tokens: float) -> float:
-        """The share of fit examples of so many tokens that a pass takes; of what is no text, 0 tokens, all of them."""
-        return min(1.0, self.most_tokens / tokens) if tokens else 1.0
-
     def __post_init__(self) -> None:
-        for name in ("passes", "steps", "most_tokens"):
+        for name in ("passes", "steps"):
             as_count(getattr(self, name), name, least=1)
 
 

@@ -90,31 +90,6 @@ def test_the_factors_are_those_of_the_least_holdout_error(helps: int) -> None:
     assert all(parameter.grad is None for parameter in pair.parameters())
 
 
-@pytest.mark.parametrize(("share", "taken"), [(1.0, 12), (0.25, 3), (0.01, 1)])
-def test_every_pass_takes_another_share_of_the_examples(share: float, taken: int) -> None:
-    pair = low_rank()
-    passes: list[list[int]] = []
-
-    def loss(index: int) -> Tensor:
-        passes[-1].append(index)
-        return pair(torch.ones(1, 12)).square().sum()
-
-    def error() -> float:
-        passes.append([])
-        return 1.0
-
-    fit_to_dense({"pair": pair}, [partial(loss, index) for index in range(12)], error, share=share, **ADAM)
-    passes.pop()
-    assert len(passes) == RefinementSettings().passes
-    assert all(len(set(each)) == len(each) == taken for each in passes)
-    assert len(set().union(*passes)) > min(taken, 11)
-
-
-def test_a_pass_over_much_text_takes_so_many_tokens() -> None:
-    settings = RefinementSettings(most_tokens=1000)
-    assert [settings.share(tokens) for tokens in (0, 500, 1000, 4000)] == [1, 1, 1, 0.25]
-
-
 def test_an_error_that_is_not_finite_leaves_the_factors() -> None:
     torch.manual_seed(0)
     pair = low_rank()

@@ -67,7 +67,7 @@ def names(settings: CalibrationSettings) -> list[str]:
 def test_parts_of_the_search_are_switched_off() -> None:
     trusting = CalibrationSettings(trust_factor=1e9)
     assert names(trusting) == ["measure", "run", "calibrate", "allocate", "compensate", "refine", "factorize"]
-    again = ["compensate", "run", "calibrate", "allocate"]  # at the model that is compressed half as far
+    again = ["run", "calibrate", "allocate"]  # at the model that is compressed half as far, before anything is refitted
     distrusting = names(replace(trusting, trust_factor=1.0))
     assert distrusting == ["measure", "run", "calibrate", "allocate", *again, "compensate", "refine", "factorize"]
     unrefined = replace(trusting, refine=False)
