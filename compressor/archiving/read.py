@@ -136,7 +136,6 @@ class ArchivedTensor:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own; `BadInput` where the archive is damaged."""
-        like = torch.empty(0, dtype=self.dtype)
         like = torch.empty(self.shape, dtype=self.dtype, device="meta")
         found: Tensor | None = None
         for link in self.chain:

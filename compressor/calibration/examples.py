@@ -6,6 +6,7 @@ Every fourth example is holdout, so that nothing is chosen by the examples it wa
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -75,10 +76,12 @@ class CalibrationData:
         return [Chunk(part, batch) for part in parts for batch in range(len(self._batches(part)))]
 
     def slices(self, most: int, *, backward_every: int, every: int = 1) -> tuple[Slice, ...]:
-        """The fit batches, or every how manyth, in `most` slices, or as many as there are batches; some of all batches
-        are run backward."""
-        chunks, backward = self.chunks("fit")[::every], set(self.chunks("fit")[::backward_every])
-        count = min(most, len(chunks))
+        """The fit batches, or every how manyth, in `most` slices, or as many as there are batches.
+
+        Of all fit batches every how manyth is run backward, or of those in the slices as many as come nearest to it.
+        """
+        chunks = self.chunks("fit")[::every]
+        backward, count = set(chunks[:: math.ceil(backward_every / every)]), min(most, len(chunks))
         ends = [number * len(chunks) // count for number in range(count + 1)]
         cut = (chunks[start:end] for start, end in pairwise(ends))
         return tuple(

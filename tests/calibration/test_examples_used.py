@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import compressor
 from compressor.calibration import CalibrationData, split_examples
-from compressor.data import Sample, open_data
+from compressor.data import Batch, Sample, open_data
 from compressor.data.objects import MOST_WITHOUT_LENGTH
 from compressor.planning import CalibrationResult
 from compressor.report.wording import calibration_words, loss_axis
@@ -138,3 +138,16 @@ def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labeled: bool) -
 
 def test_what_was_not_used_is_said_only_where_something_was_not() -> None:
     assert "not used" not in calibration_words(CalibrationResult(96, 32, 1.0, 0.01, 0.02))
+
+
+@pytest.mark.parametrize(
+    ("every", "backward_every", "backward"),
+    [(1, 4, [0, 4, 8]), (2, 4, [0, 4, 8]), (3, 4, [0, 6]), (3, 3, [0, 3, 6, 9]), (3, 1, [0, 3, 6, 9])],
+)
+def test_of_some_batches_about_as_many_are_run_backward_as_of_all(
+    every: int, backward_every: int, backward: list[int]
+) -> None:
+    batches = tuple(Batch({"inputs": torch.zeros(1, 2)}, torch.empty(0)) for _ in range(12))
+    slices = CalibrationData(batches, batches[:1], labeled=False).slices(2, backward_every=backward_every, every=every)
+    assert [chunk.batch for each in slices for chunk in each.chunks] == list(range(0, 12, every))
+    assert [chunk.batch for each in slices for chunk in each.backward] == backward
