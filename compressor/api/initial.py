@@ -155,7 +155,8 @@ def _recorded(subject: Model, seed: int) -> Draws:
     draws, eligible = record(build, seed).draws, _eligible(subject)
     if eligible and not any(name in draws.names for each in eligible for name in (initial_name(each), each.tensor)):
         what = "what this model draws at first cannot be recorded, so that a seed does not tell its initial weights"
-        remedy = "give the untrained model, as `torch.save(build().state_dict(), 'initial.pt')` saves it after the seed"
+        saved = "`torch.save(build().state_dict(), 'initial.pt')`"
+        remedy = f"save the untrained model right after the seed is set, {saved}, and give that"
         raise BadInput(what, where=subject.name, option="initial", remedy=remedy)
     return draws
 

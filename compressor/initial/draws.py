@@ -291,7 +291,9 @@ class Draws:
                 raise ValueError("it holds more numbers than the model")
             steps = steps_of(document["steps"], registers, most=_MOST_STEPS)
             tensors = {name: Region.of_list(region) for name, region in document["tensors"].items()}
-        except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        except KeyError as error:
+            raise ValueError(f"it is no record of draws: it has no {error}") from None
+        except (TypeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"it is no record of draws: {error}") from None
         found = cls(seed, version, registers, steps, tensors)
         found._require_sound(most_numbers)

@@ -155,7 +155,7 @@ def what_is_searched(
     own = "".join(f"{seed}, " for seed in dict.fromkeys(stated) if seed not in others)
     both = ", each with and without the default initialization that is overwritten" if len(probes) > 1 else ""
     tried = f"{own}0 to {_from_zero(probes, settings) - 1:,} and {len(settings.customary)} customary seeds{both}"
-    return f"{tried}; numbers that an accelerator drew are others, and were not tried"
+    return f"{tried}; what accelerators draw from these seeds was not tried"
 
 
 def _names(draws: Draws, layers: Sequence[Layer], settings: SearchSettings) -> dict[str, Layer]:

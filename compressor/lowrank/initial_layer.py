@@ -143,6 +143,10 @@ class RecordedStarts:
                 option="initial",
                 remedy=f"give {self.record.checkpoint}",
             )
+        if draws.torch_version == torch.__version__:
+            what = f"{name} is not drawn as it was when this model was compressed: {defect}"
+            remedy = "get it again if it was changed; else restore it with 'compress restore' where it was made"
+            return BadInput(what, where=self.source, remedy=remedy)
         return BadInput(
             f"PyTorch {torch.__version__} does not draw {name} as PyTorch {draws.torch_version} did: {defect}",
             where=self.source,

@@ -42,7 +42,7 @@ def _not_found(found: InitialFound) -> str:
         )
     stated = ", which its recipe states," if found.origin == "stated" else ""
     said = f"{one_line(found.source)}{stated} is not what it started from: no layer correlates with it (z below 8)"
-    return said if found.seed is None else f"{said}; numbers that an accelerator draws from a seed are others"
+    return said if found.seed is None else f"{said}; an accelerator draws other numbers from the same seed"
 
 
 def gaining_layers(found: InitialFound) -> list[StartedLayer]:
@@ -102,11 +102,11 @@ def initial_facts(plan: Plan) -> Iterable[tuple[str, str]]:
     """What was found, and what is made of it, with labels."""
     if plan.initial is not None:
         yield "start", initial_verdict(plan.initial)
-        yield from search_facts(plan.initial)
         if (use := initial_use(plan)) is not None:
             yield "", use
         elif gaining_layers(plan.initial):
             yield "", _unused(plan)
+        yield from search_facts(plan.initial)
 
 
 def _unused(plan: Plan) -> str:

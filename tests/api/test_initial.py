@@ -282,7 +282,7 @@ def test_a_search_finds_the_seed_and_says_what_it_did(dense):
     assert len(found.layers) == 2
     assert found.search.tried == SEED + 1
     assert found.search.next_best < 8 < found.search.z
-    assert "an accelerator drew" in found.search.searched
+    assert "what accelerators draw" in found.search.searched
     assert found.search.false_hits < 1e-9
     assert heard[0][:2] == ("search the seed", SEED + 1)
 
@@ -365,7 +365,7 @@ def test_draws_that_cannot_be_recorded_are_refused_with_a_remedy(asked, dense, t
                 parameter.copy_(torch.from_numpy(np.random.default_rng(0).standard_normal(tuple(parameter.shape))))
         return module
 
-    with pytest.raises(BadInput, match=r"cannot be recorded.*give the untrained model") as refused:
+    with pytest.raises(BadInput, match=r"cannot be recorded.*save the untrained model") as refused:
         inspect(dense, factory=build, initial=asked)
     assert refused.value.option == "initial"
     # Unasked it is no reason to stop.

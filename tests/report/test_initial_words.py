@@ -80,7 +80,7 @@ def test_a_seed_that_is_another_and_a_search_that_found_none_are_told_apart() ->
     wrong = InitialFound("seed 7", 7, "stated", 26)
     assert initial_verdict(wrong) == (
         "seed 7, which its recipe states, is not what it started from: no layer correlates with it (z below 8);"
-        " numbers that an accelerator draws from a seed are others"
+        " an accelerator draws other numbers from the same seed"
     )
     none = InitialFound("", None, "searched", 26, search=replace(SEARCH, z=None))
     assert initial_verdict(none).startswith("no seed was found: 10,040 candidates in 21.5 s, of which the best")
