@@ -17,6 +17,7 @@ from compressor.diagnosis.types import DiagnosedLayer, Predictions
 from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
 from compressor.evaluation import Evaluation, LatencyChange, SizeChange, TimedWorkload, Verdict, latency_changes
+from compressor.fine_tuning.difference import BaseShare
 from compressor.formatting import format_size
 from compressor.initial import InitialFound
 from compressor.io import NotCopied
@@ -148,6 +149,8 @@ class FineTune:
             None if PEFT is not installed or nothing was written.
         rounding_share: The share of the difference, in the Frobenius norm over the matrices that became pairs, that is
             rounding of the fine-tune to the dtype that it is stored in; no rank is spent on it.
+        shares: How much of the base is left in each matrix that became a pair, by the layer's name: as the recipe
+            predicts, as fitted, and as used.
     """
 
     base: str
@@ -159,6 +162,7 @@ class FineTune:
     vllm_obstacles: tuple[str, ...]
     verified_with: str | None
     rounding_share: float
+    shares: Mapping[str, BaseShare]
 
 
 @dataclass(frozen=True, repr=False)

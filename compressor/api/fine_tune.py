@@ -117,6 +117,7 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
         vllm_obstacles=() if adapter is None else vllm_obstacles(adapter),
         verified_with=verified_with,
         rounding_share=difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
+        shares=adaptation.shares,
     )
 
 

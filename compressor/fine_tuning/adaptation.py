@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput
-from compressor.fine_tuning.difference import Difference
+from compressor.fine_tuning.difference import BaseShare, Difference
 from compressor.io import Artifact, Checkpoint, Provenance, TensorInfo, require_in_range
 from compressor.lowrank import (
     DenseWeights,
@@ -60,6 +60,12 @@ class Adaptation:
         """The layers whose difference becomes a pair, in the order of the plan."""
         layers = {layer.name: layer for layer in self.layers}
         return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
+
+    @property
+    def shares(self) -> dict[str, BaseShare]:
+        """How much of the base is left in each layer whose difference becomes a pair, by the layer's name."""
+        known = self.difference.shares
+        return {layer.name: known[layer.tensor] for layer, _ in self.paired if layer.tensor in known}
 
     @property
     def in_full(self) -> tuple[str, ...]:
@@ -118,10 +124,7 @@ def adaptation_metadata(adaptation: Adaptation, *, in_file: bool) -> dict[str, s
     difference, plan = adaptation.difference, adaptation.plan
     base = difference.base
     spec = LowRankSpec(
-        {
-            layer.name: layer_spec(layer, each, difference.shares.get(layer.tensor, 1.0))
-            for layer, each in adaptation.paired
-        }
+        {layer.name: layer_spec(layer, each, difference.share(layer.tensor)) for layer, each in adaptation.paired}
     )
     record: dict[str, Any] = {
         "source": plan.source if difference.tuned.source is None else difference.tuned.source.name,
@@ -201,7 +204,7 @@ def adapted_module(
             own["up.bias"] = dense.weight.new_zeros(layer.shape[0])
         load_state(pair, {name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
         with torch.no_grad():
-            dense.weight.mul_(difference.shares.get(layer.tensor, 1.0))
+            dense.weight.mul_(difference.share(layer.tensor))
         adapted = AdaptedLayer(dense, pair).train(dense.training)
         carry_over(dense, adapted)
         remove_call_hooks(dense)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import BadInput
-from compressor.initial import share_left
+from compressor.initial import fitted_share, share_left
 from compressor.io import Checkpoint, TensorInfo, refuse_adapter, refuse_fp8, require_finite
 from compressor.io.tensors import StoredTensor
 from compressor.measure.rounding import Rounding, rounding
@@ -44,20 +44,39 @@ class _Subtracted:
 
 
 @dataclass(frozen=True)
+class BaseShare:
+    """How much of the base is left in a matrix of its fine-tune: `W_T = share * W_0 + what fine-tuning wrote`.
+
+    Attributes:
+        predicted: The share that weight decay left by the matrix's own recipe, exp(-K); None where that is not known.
+        fitted: The share by least squares.
+        share: The one that is used: predicted where that makes the rest smaller, else one, as in every adapter.
+    """
+
+    predicted: float | None
+    fitted: float
+    share: float
+
+
+@dataclass(frozen=True)
 class Difference:
     """A fine-tune, the model that it started from, and the names of the tensors in which they differ.
 
     `checkpoint` holds the differences of the floating-point tensors under the fine-tune's names: `W_T - share * W_0`,
-    with the share of the base that `shares` says, one where it says none. `rounding` says for each changed matrix what
-    of the difference is the rounding of the fine-tune to the dtype that it is stored in.
+    where `shares` says how much of the base is left in each changed matrix, if that is not all zeros. `rounding` says
+    for each changed matrix what of the difference is the rounding of the fine-tune to the dtype that it is stored in.
     """
 
     tuned: Checkpoint
     base: Checkpoint
     changed: frozenset[str]
-    shares: Mapping[str, float]
+    shares: Mapping[str, BaseShare]
     checkpoint: Checkpoint
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
+
+    def share(self, name: str) -> float:
+        """The share of the base that a tensor's difference is to: one of all that are no changed matrix."""
+        return self.shares[name].share if name in self.shares else 1.0
 
     def rounding_share(self, tensors: Iterable[str]) -> float:
         """How much of the difference of some matrices together is rounding, in the Frobenius norm."""
@@ -67,13 +86,19 @@ class Difference:
 
 
 def compare_checkpoints(
-    tuned: Checkpoint, base: Checkpoint, recipe: TrainingRecipe | None = None, *, progress: Progress | None = None
+    tuned: Checkpoint,
+    base: Checkpoint,
+    recipe: TrainingRecipe,
+    *,
+    to_all: bool = False,
+    progress: Progress | None = None,
 ) -> Difference:
     """Compare a fine-tune with its base, tensor by tensor.
 
-    With a `recipe` each matrix gets the share of the base that weight decay has left in it, `p_T` of
-    `compressor.measure.memory_window`, if the recipe tells it and the rest is smaller for it: then only `W_T - p_T W_0`
-    is of the rank that training wrote. Raises `BadInput` when both are not of one architecture, or hold NaN.
+    Each matrix gets the share of the base that weight decay has left in it, `p_T` of
+    `compressor.measure.memory_window`, if the `recipe` tells it and the rest is smaller for it: then only
+    `W_T - p_T W_0` is of the rank that training wrote. With `to_all` the differences are to all of the base.
+    Raises `BadInput` when both are not of one architecture, or hold NaN.
     """
     refuse_adapter(tuned)
     refuse_adapter(base)
@@ -81,7 +106,7 @@ def compare_checkpoints(
     _require_one_architecture(tuned, base)
     _require_same_ties(tuned, base)
     changed: set[str] = set()
-    shares: dict[str, float] = {}
+    shares: dict[str, BaseShare] = {}
     rounded: dict[str, Rounding] = {}
     stored: dict[str, StoredTensor] = {}
     for done, (name, info) in enumerate(tuned.tensors.items(), start=1):
@@ -90,15 +115,13 @@ def compare_checkpoints(
         require_finite(name, old, base.source)
         if not torch.equal(new.to(torch.float64), old.to(torch.float64)):
             changed.add(name)
-            share = None
-            if recipe is not None and len(info.shape) >= 2:
-                share = share_left(recipe.of_parameter(name))
-            if share is not None and share != 1.0 and _norm(new, old, share) < _norm(new, old, 1.0):
-                shares[name] = share
             if info.dtype.is_floating_point and len(info.shape) >= 2:
-                rounded[name] = rounding(new, _subtracted(new, old, shares.get(name, 1.0)))
+                share = _base_share(new, old, recipe.of_parameter(name), to_all=to_all)
+                if share is not None:
+                    shares[name] = share
+                rounded[name] = rounding(new, _subtracted(new, old, 1.0 if share is None else share.share))
         if info.dtype.is_floating_point:
-            stored[name] = _Subtracted(tuned, base, name, shares.get(name, 1.0))
+            stored[name] = _Subtracted(tuned, base, name, shares[name].share if name in shares else 1.0)
         if progress:
             progress("compare", done, len(tuned.tensors))
     if not changed:
@@ -106,6 +129,17 @@ def compare_checkpoints(
     tensors = {name: tuned.tensors[name] for name in stored}
     differences = replace(tuned, tensors=tensors, metadata={}, _stored=stored)
     return Difference(tuned, base, frozenset(changed), shares, differences, rounded)
+
+
+def _base_share(new: Tensor, old: Tensor, recipe: TrainingRecipe, *, to_all: bool) -> BaseShare | None:
+    """What of a matrix's base is left by its recipe and by the weights; None of a base of zeros."""
+    if not old.any():
+        return None
+    predicted, fitted = share_left(recipe), fitted_share(new.to(torch.float64), old.to(torch.float64))
+    share = 1.0
+    if not to_all and predicted is not None and _norm(new, old, predicted) < _norm(new, old, 1.0):
+        share = predicted
+    return BaseShare(predicted, fitted, share)
 
 
 def _subtracted(new: Tensor, old: Tensor, share: float) -> Tensor:

@@ -94,10 +94,10 @@ def measured_changes(
 
     Raises `BadInput` where they cannot be compared, or no layer that changed is eligible.
     """
-    # PEFT adds to all of the base.
-    recipe = None if kind == "adapter" else subject.recipe
     start = with_ties(base.checkpoint, subject.architecture)
-    difference = compare_checkpoints(subject.checkpoint, start, recipe, progress=run.progress)
+    # PEFT adds to all of the base.
+    to_all = kind == "adapter"
+    difference = compare_checkpoints(subject.checkpoint, start, subject.recipe, to_all=to_all, progress=run.progress)
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
@@ -204,9 +204,7 @@ def measured_differences(
         bound = None if window is None else window.learned_rank_bound
         unknown = "the rank bound of the fine-tuning is unknown or vacuous"
         binds = bound is not None and bound < min(m.layer.shape)
-        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != difference.shares.get(
-            m.layer.tensor, 1.0
-        ):
+        if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != difference.share(m.layer.tensor):
             binds, unknown = False, "weight decay has changed the rest of the base, which no rank bound is for"
         rounded = difference.rounding.get(m.layer.tensor)
         learned = None if rounded is None else int((m.singular_values > rounded.edge).sum())

@@ -26,7 +26,7 @@ from compressor.report.card_parts import (
     python_block,
     repository_name,
 )
-from compressor.report.wording import error_words, rounding_words
+from compressor.report.wording import base_share_words, error_words, rounding_words
 
 if TYPE_CHECKING:
     from compressor.fine_tuning.adapter import Adapter
@@ -100,6 +100,8 @@ def adapter_card(
         "Shape is outputs x inputs; error is that of the pair relative to what the fine-tuning added, in the Frobenius"
         " norm.",
     ]
+    if words := base_share_words(adaptation.shares, in_adapter=True):
+        parts.append(f"Share: {words}.")
     rounding_share = difference.rounding_share(layer.tensor for layer, _ in adaptation.paired)
     if words := rounding_words(rounding_share):
         parts.append(f"Rounding {words}.")

@@ -31,6 +31,7 @@ from compressor.report.wording import (
     above_one_words,
     archive_initial_words,
     archive_window_words,
+    base_share_words,
     budget_words,
     calibration_words,
     change_words,
@@ -128,6 +129,8 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
     in_full = f", {_tensors(len(fine_tune.in_full))} in full" if fine_tune.in_full else ""
     unchanged = f"; unchanged: {_tensors(fine_tune.unchanged)}" if fine_tune.unchanged else ""
     yield "as", f"{fine_tune.written_as} beside {format_size(fine_tune.base_bytes)} of the base{in_full}{unchanged}"
+    if words := base_share_words(fine_tune.shares, in_adapter=fine_tune.written_as == "LoRA adapter"):
+        yield "share", words
     if words := rounding_words(fine_tune.rounding_share):
         yield "rounding", words
     if fine_tune.verified_with is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from compressor.formatting import format_percent, format_seconds, format_size, o
 if TYPE_CHECKING:
     from compressor.archiving import ArchivedCheckpoint
     from compressor.evaluation import Evaluation
+    from compressor.fine_tuning.difference import BaseShare
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
@@ -129,6 +130,24 @@ def error_words(error: float, decimals: int) -> str:
     if error == 0:
         return "0"
     return f"<{least:.{decimals}f}" if error < least / 2 else f"{error:.{decimals}f}"
+
+
+def base_share_words(shares: Mapping[str, BaseShare], *, in_adapter: bool) -> str:
+    """How much of the base is left in the layers of a fine-tune; empty where no recipe predicts it."""
+    known = [each for each in shares.values() if each.predicted is not None]
+    if not known:
+        return ""
+    predicted = _range_words(each.predicted for each in known if each.predicted is not None)
+    fitted, used = (_range_words(values) for values in ((e.fitted for e in known), (e.share for e in known)))
+    why = ", as an adapter adds to all of it" if in_adapter else ""
+    return f"the recipe predicts that exp(-K) = {predicted} of the base is left; fitted: {fitted}; used: {used}{why}"
+
+
+def _range_words(values: Iterable[float]) -> str:
+    """The least and the largest of some numbers, once where they are the same in six digits."""
+    every = sorted(values)
+    ends = [f"{every[0]:.6g}", f"{every[-1]:.6g}"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def rounding_words(share: float) -> str:

@@ -181,6 +181,9 @@ def test_the_rank_bound_is_for_adapters_without_weight_decay(decay: float, tmp_p
     tuned.save_pretrained(tmp_path / "tuned")
     report = compress(tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "adapter", recipe=recipe)
     assert report.plan.budget.kind == ("tolerance" if decay else "window-rule")
+    card = " ".join((tmp_path / "adapter" / "README.md").read_text().split())
+    assert f"exp(-K) = {0.729 if decay else 1} of the base is left; fitted: " in card
+    assert "; used: 1, as an adapter adds to all of it." in card
     ranks = {layer.name: layer.rank for layer in report.plan.layers}
     assert (ranks["classifier"] is None) == (decay > 0)  # 5 x 32: a pair of rank 4 is no smaller
     both = with_adapter(tmp_path / "base", tmp_path / "adapter", type(base)).merge_and_unload().state_dict()

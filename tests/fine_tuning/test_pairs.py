@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,50 @@ def test_a_wrong_recipe_takes_nothing_from_the_base(files: tuple[Path, Path], tm
     compress(tuned, base=start, output=tmp_path / "pairs.safetensors", recipe=recipe, keep=0.5)
     record = json.loads(_metadata(tmp_path / "pairs.safetensors")[METADATA_KEY])
     assert {layer["share"] for layer in record["layers"].values()} == {1.0}
+
+
+def test_the_predicted_share_is_shown_beside_the_fitted_one(tmp_path: Path) -> None:
+    """Inputs that are zero give no gradients, and there AdamW only shrinks the base."""
+    start = perceptron()
+    tuned = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=0.01, weight_decay=2.0)
+    for step in range(10):
+        inputs = torch.zeros(8, 16)
+        inputs[:, :2] = torch.randn(8, 2, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        tuned(inputs).square().sum().backward()
+        optimizer.step()
+    for name, module in (("start", start), ("tuned", tuned)):
+        save_file(module.state_dict(), tmp_path / f"{name}.safetensors", metadata={"format": "pt"})
+    recipe = TrainingRecipe(
+        optimizer="adamw", learning_rate=0.01, weight_decay=2.0, batch_size=8, steps=10, schedule="constant"
+    )
+    asked = {"base": tmp_path / "start.safetensors", "output": tmp_path / "pairs.safetensors", "overwrite": True}
+    known = compress(tmp_path / "tuned.safetensors", recipe=recipe, keep=0.5, **asked)
+    unknown = compress(tmp_path / "tuned.safetensors", keep=0.5, **asked)
+    assert known.fine_tune is not None
+    assert unknown.fine_tune is not None
+    old, new = (each[0].weight.detach().double() for each in (start, tuned))
+    share = known.fine_tune.shares["0"]
+    torch.testing.assert_close(new[:, 2:], share.predicted * old[:, 2:], rtol=1e-5, atol=0)
+    assert share.share == share.predicted == pytest.approx(0.98**10)
+    assert share.fitted == pytest.approx(np.linalg.lstsq(old.reshape(-1, 1), new.flatten())[0][0])
+    assert share.fitted != pytest.approx(share.predicted, rel=1e-3)
+    told = known.to_dict()["fine_tune"]["shares"]["0"]
+    assert told == {"predicted": share.predicted, "fitted": share.fitted, "share": share.predicted}
+    assert f"exp(-K) = {0.98**10:.6g} of the base is left; fitted: " in " ".join(str(known).split())
+    assert unknown.fine_tune.shares["0"] == replace(share, predicted=None, share=1.0)
+    assert "exp(-K)" not in str(unknown)
+
+
+def test_a_base_of_zeros_has_no_share(tmp_path: Path) -> None:
+    start, tuned = tmp_path / "start.safetensors", tmp_path / "tuned.safetensors"
+    save_file({"weight": torch.zeros(24, 20)}, start)
+    save_file({"weight": torch.randn(24, 2) @ torch.randn(2, 20)}, tuned)
+    report = compress(tuned, base=start, output=tmp_path / "pairs.safetensors", recipe=RECIPE, tolerance=0.01)
+    assert [layer.rank for layer in report.plan.layers] == [2]
+    assert report.fine_tune is not None
+    assert report.fine_tune.shares == {}
 
 
 def test_what_is_measured_is_base_and_pairs_together(
