@@ -498,8 +498,8 @@ def length_table(document: Mapping[str, Any]) -> str:
 
 
 def search_table(document: Mapping[str, Any]) -> str:
-    """What the search found: how many of each network's seeds, the least z, and the longest time."""
-    lines = ["| network | seeds | found | least z of these | longest |", "|---" * 5 + "|"]
+    """What the search found: how many of each network's seeds, the least z, and the most seconds of one processor."""
+    lines = ["| network | seeds | found | least z of these | most CPU seconds |", "|---" * 5 + "|"]
     rows = _rows(document["rows"], kind="search")
     groups = [
         (name, [row for row in rows if row["network"] == name and row["seed"] not in OUTSIDE]) for name in _names(rows)
@@ -512,7 +512,7 @@ def search_table(document: Mapping[str, Any]) -> str:
         wrong = [row for row in found if row["found"] != row["seed"]]
         least = f"{min(row['z'] for row in found):.0f}" if found else ""
         count = f"{len(found)}" + (f", {len(wrong)} of them another" if wrong else "")
-        lines.append(_line([name, str(len(own)), count, least, f"{max(row['seconds'] for row in own):.1f} s"]))
+        lines.append(_line([name, str(len(own)), count, least, f"{max(row['cpu_seconds'] for row in own):.1f}"]))
     return "\n".join(lines)
 
 
