@@ -541,4 +541,7 @@ def given_initial(
         return InitialWeights.from_checkpoint(checkpoint, architecture)
     except BadInput as error:
         error.option = error.option or "initial"
+        if isinstance(source, str) and Path(source).name == source and not Path(source).exists():
+            remedy = "give a seed (a whole number), auto, a file, a folder, or the name of a model of the hub"
+            raise BadInput(error.what, where=error.where, option=error.option, remedy=remedy) from error
         raise

@@ -382,6 +382,7 @@ def test_a_command_says_in_one_line_what_is_wrong_with_a_start_and_writes_nothin
         ("--initial", "7"): "a seed needs what builds the untrained model; pass --model",
         ("--initial", "auto"): "a seed needs what builds the untrained model; pass --model",
         ("--initial", tmp_path / "nowhere.pt"): "no such file or folder",
+        ("--initial", "0.5"): "give a seed (a whole number), auto, a file, a folder",
         ("--initial", other): "for first.weight of shape (48, 32) it has one of shape (2, 2)",
         ("--initial", dense): "has the trained weights of",
     }
