@@ -146,7 +146,7 @@ def test_small_batches_and_many_segments_cost_more(
 def work(workers: Workers, settings: CalibrationSettings | None = None) -> CalibrationWork:
     """That of a calibration on 64 examples of a second each, four at a time, with 16 for the holdout."""
     return CalibrationWork(
-        fit=64, tokens=0, holdout=16, forward=ForwardTime(1.0, 4.0, 4), groups=4, segments=5, optimizing=0.1,
+        fit=64, holdout=16, forward=ForwardTime(1.0, 4.0, 4), groups=4, segments=5, optimizing=0.1,
         products=0.5, in_metric=2.0, settings=settings or CalibrationSettings(), workers=workers,
     )  # fmt: skip
 
