@@ -87,7 +87,7 @@ class TrainingRun:
 
     def _is_used_alone(self, layer: Layer) -> bool:
         """Whether a tensor is one matrix of one module, so that the uses of the layer are all of its uses."""
-        tied = layer.head is not None or layer.places or layer.tensor in self.checkpoints[0].aliases.values()
+        tied = layer.is_tied or layer.tensor in self.checkpoints[0].aliases.values()
         return layer.eligible and not tied and sorted(layer.shape) == sorted(matrix_sides(layer.tensor_shape))
 
     def initial_of(self, tensor: str) -> Tensor | None:

@@ -203,7 +203,7 @@ def measured_differences(
         window = windows[m.layer.name]
         bound = None if window is None else window.learned_rank_bound
         unknown = "the rank bound of the fine-tuning is unknown or vacuous"
-        binds = bound is not None and bound < min(m.layer.shape)
+        binds = bound is not None and bound < min(m.layer.shape) and not m.layer.is_tied
         if binds and share_left(subject.recipe.of_parameter(m.layer.tensor)) != difference.share(m.layer.tensor):
             binds, unknown = False, "weight decay has changed the rest of the base, which no rank bound is for"
         rounded = difference.rounding.get(m.layer.tensor)

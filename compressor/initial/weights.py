@@ -247,8 +247,8 @@ def starts_of(
 
 
 def _rank_bound(start: Start, layer: Layer, recipe: TrainingRecipe | None, *, uses: int | None) -> int | None:
-    """`B R T`, which holds for the remainder after the predicted share alone; None where it is vacuous."""
-    if recipe is None or start.share != start.predicted:
+    """`B R T`, which holds for the rest after the predicted share alone; None where it is vacuous, or R unknown."""
+    if recipe is None or layer.is_tied or start.share != start.predicted:
         return None
     bound = memory_window(recipe, layer.shape, uses).learned_rank_bound
     return bound if bound is not None and bound < min(layer.shape) else None

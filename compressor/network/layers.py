@@ -91,6 +91,11 @@ class Layer:
         return f"<Layer {self.name}: {self.kind}, {format_shape(self.shape)}{skip}>"
 
     @property
+    def is_tied(self) -> bool:
+        """Whether several modules, or one in several places, use the tensor: an example uses it more often than one."""
+        return self.head is not None or bool(self.places)
+
+    @property
     def parameters(self) -> int:
         return math.prod(self.tensor_shape)
 

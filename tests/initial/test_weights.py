@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,21 @@ def test_a_layer_that_correlates_with_its_start_has_one_and_another_has_none():
     assert start.predicted is None
     assert 0.05 < start.written < 0.5
     assert starts_of(layers, checkpoint, InitialWeights.from_seed(build, 4)) == {}
+
+
+def test_the_rank_of_what_training_wrote_is_bounded_where_one_module_uses_the_matrix():
+    torch.manual_seed(3)
+    module = build()
+    with torch.no_grad():
+        module[0].weight.add_(torch.randn(32, 3) @ torch.randn(3, 24), alpha=0.02)
+    checkpoint, initial = open_checkpoint(module), InitialWeights.from_seed(build, 3)
+    first = find_layers(checkpoint, module_architecture(module))[0]
+    recipe = TrainingRecipe(optimizer="sgd", learning_rate=0.1, weight_decay=0.0, batch_size=1, steps=3)
+    bounds = [
+        starts_of([layer], checkpoint, initial, recipe=recipe, uses={first.name: 1})[first.name].rank_bound
+        for layer in (first, replace(first, places=("again",)))
+    ]
+    assert bounds == [3, None]
 
 
 def test_the_generators_are_left_alone():
