@@ -11,12 +11,13 @@ from torch import Tensor
 
 from compressor.archiving.change import Change
 from compressor.archiving.index import ArchivedCheckpoint, ArchiveIndex, change_from_list
-from compressor.archiving.write import CHANGES, COMPANIONS, digest_of
+from compressor.archiving.write import CHANGES, COMPANIONS
 from compressor.documents import parse_json, read_json
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights
 from compressor.io import PLAN_FILE, Checkpoint, StoredTensor, TensorInfo
 from compressor.io.checkpoint import CHANGE_SUFFIX
+from compressor.io.files import sha256_of_file
 from compressor.io.safetensors_file import read_safetensors
 from compressor.io.tensors import bytes_of
 from compressor.lowrank import RecordedStarts
@@ -106,7 +107,7 @@ class _Link:
 def _links(file: Path, digest: str, names: Sequence[str]) -> dict[str, _Link]:
     """What a file of changes says of some tensors; `BadInput` where it is damaged."""
     payloads, metadata = read_safetensors(file)
-    if digest_of(file) != digest:
+    if sha256_of_file(file) != digest:
         raise BadInput("was changed since it was archived", where=file, remedy=_REMEDY)
     said = parse_json(metadata.get(CHANGES, "{}"), where=file)
     if not isinstance(said, Mapping) or not all(isinstance(said.get(name), list) and said[name] for name in names):

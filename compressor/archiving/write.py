@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections import Counter
@@ -28,6 +27,7 @@ from compressor.io import (
     write_json,
 )
 from compressor.io.checkpoint import CHANGE_SUFFIX
+from compressor.io.files import sha256_of_file
 from compressor.lowrank import InitialRecord
 from compressor.lowrank.spec import InitialTensor
 from compressor.progress import Progress
@@ -53,7 +53,7 @@ def write_archive(
     """
     run.require_alike()
     first = run.checkpoints[0]
-    spooled = [_Spooled(folder / f".{number}.part") for number in range(len(run.checkpoints))]
+    gathered = [_GatheredChanges(folder / f".{number}.part") for number in range(len(run.checkpoints))]
     from_initial: list[str] = []
     for done, name in enumerate(first.tensors):
         stored: Stored | None = None
@@ -64,14 +64,14 @@ def write_archive(
             previous = None if stored is None else stored.restored
             references = references_of(run, name, place, tensor=tensor, previous=previous, initial=initial)
             stored = smallest_change(tensor, references, tolerance)
-            spooled[place].add(name, tensor, stored)
+            gathered[place].add(name, tensor, stored)
             if stored.change.source == "initial" and name not in from_initial:
                 from_initial.append(name)
             if progress:
-                progress("archive", done * len(spooled) + place + 1, len(spooled) * len(first.tensors))
+                progress("archive", done * len(gathered) + place + 1, len(gathered) * len(first.tensors))
     archived = tuple(
         each.finished(checkpoint, number)
-        for each, checkpoint, number in zip(spooled, run.checkpoints, run.numbers, strict=True)
+        for each, checkpoint, number in zip(gathered, run.checkpoints, run.numbers, strict=True)
     )
     _write_companions(run.checkpoints[-1], folder / COMPANIONS)
     index = ArchiveIndex(
@@ -89,7 +89,7 @@ def write_archive(
 
 
 @dataclass
-class _Spooled:
+class _GatheredChanges:
     """The changes of one checkpoint: their numbers on disk, one after the other, until all are known."""
 
     path: Path
@@ -116,7 +116,7 @@ class _Spooled:
                 file.write(change.payload)
 
     def finished(self, checkpoint: Checkpoint, number: int) -> ArchivedCheckpoint:
-        """Put the changes into a file of their own beside the spooled ones, which are removed."""
+        """Write the changes to their safetensors file, and remove the temporary one."""
         file = self.path.with_name(checkpoint.name.rpartition("/")[2] + CHANGE_SUFFIX)
         metadata = {CHANGES: json.dumps(self.changes, separators=(",", ":"))}
         with SafetensorsWriter(file, self.infos, metadata) as writer:
@@ -128,7 +128,7 @@ class _Spooled:
             number=number,
             bytes=checkpoint.weight_bytes,
             stored_bytes=file.stat().st_size,
-            digest=digest_of(file),
+            digest=sha256_of_file(file),
             error=self.error,
             from_initial=self.counts["initial"],
             from_previous=self.counts["previous"],
@@ -147,12 +147,6 @@ class _Spooled:
         with self.path.open("rb") as file:
             for info in self.infos:
                 yield info.name, torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch.uint8)
-
-
-def digest_of(file: Path) -> str:
-    """The SHA-256 of a file (hexadecimal)."""
-    with file.open("rb") as contents:
-        return hashlib.file_digest(contents, "sha256").hexdigest()
 
 
 def _write_companions(checkpoint: Checkpoint, folder: Path) -> None:

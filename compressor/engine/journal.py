@@ -29,6 +29,7 @@ from torch import Tensor
 
 from compressor.errors import BadInput
 from compressor.io import temporary_workspace
+from compressor.io.files import sha256_of_file
 from compressor.io.tensors import bytes_of
 from compressor.io.workspace import is_temporary, remove_abandoned
 from compressor.system_errors import explained, temporary_space
@@ -270,7 +271,7 @@ class Journal:
         if full in self._unchecked:
             self._unchecked.discard(full)
             path, recorded = self._path(name), self._files[full]
-            whole = path.is_file() and path.stat().st_size == recorded.bytes and _digest(path) == recorded.sha256
+            whole = path.is_file() and path.stat().st_size == recorded.bytes and sha256_of_file(path) == recorded.sha256
             if not whole:
                 logger.warning("%s: %s is damaged, and is computed again", self._folder, full)
                 del self._files[full]
@@ -438,11 +439,6 @@ def _hashed(name: str) -> str:
 
 def _of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flushed(path: Path) -> _File:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -48,6 +49,12 @@ def read_bytes_at(path: Path, offset: int, size: int) -> bytes:
     buffer = bytearray(size)
     read_at(path, offset, memoryview(buffer))
     return bytes(buffer)
+
+
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of what is in a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
