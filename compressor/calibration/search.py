@@ -543,8 +543,8 @@ class Search:
 
     def _halfway(self, found: Candidate) -> Search:
         """The search by the moments at a model that is compressed half as far: by the square root of the share kept."""
-        exponent = 1.0 if found.exponent is None else found.exponent
-        layers = self.allocate(self.weighted, Budget("keep", math.sqrt(found.kept)), exponent)
+        assert found.exponent is not None
+        layers = self.allocate(self.weighted, Budget("keep", math.sqrt(found.kept)), found.exponent)
         again = recalibrate(self.calibration, only_compared(self.calibration, layers), _name(layers))
         return replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
 
