@@ -402,7 +402,7 @@ def _compression(
         output=None,
         recipe=subject.recipe,
         plan=rewriting.plan,
-        parameters=BeforeAfter(sum(info.elements for info in checkpoint.tensors.values()), artifact.elements),
+        parameters=BeforeAfter(checkpoint.elements, artifact.elements),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         evaluation=None,
         seconds=0.0,

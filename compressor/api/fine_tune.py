@@ -79,7 +79,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         output=None if target is None else str(target.path),
         recipe=subject.recipe,
         plan=adaptation.plan.with_errors(errors.of),
-        parameters=BeforeAfter(sum(info.elements for info in tuned.tensors.values()), stored.artifact.elements),
+        parameters=BeforeAfter(tuned.elements, stored.artifact.elements),
         bytes=BeforeAfter(tuned.weight_bytes, stored.artifact.bytes),
         evaluation=evaluation,
         seconds=time.monotonic() - started,

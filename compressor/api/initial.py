@@ -69,7 +69,7 @@ def _stated(subject: Model) -> tuple[Model, InitialFound | None]:
         logger.info("%s has the weights that training started from; `initial=%s` compresses with them", kept, kept)
         kept = None
     try:
-        initial = _from_stated_seed(subject) if kept is None else read_kept(kept, numbers=_numbers(subject))
+        initial = _from_stated_seed(subject) if kept is None else read_kept(kept, numbers=subject.checkpoint.elements)
     except Exception as error:  # whatever a user's own code raises: it was not asked for
         logger.info("where training started is stated, and cannot be used: %s", first_line(error))
         return subject, None
@@ -78,17 +78,13 @@ def _stated(subject: Model) -> tuple[Model, InitialFound | None]:
     return replace(subject, initial=initial), InitialFound(initial.source, initial.seed, "stated")
 
 
-def _numbers(subject: Model) -> int:
-    return sum(info.elements for info in subject.checkpoint.tensors.values())
-
-
 def _from_stated_seed(subject: Model) -> InitialWeights | None:
     """What the seed draws that a recipe states; None without one, or where the untrained model cannot be built."""
     seed = subject.recipe.seed
     if seed is None or not any(layer.eligible for layer in subject.layers):
         return None
     # It is built in float32, and not what was asked for.
-    needed, free = 4 * _numbers(subject), free_memory(CPU)
+    needed, free = 4 * subject.checkpoint.elements, free_memory(CPU)
     if free is not None and needed > free / 2:
         logger.info("seed %d is not tried: the untrained model takes %s", seed, format_size(needed))
         return None

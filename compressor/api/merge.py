@@ -71,7 +71,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
         layers=overlaps,
         warnings=tuple(merge_warnings(combination, overlaps, cosine=cosine, factory=asked.factory)),
         tasks=(),
-        parts_parameters=sum(info.elements for part in networks for info in part.checkpoint.tensors.values()),
+        parts_parameters=sum(part.checkpoint.elements for part in networks),
         parameters=artifact.elements,
         parts_bytes=sum(part.checkpoint.weight_bytes for part in networks),
         bytes=artifact.bytes,

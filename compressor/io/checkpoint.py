@@ -145,6 +145,11 @@ class Checkpoint:
         return None if self.source is None else self.folder or self.source.parent
 
     @property
+    def elements(self) -> int:
+        """Numbers in all tensors."""
+        return sum(info.elements for info in self.tensors.values())
+
+    @property
     def weight_bytes(self) -> int:
         """Size of the weight files in bytes, without what is `left_out`; of the tensors for a module."""
         tensors = sum(info.nbytes for info in self.tensors.values())

@@ -227,7 +227,7 @@ def formed_checkpoint(checkpoint: Checkpoint, given: InitialWeights | None = Non
     record = file_record(checkpoint) | spec.without_initial().to_dict()
     record.pop("initial", None)
     formed = checkpoint.changed(changed)
-    _require_modest(spec.initial, sum(info.elements for info in formed.tensors.values()), checkpoint.source)
+    _require_modest(spec.initial, formed.elements, checkpoint.source)
     return replace(
         formed,
         metadata={**checkpoint.metadata, METADATA_KEY: json.dumps(record, sort_keys=True)},

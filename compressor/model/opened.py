@@ -191,7 +191,7 @@ class Model:
         return None if self.in_memory else self.checkpoint.digest()
 
     def rewriting(self, plan: Plan) -> Rewriting:
-        """What a plan makes of it."""
+        """The checkpoint as a plan rewrites it."""
         return Rewriting(self.checkpoint, self.recipe, self.layers, plan, initial=self.initial)
 
     @property
@@ -534,7 +534,7 @@ def given_initial(
         if not isinstance(source, str | Path):
             return InitialWeights.from_state(source)
         if is_record(source):
-            numbers = None if like is None else sum(info.elements for info in like.checkpoint.tensors.values())
+            numbers = None if like is None else like.checkpoint.elements
             return read_kept(source, numbers)
         checkpoint = open_checkpoint(local_model(source))
         architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
