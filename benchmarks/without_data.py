@@ -30,7 +30,9 @@ from compressor.lowrank import approximate, as_matrix
 from compressor.model import inspect_layers, measured_layers, open_model
 from compressor.planning import MeasuredLayer
 from compressor.planning.allocation import Choices, allocate, even_shares, spend
-from compressor.planning.plan import LayerChoices, chosen_within, layer_choices, layer_plan
+from compressor.planning.layer_choices import LayerChoices, layer_choices
+from compressor.planning.measured import layer_plan
+from compressor.planning.size import chosen_within
 
 RESULT = Path(__file__).parent / "results" / "without_data.json"
 KEEPS = (0.8, 0.6, 0.4)

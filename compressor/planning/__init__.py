@@ -14,21 +14,11 @@ from compressor.planning.choice import (
 from compressor.planning.drop_search import DropSearch, Sizes, Trial, search_by_drop, smallest_found, within_limit
 from compressor.planning.edits import apply_edits, given_plan, read_plan
 from compressor.planning.latency import LayerLatency, TimeLimit, Times, WorkloadLatency
-from compressor.planning.plan import (
-    CalibrationResult,
-    LayerPlan,
-    LossUnit,
-    MeasuredLayer,
-    Plan,
-    dense_seconds,
-    has_pairs,
-    least_seconds,
-    plan_by_size,
-    predicted_loss,
-    smallest_size,
-    with_latency,
-)
+from compressor.planning.layer_choices import has_pairs, least_seconds, smallest_size
+from compressor.planning.measured import MeasuredLayer, dense_seconds, predicted_loss, with_latency
+from compressor.planning.plan import CalibrationResult, LayerPlan, LossUnit, Plan
 from compressor.planning.settings import PLANNING, PlanningSettings
+from compressor.planning.size import plan_by_size
 from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
 
 __all__ = [

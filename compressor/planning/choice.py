@@ -11,18 +11,12 @@ from compressor.choices import FormRequest
 from compressor.errors import BadInput
 from compressor.planning.budget import Budget
 from compressor.planning.latency import TimeLimit
-from compressor.planning.plan import (
-    LayerPlan,
-    MeasuredLayer,
-    dense_seconds,
-    least_seconds,
-    plan_by_file_size,
-    plan_by_size,
-    plan_by_tolerance,
-    plan_by_window_rule,
-    smallest_size,
-)
+from compressor.planning.layer_choices import least_seconds, smallest_size
+from compressor.planning.measured import MeasuredLayer, dense_seconds
+from compressor.planning.plan import LayerPlan
+from compressor.planning.rules import plan_by_tolerance, plan_by_window_rule
 from compressor.planning.settings import PLANNING, PlanningSettings
+from compressor.planning.size import plan_by_file_size, plan_by_size
 
 OptimizerFamily = Literal["sgd", "adaptive"] | None
 

@@ -12,7 +12,8 @@ from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.forms import DENSE, FORMS, factorized_shape, from_initial, pair_forms, stored_parameters
 from compressor.planning.budget import Budget
-from compressor.planning.plan import PLAN_SCHEMA_VERSION, LayerPlan, MeasuredLayer, Plan, dense_plan
+from compressor.planning.measured import MeasuredLayer
+from compressor.planning.plan import PLAN_SCHEMA_VERSION, LayerPlan, Plan, dense_plan
 
 
 def read_plan(path: Path) -> Plan:

@@ -10,14 +10,10 @@ import numpy as np
 
 from compressor.choices import FormRequest
 from compressor.planning.allocation import lower_hull
-from compressor.planning.plan import (
-    LayerChoices,
-    LayerPlan,
-    LossUnit,
-    MeasuredLayer,
-    chosen_within,
-    layer_choices,
-)
+from compressor.planning.layer_choices import LayerChoices, layer_choices
+from compressor.planning.measured import MeasuredLayer
+from compressor.planning.plan import LayerPlan, LossUnit
+from compressor.planning.size import chosen_within
 
 # So many prices per number are tried with calibration, and no more points are kept than a figure can show.
 _PRICES, _POINTS = 400, 120

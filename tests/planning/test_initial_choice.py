@@ -22,7 +22,9 @@ from compressor.network import Layer
 from compressor.planning import Budget, LayerLatency, MeasuredLayer, Plan, PlanningSettings, choose_ranks, read_plan
 from compressor.planning.allocation import even_shares
 from compressor.planning.edits import apply_edits
-from compressor.planning.plan import layer_choices, plan_by_size, plan_by_tolerance
+from compressor.planning.layer_choices import layer_choices
+from compressor.planning.rules import plan_by_tolerance
+from compressor.planning.size import plan_by_size
 from tests.planning.profiles import charging
 
 SHARE, WRITTEN = 0.9, 0.3

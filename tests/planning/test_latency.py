@@ -33,7 +33,7 @@ from compressor.planning import (
     size_curve,
     with_latency,
 )
-from compressor.planning.plan import layer_choices
+from compressor.planning.layer_choices import layer_choices
 from tests.planning.profiles import Charges, charging
 
 WORKLOADS = (Workload("batch 1", 1), Workload("batch 32", 32))

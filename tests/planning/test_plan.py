@@ -31,7 +31,7 @@ from compressor.planning import (
     rank_caps,
     read_plan,
 )
-from compressor.planning.plan import plan_by_file_size, plan_by_size
+from compressor.planning.size import plan_by_file_size, plan_by_size
 
 
 def measured(name: str, d_out: int, d_in: int, *, decay: float = 0.9, **known: Any) -> MeasuredLayer:

@@ -19,7 +19,8 @@ from compressor.data.builtin_data import digits
 from compressor.network import Layer
 from compressor.planning import LayerPlan, MeasuredLayer
 from compressor.planning.allocation import even_shares
-from compressor.planning.plan import layer_choices, plan_by_size
+from compressor.planning.layer_choices import layer_choices
+from compressor.planning.size import plan_by_size
 
 Array = np.ndarray[Any, Any]
 

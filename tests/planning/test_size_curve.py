@@ -14,7 +14,7 @@ from torch import nn
 from compressor import compress
 from compressor.network import Layer
 from compressor.planning import MeasuredLayer, plan_loss, predicted_loss, size_curve, smallest_size
-from compressor.planning.plan import plan_by_size
+from compressor.planning.size import plan_by_size
 
 
 def measured(index: int, d_out: int, d_in: int, *, calibrated: bool, **known: Any) -> MeasuredLayer:

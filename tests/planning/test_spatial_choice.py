@@ -20,7 +20,7 @@ from compressor.forms import factorized_shape, pair_forms, stored_parameters
 from compressor.measure import truncation_errors
 from compressor.network import Layer
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, PlanningSettings, choose_ranks
-from compressor.planning.plan import plan_by_size
+from compressor.planning.size import plan_by_size
 
 
 def convolution(name: str, sides: tuple[int, int, int, int], channel: float, *, spatial: float) -> MeasuredLayer:

@@ -1,0 +1,228 @@
+"""What is known of an eligible layer when its rank is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.choices import FormRequest
+from compressor.forms import (
+    DENSE,
+    factorized_shape,
+    from_initial,
+    has_own_errors,
+    pair_forms,
+    pair_of,
+    stored_bytes,
+    stored_parameters,
+)
+from compressor.initial import Start
+from compressor.measure import Spectrum, frobenius_rank, truncation_errors
+from compressor.network import Layer
+from compressor.planning.latency import LayerLatency, Seconds
+from compressor.planning.plan import LayerPlan, dense_plan
+from compressor.planning.settings import PLANNING, PlanningSettings
+
+# The relative precision of float64, in which errors are computed.
+ROUNDING = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class MeasuredLayer:
+    """An eligible layer with its singular values and what the window rule needs.
+
+    `precision` is the relative precision of the stored numbers and `itemsize` their size in bytes. `above_edge` counts
+    the singular values above the edge of what survives of the initialization, `surviving_share` says how much that is,
+    and `rank_bound` is the memory window's bound where it is not vacuous; None where unknown. With calibration
+    `weighted_values` are the singular values in the metric of the loss, and `uses` how often a prediction uses the
+    layer; `stays_dense` says why a layer is not to be touched. A layer that shares a size stores no more than its pair
+    of rank `rank_cap`, where there is one and this pair is smaller than the dense layer. Of a matrix `rounding_share`
+    is rounding, and no tolerance is below it; `above_rounding` counts the singular values that are larger than any of
+    the rounding's. By the name of each form with errors of its own that the layer can become, such as the spatial one,
+    `own_values` has the singular values of the matrix that is factorized, and with calibration `own_errors` the
+    relative errors of the pairs of rank 0, 1, .. in the metric of the loss. The thresholds are in `settings`.
+    Ranks are multiples of `rank_multiple`. Where speed is asked for `latency` knows how long the layer takes, and the
+    fastest form is chosen instead of the smallest one. Where the layer correlates with its initial weights, `start`
+    says how, and for the forms of what training wrote `own_values` has the singular values of that.
+    """
+
+    layer: Layer
+    singular_values: Spectrum
+    itemsize: int
+    precision: float = 0.0
+    above_edge: int | None = None
+    surviving_share: float | None = None
+    unknown_start: str = ""
+    rank_bound: int | None = None
+    weighted_values: Spectrum | None = None
+    uses: float = 1.0
+    stays_dense: str | None = None
+    rank_cap: int | None = None
+    rounding_share: float = 0.0
+    above_rounding: int | None = None
+    own_values: Mapping[str, Spectrum] = field(default_factory=dict)
+    own_errors: Mapping[str, Spectrum] = field(default_factory=dict)
+    settings: PlanningSettings = PLANNING
+    latency: LayerLatency | None = None
+    rank_multiple: int = 1
+    start: Start | None = None
+
+    def ranks(self, largest: int, form: str = DENSE) -> npt.NDArray[np.int64]:
+        """The ranks that are choices, up to the largest one; in a form of what training wrote from 0 on."""
+        return np.arange(0 if from_initial(form) else self.rank_multiple, largest + 1, self.rank_multiple)
+
+    def rounded(self, rank: int) -> int:
+        """The smallest rank from a rank on that is a choice."""
+        return -(-rank // self.rank_multiple) * self.rank_multiple
+
+    def saves_time(self, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the pairs are enough faster than the dense layer in each workload that uses it.
+
+        Any pair is where speed is not asked for, and of an embedding, which is compressed only where that is asked for.
+        """
+        if self.latency is None or self.layer.kind == "embedding":
+            return np.ones(len(ranks), dtype=np.bool_)
+        most = (1 - self.settings.least_time_saving) * self.latency.dense(self.layer)
+        return np.asarray((self.latency.seconds(self.layer, form, ranks) <= most[:, None]).all(axis=0))
+
+    def demand(self, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """What is least for the best of forms that lose the same: time as a ratio to dense, else stored numbers.
+
+        The ratio is the mean over the workloads.
+        """
+        if self.latency is not None:
+            return np.asarray(self.latency.ratios(self.layer, form, ranks).mean(axis=0))
+        return np.asarray(stored_parameters(factorized_shape(self.layer, form), form, ranks), dtype=np.float64)
+
+    def errors(self, form: str) -> Spectrum:
+        """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
+        if not has_own_errors(form):
+            return truncation_errors(self.singular_values if self.weighted_values is None else self.weighted_values)
+        if form in self.own_errors:
+            return self.own_errors[form]
+        return truncation_errors(self.own_values[form]) * self.relative_size(form)
+
+    def relative_size(self, form: str) -> float:
+        """The norm of what a form with errors of its own factorizes, beside that of the layer's matrix."""
+        if not from_initial(form):
+            return 1.0
+        whole = float(np.linalg.norm(self.singular_values))
+        return float(np.linalg.norm(self.own_values[form])) / whole if whole > 0 else 0.0
+
+    def rank_within(self, form: str, tolerance: float) -> int:
+        """The smallest rank of a form with errors of its own whose relative Frobenius error is at most a tolerance."""
+        size = self.relative_size(form)
+        least = 0 if from_initial(form) else 1
+        return self.rounded(max(least, frobenius_rank(self.own_values[form], tolerance / size))) if size > 0 else least
+
+    def forms_apart(self, request: FormRequest) -> list[str]:
+        """The eligible forms that have errors of their own; of those of what training wrote the one that is asked for.
+
+        A form is asked for where the layer can have it.
+        """
+        known = [form for form in self.own_values if form not in self.settings.excluded_forms]
+        alike = forms_alike(self.layer, request)
+        return [
+            form
+            for form in known
+            if (part := pair_of(form)) is None
+            or ((part in alike or has_own_errors(part)) and self._start_gains(form, part))
+        ]
+
+    def _start_gains(self, form: str, pair: str) -> bool:
+        """Whether a form of what training wrote errs clearly less, at some rank, than the same pair of the layer."""
+        written, own = self.errors(form), self.errors(pair)
+        ranks = min(len(written), len(own))
+        return bool((written[:ranks] < (1 - self.settings.least_start_gain) * own[:ranks]).any())
+
+    @property
+    def total(self) -> float:
+        """The loss per prediction of dropping the whole layer, to second order; 1 without calibration."""
+        if self.weighted_values is None:
+            return 1.0
+        return self.uses / 2 * float(np.square(self.weighted_values).sum())
+
+    @property
+    def window_rule_applies(self) -> bool:
+        """Whether little enough of the initialization survives, and some singular value exceeds its edge."""
+        return not self.window_rule_obstacle
+
+    @property
+    def window_rule_obstacle(self) -> str:
+        """Why the window rule does not apply, in a few words; empty where it does."""
+        if self.above_edge is None or self.surviving_share is None:
+            return self.unknown_start or "how much of the initialization survives is unknown"
+        if self.surviving_share > self.settings.largest_surviving_share:
+            return f"{self.surviving_share:.0%} of the initialization survives, which is too much"
+        return "" if self.above_edge else "no singular value stands above what survives of the initialization"
+
+
+def form_for(m: MeasuredLayer, rank: int, request: FormRequest) -> str:
+    """The form of a pair of the layer's own matrix at this rank: the best, unless one is asked for."""
+    forms = forms_alike(m.layer, request)
+    return forms[int(form_demands(m, forms, np.array([rank]))[:, 0].argmin())]
+
+
+def form_demands(m: MeasuredLayer, forms: Sequence[str], ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """What each form demands at each rank; infinite where it does not save time."""
+    return np.stack([np.where(m.saves_time(form, ranks), m.demand(form, ranks), np.inf) for form in forms])
+
+
+def forms_alike(layer: Layer, request: FormRequest) -> list[str]:
+    """The forms that lose the same at the same rank; the one that is asked for alone, where the layer can have it."""
+    alike = [form.name for form in pair_forms(layer) if not form.has_own_errors]
+    return [request] if request in alike else alike
+
+
+def most_bytes(m: MeasuredLayer) -> float:
+    """The largest size in bytes at which a pair is worth having two products."""
+    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, DENSE, 0, itemsize=m.itemsize)
+
+
+def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) -> LayerPlan:
+    """The plan for one layer at a rank; dense if the pair would save too little or the layer must stay dense."""
+    layer = measured.layer
+    if measured.stays_dense is not None:
+        return dense_plan(layer, measured.stays_dense)
+    sides = factorized_shape(layer, form)
+    parameters = stored_parameters(sides, form, rank) if rank <= min(sides) else layer.parameters
+    in_bytes = stored_bytes(sides, form, rank, itemsize=measured.itemsize)
+    if parameters >= layer.parameters or in_bytes > most_bytes(measured):
+        saving = (
+            "not be smaller"
+            if parameters >= layer.parameters
+            else f"save less than {measured.settings.least_layer_saving:.0%}"
+        )
+        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
+    if (
+        measured.latency is not None
+        and not from_initial(form)
+        and not measured.saves_time(form, np.array([rank])).all()
+    ):
+        device = measured.latency.profile.name
+        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be faster on {device}")
+    error = float(measured.errors(form)[rank])
+    share = measured.start.share if measured.start is not None and from_initial(form) else None
+    return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share)
+
+
+def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:
+    """Loss per prediction that the ranks of calibrated layers cost to second order, in the unit of the calibration."""
+    pairs = zip(measured, layers, strict=True)
+    return sum(m.total * layer.error**2 for m, layer in pairs if m.weighted_values is not None)
+
+
+def dense_seconds(measured: Sequence[MeasuredLayer]) -> Seconds:
+    """Predicted seconds of all dense layers together in each workload."""
+    return np.asarray(sum(m.latency.dense(m.layer) for m in measured if m.latency is not None))
+
+
+def with_latency(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    """The plans with the seconds that are predicted of them, where speed is asked for."""
+    return tuple(
+        plan if m.latency is None else replace(plan, latency=m.latency.of(m.layer, plan.form, plan.rank or 0))
+        for m, plan in zip(measured, layers, strict=True)
+    )

@@ -1,0 +1,86 @@
+"""Ranks that each layer gets by itself: by a tolerance, and by the window rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from compressor.choices import FormRequest
+from compressor.forms import from_initial
+from compressor.measure import EPSILON, frobenius_rank
+from compressor.planning.measured import MeasuredLayer, form_for, layer_plan
+from compressor.planning.plan import LayerPlan, dense_plan
+
+
+def plan_by_tolerance(
+    measured: Sequence[MeasuredLayer], tolerance: float, request: FormRequest
+) -> tuple[LayerPlan, ...]:
+    """Every layer at the smallest rank whose relative error is at most `tolerance`, in the smallest form at it.
+
+    What rounding the factors to the layer's own dtype may add is allowed for; a layer whose dtype is coarser than the
+    tolerance stays dense.
+    """
+    return tuple(_layer_by_tolerance(m, tolerance, request) for m in measured)
+
+
+def _layer_by_tolerance(m: MeasuredLayer, tolerance: float, request: FormRequest) -> LayerPlan:
+    reason = f"relative error <= {tolerance:g}"
+    if tolerance < m.rounding_share:
+        tolerance = m.rounding_share
+        reason = f"relative error <= {tolerance:.2g}, which is rounding"
+    if tolerance <= m.precision:
+        return dense_plan(m.layer, f"rounding to its dtype alone may cost more than {tolerance:g}")
+    truncation = math.sqrt(tolerance**2 - m.precision**2)
+    rank = max(1, frobenius_rank(m.singular_values, truncation))
+    if m.above_rounding is not None and max(1, m.above_rounding) < rank:
+        rank, reason = max(1, m.above_rounding), "singular values above those of rounding"
+    rank = m.rounded(rank)
+    plan = layer_plan(m, rank, form_for(m, rank, request), reason=reason)
+    return _better_form(plan, m, truncation, request=request, reason=reason)
+
+
+def _better_form(
+    plan: LayerPlan, m: MeasuredLayer, tolerance: float, *, request: FormRequest, reason: str
+) -> LayerPlan:
+    """The plan, or the best pair with an error of at most `tolerance` in a form with errors of its own.
+
+    For speed what training wrote is no choice: such a layer takes as long as the dense one.
+    """
+    apart = [
+        layer_plan(m, m.rank_within(form, tolerance), form, reason=reason)
+        for form in m.forms_apart(request)
+        if m.latency is None or not from_initial(form)
+    ]
+    return min([plan, *apart], key=lambda each: float(m.demand(each.form, np.array([each.rank or 0]))[0]))
+
+
+def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:
+    """Every layer at the rank that training wrote and the spectrum needs, whichever is smaller.
+
+    The number of singular values above the edge of the surviving initialization, the Frobenius rank at 0.1, and the
+    memory window's bound where it is not vacuous. A layer of which too little was forgotten, or too little is known,
+    gets the tolerance that is safe without data. A spatial pair is taken where it is smaller at the error of 0.1: the
+    edge and the bound say nothing of its matrix.
+    """
+    plans = []
+    for m in measured:
+        if not m.window_rule_applies or m.above_edge is None:
+            plans.append(_layer_by_tolerance(m, m.settings.safe_tolerance, request))
+            continue
+        tolerance = m.settings.window_rule_tolerance
+        ranks = {
+            "singular values above the edge of its initialization": m.above_edge,
+            f"relative error <= {tolerance:g}": frobenius_rank(m.singular_values, tolerance),
+        }
+        if m.above_rounding is not None:
+            ranks["singular values above those of rounding"] = m.above_rounding
+        if m.rank_bound is not None:
+            ranks[f"rank bound of the memory window at epsilon {EPSILON:g}"] = m.rank_bound
+        reason = min(ranks, key=lambda name: ranks[name])
+        rank = m.rounded(max(1, ranks[reason]))
+        plan = layer_plan(m, rank, form_for(m, rank, request), reason=f"window rule: {reason}")
+        within = f"window rule: relative error <= {tolerance:g}"
+        plans.append(_better_form(plan, m, tolerance, request=request, reason=within))
+    return tuple(plans)
