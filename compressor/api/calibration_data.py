@@ -8,8 +8,8 @@ from dataclasses import replace
 from compressor.api.options import CALIBRATION_DETAILS, CompressOptions
 from compressor.api.requests import preprocessing, requested_budget
 from compressor.calibration import CalibrationData, CalibrationSettings, split_examples
+from compressor.calibration.examples import open_calibration_data
 from compressor.calibration.kept_examples import digest_of_examples, keep_examples, kept_examples
-from compressor.calibration.search import open_calibration_data
 from compressor.calibration.self_generated import SelfRequest, examples_by_default, self_generated
 from compressor.data import EvaluationData
 from compressor.engine import Fingerprint, Journal, Run

@@ -14,16 +14,10 @@ import torch
 from torch import nn
 
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.search import (
-    CalibratedRequest,
-    NotFinite,
-    PlannedModel,
-    PlanRequest,
-    SentPlan,
-    plan_unrefined,
-    weighted_layers,
-)
+from compressor.calibration.search import NotFinite, PlannedModel, PlanRequest, plan_unrefined
+from compressor.calibration.sent_plans import CalibratedRequest, SentPlan
 from compressor.calibration.shared import SharedCalibration
+from compressor.calibration.weighted_layers import weighted_layers
 from compressor.data import EvaluationData
 from compressor.engine import Engine, Fingerprint, Journal, Run
 from compressor.errors import BadInput, QualityGateNotMet

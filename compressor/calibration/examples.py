@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from compressor.calibration.settings import CALIBRATION, CalibrationSettings
-from compressor.data import Batch, EvaluationData
+from compressor.data import Batch, EvaluationData, Preprocessing, Sample, open_data
 from compressor.errors import BadInput
 
 Part = Literal["fit", "holdout"]
@@ -171,3 +171,29 @@ def _in_batches(
     count = -(-len(positions) // size)
     for batch in range(count):
         yield data.read(positions[batch::count] if apart else positions[batch * size : (batch + 1) * size])
+
+
+def open_calibration_data(
+    calibration: Any,
+    preprocessing: Preprocessing,
+    *,
+    samples: int | None,
+    sequence_length: int | None,
+    settings: CalibrationSettings = CALIBRATION,
+) -> EvaluationData:
+    """Open at most `samples` examples; of built-in data those of the training split.
+
+    By default all batches of data in batches are used, and 128 examples of other data. Texts are cut into windows of
+    `sequence_length` tokens, by default the model's own length.
+    """
+    preprocessing = replace(preprocessing, sequence_length=sequence_length or preprocessing.sequence_length)
+    # One window to fit and one holdout window.
+    sample = Sample("train", samples, settings.samples, least_windows=2, option="calibration")
+    data = open_data(calibration, preprocessing, sample)
+    if sequence_length is not None and data.batches:
+        raise BadInput(
+            "calibration_sequence_length cuts texts, and none were given for calibration",
+            option="calibration_sequence_length",
+            remedy="leave it out, or give batches of that length",
+        )
+    return data

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from compressor.calibration import CalibrationSettings, calibrate, split_examples
-from compressor.calibration.search import CalibratedRequest, PlannedModel, PlanRequest, plan_unrefined, weighted_layers
+from compressor.calibration.search import PlannedModel, PlanRequest, plan_unrefined
+from compressor.calibration.sent_plans import CalibratedRequest
 from compressor.calibration.shared import SharedCalibration
+from compressor.calibration.weighted_layers import weighted_layers
 from compressor.data import open_data
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.measure.memory_window import EPSILON

@@ -25,7 +25,8 @@ from compressor.calibration import (
     split_examples,
     uncompensated,
 )
-from compressor.calibration.search import Search, weighted_layers
+from compressor.calibration.candidates import Search
+from compressor.calibration.weighted_layers import weighted_layers
 from compressor.choices import Effort
 from compressor.data import open_data
 from compressor.data.builtin_data import digits

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from compressor import BadInput, Plan, TrainingRecipe, inspect
 from compressor.calibration import Calibration, CalibrationSettings, calibrate, holdout_loss, split_examples
-from compressor.calibration.search import Judge, PlanRequest, Search, plan_ranks, weighted_layers
+from compressor.calibration.candidates import Judge, Search
+from compressor.calibration.search import PlanRequest, plan_ranks
+from compressor.calibration.weighted_layers import weighted_layers
 from compressor.data import open_data
 from compressor.data.builtin_data import digits
 from compressor.engine import Run
