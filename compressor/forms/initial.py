@@ -137,7 +137,7 @@ class InitialForm(PairForm):
     @classmethod
     def of(cls, pair: PairForm) -> InitialForm:
         """The form whose factors are stored as those of a pair."""
-        return cls(name=f"initial+{pair.name}", names=pair.names, pair=pair)
+        return cls(name=f"initial+{pair.name}", names=pair.names, pair=pair, truncates=pair.truncates)
 
     def layer(self, dense: nn.Module, rank: int) -> nn.Module:
         self.pair.layer(_without_weight(dense), max(rank, 1))  # refuses what it is not for

@@ -76,6 +76,9 @@ class PairForm(ABC):
     least_rank: int = 1
     """The smallest rank that can be stored."""
 
+    truncates: bool = True
+    """Whether it loses what is beyond its rank, to which the second-order estimate is kinder than to rounding."""
+
     build: Callable[..., nn.Module]
     classes: tuple[type[nn.Module], ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, Count, factorized_shape, from_initial, stored_bytes, stored_parameters
+from compressor.forms import DENSE, FORMS, Count, factorized_shape, from_initial, stored_bytes, stored_parameters
 from compressor.measure import Spectrum
 from compressor.planning.allocation import Choices
 from compressor.planning.latency import Seconds
@@ -38,13 +39,16 @@ class LayerChoices:
 
     def unstarted(self) -> LayerChoices:
         """The choices that need no initial weights."""
-        rest = np.flatnonzero(~self.started).tolist()
+        return self.at(np.flatnonzero(~self.started))
+
+    def at(self, places: npt.NDArray[np.int64]) -> LayerChoices:
+        """The choices at some places."""
         return LayerChoices(
-            Choices(self.choices.cost[rest], self.choices.loss[rest]),
-            [self.forms[place] for place in rest],
-            self.ranks[rest],
-            self.errors[rest],
-            self.seconds[:, rest],
+            Choices(self.choices.cost[places], self.choices.loss[places]),
+            [self.forms[place] for place in places],
+            self.ranks[places],
+            self.errors[places],
+            self.seconds[:, places],
         )
 
 
@@ -91,8 +95,16 @@ def layer_choices(
         errors.append(np.zeros(1))
         seconds.append(_seconds(m, DENSE, np.zeros(1, dtype=np.int64)))
     error = np.concatenate(errors)
-    choices = Choices(np.concatenate(costs), _losses(m, error, exponent))
-    return LayerChoices(choices, forms, np.concatenate(ranks), error, np.concatenate(seconds, axis=1))
+    losses = _losses(m, error, exponent)
+    truncated = np.array([form != DENSE and FORMS[form].truncates for form in forms])
+    if math.isfinite(m.truncation_penalty):
+        losses = np.where(truncated, m.truncation_penalty, 1.0) * losses
+    found = LayerChoices(
+        Choices(np.concatenate(costs), losses), forms, np.concatenate(ranks), error, np.concatenate(seconds, axis=1)
+    )
+    if math.isfinite(m.truncation_penalty):
+        return found
+    return found.at(np.flatnonzero(~truncated & (found.ranks == 0)))
 
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:

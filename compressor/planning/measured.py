@@ -46,7 +46,9 @@ class MeasuredLayer:
     relative errors of the pairs of rank 0, 1, .. in the metric of the loss. The thresholds are in `settings`.
     Ranks are multiples of `rank_multiple`. Where speed is asked for `latency` knows how long the layer takes, and the
     fastest form is chosen instead of the smallest one. Where the layer correlates with its initial weights, `start`
-    says how, and for the forms of what training wrote `own_values` has the singular values of that.
+    says how, and for the forms of what training wrote `own_values` has the singular values of that. The loss of forms
+    that truncate is multiplied by `truncation_penalty` where choices are compared; an infinite one leaves choices of
+    rank 0 in other forms, and dense.
     """
 
     layer: Layer
@@ -69,6 +71,7 @@ class MeasuredLayer:
     latency: LayerLatency | None = None
     rank_multiple: int = 1
     start: Start | None = None
+    truncation_penalty: float = 1.0
 
     def ranks(self, largest: int, form: str = DENSE) -> npt.NDArray[np.int64]:
         """The ranks that are choices, up to the largest one; in a form of what training wrote from 0 on."""
