@@ -21,13 +21,24 @@ def uses_per_example(
     """Positions per example at which each layer's matrix is applied, by layer name; None if unknown.
 
     For an image model whose folder states the image size, they are counted in a forward pass on the meta device (output
-    positions of a convolution, patches of a projection). Otherwise a linear layer is used once per position of the
-    training sequence: `sequence_length`, which is 1 for vector inputs.
+    positions of a convolution, patches of a projection). Otherwise a linear layer is used at every position of the
+    training sequence, `sequence_length`, which is 1 for vector inputs: once, or as often as a forward pass of a language
+    model calls it.
     """
-    counted = _count_positions(architecture.module, folder) if architecture is not None and folder is not None else {}
-    return {
-        layer.name: counted.get(layer.module, sequence_length if "linear" in layer.kind else None) for layer in layers
-    }
+    if architecture is None:
+        counted, calls = {}, {}
+    else:
+        counted = _positions_in_image(architecture.module, folder)
+        calls = {} if counted or sequence_length is None else _calls_per_token(architecture.module)
+
+    def uses(layer: Layer) -> int | None:
+        if layer.module in counted:
+            return counted[layer.module]
+        if sequence_length is None or "linear" not in layer.kind:
+            return None
+        return sequence_length * calls.get(layer.module, 1)
+
+    return {layer.name: uses(layer) for layer in layers}
 
 
 @contextmanager
@@ -55,16 +66,29 @@ def counted_positions(module: nn.Module) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def _count_positions(module: nn.Module, folder: Path) -> dict[str, int]:
+def _positions_in_image(module: nn.Module, folder: Path | None) -> dict[str, int]:
+    """Positions at which an image model uses its layers; empty where the size of the images is unknown."""
     config: Any = getattr(module, "config", None)
-    size = image_size(config, folder)
+    size = None if folder is None else image_size(config, folder)
     if size is None:
         return {}
+    return _counted_on_meta(module, pixel_values=torch.empty(1, config.num_channels, *size, device="meta"))
+
+
+def _calls_per_token(module: nn.Module) -> dict[str, int]:
+    """How often a language model calls its layers: several times those that its blocks share."""
+    if getattr(getattr(module, "config", None), "vocab_size", None) is None:
+        return {}
+    return _counted_on_meta(module, input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"))
+
+
+def _counted_on_meta(module: nn.Module, **inputs: Tensor) -> dict[str, int]:
+    """Positions in one forward pass on the meta device; empty where the architecture does not run there."""
     training = module.training
     try:
         with torch.no_grad(), counted_positions(module) as positions:
-            module.eval()(pixel_values=torch.empty(1, config.num_channels, *size, device="meta"))
-    except Exception:  # the architecture does not run on the meta device: its uses stay unknown
+            module.eval()(**inputs)
+    except Exception:  # whatever its code raises where tensors have no values
         return {}
     finally:
         module.train(training)
