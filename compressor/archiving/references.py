@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compressor.archiving.change import Change, Reference, Source, change_from
 from compressor.archiving.run import TrainingRun
-from compressor.archiving.window import Window
 from compressor.initial import fitted_share, start_of
+from compressor.measure.window_between import Window
 
 # The remainder after the predicted share may be larger than after the fit by this share of it.
 _CLEARLY_WORSE = 0.01

@@ -10,11 +10,11 @@ from functools import cached_property
 from torch import Tensor
 
 from compressor.archiving.change import matrix_sides
-from compressor.archiving.window import Window, window_between
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights, initial_name, initial_tensor
 from compressor.io import Checkpoint
 from compressor.io.steps import Unit
+from compressor.measure.window_between import Window, window_between
 from compressor.network import Layer
 from compressor.recipe import TrainingRecipe
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressor.documents import read_json
 from compressor.errors import BadInput
 from compressor.initial.draws import Draws
 from compressor.initial.fingerprint import Fingerprint
@@ -27,6 +28,7 @@ from compressor.io import (
     refuse_fp8,
 )
 from compressor.measure.memory_window import memory_window, retention
+from compressor.measure.window_between import Window, window_between
 from compressor.network import Architecture, Layer
 from compressor.recipe import TrainingRecipe
 from compressor.torch_state import float64_device
@@ -74,6 +76,7 @@ class InitialWeights:
         checkpoint_name: The name of the checkpoint that they were read from.
         digest: The SHA-256 of that checkpoint.
         draws: The draws that make them again; None where they were read.
+        steps: The optimizer steps that had been taken: 0 of the start of a training, more of an early checkpoint.
     """
 
     source: str
@@ -81,6 +84,7 @@ class InitialWeights:
     checkpoint_name: str | None = None
     digest: str | None = None
     draws: Draws | None = field(default=None, repr=False)
+    steps: int = 0
     _fingerprints: dict[str, Fingerprint] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -150,7 +154,8 @@ class InitialWeights:
             if in_module is not None:
                 tensors.setdefault(in_module, checkpoint.stored(name))
         digest = None if checkpoint.source is None else checkpoint.digest()
-        return cls(checkpoint.name, tensors, checkpoint_name=checkpoint.name, digest=digest)
+        steps = _steps_taken(checkpoint.directory)
+        return cls(checkpoint.name, tensors, checkpoint_name=checkpoint.name, digest=digest, steps=steps)
 
     @classmethod
     def from_state(
@@ -186,6 +191,18 @@ class _DrawnTensor:
 
     def read(self) -> Tensor:
         return self.draws.tensor(self.name)
+
+
+def _steps_taken(folder: Path | None) -> int:
+    """The steps before a checkpoint of transformers' `Trainer`, as it states beside it; 0 where nothing is stated."""
+    state = None if folder is None else folder / "trainer_state.json"
+    if state is None or not state.is_file():
+        return 0
+    try:
+        steps = read_json(state).get("global_step")
+    except BadInput:
+        return 0
+    return steps if type(steps) is int and steps > 0 else 0
 
 
 def _checked_state(state: object, source: str) -> Mapping[str, Tensor]:
@@ -227,7 +244,7 @@ def starts_of(
         layers: The layers of a trained model.
         checkpoint: Their weights.
         initial: The weights that training may have started from.
-        recipe: How the model was trained; None predicts no share.
+        recipe: How the model was trained over the whole run; None predicts no share.
         uses: How often one example uses a layer, by the layer's name, for the bound on the rank.
 
     Returns:
@@ -238,27 +255,31 @@ def starts_of(
         drawn = initial_tensor(layer, initial)
         if drawn is None:
             continue
-        own = None if recipe is None else recipe.of_parameter(layer.tensor)
-        start = start_of(checkpoint.read(layer.tensor), drawn, recipe=own)
+        window = _window(layer, recipe, uses=(uses or {}).get(layer.name), steps=initial.steps)
+        start = start_of(checkpoint.read(layer.tensor), drawn, predicted=window.share)
         if start is not None:
-            bound = _rank_bound(start, layer, own, uses=(uses or {}).get(layer.name))
-            found[layer.name] = start if bound is None else replace(start, rank_bound=bound)
+            # The bound holds for the rest after the predicted share alone.
+            bound = window.rank_bound if start.share == start.predicted else None
+            found[layer.name] = replace(start, rank_bound=bound)
     return found
 
 
-def _rank_bound(start: Start, layer: Layer, recipe: TrainingRecipe | None, *, uses: int | None) -> int | None:
-    """`B R T`, which holds for the rest after the predicted share alone; None where it is vacuous, or R unknown."""
-    if recipe is None or layer.is_tied or start.share != start.predicted:
-        return None
-    bound = memory_window(recipe, layer.shape, uses).learned_rank_bound
-    return bound if bound is not None and bound < min(layer.shape) else None
+def _window(layer: Layer, recipe: TrainingRecipe | None, *, uses: int | None, steps: int) -> Window:
+    """What the recipe says of a layer since its initial weights, which were those after so many steps."""
+    if recipe is None:
+        return Window()
+    own, uses = recipe.of_parameter(layer.tensor), None if layer.is_tied else uses
+    if steps > 0:
+        return window_between(own, layer.shape, uses, earlier=steps, later=own.total_steps or 0)
+    bound = None if layer.is_tied else memory_window(own, layer.shape, uses).learned_rank_bound
+    return Window(share_left(own), bound if bound is not None and bound < min(layer.shape) else None)
 
 
 def start_of(
     weight: Tensor,
     initial: Tensor,
     *,
-    recipe: TrainingRecipe | None = None,
+    predicted: float | None = None,
     in_metric: Callable[[Tensor], Tensor] | None = None,
 ) -> Start | None:
     """What a weight still has of its initial one; None where they do not correlate.
@@ -266,7 +287,7 @@ def start_of(
     Args:
         weight: The trained weight, of any shape.
         initial: The initial one, of the same shape.
-        recipe: How this parameter was trained (`TrainingRecipe.of_parameter`).
+        predicted: The share that its recipe predicts (`share_left`); None where it is not known.
         in_metric: Maps a weight linearly to where Euclidean distance is that of the loss, for the fit; None is the
             Frobenius norm.
 
@@ -280,7 +301,6 @@ def start_of(
     z = correlation * math.sqrt(trained.numel())
     if not z >= LEAST_Z:
         return None
-    predicted = None if recipe is None else share_left(recipe)
     mapped = (trained, drawn) if in_metric is None else (in_metric(trained), in_metric(drawn))
     fitted = fitted_share(*mapped)
     share = fitted

@@ -22,8 +22,7 @@ def uses_per_example(
 
     For an image model whose folder states the image size, they are counted in a forward pass on the meta device (output
     positions of a convolution, patches of a projection). Otherwise a linear layer is used at every position of the
-    training sequence, `sequence_length`, which is 1 for vector inputs: once, or as often as a forward pass of a language
-    model calls it.
+    training sequence, `sequence_length`, which is 1 for vector inputs: once, or as often as a language model calls it.
     """
     if architecture is None:
         counted, calls = {}, {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compressor.archiving import TrainingRun
 from compressor.model import open_model
-from tests.archiving.test_window import SGD, rank_of
+from tests.measure.test_window_between import SGD, rank_of
 
 
 class Twice(nn.Module):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from compressor.errors import BadInput
-from compressor.initial import InitialWeights, fitted_share, start_of, starts_of
+from compressor.initial import InitialWeights, fitted_share, share_left, start_of, starts_of
 from compressor.io import open_checkpoint
 from compressor.network import find_layers, module_architecture
 from compressor.recipe import TrainingRecipe
@@ -85,10 +87,30 @@ def test_a_seed_that_no_generator_takes_is_refused():
 def test_the_share_is_the_predicted_one_where_it_leaves_no_more_than_the_fit(decay, used):
     drawn = torch.randn(40, 40, dtype=torch.float64)
     recipe = TrainingRecipe(optimizer="adamw", learning_rate=0.01, weight_decay=decay, schedule="constant", steps=100)
-    start = start_of(0.8 * drawn + 0.05 * torch.randn(40, 40, dtype=torch.float64), drawn, recipe=recipe)
+    trained = 0.8 * drawn + 0.05 * torch.randn(40, 40, dtype=torch.float64)
+    start = start_of(trained, drawn, predicted=share_left(recipe))
     assert start is not None
     assert start.predicted == pytest.approx((1 - 0.01 * decay) ** 100, rel=1e-3)
     assert start.share == getattr(start, used)
+
+
+def test_of_an_early_checkpoint_weight_decay_left_what_the_steps_since_left(tmp_path):
+    """And they alone bound the rank of what training wrote since."""
+    torch.manual_seed(0)
+    early = nn.Sequential(nn.Linear(24, 32, bias=False))
+    save_file(early.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 40, "max_steps": 43}))
+    trained = nn.Sequential(nn.Linear(24, 32, bias=False))
+    recipe = TrainingRecipe(
+        optimizer="sgd", momentum=0.0, learning_rate=0.1, weight_decay=0.5, schedule="constant", batch_size=1, steps=43
+    )
+    with torch.no_grad():
+        trained[0].weight.copy_(0.95**3 * early[0].weight + 0.02 * torch.randn(32, 3) @ torch.randn(3, 24))
+    (layer,) = find_layers(open_checkpoint(trained), module_architecture(trained))
+    initial = InitialWeights.from_checkpoint(tmp_path)
+    (start,) = starts_of([layer], open_checkpoint(trained), initial, recipe=recipe, uses={layer.name: 1}).values()
+    assert start.share == start.predicted == pytest.approx(0.95**3)
+    assert start.rank_bound == 3
 
 
 def test_the_fit_is_taken_in_the_metric_that_is_given():

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from compressor.errors import BadInput
-from compressor.measure import memory_window
-from compressor.measure.memory_window import retention
+from compressor.measure.memory_window import memory_window, retention
 from compressor.recipe import TrainingRecipe
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.archiving.window import Window, window_between
+from compressor.measure.window_between import Window, window_between
 from compressor.recipe import TrainingRecipe
 
 SGD = TrainingRecipe(
