@@ -21,6 +21,7 @@ ROOMS = (
         "measure",
         "initial",
         "factorize",
+        "quantize",
         "latency",
         "forms",
         "planning",
