@@ -8,7 +8,7 @@ CONSTRAINTS ?= --constraint constraints.txt
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: docs demo test test-fast test-oldest coverage lint types chromium clean
+.PHONY: docs demo test test-fast test-oldest explore-properties coverage lint types chromium clean
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ test: .venv/dev
 # What is quick, in one process.
 test-fast: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
+
+# The tests of properties, on examples that are drawn anew each time; `make test` draws the same ones.
+explore-properties: .venv/dev
+	HYPOTHESIS_PROFILE=explore $(PYTEST) -m hypothesis
 
 # Prints the lines and branches that no test runs, and writes the annotated sources to htmlcov/index.html.
 coverage: .venv/dev

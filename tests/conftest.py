@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from compressor.data import Batch, EvaluationData
 from tests.warm import WARM, Warm
 
-# How long an example takes says how busy the machine is, and nothing about the code.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("suite")
+# How long an example takes says how busy the machine is, and nothing about the code. The suite tries the same examples
+# each time, so that a change fails by what it changes; `make explore-properties` tries others.
+_UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("suite", _UNHURRIED, max_examples=50, derandomize=True)
+settings.register_profile("explore", _UNHURRIED, max_examples=200, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 torch.set_num_threads(1)
 
 
