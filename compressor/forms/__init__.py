@@ -11,6 +11,7 @@ from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTranspo
 from compressor.forms.initial import INITIAL, InitialForm, InitialLayer, formed_in
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
+from compressor.forms.names import pair_name, quantization_of, quantized_name
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.pivoted import PIVOTED, PivotedLinear
 from compressor.forms.plain import PLAIN, LowRankEmbedding, LowRankLinear
@@ -133,8 +134,11 @@ __all__ = [
     "has_own_errors",
     "layer_builder",
     "pair_forms",
+    "pair_name",
     "pair_of",
     "predicted_seconds",
+    "quantization_of",
+    "quantized_name",
     "recognized",
     "stored_bytes",
     "stored_parameters",
