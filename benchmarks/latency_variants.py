@@ -45,13 +45,11 @@ class Placed:
         """The numbers that it stores."""
         if self.form == DENSE:
             return self.layer.parameters
-        form = FORMS[self.form]
-        return form.parameters(form.sides(self.layer), self.rank)
+        return FORMS[self.form].parameters(self.layer, self.rank)
 
     def nbytes(self, itemsize: int) -> int:
         """The bytes that it stores."""
-        sides = self.layer.shape if self.form == DENSE else FORMS[self.form].sides(self.layer)
-        return stored_bytes(sides, self.form, self.rank, itemsize=itemsize)
+        return stored_bytes(self.layer, self.form, self.rank, itemsize=itemsize)
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ def rank_within(form: PairForm, layer: Layer, keep: float, *, multiple: int) -> 
 
     A multiple of `multiple`, unless it is smaller than that.
     """
-    sides = form.sides(layer)
-    ranks = np.arange(1, min(sides) + 1)
-    largest = int(np.count_nonzero(form.parameters(sides, ranks) <= keep * layer.parameters))
+    ranks = np.arange(1, min(form.sides(layer)) + 1)
+    largest = int(np.count_nonzero(form.parameters(layer, ranks) <= keep * layer.parameters))
     return largest - largest % multiple if largest >= multiple else largest
 
 

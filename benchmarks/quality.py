@@ -63,7 +63,7 @@ from compressor.calibration.criterion import divergence
 from compressor.data import Batch, EvaluationData, Preprocessing, Sample, load_preprocessing, open_data
 from compressor.data.builtin_data import standard_library_files
 from compressor.evaluation import measure_quality
-from compressor.forms import stored_parameters
+from compressor.forms import StoredWeight, stored_parameters
 from compressor.lowrank import put_layer
 from compressor.model import load_model, logits_of
 from compressor.network import Layer
@@ -293,7 +293,7 @@ def _numbers(tensors: Iterable[Tensor]) -> int:
 def at_published_ranks(cell: Cell) -> Compressed:
     """Our metric and our factors with the same fraction of every layer, pivoted where they can be."""
     form = "pivoted" if cell.pivotable else "channel"
-    ranks = cell.uniform_ranks(lambda shape, rank: stored_parameters(shape, form, rank))
+    ranks = cell.uniform_ranks(lambda shape, rank: stored_parameters(StoredWeight("linear", shape), form, rank))
     layers = tuple(
         LayerPlan(
             name=layer.name,

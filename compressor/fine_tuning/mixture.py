@@ -110,7 +110,7 @@ def _at_rank(plan: LayerPlan, measured: MeasuredLayer, rank: int | None) -> Laye
     reason = "one rank for the experts of a block, as PEFT stacks them"
     if rank is None:
         return replace(plan, rank=None, form=DENSE, parameters=measured.layer.parameters, error=0.0, reason=reason)
-    parameters = PLAIN.parameters(PLAIN.sides(measured.layer), rank)
+    parameters = PLAIN.parameters(measured.layer, rank)
     error = float(measured.errors(PLAIN.name)[rank])
     return replace(plan, rank=rank, form=PLAIN.name, parameters=parameters, error=error, reason=reason)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,16 +61,16 @@ def factorized_shape(weight: DenseWeight, form: str) -> tuple[int, int]:
     return weight.shape if form == DENSE else FORMS[form].sides(weight)
 
 
-def stored_parameters(sides: tuple[int, int], form: str, rank: Count) -> Count:
-    """Numbers in the file for a layer in a form, from the sides that `factorized_shape` gives."""
-    return sides[0] * sides[1] + 0 * rank if form == DENSE else FORMS[form].parameters(sides, rank)
+def stored_parameters(weight: DenseWeight, form: str, rank: Count) -> Count:
+    """Numbers in the file for a layer in a form."""
+    return math.prod(weight.shape) + 0 * rank if form == DENSE else FORMS[form].parameters(weight, rank)
 
 
-def stored_bytes(sides: tuple[int, int], form: str, rank: Count, *, itemsize: int) -> Count:
+def stored_bytes(weight: DenseWeight, form: str, rank: Count, *, itemsize: int) -> Count:
     """Bytes of the tensors counted by `stored_parameters`, with `itemsize` bytes a number of the dense weight."""
     if form == DENSE:
-        return stored_parameters(sides, form, rank) * itemsize
-    return FORMS[form].nbytes(sides, rank, itemsize)
+        return stored_parameters(weight, form, rank) * itemsize
+    return FORMS[form].nbytes(weight, rank, itemsize)
 
 
 def predicted_seconds(

@@ -159,11 +159,11 @@ class InitialForm(PairForm):
     def sides(self, weight: DenseWeight) -> tuple[int, int]:
         return self.pair.sides(weight)
 
-    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
-        return _from_rank_one(self.pair.parameters(sides, rank), rank)
+    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
+        return _from_rank_one(self.pair.parameters(weight, rank), rank)
 
-    def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
-        return _from_rank_one(self.pair.nbytes(sides, rank, itemsize), rank)
+    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
+        return _from_rank_one(self.pair.nbytes(weight, rank, itemsize), rank)
 
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         return dense_kernels(weight, use, itemsize=itemsize)

@@ -113,13 +113,13 @@ class PairForm(ABC):
         """The sides of the matrix that is factorized, whose smaller one is the largest rank."""
         return weight.shape
 
-    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
+    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
         """How many numbers are stored, at one rank or many."""
-        return rank * (sides[0] + sides[1])
+        return rank * sum(self.sides(weight))
 
-    def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
+    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
         """How many bytes these numbers take, where a number of the dense weight takes `itemsize`."""
-        return self.parameters(sides, rank) * itemsize
+        return self.parameters(weight, rank) * itemsize
 
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         """The kernels of one call of the layer, at one rank or many: by default those of a plain pair of its bytes.
@@ -130,8 +130,7 @@ class PairForm(ABC):
             use: How a workload uses the layer.
             itemsize: Bytes of a number.
         """
-        sides = self.sides(weight)
-        inner = self.nbytes(sides, np.asarray(rank), itemsize) / (itemsize * sum(sides))
+        inner = self.nbytes(weight, np.asarray(rank), itemsize) / (itemsize * sum(self.sides(weight)))
         return pair_kernels(weight, inner, use, itemsize=itemsize)
 
     @abstractmethod

@@ -79,13 +79,13 @@ class PivotedForm(PairForm):
     def takes(self, weight: DenseWeight) -> bool:
         return len(weight.tensor_shape) == 2 and weight.kind != "embedding"
 
-    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
-        d_out, d_in = sides
+    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
+        d_out, d_in = weight.shape
         return rank * (d_out + d_in - rank) + d_out
 
-    def nbytes(self, sides: tuple[int, int], rank: Count, itemsize: int) -> Count:
-        order = sides[0]
-        return (self.parameters(sides, rank) - order) * itemsize + order * 4
+    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
+        order = weight.shape[0]
+        return (self.parameters(weight, rank) - order) * itemsize + order * 4
 
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         d_out, d_in = weight.shape

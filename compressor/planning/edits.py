@@ -146,7 +146,7 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
             where=where,
             remedy=f"give a rank up to {min(shape)}, or null for dense",
         )
-    parameters = stored_parameters(shape, form, edit.rank)
+    parameters = stored_parameters(layer, form, edit.rank)
     unreached = f"; {m.stays_dense}, so its error is the Frobenius one" if m.stays_dense is not None else ""
     larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
     return replace(

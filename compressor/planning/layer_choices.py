@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, FORMS, Count, factorized_shape, from_initial, stored_bytes, stored_parameters
+from compressor.forms import DENSE, FORMS, Count, from_initial, stored_bytes, stored_parameters
 from compressor.measure import Spectrum
 from compressor.planning.allocation import Choices
 from compressor.planning.latency import Seconds
@@ -63,25 +63,25 @@ def layer_choices(
     layer = m.layer
 
     def parameters(form: str, ranks: Count) -> Count:
-        return stored_parameters(factorized_shape(layer, form), form, ranks)
+        return stored_parameters(layer, form, ranks)
 
     def cost(form: str, ranks: Count) -> Count:
         if unit == "parameters":
             return parameters(form, ranks)
-        return stored_bytes(factorized_shape(layer, form), form, ranks, itemsize=m.itemsize)
+        return stored_bytes(layer, form, ranks, itemsize=m.itemsize)
 
     largest, capped = layer.parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
         cap = m.rounded(max(1, m.rank_cap))
         at_cap = form_for(m, cap, request), cap
-        in_bytes = stored_bytes(layer.shape, *at_cap, itemsize=m.itemsize)
+        in_bytes = stored_bytes(layer, *at_cap, itemsize=m.itemsize)
         smaller = cap <= min(layer.shape) and parameters(*at_cap) <= largest and in_bytes <= most_bytes(m)
         capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
         largest = parameters(*at_cap) if capped else largest
     forms: list[str] = []
     ranks, costs, errors, seconds = [], [], [], []
     for form, own in _ranks_of_forms(m, request):
-        stored = stored_bytes(factorized_shape(layer, form), form, own, itemsize=m.itemsize)
+        stored = stored_bytes(layer, form, own, itemsize=m.itemsize)
         fitting = own[(parameters(form, own) <= largest) & (stored <= most_bytes(m))]
         forms += [form] * len(fitting)
         ranks.append(fitting)

@@ -98,7 +98,7 @@ class MeasuredLayer:
         """
         if self.latency is not None:
             return np.asarray(self.latency.ratios(self.layer, form, ranks).mean(axis=0))
-        return np.asarray(stored_parameters(factorized_shape(self.layer, form), form, ranks), dtype=np.float64)
+        return np.asarray(stored_parameters(self.layer, form, ranks), dtype=np.float64)
 
     def errors(self, form: str) -> Spectrum:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
@@ -182,7 +182,7 @@ def forms_alike(layer: Layer, request: FormRequest) -> list[str]:
 
 def most_bytes(m: MeasuredLayer) -> float:
     """The largest size in bytes at which a pair is worth having two products."""
-    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer.shape, DENSE, 0, itemsize=m.itemsize)
+    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer, DENSE, 0, itemsize=m.itemsize)
 
 
 def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) -> LayerPlan:
@@ -190,9 +190,9 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
-    sides = factorized_shape(layer, form)
-    parameters = stored_parameters(sides, form, rank) if rank <= min(sides) else layer.parameters
-    in_bytes = stored_bytes(sides, form, rank, itemsize=measured.itemsize)
+    within = rank <= min(factorized_shape(layer, form))
+    parameters = stored_parameters(layer, form, rank) if within else layer.parameters
+    in_bytes = stored_bytes(layer, form, rank, itemsize=measured.itemsize)
     if parameters >= layer.parameters or in_bytes > most_bytes(measured):
         saving = (
             "not be smaller"

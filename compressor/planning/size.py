@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, factorized_shape, stored_bytes
+from compressor.forms import DENSE, stored_bytes
 from compressor.measure import Spectrum
 from compressor.planning.allocation import Choices, LimitedChoices, allocate, allocate_within, even_shares
 from compressor.planning.latency import Seconds
@@ -56,7 +56,7 @@ def plan_by_file_size(
 
     def beside(layers: tuple[LayerPlan, ...]) -> int:
         numbers = sum(
-            stored_bytes(factorized_shape(m.layer, layer.form), layer.form, layer.rank or 0, itemsize=m.itemsize)
+            stored_bytes(m.layer, layer.form, layer.rank or 0, itemsize=m.itemsize)
             for m, layer in zip(measured, layers, strict=True)
         )
         return file_bytes(layers) - numbers

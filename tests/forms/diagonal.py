@@ -49,8 +49,8 @@ class DiagonalForm(PairForm):
     def takes(self, weight: DenseWeight) -> bool:
         return len(weight.tensor_shape) == 2 and weight.kind != "embedding"
 
-    def parameters(self, sides: tuple[int, int], rank: Count) -> Count:
-        return rank * (sides[0] + sides[1] + 1)
+    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
+        return rank * (sum(weight.shape) + 1)
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         d_out, d_in = weight.shape

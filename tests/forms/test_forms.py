@@ -72,11 +72,11 @@ def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()} == {
         info.name: (info.shape, info.dtype) for info in infos
     }
-    assert form.parameters(sides, rank) == sum(info.elements for info in infos)
-    assert form.nbytes(sides, rank, 4) == sum(info.nbytes for info in infos)
+    assert form.parameters(weight, rank) == sum(info.elements for info in infos)
+    assert form.nbytes(weight, rank, 4) == sum(info.nbytes for info in infos)
     ranks = np.arange(1, min(sides) + 1)
-    assert form.parameters(sides, ranks)[rank - 1] == form.parameters(sides, rank)
-    assert form.nbytes(sides, ranks, 2)[rank - 1] == form.nbytes(sides, rank, 2)
+    assert form.parameters(weight, ranks)[rank - 1] == form.parameters(weight, rank)
+    assert form.nbytes(weight, ranks, 2)[rank - 1] == form.nbytes(weight, rank, 2)
     read = form.read(weight.kind, {info.name: info.shape for info in infos})
     assert read is not None
     assert (read.rank, read.tensor_shape) == (rank, weight.tensor_shape)
@@ -156,7 +156,8 @@ def test_forms_are_values() -> None:
 
 @pytest.mark.parametrize("form", ["dense", "plain", "channel"])
 def test_forms_without_an_order_cost_their_numbers(form: str) -> None:
-    assert stored_bytes((8, 6), form, 2, itemsize=4) == 4 * stored_parameters((8, 6), form, 2)
+    weight = StoredWeight("linear", (8, 6))
+    assert stored_bytes(weight, form, 2, itemsize=4) == 4 * stored_parameters(weight, form, 2)
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.data())
@@ -164,7 +165,7 @@ def test_the_numbers_of_a_pivoted_pair_never_exceed_the_dense_matrix(
     d_out: int, d_in: int, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, min(d_out, d_in)))
-    assert stored_parameters((d_out, d_in), "pivoted", rank) - d_out <= d_out * d_in
+    assert stored_parameters(StoredWeight("linear", (d_out, d_in)), "pivoted", rank) - d_out <= d_out * d_in
 
 
 class TwoLayers(nn.Module):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import BadInput
-from compressor.forms import predicted_seconds, stored_parameters
+from compressor.forms import predicted_seconds
 from compressor.latency import Amount, DeviceProfile, Kernel, LayerUse, Workload
 from compressor.network import Layer
 from compressor.planning import (
@@ -261,7 +261,7 @@ def test_a_file_size_and_a_latency_are_both_kept() -> None:
     layers = [layer(str(i), (96, 64), charging(kernel=1e-7), decay=0.8 + 0.05 * i) for i in range(3)]
 
     def file_bytes(plans: tuple[LayerPlan, ...]) -> int:
-        return 100 + sum(4 * stored_parameters(plan.shape, plan.form, plan.rank or 0) + 1000 for plan in plans)
+        return 100 + sum(4 * plan.parameters + 1000 for plan in plans)
 
     limit = unlimited(0.4)
     plans = choose_ranks(

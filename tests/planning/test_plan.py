@@ -64,7 +64,7 @@ def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[Measured
         plans = choose_ranks(layers, Budget("keep", keep), form, file_bytes=no_files)
     except BadInput:
         smallest = sum(
-            min(m.layer.parameters, *(stored_parameters(m.layer.shape, f, 1) for f in forms_of(form))) for m in layers
+            min(m.layer.parameters, *(stored_parameters(m.layer, f, 1) for f in forms_of(form))) for m in layers
         )
         assert smallest > keep * total
         return
@@ -79,7 +79,7 @@ def test_keep_is_never_exceeded_and_met_to_within_one_rank(layers: list[Measured
             size
             for rank in range(plan.rank + 1, min(m.layer.shape) + 1)
             for stored in forms_of(form)
-            if (size := stored_parameters(m.layer.shape, stored, rank)) <= 0.95 * m.layer.parameters
+            if (size := stored_parameters(m.layer, stored, rank)) <= 0.95 * m.layer.parameters
         ]
         cheapest = min([*larger, m.layer.parameters])
         assert after - plan.parameters + cheapest > keep * total or truncation_errors(m.singular_values)[plan.rank] == 0
@@ -105,7 +105,9 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
     layers: list[MeasuredLayer], header: int, limit: int
 ) -> None:
     def file_bytes(plans: Any) -> int:
-        numbers = sum(stored_bytes(plan.shape, plan.form, plan.rank or 0, itemsize=4) for plan in plans)
+        numbers = sum(
+            stored_bytes(m.layer, plan.form, plan.rank or 0, itemsize=4) for m, plan in zip(layers, plans, strict=True)
+        )
         return header + sum(len(plan.form) + len(str(plan.rank)) for plan in plans) + numbers
 
     plans = plan_by_file_size(layers, limit, "auto", file_bytes=file_bytes)
@@ -114,7 +116,7 @@ def test_a_file_size_is_never_exceeded_whatever_else_the_file_holds(
         return
     # Refused only where rank one everywhere is too much, but for the few bytes by which plans differ in the header.
     smallest = sum(
-        min(4 * m.layer.parameters, *(stored_bytes(m.layer.shape, f, 1, itemsize=4) for f in forms_of("auto")))
+        min(4 * m.layer.parameters, *(stored_bytes(m.layer, f, 1, itemsize=4) for f in forms_of("auto")))
         for m in layers
     )
     assert header + smallest + 10 * len(layers) > limit
@@ -355,7 +357,7 @@ def test_a_layer_is_factorized_only_where_that_saves_a_twentieth_of_its_bytes(
         except BadInput:
             continue
         if chosen.rank is not None:
-            assert stored_bytes((d_out, d_in), chosen.form, chosen.rank, itemsize=itemsize) <= 0.95 * dense
+            assert stored_bytes(layer.layer, chosen.form, chosen.rank, itemsize=itemsize) <= 0.95 * dense
         elif budget.kind == "tolerance":
             assert "would save less than 5%" in chosen.reason or "would not be smaller" in chosen.reason
 

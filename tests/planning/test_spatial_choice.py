@@ -54,8 +54,7 @@ def possible(m: MeasuredLayer) -> list[tuple[int, float]]:
     choices = [(m.layer.parameters, 0.0)]
     for form, spectrum in values.items():
         errors = truncation_errors(spectrum)
-        shape = factorized_shape(m.layer, form)
-        choices += [(stored_parameters(shape, form, rank), float(errors[rank])) for rank in range(1, len(errors))]
+        choices += [(stored_parameters(m.layer, form, rank), float(errors[rank])) for rank in range(1, len(errors))]
     return [choices[0], *((size, error) for size, error in choices[1:] if size <= 0.95 * m.layer.parameters)]
 
 
