@@ -25,7 +25,6 @@ from compressor.calibration.refinement import refine
 from compressor.calibration.weighted_layers import weighted_layers
 from compressor.errors import BadInput
 from compressor.forms import from_initial
-from compressor.measure import Spectrum
 from compressor.planning import (
     Budget,
     LayerPlan,
@@ -43,6 +42,44 @@ Judge = Callable[[Calibration, Mapping[str, nn.Module]], float]
 
 
 @dataclass(frozen=True)
+class Menu:
+    """The choices that an allocation is made of: whether some are quantized, and whether some begin at initial weights.
+
+    The predicted loss of truncation is multiplied by the `penalty`; an infinite one leaves no choice that truncates.
+    `capped` are ranks by the window rule.
+    """
+
+    penalty: float = 1.0
+    quantized: bool = True
+    started: bool = True
+    capped: bool = False
+
+    def layers(self, weighted: Sequence[MeasuredLayer], caps: Mapping[str, int]) -> list[MeasuredLayer]:
+        """The layers with these choices alone."""
+        return [
+            replace(
+                m,
+                own_values={form: each for form, each in m.own_values.items() if self._has(form)},
+                own_errors={form: each for form, each in m.own_errors.items() if self._has(form)},
+                start=m.start if self.started else None,
+                rank_cap=caps.get(m.layer.name) if self.capped else m.rank_cap,
+                truncation_penalty=self.penalty,
+            )
+            for m in weighted
+        ]
+
+    def _has(self, form: str) -> bool:
+        return (self.started or not from_initial(form)) and (self.quantized or not is_quantized(form))
+
+
+ALL = Menu()
+
+
+def is_quantized(form: str) -> bool:
+    return "@" in form
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Ranks, the layers that they give, and their loss: predicted to second order, and on the holdout.
 
@@ -56,7 +93,7 @@ class Candidate:
     predicted: float
     loss: float
     solution: Compensated | None = None
-    capped: bool = False
+    menu: Menu = ALL
     refined: bool = False
     name: str = ""
 
@@ -83,13 +120,16 @@ class Search:
     """A search for the ranks and factors with the least holdout loss within a budget.
 
     `weighted` are the layers in the metric of the loss. `caps` are the ranks that the window rule allows, by layer;
-    `judge` computes the loss of a candidate.
+    `judge` computes the loss of a candidate. With quantized choices there are, beside the allocation of all, those by
+    `penalties` of truncation, and bits alone and ranks alone, than which the one that is found is never worse. Without
+    penalties all choices are tried as they are.
     """
 
     calibration: Calibration
     weighted: Sequence[MeasuredLayer]
     allocate: Allocate
     exponents: Sequence[float]
+    penalties: Sequence[float] = ()
     caps: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 0
     judge: Judge = holdout_loss
@@ -115,7 +155,7 @@ class Search:
     def _halfway(self, found: Candidate) -> Search:
         """The search by the moments at a model that is compressed half as far: by the square root of the share kept."""
         assert found.exponent is not None
-        layers = self.allocate(self.weighted, Budget("keep", math.sqrt(found.kept)), found.exponent)
+        layers = self._allocated(found.menu, Budget("keep", math.sqrt(found.kept)), found.exponent)
         again = recalibrate(self.calibration, only_compared(self.calibration, layers), _name(layers))
         return replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
 
@@ -128,27 +168,54 @@ class Search:
         return min(found, replace(refined, refined=True), key=_loss)
 
     def best(self, budget: Budget) -> Candidate:
-        """The allocation with the least loss, its layers truncated as they are.
+        """The allocation with the least loss, its layers truncated and quantized as they are.
 
-        Besides those by each exponent, the best of them is tried under the window rule's caps, and without initial
-        weights, where that changes it.
+        Beside those by each exponent are tried, where they are others, those of its rivals by the best of them; and the
+        best of all under the window rule's caps, and without initial weights.
         """
-        candidates = []
+        candidates: list[Candidate] = []
+        total = len(self.exponents) * (2 if self._quantizes else 1)
+
+        def add(found: Candidate | None) -> None:
+            if found is not None:
+                candidates.append(found)
+                self.calibration.run.report("allocate", min(len(candidates), total), total)
+
         for exponent in self.exponents:
-            candidates.append(self._measured(self.allocate(self.weighted, budget, exponent), exponent))
-            self.calibration.run.report("allocate", len(candidates), len(self.exponents))
+            add(self._measured(self._menu, self._allocated(self._menu, budget, exponent), exponent))
         found = min(candidates, key=_loss)
-        if self.caps:
-            capped = [replace(m, rank_cap=self.caps.get(m.layer.name)) for m in self.weighted]
-            found = min(found, self._tried(capped, found, budget, capped=True), key=_loss)
+        for menu, exponent in self._rivals(found):
+            add(self._tried(menu, budget, exponent))
+        found = min(candidates, key=_loss)
+        if self.caps and math.isfinite(found.menu.penalty):
+            found = self._less(found, replace(found.menu, capped=True), budget)
         if any(m.start is not None for m in self.weighted):
-            found = min(found, self._tried(_without_starts(self.weighted), found, budget), key=_loss)
+            found = self._less(found, replace(found.menu, started=False, capped=False), budget)
         return found
+
+    @property
+    def _menu(self) -> Menu:
+        return Menu(self.penalties[0] if self._quantizes else 1.0)
+
+    @property
+    def _quantizes(self) -> bool:
+        return bool(self.penalties) and any(is_quantized(form) for m in self.weighted for form in m.own_values)
+
+    def _rivals(self, found: Candidate) -> list[tuple[Menu, float]]:
+        """What the best allocation of all choices is to be compared with: each a menu and an exponent.
+
+        Other penalties, bits alone, and ranks alone by every exponent, as where nothing is quantized.
+        """
+        assert found.exponent is not None
+        if not self._quantizes:
+            return []
+        penalties = [(Menu(penalty), found.exponent) for penalty in (*self.penalties[1:], math.inf)]
+        return penalties + [(Menu(quantized=False), exponent) for exponent in self.exponents]
 
     def _only(self, budget: Budget) -> Candidate:
         """The only candidate there is."""
         [exponent] = self.exponents
-        found = self._candidate(self.allocate(self.weighted, budget, exponent), exponent, math.inf)
+        found = self._candidate(ALL, self.allocate(self.weighted, budget, exponent), exponent, loss=math.inf)
         self.calibration.run.report("allocate", 1, 1)
         return self._solved(found, uncompensated(self.calibration, found.layers), self._truncated_name(found))
 
@@ -157,7 +224,7 @@ class Search:
         if self.calibration.settings.compensate:
             name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
-            allocation = f"{found.exponent}, capped" if found.capped else f"{found.exponent}"
+            allocation = f"{found.exponent}, capped" if found.menu.capped else f"{found.exponent}"
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
@@ -168,7 +235,7 @@ class Search:
     def _compares(self) -> bool:
         """Whether there is more than one candidate: else the only one is made once, as it will be stored."""
         more = len(self.exponents) > 1 or bool(self.caps) or any(m.start is not None for m in self.weighted)
-        return more or self.calibration.settings.compensate
+        return more or self._quantizes or self.calibration.settings.compensate
 
     def _truncated_name(self, found: Candidate) -> str:
         return f"{self.calibration.name}/truncated/{_name(found.layers)}"
@@ -178,41 +245,37 @@ class Search:
         loss = found.calibration.cache.journal.value(f"{name}/loss", judged)
         return replace(found, solution=solution, loss=loss, name=name)
 
-    def _tried(
-        self, measured: Sequence[MeasuredLayer], found: Candidate, budget: Budget, *, capped: bool = False
-    ) -> Candidate:
-        """The allocation by the same exponent with fewer choices; `found` itself where they change nothing."""
+    def _less(self, found: Candidate, menu: Menu, budget: Budget) -> Candidate:
+        """The candidate, or that of the same exponent with fewer choices where it loses less."""
         assert found.exponent is not None
+        other = self._tried(menu, budget, found.exponent)
+        # `found` itself where fewer choices change nothing.
+        return found if other is None or other.layers == found.layers else min(found, other, key=_loss)
+
+    def _tried(self, menu: Menu, budget: Budget, exponent: float) -> Candidate | None:
+        """The allocation with the choices of a menu; None where they do not meet the budget."""
         try:
-            layers = self.allocate(measured, budget, found.exponent)
+            layers = self._allocated(menu, budget, exponent)
         except BadInput:
             # Whether ranks are found for a size in bytes depends on the file's header, and so a little on the ranks.
-            return found
-        if layers == found.layers:
-            return found
-        return replace(self._measured(layers, found.exponent), capped=capped)
+            return None
+        return self._measured(menu, layers, exponent)
 
-    def _measured(self, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
+    def _allocated(self, menu: Menu, budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
+        return self.allocate(menu.layers(self.weighted, self.caps), budget, exponent)
+
+    def _measured(self, menu: Menu, layers: tuple[LayerPlan, ...], exponent: float) -> Candidate:
         def judged() -> float:
             return self.judge(self.calibration, only_compared(self.calibration, layers))
 
         name = f"{self.calibration.name}/loss/{_name(layers)}"
         loss = self.calibration.cache.journal.value(name, judged)
-        return self._candidate(layers, exponent, loss)
+        return self._candidate(menu, layers, exponent, loss=loss)
 
-    def _candidate(self, layers: tuple[LayerPlan, ...], exponent: float, loss: float) -> Candidate:
-        return Candidate(self.calibration, layers, exponent, predicted_loss(self.weighted, layers), loss)
-
-
-def _without_starts(weighted: Sequence[MeasuredLayer]) -> list[MeasuredLayer]:
-    """The layers without the forms that begin at initial weights."""
-
-    def of_matrix(values: Mapping[str, Spectrum]) -> dict[str, Spectrum]:
-        return {form: each for form, each in values.items() if not from_initial(form)}
-
-    return [
-        replace(m, start=None, own_values=of_matrix(m.own_values), own_errors=of_matrix(m.own_errors)) for m in weighted
-    ]
+    def _candidate(self, menu: Menu, layers: tuple[LayerPlan, ...], exponent: float, *, loss: float) -> Candidate:
+        predicted = predicted_loss(self.weighted, layers)
+        logger.debug("%s, exponent %s: predicted %.5f, %.5f", menu, exponent, predicted, loss)
+        return Candidate(self.calibration, layers, exponent, predicted, loss, menu=menu)
 
 
 def _name(layers: Sequence[LayerPlan]) -> str:

@@ -176,9 +176,11 @@ class Allocation:
         """The candidate with the least holdout loss."""
         settings = calibration.settings
         weighted = weighted if weighted is not None else weighted_layers(self.measured, calibration)
-        search = Search(calibration, weighted, self.layers, settings.exponents, judge=judge)
+        search = Search(
+            calibration, weighted, self.layers, settings.exponents, settings.truncation_penalties, judge=judge
+        )
         if self.given is not None:
-            found = replace(search, exponents=(1.0,)).find(self.plan.budget)
+            found = replace(search, exponents=(1.0,), penalties=()).find(self.plan.budget)
             return Searched(self, search, replace(found, exponent=None))
         caps = rank_caps(self.measured, self.subject.recipe.family) if settings.window_caps else {}
         search = replace(search, caps=caps, rounds=settings.recalibration_rounds)
@@ -251,7 +253,7 @@ def _result(calibration: Calibration, found: Candidate) -> CalibrationResult:
         exponent=found.exponent,
         predicted_loss=found.predicted,
         holdout_loss=found.loss,
-        capped=found.capped,
+        capped=found.menu.capped,
         refined=found.refined,
         unit=calibration.unit,
         unused=calibration.data.unused,

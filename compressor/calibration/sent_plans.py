@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.candidates import Candidate, Search
+from compressor.calibration.candidates import Candidate, Menu, Search
 from compressor.calibration.compensation import (
     Compensated,
 )
@@ -97,7 +97,7 @@ class CalibratedRequest:
             result.predicted_loss,
             result.holdout_loss,
             Compensated(Replacements(calibration, low_rank, factors, moved=moved)),
-            result.capped,
+            Menu(capped=result.capped),
             name=sent.solution,
         )
         allocation, settings = self._allocation, calibration.settings

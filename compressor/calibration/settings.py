@@ -143,6 +143,11 @@ class CalibrationSettings:
     """Exponents p tried in the allocation, which minimizes the sum of dropped loss / (total loss)^p over the layers.
     0 trusts the second-order estimate, 1 is relative; the one with the least holdout loss is kept."""
 
+    truncation_penalties: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Factors tried on the predicted loss of truncation, where a layer may be quantized too: the second-order estimate
+    is right for rounding and too kind to deep truncation. Quantized layers without truncation and truncated ones that
+    are not quantized are tried besides; what has the least holdout loss is kept."""
+
     window_caps: bool = True
     """Try the best allocation again with ranks capped by the window rule, where that rule applies."""
 
@@ -184,7 +189,15 @@ class CalibrationSettings:
     @property
     def of_moments(self) -> dict[str, Any]:
         """Those that moments and decompositions depend on, by name: all but the search and what follows it."""
-        search = ("exponents", "window_caps", "recalibration_rounds", "trust_factor", "compensate", "ridges")
+        search = (
+            "exponents",
+            "truncation_penalties",
+            "window_caps",
+            "recalibration_rounds",
+            "trust_factor",
+            "compensate",
+            "ridges",
+        )
         later = ("refit_every", "refine", "refinement", "samples", "statistics_bytes")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
@@ -202,6 +215,7 @@ class CalibrationSettings:
                     holdout_every=16,
                     gradient_every=4,
                     exponents=(0.0,),
+                    truncation_penalties=(2.0,),
                     window_caps=False,
                     recalibration_rounds=0,
                     compensate=False,
@@ -234,9 +248,13 @@ class CalibrationSettings:
             ("recalibration_rounds", 0),
         ):
             as_count(getattr(self, name), name, least=least)
-        if not isinstance(self.exponents, Sequence) or not self.exponents:
-            what = f"`exponents` is {self.exponents!r}"
-            raise BadInput(what, option="exponents", remedy="give one at least, such as (1.0,)")
+        for name in ("exponents", "truncation_penalties"):
+            given = getattr(self, name)
+            if not isinstance(given, Sequence) or not given:
+                raise BadInput(f"`{name}` is {given!r}", option=name, remedy="give one at least, such as (1.0,)")
+        if not all(1 <= each < math.inf for each in self.truncation_penalties):
+            what = f"`truncation_penalties` is {self.truncation_penalties!r}"
+            raise BadInput(what, option="truncation_penalties", remedy="give numbers from 1.0 on")
 
 
 CALIBRATION = CalibrationSettings()

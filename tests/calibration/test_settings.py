@@ -157,6 +157,8 @@ def test_settings_of_another_kind_are_refused(option: str) -> None:
         (CalibrationSettings, {"kept_weights": -1}),
         (CalibrationSettings, {"recalibration_rounds": -1}),
         (CalibrationSettings, {"exponents": ()}),
+        (CalibrationSettings, {"truncation_penalties": ()}),
+        (CalibrationSettings, {"truncation_penalties": (0.5,)}),
         (CalibrationSettings, {"exponents": 1.0}),
         (RefinementSettings, {"passes": 0}),
         (RefinementSettings, {"steps": 0}),
