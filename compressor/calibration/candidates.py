@@ -24,7 +24,7 @@ from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
 from compressor.calibration.weighted_layers import weighted_layers
 from compressor.errors import BadInput
-from compressor.forms import from_initial
+from compressor.forms import from_initial, quantization_of
 from compressor.planning import (
     Budget,
     LayerPlan,
@@ -69,14 +69,10 @@ class Menu:
         ]
 
     def _has(self, form: str) -> bool:
-        return (self.started or not from_initial(form)) and (self.quantized or not is_quantized(form))
+        return (self.started or not from_initial(form)) and (self.quantized or quantization_of(form) is None)
 
 
 ALL = Menu()
-
-
-def is_quantized(form: str) -> bool:
-    return "@" in form
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ class Search:
 
     @property
     def _quantizes(self) -> bool:
-        return bool(self.penalties) and any(is_quantized(form) for m in self.weighted for form in m.own_values)
+        return bool(self.penalties) and any(quantization_of(form) for m in self.weighted for form in m.own_values)
 
     def _rivals(self, found: Candidate) -> list[tuple[Menu, float]]:
         """What the best allocation of all choices is to be compared with: each a menu and an exponent.
