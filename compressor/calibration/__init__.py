@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from compressor.calibration.calibrate import calibrate, recalibrate
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.compensation import Compensated, compensate, uncompensated
+from compressor.calibration.compensation import compensate
 from compressor.calibration.examples import CalibrationData, split_examples
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
+from compressor.calibration.replacements import Compensated
 from compressor.calibration.settings import CalibrationSettings, RefinementSettings
+from compressor.calibration.truncation import uncompensated
 
 __all__ = [
     "Calibration",

@@ -13,9 +13,11 @@ from torch import Tensor
 from compressor.calibration.examples import Part
 from compressor.engine import Journal
 from compressor.factorize import Decomposition, Metric, TiedMetric
+from compressor.measure import Spectrum
 from compressor.measure.moments import InputSums, PackedSum
 from compressor.measure.scale import power_of_two_on_device
 from compressor.measure.triangle import packed_triangle, unpacked_triangle
+from compressor.planning import LayerPlan
 from compressor.torch_state import brought_to, in_float64
 
 
@@ -327,9 +329,36 @@ class CachedDecompositions:
         """Whether there is a decomposition of a layer."""
         return self._folder.holds(_unit(name, start))
 
+    def add_errors(self, name: str, start: str, found: Mapping[str, Spectrum]) -> None:
+        """Keep the errors of a layer in some forms, beside those of other forms."""
+        both = {**self.errors(name, start), **found}
+        self._folder.write(f"errors of {_unit(name, start)}", {form: torch.tensor(e) for form, e in both.items()})
+
+    def errors(self, name: str, start: str = "") -> dict[str, Spectrum]:
+        """The errors of a layer at rank 0, 1, .. in the forms of which they are known."""
+        unit = f"errors of {_unit(name, start)}"
+        kept = self._folder.read_on_cpu(unit) if self._folder.holds(unit) else {}
+        return {form: each.numpy() for form, each in kept.items()}
+
+    def put_quantized(self, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a quantized layer."""
+        self._folder.write(_quantized_unit(plan), tensors)
+
+    def quantized(self, plan: LayerPlan) -> dict[str, Tensor]:
+        """The tensors of a quantized layer, planned so. KeyError where they were not made."""
+        return self._folder.read(_quantized_unit(plan))
+
+    def has_quantized(self, plan: LayerPlan) -> bool:
+        """Whether a layer was quantized as planned."""
+        return self._folder.holds(_quantized_unit(plan))
+
 
 def _unit(name: str, start: str) -> str:
     return f"decomposition/{name}/without-{start}" if start else f"decomposition/{name}"
+
+
+def _quantized_unit(plan: LayerPlan) -> str:
+    return f"quantized/{plan.name}/{plan.form}/{plan.rank}/{plan.share}"
 
 
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:

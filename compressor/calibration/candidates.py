@@ -14,14 +14,11 @@ from torch import nn
 
 from compressor.calibration.calibrate import recalibrate
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.compensation import (
-    Compensated,
-    compensate,
-    only_compared,
-    uncompensated,
-)
+from compressor.calibration.compensation import compensate
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
+from compressor.calibration.replacements import Compensated
+from compressor.calibration.truncation import only_compared, uncompensated
 from compressor.calibration.weighted_layers import weighted_layers
 from compressor.errors import BadInput
 from compressor.forms import from_initial, quantization_of

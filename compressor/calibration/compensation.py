@@ -30,78 +30,23 @@ from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
-from compressor.calibration.replacements import STATISTICS, Replacements, statistics_of, with_statistics
+from compressor.calibration.replacements import STATISTICS, Compensated, Replacements, statistics_of, with_statistics
+from compressor.calibration.truncation import matrix_and_bias, truncated, uncompensated
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
-from compressor.forms import FORMS, MatrixPair
+from compressor.forms import MatrixPair
 from compressor.lowrank import (
     DenseWeights,
     approximate,
-    as_matrix,
     filled_layer,
     stored_tensors,
     written,
 )
 from compressor.measure.moments import Centered, input_vectors, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
-from compressor.network import Layer, SeparateExperts
+from compressor.network import SeparateExperts
 from compressor.planning import LayerPlan
 from compressor.torch_state import brought_to, in_float64, sum_in_float64
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """The modules that replace others, by their place in the model; their factors are on disk.
-
-    Among the modules are batch normalizations with changed statistics.
-    """
-
-    modules: Replacements
-
-    @property
-    def factors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """The tensors of the low-rank layers, by layer."""
-        return self.modules.factors
-
-    @property
-    def moved(self) -> dict[str, dict[str, Tensor]]:
-        """The changed means and variances of batch normalizations, by place."""
-        return {
-            place: {name: getattr(module, name) for name in STATISTICS} for place, module in self.modules.moved.items()
-        }
-
-    @property
-    def statistics(self) -> dict[str, Tensor]:
-        """The same by their names in the model."""
-        return {f"{place}.{name}": each for place, named in self.moved.items() for name, each in named.items()}
-
-
-def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Compensated:
-    """Truncate every layer by itself, in the metric of the dense model."""
-    factors = CachedFactors(calibration.run.device, calibration.run.journal.temporary())
-    low_rank = [plan for plan in planned if plan.rank is not None]
-    with evaluation_mode(calibration.run.device, calibration.model):
-        for plan in low_rank:
-            factors.put(plan.name, _truncated(calibration, calibration.layers[plan.name], plan))
-    return Compensated(Replacements(calibration, low_rank, factors))
-
-
-def only_compared(calibration: Calibration, planned: Sequence[LayerPlan]) -> Replacements:
-    """The modules of `uncompensated` for a comparison: of the same matrices, in the forms that are found fastest."""
-    alike = [each if each.rank is None else replace(each, form=FORMS[each.form].compared.name) for each in planned]
-    return uncompensated(calibration, alike).modules
-
-
-def _truncated(calibration: Calibration, layer: Layer, plan: LayerPlan) -> dict[str, Tensor]:
-    metric = calibration.metrics.get(plan.name)
-    dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(calibration, layer, dense)
-    start = calibration.start(layer, plan.share)
-    found = None if metric is None else decomposition_of(calibration, layer, start)
-    settings = calibration.settings.factorization
-    pair = approximate(layer, plan, written(matrix, start), metric=metric, settings=settings, decomposition=found)
-    weights = DenseWeights(matrix, bias, getattr(dense, layer.parameter).dtype, start)
-    return stored_tensors(layer, plan, pair, dense=weights, metric=metric)
 
 
 def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str = "compensate") -> Compensated:
@@ -145,7 +90,7 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
         for place in group:
             plan = plans[names[place]]
             if fit is None or holdout is None or plan.name not in calibration.metrics:
-                put(place, _truncated(calibration, calibration.layers[plan.name], plan))
+                put(place, truncated(calibration, plan))
             else:
                 put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
 
@@ -231,14 +176,14 @@ def _refit(
     """The tensors of the layer refitted with the best ridge, or as it is where its holdout error is no larger."""
     layer, settings = calibration.layers[plan.name], calibration.settings
     dense = calibration.model.get_submodule(layer.module)
-    matrix, bias = _matrix(calibration, layer, dense)
+    matrix, bias = matrix_and_bias(calibration, layer, dense)
     start = calibration.start(layer, plan.share)
     metric = calibration.metrics[plan.name]
     assert isinstance(metric, Metric)
     fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
-    truncated = partial(approximate, layer, plan, settings=settings.factorization)
+    approximated = partial(approximate, layer, plan, settings=settings.factorization)
     found = decomposition_of(calibration, layer, start)
-    pair = truncated(written(matrix, start), metric=metric, decomposition=found)
+    pair = approximated(written(matrix, start), metric=metric, decomposition=found)
     chosen = before = _Target(matrix, bias, metric, metric.mean, metric.mean, start)
     x, y = (None, None) if before.x is None else (fit.x, fit.y)
     error_before = error_after = _Outputs.of(before, holdout)
@@ -248,7 +193,7 @@ def _refit(
         replace(before, x=x, y=y), _factored(pair), fit.centered(x, y), outputs=error_after, ridges=settings.ridges
     )
     if target is not None:
-        refitted = truncated(written(target.matrix, start), metric=target.metric)
+        refitted = approximated(written(target.matrix, start), metric=target.metric)
         # Differences below the precision of the moments, whose products are in float32, say nothing.
         rounding = torch.finfo(torch.float32).eps * error_before.dense
         if error_after.error(_factored(refitted)) < error_before.error(_factored(pair)) - rounding:
@@ -551,13 +496,6 @@ def _experts_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
                 own = (places[module] for module in expert.modules() if module in places)
                 found.update(dict.fromkeys(own, _Expert(mixture, int(number))))
     return found
-
-
-def _matrix(calibration: Calibration, layer: Layer, dense: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight as a matrix in float64, and the bias."""
-    bias = None if layer.kind == "parameter" else getattr(dense, "bias", None)
-    wide = in_float64(as_matrix(layer, calibration.weight(layer)))
-    return wide, None if bias is None else bias.detach().to(calibration.run.device)
 
 
 def _dtype(dense: nn.Module) -> torch.dtype:

@@ -33,7 +33,7 @@ def decomposition_of(calibration: Calibration, layer: Layer, start: Tensor | Non
     """
     digest = _digest(start)
     if not calibration.decompositions.has(layer.name, digest):
-        found = next(iter(calibration.run.engine.map(_decomposed, [_in_metric(calibration, layer, start=start)])))
+        found = next(iter(calibration.run.engine.map(_decomposed, [in_metric(calibration, layer, start=start)])))
         calibration.decompositions.put(layer.name, found, digest)
     # Read back, so that the numbers lie as in every later run: kernels mind where they begin.
     return calibration.decompositions.get(layer.name, digest)
@@ -43,13 +43,13 @@ def decompose_layers(calibration: Calibration, asked: Sequence[tuple[Layer, floa
     """Decompose layers that are not in the cache, a layer a job: each matrix without a share of its initial one."""
     made: list[tuple[str, str]] = []
 
-    def missing() -> Iterator[_InMetric]:
+    def missing() -> Iterator[LayerInMetric]:
         for layer, share in asked:
             start = calibration.start(layer, share)
             digest = _digest(start)
             if not calibration.decompositions.has(layer.name, digest):
                 made.append((layer.name, digest))
-                yield _in_metric(calibration, layer, start=start)
+                yield in_metric(calibration, layer, start=start)
 
     for place, found in enumerate(calibration.run.engine.map(_decomposed, missing())):
         name, digest = made[place]
@@ -60,14 +60,27 @@ def own_errors(
     calibration: Calibration, asked: Sequence[tuple[Layer, float | None, Sequence[str]]]
 ) -> Iterator[Mapping[str, Spectrum]]:
     """The errors in the metric, for each layer, of those forms whose errors are not those of a truncated SVD of the
-    layer's matrix, or with a share of what training wrote; a layer a job.
+    layer's matrix, or with a share of what training wrote; a layer a job, of the forms that are not in the cache.
 
     They are relative to what is factorized.
     """
-    jobs = (
-        _in_metric(calibration, layer, forms, start=calibration.start(layer, share)) for layer, share, forms in asked
-    )
-    return calibration.run.engine.map(_own_errors, jobs)
+    kept = calibration.decompositions
+    made: list[tuple[str, str]] = []
+
+    def missing() -> Iterator[LayerInMetric]:
+        for layer, share, forms in asked:
+            start = calibration.start(layer, share)
+            digest = _digest(start)
+            known = kept.errors(layer.name, digest)
+            if left := [form for form in forms if form not in known]:
+                made.append((layer.name, digest))
+                yield in_metric(calibration, layer, left, start=start)
+
+    for place, found in enumerate(calibration.run.engine.map(_own_errors, missing())):
+        kept.add_errors(*made[place], found)
+    for layer, share, forms in asked:
+        known = kept.errors(layer.name, _digest(calibration.start(layer, share)))
+        yield {form: known[form] for form in forms}
 
 
 def _digest(start: Tensor | None) -> str:
@@ -76,7 +89,7 @@ def _digest(start: Tensor | None) -> str:
 
 
 @dataclass(frozen=True)
-class _InMetric:
+class LayerInMetric:
     """A layer's weight with its metric, its start in a form that has one, and the forms that are asked about."""
 
     layer: Layer
@@ -91,15 +104,15 @@ class _InMetric:
     def nbytes(self) -> int:
         return working_bytes(self.layer.shape)
 
-    def on_device(self) -> _InMetric:
+    def on_device(self) -> LayerInMetric:
         """The same where it is to be computed, the numbers beginning alike whichever way they came there."""
         metric = self.metric
         if isinstance(metric, TiedMetric):
             metric = TiedMetric(self._metric(metric.lookup), self._metric(metric.head))
         else:
             metric = self._metric(metric)
-        start = None if self.start is None else self._placed(self.start)
-        return replace(self, weight=self._placed(self.weight), metric=metric, start=start)
+        start = None if self.start is None else self.placed(self.start)
+        return replace(self, weight=self.placed(self.weight), metric=metric, start=start)
 
     @property
     def matrix(self) -> Tensor:
@@ -115,10 +128,10 @@ class _InMetric:
         return (self.matrix.T if self.layer.kind in TRANSPOSED else self.matrix).reshape(self.weight.shape)
 
     def _metric(self, metric: Metric) -> Metric:
-        mean = None if metric.mean is None else self._placed(metric.mean)
-        return Metric(self._placed(metric.inputs), self._placed(metric.gradients), mean)
+        mean = None if metric.mean is None else self.placed(metric.mean)
+        return Metric(self.placed(metric.inputs), self.placed(metric.gradients), mean)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
+    def placed(self, tensor: Tensor) -> Tensor:
         return aligned(brought_to(self.device, tensor))
 
 
@@ -127,10 +140,10 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 
 
-def _in_metric(
+def in_metric(
     calibration: Calibration, layer: Layer, forms: Sequence[str] = (), *, start: Tensor | None = None
-) -> _InMetric:
-    return _InMetric(
+) -> LayerInMetric:
+    return LayerInMetric(
         layer=layer,
         weight=calibration.weight(layer),
         metric=calibration.metrics[layer.name],
@@ -141,7 +154,7 @@ def _in_metric(
     )
 
 
-def _decomposed(asked: _InMetric) -> Decomposition:
+def _decomposed(asked: LayerInMetric) -> Decomposition:
     here = asked.on_device()
     matrix = here.matrix
     if isinstance(here.metric, TiedMetric):
@@ -150,7 +163,7 @@ def _decomposed(asked: _InMetric) -> Decomposition:
     return decompose(matrix, here.metric, Precision(loss=loss)).rounded(matrix, here.metric, loss)
 
 
-def _own_errors(asked: _InMetric) -> Mapping[str, Spectrum]:
+def _own_errors(asked: LayerInMetric) -> Mapping[str, Spectrum]:
     here = asked.on_device()
     assert isinstance(here.metric, Metric)
     return {form: FORMS[form].errors_in(here.factorized, here.metric, here.settings) for form in here.forms}

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration, dense_outputs, frozen, rows_of
-from compressor.calibration.compensation import Compensated
 from compressor.calibration.criterion import hidden_rows
 from compressor.calibration.examples import Chunk
 from compressor.calibration.holdout import cost_of_predictions
+from compressor.calibration.replacements import Compensated
 from compressor.calibration.segments import State
 from compressor.calibration.settings import RefinementSettings
 from compressor.calibration.walk import Kept, Walk

@@ -122,6 +122,33 @@ class Replacements(Mapping[str, nn.Module]):
         return len({**self._modules, **self._embeddings, **self.moved})
 
 
+@dataclass(frozen=True)
+class Compensated:
+    """The modules that replace others, by their place in the model; their factors are on disk.
+
+    Among the modules are batch normalizations with changed statistics.
+    """
+
+    modules: Replacements
+
+    @property
+    def factors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The tensors of the low-rank layers, by layer."""
+        return self.modules.factors
+
+    @property
+    def moved(self) -> dict[str, dict[str, Tensor]]:
+        """The changed means and variances of batch normalizations, by place."""
+        return {
+            place: {name: getattr(module, name) for name in STATISTICS} for place, module in self.modules.moved.items()
+        }
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """The same by their names in the model."""
+        return {f"{place}.{name}": each for place, named in self.moved.items() for name, each in named.items()}
+
+
 class _HeadOfInitial(nn.Module):
     """An output head that is tied to an embedding in an initial form."""
 

@@ -10,11 +10,8 @@ from torch import Tensor
 from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.candidates import Candidate, Menu, Search
-from compressor.calibration.compensation import (
-    Compensated,
-)
 from compressor.calibration.holdout import holdout_loss
-from compressor.calibration.replacements import Replacements, with_statistics
+from compressor.calibration.replacements import Compensated, Replacements, with_statistics
 from compressor.calibration.search import Allocation, ChosenFactors, PlannedModel, PlanRequest, Searched
 from compressor.engine import Journal
 from compressor.model import Model

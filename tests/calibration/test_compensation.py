@@ -31,9 +31,9 @@ from compressor.calibration.compensation import (
     _Outputs,
     _ridge_target,
     _Target,
-    only_compared,
 )
 from compressor.calibration.examples import Part
+from compressor.calibration.truncation import only_compared
 from compressor.factorize import FactorPair, Metric, decompose, spatial_pair
 from compressor.forms import LowRankLinear, PivotedLinear
 from compressor.network import with_separate_experts
