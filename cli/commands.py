@@ -43,7 +43,7 @@ MAIN_EPILOG = f"""
 
 [cyan]compress restore MODEL[/cyan]   factor pairs multiplied back to a dense checkpoint
 
-[cyan]compress export MODEL[/cyan]    dense, ONNX, a LoRA adapter, or with its own code for transformers
+[cyan]compress export MODEL[/cyan]    dense, ONNX, GGUF, a LoRA adapter, or with its own code for transformers
 
 [cyan]compress diagnose MODEL[/cyan]  what training forgot, how close to a stationary point it got, what collapsed
 

@@ -11,6 +11,6 @@ Effort = Literal["fast", "balanced", "best"]
 # What may stand in the place of calibration data: examples that the model makes itself, or no calibration.
 NoData = Literal["self", "none"]
 Split = Literal["train", "validation", "test"]
-ExportTarget = Literal["dense", "hf-remote", "onnx", "lora"]
+ExportTarget = Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
 MergeMode = Literal["sum", "concat"]
 Head = Literal["shared", "separate"]

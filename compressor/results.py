@@ -570,6 +570,7 @@ class Export(Displayed):
         load: How to load it.
         seconds: How long it took.
         not_copied: Files of the model folder that were not copied, each with the reason.
+        tensor_types: The number of tensors of each type in a GGUF file; None of anything else.
     """
 
     source: str
@@ -581,6 +582,7 @@ class Export(Displayed):
     load: str
     seconds: float
     not_copied: tuple[NotCopied, ...] = ()
+    tensor_types: Mapping[str, int] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -590,4 +592,7 @@ class Export(Displayed):
 
     def to_dict(self) -> dict[str, Any]:
         not_copied = [each._asdict() for each in self.not_copied]
-        return {"schema_version": SCHEMA_VERSION, **asdict(self), "not_copied": not_copied}
+        found = {"schema_version": SCHEMA_VERSION, **asdict(self), "not_copied": not_copied}
+        if self.tensor_types is None:
+            del found["tensor_types"]
+        return found

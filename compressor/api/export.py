@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from compressor.api.restore import restore
 from compressor.api.write import written
 from compressor.choices import ExportTarget
 from compressor.errors import BadInput
+from compressor.exporting.gguf import gguf_artifact, gguf_file, require_equal, require_gguf
 from compressor.exporting.onnx import largest_difference, onnx_artifact, require_onnx, traced_inputs
 from compressor.exporting.remote import remote_artifact, remote_configuration
 from compressor.fine_tuning import adapter_of_file, applied_artifact, is_difference, materialize_fine_tune
@@ -47,7 +49,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
     `dense` multiplies the pairs back, as `restore` does. `hf-remote` is a folder with the code of its low-rank layers,
     for transformers with `trust_remote_code=True`. `onnx` is a file for any batch size and sequence length, computed in
     float32; weights without a transformers folder need the `factory` of their architecture and, where its first layer
-    does not tell, the `input_shape` of one example. A file of what a fine-tune adds to its `base` becomes the `dense`
+    does not tell, the `input_shape` of one example. `gguf` is a file for llama.cpp, of a transformers folder of an
+    architecture that it has; its tensors are dense. A file of what a fine-tune adds to its `base` becomes the `dense`
     fine-tune, or a `lora` adapter folder for PEFT.
 
     Args:
@@ -76,6 +79,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
         exported = _to_dense(model, asked)
     elif asked.to == "hf-remote":
         exported = _to_remote(opened, asked)
+    elif asked.to == "gguf":
+        exported = _to_gguf(opened, asked)
     else:
         exported = _to_onnx(opened, asked)
     return Export(
@@ -88,6 +93,7 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
         load=exported.load,
         seconds=time.monotonic() - started,
         not_copied=exported.not_copied,
+        tensor_types=exported.tensor_types,
     )
 
 
@@ -100,6 +106,7 @@ class _Exported:
     load: str
     difference: float | None = None
     not_copied: tuple[NotCopied, ...] = ()
+    tensor_types: Mapping[str, int] | None = None
 
 
 def _require_base(checkpoint: Checkpoint, to: ExportTarget, base: str | Path | None) -> None:
@@ -130,7 +137,7 @@ def _require_base(checkpoint: Checkpoint, to: ExportTarget, base: str | Path | N
 
 def _require_use(asked: ExportOptions) -> None:
     """Refuse what was asked for and would change nothing."""
-    if asked.factory is not None and (asked.to in ("hf-remote", "lora") or asked.base is not None):
+    if asked.factory is not None and (asked.to in ("hf-remote", "gguf", "lora") or asked.base is not None):
         what, remedy = f"`to={asked.to!r}` takes the architecture from the folder", "leave out `factory`"
         raise BadInput(what, option="factory", remedy=remedy)
     if asked.input_shape is not None and asked.to != "onnx":
@@ -190,3 +197,14 @@ def _to_onnx(model: Model, asked: ExportOptions) -> _Exported:
         difference = largest_difference(module, inputs, made.model)
     load = f"onnxruntime.InferenceSession({str(target.path)!r})"
     return _Exported(target.path, made.bytes, load, difference)
+
+
+def _to_gguf(model: Model, asked: ExportOptions) -> _Exported:
+    """Write a file, once it was read back and every tensor in it is the model's."""
+    require_gguf()
+    file = gguf_file(model)
+    target = checked_target(model.checkpoint, asked.output, Naming("file", "", (".gguf",)), overwrite=asked.overwrite)
+    with written(gguf_artifact(file), target) as made:
+        assert isinstance(made.model, Path)
+        require_equal(file, made.model)
+    return _Exported(target.path, made.bytes, f"llama-cli -m {target.path}", tensor_types=file.types)

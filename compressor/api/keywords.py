@@ -167,7 +167,7 @@ class ExportKeywords(TypedDict, total=False):
     output: str | Path | None
     max_shard_size: int | str | None
     progress: Progress | None
-    to: Literal["dense", "hf-remote", "onnx", "lora"]
+    to: Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
     base: str | Path | None
     input_shape: str | Sequence[int] | None
 

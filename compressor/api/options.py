@@ -707,8 +707,8 @@ class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Archit
         def __init__(self, **given: Unpack[ExportKeywords]) -> None: ...
 
     to: ExportTarget = option(
-        "dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. lora: a PEFT "
-        "adapter of the difference to `base`.",
+        "dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. gguf: llama.cpp. "
+        "lora: a PEFT adapter of the difference to `base`.",
         choice(ExportTarget),
         MISSING,
     )

@@ -49,7 +49,8 @@ class Naming:
         """
         if output is not None:
             if self.form == "file" and Path(output).suffix not in self.endings:
-                what = "an ONNX model is one file" if ".onnx" in self.endings else "a file is written as safetensors"
+                kinds = {".onnx": "an ONNX model is one file", ".gguf": "a GGUF model is one file"}
+                what = kinds.get(self.endings[0], "a file is written as safetensors")
                 raise BadInput(what, where=output, remedy=f"name it with {' or '.join(self.endings)}")
             return Path(output)
         if source.source is None:

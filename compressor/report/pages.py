@@ -280,6 +280,9 @@ def export_page(export: Export) -> Page:
     facts = [("output", export.output), ("load", export.load)]
     if export.difference is not None:
         facts.append(("checked", f"outputs differ from torch's by {export.difference:.1e} at most"))
+    if export.tensor_types is not None:
+        types = ", ".join(f"{count} as {name}" for name, count in export.tensor_types.items())
+        facts.append(("tensors", f"{types}; equal to the model's"))
     return Page(
         (
             Facts.of(("model", export.source), ("to", f"{export.to}, {export.layers} low-rank layers")),
