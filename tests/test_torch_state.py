@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor.torch_state import caller_defaults, neutral_torch_state, uncompiled
+from tests.calibration.tiny_models import TWO_PASSES
 
 pytestmark = pytest.mark.slow
 
@@ -81,14 +82,16 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def small() -> compressor.Compression:
-    return compressor.compress(network(), keep=0.5, calibration=batches(), prefer="size")
+    return compressor.compress(
+        network(), keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+    )
 
 
 @pytest.mark.parametrize("name", AMBIENT)
 def test_a_calibrated_result_is_the_same_bits_whatever_the_caller_set(name: str, small: compressor.Compression) -> None:
     model, data = network(), batches()
     with AMBIENT[name]():
-        found = compressor.compress(model, keep=0.5, calibration=data, prefer="size")
+        found = compressor.compress(model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
     assert found.plan == small.plan
     assert found.plan.calibration is not None
     assert found.plan.calibration.refined
@@ -150,7 +153,13 @@ def test_what_the_caller_set_is_set_again_afterwards(name: str) -> None:
         before = state()
         for failing in (False, True):
             with pytest.raises(ZeroDivisionError) if failing else nullcontext():
-                compressor.compress(model, keep=0.5, calibration=random_batches(data, failing=failing), prefer="size")
+                compressor.compress(
+                    model,
+                    keep=0.5,
+                    calibration=random_batches(data, failing=failing),
+                    calibration_settings=TWO_PASSES,
+                    prefer="size",
+                )
             assert state() == before
 
 
@@ -191,11 +200,15 @@ def test_a_forward_that_relies_on_the_default_dtype_and_device_is_calibrated() -
         torch.manual_seed(0)
         model = Stateful()
         data = [each.double() for each in batches()]
-        small = compressor.compress(model, keep=0.5, calibration=data, prefer="size").model
+        small = compressor.compress(
+            model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size"
+        ).model
         assert small is not None
         assert small(data[0]).dtype == torch.float64
         with torch.device("meta"):
-            again = compressor.compress(model, keep=0.5, calibration=data, prefer="size").model
+            again = compressor.compress(
+                model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size"
+            ).model
     assert again is not None
     assert bits(again) == bits(small)
 
@@ -259,9 +272,13 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
     numpy.savez(data, x=torch.cat(batches()).numpy(), y=numpy.arange(48) % 5)
     before = whole_state(model)
     for verb in (
-        lambda: compressor.compress(model, keep=0.5, calibration=batches(), data=data, prefer="size"),
-        lambda: compressor.compress(model, max_drop=1.0, calibration=batches(), data=data, prefer="size"),
-        lambda: compressor.plan(model, keep=0.5, calibration=batches(), prefer="size"),
+        lambda: compressor.compress(
+            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, data=data, prefer="size"
+        ),
+        lambda: compressor.compress(
+            model, max_drop=1.0, calibration=batches(), calibration_settings=TWO_PASSES, data=data, prefer="size"
+        ),
+        lambda: compressor.plan(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"),
         lambda: compressor.inspect(model),
         lambda: compressor.evaluate(model, data=data),
         lambda: compressor.diagnose(model, data=data),
@@ -272,7 +289,9 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
 
 def test_the_compressed_modules_buffers_are_the_originals() -> None:
     model = remembering()
-    small = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size").model
+    small = compressor.compress(
+        model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+    ).model
     assert small is not None
     own = dict(small.named_buffers())
     for name, buffer in model.named_buffers():
@@ -292,7 +311,9 @@ def test_a_module_that_changes_its_buffers_is_calibrated_as_the_same_function_th
         still[place] = Frozen()  # type: ignore[index]
     losses = []
     for model in (drifting, still):
-        calibration = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size").plan.calibration
+        calibration = compressor.compress(
+            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+        ).plan.calibration
         assert calibration is not None
         losses.append(calibration.holdout_loss)
     assert losses[0] == losses[1]
@@ -302,7 +323,9 @@ def test_a_compiled_module_is_compressed_as_the_module_that_was_compiled(
     small: compressor.Compression, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled = torch.compile(network())
-    found = compressor.compress(compiled, keep=0.5, calibration=batches(), prefer="size")
+    found = compressor.compress(
+        compiled, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+    )
     assert found.plan == small.plan
     assert found.model is not None
     assert small.model is not None
@@ -314,14 +337,14 @@ def test_compiled_parts_of_a_module_are_compressed(small: compressor.Compression
     model = network()
     model[2] = torch.compile(model[2])  # type: ignore[index]
     before = dict(model.named_modules())
-    found = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size")
+    found = compressor.compress(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
     assert dict(model.named_modules()) == before
     assert found.plan == small.plan
     assert found.model is not None
     assert small.model is not None
     assert bits(found.model) == bits(small.model)
     model.compile()
-    again = compressor.compress(model, keep=0.5, calibration=batches(), prefer="size")
+    again = compressor.compress(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
     assert again.plan == small.plan
 
 

@@ -20,6 +20,7 @@ from compressor.forms import LowRankLinear, PivotedLinear
 from compressor.lowrank import factored_parameters
 from compressor.model import load_model
 from compressor.planning import Budget, LayerPlan, Plan
+from tests.calibration.tiny_models import TWO_PASSES
 
 torch.set_num_threads(1)
 
@@ -224,7 +225,7 @@ def drawn(inputs: Callable[..., Tensor], seed: int = 1) -> list[Tensor]:
 def test_calibration_makes_far_better_factors_of_every_kind(name: str) -> None:
     build, inputs = MODELS[name]
     model = trained(build)
-    report = compress(model, keep=0.5, calibration=drawn(inputs), prefer="size")
+    report = compress(model, keep=0.5, calibration=drawn(inputs), calibration_settings=TWO_PASSES, prefer="size")
     blind = compress(model, keep=0.5, prefer="size").model
     assert report.model is not None
     assert blind is not None
@@ -353,7 +354,8 @@ def test_computed_weights_are_compressed_as_what_they_are_and_the_model_is_left_
     copy.deepcopy(small)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model.eval()(x).detach(), expected)
-    cut: Any = compress(model, keep=0.5, calibration=[torch.randn(4, 2, 8, 8) for _ in range(4)], prefer="size").model
+    images = [torch.randn(4, 2, 8, 8) for _ in range(4)]
+    cut: Any = compress(model, keep=0.5, calibration=images, calibration_settings=TWO_PASSES, prefer="size").model
     assert isinstance(cut[4], LowRankLinear | PivotedLinear)
 
 
@@ -478,9 +480,11 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
         with left_as_it_was(model):
             if runs < 10**6:
                 with pytest.raises((RuntimeError, BadInput), match="no more"):
-                    compress(model, keep=0.5, calibration=batches, prefer="size")
+                    compress(model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size")
             else:
-                small: Any = compress(model, keep=0.5, calibration=batches, prefer="size").model
+                small: Any = compress(
+                    model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size"
+                ).model
                 assert {tensor.dtype for tensor in small.state_dict().values()} <= {torch.bfloat16, torch.int32}
                 assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
                 assert small.training
@@ -493,7 +497,9 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
 def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
     with torch.inference_mode():
         model = trained(Recurrent)
-        small: Any = compress(model, keep=0.5, calibration=drawn(words), prefer="size").model
+        small: Any = compress(
+            model, keep=0.5, calibration=drawn(words), calibration_settings=TWO_PASSES, prefer="size"
+        ).model
     small(words(2)).sum().backward()
     assert all(parameter.is_inference() for parameter in model.parameters())
 

@@ -22,10 +22,15 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 pytestmark = pytest.mark.slow
 
 
+# A node that is killed refuses connections: it is noticed after three of them, instead of after fifteen seconds.
+NOTICED = {"health_check_period_ms": 300, "health_check_failure_threshold": 3}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A cluster of one node with one processor, to which nodes can be added."""
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": NOTICED}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 
@@ -69,6 +74,7 @@ def test_what_a_killed_node_was_at_is_done_again_elsewhere(connected: Any, tmp_p
         asked = [Lost(number, node.node_id, mark) for number in range(6)]
         assert list(engine.map(number_elsewhere, asked)) == list(range(6))
         killed.result()
+    connected.wait_for_nodes()  # until it is noticed that one is gone
 
 
 def test_a_run_of_which_a_node_is_killed_writes_the_bytes_of_one_in_process(connected: Any, tmp_path: Path) -> None:
@@ -83,6 +89,7 @@ def test_a_run_of_which_a_node_is_killed_writes_the_bytes_of_one_in_process(conn
             connected.remove_node(node, allow_graceful=False)
 
     assert without_data(tmp_path, "ray", kill_at_the_third_layer) == expected
+    connected.wait_for_nodes()
     assert told.count("measure") == told.count("factorize") == 15
 
 
@@ -117,4 +124,5 @@ def test_moments_of_which_a_node_is_killed_are_those_of_a_run_in_process(connect
             connected.remove_node(node, allow_graceful=False)
 
     assert sliced(tmp_path, "ray", kill_at_the_second_slice) == expected
+    connected.wait_for_nodes()
     assert told.count("run") == 8 + 3  # slices, and then blocks
