@@ -43,7 +43,7 @@ coverage: .venv/dev
 # Every lower bound of pyproject.toml at once.
 .venv-oldest/dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,gguf,peft,ray,mlflow,benchmarks,test]'
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[data,report,onnx,gguf,peft,compressed-tensors,ray,mlflow,benchmarks,test]'
 	touch $@
 
 # The tests of what meets those packages most closely.

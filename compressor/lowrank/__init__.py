@@ -51,25 +51,20 @@ from compressor.lowrank.spec import (
     LayerSpec,
     LowRankSpec,
 )
+from compressor.lowrank.stored_pairs import StoredPair, file_record, join, role_of, spec_of, stored_pairs
 from compressor.lowrank.tensor_format import (
     DenseWeights,
     Factors,
-    StoredPair,
     approximate,
     as_matrix,
     dense_aliases,
     dense_infos,
     dense_tensors,
     dense_weight,
-    file_record,
-    join,
     multiplied,
     require_usable,
-    role_of,
-    spec_of,
     stored_error,
     stored_matrix,
-    stored_pairs,
     stored_tensors,
     written,
 )

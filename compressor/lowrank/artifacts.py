@@ -32,14 +32,8 @@ from compressor.lowrank.rewriting import (
     rewritten_tensors,
 )
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
-from compressor.lowrank.tensor_format import (
-    StoredPair,
-    dense_aliases,
-    dense_infos,
-    dense_tensors,
-    file_record,
-    pair_infos,
-)
+from compressor.lowrank.stored_pairs import StoredPair, file_record
+from compressor.lowrank.tensor_format import dense_aliases, dense_infos, dense_tensors, pair_infos
 from compressor.progress import Progress
 from compressor.torch_state import in_float64
 

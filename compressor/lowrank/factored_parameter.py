@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from compressor.forms import FORMS, DenseWeight, StoredWeight
 from compressor.io import TensorInfo
-from compressor.lowrank.tensor_format import role_of
+from compressor.lowrank.stored_pairs import role_of
 from compressor.network import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
 
 # The products of the forward pass that is under way in this thread, with gradients and without.

@@ -24,7 +24,8 @@ from compressor.initial import InitialWeights, initial_name, initial_tensor
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_in_range
 from compressor.lowrank.modules import carry_hooks, carry_over, carry_state_hooks, low_rank_layer, put_layer, tied_head
 from compressor.lowrank.spec import METADATA_KEY, InitialRecord, InitialTensor, LayerSpec, LowRankSpec
-from compressor.lowrank.tensor_format import as_matrix, file_record, join, spec_of
+from compressor.lowrank.stored_pairs import file_record, join, spec_of
+from compressor.lowrank.tensor_format import as_matrix
 from compressor.network import Layer, layer_name
 from compressor.planning import LayerPlan
 from compressor.torch_state import CPU, brought_to, in_float64

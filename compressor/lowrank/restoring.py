@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from compressor.io import open_checkpoint
 from compressor.lowrank.modules import TiedHead, carry_hooks, put_layer, tied_head
-from compressor.lowrank.tensor_format import dense_weight, stored_pairs
+from compressor.lowrank.stored_pairs import stored_pairs
+from compressor.lowrank.tensor_format import dense_weight
 from compressor.network import fuse_experts
 
 

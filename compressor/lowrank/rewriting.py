@@ -22,7 +22,8 @@ from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_
 from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
-from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, join, pair_infos, written
+from compressor.lowrank.stored_pairs import join
+from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, pair_infos, written
 from compressor.measure import Precision
 from compressor.network import Layer, fuse_experts, is_weight
 from compressor.planning import LayerPlan, Plan
@@ -64,8 +65,11 @@ class Rewriting:
 
     @property
     def spec_of_modules(self) -> LowRankSpec:
-        """The low-rank layers by their names in the model."""
-        return self.spec.renamed({layer.name: layer.module for layer, _ in self.factorized}.__getitem__)
+        """The low-rank layers by their names in the model, and the linear layers that stay dense."""
+        rewritten = {layer.name: layer.module for layer, _ in self.factorized}
+        left = [layer for layer in self.layers if layer.name not in rewritten]
+        dense = [layer.module for layer in left if layer.kind == "linear"] + [each.head for each in left if each.head]
+        return replace(self.spec.renamed(rewritten.__getitem__), dense=tuple(dense))
 
     @property
     def passed_through(self) -> list[str]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from compressor.forms import FORMS
+from compressor.forms import DENSE, FORMS, pair_name, quantization_of, quantized_name
 from compressor.initial import Draws, Fingerprint
+from compressor.lowrank.compressed_tensors import METHOD, compressed_tensors_config, quantized_targets
 from compressor.network import Kind
+from compressor.quantize import Quantization
 from compressor.version import VERSION
 
-FORMAT_VERSION = 2
-# The format of a model without layers in forms of what training wrote.
+FORMAT_VERSION = 3
+# The formats of models without quantized layers, and without layers in forms of what training wrote either.
+_FORMAT_OF_INITIAL = 2
 _FORMAT_OF_PAIRS = 1
 METADATA_KEY = "compressor"
 
@@ -32,7 +35,8 @@ class LayerSpec:
     """One low-rank layer: the form and rank of its pair, and the kind of layer that it stands for.
 
     `share` is what remains of the weight that the pair is added to: the base's where it stands for a difference to one,
-    the initial one in a form of what training wrote.
+    the initial one in a form of what training wrote. In files a quantized form is that of the pair, with the bits, the
+    group size, and whether there are zero points beside it.
     """
 
     form: str
@@ -41,7 +45,7 @@ class LayerSpec:
     share: float | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in tuple(FORMS):
+        if not isinstance(self.form, str) or self.form not in FORMS:
             raise ValueError(f"there is no low-rank form {self.form!r}")
         if type(self.rank) is not int or self.rank < FORMS[self.form].least_rank:
             raise ValueError(f"{self.rank!r} is not a rank")
@@ -53,17 +57,36 @@ class LayerSpec:
         if self.share is None and FORMS[self.form].from_initial:
             raise ValueError(f"in the form {self.form!r} it has a share of its initial weights")
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its numbers are quantized; None where they are not."""
+        return quantization_of(self.form)
+
+    @property
+    def is_packed_linear(self) -> bool:
+        """Whether it is what compressed-tensors knows: a linear layer of integers and scales, without a correction.
+
+        Zero points are left out: transformers cannot load those of compressed-tensors.
+        """
+        quantization = self.quantization
+        plain = quantization is not None and not quantization.zero_points and pair_name(self.form) == DENSE
+        return plain and self.rank == 0 and self.kind == "linear"
+
     def to_dict(self) -> dict[str, Any]:
-        own = {"form": self.form, "rank": self.rank, "kind": self.kind}
+        own: dict[str, Any] = {"form": pair_name(self.form), "rank": self.rank, "kind": self.kind}
+        own |= {} if self.quantization is None else self.quantization.to_dict()
         return own if self.share is None else own | {"share": self.share}
 
     @classmethod
     def from_dict(cls, document: Any) -> LayerSpec:
         """Read what `to_dict` returns; ValueError says what is wrong with the document."""
-        known = {"form", "rank", "kind", "share"}
-        if not isinstance(document, Mapping) or not known - {"share"} <= set(document) <= known:
+        needed, quantized = {"form", "rank", "kind"}, {"bits", "group_size", "zero_points"}
+        if not isinstance(document, Mapping) or not needed <= set(document) <= {*needed, *quantized, "share"}:
             raise ValueError("a low-rank layer has a form, a rank and a kind")
-        return cls(document["form"], document["rank"], document["kind"], document.get("share"))
+        form = document["form"]
+        if quantized & set(document):
+            form = quantized_name(str(form), Quantization.from_dict(document))
+        return cls(form, document["rank"], document["kind"], document.get("share"))
 
 
 @dataclass(frozen=True)
@@ -121,17 +144,22 @@ class InitialRecord:
 
 @dataclass(frozen=True)
 class LowRankSpec:
-    """The low-rank layers of a model, by name, and where the initial weights of those come from that have a share."""
+    """The low-rank layers of a model, by name, and where the initial weights of those come from that have a share.
+
+    `dense` are the linear layers that stay as they are, as far as they are known: compressed-tensors lists them.
+    """
 
     layers: Mapping[str, LayerSpec]
     initial: InitialRecord | None = None
+    dense: tuple[str, ...] = field(default=(), compare=False)
 
     def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
         """The same layers under other names."""
         initial = self.initial
         if initial is not None:
             initial = replace(initial, tensors={name(old): each for old, each in initial.tensors.items()})
-        return LowRankSpec({name(old): layer for old, layer in self.layers.items()}, initial)
+        layers = {name(old): layer for old, layer in self.layers.items()}
+        return LowRankSpec(layers, initial, tuple(map(name, self.dense)))
 
     @property
     def from_initial(self) -> dict[str, LayerSpec]:
@@ -140,17 +168,36 @@ class LowRankSpec:
 
     def without_initial(self) -> LowRankSpec:
         """The other layers."""
-        return LowRankSpec({name: layer for name, layer in self.layers.items() if name not in self.from_initial})
+        layers = {name: layer for name, layer in self.layers.items() if name not in self.from_initial}
+        return LowRankSpec(layers, dense=self.dense)
+
+    @property
+    def is_compressed_tensors(self) -> bool:
+        """Whether a transformers folder of these layers is a checkpoint of compressed-tensors."""
+        return bool(self.layers) and all(layer.is_packed_linear for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
+        quantized = any(layer.quantization is not None for layer in self.layers.values())
+        written_in = FORMAT_VERSION if quantized else _FORMAT_OF_INITIAL if self.initial else _FORMAT_OF_PAIRS
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
-        if self.initial is None:
-            return {"format_version": _FORMAT_OF_PAIRS, "layers": layers}
-        return {"format_version": FORMAT_VERSION, "layers": layers, "initial": self.initial.to_dict()}
+        said: dict[str, Any] = {"format_version": written_in, "layers": layers}
+        return said if self.initial is None else said | {"initial": self.initial.to_dict()}
 
     def to_config(self) -> dict[str, Any]:
-        """The `quantization_config` of a transformers model."""
+        """The `quantization_config` of a transformers model: that of compressed-tensors where this can load it."""
+        if self.is_compressed_tensors:
+            quantized = {name: layer.quantization for name, layer in self.layers.items()}
+            return compressed_tensors_config({name: each for name, each in quantized.items() if each}, self.dense)
         return {"quant_method": METADATA_KEY, **self.to_dict()}
+
+    @classmethod
+    def from_config(cls, document: Mapping[str, Any]) -> LowRankSpec:
+        """Read what `to_config` returns; ValueError says what is wrong with it."""
+        if document.get("quant_method") != METHOD:
+            return cls.from_dict(document)
+        targets = quantized_targets(document)
+        layers = {name: LayerSpec(quantized_name(DENSE, each), 0, "linear") for name, each in targets.items()}
+        return cls(layers, dense=tuple(map(str, document.get("ignore") or ())))
 
     def to_metadata(self, record: Mapping[str, Any]) -> dict[str, str]:
         """The entry in the metadata of a safetensors file: these layers, and a record of how they were made."""

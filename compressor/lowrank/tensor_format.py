@@ -9,23 +9,24 @@ becomes such tensors beside a zero-size `X`. Everything else is passed through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.documents import parse_json
-from compressor.errors import BadInput
 from compressor.factorize import Decomposition, FactorizationSettings, Metric, TiedMetric
 from compressor.factorize.settings import DEFAULTS
-from compressor.forms import FORMS, MARKERS, TRANSPOSED, DenseWeight, MatrixPair, StoredWeight, recognized
+from compressor.forms import (
+    FORMS,
+    TRANSPOSED,
+    DenseWeight,
+    MatrixPair,
+)
 from compressor.io import Checkpoint, TensorInfo, require_in_range
-from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
+from compressor.lowrank.stored_pairs import StoredPair, damaged, join, stored_name
 from compressor.measure.scale import power_of_two
-from compressor.network import Kind, Layer, is_weight, layer_name
+from compressor.network import Layer, is_weight, layer_name
 from compressor.planning import LayerPlan
 from compressor.torch_state import float64_device, in_float64
 
@@ -33,56 +34,12 @@ from compressor.torch_state import float64_device, in_float64
 SMALL_IN_FLOAT32 = 1e-3
 
 
-@dataclass(frozen=True)
-class StoredPair:
-    """A low-rank layer found in a checkpoint: where its tensors are and which dense tensor it stands for."""
-
-    name: str
-    tensor: str
-    form: str
-    rank: int
-    kind: Kind
-    tensor_shape: tuple[int, ...]
-    has_bias: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The sides of the `d_out x d_in` matrix."""
-        return StoredWeight(self.kind, self.tensor_shape).shape
-
-    @property
-    def tensors(self) -> dict[str, str]:
-        """Role to tensor name, for the tensors that stand for the dense weight and bias."""
-        names = {role_of(name): join(self.name, name) for name in FORMS[self.form].names_at(self.rank)}
-        bias = {"bias": join(self.name, FORMS[self.form].bias)} if self.has_bias else {}
-        return {"weight": self.tensor} | names | bias
-
-    @property
-    def first(self) -> str:
-        """The tensor that represents the pair: its dtype is the pair's, and sharing it means sharing the pair."""
-        names = FORMS[self.form].names_at(self.rank)
-        return join(self.name, names[0]) if names else self.tensor
-
-    def read_factors(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The tensors of the pair by their names below the layer's, each read by its name in the checkpoint."""
-        return {name: read(join(self.name, name)) for name in FORMS[self.form].names_at(self.rank)}
-
-
-def role_of(name: str) -> str:
-    """The short name of a tensor: `down` for `down.weight`."""
-    return name.removesuffix(".weight")
-
-
-def join(name: str, tensor: str) -> str:
-    """A tensor's name below its layer's name, which is empty if the layer is the whole model."""
-    return f"{name}.{tensor}" if name else tensor
-
-
 def pair_infos(layer: Layer, plan: LayerPlan, dtype: torch.dtype, *, bias: TensorInfo | None) -> list[TensorInfo]:
     """Names, shapes, and dtypes of the tensors that will replace a layer, before any of them is computed."""
     assert plan.rank is not None
     form = FORMS[plan.form]
-    infos = [TensorInfo(layer.tensor, form.marker(layer), dtype)]
+    marker = form.marker(layer)
+    infos = [] if marker is None else [TensorInfo(layer.tensor, marker, dtype)]
     infos += [replace(info, name=join(layer.name, info.name)) for info in form.infos(layer, plan.rank, dtype)]
     if bias is not None:
         infos.append(TensorInfo(join(layer.name, form.bias), bias.shape, bias.dtype))
@@ -182,7 +139,8 @@ def stored_tensors(
     form = FORMS[plan.form]
     factors = form.stored(layer, pair, dtype)
     assert plan.rank is not None
-    values = [matrix.new_empty(0, dtype=dtype), *(factors[name] for name in form.names_at(plan.rank))]
+    marker = [] if form.marker(layer) is None else [matrix.new_empty(0, dtype=dtype)]
+    values = [*marker, *(factors[name] for name in form.names_at(plan.rank))]
     if bias is not None:
         if isinstance(metric, Metric) and metric.mean is not None:
             change = written(matrix, dense.start) - form.product(layer, _wide(factors)).to(matrix.device)
@@ -251,84 +209,9 @@ def stored_matrix(
     return product if start is None else start.to(product.device, dtype) + product.to(dtype)
 
 
-def stored_pairs(checkpoint: Checkpoint) -> dict[str, StoredPair]:
-    """The low-rank layers of a checkpoint by name, recognized by the tensors that stand for them.
-
-    A layer that several names share is there under the first.
-    """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    shapes |= {alias: shapes[name] for alias, name in checkpoint.aliases.items()}
-    spec = spec_of(checkpoint)
-    known = {name: None for form in FORMS.values() for name in form.names}
-    pairs: dict[str, StoredPair] = {}
-    found: set[str] = set()
-    for tensor, shape in shapes.items():
-        if shape not in MARKERS.values():
-            continue
-        name = layer_name(tensor)
-        own = {each: shapes[join(name, each)] for each in known if join(name, each) in shapes}
-        kind = spec.layers[name].kind if name in spec.layers else _kind_of_pair(tensor, shape, own)
-        form = recognized(kind, own)
-        if form is None:
-            continue
-        shared = _stored_name(checkpoint, join(name, form.names[0]))
-        if shared in found:
-            continue
-        found.add(shared)
-        stands_for = form.read(kind, own)
-        if stands_for is None:
-            raise BadInput(
-                f"the factors of {name} do not fit together",
-                where=checkpoint.source,
-                remedy="compress the original checkpoint again",
-            )
-        has_bias = join(name, form.bias) in shapes
-        pairs[name] = StoredPair(name, tensor, form.name, stands_for.rank, kind, stands_for.tensor_shape, has_bias)
-    return pairs
-
-
-def _kind_of_pair(tensor: str, marker: tuple[int, ...], own: Mapping[str, tuple[int, ...]]) -> Kind:
-    """The kind of layer that factors stand for, by what stays in the place of the weight and the shape it had."""
-    if not is_weight(tensor):
-        return "parameter"
-    if marker == MARKERS["embedding"]:
-        return "embedding"
-    matrix: Kind = "linear" if marker == MARKERS["linear"] else "transposed linear"
-    form = recognized(matrix, own)
-    read = None if form is None else form.read(matrix, own)
-    if read is not None and len(read.tensor_shape) == 2:
-        return matrix
-    return "convolution" if matrix == "linear" else "transposed convolution"
-
-
-def spec_of(checkpoint: Checkpoint) -> LowRankSpec:
-    """The low-rank layers in the metadata of a compressed file; none if there is no such metadata."""
-    record = file_record(checkpoint)
-    if "layers" not in record:
-        return LowRankSpec({})
-    try:
-        return LowRankSpec.from_dict(record)
-    except ValueError as error:
-        raise BadInput(
-            f"the metadata {METADATA_KEY!r} cannot be used: {error}",
-            where=checkpoint.source,
-            remedy="compress the original checkpoint again",
-        ) from None
-
-
-def file_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The record in the metadata of a compressed file; {} if there is none that can be read."""
-    with suppress(BadInput):
-        record = parse_json(checkpoint.metadata.get(METADATA_KEY, "{}"), where=checkpoint.name)
-        if isinstance(record, dict):
-            return record
-    return {}
-
-
 def dense_weight(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
     """The dense tensor a pair stands for, multiplied in float64 and rounded to the factors' dtype."""
-    dtype = checkpoint.tensors[_stored_name(checkpoint, pair.first)].dtype
-    return require_in_range(pair.tensors["weight"], multiplied(checkpoint, pair).to(dtype))
+    return require_in_range(pair.tensors["weight"], multiplied(checkpoint, pair).to(pair.dtype))
 
 
 def multiplied(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
@@ -342,9 +225,7 @@ def require_usable(checkpoint: Checkpoint, pair: StoredPair) -> None:
     """Raise BadInput if the values of a pair's tensors are invalid."""
     defect = FORMS[pair.form].defect(lambda name: checkpoint.read(join(pair.name, name)))
     if defect is not None:
-        raise BadInput(
-            join(pair.name, defect), where=checkpoint.source, remedy="compress the original checkpoint again"
-        )
+        raise damaged(join(pair.name, defect), checkpoint)
 
 
 def dense_infos(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict[str, tuple[TensorInfo, str | None]]:
@@ -355,11 +236,9 @@ def dense_infos(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> dict
     factors: dict[str, tuple[TensorInfo, str | None]] = {}
     consumed: set[str] = set()
     for pair in pairs.values():
-        tensors = {role: _stored_name(checkpoint, name) for role, name in pair.tensors.items()}
+        tensors = {role: stored_name(checkpoint, name) for role, name in pair.tensors.items()}
         consumed.update(tensors.values())
-        weight = TensorInfo(
-            pair.tensor, pair.tensor_shape, checkpoint.tensors[_stored_name(checkpoint, pair.first)].dtype
-        )
+        weight = TensorInfo(pair.tensor, pair.tensor_shape, pair.dtype)
         factors[weight.name] = (weight, None)
         if pair.has_bias:
             info = checkpoint.tensors[tensors["bias"]]
@@ -385,11 +264,11 @@ def dense_aliases(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> di
 
 def _further_places(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, StoredPair]]:
     """The other names of a low-rank layer in the checkpoint: those of its dense weight."""
-    owners = {_stored_name(checkpoint, pair.first): pair for pair in pairs.values()}
+    owners = {stored_name(checkpoint, pair.first): pair for pair in pairs.values()}
     for alias, name in checkpoint.aliases.items():
         if (pair := owners.get(name)) is None:
             continue
-        first = FORMS[pair.form].names[0]
+        first = FORMS[pair.form].names_at(pair.rank)[0]
         layer = alias.removesuffix(first).removesuffix(".")
         if layer == pair.name or alias != join(layer, first):
             continue
@@ -398,15 +277,10 @@ def _further_places(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> 
 
 def _tied_heads(checkpoint: Checkpoint, pair: StoredPair) -> Iterator[str]:
     """The output heads that a module's own state dict says are tied to a low-rank embedding."""
-    down = _stored_name(checkpoint, pair.first)
+    down = stored_name(checkpoint, pair.first)
     for name in (down, *(alias for alias, of in checkpoint.aliases.items() if of == down)):
         if pair.kind == "embedding" and name.endswith(".down_weight"):
             yield name.removesuffix(".down_weight")
-
-
-def _stored_name(checkpoint: Checkpoint, name: str) -> str:
-    """The first name of a tensor that has several."""
-    return checkpoint.aliases.get(name, name)
 
 
 def dense_tensors(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, Tensor]]:

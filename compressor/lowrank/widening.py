@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.io import Checkpoint
-from compressor.lowrank.tensor_format import dense_infos, join, stored_pairs
+from compressor.lowrank.stored_pairs import join, stored_pairs
+from compressor.lowrank.tensor_format import dense_infos
 
 # Under this key a merged file says in its metadata which networks it was made from, and how.
 MERGE_KEY = "merge"

@@ -35,7 +35,9 @@ def test_it_is_read_as_it_was_written(spec: LowRankSpec) -> None:
     [
         (3, "a form, a rank and a kind"),
         ({"form": "plain", "rank": 3}, "a form, a rank and a kind"),
-        (GOOD | {"bits": 4}, "a form, a rank and a kind"),
+        (GOOD | {"scale": 4}, "a form, a rank and a kind"),
+        (GOOD | {"bits": 99}, "99 bits"),
+        (GOOD | {"bits": 4, "group_size": "32"}, "groups of '32'"),
         (GOOD | {"form": "dense"}, "no low-rank form 'dense'"),
         (GOOD | {"form": ["plain"]}, "no low-rank form"),
         (GOOD | {"rank": 0}, "0 is not a rank"),
@@ -55,7 +57,7 @@ def test_what_is_wrong_with_a_layer_is_said_with_its_name(layer: Any, words: str
     [
         ({"layers": {}}, "None is not a version"),
         ({"format_version": "1", "layers": {}}, "'1' is not a version"),
-        ({"format_version": 3, "layers": {}}, "low-rank format 3.*upgrade it"),
+        ({"format_version": 4, "layers": {}}, "low-rank format 4.*upgrade it"),
         ({"format_version": 1}, "does not say which layers are low-rank"),
         ({"format_version": 1, "layers": {"fc": GOOD}.items()}, "does not say which layers are low-rank"),
     ],

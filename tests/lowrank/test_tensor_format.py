@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from compressor.forms import FORMS, MARKERS, DenseWeight, StoredPairShape
 from compressor.io import TensorInfo, open_checkpoint
-from compressor.lowrank.tensor_format import stored_pairs
+from compressor.lowrank import stored_pairs
 from compressor.network import Kind
 from tests.forms.diagonal import DiagonalForm
 

@@ -1,0 +1,86 @@
+"""The `quantization_config` of quantized folders is one that compressed-tensors and vLLM understand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from compressor.lowrank.compressed_tensors import (
+    compressed_tensors_config,
+    quantization_by_name,
+    quantized_targets,
+)
+from compressor.quantize import Quantization
+
+LAYERS = {name: Quantization.of(each) for name, each in {"a.0": "4g32", "a.1": "8", "a.2": "4g32", "b": "3g32"}.items()}
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (
+            nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))),
+            nn.Linear(64, 64),
+            nn.Linear(64, 4),
+        )
+
+
+def test_the_package_lays_out_the_layers_as_they_are_stored() -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    config = QuantizationConfig.model_validate(compressed_tensors_config(LAYERS, ["head"]))
+    network = Network().to("meta")
+    apply_quantization_config(network, config, show_progress=False)
+    ModelCompressor(config).compress_model(network)
+    for name, quantization in LAYERS.items():
+        state = network.get_submodule(name).state_dict()
+        infos = {info.name: info for info in quantization.infos((64, 64), state["bias"].dtype)}
+        assert set(state) == {"bias", *infos}
+        assert {own: tuple(state[own].shape) for own in infos} == {own: info.shape for own, info in infos.items()}
+    assert set(network.head.state_dict()) == {"weight", "bias"}
+
+
+def test_what_was_written_is_read() -> None:
+    config = compressed_tensors_config(LAYERS, ["head"])
+    assert quantized_targets(config) == LAYERS
+    zeros = {"c": Quantization.of("2g64z")}
+    assert quantized_targets(compressed_tensors_config(zeros, [])) == zeros
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("x.down_proj", "4g32"), ("x.up_proj", "8"), ("x.1", "3g32"), ("down_proj", "4g32")]
+)
+def test_layers_are_found_by_name_then_pattern_then_class(name: str, expected: str) -> None:
+    targets = {
+        "Linear": Quantization.of("3g32"),
+        "re:.*down_proj$": Quantization.of("4g32"),
+        "re:[": Quantization.of("2"),
+    }
+    targets["x.up_proj"] = Quantization.of("8")
+    assert quantization_by_name(name, targets) == Quantization.of(expected)
+
+
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"weights": WEIGHTS | {"num_bits": 99}}, "99 bits"),
+        ({"weights": WEIGHTS | {"type": "float"}}, "float by group"),
+        ({"weights": WEIGHTS | {"strategy": "block"}}, "int by block"),
+        ({"weights": WEIGHTS | {"group_size": 2.5}}, "groups of 2.5"),
+        ({"weights": None}, "how its weights"),
+        ({"targets": "Linear"}, "how its weights"),
+        ({"format": "nvfp4-pack-quantized"}, "its format is nvfp4-pack-quantized"),
+    ],
+)
+def test_other_ways_to_quantize_are_refused(changes: dict[str, Any], words: str) -> None:
+    group = {"targets": ["Linear"], "weights": WEIGHTS, "format": "pack-quantized"} | changes
+    with pytest.raises(ValueError, match=words):
+        quantized_targets({"format": "pack-quantized", "config_groups": {"group_0": group}})
+    with pytest.raises(ValueError, match="which layers"):
+        quantized_targets({"format": "pack-quantized", "config_groups": []})
