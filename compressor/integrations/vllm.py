@@ -224,6 +224,11 @@ def _config_class() -> type:
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> LowRankVllmConfig:
             spec = LowRankSpec.from_dict(config)
+            if any(layer.quantization is not None for layer in spec.layers.values()):
+                raise ValueError(
+                    "vLLM runs no quantized low-rank layers: compress with --bits 16, or to bits alone, which it loads "
+                    "as compressed-tensors"
+                )
             if any(layer.form not in _ROLES for layer in spec.layers.values()):
                 raise ValueError("vLLM runs no low-rank convolutions")
             return cls(spec)

@@ -10,6 +10,7 @@ from compressor.lowrank.artifacts import (
     restored_artifact,
     with_factors,
 )
+from compressor.lowrank.compressed_tensors import dequantized_checkpoint, is_compressed_tensors, quantized_targets
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
@@ -98,6 +99,7 @@ __all__ = [
     "dense_infos",
     "dense_tensors",
     "dense_weight",
+    "dequantized_checkpoint",
     "factored_parameters",
     "file_record",
     "filled_layer",
@@ -108,6 +110,7 @@ __all__ = [
     "formed_weight",
     "initial_given",
     "initial_weight",
+    "is_compressed_tensors",
     "join",
     "layer_spec",
     "let_script",
@@ -118,6 +121,7 @@ __all__ = [
     "put_factors",
     "put_layer",
     "put_pair",
+    "quantized_targets",
     "remove_call_hooks",
     "require_read_back",
     "require_usable",

@@ -196,6 +196,8 @@ class LowRankSpec:
         if document.get("quant_method") != METHOD:
             return cls.from_dict(document)
         targets = quantized_targets(document)
+        if strange := [name for name in targets if name.startswith("re:") or name[:1].isupper()]:
+            raise ValueError(f"it names classes or patterns ({strange[0][:40]}) in the place of layers")
         layers = {name: LayerSpec(quantized_name(DENSE, each), 0, "linear") for name, each in targets.items()}
         return cls(layers, dense=tuple(map(str, document.get("ignore") or ())))
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from compressor.errors import BadInput
-from compressor.forms import FORMS
+from compressor.forms import FORMS, quantization_of
 from compressor.io import Checkpoint, TensorInfo, require_finite
 from compressor.io.files import read_json_object
-from compressor.lowrank import StoredPair, dense_infos, require_usable
+from compressor.lowrank import StoredPair, dense_infos, multiplied, require_usable
 from compressor.merging.weights import Weight, dense
 from compressor.model import Factory, Model, open_model
 from compressor.network import Kind, Layer, in_natural_order, layer_name
@@ -66,7 +66,13 @@ class Part:
         return pair if pair is not None and pair.tensor == name else None
 
     def read(self, name: str) -> Weight:
-        """A tensor of the dense network in float64, or the pair that stands for it; BadInput if it is not finite."""
+        """A tensor of the dense network in float64, or the pair that stands for it, unless this is quantized.
+
+        Raises `BadInput` if it is not finite.
+        """
+        pair = self.pair(name)
+        if pair is not None and quantization_of(pair.form) is not None:
+            return multiplied(self.checkpoint, pair)
         return self._weight(name, self._read)
 
     def matrix(self, name: str) -> Tensor:
@@ -79,6 +85,9 @@ class Part:
     def shape_of(self, name: str) -> Weight:
         """What `read` would give, without its values (on the meta device)."""
         tensors = self.checkpoint.tensors
+        pair = self.pair(name)
+        if pair is not None and quantization_of(pair.form) is not None:
+            return torch.empty(pair.tensor_shape, dtype=torch.float64, device="meta")
         return self._weight(name, lambda stored: torch.empty(tensors[stored].shape, dtype=torch.float64, device="meta"))
 
     def read_exactly(self, name: str) -> Tensor:

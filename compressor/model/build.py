@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.data.preprocessing import read_config
 from compressor.errors import BadInput, first_line
+from compressor.lowrank import LowRankSpec, is_compressed_tensors
 
 FACTORY_FORM = "use package.module:name or path/to/file.py:name"
 
@@ -72,7 +73,11 @@ def load_transformers(folder: Path) -> nn.Module:
     try:
         with _silent_loading():
             model, loaded = model_class.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **_packed_config(folder, model_class),
             )
     except Exception as error:
         # for each thing that can be wrong in a folder's files transformers has an exception of another kind
@@ -88,6 +93,25 @@ def load_transformers(folder: Path) -> nn.Module:
             )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _packed_config(folder: Path, model_class: Any) -> dict[str, Any]:
+    """The configuration of a folder of integers and scales, with which our own layers hold them; {} for another folder.
+
+    By its own, compressed-tensors would make dense layers of them when they run.
+    """
+    described = read_config(folder)
+    if not is_compressed_tensors(described):
+        return {}
+    try:
+        spec = LowRankSpec.from_config(described["quantization_config"])
+    except ValueError:  # of others, who name classes of layers
+        return {}
+    from compressor.lowrank.quantizer import LowRankConfig
+
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    config.quantization_config = LowRankConfig.of(spec)
+    return {"config": config}
 
 
 def untrained_transformers(folder: Path) -> Callable[[], nn.Module]:

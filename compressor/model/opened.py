@@ -22,9 +22,11 @@ from compressor.lowrank import (
     Rewriting,
     StoredPair,
     dense_infos,
+    dequantized_checkpoint,
     formed_checkpoint,
     formed_layers,
     initial_given,
+    is_compressed_tensors,
     merge_record,
     needs_initial,
     spec_of,
@@ -275,10 +277,10 @@ def open_model(
     checkpoint = open_checkpoint(separate)
     refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
-    _refuse_quantized(checkpoint)
+    _refuse_quantized(checkpoint, packed=low_rank)
     if not low_rank:
         _refuse_pairs(checkpoint)
-    checkpoint = formed_checkpoint(checkpoint)
+    checkpoint = formed_checkpoint(dequantized_checkpoint(checkpoint))
     architecture = (
         module_architecture(separate) if isinstance(separate, nn.Module) else fitting_architecture(checkpoint, factory)
     )
@@ -307,7 +309,7 @@ def open_runnable(
     """
     given = uncompiled(local_model(model, revision))
     start = None if initial is None else given_initial(initial, factory=factory)
-    checkpoint = formed_checkpoint(open_checkpoint(given), start)
+    checkpoint = formed_checkpoint(dequantized_checkpoint(open_checkpoint(given)), start)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
@@ -447,17 +449,21 @@ def _require_architecture(checkpoint: Checkpoint, factory: Factory | None) -> No
         )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def _refuse_quantized(checkpoint: Checkpoint, *, packed: bool) -> None:
+    """Refuse a model that others quantized, unless integers that are `packed` may be opened."""
     quantization = (checkpoint.config or {}).get("quantization_config")
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    if method != METADATA_KEY:
-        raise BadInput(
-            f"is quantized already ({method if isinstance(method, str) else 'by an unknown method'})",
-            where=checkpoint.source,
-            remedy="give the original, and quantize the result",
-        )
+    if method == METADATA_KEY:
+        return
+    what = f"is quantized already ({method if isinstance(method, str) else 'by an unknown method'})"
+    remedy = "give the original"
+    if is_compressed_tensors(checkpoint.config):
+        if packed:
+            return
+        remedy = "give the original, or bring it back with 'compress restore MODEL'"
+    raise BadInput(what, where=checkpoint.source, remedy=remedy)
 
 
 def _refuse_pairs(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ def tiny_llama(**changes: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60, **special, **changes)
+    config = transformers.LlamaConfig(**(sizes | changes), num_key_value_heads=2, vocab_size=60, **special)
     return transformers.LlamaForCausalLM(config).eval()
 
 
