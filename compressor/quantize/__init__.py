@@ -1,5 +1,6 @@
 """From one matrix, and a metric where there is one, to integers and scales."""
 
+from compressor.quantize.gptq import gptq
 from compressor.quantize.nearest import quantize_to_nearest
 from compressor.quantize.packing import pack, packed_width, unpack
 from compressor.quantize.quantization import Quantization, QuantizedMatrix, quantizations, scale_dtype
@@ -9,6 +10,7 @@ __all__ = [
     "Quantization",
     "QuantizationSettings",
     "QuantizedMatrix",
+    "gptq",
     "pack",
     "packed_width",
     "quantizations",

@@ -119,7 +119,7 @@ def _search(
         span = torch.maximum(_quotient(high, last - zeros), _quotient(-low, zeros))
         found = problem.searched(span, least=0.1 + 0.1 * quantization.bits, settings=settings)
         for scales in (span, found):
-            stored = _rounded(scales * largest, dtype)
+            stored = stored_scales(scales * largest, dtype)
             exact = (stored.to(torch.float64) / largest).to(torch.float32)
             lost = problem.lost(exact)
             better = lost < error
@@ -172,7 +172,7 @@ def _quotient(size: Tensor, levels: Tensor) -> Tensor:
     return torch.where(levels > 0, size / levels.clamp_min(1), 0.0).clamp_min(1e-6)
 
 
-def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Positive scales in 16 bits, none of them zero or infinite."""
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales of either sign in 16 bits, none of them zero or infinite."""
     info = torch.finfo(dtype)
-    return scales.clamp(info.smallest_normal * info.eps, info.max).to(dtype)
+    return scales.abs().clamp(info.smallest_normal * info.eps, info.max).copysign(scales).to(dtype)

@@ -171,9 +171,11 @@ class QuantizedMatrix:
             raise ValueError(f"weight_shape is {shape}, not two sides")
         for info in quantization.infos((shape[0], shape[1]), scales.dtype):
             found = tensors.get(info.name)
-            if found is None or tuple(found.shape) != info.shape or found.dtype != info.dtype:
+            # Scales may have been widened.
+            dtype = scales.dtype if info.name == "weight_scale" and scales.is_floating_point() else info.dtype
+            if found is None or tuple(found.shape) != info.shape or found.dtype != dtype:
                 what = "missing" if found is None else f"{found.dtype} of {tuple(found.shape)}"
-                raise ValueError(f"{info.name} is {what}, not {info.dtype} of {info.shape}")
+                raise ValueError(f"{info.name} is {what}, not {dtype} of {info.shape}")
         zero_points = None
         if quantization.zero_points:
             zero_points = unpack(tensors["weight_zero_point"].T, quantization.bits, shape[0]).T.contiguous()
@@ -186,11 +188,12 @@ def quantizations(
 ) -> list[Quantization]:
     """What is tried at a width for a `d_out x d_in` matrix, the fewest bytes first.
 
-    The fewer the bits, the more the scales matter beside them, so groups are smaller; zero points pay at 2 and 3 bits.
+    The fewer the bits, the more the scales matter beside them, so groups are smaller. Zero points lower the error less
+    than as many bytes in smaller groups do: scales have signs.
     """
     names = {
-        2: ("2g64z", "2g32z"),
-        3: ("3g128", "3g64z", "3g32z"),
+        2: ("2g64", "2g32"),
+        3: ("3g128", "3g64", "3g32"),
         4: ("4g128", "4g32"),
         5: ("5g128",),
         6: ("6g128",),

@@ -22,6 +22,22 @@ class QuantizationSettings:
     damping: float = 0.01
     """Share of the mean of the inputs' moment that is added to its diagonal."""
 
+    gradient_damping: float = 1.0
+    """The same of the gradients' moment, of which fewer numbers are known well: with less, the loss in the metric is
+    lower and that of the model higher."""
+
+    rounds: int = 2
+    """Most rounds after the first pass of GPTQ, each of which fits the scales and chooses the integers anew."""
+
+    gain: float = 0.02
+    """Share of the loss in the metric that a round must remove for another to follow."""
+
+    scale_steps: int = 3
+    """Steps of conjugate gradients in which the scales are fitted to the integers in the metric."""
+
+    block: int = 32
+    """Inputs, and outputs, whose errors are carried one by one; those of blocks are by matrix products."""
+
     scale_candidates: int = 16
     """Scales that are tried for each group, from the one that spans all its weights down."""
 

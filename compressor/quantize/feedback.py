@@ -1,0 +1,173 @@
+"""Integers chosen one after another, the error of each carried to the later ones of its row and of its column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What each number of a matrix can become: a scale times an integer from `lowest` to `highest`, all `m x n`."""
+
+    scales: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What an error does to the later numbers: two matrices that are zero on and below the diagonal.
+
+    An error at column j is added, times row j of `columns` (`n x n`), to the targets of its row. An error at row i is
+    taken, times row i of `rows` (`m x m`), from what is rounded in its column; it changes no target. `rows` is None
+    where the rows do not depend on each other.
+    """
+
+    columns: Tensor
+    rows: Tensor | None
+
+
+def rounded_in_turn(
+    targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor | None = None, block: int
+) -> Tensor:
+    """The integers nearest to `m x n` targets, each changed by the errors that were made before it.
+
+    Args:
+        targets: What is wanted of each number.
+        levels: What it can become.
+        feedback: What an error does to the later ones.
+        before: What the numbers were, where targets say what is best while the others stay as they were; then
+            `columns` is for the changes from that.
+        block: Rows and columns of a block: errors are carried from one to another by matrix products.
+    """
+    if feedback.rows is None:
+        return _by_columns(targets, levels, feedback.columns, before=before, block=block)
+    return _by_antidiagonals(targets, levels, feedback, before=before, block=block)
+
+
+def _by_columns(targets: Tensor, levels: Levels, feedback: Tensor, *, before: Tensor | None, block: int) -> Tensor:
+    """The same where rows do not depend on each other: a column of all at once."""
+    integers, changes = torch.empty_like(targets), torch.empty_like(targets)
+    for start in range(0, targets.shape[1], block):
+        part = slice(start, start + block)
+        wanted = targets[:, part] + changes[:, :start] @ feedback[:start, part]
+        for place, column in enumerate(wanted.unbind(1), start):
+            scales = levels.scales[:, place]
+            integer = (column / scales).round_().clamp_(levels.lowest[:, place], levels.highest[:, place])
+            change = integer * scales - (column if before is None else before[:, place])
+            integers[:, place], changes[:, place] = integer, change
+            wanted.addr_(change, feedback[place, part])
+    return integers
+
+
+def _by_antidiagonals(
+    targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor | None, block: int
+) -> Tensor:
+    """The same where they do: what is at row i and column j does not depend on others with the same i + j."""
+    grid = _Grid.of(targets.shape, block)
+    wanted, lowest, highest = (grid.padded(each) for each in (targets, levels.lowest, levels.highest))
+    scales = grid.padded(levels.scales, fill=1.0)
+    start = None if before is None else grid.padded(before)
+    columns = pad(feedback.columns, (0, wanted.shape[1] - targets.shape[1]) * 2)
+    assert feedback.rows is not None
+    rows = pad(feedback.rows, (0, wanted.shape[0] - targets.shape[0]) * 2)
+    integers, changes = torch.empty_like(wanted), torch.empty_like(wanted)
+    errors = changes if before is None else torch.empty_like(wanted)
+    for diagonal in range(grid.down + grid.across - 1):
+        # The blocks whose places down and across add up to this.
+        down = list(range(max(0, diagonal - grid.across + 1), min(grid.down, diagonal + 1)))
+        places = [(grid.rows(i), grid.columns(diagonal - i)) for i in down]
+        tiles = _Tiles(
+            targets=torch.stack(
+                [torch.addmm(wanted[i, j], changes[i, : j.start], columns[: j.start, j]) for i, j in places]
+            ),
+            carried=torch.stack([errors[: i.start, j].T @ rows[: i.start, i] for i, j in places]),
+            columns=torch.stack([columns[j, j] for _, j in places]),
+            rows=torch.stack([rows[i, i] for i, _ in places]),
+            levels=Levels(*(torch.stack([each[i, j] for i, j in places]) for each in (scales, lowest, highest))),
+            before=None if start is None else torch.stack([start[i, j] for i, j in places]),
+        )
+        found = tiles.rounded()
+        for tile, (i, j) in enumerate(places):
+            integers[i, j], changes[i, j] = found.integers[tile], found.changes[tile]
+            if before is not None:
+                errors[i, j] = found.errors[tile]
+    return integers[: targets.shape[0], : targets.shape[1]]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How a matrix is cut into blocks: how many of them lie below and beside each other, and their sides."""
+
+    down: int
+    across: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], block: int) -> _Grid:
+        height, width = min(block, shape[0]), min(block, shape[1])
+        return cls(-(-shape[0] // height), -(-shape[1] // width), height, width)
+
+    def rows(self, place: int) -> slice:
+        return slice(place * self.height, (place + 1) * self.height)
+
+    def columns(self, place: int) -> slice:
+        return slice(place * self.width, (place + 1) * self.width)
+
+    def padded(self, matrix: Tensor, *, fill: float = 0.0) -> Tensor:
+        """A matrix made as large as its blocks."""
+        missing = self.down * self.height - matrix.shape[0], self.across * self.width - matrix.shape[1]
+        return pad(matrix, (0, missing[1], 0, missing[0]), value=fill)
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    integers: Tensor
+    changes: Tensor
+    errors: Tensor
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Blocks that do not depend on each other, `tiles x height x width`; `carried` is `tiles x width x height`."""
+
+    targets: Tensor
+    carried: Tensor
+    columns: Tensor
+    rows: Tensor
+    levels: Levels
+    before: Tensor | None
+
+    def rounded(self) -> _Rounded:
+        """All of them, an antidiagonal at a time."""
+        _, height, width = self.targets.shape
+        integers, changes, errors = (torch.empty_like(self.targets) for _ in range(3))
+        # With its columns in the opposite order an antidiagonal takes neighbors of both matrices.
+        columns, carried = self.columns.flip(1), self.carried.flip(1)
+        for turn in range(height + width - 1):
+            first, last = max(0, turn - width + 1), min(height - 1, turn)
+            rows = slice(first, last + 1)
+            flipped = slice(width - 1 - turn + first, width - turn + last)
+
+            # Rows `first` to `last` of the antidiagonal, in memory.
+            size, strides, offset = (len(columns), last + 1 - first), (height * width, width - 1), first * (width - 1)
+            at = partial(torch.as_strided, size=size, stride=strides, storage_offset=offset + turn)
+            wanted, scales = at(self.targets), at(self.levels.scales)
+            from_above = carried[:, flipped, rows].diagonal(dim1=1, dim2=2)
+            integer = ((wanted - from_above) / scales).round_()
+            integer = integer.clamp_(at(self.levels.lowest), at(self.levels.highest))
+            number = integer * scales
+            error = number - wanted
+            change = error if self.before is None else number - at(self.before)
+            at(integers).copy_(integer)
+            at(changes).copy_(change)
+            at(errors).copy_(error)
+            self.targets[:, rows].addcmul_(change.unsqueeze(2), columns[:, flipped])
+            carried[:, flipped].addcmul_(error.unsqueeze(2), self.rows[:, rows])
+        return _Rounded(integers, changes, errors)
