@@ -19,7 +19,7 @@ from compressor.factorize import (
     decompose_tied,
     working_bytes,
 )
-from compressor.forms import FORMS, TRANSPOSED
+from compressor.forms import FORMS
 from compressor.lowrank import as_matrix, written
 from compressor.measure import Precision, Spectrum
 from compressor.network import Layer
@@ -120,13 +120,6 @@ class LayerInMetric:
         matrix = as_matrix(self.layer, self.weight)
         return matrix if self.start is None else written(in_float64(matrix), self.start)
 
-    @property
-    def factorized(self) -> Tensor:
-        """The same as the weight is stored."""
-        if self.start is None:
-            return self.weight
-        return (self.matrix.T if self.layer.kind in TRANSPOSED else self.matrix).reshape(self.weight.shape)
-
     def _metric(self, metric: Metric) -> Metric:
         mean = None if metric.mean is None else self.placed(metric.mean)
         return Metric(self.placed(metric.inputs), self.placed(metric.gradients), mean)
@@ -166,4 +159,7 @@ def _decomposed(asked: LayerInMetric) -> Decomposition:
 def _own_errors(asked: LayerInMetric) -> Mapping[str, Spectrum]:
     here = asked.on_device()
     assert isinstance(here.metric, Metric)
-    return {form: FORMS[form].errors_in(here.factorized, here.metric, here.settings) for form in here.forms}
+    return {
+        form: FORMS[form].errors_in(here.layer, here.matrix, metric=here.metric, settings=here.settings)
+        for form in here.forms
+    }

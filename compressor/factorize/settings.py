@@ -34,6 +34,12 @@ class FactorizationSettings:
     tied_gain: float = 1e-3
     """Share of its cost that a sweep for a tied embedding must remove for another sweep to follow."""
 
+    quantized_ranks: int = 5
+    """Ranks at which the error of a quantized pair is computed for the allocation; in between it is interpolated."""
+
+    corrected_bits: int = 4
+    """Most bits of a quantized matrix for which a low-rank correction is considered."""
+
     float32_loss: float = 1e-6
     """Share of the energy captured by a pair of any rank that float32 in place of float64 may cost: by a bound where a
     basis is kept in float32, by an estimate where it is computed there."""

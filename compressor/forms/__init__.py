@@ -9,23 +9,19 @@ import torch
 from torch import nn
 
 from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTransposedConvolution
-from compressor.forms.initial import INITIAL, InitialForm, InitialLayer, formed_in
+from compressor.forms.initial import InitialForm, InitialLayer, formed_in
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.names import pair_name, quantization_of, quantized_name
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.pivoted import PIVOTED, PivotedLinear
 from compressor.forms.plain import PLAIN, LowRankEmbedding, LowRankLinear
+from compressor.forms.quantized import QuantizedDense, QuantizedPair
+from compressor.forms.registry import DENSE, FORMS
 from compressor.forms.spatial import SPATIAL, SpatialConvolution
 from compressor.forms.weights import TRANSPOSED, Count, DenseWeight, StoredWeight
 from compressor.latency import Amount, DeviceProfile, LayerUse, Size
 from compressor.network import Kind
-
-# Of two that are as small as each other the planner takes the first.
-FORMS: dict[str, PairForm] = {form.name: form for form in (PLAIN, PIVOTED, CHANNEL, SPATIAL, *INITIAL)}
-
-# What a plan says of a layer that stays as it is.
-DENSE = "dense"
 
 
 def pair_forms(weight: DenseWeight, *, initial: bool = False) -> tuple[PairForm, ...]:
@@ -125,6 +121,8 @@ __all__ = [
     "MatrixPair",
     "PairForm",
     "PivotedLinear",
+    "QuantizedDense",
+    "QuantizedPair",
     "SpatialConvolution",
     "StoredPairShape",
     "StoredWeight",

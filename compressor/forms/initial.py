@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,11 @@ from torch.func import functional_call
 from compressor.factorize import Decomposition, FactorizationSettings, FactorPair, Metric, PivotedPair, TiedMetric
 from compressor.forms.channel import CHANNEL
 from compressor.forms.kernels import dense_kernels
-from compressor.forms.layers import Convolution, TransposedConvolution, linear_sides
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
 from compressor.forms.pivoted import PIVOTED
 from compressor.forms.plain import PLAIN
 from compressor.forms.spatial import SPATIAL
-from compressor.forms.weights import TRANSPOSED, Count, DenseWeight, StoredWeight
+from compressor.forms.weights import TRANSPOSED, Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, Size
 from compressor.measure import Spectrum, singular_values
@@ -46,7 +46,7 @@ class InitialLayer(nn.Module):
         super().__init__()
         weight, bias = dense.weight, getattr(dense, "bias", None)
         assert isinstance(weight, Tensor)
-        self.stands_for = StoredWeight(_kind(dense), tuple(weight.shape))
+        self.stands_for = StoredWeight(kind_of(dense), tuple(weight.shape))
         self.form, self.rank, self.trained = form, rank, weight.requires_grad
         self._shell = (_without_weight(dense),)  # in a tuple, so that it is no part of this module
         self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
@@ -55,9 +55,9 @@ class InitialLayer(nn.Module):
         for info in form.infos(self.stands_for, rank, weight.dtype):
             owner, _, name = info.name.rpartition(".")
             tensor = torch.empty(info.shape, dtype=info.dtype, device=weight.device)
-            holder = self if not owner else nn.Module()
-            if owner:
-                self.add_module(owner, holder)
+            if owner and owner not in self._modules:
+                self.add_module(owner, nn.Module())
+            holder = self.get_submodule(owner)
             if info.dtype.is_floating_point:
                 holder.register_parameter(name, nn.Parameter(tensor, weight.requires_grad))
             else:
@@ -93,15 +93,6 @@ class InitialLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self._shell[0].extra_repr()}, form={self.form.name}, rank={self.rank}"
-
-
-def _kind(dense: nn.Module) -> Kind:
-    """The kind of layer that a module is; ValueError for one that has no pair."""
-    if isinstance(dense, nn.Embedding):
-        return "embedding"
-    if isinstance(dense, Convolution | TransposedConvolution):
-        return "convolution" if isinstance(dense, Convolution) else "transposed convolution"
-    return "linear" if linear_sides(dense)[0] == "linear" else "transposed linear"
 
 
 def _without_weight(dense: nn.Module) -> nn.Module:
@@ -148,7 +139,7 @@ class InitialForm(PairForm):
         return InitialForm.of(self.pair.compared)
 
     def names_at(self, rank: int) -> tuple[str, ...]:
-        return self.names if rank > 0 else ()
+        return self.pair.names_at(rank) if rank >= self.pair.least_rank else ()
 
     def marker(self, weight: DenseWeight) -> tuple[int, ...]:
         return (0, *weight.tensor_shape)
@@ -160,16 +151,23 @@ class InitialForm(PairForm):
         return self.pair.sides(weight)
 
     def parameters(self, weight: DenseWeight, rank: Count) -> Count:
-        return _from_rank_one(self.pair.parameters(weight, rank), rank)
+        return self._counted(partial(self.pair.parameters, weight), rank)
 
     def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
-        return _from_rank_one(self.pair.nbytes(weight, rank, itemsize), rank)
+        return self._counted(lambda rank: self.pair.nbytes(weight, rank, itemsize), rank)
+
+    def _counted(self, stored: Callable[[Count], Count], rank: Count) -> Count:
+        """What is stored from the smallest rank of the pair on; nothing below it."""
+        least = self.pair.least_rank
+        if isinstance(rank, int):
+            return stored(rank) if rank >= least else 0
+        return np.where(rank >= least, stored(np.maximum(rank, least)), 0)
 
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         return dense_kernels(weight, use, itemsize=itemsize)
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
-        return self.pair.infos(weight, rank, dtype) if rank > 0 else []
+        return self.pair.infos(weight, rank, dtype) if rank >= self.pair.least_rank else []
 
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return False  # a file says it, because it needs more than tensors
@@ -187,7 +185,7 @@ class InitialForm(PairForm):
         settings: FactorizationSettings,
         decomposition: Decomposition | None = None,
     ) -> MatrixPair:
-        if rank == 0:
+        if rank < self.pair.least_rank:
             return FactorPair(up=matrix.new_zeros(len(matrix), 0), down=matrix.new_zeros(0, matrix.shape[1]))
         return self.pair.approximate(
             weight, matrix, rank, metric=metric, settings=settings, decomposition=decomposition
@@ -208,8 +206,8 @@ class InitialForm(PairForm):
             matrix = start + self.pair.product(weight, wide)
         return (matrix.T if weight.kind in TRANSPOSED else matrix).reshape(weight.tensor_shape)
 
-    def defect(self, read: Callable[[str], Tensor]) -> str | None:
-        return self.pair.defect(read)
+    def defect(self, rank: int, read: Values) -> str | None:
+        return self.pair.defect(rank, read)
 
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
         return self.pair.merged(kind, tensors)
@@ -219,15 +217,16 @@ class InitialForm(PairForm):
             return self.pair.own_values(weight)
         return singular_values(weight.flatten(1))
 
-    def errors_in(self, weight: Tensor, metric: Metric, settings: FactorizationSettings) -> Spectrum:
-        return self.pair.errors_in(weight, metric, settings)
-
-
-def _from_rank_one(stored: Count, rank: Count) -> Count:
-    """What is stored from rank 1 on; nothing at rank 0."""
-    if isinstance(rank, int):
-        return stored if rank > 0 else 0
-    return np.where(rank > 0, stored, 0)
+    def errors_in(
+        self,
+        weight: DenseWeight,
+        matrix: Tensor,
+        *,
+        metric: Metric | TiedMetric | None,
+        settings: FactorizationSettings,
+        decomposition: Decomposition | None = None,
+    ) -> Spectrum:
+        return self.pair.errors_in(weight, matrix, metric=metric, settings=settings, decomposition=decomposition)
 
 
 INITIAL = tuple(InitialForm.of(pair) for pair in (PLAIN, PIVOTED, CHANNEL, SPATIAL))

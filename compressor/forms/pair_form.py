@@ -38,6 +38,10 @@ class MatrixPair(Protocol):
         """The `d_out x d_in` matrix that the pair stands for."""
 
 
+# What reads a stored tensor by its name below the layer's.
+Values = Callable[[str], Tensor]
+
+
 @dataclass(frozen=True)
 class StoredPairShape:
     """What the shapes of stored tensors tell: the rank, and the shape of the dense tensor that they stand for."""
@@ -101,8 +105,8 @@ class PairForm(ABC):
         """The names of the tensors at a rank."""
         return self.names
 
-    def marker(self, weight: DenseWeight) -> tuple[int, ...]:
-        """The shape of the zero-size tensor that stays in the place of the weight."""
+    def marker(self, weight: DenseWeight) -> tuple[int, ...] | None:
+        """The shape of the zero-size tensor that stays in the place of the weight; None where none does."""
         return MARKERS[weight.kind]
 
     @abstractmethod
@@ -143,7 +147,10 @@ class PairForm(ABC):
 
     @abstractmethod
     def read(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> StoredPairShape | None:
-        """What stored tensors that are in this form stand for; None where they do not fit together."""
+        """What stored tensors that are in this form stand for; None where they do not fit together.
+
+        Of quantized tensors the shapes are those of what they stand for, by its name.
+        """
 
     def approximate(
         self,
@@ -174,8 +181,8 @@ class PairForm(ABC):
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
         """The `d_out x d_in` matrix of stored tensors in their own dtype, differentiable in those of numbers."""
 
-    def defect(self, read: Callable[[str], Tensor]) -> str | None:
-        """What is wrong with the values of stored tensors, the name of one first; None where nothing is."""
+    def defect(self, rank: int, read: Values) -> str | None:
+        """What is wrong with the values of tensors stored at a rank, the name of one first; None where nothing is."""
         return None
 
     @abstractmethod
@@ -186,6 +193,25 @@ class PairForm(ABC):
         """The singular values of the matrix that a form with `has_own_errors` factorizes."""
         raise NotImplementedError
 
-    def errors_in(self, weight: Tensor, metric: Metric, settings: FactorizationSettings) -> Spectrum:
-        """Relative errors in the metric of the loss, at rank 0, 1, .., of the pairs of a form with `has_own_errors`."""
+    def errors_in(
+        self,
+        weight: DenseWeight,
+        matrix: Tensor,
+        *,
+        metric: Metric | TiedMetric | None,
+        settings: FactorizationSettings,
+        decomposition: Decomposition | None = None,
+    ) -> Spectrum:
+        """Relative errors at rank 0, 1, .. of a form with `has_own_errors`: in a metric, or in the Frobenius norm.
+
+        Args:
+            weight: The dense weight.
+            matrix: Its `d_out x d_in` matrix, or what of it is factorized.
+            metric: The metric of the loss.
+            settings: How exact they are.
+            decomposition: That of the matrix in the metric, where it is known.
+
+        Returns:
+            One for each rank that the form may have; of a form without low-rank factors that of rank 0 alone.
+        """
         raise NotImplementedError

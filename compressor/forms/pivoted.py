@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compressor.factorize import FactorPair, PivotedPair, pivoted_pair
 from compressor.forms.kernels import dense_kernels, products
 from compressor.forms.layers import MARKERS, in_order, linear_sides, unfilled
-from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
+from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
 from compressor.forms.plain import PLAIN
 from compressor.forms.weights import Count, DenseWeight
 from compressor.io import TensorInfo
@@ -128,7 +128,7 @@ class PivotedForm(PairForm):
         down, up = tensors["down.weight"], tensors["up.weight"]
         return torch.cat([down, up @ down]).index_select(0, tensors["order"])
 
-    def defect(self, read: Callable[[str], Tensor]) -> str | None:
+    def defect(self, rank: int, read: Values) -> str | None:
         order = read("order").long()
         if torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
             return None

@@ -29,7 +29,7 @@ from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, ModuleCall, Size
-from compressor.measure import Spectrum, singular_values
+from compressor.measure import Spectrum, singular_values, truncation_errors
 from compressor.network import Kind
 
 
@@ -153,8 +153,20 @@ class SpatialForm(PairForm):
     def own_values(self, weight: Tensor) -> Spectrum:
         return singular_values(spatial_matrix(weight))
 
-    def errors_in(self, weight: Tensor, metric: Metric, settings: FactorizationSettings) -> Spectrum:
-        return spatial_errors(weight, metric, settings=settings)
+    def errors_in(
+        self,
+        weight: DenseWeight,
+        matrix: Tensor,
+        *,
+        metric: Metric | TiedMetric | None,
+        settings: FactorizationSettings,
+        decomposition: Decomposition | None = None,
+    ) -> Spectrum:
+        kernel = matrix.reshape(weight.tensor_shape)
+        if metric is None:
+            return truncation_errors(singular_values(spatial_matrix(kernel)))
+        assert isinstance(metric, Metric)
+        return spatial_errors(kernel, metric, settings=settings)
 
 
 SPATIAL = SpatialForm()

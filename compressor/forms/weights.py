@@ -8,7 +8,9 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
+from compressor.forms.layers import Convolution, TransposedConvolution, linear_sides
 from compressor.network import Kind
 
 # One rank, or many at once.
@@ -44,3 +46,12 @@ class StoredWeight:
         first, *rest = self.tensor_shape
         sides = (first, math.prod(rest))
         return sides[::-1] if self.kind in TRANSPOSED else sides
+
+
+def kind_of(dense: nn.Module) -> Kind:
+    """The kind of layer that a module is; ValueError for one that has no pair."""
+    if isinstance(dense, nn.Embedding):
+        return "embedding"
+    if isinstance(dense, Convolution | TransposedConvolution):
+        return "convolution" if isinstance(dense, Convolution) else "transposed convolution"
+    return "linear" if linear_sides(dense)[0] == "linear" else "transposed linear"

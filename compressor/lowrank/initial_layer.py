@@ -181,7 +181,7 @@ class FormedTensor:
         assert self.spec.share is not None
         start = self.starts.start(self.layer, self.spec.share, weight=self.stands_for, dtype=self.dtype)
         own = {name: tensor.read() for name, tensor in self.factors.items()}
-        if own and (defect := form.defect(own.__getitem__)) is not None:
+        if own and (defect := form.defect(self.spec.rank, own.__getitem__)) is not None:
             raise _damaged(join(self.layer, defect), self.starts.source)
         formed = form.formed(self.stands_for, own, start).to(self.dtype)
         return require_in_range(join(self.layer, "weight"), formed).contiguous()

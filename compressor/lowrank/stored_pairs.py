@@ -166,9 +166,11 @@ class _StoredLayer:
         pair = None if self.pair is None else self.pair.read(self.kind, factors)
         if not self.is_dense:
             return pair
+        # What is quantized of a transposed linear layer is its matrix.
+        shape = self.shapes["weight"][::-1] if self.kind == "transposed linear" else self.shapes["weight"]
         if not factors:
-            return StoredPairShape(0, self.shapes["weight"])
-        return pair if pair is not None and pair.tensor_shape == self.shapes["weight"] else None
+            return StoredPairShape(0, shape)
+        return pair if pair is not None and pair.tensor_shape == shape else None
 
     def form(self) -> str | None:
         """The name of its form; None where it cannot be told."""

@@ -223,7 +223,7 @@ def multiplied(checkpoint: Checkpoint, pair: StoredPair) -> Tensor:
 
 def require_usable(checkpoint: Checkpoint, pair: StoredPair) -> None:
     """Raise BadInput if the values of a pair's tensors are invalid."""
-    defect = FORMS[pair.form].defect(lambda name: checkpoint.read(join(pair.name, name)))
+    defect = FORMS[pair.form].defect(pair.rank, lambda name: checkpoint.read(join(pair.name, name)))
     if defect is not None:
         raise damaged(join(pair.name, defect), checkpoint)
 

@@ -27,7 +27,7 @@ def pack(integers: Tensor, bits: int) -> Tensor:
         shifted = blocks[:, :, place].to(torch.int64) << offset
         words[:, :, word] |= shifted & 0xFFFFFFFF
         words[:, :, word + 1] |= shifted >> 32
-    packed = words[:, :, :bits].reshape(rows, -1)[:, : packed_width(numbers, bits)]
+    packed = words[:, :, :bits].reshape(rows, padded // 32 * bits)[:, : packed_width(numbers, bits)]
     return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
 
 
@@ -44,4 +44,4 @@ def unpack(packed: Tensor, bits: int, numbers: int) -> Tensor:
         if offset + bits > 32:
             number = (number & ((1 << (32 - offset)) - 1)) | (words[:, :, word + 1] << (32 - offset))
         integers[:, :, place] = number & ((1 << bits) - 1)
-    return integers.reshape(rows, -1)[:, :numbers].contiguous()
+    return integers.reshape(rows, blocks * 32)[:, :numbers].contiguous()

@@ -22,6 +22,7 @@ from compressor.forms import (
     PairForm,
     StoredWeight,
     pair_forms,
+    quantization_of,
     recognized,
     stored_bytes,
     stored_parameters,
@@ -31,10 +32,17 @@ from compressor.network import Kind
 from compressor.planning import Budget, LayerPlan, Plan
 from tests.forms.diagonal import DIAGONAL, ROOT, DiagonalLinear
 
-ALL = (*FORMS.values(), DIAGONAL, ROOT)
+QUANTIZED = tuple(
+    FORMS[name]
+    for name in (
+        *("dense@8", "dense@4g24", "dense@3g2z", "plain@8", "plain@4g2z", "pivoted@6", "channel@5g24", "spatial@8"),
+        *("initial+dense@4g24", "initial+plain@8"),
+    )
+)
+ALL = (*FORMS.values(), *QUANTIZED, DIAGONAL, ROOT)
 DENSE_MODULES: dict[Kind, tuple[nn.Module, tuple[int, ...]]] = {
-    "linear": (nn.Linear(7, 9), (2, 7)),
-    "convolution": (nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
+    "linear": (nn.Linear(48, 9), (2, 48)),
+    "convolution": (nn.Conv2d(16, 6, 3), (2, 16, 5, 5)),
     "transposed convolution": (nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
     "embedding": (nn.Embedding(11, 5), ()),
 }
@@ -49,7 +57,7 @@ def registered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @st.composite
 def weights(draw: st.DrawFn) -> StoredWeight:
-    side = st.integers(1, 7)
+    side = st.integers(1, 7) | st.just(48)
     kind: Kind = draw(
         st.sampled_from(
             ["linear", "transposed linear", "parameter", "embedding", "convolution", "transposed convolution"]
@@ -59,29 +67,55 @@ def weights(draw: st.DrawFn) -> StoredWeight:
     return StoredWeight(kind, (draw(side), draw(side), *kernel))
 
 
+def taken_by(form: PairForm) -> StoredWeight:
+    """A weight that a form takes, a convolution's if it can be."""
+    kernels, matrix = (
+        (StoredWeight("convolution", (6, side, 3, 3)) for side in (5, 48)),
+        StoredWeight("linear", (6, 48)),
+    )
+    return next(each for each in (*kernels, matrix) if form.takes(each))
+
+
+def stood_for(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors, and in the place of quantized ones of those that they stand for."""
+    shapes = {name: tuple(each.shape) for name, each in tensors.items() if "weight_" not in name}
+    told = {name.removesuffix("_shape"): each for name, each in tensors.items() if name.endswith("weight_shape")}
+    return shapes | {name: tuple(each.tolist()) for name, each in told.items()}
+
+
+def wide(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Scales of 16 bits are multiplied in a wider dtype."""
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+
+
 @given(weights(), st.data())
 def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data: st.DataObject) -> None:
     form = data.draw(st.sampled_from([form for form in ALL if form.takes(weight)]))
     sides = form.sides(weight)
     assert math.prod(sides) == math.prod(weight.tensor_shape)
-    rank = data.draw(st.integers(1, min(sides)))
+    rank = data.draw(st.integers(form.least_rank if form in QUANTIZED else 1, min(sides)))
     matrix = torch.randn(weight.shape, dtype=torch.float64)
     pair = form.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS)
     stored, infos = form.stored(weight, pair, torch.float32), form.infos(weight, rank, torch.float32)
-    assert [info.name for info in infos] == list(form.names)
+    assert [info.name for info in infos] == list(form.names_at(rank))
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()} == {
         info.name: (info.shape, info.dtype) for info in infos
     }
-    assert form.parameters(weight, rank) == sum(info.elements for info in infos)
+    elements = sum(info.elements for info in infos)
+    quantized = quantization_of(form.name) is not None
     assert form.nbytes(weight, rank, 4) == sum(info.nbytes for info in infos)
-    ranks = np.arange(1, min(sides) + 1)
-    assert form.parameters(weight, ranks)[rank - 1] == form.parameters(weight, rank)
-    assert form.nbytes(weight, ranks, 2)[rank - 1] == form.nbytes(weight, rank, 2)
-    read = form.read(weight.kind, {info.name: info.shape for info in infos})
+    assert form.parameters(weight, rank) == (-(-form.nbytes(weight, rank, 4) // 2) if quantized else elements)
+    ranks = np.arange(form.least_rank, min(sides) + 1)
+    assert form.parameters(weight, ranks)[rank - form.least_rank] == form.parameters(weight, rank)
+    assert form.nbytes(weight, ranks, 2)[rank - form.least_rank] == form.nbytes(weight, rank, 2)
+    if form.from_initial and rank == 0 and not infos:
+        return
+    read = form.read(weight.kind, stood_for(stored))
     assert read is not None
     assert (read.rank, read.tensor_shape) == (rank, weight.tensor_shape)
-    assert form.defect(stored.__getitem__) is None
-    torch.testing.assert_close(form.product(weight, stored), pair.product().float(), rtol=1e-4, atol=1e-4)
+    assert form.defect(rank, stored.__getitem__) is None
+    product = form.product(weight, wide(stored, torch.float32))
+    torch.testing.assert_close(product, pair.product().float(), rtol=1e-4, atol=1e-4)
 
 
 @given(weights(), st.data())
@@ -91,11 +125,9 @@ def test_a_pair_that_is_only_compared_stands_for_the_same_matrix(weight: StoredW
     assert form.compared.sides(weight) == form.sides(weight)
     matrix, rank = torch.randn(weight.shape, dtype=torch.float64), data.draw(st.integers(1, min(form.sides(weight))))
     one, other = (
-        each.product(
-            weight,
-            each.stored(weight, each.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS), torch.float64),
-        )
+        each.product(weight, wide(each.stored(weight, found, torch.float64), torch.float64))
         for each in (form, form.compared)
+        for found in [each.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS)]
     )
     torch.testing.assert_close(one, other)
 
@@ -118,12 +150,13 @@ def test_the_module_of_a_form_has_its_tensors_and_does_what_its_matrix_does(kind
         matrix = torch.randn(weight.shape, dtype=torch.float64)
         pair = form.approximate(weight, matrix, 2, metric=None, settings=DEFAULTS)
         stored = form.stored(weight, pair, torch.float32)
-        product = form.product(weight, stored)
+        product = form.product(weight, wide(stored, torch.float32))
         turned = kind in ("transposed convolution", "embedding")
         dense.weight.data = (product.T if turned else product).reshape(weight.tensor_shape)
         layer = form.layer(dense, 2)
         bias = {} if kind == "embedding" else {form.bias: dense.bias}
-        layer.load_state_dict({**stored, **bias, "weight": layer.weight}, strict=True)
+        marker = {} if form.marker(weight) is None else {"weight": layer.weight}
+        layer.load_state_dict({**stored, **bias, **marker}, strict=True)
         if isinstance(layer, InitialLayer):
             layer.fill_start(torch.zeros(weight.shape))
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
@@ -138,14 +171,24 @@ def test_a_form_refuses_modules_that_it_is_not_for(form: PairForm) -> None:
 
 @pytest.mark.parametrize("form", ALL, ids=lambda form: form.name)
 def test_tensors_that_do_not_fit_together_are_told(form: PairForm) -> None:
-    weight = StoredWeight("convolution", (6, 5, 3, 3)) if form.takes(StoredWeight("convolution", (6, 5, 3, 3))) else (
-        StoredWeight("linear", (6, 5))
-    )  # fmt: skip
-    shapes = {info.name: info.shape for info in form.infos(weight, 2, torch.float32)}
+    weight = taken_by(form)
+    pair = form.approximate(weight, torch.randn(weight.shape), 2, metric=None, settings=DEFAULTS)
+    stored = form.stored(weight, pair, torch.float32)
+    shapes = stood_for(stored)
     assert form.read(weight.kind, shapes) is not None
     for name, shape in shapes.items():
         wrong = (shape[0], shape[1] + 1, *shape[2:]) if name == "up.weight" else (shape[0] + 1, *shape[1:])
         assert form.read(weight.kind, shapes | {name: wrong}) is None
+
+
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
+def test_scales_that_are_not_finite_are_told(form: PairForm) -> None:
+    weight = taken_by(form)
+    pair = form.approximate(weight, torch.randn(weight.shape), 2, metric=None, settings=DEFAULTS)
+    stored = form.stored(weight, pair, torch.bfloat16)
+    for name in (name for name in form.names_at(2) if name.endswith("weight_scale")):
+        broken = {**stored, name: torch.full_like(stored[name], math.nan)}
+        assert (form.defect(2, broken.__getitem__) or "").startswith(name)
 
 
 def test_forms_are_values() -> None:

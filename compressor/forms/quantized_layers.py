@@ -1,0 +1,206 @@
+"""Layers that hold integers and scales in the place of a weight, and dequantize it when they run.
+
+Like `forms/layers.py` it imports nothing of this package but what is copied into exported folders too.
+
+A layer has the tensors of a quantized matrix as buffers, called as in its file. Scales keep their dtype of 16 bits
+when a module is cast: what a layer computes in is the dtype of its zero-size `weight`, which is not stored.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.forms.layers import Convolution, TransposedConvolution, applied, copy_geometry, linear_sides
+from compressor.quantize.packing import packed_width, unpack
+
+
+class QuantizedWeight(nn.Module):
+    """A `rows x columns` matrix as packed integers with scales, and zero points where it has them.
+
+    `shape` is that of the tensor whose first dimension are the rows and whose others are the columns.
+    """
+
+    weight: Tensor
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+
+    # What a convolution says of itself.
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    padding_mode: str
+
+    def __init__(
+        self, shape: tuple[int, ...], *, like: Tensor, bits: int, group_size: int | None, zero_points: bool
+    ) -> None:
+        super().__init__()
+        rows, columns = shape[0], 1
+        for side in shape[1:]:
+            columns *= side
+        groups = 1 if group_size is None else columns // group_size
+        self.rows, self.columns, self.bits, self.group_size = rows, columns, bits, group_size
+        self.shape = shape
+        device = like.device
+        scale = like.dtype if like.dtype in (torch.bfloat16, torch.float16) else torch.float16
+        integers: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self.register_buffer("weight_packed", torch.empty(rows, packed_width(columns, bits), **integers))
+        self.register_buffer("weight_scale", torch.empty(rows, groups, dtype=scale, device=device))
+        zeros = torch.empty(packed_width(rows, bits), groups, **integers) if zero_points else None
+        self.register_buffer("weight_zero_point", zeros)
+        self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64, device=device))
+        self.register_buffer("weight", like.new_empty(0), persistent=False)
+        # What gives the matrix while it is fitted.
+        self.fitted: nn.Module | None = None
+
+    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+        """The matrix, or some of its rows, in the dtype of the layer."""
+        if self.fitted is not None:
+            matrix: Tensor = self.fitted()
+            return matrix if rows is None else matrix[rows]
+        packed, scale, dtype = self.weight_packed, self.weight_scale, self.weight.dtype
+        zeros = self.weight_zero_point
+        zero: Tensor | None = None
+        if zeros is not None:
+            zero = unpack(zeros.T, self.bits, self.rows).T
+        if rows is not None:
+            packed, scale = packed[rows], scale[rows]
+            zero = None if zero is None else zero[rows]
+        exact = dtype if dtype.itemsize >= 4 else torch.float32
+        numbers = unpack(packed, self.bits, self.columns).to(exact).reshape(*scale.shape, -1)
+        numbers = numbers - (2 ** (self.bits - 1) if zero is None else zero.to(exact).unsqueeze(2))
+        numbers = numbers * scale.to(exact).unsqueeze(2)
+        return numbers.flatten(1).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
+        # As integers the scales are moved, and not cast: rounded to another dtype they would not come back.
+        dtype = self.weight_scale.dtype
+        self.weight_scale = self.weight_scale.view(torch.int16)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_scale = self.weight_scale.view(dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        groups = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"bits={self.bits}{groups}"
+
+
+class QuantizedLinear(QuantizedWeight):
+    """A linear layer of quantized weights, with a low-rank correction `up(down(x))` where there is one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, like: Tensor, **quantization: Any) -> None:
+        super().__init__((out_features, in_features), like=like, **quantization)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", _bias(out_features, like) if bias else None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return corrected(self, input, nn.functional.linear(input, self.dequantized(), self.bias))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """An embedding of quantized vectors, of which those that are looked up are dequantized."""
+
+    def __init__(self, dense: nn.Embedding, **quantization: Any) -> None:
+        super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
+        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.padding_idx = dense.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        vectors = self.dequantized(input.flatten()).reshape(*input.shape, -1)
+        return corrected(self, input, vectors)
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, {super().extra_repr()}"
+
+
+class QuantizedConvolution(QuantizedWeight):
+    """A convolution of quantized weights."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dense: Convolution, **quantization: Any) -> None:
+        super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        copy_geometry(dense, self)
+        self.around = list(dense._reversed_padding_repeated_twice)
+        self.register_parameter("bias", None if dense.bias is None else _bias(self.out_channels, dense.weight))
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.dequantized().view(*self.shape)
+        padded, padding = input, self.padding
+        if self.padding_mode != "zeros":
+            padded, padding = nn.functional.pad(input, self.around, mode=self.padding_mode), 0
+        convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(self.shape) - 3]
+        return corrected(self, input, convolution(padded, weight, self.bias, self.stride, padding, self.dilation))
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, {super().extra_repr()}"
+
+
+class QuantizedTransposedConvolution(QuantizedWeight):
+    """A transposed convolution of quantized weights."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, dense: TransposedConvolution, **quantization: Any) -> None:
+        super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
+        self.in_channels, self.out_channels = dense.in_channels, dense.out_channels
+        copy_geometry(dense, self)
+        self.output_padding = dense.output_padding
+        self.register_parameter("bias", None if dense.bias is None else _bias(self.out_channels, dense.weight))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        sides = len(self.shape) - 2
+        place: Any = nn.ConvTranspose2d._output_padding
+        beside = place(
+            self, input, output_size, self.stride, self.padding, self.kernel_size, sides, dilation=self.dilation
+        )
+        functions = (nn.functional.conv_transpose1d, nn.functional.conv_transpose2d, nn.functional.conv_transpose3d)
+        weight = self.dequantized().view(*self.shape)
+        output: Tensor = functions[sides - 1](
+            input, weight, self.bias, self.stride, self.padding, beside, 1, self.dilation
+        )
+        parts = self._modules
+        down, up = parts.get("down"), parts.get("up")
+        return output if down is None or up is None else output + up(down(input), list(output.shape[2:]))
+
+    def extra_repr(self) -> str:
+        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, {super().extra_repr()}"
+
+
+def _bias(size: int, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size, dtype=like.dtype, device=like.device))
+
+
+def corrected(layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
+    """The output of a layer and of the low-rank correction that it has, if it has one."""
+    parts = layer._modules
+    down, up = parts.get("down"), parts.get("up")
+    return output if down is None or up is None else output + applied(up, applied(down, input))
+
+
+def quantized_layer(dense: nn.Module, **quantization: Any) -> nn.Module:
+    """An unfilled quantized layer in the place of a linear layer, a transformers `Conv1D`, an embedding, or a
+    convolution without groups; else ValueError."""
+    if type(dense) is nn.Embedding and dense.max_norm is None:
+        return QuantizedEmbedding(dense, **quantization)
+    if isinstance(dense, Convolution | TransposedConvolution) and dense.groups > 1:
+        raise ValueError(f"the convolution has {dense.groups} groups")
+    if isinstance(dense, TransposedConvolution):
+        return QuantizedTransposedConvolution(dense, **quantization)
+    if isinstance(dense, Convolution):
+        return QuantizedConvolution(dense, **quantization)
+    _, d_in, d_out = linear_sides(dense)
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    has_bias = getattr(dense, "bias", None) is not None
+    return QuantizedLinear(d_in, d_out, bias=has_bias, like=weight, **quantization)
