@@ -192,7 +192,7 @@ class Search:
 
     @property
     def _quantizes(self) -> bool:
-        return bool(self.penalties) and any(quantization_of(form) for m in self.weighted for form in m.own_values)
+        return bool(self.penalties) and any(quantization_of(form) for m in self.weighted for form in m.own_errors)
 
     def _rivals(self, found: Candidate) -> list[tuple[Menu, float]]:
         """What the best allocation of all choices is to be compared with: each a menu and an exponent.

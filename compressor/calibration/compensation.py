@@ -34,7 +34,7 @@ from compressor.calibration.replacements import STATISTICS, Compensated, Replace
 from compressor.calibration.truncation import matrix_and_bias, truncated, uncompensated
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
-from compressor.forms import MatrixPair
+from compressor.forms import FORMS, MatrixPair, quantization_of
 from compressor.lowrank import (
     DenseWeights,
     approximate,
@@ -44,7 +44,7 @@ from compressor.lowrank import (
 )
 from compressor.measure.moments import Centered, input_vectors, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
-from compressor.network import SeparateExperts
+from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
 from compressor.torch_state import brought_to, in_float64, sum_in_float64
 
@@ -189,8 +189,11 @@ def _refit(
     error_before = error_after = _Outputs.of(before, holdout)
     if x is not None:
         error_after = _Outputs.of(replace(before, x=x, y=y), holdout)
+    near = _factored(pair)
+    if plan.rank and _is_quantized_pair(layer, plan.form):
+        near = found.pair(written(matrix, start), plan.rank, metric)
     target = _ridge_target(
-        replace(before, x=x, y=y), _factored(pair), fit.centered(x, y), outputs=error_after, ridges=settings.ridges
+        replace(before, x=x, y=y), near, fit.centered(x, y), outputs=error_after, ridges=settings.ridges
     )
     if target is not None:
         refitted = approximated(written(target.matrix, start), metric=target.metric)
@@ -206,9 +209,17 @@ def _factored(pair: MatrixPair) -> FactorPair:
     """The pair as two matrices, the first with the columns that the product is made of."""
     if isinstance(pair, FactorPair):
         return pair
-    assert isinstance(pair, SpatialPair)
-    columns = torch.linalg.qr(pair.up.flatten(1)).Q
-    return FactorPair(up=columns, down=columns.T @ pair.product())
+    product = pair.product()
+    if isinstance(pair, SpatialPair):
+        columns = torch.linalg.qr(pair.up.flatten(1)).Q
+        return FactorPair(up=columns, down=columns.T @ product)
+    # What is quantized is of no low rank.
+    return FactorPair(up=torch.eye(len(product)).to(product), down=product)
+
+
+def _is_quantized_pair(layer: Layer, form: str) -> bool:
+    """Whether a form is that of quantized factors of the layer's own matrix."""
+    return quantization_of(form) is not None and FORMS[form].truncates and FORMS[form].sides(layer) == layer.shape
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ def own_errors(
             known = kept.errors(layer.name, digest)
             if left := [form for form in forms if form not in known]:
                 made.append((layer.name, digest))
-                yield in_metric(calibration, layer, left, start=start)
+                found = decomposition_of(calibration, layer, start)
+                yield replace(in_metric(calibration, layer, left, start=start), decomposition=found)
 
     for place, found in enumerate(calibration.run.engine.map(_own_errors, missing())):
         kept.add_errors(*made[place], found)
@@ -90,7 +91,10 @@ def _digest(start: Tensor | None) -> str:
 
 @dataclass(frozen=True)
 class LayerInMetric:
-    """A layer's weight with its metric, its start in a form that has one, and the forms that are asked about."""
+    """A layer's weight with its metric, its start in a form that has one, and the forms that are asked about.
+
+    `decomposition` is that of what is factorized, where it is needed.
+    """
 
     layer: Layer
     weight: Tensor
@@ -99,6 +103,7 @@ class LayerInMetric:
     settings: FactorizationSettings
     device: torch.device
     start: Tensor | None = None
+    decomposition: Decomposition | None = None
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +117,9 @@ class LayerInMetric:
         else:
             metric = self._metric(metric)
         start = None if self.start is None else self.placed(self.start)
-        return replace(self, weight=self.placed(self.weight), metric=metric, start=start)
+        found = self.decomposition
+        found = None if found is None else replace(found, basis=self.placed(found.basis))
+        return replace(self, weight=self.placed(self.weight), metric=metric, start=start, decomposition=found)
 
     @property
     def matrix(self) -> Tensor:
@@ -158,8 +165,10 @@ def _decomposed(asked: LayerInMetric) -> Decomposition:
 
 def _own_errors(asked: LayerInMetric) -> Mapping[str, Spectrum]:
     here = asked.on_device()
-    assert isinstance(here.metric, Metric)
-    return {
-        form: FORMS[form].errors_in(here.layer, here.matrix, metric=here.metric, settings=here.settings)
-        for form in here.forms
-    }
+
+    def errors(form: str) -> Spectrum:
+        return FORMS[form].errors_in(
+            here.layer, here.matrix, metric=here.metric, settings=here.settings, decomposition=here.decomposition
+        )
+
+    return {form: errors(form) for form in here.forms}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration, dense_outputs, frozen, rows_of
 from compressor.calibration.criterion import hidden_rows
 from compressor.calibration.examples import Chunk
+from compressor.calibration.fitted_weights import FittedWeight, fitted_weights
 from compressor.calibration.holdout import cost_of_predictions
 from compressor.calibration.replacements import Compensated
 from compressor.calibration.segments import State
@@ -69,7 +70,13 @@ def fit_to_dense(
     masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
     kept, least, rate = [master.clone() for master in masters], started, settings.learning_rate
     generator = torch.Generator().manual_seed(seed)
-    optimizer = adam(masters, rate, settings)
+    signed = _signed(modules.values(), parameters)
+    steps = settings.passes * len(losses)
+
+    def optimized() -> torch.optim.Adam:
+        return adam(masters, rate, settings, signed=signed, steps=steps)
+
+    optimizer = optimized()
     with _trainable(parameters):
         try:
             for done in range(settings.passes):
@@ -86,7 +93,7 @@ def fit_to_dense(
                     continue
                 rate *= settings.learning_rate_cut
                 masters = [each.clone() for each in kept]
-                optimizer = adam(masters, rate, settings)
+                optimizer = optimized()
                 _put(parameters, masters)
         finally:
             _put(parameters, kept)
@@ -158,7 +165,8 @@ def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:
     chunks = walk.calibration.data.chunks("fit")[:: walk.calibration.settings.refit_every]
     losses = [partial(costs.mean, part) for chunk in chunks for part in costs.parts(chunk)]
     try:
-        return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
+        with fitted_weights(inside.values(), rounding=settings.rounding):
+            return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
     except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
         logger.warning("the factors of segment %d are not fitted: %s", walk.segment, error)
         return False
@@ -242,13 +250,34 @@ def _gradients(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], s
     return torch.autograd.grad(value, parameters, allow_unused=True)
 
 
-def adam(masters: list[Tensor], rate: float, settings: RefinementSettings) -> torch.optim.Adam:
-    """Adam with learning rates relative to the root mean square of each tensor."""
-    groups = []
-    for each in masters:
-        own = rate * float(each.square().mean().sqrt())
-        groups.append({"params": [each], "lr": own, "initial_lr": own})
+def adam(
+    masters: Sequence[Tensor],
+    rate: float,
+    settings: RefinementSettings,
+    *,
+    signed: Collection[int] = (),
+    steps: int = 1,
+) -> torch.optim.Adam:
+    """Adam with learning rates relative to the root mean square of each tensor.
+
+    Those at the places `signed`, offsets of roundings, are moved by the sign of the gradient, in all `steps` together
+    by the reach that they have.
+    """
+    groups: list[dict[str, Any]] = []
+    for place, each in enumerate(masters):
+        if place in signed:
+            # Adam without memory.
+            own, how = 2 * settings.rounding_reach / steps * rate / settings.learning_rate, {"betas": (0.0, 0.0)}
+        else:
+            own, how = rate * float(each.square().mean().sqrt()), {}
+        groups.append({"params": [each], "lr": own, "initial_lr": own, **how})
     return torch.optim.Adam(groups, betas=settings.betas)
+
+
+def _signed(modules: Iterable[nn.Module], parameters: Sequence[nn.Parameter]) -> set[int]:
+    """The places of the offsets of roundings among the parameters."""
+    offsets = {id(each.offsets) for module in modules for each in module.modules() if isinstance(each, FittedWeight)}
+    return {place for place, each in enumerate(parameters) if id(each) in offsets}
 
 
 @torch.no_grad()

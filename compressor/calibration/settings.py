@@ -33,6 +33,13 @@ class RefinementSettings:
     learning_rate_cut: float = 0.3
     """Factor on the learning rate after a pass that did not lower the holdout error; that pass is undone."""
 
+    rounding: bool = True
+    """Fit how the weights of quantized layers are rounded too, by signed gradient steps (AutoRound, Cheng et al., EMNLP
+    2024), and not their scales and zero points alone."""
+
+    rounding_reach: float = 0.5
+    """How far these steps go together, in distances of integers; they shrink linearly to zero."""
+
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
 

@@ -11,7 +11,6 @@ from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.decompositions import LayerInMetric, decomposition_of, in_metric
 from compressor.calibration.replacements import Compensated, Replacements
-from compressor.factorize import Decomposition
 from compressor.forms import FORMS, quantization_of
 from compressor.lowrank import DenseWeights, approximate, as_matrix, stored_tensors, written
 from compressor.model import evaluation_mode
@@ -72,12 +71,11 @@ def _by_themselves(calibration: Calibration, planned: Sequence[LayerPlan]) -> It
 
 @dataclass(frozen=True)
 class _ToQuantize:
-    """A layer that is to be quantized in its metric, with the decomposition of what is truncated before."""
+    """A layer that is to be quantized in its metric, as planned."""
 
     inside: LayerInMetric
     plan: LayerPlan
     bias: Tensor | None
-    decomposition: Decomposition | None
 
     @property
     def nbytes(self) -> int:
@@ -89,16 +87,13 @@ def _to_quantize(calibration: Calibration, plan: LayerPlan) -> _ToQuantize:
     start = calibration.start(layer, plan.share)
     _, bias = matrix_and_bias(calibration, layer, calibration.model.get_submodule(layer.module))
     found = decomposition_of(calibration, layer, start) if FORMS[plan.form].truncates else None
-    return _ToQuantize(in_metric(calibration, layer, start=start), plan, bias, found)
+    return _ToQuantize(replace(in_metric(calibration, layer, start=start), decomposition=found), plan, bias)
 
 
 def _quantized(asked: _ToQuantize) -> dict[str, Tensor]:
-    here, plan, found = asked.inside.on_device(), asked.plan, asked.decomposition
+    here, plan, layer = asked.inside.on_device(), asked.plan, asked.inside.layer
     bias = None if asked.bias is None else here.placed(asked.bias)
-    if found is not None:
-        found = replace(found, basis=here.placed(found.basis))
-    pair = approximate(
-        here.layer, plan, in_float64(here.matrix), metric=here.metric, settings=here.settings, decomposition=found
-    )
-    dense = DenseWeights(in_float64(as_matrix(here.layer, here.weight)), bias, here.weight.dtype, here.start)
-    return stored_tensors(here.layer, plan, pair, dense=dense, metric=here.metric)
+    matrix, settings, found = in_float64(here.matrix), here.settings, here.decomposition
+    pair = approximate(layer, plan, matrix, metric=here.metric, settings=settings, decomposition=found)
+    dense = DenseWeights(in_float64(as_matrix(layer, here.weight)), bias, here.weight.dtype, here.start)
+    return stored_tensors(layer, plan, pair, dense=dense, metric=here.metric)
