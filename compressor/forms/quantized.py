@@ -49,7 +49,7 @@ from compressor.io import TensorInfo
 from compressor.measure import Precision, Spectrum, truncation_errors
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind
-from compressor.quantize import Quantization, QuantizedMatrix, quantize_to_nearest, unpack
+from compressor.quantize import Quantization, QuantizedMatrix, gptq, quantize_to_nearest, unpack
 from compressor.torch_state import in_float64
 
 _CLASSES = (QuantizedLinear, QuantizedEmbedding, QuantizedConvolution, QuantizedTransposedConvolution)
@@ -114,12 +114,11 @@ def _flat(shape: Iterable[int]) -> tuple[int, int]:
 
 
 def quantized(matrix: Tensor, quantization: Quantization, metric: Metric | None) -> QuantizedMatrix:
-    """A matrix quantized in a metric, or in none, with the group size that its inputs have."""
+    """A matrix quantized in a metric, or to nearest without one, with the group size that its inputs have."""
     fitted = quantization.fitted(matrix.shape[1])
-    importance = None
-    if metric is not None:
-        importance = metric.inputs if metric.inputs.dim() == 1 else metric.inputs.diagonal()
-    return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16, importance=importance)
+    if metric is None or matrix.numel() == 0:
+        return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16)
+    return gptq(matrix, fitted, metric, scale_dtype=torch.bfloat16)
 
 
 def _turned(metric: Metric | None) -> Metric | None:

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, restore
+from compressor.factorize import Metric
 from compressor.factorize.settings import DEFAULTS
 from compressor.forms import (
+    DENSE,
     FORMS,
     InitialLayer,
     PairForm,
     StoredWeight,
     pair_forms,
+    pair_name,
     quantization_of,
     recognized,
     stored_bytes,
@@ -179,6 +182,26 @@ def test_tensors_that_do_not_fit_together_are_told(form: PairForm) -> None:
     for name, shape in shapes.items():
         wrong = (shape[0], shape[1] + 1, *shape[2:]) if name == "up.weight" else (shape[0] + 1, *shape[1:])
         assert form.read(weight.kind, shapes | {name: wrong}) is None
+
+
+@pytest.mark.parametrize("in_metric", [False, True])
+@pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
+def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> None:
+    torch.manual_seed(0)
+    weight = taken_by(form)
+    matrix = torch.randn(weight.shape, dtype=torch.float64)
+    moments = [torch.randn(side, 2 * side, dtype=torch.float64) for side in weight.shape[::-1]]
+    metric = Metric(*(moment @ moment.T for moment in moments)) if in_metric else None
+    errors = form.errors_in(weight, matrix, metric=metric, settings=DEFAULTS)
+    ranks = (0,) if pair_name(form.name).endswith(DENSE) else (1, min(form.sides(weight)))
+    assert len(errors) in (1, min(form.sides(weight)) + 1)
+    for rank in ranks:
+        pair = form.approximate(weight, matrix, rank, metric=metric, settings=DEFAULTS)
+        changed, total = (
+            each.square().sum() if metric is None else metric.squared_size(each)
+            for each in (matrix - pair.product(), matrix)
+        )
+        assert errors[rank] == pytest.approx(math.sqrt(changed / total))
 
 
 @pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
