@@ -33,13 +33,6 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = quant_method
         self.spec = LowRankSpec.from_dict(said)
 
-    @classmethod
-    def of(cls, spec: LowRankSpec) -> LowRankConfig:
-        """The configuration of low-rank layers, by module name."""
-        config = cls(**spec.to_dict())
-        config.spec = spec
-        return config
-
     def to_dict(self) -> dict[str, Any]:
         return self.spec.to_config()
 
@@ -144,5 +137,5 @@ def tell_transformers(model: Any, spec: LowRankSpec) -> None:
 
     `spec` has the names of its modules.
     """
-    model.config.quantization_config = LowRankConfig.of(spec)
+    model.config.quantization_config = LowRankConfig(**spec.to_own_config())
     model.hf_quantizer = LowRankQuantizer(model.config.quantization_config)

@@ -190,6 +190,10 @@ class LowRankSpec:
             return compressed_tensors_config({name: each for name, each in quantized.items() if each}, self.dense)
         return {"quant_method": METADATA_KEY, **self.to_dict()}
 
+    def to_own_config(self) -> dict[str, Any]:
+        """The `quantization_config` by which our own layers are loaded, whatever the folder says."""
+        return {"quant_method": METADATA_KEY, **self.to_dict(), "dense": list(self.dense)}
+
     @classmethod
     def from_config(cls, document: Mapping[str, Any]) -> LowRankSpec:
         """Read what `to_config` returns; ValueError says what is wrong with it."""
@@ -238,7 +242,8 @@ class LowRankSpec:
             except ValueError as error:
                 raise ValueError(f"it does not say which layers are low-rank: {name}: {error}") from None
         initial = None if document.get("initial") is None else InitialRecord.from_dict(document["initial"])
-        spec = cls(found, initial)
+        dense = document.get("dense")
+        spec = cls(found, initial, tuple(map(str, dense)) if isinstance(dense, list) else ())
         known = () if initial is None else initial.tensors.keys()
         if missing := next((name for name in spec.from_initial if name not in known), None):
             raise ValueError(f"it does not say what the initial weights of {missing} are")

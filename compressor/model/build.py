@@ -107,10 +107,8 @@ def _packed_config(folder: Path, model_class: Any) -> dict[str, Any]:
         spec = LowRankSpec.from_config(described["quantization_config"])
     except ValueError:  # of others, who name classes of layers
         return {}
-    from compressor.lowrank.quantizer import LowRankConfig
-
     config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-    config.quantization_config = LowRankConfig.of(spec)
+    config.quantization_config = spec.to_own_config()
     return {"config": config}
 
 
