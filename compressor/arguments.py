@@ -85,6 +85,25 @@ def as_counts(value: object, option: str, *, least: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(as_count(part, option, least=least) for part in parts))
 
 
+def as_widths(value: object, option: str) -> tuple[int, ...]:
+    """Bits that numbers may be stored in, each once and the most first: 8, (8, 4), or text such as 8,4.
+
+    `auto`, any that pays, is the empty tuple.
+    """
+    if value == () or (isinstance(value, str) and value.strip() == "auto"):
+        return ()
+    parts: Any = value
+    if isinstance(value, str):
+        parts = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
+    known = (16, *range(8, 1, -1))
+    listed: Sequence[Any] = parts if isinstance(parts, list | tuple) and parts else [value]
+    wrong = [part for part in listed if part not in known or isinstance(part, bool)]
+    if wrong:
+        remedy = "give 2 to 8, 16, several such as 8,4, or auto"
+        raise BadInput(f"`{option}` {_shown(wrong[0])} is no width", option=option, remedy=remedy)
+    return tuple(sorted({int(part) for part in listed}, reverse=True))
+
+
 def as_size(value: object, option: str) -> int:
     """A size as a number of bytes: a whole number, or text such as 40MB or 1.5GiB; KB is 1000 bytes, KiB is 1024."""
     if not isinstance(value, str):

@@ -233,9 +233,8 @@ class Compression(DisplayedLayers):
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
         place = self.output or ("nowhere" if self.model is None else "memory")
         return (
-            f"<Compression of {self.source} to {place}: {self.plan.factorized} of"
-            f" {len(self.plan.layers)} eligible layers factorized, {format_size(self.bytes.before)} to"
-            f" {format_size(self.bytes.after)}{score}>"
+            f"<Compression of {self.source} to {place}: {self.plan.rewritten_words},"
+            f" {format_size(self.bytes.before)} to {format_size(self.bytes.after)}{score}>"
         )
 
     @property

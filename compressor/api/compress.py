@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,6 +67,7 @@ from compressor.engine import InProcess, Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, device_words, process_memory
 from compressor.formatting import format_percent, format_size
+from compressor.forms import from_initial, pair_name
 from compressor.initial import InitialFound
 from compressor.io import Artifact, Naming, Target, form_of
 from compressor.lowrank import (
@@ -96,7 +97,9 @@ from compressor.planning import (
     MeasuredLayer,
     Plan,
     PlanningSettings,
+    given_plan,
     is_worthwhile,
+    quantized_forms,
     within_limit,
     worthwhile_size,
 )
@@ -208,9 +211,14 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         needs = _announced(asked, subject, data, places=places, run=run)
         decomposing = _decomposing(asked, data, places, run=run)
         kept = None if decomposing is None else decomposing.kept
-        inspected = inspect_layers(subject, EPSILON, run, decomposing=decomposing)
+        quantized = _quantized_forms(asked, subject)
+        # With calibration their errors are those in its metric, but of a plan, whose layers it may not reach.
+        by_weights = quantized if data.calibration is None or asked.plan is not None else None
+        inspected = inspect_layers(subject, EPSILON, run, decomposing=decomposing, quantized=by_weights)
         measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
-        measured = [replace(m, rank_multiple=asked.rank_multiple or 1) for m in measured]
+        measured = [
+            replace(m, rank_multiple=asked.rank_multiple or 1, quantized=_of_layer(quantized, m)) for m in measured
+        ]
         _require_some(measured, subject.name)
         if not any(each.start for each in measured):
             # Nothing is left of them, so that the result is, to the byte, the one without them.
@@ -325,6 +333,37 @@ def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
     )
 
 
+def _quantized_forms(asked: CompressOptions, subject: Model) -> Mapping[str, tuple[str, ...]]:
+    """The quantized forms that each layer may take, by its name: those of a plan, or those of the widths allowed."""
+    if asked.plan is not None:
+        planned, _ = given_plan(asked.plan)
+        return {layer.name: (layer.form,) for layer in planned.layers if layer.quantization is not None}
+    if not asked.quantizes:
+        return {}
+    settings, initial = asked.planning_settings or PLANNING, subject.initial is not None
+    return {
+        layer.name: quantized_forms(layer, asked.bits, initial=initial, settings=settings)
+        for layer in subject.layers
+        if layer.eligible
+    }
+
+
+def _of_layer(quantized: Mapping[str, tuple[str, ...]], m: MeasuredLayer) -> tuple[str, ...]:
+    """The quantized forms of a layer; of what training wrote only where it correlates with its initial weights."""
+    forms = quantized.get(m.layer.name, ())
+    return tuple(form for form in forms if m.start is not None or not from_initial(form))
+
+
+def _with_errors_by_weights(subject: Model, measured: Sequence[MeasuredLayer], run: Run) -> Sequence[MeasuredLayer]:
+    """The layers with the errors of their quantized forms in the Frobenius norm, where no calibration gives them."""
+    quantized = {m.layer.name: m.quantized for m in measured if m.quantized}
+    if not quantized:
+        return measured
+    inspected = inspect_layers(subject, EPSILON, run, quantized=quantized)
+    errors = {m.layer.name: m.own_errors for m in measured_layers(subject, inspected)}
+    return [replace(m, own_errors={**m.own_errors, **errors.get(m.layer.name, {})}) for m in measured]
+
+
 def _gate(data: _Data, decompositions: KeptDecompositions | None, run: Run) -> DropGate | None:
     """What drops in quality are measured on, where there are data for that."""
     return None if data.search is None else DropGate(data.search, run, decompositions)
@@ -337,6 +376,8 @@ def _planned(
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
         calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
+        if calibrated is None:
+            measured = _with_errors_by_weights(subject, measured, run)
     if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)
     else:
@@ -409,7 +450,7 @@ def _compression(
         peak_memory_bytes=process_memory(),
         skipped=tuple(layer for layer in subject.layers if not layer.eligible),
         spectra={
-            m.layer.name: m.own_values.get(p.form, m.singular_values)
+            m.layer.name: m.own_values.get(pair_name(p.form), m.singular_values)
             for m, p in zip(measured, rewriting.plan.layers, strict=True)
         },
         command="" if rewriting.provenance is None else rewriting.provenance.command,

@@ -30,6 +30,7 @@ class CompressKeywords(TypedDict, total=False):
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None
     target_device: DeviceProfile | str | None
@@ -96,6 +97,7 @@ class PlanKeywords(TypedDict, total=False):
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None
     target_device: DeviceProfile | str | None

@@ -15,6 +15,7 @@ from compressor.arguments import (
     as_patterns,
     as_ratio,
     as_size,
+    as_widths,
     one_of,
     require_kind,
     require_model,
@@ -212,6 +213,10 @@ def _joined(value: Sequence[int]) -> str:
     return ",".join(map(str, value))
 
 
+def _plain_widths(value: Sequence[int]) -> str:
+    return _joined(value) or "auto"
+
+
 def _progress(value: Any, name: str) -> Any:
     require_kind(value, name, (Callable,), remedy="give a function of a step, how many parts are done, and of how many")
     return value
@@ -292,6 +297,7 @@ NUMBER = Kind("float", as_number, shell=float)
 SHARE = Kind("float | str", partial(as_number, percent=True), metavar="SHARE")
 RATIO = Kind("float | str", as_ratio, metavar="RATIO")
 COUNTS = Kind("int | str | Sequence[int]", partial(as_counts, least=1), metavar="N,N", plain=_joined)
+WIDTHS = Kind("int | str | Sequence[int]", as_widths, metavar="auto|N,N", plain=_plain_widths)
 SIZE = Kind("int | str", as_size, metavar="SIZE", plain=_plain_size)
 TEXT = Kind("str", _text)
 PATH = Kind("str | Path", _path, metavar="PATH")

@@ -283,7 +283,7 @@ def _by_timing(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], 
     measured, plan = _without_slower(speed, subject, measured, request=request, pairs=pairs)
     # A search by drop begins with a size that it may leave for a smaller, faster one.
     searched = request.budget is not None and request.budget.kind == "max-drop"
-    if plan.factorized and not searched:
+    if plan.rewritten and not searched:
         whole = _timed_plan(speed, subject, plan)
         if limit is None:
             _require_fast(speed, subject, whole, limit=None)
@@ -405,7 +405,7 @@ def _corrected(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer], 
     limit = request.limit
     assert limit is not None
     plan = plan_ranks(subject, measured, request).plan
-    if not plan.factorized:
+    if not plan.rewritten:
         return limit
     whole = _timed_plan(speed, subject, plan)
     found = zip(limit.rest, _rest(measured, plan, whole), _ratios(measured, whole), strict=True)

@@ -40,6 +40,7 @@ from compressor.api.kinds import (
     SIZE,
     SWITCH,
     TEXT,
+    WIDTHS,
     choice,
     count,
     settings,
@@ -328,6 +329,31 @@ class BudgetOptions(Options):
 
 
 @options
+class BitsOptions(Options):
+    """In how many bits numbers may be stored."""
+
+    bits: tuple[int, ...] = option(
+        "Bits in which the numbers of a layer may be stored beside its own: 8, 4, or several such as 8,4; auto: any "
+        "from 2 to 8; 16: none. What loses least for its bytes is chosen, dense or as a pair. One width without a "
+        "size: every layer in it.",
+        WIDTHS,
+        "16",
+        panel=BUDGET,
+    )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether layers may be stored in fewer than 16 bits."""
+        return self.bits != (16,)
+
+    @property
+    def only_width(self) -> int | None:
+        """The only width below 16 that is asked for; None where none or several are."""
+        widths = [each for each in self.bits if each < 16]
+        return widths[0] if len(widths) == 1 and 16 not in self.bits else None
+
+
+@options
 class BatchOptions(Options):
     """At which batch sizes a model is to be fast."""
 
@@ -470,6 +496,7 @@ class PlanOptions(
     InitialOptions,
     TrainingOptions,
     SpeedOptions,
+    BitsOptions,
     BudgetOptions,
     BaseOptions,
     HubOptions,
@@ -510,7 +537,13 @@ class PlanOptions(
         A search for the smallest size within a drop alone calibrates once for each size that it tries, and measures
         what is lost.
         """
-        return self.calibration is None and self.base is None and bool({"keep", "max_size", "max_latency"} & self.given)
+        sized = bool({"keep", "max_size", "max_latency"} & self.given) or self._states_width
+        return self.calibration is None and self.base is None and sized
+
+    @property
+    def _states_width(self) -> bool:
+        """Whether the one width that is asked for says how much of every layer is kept."""
+        return self.only_width is not None and not set(self.alternatives) & self.given
 
     def _check_budgets(self) -> None:
         given = [name for name in self.alternatives if name in self.given]
@@ -527,11 +560,12 @@ class PlanOptions(
         """What a plan states itself."""
         if self.plan is None:
             return
-        for name in ("form", "prefer", "target_device", "rank_multiple"):
+        of_ranks = dict.fromkeys(("prefer", "target_device", "rank_multiple"), "ranks")
+        for name, stated in {"form": "forms", "bits": "bits", **of_ranks}.items():
             if name in self.given:
                 value = getattr(self, name)
                 shown = f"`{name}={value!r}`" if isinstance(value, str | int) else f"`{name}`"
-                what, stated = f"`plan` and {shown} contradict each other", "forms" if name == "form" else "ranks"
+                what = f"`plan` and {shown} contradict each other"
                 raise BadInput(what, option="plan", remedy=f"state the {stated} in the plan")
 
     def _check_needs(self) -> None:
@@ -550,7 +584,8 @@ class PlanOptions(
             what = "`data_samples` is about data, and none were given"
             raise BadInput(what, option="data_samples", remedy="pass `data=DATA`, or leave it out")
         must_calibrate = self.calibrates or self.calibration_cache is not None
-        if must_calibrate and not {"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given:
+        asked = bool({"keep", "max_size", "max_latency", "max_drop", "plan"} & self.given) or self._states_width
+        if must_calibrate and not asked:
             raise BadInput(
                 "calibration shares a size among the layers, and none was asked for",
                 option="calibration",
@@ -568,7 +603,7 @@ class PlanOptions(
 
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
-    *("calibration_cache", "planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
+    *("calibration_cache", "planning_settings", "form", "bits", "embeddings", "push_to", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine", "initial"),
 )
 
@@ -620,7 +655,13 @@ class CompressOptions(WorkOptions, OutputOptions, PlanOptions):
 
 @options
 class InspectOptions(
-    EngineOptions, EmbeddingOptions, ArchitectureOptions, ThresholdOptions, InitialOptions, TrainingOptions, HubOptions
+    EngineOptions,
+    EmbeddingOptions,
+    ArchitectureOptions,
+    ThresholdOptions,
+    InitialOptions,
+    TrainingOptions,
+    HubOptions,
 ):
     """What can be asked of `inspect`."""
 

@@ -33,7 +33,9 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
     kinds: tuple[BudgetKind, ...] = ("keep", "max-size", "tolerance", "max-latency", "max-drop")
     given = {kind: value for kind in kinds if (value := getattr(asked, kind.replace("-", "_"))) is not None}
     if not given:
-        return None if asked.plan is None else Budget("plan")
+        if asked.plan is not None:
+            return Budget("plan")
+        return None if asked.only_width is None else Budget("bits", asked.only_width)
     kind = next(iter(given))
     value = given.pop(kind)
     return checked_budget(Budget(kind, value, given.get("max-latency"), given.get("max-drop")))
@@ -48,6 +50,8 @@ def preferred(asked: PlanOptions, model: Model) -> Preference:
         return "size"
     if asked.prefer is not None:
         return asked.prefer
+    if asked.quantizes and not {"max_latency", "target_device"} & asked.given:
+        return "size"  # not every device multiplies integers faster, and who asks for bits asks for fewer bytes
     bare = not model.in_memory and model.checkpoint.folder is None
     return "size" if bare and not {"max_latency", "target_device"} & asked.given else "speed"
 

@@ -41,6 +41,11 @@ def has_own_errors(form: str) -> bool:
     return form != DENSE and FORMS[form].has_own_errors
 
 
+def least_rank(form: str) -> int:
+    """The smallest rank that can be stored in a form; that of a dense layer is 0."""
+    return 0 if form == DENSE else FORMS[form].least_rank
+
+
 def from_initial(form: str) -> bool:
     """Whether a form stands for what training wrote alone."""
     return form in FORMS and FORMS[form].from_initial
@@ -132,6 +137,7 @@ __all__ = [
     "from_initial",
     "has_own_errors",
     "layer_builder",
+    "least_rank",
     "pair_forms",
     "pair_name",
     "pair_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from compressor.engine import Run
 from compressor.errors import BadInput
-from compressor.factorize import Decomposition, decompose, working_bytes
-from compressor.forms import FORMS, InitialForm, has_own_errors, pair_forms, pair_of
+from compressor.factorize import Decomposition, FactorizationSettings, decompose, working_bytes
+from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
@@ -47,9 +48,14 @@ class Decomposing:
 
 
 def inspect_layers(
-    subject: Model, epsilon: float, run: Run, *, decomposing: Decomposing | None = None
+    subject: Model,
+    epsilon: float,
+    run: Run,
+    *,
+    decomposing: Decomposing | None = None,
+    quantized: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[InspectedLayer, ...]:
-    """Read every eligible layer once, and measure it."""
+    """Read every eligible layer once, and measure it, and what quantizing costs it in the forms that are named."""
     kept = None if decomposing is None else decomposing.kept
     recipe, architecture = subject.recipe, subject.architecture
     uses = uses_per_example(
@@ -70,6 +76,7 @@ def inspect_layers(
             precision=_precision(layer, decomposing),
             kept=kept is not None,
             start=starts.get(layer.name),
+            quantized=tuple((quantized or {}).get(layer.name, ())),
         )
         for layer in eligible
     ]
@@ -121,6 +128,7 @@ class _Measurement:
     precision: Precision | None
     kept: bool
     start: Start | None
+    quantized: tuple[str, ...] = ()
     initial: Tensor | None = None
 
     def with_initial(self, initial: InitialWeights | None) -> _Measurement:
@@ -131,7 +139,9 @@ class _Measurement:
     def unit(self) -> str:
         """What the spectra are called in a journal."""
         share = "" if self.start is None else f"-{self.start.share}"
-        return f"spectrum{share}/{self.layer.name}"
+        forms = "".join(f"-{form}" for form in self.quantized)
+        bits = f"-{hashlib.sha256(forms.encode()).hexdigest()[:8]}" if forms else ""
+        return f"spectrum{share}{bits}/{self.layer.name}"
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +158,7 @@ def _precision(layer: Layer, decomposing: Decomposing | None) -> Precision | Non
 def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decomposition | None]:
     """The singular values of a layer, under no name, and those of forms that have their own, by the form's.
 
-    And its decomposition, if there is one to be kept.
+    Of quantized forms they are relative errors. And its decomposition, if there is one to be kept.
     """
     layer, found = asked.layer, None
     weight = asked.weight.read()
@@ -167,13 +177,38 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
             remedy="use a checkpoint from before the training diverged",
         )
     own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    written = None
     if asked.start is not None and asked.initial is not None:
         training = in_float64(weight) - asked.start.share * in_float64(asked.initial.to(weight.device))
-        of_training = singular_values(as_matrix(layer, training))
+        written = as_matrix(layer, training)
+        of_training = singular_values(written)
         for form in pair_forms(layer, initial=True):
             if isinstance(form, InitialForm):
                 own[form.name] = form.own_values(training) if form.pair.has_own_errors else of_training
+    own |= _quantized_errors(layer, matrix, [name for name in asked.quantized if not from_initial(name)], found=found)
+    if written is not None:
+        share = _norm(written) / (_norm(matrix) or 1.0)
+        errors = _quantized_errors(layer, written, [name for name in asked.quantized if from_initial(name)])
+        own |= {name: share * each for name, each in errors.items()}
     return {"": values} | own, found if asked.kept else None
+
+
+def _quantized_errors(
+    layer: Layer, matrix: Tensor, forms: Sequence[str], *, found: Decomposition | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Relative Frobenius errors of a matrix in quantized forms, at rank 0, 1, .."""
+    if not forms:
+        return {}
+    found = found or decompose(matrix, None, Precision())
+    settings = FactorizationSettings()
+    return {
+        name: FORMS[name].errors_in(layer, matrix, metric=None, settings=settings, decomposition=found)
+        for name in forms
+    }
+
+
+def _norm(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(in_float64(matrix)))
 
 
 def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) -> InspectedLayer:
@@ -185,7 +220,10 @@ def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) 
         window=memory_window(asked.recipe, layer.shape, asked.uses, epsilon=asked.epsilon),
         initialization=surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std),
         singular_values=tuple(values.tolist()),
-        own_values={form: tuple(each.tolist()) for form, each in spectra.items() if form},
+        own_values={
+            form: tuple(each.tolist()) for form, each in spectra.items() if form and form not in asked.quantized
+        },
+        quantized_errors={form: tuple(spectra[form].tolist()) for form in asked.quantized if form in spectra},
         start=asked.start,
     )
 
@@ -210,6 +248,8 @@ def measured_layers(
                 unknown_start=each.initialization.reason,
                 rank_bound=window.rank_bound if window.vacuous is False else None,
                 own_values={form: np.array(values) for form, values in each.own_values.items()},
+                own_errors={form: np.array(errors) for form, errors in each.quantized_errors.items()},
+                quantized=tuple(each.quantized_errors),
                 settings=settings,
                 start=each.start,
             )
@@ -229,6 +269,8 @@ class InspectedLayer:
     singular_values: tuple[float, ...] | None = None
     own_values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Singular values of the matrix that is factorized, by the form's name, for forms that factorize another one."""
+    quantized_errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Relative Frobenius errors at rank 0, 1, .. of the quantized forms that were asked for, by their names."""
     start: Start | None = None
     """What is left of its initial weights, where it correlates with them."""
 

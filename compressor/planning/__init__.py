@@ -20,6 +20,7 @@ from compressor.planning.plan import CalibrationResult, LayerPlan, LossUnit, Pla
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size import plan_by_size
 from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
+from compressor.planning.widths import quantized_forms
 
 __all__ = [
     "PLANNING",
@@ -50,6 +51,7 @@ __all__ = [
     "plan_by_size",
     "plan_loss",
     "predicted_loss",
+    "quantized_forms",
     "rank_caps",
     "read_plan",
     "search_by_drop",

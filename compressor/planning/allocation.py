@@ -145,6 +145,30 @@ def lower_hull(choices: Choices) -> npt.NDArray[np.int64]:
         hull = hull[below]
 
 
+def undominated(rated: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Places of the choices, columns, to which no other is as good in every row and better in one; of equals the first.
+
+    Less is better. They are in the order of the first row.
+    """
+    order = np.lexsort((*rated[1:], rated[0]))
+    if len(rated) == 2:
+        least = np.minimum.accumulate(rated[1, order])
+        found: npt.NDArray[np.int64] = order[np.append(True, least[1:] < least[:-1])[: len(order)]]
+        return found
+    kept = rated[:, :0]
+    places = [order[:0]]
+    # What dominates a choice comes before it in this order.
+    for part in np.array_split(order, max(1, len(order) // 256)):
+        worse = (kept[:, :, None] <= rated[:, None, part]).all(axis=0).any(axis=0)
+        block = part[~worse]
+        own = rated[:, block]
+        before = np.tri(len(block), k=-1, dtype=np.bool_).T
+        best = ~((own[:, :, None] <= own[:, None]).all(axis=0) & before).any(axis=0)
+        kept = np.concatenate([kept, own[:, best]], axis=1)
+        places.append(block[best])
+    return np.concatenate(places)
+
+
 def even_shares(layers: Sequence[Choices], budget: float) -> list[int]:
     """Index of each layer's choice that loses the least within one common share of the layer's largest cost.
 

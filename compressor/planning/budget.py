@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from compressor.errors import BadInput
 
-BudgetKind = Literal["keep", "max-size", "max-latency", "max-drop", "tolerance", "window-rule", "plan"]
+BudgetKind = Literal["keep", "max-size", "max-latency", "max-drop", "tolerance", "window-rule", "bits", "plan"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Budget:
             files. `max-latency`: the time of a forward at every batch size, as a ratio to that of the dense model.
             `max-drop`: the smallest model whose accuracy (a fraction) or perplexity is worse by at most that.
             `tolerance`: the relative Frobenius error per layer. `window-rule`: what training wrote above its
-            initialization. `plan`: the ranks of an existing plan.
+            initialization. `bits`: the bits of every layer. `plan`: the ranks of an existing plan.
         value: The number; None for `window-rule` and `plan`.
         max_latency: With a size, a limit on the latency as well; else None.
         max_drop: With a size or a latency, the largest drop of what they give; else None.

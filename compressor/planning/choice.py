@@ -14,7 +14,7 @@ from compressor.planning.latency import TimeLimit
 from compressor.planning.layer_choices import least_seconds, smallest_size
 from compressor.planning.measured import MeasuredLayer, dense_seconds
 from compressor.planning.plan import LayerPlan
-from compressor.planning.rules import plan_by_tolerance, plan_by_window_rule
+from compressor.planning.rules import plan_by_bits, plan_by_tolerance, plan_by_window_rule
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size import plan_by_file_size, plan_by_size
 
@@ -67,6 +67,8 @@ def choose_ranks(
     assert budget.value is not None, f"{budget.kind} has a value"
     if budget.kind == "tolerance":
         return plan_by_tolerance(measured, budget.value, form)
+    if budget.kind == "bits":
+        return plan_by_bits(measured, int(budget.value))
     limit = None if budget.latency_limit is None else limit
     seconds = None if limit is None else limit.allowed(dense_seconds(measured))
     if budget.kind == "max-size":
@@ -96,9 +98,9 @@ def _not_reached(
         if least > limit.ratio or budget.kind == "max-latency":
             reached = f"allow at least {math.ceil(least * 1000) / 1000:.3f}x"
             device = next(m.latency.profile.name for m in measured if m.latency is not None)
-            nothing = f"1: low rank makes no layer faster on {device}"
+            nothing = f"1: {_by_what(measured, 'make', 'makes')} no layer faster on {device}"
             return BadInput(
-                f"`max_latency` {limit.ratio:g} is below the smallest that low rank reaches here",
+                f"`max_latency` {limit.ratio:g} is below the smallest that {_by_what(measured)} here",
                 option="max_latency",
                 remedy=reached if least < 1 else f"allow at least {nothing}",
             )
@@ -113,10 +115,15 @@ def _not_reached(
             remedy="allow more of one of them",
         )
     return BadInput(
-        f"`{budget.option}` {budget.value:g} is below the smallest that low rank reaches here",
+        f"`{budget.option}` {budget.value:g} is below the smallest that {_by_what(measured)} here",
         option=budget.option,
         remedy=f"allow at least {_smallest(measured, budget, form, file_bytes=file_bytes)}{_by_size(measured)}",
     )
+
+
+def _by_what(measured: Sequence[MeasuredLayer], several: str = "reach", one: str = "reaches") -> str:
+    """What makes layers smaller, with its verb."""
+    return f"low rank and quantization {several}" if any(m.quantized for m in measured) else f"low rank {one}"
 
 
 def _smallest(

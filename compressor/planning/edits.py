@@ -10,10 +10,21 @@ from typing import Any
 
 from compressor.documents import read_json
 from compressor.errors import BadInput
-from compressor.forms import DENSE, FORMS, factorized_shape, from_initial, pair_forms, stored_parameters
+from compressor.forms import (
+    DENSE,
+    FORMS,
+    factorized_shape,
+    from_initial,
+    pair_forms,
+    pair_name,
+    quantization_of,
+    quantized_name,
+    stored_parameters,
+)
 from compressor.planning.budget import Budget
 from compressor.planning.measured import MeasuredLayer
 from compressor.planning.plan import PLAN_SCHEMA_VERSION, LayerPlan, Plan, dense_plan
+from compressor.quantize import Quantization
 
 
 def read_plan(path: Path) -> Plan:
@@ -49,21 +60,26 @@ def given_plan(given: Plan | str | Path) -> tuple[Plan, str]:
 def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise BadInput("a layer of the plan has no name", where=path, remedy=remedy)
-    name, form = entry["name"], entry.get("form", DENSE)
+    name, stated = entry["name"], entry.get("form", DENSE)
+    quantization = _read_quantization(entry, path)
+    form = quantized_name(str(stated), quantization)
     if "rank" not in entry:
         raise BadInput(f"{name} has no rank", where=path, remedy="give one, or null for dense")
     rank, share = entry["rank"], entry.get("share")
-    least = 0 if isinstance(form, str) and from_initial(form) else 1
+    least = FORMS[form].least_rank if form in FORMS else 1
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < least):
         raise BadInput(
             f"rank {rank!r} of {name} is not a {'' if least == 0 else 'positive '}whole number",
             where=path,
             remedy="give one, or null for dense",
         )
-    if form not in (known := (DENSE, *FORMS)):
-        raise BadInput(f"form {form!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(known)}")
+    if form not in (known := (DENSE, *FORMS)) and form not in FORMS:
+        raise BadInput(f"form {stated!r} of {name} does not exist", where=path, remedy=f"one of {', '.join(known)}")
     if share is not None and (type(share) not in (int, float) or not math.isfinite(share)):
         raise BadInput(f"share {share!r} of {name} is not a number", where=path, remedy="give one, or leave it out")
+    if quantization is not None and rank is None:
+        what = f"{quantization.bits} bits and rank null of {name} contradict each other"
+        raise BadInput(what, where=path, remedy="set the rank to 0 for the quantized matrix, or leave out the bits")
     if rank is not None and form == DENSE:
         *others, last = FORMS
         remedy = f"set the rank to null for dense, or the form to {', '.join(others)} or {last}"
@@ -79,6 +95,18 @@ def _read_layer(entry: Any, path: Path, remedy: str) -> LayerPlan:
         reason=str(entry.get("reason", "")),
         share=None if share is None else float(share),
     )
+
+
+def _read_quantization(entry: Mapping[str, Any], path: Path) -> Quantization | None:
+    """How the numbers of a layer are quantized; None where the entry states no bits, or 16 of them."""
+    bits = entry.get("bits")
+    if bits is None or bits == 16:
+        return None
+    try:
+        return Quantization.from_dict(entry)
+    except ValueError as error:
+        remedy = "give 2 to 8 bits, a group size that divides the inputs or null, and zero points true or false"
+        raise BadInput(f"{entry['name']}: {error}", where=path, remedy=remedy) from None
 
 
 def _read_shape(shape: object) -> tuple[int, int]:
@@ -132,12 +160,16 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
             where=where,
             remedy="name them with `initial`; a layer that does not correlate with them has no such form",
         )
-    if form not in (possible := [each.name for each in pair_forms(layer, initial=m.start is not None)]):
+    possible = [each.name for each in pair_forms(layer, initial=m.start is not None)]
+    quantization = quantization_of(form)
+    if form not in possible and (quantization is None or not FORMS[form].takes(layer)):
         sides = " x ".join(map(str, layer.tensor_shape))
+        remedy = f"give it the form {' or '.join(possible)}, or null for a rank to keep it dense"
+        if quantization is not None:
+            remedy = "give it another form, other bits, or null for the group size"
+        stated = f"form {pair_name(form)!r}{'' if quantization is None else f' in {quantization.name} bits'}"
         raise BadInput(
-            f"form {form!r} does not exist for {layer.name}, a {layer.kind} layer of {sides}",
-            where=where,
-            remedy=f"give it the form {' or '.join(possible)}, or null for a rank to keep it dense",
+            f"{stated} does not exist for {layer.name}, a {layer.kind} layer of {sides}", where=where, remedy=remedy
         )
     shape = factorized_shape(layer, form)
     if edit.rank > min(shape):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.forms import DENSE, from_initial, predicted_seconds
+from compressor.forms import DENSE, from_initial, least_rank, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse, Workload
 from compressor.network import Kind, Layer
 
@@ -56,18 +56,19 @@ class LayerLatency:
     workloads: tuple[Workload, ...]
     uses: tuple[LayerUse | None, ...]
     measured: Mapping[str, Seconds] = field(default_factory=dict)
-    # What was predicted, without factors, at every rank from 1 on: plans ask for it again and again.
+    # What was predicted, without factors, at every rank from the least on: plans ask for it again and again.
     _known: dict[tuple[Kind, tuple[int, ...], str], Seconds] = field(init=False, repr=False, default_factory=dict)
 
     def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
         """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
-        ranks = np.ones_like(ranks) if form == DENSE or from_initial(form) else ranks
+        as_dense = form == DENSE or from_initial(form)
+        ranks, least = (np.ones_like(ranks), 1) if as_dense else (ranks, least_rank(form))
         key, largest = (layer.kind, layer.tensor_shape, form), int(ranks.max(initial=1))
         known = self._known.get(key)
-        if known is None or known.shape[1] < largest:
+        if known is None or least + known.shape[1] <= largest:
             most = 1 if form == DENSE else max(largest, min(layer.shape))
-            known = self._known[key] = self._predicted(layer, form, np.arange(1, most + 1))
-        seconds = known[:, ranks - 1]
+            known = self._known[key] = self._predicted(layer, form, np.arange(least, most + 1))
+        seconds = known[:, ranks - least]
         return seconds * self.measured[form][:, None] if form in self.measured else seconds
 
     def _predicted(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:

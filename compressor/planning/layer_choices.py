@@ -13,7 +13,7 @@ import numpy.typing as npt
 from compressor.choices import FormRequest
 from compressor.forms import DENSE, FORMS, Count, from_initial, stored_bytes, stored_parameters
 from compressor.measure import Spectrum
-from compressor.planning.allocation import Choices
+from compressor.planning.allocation import Choices, undominated
 from compressor.planning.latency import Seconds
 from compressor.planning.measured import ROUNDING, MeasuredLayer, form_demands, form_for, forms_alike, most_bytes
 
@@ -57,8 +57,9 @@ def layer_choices(
 ) -> LayerChoices:
     """Every form and rank whose pair saves enough of the dense layer, in bytes and in time, and dense last.
 
-    Under a cap there is no dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise
-    with the rank, and the cap says nothing of the matrix of a spatial pair.
+    Where there are quantized forms, what is in nothing better than another choice is left out. Under a cap there is no
+    dense choice, and no pair that stores more than the layer's own at the cap: these sizes rise with the rank, and the
+    cap says nothing of the matrix of a spatial pair.
     """
     layer = m.layer
 
@@ -79,32 +80,43 @@ def layer_choices(
         capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
         largest = parameters(*at_cap) if capped else largest
     forms: list[str] = []
-    ranks, costs, errors, seconds = [], [], [], []
+    places, ranks, costs, errors, seconds = [], [], [], [], []
+
+    def add(form: str, own: npt.NDArray[np.int64]) -> None:
+        places.append(np.full(len(own), len(forms)))
+        forms.append(form)
+        ranks.append(own)
+        costs.append(np.broadcast_to(cost(form, own), own.shape))
+        errors.append(np.zeros(len(own)) if form == DENSE else m.errors(form)[own])
+        seconds.append(_seconds(m, form, own))
+
     for form, own in _ranks_of_forms(m, request):
         stored = stored_bytes(layer, form, own, itemsize=m.itemsize)
-        fitting = own[(parameters(form, own) <= largest) & (stored <= most_bytes(m))]
-        forms += [form] * len(fitting)
-        ranks.append(fitting)
-        costs.append(cost(form, fitting))
-        errors.append(m.errors(form)[fitting])
-        seconds.append(_seconds(m, form, fitting))
+        add(form, own[(parameters(form, own) <= largest) & (stored <= most_bytes(m))])
     if not capped:
-        forms.append(DENSE)
-        ranks.append(np.zeros(1, dtype=np.int64))
-        costs.append(np.full(1, cost(DENSE, 0)))
-        errors.append(np.zeros(1))
-        seconds.append(_seconds(m, DENSE, np.zeros(1, dtype=np.int64)))
-    error = np.concatenate(errors)
+        add(DENSE, np.zeros(1, dtype=np.int64))
+    place, error = np.concatenate(places), np.concatenate(errors)
+    truncates = np.array([form != DENSE and FORMS[form].truncates for form in forms])[place]
     losses = _losses(m, error, exponent)
-    truncated = np.array([form != DENSE and FORMS[form].truncates for form in forms])
     if math.isfinite(m.truncation_penalty):
-        losses = np.where(truncated, m.truncation_penalty, 1.0) * losses
-    found = LayerChoices(
-        Choices(np.concatenate(costs), losses), forms, np.concatenate(ranks), error, np.concatenate(seconds, axis=1)
+        losses = np.where(truncates, m.truncation_penalty, 1.0) * losses
+        taken = np.arange(len(place))
+    else:
+        taken = np.flatnonzero(~truncates & (np.concatenate(ranks) == 0))
+    all_costs, all_seconds = np.concatenate(costs), np.concatenate(seconds, axis=1)
+    if m.quantized:
+        # Of the ranks of a form that is alone few are worse than others; of many forms most are.
+        kinds = np.array([2 * (form == DENSE) + from_initial(form) for form in forms])[place]
+        rated = np.vstack([all_costs.astype(np.float64), all_seconds, losses])
+        parts = [taken[kinds[taken] == kind] for kind in np.unique(kinds[taken])]
+        taken = np.concatenate([part[undominated(rated[:, part])] for part in parts])
+    return LayerChoices(
+        Choices(all_costs[taken], losses[taken]),
+        [forms[index] for index in place[taken]],
+        np.concatenate(ranks)[taken],
+        error[taken],
+        all_seconds[:, taken],
     )
-    if math.isfinite(m.truncation_penalty):
-        return found
-    return found.at(np.flatnonzero(~truncated & (found.ranks == 0)))
 
 
 def smallest_size(measured: Sequence[MeasuredLayer], request: FormRequest, unit: Literal["parameters", "bytes"]) -> int:
@@ -140,6 +152,9 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[st
     for form in m.forms_apart(request):
         own = m.ranks(len(m.own_values[form]), form)
         # A size that is asked for may be met without becoming faster: such a layer takes as long as the dense one.
+        yield form, own if from_initial(form) else own[m.saves_time(form, own)]
+    for form in m.quantized_forms(request):
+        own = m.ranks(len(m.own_errors[form]) - 1, form)
         yield form, own if from_initial(form) else own[m.saves_time(form, own)]
 
 

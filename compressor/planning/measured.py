@@ -14,8 +14,11 @@ from compressor.forms import (
     factorized_shape,
     from_initial,
     has_own_errors,
+    least_rank,
     pair_forms,
+    pair_name,
     pair_of,
+    quantization_of,
     stored_bytes,
     stored_parameters,
 )
@@ -48,7 +51,8 @@ class MeasuredLayer:
     fastest form is chosen instead of the smallest one. Where the layer correlates with its initial weights, `start`
     says how, and for the forms of what training wrote `own_values` has the singular values of that. The loss of forms
     that truncate is multiplied by `truncation_penalty` where choices are compared; an infinite one leaves choices of
-    rank 0 in other forms, and dense.
+    rank 0 in other forms, and dense. `quantized` names the quantized forms that the layer may be stored in; they are
+    choices where `own_errors` has their errors, without calibration in the Frobenius norm.
     """
 
     layer: Layer
@@ -72,10 +76,11 @@ class MeasuredLayer:
     rank_multiple: int = 1
     start: Start | None = None
     truncation_penalty: float = 1.0
+    quantized: tuple[str, ...] = ()
 
-    def ranks(self, largest: int, form: str = DENSE) -> npt.NDArray[np.int64]:
-        """The ranks that are choices, up to the largest one; in a form of what training wrote from 0 on."""
-        return np.arange(0 if from_initial(form) else self.rank_multiple, largest + 1, self.rank_multiple)
+    def ranks(self, largest: int, form: str | None = None) -> npt.NDArray[np.int64]:
+        """The ranks that are choices, up to the largest one; from 0 on in forms that have this rank."""
+        return np.arange(self.rank_multiple if form is None or least_rank(form) else 0, largest + 1, self.rank_multiple)
 
     def rounded(self, rank: int) -> int:
         """The smallest rank from a rank on that is a choice."""
@@ -135,6 +140,26 @@ class MeasuredLayer:
             or ((part in alike or has_own_errors(part)) and self._start_gains(form, part))
         ]
 
+    def quantized_forms(self, request: FormRequest) -> list[str]:
+        """The quantized forms whose errors are known; of pairs the one that is asked for, where the layer can have it.
+
+        Of what training wrote only where it errs clearly less than the layer's own pair.
+        """
+        alike = forms_alike(self.layer, request)
+        pairs = {form.name for form in pair_forms(self.layer) if form.name not in alike and not form.has_own_errors}
+
+        def wanted(form: str) -> bool:
+            pair = pair_name(pair_of(form) or form)
+            return pair not in (*pairs, *self.settings.excluded_forms)
+
+        known = [form for form in self.quantized if form in self.own_errors and wanted(form)]
+        return [form for form in known if not from_initial(form) or self._quantized_start_gains(form)]
+
+    def _quantized_start_gains(self, form: str) -> bool:
+        """The same as `_start_gains` of a quantized form, beside the same form of the layer."""
+        pair = pair_of(form)
+        return pair is None or pair not in self.own_errors or self._start_gains(form, pair)
+
     def _start_gains(self, form: str, pair: str) -> bool:
         """Whether a form of what training wrote errs clearly less, at some rank, than the same pair of the layer."""
         written, own = self.errors(form), self.errors(pair)
@@ -185,6 +210,15 @@ def most_bytes(m: MeasuredLayer) -> float:
     return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer, DENSE, 0, itemsize=m.itemsize)
 
 
+def stored_as(form: str, rank: int) -> str:
+    """What a layer is stored as, in words."""
+    quantization = quantization_of(form)
+    bits = "" if quantization is None else f"{quantization.bits} bits"
+    if pair_name(pair_of(form) or form) == DENSE:
+        return f"{bits} with a correction of rank {rank}" if rank else bits
+    return f"a pair of rank {rank}{' in ' if bits else ''}{bits}"
+
+
 def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) -> LayerPlan:
     """The plan for one layer at a rank; dense if the pair would save too little or the layer must stay dense."""
     layer = measured.layer
@@ -199,14 +233,14 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
             if parameters >= layer.parameters
             else f"save less than {measured.settings.least_layer_saving:.0%}"
         )
-        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would {saving}")
+        return dense_plan(layer, f"{stored_as(form, rank)} ({reason}) would {saving}")
     if (
         measured.latency is not None
         and not from_initial(form)
         and not measured.saves_time(form, np.array([rank])).all()
     ):
         device = measured.latency.profile.name
-        return dense_plan(layer, f"a pair of rank {rank} ({reason}) would not be faster on {device}")
+        return dense_plan(layer, f"{stored_as(form, rank)} ({reason}) would not be faster on {device}")
     error = float(measured.errors(form)[rank])
     share = measured.start.share if measured.start is not None and from_initial(form) else None
     return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share)

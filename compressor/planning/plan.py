@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from compressor.display import DisplayedLayers
 from compressor.formatting import format_percent
-from compressor.forms import DENSE
+from compressor.forms import DENSE, pair_name, quantization_of
 from compressor.initial import InitialFound
 from compressor.io import portable_name
 from compressor.network import Layer
 from compressor.planning.budget import Budget
 from compressor.planning.drop_search import DropSearch
 from compressor.planning.latency import WorkloadLatency
+from compressor.quantize import Quantization
 
 PLAN_SCHEMA_VERSION = 1
 
@@ -27,9 +28,11 @@ class LayerPlan:
         name: The layer's name in the checkpoint.
         shape: `(d_out, d_in)` of its matrix.
         kind: What the layer is, as `Layer.kind` says.
-        rank: The rank of its pair; None if it stays dense.
-        form: The form of its pair, or `dense`.
-        parameters: The numbers that it stores.
+        rank: The rank of its pair; None if it stays as it is. Of a matrix that is only quantized it is 0, or that of
+            the low-rank correction.
+        form: The form in which it is stored: that of a pair, such as `plain`, or `dense`, where its numbers are
+            quantized with how they are, as in `plain@4g128`.
+        parameters: The numbers that it stores, quantized ones counted as numbers of 16 bits of the same bytes.
         error: The relative error of its matrix: in the Frobenius norm, or with calibration in the metric of the loss
             (`Plan.error_name` says which). Of the stored factors once they exist, of the best pair of the rank before.
         reason: Why this rank, in words.
@@ -52,8 +55,26 @@ class LayerPlan:
     def dense_parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def quantization(self) -> Quantization | None:
+        """How its numbers are quantized; None where they are not."""
+        return quantization_of(self.form)
+
+    @property
+    def bits(self) -> int:
+        """The bits of each of its numbers; 16 where they are not quantized, whatever its dtype is."""
+        return 16 if self.quantization is None else self.quantization.bits
+
+    @property
+    def truncated_to(self) -> int | None:
+        """The rank of its pair; None where it is dense, quantized or not."""
+        dense = pair_name(self.form) in (DENSE, f"initial+{DENSE}")
+        return None if dense else self.rank
+
     def to_dict(self) -> dict[str, Any]:
-        document = asdict(self) | {"shape": list(self.shape)}
+        own = asdict(self) | {"shape": list(self.shape), "form": pair_name(self.form)}
+        quantized = {} if self.quantization is None else self.quantization.to_dict()
+        document = {name: own.pop(name) for name in ("name", "shape", "kind", "rank", "form")} | quantized | own
         latency, share = document.pop("latency"), document.pop("share")
         document |= {} if latency is None else {"latency": list(latency)}
         return document if share is None else document | {"share": share}
@@ -125,14 +146,30 @@ class Plan(DisplayedLayers):
 
     def __repr__(self) -> str:
         return (
-            f"<Plan for {self.source} ({self.budget}): {self.factorized} of {len(self.layers)} layers factorized,"
+            f"<Plan for {self.source} ({self.budget}): {self.rewritten_words},"
             f" {format_percent(self.eligible_after, self.eligible_before)} of the eligible parameters kept>"
         )
 
     @property
     def factorized(self) -> int:
         """How many layers become factor pairs."""
+        return sum(layer.truncated_to is not None for layer in self.layers)
+
+    @property
+    def rewritten(self) -> int:
+        """How many layers do not stay as they are."""
         return sum(layer.rank is not None for layer in self.layers)
+
+    @property
+    def quantized(self) -> int:
+        """How many layers have quantized numbers, in pairs or not."""
+        return sum(layer.quantization is not None for layer in self.layers)
+
+    @property
+    def rewritten_words(self) -> str:
+        """How many layers become factor pairs, and how many are quantized, where any are."""
+        factorized = f"{self.factorized} of {len(self.layers)} eligible layers factorized"
+        return f"{factorized}, {self.quantized} quantized" if self.quantized else factorized
 
     @property
     def eligible_before(self) -> int:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import from_initial
+from compressor.forms import DENSE, from_initial, pair_name, quantization_of, stored_bytes
 from compressor.measure import EPSILON, frobenius_rank
 from compressor.planning.measured import MeasuredLayer, form_for, layer_plan
 from compressor.planning.plan import LayerPlan, dense_plan
@@ -53,7 +54,49 @@ def _better_form(
         for form in m.forms_apart(request)
         if m.latency is None or not from_initial(form)
     ]
-    return min([plan, *apart], key=lambda each: float(m.demand(each.form, np.array([each.rank or 0]))[0]))
+    best = min([plan, *apart], key=lambda each: float(m.demand(each.form, np.array([each.rank or 0]))[0]))
+    quantized = [
+        layer_plan(m, rank, form, reason=reason)
+        for form in m.quantized_forms(request)
+        if (m.latency is None or not from_initial(form)) and (rank := _smallest(m, form, tolerance)) is not None
+    ]
+    # Numbers do not tell which is smaller where some have more than 16 bits.
+    return min([best, *quantized], key=lambda each: _bytes(m, each.form, np.array([each.rank or 0]))[0])
+
+
+def _smallest(m: MeasuredLayer, form: str, tolerance: float) -> int | None:
+    """The rank at which a quantized form takes the fewest bytes with an error of at most a tolerance; None without."""
+    ranks = m.ranks(len(m.own_errors[form]) - 1, form)
+    close = ranks[m.own_errors[form][ranks] <= tolerance]
+    return int(close[_bytes(m, form, close).argmin()]) if len(close) else None
+
+
+def _bytes(m: MeasuredLayer, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """What the layer takes in a form, in bytes."""
+    taken = stored_bytes(m.layer, form, ranks, itemsize=m.itemsize)
+    return np.broadcast_to(taken, ranks.shape)
+
+
+def plan_by_bits(measured: Sequence[MeasuredLayer], bits: int) -> tuple[LayerPlan, ...]:
+    """Every layer in so many bits, without a pair; a layer that has no such form stays dense.
+
+    Of several groups of inputs that share a scale those that take the fewest bytes are taken.
+    """
+    plans = []
+    for m in measured:
+        forms = [each for each in m.quantized if pair_name(each) == DENSE and each in m.own_errors]
+        of_width = [each for each in forms if _width(each) == bits]
+        if of_width and m.stays_dense is None:
+            smallest = min(of_width, key=lambda form: _bytes(m, form, np.zeros(1, dtype=np.int64))[0])
+            plans.append(layer_plan(m, 0, smallest, reason=f"{bits} bits for every layer"))
+        else:
+            plans.append(dense_plan(m.layer, m.stays_dense or f"it is not stored in {bits} bits"))
+    return tuple(plans)
+
+
+def _width(form: str) -> int | None:
+    quantization = quantization_of(form)
+    return None if quantization is None else quantization.bits
 
 
 def plan_by_window_rule(measured: Sequence[MeasuredLayer], request: FormRequest) -> tuple[LayerPlan, ...]:

@@ -12,6 +12,7 @@ from compressor.report.wording import change_words, quality_words
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation, Latency
+    from compressor.planning import Plan
     from compressor.results import Compression
 
 
@@ -36,12 +37,17 @@ def compared(label: str, words: Callable[[int], str], *, before: int | None, aft
     return Comparison(label, words(before), words(after), format_percent(after, before), judged(after - before))
 
 
+def eligible_words(plan: Plan, label: str = "of them eligible") -> str:
+    """What the numbers of a plan are called: where some are quantized, they are counted by their bytes."""
+    return f"{label}, in 16 bits" if plan.quantized else label
+
+
 def compression_rows(compression: Compression) -> list[Comparison]:
     """Sizes, and quality and cost if they were measured."""
     plan, evaluation = compression.plan, compression.evaluation
     rows = [
         compared("parameters", format_count, before=compression.parameters.before, after=compression.parameters.after),
-        compared("of them eligible", format_count, before=plan.eligible_before, after=plan.eligible_after),
+        compared(eligible_words(plan), format_count, before=plan.eligible_before, after=plan.eligible_after),
         compared("weight files", format_size, before=compression.bytes.before, after=compression.bytes.after),
     ]
     timed = [latency_row(each.latency, each.workload) for each in compression.latency]

@@ -89,7 +89,10 @@ def ranks_figure(layers: Sequence[LayerPlan], marks: Sequence[RankMarks]) -> str
         axes = figure.add_subplot()
         rows = range(len(layers))
         axes.barh(rows, [mark.full for mark in marks], height=0.72, color=BEFORE)
-        kept = [mark.full if layer.rank is None else layer.rank for layer, mark in zip(layers, marks, strict=True)]
+        kept = [
+            mark.full if layer.truncated_to is None else layer.truncated_to
+            for layer, mark in zip(layers, marks, strict=True)
+        ]
         axes.barh(rows, kept, height=0.72, color=AFTER)
         for counts, color, shape in (
             ([mark.above_edge for mark in marks], EDGE, "D"),

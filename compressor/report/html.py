@@ -15,14 +15,19 @@ from compressor.report.comparison import compression_rows
 from compressor.report.initial_words import initial_facts, initial_table, initial_terms, started_layers
 from compressor.report.losses import curve_points
 from compressor.report.wording import (
+    BITS_NOTE,
     SEARCH_HEADERS,
     above_one_words,
+    bits_words,
     budget_words,
     calibration_words,
     count_words,
     error_words,
+    form_words,
     left_out_words,
     measured_alone,
+    quantizes,
+    rank_words,
     recipe_words,
     search_rows,
     search_words,
@@ -135,6 +140,7 @@ def report_page(compression: Compression) -> str:
         left_out=left_out_words(compression.left_out, compression.weights_at) if compression.left_out else None,
         evaluation=evaluation,
         timed_on=timed_on(compression),
+        bits_note=BITS_NOTE if quantizes(plan.layers) else None,
         planned_for=plan.device,
         measured_alone=measured_alone(plan.layers),
         measured_count=None if evaluation is None else count_words(evaluation),
@@ -158,8 +164,9 @@ def report_page(compression: Compression) -> str:
                 "shape": format_shape(layer.shape),
                 "kind": layer.kind,
                 "started": layer.name in started,
-                "rank": "-" if layer.rank is None else layer.rank,
-                "form": layer.form,
+                "rank": rank_words(layer),
+                "form": form_words(layer),
+                "bits": bits_words(layer),
                 "kept": format_percent(layer.parameters, layer.dense_parameters),
                 "error": error_words(layer.error, 4),
                 "times": [_time(ratio) for ratio in slowest_times(layer)[: 1 + measured_alone(plan.layers)]],
@@ -168,7 +175,7 @@ def report_page(compression: Compression) -> str:
                 "spectrum": Markup(
                     spectrum_figure(
                         compression.spectra[layer.name],
-                        layer.rank,
+                        layer.truncated_to,
                         marks[layer.name],
                         prefix=f"s{number}",
                         whole=whole.get(layer.name),

@@ -74,7 +74,7 @@ def initial_use(plan: Plan) -> str | None:
     if plan.initial is None or not started:
         return None
     stored, dense = (sum(getattr(layer, name) for layer in started) for name in ("parameters", "dense_parameters"))
-    empty = sum(layer.rank == 0 for layer in started)
+    empty = sum(layer.truncated_to == 0 for layer in started)
     nothing = f", {empty} of them nothing but the seed" if empty and plan.initial.seed is not None else ""
     return (
         f"{len(started)} of {len(plan.layers)} layers store only what training wrote{nothing}:"

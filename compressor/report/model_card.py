@@ -36,13 +36,18 @@ from compressor.report.card_parts import (
 from compressor.report.comparison import compression_rows
 from compressor.report.initial_words import initial_facts, needed_initial, started_layers
 from compressor.report.wording import (
+    BITS_NOTE,
     SEARCH_HEADERS,
     above_one_words,
+    bits_words,
     budget_words,
     calibration_words,
     count_words,
     error_words,
+    form_words,
     left_out_words,
+    quantizes,
+    rank_words,
     recipe_sources,
     search_rows,
     search_words,
@@ -265,14 +270,20 @@ def _verdict(compression: Compression) -> str:
 def _summary(compression: Compression, base_model: str) -> str:
     plan, sizes = compression.plan, compression.bytes
     started = len(started_layers(plan.layers))
-    low_rank = sum(layer.rank is not None for layer in plan.layers) - started
+    low_rank = sum(layer.truncated_to is not None for layer in plan.layers if layer.share is None)
+    quantized = sum(layer.quantization is not None for layer in plan.layers)
     of = f"of its {len(plan.layers)} eligible matrices"
     ways = [f"{started} {of} as what training wrote on their initial weights"] if started else []
-    if low_rank or not started:
-        ways.append(f"{low_rank}{'' if started else f' {of}'} as products of low-rank factors")
+    if low_rank or not (started or quantized):
+        ways.append(f"{low_rank}{'' if ways else f' {of}'} as products of low-rank factors")
+    if quantized:
+        widths = sorted({layer.bits for layer in plan.layers if layer.quantization is not None})
+        few = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        ways.append(f"{quantized}{'' if ways else f' {of}'} in {few} bits")
+    kept = "the bytes that their parameters take in 16 bits" if quantized else "their parameters"
     return (
         f"{code(base_model)} with {' and '.join(ways)}:"
-        f" {format_percent(plan.eligible_after, plan.eligible_before)} of their parameters are kept, and"
+        f" {format_percent(plan.eligible_after, plan.eligible_before)} of {kept} are kept, and"
         f" weight files of {format_size(sizes.before)} become {format_size(sizes.after)}.{_left_out(compression)}"
         " Made by compressor."
     )
@@ -339,21 +350,26 @@ def _plan(plan: Plan) -> str:
     if plan.search is not None:
         said.append(f"Search: {search_words(replace(plan.search, data=without_folders(plan.search.data)))}.")
         said.append(markdown_table(SEARCH_HEADERS, search_rows(plan.search)))
+    bits = quantizes(plan.layers)
     rows = (
         (
             code(layer.name),
             format_shape(layer.shape),
-            "-" if layer.rank is None else str(layer.rank),
-            layer.form,
+            rank_words(layer),
+            form_words(layer),
+            *((bits_words(layer),) if bits else ()),
             format_percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 4),
             plain_text(layer.reason),
         )
         for layer in plan.layers
     )
-    said.append(markdown_table(("layer", "shape", "rank", "form", "kept", plan.error_name, "why"), rows))
+    headers = ("layer", "shape", "rank", "form", *(("bits",) if bits else ()), "kept", plan.error_name, "why")
+    said.append(markdown_table(headers, rows))
     metric = "metric of the loss at the dense model" if plan.calibration is not None else "Frobenius norm"
     said.append(f"Shape is outputs x inputs; the error is that of the numbers as they are stored, in the {metric}.")
+    if bits:
+        said.append(f"Bits: {BITS_NOTE}.")
     if (above_one := above_one_words(plan.layers)) is not None:
         said.append(f"Note: {above_one}.")
     return "\n\n".join(said)

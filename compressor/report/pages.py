@@ -18,7 +18,7 @@ from compressor.formatting import (
     one_line,
 )
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
-from compressor.report.comparison import Comparison, compared, compression_rows, evaluation_rows
+from compressor.report.comparison import Comparison, compared, compression_rows, eligible_words, evaluation_rows
 from compressor.report.initial_words import (
     initial_facts,
     initial_table,
@@ -27,20 +27,25 @@ from compressor.report.initial_words import (
     search_facts,
 )
 from compressor.report.wording import (
+    BITS_NOTE,
     SEARCH_HEADERS,
     above_one_words,
     archive_initial_words,
     archive_window_words,
     base_share_words,
+    bits_words,
     budget_words,
     calibration_words,
     change_words,
     count_words,
     error_words,
+    form_words,
     large_loss_words,
     left_out_words,
     needed_time_words,
     quality_words,
+    quantizes,
+    rank_words,
     recipe_sources,
     recipe_words,
     rounding_words,
@@ -158,7 +163,8 @@ def _search_parts(plan: Plan) -> Iterator[Block]:
 
 def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
     """The ranks of a plan with their reasons, and what they would store."""
-    size = compared("eligible parameters", format_count, before=plan.eligible_before, after=plan.eligible_after)
+    label = eligible_words(plan, "eligible parameters")
+    size = compared(label, format_count, before=plan.eligible_before, after=plan.eligible_after)
     facts = [("plan", str(output))] if output is not None else []
     parts: list[Block] = [
         Facts.of(
@@ -361,13 +367,14 @@ def _plan_parts(plan: Plan) -> list[Block]:
     """The table of ranks, and the reasons as numbered notes, since most are shared by many layers."""
     layers = plan.layers
     reasons = list(dict.fromkeys(one_line(layer.reason) for layer in layers))
-    shared = len(reasons) == 1
+    shared, bits = len(reasons) == 1, quantizes(layers)
     rows = [
         (
             one_line(layer.name),
             format_shape(layer.shape),
-            "-" if layer.rank is None else str(layer.rank),
-            layer.form,
+            rank_words(layer),
+            form_words(layer),
+            *((bits_words(layer),) if bits else ()),
             format_percent(layer.parameters, layer.dense_parameters),
             error_words(layer.error, 3),
             *(() if plan.device is None else (time_words(layer),)),
@@ -380,12 +387,15 @@ def _plan_parts(plan: Plan) -> list[Block]:
         "shape",
         "rank",
         "form",
+        *(("bits",) if bits else ()),
         "kept",
         plan.error_name.replace(" ", "\n"),
         *(() if plan.device is None else ("time",)),
         *(() if shared else ("why",)),
     )
     notes = [("why", reasons[0])] if shared else [(str(i), reason) for i, reason in enumerate(reasons, start=1)]
+    if bits:
+        notes.append(("bits", BITS_NOTE))
     if plan.device is not None:
         notes.append(("time", time_note(layers, plan.device)))
     notes += [("note", words) for words in (above_one_words(layers), stored_only_words(layers)) if words is not None]

@@ -124,6 +124,29 @@ def left_out_words(
     return f"{words}: for the average save torch.load(FILE){keys} to a file of its own and give that"
 
 
+def rank_words(layer: LayerPlan) -> str:
+    """The rank of a layer's pair, or of what corrects its quantized matrix; a dash where it has neither."""
+    return "-" if layer.rank is None or (layer.rank == 0 and layer.truncated_to is None) else str(layer.rank)
+
+
+def form_words(layer: LayerPlan) -> str:
+    """The form of a layer without how its numbers are quantized, which stands in a column of its own."""
+    return layer.form.partition("@")[0]
+
+
+def bits_words(layer: LayerPlan) -> str:
+    """The bits of a layer, with its groups and a z for zero points; a dash where it is not quantized."""
+    return "-" if layer.quantization is None else layer.quantization.name
+
+
+BITS_NOTE = "bits, after a g the inputs that share a scale, and a z for zero points; - is not quantized"
+
+
+def quantizes(layers: Iterable[LayerPlan]) -> bool:
+    """Whether any of the layers is quantized."""
+    return any(layer.quantization is not None for layer in layers)
+
+
 def error_words(error: float, decimals: int) -> str:
     """A relative error with so many decimals; only an error of zero is shown as zero."""
     least = 10.0**-decimals
@@ -206,6 +229,7 @@ def _one_budget_words(budget: Budget) -> str:
         "max-drop": f"the smallest model that loses at most {value:g} on data",
         "tolerance": f"relative error of at most {value:g} in every layer",
         "window-rule": "window rule: what training wrote above its initialization",
+        "bits": f"every layer in {value:g} bits",
         "plan": "the ranks of a plan",
     }[budget.kind]
 

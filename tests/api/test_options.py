@@ -326,3 +326,41 @@ def test_a_recipe_in_a_mapping_is_known_to_come_from_the_options() -> None:
     [recipe] = CompressOptions(recipe={"optimizer": "sgd", "learning_rate": 0.1}).recipe
     assert isinstance(recipe, TrainingRecipe)
     assert recipe.sources == {"optimizer": "the options", "learning_rate": "the options"}
+
+
+@pytest.mark.parametrize("written", ["8,4", (8, 4), [4, 8], "4, 8,4"])
+def test_widths_are_read_alike_as_numbers_and_as_text(written: object) -> None:
+    asked = CompressOptions(bits=written, keep=0.5)
+    assert (asked.bits, asked.quantizes, asked.only_width) == ((8, 4), True, None)
+    assert asked.command("m") == "compress m --keep 0.5 --bits 8,4"
+
+
+def test_any_width_is_a_word_and_none_is_sixteen() -> None:
+    assert (CompressOptions(bits="auto").bits, CompressOptions(bits="auto").command("m")) == (
+        (),
+        "compress m --bits auto",
+    )
+    assert replace(CompressOptions(bits="auto"), keep=0.5).bits == ()
+    assert not CompressOptions(bits=16).quantizes
+    assert CompressOptions().bits == (16,)
+
+
+@pytest.mark.parametrize("written", [1, 9, 0, "many", "", "8,", 4.5, True, [], "8;4"])
+def test_a_width_that_no_number_has_is_refused_in_a_line(written: object) -> None:
+    with pytest.raises(BadInput, match=r"^`bits` .* is no width; give 2 to 8, 16, several such as 8,4, or auto$"):
+        CompressOptions(bits=written)
+
+
+def test_one_width_alone_is_a_budget_that_may_be_calibrated_for() -> None:
+    assert CompressOptions(bits=4).only_width == 4
+    assert CompressOptions(bits=4, calibration="text.txt").may_calibrate_itself is False
+    assert CompressOptions(bits=4).may_calibrate_itself
+    assert not CompressOptions(bits="auto").may_calibrate_itself
+    with pytest.raises(BadInput, match="shares a size"):
+        CompressOptions(bits="8,4", calibration="text.txt")
+
+
+@pytest.mark.parametrize("given", [{"plan": "plan.json"}, {"base": "dense/"}])
+def test_widths_contradict_what_states_them_otherwise(given: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="bits"):
+        CompressOptions(bits=4, **given)
