@@ -17,10 +17,14 @@ from torch import Tensor
 
 from compressor.errors import BadInput, CompressorError
 from compressor.exporting.gguf_architectures import GgufModel, gguf_model
+from compressor.exporting.gguf_blocks import BLOCK, BLOCK_TYPES, BlockType, block_type_of
 from compressor.exporting.gguf_tokenizer import write_tokenizer
-from compressor.io import Artifact
-from compressor.lowrank import dense_infos, dense_weight
+from compressor.forms import DENSE, FORMS, pair_name, quantization_of
+from compressor.io import Artifact, Checkpoint
+from compressor.lowrank import StoredPair, dense_infos, dense_weight
+from compressor.lowrank.stored_pairs import join
 from compressor.model import Model
+from compressor.quantize import QuantizedMatrix
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -41,12 +45,16 @@ def require_gguf() -> None:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a GGUF file: its name, shape, and type there, and the name of what it is read from."""
+    """A tensor of a GGUF file: its name, shape, and type there, and the name of what it is read from.
+
+    `quantized` is the layer whose integers it holds, where it does.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     source: str
+    quantized: StoredPair | None = None
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,35 @@ class GgufFile:
         extra = self.described.extra_tensors()
         if tensor.name in extra:
             return extra[tensor.name]
-        return self.described.values(tensor.source, _read(self.model, tensor.source))
+        values = self.described.values(tensor.source, self._read(tensor))
+        return values.to(torch.float16) if tensor.type == "F16" else values
+
+    def _read(self, tensor: GgufTensor) -> Tensor:
+        checkpoint, pairs = self.model.checkpoint, self.model.pairs
+        if tensor.quantized is not None:
+            return quantized_matrix(checkpoint, tensor.quantized).product(torch.float32)
+        copied_from = dense_infos(checkpoint, pairs)[tensor.source][1]
+        if copied_from is not None:
+            return checkpoint.read(copied_from)
+        return dense_weight(checkpoint, pairs[tensor.source.removesuffix(".weight")])
 
 
-def _read(model: Model, name: str) -> Tensor:
-    """A tensor of the dense model."""
-    copied_from = dense_infos(model.checkpoint, model.pairs)[name][1]
-    if copied_from is not None:
-        return model.checkpoint.read(copied_from)
-    return dense_weight(model.checkpoint, model.pairs[name.removesuffix(".weight")])
+def quantized_matrix(checkpoint: Checkpoint, pair: StoredPair) -> QuantizedMatrix:
+    """The integers and scales of a layer that is quantized, and nothing else."""
+    tensors = {name: checkpoint.read(join(pair.name, name)) for name in FORMS[pair.form].names_at(0)}
+    quantization = quantization_of(pair.form)
+    assert quantization is not None
+    return QuantizedMatrix.of_tensors(quantization, tensors)
+
+
+def block_type(matrix: QuantizedMatrix) -> BlockType | None:
+    """The smallest type of ggml that holds the same integers and scales; None where none does."""
+    bits, groups = matrix.quantization.bits, matrix.scales.shape[1]
+    if (matrix.shape[1] // groups) % BLOCK or not torch.equal(matrix.scales.half().float(), matrix.scales.float()):
+        return None
+    if matrix.zero_points is None:
+        return block_type_of(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return block_type_of(1 - 2**bits, 2**bits - 1)
 
 
 def gguf_file(model: Model) -> GgufFile:
@@ -96,6 +124,11 @@ def gguf_file(model: Model) -> GgufFile:
         if (there := names.get_name(name, (".weight", ".bias"))) is None:
             what = f"has {name}, which llama.cpp's {described.architecture.name} has not"
             raise BadInput(what, where=checkpoint.source, remedy="export it with `to='dense'`")
+        pair = model.pairs.get(name.removesuffix(".weight"))
+        if pair is not None and pair_name(pair.form) == DENSE and pair.rank == 0:
+            blocks = block_type(quantized_matrix(checkpoint, pair))
+            found.append(GgufTensor(there, info.shape, "F16" if blocks is None else blocks.name, name, pair))
+            continue
         single = len(info.shape) == 1 or name.endswith("norm.weight")
         kind = "F32" if single else _PLAIN_TYPES.get(info.dtype, "F32")
         found.append(GgufTensor(there, info.shape, kind, name))
@@ -162,10 +195,26 @@ def _file_type(file: GgufFile) -> int:
 
 
 def _bytes(file: GgufFile, tensor: GgufTensor) -> NDArray[np.uint8]:
+    blocks = {each.name: each for each in BLOCK_TYPES}.get(tensor.type)
+    if blocks is not None:
+        return _blocks(file, tensor, blocks)
     values = file.values(tensor)
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.type, torch.float32)
     found: NDArray[np.uint8] = values.to(dtype).contiguous().view(torch.uint8).numpy()
     return found.reshape(_byte_shape(tensor))
+
+
+def _blocks(file: GgufFile, tensor: GgufTensor, blocks: BlockType) -> NDArray[np.uint8]:
+    """The integers of a quantized layer, with the scale of each group repeated for the blocks that are in it."""
+    assert tensor.quantized is not None
+    matrix = quantized_matrix(file.model.checkpoint, tensor.quantized)
+    rows, columns = matrix.shape
+    zeros = 2 ** (matrix.quantization.bits - 1) if matrix.zero_points is None else matrix.zero_points.short()
+    groups = matrix.integers.short().reshape(*matrix.scales.shape, -1)
+    integers = (groups - (zeros if isinstance(zeros, int) else zeros.unsqueeze(2))).reshape(rows, columns)
+    scales = matrix.scales.half().repeat_interleave(columns // BLOCK // matrix.scales.shape[1], dim=1)
+    integers, scales = (file.described.permuted(tensor.source, each) for each in (integers, scales))
+    return blocks.packed(integers.numpy(), scales.numpy())
 
 
 def require_equal(file: GgufFile, path: Path) -> None:

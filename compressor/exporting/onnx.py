@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import BadInput, CompressorError
+from compressor.exporting.onnx_integers import OPSET, dense_weights, quantized_matrices, with_integers
 from compressor.io import Artifact
 from compressor.measure import image_size
 from compressor.model import Model
@@ -114,7 +115,7 @@ def _tensor_of(result: Any) -> Tensor:
 
 
 def onnx_artifact(model: nn.Module, inputs: Mapping[str, Tensor]) -> Artifact:
-    """The ONNX file of a model in float32.
+    """The ONNX file of a model in float32, in which quantized weights are integers.
 
     The model is changed: made float32, and its cache is turned off. Writing the file raises `BadInput` for a model that
     the exporter cannot trace or that is too large for one file.
@@ -134,7 +135,8 @@ def _write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> N
     if config is not None:
         config.use_cache = False
     dynamic = [_dynamic_axes(name) for name in inputs]
-    with _quiet():
+    matrices = quantized_matrices(model)
+    with _quiet(), dense_weights(model, matrices):
         try:
             program = torch.onnx.export(
                 _wrapped(model, inputs),
@@ -144,9 +146,10 @@ def _write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> N
                 input_names=list(inputs),
                 output_names=["logits" if config is not None else "output"],
                 verbose=False,
+                opset_version=OPSET if matrices else None,
             )
             assert program is not None
-            exported = _without_traces(program.model_proto).SerializeToString()
+            exported = with_integers(_without_traces(program.model_proto), matrices.values()).SerializeToString()
         except Exception as error:  # the exporter has an exception of its own for each of its steps
             cause = error.__cause__ or error
             reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
