@@ -9,8 +9,7 @@ from dataclasses import dataclass
 class QuantizationSettings:
     """How much work is put into scales and integers, and which groups are tried.
 
-    The defaults were chosen on layers of the reference models: more candidates and rounds take longer and lower the
-    error by less than a hundredth.
+    The defaults were chosen by the loss of the reference models at 2, 3, and 4 bits.
     """
 
     smallest_group: int = 24
@@ -19,14 +18,14 @@ class QuantizationSettings:
     largest_group: int = 160
     """Most inputs that share a scale in such a matrix; one that has no divisor in between gets a scale a row."""
 
-    damping: float = 0.01
+    damping: float = 0.03
     """Share of the mean of the inputs' moment that is added to its diagonal."""
 
     gradient_damping: float = 1.0
     """The same of the gradients' moment, of which fewer numbers are known well: with less, the loss in the metric is
     lower and that of the model higher."""
 
-    rounds: int = 2
+    rounds: int = 4
     """Most rounds after the first pass of GPTQ, each of which fits the scales and chooses the integers anew."""
 
     gain: float = 0.02

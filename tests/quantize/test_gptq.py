@@ -29,7 +29,8 @@ def loss(metric: Metric, matrix: Tensor, product: Tensor) -> float:
     return metric.squared_size(matrix - product)
 
 
-@pytest.mark.parametrize("diagonal", ["none", "gradients", "inputs", "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("diagonal", ["neither", "gradients", "inputs"])
 @given(
     bits=st.integers(2, 5),
     groups=st.integers(1, 3),
@@ -42,15 +43,15 @@ def test_it_is_never_worse_than_rounding_to_nearest(
 ) -> None:
     d_in, rank = groups * size, seed % 5
     inputs, gradients = moment(d_in, seed, rank), moment(d_out, seed + 1, rank)
-    if diagonal in ("inputs", "both"):
+    if diagonal == "inputs":
         inputs = inputs.diagonal().clone()
-    if diagonal in ("gradients", "both"):
+    if diagonal == "gradients":
         gradients = gradients.diagonal().clone()
     metric = Metric(inputs, gradients)
     matrix, quantization = random(d_out, d_in, seed=seed + 2), Quantization(bits, size)
     importance = inputs if inputs.dim() == 1 else inputs.diagonal()
 
-    found = gptq(matrix, quantization, metric, scale_dtype=BFLOAT16, settings=QuantizationSettings(block=5))
+    found = gptq(matrix, quantization, metric, scale_dtype=BFLOAT16, settings=QuantizationSettings(block=5, rounds=1))
 
     rounded = quantize_to_nearest(matrix, quantization, scale_dtype=BFLOAT16, importance=importance)
     assert loss(metric, matrix, found.product()) <= loss(metric, matrix, rounded.product())
@@ -79,6 +80,7 @@ def test_correlated_inputs_and_gradients_both_lower_the_loss() -> None:
     assert losses[0] < losses[1] < 0.5 * losses[2] < 0.25 * losses[3]
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.floats(-3, 3), min_size=2, max_size=4), seed=st.integers(0, 2**31))
 def test_it_comes_close_to_the_best_integers_of_tiny_rows(values: list[float], seed: int) -> None:
     matrix = torch.tensor([values], dtype=torch.float64)

@@ -27,6 +27,7 @@ def spanning_error(matrix: Tensor, bits: int) -> float:
     return float((integers * scales - matrix).square().sum())
 
 
+@pytest.mark.slow
 @given(
     bits=st.integers(2, 8),
     d_out=st.integers(1, 6),
@@ -64,6 +65,7 @@ def test_a_range_that_lies_on_one_side_is_kept_exactly_with_zero_points(bits: in
     assert torch.equal(quantize_to_nearest(levels, quantization, scale_dtype=BFLOAT16).product(), levels)
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.integers(-64, 64), min_size=1, max_size=4), bits=st.integers(2, 3))
 def test_no_scale_of_many_is_much_better(values: list[int], bits: int) -> None:
     matrix = torch.tensor([values], dtype=torch.float64)

@@ -53,6 +53,7 @@ def test_other_fields_are_refused(fields: dict[str, object]) -> None:
         Quantization.from_dict(fields)
 
 
+@pytest.mark.slow
 @given(
     bits=st.integers(2, 8),
     groups=st.integers(1, 4),
