@@ -200,7 +200,7 @@ class Search:
         Other penalties, bits alone, and ranks alone by every exponent, as where nothing is quantized.
         """
         assert found.exponent is not None
-        if not self._quantizes:
+        if not self._quantizes or math.isinf(self.penalties[0]):
             return []
         penalties = [(Menu(penalty), found.exponent) for penalty in (*self.penalties[1:], math.inf)]
         return penalties + [(Menu(quantized=False), exponent) for exponent in self.exponents]

@@ -153,7 +153,8 @@ class CalibrationSettings:
     truncation_penalties: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Factors tried on the predicted loss of truncation, where a layer may be quantized too: the second-order estimate
     is right for rounding and too kind to deep truncation. Quantized layers without truncation and truncated ones that
-    are not quantized are tried besides; what has the least holdout loss is kept."""
+    are not quantized are tried besides; what has the least holdout loss is kept. With `(math.inf,)` nothing is
+    truncated."""
 
     window_caps: bool = True
     """Try the best allocation again with ranks capped by the window rule, where that rule applies."""
@@ -259,7 +260,7 @@ class CalibrationSettings:
             given = getattr(self, name)
             if not isinstance(given, Sequence) or not given:
                 raise BadInput(f"`{name}` is {given!r}", option=name, remedy="give one at least, such as (1.0,)")
-        if not all(1 <= each < math.inf for each in self.truncation_penalties):
+        if not all(each >= 1 for each in self.truncation_penalties):
             what = f"`truncation_penalties` is {self.truncation_penalties!r}"
             raise BadInput(what, option="truncation_penalties", remedy="give numbers from 1.0 on")
 

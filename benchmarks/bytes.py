@@ -1,0 +1,514 @@
+"""Loss against bytes: bits and ranks from one budget beside each alone, uniform widths, and other quantizers.
+
+    OMP_NUM_THREADS=1 python benchmarks/bytes.py [--models MODEL ...] [--methods METHOD ...] [--shares 0.25 ...]
+                                                [--draws 0 ...] [--peers FOLDER] [--again] [--quick --output FILE]
+
+Takes the reference models, and the larger language model where `benchmarks/larger_model.py` has trained it, with three
+draws of calibration examples each, of the training split, and measures the loss on the test split:
+
+- `ours`: `compress --bits auto` at shares of the bytes that the linear and convolutional layers take in 16 bits; also
+  from the seed of the initialization, with bits alone, and with ranks alone.
+- `nearest` and `GPTQ`: all of these layers at one width, by our code: to the nearest with searched scales, and with
+  the error carried to the columns that are not rounded yet, on the inputs that the quantized model gives.
+- llm-compressor, AutoRound, and torchao, of the language models: their own code in environments of their own, which
+  `benchmarks/peers/environments.py FOLDER` makes, on the same examples.
+
+Bytes are those of the layers' tensors in the files, without biases: scales, zero points, and shapes are among them.
+Floating-point numbers count two bytes, and are rounded to float16 before the loss is measured. What is left as it was
+counts in full. An error is the standard error of the mean change in loss over the test examples; a loss within one
+error is called lossless. Nothing is chosen by the test split.
+
+Cells are kept one by one in benchmarks/results/bytes.json, and those that are there are not measured again: an
+interrupted run goes on. `--again` measures what is asked for anew. Prints the tables of benchmarks/README.md;
+`benchmarks/plot_bytes.py` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from baselines import Products, in_forward_order, matrices, set_matrix
+from initial import REFERENCES, reference
+from quality import BATCH_SIZE, SUBJECTS, TEST, Measurement, Setting, example_losses, opened, setting
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from compressor import BadInput, CalibrationSettings, compress
+from compressor.factorize import Metric
+from compressor.io import open_checkpoint
+from compressor.quantize import Quantization, QuantizedMatrix, gptq, quantize_to_nearest
+
+RESULT = Path(__file__).parent / "results" / "bytes.json"
+PEER_SCRIPTS = Path(__file__).parent / "peers"
+SHARES = (0.5, 0.375, 0.31, 0.25, 0.2, 0.16, 0.13, 0.1)
+DRAWS = (0, 1, 2)
+# One rank of the largest layer of a small model.
+LARGEST_EXCESS = 0.001
+SCALES = torch.float16
+UNIFORM = ("8", "6g128", "5g128", "4g128", "4g32", "3g128", "3g32", "2g64", "2g32")
+"""Names of quantizations, each for all layers; a group size that does not divide a layer's inputs is fitted to it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model with the calibration examples of one draw, and the seed and function that it was initialized with."""
+
+    name: str
+    setting: Setting
+    draw: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.setting.model
+
+    @cached_property
+    def chosen(self) -> list[int]:
+        order = torch.randperm(self.setting.count, generator=torch.Generator().manual_seed(self.draw)).tolist()
+        return order[: SUBJECTS[self.name].calibration_examples]
+
+    @cached_property
+    def batches(self) -> list[Mapping[str, Tensor]]:
+        starts = range(0, len(self.chosen), BATCH_SIZE)
+        return [self.setting.read(self.chosen[start : start + BATCH_SIZE]) for start in starts]
+
+    @cached_property
+    def dense(self) -> Measurement:
+        return self.setting.measure(self.model)
+
+    @property
+    def dense_bytes(self) -> int:
+        return 2 * sum(layer.parameters for layer in self.setting.layers)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {layer.module: self.model.get_submodule(layer.module) for layer in self.setting.layers}
+
+    def stored(self, sizes: Mapping[str, int]) -> int:
+        """The bytes of the layers among the bytes of tensors by name."""
+        own = tuple(f"{layer.module}." for layer in self.setting.layers)
+        return sum(size for name, size in sizes.items() if name.startswith(own) and not name.endswith(".bias"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method made: the bytes of the layers, and the loss in nats with its increase over the dense model's."""
+
+    stored: int
+    measured: Mapping[str, float]
+    versions: Mapping[str, str] | None = None
+
+
+def outcome(given: Given, model: nn.Module, stored: int) -> Outcome:
+    """What is measured of a model."""
+    found = given.setting.measure(model)
+    assert found.error is not None
+    assert found.divergence is not None
+    measured = {"loss": found.loss, "loss_increase": found.loss - given.dense.loss, "error": found.error}
+    measured["divergence"] = found.divergence
+    if found.accuracy is not None and given.dense.accuracy is not None:
+        measured["accuracy_drop"] = given.dense.accuracy - found.accuracy
+    return Outcome(stored, measured)
+
+
+# Ours.
+
+
+def ours(given: Given, share: float, **options: Any) -> Outcome:
+    """`compress` at a share of the 16-bit bytes, as its file stores it."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "small.safetensors"
+        small = compress(
+            given.model,
+            output=output,
+            keep=share,
+            calibration=given.batches,
+            seed=given.draw,
+            **{"bits": "auto", "prefer": "size"} | options,
+        ).model
+        sizes = {name: file_bytes(each.shape, each.dtype) for name, each in open_checkpoint(output).tensors.items()}
+    assert small is not None
+    stored = given.stored(sizes)
+    if stored > (share + LARGEST_EXCESS) * given.dense_bytes:
+        raise RuntimeError(f"{given.name}, {share}: stores {stored / given.dense_bytes:.4f} of the bytes")
+    return outcome(given, rounded(small), stored)
+
+
+def file_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of a tensor whose floating-point numbers are stored in 16 bits."""
+    return math.prod(shape) * (min(dtype.itemsize, 2) if dtype.is_floating_point else dtype.itemsize)
+
+
+@torch.no_grad()
+def rounded(model: nn.Module) -> nn.Module:
+    """The model with its floating-point numbers rounded to float16, in place."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float32:
+            tensor.copy_(tensor.half())
+    return model
+
+
+def from_seed(given: Given, share: float) -> Outcome:
+    """Ours with the initialization as a seed, of the models of model_cards/."""
+    started = reference(given.name)
+    return ours(given, share, initial=started.seed, factory=started.build)
+
+
+# All layers at one width, by our code.
+
+
+def nearest(given: Given, quantization: Quantization) -> Outcome:
+    quantized = {
+        name: quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=SCALES)
+        for name, matrix in matrices(given.modules).items()
+    }
+    return of_matrices(given, quantized)
+
+
+def by_gptq(given: Given, quantization: Quantization) -> Outcome:
+    """GPTQ in forward order, each layer on the inputs that the quantized ones before it give."""
+    quantized: dict[str, QuantizedMatrix] = {}
+
+    def refit(name: str, weight: Tensor, inputs: Products) -> Tensor:
+        outputs = torch.ones(len(weight), dtype=weight.dtype)
+        metric = Metric(inputs.compressed / inputs.compressed.diagonal().mean(), outputs)
+        quantized[name] = gptq(weight, quantization.fitted(weight.shape[1]), metric, scale_dtype=SCALES)
+        return quantized[name].product()
+
+    in_forward_order(given.model, given.modules, given.batches, refit=refit, with_dense_inputs=False)
+    return of_matrices(given, quantized)
+
+
+def of_matrices(given: Given, quantized: Mapping[str, QuantizedMatrix]) -> Outcome:
+    """The model with some matrices quantized."""
+    model, stored = copy.deepcopy(given.model), given.dense_bytes
+    for name, matrix in quantized.items():
+        set_matrix(model.get_submodule(name), matrix.product())
+        stored += sum(tensor.nbytes for tensor in matrix.tensors().values()) - 2 * math.prod(matrix.shape)
+    return outcome(given, model, stored)
+
+
+# Other quantizers, which run in environments of their own.
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A method of a script in benchmarks/peers, and the environment that it runs in."""
+
+    environment: str
+    script: str
+    method: str
+
+
+def of_peer(given: Given, peer: Peer, environments: Path) -> Outcome:
+    """A folder written by a peer, as the peer's own environment loads and runs it."""
+    test = opened(given.name, "test", SUBJECTS[given.name].test_examples)
+    shown = test.read(range(test.count))
+    with tempfile.TemporaryDirectory() as folder:
+        windows, output = Path(folder) / "windows.safetensors", Path(folder) / "quantized"
+        calibration = given.setting.read(given.chosen)["input_ids"]
+        save_file({"calibration": calibration.contiguous(), "test": shown.inputs["input_ids"].contiguous()}, windows)
+        command = [environments / peer.environment / "bin" / "python", PEER_SCRIPTS / peer.script, peer.method]
+        ran = subprocess.run(
+            [*map(str, [*command, SUBJECTS[given.name].weights, windows, output])],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if ran.returncode:
+        raise RuntimeError(f"{peer}: {ran.stderr[-2000:]}")
+    found = json.loads(ran.stdout.splitlines()[-1])
+    with torch.inference_mode():
+        dense = example_losses(given.model, shown)
+    losses = torch.tensor(found["losses"], dtype=torch.float64)
+    changes = losses - dense
+    measured = {
+        "loss": float(losses.mean()),
+        "loss_increase": float(changes.mean()),
+        "error": float(changes.std() / math.sqrt(len(changes))),
+    }
+    return Outcome(given.stored(found["bytes"]), measured, found["versions"])
+
+
+# The methods, by the names that they have in the tables.
+
+FROM_SEED = "ours, from the seed"
+OURS: dict[str, Callable[[Given, float], Outcome]] = {
+    "ours": ours,
+    FROM_SEED: from_seed,
+    "bits alone": partial(ours, calibration_settings=CalibrationSettings(truncation_penalties=(math.inf,))),
+    "ranks alone": partial(ours, bits="16"),
+}
+UNIFORM_METHODS: dict[str, Callable[[Given], Outcome]] = {
+    f"{name} {quantization}": partial(method, quantization=Quantization.of(quantization))
+    for name, method in (("nearest", nearest), ("GPTQ", by_gptq))
+    for quantization in UNIFORM
+}
+PEERS = {
+    f"{name} {method}": Peer(environment, script, method)
+    for name, environment, script, methods in (
+        (
+            "llm-compressor",
+            "llm-compressor",
+            "with_llm_compressor.py",
+            ("GPTQ W8A16", "GPTQ W4A16", "GPTQ W3A16", "GPTQ W2A16", "AWQ W8A16", "AWQ W4A16", "AWQ W4A16_ASYM"),
+        ),
+        ("AutoRound", "auto-round", "with_auto_round.py", ("W4A16 g128", "W3A16 g128", "W2A16 g128", "W2A16 g32")),
+        (
+            "torchao",
+            "torchao",
+            "with_torchao.py",
+            ("int8", "int4 g128", "int4 g32", "int4 HQQ g128", "int4 HQQ g32"),
+        ),
+    )
+    for method in methods
+}
+METHODS = (*OURS, *UNIFORM_METHODS, *PEERS)
+# Their result does not depend on the examples.
+WITHOUT_DATA = ("nearest", "torchao")
+
+
+class Results:
+    """The file of results: its cells by what they are of, each written as it is measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+    def has(self, cell: Mapping[str, Any]) -> bool:
+        return any(cell.items() <= row.items() for row in self.rows)
+
+    def put(self, cell: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Write a cell in place of what was known of it, in a fixed order."""
+        sys.stderr.write(f"{dict(cell)} {dict(found)}\n")
+        self.rows = [row for row in self.rows if not cell.items() <= row.items()] + [{**cell, **found}]
+        models = list(SUBJECTS)
+        self.rows.sort(
+            key=lambda row: (
+                models.index(row["model"]),
+                METHODS.index(row["method"]),
+                -(row["share"] or 0),
+                -1 if row["draw"] is None else row["draw"],
+            )
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"versions": VERSIONS, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": transformers.__version__,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured once: of a model, a method, a share where it takes one, and a draw where it takes examples."""
+
+    model: str
+    method: str
+    share: float | None
+    draw: int | None
+
+    def measure(self, given: Given, environments: Path | None) -> Outcome:
+        if self.method in OURS:
+            assert self.share is not None
+            return OURS[self.method](given, self.share)
+        if self.method in UNIFORM_METHODS:
+            return UNIFORM_METHODS[self.method](given)
+        assert environments is not None
+        return of_peer(given, PEERS[self.method], environments)
+
+
+def cells(asked: argparse.Namespace) -> Iterator[Cell]:
+    """All that is asked for, a model and a draw after another."""
+    for model in asked.models:
+        for draw in asked.draws:
+            for method in asked.methods:
+                if method in PEERS and (asked.peers is None or SUBJECTS[model].data != "builtin:stdlib"):
+                    continue
+                if method == FROM_SEED and model not in REFERENCES:
+                    continue
+                if method.startswith(WITHOUT_DATA):
+                    if draw == asked.draws[0]:
+                        yield Cell(model, method, None, None)
+                elif method in OURS:
+                    yield from (Cell(model, method, share, draw) for share in asked.shares)
+                else:
+                    yield Cell(model, method, None, draw)
+
+
+def measure(results: Results, asked: argparse.Namespace) -> None:
+    """Every cell that is missing, or all where they are asked for again."""
+    missing = [cell for cell in cells(asked) if asked.again or not results.has(vars(cell))]
+    settings: dict[str, Setting] = {}
+    for (model, draw), own in groupby(missing, lambda cell: (cell.model, cell.draw)):
+        if model not in settings:
+            settings = {model: setting(model, TEST)}
+        given = Given(model, settings[model], draw or 0)
+        for cell in own:
+            started = _cpu_seconds()
+            try:
+                found = cell.measure(given, asked.peers)
+            except BadInput as refused:
+                results.put(vars(cell), {"refused": str(refused)})
+                continue
+            about: dict[str, Any] = {"stored": found.stored / given.dense_bytes, **found.measured}
+            about["cpu_seconds"] = round(_cpu_seconds() - started, 1)
+            if found.versions is not None:
+                about["versions"] = found.versions
+            results.put(vars(cell), about)
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of those that it ran."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+# Tables.
+
+
+def curves(document: Mapping[str, Any]) -> str:
+    """Loss increase by size, a table a model: mean (least to most of the draws), in bold where it is lossless.
+
+    `best other` is the least mean loss of any method that is not ours, at no more bytes.
+    """
+    blocks = []
+    for model, rows in by_model(document):
+        shares = sorted({row["share"] for row in rows if row["share"]}, reverse=True)
+        shown = [method for method in OURS if any(row["method"] == method for row in rows)]
+        if not shown:
+            continue
+        lines = [_line([f"{model}, bytes", *shown, "best other", "error"]), "|---" * (len(shown) + 3) + "|"]
+        points = points_of(rows)
+        for share in shares:
+            at = {method: _at(points, method, share) for method in shown}
+            rival = best_other(points, share)
+            named = "" if rival is None else f"{rival.cell} {rival.method}"
+            error = next((f"{point.error:.4f}" for point in at.values() if point is not None), "")
+            found = ["" if point is None else point.cell for point in at.values()]
+            lines.append(_line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def points(document: Mapping[str, Any]) -> str:
+    """All layers at one width, by our code and by that of others: share of the bytes, and loss increase."""
+    names = [model for model, _ in by_model(document)]
+    found = {model: {point.method: point for point in points_of(rows)} for model, rows in by_model(document)}
+    lines = [_line(["", *names]), "|---" * (len(names) + 1) + "|"]
+    for method in (*UNIFORM_METHODS, *PEERS):
+        at = [found[model].get(method) for model in names]
+        if any(at):
+            lines.append(_line([method, *("" if each is None else f"{each.stored:.1%}: {each.cell}" for each in at)]))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a size: the mean share of the bytes, the losses of the draws, and their mean standard error."""
+
+    method: str
+    share: float | None
+    stored: float
+    losses: tuple[float, ...]
+    error: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+    @property
+    def lossless(self) -> bool:
+        return self.mean <= self.error
+
+    @property
+    def cell(self) -> str:
+        text = f"{self.mean:.4f}" if abs(self.mean) < 0.1 else f"{self.mean:.3f}"
+        if len(self.losses) > 1:
+            text += f" ({min(self.losses):.4f} to {max(self.losses):.4f})"
+        return f"**{text}**" if self.lossless else text
+
+
+def best_other(points: Sequence[Point], share: float) -> Point | None:
+    """What loses least of all that is not ours and takes no more bytes than a share of them."""
+    others = [
+        point for point in points if not point.method.startswith("ours") and point.stored <= share + LARGEST_EXCESS
+    ]
+    return min(others, key=lambda point: point.mean, default=None)
+
+
+def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """What is known of each method at each size."""
+    groups: dict[tuple[str, float | None], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "loss_increase" in row:
+            groups.setdefault((row["method"], row["share"]), []).append(row)
+    return [
+        Point(
+            method,
+            share,
+            statistics.mean(row["stored"] for row in own),
+            tuple(row["loss_increase"] for row in own),
+            statistics.mean(row["error"] for row in own),
+        )
+        for (method, share), own in groups.items()
+    ]
+
+
+def _at(points: Sequence[Point], method: str, share: float) -> Point | None:
+    return next((point for point in points if (point.method, point.share) == (method, share)), None)
+
+
+def by_model(document: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of each model."""
+    return [(model, list(rows)) for model, rows in groupby(document["rows"], key=lambda row: row["model"])]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
+    parser.add_argument("--peers", type=Path, help="the folder of environments.py; without it they are left out")
+    parser.add_argument("--again", action="store_true", help="measure what is there already too")
+    parser.add_argument("--quick", action="store_true", help="digits-mlp at two sizes, one draw")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.models, asked.shares, asked.draws, asked.peers = ["digits-mlp"], (0.25, 0.1), (0,), None
+    for model in [name for name in asked.models if not SUBJECTS[name].weights.exists()]:
+        sys.stderr.write(f"{model} is left out: train it with benchmarks/larger_model.py\n")
+        asked.models.remove(model)
+    torch.set_num_threads(1)
+    results = Results(asked.output)
+    measure(results, asked)
+    document = {"rows": results.rows}
+    sys.stdout.write(f"{curves(document)}\n\n{points(document)}\n")
+
+
+if __name__ == "__main__":
+    main()
