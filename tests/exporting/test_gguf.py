@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from compressor import BadInput, export, restore
+from compressor import BadInput, compress, export, restore
 from compressor.cli.run import run
 from compressor.errors import CompressorError
 from compressor.exporting.gguf import gguf_artifact, gguf_file, require_equal
@@ -331,3 +331,29 @@ def test_a_tokenizer_of_sentencepiece(tmp_path: Path) -> None:
 def test_a_file_is_named_by_its_ending(small_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["export", str(small_llama), "--to", "gguf", "-o", str(tmp_path / "small.bin")]) == 2
     assert "a GGUF model is one file; name it with .gguf" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_0"), (5, "Q5_0")])
+def test_quantized_layers_are_the_same_integers(bits: int, kind: str, tmp_path: Path) -> None:
+    folder = saved(tiny_llama(hidden_size=64, intermediate_size=96), tmp_path / "dense")
+    compress(folder, output=tmp_path / "small", bits=bits, calibration="none", embeddings=True)
+    exported = export(tmp_path / "small", to="gguf", output=tmp_path / "model.gguf")
+    assert exported.tensor_types is not None
+    assert exported.tensor_types[kind] >= 8  # of the nine layers one may have no such form
+    found = {each.name: each for each in gguf.GGUFReader(exported.output).tensors}
+    assert found["blk.0.attn_q.weight"].tensor_type.name == kind
+    restored = transformers.AutoModelForCausalLM.from_pretrained(
+        restore(tmp_path / "small", output=tmp_path / "restored").output
+    )
+    down = restored.model.layers[0].mlp.down_proj.weight.detach().numpy()
+    assert np.array_equal(tensors_of(Path(exported.output))["blk.0.ffn_down.weight"], down)
+    assert exported.bytes.after < 1.3 * exported.bytes.before
+
+
+def test_groups_that_no_block_has_are_rounded_to_16_bits(tmp_path: Path) -> None:
+    folder = saved(tiny_llama(hidden_size=64, intermediate_size=112), tmp_path / "dense")  # groups of 28 inputs
+    compress(folder, output=tmp_path / "small", bits=4, calibration="none")
+    exported = export(tmp_path / "small", to="gguf", output=tmp_path / "model.gguf")
+    assert exported.tensor_types is not None
+    assert exported.tensor_types["F16"] >= 1
