@@ -241,6 +241,10 @@ class QuantizedPair(PairForm):
         infos = self.pair.infos(weight, rank, dtype)
         return [each for info in infos for each in self._infos_of(info)]
 
+    def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
+        """The tensors of the pair before they are quantized."""
+        return self.pair.infos(weight, rank, dtype)
+
     def _infos_of(self, info: TensorInfo) -> list[TensorInfo]:
         return part_infos(info, self.quantization) if info.name.endswith("weight") else [info]
 
@@ -384,6 +388,11 @@ class QuantizedDense(PairForm):
         own = part_infos(TensorInfo("weight", self._shape(weight), dtype), self.quantization)
         return own + (_correction_of(weight).infos(weight, rank, dtype) if rank > 0 else [])
 
+    def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
+        """The matrix and the factors of its correction before they are quantized."""
+        own = TensorInfo("weight", self._shape(weight), dtype)
+        return [own, *(_correction_of(weight).parts(weight, rank, dtype) if rank > 0 else [])]
+
     def _shape(self, weight: DenseWeight) -> tuple[int, ...]:
         """The shape of what is quantized: the layer's matrix, or its tensor."""
         return weight.shape if weight.kind == "transposed linear" else weight.tensor_shape
@@ -421,10 +430,7 @@ class QuantizedDense(PairForm):
 
     def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
         assert isinstance(pair, QuantizedFactors)
-        infos = [TensorInfo("weight", self._shape(weight), dtype)]
-        if pair.rank > 0:
-            infos += _correction_of(weight).pair.infos(weight, pair.rank, dtype)
-        return _stored_parts(pair, infos)
+        return _stored_parts(pair, self.parts(weight, pair.rank, dtype))
 
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
         own = part_of_tensors("weight", self.quantization, tensors).flatten(1)

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressor.forms import FORMS, DenseWeight, StoredWeight
+from compressor.forms import FORMS, DenseWeight, QuantizedDense, QuantizedPair, StoredWeight
 from compressor.io import TensorInfo
-from compressor.lowrank.stored_pairs import role_of
 from compressor.network import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
 
 # The products of the forward pass that is under way in this thread, with gradients and without.
@@ -30,22 +29,35 @@ _products: ContextVar[dict[tuple[FactoredWeight, bool], Tensor] | None] = Contex
 class FactoredWeight(nn.Module):
     """The map from the factors of a form to the weight that they stand for, to be registered as its parametrization.
 
-    The factors are shaped as in the file. Those that are not of floating-point numbers are buffers.
+    The factors are shaped as in the file. Those that are not of floating-point numbers are buffers, and so are all of a
+    quantized form: nothing of it is trained, and its scales keep their dtype.
     """
 
+    weight: Tensor
     last_product: Tensor | None
 
-    def __init__(self, weight: DenseWeight, form: str, rank: int, *, device: torch.device) -> None:
+    def __init__(self, weight: DenseWeight, form: str, rank: int, *, like: Tensor) -> None:
         super().__init__()
         self.stands_for = StoredWeight("parameter", weight.tensor_shape)
         self.form, self.rank = form, rank
-        self.trained = [name for name in FORMS[form].names if self._infos(torch.float32)[name].dtype.is_floating_point]
-        self.fixed = [name for name in FORMS[form].names if name not in self.trained]
+        found, infos = FORMS[form], self._infos(like.dtype)
+        self.is_quantized = isinstance(found, QuantizedDense | QuantizedPair)
+        # Shapes that need not be fetched from a device.
+        self.shapes: dict[str, Tensor] = {}
+        if isinstance(found, QuantizedDense | QuantizedPair):
+            parts = found.parts(self.stands_for, rank, like.dtype)
+            self.shapes = {f"{part.name}_shape": torch.tensor(part.shape) for part in parts}
+            self.shapes = {name: shape for name, shape in self.shapes.items() if name in infos}
+        self.trained = [name for name in infos if infos[name].dtype.is_floating_point and not self.is_quantized]
+        self.fixed = [name for name in infos if name not in self.trained]
         for name in self.fixed:
-            info = self._infos(torch.float32)[name]
-            self.register_buffer(role_of(name), torch.zeros(info.shape, dtype=info.dtype, device=device))
+            info = infos[name]
+            unfilled = self.shapes.get(name, torch.zeros(info.shape, dtype=info.dtype)).to(like.device)
+            self.register_buffer(_attribute(name), unfilled)
+        # Its dtype is that of the product.
+        self.register_buffer("weight", like.new_empty(0), persistent=False)
         # Of the last forward pass on a CPU without gradients. As buffers they are seen by who counts memory.
-        for name in (*map(role_of, self.trained), "product"):
+        for name in (*map(_attribute, self.trained), "product"):
             self.register_buffer(f"last_{name}", None, persistent=False)
 
     def _infos(self, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -54,7 +66,7 @@ class FactoredWeight(nn.Module):
     def forward(self, *factors: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._product(*factors)
-        if not torch.is_grad_enabled() and factors[0].device.type == "cpu":
+        if not self.is_quantized and not torch.is_grad_enabled() and self.weight.device.type == "cpu":
             return self._last_product(*factors)
         self._forget()
         # Modules ask several times in a pass. Whether factors are what they were in the last pass cannot be told: to
@@ -68,11 +80,11 @@ class FactoredWeight(nn.Module):
 
     def _last_product(self, *factors: Tensor) -> Tensor:
         """The product, which is kept: on a CPU to compare the factors costs a small part of multiplying them."""
-        last: list[Tensor | None] = [getattr(self, f"last_{role_of(name)}") for name in self.trained]
+        last: list[Tensor | None] = [getattr(self, f"last_{_attribute(name)}") for name in self.trained]
         product: Tensor | None = self.last_product
         if product is None or not all(map(_same, factors, last)):
             for name, factor in zip(self.trained, factors, strict=True):
-                setattr(self, f"last_{role_of(name)}", factor.detach().clone())
+                setattr(self, f"last_{_attribute(name)}", factor.detach().clone())
             self.last_product = product = self._product(*factors)
         return product
 
@@ -82,12 +94,17 @@ class FactoredWeight(nn.Module):
         )
 
     def _forget(self) -> None:
-        for name in (*map(role_of, self.trained), "product"):
+        for name in (*map(_attribute, self.trained), "product"):
             setattr(self, f"last_{name}", None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FactoredWeight:
         self._forget()
+        scales = {name: getattr(self, name) for name in map(_attribute, self.fixed) if name.endswith("scale")}
+        for name, scale in scales.items():  # moved as integers, not cast: rounded twice they would be other numbers
+            setattr(self, name, scale.view(torch.int16))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in scales.items():
+            setattr(self, name, getattr(self, name).view(scale.dtype))
         return self
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +112,7 @@ class FactoredWeight(nn.Module):
         return tuple(weight.new_empty(self._infos(weight.dtype)[name].shape) for name in self.trained)
 
     def _product(self, *factors: Tensor) -> Tensor:
-        device = factors[0].device.type
+        device = self.weight.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             # Autocast casts a weight where it is used. The product keeps its own dtype, as the weight would.
             with torch.autocast(device, enabled=False):
@@ -103,13 +120,21 @@ class FactoredWeight(nn.Module):
         return self._multiplied(*factors)
 
     def _multiplied(self, *factors: Tensor) -> Tensor:
-        tensors = dict(zip(self.trained, factors, strict=True)) | {
-            name: getattr(self, role_of(name)) for name in self.fixed
-        }
-        return FORMS[self.form].product(self.stands_for, tensors).reshape(self.stands_for.tensor_shape)
+        tensors: dict[str, Tensor] = dict(zip(self.trained, factors, strict=True))
+        tensors |= {name: getattr(self, _attribute(name)) for name in self.fixed} | self.shapes
+        if self.is_quantized:
+            exact = self.weight.dtype if self.weight.dtype.itemsize >= 4 else torch.float32
+            tensors = {name: each.to(exact) if each.is_floating_point() else each for name, each in tensors.items()}
+        product = FORMS[self.form].product(self.stands_for, tensors).reshape(self.stands_for.tensor_shape)
+        return product.to(self.weight.dtype) if self.is_quantized else product
 
     def extra_repr(self) -> str:
         return f"shape={self.stands_for.tensor_shape}, rank={self.rank}"
+
+
+def _attribute(name: str) -> str:
+    """What a tensor of a form is called in a module: `down` for `down.weight`, `down_packed` for the integers of it."""
+    return name.replace(".weight", "").replace(".", "_")
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:
@@ -121,17 +146,15 @@ def put_factors(module: nn.Module, parameter: str, form: str, *, rank: int, like
 
     The module itself is changed; the parameter need not have values.
     """
-    device = like.device
     # Only its shape is needed, and it may be large.
     empty = like.new_empty(weight.tensor_shape, device="meta")
     module._parameters[parameter] = nn.Parameter(empty, like.requires_grad)
-    parametrize.register_parametrization(
-        module, parameter, FactoredWeight(weight, form, rank, device=device), unsafe=True
-    )
+    factored = FactoredWeight(weight, form, rank, like=like.detach())
+    parametrize.register_parametrization(module, parameter, factored, unsafe=True)
     factors = module.parametrizations[parameter]  # type: ignore[index]
     assert isinstance(factors, nn.Module)
     for name, tensor in factors.named_parameters(recurse=False):
-        setattr(factors, name, nn.Parameter(torch.zeros_like(tensor, device=device), like.requires_grad))
+        setattr(factors, name, nn.Parameter(torch.zeros_like(tensor, device=like.device), like.requires_grad))
     if len(factored_parameters(module)) == 1:
         module.register_state_dict_post_hook(_as_stored)  # type: ignore[no-untyped-call]
         module.register_load_state_dict_pre_hook(_as_registered)  # type: ignore[no-untyped-call]
@@ -168,7 +191,7 @@ def fill_factors(module: nn.Module, parameter: str, tensors: Mapping[str, Tensor
         old = getattr(factors, f"original{number}")
         setattr(factors, f"original{number}", nn.Parameter(tensors[name].to(old.device), old.requires_grad))
     for name in factored.fixed:
-        setattr(factored, role_of(name), tensors[name].to(getattr(factored, role_of(name)).device))
+        setattr(factored, _attribute(name), tensors[name].to(getattr(factored, _attribute(name)).device))
     _tell_recurrent(module)
 
 
@@ -198,28 +221,29 @@ def factored_parameters(module: nn.Module) -> dict[str, FactoredWeight]:
     return {name: each[0] for name, each in lists.items() if isinstance(each[0], FactoredWeight)}
 
 
-def _names(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """For each factored parameter its name in a state dict, and the names there of its tensors to those in PyTorch."""
+def _names(module: nn.Module, prefix: str) -> Iterator[tuple[str, dict[str, str], FactoredWeight]]:
+    """For each factored parameter its name in a state dict, the names there of its tensors to those in PyTorch, and
+    its map."""
     for name, factored in factored_parameters(module).items():
         base, inner = layer_name(prefix + name), f"{prefix}parametrizations.{name}."
         stem = f"{base}." if base else ""
         names = {f"{stem}{each}": f"{inner}original{number}" for number, each in enumerate(factored.trained)}
-        names |= {f"{stem}{each}": f"{inner}0.{role_of(each)}" for each in factored.fixed}
-        yield prefix + name, names
+        names |= {f"{stem}{each}": f"{inner}0.{_attribute(each)}" for each in factored.fixed}
+        yield prefix + name, names, factored
 
 
 def _as_stored(module: nn.Module, state: OrderedDict[str, Tensor], prefix: str, _: Mapping[str, Any]) -> None:
-    for marker, names in _names(module, prefix):
+    for marker, names, factored in _names(module, prefix):
         for stored, registered in names.items():
             if registered in state:
                 state[stored] = state.pop(registered)
-        first = state.get(next(iter(names)))
-        if first is not None:
-            state[marker] = first.new_empty(0)
+        shape = FORMS[factored.form].marker(factored.stands_for)
+        if next(iter(names)) in state and shape is not None:
+            state[marker] = factored.weight.new_empty(shape)
 
 
 def _as_registered(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for marker, names in _names(module, prefix):
+    for marker, names, _factored in _names(module, prefix):
         if marker in state and state[marker].numel() == 0:
             del state[marker]
         for stored, registered in names.items():

@@ -327,4 +327,6 @@ def _put_filled_factors(
 ) -> None:
     assert plan.rank is not None
     put_factors(owner, layer.parameter, plan.form, rank=plan.rank, like=like, weight=layer)
-    fill_factors(owner, layer.parameter, {name: tensors[join(layer.name, name)] for name in FORMS[plan.form].names})
+    fill_factors(
+        owner, layer.parameter, {name: tensors[join(layer.name, name)] for name in FORMS[plan.form].names_at(plan.rank)}
+    )

@@ -125,11 +125,13 @@ def _place(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, 
     if shape[:-1] in MARKERS.values() and shape[-1] in BITS:
         return _Place(tensor, shape[:-1], shape[-1])
     weight = tensor.removesuffix("_packed")
-    if weight == tensor or not is_weight(weight) or weight in shapes:
+    if weight == tensor or not is_weight(weight):
         return None
-    owner, _, factor = layer_name(weight).rpartition(".")
-    of_pair = factor in _FACTORS and any(join(owner, each) in shapes for each in ("weight", "weight_packed"))
-    return None if of_pair else _Place(weight, MARKERS["linear"])
+    layer = layer_name(weight)
+    owner, _, factor = layer.rpartition(".")
+    others = [weight, layer]  # the marker of the layer itself, or that of the layer that it is a factor of
+    others += [owner, join(owner, "weight"), join(owner, "weight_packed")] if factor in _FACTORS else []
+    return None if any(each in shapes for each in others) else _Place(weight, MARKERS["linear"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""Quantized layers in files and folders: read as they were written, by us and by transformers without us."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressor import export, load_model, restore
+from compressor.io import open_checkpoint
+from compressor.lowrank import stored_pairs
+from tests.exporting.conftest import tiny_llama
+from tests.lowrank.quantized import Forms, quantized
+from tests.warm import Warm
+
+BITS: Forms = {
+    "*q_proj": ("dense@4g32", 0),
+    "*k_proj": ("dense@8", 0),
+    "*o_proj": ("dense@3g32", 0),
+    "*up_proj": ("dense@6", 0),
+    "*down_proj": ("dense@5g32", 0),
+}
+BOTH: Forms = {
+    "*q_proj": ("plain@4g32", 12),
+    "*k_proj": ("pivoted@8", 5),
+    "*o_proj": ("plain", 8),
+    "*up_proj": ("dense@2g32z", 0),
+    "*gate_proj": ("dense@2g32", 6),
+    "*down_proj": ("dense@5g32", 0),
+}
+TOKENS = torch.arange(3, 20)[None]
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(TOKENS).logits
+    return found
+
+
+def llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    model = tiny_llama(hidden_size=64, intermediate_size=96, **changes).to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bits_alone_load_in_transformers_without_this_package(dtype: torch.dtype, tmp_path: Path, warm: Warm) -> None:
+    expected = logits(quantized(llama(tmp_path / "dense", dtype), BITS, tmp_path / "small"))
+    code = """
+import sys, torch, transformers
+torch.set_num_threads(1)
+model, loaded = transformers.AutoModelForCausalLM.from_pretrained("small", output_loading_info=True)
+assert not any(loaded.values()), loaded
+with torch.no_grad():
+    torch.save(model(torch.arange(3, 20)[None]).logits, "logits.pt")
+assert "compressed_tensors" in sys.modules and "compressor" not in sys.modules
+"""
+    ran = warm.run(code, folder=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forms", [BITS, BOTH], ids=["bits", "pairs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_folder_loads_generates_and_saves(forms: Forms, dtype: torch.dtype, tmp_path: Path) -> None:
+    in_memory = quantized(llama(tmp_path / "dense", dtype), forms, tmp_path / "small", shard_size=30_000)
+    assert len(list((tmp_path / "small").glob("model-*.safetensors"))) > 1
+    expected = logits(in_memory)
+    loaded = load_model(tmp_path / "small")
+    assert torch.equal(logits(loaded), expected)
+    assert loaded.dtype == dtype
+    assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (1, TOKENS.shape[1] + 3)
+    for name, model in {"loaded": loaded, "in memory": in_memory}.items():
+        model.save_pretrained(tmp_path / name)
+        assert torch.equal(logits(load_model(tmp_path / name)), expected)
+        ours, theirs = (
+            json.loads((tmp_path / each / "config.json").read_text())["quantization_config"] for each in ("small", name)
+        )
+        assert {key: each for key, each in theirs.items() if key != "dense"} == ours
+    if forms is BOTH:
+        assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")), expected)
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_floats_come_back(saved_again: bool, tmp_path: Path) -> None:
+    in_memory = quantized(llama(tmp_path / "dense"), BOTH, tmp_path / "small")
+    folder = tmp_path / "small"
+    if saved_again:  # without our metadata
+        in_memory.save_pretrained(folder := tmp_path / "again")
+    assert stored_pairs(open_checkpoint(folder)) == stored_pairs(open_checkpoint(tmp_path / "small"))
+    restored = restore(folder, output=tmp_path / "restored")
+    assert len(restored.layers) == 6
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+    assert not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(logits(model), logits(in_memory), rtol=0, atol=1e-5)
+    if not saved_again:
+        export(folder, to="dense", output=tmp_path / "dense again")
+        exported = load_file(tmp_path / "dense again" / "model.safetensors")
+        assert all(torch.equal(exported[name], each) for name, each in model.state_dict().items() if name in exported)
+
+
+class Network(nn.Module):
+    """A layer of each kind, at sizes that quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.table = nn.Embedding(50, 64)
+        self.rnn = nn.GRU(64, 40, batch_first=True)
+        self.conv = nn.Conv1d(40, 48, 3, padding=1)
+        self.wide = nn.Conv1d(48, 64, 3, padding=1)
+        self.fc = nn.Linear(64, 50)
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, _ = self.rnn(self.table(tokens))
+        wide = self.wide(self.conv(hidden.transpose(1, 2)).relu()).transpose(1, 2)
+        found: Tensor = self.fc(wide) + self.head(wide)
+        return found
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"rnn*ih*": ("dense@8", 0), "conv": ("dense@4g24", 0), "wide": ("dense@3g24", 4), "fc": ("dense@8", 0)},
+        {"rnn*ih*": ("plain@8", 6), "conv": ("channel@8", 5), "wide": ("channel@4g24", 8), "fc": ("plain@4", 7)},
+    ],
+    ids=["dense", "pairs"],
+)
+def test_a_file_is_read_with_its_metadata_and_without(forms: Forms, tmp_path: Path) -> None:
+    dense = Network()
+    own = {name: each for name, each in dense.state_dict().items() if name != "head.weight"}
+    save_file(own, tmp_path / "dense.safetensors", metadata={"head.weight": "table.weight"})
+    tokens = torch.arange(10)[None]
+    in_memory = quantized(tmp_path / "dense.safetensors", forms, tmp_path / "small.safetensors", factory=Network)
+    expected = in_memory.eval()(tokens)
+    torch.save(in_memory.state_dict(), tmp_path / "state.pt")
+    for name in ("small.safetensors", "state.pt"):
+        assert torch.equal(load_model(tmp_path / name, Network).eval()(tokens), expected), name
+        restore(tmp_path / name, output=tmp_path / f"{name}.pt")
+        torch.testing.assert_close(load_model(tmp_path / f"{name}.pt", Network).eval()(tokens), expected)
+    pairs = stored_pairs(open_checkpoint(tmp_path / "small.safetensors"))
+    assert {name: (pair.form, pair.rank, pair.dtype) for name, pair in pairs.items()} == {
+        "rnn.weight_ih_l0": (*forms["rnn*ih*"], torch.float32)
+    } | {name: (*forms[name], torch.float32) for name in ("conv", "wide", "fc")}
+    of_module = stored_pairs(open_checkpoint(in_memory))
+    assert {name: replace(pair, kind=pairs[name].kind) for name, pair in of_module.items()} == pairs
