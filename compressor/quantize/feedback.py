@@ -21,36 +21,33 @@ class Levels:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What an error does to the later numbers: two matrices that are zero on and below the diagonal.
+    """What is done to the later numbers: two matrices that are zero on and below the diagonal.
 
-    An error at column j is added, times row j of `columns` (`n x n`), to the targets of its row. An error at row i is
-    taken, times row i of `rows` (`m x m`), from what is rounded in its column; it changes no target. `rows` is None
-    where the rows do not depend on each other.
+    The change of a number at column j is added, times row j of `columns` (`n x n`), to the targets of its row. How far
+    a number at row i is from its target is taken, times row i of `rows` (`m x m`), from what is rounded in its column.
+    `rows` is None where the rows do not depend on each other.
     """
 
     columns: Tensor
     rows: Tensor | None
 
 
-def rounded_in_turn(
-    targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor | None = None, block: int
-) -> Tensor:
-    """The integers nearest to `m x n` targets, each changed by the errors that were made before it.
+def rounded_in_turn(targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor, block: int) -> Tensor:
+    """The integers nearest to `m x n` targets, which change with each that is chosen.
 
     Args:
-        targets: What is wanted of each number.
+        targets: What is best for each number while the others stay as they were.
         levels: What it can become.
-        feedback: What an error does to the later ones.
-        before: What the numbers were, where targets say what is best while the others stay as they were; then
-            `columns` is for the changes from that.
-        block: Rows and columns of a block: errors are carried from one to another by matrix products.
+        feedback: What is done to the later ones.
+        before: What the numbers were.
+        block: Rows and columns of a block: from one to another changes are carried by matrix products.
     """
     if feedback.rows is None:
         return _by_columns(targets, levels, feedback.columns, before=before, block=block)
     return _by_antidiagonals(targets, levels, feedback, before=before, block=block)
 
 
-def _by_columns(targets: Tensor, levels: Levels, feedback: Tensor, *, before: Tensor | None, block: int) -> Tensor:
+def _by_columns(targets: Tensor, levels: Levels, feedback: Tensor, *, before: Tensor, block: int) -> Tensor:
     """The same where rows do not depend on each other: a column of all at once."""
     integers, changes = torch.empty_like(targets), torch.empty_like(targets)
     for start in range(0, targets.shape[1], block):
@@ -59,25 +56,21 @@ def _by_columns(targets: Tensor, levels: Levels, feedback: Tensor, *, before: Te
         for place, column in enumerate(wanted.unbind(1), start):
             scales = levels.scales[:, place]
             integer = (column / scales).round_().clamp_(levels.lowest[:, place], levels.highest[:, place])
-            change = integer * scales - (column if before is None else before[:, place])
+            change = integer * scales - before[:, place]
             integers[:, place], changes[:, place] = integer, change
             wanted.addr_(change, feedback[place, part])
     return integers
 
 
-def _by_antidiagonals(
-    targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor | None, block: int
-) -> Tensor:
+def _by_antidiagonals(targets: Tensor, levels: Levels, feedback: Feedback, *, before: Tensor, block: int) -> Tensor:
     """The same where they do: what is at row i and column j does not depend on others with the same i + j."""
     grid = _Grid.of(targets.shape, block)
-    wanted, lowest, highest = (grid.padded(each) for each in (targets, levels.lowest, levels.highest))
+    wanted, start, lowest, highest = (grid.padded(each) for each in (targets, before, levels.lowest, levels.highest))
     scales = grid.padded(levels.scales, fill=1.0)
-    start = None if before is None else grid.padded(before)
     columns = pad(feedback.columns, (0, wanted.shape[1] - targets.shape[1]) * 2)
     assert feedback.rows is not None
     rows = pad(feedback.rows, (0, wanted.shape[0] - targets.shape[0]) * 2)
-    integers, changes = torch.empty_like(wanted), torch.empty_like(wanted)
-    errors = changes if before is None else torch.empty_like(wanted)
+    integers, changes, errors = (torch.empty_like(wanted) for _ in range(3))
     for diagonal in range(grid.down + grid.across - 1):
         # The blocks whose places down and across add up to this.
         down = list(range(max(0, diagonal - grid.across + 1), min(grid.down, diagonal + 1)))
@@ -90,13 +83,11 @@ def _by_antidiagonals(
             columns=torch.stack([columns[j, j] for _, j in places]),
             rows=torch.stack([rows[i, i] for i, _ in places]),
             levels=Levels(*(torch.stack([each[i, j] for i, j in places]) for each in (scales, lowest, highest))),
-            before=None if start is None else torch.stack([start[i, j] for i, j in places]),
+            before=torch.stack([start[i, j] for i, j in places]),
         )
         found = tiles.rounded()
         for tile, (i, j) in enumerate(places):
-            integers[i, j], changes[i, j] = found.integers[tile], found.changes[tile]
-            if before is not None:
-                errors[i, j] = found.errors[tile]
+            integers[i, j], changes[i, j], errors[i, j] = (each[tile] for each in found)
     return integers[: targets.shape[0], : targets.shape[1]]
 
 
@@ -127,13 +118,6 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    integers: Tensor
-    changes: Tensor
-    errors: Tensor
-
-
-@dataclass(frozen=True)
 class _Tiles:
     """Blocks that do not depend on each other, `tiles x height x width`; `carried` is `tiles x width x height`."""
 
@@ -142,10 +126,10 @@ class _Tiles:
     columns: Tensor
     rows: Tensor
     levels: Levels
-    before: Tensor | None
+    before: Tensor
 
-    def rounded(self) -> _Rounded:
-        """All of them, an antidiagonal at a time."""
+    def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Their integers, their changes, and how far they are from their targets, an antidiagonal at a time."""
         _, height, width = self.targets.shape
         integers, changes, errors = (torch.empty_like(self.targets) for _ in range(3))
         # With its columns in the opposite order an antidiagonal takes neighbors of both matrices.
@@ -163,11 +147,10 @@ class _Tiles:
             integer = ((wanted - from_above) / scales).round_()
             integer = integer.clamp_(at(self.levels.lowest), at(self.levels.highest))
             number = integer * scales
-            error = number - wanted
-            change = error if self.before is None else number - at(self.before)
+            error, change = number - wanted, number - at(self.before)
             at(integers).copy_(integer)
             at(changes).copy_(change)
             at(errors).copy_(error)
             self.targets[:, rows].addcmul_(change.unsqueeze(2), columns[:, flipped])
             carried[:, flipped].addcmul_(error.unsqueeze(2), self.rows[:, rows])
-        return _Rounded(integers, changes, errors)
+        return integers, changes, errors

@@ -9,10 +9,14 @@ too (Tseng, Sun and De Sa, "Model-preserving adaptive rounding", 2025).
 With `S_x = M diag(.) M^T` and `S_g = N diag(.) N^T`, M and N unit upper triangular, the loss is the weighted sum of the
 squares of `N^T D M`. Its entry at row i and column j depends on the errors at rows up to i and columns up to j. So each
 is made as small as its own integer makes it, all those of one antidiagonal at once.
+
+When all are rounded, each column is rounded once more to what is best beside the others, in the same way: its `D S_x`
+over the diagonal of `S_x` is how far it is from that.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +59,18 @@ def gptq(
     if metric.inputs.dim() == 1:
         return rounded
     found = _Search.of(matrix, quantization, metric, scale_dtype=scale_dtype, settings=settings).best()
-    wide = in_float64(matrix)
-    losses = [metric.squared_size(wide - each.product()) for each in (found, rounded)]
-    return found if losses[0] <= losses[1] else rounded
+    return found if _is_better(metric, matrix, found, than=rounded) else rounded
+
+
+def _is_better(metric: Metric, matrix: Tensor, found: QuantizedMatrix, *, than: QuantizedMatrix) -> bool:
+    """Whether the error of one costs no more; in float32 where they differ by more than it can be wrong."""
+    narrow = Metric(metric.inputs.to(torch.float32), metric.gradients.to(torch.float32))
+    wide = in_float64(matrix) / power_of_two(matrix)
+    errors = [wide - each.product() / power_of_two(matrix) for each in (found, than)]
+    first, second = (narrow.squared_size(error.to(torch.float32)) for error in errors)
+    if math.isfinite(first + second) and first < 0.99 * second:
+        return True
+    return metric.squared_size(errors[0]) <= metric.squared_size(errors[1])
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class _State(_Choice):
 class _Search:
     """A matrix divided by a power of two, and its damped metric.
 
-    `feedback` (`d_in x d_in`) and `coupling` (`d_out x d_out`) are `M^-1` and N above their diagonals, in the order of
+    `feedback` (`d_in x d_in`) and `coupling` (`d_out x d_out`) are -M and N above their diagonals, in the order of
     `columns` and `rows`; where the gradients' moment is a diagonal the rows do not depend on each other, and `coupling`
     is None.
     """
@@ -113,12 +126,7 @@ class _Search:
         inputs = _damped(metric.inputs, settings.damping)
         gradients = _damped(metric.gradients, settings.gradient_damping)
         rows, columns = _descending(gradients), _descending(inputs)
-        unit_upper = _unit_upper(inputs[columns][:, columns])
-        eye = torch.eye(len(unit_upper), dtype=unit_upper.dtype, device=unit_upper.device)
-        inverse = torch.linalg.solve_triangular(unit_upper, eye, upper=True, unitriangular=True)
-        coupling = None
-        if gradients.dim() == 2:
-            coupling = _unit_upper(gradients[rows][:, rows]).triu_(1).to(torch.float32)
+        coupling = _above_diagonal(gradients[rows][:, rows]) if gradients.dim() == 2 else None
         scales = searched_scales(matrix, quantization, scale_dtype, settings=settings)
         middle = torch.full_like(scales.scales, 2 ** (quantization.bits - 1), dtype=torch.float32)
         return cls(
@@ -128,7 +136,7 @@ class _Search:
             gradients=gradients.to(torch.float32),
             rows=rows,
             columns=columns,
-            feedback=inverse.triu_(1).to(torch.float32),
+            feedback=-_above_diagonal(inputs[columns][:, columns]),
             coupling=coupling,
             quantization=quantization,
             zero_points=middle if scales.zero_points is None else scales.zero_points.to(torch.float32),
@@ -138,13 +146,13 @@ class _Search:
 
     def best(self) -> QuantizedMatrix:
         """The first pass, and rounds while they gain enough."""
-        state = self._weighted(self._chosen(self.start, self.values, feedback=self.feedback))
+        state = self._weighted(self._chosen(self.start, self.values, before=self.values, feedback=self.feedback))
         best, again = state, self._feedback_again()
         for _ in range(self.settings.rounds):
             fitted = self._weighted(_Choice(self._fitted(state), state.integers))
-            targets = fitted.error + self.values - fitted.weighted / self.inputs.diagonal()
             before = fitted.error + self.values
-            state = self._weighted(self._chosen(fitted.scales, targets, feedback=again, before=before))
+            targets = before - fitted.weighted / self.inputs.diagonal()
+            state = self._weighted(self._chosen(fitted.scales, targets, before=before, feedback=again))
             least = best.loss
             best = min((best, fitted, state), key=lambda each: each.loss)
             if best.loss > (1 - self.settings.gain) * least:
@@ -201,8 +209,8 @@ class _Search:
             direction = step + size / before * direction
         return stored_scales(scales.to(torch.float64) * self.unit, state.scales.dtype)
 
-    def _chosen(self, scales: Tensor, targets: Tensor, *, feedback: Tensor, before: Tensor | None = None) -> _Choice:
-        """The integers at these scales, with feedback for targets, or for changes from what was `before`."""
+    def _chosen(self, scales: Tensor, targets: Tensor, *, before: Tensor, feedback: Tensor) -> _Choice:
+        """The integers at these scales, with feedback of the changes from what was `before`."""
         rows, columns = self.rows, self.columns
         last = 2**self.quantization.bits - 1
         zero_points = self._of_columns(self.zero_points)[rows][:, columns]
@@ -211,7 +219,7 @@ class _Search:
             targets[rows][:, columns],
             levels,
             Feedback(feedback, self.coupling),
-            before=None if before is None else before[rows][:, columns],
+            before=before[rows][:, columns],
             block=self.settings.block,
         )
         return _Choice(scales, found[rows.argsort()][:, columns.argsort()])
@@ -237,8 +245,8 @@ def _descending(moment: Tensor) -> Tensor:
     return _diagonal(moment).argsort(descending=True, stable=True)
 
 
-def _unit_upper(moment: Tensor) -> Tensor:
-    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal."""
+def _above_diagonal(moment: Tensor) -> Tensor:
+    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal, without the ones."""
     factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    unit_upper: Tensor = factor / factor.diagonal()
-    return unit_upper
+    above: Tensor = (factor / factor.diagonal()).triu_(1).to(torch.float32)
+    return above

@@ -44,19 +44,21 @@ def nearest_plane(matrix: Tensor, inputs: Tensor, gradients: Tensor) -> Tensor:
 @pytest.mark.parametrize("block", [1, 2, 4, 64])
 def test_errors_of_both_sides_are_carried_as_babai_does(shape: tuple[int, int], block: int) -> None:
     matrix, inputs, gradients = 3 * random(*shape, seed=1), moment(shape[1], 2), moment(shape[0], 3)
-    feedback = Feedback(unit_upper(inputs).inverse().triu(1), unit_upper(gradients).triu(1))
-    found = rounded_in_turn(matrix, levels(shape, 1.0), feedback, block=block)
+    feedback = Feedback(unit_upper(inputs).triu(1).neg(), unit_upper(gradients).triu(1))
+    found = rounded_in_turn(matrix, levels(shape, 1.0), feedback, before=matrix, block=block)
     assert torch.equal(found, nearest_plane(matrix, inputs, gradients))
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
 def test_without_rows_errors_are_carried_along_each_row_alone(block: int) -> None:
     matrix, inputs = 3 * random(5, 8, seed=1), moment(8, 2)
-    feedback = unit_upper(inputs).inverse().triu(1)
-    found = rounded_in_turn(matrix, levels((5, 8), 1.0), Feedback(feedback, None), block=block)
+    feedback = unit_upper(inputs).triu(1).neg()
+    found = rounded_in_turn(matrix, levels((5, 8), 1.0), Feedback(feedback, None), before=matrix, block=block)
     alone = [nearest_plane(row[None], inputs, torch.ones(1, 1).double()) for row in matrix]
     assert torch.equal(found, torch.cat(alone))
-    coupled = rounded_in_turn(matrix, levels((5, 8), 1.0), Feedback(feedback, torch.zeros(5, 5).double()), block=block)
+    coupled = rounded_in_turn(
+        matrix, levels((5, 8), 1.0), Feedback(feedback, torch.zeros(5, 5).double()), before=matrix, block=block
+    )
     assert torch.equal(found, coupled)
 
 
@@ -64,17 +66,19 @@ def test_the_loss_is_the_sum_of_what_each_integer_leaves() -> None:
     """`N^T D M` is all that is left, and of each number at most half of its scale."""
     matrix, inputs, gradients, scale = random(6, 9, seed=1), moment(9, 2), moment(6, 3), 0.25
     left, right = unit_upper(gradients), unit_upper(inputs)
-    feedback = Feedback(right.inverse().triu(1), left.triu(1))
-    integers = rounded_in_turn(matrix, levels((6, 9), scale), feedback, block=4)
+    feedback = Feedback(right.triu(1).neg(), left.triu(1))
+    integers = rounded_in_turn(matrix, levels((6, 9), scale), feedback, before=matrix, block=4)
     residuals = left.T @ (integers * scale - matrix) @ right
     assert residuals.abs().max() <= scale / 2 + 1e-12
 
 
 def test_integers_stay_in_their_range() -> None:
+    matrix = 10 * random(6, 9, seed=1)
     found = rounded_in_turn(
-        10 * random(6, 9, seed=1),
+        matrix,
         levels((6, 9), 1.0, largest=2),
-        Feedback(unit_upper(moment(9, 2)).inverse().triu(1), unit_upper(moment(6, 3)).triu(1)),
+        Feedback(unit_upper(moment(9, 2)).triu(1).neg(), unit_upper(moment(6, 3)).triu(1)),
+        before=matrix,
         block=4,
     )
     assert found.abs().max() == 2
