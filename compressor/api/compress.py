@@ -77,6 +77,7 @@ from compressor.lowrank import (
     compressed_artifact,
     require_read_back,
     rewritten_infos,
+    rewritten_numbers,
     with_factors,
 )
 from compressor.measure import EPSILON, Precision
@@ -443,7 +444,7 @@ def _compression(
         output=None,
         recipe=subject.recipe,
         plan=rewriting.plan,
-        parameters=BeforeAfter(checkpoint.elements, artifact.elements),
+        parameters=BeforeAfter(checkpoint.elements, rewritten_numbers(rewriting)),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         evaluation=None,
         seconds=0.0,

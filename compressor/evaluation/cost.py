@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from compressor.forms.quantized_layers import QuantizedWeight
 from compressor.latency import DeviceProfile
 from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
@@ -166,8 +167,14 @@ def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count every number that a checkpoint of `model` must hold, tied ones once, buffers included."""
-    return sum(tensor.numel() for tensor in stored_tensors(model))
+    """Count every number that a checkpoint of `model` must hold, tied ones once, buffers included.
+
+    A quantized number counts as one, and its scale as none.
+    """
+    quantized = [each for each in model.modules() if isinstance(each, QuantizedWeight)]
+    packed = {id(tensor) for each in quantized for tensor in each.buffers(recurse=False)}
+    others = sum(tensor.numel() for tensor in stored_tensors(model) if id(tensor) not in packed)
+    return others + sum(each.rows * each.columns for each in quantized)
 
 
 def count_bytes(model: nn.Module) -> int:

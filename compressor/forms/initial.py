@@ -153,6 +153,9 @@ class InitialForm(PairForm):
     def parameters(self, weight: DenseWeight, rank: Count) -> Count:
         return self._counted(partial(self.pair.parameters, weight), rank)
 
+    def numbers(self, weight: DenseWeight, rank: int) -> int:
+        return self._counted(partial(self.pair.numbers, weight), rank)
+
     def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
         return self._counted(lambda rank: self.pair.nbytes(weight, rank, itemsize), rank)
 

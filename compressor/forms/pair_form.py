@@ -118,8 +118,12 @@ class PairForm(ABC):
         return weight.shape
 
     def parameters(self, weight: DenseWeight, rank: Count) -> Count:
-        """How many numbers are stored, at one rank or many."""
+        """How many numbers are stored, at one rank or many; quantized ones count by their bytes, 16 bits a number."""
         return rank * sum(self.sides(weight))
+
+    def numbers(self, weight: DenseWeight, rank: int) -> int:
+        """How many numbers the factors have, a quantized one counted as one."""
+        return self.parameters(weight, rank)
 
     def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
         """How many bytes these numbers take, where a number of the dense weight takes `itemsize`."""

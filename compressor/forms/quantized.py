@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ from compressor.forms.quantized_layers import (
     QuantizedTransposedConvolution,
     quantized_layer,
 )
-from compressor.forms.weights import Count, DenseWeight, kind_of
+from compressor.forms.weights import Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
 from compressor.measure import Precision, Spectrum, truncation_errors
 from compressor.measure.scale import power_of_two
@@ -191,6 +192,13 @@ def _refitted(up: Tensor, down: Tensor, matrix: Tensor, *, metric: Metric | None
     return own, fitted
 
 
+@lru_cache(maxsize=256)
+def _sizes(form: QuantizedPair, weight: StoredWeight) -> npt.NDArray[np.int64]:
+    """The bytes of a pair at rank 0, 1, ..: plans ask for them again and again, of layers of the same shape."""
+    ranks = range(min(form.sides(weight)) + 1)
+    return np.array([form.nbytes(weight, rank, 2) if rank else 0 for rank in ranks], dtype=np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizedPair(PairForm):
     """A pair whose factors are quantized."""
@@ -235,7 +243,10 @@ class QuantizedPair(PairForm):
     def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
         if isinstance(rank, int):
             return sum(info.nbytes for info in self.infos(weight, rank, torch.float16))
-        return np.array([self.nbytes(weight, int(each), itemsize) for each in rank], dtype=np.int64)
+        return _sizes(self, StoredWeight(weight.kind, weight.tensor_shape))[rank]
+
+    def numbers(self, weight: DenseWeight, rank: int) -> int:
+        return self.pair.numbers(weight, rank)
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         infos = self.pair.infos(weight, rank, dtype)
@@ -383,6 +394,9 @@ class QuantizedDense(PairForm):
             return sum(info.nbytes for info in self.infos(weight, rank, torch.float16))
         own = self.nbytes(weight, 0, itemsize)
         return own + np.where(rank > 0, _correction_of(weight).nbytes(weight, np.maximum(rank, 1), itemsize), 0)
+
+    def numbers(self, weight: DenseWeight, rank: int) -> int:
+        return math.prod(weight.shape) + (_correction_of(weight).numbers(weight, rank) if rank > 0 else 0)
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         own = part_infos(TensorInfo("weight", self._shape(weight), dtype), self.quantization)

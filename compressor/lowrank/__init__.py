@@ -41,6 +41,7 @@ from compressor.lowrank.rewriting import (
     rewritten_factors,
     rewritten_infos,
     rewritten_module,
+    rewritten_numbers,
     rewritten_tensors,
 )
 from compressor.lowrank.spec import (
@@ -129,6 +130,7 @@ __all__ = [
     "rewritten_factors",
     "rewritten_infos",
     "rewritten_module",
+    "rewritten_numbers",
     "rewritten_tensors",
     "role_of",
     "spec_of",

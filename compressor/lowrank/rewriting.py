@@ -106,6 +106,16 @@ def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
     return infos
 
 
+def rewritten_numbers(rewriting: Rewriting) -> int:
+    """How many numbers the compressed checkpoint has, a quantized one counted as one."""
+    numbers = sum(info.elements for info in rewritten_infos(rewriting))
+    for layer, plan in rewriting.factorized:
+        if plan.quantization is not None and plan.rank is not None:
+            stored = pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=None)
+            numbers += FORMS[plan.form].numbers(layer, plan.rank) - sum(info.elements for info in stored)
+    return numbers
+
+
 def rewritten_tensors(
     rewriting: Rewriting, run: Run, done: Callable[[str, float], None]
 ) -> Iterator[tuple[str, Tensor]]:
