@@ -37,7 +37,7 @@ class RefinementSettings:
     """Fit how the weights of quantized layers are rounded too, by signed gradient steps (AutoRound, Cheng et al., EMNLP
     2024), and not their scales and zero points alone."""
 
-    rounding_reach: float = 0.5
+    rounding_reach: float = 1.0
     """How far these steps go together, in distances of integers; they shrink linearly to zero."""
 
     betas: tuple[float, float] = (0.9, 0.99)

@@ -42,8 +42,9 @@ def weighted_layers(measured: Sequence[MeasuredLayer], calibration: Calibration)
 
 def _asked(m: MeasuredLayer) -> list[tuple[Layer, float | None, Sequence[str]]]:
     """The forms of a layer whose errors are not those of a truncated SVD: of its matrix, and of what training wrote."""
-    of_layer = [form for form in m.own_values if not from_initial(form)]
-    of_written = [form for form in m.own_values if _of_own_errors(FORMS[form])]
+    forms = (*m.own_values, *m.quantized)
+    of_layer = [form for form in forms if not from_initial(form)]
+    of_written = [form for form in forms if _of_own_errors(FORMS[form])]
     share = None if m.start is None else m.start.share
     asked = ((m.layer, None, of_layer), (m.layer, share, of_written))
     return [(layer, share, forms) for layer, share, forms in asked if forms]
@@ -61,7 +62,7 @@ def _weighted(m: MeasuredLayer, calibration: Calibration, own: Mapping[str, Spec
         written = decomposition_of(calibration, m.layer, calibration.start(m.layer, m.start.share)).values
         total, of_written = (float(np.square(each).sum()) for each in (values, written))
         relative = math.sqrt(of_written / total) if total > 0 else 0.0
-        for form in m.own_values:
+        for form in (*m.own_values, *m.quantized):
             if from_initial(form):
                 errors[form] = relative * (own[form] if form in own else truncation_errors(written))
     return replace(m, weighted_values=values, own_errors=errors, uses=calibration.uses[m.layer.name])

@@ -1,0 +1,156 @@
+"""Calibration of quantized layers: errors, candidates, compensation, and refinement work on them as on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import Calibration, Compensated, compensate, holdout_loss, refine, uncompensated
+from compressor.calibration.decompositions import own_errors
+from compressor.engine import InProcess, Run
+from compressor.forms import FORMS
+from compressor.forms.quantized_layers import QuantizedWeight
+from compressor.lowrank import stored_error
+from compressor.planning import LayerPlan
+from tests.calibration.tiny_models import CPU, TWO_PASSES, calibrated, left_as_it_was
+
+FORMS_AND_RANKS = [("dense@3g16", 0), ("dense@2g16z", 2), ("plain@4", 5), ("pivoted@8", 5)]
+IDS = [f"{form} {rank}" for form, rank in FORMS_AND_RANKS]
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(32, 24), nn.Linear(24, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.other(torch.relu(self.one(x)))
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    """Two blocks whose inputs have a mean, calibrated in two passes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_Block(), _Block()).eval()
+    mixed = torch.randn(40, 32) / 6
+    parts = [[{"input": torch.randn(64, 40) @ mixed + 0.5} for _ in range(3)] for _ in range(2)]
+    return calibrated(model, *parts, settings=TWO_PASSES)
+
+
+def plans(calibration: Calibration, form: str, rank: int) -> list[LayerPlan]:
+    return [
+        LayerPlan(layer.name, layer.shape, layer.kind, rank, form, 0, 0.0, "") for layer in calibration.layers.values()
+    ]
+
+
+def quantized_weights(solution: Compensated) -> list[QuantizedWeight]:
+    modules = [each for module in solution.modules.values() for each in module.modules()]
+    return [each for each in modules if isinstance(each, QuantizedWeight)]
+
+
+@pytest.mark.parametrize(("form", "rank"), FORMS_AND_RANKS, ids=IDS)
+def test_the_errors_are_those_of_what_is_stored(calibration: Calibration, form: str, rank: int) -> None:
+    layers = list(calibration.layers.values())
+    found = own_errors(calibration, [(layer, None, [form]) for layer in layers])
+    solution = uncompensated(calibration, plans(calibration, form, rank))
+    for plan, errors in zip(plans(calibration, form, rank), found, strict=True):
+        layer = calibration.layers[plan.name]
+        stored = stored_error(
+            layer, plan, solution.factors[plan.name], matrix=calibration.weight(layer).double(),
+            metric=calibration.metrics[plan.name],
+        )  # fmt: skip
+        # At ranks between those that are measured they are interpolated.
+        assert errors[form][rank] == pytest.approx(stored, rel=1e-3 if rank == 0 else 0.1)
+
+
+class _Counting(InProcess):
+    """An engine that counts its jobs."""
+
+    jobs = 0
+
+    def map(self, job: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        def counted() -> Iterator[Any]:
+            for item in items:
+                type(self).jobs += 1
+                yield item
+
+        return super().map(job, counted())
+
+
+def test_errors_and_quantized_layers_are_made_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16)).eval()
+    calibration = calibrated(model, [{"input": torch.randn(64, 32)}])
+    engine = _Counting()
+    calibration = replace(calibration, run=Run(CPU, engine=engine))
+    asked = [(layer, None, ["dense@4g16", "plain@8"]) for layer in calibration.layers.values()]
+    planned = plans(calibration, "dense@4g16", 0)
+
+    def work() -> tuple[list[Any], dict[str, Tensor]]:
+        errors = [{form: each.tolist() for form, each in found.items()} for found in own_errors(calibration, asked)]
+        factors = uncompensated(calibration, planned).factors.values()
+        return errors, {name: each for named in factors for name, each in named.items()}
+
+    (errors, tensors), made = work(), engine.jobs
+    assert made == len(asked) * 3  # a decomposition, the errors, and the quantized layer of each
+    again, same = work()
+    assert engine.jobs == made
+    assert errors == again
+    assert all(torch.equal(each, same[name]) for name, each in tensors.items())
+    # Of those that are known no form is measured again.
+    list(own_errors(calibration, [(layer, None, ["dense@4g16", "dense@8"]) for layer, *_ in asked]))
+    assert engine.jobs == made + len(asked)
+
+
+@pytest.mark.parametrize(("form", "rank"), FORMS_AND_RANKS, ids=IDS)
+def test_no_mean_is_moved_where_there_is_a_bias(calibration: Calibration, form: str, rank: int) -> None:
+    solution = compensate(calibration, plans(calibration, form, rank), f"mean of {form}")
+    place = next(iter(calibration.layers.values())).module
+    x = torch.cat([batch.inputs["input"] for batch in calibration.data.fit])
+    with torch.no_grad():
+        before, after = (
+            module(x).mean(0) for module in (calibration.model.get_submodule(place), solution.modules[place])
+        )
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("form", "rank"), FORMS_AND_RANKS, ids=IDS)
+def test_compensated_and_refined_layers_lose_less_and_hold_integers(
+    calibration: Calibration, form: str, rank: int
+) -> None:
+    planned = plans(calibration, form, rank)
+    alone = uncompensated(calibration, planned)
+    refitted = compensate(calibration, planned, f"refit of {form}")
+    with left_as_it_was(calibration.model):
+        refined = refine(calibration, refitted, f"refine {form}")
+    losses = [holdout_loss(calibration, each.modules) for each in (alone, refitted, refined)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[2] < 0.98 * losses[0]
+    for plan in planned:
+        layer = calibration.layers[plan.name]
+        infos = {f"{layer.name}.{info.name}": info for info in FORMS[form].infos(layer, rank, torch.float32)}
+        factors = refined.factors[plan.name]
+        assert infos.keys() <= factors.keys()
+        assert all(factors[name].dtype == info.dtype for name, info in infos.items())
+        assert all(tuple(factors[name].shape) == info.shape for name, info in infos.items())
+    assert quantized_weights(refined)
+    assert all(each.fitted is None for each in quantized_weights(refined))
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_integers_change_where_their_rounding_is_fitted(calibration: Calibration, rounding: bool) -> None:
+    settings = replace(TWO_PASSES, refinement=replace(TWO_PASSES.refinement, rounding=rounding))
+    start = uncompensated(calibration, plans(calibration, "dense@3g16", 0))
+    refined = refine(replace(calibration, settings=settings), start, f"rounding {rounding}")
+
+    def changed(kind: str) -> bool:
+        names = [(name, f"{name}.{kind}") for name in start.factors]
+        return any(not torch.equal(refined.factors[name][key], start.factors[name][key]) for name, key in names)
+
+    assert changed("weight_packed") == rounding
+    assert changed("weight_scale")
