@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from compressor.calibration import Calibration, Compensated, compensate, holdout_loss, refine, uncompensated
 from compressor.calibration.decompositions import own_errors
+from compressor.calibration.fitted_weights import FittedWeight
 from compressor.engine import InProcess, Run
 from compressor.forms import FORMS
 from compressor.forms.quantized_layers import QuantizedWeight
 from compressor.lowrank import stored_error
 from compressor.planning import LayerPlan
+from compressor.quantize import unpack
 from tests.calibration.tiny_models import CPU, TWO_PASSES, calibrated, left_as_it_was
 
 FORMS_AND_RANKS = [("dense@3g16", 0), ("dense@2g16z", 2), ("plain@4", 5), ("pivoted@8", 5)]
@@ -143,14 +145,22 @@ def test_compensated_and_refined_layers_lose_less_and_hold_integers(
 
 
 @pytest.mark.parametrize("rounding", [False, True])
-def test_integers_change_where_their_rounding_is_fitted(calibration: Calibration, rounding: bool) -> None:
+def test_what_is_fitted_is_what_is_stored(calibration: Calibration, rounding: bool) -> None:
     settings = replace(TWO_PASSES, refinement=replace(TWO_PASSES.refinement, rounding=rounding))
     start = uncompensated(calibration, plans(calibration, "dense@3g16", 0))
-    refined = refine(replace(calibration, settings=settings), start, f"rounding {rounding}")
 
-    def changed(kind: str) -> bool:
-        names = [(name, f"{name}.{kind}") for name in start.factors]
-        return any(not torch.equal(refined.factors[name][key], start.factors[name][key]) for name, key in names)
+    def moved(modules: Mapping[str, nn.Module], *_: object, **__: object) -> bool:
+        fitted = [each for module in modules.values() for each in module.modules() if isinstance(each, FittedWeight)]
+        assert len(fitted) == len(modules)
+        for each in fitted:
+            assert (each.offsets is not None) == rounding
+            each.scales.data *= 2
+            if each.offsets is not None:
+                each.offsets.data.fill_(0.75)
+        return True
 
-    assert changed("weight_packed") == rounding
-    assert changed("weight_scale")
+    refined = refine(replace(calibration, settings=settings), start, f"rounding {rounding}", fit=moved)
+    for before, after in zip(quantized_weights(start), quantized_weights(refined), strict=True):
+        assert torch.equal(after.weight_scale, 2 * before.weight_scale)
+        integers = [unpack(each.weight_packed, 3, each.columns).int() for each in (before, after)]
+        assert torch.equal(integers[1], (integers[0] + 1).clamp(max=7) if rounding else integers[0])
