@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -182,9 +182,12 @@ class _StoredLayer:
         said = None if self.said is None else self.said.quantization
         bits = self.place.bits or (None if said is None else said.bits)
         quantization = self.quantized["weight" if self.is_dense else next(iter(self.quantized))].bits(bits)
-        if self.said is not None and said is not None and pair_name(self.said.form) == name:
-            return self.said.form
-        return None if quantization is None else quantized_name(name, quantization)
+        if quantization is None:
+            return None
+        # Groups that do not divide the sides of factors are smaller than the file says.
+        alike = said is not None and replace(said, group_size=quantization.group_size) == quantization
+        alike = alike and self.said is not None and pair_name(self.said.form) == name
+        return self.said.form if alike and self.said is not None else quantized_name(name, quantization)
 
 
 def _layer_at(
@@ -203,6 +206,8 @@ def _layer_at(
     kind = said.kind if said is not None else _kind_of_pair(place.tensor, place.marker, own)
     pair = recognized(kind, {name: shape for name, shape in own.items() if name != "weight"})
     if pair is None and "weight" not in own:
+        if quantized or place.bits is not None:
+            raise damaged(f"the factors of {layer} do not fit together", checkpoint)
         return None
     return _StoredLayer(place, kind, own, quantized, pair, said)
 
@@ -221,7 +226,8 @@ def _pair(checkpoint: Checkpoint, layer: _StoredLayer, dtype: torch.dtype) -> St
     pair = StoredPair(
         layer.name, layer.place.tensor, form, stands_for.rank, layer.kind, stands_for.tensor_shape, has_bias, dtype
     )
-    if layer.quantized and not _is_stored(checkpoint, pair):
+    as_said = layer.said is None or (layer.said.form, layer.said.rank) == (form, pair.rank)
+    if layer.quantized and not (as_said and _is_stored(checkpoint, pair)):
         raise damaged(f"the tensors of {layer.name} do not fit together", checkpoint)
     return pair
 
@@ -230,6 +236,9 @@ def _is_stored(checkpoint: Checkpoint, pair: StoredPair) -> bool:
     """Whether a checkpoint has the tensors that the form of a layer has at its rank and in its shape."""
     form = FORMS[pair.form]
     if not form.takes(pair) or pair.rank > min(form.sides(pair)):
+        return False
+    marker = checkpoint.tensors.get(stored_name(checkpoint, pair.tensor))
+    if (None if marker is None else marker.shape) != form.marker(pair):
         return False
     for info in form.infos(pair, pair.rank, pair.dtype):
         found = checkpoint.tensors.get(stored_name(checkpoint, join(pair.name, info.name)))
@@ -270,9 +279,9 @@ def _kind_of_pair(tensor: str, marker: tuple[int, ...], own: Mapping[str, tuple[
     if marker == MARKERS["embedding"]:
         return "embedding"
     matrix: Kind = "linear" if marker == MARKERS["linear"] else "transposed linear"
-    form = recognized(matrix, own)
+    form = None if "weight" in own else recognized(matrix, own)
     read = None if form is None else form.read(matrix, own)
-    if read is not None and len(read.tensor_shape) == 2:
+    if len(own.get("weight", () if read is None else read.tensor_shape)) == 2:
         return matrix
     return "convolution" if matrix == "linear" else "transposed convolution"
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import export, load_model, restore
+from compressor import BadInput, export, load_model, restore
 from compressor.io import open_checkpoint
 from compressor.lowrank import stored_pairs
 from tests.exporting.conftest import tiny_llama
@@ -156,3 +156,87 @@ def test_a_file_is_read_with_its_metadata_and_without(forms: Forms, tmp_path: Pa
     } | {name: (*forms[name], torch.float32) for name in ("conv", "wide", "fc")}
     of_module = stored_pairs(open_checkpoint(in_memory))
     assert {name: replace(pair, kind=pairs[name].kind) for name, pair in of_module.items()} == pairs
+
+
+HUGE = torch.tensor([2**40, 2**40])
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a matrix in 4 bits with zero points and of a pair in 8."""
+    folder = tmp_path_factory.mktemp("quantized")
+    forms: Forms = {"*q_proj": ("dense@4g32z", 0), "*k_proj": ("plain@8", 5)}
+    quantized(llama(folder / "dense"), forms, folder / "small")
+    return folder / "small"
+
+
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({f"{Q}.weight_shape": HUGE}, "do not fit together"),
+        ({f"{Q}.weight_shape": torch.tensor([64, 2**62])}, "do not fit together"),
+        ({f"{Q}.weight_shape": torch.tensor([64, -64])}, "is no shape"),
+        ({f"{Q}.weight_shape": torch.tensor([64])}, "is no shape"),
+        ({f"{Q}.weight_shape": torch.tensor([64.0, 64.0])}, "is no shape"),
+        ({f"{Q}.weight_shape": torch.zeros(2**20, dtype=torch.int64)}, "is no shape"),
+        ({f"{Q}.weight_shape": None}, "weight_shape is missing"),
+        ({f"{Q}.weight_scale": None}, "weight_scale is missing"),
+        ({f"{Q}.weight_scale": torch.ones(64, 3)}, "do not fit together"),
+        ({f"{Q}.weight_scale": torch.ones(64, 0)}, "do not fit together"),
+        ({f"{Q}.weight_scale": torch.ones(64)}, "do not fit together"),
+        ({f"{Q}.weight_scale": torch.full((64, 2), torch.nan, dtype=torch.float16)}, "not finite"),
+        ({f"{Q}.weight_scale": torch.ones(64, 2, dtype=torch.int32)}, "no packed integers"),
+        ({f"{Q}.weight_packed": torch.zeros(64, 8, dtype=torch.uint8)}, "no packed integers"),
+        ({f"{Q}.weight_packed": torch.zeros(64, 9, dtype=torch.int32)}, "do not fit together"),
+        ({f"{Q}.weight_packed": torch.zeros(63, 8, dtype=torch.int32)}, "do not fit together"),
+        ({f"{Q}.weight_zero_point": torch.zeros(64, 2, dtype=torch.int32)}, "do not fit together"),
+        ({f"{Q}.weight_g_idx": torch.zeros(64, dtype=torch.int32)}, "another order"),
+        ({f"{K}.up.weight_shape": HUGE}, "do not fit together"),
+        ({f"{K}.down.weight_packed": None}, "do not fit together"),
+        ({f"{K}.weight": torch.empty(0, 4)}, "cannot be told|do not fit together"),
+    ],
+)
+def test_broken_tensors_are_refused_in_a_line(
+    changes: dict[str, Tensor | None], words: str, *, good: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(good / "model.safetensors") | changes
+    for metadata in ({"format": "pt"}, open_checkpoint(good).metadata):
+        file = tmp_path / f"{len(metadata)}.safetensors"
+        save_file({name: each for name, each in tensors.items() if each is not None}, file, metadata=dict(metadata))
+        with pytest.raises(BadInput, match=words) as raised:
+            restore(file)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "changes", "words"),
+    [
+        (Q, {"bits": 99}, "99 bits"),
+        (Q, {"bits": 8}, "cannot be told"),
+        (Q, {"group_size": 33}, "do not fit together"),
+        (Q, {"group_size": 0}, "groups of 0"),
+        (Q, {"group_size": 2**70}, "no low-rank form"),
+        (Q, {"zero_points": False}, "do not fit together"),
+        (Q, {"form": "plain"}, "0 is not a rank"),
+        (Q, {"form": "plain", "rank": 1}, "do not fit together"),
+        (Q, {"form": "channel", "rank": 1}, "do not fit together"),
+        (Q, {"rank": 3}, "do not fit together"),
+        (Q, {"kind": "embedding"}, "do not fit together"),
+        (K, {"bits": 4}, "cannot be told|do not fit together"),
+        (K, {"rank": 6}, "do not fit together"),
+    ],
+)
+def test_a_specification_that_the_tensors_contradict_is_refused(
+    layer: str, changes: dict[str, Any], words: str, *, good: Path, tmp_path: Path
+) -> None:
+    metadata = dict(open_checkpoint(good).metadata)
+    record = json.loads(metadata["compressor"])
+    record["layers"][layer] |= changes
+    metadata["compressor"] = json.dumps(record)
+    save_file(load_file(good / "model.safetensors"), tmp_path / "small.safetensors", metadata=metadata)
+    with pytest.raises(BadInput, match=words) as raised:
+        restore(tmp_path / "small.safetensors")
+    assert "\n" not in str(raised.value)
