@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from compressor.engine import Journal, Run
 from compressor.evaluation.cost import TIMING, TimingSettings, measure_latency
-from compressor.forms import TRANSPOSED, from_initial
+from compressor.forms import FORMS, TRANSPOSED, from_initial
 from compressor.io import TensorInfo
 from compressor.latency import LayerUse
 from compressor.lowrank import Factors, Rewriting, filled_layer, rewritten_module
+from compressor.lowrank.stored_pairs import join
 from compressor.lowrank.tensor_format import pair_infos
 from compressor.network import Layer
 from compressor.planning import LayerPlan, MeasuredLayer, Times, WorkloadLatency
@@ -32,7 +33,9 @@ def _random_factors(rewriting: Rewriting, layer: Layer, plan: LayerPlan) -> Fact
     bias = None if layer.bias is None else rewriting.info(layer.bias)
     infos = pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
     generator = torch.Generator().manual_seed(0)
-    return Factors({info.name: _random(info, generator) for info in infos}, 0.0)
+    known = {} if plan.rank is None else FORMS[plan.form].known_tensors(layer, plan.rank)
+    tensors = {info.name: _random(info, generator) for info in infos}
+    return Factors(tensors | {join(layer.name, name): tensor for name, tensor in known.items()}, 0.0)
 
 
 def _random(info: TensorInfo, generator: torch.Generator) -> Tensor:

@@ -172,6 +172,9 @@ class InitialForm(PairForm):
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         return self.pair.infos(weight, rank, dtype) if rank >= self.pair.least_rank else []
 
+    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
+        return self.pair.known_tensors(weight, rank) if rank >= self.pair.least_rank else {}
+
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return False  # a file says it, because it needs more than tensors
 

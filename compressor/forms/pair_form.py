@@ -145,6 +145,10 @@ class PairForm(ABC):
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         """Names, shapes, and dtypes of the tensors of a pair."""
 
+    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
+        """Those of the tensors that do not depend on the matrix, such as the shape of what was quantized."""
+        return {}
+
     @abstractmethod
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether tensors of these shapes, which have the names of this form, are in this form."""

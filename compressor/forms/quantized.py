@@ -259,6 +259,9 @@ class QuantizedPair(PairForm):
     def _infos_of(self, info: TensorInfo) -> list[TensorInfo]:
         return part_infos(info, self.quantization) if info.name.endswith("weight") else [info]
 
+    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
+        return _shapes(self.pair.infos(weight, rank, torch.float32))
+
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return self.pair.recognizes(kind, shapes)
 
@@ -411,6 +414,10 @@ class QuantizedDense(PairForm):
         """The shape of what is quantized: the layer's matrix, or its tensor."""
         return weight.shape if weight.kind == "transposed linear" else weight.tensor_shape
 
+    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
+        correction = _correction_of(weight).known_tensors(weight, rank) if rank > 0 else {}
+        return _shapes([TensorInfo("weight", self._shape(weight), torch.float32)]) | correction
+
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "weight" in shapes
 
@@ -473,6 +480,11 @@ class QuantizedDense(PairForm):
             return np.array([error])
         left = _decomposition(in_float64(matrix) - found, metric, settings)
         return np.asarray(error * truncation_errors(left.values), dtype=np.float64)
+
+
+def _shapes(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    """The tensors that say what shapes were quantized, of those of a pair or a matrix."""
+    return {f"{each.name}_shape": torch.tensor(each.shape) for each in infos if each.name.endswith("weight")}
 
 
 def _stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ class Combination:
     def _joined(self, name: str, read: Read) -> Weight:
         weights = []
         for part, factor in zip(self.parts, self.factors, strict=True):
-            weight, pair = read(part, name), part.pair(name)
+            weight, pair = read(part, name), part.merged_pair(name)
             # A network that was compressed without its code may hold a pair the other way round.
             if (pair is not None and pair.kind in TURNED) != self._is_transposed(name):
                 weight = turned(weight)
@@ -122,7 +122,7 @@ class Combination:
 
     def _kind_of_pairs(self, name: str) -> Kind | None:
         """The kind of layer that a weight belongs to, where it is a pair in one of the networks."""
-        return next((pair.kind for part in self.parts if (pair := part.pair(name)) is not None), None)
+        return next((pair.kind for part in self.parts if (pair := part.merged_pair(name)) is not None), None)
 
     def _is_transposed(self, name: str) -> bool:
         """Whether the weights stand turned beside each other; among dense ones it does not matter."""

@@ -65,13 +65,18 @@ class Part:
         pair = self.pairs.get(layer_name(name))
         return pair if pair is not None and pair.tensor == name else None
 
+    def merged_pair(self, name: str) -> StoredPair | None:
+        """The same where `read` gives the pair, and not the tensor that it stands for."""
+        pair = self.pair(name)
+        return None if pair is not None and quantization_of(pair.form) is not None else pair
+
     def read(self, name: str) -> Weight:
         """A tensor of the dense network in float64, or the pair that stands for it, unless this is quantized.
 
         Raises `BadInput` if it is not finite.
         """
         pair = self.pair(name)
-        if pair is not None and quantization_of(pair.form) is not None:
+        if pair is not None and self.merged_pair(name) is None:
             return multiplied(self.checkpoint, pair)
         return self._weight(name, self._read)
 
@@ -86,7 +91,7 @@ class Part:
         """What `read` would give, without its values (on the meta device)."""
         tensors = self.checkpoint.tensors
         pair = self.pair(name)
-        if pair is not None and quantization_of(pair.form) is not None:
+        if pair is not None and self.merged_pair(name) is None:
             return torch.empty(pair.tensor_shape, dtype=torch.float64, device="meta")
         return self._weight(name, lambda stored: torch.empty(tensors[stored].shape, dtype=torch.float64, device="meta"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.forms import DENSE, from_initial, least_rank, predicted_seconds
+from compressor.forms import DENSE, factorized_shape, from_initial, least_rank, predicted_seconds
 from compressor.latency import DeviceProfile, LayerUse, Workload
 from compressor.network import Kind, Layer
 
@@ -66,7 +66,7 @@ class LayerLatency:
         key, largest = (layer.kind, layer.tensor_shape, form), int(ranks.max(initial=1))
         known = self._known.get(key)
         if known is None or least + known.shape[1] <= largest:
-            most = 1 if form == DENSE else max(largest, min(layer.shape))
+            most = 1 if form == DENSE else max(largest, min(factorized_shape(layer, form)))
             known = self._known[key] = self._predicted(layer, form, np.arange(least, most + 1))
         seconds = known[:, ranks - least]
         return seconds * self.measured[form][:, None] if form in self.measured else seconds

@@ -396,6 +396,8 @@ def missed_share_words(compression: Compression) -> str | None:
     if asked is None or compression.fine_tune is not None or not compression.skipped:
         return None
     before, after = compression.parameters.before, compression.parameters.after
+    if compression.plan.quantized:  # then it is bytes that are saved, and not numbers
+        after = before - compression.plan.eligible_before + compression.plan.eligible_after
     largest = max(compression.skipped, key=lambda layer: layer.parameters)
     if largest.skip in (NOT_INCLUDED, EXCLUDED) or before - after >= LEAST_SHARE_OF_THE_SAVING * (1 - asked) * before:
         return None
