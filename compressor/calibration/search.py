@@ -40,6 +40,7 @@ from compressor.planning import (
     window_rule_advice,
     with_latency,
 )
+from compressor.quantize import scale_dtype
 from compressor.torch_state import in_float64
 
 logger = logging.getLogger(__name__)
@@ -302,12 +303,14 @@ def _in_stored_dtypes(checkpoint: Checkpoint, layer: Layer, factors: Mapping[str
     def dtype(tensor: str) -> torch.dtype:
         return checkpoint.tensors[checkpoint.aliases.get(tensor, tensor)].dtype
 
-    bias = None if layer.bias is None else dtype(layer.bias)
+    def stored_in(name: str) -> torch.dtype:
+        if layer.bias is not None and name.endswith("bias"):
+            return dtype(layer.bias)
+        own = dtype(layer.tensor)
+        return scale_dtype(own) if name.endswith("weight_scale") else own
+
     return {
-        name: tensor.to(bias if bias is not None and name.endswith("bias") else dtype(layer.tensor))
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in factors.items()
+        name: tensor.to(stored_in(name)) if tensor.is_floating_point() else tensor for name, tensor in factors.items()
     }
 
 
