@@ -340,25 +340,25 @@ class CachedDecompositions:
         kept = self._folder.read_on_cpu(unit) if self._folder.holds(unit) else {}
         return {form: each.numpy() for form, each in kept.items()}
 
-    def put_quantized(self, plan: LayerPlan, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors of a quantized layer."""
-        self._folder.write(_quantized_unit(plan), tensors)
+    def put_quantized(self, plan: LayerPlan, rounds: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of a layer that was quantized as planned, in at most so many rounds."""
+        self._folder.write(_quantized_unit(plan, rounds), tensors)
 
-    def quantized(self, plan: LayerPlan) -> dict[str, Tensor]:
-        """The tensors of a quantized layer, planned so. KeyError where they were not made."""
-        return self._folder.read(_quantized_unit(plan))
+    def quantized(self, plan: LayerPlan, rounds: int) -> dict[str, Tensor]:
+        """These tensors. KeyError where they were not made."""
+        return self._folder.read(_quantized_unit(plan, rounds))
 
-    def has_quantized(self, plan: LayerPlan) -> bool:
-        """Whether a layer was quantized as planned."""
-        return self._folder.holds(_quantized_unit(plan))
+    def has_quantized(self, plan: LayerPlan, rounds: int) -> bool:
+        """Whether a layer was quantized so."""
+        return self._folder.holds(_quantized_unit(plan, rounds))
 
 
 def _unit(name: str, start: str) -> str:
     return f"decomposition/{name}/without-{start}" if start else f"decomposition/{name}"
 
 
-def _quantized_unit(plan: LayerPlan) -> str:
-    return f"quantized/{plan.name}/{plan.form}/{plan.rank}/{plan.share}"
+def _quantized_unit(plan: LayerPlan, rounds: int) -> str:
+    return f"quantized/{plan.name}/{plan.form}/{plan.rank}/{plan.share}/{rounds}"
 
 
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -169,16 +170,17 @@ class Search:
         candidates: list[Candidate] = []
         total = len(self.exponents) * (2 if self._quantizes else 1)
 
-        def add(found: Candidate | None) -> None:
-            if found is not None:
-                candidates.append(found)
-                self.calibration.run.report("allocate", min(len(candidates), total), total)
+        def add(menu: Menu, layers: tuple[LayerPlan, ...], exponent: float) -> None:
+            same = next((each for each in candidates if each.layers == layers), None)
+            candidates.append(same or self._measured(menu, layers, exponent))
+            self.calibration.run.report("allocate", min(len(candidates), total), total)
 
         for exponent in self.exponents:
-            add(self._measured(self._menu, self._allocated(self._menu, budget, exponent), exponent))
+            add(self._menu, self._allocated(self._menu, budget, exponent), exponent)
         found = min(candidates, key=_loss)
         for menu, exponent in self._rivals(found):
-            add(self._tried(menu, budget, exponent))
+            with suppress(BadInput):  # such choices alone do not meet every budget
+                add(menu, self._allocated(menu, budget, exponent), exponent)
         found = min(candidates, key=_loss)
         if self.caps and math.isfinite(found.menu.penalty):
             found = self._less(found, replace(found.menu, capped=True), budget)

@@ -31,7 +31,13 @@ from compressor.calibration.calibration import Calibration
 from compressor.calibration.decompositions import decomposition_of
 from compressor.calibration.examples import PARTS, Part
 from compressor.calibration.replacements import STATISTICS, Compensated, Replacements, statistics_of, with_statistics
-from compressor.calibration.truncation import matrix_and_bias, truncated, uncompensated
+from compressor.calibration.truncation import (
+    by_themselves,
+    matrix_and_bias,
+    quantize_by_themselves,
+    truncated,
+    uncompensated,
+)
 from compressor.calibration.walk import Kept, Walk
 from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
 from compressor.forms import FORMS, MatrixPair, quantization_of
@@ -39,6 +45,7 @@ from compressor.lowrank import (
     DenseWeights,
     approximate,
     filled_layer,
+    stored_matrix,
     stored_tensors,
     written,
 )
@@ -63,6 +70,8 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     names = {calibration.layers[name].module: name for name in plans}
     left = {*names, *_batch_normalizations(calibration.model)}
+    # By jobs beside each other, and not one after another when its turn comes.
+    quantize_by_themselves(calibration, list(plans.values()))
     factors, moved = (
         CachedFactors(calibration.run.device, calibration.run.journal.temporary(), start.factors),
         dict[str, nn.Module](),
@@ -183,7 +192,11 @@ def _refit(
     fit, holdout = (each.to(calibration.run.device) for each in (fit, holdout))
     approximated = partial(approximate, layer, plan, settings=settings.factorization)
     found = decomposition_of(calibration, layer, start)
-    pair = approximated(written(matrix, start), metric=metric, decomposition=found)
+    alone = None if quantization_of(plan.form) is None else next(by_themselves(calibration, [plan]))
+    if alone is None:
+        pair = approximated(written(matrix, start), metric=metric, decomposition=found)
+    else:
+        pair = _Stored(stored_matrix(layer, plan, alone))
     chosen = before = _Target(matrix, bias, metric, metric.mean, metric.mean, start)
     x, y = (None, None) if before.x is None else (fit.x, fit.y)
     error_before = error_after = _Outputs.of(before, holdout)
@@ -201,8 +214,20 @@ def _refit(
         rounding = torch.finfo(torch.float32).eps * error_before.dense
         if error_after.error(_factored(refitted)) < error_before.error(_factored(pair)) - rounding:
             chosen, pair = target, refitted
+    if chosen is before and alone is not None:
+        return alone
     weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense), start)
     return stored_tensors(layer, plan, pair, dense=weights, metric=chosen.metric)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What stands for a matrix already."""
+
+    matrix: Tensor
+
+    def product(self) -> Tensor:
+        return self.matrix
 
 
 def _factored(pair: MatrixPair) -> FactorPair:

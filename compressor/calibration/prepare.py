@@ -45,7 +45,7 @@ def prepared(
     if (blocks := blocks_of(model)) is not None:
         blocks.kept_bytes = settings.kept_weights
     outputs = accepted_outputs(model, first)
-    segments, head = Segments(), find_head(model, partial(outputs_of, inputs=first.inputs))
+    segments, head = Segments(), _head_without(layers, model, first)
     if settings.by_segment:
         segments = replace(find_segments(model, layers, first), head=head)
     logger.info("calibration runs the model in %d segments", segments.count)
@@ -66,6 +66,12 @@ def prepared(
         slices=data.slices(settings.slices, backward_every=1 if whole else settings.gradient_every),
         heads=_of_many_classes(layers, head, classes) if classes > settings.most_classes else frozenset(),
     )
+
+
+def _head_without(layers: Sequence[Layer], model: nn.Module, first: Batch) -> Head | None:
+    """The head of a model, unless layers are inside of it, which no segment would reach."""
+    found = find_head(model, partial(outputs_of, inputs=first.inputs))
+    return None if found is None or any(each.module.startswith(f"{found.name}.") for each in layers) else found
 
 
 def accepted_outputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -24,15 +24,18 @@ def uncompensated(calibration: Calibration, planned: Sequence[LayerPlan]) -> Com
     factors = CachedFactors(calibration.run.device, calibration.run.journal.temporary())
     rewritten = [plan for plan in planned if plan.rank is not None]
     with evaluation_mode(calibration.run.device, calibration.model):
-        for plan, tensors in zip(rewritten, _by_themselves(calibration, rewritten), strict=True):
+        for plan, tensors in zip(rewritten, by_themselves(calibration, rewritten), strict=True):
             factors.put(plan.name, tensors)
     return Compensated(Replacements(calibration, rewritten, factors))
 
 
 def only_compared(calibration: Calibration, planned: Sequence[LayerPlan]) -> Replacements:
-    """The modules of `uncompensated` for a comparison: of the same matrices, in the forms that are found fastest."""
+    """The modules of `uncompensated` for a comparison: of the same matrices, in the forms that are found fastest, and
+    quantized in one pass."""
     alike = [each if each.rank is None else replace(each, form=FORMS[each.form].compared.name) for each in planned]
-    return uncompensated(calibration, alike).modules
+    settings = calibration.settings
+    quick = replace(settings, factorization=replace(settings.factorization, quantization_rounds=0))
+    return uncompensated(replace(calibration, settings=quick), alike).modules
 
 
 def truncated(calibration: Calibration, plan: LayerPlan) -> dict[str, Tensor]:
@@ -56,17 +59,29 @@ def matrix_and_bias(calibration: Calibration, layer: Layer, dense: nn.Module) ->
     return wide, None if bias is None else bias.detach().to(calibration.run.device)
 
 
-def _by_themselves(calibration: Calibration, planned: Sequence[LayerPlan]) -> Iterator[dict[str, Tensor]]:
+def by_themselves(calibration: Calibration, planned: Sequence[LayerPlan]) -> Iterator[dict[str, Tensor]]:
     """The tensors of layers; to quantize one is a job, made once for all candidates that have it so."""
-    kept = calibration.decompositions
+    names, rounds = set(quantize_by_themselves(calibration, planned)), _rounds(calibration)
+    for plan in planned:
+        if plan.name in names:
+            yield calibration.decompositions.quantized(plan, rounds)
+        else:
+            yield truncated(calibration, plan)
+
+
+def quantize_by_themselves(calibration: Calibration, planned: Sequence[LayerPlan]) -> list[str]:
+    """Quantize those layers that are planned so, a layer a job, and keep them; their names."""
+    kept, rounds = calibration.decompositions, _rounds(calibration)
     quantized = [p for p in planned if quantization_of(p.form) is not None and p.name in calibration.metrics]
-    missing = [plan for plan in quantized if not kept.has_quantized(plan)]
+    missing = [plan for plan in quantized if not kept.has_quantized(plan, rounds)]
     asked = (_to_quantize(calibration, plan) for plan in missing)
     for plan, tensors in zip(missing, calibration.run.engine.map(_quantized, asked), strict=True):
-        kept.put_quantized(plan, tensors)
-    names = {plan.name for plan in quantized}
-    for plan in planned:
-        yield kept.quantized(plan) if plan.name in names else truncated(calibration, plan)
+        kept.put_quantized(plan, rounds, tensors)
+    return [plan.name for plan in quantized]
+
+
+def _rounds(calibration: Calibration) -> int:
+    return calibration.settings.factorization.quantization_rounds
 
 
 @dataclass(frozen=True)

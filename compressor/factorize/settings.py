@@ -37,6 +37,10 @@ class FactorizationSettings:
     quantized_ranks: int = 5
     """Ranks at which the error of a quantized pair is computed for the allocation; in between it is interpolated."""
 
+    quantization_rounds: int = 4
+    """Most rounds in which scales and integers of a quantized matrix are fitted to each other in the metric, after the
+    first pass; candidates that are only compared have none."""
+
     corrected_bits: int = 4
     """Most bits of a quantized matrix for which a low-rank correction is considered."""
 

@@ -7,6 +7,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "by its weights": lambda: {"keep": 0.5, "calibration": "none"},
     "from its seed": lambda: {"keep": 0.5, "calibration": "none", "initial": 0},
     "calibrated": lambda: {"keep": 0.4, "calibration": data(), "calibration_settings": TWO_PASSES},
+    "in bits": lambda: {
+        "keep": 0.3,
+        "bits": (8, 4),
+        "calibration": data(),
+        "calibration_settings": replace(TWO_PASSES, exponents=(0.0,), truncation_penalties=(2.0,)),
+    },
     "embeddings": lambda: {"keep": 0.4, "calibration": data(), "effort": "balanced", "embeddings": True},
     "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
     "within a drop, refined": lambda: {

@@ -21,7 +21,7 @@ from compressor.data import open_data
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.measure.memory_window import EPSILON
 from compressor.model import Model, inspect_layers, measured_layers, open_model
-from compressor.planning import Budget
+from compressor.planning import Budget, quantized_forms
 from tests.calibration.test_drop import assert_same_plan
 from tests.calibration.tiny_models import CPU, TWO_PASSES, inputs_for, transformer
 
@@ -67,9 +67,14 @@ def examples(name: str) -> list[Any]:
     return [inputs_for("llama", 4) for _ in range(3)] if name == "llama" else [{"input": images()} for _ in range(8)]
 
 
-def planning(name: str, folder: Path, settings: CalibrationSettings) -> CalibratedRequest:
+def planning(
+    name: str, folder: Path, settings: CalibrationSettings, *, widths: tuple[int, ...] = (16,)
+) -> CalibratedRequest:
     subject, run = opened(name, folder), Run(CPU, seed=3)
-    measured = measured_layers(subject, inspect_layers(subject, EPSILON, run))
+    measured = [
+        replace(m, quantized=quantized_forms(m.layer, widths))
+        for m in measured_layers(subject, inspect_layers(subject, EPSILON, run))
+    ]
     data = split_examples(open_data(examples(name)))
     calibration = calibrate(subject.streamed, [m.layer for m in measured], data, run=run, settings=settings)
     request = PlanRequest(budget=Budget("keep", 0.3), shard_size=10**9)
@@ -87,11 +92,21 @@ def elsewhere(asked: CalibratedRequest, journal: Journal) -> CalibratedRequest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "effort"), [("llama", "best"), ("normalized", "balanced"), ("normalized", "best")])
-def test_what_another_process_plans_is_what_is_planned_here(name: str, effort: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "effort", "widths"),
+    [
+        ("llama", "best", (16,)),
+        ("normalized", "balanced", (16,)),
+        ("normalized", "best", (16,)),
+        ("normalized", "best", (4, 8)),
+    ],
+)
+def test_what_another_process_plans_is_what_is_planned_here(
+    name: str, effort: str, *, widths: tuple[int, ...], tmp_path: Path
+) -> None:
     settings = replace(TWO_PASSES, refine=effort == "best", recalibration_rounds=int(effort == "best"))
     # Recalibrated in any case, whatever the loss.
-    asked = planning(name, tmp_path, replace(settings, trust_factor=1.0))
+    asked = planning(name, tmp_path, replace(settings, trust_factor=1.0), widths=widths)
     here = plan_unrefined(
         asked.subject, asked.measured, asked.request, calibration=asked.calibration, weighted=asked.weighted
     )
@@ -104,6 +119,7 @@ def test_what_another_process_plans_is_what_is_planned_here(name: str, effort: s
     assert found.solution == here.solution
     assert found.warnings == here.warnings
     assert_same_plan(found, here)
+    assert any(layer.bits < 16 for layer in here.plan.layers) == (16 not in widths)
     assert bool(here.statistics) == (name == "normalized")
     if here.refine is None:
         assert found.refine is None
