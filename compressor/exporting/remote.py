@@ -19,7 +19,14 @@ from typing import Any
 from compressor.errors import BadInput, CompressorError
 from compressor.forms import FORMS, layers
 from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
-from compressor.lowrank import CODE_CLASS_PREFIX, CODE_CONFIG_KEY, METADATA_KEY, LowRankSpec, formed_layers
+from compressor.lowrank import (
+    CODE_CLASS_PREFIX,
+    CODE_CONFIG_KEY,
+    METADATA_KEY,
+    LowRankSpec,
+    formed_layers,
+    is_compressed_tensors,
+)
 from compressor.lowrank import modules as low_rank_modules
 from compressor.version import VERSION
 
@@ -75,6 +82,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.source,
             remedy="export it with `to='dense'`, or give it as it is to those who have this package",
         )
+    if checkpoint.folder is not None and is_compressed_tensors(checkpoint.config):
+        raise BadInput(
+            "needs no code: compressed-tensors loads its integers and scales",
+            where=checkpoint.source,
+            remedy="give it as it is to those who have transformers and compressed-tensors, or vLLM",
+        )
     if checkpoint.folder is None or not isinstance(described, Mapping) or described.get("quant_method") != METADATA_KEY:
         raise BadInput(
             "is no transformers folder with low-rank layers",
@@ -89,6 +102,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.folder / "config.json",
             remedy="compress the dense model again",
         ) from None
+    if quantized := [name for name, layer in spec.layers.items() if layer.quantization is not None]:
+        raise BadInput(
+            f"has {len(quantized)} quantized layers ({quantized[0]}), which are not exported with their code",
+            where=checkpoint.source,
+            remedy="export it with `to='dense'`, or give it as it is to those who have this package",
+        )
     # Anything else would be lost in the exported folder.
     if strange := sorted(key for key, value in described.items() if key not in spec.to_config() and value):
         raise BadInput(

@@ -39,6 +39,23 @@ def register() -> None:
     register_quantization_config(METADATA_KEY)(_config_class())
 
 
+def runnable_spec(config: Mapping[str, Any]) -> LowRankSpec:
+    """The low-rank layers of a `quantization_config`.
+
+    Folders of quantized layers alone do not come here: vLLM loads them by its own code for compressed-tensors. Raises
+    ValueError for layers that it does not run.
+    """
+    spec = LowRankSpec.from_dict(config)
+    if any(layer.quantization is not None for layer in spec.layers.values()):
+        raise ValueError(
+            "vLLM runs no quantized pairs: compress with --bits 16, or to linear layers in bits alone without zero "
+            "points, which it loads as compressed-tensors"
+        )
+    if any(layer.form not in _ROLES for layer in spec.layers.values()):
+        raise ValueError("vLLM runs no low-rank convolutions")
+    return spec
+
+
 def part_names(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     """The names in the checkpoint of what a layer of vLLM is made of: itself, or the layers fused in it."""
     parent, _, own = prefix.rpartition(".")
@@ -223,15 +240,7 @@ def _config_class() -> type:
 
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> LowRankVllmConfig:
-            spec = LowRankSpec.from_dict(config)
-            if any(layer.quantization is not None for layer in spec.layers.values()):
-                raise ValueError(
-                    "vLLM runs no quantized low-rank layers: compress with --bits 16, or to bits alone, which it loads "
-                    "as compressed-tensors"
-                )
-            if any(layer.form not in _ROLES for layer in spec.layers.values()):
-                raise ValueError("vLLM runs no low-rank convolutions")
-            return cls(spec)
+            return cls(runnable_spec(config))
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
             forms = forms_of(part_names(prefix, self.packed_modules_mapping), prefix, self.spec)

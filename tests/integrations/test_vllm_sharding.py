@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.integrations.sharding import ShardedPart, fused_product, row_shard, shard_rows, stacked_down
-from compressor.integrations.vllm import Gathered, forms_of, part_names, shards_of
+from compressor.integrations.vllm import Gathered, forms_of, part_names, runnable_spec, shards_of
 from compressor.lowrank import LayerSpec, LowRankSpec
 from compressor.lowrank.tensor_format import factorize
 from compressor.network import Layer
@@ -166,3 +166,23 @@ def test_the_entry_point_leads_there_and_vllm_is_not_imported() -> None:
     code = f"import sys, {module}; assert callable({module}.{name}); print('vllm' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (LayerSpec("plain@4g32", 3, "linear"), "no quantized pairs: compress with --bits 16"),
+        (LayerSpec("dense@2g32z", 0, "linear"), "no quantized pairs"),
+        (LayerSpec("channel", 3, "convolution"), "no low-rank convolutions"),
+    ],
+)
+def test_what_vllm_does_not_run_is_refused(layer: LayerSpec, words: str) -> None:
+    good = LowRankSpec({"a": LayerSpec("plain", 3, "linear")})
+    assert runnable_spec(good.to_config()) == good
+    with pytest.raises(ValueError, match=words):
+        runnable_spec(LowRankSpec({**good.layers, "b": layer}).to_config())
+
+
+def test_a_folder_of_bits_alone_is_left_to_vllm_itself() -> None:
+    config = LowRankSpec({"a": LayerSpec("dense@4g32", 0, "linear")}).to_config()
+    assert config["quant_method"] == "compressed-tensors"

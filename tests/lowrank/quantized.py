@@ -36,7 +36,7 @@ def quantized(
             layers.append(LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, 0.0, "asked for"))
     plan = Plan(opened.name, None, Budget("plan"), tuple(layers))
     artifact = compressed_artifact(
-        opened.rewriting(plan), shard_size, run=Run(torch.device("cpu")), module=opened.module
+        opened.rewriting(plan), shard_size, run=Run(torch.device("cpu")), module=opened.with_separate_experts
     )
     if output is not None:
         target = Target(output, "folder" if opened.checkpoint.folder is not None else "file", ())

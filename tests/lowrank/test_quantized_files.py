@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, export, load_model, restore
+from compressor import BadInput, compress, evaluate, export, inspect, load_model, merge, restore
 from compressor.io import open_checkpoint
 from compressor.lowrank import stored_pairs
 from tests.exporting.conftest import tiny_llama
@@ -107,6 +108,36 @@ def test_floats_come_back(saved_again: bool, tmp_path: Path) -> None:
         export(folder, to="dense", output=tmp_path / "dense again")
         exported = load_file(tmp_path / "dense again" / "model.safetensors")
         assert all(torch.equal(exported[name], each) for name, each in model.state_dict().items() if name in exported)
+
+
+@pytest.mark.parametrize(("forms", "words"), [(BITS, "needs no code"), (BOTH, "6 quantized layers|5 quantized layers")])
+def test_code_goes_along_with_no_quantized_layer(forms: Forms, words: str, tmp_path: Path) -> None:
+    quantized(llama(tmp_path / "dense"), forms, tmp_path / "small")
+    with pytest.raises(BadInput, match=words):
+        export(tmp_path / "small", to="hf-remote", output=tmp_path / "remote")
+
+
+def test_merging_reads_the_matrices_that_integers_stand_for(tmp_path: Path) -> None:
+    quantized(llama(tmp_path / "dense"), BOTH, tmp_path / "small")
+    dense = tmp_path / "dense"
+    merge([tmp_path / "small", dense], base=dense, mode="sum", output=tmp_path / "merged")
+    restore(tmp_path / "small", output=tmp_path / "restored")
+    expected, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("restored", "merged"))
+    assert {name: each.shape for name, each in merged.items()} == {name: each.shape for name, each in expected.items()}
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("forms", [BITS, BOTH], ids=["bits", "pairs"])
+def test_a_quantized_folder_is_measured_and_not_compressed_again(forms: Forms, tmp_path: Path) -> None:
+    expected = logits(quantized(llama(tmp_path / "dense"), forms, tmp_path / "small"))
+
+    for verb in (partial(compress, output=tmp_path / "again", keep=0.5, calibration="none"), inspect):
+        with pytest.raises(BadInput, match=r"(compressed|quantized) already"):
+            verb(tmp_path / "small")
+    loss = nn.functional.cross_entropy(expected[0, :-1], TOKENS[0, 1:])
+    measured = evaluate(tmp_path / "small", data=[{"input_ids": TOKENS, "labels": TOKENS}])
+    assert measured.compressed_loss == pytest.approx(float(loss), rel=1e-5)
 
 
 class Network(nn.Module):
