@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -16,7 +17,18 @@ from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
 from compressor.display import Displayed, DisplayedLayers
 from compressor.errors import QualityGateNotMet
-from compressor.evaluation import Evaluation, LatencyChange, SizeChange, TimedWorkload, Verdict, latency_changes
+from compressor.evaluation import (
+    BetterUniform,
+    Evaluation,
+    LatencyChange,
+    Losses,
+    SizeChange,
+    TimedWorkload,
+    UniformQuantization,
+    Verdict,
+    better_uniform,
+    latency_changes,
+)
 from compressor.fine_tuning.difference import BaseShare
 from compressor.formatting import format_size
 from compressor.initial import InitialFound
@@ -178,6 +190,7 @@ class Compression(DisplayedLayers):
         bytes: The size of the weight files, before and after. With a base, what is stored beside the base is `after`.
         evaluation: Quality and cost on `data`, beside the dense model; None without `data`.
         latency: The model timed beside the dense one in every workload; empty where speed was not asked for.
+        uniform: What int8 and int4 of the same model, all layers alike, take and lose; empty with a base.
         timed_on: The device that it was timed on; None where speed was not asked for, or of another device.
         needs: What it was expected to take before it began; None for the difference of a fine-tune.
         seconds: How long it took.
@@ -228,6 +241,7 @@ class Compression(DisplayedLayers):
     latency: tuple[TimedWorkload, ...] = ()
     timed_on: str | None = None
     needs: Needs | None = field(default=None, compare=False)
+    uniform: tuple[UniformQuantization, ...] = ()
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -261,6 +275,29 @@ class Compression(DisplayedLayers):
             beside_base=self.fine_tune is not None,
         )
 
+    @property
+    def losses(self) -> Losses:
+        """What it loses, by each measure that there is."""
+        evaluation, calibration = self.evaluation, self.plan.calibration
+        change = dense = None
+        if evaluation is not None and evaluation.compressed_loss is not None:
+            dense = evaluation.baseline_loss
+            change = None if dense is None else evaluation.compressed_loss - dense
+        squares = [layer.error**2 for layer in self.plan.layers]
+        return Losses(
+            on_data=change,
+            data="" if evaluation is None else evaluation.data,
+            on_holdout=None if calibration is None else calibration.holdout_loss,
+            unit="" if calibration is None else calibration.unit,
+            error=None if calibration is not None else math.sqrt(sum(squares) / max(1, len(squares))),
+            dense_loss=dense,
+        )
+
+    @property
+    def better_uniform(self) -> BetterUniform | None:
+        """A uniform quantization of the same model that is smaller and loses no more."""
+        return better_uniform(self.uniform, self.losses, size=self.bytes.after)
+
     @cached_property
     def curve(self) -> SizeCurve | None:
         """What other sizes would lose, by the measurements behind the plan; None for a fine-tune's difference."""
@@ -271,6 +308,16 @@ class Compression(DisplayedLayers):
             return size_curve(self.measured, self.form)
         exponent = 1.0 if calibration.exponent is None else calibration.exponent
         return size_curve(self.measured, self.form, exponent=exponent, unit=calibration.unit)
+
+    def _beside(self) -> dict[str, Any]:
+        """What uniform quantizations lose, where they were measured, and whether one is better."""
+        if not self.uniform:
+            return {}
+        better = self.better_uniform
+        return {
+            "uniform": [each.to_dict() for each in self.uniform],
+            "better_uniform": None if better is None else better.to_dict(),
+        }
 
     def metrics(self) -> dict[str, float]:
         """The numbers by flat names, for a tracker of experiments; what was not measured has none.
@@ -320,6 +367,7 @@ class Compression(DisplayedLayers):
             "calibration": None if self.plan.calibration is None else asdict(self.plan.calibration),
             "search": None if self.plan.search is None else self.plan.search.to_dict(),
             "curve": None if self.curve is None else self.curve.to_dict(),
+            **self._beside(),
             "error_name": self.plan.error_name,
             "layers": [layer.to_dict() for layer in self.plan.layers],
             "skipped": [

@@ -62,10 +62,11 @@ from compressor.arguments import require_copyable
 from compressor.calibration import Calibration, CalibrationData, calibrate
 from compressor.calibration.drop import DropGate, plan_within_drop, tried_at_once, within_drop
 from compressor.calibration.search import PlannedModel, PlanRequest, plan_ranks
+from compressor.calibration.uniform import QuantizedAlike, on_data, quantized_alike
 from compressor.data import EvaluationData
 from compressor.engine import InProcess, Run, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
-from compressor.evaluation import Evaluation, device_words, process_memory
+from compressor.evaluation import Evaluation, UniformQuantization, device_words, process_memory
 from compressor.formatting import format_percent, format_size
 from compressor.forms import from_initial, pair_name
 from compressor.initial import InitialFound
@@ -227,7 +228,7 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
         ready = prepared(speed, subject, measured, request=_request(asked, subject))
         subject.let_go()
-        planned = _planned(asked, subject, ready, data=data, gate=_gate(data, kept, run), run=run)
+        planned, alike = _planned(asked, subject, ready, data=data, gate=_gate(data, kept, run), run=run)
     rewriting = replace(_rewriting(asked, subject, planned), decompositions=kept)
     errors = StoredErrors(len(rewriting.factorized), run.progress)
     module = subject.with_separate_experts if subject.in_memory and not asked.dry_run else None
@@ -256,12 +257,14 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
             needs=needs,
         )
         compression = replace(compression, warnings=(*planned.warnings, *warning_words(compression)))
+        uniform = _uniform(asked, subject, alike, data=None if evaluation is None else data.report, run=run)
         if target is not None:
             card, source = in_flags(compression), subject.checkpoint
             made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))
             note_output(run, target.path)
     compression = replace(
         compression,
+        uniform=uniform,
         inspected=tuple(each for each in inspected if each.layer.eligible),
         measured=tuple(planned.weighted or ready.measured),
     )
@@ -372,8 +375,11 @@ def _gate(data: _Data, decompositions: KeptDecompositions | None, run: Run) -> D
 
 def _planned(
     asked: CompressOptions, subject: Model, ready: Prepared, *, data: _Data, gate: DropGate | None, run: Run
-) -> PlannedModel:
-    """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`."""
+) -> tuple[PlannedModel, Sequence[QuantizedAlike]]:
+    """The ranks that are asked for, and with calibration the factors; the errors are those of `compress`.
+
+    And beside them the model with all its layers quantized alike.
+    """
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
         calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
@@ -389,7 +395,22 @@ def _planned(
         _require_worthwhile(subject, measured, planned.plan, request=request)
     if planned.plan.budget.kind != "plan":
         _require_smaller(subject, measured, planned.plan, dry_run=asked.dry_run)
-    return replace(planned, plan=ready.stated(subject, planned.plan))
+    alike = quantized_alike(subject, measured, request, calibration=calibrated, run=run)
+    return replace(planned, plan=ready.stated(subject, planned.plan)), alike
+
+
+def _uniform(
+    asked: CompressOptions,
+    subject: Model,
+    alike: Sequence[QuantizedAlike],
+    *,
+    data: EvaluationData | None,
+    run: Run,
+) -> tuple[UniformQuantization, ...]:
+    """What uniform quantizations lose, on the data too where there are some and the effort allows it."""
+    if data is None or not calibration_settings(asked).uniform:
+        return tuple(each.quantization for each in alike)
+    return tuple(on_data(subject, alike, data, run=run))
 
 
 def _calibrated(

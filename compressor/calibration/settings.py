@@ -188,6 +188,9 @@ class CalibrationSettings:
     refinement: RefinementSettings = field(default_factory=RefinementSettings)
     """How they are fitted."""
 
+    uniform: bool = True
+    """Measure what int8 and int4 of the same model lose, rounded to nearest and by GPTQ, for the result to say."""
+
     self_generated: SelfGeneratedSettings = field(default_factory=SelfGeneratedSettings)
     """How the model makes its own examples, where it is asked to."""
 
@@ -206,7 +209,7 @@ class CalibrationSettings:
             "compensate",
             "ridges",
         )
-        later = ("refit_every", "refine", "refinement", "samples", "statistics_bytes")
+        later = ("refit_every", "refine", "refinement", "samples", "statistics_bytes", "uniform")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
     @classmethod
@@ -214,8 +217,9 @@ class CalibrationSettings:
         """Those of an effort, whose times and losses benchmarks/effort.py measures.
 
         `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
-        which nothing has to be chosen on holdout examples, so that few are; `balanced` makes one by every exponent and
-        under the window rule's caps, and compensates; `best` also recalibrates and refines.
+        which nothing has to be chosen on holdout examples, so that few are, and runs no int8 and int4 beside it;
+        `balanced` makes one by every exponent and under the window rule's caps, and compensates; `best` also
+        recalibrates and refines.
         """
         match effort:
             case "fast":
@@ -228,6 +232,7 @@ class CalibrationSettings:
                     recalibration_rounds=0,
                     compensate=False,
                     refine=False,
+                    uniform=False,
                 )
             case "balanced":
                 return cls(recalibration_rounds=0, refine=False)

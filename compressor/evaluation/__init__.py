@@ -22,16 +22,19 @@ from compressor.evaluation.custom_metric import PARTS
 from compressor.evaluation.evaluate import Evaluation, compare, device_words, latency_changes
 from compressor.evaluation.layer_latency import PairTimer, unfilled_module
 from compressor.evaluation.metrics import Quality, drop_error, measure_quality, quality_drop, require_accepted
+from compressor.evaluation.uniform import BetterUniform, Losses, UniformQuantization, better_uniform
 from compressor.evaluation.verdict import Change, LatencyChange, QualityChange, Remark, SizeChange, Verdict, judged
 
 __all__ = [
     "PARTS",
     "TIMING",
+    "BetterUniform",
     "Change",
     "Cost",
     "Evaluation",
     "Latency",
     "LatencyChange",
+    "Losses",
     "PairTimer",
     "Quality",
     "QualityChange",
@@ -39,7 +42,9 @@ __all__ = [
     "SizeChange",
     "TimedWorkload",
     "TimingSettings",
+    "UniformQuantization",
     "Verdict",
+    "better_uniform",
     "compare",
     "count_bytes",
     "count_macs",

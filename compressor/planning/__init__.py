@@ -16,7 +16,7 @@ from compressor.planning.edits import apply_edits, given_plan, read_plan
 from compressor.planning.latency import LayerLatency, TimeLimit, Times, WorkloadLatency
 from compressor.planning.layer_choices import has_pairs, least_seconds, smallest_size
 from compressor.planning.measured import MeasuredLayer, dense_seconds, predicted_loss, with_latency
-from compressor.planning.plan import CalibrationResult, LayerPlan, LossUnit, Plan
+from compressor.planning.plan import CalibrationResult, LayerPlan, LossUnit, Plan, dense_plan
 from compressor.planning.settings import PLANNING, PlanningSettings
 from compressor.planning.size import plan_by_size
 from compressor.planning.size_curve import SizeCurve, plan_loss, size_curve
@@ -43,6 +43,7 @@ __all__ = [
     "checked_budget",
     "choose_ranks",
     "default_budget",
+    "dense_plan",
     "dense_seconds",
     "given_plan",
     "has_pairs",

@@ -68,6 +68,9 @@ class PlanningSettings:
     embedding_widths: tuple[int, ...] = (8, 4)
     """Of the bits that are allowed those that the rows of an embedding may have, where embeddings are asked for."""
 
+    uniform_widths: tuple[int, ...] = (8, 4)
+    """Bits in which the same model with all its layers alike is measured beside what was asked for."""
+
     least_layer_saving: float = 0.05
     """Share of its bytes that a layer must save to be factorized: two small products are slower than a large one."""
 
@@ -106,7 +109,7 @@ class PlanningSettings:
     def __post_init__(self) -> None:
         as_count(self.most_trials, "most_trials", least=1)
         as_count(self.most_refined, "most_refined", least=1)
-        for name in ("widths", "pair_widths", "convolution_widths", "embedding_widths"):
+        for name in ("widths", "pair_widths", "convolution_widths", "embedding_widths", "uniform_widths"):
             if not set(getattr(self, name)) <= set(range(2, 9)):
                 raise BadInput(f"`{name}` is {getattr(self, name)!r}", option=name, remedy="give a tuple of 2 to 8")
         known = [form.name for form in FORMS.values() if form.has_own_errors]

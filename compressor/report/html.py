@@ -147,6 +147,7 @@ def report_page(compression: Compression) -> str:
         recipe=recipe_words(compression.recipe),
         hyperparameters=_hyperparameters(compression.recipe),
         points=points,
+        better=None if compression.better_uniform is None else str(compression.better_uniform),
         curve=None
         if compression.curve is None
         else Markup(curve_figure(compression.curve, points, plan.eligible_before)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,4 +51,15 @@ def curve_points(compression: Compression) -> tuple[CurvePoint, ...]:
         change = after - before
         if math.isfinite(change):
             points.append(CurvePoint(f"measured on {evaluation.data}", size, change, "s", "■"))
-    return tuple(points)
+    return (*points, *_uniform_points(compression, in_errors=curve.unit == "relative error"))
+
+
+def _uniform_points(compression: Compression, *, in_errors: bool) -> Iterator[CurvePoint]:
+    """What int8 and int4 of the same model lose."""
+    for each in compression.uniform:
+        loss = each.error if in_errors else each.holdout_loss
+        if loss is None or not math.isfinite(loss):
+            continue
+        marker, symbol = ("D", "◆") if each.method == "GPTQ" else ("v", "▼")
+        label = f"{each.name} of all layers, {each.method}"
+        yield CurvePoint(label, each.parameters, loss, marker, symbol)

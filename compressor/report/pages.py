@@ -55,6 +55,7 @@ from compressor.report.wording import (
     time_note,
     time_words,
     unchanged_words,
+    uniform_words,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def compression_page(compression: Compression) -> Page:
         parts.append(_measured_on(compression.evaluation))
     elif compression.latency:
         parts.append(Lines((f"timed on {compression.timed_on}; {PAIRED}",), dim=True))
+    parts += _uniform(compression)
     if compression.warnings:
         parts.append(Facts.of(*(("warning", words) for words in compression.warnings)))
     parts += _skipped(compression.skipped)
@@ -101,6 +103,15 @@ def compression_page(compression: Compression) -> Page:
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
     parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
     return Page(tuple(parts))
+
+
+def _uniform(compression: Compression) -> Iterator[Block]:
+    """All layers alike in few bits beside what was made, and whether that were better."""
+    if (words := uniform_words(compression)) is not None:
+        facts = [("beside", words)]
+        if (better := compression.better_uniform) is not None:
+            facts.append(("better", f"{better}; ask for it with `bits={better.uniform.bits}`"))
+        yield Facts.of(*facts)
 
 
 def _needed(needs: Needs) -> LayerTable:

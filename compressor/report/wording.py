@@ -490,3 +490,25 @@ def large_holdout_loss_words(plan: Plan) -> str | None:
 def _or_by_size(plan: Plan | None) -> str:
     """What else loses less: fewer ranks are fast than small."""
     return "" if plan is None or plan.device is None else ", or ask for its size alone with `prefer='size'`"
+
+
+def uniform_words(compression: Compression) -> str | None:
+    """What int8 and int4 of the same model take and lose, in one line; None where they were not measured."""
+    dense_loss = None if compression.evaluation is None else compression.evaluation.baseline_loss
+    calibration = compression.plan.calibration
+    unit = "" if calibration is None else f" {calibration.unit}"
+    found, seen = [], set()
+    for each in reversed(compression.uniform):  # of each width the best first
+        if each.bits in seen:
+            continue
+        seen.add(each.bits)
+        if each.loss is not None and dense_loss is not None:
+            loss = f"{each.loss - dense_loss:.3g} nats per prediction on the data"
+        elif each.holdout_loss is not None:
+            loss = f"{each.holdout_loss:.3g}{unit} on the holdout"
+        elif each.error is not None:
+            loss = f"relative error {each.error:.3g}"
+        else:
+            continue
+        found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} and loses {loss}")
+    return "; ".join(reversed(found)) or None
