@@ -78,8 +78,7 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     )
 
     def put(place: str, tensors: Mapping[str, Tensor]) -> None:
-        name = names[place]
-        layer = calibration.layers[name]
+        name, layer = names[place], calibration.layers[names[place]]
         factors.put(name, tensors)
         dense = calibration.model.get_submodule(place)
         start = calibration.start(layer, plans[name].share)
