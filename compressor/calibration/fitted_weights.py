@@ -90,7 +90,7 @@ def _stored(weight: QuantizedWeight) -> QuantizedMatrix:
     zeros = weight.weight_zero_point
     return QuantizedMatrix(
         Quantization(weight.bits, weight.group_size, zeros is not None),
-        unpack(weight.weight_packed, weight.bits, weight.columns),
+        weight.integers(),
         weight.weight_scale,
         None if zeros is None else unpack(zeros.T, weight.bits, weight.rows).T.contiguous(),
     )

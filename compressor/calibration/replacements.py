@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from compressor.calibration.activation_cache import CachedFactors
 from compressor.calibration.calibration import Calibration
 from compressor.engine import Journal, Units
-from compressor.forms import InitialLayer, LowRankEmbedding
-from compressor.lowrank import TiedHead, carry_over, filled_layer, start_matrix
+from compressor.forms import InitialLayer
+from compressor.lowrank import carry_over, filled_layer, head_of, start_matrix
 from compressor.planning import LayerPlan
 
 
@@ -110,8 +110,7 @@ class Replacements(Mapping[str, nn.Module]):
         if isinstance(embedding, InitialLayer):
             tied: nn.Module = _HeadOfInitial(embedding, bias)
         else:
-            assert isinstance(embedding, LowRankEmbedding)
-            tied = TiedHead(embedding, bias)
+            tied = head_of(embedding, bias)
         carry_over(head, tied.train(head.training))
         return tied
 

@@ -51,7 +51,7 @@ def _matrix(layer: QuantizedWeight) -> QuantizedMatrix:
     zeros = layer.weight_zero_point
     return QuantizedMatrix(
         Quantization(layer.bits, layer.group_size, zeros is not None),
-        unpack(layer.weight_packed, layer.bits, layer.columns),
+        layer.integers(),
         layer.weight_scale,
         None if zeros is None else unpack(zeros.T, layer.bits, layer.rows).T,
     )

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from compressor.errors import BadInput, CompressorError
-from compressor.forms import FORMS, layers
+from compressor.forms import FORMS, layers, quantized_layers
 from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
 from compressor.lowrank import (
     CODE_CLASS_PREFIX,
@@ -28,6 +28,7 @@ from compressor.lowrank import (
     is_compressed_tensors,
 )
 from compressor.lowrank import modules as low_rank_modules
+from compressor.quantize import packing
 from compressor.version import VERSION
 
 _IMPORTS = """from typing import Any
@@ -151,7 +152,8 @@ def remote_code(architecture: str, configuration: str) -> str:
 
     Raises `CompressorError` where the layers use more of this package than is copied.
     """
-    shared, own = _body(layers), _body(low_rank_modules)
+    shared = "\n\n".join(map(_body, (layers, packing, quantized_layers)))
+    own = _body(low_rank_modules)
     pieces: dict[Callable[..., Any], None] = {}
     forms = [form for form in FORMS.values() if not form.from_initial]  # which are dense once they are loaded
     for form in forms:

@@ -17,6 +17,7 @@ from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.pivoted import PIVOTED, PivotedLinear
 from compressor.forms.plain import PLAIN, LowRankEmbedding, LowRankLinear
 from compressor.forms.quantized import QuantizedDense, QuantizedPair
+from compressor.forms.quantized_layers import QuantizedHead, QuantizedWeight
 from compressor.forms.registry import DENSE, FORMS
 from compressor.forms.spatial import SPATIAL, SpatialConvolution
 from compressor.forms.weights import TRANSPOSED, Count, DenseWeight, StoredWeight
@@ -127,7 +128,9 @@ __all__ = [
     "PairForm",
     "PivotedLinear",
     "QuantizedDense",
+    "QuantizedHead",
     "QuantizedPair",
+    "QuantizedWeight",
     "SpatialConvolution",
     "StoredPairShape",
     "StoredWeight",

@@ -11,7 +11,7 @@ Scales are chosen among numbers of bfloat16, which float16 has too: so what is c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -93,16 +93,21 @@ def part_tensors(name: str, part: QuantizedMatrix, info: TensorInfo) -> dict[str
     return {name.removesuffix("weight") + each: tensor for each, tensor in tensors.items()}
 
 
-def part_of_tensors(name: str, quantization: Quantization, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The `NAME.weight` that stored tensors stand for, in the dtype of the scales and differentiable in them."""
+def part_of_tensors(
+    name: str, quantization: Quantization, tensors: Mapping[str, Tensor], *, shape: Sequence[int] | None = None
+) -> Tensor:
+    """The `NAME.weight` that stored tensors stand for, in the dtype of the scales and differentiable in them.
+
+    Its shape is read from the tensors where it is not known: on an accelerator that waits.
+    """
     stem = name.removesuffix("weight")
     scales = tensors[f"{stem}weight_scale"]
-    shape = tensors[f"{stem}weight_shape"].tolist()
+    shape = tensors[f"{stem}weight_shape"].tolist() if shape is None else shape
     rows, columns = _flat(shape)
     zeros = tensors.get(f"{stem}weight_zero_point")
     zeros = None if zeros is None else unpack(zeros.T, quantization.bits, rows).T
     integers = unpack(tensors[f"{stem}weight_packed"], quantization.bits, columns)
-    return QuantizedMatrix(quantization, integers, scales, zeros).product(scales.dtype).reshape(shape)
+    return QuantizedMatrix(quantization, integers, scales, zeros).product(scales.dtype).reshape(*shape)
 
 
 def _is_fitted(quantization: Quantization, inputs: int) -> bool:
@@ -300,14 +305,26 @@ class QuantizedPair(PairForm):
         assert isinstance(pair, QuantizedFactors)
         return _stored_parts(pair, self.pair.infos(weight, pair.rank, dtype))
 
-    def _dequantized(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _dequantized(
+        self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> dict[str, Tensor]:
+        known = shapes or {}
         return {
-            name: part_of_tensors(name, self.quantization, tensors) if name.endswith("weight") else tensors[name]
+            name: part_of_tensors(name, self.quantization, tensors, shape=known.get(name))
+            if name.endswith("weight")
+            else tensors[name]
             for name in self.pair.names
         }
 
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.pair.product(weight, self._dequantized(tensors))
+        infos = self.pair.infos(weight, self._rank(weight, tensors), torch.float32)
+        return self.pair.product(weight, self._dequantized(tensors, {info.name: info.shape for info in infos}))
+
+    def _rank(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> int:
+        if weight.kind == "embedding":  # whose factors have it as their inputs
+            return int(tensors["down.weight_shape"][1])
+        factor = "up" if weight.kind == "transposed convolution" else "down"
+        return len(tensors[f"{factor}.weight_scale"])
 
     def defect(self, rank: int, read: Values) -> str | None:
         defect = _defect_of_scales(self.names, read)
@@ -454,7 +471,7 @@ class QuantizedDense(PairForm):
         return _stored_parts(pair, self.parts(weight, pair.rank, dtype))
 
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
-        own = part_of_tensors("weight", self.quantization, tensors).flatten(1)
+        own = part_of_tensors("weight", self.quantization, tensors, shape=_flat(self._shape(weight)))
         own = own.T if weight.kind in _TURNED else own
         return own + _correction_of(weight).product(weight, tensors) if "down.weight_packed" in tensors else own
 

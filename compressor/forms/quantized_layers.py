@@ -6,7 +6,6 @@ A layer has the tensors of a quantized matrix as buffers, called as in its file.
 when a module is cast: what a layer computes in is the dtype of its zero-size `weight`, which is not stored.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,7 +75,15 @@ class QuantizedWeight(nn.Module):
         numbers = numbers * scale.to(exact).unsqueeze(2)
         return numbers.flatten(1).to(dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
+    def integers(self) -> Tensor:
+        """The integers, `rows x columns` in uint8."""
+        return unpack(self.weight_packed, self.bits, self.columns)
+
+    def multiplied(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The inputs times the transposed matrix, plus a bias."""
+        return nn.functional.linear(input, self.dequantized(), bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedWeight":
         # As integers the scales are moved, and not cast: rounded to another dtype they would not come back.
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(torch.int16)
@@ -100,7 +107,7 @@ class QuantizedLinear(QuantizedWeight):
         self.register_parameter("bias", _bias(out_features, like) if bias else None)
 
     def forward(self, input: Tensor) -> Tensor:
-        return corrected(self, input, nn.functional.linear(input, self.dequantized(), self.bias))
+        return corrected(self, input, self.multiplied(input, self.bias))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -120,6 +127,38 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, {super().extra_repr()}"
+
+
+class QuantizedHead(nn.Module):
+    """An output head that is tied to an embedding that is quantized, or whose factors are.
+
+    It holds nothing but its bias, and multiplies with what the embedding holds.
+    """
+
+    weight: Tensor
+
+    def __init__(self, embedding: nn.Module, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        own: Any = embedding
+        self.in_features, self.out_features = own.embedding_dim, own.num_embeddings
+        self._embedding = (own,)  # in a tuple, so that it is no part of this module
+        self.bias = bias
+        self.register_buffer("weight", own.weight.new_empty(self.out_features, 0), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        [embedding] = self._embedding
+        parts = embedding._modules
+        output: Tensor | None = self.bias
+        if isinstance(embedding, QuantizedWeight):
+            output = embedding.multiplied(input, self.bias)
+        if "up" in parts:
+            logits = parts["down"].multiplied(input @ parts["up"].dequantized())
+            output = logits if output is None else logits + output
+        assert output is not None
+        return output
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class QuantizedConvolution(QuantizedWeight):

@@ -29,6 +29,7 @@ from compressor.lowrank.initial_layer import (
 from compressor.lowrank.modules import (
     TiedHead,
     carry_over,
+    head_of,
     low_rank_layer,
     put_layer,
     put_pair,
@@ -109,6 +110,7 @@ __all__ = [
     "formed_checkpoint",
     "formed_layers",
     "formed_weight",
+    "head_of",
     "initial_given",
     "initial_weight",
     "is_compressed_tensors",

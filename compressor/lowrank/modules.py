@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from compressor.forms import LowRankEmbedding, layer_builder
+from compressor.forms import LowRankEmbedding, QuantizedHead, layer_builder
 
 
 class TiedHead(nn.Module):
@@ -135,17 +135,23 @@ def tied_head(root: nn.Module, name: str) -> str | None:
     return None
 
 
+def head_of(embedding: nn.Module, bias: nn.Parameter | None) -> nn.Module:
+    """A head tied to an embedding that is low-rank or quantized."""
+    if isinstance(embedding, LowRankEmbedding) and isinstance(embedding.down, nn.Embedding):
+        return TiedHead(embedding, bias)
+    return QuantizedHead(embedding, bias)
+
+
 def tie_head(root: nn.Module, head: str, embedding: str) -> None:
     """Put a head tied to the low-rank layer `embedding` in the place of the dense one, with the bias that it has.
 
     A transformers model is told, so that it loads and saves the two parameters once, and can tie them again.
     """
-    pair = root.get_submodule(embedding)
-    assert isinstance(pair, LowRankEmbedding)
     dense = root.get_submodule(head)
     bias = dense.bias
     assert bias is None or isinstance(bias, nn.Parameter)
-    tied = TiedHead(pair, bias).train(dense.training)
+    tied = head_of(root.get_submodule(embedding), bias).train(dense.training)
+    shared = ("down", "up") if isinstance(tied, TiedHead) else ()
     carry_over(dense, tied)
     carry_state_hooks(dense, tied)
     put_layer(root, head, tied)
@@ -156,7 +162,7 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
             declared = getattr(module, name, None)
             if isinstance(declared, dict) and declared.get(f"{ours}.weight") == f"{source}.weight":
                 others = {target: tied for target, tied in declared.items() if target != f"{ours}.weight"}
-                factors = {f"{ours}.{factor}_weight": f"{source}.{factor}.weight" for factor in ("down", "up")}
+                factors = {f"{ours}.{factor}_weight": f"{source}.{factor}.weight" for factor in shared}
                 setattr(module, name, others | factors)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from compressor.forms import QuantizedHead
 from compressor.io import open_checkpoint
 from compressor.lowrank.modules import TiedHead, carry_hooks, put_layer, tied_head
 from compressor.lowrank.stored_pairs import stored_pairs
@@ -44,7 +45,7 @@ def _tie(module: nn.Module, architecture: nn.Module, *, head: str, embedding: nn
     A transformers model is told.
     """
     tied, dense = module.get_submodule(head), architecture.get_submodule(head)
-    assert isinstance(tied, TiedHead)
+    assert isinstance(tied, TiedHead | QuantizedHead)
     assert isinstance(embedding.weight, nn.Parameter)
     dense.register_parameter("weight", embedding.weight)
     dense.register_parameter("bias", tied.bias)
