@@ -72,6 +72,7 @@ def fitted_weights(modules: Iterable[nn.Module], *, rounding: bool) -> Iterator[
     """Let the quantized weights in modules be fitted, and put into them afterwards what they have become."""
     weights = [each for module in modules for each in module.modules() if isinstance(each, QuantizedWeight)]
     for each in weights:
+        each.hold_as_stored()
         each.fitted = FittedWeight(_stored(each), rounding=rounding, dtype=each.weight.dtype)
     try:
         yield

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.forms.layers import Convolution, TransposedConvolution, applied, copy_geometry, linear_sides
-from compressor.quantize.packing import packed_width, unpack
+from compressor.quantize.packing import pack, packed_width, unpack
+
+# The highest bit of each byte of an int32: what turns integers of 8 bits into signed ones.
+_SIGNS = -0x7F7F7F80
 
 
 class QuantizedWeight(nn.Module):
@@ -26,6 +29,7 @@ class QuantizedWeight(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     weight_shape: Tensor
+    kernel_scales: Tensor | None
 
     # What a convolution says of itself.
     kernel_size: Any
@@ -53,6 +57,7 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("weight_zero_point", zeros)
         self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64, device=device))
         self.register_buffer("weight", like.new_empty(0), persistent=False)
+        self.register_buffer("kernel_scales", None, persistent=False)
         # What gives the matrix while it is fitted.
         self.fitted: nn.Module | None = None
 
@@ -61,29 +66,136 @@ class QuantizedWeight(nn.Module):
         if self.fitted is not None:
             matrix: Tensor = self.fitted()
             return matrix if rows is None else matrix[rows]
-        packed, scale, dtype = self.weight_packed, self.weight_scale, self.weight.dtype
-        zeros = self.weight_zero_point
-        zero: Tensor | None = None
-        if zeros is not None:
-            zero = unpack(zeros.T, self.bits, self.rows).T
-        if rows is not None:
-            packed, scale = packed[rows], scale[rows]
-            zero = None if zero is None else zero[rows]
+        dtype, scale = self.weight.dtype, self.weight_scale if rows is None else self.weight_scale[rows]
         exact = dtype if dtype.itemsize >= 4 else torch.float32
-        numbers = unpack(packed, self.bits, self.columns).to(exact).reshape(*scale.shape, -1)
-        numbers = numbers - (2 ** (self.bits - 1) if zero is None else zero.to(exact).unsqueeze(2))
-        numbers = numbers * scale.to(exact).unsqueeze(2)
-        return numbers.flatten(1).to(dtype)
+        numbers = self._integers(rows).to(exact).reshape(*scale.shape, -1)
+        if self.weight_packed.dtype != torch.int8:
+            numbers = numbers - self._zeros(rows, exact)
+        return (numbers * scale.to(exact).unsqueeze(2)).flatten(1).to(dtype)
 
     def integers(self) -> Tensor:
-        """The integers, `rows x columns` in uint8."""
-        return unpack(self.weight_packed, self.bits, self.columns)
+        """The integers as they are stored, `rows x columns` in uint8."""
+        found = self._integers(None)
+        return found.view(torch.uint8) ^ 128 if found.dtype == torch.int8 else found
+
+    def _integers(self, rows: Tensor | None) -> Tensor:
+        """The integers, or some rows of them, in uint8; in int8 without their zero point where they are held so."""
+        packed = self.weight_packed
+        if packed.dtype == torch.uint8:
+            packed = unpacked_from_kernel(packed)
+            return packed if rows is None else packed[rows]
+        packed = packed if rows is None else packed[rows]
+        return packed if packed.dtype == torch.int8 else unpack(packed, self.bits, self.columns)
+
+    def _zeros(self, rows: Tensor | None, dtype: torch.dtype) -> Tensor | int:
+        zeros = self.weight_zero_point
+        if zeros is None:
+            return 1 << (self.bits - 1)
+        found: Tensor = unpack(zeros.T, self.bits, self.rows).T
+        found = found if rows is None else found[rows]
+        widened: Tensor = found.to(dtype).unsqueeze(2)
+        return widened
 
     def multiplied(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The inputs times the transposed matrix, plus a bias."""
-        return nn.functional.linear(input, self.dequantized(), bias)
+        """The inputs times the transposed matrix, plus a bias: by a kernel for integers where there is one.
+
+        A kernel sums in float32 as a product with the dequantized matrix does, but does not round the matrix to 16 bits
+        before: in bfloat16 outputs differ by 2^-8 of the largest, as those of two orders of a sum do.
+        """
+        kernel = self._kernel(input)
+        if kernel is None:
+            return nn.functional.linear(input, self.dequantized(), bias)
+        product: Tensor = kernel(input)
+        return product if bias is None else product + bias
+
+    def _kernel(self, input: Tensor) -> Any:
+        """What multiplies with the integers as they are held; None where the matrix has to be dequantized.
+
+        The integers are brought into the order that the kernel takes when they are first multiplied with.
+        """
+        dtype = self.weight.dtype
+        if (
+            self.fitted is not None
+            or self.weight_zero_point is not None
+            or self.bits not in (4, 8)
+            or dtype not in (torch.bfloat16, torch.float32)
+            or type(input) is not Tensor
+            or input.dtype != dtype
+            or not input.is_cpu
+            or input.numel() == 0
+            or (torch.is_grad_enabled() and input.requires_grad)
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_exporting()
+            or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        ):
+            return None
+        held = self.weight_packed.dtype
+        fixed = torch.compiler.is_compiling()  # what is held cannot be changed while it is traced
+        if self.bits == 8 and self.weight_scale.shape[1] == 1 and self.columns % 4 == 0:
+            if held == torch.int32 and not fixed:
+                self.weight_packed = (self.weight_packed ^ _SIGNS).view(torch.int8)
+            return self._product_of_bytes if self.weight_packed.dtype == torch.int8 else None
+        if self.bits == 4 and dtype == torch.bfloat16 and self._has_kernel_of_4_bits():
+            if held == torch.int32 and not fixed:
+                self._pack_for_kernel()
+            few = input.numel() <= self.most_rows_of_4_bits * self.columns
+            return self._product_of_4_bits if few and self.weight_packed.dtype == torch.uint8 else None
+        return None
+
+    # Whether rows of it are looked up.
+    is_table = False
+    # Inputs up to which the kernels are faster than to dequantize the matrix, measured on a CPU with AVX-512.
+    most_rows_of_8_bits = 16
+    most_rows_of_4_bits = 96
+
+    def _product_of_bytes(self, input: Tensor) -> Tensor:
+        flat, scale, dtype = input.reshape(-1, self.columns), self.weight_scale[:, 0].to(self.weight.dtype), input.dtype
+        if dtype == torch.bfloat16 and len(flat) <= self.most_rows_of_8_bits:
+            product = torch._weight_int8pack_mm(flat, self.weight_packed, scale)
+        else:  # integers below 256 are exact in bfloat16
+            product = nn.functional.linear(flat, self.weight_packed.to(dtype)) * scale
+        return product.view(*input.shape[:-1], self.rows)
+
+    def _has_kernel_of_4_bits(self) -> bool:
+        groups = self.weight_scale.shape[1]
+        fits = groups > 1 and self.columns // groups in (32, 64, 128, 256) and self.rows % 16 == 0
+        return fits and not self.is_table
+
+    def _product_of_4_bits(self, input: Tensor) -> Tensor:
+        flat, scales = input.reshape(-1, self.columns), self.kernel_scales
+        group = self.columns // self.weight_scale.shape[1]
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight_packed, group, scales)
+        return product.view(*input.shape[:-1], self.rows)  # type: ignore[no-any-return]
+
+    def _pack_for_kernel(self) -> None:
+        packed = unpack(self.weight_packed, 4, self.columns).to(torch.int32)
+        # Scales and what is added, here nothing, lie beside each other; the scales that are stored become a view.
+        scales = self.weight_scale.T.to(torch.bfloat16)
+        self.kernel_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
+        if self.weight_scale.dtype == torch.bfloat16:
+            self.weight_scale = self.kernel_scales[:, :, 0].T
+        self.weight_packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(packed, 2)
+
+    def hold_as_stored(self) -> None:
+        """Hold the integers as they are stored; a kernel's own order is found again when it is needed."""
+        held = self.weight_packed
+        if held.dtype == torch.int8:
+            self.weight_packed = held.view(torch.int32) ^ _SIGNS
+        elif held.dtype == torch.uint8:
+            self.weight_packed = pack(unpacked_from_kernel(held), 4)
+        self.weight_scale = self.weight_scale.contiguous()
+        self.kernel_scales = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.hold_as_stored()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.hold_as_stored()
+        super()._load_from_state_dict(*arguments)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedWeight":
+        self.hold_as_stored()
         # As integers the scales are moved, and not cast: rounded to another dtype they would not come back.
         dtype = self.weight_scale.dtype
         self.weight_scale = self.weight_scale.view(torch.int16)
@@ -94,6 +206,31 @@ class QuantizedWeight(nn.Module):
     def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"bits={self.bits}{groups}"
+
+
+def unpacked_from_kernel(packed: Tensor) -> Tensor:
+    """The integers of 4 bits, in uint8, of which PyTorch made the `rows x columns / 2` bytes that its kernel takes.
+
+    Rows lie in blocks, and in a block one column after the other, two rows a byte. In which order differs from CPU to
+    CPU, so it is seen from what becomes of the numbers of the rows, a digit of 4 bits at a time.
+    """
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(-1, 2)
+    low, high = torch.zeros(2, 2 * rows // 2, dtype=torch.int64)
+    for shift in range(0, max(4, rows.bit_length()), 4):
+        digits = torch.ops.aten._convert_weight_to_int4pack_for_cpu((numbers >> shift & 15).contiguous(), 2)
+        low += (digits.flatten().long() & 15) << shift
+        high += (digits.flatten().long() >> 4) << shift
+    integers = torch.empty(rows, columns, dtype=torch.uint8)
+    start = done = 0
+    while done < rows:
+        # Of two columns the second repeats the rows of the first.
+        size = int((low[start + 1 :] == low[start]).nonzero()[0]) + 1
+        block = packed.flatten()[done * columns // 2 : (done + 2 * size) * columns // 2].view(columns, size)
+        integers[low[start : start + size]] = (block & 15).T
+        integers[high[start : start + size]] = (block >> 4).T
+        start, done = start + 2 * size, done + 2 * size
+    return integers
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -115,6 +252,8 @@ class QuantizedLinear(QuantizedWeight):
 
 class QuantizedEmbedding(QuantizedWeight):
     """An embedding of quantized vectors, of which those that are looked up are dequantized."""
+
+    is_table = True
 
     def __init__(self, dense: nn.Embedding, **quantization: Any) -> None:
         super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
