@@ -237,6 +237,18 @@ def compress_file_from_seed(folder: Path) -> Any:
 
 
 @case
+def compress_file_bits(folder: Path) -> Any:
+    source = weight_file(folder, "perceptron")
+    return compressor.compress(source, output=folder / "out/a.safetensors", keep=0.3, bits="auto")
+
+
+@case
+def compress_folder_bits(folder: Path) -> Any:
+    source = model_folder(folder / "llama", LLAMA)
+    return compressor.compress(source, output=folder / "out/small", bits=4, calibration="none")
+
+
+@case
 def compress_torch_file(folder: Path) -> Any:
     torch.save({"epoch": 3, "state_dict": network("perceptron").state_dict()}, folder / "model.pt")
     return compressor.compress(folder / "model.pt", output=folder / "out/a.safetensors", keep=0.5)

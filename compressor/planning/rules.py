@@ -90,7 +90,11 @@ def plan_by_bits(measured: Sequence[MeasuredLayer], bits: int) -> tuple[LayerPla
             smallest = min(of_width, key=lambda form: _bytes(m, form, np.zeros(1, dtype=np.int64))[0])
             plans.append(layer_plan(m, 0, smallest, reason=f"{bits} bits for every layer"))
         else:
-            plans.append(dense_plan(m.layer, m.stays_dense or f"it is not stored in {bits} bits"))
+            d_in, kind = m.layer.shape[1], m.layer.kind
+            unstored = (
+                f"{'an embedding' if kind == 'embedding' else f'a layer of {d_in} inputs'} has no form in {bits} bits"
+            )
+            plans.append(dense_plan(m.layer, m.stays_dense or unstored))
     return tuple(plans)
 
 

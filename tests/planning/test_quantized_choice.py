@@ -42,7 +42,7 @@ def test_a_layer_without_a_form_of_the_width_stays_as_it_is() -> None:
     layers = [quantized("a", widths=(4,)), replace(quantized("b", widths=(4,)), stays_dense="nothing reaches it")]
     plans = chosen(layers, Budget("bits", 3))
     assert [(plan.form, plan.rank, plan.bits) for plan in plans] == [("dense", None, 16)] * 2
-    assert [plan.reason for plan in plans] == ["it is not stored in 3 bits", "nothing reaches it"]
+    assert [plan.reason for plan in plans] == ["a layer of 96 inputs has no form in 3 bits", "nothing reaches it"]
 
 
 @settings(max_examples=25)
