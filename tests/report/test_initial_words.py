@@ -10,14 +10,15 @@ from rich.console import Console
 
 from compressor.initial import InitialFound, SeedSearch, Start, StartedLayer
 from compressor.measure import EffectiveRanks
-from compressor.planning import Budget, LayerPlan, Plan
+from compressor.planning import LayerPlan
 from compressor.recipe import TrainingRecipe
 from compressor.report.blocks import LayerTable
 from compressor.report.html import report_page
 from compressor.report.initial_words import gaining_layers, initial_table, initial_use, initial_verdict
 from compressor.report.model_card import model_card
 from compressor.report.pages import compression_page, inspection_page, plan_page
-from compressor.results import BeforeAfter, Compression, Inspection
+from compressor.results import Compression, Inspection
+from tests.report.results import compression_of, plan_of
 
 
 def ranks(energy: int) -> EffectiveRanks:
@@ -34,19 +35,7 @@ GAINS = InitialFound("seed 0", 0, "searched", 26, (started("first"), started("se
 
 
 def planned(found: InitialFound | None, *layers: LayerPlan) -> Compression:
-    return Compression(
-        source="model",
-        output=None,
-        recipe=TrainingRecipe(),
-        plan=Plan("model", None, Budget("keep", 0.25), layers, initial=found),
-        parameters=BeforeAfter(100, 50),
-        bytes=BeforeAfter(400, 200),
-        evaluation=None,
-        seconds=1.5,
-        peak_memory_bytes=10**8,
-        skipped=(),
-        spectra={},
-    )
+    return compression_of(plan_of(*layers, initial=found))
 
 
 def layer(name: str, rank: int | None, share: float | None) -> LayerPlan:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from compressor.evaluation import Latency, TimedWorkload
-from compressor.planning import Budget, LayerPlan, Plan, Times, WorkloadLatency
-from compressor.recipe import TrainingRecipe
+from compressor.planning import LayerPlan, Times, WorkloadLatency
 from compressor.report.html import report_page
 from compressor.report.model_card import model_card
 from compressor.report.pages import compression_page, plan_page
-from compressor.results import BeforeAfter, Compression
+from compressor.results import Compression
+from tests.report.results import compression_of, plan_of
 
 WORKLOADS = ("decode, batch 1", "prefill, batch 32")
 seconds = st.floats(1e-6, 1e-2)
@@ -33,20 +33,7 @@ def layer(name: str, latency: tuple[WorkloadLatency, ...] | None, rank: int | No
 
 def planned(*found: tuple[WorkloadLatency, ...] | None, device: str | None = "h100", **changes: Any) -> Compression:
     layers = tuple(layer(f"model.layers.{i}.self_attention.output_projection", each) for i, each in enumerate(found))
-    result = Compression(
-        source="model",
-        output=None,
-        recipe=TrainingRecipe(),
-        plan=Plan("model", None, Budget("keep", 0.5), layers, device=device),
-        parameters=BeforeAfter(100, 50),
-        bytes=BeforeAfter(400, 200),
-        evaluation=None,
-        seconds=1.5,
-        peak_memory_bytes=10**8,
-        skipped=(),
-        spectra={},
-    )
-    return replace(result, **changes)
+    return compression_of(plan_of(*layers, device=device), **changes)
 
 
 def timed(workload: str, ratio: float) -> TimedWorkload:
