@@ -34,12 +34,16 @@ class FactorizationSettings:
     tied_gain: float = 1e-3
     """Share of its cost that a sweep for a tied embedding must remove for another sweep to follow."""
 
-    quantized_ranks: int = 5
+    quantized_ranks: int = 3
     """Ranks at which the error of a quantized pair is computed for the allocation; in between it is interpolated."""
 
     quantization_rounds: int = 4
     """Most rounds in which scales and integers of a quantized matrix are fitted to each other in the metric, after the
     first pass; candidates that are only compared have none."""
+
+    simulated_bits: int = 4
+    """Fewest bits at which the errors that quantizing would make are simulated for the allocation: fewer leave errors
+    that are carried no room."""
 
     corrected_bits: int = 4
     """Most bits of a quantized matrix for which a low-rank correction is considered."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from compressor.factorize import (
     FactorPair,
     Metric,
     PivotedPair,
+    SpatialPair,
     TiedMetric,
     decompose,
     decompose_tied,
@@ -50,7 +51,16 @@ from compressor.io import TensorInfo
 from compressor.measure import Precision, Spectrum, truncation_errors
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind
-from compressor.quantize import Quantization, QuantizedMatrix, gptq, quantize_to_nearest, unpack
+from compressor.quantize import (
+    Quantization,
+    QuantizationSettings,
+    QuantizedMatrix,
+    SimulatedMatrix,
+    gptq,
+    quantize_to_nearest,
+    simulated,
+    unpack,
+)
 from compressor.torch_state import in_float64
 
 _CLASSES = (QuantizedLinear, QuantizedEmbedding, QuantizedConvolution, QuantizedTransposedConvolution)
@@ -66,7 +76,7 @@ class QuantizedFactors:
     """
 
     rank: int
-    parts: Mapping[str, QuantizedMatrix | Tensor]
+    parts: Mapping[str, QuantizedMatrix | SimulatedMatrix | Tensor]
     matrix: Tensor
 
     def product(self) -> Tensor:
@@ -119,12 +129,31 @@ def _flat(shape: Iterable[int]) -> tuple[int, int]:
     return first, math.prod(rest)
 
 
-def quantized(matrix: Tensor, quantization: Quantization, metric: Metric | None) -> QuantizedMatrix:
-    """A matrix quantized in a metric, or to nearest without one, with the group size that its inputs have."""
+# From a matrix and its metric: to nearest without one, and with the group size that its inputs have.
+Quantize = Callable[[Tensor, Metric | None], QuantizedMatrix | SimulatedMatrix]
+
+
+def quantized(
+    matrix: Tensor,
+    metric: Metric | None,
+    *,
+    quantization: Quantization,
+    settings: QuantizationSettings,
+) -> QuantizedMatrix:
+    """A matrix quantized as it is stored."""
     fitted = quantization.fitted(matrix.shape[1])
     if metric is None or matrix.numel() == 0:
-        return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16)
-    return gptq(matrix, fitted, metric, scale_dtype=torch.bfloat16)
+        return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16, settings=settings)
+    return gptq(matrix, fitted, metric, scale_dtype=torch.bfloat16, settings=settings)
+
+
+def _for_errors(
+    matrix: Tensor, metric: Metric | None, *, quantization: Quantization, settings: FactorizationSettings
+) -> QuantizedMatrix | SimulatedMatrix:
+    """A matrix with an error of that size, in less time."""
+    if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
+        return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
+    return simulated(matrix, quantization.fitted(matrix.shape[1]), metric)
 
 
 def _turned(metric: Metric | None) -> Metric | None:
@@ -137,19 +166,19 @@ def _single(metric: Metric | TiedMetric | None) -> Metric | None:
 
 
 def _quantized_as(
-    matrix: Tensor, quantization: Quantization, metric: Metric | None, *, turned: bool
-) -> QuantizedMatrix:
+    matrix: Tensor, metric: Metric | None, *, quantize: Quantize, turned: bool
+) -> QuantizedMatrix | SimulatedMatrix:
     """A matrix quantized as it is stored: its transpose where `turned`."""
-    return quantized(matrix.T, quantization, _turned(metric)) if turned else quantized(matrix, quantization, metric)
+    return quantize(matrix.T, _turned(metric)) if turned else quantize(matrix, metric)
 
 
-def _matrix_of(part: QuantizedMatrix, *, turned: bool) -> Tensor:
+def _matrix_of(part: QuantizedMatrix | SimulatedMatrix, *, turned: bool) -> Tensor:
     return part.product().T if turned else part.product()
 
 
 def _plain_parts(
-    kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantization: Quantization
-) -> dict[str, QuantizedMatrix | Tensor]:
+    kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
+) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
     """The factors of a plain or channel pair: `down`, and then `up` as refitted to it.
 
     The columns of `up` share scales, so they are made equally long before.
@@ -158,19 +187,19 @@ def _plain_parts(
     up, rows = pair.up / sizes, sizes[:, None] * pair.down
     of_down = None if metric is None else Metric(metric.inputs, up.T @ weighed(up, metric.gradients))
     turned = kind in _TURNED
-    down = _quantized_as(rows, quantization, of_down, turned=turned)
+    down = _quantized_as(rows, of_down, quantize=quantize, turned=turned)
     rows = _matrix_of(down, turned=turned)
     moment, up = _refitted(up, rows, matrix, metric=metric)
     of_up = None if metric is None else Metric(moment, metric.gradients)
     return {
         "down.weight": down,
-        "up.weight": _quantized_as(up, quantization, of_up, turned=kind == "transposed convolution"),
+        "up.weight": _quantized_as(up, of_up, quantize=quantize, turned=kind == "transposed convolution"),
     }
 
 
 def _pivoted_parts(
-    pair: PivotedPair, matrix: Tensor, *, metric: Metric | None, quantization: Quantization
-) -> dict[str, QuantizedMatrix | Tensor]:
+    pair: PivotedPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
+) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
     """The factors of a pivoted pair: rows of the matrix, and then the others' coefficients as refitted to these."""
     of_down = of_up = None
     inverse = torch.argsort(pair.order.long())  # place in the pair to row of the matrix
@@ -178,13 +207,13 @@ def _pivoted_parts(
     if metric is not None:
         outputs = torch.cat([torch.eye(rank).to(pair.up), pair.up])[pair.order.long()]
         of_down = Metric(metric.inputs, outputs.T @ weighed(outputs, metric.gradients))
-    down = quantized(pair.down, quantization, of_down)
+    down = quantize(pair.down, of_down)
     others = inverse[rank:]
     moment, up = _refitted(pair.up, down.product(), matrix[others], metric=metric)
     if metric is not None:
         gradients = metric.gradients
         of_up = Metric(moment, gradients[others] if gradients.dim() == 1 else gradients[others][:, others])
-    return {"down.weight": down, "up.weight": quantized(up, quantization, of_up), "order": pair.order}
+    return {"down.weight": down, "up.weight": quantize(up, of_up), "order": pair.order}
 
 
 def _refitted(up: Tensor, down: Tensor, matrix: Tensor, *, metric: Metric | None) -> tuple[Tensor, Tensor]:
@@ -286,14 +315,30 @@ class QuantizedPair(PairForm):
         found = self.pair.approximate(
             weight, matrix, rank, metric=metric, settings=settings, decomposition=decomposition
         )
-        one = _single(metric)
+        work = QuantizationSettings(rounds=settings.quantization_rounds)
+        quantize = partial(quantized, quantization=self.quantization, settings=work)
+        return self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
+
+    def _quantized(
+        self,
+        weight: DenseWeight,
+        found: MatrixPair,
+        matrix: Tensor,
+        *,
+        metric: Metric | TiedMetric | None,
+        quantize: Quantize,
+    ) -> QuantizedFactors:
+        """A pair of a matrix with its factors quantized."""
+        assert isinstance(found, FactorPair | SpatialPair)
+        one, rank = _single(metric), found.rank
+        parts: Mapping[str, QuantizedMatrix | SimulatedMatrix | Tensor]
         if isinstance(found, FactorPair) and self.pair is PIVOTED:
-            parts = _pivoted_parts(pivoted_pair(found), in_float64(matrix), metric=one, quantization=self.quantization)
+            parts = _pivoted_parts(pivoted_pair(found), in_float64(matrix), metric=one, quantize=quantize)
         elif isinstance(found, FactorPair):
-            parts = _plain_parts(weight.kind, found, in_float64(matrix), metric=one, quantization=self.quantization)
+            parts = _plain_parts(weight.kind, found, in_float64(matrix), metric=one, quantize=quantize)
         else:
             exact = self.pair.stored(weight, found, torch.float64)
-            parts = {name: quantized(each.flatten(1), self.quantization, None) for name, each in exact.items()}
+            parts = {name: quantize(each.flatten(1), None) for name, each in exact.items()}
         shapes = {info.name: info.shape for info in self.pair.infos(weight, rank, torch.float32)}
         tensors = {
             name: each if isinstance(each, Tensor) else each.product().reshape(shapes[name])
@@ -350,12 +395,16 @@ class QuantizedPair(PairForm):
             decomposition = decomposition or _decomposition(matrix, metric, settings)
             truncated = truncation_errors(decomposition.values)
         last = len(truncated) - 1
-        ranks = np.unique(np.geomspace(1, last, settings.quantized_ranks).round().astype(np.int64))
-        added = []
+        # A pair of a higher rank has more numbers than the matrix.
+        sides = self.sides(weight)
+        largest = min(last, max(1, math.prod(sides) // sum(sides)))
+        ranks = np.unique(np.geomspace(1, largest, settings.quantized_ranks).round().astype(np.int64))
+        quantize, added = partial(_for_errors, quantization=self.quantization, settings=settings), []
         for rank in ranks:
-            pair = self.approximate(
+            found = self.pair.approximate(
                 weight, matrix, int(rank), metric=metric, settings=settings, decomposition=decomposition
             )
+            pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
             error = _relative_error(matrix, pair.product(), metric)
             added.append(max(0.0, error**2 - truncated[rank] ** 2) / max(1e-30, 1 - truncated[rank] ** 2))
         shares = np.interp(np.log(np.arange(1, last + 1)), np.log(ranks), added)
@@ -457,7 +506,9 @@ class QuantizedDense(PairForm):
         decomposition: Decomposition | None = None,
     ) -> MatrixPair:
         turned = weight.kind in _TURNED
-        own = _quantized_as(in_float64(matrix), self.quantization, _single(metric), turned=turned)
+        work = QuantizationSettings(rounds=settings.quantization_rounds)
+        quantize = partial(quantized, quantization=self.quantization, settings=work)
+        own = _quantized_as(in_float64(matrix), _single(metric), quantize=quantize, turned=turned)
         product = _matrix_of(own, turned=turned)
         if rank == 0:
             return QuantizedFactors(0, {"weight": own}, product)
@@ -491,7 +542,10 @@ class QuantizedDense(PairForm):
         decomposition: Decomposition | None = None,
     ) -> Spectrum:
         """Of the quantized matrix alone at rank 0, and at few bits of what the best correction of a rank leaves."""
-        found = self.approximate(weight, matrix, 0, metric=metric, settings=settings).product()
+        turned = weight.kind in _TURNED
+        quantize = partial(_for_errors, quantization=self.quantization, settings=settings)
+        own = _quantized_as(in_float64(matrix), _single(metric), quantize=quantize, turned=turned)
+        found = _matrix_of(own, turned=turned)
         error = _relative_error(matrix, found, metric)
         if self.quantization.bits > settings.corrected_bits or error == 0:
             return np.array([error])
@@ -509,6 +563,7 @@ def _stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[s
     stored: dict[str, Tensor] = {}
     for info in infos:
         part = pair.parts[info.name]
+        assert not isinstance(part, SimulatedMatrix)
         stored |= {info.name: part} if isinstance(part, Tensor) else part_tensors(info.name, part, info)
     return stored
 

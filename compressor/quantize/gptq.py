@@ -62,6 +62,48 @@ def gptq(
     return found if _is_better(metric, matrix, found, than=rounded) else rounded
 
 
+@dataclass(frozen=True)
+class SimulatedMatrix:
+    """A matrix with an error as large as quantizing it would make."""
+
+    matrix: Tensor
+
+    def product(self) -> Tensor:
+        """The `d_out x d_in` matrix, in float64."""
+        return self.matrix
+
+
+def simulated(
+    matrix: Tensor, quantization: Quantization, metric: Metric, *, settings: QuantizationSettings = DEFAULTS
+) -> SimulatedMatrix:
+    """A matrix with an error that costs about what that of `gptq` does, in a fraction of its time.
+
+    Each integer leaves about as much of `N^T D M` as rounding to nearest leaves of the matrix. So that, E, takes its
+    place, and the error is `N^-T E M^-1`. At 4 to 8 bits its loss is between .8 and 1 of that of the first pass, and at
+    2 bits, of which the range is too small for errors that are carried, half of it.
+    """
+    importance = metric.inputs if metric.inputs.dim() == 1 else None
+    rounded = quantize_to_nearest(
+        matrix, quantization, scale_dtype=torch.bfloat16, importance=importance, settings=settings
+    ).product()
+    if importance is not None:
+        return SimulatedMatrix(rounded)
+    wide = in_float64(matrix)
+    left = _carried((rounded - wide).T, _damped(metric.inputs, settings.damping)).T
+    if metric.gradients.dim() == 2:
+        left = _carried(left, _damped(metric.gradients, settings.gradient_damping))
+    return SimulatedMatrix(wide + left)
+
+
+def _carried(left: Tensor, moment: Tensor) -> Tensor:
+    """`M^-T E`, with M of the moment in the order of its diagonal."""
+    order = _descending(moment)
+    unit_upper = _unit_upper(moment[order][:, order])
+    carried: Tensor = torch.linalg.solve_triangular(unit_upper.T, left[order], upper=False, unitriangular=True)
+    carried = carried[order.argsort()]
+    return carried
+
+
 def _is_better(metric: Metric, matrix: Tensor, found: QuantizedMatrix, *, than: QuantizedMatrix) -> bool:
     """Whether the error of one costs no more; in float32 where they differ by more than it can be wrong."""
     narrow = Metric(metric.inputs.to(torch.float32), metric.gradients.to(torch.float32))
@@ -245,8 +287,13 @@ def _descending(moment: Tensor) -> Tensor:
     return _diagonal(moment).argsort(descending=True, stable=True)
 
 
-def _above_diagonal(moment: Tensor) -> Tensor:
-    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal, without the ones."""
+def _unit_upper(moment: Tensor) -> Tensor:
+    """M of `M diag(.) M^T`, upper triangular with ones on its diagonal."""
     factor = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    above: Tensor = (factor / factor.diagonal()).triu_(1).to(torch.float32)
-    return above
+    unit_upper: Tensor = factor / factor.diagonal()
+    return unit_upper
+
+
+def _above_diagonal(moment: Tensor) -> Tensor:
+    """The same without the ones."""
+    return _unit_upper(moment).triu_(1).to(torch.float32)

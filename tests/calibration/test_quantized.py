@@ -66,8 +66,8 @@ def test_the_errors_are_those_of_what_is_stored(calibration: Calibration, form: 
             layer, plan, solution.factors[plan.name], matrix=calibration.weight(layer).double(),
             metric=calibration.metrics[plan.name],
         )  # fmt: skip
-        # At ranks between those that are measured they are interpolated.
-        assert errors[form][rank] == pytest.approx(stored, rel=1e-3 if rank == 0 else 0.1)
+        # They are simulated, and at ranks between those that are looked at they are interpolated.
+        assert errors[form][rank] == pytest.approx(stored, rel=0.15)
 
 
 class _Counting(InProcess):

@@ -193,7 +193,8 @@ def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> 
     moments = [torch.randn(side, 2 * side, dtype=torch.float64) for side in weight.shape[::-1]]
     metric = Metric(*(moment @ moment.T for moment in moments)) if in_metric else None
     errors = form.errors_in(weight, matrix, metric=metric, settings=DEFAULTS)
-    ranks = (0,) if pair_name(form.name).endswith(DENSE) else (1, min(form.sides(weight)))
+    sides = form.sides(weight)
+    ranks = (0,) if pair_name(form.name).endswith(DENSE) else (1, max(1, math.prod(sides) // sum(sides)))
     assert len(errors) in (1, min(form.sides(weight)) + 1)
     for rank in ranks:
         pair = form.approximate(weight, matrix, rank, metric=metric, settings=DEFAULTS)
@@ -201,7 +202,8 @@ def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> 
             each.square().sum() if metric is None else metric.squared_size(each)
             for each in (matrix - pair.product(), matrix)
         )
-        assert errors[rank] == pytest.approx(math.sqrt(changed / total))
+        # In a metric the errors that would be made are simulated, or made without refinement.
+        assert errors[rank] == pytest.approx(math.sqrt(changed / total), rel=0.4 if in_metric else 1e-6)
 
 
 @pytest.mark.parametrize("form", QUANTIZED, ids=lambda form: form.name)
