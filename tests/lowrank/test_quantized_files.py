@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -90,6 +91,23 @@ def test_a_folder_loads_generates_and_saves(forms: Forms, dtype: torch.dtype, tm
         assert {key: each for key, each in theirs.items() if key != "dense"} == ours
     if forms is BOTH:
         assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [("dense@8", 0), ("dense@2g32", 5), ("plain@8", 9)], ids=str)
+def test_a_head_goes_with_the_quantized_embedding_that_it_is_tied_to(form: tuple[str, int], tmp_path: Path) -> None:
+    dense = llama(tmp_path / "dense", tie_word_embeddings=True)
+    in_memory = quantized(dense, {"*embed_tokens": form}, tmp_path / "small")
+    expected = logits(in_memory)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "small" / "model.safetensors"))
+    in_memory.save_pretrained(tmp_path / "again")
+    for name in ("small", "again"):
+        assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)), expected)
+    assert torch.equal(logits(copy.deepcopy(in_memory)), expected)
+    restore(tmp_path / "again", output=tmp_path / "restored")
+    restored = load_model(tmp_path / "restored")
+    assert restored.lm_head.weight is restored.model.embed_tokens.weight
+    torch.testing.assert_close(logits(restored), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
