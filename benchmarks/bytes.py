@@ -8,8 +8,9 @@ draws of calibration examples each, of the training split, and measures the loss
 
 - `ours`: `compress --bits auto` at shares of the bytes that the linear and convolutional layers take in 16 bits; also
   from the seed of the initialization, with bits alone, and with ranks alone.
-- `nearest` and `GPTQ`: all of these layers at one width, by our code: to the nearest with searched scales, and with
-  the error carried to the columns that are not rounded yet, on the inputs that the quantized model gives.
+- `nearest`, `GPTQ`, and `two-sided`: all of these layers at one width, by our code: to the nearest with searched
+  scales; with the error carried to the columns that are not rounded yet, on the inputs that the quantized model gives;
+  and in the metric of the loss, where it is carried to the rows too, as in `ours`.
 - llm-compressor, AutoRound, and torchao, of the language models: their own code in environments of their own, which
   `benchmarks/peers/environments.py FOLDER` makes, on the same examples.
 
@@ -35,7 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -52,27 +53,31 @@ from torch import Tensor, nn
 
 from compressor import BadInput, CalibrationSettings, compress
 from compressor.factorize import Metric
-from compressor.io import open_checkpoint
-from compressor.quantize import Quantization, QuantizedMatrix, gptq, quantize_to_nearest
+from compressor.io import StoredTensor, open_checkpoint
+from compressor.quantize import Quantization, QuantizationSettings, QuantizedMatrix, gptq, quantize_to_nearest
 
 RESULT = Path(__file__).parent / "results" / "bytes.json"
 PEER_SCRIPTS = Path(__file__).parent / "peers"
 SHARES = (0.5, 0.375, 0.31, 0.25, 0.2, 0.16, 0.13, 0.1)
 DRAWS = (0, 1, 2)
-# One rank of the largest layer of a small model.
-LARGEST_EXCESS = 0.001
+# At which a model is to be lossless, besides.
+FURTHER_SHARES = {"digits-mlp": (0.03,), "digits-resnet": (0.12,), "digits-vit": (0.12,), "stdlib-llama": (0.4,)}
+LARGEST_EXCESS = 0.012
+"""By how much more bytes than were asked for may be, as a share of them, because of the order of pivoted rows."""
 SCALES = torch.float16
+ONE_PASS = QuantizationSettings(rounds=0)
 UNIFORM = ("8", "6g128", "5g128", "4g128", "4g32", "3g128", "3g32", "2g64", "2g32")
 """Names of quantizations, each for all layers; a group size that does not divide a layer's inputs is fitted to it."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A model with the calibration examples of one draw, and the seed and function that it was initialized with."""
+    """A model with the calibration examples of one draw, and a folder for what all sizes have in common."""
 
     name: str
     setting: Setting
     draw: int
+    kept: Path
 
     @property
     def model(self) -> nn.Module:
@@ -131,22 +136,40 @@ def outcome(given: Given, model: nn.Module, stored: int) -> Outcome:
 
 
 def ours(given: Given, share: float, **options: Any) -> Outcome:
-    """`compress` at a share of the 16-bit bytes, as its file stores it."""
+    """`compress` at a share of the 16-bit bytes."""
+    small = compressed(given, share, **options)
+    return sized(given, share, small, tensors=small.state_dict())
+
+
+def from_seed(given: Given, share: float) -> Outcome:
+    """Ours with the initialization as a seed, as its file has it: what is loaded is dense."""
+    started = reference(given.name)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "small.safetensors"
-        small = compress(
-            given.model,
-            output=output,
-            keep=share,
-            calibration=given.batches,
-            seed=given.draw,
-            **{"bits": "auto", "prefer": "size"} | options,
-        ).model
-        sizes = {name: file_bytes(each.shape, each.dtype) for name, each in open_checkpoint(output).tensors.items()}
-    assert small is not None
+        small = compressed(given, share, initial=started.seed, factory=started.build, output=output)
+        return sized(given, share, small, tensors=open_checkpoint(output).tensors)
+
+
+def compressed(given: Given, share: float | None, **options: Any) -> nn.Module:
+    """What `compress` makes of the model, with options beside those that all methods are given, or in their place."""
+    asked: dict[str, Any] = {"bits": "auto", "prefer": "size", "calibration": given.batches, "seed": given.draw}
+    # Moments, decompositions, and errors are the same at all sizes.
+    asked["calibration_cache"] = given.kept / ("from the seed" if "initial" in options else "of the model")
+    asked["calibration_settings"] = CalibrationSettings(uniform=False)
+    if share is not None:
+        asked["keep"] = share
+    small: nn.Module = compress(given.model, **asked | options).model
+    return small
+
+
+def sized(given: Given, share: float, small: nn.Module, *, tensors: Mapping[str, Tensor | StoredTensor]) -> Outcome:
+    """What is measured of a model that is stored as these tensors."""
+    sizes = {name: file_bytes(each.shape, each.dtype) for name, each in tensors.items()}
     stored = given.stored(sizes)
-    if stored > (share + LARGEST_EXCESS) * given.dense_bytes:
-        raise RuntimeError(f"{given.name}, {share}: stores {stored / given.dense_bytes:.4f} of the bytes")
+    # `keep` does not count the order of the rows of a pivoted pair.
+    counted = stored - sum(size for name, size in sizes.items() if name.endswith(".order"))
+    if counted > share * given.dense_bytes:
+        raise RuntimeError(f"{given.name}, {share}: stores {counted / given.dense_bytes:.4f} of the bytes")
     return outcome(given, rounded(small), stored)
 
 
@@ -162,12 +185,6 @@ def rounded(model: nn.Module) -> nn.Module:
         if tensor.dtype == torch.float32:
             tensor.copy_(tensor.half())
     return model
-
-
-def from_seed(given: Given, share: float) -> Outcome:
-    """Ours with the initialization as a seed, of the models of model_cards/."""
-    started = reference(given.name)
-    return ours(given, share, initial=started.seed, factory=started.build)
 
 
 # All layers at one width, by our code.
@@ -188,11 +205,19 @@ def by_gptq(given: Given, quantization: Quantization) -> Outcome:
     def refit(name: str, weight: Tensor, inputs: Products) -> Tensor:
         outputs = torch.ones(len(weight), dtype=weight.dtype)
         metric = Metric(inputs.compressed / inputs.compressed.diagonal().mean(), outputs)
-        quantized[name] = gptq(weight, quantization.fitted(weight.shape[1]), metric, scale_dtype=SCALES)
+        fitted = quantization.fitted(weight.shape[1])
+        quantized[name] = gptq(weight, fitted, metric, scale_dtype=SCALES, settings=ONE_PASS)
         return quantized[name].product()
 
     in_forward_order(given.model, given.modules, given.batches, refit=refit, with_dense_inputs=False)
     return of_matrices(given, quantized)
+
+
+def two_sided(given: Given, bits: int) -> Outcome:
+    """Our quantization in the metric of the loss, by inputs and outputs, without compensation and refinement."""
+    alone = CalibrationSettings(compensate=False, refine=False, recalibration_rounds=0, uniform=False)
+    small = compressed(given, None, bits=bits, calibration_settings=alone)
+    return sized(given, 1.0, small, tensors=small.state_dict())
 
 
 def of_matrices(given: Given, quantized: Mapping[str, QuantizedMatrix]) -> Outcome:
@@ -252,14 +277,16 @@ FROM_SEED = "ours, from the seed"
 OURS: dict[str, Callable[[Given, float], Outcome]] = {
     "ours": ours,
     FROM_SEED: from_seed,
-    "bits alone": partial(ours, calibration_settings=CalibrationSettings(truncation_penalties=(math.inf,))),
+    "bits alone": partial(
+        ours, calibration_settings=CalibrationSettings(truncation_penalties=(math.inf,), uniform=False)
+    ),
     "ranks alone": partial(ours, bits="16"),
 }
 UNIFORM_METHODS: dict[str, Callable[[Given], Outcome]] = {
     f"{name} {quantization}": partial(method, quantization=Quantization.of(quantization))
     for name, method in (("nearest", nearest), ("GPTQ", by_gptq))
     for quantization in UNIFORM
-}
+} | {f"two-sided {bits}": partial(two_sided, bits=bits) for bits in (8, 6, 5, 4, 3, 2)}
 PEERS = {
     f"{name} {method}": Peer(environment, script, method)
     for name, environment, script, methods in (
@@ -289,17 +316,18 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
-    def has(self, cell: Mapping[str, Any]) -> bool:
-        return any(cell.items() <= row.items() for row in self.rows)
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """As they are now: another run may write other cells."""
+        return json.loads(self.path.read_text(encoding="utf-8"))["rows"] if self.path.exists() else []
 
     def put(self, cell: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Write a cell in place of what was known of it, in a fixed order."""
         sys.stderr.write(f"{dict(cell)} {dict(found)}\n")
-        self.rows = [row for row in self.rows if not cell.items() <= row.items()] + [{**cell, **found}]
+        rows = [row for row in self.rows if not cell.items() <= row.items()] + [{**cell, **found}]
         models = list(SUBJECTS)
-        self.rows.sort(
+        rows.sort(
             key=lambda row: (
                 models.index(row["model"]),
                 METHODS.index(row["method"]),
@@ -308,7 +336,7 @@ class Results:
             )
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps({"versions": VERSIONS, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps({"versions": VERSIONS, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 VERSIONS = {
@@ -316,6 +344,11 @@ VERSIONS = {
     "torch": torch.__version__,
     "transformers": transformers.__version__,
 }
+
+
+def has(rows: Iterable[Mapping[str, Any]], cell: Mapping[str, Any]) -> bool:
+    """Whether a cell is among the rows."""
+    return any(cell.items() <= row.items() for row in rows)
 
 
 @dataclass(frozen=True)
@@ -350,31 +383,38 @@ def cells(asked: argparse.Namespace) -> Iterator[Cell]:
                     if draw == asked.draws[0]:
                         yield Cell(model, method, None, None)
                 elif method in OURS:
-                    yield from (Cell(model, method, share, draw) for share in asked.shares)
+                    shares = asked.shares or sorted({*SHARES, *FURTHER_SHARES.get(model, ())}, reverse=True)
+                    yield from (Cell(model, method, share, draw) for share in shares)
                 else:
                     yield Cell(model, method, None, draw)
 
 
 def measure(results: Results, asked: argparse.Namespace) -> None:
     """Every cell that is missing, or all where they are asked for again."""
-    missing = [cell for cell in cells(asked) if asked.again or not results.has(vars(cell))]
+    known = results.rows
+    missing = [cell for cell in cells(asked) if asked.again or not has(known, vars(cell))]
     settings: dict[str, Setting] = {}
     for (model, draw), own in groupby(missing, lambda cell: (cell.model, cell.draw)):
         if model not in settings:
             settings = {model: setting(model, TEST)}
-        given = Given(model, settings[model], draw or 0)
-        for cell in own:
-            started = _cpu_seconds()
-            try:
-                found = cell.measure(given, asked.peers)
-            except BadInput as refused:
-                results.put(vars(cell), {"refused": str(refused)})
-                continue
-            about: dict[str, Any] = {"stored": found.stored / given.dense_bytes, **found.measured}
-            about["cpu_seconds"] = round(_cpu_seconds() - started, 1)
-            if found.versions is not None:
-                about["versions"] = found.versions
-            results.put(vars(cell), about)
+        with tempfile.TemporaryDirectory() as kept:
+            measure_cells(results, Given(model, settings[model], draw or 0, Path(kept)), own, environments=asked.peers)
+
+
+def measure_cells(results: Results, given: Given, own: Iterable[Cell], *, environments: Path | None) -> None:
+    """Cells of one model and draw."""
+    for cell in own:
+        started = _cpu_seconds()
+        try:
+            found = cell.measure(given, environments)
+        except BadInput as refused:
+            results.put(vars(cell), {"refused": str(refused)})
+            continue
+        about: dict[str, Any] = {"stored": found.stored / given.dense_bytes, **found.measured}
+        about["cpu_seconds"] = round(_cpu_seconds() - started, 1)
+        if found.versions is not None:
+            about["versions"] = found.versions
+        results.put(vars(cell), about)
 
 
 def _cpu_seconds() -> float:
@@ -451,7 +491,9 @@ class Point:
 def best_other(points: Sequence[Point], share: float) -> Point | None:
     """What loses least of all that is not ours and takes no more bytes than a share of them."""
     others = [
-        point for point in points if not point.method.startswith("ours") and point.stored <= share + LARGEST_EXCESS
+        point
+        for point in points
+        if not point.method.startswith("ours") and point.stored <= share * (1 + LARGEST_EXCESS)
     ]
     return min(others, key=lambda point: point.mean, default=None)
 
@@ -491,7 +533,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--shares", nargs="+", type=float, default=SHARES)
+    parser.add_argument(
+        "--shares", nargs="+", type=float, help="default: 0.5 to 0.1, and one at which the model is to be lossless"
+    )
     parser.add_argument("--draws", nargs="+", type=int, default=DRAWS)
     parser.add_argument("--peers", type=Path, help="the folder of environments.py; without it they are left out")
     parser.add_argument("--again", action="store_true", help="measure what is there already too")

@@ -28,7 +28,7 @@ SMALLEST = 1e-4  # nats: what is less, or negative, is drawn here
 LINES: dict[str, dict[str, Any]] = {
     "ours": {"marker": "o", "linestyle": "-", "color": "black", "linewidth": 2.2},
     "ours, from the seed": {"marker": "o", "linestyle": "-", "color": "#aa3377", "markerfacecolor": "white"},
-    "bits alone": {"marker": "s", "linestyle": "--", "color": "#4477aa"},
+    "bits alone": {"marker": ".", "linestyle": "--", "color": "#4477aa"},
     "ranks alone": {"marker": "v", "linestyle": ":", "color": "0.45"},
 }
 assert tuple(LINES) == tuple(OURS)
@@ -45,6 +45,7 @@ class Family:
 FAMILIES = (
     Family("nearest", {"marker": "x", "color": "0.55"}),
     Family("GPTQ", {"marker": "+", "color": "#4477aa", "markersize": 9}),
+    Family("two-sided", {"marker": "s", "color": "#4477aa", "markerfacecolor": "white"}),
     Family("llm-compressor GPTQ", {"marker": "^", "color": "#228833"}),
     Family("llm-compressor AWQ", {"marker": "<", "color": "#228833", "markerfacecolor": "white"}),
     Family("AutoRound", {"marker": "*", "color": "#ee6677", "markersize": 9}),

@@ -36,7 +36,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("measuring", None)
 
 
-def given(benchmark: ModuleType) -> Any:
+def given(benchmark: ModuleType, kept: Path) -> Any:
     """A network whose loss is what its outputs are off by, on inputs that span half of their dimensions."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32)).eval()
@@ -49,11 +49,11 @@ def given(benchmark: ModuleType) -> Any:
 
     layers = tuple(each.layer for each in inspect(model).layers if each.layer.eligible)
     read = lambda positions: {"input": examples[list(positions)]}  # noqa: E731
-    return benchmark.Given("digits-mlp", benchmark.Setting(model, layers, len(examples), read, measure), 0)
+    return benchmark.Given("digits-mlp", benchmark.Setting(model, layers, len(examples), read, measure), 0, kept)
 
 
-def test_gptq_loses_less_than_rounding_to_nearest_in_as_many_bytes(benchmark: ModuleType) -> None:
-    cell = given(benchmark)
+def test_gptq_loses_less_than_rounding_to_nearest_in_as_many_bytes(benchmark: ModuleType, tmp_path: Path) -> None:
+    cell = given(benchmark, tmp_path)
     assert cell.dense_bytes == 2 * (64 * 64 + 32 * 64)
     found = {name: benchmark.UNIFORM_METHODS[name](cell) for name in ("nearest 3g32", "GPTQ 3g32", "GPTQ 8")}
     # Three bits and a scale of two bytes for 32 inputs, and two numbers of eight bytes for each shape.
@@ -63,7 +63,17 @@ def test_gptq_loses_less_than_rounding_to_nearest_in_as_many_bytes(benchmark: Mo
     assert 0 < losses["GPTQ 8"] < losses["GPTQ 3g32"] < losses["nearest 3g32"]
 
 
-def test_bytes_of_layers_leave_out_biases_and_other_tensors(benchmark: ModuleType) -> None:
+def test_ours_takes_no_more_than_was_asked_for_and_loses_no_more_than_bits_alone(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    cell = given(benchmark, tmp_path)
+    found = {name: benchmark.OURS[name](cell, 0.2) for name in ("ours", "bits alone")}
+    assert all(each.stored <= 0.2 * cell.dense_bytes for each in found.values())
+    losses = {name: each.measured["loss_increase"] for name, each in found.items()}
+    assert 0 < losses["ours"] <= losses["bits alone"]
+
+
+def test_bytes_of_layers_leave_out_biases_and_other_tensors(benchmark: ModuleType, tmp_path: Path) -> None:
     sizes = {
         "0.weight_packed": 100,
         "0.weight_scale": 10,
@@ -72,7 +82,7 @@ def test_bytes_of_layers_leave_out_biases_and_other_tensors(benchmark: ModuleTyp
         "2.down.weight": 30,
         "20.weight": 1,
     }
-    assert given(benchmark).stored(sizes) == 140
+    assert given(benchmark, tmp_path).stored(sizes) == 140
     assert benchmark.file_bytes((4, 8), torch.float32) == benchmark.file_bytes((4, 8), torch.bfloat16) == 64
     assert benchmark.file_bytes((4, 8), torch.int32) == 128
 
@@ -99,8 +109,8 @@ def test_cells_are_kept_in_order_and_fill_the_tables(benchmark: ModuleType, tmp_
         ("ranks alone", 0.31, 0),
         ("GPTQ 4g128", None, 0),
     ]
-    assert again.has(vars(benchmark.Cell("digits-mlp", "ours", 0.31, 1)))
-    assert not again.has(vars(benchmark.Cell("digits-mlp", "ours", 0.31, 2)))
+    assert benchmark.has(again.rows, vars(benchmark.Cell("digits-mlp", "ours", 0.31, 1)))
+    assert not benchmark.has(again.rows, vars(benchmark.Cell("digits-mlp", "ours", 0.31, 2)))
     document = {"rows": again.rows}
     lines = benchmark.curves(document).splitlines()
     assert lines[2] == "| 31% | **0.0002 (0.0001 to 0.0003)** | 0.300 | 0.0202 GPTQ 4g128 | 0.0010 |"
