@@ -132,12 +132,12 @@ class MeasuredLayer:
         A form is asked for where the layer can have it.
         """
         known = [form for form in self.own_values if form not in self.settings.excluded_forms]
-        alike = forms_alike(self.layer, request)
+        alike, least = forms_alike(self.layer, request), self.settings.least_start_gain
         return [
             form
             for form in known
             if (part := pair_of(form)) is None
-            or ((part in alike or has_own_errors(part)) and self._start_gains(form, part))
+            or ((part in alike or has_own_errors(part)) and self._start_gains(form, part, least))
         ]
 
     def quantized_forms(self, request: FormRequest) -> list[str]:
@@ -157,14 +157,14 @@ class MeasuredLayer:
 
     def _quantized_start_gains(self, form: str) -> bool:
         """The same as `_start_gains` of a quantized form, beside the same form of the layer."""
-        pair = pair_of(form)
-        return pair is None or pair not in self.own_errors or self._start_gains(form, pair)
+        pair, least = pair_of(form), self.settings.least_quantized_start_gain
+        return pair is None or pair not in self.own_errors or self._start_gains(form, pair, least)
 
-    def _start_gains(self, form: str, pair: str) -> bool:
+    def _start_gains(self, form: str, pair: str, least: float) -> bool:
         """Whether a form of what training wrote errs clearly less, at some rank, than the same pair of the layer."""
         written, own = self.errors(form), self.errors(pair)
         ranks = min(len(written), len(own))
-        return bool((written[:ranks] < (1 - self.settings.least_start_gain) * own[:ranks]).any())
+        return bool((written[:ranks] < (1 - least) * own[:ranks]).any())
 
     @property
     def total(self) -> float:

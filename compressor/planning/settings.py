@@ -39,6 +39,10 @@ class PlanningSettings:
     """Share by which the relative error of what training wrote must at some rank be below that of the layer itself
     for the layer to be stored as what training wrote: where nothing is gained, no layer is to need its start."""
 
+    least_quantized_start_gain: float = 0.1
+    """The same for quantized layers: as what training wrote they are dense once they are loaded, and others do not read
+    them, while the same form of the layer itself stays integers in memory."""
+
     least_started_loss: float = 0.1
     """Share of the mean loss at an even share that a layer's own counts as at least, without data, where it is below
     that because of what is known of its start (`comparable`).

@@ -15,7 +15,7 @@ from compressor.engine import Run
 from compressor.forms import FORMS, stored_parameters
 from compressor.io import Target
 from compressor.lowrank import compressed_artifact
-from compressor.model import open_model
+from compressor.model import LayerSelection, open_model
 from compressor.planning import Budget, LayerPlan, Plan
 
 # The form and the rank of the layers whose names fit a pattern; of several patterns the first.
@@ -26,7 +26,7 @@ def quantized(
     model: Any, forms: Forms, output: Path | None = None, *, factory: Any = None, shard_size: int = 2**30
 ) -> nn.Module:
     """The module of a model in these forms; it is written too, where there is an output."""
-    opened = open_model(model, factory=factory)
+    opened = open_model(model, factory=factory, select=LayerSelection(embeddings=True))
     layers = []
     for layer in opened.layers:
         form, rank = next((forms[each] for each in forms if fnmatch.fnmatch(layer.name, each)), ("dense", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from functools import partial
@@ -55,7 +56,8 @@ def llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> P
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bits_alone_load_in_transformers_without_this_package(dtype: torch.dtype, tmp_path: Path, warm: Warm) -> None:
-    expected = logits(quantized(llama(tmp_path / "dense", dtype), BITS, tmp_path / "small"))
+    in_memory = logits(quantized(llama(tmp_path / "dense", dtype), BITS, tmp_path / "small"))
+    restore(tmp_path / "small", output=tmp_path / "restored")
     code = """
 import sys, torch, transformers
 torch.set_num_threads(1)
@@ -67,7 +69,10 @@ assert "compressed_tensors" in sys.modules and "compressor" not in sys.modules
 """
     ran = warm.run(code, folder=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+    found = torch.load(tmp_path / "logits.pt")
+    assert torch.equal(found, logits(load_model(tmp_path / "restored")))
+    # Ours are multiplied by kernels of integers, which round the products otherwise.
+    torch.testing.assert_close(found, in_memory, rtol=0, atol=32 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.slow
@@ -90,6 +95,23 @@ def test_a_folder_loads_generates_and_saves(forms: Forms, dtype: torch.dtype, tm
         assert {key: each for key, each in theirs.items() if key != "dense"} == ours
     if forms is BOTH:
         assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [("dense@8", 0), ("dense@2g32", 5), ("plain@8", 9)], ids=str)
+def test_a_head_goes_with_the_quantized_embedding_that_it_is_tied_to(form: tuple[str, int], tmp_path: Path) -> None:
+    dense = llama(tmp_path / "dense", tie_word_embeddings=True)
+    in_memory = quantized(dense, {"*embed_tokens": form}, tmp_path / "small")
+    expected = logits(in_memory)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "small" / "model.safetensors"))
+    in_memory.save_pretrained(tmp_path / "again")
+    for name in ("small", "again"):
+        assert torch.equal(logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)), expected)
+    assert torch.equal(logits(copy.deepcopy(in_memory)), expected)
+    restore(tmp_path / "again", output=tmp_path / "restored")
+    restored = load_model(tmp_path / "restored")
+    assert restored.lm_head.weight is restored.model.embed_tokens.weight
+    torch.testing.assert_close(logits(restored), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
