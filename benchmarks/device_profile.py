@@ -1,8 +1,9 @@
 """The profile of the CPU at hand, as it is shipped for `--target-device cpu`.
 
-    OMP_NUM_THREADS=1 python benchmarks/device_profile.py compressor/latency/cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/device_profile.py compressor/latency/cpu.json [--integers]
 
-One thread, so that what else the machine does is not counted.
+One thread, so that what else the machine does is not counted. With `--integers` only products with integers and what
+dequantizes are measured, and put into the file.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import torch
 
 from compressor.engine import Run
 from compressor.latency import DeviceProfile
-from compressor.latency.measure import measure_profile
+from compressor.latency.measure import CPU, measure_profile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Other products are not looked at.
+INTEGERS = replace(CPU, sides=(64, 128), residues=(0, 8, 16))
 
 
 def shipped(profile: DeviceProfile) -> dict[str, Any]:
@@ -37,8 +41,18 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    profile = measure_profile(Run(torch.device("cpu")), DTYPES)
-    Path(sys.argv[1]).write_text(json.dumps(shipped(profile), allow_nan=False) + "\n", encoding="utf-8")
+    path, run = Path(sys.argv[1]), Run(torch.device("cpu"))
+    if "--integers" in sys.argv:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        measured = shipped(measure_profile(run, DTYPES, convolutions=False, settings=INTEGERS))
+        for dtype, speeds in measured["dtypes"].items():
+            known = document["dtypes"][dtype]
+            known["integers"] = speeds["integers"]
+            known["moves"]["dequantize"] = speeds["moves"]["dequantize"]
+        document["version"] = measured["version"]
+    else:
+        document = shipped(measure_profile(run, DTYPES))
+    path.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

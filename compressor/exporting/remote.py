@@ -28,7 +28,7 @@ from compressor.lowrank import (
     is_compressed_tensors,
 )
 from compressor.lowrank import modules as low_rank_modules
-from compressor.quantize import packing
+from compressor.quantize import packing, products
 from compressor.version import VERSION
 
 _IMPORTS = """from typing import Any
@@ -152,7 +152,7 @@ def remote_code(architecture: str, configuration: str) -> str:
 
     Raises `CompressorError` where the layers use more of this package than is copied.
     """
-    shared = "\n\n".join(map(_body, (layers, packing, quantized_layers)))
+    shared = "\n\n".join(map(_body, (layers, packing, products, quantized_layers)))
     own = _body(low_rank_modules)
     pieces: dict[Callable[..., Any], None] = {}
     forms = [form for form in FORMS.values() if not form.from_initial]  # which are dense once they are loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 from compressor.forms.weights import TRANSPOSED, DenseWeight
-from compressor.latency import Convolution, Kernel, LayerUse, MatrixProduct, ModuleCall, Movement, Size
+from compressor.latency import Convolution, IntegerProduct, Kernel, LayerUse, MatrixProduct, ModuleCall, Movement, Size
+from compressor.quantize import Quantization
 
 
 def dense_kernels(weight: DenseWeight, use: LayerUse, *, itemsize: int) -> list[Kernel]:
@@ -65,6 +67,29 @@ def products(rows: Size, widths: Sequence[Size], *, itemsize: int) -> list[Kerne
     return [
         MatrixProduct(rows=rows, inner=inner, columns=columns, itemsize=itemsize) for inner, columns in pairwise(widths)
     ]
+
+
+def quantized_kernels(kernels: Sequence[Kernel], weight: DenseWeight, quantization: Quantization) -> list[Kernel]:
+    """The kernels of a layer whose products and convolutions are with quantized weights.
+
+    A module multiplies with a dequantized parameter in code of its own.
+    """
+    bits, grouped = quantization.bits, quantization.group_size is not None
+    found: list[Kernel] = []
+    for kernel in kernels:
+        if isinstance(kernel, MatrixProduct) and weight.kind != "parameter":
+            found.append(IntegerProduct(**vars(kernel), bits=bits, grouped=grouped))
+            continue
+        if isinstance(kernel, Convolution):
+            inner = kernel.in_channels * math.prod(kernel.kernel)
+            found.append(dequantization(kernel.out_channels, inner, itemsize=kernel.itemsize))
+        found.append(kernel)
+    return found
+
+
+def dequantization(rows: Size, columns: Size, *, itemsize: int) -> Kernel:
+    """A weight that is dequantized."""
+    return Movement(how="dequantize", rows=rows, columns=columns, itemsize=itemsize)
 
 
 def convolution(

@@ -35,6 +35,7 @@ from compressor.factorize import (
     weighed,
 )
 from compressor.forms.channel import CHANNEL
+from compressor.forms.kernels import dense_kernels, dequantization, quantized_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
 from compressor.forms.pivoted import PIVOTED
@@ -48,6 +49,7 @@ from compressor.forms.quantized_layers import (
 )
 from compressor.forms.weights import Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
+from compressor.latency import Kernel, LayerUse, ModuleCall, Movement, Size
 from compressor.measure import Precision, Spectrum, truncation_errors
 from compressor.measure.scale import power_of_two
 from compressor.network import Kind
@@ -282,6 +284,17 @@ class QuantizedPair(PairForm):
     def numbers(self, weight: DenseWeight, rank: int) -> int:
         return self.pair.numbers(weight, rank)
 
+    def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+        kernels = self.pair.kernels(weight, rank, use, itemsize=itemsize)
+        if weight.kind == "parameter":
+            factors = [
+                dequantization(rank, weight.shape[1], itemsize=itemsize),
+                dequantization(weight.shape[0], rank, itemsize=itemsize),
+            ]
+            return [*factors, *kernels]
+        # Quantized layers in a pair are called.
+        return [*[ModuleCall(itemsize=itemsize)] * 2, *quantized_kernels(kernels, weight, self.quantization)]
+
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         infos = self.pair.infos(weight, rank, dtype)
         return [each for info in infos for each in self._infos_of(info)]
@@ -466,6 +479,16 @@ class QuantizedDense(PairForm):
 
     def numbers(self, weight: DenseWeight, rank: int) -> int:
         return math.prod(weight.shape) + (_correction_of(weight).numbers(weight, rank) if rank > 0 else 0)
+
+    def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
+        dense = dense_kernels(weight, use, itemsize=itemsize)
+        if weight.kind == "parameter":
+            return [dequantization(*weight.shape, itemsize=itemsize), *dense]
+        own = quantized_kernels(dense, weight, self.quantization)
+        if not np.any(np.asarray(rank)):
+            return own
+        added = Movement(how="add", rows=use.rows, columns=weight.shape[0], itemsize=itemsize)
+        return [*own, *_correction_of(weight).kernels(weight, rank, use, itemsize=itemsize), added]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         own = part_infos(TensorInfo("weight", self._shape(weight), dtype), self.quantization)

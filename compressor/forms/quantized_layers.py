@@ -13,6 +13,14 @@ from torch import Tensor, nn
 
 from compressor.forms.layers import Convolution, TransposedConvolution, applied, copy_geometry, linear_sides
 from compressor.quantize.packing import pack, packed_width, unpack
+from compressor.quantize.products import (
+    GROUPS_OF_4_BITS,
+    MOST_ROWS_OF_4_BITS,
+    packed_of_4_bits,
+    product_of_4_bits,
+    product_of_8_bits,
+    unpacked_of_4_bits,
+)
 
 # The highest bit of each byte of an int32: what turns integers of 8 bits into signed ones.
 _SIGNS = -0x7F7F7F80
@@ -82,7 +90,7 @@ class QuantizedWeight(nn.Module):
         """The integers, or some rows of them, in uint8; in int8 without their zero point where they are held so."""
         packed = self.weight_packed
         if packed.dtype == torch.uint8:
-            packed = unpacked_from_kernel(packed)
+            packed = unpacked_of_4_bits(packed)
             return packed if rows is None else packed[rows]
         packed = packed if rows is None else packed[rows]
         return packed if packed.dtype == torch.int8 else unpack(packed, self.bits, self.columns)
@@ -99,8 +107,7 @@ class QuantizedWeight(nn.Module):
     def multiplied(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """The inputs times the transposed matrix, plus a bias: by a kernel for integers where there is one.
 
-        A kernel sums in float32 as a product with the dequantized matrix does, but does not round the matrix to 16 bits
-        before: in bfloat16 outputs differ by 2^-8 of the largest, as those of two orders of a sum do.
+        In bfloat16 outputs differ by 2^-8 of the largest from those of the dequantized matrix (`quantize/products.py`).
         """
         kernel = self._kernel(input)
         if kernel is None:
@@ -134,38 +141,32 @@ class QuantizedWeight(nn.Module):
         if self.bits == 8 and self.weight_scale.shape[1] == 1 and self.columns % 4 == 0:
             if held == torch.int32 and not fixed:
                 self.weight_packed = (self.weight_packed ^ _SIGNS).view(torch.int8)
-            return self._product_of_bytes if self.weight_packed.dtype == torch.int8 else None
+            return self._product_of_8_bits if self.weight_packed.dtype == torch.int8 else None
         if self.bits == 4 and dtype == torch.bfloat16 and self._has_kernel_of_4_bits():
             if held == torch.int32 and not fixed:
                 self._pack_for_kernel()
-            few = input.numel() <= self.most_rows_of_4_bits * self.columns
+            few = input.numel() <= MOST_ROWS_OF_4_BITS * self.columns
             return self._product_of_4_bits if few and self.weight_packed.dtype == torch.uint8 else None
         return None
 
     # Whether rows of it are looked up.
     is_table = False
-    # Inputs up to which the kernels are faster than to dequantize the matrix, measured on a CPU with AVX-512.
-    most_rows_of_8_bits = 16
-    most_rows_of_4_bits = 96
 
-    def _product_of_bytes(self, input: Tensor) -> Tensor:
-        flat, scale, dtype = input.reshape(-1, self.columns), self.weight_scale[:, 0].to(self.weight.dtype), input.dtype
-        if dtype == torch.bfloat16 and len(flat) <= self.most_rows_of_8_bits:
-            product = torch._weight_int8pack_mm(flat, self.weight_packed, scale)
-        else:  # integers below 256 are exact in bfloat16
-            product = nn.functional.linear(flat, self.weight_packed.to(dtype)) * scale
+    def _product_of_8_bits(self, input: Tensor) -> Tensor:
+        scales = self.weight_scale[:, 0].to(input.dtype)
+        product = product_of_8_bits(input.reshape(-1, self.columns), self.weight_packed, scales)
         return product.view(*input.shape[:-1], self.rows)
 
     def _has_kernel_of_4_bits(self) -> bool:
         groups = self.weight_scale.shape[1]
-        fits = groups > 1 and self.columns // groups in (32, 64, 128, 256) and self.rows % 16 == 0
+        fits = groups > 1 and self.columns // groups in GROUPS_OF_4_BITS and self.rows % 16 == 0
         return fits and not self.is_table
 
     def _product_of_4_bits(self, input: Tensor) -> Tensor:
-        flat, scales = input.reshape(-1, self.columns), self.kernel_scales
-        group = self.columns // self.weight_scale.shape[1]
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight_packed, group, scales)
-        return product.view(*input.shape[:-1], self.rows)  # type: ignore[no-any-return]
+        scales = self.kernel_scales
+        assert scales is not None
+        product = product_of_4_bits(input.reshape(-1, self.columns), self.weight_packed, scales)
+        return product.view(*input.shape[:-1], self.rows)
 
     def _pack_for_kernel(self) -> None:
         packed = unpack(self.weight_packed, 4, self.columns).to(torch.int32)
@@ -174,7 +175,7 @@ class QuantizedWeight(nn.Module):
         self.kernel_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
         if self.weight_scale.dtype == torch.bfloat16:
             self.weight_scale = self.kernel_scales[:, :, 0].T
-        self.weight_packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(packed, 2)
+        self.weight_packed = packed_of_4_bits(packed)
 
     def hold_as_stored(self) -> None:
         """Hold the integers as they are stored; a kernel's own order is found again when it is needed."""
@@ -182,7 +183,7 @@ class QuantizedWeight(nn.Module):
         if held.dtype == torch.int8:
             self.weight_packed = held.view(torch.int32) ^ _SIGNS
         elif held.dtype == torch.uint8:
-            self.weight_packed = pack(unpacked_from_kernel(held), 4)
+            self.weight_packed = pack(unpacked_of_4_bits(held), 4)
         self.weight_scale = self.weight_scale.contiguous()
         self.kernel_scales = None
 
@@ -206,31 +207,6 @@ class QuantizedWeight(nn.Module):
     def extra_repr(self) -> str:
         groups = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"bits={self.bits}{groups}"
-
-
-def unpacked_from_kernel(packed: Tensor) -> Tensor:
-    """The integers of 4 bits, in uint8, of which PyTorch made the `rows x columns / 2` bytes that its kernel takes.
-
-    Rows lie in blocks, and in a block one column after the other, two rows a byte. In which order differs from CPU to
-    CPU, so it is seen from what becomes of the numbers of the rows, a digit of 4 bits at a time.
-    """
-    rows, columns = packed.shape[0], 2 * packed.shape[1]
-    numbers = torch.arange(rows, dtype=torch.int32)[:, None].expand(-1, 2)
-    low, high = torch.zeros(2, 2 * rows // 2, dtype=torch.int64)
-    for shift in range(0, max(4, rows.bit_length()), 4):
-        digits = torch.ops.aten._convert_weight_to_int4pack_for_cpu((numbers >> shift & 15).contiguous(), 2)
-        low += (digits.flatten().long() & 15) << shift
-        high += (digits.flatten().long() >> 4) << shift
-    integers = torch.empty(rows, columns, dtype=torch.uint8)
-    start = done = 0
-    while done < rows:
-        # Of two columns the second repeats the rows of the first.
-        size = int((low[start + 1 :] == low[start]).nonzero()[0]) + 1
-        block = packed.flatten()[done * columns // 2 : (done + 2 * size) * columns // 2].view(columns, size)
-        integers[low[start : start + size]] = (block & 15).T
-        integers[high[start : start + size]] = (block >> 4).T
-        start, done = start + 2 * size, done + 2 * size
-    return integers
 
 
 class QuantizedLinear(QuantizedWeight):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from compressor.latency.cache import device_profile
 from compressor.latency.devices import SHIPPED, shipped_profile
-from compressor.latency.kernels import Amount, Convolution, Kernel, MatrixProduct, ModuleCall, Movement, Size
+from compressor.latency.kernels import (
+    Amount,
+    Convolution,
+    IntegerProduct,
+    Kernel,
+    MatrixProduct,
+    ModuleCall,
+    Movement,
+    Size,
+)
 from compressor.latency.profile import Corrections, DeviceProfile, DtypeSpeeds, Speed, Steps
 from compressor.latency.use import LayerUse, Workload
 
@@ -15,6 +24,7 @@ __all__ = [
     "Corrections",
     "DeviceProfile",
     "DtypeSpeeds",
+    "IntegerProduct",
     "Kernel",
     "LayerUse",
     "MatrixProduct",

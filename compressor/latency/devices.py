@@ -13,7 +13,8 @@ from compressor.latency.profile import DeviceProfile, DtypeSpeeds, Speed, whole_
 _HERE = Path(__file__).parent
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Numbers that are moved: twice as many bytes as are written, and for each element of a row in a new order once more.
-_MOVES = {"lookup": 1.0, "copy": 1.0, "add": 1.0, "order": 0.5}
+# To dequantize takes several kernels.
+_MOVES = {"lookup": 1.0, "copy": 1.0, "add": 1.0, "order": 0.5, "dequantize": 0.5}
 
 
 def _gpu(name: str, sheet: Mapping[str, Any], common: Mapping[str, Any]) -> DeviceProfile:

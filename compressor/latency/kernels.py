@@ -68,6 +68,31 @@ class MatrixProduct(Kernel):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class IntegerProduct(MatrixProduct):
+    """A linear layer whose weight is integers of `bits` bits, with a scale for each output, or for groups of inputs.
+
+    By a kernel for integers where the device has one, else by dequantizing the weight.
+    """
+
+    bits: int
+    grouped: bool
+
+    @property
+    def nbytes(self) -> Amount:
+        return self.inner * self.columns * self.bits / 8 + 1.0 * self.rows * (self.inner + self.columns) * self.itemsize
+
+    @property
+    def dense(self) -> MatrixProduct:
+        """The product with the dequantized weight."""
+        return MatrixProduct(rows=self.rows, inner=self.inner, columns=self.columns, itemsize=self.itemsize)
+
+    @property
+    def dequantized(self) -> Movement:
+        """What is written to dequantize the weight."""
+        return Movement(how="dequantize", rows=self.columns, columns=self.inner, itemsize=self.itemsize)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Convolution(Kernel):
     """A convolution, transposed or not, of `kernel`, on `batch` inputs of spatial sizes `in_size`."""
 
@@ -98,9 +123,12 @@ class Convolution(Kernel):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Movement(Kernel):
-    """Numbers that are moved: rows looked up in a table, copied, added to, or with their columns put in order."""
+    """Numbers that are moved: rows looked up in a table, copied, added to, or with their columns put in order.
 
-    how: Literal["lookup", "copy", "add", "order"]
+    Or weights that are dequantized, from integers of a few bits.
+    """
+
+    how: Literal["lookup", "copy", "add", "order", "dequantize"]
     rows: Size
     columns: Size
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from compressor.engine import Run
-from compressor.latency.kernels import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
+from compressor.latency.kernels import Convolution, IntegerProduct, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.latency.profile import (
     UNLIMITED,
     Corrections,
@@ -26,6 +26,7 @@ from compressor.latency.profile import (
     is_unfolded,
 )
 from compressor.latency.stopwatch import Stopwatch, default_clock
+from compressor.quantize.products import MOST_ROWS_OF_4_BITS
 
 # Seconds of a kernel in a dtype.
 Timer = Callable[[Kernel, torch.dtype], float]
@@ -44,6 +45,7 @@ class MeasuringSettings:
     Attributes:
         rows: Rows of matrix products.
         sides: Widths of their inputs and outputs.
+        integer_sides: Widths of inputs and outputs of products with integers.
         batches: Numbers of images of convolutions.
         images: Sides of these images.
         few: Channels of images that no convolution has changed yet.
@@ -58,6 +60,7 @@ class MeasuringSettings:
     sides: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 4096)
     batches: tuple[int, ...] = (2, 32)
     images: tuple[int, ...] = (2, 7, 28)
+    integer_sides: tuple[int, ...] = (64, 256, 1024, 4096)
     few: int = 3
     channels: tuple[int, ...] = (16, 64, 256, 512)
     period: int = 16
@@ -160,9 +163,28 @@ class _Measuring:
             inner=self._steps(lambda width: replace(wide, inner=width), dtype),
             columns=self._steps(lambda width: replace(wide, columns=width), dtype),
         )
-        moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order")}
+        moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order", "dequantize")}
         self._finished()
-        return DtypeSpeeds(products, moves, *(self._convolutions(dtype) if self.convolutions else ()))
+        found, unfolded = self._convolutions(dtype) if self.convolutions else ({}, {})
+        return DtypeSpeeds(products, moves, found, unfolded, {} if self.overlaps else self.integers(dtype))
+
+    def integers(self, dtype: torch.dtype) -> dict[str, Speed]:
+        """Products with integers, by the kernels that there are for a dtype on a CPU."""
+        sides = self.settings.integer_sides
+        found: dict[str, Speed] = {}
+        for bits, dtypes, rows in (
+            (8, (torch.float32, torch.bfloat16), self.settings.rows),
+            (4, (torch.bfloat16,), [rows for rows in self.settings.rows if rows <= MOST_ROWS_OF_4_BITS]),
+        ):
+            if dtype in dtypes:
+                grid = [
+                    IntegerProduct(
+                        rows=each, inner=inner, columns=columns, bits=bits, grouped=bits == 4, itemsize=dtype.itemsize
+                    )
+                    for each, inner, columns in product(rows, sides, sides)
+                ]
+                found[str(bits)] = self._speed(grid, (tuple(rows), sides, sides), dtype)
+        return found
 
     def _convolutions(self, dtype: torch.dtype) -> tuple[dict[str, Speed], dict[str, Speed]]:
         """Convolutions by their footprint, and those that are unfolded."""

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from compressor.latency.kernels import Amount, Convolution, Kernel, MatrixProduct, ModuleCall, Movement, Size
+from compressor.latency.kernels import (
+    Amount,
+    Convolution,
+    IntegerProduct,
+    Kernel,
+    MatrixProduct,
+    ModuleCall,
+    Movement,
+    Size,
+)
 from compressor.network import Kind
+from compressor.quantize.products import MOST_ROWS_OF_4_BITS
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 # Bytes or operations a second where no kernel is held up by them; JSON has no infinity.
 UNLIMITED = 1e30
 
@@ -125,12 +135,15 @@ class DtypeSpeeds:
         moves: Numbers that are moved, by how.
         convolutions: Convolutions by their footprint; without any they are as fast as matrix products.
         unfolded: Those that are run as products with patches; without any they are as fast as the others.
+        integers: Products with weights of integers by the kernels for them, by the name of the kernel: `8` bits with a
+            scale for each output, `4` with one for groups of inputs. Without any, weights are dequantized.
     """
 
     products: Speed
     moves: Mapping[str, Speed]
     convolutions: Mapping[str, Speed] = field(default_factory=dict)
     unfolded: Mapping[str, Speed] = field(default_factory=dict)
+    integers: Mapping[str, Speed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,11 @@ class DeviceProfile:
         if isinstance(kernel, ModuleCall):
             return self.call
         speeds = self.of(dtype)
+        if isinstance(kernel, IntegerProduct):
+            speed = speeds.integers.get(_kernel_name(kernel))
+            if speed is None:
+                return self.seconds(kernel.dequantized, dtype) + self.seconds(kernel.dense, dtype)
+            return self._timed(kernel, speed)
         if isinstance(kernel, Convolution) and speeds.unfolded:
             unfolded = is_unfolded(kernel, self.threads)
             if np.any(unfolded):
@@ -212,10 +230,19 @@ class DeviceProfile:
                 {how: _speed_of(speed) for how, speed in each["moves"].items()},
                 {kind: _speed_of(speed) for kind, speed in each["convolutions"].items()},
                 {kind: _speed_of(speed) for kind, speed in each["unfolded"].items()},
+                {name: _speed_of(speed) for name, speed in each["integers"].items()},
             )
             for name, each in values["dtypes"].items()
         }
         return DeviceProfile(**values)
+
+
+def _kernel_name(kernel: IntegerProduct) -> str:
+    """The kernel for integers that multiplies; empty where there is none."""
+    if kernel.bits == 8 and not kernel.grouped:
+        return "8"
+    few = float(np.max(kernel.rows)) <= MOST_ROWS_OF_4_BITS
+    return "4" if kernel.bits == 4 and kernel.grouped and few else ""
 
 
 def _speed(kernel: Kernel, speeds: DtypeSpeeds) -> Speed:
@@ -272,7 +299,7 @@ def _in_whole_steps(kernel: Kernel, speed: Speed) -> Kernel:
         one = np.asarray(kernel.rows) == 1
         inner = np.where(one, kernel.inner, speed.inner.width(kernel.inner))
         columns = np.where(one, kernel.columns, speed.columns.width(kernel.columns))
-        return MatrixProduct(rows=kernel.rows, inner=inner, columns=columns, itemsize=kernel.itemsize)
+        return replace(kernel, inner=inner, columns=columns)
     if isinstance(kernel, Convolution):
         # Images have fewer channels than a block of them: kernels of their own read them as they are.
         few = np.asarray(kernel.in_channels) < speed.inner.period

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressor.latency.kernels import Convolution, Kernel, MatrixProduct, ModuleCall, Movement
+from compressor.latency.kernels import Convolution, IntegerProduct, Kernel, MatrixProduct, ModuleCall, Movement
+from compressor.quantize.packing import packed_width, unpack
+from compressor.quantize.products import packed_of_4_bits, product_of_4_bits, product_of_8_bits
 
 # What a kernel is run as, once for each of the weights that it takes in turn.
 Operation = Callable[[], object]
@@ -78,6 +80,8 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)
 
     def _operations(self, kernel: Kernel, dtype: torch.dtype) -> list[Operation]:
+        if isinstance(kernel, IntegerProduct):
+            return self._integer_products(kernel, dtype)
         if isinstance(kernel, MatrixProduct):
             return self._products(int(kernel.rows), int(kernel.inner), int(kernel.columns), dtype=dtype)
         if isinstance(kernel, Convolution):
@@ -94,6 +98,21 @@ class Stopwatch:
         square = max(inner, columns) ** 2
         weights = self._weights((columns, inner), dtype, layer=square, flops=2.0 * rows * inner * columns)
         return [partial(functional.linear, x, weight) for weight in weights]
+
+    def _integer_products(self, kernel: IntegerProduct, dtype: torch.dtype) -> list[Operation]:
+        rows, inner, columns = int(kernel.rows), int(kernel.inner), int(kernel.columns)
+        x = self._numbers((rows, inner), dtype)
+        square = max(inner, columns) ** 2
+        count = len(self._weights((columns, inner), torch.int8, layer=square, flops=float(kernel.flops)))
+        numbers = torch.Generator().manual_seed(0)
+        if kernel.bits == 8:
+            scales = self._numbers((columns,), dtype)
+            weight = torch.randint(-128, 128, (columns, inner), generator=numbers, dtype=torch.int8).to(self.device)
+            return [partial(product_of_8_bits, x, weight.clone(), scales) for _ in range(count)]
+        scales = self._numbers((inner // 32, columns, 2), dtype)
+        integers = torch.randint(16, (columns, inner), generator=numbers, dtype=torch.int32).to(self.device)
+        packed = packed_of_4_bits(integers)
+        return [partial(product_of_4_bits, x, packed.clone(), scales) for _ in range(count)]
 
     def _convolutions(self, kernel: Convolution, dtype: torch.dtype) -> list[Operation]:
         x = self._numbers((kernel.batch, int(kernel.in_channels), *kernel.in_size), dtype)
@@ -117,6 +136,13 @@ class Stopwatch:
             table = self._numbers((4096, columns), dtype)
             tokens = torch.randint(4096, (rows,), generator=torch.Generator().manual_seed(0)).to(self.device)
             return [lambda: functional.embedding(tokens, table)]
+        if kernel.how == "dequantize":
+            groups = self._numbers((rows, max(1, columns // 32), 1), dtype)
+            packed = torch.zeros(rows, packed_width(columns, 4), dtype=torch.int32, device=self.device)
+            exact = dtype if dtype.itemsize >= 4 else torch.float32
+            return [
+                lambda: (unpack(packed, 4, columns).to(exact).view(*groups.shape[:2], -1).sub(8) * groups).to(dtype)
+            ]
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(self.device)
         if dtype == torch.float32 or x.numel() < 4096 or self.device.type != "cpu":
             return [lambda: x.index_select(-1, order)]

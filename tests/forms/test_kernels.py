@@ -60,6 +60,9 @@ def flops(kernels: Sequence[Kernel]) -> float:
     return sum(float(kernel.flops) for kernel in kernels)
 
 
+QUANTIZED = [FORMS[name] for name in ("dense@8", "dense@3g2", "plain@8", "plain@4g2", "pivoted@8", "channel@8")]
+
+
 def counted(module: nn.Module, x: Tensor) -> int:
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data.zero_()  # the values of an unfilled order are no numbers of rows
@@ -73,7 +76,7 @@ def test_operations_are_those_that_the_module_of_each_form_runs(name: str) -> No
     case = CASES[name]
     x = torch.randn(case.inputs)
     assert flops(dense_kernels(case.weight, case.use, itemsize=4)) == counted(case.dense(), x)
-    for form in (form for form in FORMS.values() if form.takes(case.weight)):
+    for form in (form for form in (*FORMS.values(), *QUANTIZED) if form.takes(case.weight)):
         kernels = form.kernels(case.weight, 3, case.use, itemsize=4)
         layer = low_rank_layer(case.dense(), form.name, 3)
         if isinstance(layer, InitialLayer):
@@ -126,7 +129,7 @@ def test_a_form_that_says_nothing_runs_like_a_plain_pair_of_its_bytes() -> None:
 @pytest.mark.parametrize("device", SHIPPED)
 def test_seconds_at_many_ranks_are_those_at_each(name: str, device: str) -> None:
     case, ranks = CASES[name], np.arange(1, 25)
-    for form in (DENSE, *(form.name for form in FORMS.values() if form.takes(case.weight))):
+    for form in (DENSE, *(form.name for form in (*FORMS.values(), *QUANTIZED) if form.takes(case.weight))):
 
         def seconds(rank: int | np.ndarray, form: str = form) -> float | np.ndarray:
             return predicted_seconds(SHIPPED[device], case.weight, form, rank=rank, use=case.use, dtype=torch.bfloat16)
@@ -134,6 +137,20 @@ def test_seconds_at_many_ranks_are_those_at_each(name: str, device: str) -> None
         each = [seconds(int(rank)) for rank in ranks]
         np.testing.assert_allclose(seconds(ranks), each, rtol=1e-12)
         assert min(each) > 0
+
+
+def test_integers_are_read_in_less_time_than_numbers_of_16_bits_at_one_row_and_not_at_many() -> None:
+    weight = StoredWeight("linear", (4096, 1024))
+
+    def seconds(form: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        return float(predicted_seconds(SHIPPED["cpu"], weight, form, rank=0, use=LayerUse(rows=rows), dtype=dtype))
+
+    for form in ("dense@8", "dense@4g128"):
+        assert seconds(form, 1) < seconds(DENSE, 1) / 1.3
+        assert seconds(form, 512) > seconds(DENSE, 512)
+    # There is no kernel of 3 bits, and none of 4 in float32: the weight is dequantized.
+    for form, dtype in (("dense@3g128", torch.bfloat16), ("dense@4g128", torch.float32)):
+        assert seconds(form, 1, dtype) > seconds(DENSE, 1, dtype)
 
 
 def test_each_call_of_a_layer_takes_as_long() -> None:
