@@ -39,7 +39,7 @@ class FittedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         integers, scales, zeros = self._rounded()
-        grouped = integers.reshape(*scales.shape, -1)
+        grouped = integers.reshape(*scales.shape, integers.shape[1] // scales.shape[1])
         middle = 2.0 ** (self.quantization.bits - 1) if zeros is None else zeros.unsqueeze(2)
         matrix: Tensor = ((grouped - middle) * scales.unsqueeze(2)).flatten(1).to(self.dtype)
         return matrix

@@ -76,7 +76,8 @@ class QuantizedWeight(nn.Module):
             return matrix if rows is None else matrix[rows]
         dtype, scale = self.weight.dtype, self.weight_scale if rows is None else self.weight_scale[rows]
         exact = dtype if dtype.itemsize >= 4 else torch.float32
-        numbers = self._integers(rows).to(exact).reshape(*scale.shape, -1)
+        size = self.columns // scale.shape[1]  # which -1 would leave open where there are no rows
+        numbers = self._integers(rows).to(exact).reshape(*scale.shape, size)
         if self.weight_packed.dtype != torch.int8:
             numbers = numbers - self._zeros(rows, exact)
         return (numbers * scale.to(exact).unsqueeze(2)).flatten(1).to(dtype)
