@@ -13,7 +13,7 @@ from torch import nn
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.search import ChosenFactors, PlannedModel, PlanRequest
-from compressor.calibration.truncation import uncompensated
+from compressor.calibration.truncation import only_compared
 from compressor.data import EvaluationData
 from compressor.engine import Run
 from compressor.evaluation import Quality, UniformQuantization, measure_quality
@@ -86,14 +86,14 @@ def _in_bits(m: MeasuredLayer, bits: int) -> LayerPlan:
 
 def _on_holdout(subject: Model, asked: UniformQuantization, plan: Plan, *, calibration: Calibration) -> QuantizedAlike:
     """What it loses there."""
-    solution = cache(partial(uncompensated, calibration, plan.layers))
+    modules = cache(partial(only_compared, calibration, plan.layers))
 
     def planned() -> PlannedModel:
         errors = {layer.name: 0.0 for layer in plan.layers if layer.rank is not None}
-        return PlannedModel(plan, ChosenFactors(subject.checkpoint, calibration.layers, solution().factors, errors))
+        return PlannedModel(plan, ChosenFactors(subject.checkpoint, calibration.layers, modules().factors, errors))
 
     name = f"{calibration.name}/int{asked.bits}/{asked.method}"
-    loss = calibration.cache.journal.value(name, lambda: holdout_loss(calibration, solution().modules))
+    loss = calibration.cache.journal.value(name, lambda: holdout_loss(calibration, modules()))
     return QuantizedAlike(replace(asked, holdout_loss=loss), planned)
 
 
