@@ -28,7 +28,7 @@ from compressor.quantize import Quantization, QuantizationSettings, quantize_to_
 from compressor.torch_state import in_float64
 
 # As other tools round: the scale spans the group.
-_SPANNING = QuantizationSettings(scale_candidates=1, scale_rounds=0)
+_SPANNING = QuantizationSettings(scale_step=1.0, scale_rounds=0)
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ class _Groups:
     def searched(self, span: Tensor, *, least: float, settings: QuantizationSettings) -> Tensor:
         """The best scales that were found, from the one that spans the group down to a share of it."""
         best, captured = self.fitted(span)
-        for share in torch.linspace(1, least, settings.scale_candidates).tolist()[1:]:
-            scales, square = self.fitted(share * span)
+        for step in range(1, 1 + int((1 - least) / settings.scale_step)):
+            scales, square = self.fitted((1 - step * settings.scale_step) * span)
             better = square > captured
             best, captured = torch.where(better, scales, best), torch.where(better, square, captured)
         for _ in range(settings.scale_rounds):

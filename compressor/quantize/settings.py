@@ -37,8 +37,9 @@ class QuantizationSettings:
     block: int = 32
     """Inputs, and outputs, whose errors are carried one by one; those of blocks are by matrix products."""
 
-    scale_candidates: int = 16
-    """Scales that are tried for each group, from the one that spans all its weights down."""
+    scale_step: float = 0.05
+    """Step between the scales that are tried for each group, as a share of the one that spans all its weights. The more
+    bits there are, the fewer of the smaller ones are tried."""
 
     scale_rounds: int = 2
     """How often the scale is fitted to the integers and the integers to the scale, from the best candidate."""

@@ -69,7 +69,7 @@ def test_a_range_that_lies_on_one_side_is_kept_exactly_with_zero_points(bits: in
 @given(values=st.lists(st.integers(-64, 64), min_size=1, max_size=4), bits=st.integers(2, 3))
 def test_no_scale_of_many_is_much_better(values: list[int], bits: int) -> None:
     matrix = torch.tensor([values], dtype=torch.float64)
-    settings = QuantizationSettings(scale_candidates=64)
+    settings = QuantizationSettings(scale_step=0.01)
     found = quantize_to_nearest(matrix, Quantization(bits), scale_dtype=BFLOAT16, settings=settings)
     half = 2 ** (bits - 1)
     tried = torch.linspace(-64, 64, 4096, dtype=torch.float64)[:, None]
