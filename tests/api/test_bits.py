@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,22 @@ def test_the_smallest_within_a_drop_may_be_quantized() -> None:
     assert small.model is not None
 
 
-@pytest.mark.slow
 def test_what_training_wrote_is_quantized_too() -> None:
     model, _ = trained(layers)
-    given: Any = {"initial": SEED, "factory": layers, "calibration": "none"}
-    small = compress(model, bits=8, keep=0.03, **given)
-    started = [layer for layer in small.plan.layers if layer.share is not None]
-    assert any(layer.bits == 8 for layer in started)
-    assert small.model is not None
+    given: Any = {"initial": SEED, "factory": layers}
+    planned = plan(model, keep=0.1, calibration="none", **given)
+    forms = {"0": ("initial+dense@4", 0), "2": ("initial+plain@8", 2)}
+    stated = [replace(each, form=forms[each.name][0], rank=forms[each.name][1]) for each in planned.layers]
+    small = compress(model, plan=replace(planned, layers=tuple(stated)), **given)
+    for layer in small.plan.layers:
+        assert (layer.form, layer.rank) == forms[layer.name]
+        assert layer.share is not None
+        assert 0 < layer.error < {4: 0.06, 8: 0.01}[layer.bits]
+    assert isinstance(small.model, nn.Module)
+    inputs = torch.randn(8, 96)
+    with torch.no_grad():
+        expected, found = model(inputs), small.model(inputs)
+    assert 0 < (found - expected).norm() < 0.1 * expected.norm()
 
 
 def layers() -> nn.Sequential:
