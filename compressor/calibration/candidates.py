@@ -216,6 +216,10 @@ class Search:
 
     def _compensated(self, found: Candidate) -> Candidate:
         """The candidate with its layers refitted, if the settings say so and the loss falls."""
+        if any(quantization_of(plan.form) for plan in found.layers):
+            # It was compared as quantized in one pass, and loses less.
+            alone = uncompensated(self.calibration, found.layers)
+            found = self._solved(found, alone, self._truncated_name(found))
         if self.calibration.settings.compensate:
             name = f"{self.calibration.name}/compensated/{_name(found.layers)}"
             compensated = self._solved(found, compensate(self.calibration, found.layers, name), name)
@@ -223,7 +227,7 @@ class Search:
             logger.info("allocation exponent %s: %.5f, compensated %.5f", allocation, found.loss, compensated.loss)
             if compensated.loss < found.loss:
                 return compensated
-        solution = uncompensated(self.calibration, found.layers)
+        solution = found.solution or uncompensated(self.calibration, found.layers)
         return replace(found, solution=solution, name=self._truncated_name(found))
 
     @property

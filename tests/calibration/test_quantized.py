@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compressor.calibration import Calibration, Compensated, compensate, holdout_loss, refine, uncompensated
+from compressor.calibration.candidates import Judge, Search
 from compressor.calibration.decompositions import own_errors
 from compressor.calibration.fitted_weights import FittedWeight
+from compressor.calibration.weighted_layers import weighted_layers
 from compressor.engine import InProcess, Run
 from compressor.forms import FORMS
 from compressor.forms.quantized_layers import QuantizedWeight
 from compressor.lowrank import stored_error
-from compressor.planning import LayerPlan
+from compressor.planning import Budget, LayerPlan, MeasuredLayer, choose_ranks, quantized_forms
 from compressor.quantize import unpack
 from tests.calibration.tiny_models import CPU, TWO_PASSES, calibrated, left_as_it_was
 
@@ -28,7 +31,7 @@ IDS = [f"{form} {rank}" for form, rank in FORMS_AND_RANKS]
 class _Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.other = nn.Linear(32, 24), nn.Linear(24, 32)
+        self.one, self.other = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.other(torch.relu(self.one(x)))
@@ -164,3 +167,44 @@ def test_what_is_fitted_is_what_is_stored(calibration: Calibration, rounding: bo
         assert torch.equal(after.weight_scale, 2 * before.weight_scale)
         integers = [unpack(each.weight_packed, 3, each.columns).int() for each in (before, after)]
         assert torch.equal(integers[1], (integers[0] + 1).clamp(max=7) if rounding else integers[0])
+
+
+def search(calibration: Calibration, judge: Judge, **known: Any) -> Search:
+    """A search of all choices in 8 and 4 bits, that knows no layer's spectrum but in the metric."""
+    measured = [
+        MeasuredLayer(layer, np.ones(min(layer.shape)), 4, quantized=quantized_forms(layer, (8, 4)))
+        for layer in calibration.layers.values()
+    ]
+
+    def allocated(layers: Sequence[MeasuredLayer], budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
+        return choose_ranks(layers, budget, "auto", file_bytes=lambda _: 0, exponent=exponent)
+
+    weighted = weighted_layers(measured, calibration)
+    return Search(calibration, weighted, allocated, (0.0,), judge=judge, **known)
+
+
+def kinds(modules: Mapping[str, nn.Module]) -> tuple[bool, bool]:
+    """Whether some module is quantized, and whether some is a pair."""
+    inside = [each for module in modules.values() for each in module.modules()]
+    return any(isinstance(each, QuantizedWeight) for each in inside), any(hasattr(each, "down") for each in inside)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["bits", "ranks", "both"])
+def test_bits_alone_and_ranks_alone_are_taken_where_the_holdout_loses_less(
+    calibration: Calibration, wanted: tuple[bool, bool]
+) -> None:
+    seen = []
+
+    def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
+        seen.append(kinds(modules))
+        return float(seen[-1] != wanted)
+
+    found = search(calibration, judge, penalties=(1.0, 1e3)).best(Budget("keep", 0.4))
+    assert {(True, False), (False, True)} <= set(seen)
+    assert found.loss == min(float(each != wanted) for each in seen)
+    assert sum(plan.parameters for plan in found.layers) <= 0.4 * sum(plan.dense_parameters for plan in found.layers)
+    if found.loss == 0:
+        assert any(plan.bits < 16 for plan in found.layers) == wanted[0]
+        assert any(plan.rank for plan in found.layers) == wanted[1]
+    else:
+        assert wanted == (True, True)
