@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -24,6 +25,8 @@ FORMAT_VERSION = 3
 _FORMAT_OF_INITIAL = 2
 _FORMAT_OF_PAIRS = 1
 METADATA_KEY = "compressor"
+# In the name of a layer that is a matrix of one expert.
+_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 # What the configuration of a folder that brings the code of its low-rank layers along says: which layers these are.
 CODE_CONFIG_KEY = "low_rank"
@@ -173,8 +176,12 @@ class LowRankSpec:
 
     @property
     def is_compressed_tensors(self) -> bool:
-        """Whether a transformers folder of these layers is a checkpoint of compressed-tensors."""
-        return bool(self.layers) and all(layer.is_packed_linear for layer in self.layers.values())
+        """Whether a transformers folder of these layers is a checkpoint of compressed-tensors.
+
+        Experts are none of its layers: transformers has them in one parameter, and would leave them at random.
+        """
+        packed = (layer.is_packed_linear and not _EXPERT.search(name) for name, layer in self.layers.items())
+        return bool(self.layers) and all(packed)
 
     def to_dict(self) -> dict[str, Any]:
         quantized = any(layer.quantization is not None for layer in self.layers.values())
