@@ -131,7 +131,7 @@ class _Tiles:
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Their integers, their changes, and how far they are from their targets, an antidiagonal at a time."""
         _, height, width = self.targets.shape
-        integers, changes, errors = (torch.empty_like(self.targets) for _ in range(3))
+        integers = torch.empty_like(self.targets)
         # With its columns in the opposite order an antidiagonal takes neighbors of both matrices.
         columns, carried = self.columns.flip(1), self.carried.flip(1)
         for turn in range(height + width - 1):
@@ -146,11 +146,10 @@ class _Tiles:
             from_above = carried[:, flipped, rows].diagonal(dim1=1, dim2=2)
             integer = ((wanted - from_above) / scales).round_()
             integer = integer.clamp_(at(self.levels.lowest), at(self.levels.highest))
-            number = integer * scales
-            error, change = number - wanted, number - at(self.before)
             at(integers).copy_(integer)
-            at(changes).copy_(change)
-            at(errors).copy_(error)
-            self.targets[:, rows].addcmul_(change.unsqueeze(2), columns[:, flipped])
-            carried[:, flipped].addcmul_(error.unsqueeze(2), self.rows[:, rows])
-        return integers, changes, errors
+            number = integer.mul_(scales).unsqueeze(2)
+            carried[:, flipped].addcmul_(number - wanted.unsqueeze(2), self.rows[:, rows])
+            self.targets[:, rows].addcmul_(number - at(self.before).unsqueeze(2), columns[:, flipped])
+        # Nothing is added to the target of a number after it is chosen.
+        numbers = integers * self.levels.scales
+        return integers, numbers - self.before, numbers - self.targets

@@ -34,7 +34,7 @@ class QuantizationSettings:
     scale_steps: int = 3
     """Steps of conjugate gradients in which the scales are fitted to the integers in the metric."""
 
-    block: int = 32
+    block: int = 128
     """Inputs, and outputs, whose errors are carried one by one; those of blocks are by matrix products."""
 
     scale_step: float = 0.05
