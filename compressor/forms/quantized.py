@@ -69,6 +69,9 @@ _CLASSES = (QuantizedLinear, QuantizedEmbedding, QuantizedConvolution, Quantized
 # Kinds whose quantized tensor has the rows of the matrix' inputs: a row of it is looked up, or is one channel's kernel.
 _TURNED: tuple[Kind, ...] = ("embedding", "transposed convolution")
 
+# What a quantized layer asks before it multiplies takes as long as so many calls of a module.
+_CALLS_OF_CHECKS = 4
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedFactors:
@@ -293,7 +296,8 @@ class QuantizedPair(PairForm):
             ]
             return [*factors, *kernels]
         # Quantized layers in a pair are called.
-        return [*[ModuleCall(itemsize=itemsize)] * 2, *quantized_kernels(kernels, weight, self.quantization)]
+        calls = [ModuleCall(itemsize=itemsize)] * (2 + 2 * _CALLS_OF_CHECKS)
+        return [*calls, *quantized_kernels(kernels, weight, self.quantization)]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         infos = self.pair.infos(weight, rank, dtype)
@@ -484,7 +488,8 @@ class QuantizedDense(PairForm):
         dense = dense_kernels(weight, use, itemsize=itemsize)
         if weight.kind == "parameter":
             return [dequantization(*weight.shape, itemsize=itemsize), *dense]
-        own = quantized_kernels(dense, weight, self.quantization)
+        checks = [ModuleCall(itemsize=itemsize)] * _CALLS_OF_CHECKS
+        own = [*checks, *quantized_kernels(dense, weight, self.quantization)]
         if not np.any(np.asarray(rank)):
             return own
         added = Movement(how="add", rows=use.rows, columns=weight.shape[0], itemsize=itemsize)

@@ -66,6 +66,12 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64, device=device))
         self.register_buffer("weight", like.new_empty(0), persistent=False)
         self.register_buffer("kernel_scales", None, persistent=False)
+        # The bits of the kernel that can multiply with it; 0 where there is none.
+        self.kernel_bits = 0
+        if bits == 8 and groups == 1 and not zero_points and columns % 4 == 0:
+            self.kernel_bits = 8
+        elif bits == 4 and groups > 1 and columns // groups in GROUPS_OF_4_BITS and not zero_points:
+            self.kernel_bits = 0 if self.is_table or rows % 16 else 4
         # What gives the matrix while it is fitted.
         self.fitted: nn.Module | None = None
 
@@ -121,15 +127,16 @@ class QuantizedWeight(nn.Module):
 
         The integers are brought into the order that the kernel takes when they are first multiplied with.
         """
-        dtype = self.weight.dtype
+        own = self.__dict__
+        tensors = own["_buffers"]  # looked up in half the time of attributes
+        dtype, held = tensors["weight"].dtype, tensors["weight_packed"]
         if (
-            self.fitted is not None
-            or self.weight_zero_point is not None
-            or self.bits not in (4, 8)
-            or dtype not in (torch.bfloat16, torch.float32)
+            own["kernel_bits"] == 0
             or type(input) is not Tensor
             or input.dtype != dtype
+            or dtype not in (torch.bfloat16, torch.float32)
             or not input.is_cpu
+            or self.fitted is not None
             or input.numel() == 0
             or (torch.is_grad_enabled() and input.requires_grad)
             or torch.is_autocast_enabled("cpu")
@@ -137,46 +144,46 @@ class QuantizedWeight(nn.Module):
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         ):
             return None
-        held = self.weight_packed.dtype
-        fixed = torch.compiler.is_compiling()  # what is held cannot be changed while it is traced
-        if self.bits == 8 and self.weight_scale.shape[1] == 1 and self.columns % 4 == 0:
-            if held == torch.int32 and not fixed:
-                self.weight_packed = (self.weight_packed ^ _SIGNS).view(torch.int8)
-            return self._product_of_8_bits if self.weight_packed.dtype == torch.int8 else None
-        if self.bits == 4 and dtype == torch.bfloat16 and self._has_kernel_of_4_bits():
-            if held == torch.int32 and not fixed:
-                self._pack_for_kernel()
-            few = input.numel() <= MOST_ROWS_OF_4_BITS * self.columns
-            return self._product_of_4_bits if few and self.weight_packed.dtype == torch.uint8 else None
-        return None
+        if own["kernel_bits"] == 8:
+            if held.dtype == torch.int32:
+                if torch.compiler.is_compiling():  # what is held cannot be changed while it is traced
+                    return None
+                self.weight_packed = (held ^ _SIGNS).view(torch.int8)
+            return self._product_of_8_bits
+        if dtype != torch.bfloat16 or input.numel() > MOST_ROWS_OF_4_BITS * self.columns:
+            return None
+        if held.dtype == torch.int32:
+            if torch.compiler.is_compiling():
+                return None
+            self._pack_for_kernel(held)
+        return self._product_of_4_bits
 
     # Whether rows of it are looked up.
     is_table = False
 
     def _product_of_8_bits(self, input: Tensor) -> Tensor:
-        scales = self.weight_scale[:, 0].to(input.dtype)
-        product = product_of_8_bits(input.reshape(-1, self.columns), self.weight_packed, scales)
+        tensors = self._buffers
+        integers, scales = tensors["weight_packed"], tensors["weight_scale"]
+        assert integers is not None
+        assert scales is not None
+        product = product_of_8_bits(input.reshape(-1, self.columns), integers, scales.view(-1).to(input.dtype))
         return product.view(*input.shape[:-1], self.rows)
-
-    def _has_kernel_of_4_bits(self) -> bool:
-        groups = self.weight_scale.shape[1]
-        fits = groups > 1 and self.columns // groups in GROUPS_OF_4_BITS and self.rows % 16 == 0
-        return fits and not self.is_table
 
     def _product_of_4_bits(self, input: Tensor) -> Tensor:
-        scales = self.kernel_scales
+        tensors = self._buffers
+        integers, scales = tensors["weight_packed"], tensors["kernel_scales"]
+        assert integers is not None
         assert scales is not None
-        product = product_of_4_bits(input.reshape(-1, self.columns), self.weight_packed, scales)
+        product = product_of_4_bits(input.reshape(-1, self.columns), integers, scales)
         return product.view(*input.shape[:-1], self.rows)
 
-    def _pack_for_kernel(self) -> None:
-        packed = unpack(self.weight_packed, 4, self.columns).to(torch.int32)
+    def _pack_for_kernel(self, held: Tensor) -> None:
         # Scales and what is added, here nothing, lie beside each other; the scales that are stored become a view.
         scales = self.weight_scale.T.to(torch.bfloat16)
         self.kernel_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
         if self.weight_scale.dtype == torch.bfloat16:
             self.weight_scale = self.kernel_scales[:, :, 0].T
-        self.weight_packed = packed_of_4_bits(packed)
+        self.weight_packed = packed_of_4_bits(unpack(held, 4, self.columns).to(torch.int32))
 
     def hold_as_stored(self) -> None:
         """Hold the integers as they are stored; a kernel's own order is found again when it is needed."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Inputs up to which the kernels are faster than to dequantize the weight, measured on a CPU with AVX-512.
 MOST_ROWS_OF_8_BITS = 16
-MOST_ROWS_OF_4_BITS = 96
+MOST_ROWS_OF_4_BITS = 384
 # The groups of inputs that share a scale which the kernel of 4 bits takes.
 GROUPS_OF_4_BITS = (32, 64, 128, 256)
 

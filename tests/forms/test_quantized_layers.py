@@ -130,3 +130,9 @@ def test_compiled_and_exported_it_computes_the_same() -> None:
         torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pivoted_pair_of_all_rows_has_a_factor_without_rows() -> None:
+    dense = nn.Linear(48, 5)
+    layer, x = filled(dense, "pivoted@8", 5), torch.randn(3, 48)
+    torch.testing.assert_close(layer(x), dense(x), rtol=0.02, atol=0.02)
