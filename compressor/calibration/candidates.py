@@ -178,7 +178,7 @@ class Search:
         for exponent in self.exponents:
             add(self._menu, self._allocated(self._menu, budget, exponent), exponent)
         found = min(candidates, key=_loss)
-        for menu, exponent in self._rivals(found):
+        for menu, exponent in self._rivals(found, budget):
             with suppress(BadInput):  # such choices alone do not meet every budget
                 add(menu, self._allocated(menu, budget, exponent), exponent)
         found = min(candidates, key=_loss)
@@ -196,13 +196,14 @@ class Search:
     def _quantizes(self) -> bool:
         return bool(self.penalties) and any(quantization_of(form) for m in self.weighted for form in m.own_errors)
 
-    def _rivals(self, found: Candidate) -> list[tuple[Menu, float]]:
+    def _rivals(self, found: Candidate, budget: Budget) -> list[tuple[Menu, float]]:
         """What the best allocation of all choices is to be compared with: each a menu and an exponent.
 
-        Other penalties, bits alone, and ranks alone by every exponent, as where nothing is quantized.
+        Other penalties, bits alone, and ranks alone by every exponent, as where nothing is quantized. One width for
+        every layer has none: without bits it would be the model as it is, which loses nothing.
         """
         assert found.exponent is not None
-        if not self._quantizes or math.isinf(self.penalties[0]):
+        if not self._quantizes or budget.kind == "bits" or math.isinf(self.penalties[0]):
             return []
         penalties = [(Menu(penalty), found.exponent) for penalty in (*self.penalties[1:], math.inf)]
         return penalties + [(Menu(quantized=False), exponent) for exponent in self.exponents]

@@ -208,3 +208,11 @@ def test_bits_alone_and_ranks_alone_are_taken_where_the_holdout_loses_less(
         assert any(plan.rank for plan in found.layers) == wanted[1]
     else:
         assert wanted == (True, True)
+
+
+def test_one_width_is_not_compared_with_the_model_as_it_is(calibration: Calibration) -> None:
+    def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
+        return float(len(modules))
+
+    found = search(calibration, judge, penalties=(1.0, 2.0)).best(Budget("bits", 4))
+    assert [plan.bits for plan in found.layers] == [4] * len(calibration.layers)
