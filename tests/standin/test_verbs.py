@@ -239,3 +239,28 @@ def test_a_compressed_model_on_the_device_is_exported(device, tmp_path):
     small = compressed(NETWORKS["perceptron"], device, "standin").model
     compressor.export(small, to="onnx", output=tmp_path / "small.onnx")
     assert (tmp_path / "small.onnx").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["tied", "convolutions", "recurrent"])
+def test_quantized_layers(name, device):
+    """Integers made on the accelerator are those made on the CPU, and a model of them computes the same on both."""
+    network = NETWORKS[name]
+    [inputs] = network.batches(1)
+    found, expected = (
+        compressor.compress(network.on(at), keep=0.45, bits="8,4", calibration="none", embeddings=True, device=on).model
+        for at, on in ((device, "standin"), ("cpu", "cpu"))
+    )
+    assert any(name.endswith("_packed") for name in expected.state_dict())
+    require_same(found, expected, device=device)
+    with torch.no_grad():
+        ours, theirs = found(inputs.to(device)), expected(inputs)
+    torch.testing.assert_close(getattr(ours, "logits", ours).cpu(), getattr(theirs, "logits", theirs))
+    if name == "tied":
+        tokens = [
+            each.generate(inputs.to(each.device), max_new_tokens=3, do_sample=False) for each in (found, expected)
+        ]
+        assert torch.equal(tokens[0].cpu(), tokens[1])
+    labels = None if name == "tied" else expected(inputs).argmax(-1)
+    data = [inputs] if labels is None else DataLoader(TensorDataset(inputs, labels), batch_size=4)
+    scores = [compressor.evaluate(each, data=data, device=on) for each, on in ((found, "standin"), (expected, "cpu"))]
+    assert scores[0].compressed == pytest.approx(scores[1].compressed)
