@@ -5,7 +5,7 @@
 that it was flattened from. `dense@QUANTIZATION` stores the layer's own matrix so, without a zero-size `X.weight`; its
 rank is that of a low-rank correction of what quantizing lost, a pair of 8 bits, and 0 where there is none.
 
-Scales are chosen among numbers of bfloat16, which float16 has too: so what is chosen does not depend on the dtype.
+Scales are chosen among the numbers that bfloat16 and float16 share: so what is chosen does not depend on the dtype.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def gptq(
 
     Rows and columns go in the order of their moments, the largest first, and groups are of neighbors as always. After
     the first pass the scales are fitted to the integers and the integers chosen anew, for a few rounds. It is never
-    worse in the metric than rounding to nearest.
+    worse in the metric than rounding to nearest with the moment's diagonal as importance.
 
     Args:
         matrix: The matrix, in any floating-point dtype.
