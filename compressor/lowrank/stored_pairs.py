@@ -123,15 +123,19 @@ def _place(tensor: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, 
     if shape in MARKERS.values():
         return _Place(tensor, shape)
     if shape[:-1] in MARKERS.values() and shape[-1] in BITS:
-        return _Place(tensor, shape[:-1], shape[-1])
+        # A factor without rows, as a pivoted pair of full rank has one, has such a shape too.
+        return None if _owners(tensor) & shapes.keys() else _Place(tensor, shape[:-1], shape[-1])
     weight = tensor.removesuffix("_packed")
     if weight == tensor or not is_weight(weight):
         return None
-    layer = layer_name(weight)
-    owner, _, factor = layer.rpartition(".")
-    others = [weight, layer]  # the marker of the layer itself, or that of the layer that it is a factor of
-    others += [owner, join(owner, "weight"), join(owner, "weight_packed")] if factor in _FACTORS else []
-    return None if any(each in shapes for each in others) else _Place(weight, MARKERS["linear"])
+    others = {weight, layer_name(weight)} | _owners(weight)  # the marker of the layer, or what it is a factor of
+    return None if others & shapes.keys() else _Place(weight, MARKERS["linear"])
+
+
+def _owners(weight: str) -> set[str]:
+    """What there may be of the layer that a weight is a factor of."""
+    owner, _, factor = layer_name(weight).rpartition(".")
+    return {owner, join(owner, "weight"), join(owner, "weight_packed")} if factor in _FACTORS else set()
 
 
 @dataclass(frozen=True)
