@@ -7,9 +7,9 @@ Trains the networks of initial_networks.py with five optimizers from three seeds
 theirs. The parts:
 
 - `without data` and `calibrated`: accuracy and loss on the test split at 50 to 2 % of the 16-bit bytes of the linear
-  and convolutional layers, with the seed and without. `without data` also rounds these layers to 4, 3, and 2 bits, to
-  the nearest, in groups of 64 with a 16-bit scale and offset each; `calibrated` takes 128 examples, in three draws for
-  the vision transformers with AdamW and one draw for the others.
+  and convolutional layers, with the seed and without. `without data` also takes the seed with `bits="auto"`, and rounds
+  these layers to 4, 3, and 2 bits, to the nearest, in groups of 64 with a 16-bit scale and offset each. `calibrated`
+  takes 128 examples, in three draws for the vision transformers with AdamW and one draw for the others.
 - `references`: the same of the models of model_cards/.
 - `layers`: of each layer the share exp(-K) of the start that the recipe predicts, the one fitted by least squares, what
   training wrote as a share of the norm, and the 99 % energy ranks of the matrix and of what training wrote.
@@ -35,9 +35,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import torch
@@ -160,13 +160,15 @@ def reference(name: str) -> Subject:
     )
 
 
-def compressed(subject: Subject, share: float, *, initial: bool, draw: int | None) -> nn.Module:
-    """The network at a share of the numbers of its linear and convolutional layers, with its seed or not.
+def compressed(
+    subject: Subject, share: float, *, initial: bool, draw: int | None, bits: Literal["auto", "16"] = "16"
+) -> nn.Module:
+    """The network at a share of the 16-bit bytes of its linear and convolutional layers, with its seed or not.
 
     Calibrated on a draw of the training examples, or without data.
     """
     unasked = replace(subject.recipe, seed=None)  # a seed that the recipe states is tried too
-    given: dict[str, Any] = {"keep": share, "prefer": "size", "recipe": unasked}
+    given: dict[str, Any] = {"keep": share, "prefer": "size", "recipe": unasked, "bits": bits}
     if initial:
         given |= {"initial": subject.seed, "factory": subject.build}
     given |= {"calibration": "none"} if draw is None else {"calibration": subject.calibration(draw), "seed": draw}
@@ -264,15 +266,28 @@ def measure_sizes(results: Results, source: Source, *, draw: int | None = None) 
             cell = {**source.about, **kind}
             if not results.lacks(**cell):
                 continue
-            started = time.process_time()
-            try:
-                model = compressed(source.subject, share, initial=initial, draw=draw)
-            except BadInput as refused:
-                results.put(cell | {"refused": str(refused)})
-                continue
-            seconds = time.process_time() - started
-            accuracy, loss = source.subject.test(model)
-            results.put(cell | {"accuracy": accuracy, "loss": loss, "cpu_seconds": round(seconds, 2)})
+            results.put(cell | _measured(source.subject, partial(compressed, share=share, initial=initial, draw=draw)))
+
+
+def measure_sizes_in_bits(results: Results, source: Source) -> None:
+    """Quality at every size without data, from the seed, where the numbers may also be stored in fewer bits."""
+    for share in SHARES:
+        cell = {**source.about, "kind": "size in bits", "share": share}
+        if results.lacks(**cell):
+            small = partial(compressed, share=share, initial=True, draw=None, bits="auto")
+            results.put(cell | _measured(source.subject, small))
+
+
+def _measured(subject: Subject, compress: Callable[[Subject], nn.Module]) -> dict[str, Any]:
+    """The quality of what a subject becomes, and what that takes; why it is refused, where it is."""
+    started = time.process_time()
+    try:
+        model = compress(subject)
+    except BadInput as refused:
+        return {"refused": str(refused)}
+    seconds = time.process_time() - started
+    accuracy, loss = subject.test(model)
+    return {"accuracy": accuracy, "loss": loss, "cpu_seconds": round(seconds, 2)}
 
 
 def measure_search(results: Results, source: Source) -> None:
@@ -308,6 +323,7 @@ def measure_layers(results: Results, source: Source) -> None:
 def without_data(results: Results, asked: argparse.Namespace) -> None:
     for source in sources(asked):
         measure_sizes(results, source)
+        measure_sizes_in_bits(results, source)
         measure_rounding(results, source)
 
 
@@ -407,6 +423,10 @@ def _sizes_table(
             rounding = [cell(_rows(own, kind="rounding", bits=each), dense) if not initial else "" for each in bits]
             first = [network, optimizer, "W", _quality(list(dense.values()), dense)]
             lines.append(_line([*(["", "", "from the seed", ""] if initial else first), *cells, *rounding]))
+        in_bits = [] if calibrated else _rows(own, kind="size in bits")
+        if in_bits:
+            cells = [cell(_rows(in_bits, share=share), dense) for share in shares]
+            lines.append(_line(["", "", "the same in fewer bits", "", *cells, *("" for _ in bits)]))
     return "\n".join(lines)
 
 
