@@ -217,7 +217,10 @@ def two_sided(given: Given, bits: int) -> Outcome:
     """Our quantization in the metric of the loss, by inputs and outputs, without compensation and refinement."""
     alone = CalibrationSettings(compensate=False, refine=False, recalibration_rounds=0, uniform=False)
     small = compressed(given, None, bits=bits, calibration_settings=alone)
-    return sized(given, 1.0, small, tensors=small.state_dict())
+    found = sized(given, 1.0, small, tensors=small.state_dict())
+    if found.stored > (bits + 1) / 16 * given.dense_bytes:
+        raise BadInput(f"not every layer may have {bits} bits", remedy="leave this width out")
+    return found
 
 
 def of_matrices(given: Given, quantized: Mapping[str, QuantizedMatrix]) -> Outcome:
@@ -444,7 +447,8 @@ def curves(document: Mapping[str, Any]) -> str:
             rival = best_other(points, share)
             named = "" if rival is None else f"{rival.cell} {rival.method}"
             error = next((f"{point.error:.4f}" for point in at.values() if point is not None), "")
-            found = ["" if point is None else point.cell for point in at.values()]
+            refused = {row["method"] for row in rows if row["share"] == share and "refused" in row}
+            found = [("-" if each in refused else "") if at[each] is None else at[each].cell for each in at]
             lines.append(_line([f"{share:.1%}".replace(".0%", "%"), *found, named, error]))
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -482,10 +486,15 @@ class Point:
 
     @property
     def cell(self) -> str:
-        text = f"{self.mean:.4f}" if abs(self.mean) < 0.1 else f"{self.mean:.3f}"
+        text = _nats(self.mean)
         if len(self.losses) > 1:
-            text += f" ({min(self.losses):.4f} to {max(self.losses):.4f})"
+            text += f" ({_nats(min(self.losses))} to {_nats(max(self.losses))})"
         return f"**{text}**" if self.lossless else text
+
+
+def _nats(loss: float) -> str:
+    text = f"{loss:.4f}" if abs(loss) < 0.1 else f"{loss:.3f}"
+    return text.replace("-0.0000", "0.0000")
 
 
 def best_other(points: Sequence[Point], share: float) -> Point | None:
@@ -493,7 +502,7 @@ def best_other(points: Sequence[Point], share: float) -> Point | None:
     others = [
         point
         for point in points
-        if not point.method.startswith("ours") and point.stored <= share * (1 + LARGEST_EXCESS)
+        if not point.method.startswith("ours") and (point.share or point.stored) <= share * (1 + LARGEST_EXCESS)
     ]
     return min(others, key=lambda point: point.mean, default=None)
 

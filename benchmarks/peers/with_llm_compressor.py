@@ -14,7 +14,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from measuring import BATCH_SIZE, run
+from measuring import run
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,6 @@ def quantized(
         recipe=recipe(scheme),
         max_seq_length=windows.shape[1],
         num_calibration_samples=len(windows),
-        batch_size=BATCH_SIZE,
         shuffle_calibration_samples=False,
         output_dir=str(output),
     )
