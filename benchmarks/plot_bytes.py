@@ -66,7 +66,7 @@ def draw(axes: Axes, name: str, points: Sequence[Point]) -> None:
         axes.fill_between(shares, errors, SMALLEST / 2, color="0.9", zorder=0, label="within one standard error")
     axes.set(title=name, xscale="log", yscale="log", xlabel="% of the 16-bit bytes of the layers")
     shares = sorted({*SHARES, min(point.share or 1 for point in points)})
-    axes.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares])
+    axes.set_xticks([100 * share for share in shares], [f"{100 * share:g}" for share in shares], fontsize=7)
     axes.minorticks_off()
     axes.set_xlim(60, 85 * min(shares[0], SHARES[-1]))
     axes.set_ylim(bottom=SMALLEST * 0.7)
