@@ -11,8 +11,9 @@ Scales are chosen among the numbers that bfloat16 and float16 share: so what is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
 import numpy as np
@@ -28,11 +29,7 @@ from compressor.factorize import (
     PivotedPair,
     SpatialPair,
     TiedMetric,
-    decompose,
-    decompose_tied,
-    nearest_kronecker_metric,
     pivoted_pair,
-    weighed,
 )
 from compressor.forms.channel import CHANNEL
 from compressor.forms.kernels import dense_kernels, dequantization, quantized_kernels
@@ -47,188 +44,45 @@ from compressor.forms.quantized_layers import (
     QuantizedTransposedConvolution,
     quantized_layer,
 )
+from compressor.forms.quantized_parts import (
+    TURNED,
+    Quantize,
+    QuantizedFactors,
+    decomposition_in,
+    defect_of_scales,
+    flattened,
+    is_fitted,
+    matrix_of,
+    part_infos,
+    part_names,
+    part_of_tensors,
+    pivoted_parts,
+    plain_parts,
+    quantized,
+    quantized_as_stored,
+    quantized_for_errors,
+    relative_error,
+    shape_tensors,
+    single_metric,
+    stored_parts,
+)
 from compressor.forms.weights import Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
 from compressor.latency import Kernel, LayerUse, ModuleCall, Movement, Size
-from compressor.measure import Precision, Spectrum, truncation_errors
-from compressor.measure.scale import power_of_two
+from compressor.measure import Spectrum, truncation_errors
 from compressor.network import Kind
 from compressor.quantize import (
     Quantization,
     QuantizationSettings,
     QuantizedMatrix,
     SimulatedMatrix,
-    gptq,
-    quantize_to_nearest,
-    simulated,
-    unpack,
 )
 from compressor.torch_state import in_float64
 
 _CLASSES = (QuantizedLinear, QuantizedEmbedding, QuantizedConvolution, QuantizedTransposedConvolution)
-# Kinds whose quantized tensor has the rows of the matrix' inputs: a row of it is looked up, or is one channel's kernel.
-_TURNED: tuple[Kind, ...] = ("embedding", "transposed convolution")
 
 # What a quantized layer asks before it multiplies takes as long as so many calls of a module.
 _CALLS_OF_CHECKS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedFactors:
-    """The parts of a quantized layer by the names of what they stand for, `weight` or `down.weight`, and its matrix.
-
-    A part that is not quantized, such as an order, is a tensor.
-    """
-
-    rank: int
-    parts: Mapping[str, QuantizedMatrix | SimulatedMatrix | Tensor]
-    matrix: Tensor
-
-    def product(self) -> Tensor:
-        return self.matrix
-
-
-def part_infos(info: TensorInfo, quantization: Quantization) -> list[TensorInfo]:
-    """The tensors in the place of one `NAME.weight` that is quantized."""
-    rows, columns = _flat(info.shape)
-    stem = info.name.removesuffix("weight")
-    found = quantization.fitted(columns).infos((rows, columns), info.dtype)
-    shape = TensorInfo("weight_shape", (len(info.shape),), torch.int64)
-    return [replace(each, name=stem + each.name) for each in (*found[:-1], shape)]
-
-
-def part_tensors(name: str, part: QuantizedMatrix, info: TensorInfo) -> dict[str, Tensor]:
-    """The same tensors, from a part that stands for a tensor of this shape."""
-    scales = part.scales.to(part_infos(info, part.quantization)[1].dtype)
-    if torch.equal(scales.to(torch.float64), part.scales.to(torch.float64)):
-        part = replace(part, scales=scales)
-    else:  # the dtype of the weight does not have such small scales, and the integers fit no other ones
-        part = quantize_to_nearest(part.product(), part.quantization, scale_dtype=scales.dtype)
-    tensors = part.tensors() | {"weight_shape": torch.tensor(info.shape, dtype=torch.int64)}
-    return {name.removesuffix("weight") + each: tensor for each, tensor in tensors.items()}
-
-
-def part_of_tensors(
-    name: str, quantization: Quantization, tensors: Mapping[str, Tensor], *, shape: Sequence[int] | None = None
-) -> Tensor:
-    """The `NAME.weight` that stored tensors stand for, in the dtype of the scales and differentiable in them.
-
-    Its shape is read from the tensors where it is not known: on an accelerator that waits.
-    """
-    stem = name.removesuffix("weight")
-    scales = tensors[f"{stem}weight_scale"]
-    shape = tensors[f"{stem}weight_shape"].tolist() if shape is None else shape
-    rows, columns = _flat(shape)
-    zeros = tensors.get(f"{stem}weight_zero_point")
-    zeros = None if zeros is None else unpack(zeros.T, quantization.bits, rows).T
-    integers = unpack(tensors[f"{stem}weight_packed"], quantization.bits, columns)
-    return QuantizedMatrix(quantization, integers, scales, zeros).product(scales.dtype).reshape(*shape)
-
-
-def _is_fitted(quantization: Quantization, inputs: int) -> bool:
-    return quantization.fitted(inputs) == quantization
-
-
-def _flat(shape: Iterable[int]) -> tuple[int, int]:
-    first, *rest = shape
-    return first, math.prod(rest)
-
-
-# From a matrix and its metric: to nearest without one, and with the group size that its inputs have.
-Quantize = Callable[[Tensor, Metric | None], QuantizedMatrix | SimulatedMatrix]
-
-
-def quantized(
-    matrix: Tensor,
-    metric: Metric | None,
-    *,
-    quantization: Quantization,
-    settings: QuantizationSettings,
-) -> QuantizedMatrix:
-    """A matrix quantized as it is stored."""
-    fitted = quantization.fitted(matrix.shape[1])
-    if metric is None or matrix.numel() == 0:
-        return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16, settings=settings)
-    return gptq(matrix, fitted, metric, scale_dtype=torch.bfloat16, settings=settings)
-
-
-def _for_errors(
-    matrix: Tensor, metric: Metric | None, *, quantization: Quantization, settings: FactorizationSettings
-) -> QuantizedMatrix | SimulatedMatrix:
-    """A matrix with an error of that size, in less time."""
-    if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
-        return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
-    return simulated(matrix, quantization.fitted(matrix.shape[1]), metric)
-
-
-def _turned(metric: Metric | None) -> Metric | None:
-    """The metric of the transposed matrix."""
-    return None if metric is None else Metric(metric.gradients, metric.inputs)
-
-
-def _single(metric: Metric | TiedMetric | None) -> Metric | None:
-    return nearest_kronecker_metric(metric) if isinstance(metric, TiedMetric) else metric
-
-
-def _quantized_as(
-    matrix: Tensor, metric: Metric | None, *, quantize: Quantize, turned: bool
-) -> QuantizedMatrix | SimulatedMatrix:
-    """A matrix quantized as it is stored: its transpose where `turned`."""
-    return quantize(matrix.T, _turned(metric)) if turned else quantize(matrix, metric)
-
-
-def _matrix_of(part: QuantizedMatrix | SimulatedMatrix, *, turned: bool) -> Tensor:
-    return part.product().T if turned else part.product()
-
-
-def _plain_parts(
-    kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
-) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
-    """The factors of a plain or channel pair: `down`, and then `up` as refitted to it.
-
-    The columns of `up` share scales, so they are made equally long before.
-    """
-    sizes = pair.up.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    up, rows = pair.up / sizes, sizes[:, None] * pair.down
-    of_down = None if metric is None else Metric(metric.inputs, up.T @ weighed(up, metric.gradients))
-    turned = kind in _TURNED
-    down = _quantized_as(rows, of_down, quantize=quantize, turned=turned)
-    rows = _matrix_of(down, turned=turned)
-    moment, up = _refitted(up, rows, matrix, metric=metric)
-    of_up = None if metric is None else Metric(moment, metric.gradients)
-    return {
-        "down.weight": down,
-        "up.weight": _quantized_as(up, of_up, quantize=quantize, turned=kind == "transposed convolution"),
-    }
-
-
-def _pivoted_parts(
-    pair: PivotedPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
-) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
-    """The factors of a pivoted pair: rows of the matrix, and then the others' coefficients as refitted to these."""
-    of_down = of_up = None
-    inverse = torch.argsort(pair.order.long())  # place in the pair to row of the matrix
-    rank = len(pair.down)
-    if metric is not None:
-        outputs = torch.cat([torch.eye(rank).to(pair.up), pair.up])[pair.order.long()]
-        of_down = Metric(metric.inputs, outputs.T @ weighed(outputs, metric.gradients))
-    down = quantize(pair.down, of_down)
-    others = inverse[rank:]
-    moment, up = _refitted(pair.up, down.product(), matrix[others], metric=metric)
-    if metric is not None:
-        gradients = metric.gradients
-        of_up = Metric(moment, gradients[others] if gradients.dim() == 1 else gradients[others][:, others])
-    return {"down.weight": down, "up.weight": quantize(up, of_up), "order": pair.order}
-
-
-def _refitted(up: Tensor, down: Tensor, matrix: Tensor, *, metric: Metric | None) -> tuple[Tensor, Tensor]:
-    """The moment of the outputs of `down`, and the `up` that fits it best, by least squares towards the one it was."""
-    weighted = down if metric is None else weighed(down.T, metric.inputs).T
-    moment = weighted @ down.T
-    ridge = 1e-10 * float(moment.diagonal().mean()) or 1.0
-    own = moment + ridge * torch.eye(len(moment)).to(moment)
-    fitted: Tensor = torch.linalg.solve(own, (matrix @ weighted.T + ridge * up).T).T
-    return own, fitted
 
 
 @lru_cache(maxsize=256)
@@ -239,19 +93,55 @@ def _sizes(form: QuantizedPair, weight: StoredWeight) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedPair(PairForm):
-    """A pair whose factors are quantized."""
+class _QuantizedForm(PairForm):
+    """What has parts that are quantized: `parts` says which, before they are."""
 
-    pair: PairForm
     quantization: Quantization
     has_own_errors: bool = True
     build: Callable[..., nn.Module] = quantized_layer
     classes: tuple[type[nn.Module], ...] = _CLASSES
 
+    @abstractmethod
+    def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
+        """The tensors before they are quantized."""
+
+    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
+        return -(-self.nbytes(weight, rank, 2) // 2)
+
+    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
+        if isinstance(rank, int):
+            return sum(info.nbytes for info in self.infos(weight, rank, torch.float16))
+        return self._nbytes_at(weight, rank)
+
+    @abstractmethod
+    def _nbytes_at(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The bytes at many ranks."""
+
+    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
+        return shape_tensors(self.parts(weight, rank, torch.float32))
+
+    def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
+        assert isinstance(pair, QuantizedFactors)
+        return stored_parts(pair, self.parts(weight, pair.rank, dtype))
+
+    def _quantize(self, settings: FactorizationSettings) -> Quantize:
+        work = QuantizationSettings(rounds=settings.quantization_rounds)
+        return partial(quantized, quantization=self.quantization, settings=work)
+
+    def _quantize_for_errors(self, settings: FactorizationSettings) -> Quantize:
+        return partial(quantized_for_errors, quantization=self.quantization, settings=settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedPair(_QuantizedForm):
+    """A pair whose factors are quantized."""
+
+    pair: PairForm
+
     @classmethod
     def of(cls, pair: PairForm, quantization: Quantization) -> QuantizedPair:
         """The form whose factors are those of a pair."""
-        names = tuple(name for each in pair.names for name in _part_names(each, quantization))
+        names = tuple(name for each in pair.names for name in part_names(each, quantization))
         name = f"{pair.name}@{quantization.name}"
         return cls(name=name, names=names, bias=pair.bias, pair=pair, quantization=quantization, classes=pair.classes)
 
@@ -270,19 +160,15 @@ class QuantizedPair(PairForm):
             return False
         # From the first factor's tensors its groups are read, and those of the other are chosen by these.
         first = self.pair.infos(weight, 1, torch.float16)[0]
-        alike = weight.kind == "embedding" or _is_fitted(self.quantization, math.prod(first.shape[1:]))
+        alike = weight.kind == "embedding" or is_fitted(self.quantization, math.prod(first.shape[1:]))
         return alike and (weight.kind != "transposed convolution" or self.quantization.group_size is None)
 
     def sides(self, weight: DenseWeight) -> tuple[int, int]:
         return self.pair.sides(weight)
 
-    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
-        return -(-self.nbytes(weight, rank, 2) // 2)
-
-    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
-        if isinstance(rank, int):
-            return sum(info.nbytes for info in self.infos(weight, rank, torch.float16))
-        return _sizes(self, StoredWeight(weight.kind, weight.tensor_shape))[rank]
+    def _nbytes_at(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        sizes: npt.NDArray[np.int64] = _sizes(self, StoredWeight(weight.kind, weight.tensor_shape))[ranks]
+        return sizes
 
     def numbers(self, weight: DenseWeight, rank: int) -> int:
         return self.pair.numbers(weight, rank)
@@ -300,18 +186,13 @@ class QuantizedPair(PairForm):
         return [*calls, *quantized_kernels(kernels, weight, self.quantization)]
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
-        infos = self.pair.infos(weight, rank, dtype)
-        return [each for info in infos for each in self._infos_of(info)]
+        return [each for info in self.parts(weight, rank, dtype) for each in self._infos_of(info)]
 
     def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
-        """The tensors of the pair before they are quantized."""
         return self.pair.infos(weight, rank, dtype)
 
     def _infos_of(self, info: TensorInfo) -> list[TensorInfo]:
         return part_infos(info, self.quantization) if info.name.endswith("weight") else [info]
-
-    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
-        return _shapes(self.pair.infos(weight, rank, torch.float32))
 
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return self.pair.recognizes(kind, shapes)
@@ -332,9 +213,7 @@ class QuantizedPair(PairForm):
         found = self.pair.approximate(
             weight, matrix, rank, metric=metric, settings=settings, decomposition=decomposition
         )
-        work = QuantizationSettings(rounds=settings.quantization_rounds)
-        quantize = partial(quantized, quantization=self.quantization, settings=work)
-        return self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
+        return self._quantized(weight, found, matrix, metric=metric, quantize=self._quantize(settings))
 
     def _quantized(
         self,
@@ -347,12 +226,12 @@ class QuantizedPair(PairForm):
     ) -> QuantizedFactors:
         """A pair of a matrix with its factors quantized."""
         assert isinstance(found, FactorPair | SpatialPair)
-        one, rank = _single(metric), found.rank
+        one, rank = single_metric(metric), found.rank
         parts: Mapping[str, QuantizedMatrix | SimulatedMatrix | Tensor]
         if isinstance(found, FactorPair) and self.pair is PIVOTED:
-            parts = _pivoted_parts(pivoted_pair(found), in_float64(matrix), metric=one, quantize=quantize)
+            parts = pivoted_parts(pivoted_pair(found), in_float64(matrix), metric=one, quantize=quantize)
         elif isinstance(found, FactorPair):
-            parts = _plain_parts(weight.kind, found, in_float64(matrix), metric=one, quantize=quantize)
+            parts = plain_parts(weight.kind, found, in_float64(matrix), metric=one, quantize=quantize)
         else:
             exact = self.pair.stored(weight, found, torch.float64)
             parts = {name: quantize(each.flatten(1), None) for name, each in exact.items()}
@@ -362,10 +241,6 @@ class QuantizedPair(PairForm):
             for name, each in parts.items()
         }
         return QuantizedFactors(rank, parts, self.pair.product(weight, tensors))
-
-    def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
-        assert isinstance(pair, QuantizedFactors)
-        return _stored_parts(pair, self.pair.infos(weight, pair.rank, dtype))
 
     def _dequantized(
         self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -389,7 +264,7 @@ class QuantizedPair(PairForm):
         return len(tensors[f"{factor}.weight_scale"])
 
     def defect(self, rank: int, read: Values) -> str | None:
-        defect = _defect_of_scales(self.names, read)
+        defect = defect_of_scales(self.names, read)
         return self.pair.defect(rank, read) if defect is None else defect
 
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
@@ -409,20 +284,20 @@ class QuantizedPair(PairForm):
         if self.pair.has_own_errors:
             truncated = self.pair.errors_in(weight, matrix, metric=metric, settings=settings)
         else:
-            decomposition = decomposition or _decomposition(matrix, metric, settings)
+            decomposition = decomposition or decomposition_in(matrix, metric, settings)
             truncated = truncation_errors(decomposition.values)
         last = len(truncated) - 1
         # A pair of a higher rank has more numbers than the matrix.
         sides = self.sides(weight)
         largest = min(last, max(1, math.prod(sides) // sum(sides)))
         ranks = np.unique(np.geomspace(1, largest, settings.quantized_ranks).round().astype(np.int64))
-        quantize, added = partial(_for_errors, quantization=self.quantization, settings=settings), []
+        quantize, added = self._quantize_for_errors(settings), []
         for rank in ranks:
             found = self.pair.approximate(
                 weight, matrix, int(rank), metric=metric, settings=settings, decomposition=decomposition
             )
             pair = self._quantized(weight, found, matrix, metric=metric, quantize=quantize)
-            error = _relative_error(matrix, pair.product(), metric)
+            error = relative_error(matrix, pair.product(), metric)
             added.append(max(0.0, error**2 - truncated[rank] ** 2) / max(1e-30, 1 - truncated[rank] ** 2))
         shares = np.interp(np.log(np.arange(1, last + 1)), np.log(ranks), added)
         kept = np.clip(1 - truncated[1:] ** 2, 0, 1)
@@ -430,22 +305,18 @@ class QuantizedPair(PairForm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedDense(PairForm):
+class QuantizedDense(_QuantizedForm):
     """A layer's own matrix that is quantized; at a rank above 0 with a low-rank correction of 8 bits."""
 
-    quantization: Quantization
-    has_own_errors: bool = True
     least_rank: int = 0
     truncates: bool = False
     bias: str = "bias"
-    build: Callable[..., nn.Module] = quantized_layer
-    classes: tuple[type[nn.Module], ...] = _CLASSES
 
     @classmethod
     def of(cls, quantization: Quantization) -> QuantizedDense:
         """The form in a quantization."""
         name = f"dense@{quantization.name}"
-        return cls(name=name, names=_part_names("weight", quantization), quantization=quantization)
+        return cls(name=name, names=part_names("weight", quantization), quantization=quantization)
 
     def layer(self, dense: nn.Module, rank: int) -> nn.Module:
         layer = unfilled_part(dense, self.quantization)
@@ -467,19 +338,14 @@ class QuantizedDense(PairForm):
         return None if weight.kind == "linear" else (*MARKERS[weight.kind], self.quantization.bits)
 
     def takes(self, weight: DenseWeight) -> bool:
-        _, columns = _flat(self._shape(weight))
+        _, columns = flattened(self._shape(weight))
         # Without a marker only the packed width tells the bits.
         told = weight.kind != "linear" or columns >= 32
-        return len(weight.tensor_shape) >= 2 and told and _is_fitted(self.quantization, columns)
+        return len(weight.tensor_shape) >= 2 and told and is_fitted(self.quantization, columns)
 
-    def parameters(self, weight: DenseWeight, rank: Count) -> Count:
-        return -(-self.nbytes(weight, rank, 2) // 2)
-
-    def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
-        if isinstance(rank, int):
-            return sum(info.nbytes for info in self.infos(weight, rank, torch.float16))
-        own = self.nbytes(weight, 0, itemsize)
-        return own + np.where(rank > 0, _correction_of(weight).nbytes(weight, np.maximum(rank, 1), itemsize), 0)
+    def _nbytes_at(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        correction = _correction_of(weight).nbytes(weight, np.maximum(ranks, 1), 2)
+        return self.nbytes(weight, 0, 2) + np.where(ranks > 0, correction, 0)
 
     def numbers(self, weight: DenseWeight, rank: int) -> int:
         return math.prod(weight.shape) + (_correction_of(weight).numbers(weight, rank) if rank > 0 else 0)
@@ -500,17 +366,12 @@ class QuantizedDense(PairForm):
         return own + (_correction_of(weight).infos(weight, rank, dtype) if rank > 0 else [])
 
     def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
-        """The matrix and the factors of its correction before they are quantized."""
         own = TensorInfo("weight", self._shape(weight), dtype)
         return [own, *(_correction_of(weight).parts(weight, rank, dtype) if rank > 0 else [])]
 
     def _shape(self, weight: DenseWeight) -> tuple[int, ...]:
         """The shape of what is quantized: the layer's matrix, or its tensor."""
         return weight.shape if weight.kind == "transposed linear" else weight.tensor_shape
-
-    def known_tensors(self, weight: DenseWeight, rank: int) -> dict[str, Tensor]:
-        correction = _correction_of(weight).known_tensors(weight, rank) if rank > 0 else {}
-        return _shapes([TensorInfo("weight", self._shape(weight), torch.float32)]) | correction
 
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "weight" in shapes
@@ -533,11 +394,9 @@ class QuantizedDense(PairForm):
         settings: FactorizationSettings,
         decomposition: Decomposition | None = None,
     ) -> MatrixPair:
-        turned = weight.kind in _TURNED
-        work = QuantizationSettings(rounds=settings.quantization_rounds)
-        quantize = partial(quantized, quantization=self.quantization, settings=work)
-        own = _quantized_as(in_float64(matrix), _single(metric), quantize=quantize, turned=turned)
-        product = _matrix_of(own, turned=turned)
+        turned, quantize = weight.kind in TURNED, self._quantize(settings)
+        own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
+        product = matrix_of(own, turned=turned)
         if rank == 0:
             return QuantizedFactors(0, {"weight": own}, product)
         left = in_float64(matrix) - product
@@ -545,17 +404,13 @@ class QuantizedDense(PairForm):
         assert isinstance(correction, QuantizedFactors)
         return QuantizedFactors(rank, {"weight": own, **correction.parts}, product + correction.matrix)
 
-    def stored(self, weight: DenseWeight, pair: MatrixPair, dtype: torch.dtype) -> dict[str, Tensor]:
-        assert isinstance(pair, QuantizedFactors)
-        return _stored_parts(pair, self.parts(weight, pair.rank, dtype))
-
     def product(self, weight: DenseWeight, tensors: Mapping[str, Tensor]) -> Tensor:
-        own = part_of_tensors("weight", self.quantization, tensors, shape=_flat(self._shape(weight)))
-        own = own.T if weight.kind in _TURNED else own
+        own = part_of_tensors("weight", self.quantization, tensors, shape=flattened(self._shape(weight)))
+        own = own.T if weight.kind in TURNED else own
         return own + _correction_of(weight).product(weight, tensors) if "down.weight_packed" in tensors else own
 
     def defect(self, rank: int, read: Values) -> str | None:
-        return _defect_of_scales(self.names_at(rank), read)
+        return defect_of_scales(self.names_at(rank), read)
 
     def merged(self, kind: Kind, tensors: Mapping[str, Tensor]) -> FactorPair | PivotedPair:
         raise NotImplementedError
@@ -570,54 +425,14 @@ class QuantizedDense(PairForm):
         decomposition: Decomposition | None = None,
     ) -> Spectrum:
         """Of the quantized matrix alone at rank 0, and at few bits of what the best correction of a rank leaves."""
-        turned = weight.kind in _TURNED
-        quantize = partial(_for_errors, quantization=self.quantization, settings=settings)
-        own = _quantized_as(in_float64(matrix), _single(metric), quantize=quantize, turned=turned)
-        found = _matrix_of(own, turned=turned)
-        error = _relative_error(matrix, found, metric)
+        turned, quantize = weight.kind in TURNED, self._quantize_for_errors(settings)
+        own = quantized_as_stored(in_float64(matrix), single_metric(metric), quantize=quantize, turned=turned)
+        found = matrix_of(own, turned=turned)
+        error = relative_error(matrix, found, metric)
         if self.quantization.bits > settings.corrected_bits or error == 0:
             return np.array([error])
-        left = _decomposition(in_float64(matrix) - found, metric, settings)
+        left = decomposition_in(in_float64(matrix) - found, metric, settings)
         return np.asarray(error * truncation_errors(left.values), dtype=np.float64)
-
-
-def _shapes(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The tensors that say what shapes were quantized, of those of a pair or a matrix."""
-    return {f"{each.name}_shape": torch.tensor(each.shape) for each in infos if each.name.endswith("weight")}
-
-
-def _stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """The tensors of the parts, which stand for tensors of these names and shapes."""
-    stored: dict[str, Tensor] = {}
-    for info in infos:
-        part = pair.parts[info.name]
-        assert not isinstance(part, SimulatedMatrix)
-        stored |= {info.name: part} if isinstance(part, Tensor) else part_tensors(info.name, part, info)
-    return stored
-
-
-def _decomposition(
-    matrix: Tensor, metric: Metric | TiedMetric | None, settings: FactorizationSettings
-) -> Decomposition:
-    if isinstance(metric, TiedMetric):
-        return decompose_tied(matrix, metric)
-    return decompose(matrix, metric, Precision(loss=settings.float32_loss))
-
-
-def _relative_error(matrix: Tensor, product: Tensor, metric: Metric | TiedMetric | None) -> float:
-    wide = in_float64(matrix)
-    scale = power_of_two(wide)
-    total, changed = (
-        float(each.square().sum()) if metric is None else metric.squared_size(each)
-        for each in (wide / scale, (wide - product) / scale)
-    )
-    return math.sqrt(changed / total) if total > 0 else 0.0
-
-
-def _defect_of_scales(names: Iterable[str], read: Values) -> str | None:
-    scales = (name for name in names if name.endswith("weight_scale"))
-    bad = next((name for name in scales if not bool(read(name).isfinite().all())), None)
-    return None if bad is None else f"{bad} has scales that are not finite"
 
 
 def _mark(layer: nn.Module, kind: Kind, quantization: Quantization) -> None:
@@ -627,21 +442,11 @@ def _mark(layer: nn.Module, kind: Kind, quantization: Quantization) -> None:
     layer.register_buffer("weight", weight.new_empty(*MARKERS[kind], quantization.bits))
 
 
-def _part_names(name: str, quantization: Quantization) -> tuple[str, ...]:
-    """The names of the tensors in the place of one of a pair."""
-    if not name.endswith("weight"):
-        return (name,)
-    zero = ("weight_zero_point",) if quantization.zero_points else ()
-    return tuple(
-        name.removesuffix("weight") + each for each in ("weight_packed", "weight_scale", *zero, "weight_shape")
-    )
-
-
 def unfilled_part(dense: nn.Module, quantization: Quantization) -> nn.Module:
     """The quantized layer in the place of a dense one, with the group size that its inputs have."""
     weight = dense.weight
     assert isinstance(weight, Tensor)
-    sides = _flat(weight.shape)
+    sides = flattened(weight.shape)
     fitted = quantization.fitted(sides[0] if type(dense).__name__ == "Conv1D" else sides[1])
     return quantized_layer(dense, **fitted.to_dict())
 
