@@ -60,11 +60,6 @@ def as_count(value: object, option: str, *, least: int, most: int = 2**63 - 1) -
     return int(count)
 
 
-def as_count_if_given(value: object, option: str, *, least: int) -> int | None:
-    """A whole number of at least `least`; None if none was given."""
-    return None if value is None else as_count(value, option, least=least)
-
-
 def as_ratio(value: object, option: str) -> float | None:
     """A ratio to the dense model as a number, or in text: 0.7x, 0.7 or 70%."""
     if isinstance(value, str) and value.strip().lower().endswith("x"):
@@ -74,15 +69,18 @@ def as_ratio(value: object, option: str) -> float | None:
 
 def as_counts(value: object, option: str, *, least: int) -> tuple[int, ...]:
     """Whole numbers of at least `least`, each once: one of them, several, or text such as 1,32."""
-    parts: Any = value
-    if isinstance(value, str):
-        parts = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
-    elif isinstance(value, int):
-        parts = (value,)
+    parts = (value,) if isinstance(value, int) else _listed(value)
     require_kind(parts, option, (list, tuple), remedy="give whole numbers, such as (1, 32)")
     if not parts:
         raise BadInput(f"`{option}` is empty", option=option, remedy="give whole numbers, such as (1, 32)")
     return tuple(dict.fromkeys(as_count(part, option, least=least) for part in parts))
+
+
+def _listed(value: object) -> Any:
+    """The whole numbers and other parts of text such as 1,32; what is not text as it is."""
+    if not isinstance(value, str):
+        return value
+    return [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
 
 
 def as_widths(value: object, option: str) -> tuple[int, ...]:
@@ -92,10 +90,7 @@ def as_widths(value: object, option: str) -> tuple[int, ...]:
     """
     if value == () or (isinstance(value, str) and value.strip() == "auto"):
         return ()
-    parts: Any = value
-    if isinstance(value, str):
-        parts = [int(part) if part.strip().isdecimal() else part for part in value.split(",")]
-    known = (16, *range(8, 1, -1))
+    parts, known = _listed(value), (16, *range(8, 1, -1))
     listed: Sequence[Any] = parts if isinstance(parts, list | tuple) and parts else [value]
     wrong = [part for part in listed if part not in known or isinstance(part, bool)]
     if wrong:

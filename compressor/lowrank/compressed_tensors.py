@@ -7,7 +7,6 @@ layers and no others is a checkpoint of compressed-tensors, and loads without th
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,20 +104,6 @@ def _quantization(weights: Mapping[str, Any]) -> Quantization:
     symmetric = weights.get("symmetric", True)
     fields = {"bits": weights.get("num_bits", 8), "group_size": group_size, "zero_points": not symmetric}
     return Quantization.from_dict(fields)
-
-
-def quantization_by_name(name: str, targets: Mapping[str, Quantization]) -> Quantization | None:
-    """How a linear layer is quantized: an exact name comes before a pattern, and this before a class."""
-    if name in targets:
-        return targets[name]
-    for target, quantization in targets.items():
-        if target.startswith("re:"):
-            try:
-                if re.match(target.removeprefix("re:"), name):
-                    return quantization
-            except re.error:
-                continue
-    return targets.get("Linear")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,6 @@ from torch import nn
 from compressor import BadInput, compress, restore
 from compressor.lowrank.compressed_tensors import (
     compressed_tensors_config,
-    quantization_by_name,
     quantized_targets,
 )
 from compressor.quantize import Quantization
@@ -54,19 +53,6 @@ def test_what_was_written_is_read() -> None:
     assert quantized_targets(config) == LAYERS
     zeros = {"c": Quantization.of("2g64z")}
     assert quantized_targets(compressed_tensors_config(zeros, [])) == zeros
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("x.down_proj", "4g32"), ("x.up_proj", "8"), ("x.1", "3g32"), ("down_proj", "4g32")]
-)
-def test_layers_are_found_by_name_then_pattern_then_class(name: str, expected: str) -> None:
-    targets = {
-        "Linear": Quantization.of("3g32"),
-        "re:.*down_proj$": Quantization.of("4g32"),
-        "re:[": Quantization.of("2"),
-    }
-    targets["x.up_proj"] = Quantization.of("8")
-    assert quantization_by_name(name, targets) == Quantization.of(expected)
 
 
 WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
