@@ -152,7 +152,7 @@ class FineTune:
     Attributes:
         base: The base model.
         base_bytes: The size of its weight files.
-        written_as: `LoRA adapter` or `factor pairs`.
+        written_as: `LoRA adapter`, `factor pairs`, or `quantized layers` where some of them are.
         unchanged: The number of tensors that are equal to the base's.
         in_full: The tensors that are stored in full.
         max_lora_rank: The `--max-lora-rank` that vLLM needs to load the adapter; None for pairs.
@@ -167,7 +167,7 @@ class FineTune:
 
     base: str
     base_bytes: int
-    written_as: Literal["LoRA adapter", "factor pairs"]
+    written_as: Literal["LoRA adapter", "factor pairs", "quantized layers"]
     unchanged: int
     in_full: tuple[str, ...]
     max_lora_rank: int | None

@@ -44,6 +44,7 @@ from compressor.api.requests import (
     output_target,
     provenance,
     requested_budget,
+    requested_quantized_forms,
     selection,
     timing_settings,
 )
@@ -99,9 +100,7 @@ from compressor.planning import (
     MeasuredLayer,
     Plan,
     PlanningSettings,
-    given_plan,
     is_worthwhile,
-    quantized_forms,
     within_limit,
     worthwhile_size,
 )
@@ -159,7 +158,7 @@ def compress(
 
     With a `base`, the difference to it is compressed instead of the weights: a folder gives a LoRA adapter folder for
     PEFT, or factor pairs where `output` is named .safetensors; a file gives pairs, and a module a copy of the base with
-    pairs beside its layers.
+    pairs beside its layers. With `bits` the difference is stored in them, in a file.
 
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
@@ -213,7 +212,7 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         needs = _announced(asked, subject, data, places=places, run=run)
         decomposing = _decomposing(asked, data, places, run=run)
         kept = None if decomposing is None else decomposing.kept
-        quantized = _quantized_forms(asked, subject)
+        quantized = requested_quantized_forms(asked, subject)
         # With calibration their errors are those in its metric, but of a plan, whose layers it may not reach.
         by_weights = quantized if data.calibration is None or asked.plan is not None else None
         inspected = inspect_layers(subject, EPSILON, run, decomposing=decomposing, quantized=by_weights)
@@ -335,21 +334,6 @@ def _request(asked: CompressOptions, subject: Model) -> PlanRequest:
         provenance=provenance(asked, subject.checkpoint),
         settings=asked.planning_settings or PLANNING,
     )
-
-
-def _quantized_forms(asked: CompressOptions, subject: Model) -> Mapping[str, tuple[str, ...]]:
-    """The quantized forms that each layer may take, by its name: those of a plan, or those of the widths allowed."""
-    if asked.plan is not None:
-        planned, _ = given_plan(asked.plan)
-        return {layer.name: (layer.form,) for layer in planned.layers if layer.quantization is not None}
-    if not asked.quantizes:
-        return {}
-    settings, initial = asked.planning_settings or PLANNING, subject.initial is not None
-    return {
-        layer.name: quantized_forms(layer, asked.bits, initial=initial, settings=settings)
-        for layer in subject.layers
-        if layer.eligible
-    }
 
 
 def _of_layer(quantized: Mapping[str, tuple[str, ...]], m: MeasuredLayer) -> tuple[str, ...]:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from compressor.api.evaluate import evaluate_models
 from compressor.api.options import CompressOptions
-from compressor.api.requests import output_target, provenance, reported_data, requested_budget, timing_settings
+from compressor.api.requests import (
+    output_target,
+    provenance,
+    reported_data,
+    requested_budget,
+    requested_quantized_forms,
+    timing_settings,
+)
 from compressor.api.write import Output, written
 from compressor.engine import Run
 from compressor.errors import BadInput
@@ -41,8 +48,9 @@ from compressor.results import BeforeAfter, Compression, FineTune
 def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Compression:
     """Compress the difference of a fine-tune to its base.
 
-    A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors; a file gives a file
-    of pairs; a module gives a copy of the base with pairs beside its layers. Such a module is what `data` measure.
+    A folder gives a LoRA adapter folder, or a file of pairs where the output is named .safetensors or numbers are to
+    have less than 16 bits; a file gives a file of pairs; a module gives a copy of the base with pairs beside its
+    layers. Such a module is what `data` measure.
     """
     started = time.monotonic()
     run = Run(resolve_device(asked.device), progress=asked.progress)
@@ -53,11 +61,12 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         what, remedy = "a module and files cannot be compared", "give both as modules, or both as files"
         raise BadInput(what, option="base", remedy=remedy)
     subject = model.with_ties()
-    kind = _kind(subject, asked.output)
+    quantized = requested_quantized_forms(asked, subject) if {"bits", "plan"} & asked.given else {}
+    kind = _kind(subject, asked.output, quantized=bool(quantized))
     naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
     made_by = provenance(asked, subject.checkpoint)
-    changes = measured_changes(subject, base, kind, provenance=made_by, run=run)
+    changes = measured_changes(subject, base, kind, provenance=made_by, quantized=quantized, run=run)
     adaptation = planned_adaptation(changes, requested_budget(asked), asked.plan)
     stored = stored_changes(changes, adaptation, device=run.device, progress=run.progress)
     if stored.adapter is not None:
@@ -79,7 +88,9 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         output=None if target is None else str(target.path),
         recipe=subject.recipe,
         plan=adaptation.plan.with_errors(errors.of),
-        parameters=BeforeAfter(tuned.elements, stored.artifact.elements),
+        parameters=BeforeAfter(
+            tuned.elements, adaptation.numbers if stored.adapter is None else stored.artifact.elements
+        ),
         bytes=BeforeAfter(tuned.weight_bytes, stored.artifact.bytes),
         evaluation=evaluation,
         seconds=time.monotonic() - started,
@@ -110,7 +121,11 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
     return FineTune(
         base=base,
         base_bytes=difference.base.weight_bytes,
-        written_as="LoRA adapter" if adapter is not None else "factor pairs",
+        written_as="LoRA adapter"
+        if adapter is not None
+        else "quantized layers"
+        if adaptation.plan.quantized
+        else "factor pairs",
         unchanged=len(difference.tuned.tensors) - len(difference.changed),
         in_full=adaptation.in_full if adapter is None else tuple(adapter.saved.tensors.values()),
         max_lora_rank=None if adapter is None else vllm_rank(adapter),
@@ -121,8 +136,14 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
     )
 
 
-def _kind(subject: Model, output: str | Path | None) -> Kind:
+def _kind(subject: Model, output: str | Path | None, *, quantized: bool) -> Kind:
     if subject.checkpoint.source is None:
         return "module"
     as_file = output is not None and Path(output).suffix == ".safetensors"
-    return "pairs" if as_file or subject.checkpoint.folder is None else "adapter"
+    if quantized and subject.checkpoint.folder is not None and output is not None and not as_file:
+        raise BadInput(
+            f"{Path(output).name} would be a LoRA adapter, which holds no numbers of less than 16 bits",
+            option="output",
+            remedy="name a file with .safetensors, or leave out the bits",
+        )
+    return "pairs" if as_file or quantized or subject.checkpoint.folder is None else "adapter"

@@ -478,7 +478,8 @@ class BaseOptions(Options):
     """The model that a fine-tune started from."""
 
     base: ModelLike | None = option(
-        "The model that MODEL was fine-tuned from: compress the difference, not the weights.",
+        "The model that MODEL was fine-tuned from: compress the difference, not the weights. A folder gives a LoRA "
+        "adapter, and with `bits` a file.",
         MODEL,
         metavar="ORIGINAL",
     )
@@ -603,7 +604,7 @@ class PlanOptions(
 
 _NOT_FOR_DIFFERENCES = (
     *("max_drop", "calibration", "calibration_samples", "calibration_length", "effort", "seed", "calibration_settings"),
-    *("calibration_cache", "planning_settings", "form", "bits", "embeddings", "push_to", "max_shard_size"),
+    *("calibration_cache", "planning_settings", "form", "embeddings", "push_to", "max_shard_size"),
     *("prefer", "batch", "target_device", "max_latency", "rank_multiple", "work_dir", "engine", "initial"),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from compressor.evaluation import TIMING, TimingSettings, free_memory
 from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
-from compressor.planning import Budget, checked_budget
+from compressor.planning import PLANNING, Budget, checked_budget, given_plan, quantized_forms
 from compressor.planning.budget import BudgetKind
 
 
@@ -39,6 +39,21 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
     kind = next(iter(given))
     value = given.pop(kind)
     return checked_budget(Budget(kind, value, given.get("max-latency"), given.get("max-drop")))
+
+
+def requested_quantized_forms(asked: PlanOptions, subject: Model) -> Mapping[str, tuple[str, ...]]:
+    """The quantized forms that each layer may take, by its name: those of a plan, or those of the widths allowed."""
+    if asked.plan is not None:
+        planned, _ = given_plan(asked.plan)
+        return {layer.name: (layer.form,) for layer in planned.layers if layer.quantization is not None}
+    if not asked.quantizes:
+        return {}
+    settings, initial = asked.planning_settings or PLANNING, subject.initial is not None
+    return {
+        layer.name: quantized_forms(layer, asked.bits, initial=initial, settings=settings)
+        for layer in subject.layers
+        if layer.eligible
+    }
 
 
 def preferred(asked: PlanOptions, model: Model) -> Preference:

@@ -1,7 +1,8 @@
-"""What makes the fine-tune out of its base: low-rank pairs for matrices, and everything else that changed in full.
+"""What makes the fine-tune out of its base: pairs or integers for matrices, and everything else that changed in full.
 
 Written as one safetensors file of pairs, `X.down.weight` and `X.up.weight` for what was added to `share * X.weight` of
-the base, and changed tensors under their own names; or put into a copy of the base module, whose layers are kept.
+the base, or what quantized forms have in their place, and changed tensors under their own names; or put into a copy of
+the base module, whose layers are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.fine_tuning.difference import BaseShare, Difference
+from compressor.forms import FORMS
 from compressor.io import Artifact, Checkpoint, Provenance, TensorInfo, require_in_range
 from compressor.lowrank import (
     DenseWeights,
@@ -68,6 +70,20 @@ class Adaptation:
         return {layer.name: known[layer.tensor] for layer, _ in self.paired if layer.tensor in known}
 
     @property
+    def numbers(self) -> int:
+        """How many numbers stand for the difference, a quantized one counted as one."""
+        tuned = self.difference.tuned.tensors
+        of_pairs = (FORMS[plan.form].numbers(layer, plan.rank or 0) for layer, plan in self.paired)
+        return sum(tuned[name].elements for name in self.in_full) + sum(of_pairs)
+
+    def stored_dtype(self, layer: Layer, plan: LayerPlan) -> torch.dtype:
+        """The dtype of what is stored for a layer: that of its weight, and bfloat16 of the scales of integers.
+
+        Float16, which a layer's own scales would have, is too coarse for those of small differences.
+        """
+        return torch.bfloat16 if plan.quantization is not None else self.difference.tuned.tensors[layer.tensor].dtype
+
+    @property
     def in_full(self) -> tuple[str, ...]:
         """The changed tensors that no pair stands for."""
         of_pairs = {layer.tensor for layer, _ in self.paired}
@@ -75,13 +91,12 @@ class Adaptation:
         return tuple(name for name in tuned.tensors if name in self.difference.changed and name not in of_pairs)
 
     def factors(self, layer: Layer, plan: LayerPlan, device: torch.device) -> Factors:
-        """The pair of a layer's difference, computed in float64 and rounded to the fine-tune's dtype, or as stored."""
+        """What stands for a layer's difference, computed in float64 and rounded as it is stored, or as stored."""
         if self.stored is not None:
             roles = (join(layer.name, f"{factor}.weight") for factor in ("down", "up"))
             return Factors({name: self.stored.read(name) for name in roles}, math.nan)
         matrix = as_matrix(layer, self.difference.checkpoint.read(layer.tensor)).to(device)
-        dtype = self.difference.tuned.tensors[layer.tensor].dtype
-        dense = DenseWeights(matrix, bias=None, dtype=dtype)
+        dense = DenseWeights(matrix, bias=None, dtype=self.stored_dtype(layer, plan))
         tensors = stored_tensors(layer, plan, approximate(layer, plan, matrix), dense=dense, metric=None)
         for name, tensor in tensors.items():
             require_in_range(name, tensor)
@@ -93,7 +108,7 @@ def pair_file_infos(adaptation: Adaptation) -> list[TensorInfo]:
     tuned = adaptation.difference.tuned.tensors
     infos = [tuned[name] for name in adaptation.in_full]
     for layer, plan in adaptation.paired:
-        infos += pair_infos(layer, plan, tuned[layer.tensor].dtype, bias=None)
+        infos += pair_infos(layer, plan, adaptation.stored_dtype(layer, plan), bias=None)
     return infos
 
 
@@ -136,6 +151,10 @@ def adaptation_metadata(adaptation: Adaptation, *, in_file: bool) -> dict[str, s
         "budget": plan.budget.to_dict(),
         "recipe": adaptation.recipe.known(),
     }
+    tuned = difference.tuned.tensors
+    quantized = [layer for layer, each in adaptation.paired if each.quantization is not None]
+    if quantized:  # whose tensors do not tell it
+        record["dtypes"] = {layer.name: str(tuned[layer.tensor].dtype).removeprefix("torch.") for layer in quantized}
     if adaptation.provenance is not None and in_file:  # a folder has a file of them
         record["options"] = dict(adaptation.provenance.options)
     return {"format": "pt"} | spec.to_metadata(record)
@@ -198,11 +217,15 @@ def adapted_module(
         assert plan.rank is not None
         assert isinstance(dense.weight, Tensor)
         pair = low_rank_layer(dense, plan.form, plan.rank)
-        prefix = f"{layer.name}." if layer.name else ""
+        prefix, bias = f"{layer.name}." if layer.name else "", FORMS[plan.form].bias
         own = {name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()}
-        if any(name == "up.bias" for name, _ in pair.named_parameters()):
-            own["up.bias"] = dense.weight.new_zeros(layer.shape[0])
-        load_state(pair, {name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
+        if any(name == bias for name, _ in pair.named_parameters()):
+            own[bias] = dense.weight.new_zeros(layer.shape[0])
+        if plan.quantization is None:
+            load_state(pair, {name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
+        else:  # whose scales are not to be rounded
+            own = {name: tensor.to(dense.weight.device) for name, tensor in own.items() if tensor.numel()}
+            pair.load_state_dict(own, strict=False, assign=True)
         with torch.no_grad():
             dense.weight.mul_(difference.share(layer.tensor))
         adapted = AdaptedLayer(dense, pair).train(dense.training)

@@ -14,9 +14,11 @@ from compressor.errors import BadInput
 from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
 from compressor.fine_tuning.difference import Difference
+from compressor.forms import quantization_of
 from compressor.io import Artifact, Checkpoint, TensorInfo, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
+from compressor.lowrank.stored_pairs import damaged
 from compressor.model import Model
 from compressor.network import find_layers
 from compressor.planning import Budget, LayerPlan, Plan
@@ -32,20 +34,17 @@ def is_difference(checkpoint: Checkpoint) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Materialized:
-    """`share * base + up @ down` of one matrix, in the dtype of the pair."""
+    """`share * base + up @ down` of one matrix, in the dtype of the fine-tune."""
 
     stored: Checkpoint
     pair: StoredPair
     base: Checkpoint
     share: float
+    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.pair.tensor_shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.tensors[self.pair.tensors["down"]].dtype
 
     @property
     def region(self) -> Hashable:
@@ -70,12 +69,14 @@ def materialize_fine_tune(stored: Checkpoint, base: Model) -> Checkpoint:
         raise BadInput(f"is not the base of {stored.source}", where=start.source, remedy=_REMEDY)
     tensors: dict[str, StoredTensor] = {name: start._stored[name] for name in start.tensors}
     pairs = stored_pairs(stored)
-    of_pairs = {name for pair in pairs.values() for name in pair.tensors.values()}
+    # A bias that changed is stored in full.
+    of_pairs = {name for pair in pairs.values() for role, name in pair.tensors.items() if role != "bias"}
     # A tied tensor may have another of its names in the base.
     own = {name: start.aliases.get(name, name) for name in stored.tensors if name not in of_pairs}
     tensors |= {own[name]: stored._stored[name] for name in own}
     for pair in pairs.values():
-        tensors[pair.tensors["weight"]] = _Materialized(stored, pair, start, _share(spec, pair.name))
+        dtype = _dtype(stored, pair)
+        tensors[pair.tensors["weight"]] = _Materialized(stored, pair, start, _share(spec, pair.name), dtype)
     infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, info in infos.items():
         if name not in start.tensors or start.tensors[name].shape != info.shape:
@@ -102,6 +103,12 @@ def adapter_of_file(stored: Checkpoint, base: Model) -> Adapter:
     """
     tuned, start = materialize_fine_tune(stored, base), base.with_ties().checkpoint
     pairs, spec = stored_pairs(stored), spec_of(stored)
+    if quantized := [pair.name for pair in pairs.values() if quantization_of(pair.form) is not None]:
+        raise BadInput(
+            f"{quantized[0]} is stored in less than 16 bits, and LoRA has no integers",
+            where=stored.source,
+            remedy="export it with `to='dense'`, or compress the fine-tune again with `base` and no bits",
+        )
     if scaled := [name for name in pairs if _share(spec, name) != 1.0]:
         raise BadInput(
             f"{scaled[0]} is to be added to {_share(spec, scaled[0]):.6g} of the base, and LoRA adds to all of it",
@@ -134,6 +141,18 @@ def _plan(shape: tuple[int, int], pair: StoredPair) -> LayerPlan:
 def _share(spec: LowRankSpec, layer: str) -> float:
     share = spec.layers[layer].share if layer in spec.layers else None
     return 1.0 if share is None else share
+
+
+def _dtype(stored: Checkpoint, pair: StoredPair) -> torch.dtype:
+    """The dtype of a weight of the fine-tune, which a file says of those that are stored as integers."""
+    known = file_record(stored).get("dtypes")
+    said = known.get(pair.name) if isinstance(known, dict) else None
+    if said is None:
+        return pair.dtype
+    dtype = getattr(torch, said, None) if isinstance(said, str) else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise damaged(f"the dtype {str(said)[:40]!r} of {pair.name} does not exist", stored)
+    return dtype
 
 
 def _base_digest(stored: Checkpoint) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from compressor.fine_tuning.adapter import (
 )
 from compressor.fine_tuning.difference import Difference, compare_checkpoints
 from compressor.fine_tuning.mixture import expert_blocks, with_common_ranks
-from compressor.forms import CHANNEL, DENSE, PLAIN
+from compressor.forms import CHANNEL, DENSE, PLAIN, pair_name
 from compressor.initial import share_left
 from compressor.io import Artifact, Provenance, portable_name
 from compressor.lowrank import StoredErrors
@@ -43,6 +43,9 @@ from compressor.planning import (
 from compressor.progress import Progress
 
 Kind = Literal["adapter", "pairs", "module"]
+
+# What a difference may be stored as, in 16 bits or quantized.
+_FORMS = (DENSE, PLAIN.name, CHANNEL.name)
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,13 @@ def measured_changes(
     kind: Kind,
     *,
     provenance: Provenance | None,
+    quantized: Mapping[str, tuple[str, ...]],
     run: Run,
 ) -> Changes:
     """Compare a fine-tune with its base, and measure the differences.
 
-    Raises `BadInput` where they cannot be compared, or no layer that changed is eligible.
+    `quantized` are the quantized forms that they may be stored in, by the names of the layers. Raises `BadInput` where
+    they cannot be compared, or no layer that changed is eligible.
     """
     start = with_ties(base.checkpoint, subject.architecture)
     # PEFT adds to all of the base.
@@ -101,7 +106,9 @@ def measured_changes(
     layers = tuple(changed_or_skipped(layer, difference) for layer in subject.layers)
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
-    inspected = inspect_layers(replace(subject, checkpoint=difference.checkpoint, layers=layers), EPSILON, run)
+    forms = {name: tuple(each for each in own if pair_name(each) in _FORMS) for name, own in quantized.items()}
+    changed = replace(subject, checkpoint=difference.checkpoint, layers=layers)
+    inspected = inspect_layers(changed, EPSILON, run, quantized=forms)
     measured = measured_differences(subject, inspected, difference)
     if not measured:
         raise BadInput(
@@ -234,11 +241,11 @@ def _planned_ranks(
     if given is not None:
         edited, where = given_plan(given)
         for layer in edited.layers:
-            if layer.form not in (DENSE, PLAIN.name, CHANNEL.name):
+            if pair_name(layer.form) not in _FORMS:
                 raise BadInput(
                     f"{layer.name} is to be {layer.form}",
                     where=where,
-                    remedy="a difference is stored in plain and channel pairs",
+                    remedy="a difference is stored in plain and channel pairs, or quantized without one",
                 )
         return Budget("plan"), apply_edits(edited, changes.measured, where)
     chosen = budget or default_budget(changes.measured, changes.subject.recipe.family)
