@@ -44,11 +44,13 @@ class Menu:
     """The choices that an allocation is made of: whether some are quantized, and whether some begin at initial weights.
 
     The predicted loss of truncation is multiplied by the `penalty`; an infinite one leaves no choice that truncates.
-    `capped` are ranks by the window rule.
+    Where `bits` are given, these are the only ones in which a layer may be quantized. `capped` are ranks by the window
+    rule.
     """
 
     penalty: float = 1.0
     quantized: bool = True
+    bits: int | None = None
     started: bool = True
     capped: bool = False
 
@@ -67,7 +69,9 @@ class Menu:
         ]
 
     def _has(self, form: str) -> bool:
-        return (self.started or not from_initial(form)) and (self.quantized or quantization_of(form) is None)
+        quantization = quantization_of(form)
+        allowed = quantization is None or (self.quantized and self.bits in (None, quantization.bits))
+        return allowed and (self.started or not from_initial(form))
 
 
 ALL = Menu()
@@ -78,7 +82,7 @@ class Candidate:
     """Ranks, the layers that they give, and their loss: predicted to second order, and on the holdout.
 
     The solution of an allocation that is only compared is not kept: on disk it is as large as the compressed model.
-    `name` is that of the solution in the journal.
+    `name` is that of the solution in the journal. `close` are solved ones whose loss is hardly larger.
     """
 
     calibration: Calibration
@@ -90,6 +94,22 @@ class Candidate:
     menu: Menu = ALL
     refined: bool = False
     name: str = ""
+    close: tuple[Candidate, ...] = ()
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some layer is quantized."""
+        return any(plan.bits < 16 for plan in self.layers)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some layer is truncated."""
+        return any(plan.truncated_to is not None for plan in self.layers)
+
+    def is_like(self, other: Candidate) -> bool:
+        """Whether both are mixtures of bits and ranks, bits alone, one width alone, or ranks alone."""
+        same = (self.quantizes, self.truncates) == (other.quantizes, other.truncates)
+        return same and (self.menu.bits is None) == (other.menu.bits is None)
 
     @property
     def solved(self) -> Compensated:
@@ -115,8 +135,8 @@ class Search:
 
     `weighted` are the layers in the metric of the loss. `caps` are the ranks that the window rule allows, by layer;
     `judge` computes the loss of a candidate. With quantized choices there are, beside the allocation of all, those by
-    `penalties` of truncation, and bits alone and ranks alone, than which the one that is found is never worse. Without
-    penalties all choices are tried as they are.
+    `penalties` of truncation, bits alone, one width alone, and ranks alone, than which the one that is found is never
+    worse, as they would be stored. Without penalties all choices are tried as they are.
     """
 
     calibration: Calibration
@@ -136,33 +156,44 @@ class Search:
         """
         if not self._compares:
             return self._only(budget)
-        best = self.best(budget)
-        for _ in range(0 if best.as_predicted else self.rounds):
+        tried = self.tried(budget)
+        for _ in range(0 if tried[0].as_predicted else self.rounds):
             try:
-                best = min(best, self._halfway(best).best(budget), key=_loss)
-            except BadInput as error:  # the candidate so far remains the best
+                tried = sorted([*tried, *self._halfway(tried[0]).tried(budget)], key=_loss)
+            except BadInput as error:  # the candidates so far remain the best
                 logger.info("no recalibration: %s", error)
-        best = replace(self, calibration=best.calibration)._compensated(best)
+        settings = self.calibration.settings
+        solved = [
+            replace(self, calibration=each.calibration)._compensated(each)
+            for each in _of_each_kind(tried, settings.compensated_within)
+        ]
         # What follows needs none of the moments that were taken again, and they go with their calibration.
-        return replace(best, calibration=replace(self.calibration, name=best.calibration.name))
+        solved = [replace(each, calibration=replace(self.calibration, name=each.calibration.name)) for each in solved]
+        best = min(solved, key=_loss)
+        close = (each for each in solved if each is not best and each.loss <= settings.refined_within * best.loss)
+        return replace(best, close=tuple(close))
 
     def _halfway(self, found: Candidate) -> Search:
         """The search by the moments at a model that is compressed half as far: by the square root of the share kept."""
-        assert found.exponent is not None
-        layers = self._allocated(found.menu, Budget("keep", math.sqrt(found.kept)), found.exponent)
+        layers = self._allocated(found.menu, Budget("keep", math.sqrt(found.kept)), _exponent(found))
         again = recalibrate(self.calibration, only_compared(self.calibration, layers), _name(layers))
         return replace(self, weighted=weighted_layers(self.weighted, again), calibration=again)
 
     def refined(self, found: Candidate) -> Candidate:
-        """The candidate with refined factors, if the settings say so and the loss falls."""
+        """The candidate or one that is close to it, with refined factors, if the settings say so and the loss falls."""
         if not self.calibration.settings.refine:
             return found
+        best = min((self._refined(each) for each in (found, *found.close)), key=_loss)
+        return replace(best, close=())
+
+    def _refined(self, found: Candidate) -> Candidate:
         name = f"{found.calibration.name}/refined/{_name(found.layers)}"
         refined = self._solved(found, refine(found.calibration, found.solved, name), name)
+        logger.info("refined: %.5f instead of %.5f", refined.loss, found.loss)
         return min(found, replace(refined, refined=True), key=_loss)
 
-    def best(self, budget: Budget) -> Candidate:
-        """The allocation with the least loss, its layers truncated and quantized as they are.
+    def tried(self, budget: Budget) -> list[Candidate]:
+        """Allocations, their layers truncated and quantized as they are, from the least loss on.
 
         Beside those by each exponent are tried, where they are others, those of its rivals by the best of them; and the
         best of all under the window rule's caps, and without initial weights.
@@ -170,23 +201,30 @@ class Search:
         candidates: list[Candidate] = []
         total = len(self.exponents) * (2 if self._quantizes else 1)
 
-        def add(menu: Menu, layers: tuple[LayerPlan, ...], exponent: float) -> None:
+        def add(menu: Menu, exponent: float) -> None:
+            layers = self._allocated(menu, budget, exponent)
             same = next((each for each in candidates if each.layers == layers), None)
             candidates.append(same or self._measured(menu, layers, exponent))
             self.calibration.run.report("allocate", min(len(candidates), total), total)
 
+        def add_fewer(menu: Menu, exponent: float) -> None:
+            # Fewer choices do not meet every budget. And whether ranks are found for a size in bytes depends on the
+            # file's header, and so a little on the ranks.
+            with suppress(BadInput):
+                add(menu, exponent)
+
         for exponent in self.exponents:
-            add(self._menu, self._allocated(self._menu, budget, exponent), exponent)
+            add(self._menu, exponent)
         found = min(candidates, key=_loss)
         for menu, exponent in self._rivals(found, budget):
-            with suppress(BadInput):  # such choices alone do not meet every budget
-                add(menu, self._allocated(menu, budget, exponent), exponent)
+            add_fewer(menu, exponent)
         found = min(candidates, key=_loss)
         if self.caps and math.isfinite(found.menu.penalty):
-            found = self._less(found, replace(found.menu, capped=True), budget)
+            add_fewer(replace(found.menu, capped=True), _exponent(found))
+        found = min(candidates, key=_loss)
         if any(m.start is not None for m in self.weighted):
-            found = self._less(found, replace(found.menu, started=False, capped=False), budget)
-        return found
+            add_fewer(replace(found.menu, started=False, capped=False), _exponent(found))
+        return sorted(candidates, key=_loss)
 
     @property
     def _menu(self) -> Menu:
@@ -199,14 +237,25 @@ class Search:
     def _rivals(self, found: Candidate, budget: Budget) -> list[tuple[Menu, float]]:
         """What the best allocation of all choices is to be compared with: each a menu and an exponent.
 
-        Other penalties, bits alone, and ranks alone by every exponent, as where nothing is quantized. One width for
-        every layer has none: without bits it would be the model as it is, which loses nothing.
+        Other penalties, bits alone, one width alone, and ranks alone by every exponent, as where nothing is quantized.
+        Where the width or the error of every layer is asked for there is none: without bits these would be larger.
         """
-        assert found.exponent is not None
-        if not self._quantizes or budget.kind == "bits" or math.isinf(self.penalties[0]):
+        if not self._quantizes or budget.kind in ("bits", "tolerance") or math.isinf(self.penalties[0]):
             return []
-        penalties = [(Menu(penalty), found.exponent) for penalty in (*self.penalties[1:], math.inf)]
-        return penalties + [(Menu(quantized=False), exponent) for exponent in self.exponents]
+        exponent = _exponent(found)
+        menus = [Menu(penalty) for penalty in (*self.penalties[1:], math.inf)]
+        rivals = [(menu, exponent) for menu in (*menus, *self._one_width(budget, exponent))]
+        return rivals + [(Menu(quantized=False), each) for each in self.exponents]
+
+    def _one_width(self, budget: Budget, exponent: float) -> list[Menu]:
+        """Bits alone in the most that all layers may have; what a budget leaves goes to some of them."""
+        known = {quantization_of(form) for m in self.weighted for form in m.own_errors}
+        for bits in sorted({each.bits for each in known if each is not None}, reverse=True):
+            menu = Menu(math.inf, bits=bits)
+            with suppress(BadInput):
+                self._allocated(menu, budget, exponent)
+                return [menu]
+        return []
 
     def _only(self, budget: Budget) -> Candidate:
         """The only candidate there is."""
@@ -245,22 +294,6 @@ class Search:
         loss = found.calibration.cache.journal.value(f"{name}/loss", judged)
         return replace(found, solution=solution, loss=loss, name=name)
 
-    def _less(self, found: Candidate, menu: Menu, budget: Budget) -> Candidate:
-        """The candidate, or that of the same exponent with fewer choices where it loses less."""
-        assert found.exponent is not None
-        other = self._tried(menu, budget, found.exponent)
-        # `found` itself where fewer choices change nothing.
-        return found if other is None or other.layers == found.layers else min(found, other, key=_loss)
-
-    def _tried(self, menu: Menu, budget: Budget, exponent: float) -> Candidate | None:
-        """The allocation with the choices of a menu; None where they do not meet the budget."""
-        try:
-            layers = self._allocated(menu, budget, exponent)
-        except BadInput:
-            # Whether ranks are found for a size in bytes depends on the file's header, and so a little on the ranks.
-            return None
-        return self._measured(menu, layers, exponent)
-
     def _allocated(self, menu: Menu, budget: Budget, exponent: float) -> tuple[LayerPlan, ...]:
         return self.allocate(menu.layers(self.weighted, self.caps), budget, exponent)
 
@@ -286,3 +319,19 @@ def _name(layers: Sequence[LayerPlan]) -> str:
 
 def _loss(candidate: Candidate) -> float:
     return candidate.loss
+
+
+def _exponent(candidate: Candidate) -> float:
+    assert candidate.exponent is not None, "only a given plan has none"
+    return candidate.exponent
+
+
+def _of_each_kind(tried: Sequence[Candidate], within: float) -> list[Candidate]:
+    """Of candidates, from the least loss on, the first, and the first of each other kind that loses so many times as
+    much at most."""
+    best, *others = tried
+    found = [best]
+    for each in others:
+        if each.loss <= within * best.loss and not any(each.is_like(other) for other in found):
+            found.append(each)
+    return found

@@ -129,6 +129,8 @@ def plan_unrefined(
     if calibration is None:
         return allocation.without_data()
     searched = allocation.searched(calibration, weighted, holdout_loss)
+    # Of many sizes only the best of each is refined.
+    searched = replace(searched, found=replace(searched.found, close=()))
     return replace(searched.planned(searched.found), refine=searched.refined if calibration.settings.refine else None)
 
 

@@ -156,6 +156,13 @@ class CalibrationSettings:
     are not quantized are tried besides; what has the least holdout loss is kept. With `(math.inf,)` nothing is
     truncated."""
 
+    compensated_within: float = 2.0
+    """Of the best mixture of bits and ranks, of bits alone, one width alone, and ranks alone those whose holdout loss
+    is at most so many times the least are compensated, and compared again as they would be stored."""
+
+    refined_within: float = 1.25
+    """The same of the refinement, which takes longer, by the loss of what is compensated."""
+
     window_caps: bool = True
     """Try the best allocation again with ranks capped by the window rule, where that rule applies."""
 
@@ -203,6 +210,8 @@ class CalibrationSettings:
         search = (
             "exponents",
             "truncation_penalties",
+            "compensated_within",
+            "refined_within",
             "window_caps",
             "recalibration_rounds",
             "trust_factor",

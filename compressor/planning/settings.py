@@ -66,9 +66,6 @@ class PlanningSettings:
     pair_widths: tuple[int, ...] = (8, 6, 5, 4)
     """Of the bits that are allowed those that the factors of a pair may have."""
 
-    convolution_widths: tuple[int, ...] = (8, 6, 5, 4)
-    """Of the bits that are allowed those that a convolution may have without a pair."""
-
     embedding_widths: tuple[int, ...] = (8, 4)
     """Of the bits that are allowed those that the rows of an embedding may have, where embeddings are asked for."""
 
@@ -113,7 +110,7 @@ class PlanningSettings:
     def __post_init__(self) -> None:
         as_count(self.most_trials, "most_trials", least=1)
         as_count(self.most_refined, "most_refined", least=1)
-        for name in ("widths", "pair_widths", "convolution_widths", "embedding_widths", "uniform_widths"):
+        for name in ("widths", "pair_widths", "embedding_widths", "uniform_widths"):
             if not set(getattr(self, name)) <= set(range(2, 9)):
                 raise BadInput(f"`{name}` is {getattr(self, name)!r}", option=name, remedy="give a tuple of 2 to 8")
         known = [form.name for form in FORMS.values() if form.has_own_errors]

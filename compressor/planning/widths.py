@@ -37,8 +37,7 @@ def _dense(layer: Layer, widths: Sequence[int], settings: PlanningSettings) -> I
         yield from (quantized_name(DENSE, Quantization(bits)) for bits in widths if bits in settings.embedding_widths)
         return
     for bits in widths:
-        if layer.kind in ("linear", "transposed linear", "parameter") or bits in settings.convolution_widths:
-            yield from (quantized_name(DENSE, each) for each in quantizations(layer.shape, bits))
+        yield from (quantized_name(DENSE, each) for each in quantizations(layer.shape, bits))
 
 
 def _pairs(layer: Layer, widths: Sequence[int], settings: PlanningSettings) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -199,7 +200,7 @@ def test_bits_alone_and_ranks_alone_are_taken_where_the_holdout_loses_less(
         seen.append(kinds(modules))
         return float(seen[-1] != wanted)
 
-    found = search(calibration, judge, penalties=(1.0, 1e3)).best(Budget("keep", 0.4))
+    found = search(calibration, judge, penalties=(1.0, 1e3)).tried(Budget("keep", 0.4))[0]
     assert {(True, False), (False, True)} <= set(seen)
     assert found.loss == min(float(each != wanted) for each in seen)
     assert sum(plan.parameters for plan in found.layers) <= 0.4 * sum(plan.dense_parameters for plan in found.layers)
@@ -210,9 +211,55 @@ def test_bits_alone_and_ranks_alone_are_taken_where_the_holdout_loses_less(
         assert wanted == (True, True)
 
 
+BITS, RANKS = (True, False), (False, True)
+
+
+@pytest.mark.parametrize("within", [1.1, 2.0])
+def test_candidates_that_lose_a_little_more_are_compared_again_as_they_are_compensated(
+    calibration: Calibration, within: float
+) -> None:
+    seen = []
+
+    def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
+        seen.append(kinds(modules))
+        if seen[-1] == BITS:
+            return 1.2 if seen.count(RANKS) < 2 else 0.5
+        return 1.0 if seen[-1] == RANKS else math.inf
+
+    settings = replace(TWO_PASSES, compensated_within=within)
+    found = search(replace(calibration, settings=settings), judge, penalties=(1.0,)).find(Budget("keep", 0.4))
+    assert (found.quantizes, found.truncates) == (BITS if within > 1.2 else RANKS)
+    assert found.loss == (0.5 if within > 1.2 else 1.0)
+
+
+@pytest.mark.parametrize("within", [1.1, 1.25])
+def test_close_candidates_are_refined_beside_each_other(calibration: Calibration, within: float) -> None:
+    losses = {RANKS: 1.0, BITS: 1.2}
+
+    def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
+        return losses.get(kinds(modules), math.inf)
+
+    settings = replace(TWO_PASSES, refined_within=within)
+    alike = search(replace(calibration, settings=settings), judge, penalties=(1.0,))
+    found = alike.find(Budget("keep", 0.4))
+    assert (found.quantizes, found.truncates) == RANKS
+    losses[BITS] = 0.5
+    refined = alike.refined(found)
+    assert (refined.quantizes, refined.truncates) == (BITS if within > 1.2 else RANKS)
+
+
+@pytest.mark.parametrize(("keep", "bits"), [(0.7, 8), (0.4, 4)])
+def test_the_most_bits_that_all_layers_may_have_are_tried(calibration: Calibration, keep: float, bits: int) -> None:
+    def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
+        return float(len(modules))
+
+    tried = search(calibration, judge, penalties=(1.0,)).tried(Budget("keep", keep))
+    assert any({plan.bits for plan in each.layers} - {16} == {bits} and not each.truncates for each in tried)
+
+
 def test_one_width_is_not_compared_with_the_model_as_it_is(calibration: Calibration) -> None:
     def judge(_: Calibration, modules: Mapping[str, nn.Module]) -> float:
         return float(len(modules))
 
-    found = search(calibration, judge, penalties=(1.0, 2.0)).best(Budget("bits", 4))
+    [found] = search(calibration, judge, penalties=(1.0, 2.0)).tried(Budget("bits", 4))
     assert [plan.bits for plan in found.layers] == [4] * len(calibration.layers)
