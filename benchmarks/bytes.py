@@ -62,8 +62,6 @@ SHARES = (0.5, 0.375, 0.31, 0.25, 0.2, 0.16, 0.13, 0.1)
 DRAWS = (0, 1, 2)
 # At which a model is to be lossless, besides.
 FURTHER_SHARES = {"digits-mlp": (0.03,), "digits-resnet": (0.12,), "digits-vit": (0.12,), "stdlib-llama": (0.4,)}
-LARGEST_EXCESS = 0.012
-"""By how much more bytes than were asked for may be, as a share of them, because of the order of pivoted rows."""
 SCALES = torch.float16
 ONE_PASS = QuantizationSettings(rounds=0)
 UNIFORM = ("8", "6g128", "5g128", "4g128", "4g32", "3g128", "3g32", "2g64", "2g32")
@@ -166,10 +164,8 @@ def sized(given: Given, share: float, small: nn.Module, *, tensors: Mapping[str,
     """What is measured of a model that is stored as these tensors."""
     sizes = {name: file_bytes(each.shape, each.dtype) for name, each in tensors.items()}
     stored = given.stored(sizes)
-    # `keep` does not count the order of the rows of a pivoted pair.
-    counted = stored - sum(size for name, size in sizes.items() if name.endswith(".order"))
-    if counted > share * given.dense_bytes:
-        raise RuntimeError(f"{given.name}, {share}: stores {counted / given.dense_bytes:.4f} of the bytes")
+    if stored > share * given.dense_bytes:
+        raise RuntimeError(f"{given.name}, {share}: stores {stored / given.dense_bytes:.4f} of the bytes")
     return outcome(given, rounded(small), stored)
 
 
@@ -500,9 +496,7 @@ def _nats(loss: float) -> str:
 def best_other(points: Sequence[Point], share: float) -> Point | None:
     """What loses least of all that is not ours and takes no more bytes than a share of them."""
     others = [
-        point
-        for point in points
-        if not point.method.startswith("ours") and (point.share or point.stored) <= share * (1 + LARGEST_EXCESS)
+        point for point in points if not point.method.startswith("ours") and (point.share or point.stored) <= share
     ]
     return min(others, key=lambda point: point.mean, default=None)
 

@@ -282,8 +282,9 @@ def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: 
 
 
 def numbers(model: nn.Module) -> int:
-    """How many numbers the weight file holds; tied tensors are in it once."""
-    return _numbers({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
+    """How many numbers the weight file holds; tied tensors are in it once, and an index of int32 is two of 16 bits."""
+    once = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
+    return sum(tensor.numel() if tensor.is_floating_point() else tensor.nbytes // 2 for tensor in once)
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:

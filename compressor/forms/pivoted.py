@@ -64,7 +64,7 @@ def pivoted_layer(dense: nn.Module, rank: int) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class PivotedForm(PairForm):
-    """`r (d_out + d_in - r)` numbers and the order, which counts as `d_out` numbers."""
+    """`r (d_out + d_in - r)` numbers and the order, whose int32 count as two numbers of 16 bits each."""
 
     name: str = "pivoted"
     names: tuple[str, ...] = ("down.weight", "up.weight", "order")
@@ -81,11 +81,14 @@ class PivotedForm(PairForm):
 
     def parameters(self, weight: DenseWeight, rank: Count) -> Count:
         d_out, d_in = weight.shape
-        return rank * (d_out + d_in - rank) + d_out
+        return rank * (d_out + d_in - rank) + 2 * d_out
+
+    def numbers(self, weight: DenseWeight, rank: int) -> int:
+        return self.parameters(weight, rank) - weight.shape[0]
 
     def nbytes(self, weight: DenseWeight, rank: Count, itemsize: int) -> Count:
-        order = weight.shape[0]
-        return (self.parameters(weight, rank) - order) * itemsize + order * 4
+        order = 2 * weight.shape[0]
+        return (self.parameters(weight, rank) - order) * itemsize + order * 2
 
     def kernels(self, weight: DenseWeight, rank: Size, use: LayerUse, *, itemsize: int) -> list[Kernel]:
         d_out, d_in = weight.shape
