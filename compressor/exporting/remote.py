@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from compressor.errors import BadInput, CompressorError
-from compressor.forms import FORMS, layers, quantized_layers
+from compressor.forms import DENSE, FORMS, layers, quantized_layers
 from compressor.io import CODE_FILE, Artifact, Checkpoint, portable_config
 from compressor.lowrank import (
     CODE_CLASS_PREFIX,
@@ -28,10 +28,12 @@ from compressor.lowrank import (
     is_compressed_tensors,
 )
 from compressor.lowrank import modules as low_rank_modules
-from compressor.quantize import packing, products
+from compressor.quantize import groups, packing, products
+from compressor.quantize.settings import DEFAULTS as QUANTIZATION
 from compressor.version import VERSION
 
-_IMPORTS = """from typing import Any
+_IMPORTS = """from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +42,34 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 """
 
-_BUILDERS = """def layer_builder(form):
+_BUILDERS = """def pair_builder(form):
     builders = {{
         {builders}
     }}
     build, settings = builders[form]
     return lambda dense, rank: build(dense, rank, **settings)
+
+
+def layer_builder(form):
+    pair, _, quantization = form.partition("@")
+    if not quantization:
+        return pair_builder(form)
+    size = quantization.removesuffix("z").partition("g")[2]
+
+    def fitted(inputs):
+        return fitted_group(int(size) if size else None, inputs, smallest={smallest}, largest={largest})
+
+    how = {{"bits": int(quantization[0]), "zero_points": quantization.endswith("z"), "fitted": fitted}}
+    if pair == {dense!r}:
+        return lambda dense, rank: quantized_matrix(dense, correction(dense, rank), **how)
+    return lambda dense, rank: quantized_pair(pair_builder(pair)(dense, rank), **how)
+
+
+def correction(dense, rank):
+    if rank == 0:
+        return None
+    build = channel_layer if dense.weight.dim() > 2 else plain_layer
+    return quantized_pair(build(dense, rank), bits=8, zero_points=False, fitted=lambda inputs: None)
 """
 
 _CLASSES = '''
@@ -65,7 +89,11 @@ class {prefix}{architecture}({architecture}):
     def __init__(self, config, *arguments, **keywords):
         super().__init__(config, *arguments, **keywords)
         for name, layer in config.{key}["layers"].items():
-            put_pair(self, name, layer["form"], rank=layer["rank"])
+            form = layer["form"]
+            if "bits" in layer:
+                size, zero_points = layer["group_size"], "z" if layer["zero_points"] else ""
+                form = f"{{form}}@{{layer['bits']}}" + ("" if size is None else f"g{{size}}") + zero_points
+            put_pair(self, name, form, rank=layer["rank"])
 '''
 
 
@@ -103,12 +131,6 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.folder / "config.json",
             remedy="compress the dense model again",
         ) from None
-    if quantized := [name for name, layer in spec.layers.items() if layer.quantization is not None]:
-        raise BadInput(
-            f"has {len(quantized)} quantized layers ({quantized[0]}), which are not exported with their code",
-            where=checkpoint.source,
-            remedy="export it with `to='dense'`, or give it as it is to those who have this package",
-        )
     # Anything else would be lost in the exported folder.
     if strange := sorted(key for key, value in described.items() if key not in spec.to_config() and value):
         raise BadInput(
@@ -152,7 +174,7 @@ def remote_code(architecture: str, configuration: str) -> str:
 
     Raises `CompressorError` where the layers use more of this package than is copied.
     """
-    shared = "\n\n".join(map(_body, (layers, packing, products, quantized_layers)))
+    shared = "\n\n".join(map(_body, (layers, groups, packing, products, quantized_layers)))
     own = _body(low_rank_modules)
     pieces: dict[Callable[..., Any], None] = {}
     forms = [form for form in FORMS.values() if not form.from_initial]  # which are dense once they are loaded
@@ -160,7 +182,12 @@ def remote_code(architecture: str, configuration: str) -> str:
         pieces |= dict.fromkeys((*form.classes, form.build))
     parts = [inspect.getsource(piece) for piece in pieces]
     builders = (f"{form.name!r}: ({form.build.__name__}, {form.settings!r})," for form in forms)
-    table = _BUILDERS.format(builders="\n        ".join(builders))
+    table = _BUILDERS.format(
+        builders="\n        ".join(builders),
+        dense=DENSE,
+        smallest=QUANTIZATION.smallest_group,
+        largest=QUANTIZATION.largest_group,
+    )
     classes = _CLASSES.format(
         architecture=architecture, configuration=configuration, prefix=CODE_CLASS_PREFIX, key=CODE_CONFIG_KEY
     )

@@ -150,6 +150,15 @@ def linear_sides(dense: nn.Module) -> tuple[str, int, int]:
     raise ValueError(f"{type(dense).__name__} is not a layer that can be factorized")
 
 
+def kind_name(dense: nn.Module) -> str:
+    """The kind of layer that a module is, as in `MARKERS`; ValueError for one that has no pair."""
+    if isinstance(dense, nn.Embedding):
+        return "embedding"
+    if isinstance(dense, Convolution | TransposedConvolution):
+        return "convolution" if isinstance(dense, Convolution) else "transposed convolution"
+    return linear_sides(dense)[0]
+
+
 def copy_geometry(dense: Convolution | TransposedConvolution, pair: nn.Module) -> None:
     """Say of a pair what the dense convolution says of itself: models compute lengths of their outputs from it."""
     for name in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):

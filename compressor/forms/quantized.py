@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,8 @@ from compressor.forms.quantized_layers import (
     QuantizedLinear,
     QuantizedTransposedConvolution,
     quantized_layer,
+    quantized_matrix,
+    quantized_pair,
 )
 from compressor.forms.quantized_parts import (
     TURNED,
@@ -101,6 +104,15 @@ class _QuantizedForm(PairForm):
     build: Callable[..., nn.Module] = quantized_layer
     classes: tuple[type[nn.Module], ...] = _CLASSES
 
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What its unfilled layers are built from."""
+        own = self.quantization
+        return {"bits": own.bits, "zero_points": own.zero_points, "fitted": self._group_size}
+
+    def _group_size(self, inputs: int) -> int | None:
+        return self.quantization.fitted(inputs).group_size
+
     @abstractmethod
     def parts(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         """The tensors before they are quantized."""
@@ -146,11 +158,7 @@ class QuantizedPair(_QuantizedForm):
         return cls(name=name, names=names, bias=pair.bias, pair=pair, quantization=quantization, classes=pair.classes)
 
     def layer(self, dense: nn.Module, rank: int) -> nn.Module:
-        layer = self.pair.layer(dense, rank)
-        for name, part in [(name, part) for name, part in layer.named_children() if name in ("down", "up")]:
-            setattr(layer, name, unfilled_part(part, self.quantization))
-        _mark(layer, kind_of(dense), self.quantization)
-        return layer
+        return quantized_pair(self.pair.layer(dense, rank), **self._how)
 
     def marker(self, weight: DenseWeight) -> tuple[int, ...] | None:
         return (*MARKERS[weight.kind], self.quantization.bits)
@@ -319,17 +327,8 @@ class QuantizedDense(_QuantizedForm):
         return cls(name=name, names=part_names("weight", quantization), quantization=quantization)
 
     def layer(self, dense: nn.Module, rank: int) -> nn.Module:
-        layer = unfilled_part(dense, self.quantization)
-        kind = kind_of(dense)
-        if kind != "linear":
-            _mark(layer, kind, self.quantization)
-        if rank > 0:
-            parts = dict(_correction("convolution" in kind).layer(dense, rank).named_children())
-            for name in ("down", "up"):
-                layer.add_module(name, parts[name])
-            if "bias" in parts["up"]._parameters:
-                parts["up"].register_parameter("bias", None)
-        return layer
+        correction = _correction("convolution" in kind_of(dense)).layer(dense, rank) if rank > 0 else None
+        return quantized_matrix(dense, correction, **self._how)
 
     def names_at(self, rank: int) -> tuple[str, ...]:
         return self.names if rank == 0 else (*self.names, *_correction(False).names)
@@ -433,22 +432,6 @@ class QuantizedDense(_QuantizedForm):
             return np.array([error])
         left = decomposition_in(in_float64(matrix) - found, metric, settings)
         return np.asarray(error * truncation_errors(left.values), dtype=np.float64)
-
-
-def _mark(layer: nn.Module, kind: Kind, quantization: Quantization) -> None:
-    """Let the zero-size weight of a layer say its bits too: the packed widths of short rows leave these open."""
-    weight = layer._buffers["weight"]
-    assert weight is not None
-    layer.register_buffer("weight", weight.new_empty(*MARKERS[kind], quantization.bits))
-
-
-def unfilled_part(dense: nn.Module, quantization: Quantization) -> nn.Module:
-    """The quantized layer in the place of a dense one, with the group size that its inputs have."""
-    weight = dense.weight
-    assert isinstance(weight, Tensor)
-    sides = flattened(weight.shape)
-    fitted = quantization.fitted(sides[0] if type(dense).__name__ == "Conv1D" else sides[1])
-    return quantized_layer(dense, **fitted.to_dict())
 
 
 @cache

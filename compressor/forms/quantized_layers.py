@@ -6,12 +6,21 @@ A layer has the tensors of a quantized matrix as buffers, called as in its file.
 when a module is cast: what a layer computes in is the dtype of its zero-size `weight`, which is not stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor.forms.layers import Convolution, TransposedConvolution, applied, copy_geometry, linear_sides
+from compressor.forms.layers import (
+    MARKERS,
+    Convolution,
+    TransposedConvolution,
+    applied,
+    copy_geometry,
+    kind_name,
+    linear_sides,
+)
 from compressor.quantize.packing import pack, packed_width, unpack
 from compressor.quantize.products import (
     GROUPS_OF_4_BITS,
@@ -366,3 +375,47 @@ def quantized_layer(dense: nn.Module, **quantization: Any) -> nn.Module:
     assert isinstance(weight, Tensor)
     has_bias = getattr(dense, "bias", None) is not None
     return QuantizedLinear(d_in, d_out, bias=has_bias, like=weight, **quantization)
+
+
+# The group size that so many inputs have; None for whole rows.
+Fitted = Callable[[int], int | None]
+
+
+def quantized_part(dense: nn.Module, *, bits: int, zero_points: bool, fitted: Fitted) -> nn.Module:
+    """The unfilled quantized layer in the place of a dense one, with the group size that its inputs have."""
+    weight = dense.weight
+    assert isinstance(weight, Tensor)
+    inputs = weight.shape[0] if type(dense).__name__ == "Conv1D" else weight.shape[1:].numel()
+    return quantized_layer(dense, bits=bits, group_size=fitted(inputs), zero_points=zero_points)
+
+
+def quantized_pair(pair: nn.Module, *, bits: int, zero_points: bool, fitted: Fitted) -> nn.Module:
+    """An unfilled pair, changed in place, with quantized layers in the place of its two."""
+    for name in ("down", "up"):
+        pair.add_module(name, quantized_part(pair._modules[name], bits=bits, zero_points=zero_points, fitted=fitted))  # type: ignore[arg-type]
+    mark(pair, tuple(pair._buffers["weight"].shape), bits)  # type: ignore[union-attr]
+    return pair
+
+
+def quantized_matrix(
+    dense: nn.Module, correction: nn.Module | None, *, bits: int, zero_points: bool, fitted: Fitted
+) -> nn.Module:
+    """The unfilled quantized layer in the place of a dense one, with the layers of the unfilled pair that corrects it,
+    if one does."""
+    layer, kind = quantized_part(dense, bits=bits, zero_points=zero_points, fitted=fitted), kind_name(dense)
+    if kind != "linear":
+        mark(layer, MARKERS[kind], bits)
+    if correction is not None:
+        parts = correction._modules
+        for name in ("down", "up"):
+            layer.add_module(name, parts[name])
+        if "bias" in parts["up"]._parameters:  # type: ignore[union-attr]
+            parts["up"].register_parameter("bias", None)  # type: ignore[union-attr]
+    return layer
+
+
+def mark(layer: nn.Module, marker: tuple[int, ...], bits: int) -> None:
+    """Let the zero-size weight of a layer say its bits too: the packed widths of short rows leave these open."""
+    weight = layer._buffers["weight"]
+    assert weight is not None
+    layer.register_buffer("weight", weight.new_empty(*marker, bits))

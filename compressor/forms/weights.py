@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from compressor.forms.layers import Convolution, TransposedConvolution, linear_sides
+from compressor.forms.layers import kind_name
 from compressor.network import Kind
 
 # One rank, or many at once.
@@ -50,8 +50,4 @@ class StoredWeight:
 
 def kind_of(dense: nn.Module) -> Kind:
     """The kind of layer that a module is; ValueError for one that has no pair."""
-    if isinstance(dense, nn.Embedding):
-        return "embedding"
-    if isinstance(dense, Convolution | TransposedConvolution):
-        return "convolution" if isinstance(dense, Convolution) else "transposed convolution"
-    return "linear" if linear_sides(dense)[0] == "linear" else "transposed linear"
+    return cast("Kind", kind_name(dense))

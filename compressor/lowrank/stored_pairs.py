@@ -210,7 +210,8 @@ def _layer_at(
     kind = said.kind if said is not None else _kind_of_pair(place.tensor, place.marker, own)
     pair = recognized(kind, {name: shape for name, shape in own.items() if name != "weight"})
     if pair is None and "weight" not in own:
-        if quantized or place.bits is not None:
+        tied = place.tensor in checkpoint.aliases  # a head to an embedding, which has the factors
+        if quantized or (place.bits is not None and not tied):
             raise damaged(f"the factors of {layer} do not fit together", checkpoint)
         return None
     return _StoredLayer(place, kind, own, quantized, pair, said)

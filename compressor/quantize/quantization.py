@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.io import TensorInfo
+from compressor.quantize.groups import fitted_group
 from compressor.quantize.packing import pack, packed_width, unpack
 from compressor.quantize.settings import DEFAULTS, QuantizationSettings
 
@@ -83,14 +84,8 @@ class Quantization:
 
     def fitted(self, d_in: int, *, settings: QuantizationSettings = DEFAULTS) -> Quantization:
         """The same for a matrix of so many inputs: of the nearest group size that divides them, else of whole rows."""
-        if self.group_size is None or (self.group_size < d_in and d_in % self.group_size == 0):
-            return self
-        within = range(settings.smallest_group, min(settings.largest_group, d_in - 1) + 1)
-        divisors = [size for size in within if d_in % size == 0]
-        if self.group_size >= d_in or not divisors:
-            return replace(self, group_size=None)
-        wanted = self.group_size
-        return replace(self, group_size=min(divisors, key=lambda size: max(size, wanted) / min(size, wanted)))
+        size = fitted_group(self.group_size, d_in, smallest=settings.smallest_group, largest=settings.largest_group)
+        return self if size == self.group_size else replace(self, group_size=size)
 
     def groups(self, d_in: Side) -> Side:
         """How many scales a row of so many inputs has; ValueError where the group size does not divide them."""

@@ -51,6 +51,7 @@ OWN_CODE: dict[str, dict[str, str]] = {
         "spatial": "spatial@8",
         "back": "channel@8",
         "rnn.weight_hh_l0": "plain@6",
+        "words": "dense@8",
     },
 }
 BLOCK, STAGE = "transformer.h.0", "resnet.encoder.stages.0.layers.0.layer"
@@ -65,6 +66,7 @@ TRANSFORMERS: dict[str, dict[str, str]] = {
         f"{BLOCK}.attn.c_proj": "plain@8",
         f"{BLOCK}.mlp.c_fc": "pivoted@8",
         f"{BLOCK}.mlp.c_proj": "dense@4g32",
+        "transformer.wte": "dense@8",
     },
 }
 
@@ -207,7 +209,10 @@ def test_own_code_as_a_module(form: str, tmp_path: Path) -> None:
         for verb in (restore, lambda *given, **named: export(*given, to="dense", **named)):
             written = verb(tmp_path / "small.pt", output=tmp_path / "dense.pt", factory=factory, overwrite=True)
             twin = Kinds()
-            twin.load_state_dict(torch.load(written.output, weights_only=True), strict=True)
+            # A head tied to a quantized embedding has no tensors, so a state dict does not say that it is.
+            lacking = ["head.weight"] if form == "quantized" else []
+            missing, unexpected = twin.load_state_dict(torch.load(written.output, weights_only=True), strict=False)
+            assert (missing, unexpected) == (lacking, [])
             same(twin, expected)
 
 
@@ -363,8 +368,6 @@ def test_transformers_folders(form: str, shard: int, folders: Any, *, tmp_path: 
     same(load(Path(restore(small, output=tmp_path / "dense", max_shard_size=shard).output), form), expected)
     exported = export(small, to="dense", output=tmp_path / "exported", max_shard_size=shard).output
     same(load(Path(exported), form), expected)
-    if form == "quantized":
-        return
     remote = export(small, to="hf-remote", output=tmp_path / "remote", max_shard_size=shard).output
     with_code = load(Path(remote), form, trust_remote_code=True)
     assert type(with_code).__name__.startswith("LowRank")

@@ -150,11 +150,51 @@ def test_floats_come_back(saved_again: bool, tmp_path: Path) -> None:
         assert all(torch.equal(exported[name], each) for name, each in model.state_dict().items() if name in exported)
 
 
-@pytest.mark.parametrize(("forms", "words"), [(BITS, "needs no code"), (BOTH, "6 quantized layers|5 quantized layers")])
-def test_code_goes_along_with_no_quantized_layer(forms: Forms, words: str, tmp_path: Path) -> None:
-    quantized(llama(tmp_path / "dense"), forms, tmp_path / "small")
-    with pytest.raises(BadInput, match=words):
+def test_no_code_goes_along_with_what_compressed_tensors_loads(tmp_path: Path) -> None:
+    quantized(llama(tmp_path / "dense"), BITS, tmp_path / "small")
+    with pytest.raises(BadInput, match="needs no code"):
         export(tmp_path / "small", to="hf-remote", output=tmp_path / "remote")
+
+
+REMOTE = """
+import sys, torch, transformers
+class Blocked:
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "compressor":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+for folder, (logits, size) in torch.load(sys.argv[1]).items():
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(3, 20)[None]).logits, logits), folder
+    assert sum(each.nbytes for each in (*model.parameters(), *model.buffers())) == size
+    model.generate(torch.arange(3, 20)[None], max_new_tokens=2, do_sample=False, pad_token_id=0)
+    model.save_pretrained(folder + "-again")
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_integers_bring_their_code_along(tmp_path: Path, warm: Warm) -> None:
+    """Pairs, corrections, zero points, and a quantized embedding with the head tied to it; in memory as integers."""
+    expected = {}
+    for name, form, dtype in (("whole", "dense@8", torch.bfloat16), ("pair", "plain@8", torch.float32)):
+        dense = llama(tmp_path / name, dtype, tie_word_embeddings=True)
+        forms = {**BOTH, "*embed_tokens": (form, 0 if name == "whole" else 9)}
+        quantized(dense, forms, tmp_path / f"{name}-small")
+        remote = export(tmp_path / f"{name}-small", to="hf-remote", output=tmp_path / f"{name}-remote").output
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-small")
+        size = sum(each.nbytes for each in (*loaded.parameters(), *loaded.buffers()))
+        expected[remote] = logits(loaded), size
+    torch.save(expected, tmp_path / "expected.pt")
+    ran = warm.run(REMOTE, str(tmp_path / "expected.pt"))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.endswith("equal\n")
+    for remote, (outputs, _) in expected.items():
+        for folder in (remote, f"{remote}-again"):
+            restored = load_model(restore(folder, output=f"{folder}-dense").output)
+            rounding = 1e-5 if outputs.dtype == torch.float32 else 0.02
+            torch.testing.assert_close(logits(restored), outputs, rtol=rounding, atol=rounding)
 
 
 def test_merging_reads_the_matrices_that_integers_stand_for(tmp_path: Path) -> None:
