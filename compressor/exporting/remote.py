@@ -32,7 +32,9 @@ from compressor.quantize import groups, packing, products
 from compressor.quantize.settings import DEFAULTS as QUANTIZATION
 from compressor.version import VERSION
 
-_IMPORTS = """from collections.abc import Callable
+_IMPORTS = """import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
 
 from compressor.forms.weights import TRANSPOSED, DenseWeight
 from compressor.latency import Convolution, IntegerProduct, Kernel, LayerUse, MatrixProduct, ModuleCall, Movement, Size
 from compressor.quantize import Quantization
+from compressor.quantize.products import kernel_group
 
 
 def dense_kernels(weight: DenseWeight, use: LayerUse, *, itemsize: int) -> list[Kernel]:
@@ -74,17 +79,32 @@ def quantized_kernels(kernels: Sequence[Kernel], weight: DenseWeight, quantizati
 
     A module multiplies with a dequantized parameter in code of its own.
     """
-    bits, grouped = quantization.bits, quantization.group_size is not None
     found: list[Kernel] = []
     for kernel in kernels:
         if isinstance(kernel, MatrixProduct) and weight.kind != "parameter":
-            found.append(IntegerProduct(**vars(kernel), bits=bits, grouped=grouped))
+            taken = kernels_take(quantization, kernel.columns, kernel.inner)
+            found.append(IntegerProduct(**vars(kernel), bits=quantization.bits, taken=taken))
             continue
         if isinstance(kernel, Convolution):
             inner = kernel.in_channels * math.prod(kernel.kernel)
             found.append(dequantization(kernel.out_channels, inner, itemsize=kernel.itemsize))
         found.append(kernel)
     return found
+
+
+def kernels_take(quantization: Quantization, outputs: Size, inputs: Size) -> npt.NDArray[np.bool_]:
+    """Whether kernels for integers take weights of such sizes that are quantized so."""
+    sides = np.broadcast_arrays(np.asarray(outputs, dtype=np.int64), np.asarray(inputs, dtype=np.int64))
+    taken = [_takes(quantization, *each) for each in zip(*(side.ravel().tolist() for side in sides), strict=True)]
+    return np.array(taken, dtype=np.bool_).reshape(sides[0].shape)
+
+
+@lru_cache(maxsize=2**16)
+def _takes(quantization: Quantization, outputs: int, inputs: int) -> bool:
+    if quantization.zero_points or inputs < 1:
+        return False
+    group = quantization.fitted(inputs).group_size
+    return group is None if quantization.bits == 8 else kernel_group(outputs, inputs, group) > 0
 
 
 def dequantization(rows: Size, columns: Size, *, itemsize: int) -> Kernel:

@@ -23,16 +23,14 @@ from compressor.forms.layers import (
 )
 from compressor.quantize.packing import pack, packed_width, unpack
 from compressor.quantize.products import (
-    GROUPS_OF_4_BITS,
-    MOST_ROWS_OF_4_BITS,
-    packed_of_4_bits,
-    product_of_4_bits,
+    has_kernel,
+    held_for_kernel,
+    kernel_group,
+    most_rows,
     product_of_8_bits,
-    unpacked_of_4_bits,
+    product_of_few_bits,
+    unheld,
 )
-
-# The highest bit of each byte of an int32: what turns integers of 8 bits into signed ones.
-_SIGNS = -0x7F7F7F80
 
 
 class QuantizedWeight(nn.Module):
@@ -75,14 +73,15 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("weight_shape", torch.tensor(shape, dtype=torch.int64, device=device))
         self.register_buffer("weight", like.new_empty(0), persistent=False)
         self.register_buffer("kernel_scales", None, persistent=False)
-        # The bits of the kernel that can multiply with it; 0 where there is none.
-        self.kernel_bits = 0
-        if bits == 8 and groups == 1 and not zero_points and columns % 4 == 0:
-            self.kernel_bits = 8
-        elif bits == 4 and groups > 1 and columns // groups in GROUPS_OF_4_BITS and not zero_points:
-            self.kernel_bits = 0 if self.is_table or rows % 16 else 4
+        # Whether it is multiplied in int8, and in which groups a kernel of 4 bits takes it; 0 where it does not.
+        self.is_int8 = bits == 8 and groups == 1 and not zero_points
+        self.kernel_group = self._fitting_group()
         # What gives the matrix while it is fitted.
         self.fitted: nn.Module | None = None
+
+    def _fitting_group(self) -> int:
+        fits = self.bits < 8 and self.weight_zero_point is None and not self.is_table
+        return kernel_group(self.rows, self.columns, self.group_size) if fits else 0
 
     def dequantized(self, rows: Tensor | None = None) -> Tensor:
         """The matrix, or some of its rows, in the dtype of the layer."""
@@ -90,12 +89,14 @@ class QuantizedWeight(nn.Module):
             matrix: Tensor = self.fitted()
             return matrix if rows is None else matrix[rows]
         dtype, scale = self.weight.dtype, self.weight_scale if rows is None else self.weight_scale[rows]
-        exact = dtype if dtype.itemsize >= 4 else torch.float32
+        # A product of an integer and a scale of the same 16 bits is rounded once.
+        exact = dtype if dtype.itemsize >= 4 or scale.dtype == dtype else torch.float32
         size = self.columns // scale.shape[1]  # which -1 would leave open where there are no rows
-        numbers = self._integers(rows).to(exact).reshape(*scale.shape, size)
+        numbers = self._integers(rows).to(exact).view(*scale.shape, size)
         if self.weight_packed.dtype != torch.int8:
-            numbers = numbers - self._zeros(rows, exact)
-        return (numbers * scale.to(exact).unsqueeze(2)).flatten(1).to(dtype)
+            numbers -= self._zeros(rows, exact)
+        numbers *= scale.to(exact).unsqueeze(2)
+        return numbers.flatten(1).to(dtype)
 
     def integers(self) -> Tensor:
         """The integers as they are stored, `rows x columns` in uint8."""
@@ -106,7 +107,7 @@ class QuantizedWeight(nn.Module):
         """The integers, or some rows of them, in uint8; in int8 without their zero point where they are held so."""
         packed = self.weight_packed
         if packed.dtype == torch.uint8:
-            packed = unpacked_of_4_bits(packed)
+            packed = unheld(packed, self.bits)
             return packed if rows is None else packed[rows]
         packed = packed if rows is None else packed[rows]
         return packed if packed.dtype == torch.int8 else unpack(packed, self.bits, self.columns)
@@ -138,34 +139,32 @@ class QuantizedWeight(nn.Module):
         """
         own = self.__dict__
         tensors = own["_buffers"]  # looked up in half the time of attributes
-        dtype, held = tensors["weight"].dtype, tensors["weight_packed"]
+        dtype, held, is_int8 = tensors["weight"].dtype, tensors["weight_packed"], own["is_int8"]
         if (
-            own["kernel_bits"] == 0
+            not (is_int8 or own["kernel_group"])
             or type(input) is not Tensor
             or input.dtype != dtype
-            or dtype not in (torch.bfloat16, torch.float32)
-            or not input.is_cpu
+            or not (dtype == torch.bfloat16 or (is_int8 and dtype == torch.float32))
+            or input.is_meta
             or self.fitted is not None
             or input.numel() == 0
             or (torch.is_grad_enabled() and input.requires_grad)
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(input.device.type)
             or torch.compiler.is_exporting()
             or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         ):
             return None
-        if own["kernel_bits"] == 8:
+        if is_int8:
             if held.dtype == torch.int32:
                 if torch.compiler.is_compiling():  # what is held cannot be changed while it is traced
                     return None
-                self.weight_packed = (held ^ _SIGNS).view(torch.int8)
+                self.weight_packed = (held.view(torch.uint8)[:, : self.columns] ^ 128).view(torch.int8).contiguous()
             return self._product_of_8_bits
-        if dtype != torch.bfloat16 or input.numel() > MOST_ROWS_OF_4_BITS * self.columns:
+        if input.numel() > most_rows(own["bits"]) * self.columns:
             return None
-        if held.dtype == torch.int32:
-            if torch.compiler.is_compiling():
-                return None
-            self._pack_for_kernel(held)
-        return self._product_of_4_bits
+        if held.dtype == torch.int32 and (torch.compiler.is_compiling() or not self._held_for_kernel(held)):
+            return None
+        return self._product_of_few_bits
 
     # Whether rows of it are looked up.
     is_table = False
@@ -178,31 +177,38 @@ class QuantizedWeight(nn.Module):
         product = product_of_8_bits(input.reshape(-1, self.columns), integers, scales.view(-1).to(input.dtype))
         return product.view(*input.shape[:-1], self.rows)
 
-    def _product_of_4_bits(self, input: Tensor) -> Tensor:
+    def _product_of_few_bits(self, input: Tensor) -> Tensor:
         tensors = self._buffers
-        integers, scales = tensors["weight_packed"], tensors["kernel_scales"]
-        assert integers is not None
+        held, scales = tensors["weight_packed"], tensors["kernel_scales"]
+        assert held is not None
         assert scales is not None
-        product = product_of_4_bits(input.reshape(-1, self.columns), integers, scales)
+        rows = input.reshape(-1, self.columns)
+        product = product_of_few_bits(rows, held, scales, bits=self.bits, group=self.kernel_group)
         return product.view(*input.shape[:-1], self.rows)
 
-    def _pack_for_kernel(self, held: Tensor) -> None:
-        # Scales and what is added, here nothing, lie beside each other; the scales that are stored become a view.
+    def _held_for_kernel(self, held: Tensor) -> bool:
+        """Bring the integers into the order of the kernel; whether there is one for them."""
         scales = self.weight_scale.T.to(torch.bfloat16)
+        if not has_kernel(4, held.device) or not torch.equal(scales.T.to(self.weight_scale.dtype), self.weight_scale):
+            self.kernel_group = 0
+            return False
+        # Scales and what is added, here nothing, lie beside each other; the scales that are stored become a view.
         self.kernel_scales = torch.stack([scales, torch.zeros_like(scales)], dim=-1).contiguous()
         if self.weight_scale.dtype == torch.bfloat16:
             self.weight_scale = self.kernel_scales[:, :, 0].T
-        self.weight_packed = packed_of_4_bits(unpack(held, 4, self.columns).to(torch.int32))
+        self.weight_packed = held_for_kernel(unpack(held, self.bits, self.columns), self.bits)
+        return True
 
     def hold_as_stored(self) -> None:
         """Hold the integers as they are stored; a kernel's own order is found again when it is needed."""
         held = self.weight_packed
         if held.dtype == torch.int8:
-            self.weight_packed = held.view(torch.int32) ^ _SIGNS
+            self.weight_packed = pack(held.view(torch.uint8) ^ 128, 8)
         elif held.dtype == torch.uint8:
-            self.weight_packed = pack(unpacked_of_4_bits(held), 4)
+            self.weight_packed = pack(unheld(held, self.bits), self.bits)
         self.weight_scale = self.weight_scale.contiguous()
         self.kernel_scales = None
+        self.kernel_group = self._fitting_group()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.hold_as_stored()

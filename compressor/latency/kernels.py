@@ -69,13 +69,14 @@ class MatrixProduct(Kernel):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IntegerProduct(MatrixProduct):
-    """A linear layer whose weight is integers of `bits` bits, with a scale for each output, or for groups of inputs.
+    """A linear layer whose weight is integers of `bits` bits.
 
-    By a kernel for integers where the device has one, else by dequantizing the weight.
+    By a kernel for integers where the device has one, and `taken` says whether such kernels take its sizes; else by
+    dequantizing the weight.
     """
 
     bits: int
-    grouped: bool
+    taken: bool | npt.NDArray[np.bool_] = True
 
     @property
     def nbytes(self) -> Amount:

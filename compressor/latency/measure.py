@@ -26,7 +26,7 @@ from compressor.latency.profile import (
     is_unfolded,
 )
 from compressor.latency.stopwatch import Stopwatch, default_clock
-from compressor.quantize.products import MOST_ROWS_OF_4_BITS
+from compressor.quantize.products import has_kernel, most_rows
 
 # Seconds of a kernel in a dtype.
 Timer = Callable[[Kernel, torch.dtype], float]
@@ -45,7 +45,8 @@ class MeasuringSettings:
     Attributes:
         rows: Rows of matrix products.
         sides: Widths of their inputs and outputs.
-        integer_sides: Widths of inputs and outputs of products with integers.
+        integer_rows: Rows of products with integers.
+        integer_sides: Widths of their inputs and outputs.
         batches: Numbers of images of convolutions.
         images: Sides of these images.
         few: Channels of images that no convolution has changed yet.
@@ -60,6 +61,7 @@ class MeasuringSettings:
     sides: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 4096)
     batches: tuple[int, ...] = (2, 32)
     images: tuple[int, ...] = (2, 7, 28)
+    integer_rows: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 512)
     integer_sides: tuple[int, ...] = (64, 256, 1024, 4096)
     few: int = 3
     channels: tuple[int, ...] = (16, 64, 256, 512)
@@ -166,24 +168,21 @@ class _Measuring:
         moves = {how: self._moves(how, dtype) for how in ("lookup", "copy", "add", "order", "dequantize")}
         self._finished()
         found, unfolded = self._convolutions(dtype) if self.convolutions else ({}, {})
-        return DtypeSpeeds(products, moves, found, unfolded, {} if self.overlaps else self.integers(dtype))
+        return DtypeSpeeds(products, moves, found, unfolded, self.integers(dtype))
 
     def integers(self, dtype: torch.dtype) -> dict[str, Speed]:
-        """Products with integers, by the kernels that there are for a dtype on a CPU."""
-        sides = self.settings.integer_sides
-        found: dict[str, Speed] = {}
-        for bits, dtypes, rows in (
-            (8, (torch.float32, torch.bfloat16), self.settings.rows),
-            (4, (torch.bfloat16,), [rows for rows in self.settings.rows if rows <= MOST_ROWS_OF_4_BITS]),
-        ):
-            if dtype in dtypes:
-                grid = [
-                    IntegerProduct(
-                        rows=each, inner=inner, columns=columns, bits=bits, grouped=bits == 4, itemsize=dtype.itemsize
-                    )
-                    for each, inner, columns in product(rows, sides, sides)
-                ]
-                found[str(bits)] = self._speed(grid, (tuple(rows), sides, sides), dtype)
+        """Products with integers, by the kernels that there are for a dtype."""
+        sides, found = self.settings.integer_sides, dict[str, Speed]()
+        for bits in (3, 4, 6, 8):
+            dtypes = (torch.bfloat16, torch.float32) if bits == 8 else (torch.bfloat16,)
+            if dtype not in dtypes or not has_kernel(8 if bits == 8 else 4, self.run.device):
+                continue
+            rows = [rows for rows in self.settings.integer_rows if bits == 8 or rows <= most_rows(bits)]
+            grid = [
+                IntegerProduct(rows=each, inner=inner, columns=columns, bits=bits, itemsize=dtype.itemsize)
+                for each, inner, columns in product(rows, sides, sides)
+            ]
+            found[str(bits)] = self._speed(grid, (tuple(rows), sides, sides), dtype)
         return found
 
     def _convolutions(self, dtype: torch.dtype) -> tuple[dict[str, Speed], dict[str, Speed]]:

@@ -22,9 +22,9 @@ from compressor.latency.kernels import (
     Size,
 )
 from compressor.network import Kind
-from compressor.quantize.products import MOST_ROWS_OF_4_BITS
+from compressor.quantize.products import most_rows
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 # Bytes or operations a second where no kernel is held up by them; JSON has no infinity.
 UNLIMITED = 1e30
 
@@ -135,8 +135,8 @@ class DtypeSpeeds:
         moves: Numbers that are moved, by how.
         convolutions: Convolutions by their footprint; without any they are as fast as matrix products.
         unfolded: Those that are run as products with patches; without any they are as fast as the others.
-        integers: Products with weights of integers by the kernels for them, by the name of the kernel: `8` bits with a
-            scale for each output, `4` with one for groups of inputs. Without any, weights are dequantized.
+        integers: Products with weights of integers by the kernels for them, by the bits: `8`, `4`, `3` for fewer, and
+            `6` for 5 to 7. Without any, weights are dequantized.
     """
 
     products: Speed
@@ -183,9 +183,11 @@ class DeviceProfile:
         speeds = self.of(dtype)
         if isinstance(kernel, IntegerProduct):
             speed = speeds.integers.get(_kernel_name(kernel))
-            if speed is None:
-                return self.seconds(kernel.dequantized, dtype) + self.seconds(kernel.dense, dtype)
-            return self._timed(kernel, speed)
+            taken = np.asarray(speed is not None and kernel.taken)
+            dequantized: Amount = 0.0
+            if not taken.all():
+                dequantized = self.seconds(kernel.dequantized, dtype) + self.seconds(kernel.dense, dtype)
+            return dequantized if speed is None else np.where(taken, self._timed(kernel, speed), dequantized)
         if isinstance(kernel, Convolution) and speeds.unfolded:
             unfolded = is_unfolded(kernel, self.threads)
             if np.any(unfolded):
@@ -238,11 +240,11 @@ class DeviceProfile:
 
 
 def _kernel_name(kernel: IntegerProduct) -> str:
-    """The kernel for integers that multiplies; empty where there is none."""
-    if kernel.bits == 8 and not kernel.grouped:
+    """What is run of the kernels for integers; empty where the weight is dequantized."""
+    if kernel.bits == 8:
         return "8"
-    few = float(np.max(kernel.rows)) <= MOST_ROWS_OF_4_BITS
-    return "4" if kernel.bits == 4 and kernel.grouped and few else ""
+    few = float(np.max(kernel.rows)) <= most_rows(kernel.bits)
+    return str(min(max(kernel.bits, 3), 4) if kernel.bits <= 4 else 6) if few else ""
 
 
 def _speed(kernel: Kernel, speeds: DtypeSpeeds) -> Speed:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from compressor.latency.kernels import Convolution, IntegerProduct, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.quantize.packing import packed_width, unpack
-from compressor.quantize.products import packed_of_4_bits, product_of_4_bits, product_of_8_bits
+from compressor.quantize.products import held_for_kernel, product_of_8_bits, product_of_few_bits
 
 # What a kernel is run as, once for each of the weights that it takes in turn.
 Operation = Callable[[], object]
@@ -109,10 +109,13 @@ class Stopwatch:
             scales = self._numbers((columns,), dtype)
             weight = torch.randint(-128, 128, (columns, inner), generator=numbers, dtype=torch.int8).to(self.device)
             return [partial(product_of_8_bits, x, weight.clone(), scales) for _ in range(count)]
-        scales = self._numbers((inner // 32, columns, 2), dtype)
-        integers = torch.randint(16, (columns, inner), generator=numbers, dtype=torch.int32).to(self.device)
-        packed = packed_of_4_bits(integers)
-        return [partial(product_of_4_bits, x, packed.clone(), scales) for _ in range(count)]
+        group = min(128, inner)
+        scales = self._numbers((inner // group, columns, 2), dtype)
+        integers = torch.randint(2**kernel.bits, (columns, inner), generator=numbers, dtype=torch.uint8)
+        held = held_for_kernel(integers.to(self.device), kernel.bits)
+        return [
+            partial(product_of_few_bits, x, held.clone(), scales, bits=kernel.bits, group=group) for _ in range(count)
+        ]
 
     def _convolutions(self, kernel: Convolution, dtype: torch.dtype) -> list[Operation]:
         x = self._numbers((kernel.batch, int(kernel.in_channels), *kernel.in_size), dtype)
@@ -138,10 +141,9 @@ class Stopwatch:
             return [lambda: functional.embedding(tokens, table)]
         if kernel.how == "dequantize":
             groups = self._numbers((rows, max(1, columns // 32), 1), dtype)
-            packed = torch.zeros(rows, packed_width(columns, 4), dtype=torch.int32, device=self.device)
-            exact = dtype if dtype.itemsize >= 4 else torch.float32
+            packed = torch.zeros(rows, packed_width(columns, 3), dtype=torch.int32, device=self.device)
             return [
-                lambda: (unpack(packed, 4, columns).to(exact).view(*groups.shape[:2], -1).sub(8) * groups).to(dtype)
+                lambda: unpack(packed, 3, columns).to(dtype).view(*groups.shape[:2], -1).sub_(4).mul_(groups).flatten(1)
             ]
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(self.device)
         if dtype == torch.float32 or x.numel() < 4096 or self.device.type != "cpu":

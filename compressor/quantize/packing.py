@@ -33,15 +33,14 @@ def pack(integers: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, numbers: int) -> Tensor:
     """The first `numbers` integers of each row of what `pack` made, in uint8."""
-    rows, width = packed.shape
-    blocks = -(-numbers // 32)
-    words = torch.nn.functional.pad(packed, (0, blocks * bits - width)).reshape(rows, blocks, bits)
-    integers = torch.empty(rows, blocks, 32, dtype=torch.uint8, device=packed.device)
-    for place in range(32):
-        word, offset = divmod(place * bits, 32)
-        # The shift copies the sign bit down, which the mask takes away again.
-        number = words[:, :, word] >> offset
-        if offset + bits > 32:
-            number = (number & ((1 << (32 - offset)) - 1)) | (words[:, :, word + 1] << (32 - offset))
-        integers[:, :, place] = number & ((1 << bits) - 1)
-    return integers.reshape(rows, blocks * 32)[:, :numbers].contiguous()
+    rows, octets = packed.shape[0], -(-numbers // 8)
+    octet = torch.nn.functional.pad(packed.contiguous().view(torch.uint8), (0, 4 * bits))[:, : octets * bits]
+    # Eight numbers take `bits` bytes, and here eight: halves of them are moved apart, then halves of these, twice.
+    spread = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=packed.device)
+    spread[:, :, :bits] = octet.view(rows, octets, bits)
+    words = spread.view(torch.int64).squeeze(2)
+    for lane in (32, 16, 8) if bits < 8 else ():
+        size = lane * bits // 8
+        low = sum(((1 << size) - 1) << place for place in range(0, 64, 2 * lane))
+        words = (words & low) | ((words & (low << size)) << (lane - size))
+    return words.view(torch.uint8)[:, :numbers].contiguous()

@@ -62,29 +62,35 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("form", ["dense@8", "dense@4g32"])
+@pytest.mark.parametrize(
+    "form", ["dense@8", "dense@2g32", "dense@3g32", "dense@4g32", "dense@4", "dense@5g96", "dense@6"]
+)
 def test_a_kernel_holds_the_integers_once(form: str) -> None:
-    layer = filled(nn.Linear(64, 80, dtype=torch.bfloat16), form)
+    layer = filled(nn.Linear(96, 80, dtype=torch.bfloat16), form)
     before, stored = layer.weight_packed.nbytes, layer.weight_packed.clone()
+    x = torch.randn(1, 96).bfloat16()
+    expected = nn.functional.linear(x.double(), layer.dequantized().double(), layer.bias.double())
     with torch.no_grad():
-        layer(torch.randn(1, 64).bfloat16())
+        found = layer(x)
+    assert (found.double() - expected).norm() <= 2**-7 * expected.norm()
     assert layer.weight_packed.dtype != torch.int32
     assert sum(each.nbytes for each in layer.buffers() if not each.is_floating_point()) == before + 16
     saved = layer.state_dict()["weight_packed"]
     with torch.no_grad():
-        layer(torch.randn(1, 64).bfloat16())
+        layer(x)
     assert saved.dtype == torch.int32
     assert torch.equal(saved, stored)
 
 
-@pytest.mark.parametrize("rows", [16, 48, 64, 80, 112, 192])
-def test_integers_come_back_from_the_order_of_a_kernel(rows: int) -> None:
-    layer = filled(nn.Linear(64, rows, dtype=torch.bfloat16), "dense@4g32")
-    integers = layer.integers()
-    with torch.no_grad():
-        layer(torch.randn(1, 64).bfloat16())
-    assert layer.weight_packed.dtype == torch.uint8
-    assert torch.equal(layer.integers(), integers)
+def test_what_no_kernel_takes_is_dequantized() -> None:
+    # Groups of 48 inputs; 72 outputs; scales that bfloat16 does not have.
+    for d_in, d_out, form in ((96, 80, "dense@4g48"), (96, 72, "dense@4g32"), (96, 80, "dense@3g32")):
+        layer = filled(nn.Linear(d_in, d_out, dtype=torch.bfloat16), form)
+        layer.weight_scale = layer.weight_scale.half() * (1 + 2**-10)
+        x = torch.randn(3, d_in).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.dequantized(), layer.bias))
+        assert layer.weight_packed.dtype == torch.int32
 
 
 def test_scales_keep_their_dtype_when_a_module_is_cast() -> None:
