@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -140,6 +141,10 @@ class PairForm(ABC):
         """
         inner = self.nbytes(weight, np.asarray(rank), itemsize) / (itemsize * sum(self.sides(weight)))
         return pair_kernels(weight, inner, use, itemsize=itemsize)
+
+    def suits_kernels(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """At which ranks kernels for integers take every factor that they take at any of the ranks."""
+        return np.ones(len(ranks), dtype=np.bool_)
 
     @abstractmethod
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:

@@ -71,7 +71,7 @@ from compressor.forms.quantized_parts import (
 )
 from compressor.forms.weights import Count, DenseWeight, StoredWeight, kind_of
 from compressor.io import TensorInfo
-from compressor.latency import Kernel, LayerUse, ModuleCall, Movement, Size
+from compressor.latency import IntegerProduct, Kernel, LayerUse, ModuleCall, Movement, Size
 from compressor.measure import Spectrum, truncation_errors
 from compressor.network import Kind
 from compressor.quantize import (
@@ -192,6 +192,14 @@ class QuantizedPair(_QuantizedForm):
         # Quantized layers in a pair are called.
         calls = [ModuleCall(itemsize=itemsize)] * (2 + 2 * _CALLS_OF_CHECKS)
         return [*calls, *quantized_kernels(kernels, weight, self.quantization)]
+
+    def suits_kernels(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        suits = np.ones(len(ranks), dtype=np.bool_)
+        if weight.kind in ("linear", "transposed linear"):
+            for kernel in self.kernels(weight, ranks, LayerUse(rows=1), itemsize=2):
+                if isinstance(kernel, IntegerProduct) and np.any(kernel.taken):
+                    suits &= kernel.taken
+        return suits
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         return [each for info in self.parts(weight, rank, dtype) for each in self._infos_of(info)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,17 @@ def test_a_kernel_holds_the_integers_once(form: str) -> None:
         layer(x)
     assert saved.dtype == torch.int32
     assert torch.equal(saved, stored)
+
+
+@pytest.mark.parametrize("rank", [32, 48, 64])
+def test_kernels_take_both_factors_at_the_ranks_that_suit_them(rank: int) -> None:
+    layer, form = filled(nn.Linear(96, 80, dtype=torch.bfloat16), "plain@4g32", rank), FORMS["plain@4g32"]
+    with torch.no_grad():
+        layer(torch.randn(1, 96).bfloat16())
+    held = {layer.down.weight_packed.dtype, layer.up.weight_packed.dtype}
+    suits = form.suits_kernels(StoredWeight("linear", (80, 96)), np.arange(80))
+    assert bool(suits[rank]) == (held == {torch.uint8})
+    assert form.suits_kernels(StoredWeight("linear", (80, 96)), np.array([31, 33])).all()
 
 
 def test_what_no_kernel_takes_is_dequantized() -> None:

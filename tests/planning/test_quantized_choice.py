@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import BadInput
+from compressor.measure import truncation_errors
 from compressor.planning import Budget, LayerPlan, MeasuredLayer, Plan, apply_edits, choose_ranks, read_plan, size_curve
 from compressor.planning.allocation import undominated
 from compressor.planning.layer_choices import layer_choices
@@ -124,6 +125,17 @@ def test_what_nothing_is_better_than_is_left(rows: int, count: int, seed: int) -
     }
     assert sorted(map(tuple, kept.T)) == sorted(expected)
     assert (np.diff(kept[0]) >= 0).all()
+
+
+def test_wide_factors_have_ranks_that_kernels_take() -> None:
+    m = quantized("a", (512, 1024), widths=(8, 4), decay=0.99)
+    ranks = {}
+    for form in ("plain@4g128", "plain@8"):
+        alone = layer_choices(replace(m, own_errors={form: truncation_errors(m.singular_values)}), "auto", "bytes")
+        ranks[form] = [rank for each, rank in zip(alone.forms, alone.ranks.tolist(), strict=True) if each == form]
+    assert ranks["plain@8"][:200] == list(range(1, 201))
+    # Of 160 and 224 inputs the groups would be 80 and 112.
+    assert ranks["plain@4g128"][:131] == [*range(1, 129), 192, 256, 320]
 
 
 def test_many_choices_are_pruned_to_those_that_pay() -> None:
