@@ -70,11 +70,11 @@ def fit_to_dense(
     masters = [each.detach().to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in parameters]
     kept, least, rate = [master.clone() for master in masters], started, settings.learning_rate
     generator = torch.Generator().manual_seed(seed)
-    signed = _signed(modules.values(), parameters)
+    scales, signed = _of_quantized(modules.values(), parameters)
     steps = settings.passes * len(losses)
 
     def optimized() -> torch.optim.Adam:
-        return adam(masters, rate, settings, signed=signed, steps=steps)
+        return adam(masters, rate, settings, scales=scales, signed=signed, steps=steps)
 
     optimizer = optimized()
     with _trainable(parameters):
@@ -255,29 +255,34 @@ def adam(
     rate: float,
     settings: RefinementSettings,
     *,
+    scales: Collection[int] = (),
     signed: Collection[int] = (),
     steps: int = 1,
 ) -> torch.optim.Adam:
     """Adam with learning rates relative to the root mean square of each tensor.
 
-    Those at the places `signed`, offsets of roundings, are moved by the sign of the gradient, in all `steps` together
-    by the reach that they have.
+    Those at the places of `scales` have the rate of their own in proportion. Those that are `signed`, offsets of
+    roundings, are moved by the sign of the gradient, in all `steps` together by the reach that they have.
     """
     groups: list[dict[str, Any]] = []
+    share = rate / settings.learning_rate
     for place, each in enumerate(masters):
         if place in signed:
             # Adam without memory.
-            own, how = 2 * settings.rounding_reach / steps * rate / settings.learning_rate, {"betas": (0.0, 0.0)}
+            own, how = 2 * settings.rounding_reach / steps * share, {"betas": (0.0, 0.0)}
         else:
-            own, how = rate * float(each.square().mean().sqrt()), {}
+            relative = share * settings.scales_learning_rate if place in scales else rate
+            own, how = relative * float(each.square().mean().sqrt()), {}
         groups.append({"params": [each], "lr": own, "initial_lr": own, **how})
     return torch.optim.Adam(groups, betas=settings.betas)
 
 
-def _signed(modules: Iterable[nn.Module], parameters: Sequence[nn.Parameter]) -> set[int]:
-    """The places of the offsets of roundings among the parameters."""
-    offsets = {id(each.offsets) for module in modules for each in module.modules() if isinstance(each, FittedWeight)}
-    return {place for place, each in enumerate(parameters) if id(each) in offsets}
+def _of_quantized(modules: Iterable[nn.Module], parameters: Sequence[nn.Parameter]) -> tuple[set[int], set[int]]:
+    """The places of the scales, and of the offsets of roundings, among the parameters."""
+    fitted = [each for module in modules for each in module.modules() if isinstance(each, FittedWeight)]
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    offsets = {places[id(each.offsets)] for each in fitted if each.offsets is not None}
+    return {places[id(each.scales)] for each in fitted}, offsets
 
 
 @torch.no_grad()

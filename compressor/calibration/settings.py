@@ -30,8 +30,12 @@ class RefinementSettings:
     """Learning rate of the first step, relative to the root mean square of each tensor; it falls linearly to zero over
     the passes."""
 
+    scales_learning_rate: float = 3e-3
+    """The same of the scales of quantized layers, which were searched for: at the rate of factors most passes lose
+    more, and are undone."""
+
     learning_rate_cut: float = 0.3
-    """Factor on the learning rate after a pass that did not lower the holdout error; that pass is undone."""
+    """Factor on the learning rates after a pass that did not lower the holdout error; that pass is undone."""
 
     rounding: bool = True
     """Fit how the weights of quantized layers are rounded too, by signed gradient steps (AutoRound, Cheng et al., EMNLP
@@ -156,11 +160,11 @@ class CalibrationSettings:
     are not quantized are tried besides; what has the least holdout loss is kept. With `(math.inf,)` nothing is
     truncated."""
 
-    compensated_within: float = 2.0
+    compensated_within: float = 1.25
     """Of the best mixture of bits and ranks, of bits alone, one width alone, and ranks alone those whose holdout loss
     is at most so many times the least are compensated, and compared again as they would be stored."""
 
-    refined_within: float = 1.25
+    refined_within: float = 1.1
     """The same of the refinement, which takes longer, by the loss of what is compensated."""
 
     window_caps: bool = True
