@@ -23,7 +23,7 @@ from compressor.calibration import (
 )
 from compressor.calibration.calibration import with_layers
 from compressor.calibration.criterion import outputs_of
-from compressor.calibration.refinement import fit_to_dense
+from compressor.calibration.refinement import adam, fit_to_dense
 from compressor.data.builtin_data import digits
 from compressor.measure.moments import kept_rows
 from compressor.report.wording import calibration_words
@@ -69,6 +69,13 @@ def test_the_fit_comes_near_the_best_matrix_of_the_rank() -> None:
     # The weighted truncated SVD, in closed form.
     least = float(torch.linalg.svdvals(dense.weight.detach() * scales)[3:].square().sum())
     assert error() - least < 0.1 * (before - least)
+
+
+def test_scales_move_at_a_rate_of_their_own_and_roundings_by_their_reach() -> None:
+    settings = RefinementSettings(learning_rate=0.1, scales_learning_rate=0.02, rounding_reach=0.8)
+    sizes = [torch.full((3,), 2.0) for _ in range(3)]
+    rates = [group["lr"] for group in adam(sizes, 0.05, settings, scales={1}, signed={2}, steps=4).param_groups]
+    assert rates == pytest.approx([0.05 * 2, 0.01 * 2, 2 * 0.8 / 4 / 2])
 
 
 @pytest.mark.parametrize("helps", [0, 1, 3])
