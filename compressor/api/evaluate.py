@@ -10,6 +10,7 @@ from compressor.api.keywords import EvaluateKeywords
 from compressor.api.option import verb
 from compressor.api.options import EvaluateOptions
 from compressor.api.requests import reported_data, timing_settings
+from compressor.api.stored_base import with_base
 from compressor.data import EvaluationData
 from compressor.engine import Run
 from compressor.evaluation import Cost, Evaluation, TimingSettings, compare
@@ -22,7 +23,8 @@ from compressor.torch_state import neutral_torch_state
 def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: Unpack[EvaluateKeywords]) -> Evaluation:
     """Measure quality, size, arithmetic, memory and speed of a model on `data`, beside those of its `baseline`.
 
-    `data` takes paths and objects, as `compress` does.
+    `data` takes paths and objects, as `compress` does. Of a stored difference and its `base` the fine-tune is measured
+    that they make.
 
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
@@ -39,7 +41,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     """
     asked = EvaluateOptions.of(options, given)
     device = resolve_device(asked.device)
-    opened = open_runnable(model, asked.factory, initial=asked.initial)
+    opened = with_base(open_runnable(model, asked.factory, initial=asked.initial), asked.base, asked.factory)
     baseline = asked.baseline
     reference = None if baseline is None else open_runnable(baseline, asked.factory, initial=asked.initial)
     require_use(asked, opened, reference)

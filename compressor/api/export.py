@@ -23,7 +23,7 @@ from compressor.errors import BadInput
 from compressor.exporting.gguf import gguf_artifact, gguf_file, require_equal, require_gguf
 from compressor.exporting.onnx import largest_difference, onnx_artifact, require_onnx, traced_inputs
 from compressor.exporting.remote import remote_artifact, remote_configuration
-from compressor.fine_tuning import adapter_of_file, applied_artifact, is_difference, materialize_fine_tune
+from compressor.fine_tuning import adapter_of_file, is_difference
 from compressor.fine_tuning.adapter import adapter_artifact
 from compressor.io import (
     ADAPTER_CONFIG,
@@ -31,11 +31,9 @@ from compressor.io import (
     Naming,
     NotCopied,
     checked_target,
-    form_of,
 )
 from compressor.lowrank import StoredErrors
 from compressor.model import Model, ModelLike, on_device, open_model, open_runnable
-from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import remote_card
 from compressor.results import BeforeAfter, Export
 from compressor.torch_state import CPU, neutral_torch_state
@@ -72,11 +70,10 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
     require_use(asked, opened)
     _require_base(opened.checkpoint, asked.to, asked.base)
     _require_use(asked)
-    if asked.base is not None:
-        base = open_model(asked.base)
-        exported = _to_fine_tune(opened, base, asked) if asked.to == "dense" else _to_adapter(opened, base, asked)
-    elif asked.to == "dense":
+    if asked.to == "dense":
         exported = _to_dense(model, asked)
+    elif asked.to == "lora":
+        exported = _to_adapter(opened, asked)
     elif asked.to == "hf-remote":
         exported = _to_remote(opened, asked)
     elif asked.to == "gguf":
@@ -145,27 +142,18 @@ def _require_use(asked: ExportOptions) -> None:
 
 
 def _to_dense(model: ModelLike, asked: ExportOptions) -> _Exported:
-    """Restore the model."""
+    """Restore the model, or with its base the fine-tune."""
     of_restore = {name: value for name, value in asked.as_given().items() if name != "to"}
     restored = restore(model, RestoreOptions(**of_restore))
     path, size = Path(restored.output), restored.bytes.after
-    return _Exported(path, size, load="as the original model", not_copied=restored.not_copied)
+    load = "as the original model" if asked.base is None else "as the base model"
+    return _Exported(path, size, load=load, not_copied=restored.not_copied)
 
 
-def _to_fine_tune(model: Model, base: Model, asked: ExportOptions) -> _Exported:
-    """Write the dense fine-tune: a folder where the base is one."""
-    difference, start = model.checkpoint, base.checkpoint
-    tuned = materialize_fine_tune(difference, base)
-    named = Naming(form_of(start), "-dense")
-    target = checked_target(difference, asked.output, named, overwrite=asked.overwrite, others=[start])
-    card = partial(applied_card, name=target.name, base=start.name, difference=difference.name, config=start.config)
-    with written(applied_artifact(tuned, start, asked.max_shard_size), target) as made:
-        made.write_card(card)
-    return _Exported(target.path, made.bytes, load="as the base model")
-
-
-def _to_adapter(model: Model, base: Model, asked: ExportOptions) -> _Exported:
+def _to_adapter(model: Model, asked: ExportOptions) -> _Exported:
     """Write a folder that PEFT loads beside the base."""
+    assert asked.base is not None
+    base = open_model(asked.base)
     named, others = Naming("folder", "-adapter"), [base.checkpoint]
     target = checked_target(model.checkpoint, asked.output, named, overwrite=asked.overwrite, others=others)
     adapter, errors = adapter_of_file(model.checkpoint, base), StoredErrors()

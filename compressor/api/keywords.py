@@ -139,6 +139,7 @@ class EvaluateKeywords(TypedDict, total=False):
     metric: Callable[[nn.Module, Iterable[Any]], float] | None
     higher_is_better: bool | None
     factory: Factory | None
+    base: str | Path | None
     initial: InitialSource | None
     batch: int | str | Sequence[int] | None
     timing_settings: TimingSettings | None
@@ -152,6 +153,7 @@ class RestoreKeywords(TypedDict, total=False):
     """The keyword arguments of `restore`."""
 
     factory: Factory | None
+    base: str | Path | None
     initial: InitialSource | None
     overwrite: bool | None
     output: str | Path | None
@@ -164,13 +166,13 @@ class ExportKeywords(TypedDict, total=False):
     """The keyword arguments of `export`."""
 
     factory: Factory | None
+    base: str | Path | None
     initial: InitialSource | None
     overwrite: bool | None
     output: str | Path | None
     max_shard_size: int | str | None
     progress: Progress | None
     to: Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
-    base: str | Path | None
     input_shape: str | Sequence[int] | None
 
 

@@ -11,13 +11,15 @@ from typing import Unpack
 from compressor.api.keywords import MergeKeywords
 from compressor.api.option import verb
 from compressor.api.options import MergeOptions
+from compressor.api.stored_base import with_base
 from compressor.api.write import written
 from compressor.errors import BadInput
+from compressor.fine_tuning import is_difference
 from compressor.io import Naming, Target, checked_target, form_of
 from compressor.merging.artifact import merged_artifact
 from compressor.merging.combination import Combination, combined
 from compressor.merging.comparison import input_overlap, layer_overlaps, merge_warnings
-from compressor.merging.parts import open_part
+from compressor.merging.parts import Part, open_part, part_of
 from compressor.merging.quality import lost_too_much, open_task, task_qualities
 from compressor.model import open_runnable, resolve_device
 from compressor.results import MergeRefused, Merging
@@ -32,7 +34,8 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     `sum` adds the weights, for networks trained with weight decay on nearly orthogonal inputs; with a `base` it adds
     what each was fine-tuned by, `base + sum of (W_i - base)` (task arithmetic, Ilharco et al., arXiv 2212.04089).
     `concat` puts feed-forward networks side by side: first layers stacked, middle layers as blocks of a diagonal; a
-    `shared` head adds their outputs, a `separate` one concatenates them. Factor pairs stay pairs. With `data` of each
+    `shared` head adds their outputs, a `separate` one concatenates them. Factor pairs stay pairs; one of the networks
+    may be what a fine-tune adds to the `base`, as `compress` with a base writes it. With `data` of each
     network, overlap is measured on it, and each task's metric before and after. Files give a safetensors file and
     folders a folder.
 
@@ -54,7 +57,7 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
     asked = MergeOptions.of(options, given)
     _require_several(models, asked)
     device = resolve_device(asked.device)
-    networks = tuple(open_part(model, asked.factory) for model in models)
+    networks = tuple(_opened_part(model, asked) for model in models)
     base = None if asked.base is None else open_part(asked.base, asked.factory)
     combination = combined(networks, base, asked.mode, head=asked.head, factory=asked.factory)
     target = _target(combination, asked)
@@ -86,6 +89,14 @@ def merge(models: Sequence[str | Path], options: MergeOptions | None = None, **g
             raise MergeRefused(lost, merging)
     seconds = time.monotonic() - started
     return replace(merging, output=str(target.path), seconds=seconds, not_copied=made.not_copied)
+
+
+def _opened_part(model: str | Path, asked: MergeOptions) -> Part:
+    """One of the networks; of a stored difference the fine-tune that it and the base make."""
+    opened = open_runnable(model)
+    if is_difference(opened.checkpoint):
+        return part_of(with_base(opened, asked.base, asked.factory))
+    return open_part(model, asked.factory)
 
 
 def _require_several(models: Sequence[str | Path], asked: MergeOptions) -> None:

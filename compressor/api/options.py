@@ -152,6 +152,15 @@ class StoredInitialOptions(Options):
 
 
 @options
+class StoredBaseOptions(Options):
+    """The base of a stored difference."""
+
+    base: str | Path | None = option(
+        "The model that a fine-tune, stored as what it adds to it, started from.", SAVED_MODEL
+    )
+
+
+@options
 class LayerOptions(Options):
     """Which layers are compressed."""
 
@@ -682,7 +691,7 @@ class InspectOptions(
 
 @options
 class EvaluateOptions(
-    RunOptions, TimingOptions, BatchOptions, StoredInitialOptions, ArchitectureOptions, MetricOptions
+    RunOptions, TimingOptions, BatchOptions, StoredInitialOptions, StoredBaseOptions, ArchitectureOptions, MetricOptions
 ):
     """What can be asked of `evaluate`."""
 
@@ -724,7 +733,7 @@ class ArchiveOptions(ProgressOptions, OverwriteOptions, ArchitectureOptions, Ini
 
 
 @options
-class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, ArchitectureOptions):
+class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, StoredBaseOptions, ArchitectureOptions):
     """What can be asked of `restore`."""
 
     verb = "restore"
@@ -739,7 +748,7 @@ class RestoreOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Archi
 
 
 @options
-class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, ArchitectureOptions):
+class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, StoredBaseOptions, ArchitectureOptions):
     """What can be asked of `export`."""
 
     verb = "export"
@@ -753,9 +762,6 @@ class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Archit
         "lora: a PEFT adapter of the difference to `base`.",
         choice(ExportTarget),
         MISSING,
-    )
-    base: str | Path | None = option(
-        "The model that a fine-tune, stored as what it adds to it, started from.", SAVED_MODEL
     )
     input_shape: tuple[int, ...] | None = option("With onnx and `factory`, the shape of one example.", SHAPE)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from compressor.fine_tuning.apply import adapter_of_file, applied_artifact, is_difference, materialize_fine_tune
+from compressor.fine_tuning.apply import (
+    adapter_of_file,
+    applied_artifact,
+    is_difference,
+    materialize_fine_tune,
+    opened_fine_tune,
+)
 
 __all__ = [
     "adapter_of_file",
     "applied_artifact",
     "is_difference",
     "materialize_fine_tune",
+    "opened_fine_tune",
 ]

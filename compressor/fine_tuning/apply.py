@@ -84,6 +84,16 @@ def materialize_fine_tune(stored: Checkpoint, base: Model) -> Checkpoint:
     return replace(start, tensors=infos, _stored=tensors)
 
 
+def opened_fine_tune(stored: Checkpoint, base: Model) -> Model:
+    """The fine-tune of a base and a file of pairs, which is that of a base that nothing else uses.
+
+    Raises `BadInput` as `materialize_fine_tune` does.
+    """
+    tuned, start = materialize_fine_tune(stored, base), base.with_ties().checkpoint
+    changed = [name for name in tuned.tensors if tuned._stored[name] is not start._stored[name]]
+    return base.with_tensors(replace(tuned, files=(*start.files, *stored.files)), stored.name, changed)
+
+
 def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Artifact:
     """The dense fine-tune that `materialize_fine_tune` gives, with what goes along from the folder of its base."""
     return Artifact(

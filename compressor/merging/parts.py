@@ -131,7 +131,12 @@ def open_part(model: str | Path, factory: Factory | None) -> Part:
 
     Raises `BadInput` as `open_model` does, and for a pair whose numbers make none.
     """
-    opened = open_model(model, factory=factory, low_rank=True).with_ties()
+    return part_of(open_model(model, factory=factory, low_rank=True))
+
+
+def part_of(model: Model) -> Part:
+    """The same of a model that is open."""
+    opened = model.with_ties()
     part = Part(opened, _matrices(opened))
     for pair in part.pairs.values():
         require_usable(part.checkpoint, pair)

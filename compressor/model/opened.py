@@ -196,6 +196,11 @@ class Model:
         """The checkpoint as a plan rewrites it."""
         return Rewriting(self.checkpoint, self.recipe, self.layers, plan, initial=self.initial)
 
+    def with_tensors(self, checkpoint: Checkpoint, name: str, changed: Collection[str]) -> Model:
+        """The same network with other values of some of its tensors, which a checkpoint has under the same names."""
+        network = _Network(checkpoint, self.architecture, self.factory, None, changed=changed)
+        return replace(self, name=name, checkpoint=checkpoint, _network=network)
+
     @property
     def needs_initial(self) -> bool:
         """Whether its weights cannot be formed without the initial ones that it names."""
@@ -375,6 +380,8 @@ class _Network:
     separate: nn.Module | None = None
     blocks: nn.Module | None = None
     initial: InitialWeights | None = None
+    changed: Collection[str] = ()
+    """The tensors that are not those of the files of its folder."""
 
     @property
     def known(self) -> nn.Module | None:
@@ -388,6 +395,8 @@ class _Network:
         if self.loaded is None:
             with initial_given(self.initial):
                 self.loaded = _loaded(self.checkpoint, self.architecture, self.factory)
+            if self.factory is None and self.changed:
+                _put(self.loaded, self.checkpoint, self.architecture, names=self.changed)
         return self.loaded
 
     def apart(self) -> nn.Module:
@@ -438,6 +447,23 @@ def _loaded(checkpoint: Checkpoint, architecture: Architecture | None, factory: 
         return fill(architecture.module, checkpoint)
     assert checkpoint.folder is not None
     return load_transformers(checkpoint.folder)
+
+
+@torch.no_grad()
+def _put(
+    module: nn.Module, checkpoint: Checkpoint, architecture: Architecture | None, *, names: Collection[str]
+) -> None:
+    """Copy some tensors of a checkpoint into the network that was loaded from a folder."""
+    state = dict(module.state_dict(keep_vars=True))
+    for name in names:
+        in_module = name if architecture is None else architecture.module_name(name)
+        if in_module not in state:
+            raise BadInput(
+                f"{name} is no tensor of the model by itself, so it cannot be put into it",
+                where=checkpoint.source,
+                remedy="write the fine-tune with 'compress export FILE --to dense --base ORIGINAL' first",
+            )
+        state[in_module].copy_(checkpoint.read(name))
 
 
 def _require_architecture(checkpoint: Checkpoint, factory: Factory | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from compressor import BadInput, compress, export
+from compressor import BadInput, compress, evaluate, export, merge, restore
 from compressor.cli.run import run
 from compressor.lowrank import METADATA_KEY
 
@@ -206,7 +207,7 @@ def test_a_folder_with_bits_gives_a_file(folders: tuple[Path, Path], tmp_path: P
     base, tuned = folders
     report = compress(tuned, base=base, bits=3, output=tmp_path / "small.safetensors")
     assert report.bytes.after == (tmp_path / "small.safetensors").stat().st_size
-    export(tmp_path / "small.safetensors", to="dense", base=base, output=tmp_path / "dense")
+    restore(tmp_path / "small.safetensors", base=base, output=tmp_path / "dense")
     model, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not said["missing_keys"]
     tokens = torch.tensor([[1, 5, 7, 9]])
@@ -215,11 +216,58 @@ def test_a_folder_with_bits_gives_a_file(folders: tuple[Path, Path], tmp_path: P
             transformers.AutoModelForCausalLM.from_pretrained(each)(tokens).logits for each in (tuned, base)
         )
         assert (model(tokens).logits - exact).norm() < 0.5 * (first - exact).norm()
+    examples = [{"input_ids": tokens, "labels": tokens}]
+    found, dense = (
+        evaluate(each, data=examples, **given)
+        for each, given in ((tmp_path / "small.safetensors", {"base": base}), (tmp_path / "dense", {}))
+    )
+    assert found.compressed_loss == dense.compressed_loss
     with pytest.raises(BadInput, match="LoRA has no integers"):
         export(tmp_path / "small.safetensors", to="lora", base=base, output=tmp_path / "adapter")
     with pytest.raises(BadInput, match="would be a LoRA adapter"):
         compress(tuned, base=base, bits=3, output=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_every_verb_reads_it_beside_its_base(files: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = files
+    small = str(compress(tuned, base=base, bits="8,4", keep=0.3).output)
+    written = {
+        name: load_file(str(verb(small, base=base, output=tmp_path / f"{name}.safetensors").output))
+        for name, verb in (("restored", restore), ("exported", partial(export, to="dense")))
+    }
+    assert all(torch.equal(written["exported"][name], each) for name, each in written["restored"].items())
+    inputs = torch.randn(12, 64)
+    data = (inputs, torch.arange(12) % 40)
+    found = evaluate(small, base=base, data=data, factory=network)
+    dense = evaluate(tmp_path / "restored.safetensors", data=data, factory=network)
+    assert found.compressed_loss == dense.compressed_loss
+    assert found.compressed_loss != evaluate(base, data=data, factory=network).compressed_loss
+    merge([small, tuned], base=base, mode="sum", output=tmp_path / "merged.safetensors")
+    merged, first, other = (load_file(each) for each in (tmp_path / "merged.safetensors", base, tuned))
+    for name, each in merged.items():
+        expected = written["restored"][name].double() + other[name].double() - first[name].double()
+        torch.testing.assert_close(each, expected.float(), rtol=0, atol=1e-6)
+
+
+def test_a_base_goes_with_a_difference_and_with_nothing_else(files: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = files
+    small = str(compress(tuned, base=base, bits=4).output)
+    data: Any = (torch.randn(4, 64), torch.arange(4))
+    output = tmp_path / "out.safetensors"
+    for verb in (
+        partial(restore, output=output),
+        partial(evaluate, data=data, factory=network),
+        lambda model: merge([model, tuned], mode="sum", output=output),
+    ):
+        with pytest.raises(BadInput, match="name the base"):
+            verb(small)
+    for verb in (partial(restore, output=output), partial(evaluate, data=data, factory=network)):
+        with pytest.raises(BadInput, match="no difference to a base"):
+            verb(tuned, base=base)
+        with pytest.raises(BadInput, match="is not the base of"):
+            verb(small, base=tuned)
+    assert not output.exists()
 
 
 def test_what_cannot_be_is_refused_in_a_line(
