@@ -82,6 +82,7 @@ def take(step: Step, folder: Path, text: Path, *, samples: int) -> dict[str, flo
             calibration_samples=samples,
             calibration_settings=settings,
             prefer="size",
+            bits=16,
         )
     unit = 1 if sys.platform == "darwin" else 1024
     return {

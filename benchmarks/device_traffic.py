@@ -52,7 +52,8 @@ def counts_of(name: str, at: torch.device | str, batches: int, **asked: Any) -> 
     network = NETWORKS[name]
     model, data = network.on(at), network.batches(batches)
     with counted() as counts:
-        compressor.compress(model, keep=0.6, prefer="size", device="standin", calibration=data, **asked)
+        given: dict[str, Any] = {"keep": 0.6, "prefer": "size", "bits": 16, "device": "standin", "calibration": data}
+        compressor.compress(model, **given, **asked)
     return counts
 
 

@@ -73,6 +73,7 @@ def measured(
                 seed=seed,
                 calibration_settings=SETTINGS[settings],
                 prefer="size",
+                bits=16,
             )
             seconds = time.process_time() - started
             assert small.model is not None

@@ -31,6 +31,7 @@ def run(size: int, embeddings: bool, folder: Path) -> dict[str, Any]:
         output=folder / "small",
         max_size=size,
         prefer="size",
+        bits=16,
         embeddings=embeddings,
         calibration="builtin:stdlib",
         data="builtin:stdlib",

@@ -282,6 +282,7 @@ def _compressed(job: Job, blocks: int, effort: str | None, *, output: str = "sma
         overwrite=True,
         keep=KEEP,
         prefer="size",
+        bits=16,
         exclude=("lm_head",),
         device=str(job.device),
         **asked,

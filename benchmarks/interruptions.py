@@ -47,7 +47,7 @@ def calibration() -> list[dict[str, torch.Tensor]]:
 
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "data-free": lambda: {"keep": 0.5, "calibration": "none", "prefer": "size", "max_shard_size": "20KB"},
-    "calibrated": lambda: {"keep": 0.5, "calibration": calibration(), "effort": "best", "prefer": "size"},
+    "calibrated": lambda: {"keep": 0.5, "calibration": calibration(), "effort": "best", "prefer": "size", "bits": 16},
 }
 
 

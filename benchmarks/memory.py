@@ -179,6 +179,8 @@ def calibrated(scratch: Path) -> dict[str, Any]:
             "0.6",
             "--prefer",
             "size",
+            "--bits",
+            "16",
             "--exclude",
             "*.experts.*",
             *files,

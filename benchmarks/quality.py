@@ -272,6 +272,7 @@ def ours(cell: Cell, *, settings: CalibrationSettings | None = None, **options: 
         "calibration": cell.batches,
         "seed": cell.seed,
         "prefer": "size",
+        "bits": 16,
     } | options
     if given["calibration"] is None:
         del given["seed"]
@@ -309,7 +310,7 @@ def at_published_ranks(cell: Cell) -> Compressed:
         for layer in cell.layers
     )
     chosen = Plan("published ranks", None, Budget("plan"), layers)
-    return ours(cell, settings=UNREFINED, keep=None, prefer=None, plan=chosen)
+    return ours(cell, settings=UNREFINED, keep=None, prefer=None, bits=None, plan=chosen)
 
 
 def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
@@ -321,6 +322,7 @@ def svd_llm_at_our_ranks(cell: Cell) -> Compressed:
         seed=cell.seed,
         calibration_settings=UNREFINED,
         prefer="size",
+        bits=16,
     )
     assert chosen.model is not None
     ranks = {

@@ -198,6 +198,7 @@ def work(method: str, folder: Path, output: Path) -> dict[str, Any]:
             calibration=folder / "windows.npz",
             effort=method,
             prefer="size",
+            bits=16,
             progress=Listening(),
         )
         needs = made.to_dict()["needs"]

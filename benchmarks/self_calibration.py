@@ -128,7 +128,7 @@ def measured(cell: Cell) -> dict[str, Any]:
         model.config.image_size = 8  # as the preprocessor of its folder says, which a module has not with it
     test = opened(cell.model, "test", subject.test_examples)
     given: dict[str, Any] = {} if cell.source == "none" else {"effort": cell.effort, "seed": cell.seed}
-    given |= {"calibration": examples(cell, model), "prefer": "size"}
+    given |= {"calibration": examples(cell, model), "prefer": "size", "bits": 16}
     started = time.process_time()
     small = compress(model, keep=cell.keep, **given)
     seconds = time.process_time() - started

@@ -136,6 +136,7 @@ def reference_model(name: str, folder: Path) -> list[dict[str, Any]]:
             overwrite=True,
             planning_settings=LENIENT,
             prefer="size",
+            bits=16,
             **request,
         )
 
@@ -205,7 +206,7 @@ def trained_here(weight_decay: float, seed: int) -> list[dict[str, Any]]:
 
     def add(asked: str, extra: Mapping[str, Any], **request: Any) -> Compression | None:
         try:
-            report = compress(model, recipe=recipe, planning_settings=LENIENT, prefer="size", **request)
+            report = compress(model, recipe=recipe, planning_settings=LENIENT, prefer="size", bits=16, **request)
         except (BadInput, QualityGateNotMet) as refused:
             rows.append({"model": name, "asked": asked, "seed": seed, "refused": str(refused)} | dict(extra))
             return None

@@ -202,6 +202,7 @@ class Compression(DisplayedLayers):
         inspected: Further measurements of the eligible layers.
         measured: The measurements that the plan was made from.
         form: The form that was asked for.
+        bits: The widths below 16 that layers could take, the most first; empty where all kept 16.
         command: The command line that asks for the same, with paths by their last part; empty for a module.
         pushed: The address of the commit on the Hugging Face hub, or None.
         model: The compressed module, if a module was compressed.
@@ -242,6 +243,7 @@ class Compression(DisplayedLayers):
     timed_on: str | None = None
     needs: Needs | None = field(default=None, compare=False)
     uniform: tuple[UniformQuantization, ...] = ()
+    bits: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -361,6 +363,7 @@ class Compression(DisplayedLayers):
             "weights_at": self.weights_at,
             "eligible": {"before": before, "after": after, "kept": after / before},
             "budget": self.plan.budget.to_dict(),
+            **({"bits": list(self.bits)} if self.bits else {}),
             "advice": self.plan.advice,
             "warnings": list(self.warnings),
             **({} if self.initial is None else {"initial": self.initial.to_dict()}),

@@ -142,7 +142,9 @@ def test_a_bad_value_is_refused_in_the_words_of_python(options: dict[str, Any], 
 
 def test_the_largest_seed_is_taken() -> None:
     assert (
-        compress(build(), keep=0.5, calibration=batches(16), seed=2**64 - 1, effort="balanced", prefer="size").model
+        compress(
+            build(), keep=0.5, calibration=batches(16), seed=2**64 - 1, effort="balanced", prefer="size", bits=16
+        ).model
         is not None
     )
 

@@ -249,6 +249,23 @@ def compress_folder_bits(folder: Path) -> Any:
 
 
 @case
+def compress_file_bits_calibrated(folder: Path) -> Any:
+    source, build = weight_file(folder, "perceptron"), factory(folder, "perceptron")
+    calibration = examples(folder, network("perceptron"), 48, 20)
+    return compressor.compress(
+        source, output=folder / "out/a.safetensors", keep=0.2, factory=build, calibration=calibration
+    )
+
+
+@case
+def compress_folder_bits_calibrated(folder: Path) -> Any:
+    source = model_folder(folder / "bert", BERT)
+    return compressor.compress(
+        source, output=folder / "out/small", keep=0.3, calibration=token_examples(folder), effort="balanced"
+    )
+
+
+@case
 def compress_torch_file(folder: Path) -> Any:
     torch.save({"epoch": 3, "state_dict": network("perceptron").state_dict()}, folder / "model.pt")
     return compressor.compress(folder / "model.pt", output=folder / "out/a.safetensors", keep=0.5)
@@ -266,7 +283,13 @@ def compress_file_calibrated(folder: Path) -> Any:
     source, build = weight_file(folder, "convolutions"), factory(folder, "convolutions")
     calibration, data = (examples(folder, network("convolutions"), 48, 3, 8, 8, seed=seed) for seed in (7, 8))
     return compressor.compress(
-        source, output=folder / "out/a.safetensors", keep=0.4, factory=build, calibration=calibration, data=data
+        source,
+        output=folder / "out/a.safetensors",
+        keep=0.4,
+        factory=build,
+        calibration=calibration,
+        data=data,
+        bits=16,
     )
 
 
@@ -278,7 +301,9 @@ def compress_module(folder: Path) -> Any:
 @case
 def compress_module_calibrated(folder: Path) -> Any:
     data = np.random.default_rng(7).standard_normal((6, 8, 20)).astype(np.float32)
-    return compressor.compress(network("perceptron"), keep=0.5, calibration=list(torch.from_numpy(data)), prefer="size")
+    return compressor.compress(
+        network("perceptron"), keep=0.5, calibration=list(torch.from_numpy(data)), prefer="size", bits=16
+    )
 
 
 @case
@@ -286,7 +311,14 @@ def compress_module_max_drop(folder: Path) -> Any:
     model = network("perceptron")
     calibration, data = (examples(folder, model, 200, 20, seed=seed) for seed in (7, 8))
     return compressor.compress(
-        model, max_drop=0.1, data=data, calibration=calibration, effort="balanced", allow_miss=True, prefer="size"
+        model,
+        max_drop=0.1,
+        data=data,
+        calibration=calibration,
+        effort="balanced",
+        allow_miss=True,
+        prefer="size",
+        bits=16,
     )
 
 
@@ -321,6 +353,7 @@ def compress_folder_bert_calibrated(folder: Path) -> Any:
         calibration=token_examples(folder),
         effort="balanced",
         prefer="size",
+        bits=16,
     )
 
 
@@ -329,7 +362,7 @@ def compress_folder_vit_calibrated(folder: Path) -> Any:
     source = model_folder(folder / "vit", VIT)
     calibration, data = (image_examples(folder, seed=seed) for seed in (7, 8))
     return compressor.compress(
-        source, output=folder / "out/small", keep=0.4, calibration=calibration, data=data, prefer="size"
+        source, output=folder / "out/small", keep=0.4, calibration=calibration, data=data, prefer="size", bits=16
     )
 
 

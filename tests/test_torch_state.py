@@ -83,7 +83,7 @@ def bits(module: nn.Module) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def small() -> compressor.Compression:
     return compressor.compress(
-        network(), keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+        network(), keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
     )
 
 
@@ -91,7 +91,9 @@ def small() -> compressor.Compression:
 def test_a_calibrated_result_is_the_same_bits_whatever_the_caller_set(name: str, small: compressor.Compression) -> None:
     model, data = network(), batches()
     with AMBIENT[name]():
-        found = compressor.compress(model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+        found = compressor.compress(
+            model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16
+        )
     assert found.plan == small.plan
     assert found.plan.calibration is not None
     assert found.plan.calibration.refined
@@ -159,6 +161,7 @@ def test_what_the_caller_set_is_set_again_afterwards(name: str) -> None:
                     calibration=random_batches(data, failing=failing),
                     calibration_settings=TWO_PASSES,
                     prefer="size",
+                    bits=16,
                 )
             assert state() == before
 
@@ -201,13 +204,13 @@ def test_a_forward_that_relies_on_the_default_dtype_and_device_is_calibrated() -
         model = Stateful()
         data = [each.double() for each in batches()]
         small = compressor.compress(
-            model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size"
+            model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16
         ).model
         assert small is not None
         assert small(data[0]).dtype == torch.float64
         with torch.device("meta"):
             again = compressor.compress(
-                model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size"
+                model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16
             ).model
     assert again is not None
     assert bits(again) == bits(small)
@@ -215,7 +218,9 @@ def test_a_forward_that_relies_on_the_default_dtype_and_device_is_calibrated() -
 
 def test_calibration_batches_on_the_meta_device_are_refused() -> None:
     with torch.device("meta"), pytest.raises(compressor.BadInput, match="meta device"):
-        compressor.compress(network(), keep=0.5, calibration=(torch.randn(8, 8) for _ in range(4)), prefer="size")
+        compressor.compress(
+            network(), keep=0.5, calibration=(torch.randn(8, 8) for _ in range(4)), prefer="size", bits=16
+        )
 
 
 class Remembering(nn.Module):
@@ -273,12 +278,20 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
     before = whole_state(model)
     for verb in (
         lambda: compressor.compress(
-            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, data=data, prefer="size"
+            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, data=data, prefer="size", bits=16
         ),
         lambda: compressor.compress(
-            model, max_drop=1.0, calibration=batches(), calibration_settings=TWO_PASSES, data=data, prefer="size"
+            model,
+            max_drop=1.0,
+            calibration=batches(),
+            calibration_settings=TWO_PASSES,
+            data=data,
+            prefer="size",
+            bits=16,
         ),
-        lambda: compressor.plan(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"),
+        lambda: compressor.plan(
+            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
+        ),
         lambda: compressor.inspect(model),
         lambda: compressor.evaluate(model, data=data),
         lambda: compressor.diagnose(model, data=data),
@@ -290,7 +303,7 @@ def test_no_verb_changes_the_callers_module(tmp_path: Path) -> None:
 def test_the_compressed_modules_buffers_are_the_originals() -> None:
     model = remembering()
     small = compressor.compress(
-        model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+        model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
     ).model
     assert small is not None
     own = dict(small.named_buffers())
@@ -312,7 +325,7 @@ def test_a_module_that_changes_its_buffers_is_calibrated_as_the_same_function_th
     losses = []
     for model in (drifting, still):
         calibration = compressor.compress(
-            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+            model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
         ).plan.calibration
         assert calibration is not None
         losses.append(calibration.holdout_loss)
@@ -324,7 +337,7 @@ def test_a_compiled_module_is_compressed_as_the_module_that_was_compiled(
 ) -> None:
     compiled = torch.compile(network())
     found = compressor.compress(
-        compiled, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size"
+        compiled, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
     )
     assert found.plan == small.plan
     assert found.model is not None
@@ -337,14 +350,18 @@ def test_compiled_parts_of_a_module_are_compressed(small: compressor.Compression
     model = network()
     model[2] = torch.compile(model[2])  # type: ignore[index]
     before = dict(model.named_modules())
-    found = compressor.compress(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
+    found = compressor.compress(
+        model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
+    )
     assert dict(model.named_modules()) == before
     assert found.plan == small.plan
     assert found.model is not None
     assert small.model is not None
     assert bits(found.model) == bits(small.model)
     model.compile()
-    again = compressor.compress(model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
+    again = compressor.compress(
+        model, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16
+    )
     assert again.plan == small.plan
 
 
@@ -361,7 +378,7 @@ def test_the_precision_of_matrix_products_is_the_highest_and_then_the_callers() 
     model[0].register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     try:
         torch.set_float32_matmul_precision("medium")
-        compressor.compress(model, keep=0.5, calibration=[torch.randn(8, 32)] * 2, prefer="size")
+        compressor.compress(model, keep=0.5, calibration=[torch.randn(8, 32)] * 2, prefer="size", bits=16)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

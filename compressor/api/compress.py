@@ -42,11 +42,13 @@ from compressor.api.requests import (
     memory_of_jobs,
     output_folder,
     output_target,
+    preferred,
     provenance,
     requested_budget,
     requested_quantized_forms,
     selection,
     timing_settings,
+    widths_of,
 )
 from compressor.api.work_folder import expect_data, kept_calibration, kept_work, note_output
 from compressor.api.workload import (
@@ -212,7 +214,7 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         needs = _announced(asked, subject, data, places=places, run=run)
         decomposing = _decomposing(asked, data, places, run=run)
         kept = None if decomposing is None else decomposing.kept
-        quantized = requested_quantized_forms(asked, subject)
+        quantized = requested_quantized_forms(asked, subject, calibrated=data.calibration is not None)
         # With calibration their errors are those in its metric, but of a plan, whose layers it may not reach.
         by_weights = quantized if data.calibration is None or asked.plan is not None else None
         inspected = inspect_layers(subject, EPSILON, run, decomposing=decomposing, quantized=by_weights)
@@ -224,7 +226,9 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         if not any(each.start for each in measured):
             # Nothing is left of them, so that the result is, to the byte, the one without them.
             asked, subject = replace(asked, initial=None), replace(subject, initial=None)
-        speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
+        speed = None
+        if preferred(asked, subject, quantizes=any(quantized.values())) == "speed":
+            speed = requested_speed(asked, subject, (data.calibration, data.search, data.report), run=run)
         ready = prepared(speed, subject, measured, request=_request(asked, subject))
         subject.let_go()
         planned, alike = _planned(asked, subject, ready, data=data, gate=_gate(data, kept, run), run=run)
@@ -254,6 +258,7 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
             latency=latency,
             timed_on=device_words(run.device) if latency else None,
             needs=needs,
+            bits=widths_of(quantized),
         )
         compression = replace(compression, warnings=(*planned.warnings, *warning_words(compression)))
         uniform = _uniform(asked, subject, alike, data=None if evaluation is None else data.report, run=run)
@@ -367,7 +372,9 @@ def _planned(
     measured, request, calibrated = ready.measured, ready.request, None
     if data.calibration is not None:
         calibrated = _calibrated(asked, subject, measured, data=data.calibration, run=run)
-        if calibrated is None:
+        if calibrated is None and asked.bits is None:
+            measured = [replace(m, quantized=()) for m in measured]
+        elif calibrated is None:
             measured = _with_errors_by_weights(subject, measured, run)
     if gate is not None and request.budget is not None and request.budget.kind == "max-drop":
         planned = plan_within_drop(subject, measured, request, gate=gate, calibration=calibrated)

@@ -17,6 +17,7 @@ from compressor.api.requests import (
     requested_budget,
     requested_quantized_forms,
     timing_settings,
+    widths_of,
 )
 from compressor.api.write import Output, written
 from compressor.engine import Run
@@ -61,7 +62,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         what, remedy = "a module and files cannot be compared", "give both as modules, or both as files"
         raise BadInput(what, option="base", remedy=remedy)
     subject = model.with_ties()
-    quantized = requested_quantized_forms(asked, subject) if {"bits", "plan"} & asked.given else {}
+    quantized = requested_quantized_forms(asked, subject, calibrated=False)
     kind = _kind(subject, asked.output, quantized=bool(quantized))
     naming = Naming("folder", "-adapter") if kind == "adapter" else Naming("file", "-difference")
     target = output_target(asked, subject, naming, others=[base.checkpoint])
@@ -99,6 +100,7 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         spectra={m.layer.name: m.singular_values for m in changes.measured},
         model=module if kind == "module" else None,
         fine_tune=_fine_tune(adaptation, stored, base=base.name, verified_with=verified),
+        bits=widths_of(quantized),
     )
     return replace(compression, warnings=warning_words(compression))
 

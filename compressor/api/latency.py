@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.api.options import CompressOptions
-from compressor.api.requests import preferred, timing_settings
+from compressor.api.requests import timing_settings
 from compressor.calibration import CalibrationData
 from compressor.calibration.search import PlanRequest, plan_ranks
 from compressor.data import EvaluationData
@@ -153,15 +153,13 @@ def requested_speed(
     *,
     run: Run,
 ) -> Speed | None:
-    """The device and the workloads that a model is asked to be fast in; None where it is asked to be small.
+    """The device and the workloads that a model is to be fast in; None of one that cannot be run, with a warning.
 
-    So is a model that cannot be run, with a warning. Its examples come from the first of the `data`, or are random.
+    Its examples come from the first of the `data`, or are random.
 
     Raises:
         BadInput: a latency is asked for of a model that cannot be run, or constants of a device that is not known.
     """
-    if preferred(asked, subject) == "size":
-        return None
     shipped = target_profile(asked)
     try:
         subject.require_runnable()

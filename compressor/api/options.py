@@ -341,25 +341,25 @@ class BudgetOptions(Options):
 class BitsOptions(Options):
     """In how many bits numbers may be stored."""
 
-    bits: tuple[int, ...] = option(
+    bits: tuple[int, ...] | None = option(
         "Bits in which the numbers of a layer may be stored beside its own: 8, 4, or several such as 8,4; auto: any "
         "from 2 to 8; 16: none. What loses least for its bytes is chosen, dense or as a pair. One width without a "
         "size: every layer in it.",
         WIDTHS,
-        "16",
+        default_text="auto with calibration data, else 16",
         panel=BUDGET,
     )
 
-    @property
-    def quantizes(self) -> bool:
-        """Whether layers may be stored in fewer than 16 bits."""
-        return self.bits != (16,)
+    def widths(self, *, calibrated: bool) -> tuple[int, ...]:
+        """The bits that are allowed: those that were asked for, else any with calibration data and 16 without."""
+        if self.bits is not None:
+            return self.bits
+        return () if calibrated else (16,)
 
     @property
     def only_width(self) -> int | None:
         """The only width below 16 that is asked for; None where none or several are."""
-        widths = [each for each in self.bits if each < 16]
-        return widths[0] if len(widths) == 1 and 16 not in self.bits else None
+        return self.bits[0] if self.bits is not None and len(self.bits) == 1 and self.bits[0] < 16 else None
 
 
 @options
@@ -376,7 +376,7 @@ class SpeedOptions(BatchOptions):
     prefer: Preference | None = option(
         "speed: in every layer the fastest form, and only where it is faster than dense. size: the smallest form.",
         choice(Preference),
-        default_text="speed of folders and modules, size of files",
+        default_text="size of files and where bits below 16 are allowed, else speed",
         panel=SPEED,
     )
     target_device: DeviceProfile | str | None = option(

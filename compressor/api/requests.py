@@ -21,6 +21,7 @@ from compressor.calibration.drop import require_possible_drop
 from compressor.choices import Preference, Split
 from compressor.data import EvaluationData, Preprocessing, Sample, open_data, open_search_data, require_apart
 from compressor.evaluation import TIMING, TimingSettings, free_memory
+from compressor.forms import quantization_of
 from compressor.io import Checkpoint, Naming, Provenance, Target, checked_target, form_of
 from compressor.io.output import require_no_output
 from compressor.model import LayerSelection, Model
@@ -41,34 +42,39 @@ def requested_budget(asked: PlanOptions) -> Budget | None:
     return checked_budget(Budget(kind, value, given.get("max-latency"), given.get("max-drop")))
 
 
-def requested_quantized_forms(asked: PlanOptions, subject: Model) -> Mapping[str, tuple[str, ...]]:
+def requested_quantized_forms(asked: PlanOptions, subject: Model, *, calibrated: bool) -> Mapping[str, tuple[str, ...]]:
     """The quantized forms that each layer may take, by its name: those of a plan, or those of the widths allowed."""
     if asked.plan is not None:
         planned, _ = given_plan(asked.plan)
         return {layer.name: (layer.form,) for layer in planned.layers if layer.quantization is not None}
-    if not asked.quantizes:
+    if (widths := asked.widths(calibrated=calibrated)) == (16,):
         return {}
     settings, initial = asked.planning_settings or PLANNING, subject.initial is not None
     return {
-        layer.name: quantized_forms(layer, asked.bits, initial=initial, settings=settings)
+        layer.name: quantized_forms(layer, widths, initial=initial, settings=settings)
         for layer in subject.layers
         if layer.eligible
     }
 
 
-def preferred(asked: PlanOptions, model: Model) -> Preference:
+def widths_of(quantized: Mapping[str, tuple[str, ...]]) -> tuple[int, ...]:
+    """The bits of the quantized forms of layers, the most first."""
+    known = (quantization_of(form) for forms in quantized.values() for form in forms)
+    return tuple(sorted({each.bits for each in known if each is not None}, reverse=True))
+
+
+def preferred(asked: PlanOptions, model: Model, *, quantizes: bool) -> Preference:
     """Whether forms and ranks are chosen for speed or for size; those of a given plan are chosen already.
 
-    A bare file is stored, and its size is what counts; folders and modules are there to be run.
+    A bare file is stored, and its size is what counts; folders and modules are there to be run. Where layers may be
+    quantized it is size too: not every device multiplies integers faster, and they are about bytes.
     """
     if asked.plan is not None:
         return "size"
     if asked.prefer is not None:
         return asked.prefer
-    if asked.quantizes and not {"max_latency", "target_device"} & asked.given:
-        return "size"  # not every device multiplies integers faster, and who asks for bits asks for fewer bytes
     bare = not model.in_memory and model.checkpoint.folder is None
-    return "size" if bare and not {"max_latency", "target_device"} & asked.given else "speed"
+    return "size" if (bare or quantizes) and not {"max_latency", "target_device"} & asked.given else "speed"
 
 
 def timing_settings(asked: CompressOptions | EvaluateOptions) -> TimingSettings:

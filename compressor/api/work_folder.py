@@ -102,6 +102,8 @@ def _fingerprint(asked: CompressOptions, subject: Model, run: Run) -> Fingerprin
     }
     names = [name for name, _, _ in described(CompressOptions) if name not in _WITHOUT_EFFECT]
     settings = {f"`{name}`": _stated(getattr(asked, name)) for name in names}
+    if asked.bits == ():
+        settings["`bits`"] = "auto"  # which without calibration is not what is meant where it is left out
     if asked.metric is not None:
         contents["`metric`"] = _digest(*(path.read_bytes() for path in _source_of(asked.metric)))
     return _of_model(subject, run).joined(Fingerprint(contents, settings))

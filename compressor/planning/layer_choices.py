@@ -154,7 +154,7 @@ def _ranks_of_forms(m: MeasuredLayer, request: FormRequest) -> Iterator[tuple[st
         # A size that is asked for may be met without becoming faster: such a layer takes as long as the dense one.
         yield form, own if from_initial(form) else own[m.saves_time(form, own)]
     for form in m.quantized_forms(request):
-        own = m.ranks(len(m.own_errors[form]) - 1, form)
+        own = m.quantized_ranks(form)
         own = own[(own < m.settings.least_kernel_rank) | FORMS[form].suits_kernels(m.layer, own)]
         yield form, own if from_initial(form) else own[m.saves_time(form, own)]
 

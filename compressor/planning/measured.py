@@ -82,6 +82,13 @@ class MeasuredLayer:
         """The ranks that are choices, up to the largest one; from 0 on in forms that have this rank."""
         return np.arange(self.rank_multiple if form is None or least_rank(form) else 0, largest + 1, self.rank_multiple)
 
+    def quantized_ranks(self, form: str) -> npt.NDArray[np.int64]:
+        """The ranks that are choices in a quantized form; of a pair below the full one, at which dense is smaller."""
+        largest = len(self.own_errors[form]) - 1
+        if pair_name(pair_of(form) or form) != DENSE:
+            largest = min(largest, min(factorized_shape(self.layer, form)) - 1)
+        return self.ranks(largest, form)
+
     def rounded(self, rank: int) -> int:
         """The smallest rank from a rank on that is a choice."""
         return -(-rank // self.rank_multiple) * self.rank_multiple

@@ -66,7 +66,7 @@ def _better_form(
 
 def _smallest(m: MeasuredLayer, form: str, tolerance: float) -> int | None:
     """The rank at which a quantized form takes the fewest bytes with an error of at most a tolerance; None without."""
-    ranks = m.ranks(len(m.own_errors[form]) - 1, form)
+    ranks = m.quantized_ranks(form)
     close = ranks[m.own_errors[form][ranks] <= tolerance]
     return int(close[_bytes(m, form, close).argmin()]) if len(close) else None
 

@@ -34,6 +34,7 @@ from compressor.report.wording import (
     slowest_times,
     stored_only_words,
     timed_on,
+    widths_words,
 )
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def report_page(compression: Compression) -> str:
         output=one_line(compression.output) if compression.output else None,
         command=compression.command,
         budget=budget_words(plan.budget),
+        widths=widths_words(compression),
         advice=plan.advice,
         initial=[words for _, words in initial_facts(plan)],
         started=bool(started),

@@ -52,13 +52,13 @@ from compressor.report.wording import (
     search_rows,
     search_words,
     timed_on,
+    widths_words,
 )
 from compressor.version import VERSION
 
 if TYPE_CHECKING:
     from compressor.evaluation import Evaluation
     from compressor.io import Checkpoint
-    from compressor.planning import Plan
     from compressor.report.comparison import Comparison
     from compressor.results import Compression
 
@@ -121,7 +121,7 @@ def model_card(
         "## Before and after",
         _sizes(compression),
         "## Plan",
-        _plan(compression.plan),
+        _plan(compression),
         "## How it was made",
         _making(compression, commit),
     ]
@@ -341,8 +341,11 @@ def _warnings(compression: Compression) -> list[str]:
     return [words if data is None else words.replace(data, without_folders(data)) for words in compression.warnings]
 
 
-def _plan(plan: Plan) -> str:
+def _plan(compression: Compression) -> str:
+    plan = compression.plan
     said = [f"Budget: {budget_words(plan.budget)}."]
+    if (widths := widths_words(compression)) is not None:
+        said.append(f"Bits: {widths}.")
     if initial := [plain_text(words) for _, words in initial_facts(plan)]:
         said.append(f"Start: {'. '.join(initial)}.")
     if plan.calibration is not None:

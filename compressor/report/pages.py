@@ -39,6 +39,7 @@ from compressor.report.wording import (
     change_words,
     count_words,
     error_words,
+    faster_words,
     form_words,
     large_loss_words,
     left_out_words,
@@ -56,6 +57,7 @@ from compressor.report.wording import (
     time_words,
     unchanged_words,
     uniform_words,
+    widths_words,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def compression_page(compression: Compression) -> Page:
             *recipe_facts(compression.recipe),
             *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
+            *_widths_facts(compression),
             *initial_facts(plan),
             *_calibration_facts(plan),
         ),
@@ -101,7 +104,8 @@ def compression_page(compression: Compression) -> Page:
         parts.append(_needed(compression.needs))
     output = compression.output or "nothing was written"
     pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
-    parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice)))
+    faster = _advice(faster_words(compression))
+    parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice), *faster))
     return Page(tuple(parts))
 
 
@@ -157,6 +161,11 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
         yield "vLLM", f"refuses {' and '.join(fine_tune.vllm_obstacles)}"
     elif fine_tune.max_lora_rank is not None:
         yield "vLLM", f"should load it with --enable-lora --max-lora-rank {fine_tune.max_lora_rank}"
+
+
+def _widths_facts(compression: Compression) -> Iterator[tuple[str, str]]:
+    if (words := widths_words(compression)) is not None:
+        yield "bits", words
 
 
 def _calibration_facts(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -234,6 +234,15 @@ def _one_budget_words(budget: Budget) -> str:
     }[budget.kind]
 
 
+def widths_words(compression: Compression) -> str | None:
+    """Which bits each layer could take; None where all had 16, or the budget says it."""
+    if not compression.bits or compression.plan.budget.kind in ("bits", "plan"):
+        return None
+    *first, last = map(str, (16, *compression.bits))
+    several = f"{', '.join(first)}, or {last}" if len(first) > 1 else f"{first[0]} or {last}"
+    return f"in each layer {several}, whichever loses least for its bytes"
+
+
 def quality_words(metric: str, value: float, higher_is_better: bool | None = None) -> str:
     """A metric in its unit; `higher_is_better` is None for the built-in metrics."""
     return format_percent(value) if metric == "accuracy" and higher_is_better is None else f"{value:.4g}"
@@ -492,6 +501,15 @@ def _or_by_size(plan: Plan | None) -> str:
     return "" if plan is None or plan.device is None else ", or ask for its size alone with `prefer='size'`"
 
 
+def faster_words(compression: Compression) -> str | None:
+    """What to ask for where quantized layers made a model slower that nobody asked to be fast; None elsewhere."""
+    asked = bool(compression.latency) or compression.plan.device is not None
+    slower = any(each.change == "worse" for each in compression.latency_changes)
+    if asked or not slower or not compression.plan.quantized:
+        return None
+    return "layers in few bits save bytes, and are slower here; `prefer='speed'` takes only what is faster"
+
+
 def uniform_words(compression: Compression) -> str | None:
     """What int8 and int4 of the same model take and lose, in one line; None where they were not measured."""
     dense_loss = None if compression.evaluation is None else compression.evaluation.baseline_loss
@@ -503,12 +521,12 @@ def uniform_words(compression: Compression) -> str | None:
             continue
         seen.add(each.bits)
         if each.loss is not None and dense_loss is not None:
-            loss = f"{each.loss - dense_loss:.3g} nats per prediction on the data"
+            loss = f"and loses {each.loss - dense_loss:.3g} nats per prediction on the data"
         elif each.holdout_loss is not None:
-            loss = f"{each.holdout_loss:.3g}{unit} on the holdout"
+            loss = f"and loses {each.holdout_loss:.3g}{unit} on the holdout"
         elif each.error is not None:
-            loss = f"relative error {each.error:.3g}"
+            loss = f"at a relative error of {each.error:.3g}"
         else:
             continue
-        found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} and loses {loss}")
+        found.append(f"{each.name} ({each.method}) takes {format_size(each.bytes)} {loss}")
     return "; ".join(reversed(found)) or None

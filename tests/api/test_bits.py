@@ -91,7 +91,22 @@ def test_an_edited_plan_is_made_as_it_states(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
-def test_sixteen_bits_are_what_there_was_without_the_option(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_calibrated_layers_may_take_any_bits_where_nothing_is_said_of_them() -> None:
+    torch.manual_seed(0)
+    batches = list(torch.randn(48, 64).split(8))
+    asked: Any = {"keep": 0.2, "calibration": batches, "effort": "fast"}
+    unsaid, any_width, none = (
+        compress(perceptron(), **asked, **given) for given in ({}, {"bits": "auto"}, {"bits": 16, "prefer": "size"})
+    )
+    assert unsaid.plan == any_width.plan
+    assert unsaid.plan.quantized > 0
+    assert unsaid.bits == (8, 6, 5, 4, 3, 2)
+    assert "in each layer 16, 8, 6, 5, 4, 3, or 2, whichever loses least for its bytes" in " ".join(str(unsaid).split())
+    assert (none.plan.quantized, none.bits) == (0, ())
+
+
+def test_without_calibration_sixteen_bits_are_what_there_is(tmp_path: Path) -> None:
     source = saved(tmp_path)
     compress(source, keep=0.5, output=tmp_path / "a.safetensors")
     compress(source, keep=0.5, bits=16, output=tmp_path / "b.safetensors")

@@ -38,11 +38,11 @@ def calibrated(module: nn.Module, **asked: Any) -> str | None:
     """What the examples were that a plan was calibrated on; None for none."""
     if asked.get("calibration") != "none":
         asked["calibration_settings"] = QUICK
-    result = plan(module, prefer="size", **asked).calibration
+    result = plan(module, prefer="size", **{"bits": 16, **asked}).calibration
     return None if result is None else result.made
 
 
-@pytest.mark.parametrize("asked", [{"keep": 0.7}, {"max_size": 200_000}])
+@pytest.mark.parametrize("asked", [{"keep": 0.7, "bits": None}, {"max_size": 200_000}])
 def test_a_language_model_of_which_a_size_is_asked_is_calibrated_on_its_own_text(asked: dict[str, Any]) -> None:
     assert calibrated(llama(), **asked) == "texts that the model wrote itself"
 
@@ -106,7 +106,9 @@ def test_a_model_that_cannot_be_calibrated_on_its_own_examples_is_compressed_wit
 ) -> None:
     broken = images()
     broken[1].bias.data[0] = torch.nan  # type: ignore[union-attr,operator,index]
-    assert calibrated(broken, keep=0.7) is None
+    without = plan(broken, keep=0.7, prefer="size", calibration_settings=QUICK)
+    assert without.calibration is None
+    assert without.quantized == 0
     assert "not calibrated on examples of its own" in caplog.text
     with pytest.raises(BadInput):
-        compress(broken, keep=0.7, calibration="self", prefer="size", calibration_settings=QUICK)
+        compress(broken, keep=0.7, calibration="self", prefer="size", bits=16, calibration_settings=QUICK)

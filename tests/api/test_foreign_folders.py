@@ -89,6 +89,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         effort="balanced",
         recipe=str(home / "recipe.json"),
         prefer="size",
+        bits=16,
     )
     write_report(compression, home / "report.html", overwrite=False)
     export(home / "small", to="hf-remote", output=home / "remote")

@@ -404,7 +404,7 @@ def test_a_command_says_in_one_line_what_is_wrong_with_a_start_and_writes_nothin
 @pytest.mark.parametrize("recipe", [RECIPE, {}])
 def test_calibration_uses_the_predicted_share_or_fits_it_in_the_metric_of_the_loss(recipe):
     examples = torch.randn(96, 32, generator=torch.Generator().manual_seed(2))
-    asked = {"keep": 0.5, "prefer": "size", "calibration": examples, "effort": "fast", "recipe": recipe}
+    asked = {"keep": 0.5, "prefer": "size", "bits": 16, "calibration": examples, "effort": "fast", "recipe": recipe}
     compression = compress(trained(), initial=SEED, factory=Net, **asked)
     plain = inspect(trained(), initial=SEED, factory=Net, recipe=recipe).initial.starts
     shares = {layer.name: layer.share for layer in compression.plan.layers if layer.share is not None}

@@ -90,6 +90,7 @@ def test_compress_loads_the_dense_folder_once_and_the_compressed_one(
         data=tmp_path / "tokens.npz",
         progress=lambda *_: None,
         prefer="size",
+        bits=16,
         **budget,
     )
     assert report.evaluation is not None

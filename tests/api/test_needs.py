@@ -229,7 +229,7 @@ def test_temporary_files_are_as_large_as_was_said(effort: str, tmp_path: Path, m
     settings = replace(CalibrationSettings.of(effort), refinement=RefinementSettings(passes=1, steps=2))
     settings = replace(settings, trust_factor=1.0)  # a round of recalibration where there is one
     made = compress(
-        network(4), keep=0.5, calibration=batches, calibration_settings=settings, progress=note, prefer="size"
+        network(4), keep=0.5, calibration=batches, calibration_settings=settings, progress=note, prefer="size", bits=16
     )
     assert made.needs is not None
     headers = 500 * 100  # what safetensors writes beside the tensors of a file
@@ -242,7 +242,7 @@ def test_a_small_model_is_never_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0))
     batches = list(torch.randn(4, 4, 8))
-    small = compress(network(2), keep=0.5, calibration=batches, effort="fast", prefer="size")
+    small = compress(network(2), keep=0.5, calibration=batches, effort="fast", prefer="size", bits=16)
     assert small.needs is not None
     assert small.needs.temporary.available == 0 < small.needs.temporary.needed
 

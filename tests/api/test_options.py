@@ -331,7 +331,7 @@ def test_a_recipe_in_a_mapping_is_known_to_come_from_the_options() -> None:
 @pytest.mark.parametrize("written", ["8,4", (8, 4), [4, 8], "4, 8,4"])
 def test_widths_are_read_alike_as_numbers_and_as_text(written: object) -> None:
     asked = CompressOptions(bits=written, keep=0.5)
-    assert (asked.bits, asked.quantizes, asked.only_width) == ((8, 4), True, None)
+    assert (asked.bits, asked.only_width) == ((8, 4), None)
     assert asked.command("m") == "compress m --keep 0.5 --bits 8,4"
 
 
@@ -341,8 +341,16 @@ def test_any_width_is_a_word_and_none_is_sixteen() -> None:
         "compress m --bits auto",
     )
     assert replace(CompressOptions(bits="auto"), keep=0.5).bits == ()
-    assert not CompressOptions(bits=16).quantizes
-    assert CompressOptions().bits == (16,)
+
+
+@pytest.mark.parametrize(
+    ("given", "with_data", "without"), [({}, (), (16,)), ({"bits": 16}, (16,), (16,)), ({"bits": "auto"}, (), ())]
+)
+def test_any_width_is_allowed_where_there_are_data_unless_others_are_asked_for(
+    given: dict[str, int | str], with_data: tuple[int, ...], without: tuple[int, ...]
+) -> None:
+    asked = CompressOptions(**given)
+    assert (asked.widths(calibrated=True), asked.widths(calibrated=False)) == (with_data, without)
 
 
 @pytest.mark.parametrize("written", [1, 9, 0, "many", "", "8,", 4.5, True, [], "8;4"])

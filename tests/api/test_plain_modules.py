@@ -225,7 +225,9 @@ def drawn(inputs: Callable[..., Tensor], seed: int = 1) -> list[Tensor]:
 def test_calibration_makes_far_better_factors_of_every_kind(name: str) -> None:
     build, inputs = MODELS[name]
     model = trained(build)
-    report = compress(model, keep=0.5, calibration=drawn(inputs), calibration_settings=TWO_PASSES, prefer="size")
+    report = compress(
+        model, keep=0.5, calibration=drawn(inputs), calibration_settings=TWO_PASSES, prefer="size", bits=16
+    )
     blind = compress(model, keep=0.5, prefer="size").model
     assert report.model is not None
     assert blind is not None
@@ -257,12 +259,12 @@ def test_a_module_under_several_names_becomes_one_pair_that_is_called_as_often(
 ) -> None:
     model = trained(Twice)
     data = drawn(lambda count: torch.randn(count, 16)) if calibrated else None
-    report = compress(model, keep=0.6, calibration=data, prefer="size")
+    report = compress(model, keep=0.6, calibration=data, prefer="size", bits=16)
     small: Any = report.model
     assert isinstance(small.first, LowRankLinear | PivotedLinear)
     assert small.first is small.again
     torch.save(model.state_dict(), tmp_path / "tied.pt")  # which knows that the two are one
-    filed = compress(tmp_path / "tied.pt", keep=0.6, factory=Twice, calibration=data)
+    filed = compress(tmp_path / "tied.pt", keep=0.6, factory=Twice, calibration=data, bits=16)
     assert filed.parameters == report.parameters
     loaded: Any = load_model(str(filed.output), Twice)
     assert loaded.first is loaded.again
@@ -355,7 +357,9 @@ def test_computed_weights_are_compressed_as_what_they_are_and_the_model_is_left_
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(model.eval()(x).detach(), expected)
     images = [torch.randn(4, 2, 8, 8) for _ in range(4)]
-    cut: Any = compress(model, keep=0.5, calibration=images, calibration_settings=TWO_PASSES, prefer="size").model
+    cut: Any = compress(
+        model, keep=0.5, calibration=images, calibration_settings=TWO_PASSES, prefer="size", bits=16
+    ).model
     assert isinstance(cut[4], LowRankLinear | PivotedLinear)
 
 
@@ -480,10 +484,12 @@ def test_the_module_is_as_it_was_wherever_a_run_of_it_fails(runs: int, caller: C
         with left_as_it_was(model):
             if runs < 10**6:
                 with pytest.raises((RuntimeError, BadInput), match="no more"):
-                    compress(model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size")
+                    compress(
+                        model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size", bits=16
+                    )
             else:
                 small: Any = compress(
-                    model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size"
+                    model, keep=0.5, calibration=batches, calibration_settings=TWO_PASSES, prefer="size", bits=16
                 ).model
                 assert {tensor.dtype for tensor in small.state_dict().values()} <= {torch.bfloat16, torch.int32}
                 assert not any(tensor.is_inference() for tensor in (*small.parameters(), *small.buffers()))
@@ -498,7 +504,7 @@ def test_a_module_that_was_made_in_inference_mode_is_compressed() -> None:
     with torch.inference_mode():
         model = trained(Recurrent)
         small: Any = compress(
-            model, keep=0.5, calibration=drawn(words), calibration_settings=TWO_PASSES, prefer="size"
+            model, keep=0.5, calibration=drawn(words), calibration_settings=TWO_PASSES, prefer="size", bits=16
         ).model
     small(words(2)).sum().backward()
     assert all(parameter.is_inference() for parameter in model.parameters())

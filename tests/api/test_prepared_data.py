@@ -44,7 +44,7 @@ def corpus(tmp_path: Path) -> Path:
 def outcome(model: Any, data: Any, **options: Any) -> tuple[float, ...]:
     """What is measured on some data, and what is expected of a model that was calibrated on it."""
     plan = compressor.plan(
-        model, keep=0.5, calibration=data, calibration_samples=8, effort="balanced", prefer="size", **options
+        model, keep=0.5, calibration=data, calibration_samples=8, effort="balanced", prefer="size", bits=16, **options
     )
     measured = compressor.evaluate(model, data=data, data_samples=4, **options)
     assert plan.calibration is not None

@@ -27,7 +27,9 @@ def opened(container: str, folder: Path) -> Model:
 
 @pytest.mark.parametrize(("container", "expected"), [("module", "speed"), ("folder", "speed"), ("file", "size")])
 def test_folders_and_modules_are_to_be_fast_and_files_small(container: str, expected: str, tmp_path: Path) -> None:
-    assert preferred(CompressOptions(keep=0.5), opened(container, tmp_path)) == expected
+    model = opened(container, tmp_path)
+    assert preferred(CompressOptions(keep=0.5), model, quantizes=False) == expected
+    assert preferred(CompressOptions(keep=0.5), model, quantizes=True) == "size"
 
 
 @pytest.mark.parametrize("container", ["module", "folder", "file"])
@@ -42,4 +44,6 @@ def test_folders_and_modules_are_to_be_fast_and_files_small(container: str, expe
     ],
 )
 def test_what_is_asked_for_decides(container: str, given: dict[str, Any], expected: str, *, tmp_path: Path) -> None:
-    assert preferred(CompressOptions(**given), opened(container, tmp_path)) == expected
+    model = opened(container, tmp_path)
+    for quantizes in (False, True):
+        assert preferred(CompressOptions(**given), model, quantizes=quantizes) == expected

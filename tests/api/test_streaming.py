@@ -55,7 +55,13 @@ def built(name: str) -> tuple[Any, Mapping[str, Tensor]]:
 def test_a_folder_gives_what_the_module_gives(name: str, effort: Effort, tmp_path: Path) -> None:
     model, inputs = built(name)
     model.save_pretrained(tmp_path / "dense")
-    asked: Any = {"keep": 0.6, "prefer": "size", "calibration": inputs, "calibration_settings": settings(effort)}
+    asked: Any = {
+        "keep": 0.6,
+        "prefer": "size",
+        "bits": 16,
+        "calibration": inputs,
+        "calibration_settings": settings(effort),
+    }
     streamed = compress(tmp_path / "dense", output=tmp_path / "small", **asked)
     whole = compress(aligned(load_transformers(tmp_path / "dense")), **asked)
     assert chosen(streamed) == chosen(whole)
@@ -92,7 +98,7 @@ def test_a_file_gives_what_the_module_gives(
     torch.manual_seed(0)
     model = build()
     save_file(model.state_dict(), tmp_path / "dense.safetensors")
-    asked: Any = {"keep": 0.7, "prefer": "size", "calibration": torch.randn(*shape)}
+    asked: Any = {"keep": 0.7, "prefer": "size", "bits": 16, "calibration": torch.randn(*shape)}
     asked["calibration_settings"] = settings("best")
     output = tmp_path / "small.safetensors"
     streamed = compress(tmp_path / "dense.safetensors", output=output, factory=build, **asked)

@@ -63,23 +63,36 @@ def examples() -> Tensor:
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "by its weights": lambda: {"keep": 0.5, "calibration": "none"},
     "from its seed": lambda: {"keep": 0.5, "calibration": "none", "initial": 0},
-    "calibrated": lambda: {"keep": 0.4, "calibration": data(), "calibration_settings": TWO_PASSES},
+    "calibrated": lambda: {"keep": 0.4, "bits": 16, "calibration": data(), "calibration_settings": TWO_PASSES},
     "in bits": lambda: {
         "keep": 0.3,
         "bits": (8, 4),
         "calibration": data(),
         "calibration_settings": replace(TWO_PASSES, exponents=(0.0,), truncation_penalties=(2.0,)),
     },
-    "embeddings": lambda: {"keep": 0.4, "calibration": data(), "effort": "balanced", "embeddings": True},
+    "embeddings": lambda: {
+        "keep": 0.4,
+        "bits": 16,
+        "calibration": data(),
+        "effort": "balanced",
+        "embeddings": True,
+    },
     "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
     "within a drop, refined": lambda: {
         "max_drop": 20.0,
+        "bits": 16,
         "data": {"input_ids": examples()},
         "calibration": data(),
         "calibration_settings": TWO_PASSES,
         "planning_settings": PlanningSettings(most_trials=3, most_refined=2),
     },
-    "on its own examples": lambda: {"keep": 0.4, "calibration": "self", "calibration_samples": 8, "effort": "fast"},
+    "on its own examples": lambda: {
+        "keep": 0.4,
+        "calibration": "self",
+        "calibration_samples": 8,
+        "effort": "fast",
+        "bits": 16,
+    },
 }
 
 
@@ -133,7 +146,13 @@ def network() -> nn.Module:
 @pytest.mark.slow
 def test_an_interrupted_run_on_a_module_ends_with_the_same_module(tmp_path: Path) -> None:
     images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    asked: dict[str, Any] = {"keep": 0.4, "calibration": images, "calibration_settings": TWO_PASSES, "prefer": "size"}
+    asked: dict[str, Any] = {
+        "keep": 0.4,
+        "calibration": images,
+        "calibration_settings": TWO_PASSES,
+        "prefer": "size",
+        "bits": 16,
+    }
     whole = compress(network(), **asked).model
     made: list[nn.Module | None] = []
 
@@ -242,7 +261,7 @@ def test_a_run_on_another_model_is_refused(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_run_on_other_calibration_data_is_refused(folder: Path, tmp_path: Path) -> None:
-    work, asked = tmp_path / "work", {"keep": 0.5, "effort": "fast", "output": tmp_path / "output"}
+    work, asked = tmp_path / "work", {"keep": 0.5, "effort": "fast", "bits": 16, "output": tmp_path / "output"}
     interrupted(folder, work, 1, calibration=data(), **asked)
     with pytest.raises(BadInput, match="the calibration data changed"):
         compress(folder, prefer="size", work_dir=work, calibration=data(seed=1), **asked)
@@ -272,7 +291,7 @@ def test_another_size_starts_from_the_calibration_cache_without_data(folder: Pat
 
     def made(name: str, **asked: Any) -> tuple[dict[str, bytes], Counter[str]]:
         progress = Progress()
-        compress(folder, output=tmp_path / name, prefer="size", progress=progress, **asked)
+        compress(folder, output=tmp_path / name, prefer="size", bits=16, progress=progress, **asked)
         return weights(tmp_path / name), progress.calls
 
     first, _ = made("first", keep=0.5, effort="balanced", calibration=data(), calibration_cache=cache)
@@ -303,7 +322,7 @@ def test_a_model_keeps_the_examples_that_it_made(folder: Path, tmp_path: Path) -
         outputs.append(weights(output))
     assert outputs[0] == outputs[1] == outputs[2]
     with pytest.raises(BadInput, match="the calibration data changed"):
-        compress(folder, prefer="size", keep=0.6, effort="fast", calibration=data(), calibration_cache=cache)
+        compress(folder, prefer="size", bits=16, keep=0.6, effort="fast", calibration=data(), calibration_cache=cache)
 
 
 WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -320,7 +339,7 @@ WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
 @pytest.fixture(scope="module")
 def cache(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("calibrated")
-    asked: dict[str, Any] = {"keep": 0.5, "effort": "fast", "prefer": "size", "calibration": data()}
+    asked: dict[str, Any] = {"keep": 0.5, "effort": "fast", "prefer": "size", "bits": 16, "calibration": data()}
     compress(folder, output=place / "output", calibration_cache=place / "cache", **asked)
     return place / "cache"
 
@@ -349,7 +368,13 @@ def test_temporary_files_lie_in_the_work_folder(folder: Path, tmp_path: Path) ->
     def note(*_: object) -> None:
         seen.update(path for path in (tmp_path / "work").glob("*") if is_workspace(path))
 
-    asked: dict[str, Any] = {"keep": 0.5, "prefer": "size", "calibration": data(), "calibration_settings": TWO_PASSES}
+    asked: dict[str, Any] = {
+        "keep": 0.5,
+        "prefer": "size",
+        "bits": 16,
+        "calibration": data(),
+        "calibration_settings": TWO_PASSES,
+    }
     compress(folder, output=tmp_path / "output", work_dir=tmp_path / "work", progress=note, **asked)
     assert seen
     assert not (tmp_path / "work").exists()

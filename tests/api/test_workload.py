@@ -55,7 +55,7 @@ def model() -> nn.Module:
 
 
 def calibrated() -> dict[str, Any]:
-    return {"calibration": batches(), "calibration_settings": TWO_PASSES}
+    return {"calibration": batches(), "calibration_settings": TWO_PASSES, "bits": 16}
 
 
 def batches() -> list[Tensor]:
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
     "evaluated": lambda data, seen: compress(model(), keep=0.5, data=data, progress=seen, prefer="size"),
     "calibrated": lambda _, seen: compress(model(), keep=0.5, **calibrated(), progress=seen, prefer="size"),
     "not refined": lambda data, seen: compress(
-        model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen, prefer="size"
+        model(), keep=0.5, data=data, calibration=batches(), effort="balanced", progress=seen, prefer="size", bits=16
     ),
     "within a drop": lambda data, seen: compress(model(), max_drop=0.5, data=data, progress=seen, prefer="size"),
     "within a drop, calibrated": lambda data, seen: compress(
@@ -104,7 +104,7 @@ def test_a_progress_that_takes_no_steps_costs_no_measurement() -> None:
     def forwards(progress: Any) -> int:
         subject, calls = model(), []
         subject.register_forward_pre_hook(lambda *_: calls.append(1))
-        compress(subject, keep=0.5, calibration=batches(), effort="balanced", progress=progress, prefer="size")
+        compress(subject, keep=0.5, calibration=batches(), effort="balanced", progress=progress, prefer="size", bits=16)
         return len(calls)
 
     without, quiet, watched = (forwards(progress) for progress in (None, lambda *_: None, Followed()))

@@ -100,7 +100,7 @@ def test_with_data_and_spatial_pairs_a_resnet_loses_at_most_half_of_what_channel
     source, spec, _ = MODELS["digits-resnet"]
     dense = load_model(source)
     pairs = replace(PLANNING, excluded_forms=tuple(form for form in FORMS if from_initial(form)))
-    asked = {"keep": 0.3, "calibration": spec, "prefer": "size", "planning_settings": pairs}
+    asked = {"keep": 0.3, "calibration": spec, "prefer": "size", "bits": 16, "planning_settings": pairs}
     report = compress(source, output=tmp_path / "small", **asked)
     assert report.plan.eligible_after <= 0.3 * report.plan.eligible_before
     assert any(layer.form == "spatial" for layer in report.plan.layers)

@@ -109,7 +109,13 @@ def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
 
     data = [inputs_for("llama", 4) for _ in range(4)]
     compress(
-        transformer("llama"), keep=0.4, calibration=data, calibration_settings=TWO_PASSES, progress=look, prefer="size"
+        transformer("llama"),
+        keep=0.4,
+        calibration=data,
+        calibration_settings=TWO_PASSES,
+        progress=look,
+        prefer="size",
+        bits=16,
     )
     assert seen["calibrate"] > 0
     assert seen["compensate"] > 0
@@ -132,6 +138,7 @@ def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) ->
             calibration_settings=TWO_PASSES,
             progress=fail,
             prefer="size",
+            bits=16,
         )
     except KeyboardInterrupt:
         pass
@@ -148,7 +155,7 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
     for seed in (1, 2, 1):
         network = transformer("llama")
         model = compress(
-            network, keep=0.4, calibration=data, calibration_settings=TWO_PASSES, seed=seed, prefer="size"
+            network, keep=0.4, calibration=data, calibration_settings=TWO_PASSES, seed=seed, prefer="size", bits=16
         ).model
         assert model is not None
         found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -164,7 +171,7 @@ def test_a_seed_gives_one_result_whatever_ran_before() -> None:
 def test_bfloat16_stays_bfloat16() -> None:
     model = transformer("llama").to(torch.bfloat16)
     data = [inputs_for("llama", 8) for _ in range(4)]
-    report = compress(model, keep=0.6, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+    report = compress(model, keep=0.6, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16)
     assert report.model is not None
     assert report.plan.calibration is not None
     assert 0 < report.plan.calibration.holdout_loss < 10

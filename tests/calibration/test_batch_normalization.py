@@ -127,7 +127,9 @@ def test_a_file_holds_the_moved_statistics_and_loads_to_what_is_in_memory(
     batches = [images(40) for _ in range(6)]
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     settings = CalibrationSettings(refine=False)
-    in_memory = compress(network, keep=0.2, calibration=batches, calibration_settings=settings, prefer="size").model
+    in_memory = compress(
+        network, keep=0.2, calibration=batches, calibration_settings=settings, prefer="size", bits=16
+    ).model
     report = compress(
         tmp_path / "model.safetensors",
         factory=build,
@@ -135,6 +137,7 @@ def test_a_file_holds_the_moved_statistics_and_loads_to_what_is_in_memory(
         calibration=batches,
         calibration_settings=settings,
         prefer="size",
+        bits=16,
     )
     assert in_memory is not None
     written, expected = load_file(str(report.output)), in_memory.state_dict()
@@ -157,9 +160,15 @@ def test_a_folder_holds_the_moved_statistics_and_loads_to_what_is_in_memory(tmp_
             model.train()(nn.functional.interpolate(images(32), size=32))
     model.eval().save_pretrained(tmp_path / "model")
     batches = [{"pixel_values": nn.functional.interpolate(images(16), size=32)} for _ in range(4)]
-    in_memory = compress(model, keep=0.3, calibration=batches, effort="balanced", prefer="size").model
+    in_memory = compress(model, keep=0.3, calibration=batches, effort="balanced", prefer="size", bits=16).model
     report = compress(
-        tmp_path / "model", output=tmp_path / "small", keep=0.3, calibration=batches, effort="balanced", prefer="size"
+        tmp_path / "model",
+        output=tmp_path / "small",
+        keep=0.3,
+        calibration=batches,
+        effort="balanced",
+        prefer="size",
+        bits=16,
     )
     loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "small")
     assert report.output == str(tmp_path / "small")

@@ -652,7 +652,7 @@ def test_the_first_layer_that_is_given_an_overflow_is_named(batch: int) -> None:
     data = [torch.randint(6, 40, (2, 6)) for _ in range(4)]
     data[batch][0, 3] = 5
     with pytest.raises(BadInput, match=r"layer model\.layers\.0\.mlp\.down_proj are not finite"):
-        compress(model, keep=0.5, calibration=[{"input_ids": ids} for ids in data], prefer="size")
+        compress(model, keep=0.5, calibration=[{"input_ids": ids} for ids in data], prefer="size", bits=16)
 
 
 def test_without_the_gradients_moment_the_metric_is_of_the_inputs_alone() -> None:
@@ -683,7 +683,7 @@ def test_any_form_of_batches(labels: int | None) -> None:
     data = [inputs_for("gpt2", 2, length=4 + index, padded=index % 2 == 0) for index in range(4)]
     if labels is not None:
         data = [inputs | {"labels": inputs["input_ids"]} for inputs in data]
-    assert compress(model, keep=0.6, calibration=data, prefer="size").plan.calibration is not None
+    assert compress(model, keep=0.6, calibration=data, prefer="size", bits=16).plan.calibration is not None
 
 
 def test_batches_are_not_changed() -> None:
@@ -697,7 +697,7 @@ def test_batches_are_not_changed() -> None:
 def test_an_empty_batch_is_named() -> None:
     for data in ([torch.randn(4, 6), torch.randn(0, 6)], [{"labels": torch.zeros(3).long()}] * 3):
         with pytest.raises(BadInput, match="empty batch"):
-            compress(classifier(), keep=0.5, calibration=data, prefer="size")
+            compress(classifier(), keep=0.5, calibration=data, prefer="size", bits=16)
 
 
 def test_start_and_end_of_an_answer_both_count() -> None:

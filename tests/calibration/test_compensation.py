@@ -203,7 +203,7 @@ def test_with_a_bias_no_mean_is_moved() -> None:
 def test_what_stays_dense_is_bit_for_bit_as_it_was() -> None:
     model = transformer("llama")
     data = [inputs_for("llama", 8) for _ in range(4)]
-    report = compress(model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+    report = compress(model, keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16)
     assert report.model is not None
     low_rank = {f"{layer.name}.weight" for layer in report.plan.layers if layer.rank is not None}
     before, after = model.state_dict(), report.model.state_dict()
@@ -223,8 +223,8 @@ def test_the_model_is_restored_after_compensation_and_after_a_failure_in_it() ->
 
     with left_as_it_was(model):
         with pytest.raises(KeyboardInterrupt):
-            compress(model, keep=0.5, calibration=data, effort="balanced", progress=stop, prefer="size")
-        compress(model, keep=0.5, calibration=data, effort="balanced", prefer="size")
+            compress(model, keep=0.5, calibration=data, effort="balanced", progress=stop, prefer="size", bits=16)
+        compress(model, keep=0.5, calibration=data, effort="balanced", prefer="size", bits=16)
 
 
 def moments_of(x: Tensor, y: Tensor) -> _InputStatistics:

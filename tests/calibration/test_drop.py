@@ -126,7 +126,7 @@ def test_a_reference_model_obeys_the_limit_and_the_next_smaller_size_tried_does_
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_a_module_in_memory_measured_by_hand(trained: nn.Sequential, calibrated: bool) -> None:
     batches = list(digits("train")[0][:256].split(32))
-    asked: Any = {"calibration": batches, "calibration_settings": TWO_PASSES} if calibrated else {}
+    asked: Any = {"calibration": batches, "calibration_settings": TWO_PASSES, "bits": 16} if calibrated else {}
     report = compress(trained, max_drop=0.02, data="builtin:digits", allow_miss=True, prefer="size", **asked)
     assert report.plan.search is not None
     lost = accuracy(trained, *digits("validation")) - accuracy(report.model, *digits("validation"))
@@ -153,6 +153,7 @@ def test_the_model_is_measured_and_calibrated_once(trained: nn.Sequential) -> No
         planning_settings=FEW,
         effort="balanced",  # which does not calibrate again at a compressed model
         prefer="size",
+        bits=16,
     )
     assert found.search is not None
     assert len(found.search.trials) > 1

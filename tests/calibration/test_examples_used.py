@@ -94,9 +94,11 @@ def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.Lo
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
     loader = DataLoader(TensorDataset(torch.randn(500, 8), torch.randint(0, 5, (500,))), batch_size=64)
     with caplog.at_level(logging.INFO, "compressor.calibration.examples"):
-        whole = compressor.plan(model, keep=0.5, calibration=loader, effort="balanced", prefer="size").calibration
+        whole = compressor.plan(
+            model, keep=0.5, calibration=loader, effort="balanced", prefer="size", bits=16
+        ).calibration
         part = compressor.plan(
-            model, keep=0.5, calibration=loader, calibration_samples=128, effort="balanced", prefer="size"
+            model, keep=0.5, calibration=loader, calibration_samples=128, effort="balanced", prefer="size", bits=16
         ).calibration
     assert whole is not None
     assert part is not None
@@ -111,7 +113,9 @@ def test_a_loader_of_500_images_is_used_whole_and_less_is_said(caplog: pytest.Lo
 
 def test_of_named_data_128_examples_are_used_and_the_rest_is_said() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    found = compressor.plan(model, keep=0.5, calibration="builtin:digits", effort="balanced", prefer="size").calibration
+    found = compressor.plan(
+        model, keep=0.5, calibration="builtin:digits", effort="balanced", prefer="size", bits=16
+    ).calibration
     assert found is not None
     assert (found.examples + found.holdout, found.unused) == (128, "950 of 1,078 examples")
 
@@ -123,7 +127,7 @@ def test_a_calibrated_loss_has_its_own_unit_wherever_it_is_told(labeled: bool) -
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
     inputs, labels = torch.randn(6, 8, 8), torch.randint(0, 5, (6, 8))
     batches = list(zip(inputs, labels, strict=True)) if labeled else list(inputs)
-    found = compressor.compress(model, keep=0.5, calibration=batches, effort="balanced", prefer="size")
+    found = compressor.compress(model, keep=0.5, calibration=batches, effort="balanced", prefer="size", bits=16)
     calibration = found.plan.calibration
     assert calibration is not None
     assert found.curve is not None

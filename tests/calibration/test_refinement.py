@@ -329,7 +329,8 @@ def test_a_segment_that_cannot_be_differentiated_keeps_its_factors(caplog: pytes
     data = [torch.randn(16, 6) for _ in range(8)]
     both = (CalibrationSettings(refine=refine) for refine in (True, False))
     result, without = (
-        compress(model, keep=0.5, calibration=data, calibration_settings=settings, prefer="size") for settings in both
+        compress(model, keep=0.5, calibration=data, calibration_settings=settings, prefer="size", bits=16)
+        for settings in both
     )
     assert "not fitted" in caplog.text
     assert same(result, without)
@@ -375,7 +376,13 @@ def compressed(model: nn.Module, keep: float, *, refine: bool = True) -> Compres
     data = list(zip(images[:256].split(32), labels[:256].split(32), strict=True))
     settings = CalibrationSettings(refine=refine)
     return compress(
-        model, keep=keep, calibration=data, calibration_samples=256, calibration_settings=settings, prefer="size"
+        model,
+        keep=keep,
+        calibration=data,
+        calibration_samples=256,
+        calibration_settings=settings,
+        prefer="size",
+        bits=16,
     )
 
 

@@ -63,7 +63,7 @@ def divergence(dense: nn.Module, compressed: nn.Module | None) -> float:
 def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(trained: nn.Module, keep: float) -> None:
     plain, calibrated = (
         compress(trained, keep=keep, prefer="size"),
-        compress(trained, keep=keep, calibration=batches(), prefer="size"),
+        compress(trained, keep=keep, calibration=batches(), prefer="size", bits=16),
     )
     assert calibrated.plan.eligible_after <= keep * calibrated.plan.eligible_before
     assert divergence(trained, calibrated.model) <= divergence(trained, plain.model) / 2
@@ -73,7 +73,7 @@ def test_it_loses_at_most_half_of_what_plain_truncation_loses_at_the_same_size(t
 def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(trained: nn.Module, keep: float) -> None:
     # Of so few examples it takes all.
     settings, run = replace(CalibrationSettings.of("balanced"), refit_every=1), Run(torch.device("cpu"))
-    chosen = plan(trained, keep=keep, calibration=batches(), calibration_settings=settings, prefer="size")
+    chosen = plan(trained, keep=keep, calibration=batches(), calibration_settings=settings, prefer="size", bits=16)
     layers = [layer for layer in find_layers(open_checkpoint(trained), module_architecture(trained)) if layer.eligible]
     calibration = calibrate(trained, layers, split_examples(open_data(batches())), run=run, settings=settings)
     refitted, truncated = (
@@ -87,7 +87,7 @@ def test_compensation_loses_less_on_holdout_data_and_is_kept_only_there(trained:
 def test_the_dense_model_is_left_as_it_was(trained: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     trained.train()
-    compress(trained, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size")
+    compress(trained, keep=0.5, calibration=batches(), calibration_settings=TWO_PASSES, prefer="size", bits=16)
     assert trained.training
     assert all(parameter.requires_grad for parameter in trained.parameters())
     assert not any(module._forward_hooks for module in trained.modules())
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, tmp_path: Path) 
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         report = compress(
             tmp_path / "model.safetensors", output=tmp_path / f"{name}.safetensors", factory=build, keep=0.4,
-            calibration="builtin:digits", calibration_samples=64, calibration_settings=TWO_PASSES, seed=seed,
+            calibration="builtin:digits", calibration_samples=64, calibration_settings=TWO_PASSES, seed=seed, bits=16,
         )  # fmt: skip
         written.append(Path(str(report.output)).read_bytes())
     assert written[0] == written[1] != written[2]
@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, tmp_path: Path) 
 
 def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, tmp_path: Path) -> None:
     save_file(trained.state_dict(), tmp_path / "model.safetensors")
-    asked: Any = {"keep": 0.4, "calibration": batches(), "calibration_settings": TWO_PASSES}
+    asked: Any = {"keep": 0.4, "bits": 16, "calibration": batches(), "calibration_settings": TWO_PASSES}
     in_memory = compress(trained, **asked, prefer="size").model
     report = compress(tmp_path / "model.safetensors", factory=build, **asked)
     restore(str(report.output), output=tmp_path / "back.safetensors")
@@ -120,7 +120,7 @@ def test_a_file_is_compressed_as_the_module_is_and_restores(trained: nn.Module, 
 
 
 def test_what_was_predicted_and_measured_is_said(trained: nn.Module) -> None:
-    asked: Any = {"calibration": batches(), "calibration_samples": 256, "calibration_settings": TWO_PASSES}
+    asked: Any = {"bits": 16, "calibration": batches(), "calibration_samples": 256, "calibration_settings": TWO_PASSES}
     chosen = plan(trained, keep=0.5, **asked, prefer="size")
     found = chosen.calibration
     assert found is not None
@@ -144,7 +144,7 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
 
     torch.manual_seed(0)
     data = [torch.randn(8, 20) for _ in range(4)]
-    report = compress(Branching(), keep=0.7, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+    report = compress(Branching(), keep=0.7, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16)
     ranks = {layer.name: (layer.rank, layer.reason) for layer in report.plan.layers}
     assert ranks["unused"] == (None, "no calibration example reached it with an effect on the outputs")
     assert ranks["used"][0] is not None
@@ -161,7 +161,7 @@ def test_a_layer_that_no_example_reaches_stays_dense() -> None:
 )
 def test_any_iterable_of_batches_will_do(data: Any) -> None:
     torch.manual_seed(0)
-    found = compress(build(), keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size")
+    found = compress(build(), keep=0.5, calibration=data, calibration_settings=TWO_PASSES, prefer="size", bits=16)
     assert found.plan.calibration is not None
 
 
@@ -177,7 +177,7 @@ def test_any_iterable_of_batches_will_do(data: Any) -> None:
 )
 def test_bad_calibration_is_one_line(data: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
-        compress(build(), keep=0.5, calibration=data, prefer="size")
+        compress(build(), keep=0.5, calibration=data, prefer="size", bits=16)
     assert "\n" not in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_it_wants_a_size_to_share_among_the_layers(trained: nn.Module, request_:
 def test_its_plan_is_better_applied_with_the_data_than_without_which_it_says(
     trained: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = plan(trained, keep=0.3, calibration=batches(), prefer="size")
+    chosen = plan(trained, keep=0.3, calibration=batches(), prefer="size", bits=16)
     (tmp_path / "plan.json").write_text(json.dumps(chosen.to_dict()))
     applied = compress(trained, plan=tmp_path / "plan.json", calibration=batches())
     assert applied.plan.calibration is not None
@@ -209,7 +209,7 @@ def test_factors_are_stored_in_the_dtype_of_the_file_whatever_the_configuration_
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     tokens = torch.randint(0, 12, (16, 8), generator=torch.Generator().manual_seed(0))
-    small = compress(folder, keep=0.6, calibration=tokens, effort="balanced", prefer="size")
+    small = compress(folder, keep=0.6, calibration=tokens, effort="balanced", prefer="size", bits=16)
     assert small.output is not None
     stored = open_checkpoint(small.output).tensors.values()
     assert {info.dtype for info in stored if info.dtype.is_floating_point} == {torch.float16}

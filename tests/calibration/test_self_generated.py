@@ -213,7 +213,7 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
 
 def test_a_model_that_needs_data_says_so_in_one_line() -> None:
     with pytest.raises(BadInput, match=r"cannot make its own examples.*takes inputs query, key, value") as raised:
-        compress(nn.MultiheadAttention(8, 2), keep=0.5, calibration="self", prefer="size")
+        compress(nn.MultiheadAttention(8, 2), keep=0.5, calibration="self", prefer="size", bits=16)
     assert "\n" not in str(raised.value)
     assert str(raised.value).count("give `") == 1
 
@@ -222,7 +222,7 @@ def test_a_compression_calibrated_on_itself_says_what_was_done() -> None:
     fast = CalibrationSettings(
         exponents=(1.0,), recalibration_rounds=0, compensate=False, refine=False, self_generated=QUICK
     )
-    asked = {"keep": 0.7, "calibration_samples": 8, "calibration_settings": fast, "prefer": "size"}
+    asked = {"keep": 0.7, "calibration_samples": 8, "calibration_settings": fast, "prefer": "size", "bits": 16}
     model = ARCHITECTURES["llama"].dense()
     small, same, other = (compress(model, calibration="self", seed=seed, **asked) for seed in (0, 0, 1))
     assert small.plan.calibration is not None

@@ -55,7 +55,7 @@ def steps(**options: Any) -> list[tuple[str, int]]:
         if done == total:
             seen.append((name, total))
 
-    compressor.compress(model(), keep=0.4, calibration=batches(), progress=note, prefer="size", **options)
+    compressor.compress(model(), keep=0.4, calibration=batches(), progress=note, prefer="size", bits=16, **options)
     return seen
 
 

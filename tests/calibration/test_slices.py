@@ -416,7 +416,7 @@ def test_a_killed_run_with_workers_is_resumed_to_the_same_bytes(tmp_path: Path) 
 
     def run(engine: str | None, progress: Any = None) -> dict[str, bytes]:
         compressor.compress(
-            source, keep=0.6, calibration=given, prefer="size", effort="fast", output=tmp_path / "small",
+            source, keep=0.6, calibration=given, prefer="size", bits=16, effort="fast", output=tmp_path / "small",
             overwrite=True, engine=engine, work_dir=tmp_path / "work", progress=progress,
         )  # fmt: skip
         return files_of(tmp_path / "small")

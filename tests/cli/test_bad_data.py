@@ -165,13 +165,20 @@ def nothing() -> Any:
 )
 def test_a_loader_that_yields_no_tensors_is_named_with_what_it_yields(batches: Any, message: str) -> None:
     with pytest.raises(BadInput, match=message) as caught:
-        compress(nn.Linear(20, 12), keep=0.5, calibration=batches, prefer="size")
+        compress(nn.Linear(20, 12), keep=0.5, calibration=batches, prefer="size", bits=16)
     assert "\n" not in str(caught.value)
 
 
 def test_a_length_of_windows_is_refused_for_batches() -> None:
     with pytest.raises(BadInput, match="cuts texts"):
-        compress(nn.Linear(20, 12), keep=0.5, calibration=[torch.ones(2, 20)] * 2, calibration_length=8, prefer="size")
+        compress(
+            nn.Linear(20, 12),
+            keep=0.5,
+            calibration=[torch.ones(2, 20)] * 2,
+            calibration_length=8,
+            prefer="size",
+            bits=16,
+        )
 
 
 def test_the_layer_whose_activations_overflow_in_half_precision_is_named() -> None:
@@ -187,4 +194,4 @@ def test_the_layer_whose_activations_overflow_in_half_precision_is_named() -> No
     model = Overflowing().half()
     batches = [100 * torch.randn(8, 20) for _ in range(2)]
     with pytest.raises(BadInput, match="activations of layer second are not finite"):
-        compress(model, keep=0.5, calibration=batches, prefer="size")
+        compress(model, keep=0.5, calibration=batches, prefer="size", bits=16)

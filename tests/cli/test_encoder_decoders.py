@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 EXAMPLES, TOKENS, TARGETS = 8, 6, 5
 LETTERS = "abcdefgh"
 PADDING, END = 0, 1
-SMALLER = ("--keep", "0.7", "--prefer", "size")
+SMALLER = ("--keep", "0.7", "--prefer", "size", "--bits", "16")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -245,8 +245,8 @@ def test_a_network_of_ones_own_takes_arrays_by_the_names_of_its_forward(
     save_file(Gated().state_dict(), tmp_path / "model.safetensors")
     factory = f"{__file__}:Gated"
     found = result(
-        capsys, tmp_path / "model.safetensors", "--model", factory, "--keep", "0.6", "--calibration", data, "--json",
-        "--dry-run", "-q",
+        capsys, tmp_path / "model.safetensors", "--model", factory, "--keep", "0.6", "--bits", "16",
+        "--calibration", data, "--json", "--dry-run", "-q",
     )  # fmt: skip
     assert found["calibration"]["unit"] == "nats per prediction"
     measured = result(
@@ -261,6 +261,6 @@ def test_a_module_in_memory_takes_arrays_by_the_names_of_its_forward(tmp_path: P
 
     data = written(inputs_of("whisper", 1), tmp_path / "data.npz")
     torch.manual_seed(0)
-    found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced", prefer="size")
+    found = compressor.compress(whisper(), keep=0.7, calibration=data, effort="balanced", prefer="size", bits=16)
     assert found.plan.calibration is not None
     assert found.plan.calibration.unit == "nats per prediction"

@@ -34,7 +34,7 @@ def test_columns_of_numbers_are_those_of_arrays(form: str | None) -> None:
     found = [compressor.evaluate(model, data=data) for data in (given, expected)]
     assert found[0].compressed_loss == found[1].compressed_loss
     plans = [
-        compressor.plan(model, keep=0.5, calibration=data, effort="balanced", prefer="size")
+        compressor.plan(model, keep=0.5, calibration=data, effort="balanced", prefer="size", bits=16)
         for data in (given, expected)
     ]
     assert plans[0].layers == plans[1].layers

@@ -87,7 +87,7 @@ BATCHES: dict[str, Callable[[], Any]] = {
 
 def stored(data: Any) -> list[Tensor]:
     """The tensors of a model that was calibrated on some data."""
-    result = compressor.compress(network(), keep=0.5, calibration=data, effort="balanced", prefer="size")
+    result = compressor.compress(network(), keep=0.5, calibration=data, effort="balanced", prefer="size", bits=16)
     assert result.model is not None
     return list(result.model.state_dict().values())
 
@@ -209,7 +209,7 @@ def test_images_without_labels_calibrate() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     images = torch.randn(12, 3, 6, 6)
-    found = compressor.plan(model, keep=0.6, calibration=images, effort="balanced", prefer="size").calibration
+    found = compressor.plan(model, keep=0.6, calibration=images, effort="balanced", prefer="size", bits=16).calibration
     assert found is not None
     assert (found.examples, found.holdout) == (9, 3)
     with pytest.raises(BadInput, match="no labels to measure by"):
@@ -221,11 +221,13 @@ def test_of_examples_128_are_used_by_default_and_of_batches_all() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     inputs = torch.randn(300, 6)
     for data, used in ((inputs, 128), (TensorDataset(inputs), 128), (list(inputs.split(50)), 300)):
-        found = compressor.plan(model, keep=0.5, calibration=data, effort="balanced", prefer="size").calibration
+        found = compressor.plan(
+            model, keep=0.5, calibration=data, effort="balanced", prefer="size", bits=16
+        ).calibration
         assert found is not None
         assert found.examples + found.holdout == used
     part = compressor.plan(
-        model, keep=0.5, calibration=inputs, calibration_samples=16, effort="balanced", prefer="size"
+        model, keep=0.5, calibration=inputs, calibration_samples=16, effort="balanced", prefer="size", bits=16
     ).calibration
     assert part is not None
     assert part.examples + part.holdout == 16

@@ -286,7 +286,7 @@ def test_an_encoder_folder_is_calibrated_on_documents(letters: PreTrainedTokeniz
     letters.save_pretrained(tmp_path / "model")
     (tmp_path / "chains.txt").write_text("".join(f"{text}\n" for text in DOCUMENTS * 4))
     found = compressor.plan(
-        tmp_path / "model", keep=0.5, calibration=tmp_path / "chains.txt", effort="balanced", prefer="size"
+        tmp_path / "model", keep=0.5, calibration=tmp_path / "chains.txt", effort="balanced", prefer="size", bits=16
     )
     assert found.calibration is not None
     assert (found.calibration.examples, found.calibration.holdout) == (9, 3)

@@ -29,7 +29,7 @@ def calibrated(folder: Path, engine: str | None = None, progress: Progress | Non
     """What is written of convolutions, some of which become spatial pairs."""
     source, build = weight_file(folder, "convolutions"), factory(folder, "convolutions")
     data = examples(folder, network("convolutions"), 48, 3, 8, 8)
-    options: dict[str, Any] = {"keep": 0.4, "factory": build, "calibration": data, "effort": "balanced"}
+    options: dict[str, Any] = {"keep": 0.4, "factory": build, "calibration": data, "effort": "balanced", "bits": 16}
     (folder / "small").mkdir(exist_ok=True)
     output = folder / "small" / "a.safetensors"
     compressor.compress(source, output=output, overwrite=True, engine=engine, progress=progress, **options)
@@ -41,6 +41,13 @@ def sliced(folder: Path, engine: str | None = None, progress: Progress | None = 
     source = folder / "llama" if (folder / "llama").is_dir() else model_folder(folder / "llama", LLAMA)
     ids = torch.randint(0, 40, (11, 3, 12), generator=torch.Generator().manual_seed(0))
     data = [{"input_ids": each} for each in ids]
-    options: dict[str, Any] = {"keep": 0.6, "calibration": data, "effort": "fast", "prefer": "size", "engine": engine}
+    options: dict[str, Any] = {
+        "keep": 0.6,
+        "calibration": data,
+        "effort": "fast",
+        "prefer": "size",
+        "bits": 16,
+        "engine": engine,
+    }
     compressor.compress(source, output=folder / "small", overwrite=True, progress=progress, **options)
     return files_of(folder / "small")

@@ -136,7 +136,7 @@ def test_calibrated_ranks_do_not_depend_on_the_unit_of_the_inputs(exponent: int)
     network = nn.Sequential(nn.Linear(24, 48, bias=False), nn.Linear(48, 24, bias=False)).double()
     inputs = torch.randn(4, 16, 24, dtype=torch.float64)
     found = [
-        compress(network, keep=0.5, calibration=list(scale * inputs), effort="balanced", prefer="size").plan
+        compress(network, keep=0.5, calibration=list(scale * inputs), effort="balanced", prefer="size", bits=16).plan
         for scale in (1, 2.0**exponent)
     ]
     ranks, losses = zip(*(([layer.rank for layer in plan.layers], plan.calibration) for plan in found), strict=True)

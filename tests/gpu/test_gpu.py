@@ -59,7 +59,7 @@ def test_a_model_on_the_cpu_stays_in_its_memory(name: str, device: torch.device)
     network = NETWORKS[name]
     model, batches = network.on("cpu"), network.batches(4)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
-    compressor.compress(model, keep=0.6, prefer="size", device=str(device), calibration=batches, effort="fast")
+    compressor.compress(model, keep=0.6, prefer="size", bits=16, device=str(device), calibration=batches, effort="fast")
     for each, tensor in model.state_dict().items():
         assert tensor.data_ptr() == before[each][0]
         assert torch.equal(tensor, before[each][1])
@@ -69,7 +69,7 @@ def test_verbs_run(device: torch.device, tmp_path: Path) -> None:
     network = NETWORKS["llama"]
     network.on("cpu").save_pretrained(tmp_path / "dense")
     batches, named = network.batches(4), str(device)
-    asked = {"keep": 0.6, "prefer": "size", "calibration": batches, "effort": "balanced", "device": named}
+    asked = {"keep": 0.6, "prefer": "size", "bits": 16, "calibration": batches, "effort": "balanced", "device": named}
     compressor.compress(tmp_path / "dense", output=tmp_path / "small", data=batches, **asked)
     found = compressor.evaluate(tmp_path / "small", baseline=tmp_path / "dense", data=batches, device=named)
     assert found.latency

@@ -112,7 +112,7 @@ def test_with_calibration_experts_lose_less() -> None:
             if parameter.dim() > 1 and "embed" not in name:
                 parameter.mul_(10)  # so that the experts matter
     *examples, held_out = torch.randint(3, 20, (7, 6, 9))
-    only: dict[str, Any] = {"keep": 0.5, "include": ["*.experts.*"], "prefer": "size"}
+    only: dict[str, Any] = {"keep": 0.5, "include": ["*.experts.*"], "prefer": "size", "bits": 16}
     calibrated = compress(
         dense, **only, calibration=[{"input_ids": part} for part in examples], effort="balanced"
     ).model
@@ -176,7 +176,7 @@ def test_experts_that_calibration_does_not_reach_stay_dense() -> None:
         dense(input_ids=examples)
     routed = set(reached)
     plan = compress(
-        dense, keep=0.9, calibration=[{"input_ids": examples[:4]}, {"input_ids": examples[4:]}], prefer="size"
+        dense, keep=0.9, calibration=[{"input_ids": examples[:4]}, {"input_ids": examples[4:]}], prefer="size", bits=16
     ).plan
     assert 0 < len(routed) <= 4
     for layer in plan.layers:

@@ -191,7 +191,7 @@ def test_calibration_makes_a_pair_that_loses_less_and_says_what_it_loses(tied: b
 
     options: Any = {"include": ["words"], "embeddings": True, "keep": 0.8}
     plain = compress(model, prefer="size", **options)
-    calibrated = compress(model, prefer="size", **options, calibration=data)
+    calibrated = compress(model, prefer="size", bits=16, **options, calibration=data)
     assert [layer.rank for layer in calibrated.plan.layers] == [layer.rank for layer in plain.plan.layers]
     assert divergence(calibrated.model) < divergence(plain.model) / 2
     result = calibrated.plan.calibration

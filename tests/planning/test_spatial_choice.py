@@ -149,7 +149,7 @@ def test_each_filter_bank_gets_the_form_in_which_it_has_low_rank(form: str, cali
     dense.weight.data = filter_banks()[form]
     model = nn.Sequential(dense, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     batches = [torch.randn(8, 12, 6, 6) for _ in range(4)] if calibrated else None
-    [layer] = plan(model, keep=0.3, calibration=batches, prefer="size").layers
+    [layer] = plan(model, keep=0.3, calibration=batches, prefer="size", bits=16).layers
     assert (layer.form, layer.rank is not None and layer.rank >= 3) == (form, True)
     assert layer.error < 0.02
     if not calibrated:

@@ -83,7 +83,7 @@ def test_every_surface_shows_the_error_of_the_file_under_its_name(
 ) -> None:
     texts = folder.parent / "texts.npz"
     data = {"calibration": "none"} if options is None else {"calibration": texts, "calibration_samples": 16, **options}
-    result = compress(folder, output=tmp_path / "small", keep=0.3, prefer="size", **data)
+    result = compress(folder, output=tmp_path / "small", keep=0.3, prefer="size", bits=16, **data)
     name = "relative Frobenius error" if options is None else "relative loss error"
     metrics: Any = {}
     if options is not None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from compressor import Compression, compress
 from compressor.evaluation import UniformQuantization
+from compressor.evaluation.cost import Latency, TimedWorkload
 from compressor.report import compression_page
 from compressor.report.losses import curve_points
-from compressor.report.wording import uniform_words
+from compressor.report.wording import faster_words, uniform_words
 
 
 def compression() -> Compression:
@@ -50,3 +51,18 @@ def test_the_best_of_a_width_is_the_one_that_is_named() -> None:
     by_gptq = replace(nearest, method="GPTQ", holdout_loss=0.1)
     words = uniform_words(replace(compression(), uniform=(nearest, by_gptq)))
     assert words == "int4 (GPTQ) takes 2 kB and loses 0.1 on the holdout"
+
+
+def test_who_asked_for_bits_and_got_a_slower_model_is_told_how_to_ask_for_speed() -> None:
+    torch.manual_seed(0)
+    network, inputs = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)), torch.randn(40, 64)
+    found = compress(network, bits=4, data=(inputs, network(inputs).argmax(1)))
+    assert found.evaluation is not None
+
+    def timed(ratio: float) -> Compression:
+        return replace(found, evaluation=replace(found.evaluation, latency=(Latency(1, 1.0, ratio, ratio, 3),)))
+
+    assert "`prefer='speed'` takes only what is faster" in (faster_words(timed(1.5)) or "")
+    assert "takes only what is faster" in " ".join(compression_page(timed(1.5)).text().split())
+    assert faster_words(timed(0.9)) is None
+    assert faster_words(replace(timed(1.5), latency=(TimedWorkload("batch 1", Latency(1, 1.0, 1.5, 1.5, 3)),))) is None

@@ -36,7 +36,7 @@ def counts_of(name: str, at: torch.device | str, *, batches: int, **asked: Any) 
     network = NETWORKS[name]
     model, data = network.on(at), network.batches(batches)
     with counted() as counts:
-        compressor.compress(model, keep=0.6, prefer="size", device="standin", calibration=data, **asked)
+        compressor.compress(model, keep=0.6, prefer="size", bits=16, device="standin", calibration=data, **asked)
     return counts
 
 

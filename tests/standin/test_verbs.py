@@ -21,7 +21,7 @@ BRIEF = CalibrationSettings(refinement=RefinementSettings(passes=1, steps=2))
 EFFORTS: dict[str, dict[str, Any]] = {
     "none": {},
     "self": {"effort": "fast", "calibration": "self", "calibration_samples": 8},
-    "fast": {"effort": "fast"},
+    "fast": {"effort": "fast", "bits": None},  # in any bits, as data are calibrated on
     "balanced": {"effort": "balanced"},
     "best": {"calibration_settings": BRIEF},
 }
@@ -29,7 +29,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 
 def compressed(network: Network, at: torch.device | str, on: str, **asked: Any) -> Any:
     """A network that lies `at` a device, compressed `on` one."""
-    asked = {"calibration": network.batches(4)} | asked if asked else {"calibration": "none"}
+    asked = {"calibration": network.batches(4), "bits": 16} | asked if asked else {"calibration": "none"}
     return compressor.compress(network.on(at), keep=0.6, prefer="size", device=on, **asked)
 
 
@@ -117,6 +117,7 @@ def test_a_folder(tmp_path):
             output=tmp_path / on,
             keep=0.6,
             prefer="size",
+            bits=16,
             calibration=batches,
             data=batches,
             effort="balanced",
@@ -227,7 +228,14 @@ def test_a_drop_is_searched_for(device):
     network = NETWORKS["perceptron"]
     inputs = torch.cat(network.batches(4))
     data = (inputs, network.on("cpu")(inputs).argmax(-1))
-    asked = {"calibration": network.batches(4), "effort": "fast", "data": data, "max_drop": 0.5, "prefer": "size"}
+    asked = {
+        "calibration": network.batches(4),
+        "effort": "fast",
+        "data": data,
+        "max_drop": 0.5,
+        "prefer": "size",
+        "bits": 16,
+    }
     found, expected = (
         compressor.compress(network.on(at), device=on, **asked) for at, on in ((device, "standin"), ("cpu", "cpu"))
     )
