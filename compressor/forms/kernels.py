@@ -13,7 +13,7 @@ import numpy.typing as npt
 from compressor.forms.weights import TRANSPOSED, DenseWeight
 from compressor.latency import Convolution, IntegerProduct, Kernel, LayerUse, MatrixProduct, ModuleCall, Movement, Size
 from compressor.quantize import Quantization
-from compressor.quantize.products import kernel_group
+from compressor.quantize.products import INPUTS_OF_8_BITS, kernel_group
 
 
 def dense_kernels(weight: DenseWeight, use: LayerUse, *, itemsize: int) -> list[Kernel]:
@@ -104,7 +104,9 @@ def _takes(quantization: Quantization, outputs: int, inputs: int) -> bool:
     if quantization.zero_points or inputs < 1:
         return False
     group = quantization.fitted(inputs).group_size
-    return group is None if quantization.bits == 8 else kernel_group(outputs, inputs, group) > 0
+    if quantization.bits == 8:
+        return group is None and inputs % INPUTS_OF_8_BITS == 0
+    return kernel_group(outputs, inputs, group) > 0
 
 
 def dequantization(rows: Size, columns: Size, *, itemsize: int) -> Kernel:

@@ -70,8 +70,8 @@ class PlanningSettings:
     """Of the bits that are allowed those that the rows of an embedding may have, where embeddings are asked for."""
 
     least_kernel_rank: int = 128
-    """The rank from which on factors of fewer than 8 bits have ranks that kernels for integers take: multiples of 32
-    that fall into groups of a size they take. Smaller ones would change by too much."""
+    """The rank from which on quantized factors have ranks that kernels for integers take: multiples of 16 in 8 bits,
+    and in fewer multiples of 32 that fall into groups of a size they take. Smaller ones would change by too much."""
 
     uniform_widths: tuple[int, ...] = (8, 4)
     """Bits in which the same model with all its layers alike is measured beside what was asked for."""

@@ -25,6 +25,8 @@ MOST_ROWS_OF_8_BITS = 16
 MOST_ROWS_OF_4_BITS = 128
 # On an accelerator the kernel of 8 bits reads the weight once for each row.
 MOST_ROWS_OF_8_BITS_ON_ACCELERATORS = 4
+# What the kernel of 8 bits takes: of other inputs that of a CPU reads beyond the end.
+INPUTS_OF_8_BITS = 16
 # What the kernel of 4 bits takes: outputs in multiples, and inputs in groups of these sizes.
 OUTPUTS_OF_4_BITS = 16
 GROUPS_OF_4_BITS = (256, 128, 64, 32)
@@ -52,7 +54,7 @@ def product_of_8_bits(input: Tensor, integers: Tensor, scales: Tensor) -> Tensor
 
 def _is_for_kernel_of_8_bits(input: Tensor) -> bool:
     rows = MOST_ROWS_OF_8_BITS if input.is_cpu else MOST_ROWS_OF_8_BITS_ON_ACCELERATORS
-    return len(input) <= rows and input.dtype == torch.bfloat16
+    return len(input) <= rows and input.dtype == torch.bfloat16 and input.shape[1] % INPUTS_OF_8_BITS == 0
 
 
 def product_of_few_bits(input: Tensor, held: Tensor, scales: Tensor, *, bits: int, group: int) -> Tensor:

@@ -83,6 +83,16 @@ def test_a_kernel_holds_the_integers_once(form: str) -> None:
     assert torch.equal(saved, stored)
 
 
+@pytest.mark.parametrize("inputs", [1, 4, 24, 1000])
+def test_of_odd_inputs_integers_of_8_bits_are_multiplied_by_no_kernel(inputs: int) -> None:
+    layer, x = filled(nn.Linear(inputs, 8, dtype=torch.bfloat16), "dense@8"), torch.randn(2, inputs).bfloat16()
+    stored = copied(layer.state_dict())
+    expected = nn.functional.linear(x.double(), layer.dequantized().double(), layer.bias.double())
+    with torch.no_grad():
+        assert (layer(x).double() - expected).norm() <= 2**-6 * expected.norm()
+    assert_equal(layer.state_dict(), stored)
+
+
 @pytest.mark.parametrize("rank", [32, 48, 64])
 def test_kernels_take_both_factors_at_the_ranks_that_suit_them(rank: int) -> None:
     layer, form = filled(nn.Linear(96, 80, dtype=torch.bfloat16), "plain@4g32", rank), FORMS["plain@4g32"]
