@@ -36,11 +36,12 @@ from compressor.lowrank import (
     stored_error,
     stored_tensors,
 )
-from compressor.lowrank.tensor_format import pair_infos
+from compressor.lowrank.tensor_format import pair_infos, stored_matrix
 from compressor.model import load_state
 from compressor.network import Layer
 from compressor.planning import LayerPlan, Plan
 from compressor.recipe import TrainingRecipe
+from compressor.torch_state import in_float64
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,19 @@ def adapted_module(
         dense = module.get_submodule(layer.module)
         factors = adaptation.factors(layer, plan, device)
         done(layer.name, factors.error)
+        if layer.kind == "parameter":  # the module's own code multiplies with it
+            weight = getattr(dense, layer.parameter)
+            start = in_float64(weight.detach())
+            change = stored_matrix(layer, plan, factors.tensors).to(start).reshape(start.shape)
+            with torch.no_grad():
+                weight.copy_(change.add_(start, alpha=difference.share(layer.tensor)))
+            continue
         assert plan.rank is not None
         assert isinstance(dense.weight, Tensor)
         pair = low_rank_layer(dense, plan.form, plan.rank)
         prefix, bias = f"{layer.name}." if layer.name else "", FORMS[plan.form].bias
         own = {name.removeprefix(prefix): tensor for name, tensor in factors.tensors.items()}
-        if any(name == bias for name, _ in pair.named_parameters()):
-            own[bias] = dense.weight.new_zeros(layer.shape[0])
+        own |= {name: torch.zeros_like(each) for name, each in pair.named_parameters() if name == bias}
         if plan.quantization is None:
             load_state(pair, {name: tuple(tensor.shape) for name, tensor in own.items()}, own.__getitem__)
         else:  # whose scales are not to be rounded

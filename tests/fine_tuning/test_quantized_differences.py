@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from compressor import BadInput, compress, evaluate, export, merge, restore
 from compressor.cli.run import run
 from compressor.lowrank import METADATA_KEY
+from compressor.planning import Budget, LayerPlan, Plan
+from tests.lowrank.started import Kinds
 
 torch.set_num_threads(1)
 
@@ -144,6 +146,41 @@ def test_a_module_computes_what_the_files_do(files: tuple[Path, Path], tmp_path:
     inputs = torch.randn(5, 64)
     with torch.no_grad():
         torch.testing.assert_close(small(inputs), dense(inputs), rtol=0, atol=1e-5)
+
+
+FORMS = {
+    "square": ("plain@8", 5),
+    "tall": ("plain", 5),
+    "channel": ("dense@8", 0),
+    "spatial": ("channel@8", 3),
+    "back": ("channel@8", 3),
+    "rnn.weight_ih_l0": ("dense@8", 0),
+    "rnn.weight_hh_l0": ("plain@6", 4),
+}
+
+
+def test_layers_of_every_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = Kinds().eval()
+    tuned = fine_tuned(start, size=0.1).eval()
+    layers = [LayerPlan(name, (0, 0), "", rank, form, 0, 0.0, "") for name, (form, rank) in FORMS.items()]
+    plan = Plan("", None, Budget("plan"), tuple(layers))
+    files = []
+    for module, name in ((start, "start"), (tuned, "tuned")):
+        state = {name: each for name, each in module.state_dict().items() if name != "head.weight"}
+        save_file(state, tmp_path / f"{name}.safetensors")
+        files.append(tmp_path / f"{name}.safetensors")
+    report = compress(files[1], base=files[0], plan=plan, factory=Kinds)
+    assert report.bytes.after == Path(str(report.output)).stat().st_size
+    dense = Kinds().eval()
+    restored = load_file(str(restore(str(report.output), base=files[0]).output))
+    assert dense.load_state_dict(restored, strict=False) == (["head.weight"], [])
+    small = compress(tuned, base=start, plan=plan).model
+    assert small is not None
+    tokens = torch.arange(18).view(3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens), dense(tokens), rtol=0, atol=1e-5)
+        assert (small(tokens) - start(tokens)).norm() > 0.1 * (tuned(tokens) - start(tokens)).norm()
 
 
 def test_small_changes_of_float32_keep_their_digits(tmp_path: Path) -> None:
