@@ -389,6 +389,12 @@ def compress_to_pairs(folder: Path) -> Any:
 
 
 @case
+def compress_to_few_bits_beside_base(folder: Path) -> Any:
+    base, tuned = model_folder(folder / "base", LLAMA), model_folder(folder / "tuned", LLAMA, fine_tuned=True)
+    return compressor.compress(tuned, base=base, output=folder / "out/small.safetensors", bits="8,4", tolerance=0.1)
+
+
+@case
 def compress_module_beside_base(folder: Path) -> Any:
     tuned = changed(network("perceptron"), 1)
     return compressor.compress(tuned, base=network("perceptron"), tolerance=0.01)
