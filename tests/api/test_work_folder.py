@@ -63,19 +63,18 @@ def examples() -> Tensor:
 CASES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "by its weights": lambda: {"keep": 0.5, "calibration": "none"},
     "from its seed": lambda: {"keep": 0.5, "calibration": "none", "initial": 0},
-    "calibrated": lambda: {"keep": 0.4, "bits": 16, "calibration": data(), "calibration_settings": TWO_PASSES},
+    "calibrated": lambda: {
+        "keep": 0.4,
+        "bits": 16,
+        "calibration": data(),
+        "calibration_settings": TWO_PASSES,
+        "embeddings": True,
+    },
     "in bits": lambda: {
         "keep": 0.3,
         "bits": (8, 4),
         "calibration": data(),
         "calibration_settings": replace(TWO_PASSES, exponents=(0.0,), truncation_penalties=(2.0,)),
-    },
-    "embeddings": lambda: {
-        "keep": 0.4,
-        "bits": 16,
-        "calibration": data(),
-        "effort": "balanced",
-        "embeddings": True,
     },
     "within a drop": lambda: {"max_drop": 20.0, "data": {"input_ids": examples()}, "calibration": "none"},
     "within a drop, refined": lambda: {

@@ -14,7 +14,7 @@ from compressor.engine import RayEngine
 from compressor.errors import BadInput
 from tests.calibration.test_drop import TwoAtATime, assert_same_plan, search_calibrated, search_digits
 from tests.engine.jobs import Lost, number_elsewhere
-from tests.engine.runs import calibrated, sliced, without_data
+from tests.engine.runs import calibrated, sliced
 from tests.engine.test_engine import passes_errors_on, same_as_a_loop
 
 ray = pytest.importorskip("ray")
@@ -77,22 +77,6 @@ def test_what_a_killed_node_was_at_is_done_again_elsewhere(connected: Any, tmp_p
     connected.wait_for_nodes()  # until it is noticed that one is gone
 
 
-def test_a_run_of_which_a_node_is_killed_writes_the_bytes_of_one_in_process(connected: Any, tmp_path: Path) -> None:
-    expected = without_data(tmp_path)
-    node = connected.add_node(num_cpus=1)
-    connected.wait_for_nodes()
-    told: list[str] = []
-
-    def kill_at_the_third_layer(step: str, _done: int, _total: int) -> None:
-        told.append(step)
-        if told.count("measure") == 3 and step == "measure":
-            connected.remove_node(node, allow_graceful=False)
-
-    assert without_data(tmp_path, "ray", kill_at_the_third_layer) == expected
-    connected.wait_for_nodes()
-    assert told.count("measure") == told.count("factorize") == 15
-
-
 def test_a_search_by_drop_tries_a_size_on_each_node_at_a_time(connected: Any) -> None:
     node = connected.add_node(num_cpus=1)
     connected.wait_for_nodes()
@@ -112,7 +96,7 @@ def test_a_calibrated_search_plans_a_size_on_each_node_at_a_time(connected: Any,
     assert_same_plan(found, search_calibrated(tmp_path, TwoAtATime()))
 
 
-def test_moments_of_which_a_node_is_killed_are_those_of_a_run_in_process(connected: Any, tmp_path: Path) -> None:
+def test_a_run_of_which_a_node_is_killed_writes_the_bytes_of_one_in_process(connected: Any, tmp_path: Path) -> None:
     expected = sliced(tmp_path)
     node = connected.add_node(num_cpus=1)
     connected.wait_for_nodes()
@@ -126,3 +110,4 @@ def test_moments_of_which_a_node_is_killed_are_those_of_a_run_in_process(connect
     assert sliced(tmp_path, "ray", kill_at_the_second_slice) == expected
     connected.wait_for_nodes()
     assert told.count("run") == 8 + 3  # slices, and then blocks
+    assert told.count("measure") == told.count("factorize") == 15

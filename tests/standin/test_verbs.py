@@ -46,6 +46,7 @@ CASES = [
     for name in NETWORKS
     for effort in EFFORTS
     if effort in {"none", "self"} or name in {"llama", "convolutions", "perceptron", "recurrent", "encoder"}
+    if effort != "balanced"  # all of it is done by best too
 ]
 
 
@@ -58,10 +59,9 @@ def test_compress(name, effort, device):
         require_same(found.model, expected.model, device=at)
 
 
-@pytest.mark.parametrize("name", ["llama", "tied"])
-def test_embeddings(name, device):
+def test_embeddings(device):
     found, expected = (
-        compressed(NETWORKS[name], at, on, embeddings=True, **EFFORTS["balanced"])
+        compressed(NETWORKS["tied"], at, on, embeddings=True, **EFFORTS["balanced"])
         for at, on in ((device, "standin"), ("cpu", "cpu"))
     )
     require_same(found.model, expected.model, device=device)
