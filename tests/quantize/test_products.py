@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,18 +24,24 @@ def test_integers_come_back_from_the_order_of_a_kernel(*, bits: int, rows: int, 
     assert torch.equal(unheld(held, bits), integers)
 
 
+def tiles_of(outputs: int, inputs: int, tiles: int) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
+    """Where `_convert_weight_to_int4pack` puts each number on CUDA: a word, a shift in it, and its output and input."""
+    shape = (outputs // 8, inputs // (16 * tiles), 32, tiles // 2)
+    for block, outer, thread, inner in torch.cartesian_prod(*map(torch.arange, shape)).tolist():
+        start, row = (outer * tiles + 2 * inner) * 16, block * 8 + thread // 4
+        pairs = [start + 16 * tile + half + 2 * (thread % 4) for tile in (0, 1) for half in (0, 8)]
+        for number, column in enumerate(pairs):
+            # v7 | v5 | v3 | v1 | v6 | v4 | v2 | v0, of the highest four bits first
+            yield (block, outer, thread, inner), 4 * number, row, column
+            yield (block, outer, thread, inner), 4 * number + 16, row, column + 1
+
+
 def tiled(integers: Tensor, tiles: int) -> Tensor:
-    """The order that `_convert_weight_to_int4pack` has on CUDA, a thread and a word after the other."""
+    """Integers below 16 in that order, in int32."""
     outputs, inputs = integers.shape
     words = torch.zeros(outputs // 8, inputs // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
-    for block, outer, thread, inner in torch.cartesian_prod(*map(torch.arange, words.shape)).tolist():
-        start, row = (outer * tiles + 2 * inner) * 16, integers[block * 8 + thread // 4].tolist()
-        places = [start + 16 * tile + half + 2 * (thread % 4) for tile in (0, 1) for half in (0, 8)]
-        # v7 | v5 | v3 | v1 | v6 | v4 | v2 | v0, of the highest four bits first
-        pairs = [(row[place], row[place + 1]) for place in places]
-        words[block, outer, thread, inner] = sum(
-            even << 4 * number | odd << 4 * number + 16 for number, (even, odd) in enumerate(pairs)
-        )
+    for word, shift, row, column in tiles_of(outputs, inputs, tiles):
+        words[word] |= int(integers[row, column]) << shift
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
