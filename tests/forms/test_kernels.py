@@ -140,17 +140,25 @@ def test_seconds_at_many_ranks_are_those_at_each(name: str, device: str) -> None
 
 
 def test_integers_are_read_in_less_time_than_numbers_of_16_bits_at_one_row_and_not_at_many() -> None:
-    weight = StoredWeight("linear", (4096, 1024))
+    weight = StoredWeight("linear", (4096, 1536))
 
     def seconds(form: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> float:
         return float(predicted_seconds(SHIPPED["cpu"], weight, form, rank=0, use=LayerUse(rows=rows), dtype=dtype))
 
     for form in ("dense@8", "dense@4g128"):
         assert seconds(form, 1) < seconds(DENSE, 1) / 1.3
+    for form in ("dense@4g128", "dense@3g64", "dense@6g128"):
         assert seconds(form, 512) > seconds(DENSE, 512)
-    # There is no kernel of 3 bits, and none of 4 in float32: the weight is dequantized.
-    for form, dtype in (("dense@3g128", torch.bfloat16), ("dense@4g128", torch.float32)):
-        assert seconds(form, 1, dtype) > seconds(DENSE, 1, dtype)
+        assert seconds("dense@4g128", 1) <= seconds(form, 1) < 1.1 * seconds(DENSE, 1)
+    # No kernel takes zero points, groups of 48, or float32: the weight is dequantized.
+    for form, dtype in (("dense@3g64z", torch.bfloat16), ("dense@4g48", torch.bfloat16), ("dense@4g64", torch.float32)):
+        assert seconds(form, 1, dtype) > 2 * seconds(DENSE, 1, dtype)
+
+
+def test_kernels_are_predicted_at_the_ranks_that_they_take() -> None:
+    weight, use, ranks = StoredWeight("linear", (1024, 1024)), LayerUse(rows=1), np.array([127, 128, 129])
+    off, on, beyond = predicted_seconds(PROFILE, weight, "plain@4g128", rank=ranks, use=use, dtype=torch.bfloat16)
+    assert 2 * on < min(off, beyond)
 
 
 def test_each_call_of_a_layer_takes_as_long() -> None:
