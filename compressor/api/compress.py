@@ -59,6 +59,7 @@ from compressor.api.workload import (
     timed_decompositions,
     work_on_calibration,
     work_on_data,
+    work_on_quantization,
 )
 from compressor.api.write import Output, written
 from compressor.arguments import require_copyable
@@ -103,6 +104,7 @@ from compressor.planning import (
     Plan,
     PlanningSettings,
     is_worthwhile,
+    quantized_forms,
     within_limit,
     worthwhile_size,
 )
@@ -591,6 +593,14 @@ def _timed_work(
     workers = Workers.of(run)
     with workers.timing():
         decompositions = timed_decompositions(subject.checkpoint, eligible, run.device)
+        known = None if data.calibration is None else calibration_settings(asked, data.calibration)
+        quantization = work_on_quantization(
+            subject.checkpoint,
+            eligible,
+            requested_quantized_forms(asked, subject, calibrated=data.calibration is not None),
+            device=run.device,
+            settings=known,
+        )
     calibration = trial = evaluation = None
     if any(each is not None for each in (data.calibration, data.search, data.report)):
         dense, settings = subject.streamed, calibration_settings(asked, data.calibration)
@@ -600,12 +610,28 @@ def _timed_work(
             )
             if calibration is not None and subject.files is None:
                 calibration = replace(calibration, workers=workers)
+            if calibration is not None:
+                uniform = (asked.planning_settings or PLANNING).uniform_widths if settings.uniform else ()
+                plain = {layer.name: quantized_forms(layer, uniform[-1:])[:1] for layer in eligible if uniform}
+                alike = quantization or work_on_quantization(
+                    subject.checkpoint, eligible, plain, device=run.device, settings=settings
+                )
+                calibration = replace(
+                    calibration, quantization=quantization, uniform=alike, uniform_widths=len(uniform)
+                )
         timing = timing_settings(asked)
         trial = None if data.search is None else work_on_data(dense, data.search, run.device)
         evaluation = None if data.report is None else work_on_data(dense, data.report, run.device, timing=timing)
     at_once = _at_once(asked, subject, data, run=run)
     return CompressionWork(
-        decompositions, calibration, trial, evaluation, _search_settings(asked), at_once=at_once, workers=workers
+        decompositions,
+        calibration,
+        trial,
+        evaluation,
+        _search_settings(asked),
+        at_once=at_once,
+        workers=workers,
+        quantization=quantization,
     )
 
 

@@ -1,18 +1,20 @@
 """The steps that a command will go through, and the seconds that each is expected to take.
 
-Two things are timed before the work starts: a decomposition of the layer in the middle, and the model on one example
-and on a batch. All else is counting: decompositions cost the product of the sides and the smaller one, and calibration,
-compensation and refinement run the model a number of times that is known.
+Three things are timed before the work starts: a decomposition of the layer in the middle, quantizing it where layers
+may be quantized, and the model on one example and on a batch. All else is counting: decompositions cost the product of
+the sides and the smaller one, to quantize a matrix that of the sides and their sum, and calibration, compensation and
+refinement run the model a number of times that is known.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,12 +24,15 @@ from compressor.api.needs import FLOAT32, Footprint
 from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings
 from compressor.calibration.criterion import outputs_of
 from compressor.calibration.examples import with_decoder_inputs
+from compressor.calibration.fitted_weights import FittedWeight
 from compressor.calibration.refinement import adam
 from compressor.calibration.segments import longest_row
 from compressor.data import Batch, EvaluationData
 from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
+from compressor.factorize import FactorizationSettings, Metric
+from compressor.forms import DENSE, FORMS, pair_name, pair_of, quantization_of
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix
 from compressor.measure import singular_values
@@ -36,7 +41,8 @@ from compressor.model.inference import forward_call
 from compressor.network import Layer
 from compressor.planning import PlanningSettings
 from compressor.progress import Step
-from compressor.torch_state import synchronize
+from compressor.quantize import Quantization, quantize_to_nearest
+from compressor.torch_state import in_float64, synchronize
 
 # What a layer's factors cost beside its singular values alone, measured on square matrices of side 1024.
 FACTORS_COST = 2.5
@@ -129,13 +135,97 @@ class Workers:
 
 
 @dataclass(frozen=True)
+class QuantizationWork:
+    """How long it takes to quantize all layers once: in one pass, or in the rounds in which they are stored.
+
+    The `errors` of all their forms take as long by themselves, and so does `forming` all weights from their integers,
+    forward and backward.
+    """
+
+    errors: float
+    one_pass: float
+    in_rounds: float
+    forming: float
+
+
+def work_on_quantization(
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    forms: Mapping[str, Sequence[str]],
+    *,
+    device: torch.device,
+    settings: CalibrationSettings | None,
+) -> QuantizationWork | None:
+    """By the layer in the middle, in a metric where there are settings of a calibration; None where none is quantized.
+
+    Of the forms of one pair whose errors are found in one way, one is timed.
+    """
+    quantized = [layer for layer in layers if forms.get(layer.name)]
+    if not quantized:
+        return None
+    middle = sorted(quantized, key=_quantizing)[len(quantized) // 2]
+    matrix = in_float64(as_matrix(middle, checkpoint.read(middle.tensor).to(device)))
+    if not torch.isfinite(matrix).all():
+        return None
+    known = FactorizationSettings() if settings is None else settings.factorization
+    metric = None if settings is None else _some_metric(middle, matrix)
+    own = [pair_of(form) or form for form in forms[middle.name]]
+    shares = sum(map(_quantizing, quantized)) / _quantizing(middle)
+
+    def errors(form: str) -> Callable[[], object]:
+        return lambda: FORMS[form].errors_in(middle, matrix, metric=metric, settings=known)
+
+    def made(form: str, rounds: int) -> Callable[[], object]:
+        asked = replace(known, quantization_rounds=rounds)
+        made_in = FORMS[form]
+        return lambda: made_in.approximate(middle, matrix, max(1, made_in.least_rank), metric=metric, settings=asked)
+
+    def kind(form: str) -> str:
+        few = _quantization(form).bits < known.simulated_bits
+        return f"{pair_name(form)}, {'few' if few else 'many'} bits"
+
+    alike = [list(each) for _, each in groupby(sorted(own, key=kind), key=kind)]
+    of_errors = sum(len(each) * _least_seconds(errors(each[0]), device) for each in alike)
+    typical = next((form for form in own if pair_name(form) == DENSE), own[0])
+    quantization = _quantization(typical)
+    stored = quantize_to_nearest(matrix, quantization.fitted(matrix.shape[1]), scale_dtype=torch.bfloat16)
+    rounding = settings is not None and settings.refinement.rounding
+    fitted = FittedWeight(stored, rounding=rounding, dtype=torch.float32)
+    forming = _least_seconds(lambda: fitted().sum().backward(), device)
+    return QuantizationWork(
+        errors=shares * of_errors,
+        one_pass=shares * _least_seconds(made(typical, 0), device),
+        in_rounds=shares * _least_seconds(made(typical, known.quantization_rounds), device),
+        forming=forming * sum(map(_elements, quantized)) / _elements(middle),
+    )
+
+
+def _quantizing(layer: Layer) -> float:
+    return _elements(layer) * sum(layer.shape)
+
+
+def _quantization(form: str) -> Quantization:
+    found = quantization_of(form)
+    assert found is not None
+    return found
+
+
+def _some_metric(layer: Layer, matrix: Tensor) -> Metric:
+    """One of the shapes that the layer's own will have."""
+    d_out, d_in = matrix.shape
+    inputs = matrix.new_ones(d_in) if layer.kind == "embedding" else torch.eye(d_in).to(matrix)
+    return Metric(inputs, torch.eye(d_out).to(matrix))
+
+
+@dataclass(frozen=True)
 class CalibrationWork:
     """How often and how long calibration runs the model: on examples to `fit`, and on the holdout.
 
     Compensation takes `groups` of layers that have one input, one after the other, and runs one of `segments` for each
     of them. A step of the refinement takes `optimizing` seconds besides forward and backward.
     The `products` of inputs and of gradients are in forwards, and a decomposition in the metric takes `in_metric` times
-    as long as one without. Decompositions for allocations and slices of the examples are the `workers`' jobs.
+    as long as one without. Decompositions for allocations, `quantization`, and slices of the examples are the
+    `workers`' jobs.
     """
 
     fit: int
@@ -148,24 +238,39 @@ class CalibrationWork:
     in_metric: float
     settings: CalibrationSettings
     workers: Workers = Workers()
+    quantization: QuantizationWork | None = None
+    uniform: QuantizationWork | None = None
+    uniform_widths: int = 0
 
     def planning_steps(self, decompositions: float, *, given: bool) -> list[Step]:
         """From a calibrated model to a plan and its factors but for refinement; rounds may be left out."""
-        settings = self.settings
-        allocations, rounds = (1, 0) if given else (len(settings.exponents), settings.recalibration_rounds)
+        settings, workers, quantization = self.settings, self.workers.count, self.quantization
+        rounds = 0 if given else settings.recalibration_rounds
+        # Of a budget in which nothing is quantized, an allocation by each exponent.
+        parts = tried = 1 if given else len(settings.exponents)
+        quantizing, kinds = 0.0, 1
+        if quantization is not None and not given:
+            # Other penalties, bits alone, one width alone, and ranks alone by each exponent; the best of each kind is
+            # compensated where it is close.
+            parts, tried, kinds = 2 * parts, 2 * tried + len(settings.truncation_penalties) + 1, 4
         # A layer is decomposed once for all allocations, and in compensation once more, with the best ridge.
-        factors, judged = FACTORS_COST * self.in_metric * decompositions, self.forward.of(self.holdout)
-        decomposed = factors / self.workers.count
-        compared = Step("allocate", (decomposed / allocations + judged * (1 + 1 / self.segments),) * allocations)
+        factors = FACTORS_COST * self.in_metric * decompositions
+        whole = factors / workers + tried * self._judged * (1 + 1 / self.segments)
+        if quantization is not None:
+            quantizing = quantization.in_rounds
+            once_more = 0.0 if settings.compensate else quantizing
+            whole += (quantization.errors + tried * quantization.one_pass + once_more) / workers
+        compared = Step("allocate", (whole / parts,) * parts)
         # Both models are run on the holdout, and on some of the fit examples.
         run = self.forward.of_segments(self._of_some.fit + self.holdout, segments=self.segments)
         statistics = (2 + self.products) * run * self.groups / self.segments
-        compensated = [Step("compensate", self._by_segment(statistics + 2 * factors))] if settings.compensate else []
+        refit = statistics + 2 * factors + quantizing / workers + quantizing
+        compensated = _first_certain("compensate", self._by_segment(refit), kinds) if settings.compensate else []
         again = [replace(step, certain=False) for step in (*self._of_some.calibration_steps(), compared)]
         return [compared, *again * rounds, *compensated]
 
-    def refinement_steps(self) -> list[Step]:
-        """From there to refined factors."""
+    def refinement_steps(self, *, alone: bool) -> list[Step]:
+        """From there to refined factors; of one candidate `alone`, or also of others that are close to it."""
         if not self.settings.refine:
             return []
         settings, some = self.settings.refinement, self._of_some
@@ -174,10 +279,24 @@ class CalibrationWork:
         run = partial(self.forward.of_segments, segments=self.segments)
         optimizing = self.optimizing * fit / at_once
         one_pass = FORWARD_AND_BACKWARD * run(fit, at_once) + run(holdout) + optimizing
+        if self.quantization is not None:
+            formed = fit / at_once + holdout / self.forward.size / FORWARD_AND_BACKWARD
+            one_pass += self.quantization.forming * formed
         *others, last = self._by_segment(passes * one_pass + 2 * run(both))
         # The last segment is compared with the model's outputs, for which the dense one is run again.
         last += passes * run(both, at_once) / max(1, self.segments - 1)
-        return [Step("refine", (*others, last))]
+        return _first_certain("refine", (*others, last), 1 if alone or self.quantization is None else 4)
+
+    def uniform_seconds(self) -> float:
+        """What all layers in each of the uniform widths take, rounded to nearest and by GPTQ."""
+        quantized = self.uniform.one_pass / self.workers.count if self.uniform is not None else 0.0
+        return self.uniform_widths * (quantized + 2 * self._judged) if self.settings.uniform else 0.0
+
+    @property
+    def _judged(self) -> float:
+        """A forward on the holdout, of a model whose weights may have to be formed for each batch."""
+        forming = 0.0 if self.quantization is None else self.quantization.forming / FORWARD_AND_BACKWARD
+        return self.forward.of(self.holdout) + forming * self.holdout / self.forward.size
 
     def calibration_steps(self) -> list[Step]:
         """From the model to the metric of its layers."""
@@ -236,6 +355,11 @@ class EvaluationWork:
         return Step("evaluate", (each, each, *(_timing_seconds(forward.of_batch(size), self.timing) for size in sizes)))
 
 
+def _first_certain(name: str, costs: tuple[float, ...], count: int) -> list[Step]:
+    """A step that comes once, and up to so many times."""
+    return [Step(name, costs, certain=number == 0) for number in range(count)]
+
+
 def _timing_seconds(forward: float, timing: TimingSettings) -> float:
     """How long it takes to time two models whose forward takes that long."""
     pair = 2 * forward
@@ -248,7 +372,7 @@ class CompressionWork:
     """What `compress` will do, in seconds; with settings for a `search` where data decide on the size.
 
     Such a search measures several sizes `at_once`, and with calibration plans them too, in workers. What layers take is
-    divided among the `workers`.
+    divided among the `workers`. `quantization` is None where nothing may be quantized.
     """
 
     decompositions: Sequence[float]
@@ -258,17 +382,24 @@ class CompressionWork:
     search: PlanningSettings | None = None
     at_once: int = 1
     workers: Workers = Workers()
+    quantization: QuantizationWork | None = None
 
     def steps(self, *, given: bool, writes: bool) -> list[Step]:
         """All steps: of a search as many trials as there can be; with a given plan, one allocation."""
         decomposing, workers = sum(self.decompositions), self.workers.count
-        steps = [Step("measure", tuple(each / workers for each in self.decompositions))]
+        measured = [each / workers for each in self.decompositions]
+        if self.calibration is None and self.quantization is not None:
+            measured = [each + self.quantization.errors / workers / len(measured) for each in measured]
+        steps = [Step("measure", tuple(measured))]
         planning, refinement = list[Step](), list[Step]()
         if self.calibration is not None:
             steps += self.calibration.calibration_steps()
             planning = self.calibration.planning_steps(decomposing, given=given)
-            refinement = self.calibration.refinement_steps()
-        factors = 0.0 if self.calibration is not None else FACTORS_COST * decomposing / workers
+            refinement = self.calibration.refinement_steps(alone=given or self.search is not None)
+        factors = 0.0
+        if self.calibration is None:
+            factors = FACTORS_COST * decomposing / workers
+            factors += 0.0 if self.quantization is None else self.quantization.in_rounds / workers
         if self.deciding is None:
             steps += planning + refinement
         else:
@@ -285,7 +416,8 @@ class CompressionWork:
                 trial = [*before, Step("search", (seconds,), number=number)]
                 steps += trial if number == 1 else [replace(step, certain=False) for step in trial]
         if writes:
-            steps.append(Step("factorize", (factors,)))
+            uniform = 0.0 if self.calibration is None else self.calibration.uniform_seconds()
+            steps.append(Step("factorize", (factors + uniform,)))
             if self.reported is not None:
                 steps.append(self.reported.step())
         return steps

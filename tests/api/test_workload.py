@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import Plan, compress, plan
-from compressor.api.workload import CalibrationWork, CompressionWork, EvaluationWork, ForwardTime, Workers
+from compressor.api.workload import (
+    CalibrationWork,
+    CompressionWork,
+    EvaluationWork,
+    ForwardTime,
+    QuantizationWork,
+    Workers,
+    work_on_quantization,
+)
 from compressor.calibration import CalibrationSettings
 from compressor.cli.pace import Pace
 from compressor.engine import InProcess, ProcessPool, Run, processors
+from compressor.model import open_model
 from compressor.planning import PlanningSettings
 from compressor.progress import Step
 from tests.calibration.tiny_models import TWO_PASSES
@@ -48,10 +58,10 @@ class Followed:
         return [step for at, step in enumerate(self.steps) if at not in self.seen]
 
 
-def model() -> nn.Module:
+def model(width: int = 16) -> nn.Module:
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)]
-    return nn.Sequential(nn.Linear(8, 16), nn.Sequential(*blocks), nn.Linear(16, 5))
+    blocks = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(8, width), nn.Sequential(*blocks), nn.Linear(width, 5))
 
 
 def calibrated() -> dict[str, Any]:
@@ -80,8 +90,13 @@ COMMANDS: dict[str, Callable[[Path, Followed], Any]] = {
     "within a drop, calibrated": lambda data, seen: compress(
         model(), max_drop=0.5, data=data, **calibrated(), progress=seen, prefer="size"
     ),
+    "quantized": lambda _, seen: compress(
+        model(32), keep=0.3, **{**calibrated(), "bits": "8,4"}, progress=seen, prefer="size"
+    ),
     "planned": lambda _, seen: plan(model(), keep=0.5, **calibrated(), progress=seen, prefer="size"),
-    "a given plan": lambda _, seen: compress(model(), plan=_given(), **calibrated(), progress=seen),
+    "a given plan": lambda _, seen: compress(
+        model(), plan=_given(), calibration=batches(), calibration_settings=TWO_PASSES, progress=seen
+    ),
 }
 
 
@@ -149,6 +164,33 @@ def work(workers: Workers, settings: CalibrationSettings | None = None) -> Calib
         fit=64, holdout=16, forward=ForwardTime(1.0, 4.0, 4), groups=4, segments=5, optimizing=0.1,
         products=0.5, in_metric=2.0, settings=settings or CalibrationSettings(), workers=workers,
     )  # fmt: skip
+
+
+def test_what_is_quantized_takes_as_long_as_it_is_asked_for() -> None:
+    settings = CalibrationSettings(exponents=(1.0, 0.0), truncation_penalties=(1.0, 2.0), recalibration_rounds=0)
+    one, plain = QuantizationWork(errors=100.0, one_pass=10.0, in_rounds=1.0, forming=0.0), work(Workers(), settings)
+    allocate, *compensate = replace(plain, quantization=one).planning_steps(2.0, given=False)
+    before, compensate_before = plain.planning_steps(2.0, given=False)
+    # By two exponents; the second penalty, bits alone, one width; and ranks alone by two exponents.
+    judged = 16 * (1 + 1 / 5)
+    assert allocate.cost == pytest.approx(before.cost + 100 + 7 * 10 + 5 * judged)
+    assert [step.certain for step in compensate] == [True, False, False, False]
+    assert compensate[0].cost == pytest.approx(compensate_before.cost + 2 * 1)
+    # Of a given plan there is one allocation, and workers divide what is quantized.
+    alone, divided = (
+        replace(plain, quantization=one, workers=Workers(count)).planning_steps(0.0, given=True)[0] for count in (1, 4)
+    )
+    assert alone.cost == pytest.approx(100 + 10 + judged)
+    assert divided.cost == pytest.approx((100 + 10) / 4 + judged)
+
+
+def test_layers_without_quantized_forms_are_not_timed() -> None:
+    subject = open_model(model())
+    asked = partial(work_on_quantization, subject.checkpoint, subject.layers, device=torch.device("cpu"), settings=None)
+    assert asked({}) is None
+    found = asked({layer.name: ("dense@8",) for layer in subject.layers})
+    assert found is not None
+    assert min(found.errors, found.one_pass, found.in_rounds, found.forming) > 0
 
 
 def test_layers_are_divided_among_workers() -> None:
