@@ -5,6 +5,7 @@ from __future__ import annotations
 from compressor.calibration.calibrate import calibrate, recalibrate
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.compensation import compensate
+from compressor.calibration.end_to_end import refine_end_to_end
 from compressor.calibration.examples import CalibrationData, split_examples
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
@@ -23,6 +24,7 @@ __all__ = [
     "holdout_loss",
     "recalibrate",
     "refine",
+    "refine_end_to_end",
     "split_examples",
     "uncompensated",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 from compressor.calibration.calibrate import recalibrate
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.compensation import compensate
+from compressor.calibration.end_to_end import fits_end_to_end, refine_end_to_end
 from compressor.calibration.holdout import holdout_loss
 from compressor.calibration.refinement import refine
 from compressor.calibration.replacements import Compensated
@@ -183,10 +184,21 @@ class Search:
         """The candidate or one that is close to it, with refined factors, if the settings say so and the loss falls."""
         if not self.calibration.settings.refine:
             return found
-        best = min((self._refined(each) for each in (found, *found.close)), key=_loss)
+        candidates = [found, *found.close]
+        if fits_end_to_end(self.calibration):
+            # Which takes longer.
+            end_to_end = [each for each in candidates if each.quantizes]
+            candidates = [each for each in candidates if each not in end_to_end[1:]]
+        best = min((self._refined(each) for each in candidates), key=_loss)
         return replace(best, close=())
 
     def _refined(self, found: Candidate) -> Candidate:
+        if found.quantizes and fits_end_to_end(found.calibration):
+            name = f"{found.calibration.name}/refined end to end/{_name(found.layers)}"
+            fitted = self._solved(found, refine_end_to_end(found.calibration, found.solved, name), name)
+            logger.info("refined end to end: %.5f instead of %.5f", fitted.loss, found.loss)
+            if fitted.loss < found.loss:
+                return replace(fitted, refined=True)
         name = f"{found.calibration.name}/refined/{_name(found.layers)}"
         refined = self._solved(found, refine(found.calibration, found.solved, name), name)
         logger.info("refined: %.5f instead of %.5f", refined.loss, found.loss)

@@ -197,26 +197,12 @@ class _SegmentCosts:
 
     @torch.no_grad()
     def parts(self, batch: Chunk) -> list[Chunk]:
-        """A fit batch in parts of a few examples, so that a pass over all batches has the steps that are wanted.
+        """A fit batch in parts of a few examples."""
 
-        The batch as a whole where the outputs of the dense segment for some examples alone are not those for all: rows
-        may be something else than examples, or depend on each other.
-        """
-        data, steps = self._calibration.data, self._calibration.settings.refinement.steps
-        examples = data.read(batch).examples
-        fitted = data.examples // self._calibration.settings.refit_every
-        count = math.ceil(examples / max(1, fitted // steps))
-        edges = [examples * part // count for part in range(count + 1)]
-        parts = [replace(batch, rows=slice(start, end)) for start, end in pairwise(edges)]
-        if count == 1:
-            return [batch]
-        last, together = parts[-1], self._dense(batch)
-        try:
-            alone = self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_dense(last))
-            pairs = list(zip(alone, rows_of(together, last), strict=True))
-        except Exception:
-            return [batch]
-        return parts if all(_same_examples(*pair, edges[-1] - edges[-2]) for pair in pairs) else [batch]
+        def alone(part: Chunk) -> State:
+            return self._calibration.segments.new_outputs(self._walk.segment, self._walk.run_dense(part))
+
+        return in_parts(self._calibration, batch, together=self._dense, alone=alone)
 
     def _sum(self, chunk: Chunk) -> tuple[Tensor, int]:
         """The cost summed over the rows of a chunk, and their number."""
@@ -232,6 +218,30 @@ class _SegmentCosts:
     def _dense(self, chunk: Chunk) -> State:
         """New outputs of the dense segment."""
         return dense_outputs(self._calibration, self._walk.segment, chunk)
+
+
+def in_parts(
+    calibration: Calibration, batch: Chunk, *, together: Callable[[Chunk], State], alone: Callable[[Chunk], State]
+) -> list[Chunk]:
+    """A fit batch in parts of a few examples, so that a pass over all batches has the steps that are wanted.
+
+    The batch as a whole where the outputs of the dense model for some examples `alone` are not those of all `together`:
+    rows may be something else than examples, or depend on each other.
+    """
+    data, steps = calibration.data, calibration.settings.refinement.steps
+    examples = data.read(batch).examples
+    fitted = data.examples // calibration.settings.refit_every
+    count = math.ceil(examples / max(1, fitted // steps))
+    edges = [examples * part // count for part in range(count + 1)]
+    parts = [replace(batch, rows=slice(start, end)) for start, end in pairwise(edges)]
+    if count == 1:
+        return [batch]
+    last, outputs = parts[-1], together(batch)
+    try:
+        pairs = list(zip(alone(last), rows_of(outputs, last), strict=True))
+    except Exception:
+        return [batch]
+    return parts if all(_same_examples(*pair, edges[-1] - edges[-2]) for pair in pairs) else [batch]
 
 
 def _same_examples(alone: Tensor, together: Tensor, examples: int) -> bool:

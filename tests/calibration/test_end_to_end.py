@@ -1,0 +1,146 @@
+"""All layers fitted together to the dense model's predictions: kept only where that lowers the holdout loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressor.calibration import (
+    Calibration,
+    CalibrationData,
+    CalibrationSettings,
+    Compensated,
+    RefinementSettings,
+    calibrate,
+    holdout_loss,
+    refine_end_to_end,
+    uncompensated,
+)
+from compressor.calibration.candidates import Candidate, Search
+from compressor.calibration.end_to_end import fits_end_to_end
+from compressor.calibration.refinement import fit_to_dense
+from compressor.calibration.settings import EndToEndSettings
+from compressor.engine import Fingerprint, Journal, Run
+from compressor.planning import LayerPlan
+from tests.calibration.tiny_models import CPU, batch_of, eligible, inputs_for, left_as_it_was, transformer
+
+FORMS = [("dense@3g16", 0), ("dense@2g16z", 2), ("plain", 5)]
+END_TO_END = EndToEndSettings(passes=3, steps=4, scales_learning_rate=1e-2, texts=1)
+SETTINGS = CalibrationSettings(refinement=RefinementSettings(end_to_end=END_TO_END))
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calibration]:
+    """A small language model, calibrated in a journal that stays."""
+    torch.manual_seed(0)
+    model = transformer("llama").eval()
+    fit, holdout = (tuple(batch_of(inputs_for("llama", 12)) for _ in range(2)) for _ in range(2))
+    journal = Journal.open(tmp_path_factory.mktemp("work"), Fingerprint(), option="work_dir")
+    data = CalibrationData(fit, holdout, labeled=False)
+    yield calibrate(model, eligible(model), data, run=Run(CPU, journal=journal), settings=SETTINGS)
+    journal.close()
+
+
+def planned(calibration: Calibration, form: str, rank: int) -> list[LayerPlan]:
+    layers = calibration.layers.values()
+    return [LayerPlan(each.name, each.shape, each.kind, rank, form, rank, 0.0, "") for each in layers]
+
+
+def started(calibration: Calibration, form: str, rank: int) -> Compensated:
+    return uncompensated(calibration, planned(calibration, form, rank))
+
+
+def tensors(solution: Compensated) -> dict[str, Tensor]:
+    return {key: each for factors in solution.factors.values() for key, each in factors.items()}
+
+
+def same(one: Compensated, other: Compensated) -> bool:
+    found, others = tensors(one), tensors(other)
+    return found.keys() == others.keys() and all(torch.equal(each, others[key]) for key, each in found.items())
+
+
+@pytest.mark.parametrize(("form", "rank"), FORMS)
+def test_what_is_judged_is_stored_and_loses_less(calibration: Calibration, form: str, rank: int) -> None:
+    start = started(calibration, form, rank)
+    judged: list[float] = []
+
+    def noted(
+        modules: Mapping[str, nn.Module],
+        losses: Sequence[Callable[[], Tensor]],
+        holdout_error: Callable[[], float],
+        *,
+        seed: int,
+        settings: RefinementSettings,
+    ) -> bool:
+        def error() -> float:
+            judged.append(holdout_error())
+            return judged[-1]
+
+        return fit_to_dense(modules, losses, error, seed=seed, settings=settings)
+
+    with left_as_it_was(calibration.model):
+        fitted = refine_end_to_end(calibration, start, f"judged {form}", fit=noted)
+    assert judged[0] == pytest.approx(holdout_loss(calibration, start.modules), rel=1e-5)
+    assert min(judged) < 0.99 * judged[0]
+    assert holdout_loss(calibration, fitted.modules) == pytest.approx(min(judged), rel=1e-5)
+    before, after = tensors(start), tensors(fitted)
+    assert before.keys() == after.keys()
+    assert all(each.dtype == before[key].dtype and each.shape == before[key].shape for key, each in after.items())
+    assert not same(start, fitted)
+
+
+def test_the_same_seed_gives_the_same_bits(calibration: Calibration) -> None:
+    start = started(calibration, "dense@3g16", 0)
+    assert same(refine_end_to_end(calibration, start, "one"), refine_end_to_end(calibration, start, "other"))
+
+
+def never(*_: object, **__: object) -> bool:
+    raise AssertionError("nothing is left to be fitted")
+
+
+def test_what_is_kept_in_a_journal_is_not_fitted_again(calibration: Calibration) -> None:
+    start = started(calibration, "dense@3g16", 0)
+    fitted = refine_end_to_end(calibration, start, "kept")
+    assert not same(fitted, start)
+    assert same(refine_end_to_end(calibration, start, "kept", fit=never), fitted)
+
+
+def test_layers_that_gain_nothing_are_left(calibration: Calibration) -> None:
+    start = started(calibration, "dense@3g16", 0)
+
+    def spoiled(modules: Mapping[str, nn.Module], *_: object, **__: object) -> bool:
+        for parameter in (each for module in modules.values() for each in module.parameters()):
+            parameter.data.mul_(2)
+        return False
+
+    assert same(refine_end_to_end(calibration, start, "spoiled", fit=spoiled), start)
+
+
+def test_a_language_model_whose_layers_have_few_weights_is_fitted(calibration: Calibration) -> None:
+    def fits(**changed: int) -> bool:
+        refinement = RefinementSettings(end_to_end=replace(END_TO_END, **{"texts": 1, **changed}))
+        return fits_end_to_end(replace(calibration, settings=CalibrationSettings(refinement=refinement)))
+
+    weights = sum(layer.parameters for layer in calibration.layers.values())
+    assert fits(most_weights=weights)
+    assert not fits(most_weights=weights - 1)
+    assert not fits(passes=0)
+    assert not fits(texts=0)
+
+
+@pytest.mark.parametrize(("form", "rank", "whole"), [("dense@3g16", 0, True), ("plain", 5, False)])
+def test_quantized_layers_of_a_language_model_are_refined_as_a_whole(
+    calibration: Calibration, caplog: pytest.LogCaptureFixture, *, form: str, rank: int, whole: bool
+) -> None:
+    start, layers = started(calibration, form, rank), tuple(planned(calibration, form, rank))
+    found = Candidate(calibration, layers, None, 0.0, holdout_loss(calibration, start.modules), start)
+    search = Search(calibration, (), lambda *_: (), ())
+    with caplog.at_level("INFO"):
+        refined = search.refined(found)
+    assert refined.refined
+    assert refined.loss == holdout_loss(calibration, refined.solved.modules) < found.loss
+    assert ("refined end to end" in caplog.text) == whole
