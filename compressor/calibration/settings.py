@@ -285,9 +285,9 @@ class CalibrationSettings:
         """Those of an effort, whose times and losses benchmarks/effort.py measures.
 
         `fast` takes the moments, those of the gradients of a quarter of the examples, and makes one allocation, by
-        which nothing has to be chosen on holdout examples, so that few are, and runs no int8 and int4 beside it;
-        `balanced` makes one by every exponent and under the window rule's caps, and compensates; `best` also
-        recalibrates and refines.
+        which nothing but bits or ranks has to be chosen on holdout examples, so that few are; the errors of all widths
+        are simulated, and no int8 and int4 is run beside it. `balanced` makes an allocation by every exponent and under
+        the window rule's caps, and compensates; `best` also recalibrates and refines.
         """
         match effort:
             case "fast":
@@ -301,6 +301,7 @@ class CalibrationSettings:
                     compensate=False,
                     refine=False,
                     uniform=False,
+                    factorization=FactorizationSettings(simulated_bits=2),
                 )
             case "balanced":
                 return cls(recalibration_rounds=0, refine=False)
