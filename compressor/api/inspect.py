@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Unpack
 
 from compressor.api.initial import measured_found, with_initial
@@ -10,8 +12,9 @@ from compressor.api.option import verb
 from compressor.api.options import InspectOptions
 from compressor.api.requests import memory_of_jobs, selection
 from compressor.engine import Run, opened_engine
-from compressor.model import ModelLike, inspect_layers, measured_layers, open_model, resolve_device
-from compressor.planning import PLANNING, window_rule_advice
+from compressor.forms import DENSE, pair_name, quantization_of
+from compressor.model import Model, ModelLike, inspect_layers, measured_layers, open_model, resolve_device
+from compressor.planning import PLANNING, quantized_forms, window_rule_advice
 from compressor.results import Inspection
 from compressor.torch_state import neutral_torch_state
 
@@ -41,8 +44,11 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     subject, initial = with_initial(asked, subject, asked.progress)
     device = resolve_device(asked.device)
     with opened_engine(asked.engine, device, memory=memory_of_jobs(device)) as engine:
-        inspected = inspect_layers(subject, asked.epsilon, Run(device, progress=asked.progress, engine=engine))
-    measured = measured_layers(subject, inspected, asked.planning_settings or PLANNING)
+        run = Run(device, progress=asked.progress, engine=engine)
+        inspected = inspect_layers(subject, asked.epsilon, run, quantized=_quantized_forms(asked, subject))
+    measured = [
+        replace(m, quantized=()) for m in measured_layers(subject, inspected, asked.planning_settings or PLANNING)
+    ]
     return Inspection(
         source=subject.name,
         recipe=subject.recipe,
@@ -54,3 +60,19 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         advice=window_rule_advice(measured, subject.recipe.family, "auto"),
         initial=measured_found(initial, measured),
     )
+
+
+def _quantized_forms(asked: InspectOptions, subject: Model) -> Mapping[str, tuple[str, ...]]:
+    """Of each width that is asked for the form of a layer's own matrix that takes the fewest bytes, by the layer."""
+    if asked.bits is None:
+        return {}
+    settings, found = asked.planning_settings or PLANNING, dict[str, tuple[str, ...]]()
+    for layer in subject.layers if asked.bits != (16,) else ():
+        if layer.eligible:
+            smallest: dict[int, str] = {}
+            for form in quantized_forms(layer, asked.bits, settings=settings):
+                quantization = quantization_of(form)
+                if quantization is not None and pair_name(form) == DENSE:
+                    smallest.setdefault(quantization.bits, form)
+            found[layer.name] = tuple(smallest.values())
+    return found

@@ -84,6 +84,7 @@ class InspectKeywords(TypedDict, total=False):
     device: str | None
     engine: str | None
     epsilon: float | None
+    bits: int | str | Sequence[int] | None
 
 
 class PlanKeywords(TypedDict, total=False):

@@ -682,6 +682,10 @@ class InspectOptions(
         def __init__(self, **given: Unpack[InspectKeywords]) -> None: ...
 
     epsilon: float = option("Relative residual at which the memory window ends.", NUMBER, 0.1)
+    bits: tuple[int, ...] | None = option(
+        "Measure what each layer loses in so many bits too: 8, 4, or several such as 8,4; auto: any from 2 to 8.",
+        WIDTHS,
+    )
 
     def check(self) -> None:
         if not 0 < self.epsilon < 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.engine import Run
 from compressor.errors import BadInput
 from compressor.factorize import Decomposition, FactorizationSettings, decompose, working_bytes
-from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of
+from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of, quantization_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
 from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
@@ -287,6 +287,11 @@ class InspectedLayer:
         layer = self.layer
         apart = [form.name for form in FORMS.values() if form.has_own_errors and not form.from_initial]
         own = {form: self.own_values.get(form) for form in apart}
+        quantized = [
+            {**of.to_dict(), "error": errors[0]}
+            for form, errors in self.quantized_errors.items()
+            if (of := quantization_of(form)) is not None
+        ]
         return {
             "name": layer.name,
             "kind": layer.kind,
@@ -298,4 +303,5 @@ class InspectedLayer:
             "window": self.window.to_dict() if self.window else None,
             "initialization": self.initialization.to_dict() if self.initialization else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
+            **({"quantized": quantized} if quantized else {}),
         } | {f"{form}_values": None if values is None else list(values) for form, values in own.items()}

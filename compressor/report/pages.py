@@ -223,7 +223,7 @@ def inspection_page(inspection: Inspection) -> Page:
         )
     )
     if measured:
-        parts += [*_ranks(measured), *_memory(measured), *_initial(found)]
+        parts += [*_ranks(measured), *_widths(measured), *_memory(measured), *_initial(found)]
     else:
         parts.append(Lines(("No layer is eligible.",)))
     parts += _skipped(each.layer for each in inspection.layers)
@@ -460,6 +460,29 @@ def _ranks(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
         ("stable", "squared Frobenius over squared spectral norm: too small to truncate at"),
     )
     return Title("Effective ranks"), LayerTable(headers, tuple(rows)), notes
+
+
+def _widths(layers: Sequence[InspectedLayer]) -> tuple[Block, ...]:
+    """What each layer loses in each width that was asked for."""
+    from compressor.forms import quantization_of
+
+    errors = [
+        {of.bits: each[0] for form, each in layer.quantized_errors.items() if (of := quantization_of(form)) is not None}
+        for layer in layers
+    ]
+    widths = sorted({bits for each in errors for bits in each}, reverse=True)
+    if not widths:
+        return ()
+    rows = tuple(
+        (
+            one_line(layer.layer.name),
+            format_shape(layer.layer.shape),
+            *(f"{100 * own[bits]:.2g} %" if bits in own else "-" for bits in widths),
+        )
+        for layer, own in zip(layers, errors, strict=True)
+    )
+    notes = Facts.of(("bits", "relative Frobenius error of the matrix rounded to nearest, with scales searched for"))
+    return Title("In fewer bits"), LayerTable(("layer", "shape", *(f"{bits}\nbits" for bits in widths)), rows), notes
 
 
 def _memory_cells(layer: InspectedLayer) -> tuple[str, ...]:

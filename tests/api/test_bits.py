@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor import compress, plan, restore
+from compressor import compress, inspect, plan, restore
 from compressor.errors import BadInput
 from tests.lowrank.started import SEED, trained
 
@@ -69,6 +69,17 @@ def test_a_size_is_that_of_the_file(tmp_path: Path) -> None:
     small = compress(source, bits="8,4", max_size=9000, output=tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").stat().st_size == small.bytes.after <= 9000
     assert {layer.bits for layer in small.plan.layers} <= {16, 8, 4}
+
+
+def test_what_each_width_would_lose_is_measured(tmp_path: Path) -> None:
+    source = saved(tmp_path)
+    found = inspect(source, bits="8,4,2")
+    for layer, planned in zip(found.layers, plan(source, bits=8).layers, strict=True):
+        errors = [each["error"] for each in layer.to_dict()["quantized"]]
+        assert [each["bits"] for each in layer.to_dict()["quantized"]] == [8, 4, 2]
+        assert errors == sorted(errors)
+        assert errors[0] == pytest.approx(planned.error, rel=1e-6)
+    assert "quantized" not in inspect(source, bits=16).layers[0].to_dict()
 
 
 def test_an_edited_plan_is_made_as_it_states(tmp_path: Path) -> None:

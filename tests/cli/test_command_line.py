@@ -365,7 +365,9 @@ def test_a_restored_model_is_told_with_its_sizes(model: Path, capsys: Captured) 
     assert document["bytes"] == {"before": small.stat().st_size, "after": dense.stat().st_size}
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]])
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "--bits", "auto"], ["plan", "--keep", "0.5"], ["--keep", "0.5"]], ids=str
+)
 def test_tables_fit_a_terminal_of_80_columns_and_nothing_steers_it(
     arguments: list[str], model: Path, capsys: Captured, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
