@@ -75,7 +75,7 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("kernel_scales", None, persistent=False)
         # Whether it is multiplied in int8, and in which groups a kernel of 4 bits takes it; 0 where it does not.
         self.is_int8 = bits == 8 and groups == 1 and not zero_points
-        self.kernel_group = self._fitting_group()
+        self.kernel_group, self.has_kernel = self._fitting_group(), False
         # What gives the matrix while it is fitted.
         self.fitted: nn.Module | None = None
 
@@ -158,6 +158,7 @@ class QuantizedWeight(nn.Module):
             if held.dtype == torch.int32:
                 if torch.compiler.is_compiling():  # what is held cannot be changed while it is traced
                     return None
+                self.has_kernel = has_kernel(8, held.device)
                 self.weight_packed = (held.view(torch.uint8)[:, : self.columns] ^ 128).view(torch.int8).contiguous()
             return self._product_of_8_bits
         if input.numel() > most_rows(own["bits"]) * self.columns:
@@ -174,7 +175,8 @@ class QuantizedWeight(nn.Module):
         integers, scales = tensors["weight_packed"], tensors["weight_scale"]
         assert integers is not None
         assert scales is not None
-        product = product_of_8_bits(input.reshape(-1, self.columns), integers, scales.view(-1).to(input.dtype))
+        scales = scales.view(-1).to(input.dtype)
+        product = product_of_8_bits(input.reshape(-1, self.columns), integers, scales, kernel=self.has_kernel)
         return product.view(*input.shape[:-1], self.rows)
 
     def _product_of_few_bits(self, input: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from compressor.latency.kernels import Convolution, IntegerProduct, Kernel, MatrixProduct, ModuleCall, Movement
 from compressor.quantize.packing import packed_width, unpack
-from compressor.quantize.products import held_for_kernel, product_of_8_bits, product_of_few_bits
+from compressor.quantize.products import has_kernel, held_for_kernel, product_of_8_bits, product_of_few_bits
 
 # What a kernel is run as, once for each of the weights that it takes in turn.
 Operation = Callable[[], object]
@@ -108,7 +108,8 @@ class Stopwatch:
         if kernel.bits == 8:
             scales = self._numbers((columns,), dtype)
             weight = torch.randint(-128, 128, (columns, inner), generator=numbers, dtype=torch.int8).to(self.device)
-            return [partial(product_of_8_bits, x, weight.clone(), scales) for _ in range(count)]
+            product = partial(product_of_8_bits, x, kernel=has_kernel(8, self.device))
+            return [partial(product, weight.clone(), scales) for _ in range(count)]
         group = min(128, inner)
         scales = self._numbers((inner // group, columns, 2), dtype)
         integers = torch.randint(2**kernel.bits, (columns, inner), generator=numbers, dtype=torch.uint8)

@@ -44,9 +44,12 @@ def most_rows(bits: int) -> int:
     return MOST_ROWS_OF_4_BITS if bits <= 4 else MOST_ROWS_OF_4_BITS // 2
 
 
-def product_of_8_bits(input: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
-    """`m x k` inputs in bfloat16 or float32 times `n x k` integers in int8 with a scale for each of n outputs."""
-    if _is_for_kernel_of_8_bits(input) and has_kernel(8, input.device):
+def product_of_8_bits(input: Tensor, integers: Tensor, scales: Tensor, *, kernel: bool) -> Tensor:
+    """`m x k` inputs in bfloat16 or float32 times `n x k` integers in int8 with a scale for each of n outputs.
+
+    `kernel` is whether the device has one.
+    """
+    if kernel and _is_for_kernel_of_8_bits(input):
         return torch._weight_int8pack_mm(input, integers, scales)
     # Integers below 256 are exact in bfloat16.
     return torch.nn.functional.linear(input, integers.to(input.dtype)) * scales
@@ -87,9 +90,11 @@ def unheld(held: Tensor, bits: int) -> Tensor:
     """The integers, in uint8, that `held_for_kernel` has put in order."""
     shape, flat = (len(held), held.shape[1] * 8 // bits), held.flatten()
     if bits <= 4:
-        return _unordered(nibbles_of(flat, bits, centered=False), shape)
+        nibbles = nibbles_of(flat, bits, centered=False)
+        return _unordered(nibbles & 15, nibbles >> 4, shape)
     low, high = _lower_and_upper(flat, 4, bits)
-    return _unordered(low, shape) | _unordered(nibbles_of(high, bits - 4, centered=False), shape) << 4
+    upper = nibbles_of(high, bits - 4, centered=False)
+    return _unordered(low & 15 | (upper & 15) << 4, low >> 4 | upper & 0xF0, shape)
 
 
 # Two integers of 4 bits are a byte, and of fewer bits there is room for several such bytes in one: bytes of the first
@@ -157,9 +162,9 @@ def _ordered(integers: Tensor) -> Tensor:
     return packed.view(torch.uint8).flatten()
 
 
-def _unordered(nibbles: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The `n x k` integers, in uint8, that `_ordered` put in order."""
-    return _from_blocks_of_rows(nibbles, shape) if nibbles.is_cpu else from_tiles(nibbles, shape)
+def _unordered(lower: Tensor, upper: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The `n x k` integers, in uint8, of which the lower and the upper halves of bytes came into order so."""
+    return (_from_blocks_of_rows if lower.is_cpu else from_tiles)(lower, upper, shape)
 
 
 def _inner_tiles(inputs: int) -> int:
@@ -167,7 +172,7 @@ def _inner_tiles(inputs: int) -> int:
     return 8 if inputs % 128 == 0 else 4 if inputs % 64 == 0 else 2
 
 
-def from_tiles(nibbles: Tensor, shape: tuple[int, int]) -> Tensor:
+def from_tiles(lower: Tensor, upper: Tensor, shape: tuple[int, int]) -> Tensor:
     """The integers in the order of tensor cores: for 8 outputs and 16 inputs at a time what each of 32 threads takes.
 
     Source: `matrix_to_m16n8k16_Bint4_layout` in aten/src/ATen/native/cuda/int4mm.cu. Thread t has output t / 4, and of
@@ -175,40 +180,50 @@ def from_tiles(nibbles: Tensor, shape: tuple[int, int]) -> Tensor:
     """
     outputs, inputs = shape
     tiles = _inner_tiles(inputs)
-    # Outputs by 8, inputs by tiles; output, four threads of it; pairs of tiles; even or odd; tile and half of it; byte.
-    bytes_ = nibbles.view(outputs // 8, inputs // (16 * tiles), 8, 4, tiles // 2, 2, 2)
-    numbers = torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1)
+    # Outputs by 8, inputs by tiles; output, thread of four; pairs of tiles; even or odd; tile of the pair; its half.
+    numbers = torch.stack([lower, upper], dim=-1)
+    numbers = numbers.view(outputs // 8, inputs // (16 * tiles), 8, 4, tiles // 2, 2, 2, 2)
     # As inputs come: tiles, pair of tiles, tile of the pair, half of the tile, thread, even or odd.
     return numbers.permute(0, 2, 1, 4, 6, 7, 3, 5).reshape(shape)
 
 
-def _from_blocks_of_rows(nibbles: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The integers in the order of a CPU: blocks of rows, in a block one column after the other, two rows a byte.
-
-    Which rows these are differs from CPU to CPU, so it is seen from what becomes of the numbers of the rows, a digit of
-    4 bits at a time.
-    """
+def _from_blocks_of_rows(lower: Tensor, upper: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The integers in the order of a CPU: blocks of rows, in a block one column after the other, two rows a byte."""
     rows, columns = shape
-    numbers = torch.arange(rows, dtype=torch.int32, device="cpu")[:, None].expand(-1, 2)
-    low, high = torch.zeros(2, rows, dtype=torch.int64, device="cpu")
-    for shift in range(0, max(4, rows.bit_length()), 4):
-        digits = _ordered((numbers >> shift & 15).contiguous()).long()
-        low += (digits & 15) << shift
-        high += (digits >> 4) << shift
-    integers = torch.empty(rows, columns, dtype=torch.uint8, device="cpu")
-    done = 0
-    while done < rows:
-        # Of two columns the second repeats the rows of the first.
-        size = int((low[done + 1 :] == low[done]).nonzero()[0]) + 1
-        firsts, repeated = low[done : rows - size : 2 * size], low[done + size :: 2 * size]
-        count = int((firsts == repeated).int().cumprod(0).sum())
-        ends = done + 2 * size * count
-        blocks = nibbles[done * columns // 2 : ends * columns // 2].view(count, columns, size)
-        for places, half in ((low, blocks & 15), (high, blocks >> 4)):
-            of_block = places[done:ends].view(count, 2, size)[:, 0].flatten()
-            integers[of_block] = half.transpose(1, 2).reshape(-1, columns)
+    integers, done = torch.empty(rows, columns, dtype=torch.uint8, device="cpu"), 0
+    for count, size, of_lower, of_upper in _blocks_of_rows(rows):
+        ends = done + count * size * columns
+        for places, half in ((of_lower, lower), (of_upper, upper)):
+            integers[places] = half[done:ends].view(count, columns, size).transpose(1, 2).reshape(-1, columns)
         done = ends
     return integers
+
+
+@functools.cache
+def _blocks_of_rows(rows: int) -> list[tuple[int, int, Tensor, Tensor]]:
+    """Blocks that are alike: how many, of how many bytes a column, and the rows of the halves of these bytes.
+
+    They differ from CPU to CPU, so they are seen from what becomes of the numbers of the rows, a digit of 4 bits at a
+    time.
+    """
+    numbers = torch.arange(rows, dtype=torch.int32, device="cpu")[:, None].expand(-1, 2)
+    lower, upper = torch.zeros(2, rows, dtype=torch.int64, device="cpu")
+    for shift in range(0, max(4, rows.bit_length()), 4):
+        digits = _ordered((numbers >> shift & 15).contiguous()).long()
+        lower += (digits & 15) << shift
+        upper += (digits >> 4) << shift
+    blocks, done = [], 0
+    while done < rows:
+        # Of two columns the second repeats the rows of the first.
+        size = int((lower[done + 1 :] == lower[done]).nonzero()[0]) + 1
+        firsts, repeated = lower[done : rows - size : 2 * size], lower[done + size :: 2 * size]
+        count = int((firsts == repeated).int().cumprod(0).sum())
+        of_lower, of_upper = (
+            half[done : done + 2 * size * count].view(count, 2, size)[:, 0].flatten() for half in (lower, upper)
+        )
+        blocks.append((count, size, of_lower, of_upper))
+        done += 2 * size * count
+    return blocks
 
 
 @functools.cache
@@ -248,7 +263,7 @@ def _try_4_bits(device: torch.device) -> None:
         scales = torch.rand(inputs // group, 48, generator=numbers, device="cpu").to(torch.bfloat16)
         input = torch.randn(3, inputs, generator=numbers, device="cpu").to(torch.bfloat16)
         ordered = _ordered(integers.to(device))
-        if not torch.equal(_unordered(ordered, (48, inputs)).cpu(), integers):
+        if not torch.equal(_unordered(ordered & 15, ordered >> 4, (48, inputs)).cpu(), integers):
             raise ValueError("it takes integers in another order")
         both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(device)
         found = _multiplied(input.to(device), ordered, both, group=group)

@@ -151,6 +151,15 @@ def test_a_head_multiplies_with_what_its_embedding_holds(form: str, rank: int, b
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense@8", "dense@3g32"])
+def test_compiled_a_kernel_multiplies_too(form: str) -> None:
+    layer, x = filled(nn.Linear(64, 48, dtype=torch.bfloat16), form), torch.randn(1, 64).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.slow
 def test_compiled_and_exported_it_computes_the_same() -> None:
     layer, x = filled(nn.Linear(64, 48), "dense@8"), torch.randn(3, 64)
     with torch.no_grad():

@@ -53,7 +53,8 @@ def test_integers_come_back_from_the_order_of_tensor_cores(inputs: int, tiles: i
         torch.empty(16, inputs // 2, dtype=torch.uint8, device="meta"), tiles
     )
     assert words.shape == meta.shape
-    assert torch.equal(from_tiles(words.view(torch.uint8).flatten(), (16, inputs)), integers)
+    pairs = words.view(torch.uint8).flatten()
+    assert torch.equal(from_tiles(pairs & 15, pairs >> 4, (16, inputs)), integers)
 
 
 def test_which_weights_the_kernel_of_four_bits_takes() -> None:
