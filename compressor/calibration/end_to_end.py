@@ -2,8 +2,8 @@
 
 EfficientQAT trains the scales of all blocks at once after it trained block by block (Chen et al., ACL 2025). Here
 roundings and factors are fitted too, and the target is what the dense model predicts, which needs no labels. A few
-examples are soon overfitted: to these alone next to nothing is gained, and to many more texts that a language model
-writes itself a third of the loss at 2 bits. A pass that does not lower the holdout loss is undone.
+examples are soon overfitted, and on these alone next to nothing is gained on the holdout; so a language model writes
+many more texts itself. A pass that does not lower the holdout loss is undone.
 """
 
 from __future__ import annotations
