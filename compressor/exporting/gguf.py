@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from compressor.quantize import QuantizedMatrix
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
+
+logger = logging.getLogger(__name__)
 
 _PLAIN_TYPES: Mapping[torch.dtype, str] = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # What `convert_hf_to_gguf.py` leaves out too: it is computed from the settings.
@@ -117,7 +120,7 @@ def gguf_file(model: Model) -> GgufFile:
         )
     described = gguf_model(checkpoint.config, checkpoint.source)
     names = _names(described)
-    found = []
+    found, rounded = [], list[str]()
     for name, (info, _) in dense_infos(checkpoint, model.pairs).items():
         if name.endswith(_COMPUTED) or (name == "lm_head.weight" and described.config.tie_word_embeddings):
             continue
@@ -128,10 +131,18 @@ def gguf_file(model: Model) -> GgufFile:
         if pair is not None and pair_name(pair.form) == DENSE and pair.rank == 0:
             blocks = block_type(quantized_matrix(checkpoint, pair))
             found.append(GgufTensor(there, info.shape, "F16" if blocks is None else blocks.name, name, pair))
+            rounded += [] if blocks is not None else [pair.name]
             continue
         single = len(info.shape) == 1 or name.endswith("norm.weight")
         kind = "F32" if single else _PLAIN_TYPES.get(info.dtype, "F32")
         found.append(GgufTensor(there, info.shape, kind, name))
+    if rounded:
+        logger.warning(
+            "%d quantized layers, such as %s, are rounded to F16, 16 bits a number: no type of ggml has their groups or"
+            " scales; groups of a multiple of 32 inputs stay integers",
+            len(rounded),
+            rounded[0],
+        )
     extra = [GgufTensor(name, tuple(each.shape), "F32", name) for name, each in described.extra_tensors().items()]
     return GgufFile(model, described, (*found, *extra))
 

@@ -351,9 +351,11 @@ def test_quantized_layers_are_the_same_integers(bits: int, kind: str, tmp_path: 
     assert exported.bytes.after < 1.3 * exported.bytes.before
 
 
-def test_groups_that_no_block_has_are_rounded_to_16_bits(tmp_path: Path) -> None:
+def test_groups_that_no_block_has_are_rounded_to_16_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tiny_llama(hidden_size=64, intermediate_size=112), tmp_path / "dense")  # groups of 28 inputs
     compress(folder, output=tmp_path / "small", bits=4, calibration="none")
     exported = export(tmp_path / "small", to="gguf", output=tmp_path / "model.gguf")
     assert exported.tensor_types is not None
     assert exported.tensor_types["F16"] >= 1
+    rounded = exported.tensor_types["F16"]
+    assert f"{rounded} quantized layers, such as model.layers.0.mlp.down_proj, are rounded to F16" in caplog.text
