@@ -310,6 +310,18 @@ def test_another_size_starts_from_the_calibration_cache_without_data(folder: Pat
 
 
 @pytest.mark.slow
+def test_errors_of_quantized_forms_are_measured_once_for_all_sizes(folder: Path, tmp_path: Path) -> None:
+    cache, asked = tmp_path / "cache", {"bits": (8, 4), "effort": "fast", "prefer": "size"}
+    compress(folder, output=tmp_path / "first", keep=0.5, calibration=data(), calibration_cache=cache, **asked)
+    before = units_of(cache)
+    compress(folder, output=tmp_path / "cached", keep=0.3, calibration_cache=cache, **asked)
+    compress(folder, output=tmp_path / "expected", keep=0.3, calibration=data(), **asked)
+    assert weights(tmp_path / "cached") == weights(tmp_path / "expected") != weights(tmp_path / "first")
+    assert any(unit.startswith("errors of ") for unit in before)
+    assert not [unit for unit in units_of(cache)[len(before) :] if not unit.startswith("quantized/")]
+
+
+@pytest.mark.slow
 def test_a_model_keeps_the_examples_that_it_made(folder: Path, tmp_path: Path) -> None:
     cache, own = tmp_path / "cache", {"calibration": "self", "calibration_samples": 8}
     outputs = []
