@@ -12,6 +12,8 @@ calibration at `--effort fast`: times, memory, and tokens a second. A line throu
 32 blocks would take; that is extrapolated, and rows say so. The head is left as it is.
 `generation`: prefill and decoding with a cache, dense against half of the numbers of each layer in two forms, and as
 `prefer="speed"` plans it. Layout, bytes, and outputs are checked before anything is timed.
+`integers`: linear layers in 8, 4, and 3 bits: whether a kernel runs them, by what their outputs differ from the CPU's,
+and times at few rows and many beside bfloat16.
 `repeatable`: whether the same command gave the same bytes twice, with calibration and without.
 `more effort`: `calibration` at `--effort balanced` and `best`.
 
@@ -23,6 +25,7 @@ tiny model on any device, a CPU too.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -48,14 +51,18 @@ from device_profile import shipped
 from latency import clock_of
 from latency_models import ModelTiming, measured_network
 from latency_networks import Network, decode, tokens
-from latency_timing import Repeats
+from latency_timing import Repeats, timed_in_turn
+from quantized_latency import quantized
 from torch import nn
 
 import compressor
 from compressor.engine import Run
 from compressor.evaluation import process_memory
+from compressor.forms import DENSE, quantized_name
 from compressor.latency import DeviceProfile
 from compressor.latency.measure import ACCELERATOR, CPU, MeasuringSettings, device_name, measure_profile
+from compressor.quantize import quantizations
+from compressor.quantize.products import has_kernel
 from compressor.torch_state import synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -357,6 +364,38 @@ def generate(job: Job) -> Iterator[Document]:
         yield row | {"tokens a second": {"dense": round(a_second), **speeds}}
 
 
+def time_integers(job: Job) -> Iterator[Document]:
+    """Rows of quantized layers: whether a kernel runs them, their error, and times beside those of dense ones."""
+    llama = job.measured.llama
+    for sides in ((llama.hidden, llama.hidden), (llama.intermediate, llama.hidden)):
+        torch.manual_seed(0)
+        dense = nn.Linear(sides[1], sides[0], bias=False, dtype=torch.bfloat16)
+        for bits in (8, 4, 3):
+            form = quantized_name(DENSE, quantizations(sides, bits)[0])
+            [layer] = quantized(nn.Sequential(copy.deepcopy(dense)), form)
+            for rows in (1, 16, 256):
+                with torch.no_grad():
+                    measured = _beside_dense(job, dense, layer, rows=rows)
+                kernel = has_kernel(8 if bits == 8 else 4, layer.weight_shape.device)
+                yield {"sides": list(sides), "form": form, "rows": rows, "has kernel": kernel, **measured}
+
+
+def _beside_dense(job: Job, dense: nn.Module, layer: Any, *, rows: int) -> Document:
+    """A quantized layer on the device beside the dense one there, and beside its matrix in float64 on the CPU."""
+    expected = copy.deepcopy(layer).to("cpu").dequantized().double()
+    there, beside = layer.to(job.device), copy.deepcopy(dense).to(job.device)
+    x = torch.randn(rows, expected.shape[1]).bfloat16()
+    on_device, outputs = x.to(job.device), x.double() @ expected.T
+    difference = there(on_device).cpu().double() - outputs
+    calls = [partial(beside, on_device), partial(there, on_device)]
+    times = timed_in_turn(calls, clock_of(job.device, torch.get_num_threads()), job.measured.repeats)
+    return {
+        "relative error": float(f"{float(difference.norm() / outputs.norm()):.3g}"),
+        "microseconds": float(f"{1e6 * times.seconds(1):.4g}"),
+        "dense microseconds": float(f"{1e6 * times.seconds(0):.4g}"),
+    }
+
+
 def repeat(job: Job) -> Iterator[Document]:
     """Whether the same command gives the same bytes again."""
     for effort in (None, "fast"):
@@ -375,6 +414,7 @@ PARTS: dict[str, Part] = {
     "decompositions": time_decompositions,
     "calibration": partial(calibrate, efforts=("fast",)),
     "generation": generate,
+    "integers": time_integers,
     "repeatable": repeat,
     "more effort": partial(calibrate, efforts=("balanced", "best")),
 }

@@ -25,7 +25,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import gpu  # type: ignore[import-not-found]
 
     yield gpu
-    for name in (*MODULES, "latency_timing", "latency_variants"):
+    for name in (*MODULES, "latency_timing", "latency_variants", "quantized_latency"):
         sys.modules.pop(name, None)
 
 
@@ -50,6 +50,8 @@ def test_all_parts(gpu: ModuleType, tmp_path: Path) -> None:
         assert whole["seconds"] == pytest.approx(line, abs=0.1)
     assert {row["workload"] for row in document["generation"]} == {"prefill", "decode"}
     assert all(row["tokens a second"].keys() >= {"dense", "plain"} for row in document["generation"])
+    assert len(document["integers"]) == 18
+    assert all(row["relative error"] < 2**-7 for row in document["integers"])
     assert [row["same bytes"] for row in document["repeatable"]] == [True, True]
 
 
