@@ -608,7 +608,10 @@ class PlanOptions(
             if name in self.given and not (name == "form" and self.form != "pivoted"):
                 shown = f"`{name}={getattr(self, name)!r}`" if name in ("form", "effort") else f"`{name}`"
                 what = f"{shown} is not for differences to a base"
-                raise BadInput(what, option=name, remedy=f"leave out {shown}, or `base`")
+                remedy = f"leave out {shown}, or `base`"
+                if name in {"calibration", "calibration_cache", *CALIBRATION_DETAILS}:
+                    remedy = f"leave out {shown}, or give the base as `initial`, to which changes are calibrated"
+                raise BadInput(what, option=name, remedy=remedy)
 
 
 _NOT_FOR_DIFFERENCES = (
