@@ -33,8 +33,10 @@ def pack(integers: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, numbers: int) -> Tensor:
     """The first `numbers` integers of each row of what `pack` made, in uint8."""
-    rows, octets = packed.shape[0], -(-numbers // 8)
-    octet = torch.nn.functional.pad(packed.contiguous().view(torch.uint8), (0, 4 * bits))[:, : octets * bits]
+    (rows, words_each), octets = packed.shape, -(-numbers // 8)
+    # Flattened, for a column of one word may be contiguous in strides of which it has no bytes.
+    octet = packed.contiguous().flatten().view(torch.uint8).view(rows, 4 * words_each)
+    octet = torch.nn.functional.pad(octet, (0, 4 * bits))[:, : octets * bits]
     # Eight numbers take `bits` bytes, and here eight: halves of them are moved apart, then halves of these, twice.
     spread = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=packed.device)
     spread[:, :, :bits] = octet.view(rows, octets, bits)

@@ -38,3 +38,9 @@ def test_bits_lie_in_the_order_of_the_numbers() -> None:
     numbers = torch.zeros(1, 11, dtype=torch.uint8)
     numbers[0, 10] = 0b111
     assert pack(numbers, 3).tolist() == [[-(1 << 30), 1]]
+
+
+def test_a_column_of_one_word_is_unpacked_in_whichever_strides_it_lies() -> None:
+    integers = torch.arange(24, dtype=torch.uint8).view(24, 1).expand(24, 9) % 8
+    turned = pack(integers, 3).as_strided((24, 1), (1, 24))
+    assert torch.equal(unpack(turned, 3, 9), integers)
