@@ -247,6 +247,8 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
         compressed_model = (
             None if made.model is None else open_runnable(made.model, subject.factory, initial=subject.initial)
         )
+        # Of its own examples, unasked, none could be made, and so all layers keep 16 bits.
+        uncalibrated = asked.bits is None and asked.plan is None and planned.plan.calibration is None
         latency = require_speed(ready.speed, subject, compressed_model, limit=asked.max_latency)
         evaluation = _evaluated(asked, subject, compressed_model, data=data.report, run=run)
         compression = replace(
@@ -260,13 +262,15 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
             latency=latency,
             timed_on=device_words(run.device) if latency else None,
             needs=needs,
-            bits=widths_of(quantized),
+            bits=() if uncalibrated else widths_of(quantized),
         )
         compression = replace(compression, warnings=(*planned.warnings, *warning_words(compression)))
         uniform = _uniform(asked, subject, alike, data=None if evaluation is None else data.report, run=run)
         if target is not None:
             card, source = in_flags(compression), subject.checkpoint
-            made.write_card(partial(compressed_card, compression=card, source=source, name=target.name))
+            config = None if source.config is None else rewriting.spec_of_modules.described(source.config)
+            described = partial(compressed_card, compression=card, source=source, name=target.name, config=config)
+            made.write_card(described)
             note_output(run, target.path)
     compression = replace(
         compression,

@@ -27,6 +27,8 @@ MOST_ROWS_OF_4_BITS = 128
 MOST_ROWS_OF_8_BITS_ON_ACCELERATORS = 4
 # What the kernel of 8 bits takes: of other inputs that of a CPU reads beyond the end.
 INPUTS_OF_8_BITS = 16
+# Bytes of which the address of inputs is a multiple: from others the kernel of 8 bits of a CPU crashes.
+ALIGNMENT = 64
 # What the kernel of 4 bits takes: outputs in multiples, and inputs in groups of these sizes.
 OUTPUTS_OF_4_BITS = 16
 GROUPS_OF_4_BITS = (256, 128, 64, 32)
@@ -50,7 +52,7 @@ def product_of_8_bits(input: Tensor, integers: Tensor, scales: Tensor, *, kernel
     `kernel` is whether the device has one.
     """
     if kernel and _is_for_kernel_of_8_bits(input):
-        return torch._weight_int8pack_mm(input, integers, scales)
+        return torch._weight_int8pack_mm(_laid_out(input), integers, scales)
     # Integers below 256 are exact in bfloat16.
     return torch.nn.functional.linear(input, integers.to(input.dtype)) * scales
 
@@ -66,7 +68,7 @@ def product_of_few_bits(input: Tensor, held: Tensor, scales: Tensor, *, bits: in
     `scales` are `groups x n x 2` in bfloat16: each group's scale, and what is added to its weights. `group` is the
     group size that the kernel is told, a divisor of the weight's own.
     """
-    repeats = input.shape[1] // (group * len(scales))
+    input, repeats = _laid_out(input), input.shape[1] // (group * len(scales))
     scales = scales if repeats == 1 else scales.repeat_interleave(repeats, dim=0)
     if bits <= 4:
         return _multiplied(input, nibbles_of(held, bits, centered=True), scales, group=group)
@@ -75,6 +77,14 @@ def product_of_few_bits(input: Tensor, held: Tensor, scales: Tensor, *, bits: in
     upper = (nibbles_of(high, bits - 4, centered=False) << 1) + 0x11 * (9 - 2 ** (bits - 4))
     # Eight times a number has the same digits.
     return _multiplied(input, low, scales, group=group) + _multiplied(8 * input, upper, scales, group=group)
+
+
+def _laid_out(input: Tensor) -> Tensor:
+    """The inputs as kernels read them: row by row, from an address that they may be read from."""
+    hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(input)
+    if hidden or input.data_ptr() % ALIGNMENT:  # an address that is hidden may be any
+        return input.clone(memory_format=torch.contiguous_format)
+    return input.contiguous()
 
 
 def held_for_kernel(integers: Tensor, bits: int) -> Tensor:
@@ -148,7 +158,7 @@ def _multiplied(input: Tensor, nibbles: Tensor, scales: Tensor, *, group: int) -
         return product
     tiles = _inner_tiles(inputs)
     packed = nibbles.view(torch.int32).view(outputs // 8, inputs // (16 * tiles), 32, tiles // 2)
-    product = torch.ops.aten._weight_int4pack_mm(input.contiguous(), packed, group, scales)
+    product = torch.ops.aten._weight_int4pack_mm(input, packed, group, scales)
     return product
 
 
@@ -249,19 +259,19 @@ def has_kernel(bits: int, device: torch.device) -> bool:
 
 def _try_8_bits(device: torch.device) -> None:
     numbers = torch.Generator().manual_seed(0)
-    integers = torch.randint(-128, 128, (48, 96), generator=numbers, dtype=torch.int8, device="cpu")
+    integers = torch.randint(-128, 128, (48, 112), generator=numbers, dtype=torch.int8, device="cpu")
     scales = torch.rand(48, generator=numbers, device="cpu").to(torch.bfloat16)
-    input = torch.randn(3, 96, generator=numbers, device="cpu").to(torch.bfloat16)
+    input = torch.randn(7, 112, generator=numbers, device="cpu").to(torch.bfloat16)
     found = torch._weight_int8pack_mm(*(each.to(device) for each in (input, integers, scales)))
     _compare(found, input.double() @ (integers.double() * scales.double()[:, None]).T)
 
 
 def _try_4_bits(device: torch.device) -> None:
     numbers = torch.Generator().manual_seed(0)
-    for inputs, group in ((256, 64), (192, 64), (160, 32)):
+    for inputs, group in ((256, 256), (256, 64), (192, 64), (160, 32)):
         integers = torch.randint(16, (48, inputs), generator=numbers, dtype=torch.uint8, device="cpu")
         scales = torch.rand(inputs // group, 48, generator=numbers, device="cpu").to(torch.bfloat16)
-        input = torch.randn(3, inputs, generator=numbers, device="cpu").to(torch.bfloat16)
+        input = torch.randn(20, inputs, generator=numbers, device="cpu").to(torch.bfloat16)
         ordered = _ordered(integers.to(device))
         if not torch.equal(_unordered(ordered & 15, ordered >> 4, (48, inputs)).cpu(), integers):
             raise ValueError("it takes integers in another order")

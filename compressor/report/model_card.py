@@ -77,10 +77,12 @@ _KEPT_LISTS = ("language", "license", "datasets", "metrics", "arxiv")
 _PIPELINE_TAGS = {"image-classification": "image-classification", "text-classification": "text-classification"}
 
 
-def compressed_card(original: str, compression: Compression, source: Checkpoint, *, name: str) -> str:
+def compressed_card(
+    original: str, compression: Compression, source: Checkpoint, *, name: str, config: Mapping[str, Any] | None
+) -> str:
     """The card of a compressed folder, which includes the card of the dense model.
 
-    `source` is the dense checkpoint, and `name` the name to load the folder by.
+    `source` is the dense checkpoint, `name` the name to load the folder by, and `config` its `config.json`.
     """
     if original.lstrip().startswith("---") and not front_matter(original)[0]:
         logger.warning("the metadata of %s of %s cannot be read, and only its text is kept", CARD_FILE, source.name)
@@ -90,7 +92,7 @@ def compressed_card(original: str, compression: Compression, source: Checkpoint,
         name=name,
         base_model=source.name,
         commit=None if fetched is None else fetched.commit,
-        config=source.config,
+        config=config,
         original=original,
     )
 
@@ -310,10 +312,10 @@ def _loading(name: str, config: Mapping[str, Any] | None, *, needed: str | None)
             "from compressor.model import load_model",
             f"model = load_model({quoted}, build_model)  # the function that builds the architecture",
         )
-    return python_block(
-        "import compressor, transformers  # pip install compressor; transformers learns of the format",
-        f"model = transformers.{architecture_of(config)}.from_pretrained({quoted})",
-    )
+    needs = "import compressor, transformers  # pip install compressor; transformers learns of the format"
+    if config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+        needs = "import transformers  # pip install compressed-tensors, whose format this is"
+    return python_block(needs, f"model = transformers.{architecture_of(config)}.from_pretrained({quoted})")
 
 
 def _sizes(compression: Compression) -> str:

@@ -110,5 +110,6 @@ def test_a_model_that_cannot_be_calibrated_on_its_own_examples_is_compressed_wit
     assert without.calibration is None
     assert without.quantized == 0
     assert "not calibrated on examples of its own" in caplog.text
+    assert compress(broken, keep=0.7, prefer="size", calibration_settings=QUICK).bits == ()
     with pytest.raises(BadInput):
         compress(broken, keep=0.7, calibration="self", prefer="size", bits=16, calibration_settings=QUICK)

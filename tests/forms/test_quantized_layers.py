@@ -93,6 +93,18 @@ def test_of_odd_inputs_integers_of_8_bits_are_multiplied_by_no_kernel(inputs: in
     assert_equal(layer.state_dict(), stored)
 
 
+@pytest.mark.parametrize("form", ["dense@8", "dense@4g32", "dense@6"])
+def test_a_kernel_takes_inputs_wherever_they_lie(form: str) -> None:
+    layer = filled(nn.Linear(64, 16, dtype=torch.bfloat16), form)
+    x = torch.randn(2, 7, 72).bfloat16()
+    turned = x[0, :, :64].T.contiguous().T
+    for input in (x[:, -1:, :64], x[:, -1:, 8:], turned, x[:, 0, None, :64].expand(2, 3, 64)):
+        expected = nn.functional.linear(input.double(), layer.dequantized().double(), layer.bias.double())
+        with torch.no_grad():
+            assert (layer(input).double() - expected).norm() <= 2**-7 * expected.norm()
+    assert layer.weight_packed.dtype != torch.int32
+
+
 @pytest.mark.parametrize("rank", [32, 48, 64])
 def test_kernels_take_both_factors_at_the_ranks_that_suit_them(rank: int) -> None:
     layer, form = filled(nn.Linear(96, 80, dtype=torch.bfloat16), "plain@4g32", rank), FORMS["plain@4g32"]

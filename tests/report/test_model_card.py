@@ -322,7 +322,7 @@ def test_a_card_that_is_too_long_or_none_stops_nothing(tmp_path: Path, caplog: p
     (tmp_path / "long").mkdir()
     (tmp_path / "long" / "README.md").write_text("long " * 2**20)
     (tmp_path / "folder" / "README.md").mkdir(parents=True)
-    card = partial(compressed_card, compression=compression("a"), source=source, name="small")
+    card = partial(compressed_card, compression=compression("a"), source=source, name="small", config=None)
     for folder in ("long", "folder"):
         Output(tmp_path / folder, 0).write_card(card)
     assert "is not kept" in caplog.records[0].getMessage()
@@ -347,6 +347,13 @@ def test_no_metadata_stop_a_card(metadata: dict[str, Any]) -> None:
     card = ModelCard(text)
     assert card.data.base_model == "dense"
     assert card.text.endswith("# Kept\n")
+
+
+@pytest.mark.parametrize(("method", "package"), [("compressor", "compressor"), ("compressed-tensors",) * 2])
+def test_it_says_what_has_to_be_installed(method: str, package: str) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": method}}
+    text = model_card(compression("a"), name="small", base_model="dense", config=config, original="")
+    assert re.findall(r"pip install ([\w-]+)", text) == [package]
 
 
 @pytest.mark.parametrize("name", ['we"ird', "it's", "back\\slash", "two\nlines", "x```y", "\u2028", "{config}"])
