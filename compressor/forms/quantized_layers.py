@@ -76,6 +76,8 @@ class QuantizedWeight(nn.Module):
         # Whether it is multiplied in int8, and in which groups a kernel of 4 bits takes it; 0 where it does not.
         self.is_int8 = bits == 8 and groups == 1 and not zero_points
         self.kernel_group, self.has_kernel = self._fitting_group(), False
+        # The type of device in whose order the integers are held: a buffer can be moved without the module.
+        self.kernel_order: str | None = None
         # What gives the matrix while it is fitted.
         self.fitted: nn.Module | None = None
 
@@ -107,7 +109,7 @@ class QuantizedWeight(nn.Module):
         """The integers, or some rows of them, in uint8; in int8 without their zero point where they are held so."""
         packed = self.weight_packed
         if packed.dtype == torch.uint8:
-            packed = unheld(packed, self.bits)
+            packed = unheld(packed, self.bits, order=self.kernel_order)
             return packed if rows is None else packed[rows]
         packed = packed if rows is None else packed[rows]
         return packed if packed.dtype == torch.int8 else unpack(packed, self.bits, self.columns)
@@ -163,8 +165,12 @@ class QuantizedWeight(nn.Module):
             return self._product_of_8_bits
         if input.numel() > most_rows(own["bits"]) * self.columns:
             return None
-        if held.dtype == torch.int32 and (torch.compiler.is_compiling() or not self._held_for_kernel(held)):
-            return None
+        if held.dtype == torch.int32 or own["kernel_order"] != held.device.type:
+            if torch.compiler.is_compiling():
+                return None
+            self.hold_as_stored()
+            if not self._held_for_kernel(self.weight_packed):
+                return None
         return self._product_of_few_bits
 
     # Whether rows of it are looked up.
@@ -199,6 +205,7 @@ class QuantizedWeight(nn.Module):
         if self.weight_scale.dtype == torch.bfloat16:
             self.weight_scale = self.kernel_scales[:, :, 0].T
         self.weight_packed = held_for_kernel(unpack(held, self.bits, self.columns), self.bits)
+        self.kernel_order = held.device.type
         return True
 
     def hold_as_stored(self) -> None:
@@ -207,7 +214,7 @@ class QuantizedWeight(nn.Module):
         if held.dtype == torch.int8:
             self.weight_packed = pack(held.view(torch.uint8) ^ 128, 8)
         elif held.dtype == torch.uint8:
-            self.weight_packed = pack(unheld(held, self.bits), self.bits)
+            self.weight_packed = pack(unheld(held, self.bits, order=self.kernel_order), self.bits)
         self.weight_scale = self.weight_scale.contiguous()
         self.kernel_scales = None
         self.kernel_group = self._fitting_group()

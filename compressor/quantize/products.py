@@ -96,15 +96,16 @@ def held_for_kernel(integers: Tensor, bits: int) -> Tensor:
     return held.view(len(integers), -1)
 
 
-def unheld(held: Tensor, bits: int) -> Tensor:
-    """The integers, in uint8, that `held_for_kernel` has put in order."""
+def unheld(held: Tensor, bits: int, *, order: str | None = None) -> Tensor:
+    """The integers, in uint8, that `held_for_kernel` has put in the order of a type of device, by default their own."""
+    order = held.device.type if order is None else order
     shape, flat = (len(held), held.shape[1] * 8 // bits), held.flatten()
     if bits <= 4:
         nibbles = nibbles_of(flat, bits, centered=False)
-        return _unordered(nibbles & 15, nibbles >> 4, shape)
+        return _unordered(nibbles & 15, nibbles >> 4, shape, order=order)
     low, high = _lower_and_upper(flat, 4, bits)
     upper = nibbles_of(high, bits - 4, centered=False)
-    return _unordered(low & 15 | (upper & 15) << 4, low >> 4 | upper & 0xF0, shape)
+    return _unordered(low & 15 | (upper & 15) << 4, low >> 4 | upper & 0xF0, shape, order=order)
 
 
 # Two integers of 4 bits are a byte, and of fewer bits there is room for several such bytes in one: bytes of the first
@@ -172,9 +173,9 @@ def _ordered(integers: Tensor) -> Tensor:
     return packed.view(torch.uint8).flatten()
 
 
-def _unordered(lower: Tensor, upper: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The `n x k` integers, in uint8, of which the lower and the upper halves of bytes came into order so."""
-    return (_from_blocks_of_rows if lower.is_cpu else from_tiles)(lower, upper, shape)
+def _unordered(lower: Tensor, upper: Tensor, shape: tuple[int, int], *, order: str) -> Tensor:
+    """The `n x k` integers, in uint8, whose lower and upper halves of bytes came into a device's order so."""
+    return (_from_blocks_of_rows if order == "cpu" else from_tiles)(lower, upper, shape)
 
 
 def _inner_tiles(inputs: int) -> int:
@@ -201,12 +202,13 @@ def _from_blocks_of_rows(lower: Tensor, upper: Tensor, shape: tuple[int, int]) -
     """The integers in the order of a CPU: blocks of rows, in a block one column after the other, two rows a byte."""
     rows, columns = shape
     integers, done = torch.empty(rows, columns, dtype=torch.uint8, device="cpu"), 0
+    of_bytes = lower.cpu(), upper.cpu()
     for count, size, of_lower, of_upper in _blocks_of_rows(rows):
         ends = done + count * size * columns
-        for places, half in ((of_lower, lower), (of_upper, upper)):
+        for places, half in zip((of_lower, of_upper), of_bytes, strict=True):
             integers[places] = half[done:ends].view(count, columns, size).transpose(1, 2).reshape(-1, columns)
         done = ends
-    return integers
+    return integers.to(lower.device)
 
 
 @functools.cache
@@ -273,7 +275,7 @@ def _try_4_bits(device: torch.device) -> None:
         scales = torch.rand(inputs // group, 48, generator=numbers, device="cpu").to(torch.bfloat16)
         input = torch.randn(20, inputs, generator=numbers, device="cpu").to(torch.bfloat16)
         ordered = _ordered(integers.to(device))
-        if not torch.equal(_unordered(ordered & 15, ordered >> 4, (48, inputs)).cpu(), integers):
+        if not torch.equal(_unordered(ordered & 15, ordered >> 4, (48, inputs), order=device.type).cpu(), integers):
             raise ValueError("it takes integers in another order")
         both = torch.stack([scales, torch.zeros_like(scales)], dim=-1).to(device)
         found = _multiplied(input.to(device), ordered, both, group=group)

@@ -97,6 +97,37 @@ def test_integers_are_multiplied_by_kernels(form: str, device: torch.device, ker
     assert all(torch.equal(back[name], each) for name, each in stored.items())
 
 
+@pytest.mark.parametrize("form", ["dense@4g32", "dense@3g64", "dense@6"])
+@pytest.mark.parametrize("back", [False, True])
+def test_buffers_that_are_moved_without_the_layer_keep_their_order(
+    *, form: str, back: bool, device: torch.device, kernels: Kernels
+) -> None:
+    layer, x, expected = layer_and_inputs(form)
+    stored = copied(layer.state_dict())
+    start, end = (device, torch.device("cpu")) if back else (torch.device("cpu"), device)
+    layer = layer.to(start)
+    with torch.no_grad():
+        layer(x.to(start))
+        for tensors in (layer._buffers, layer._parameters):
+            for name, each in tensors.items():
+                tensors[name] = None if each is None else each.to(end)  # type: ignore[assignment]
+        assert layer.weight_packed.dtype == torch.uint8
+        assert torch.equal(copy.deepcopy(layer).integers().cpu(), integers_of(stored, form))
+        saved = copy.deepcopy(layer).state_dict()
+        assert all(torch.equal(saved[name].cpu(), each) for name, each in stored.items())
+        kernels.calls = 0
+        found = layer(x.to(end))
+    assert (found.cpu().double() - expected).norm() <= 2**-6 * expected.norm()
+    assert (kernels.calls > 0) == (end == device)
+
+
+def integers_of(stored: dict[str, Tensor], form: str) -> Tensor:
+    twin = filled(nn.Linear(128, 16, dtype=torch.bfloat16), form)
+    twin.load_state_dict(stored)
+    found: Tensor = twin.integers()
+    return found
+
+
 @pytest.mark.parametrize(
     "fault", [{"factor": 1.02}, {"error": "no kernel image is available"}], ids=["wrong", "raising"]
 )
