@@ -9,7 +9,7 @@ many more texts itself. A pass that does not lower the holdout loss is undone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -75,9 +75,13 @@ def _fitted(calibration: Calibration, start: Compensated, layers: Mapping[str, s
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         modules = deepcopy({place: start.modules[place] for place in start.modules})  # together: some share tensors
         inside = {place: modules[place] for place in dict.fromkeys(layers.values())}
-        fitted = _on_more_texts(calibration, settings)
+        try:
+            fitted = _on_more_texts(calibration, settings)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            logger.warning("the layers are not fitted end to end, for the model does not continue texts: %s", error)
+            return {}
         losses = [partial(_mean_cost, fitted, modules, part) for part in _parts(fitted)]
-        judged = partial(holdout_loss, calibration, modules)
+        judged = partial(_judged, calibration, modules, iter(range(1, settings.passes + 2)))
         try:
             with fitted_weights(inside.values(), rounding=settings.rounding):
                 fell = fit(inside, losses, judged, seed=calibration.run.seed, settings=settings)
@@ -90,6 +94,14 @@ def _fitted(calibration: Calibration, start: Compensated, layers: Mapping[str, s
     for layer, place in layers.items():
         found |= {join(layer, key): each for key, each in modules[place].state_dict().items()}
     return found
+
+
+def _judged(calibration: Calibration, modules: Mapping[str, nn.Module], calls: Iterator[int]) -> float:
+    """The holdout loss, of which is told: it is computed before the first pass and after each."""
+    loss = holdout_loss(calibration, modules)
+    total = calibration.settings.refinement.end_to_end.passes + 1
+    calibration.run.report("refine end to end", next(calls, total), total)
+    return loss
 
 
 def _on_more_texts(calibration: Calibration, settings: RefinementSettings) -> Calibration:

@@ -6,30 +6,33 @@ Quantization Aware Training for Large Language Models", Findings of ACL 2024).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.calibration.calibration import Calibration
-from compressor.calibration.written_text import Sampler, continued
+from compressor.calibration.examples import CalibrationData
+from compressor.calibration.settings import CalibrationSettings
+from compressor.calibration.written_text import Sampler, continued, continues_texts, vocabulary_of
 from compressor.data import Batch
 
 
 def texts_to_write(calibration: Calibration) -> int:
     """How many texts a model writes: as many as the settings say, or as a forward on them has the multiplications that
     examples made unasked may have. 0 for what is no causal language model, or would not double its examples."""
-    model, settings = calibration.model, calibration.settings
-    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    of_decoder = causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    examples = _whole(calibration) if of_decoder and calibration.criterion == "likelihood" else []
+    if calibration.criterion != "likelihood":
+        return 0
+    return most_texts(calibration.model, calibration.data, device=calibration.run.device, settings=calibration.settings)
+
+
+def most_texts(model: nn.Module, data: CalibrationData, *, device: torch.device, settings: CalibrationSettings) -> int:
+    """The same before anything is calibrated."""
+    examples = _whole(data) if continues_texts(model) else []
     if not examples or len(examples[0]) < 2:
         return 0
     made = settings.self_generated
-    accelerated = calibration.run.device.type != "cpu"
-    most = made.most_multiplications_accelerated if accelerated else made.most_multiplications
+    most = made.most_multiplications if device.type == "cpu" else made.most_multiplications_accelerated
     each = len(examples[0]) * sum(map(torch.numel, model.parameters()))
-    fitted = calibration.data.examples // settings.refit_every
+    fitted = data.examples // settings.refit_every
     count = min(settings.refinement.end_to_end.texts * fitted, int(most / each))
     return count if count >= fitted else 0
 
@@ -39,16 +42,14 @@ def written_texts(calibration: Calibration) -> list[Batch]:
     count, settings = texts_to_write(calibration), calibration.settings
     if not count:
         return []
-    model, examples = calibration.model, _whole(calibration)
+    model, examples = calibration.model, _whole(calibration.data)
     length = len(examples[0])
     prompt = max(1, length // settings.refinement.end_to_end.prompts)
     generator = torch.Generator().manual_seed(calibration.run.seed)
     rows = torch.randint(len(examples), (count,), generator=generator).tolist()
     places = torch.randint(length - prompt + 1, (count,), generator=generator).tolist()
     prompts = torch.stack([examples[row][at : at + prompt] for row, at in zip(rows, places, strict=True)])
-    config: Any = model.config
-    size = (getattr(config, "text_config", None) or config).vocab_size
-    sampler = Sampler(generator, size, settings.self_generated)
+    sampler = Sampler(generator, vocabulary_of(model), settings.self_generated)
     parts = torch.split(prompts, settings.self_generated.at_once)
     texts = []
     for part in parts:
@@ -58,11 +59,11 @@ def written_texts(calibration: Calibration) -> list[Batch]:
     return [Batch({"input_ids": each}, each[:, 1:]) for each in batches]
 
 
-def _whole(calibration: Calibration) -> list[Tensor]:
+def _whole(data: CalibrationData) -> list[Tensor]:
     """The longest fit examples, without padding; none where the model takes more than texts."""
     found: list[Tensor] = []
-    for chunk in calibration.data.chunks("fit"):
-        inputs = calibration.data.read(chunk).inputs
+    for chunk in data.chunks("fit"):
+        inputs = data.read(chunk).inputs
         texts, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if texts is None or texts.dim() != 2 or inputs.keys() - {"input_ids", "attention_mask"}:
             return []

@@ -15,7 +15,7 @@ from compressor.calibration.calibration import frozen
 from compressor.calibration.criterion import outputs_of
 from compressor.calibration.noise import batch_normalizations, matched, spectral_noise
 from compressor.calibration.settings import SelfGeneratedSettings
-from compressor.calibration.written_text import Sampler, Told, continued, unmasked
+from compressor.calibration.written_text import Sampler, Told, continued, continues_texts, unmasked, vocabulary_of
 from compressor.data import Batch, EvaluationData, Preprocessing
 from compressor.data.data import NO_LABELS, Task
 from compressor.data.text import special_tokens
@@ -74,7 +74,7 @@ def kind_of_model(model: Model, preprocessing: Preprocessing) -> SelfMaking:
     if named == "input_ids":
         if getattr(module.config, "is_encoder_decoder", False):
             return "encoder-decoder" if name.endswith("ForConditionalGeneration") else "encoder"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
+        if continues_texts(module):
             return "causal language model"
         masked = name.endswith("ForMaskedLM") and _mask_token(preprocessing) is not None
         return "masked language model" if masked else "encoder"
@@ -193,7 +193,7 @@ class _Making:
         ordinary = self._ordinary(decoder=decoder)
         config: Any = self.network.config
         size = getattr(getattr(config, "decoder", None) if decoder else None, "vocab_size", None)
-        size = size or (getattr(config, "text_config", None) or config).vocab_size
+        size = size or vocabulary_of(self.network)
         excluded = () if special else tuple(set(range(size)) - set(ordinary.tolist()))
         return Sampler(self.generator, size, self.request.settings, excluded)
 

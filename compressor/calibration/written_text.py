@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.settings import SelfGeneratedSettings
+from compressor.model.example_inputs import is_transformer
 from compressor.model.head import find_head
 from compressor.model.streaming import device_of
 
@@ -43,6 +44,27 @@ class Sampler:
         chosen = logits[:, : self.vocabulary].float().cpu() / self.settings.temperature
         chosen[:, list(self.excluded)] = -math.inf
         return torch.multinomial(chosen.softmax(-1), 1, generator=self.generator)[:, 0]
+
+
+def continues_texts(model: nn.Module) -> bool:
+    """Whether a model is a causal language model of transformers, which takes what `continued` gives it."""
+    running: Any = model
+    if not is_transformer(model) or running.main_input_name != "input_ids":
+        return False
+    causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    if not causal or getattr(running.config, "is_encoder_decoder", False):
+        return False
+    try:
+        signature(model.forward).bind_partial(input_ids=None, past_key_values=None, use_cache=True)
+        return vocabulary_of(model) > 0
+    except (TypeError, AttributeError):  # such as of code of its own
+        return False
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens a model of texts knows, by its configuration."""
+    size: int = (getattr(model.config, "text_config", None) or model.config).vocab_size
+    return size
 
 
 def continued(

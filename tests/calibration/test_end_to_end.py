@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from compressor.calibration.refinement import fit_to_dense
 from compressor.calibration.settings import EndToEndSettings
 from compressor.engine import Fingerprint, Journal, Run
 from compressor.planning import LayerPlan
-from tests.calibration.tiny_models import CPU, batch_of, eligible, inputs_for, left_as_it_was, transformer
+from tests.calibration.tiny_models import CPU, batch_of, calibrated, eligible, inputs_for, left_as_it_was, transformer
 
 FORMS = [("dense@3g16", 0), ("dense@2g16z", 2), ("plain", 5)]
 END_TO_END = EndToEndSettings(passes=3, steps=4, scales_learning_rate=1e-2, texts=1)
@@ -118,6 +119,42 @@ def test_layers_that_gain_nothing_are_left(calibration: Calibration) -> None:
         return False
 
     assert same(refine_end_to_end(calibration, start, "spoiled", fit=spoiled), start)
+
+
+class OwnForCausalLM(nn.Module):
+    """Named as causal language models of transformers are, and none of these."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner, self.head = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.tanh(self.inner(self.embedding(input_ids))))
+        return logits
+
+
+class ConfiguredForCausalLM(OwnForCausalLM):
+    config, main_input_name = SimpleNamespace(vocab_size=40), "input_ids"
+
+
+class CachedForCausalLM(ConfiguredForCausalLM):
+    def forward(self, input_ids: Tensor, past_key_values: object = None, use_cache: bool = False) -> Tensor:
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("kind", [OwnForCausalLM, ConfiguredForCausalLM, CachedForCausalLM])
+def test_a_model_that_cannot_continue_texts_is_refined_block_by_block(kind: type[nn.Module]) -> None:
+    given = calibrated(kind().eval(), [inputs_for("llama", 12)], [inputs_for("llama", 12)], settings=SETTINGS)
+    assert given.criterion == "likelihood"
+    start, layers = started(given, "dense@3g16", 0), tuple(planned(given, "dense@3g16", 0))
+    if fits_end_to_end(given):  # what it takes is as it should be, and what it gives is found not to be
+        assert kind is CachedForCausalLM
+        assert same(refine_end_to_end(given, start), start)
+    found = Candidate(given, layers, None, 0.0, holdout_loss(given, start.modules), start)
+    refined = Search(given, (), lambda *_: (), ()).refined(found)
+    assert refined.refined
+    assert refined.loss < found.loss
 
 
 def test_a_language_model_whose_layers_have_few_weights_is_fitted(calibration: Calibration) -> None:
