@@ -25,6 +25,7 @@ from compressor.calibration import CalibrationData, CalibrationSettings, Refinem
 from compressor.calibration.criterion import outputs_of
 from compressor.calibration.examples import with_decoder_inputs
 from compressor.calibration.fitted_weights import FittedWeight
+from compressor.calibration.more_texts import most_texts
 from compressor.calibration.refinement import adam
 from compressor.calibration.segments import longest_row
 from compressor.data import Batch, EvaluationData
@@ -241,6 +242,8 @@ class CalibrationWork:
     quantization: QuantizationWork | None = None
     uniform: QuantizationWork | None = None
     uniform_widths: int = 0
+    written: int = 0
+    tokens: int = 0
 
     def planning_steps(self, decompositions: float, *, given: bool) -> list[Step]:
         """From a calibrated model to a plan and its factors but for refinement; rounds may be left out."""
@@ -285,7 +288,31 @@ class CalibrationWork:
         *others, last = self._by_segment(passes * one_pass + 2 * run(both))
         # The last segment is compared with the model's outputs, for which the dense one is run again.
         last += passes * run(both, at_once) / max(1, self.segments - 1)
-        return _first_certain("refine", (*others, last), 1 if alone or self.quantization is None else 4)
+        if self.quantization is None or not self.written:
+            return _first_certain("refine", (*others, last), 1 if alone or self.quantization is None else 4)
+        # Of the quantized candidates one is fitted as a whole, and by segments where that gains nothing.
+        by_segment = Step("refine", (*others, last), certain=False)
+        return [*self._end_to_end_steps(self.quantization), *[by_segment] * (1 if alone else 2)]
+
+    def _end_to_end_steps(self, quantization: QuantizationWork) -> list[Step]:
+        """Texts written one token after another, and passes over these and the fit examples.
+
+        In a pass segments run forward twice, once more for the backward pass.
+        """
+        forward, settings = self.forward, self.settings.refinement.end_to_end
+        parts = math.ceil(self.written / self.settings.self_generated.at_once)
+        writing = forward.overhead * self.tokens + forward.each * self.written / parts
+        fit = self._of_some.fit + self.written
+        at_once = max(1, fit // settings.steps)
+        run = partial(forward.of_segments, fit, segments=self.segments)
+        steps = fit / at_once
+        formed = quantization.forming * (1 + 1 / FORWARD_AND_BACKWARD)
+        one_pass = (FORWARD_AND_BACKWARD + 1) * run(at_once) + steps * (self.optimizing + formed) + self._judged
+        costs = (run() + self._judged, *(one_pass,) * settings.passes)
+        return [
+            Step("generate", (writing,) * parts, certain=False),
+            Step("refine end to end", costs, certain=False),
+        ]
 
     def uniform_seconds(self) -> float:
         """What all layers in each of the uniform widths take, rounded to nearest and by GPTQ."""
@@ -504,6 +531,8 @@ def work_on_calibration(
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
     products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
+    end_to_end = settings.refinement.end_to_end
+    together = end_to_end.passes and sum(layer.parameters for layer in layers) <= end_to_end.most_weights
     return CalibrationWork(
         fit=data.examples,
         holdout=data.holdout_examples,
@@ -515,6 +544,8 @@ def work_on_calibration(
         in_metric=in_metric,
         settings=settings,
         workers=workers,
+        written=most_texts(model, data, device=device, settings=settings) if settings.refine and together else 0,
+        tokens=data.tokens // max(1, data.examples),
     )
 
 

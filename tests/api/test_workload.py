@@ -23,15 +23,18 @@ from compressor.api.workload import (
     ForwardTime,
     QuantizationWork,
     Workers,
+    first_run,
+    work_on_calibration,
     work_on_quantization,
 )
-from compressor.calibration import CalibrationSettings
+from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings
+from compressor.calibration.settings import EndToEndSettings
 from compressor.cli.pace import Pace
 from compressor.engine import InProcess, ProcessPool, Run, processors
 from compressor.model import open_model
 from compressor.planning import PlanningSettings
 from compressor.progress import Step
-from tests.calibration.tiny_models import TWO_PASSES
+from tests.calibration.tiny_models import CPU, TWO_PASSES, batch_of, eligible, inputs_for, transformer
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +185,42 @@ def test_what_is_quantized_takes_as_long_as_it_is_asked_for() -> None:
     )
     assert alone.cost == pytest.approx(100 + 10 + judged)
     assert divided.cost == pytest.approx((100 + 10) / 4 + judged)
+
+
+def test_texts_that_a_model_writes_are_written_and_fitted_to() -> None:
+    quantization = QuantizationWork(errors=0.0, one_pass=0.0, in_rounds=0.0, forming=3.0)
+    settings = CalibrationSettings(refit_every=1)
+    plain = replace(work(Workers(), settings), forward=ForwardTime(2.0, 5.0, 4), quantization=quantization)
+    writing = replace(plain, written=640, tokens=10)
+    before, steps = (each.refinement_steps(alone=False) for each in (plain, writing))
+    assert [step.name for step in before] == ["refine"] * 4
+    assert [step.name for step in steps] == ["generate", "refine end to end", "refine", "refine"]
+    assert not any(step.certain for step in steps)
+    assert steps[-1].costs == before[-1].costs
+    generate, fit = steps[:2]
+    # A second for a forward, and one for each text; 32 are written at a time, and 704 // 64 fitted to.
+    assert generate.costs == pytest.approx([10 + 32] * 20)
+    judged = 16 + 16 / 4 + 3.0 / 3 * 16 / 4
+    batches = 704 / 11
+    one_pass = 4 * batches * (5 + 11) + batches * (0.1 + 4.0) + judged
+    assert fit.costs == pytest.approx([704 / 4 * (5 + 4) + judged, one_pass, one_pass])
+    assert len(writing.refinement_steps(alone=True)) == 3
+    unquantized = replace(writing, quantization=None).refinement_steps(alone=False)
+    assert [(step.name, step.certain) for step in unquantized] == [("refine", True)]
+
+
+@pytest.mark.parametrize(("name", "most", "texts"), [("llama", 2**27, 40), ("llama", 1, 0), ("bert", 2**27, 0)])
+def test_texts_are_counted_before_anything_is_calibrated(name: str, most: int, texts: int) -> None:
+    subject, batch = transformer(name).eval(), batch_of(inputs_for(name, 4))
+    data, layers = CalibrationData((batch,), (batch,), labeled=False), eligible(subject)
+    settings = CalibrationSettings(
+        refit_every=1, refinement=RefinementSettings(end_to_end=EndToEndSettings(most_weights=most))
+    )
+    first = first_run(subject, layers, data, device=CPU)
+    assert first is not None
+    found = work_on_calibration(subject, layers, data, first=first, run=Run(CPU), settings=settings)
+    assert found is not None
+    assert (found.written, found.tokens) == (texts, 8)
 
 
 def test_layers_without_quantized_forms_are_not_timed() -> None:
