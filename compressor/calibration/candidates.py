@@ -185,15 +185,16 @@ class Search:
         if not self.calibration.settings.refine:
             return found
         candidates = [found, *found.close]
-        if fits_end_to_end(self.calibration):
+        end_to_end = fits_end_to_end(self.calibration)
+        if end_to_end:
             # Which takes longer.
-            end_to_end = [each for each in candidates if each.quantizes]
-            candidates = [each for each in candidates if each not in end_to_end[1:]]
-        best = min((self._refined(each) for each in candidates), key=_loss)
+            quantized = [each for each in candidates if each.quantizes]
+            candidates = [each for each in candidates if each not in quantized[1:]]
+        best = min((self._refined(each, end_to_end=end_to_end) for each in candidates), key=_loss)
         return replace(best, close=())
 
-    def _refined(self, found: Candidate) -> Candidate:
-        if found.quantizes and fits_end_to_end(found.calibration):
+    def _refined(self, found: Candidate, *, end_to_end: bool) -> Candidate:
+        if end_to_end and found.quantizes:
             name = f"{found.calibration.name}/refined end to end/{_name(found.layers)}"
             fitted = self._solved(found, refine_end_to_end(found.calibration, found.solved, name), name)
             logger.info("refined end to end: %.5f instead of %.5f", fitted.loss, found.loss)

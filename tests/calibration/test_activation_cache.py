@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ def tensors(metric: Metric | TiedMetric) -> list[torch.Tensor]:
     return [each for each in found if each is not None]
 
 
+def compressed(progress: Callable[..., None]) -> None:
+    """Compress a small model in two passes over several batches."""
+    data = [inputs_for("llama", 4) for _ in range(4)]
+    compress(
+        transformer("llama"),
+        keep=0.4,
+        calibration=data,
+        calibration_settings=TWO_PASSES,
+        progress=progress,
+        prefer="size",
+        bits=16,
+    )
+
+
 @pytest.mark.slow
 def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
     seen: dict[str, int] = {}
@@ -107,16 +122,7 @@ def test_nothing_is_left_on_disk_after_compress(temporary: Path) -> None:
     def look(stage: str, *_: int) -> None:
         seen[stage] = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
 
-    data = [inputs_for("llama", 4) for _ in range(4)]
-    compress(
-        transformer("llama"),
-        keep=0.4,
-        calibration=data,
-        calibration_settings=TWO_PASSES,
-        progress=look,
-        prefer="size",
-        bits=16,
-    )
+    compressed(look)
     assert seen["calibrate"] > 0
     assert seen["compensate"] > 0
     assert not list(temporary.iterdir())
@@ -129,17 +135,8 @@ def test_nothing_is_left_on_disk_after_a_failure(temporary: Path, stage: str) ->
             assert list(temporary.iterdir())
             raise KeyboardInterrupt
 
-    data = [inputs_for("llama", 4) for _ in range(4)]
     try:
-        compress(
-            transformer("llama"),
-            keep=0.4,
-            calibration=data,
-            calibration_settings=TWO_PASSES,
-            progress=fail,
-            prefer="size",
-            bits=16,
-        )
+        compressed(fail)
     except KeyboardInterrupt:
         pass
     else:
