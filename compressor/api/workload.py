@@ -290,12 +290,13 @@ class CalibrationWork:
         last += passes * run(both, at_once) / max(1, self.segments - 1)
         if self.quantization is None or not self.written:
             return _first_certain("refine", (*others, last), 1 if alone or self.quantization is None else 4)
-        # Of the quantized candidates one is fitted as a whole, and by segments where that gains nothing.
+        # Of the quantized candidates two are fitted as a whole, and by segments where that gains nothing.
         by_segment = Step("refine", (*others, last), certain=False)
-        return [*self._end_to_end_steps(self.quantization), *[by_segment] * (1 if alone else 2)]
+        candidates = 1 if alone else 2
+        return [*self._end_to_end_steps(self.quantization, candidates), *[by_segment] * candidates]
 
-    def _end_to_end_steps(self, quantization: QuantizationWork) -> list[Step]:
-        """Texts written one token after another, and passes over these and the fit examples.
+    def _end_to_end_steps(self, quantization: QuantizationWork, candidates: int) -> list[Step]:
+        """Texts written one token after another, and for each candidate passes over these and the fit examples.
 
         In a pass segments run forward twice, once more for the backward pass.
         """
@@ -311,7 +312,7 @@ class CalibrationWork:
         costs = (run() + self._judged, *(one_pass,) * settings.passes)
         return [
             Step("generate", (writing,) * parts, certain=False),
-            Step("refine end to end", costs, certain=False),
+            *[Step("refine end to end", costs, certain=False)] * candidates,
         ]
 
     def uniform_seconds(self) -> float:

@@ -187,9 +187,9 @@ class Search:
         candidates = [found, *found.close]
         end_to_end = fits_end_to_end(self.calibration)
         if end_to_end:
-            # Which takes longer.
-            quantized = [each for each in candidates if each.quantizes]
-            candidates = [each for each in candidates if each not in quantized[1:]]
+            # Which takes longer: the best of the quantized ones, and the closest of their rivals.
+            quantized = sorted((each for each in candidates if each.quantizes), key=_loss)
+            candidates = [each for each in candidates if each not in quantized[2:]]
         best = min((self._refined(each, end_to_end=end_to_end) for each in candidates), key=_loss)
         return replace(best, close=())
 

@@ -33,13 +33,25 @@ class LimitedChoices:
         return Choices(weights @ self.costs, self.loss)
 
 
-def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """From which gap on to a lower bound, a share of the loss, combinations of choices are compared, and how many."""
+
+    gap: float = 1e-3
+    combinations: int = 1024
+
+
+EXCHANGE = ExchangeSettings()
+
+
+def allocate(layers: Sequence[Choices], budget: int, *, exchange: ExchangeSettings = EXCHANGE) -> list[int] | None:
     """Index of each layer's choice, with the least total loss at a total cost of at most `budget`.
 
     A Lagrange multiplier prices the cost, and every layer minimizes `loss + multiplier * cost`: as the price falls it
     goes from its smallest choice along the lower convex hull of its choices. What is then left of the budget goes to
-    the single steps that save most loss for their cost. So no layer can take a better choice within the budget. None
-    when even the smallest choices exceed it.
+    the single steps that save most loss for their cost. So no layer can take a better choice within the budget. Several
+    together may still do, where a layer takes much of the budget: these are exchanged. None when even the smallest
+    choices exceed the budget.
     """
     hulls = [lower_hull(layer) for layer in layers]
     left = budget - sum(int(layer.cost[hull[0]]) for layer, hull in zip(layers, hulls, strict=True))
@@ -51,12 +63,58 @@ def allocate(layers: Sequence[Choices], budget: int) -> list[int] | None:
     order = np.argsort(-prices, kind="stable")
     spent = np.cumsum(np.concatenate(extra)[order])
     taken = int(np.searchsorted(spent, left, side="right"))
-    if taken < len(order):
+    price = None if taken == len(order) else float(prices[order[taken]])
+    if price is not None:
         # At one price every layer takes its smallest choice, so steps of one price are taken together.
-        taken = int(np.searchsorted(-prices[order], -prices[order[taken]]))
+        taken = int(np.searchsorted(-prices[order], -price))
     left -= int(spent[taken - 1]) if taken else 0
     counts = np.bincount(_owners(extra)[order[:taken]], minlength=len(layers))
-    return spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
+    chosen = spend(layers, [int(hull[count]) for hull, count in zip(hulls, counts, strict=True)], left)
+    return chosen if price is None else _exchanged(layers, chosen, budget, price=price, settings=exchange)
+
+
+def _exchanged(
+    layers: Sequence[Choices], chosen: list[int], budget: int, *, price: float, settings: ExchangeSettings
+) -> list[int]:
+    """The choices, or a combination within the budget that loses less.
+
+    At any price, whatever is within the budget loses at least `sum(min(loss + price * cost)) - price * budget`. So a
+    combination that loses less than the choices exceeds the layers' minima by less than what these lose above that
+    bound. Layer by layer, the combinations are kept that do, and lose less than all that cost less (dynamic programming
+    with bounds: Dyer, Kayal and Walker, 1984), or of too many those that exceed the minima least.
+    """
+    priced = [layer.loss + price * layer.cost for layer in layers]
+    loss = _total(layers, chosen)
+    room = loss - (sum(float(each.min()) for each in priced) - price * budget)
+    if room <= settings.gap * loss:
+        return chosen
+    least = sum(int(layer.cost.min()) for layer in layers)
+    cost, excess = np.zeros(1), np.zeros(1)
+    steps = []
+    for layer, each in zip(layers, priced, strict=True):
+        least -= int(layer.cost.min())
+        own = np.flatnonzero(each - each.min() < room)
+        costs, excesses = cost[:, None] + layer.cost[own], excess[:, None] + (each - each.min())[own]
+        places = np.flatnonzero((costs + least <= budget) & (excesses < room))
+        if not places.size:
+            return chosen
+        cost, excess = costs.ravel()[places], excesses.ravel()[places]
+        kept = _frontier(Choices(cost, excess - price * cost))
+        kept = kept[np.argsort(excess[kept], kind="stable")[: settings.combinations]]
+        cost, excess, places = cost[kept], excess[kept], places[kept]
+        steps.append((places // len(own), own[places % len(own)]))
+    place = int((excess - price * cost).argmin())
+    left = budget - int(cost[place])
+    found = []
+    for before, choice in reversed(steps):
+        found.append(int(choice[place]))
+        place = int(before[place])
+    found = spend(layers, found[::-1], left)
+    return found if _total(layers, found) < loss else chosen
+
+
+def _total(layers: Sequence[Choices], chosen: Sequence[int]) -> float:
+    return sum(float(layer.loss[index]) for layer, index in zip(layers, chosen, strict=True))
 
 
 def allocate_within(

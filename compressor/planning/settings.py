@@ -60,7 +60,7 @@ class PlanningSettings:
     norm training wrote 98 % is at .78 at least, and a perceptron that forgot its start at .96.
     """
 
-    widths: tuple[int, ...] = (8, 6, 5, 4, 3, 2)
+    widths: tuple[int, ...] = (8, 7, 6, 5, 4, 3, 2)
     """Bits that `bits="auto"` stands for."""
 
     pair_widths: tuple[int, ...] = (8, 6, 5, 4)

@@ -194,7 +194,9 @@ def test_texts_that_a_model_writes_are_written_and_fitted_to() -> None:
     writing = replace(plain, written=640, tokens=10)
     before, steps = (each.refinement_steps(alone=False) for each in (plain, writing))
     assert [step.name for step in before] == ["refine"] * 4
-    assert [step.name for step in steps] == ["generate", "refine end to end", "refine", "refine"]
+    assert [step.name for step in steps] == ["generate", *["refine end to end"] * 2, "refine", "refine"]
+    assert steps[1] == steps[2]
+    assert [step.name for step in writing.refinement_steps(alone=True)] == ["generate", "refine end to end", "refine"]
     assert not any(step.certain for step in steps)
     assert steps[-1].costs == before[-1].costs
     generate, fit = steps[:2]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from compressor.planning.allocation import Choices, LimitedChoices, allocate, allocate_within
+from compressor.planning.allocation import Choices, ExchangeSettings, LimitedChoices, allocate, allocate_within
 
 
 @st.composite
@@ -63,6 +63,36 @@ def test_where_every_step_saves_less_than_the_one_before_it_is_optimal_at_its_ow
         if total(layers, list(options))[0] <= budget
     )
     assert loss <= best + 1e-9
+
+
+@settings(max_examples=300)
+@given(tables(), st.integers(1, 160))
+def test_of_few_layers_no_combination_within_the_budget_loses_less(layers: list[Choices], budget: int) -> None:
+    chosen = allocate(layers, budget)
+    assume(chosen is not None)
+    assert chosen is not None
+    every = (total(layers, list(each)) for each in itertools.product(*(range(len(layer.cost)) for layer in layers)))
+    least = min(loss for cost, loss in every if cost <= budget)
+    assert total(layers, chosen)[1] <= least / (1 - ExchangeSettings().gap) + 1e-9
+
+
+def test_of_too_many_combinations_the_choices_are_never_worse_than_without_exchanges() -> None:
+    generator = np.random.default_rng(0)
+    better = 0
+    for _ in range(50):
+        layers = [
+            Choices(np.cumsum(generator.integers(1, 90, 12)), np.sort(generator.random(12))[::-1]) for _ in range(8)
+        ]
+        budget = int(sum(generator.choice(layer.cost) for layer in layers))
+        plain = allocate(layers, budget, exchange=ExchangeSettings(gap=np.inf))
+        chosen = allocate(layers, budget, exchange=ExchangeSettings(combinations=64))
+        assert plain is not None
+        assert chosen is not None
+        cost, loss = total(layers, chosen)
+        assert cost <= budget
+        assert loss <= total(layers, plain)[1]
+        better += loss < total(layers, plain)[1]
+    assert better > 10
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def bits(form: str) -> int:
 @given(widths, st.booleans())
 def test_every_form_exists_and_has_one_of_the_widths(allowed: list[int], initial: bool) -> None:
     forms = quantized_forms(layer(), allowed, initial=initial)
-    assert {bits(form) for form in forms} == ({*allowed} - {16} or (set() if allowed else {8, 6, 5, 4, 3, 2}))
+    assert {bits(form) for form in forms} == ({*allowed} - {16} or (set() if allowed else {8, 7, 6, 5, 4, 3, 2}))
     assert all(FORMS[form].name == form and FORMS[form].takes(layer()) for form in forms)
     assert any(FORMS[form].from_initial for form in forms) == (initial and bool(forms))
 
@@ -43,7 +43,7 @@ def test_factors_have_four_bits_at_least() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "shape", "widths"),
-    [("embedding", (300, 64), {8, 4}), ("convolution", (16, 32, 3, 3), {8, 6, 5, 4, 3, 2})],
+    [("embedding", (300, 64), {8, 4}), ("convolution", (16, 32, 3, 3), {8, 7, 6, 5, 4, 3, 2})],
 )
 def test_rows_of_an_embedding_bear_fewer_widths(kind: str, shape: tuple[int, ...], widths: set[int]) -> None:
     found = [form for form in quantized_forms(layer(kind, *shape), ()) if pair_name(form) == "dense"]
