@@ -113,7 +113,8 @@ def test_calibrated_layers_may_take_any_bits_where_nothing_is_said_of_them() -> 
     assert unsaid.plan == any_width.plan
     assert unsaid.plan.quantized > 0
     assert unsaid.bits == (8, 7, 6, 5, 4, 3, 2)
-    assert "in each layer 16, 8, 7, 6, 5, 4, 3, or 2, whichever loses least for its bytes" in " ".join(str(unsaid).split())
+    said = "in each layer 16, 8, 7, 6, 5, 4, 3, or 2, whichever loses least for its bytes"
+    assert said in " ".join(str(unsaid).split())
     assert (none.plan.quantized, none.bits) == (0, ())
 
 
