@@ -86,7 +86,7 @@ class Inspection(DisplayedLayers):
 
     @property
     def eligible(self) -> int:
-        return sum(inspected.layer.parameters for inspected in self.layers if inspected.layer.eligible)
+        return sum(inspected.layer.stored_parameters for inspected in self.layers if inspected.layer.eligible)
 
     def __repr__(self) -> str:
         eligible = sum(inspected.layer.eligible for inspected in self.layers)

@@ -191,8 +191,14 @@ def compress(
     requested_budget(asked)
     target_profile(asked)
     subject = open_model(
-        model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
+        model,
+        recipe=asked.recipe,
+        factory=asked.factory,
+        select=selection(asked),
+        revision=asked.revision,
+        compressed="as dense" if asked.base is None else "refused",
     )
+    _require_no_speed(asked, subject)
     if subject.in_memory:
         require_copyable(subject.module)
     if asked.base is not None:
@@ -280,6 +286,19 @@ def _compressed(asked: CompressOptions, subject: Model, initial: InitialFound | 
     )
     pushed = None if target is None else target.push()
     return replace(compression, form=asked.form, pushed=pushed)
+
+
+def _require_no_speed(asked: CompressOptions, subject: Model) -> None:
+    """Refuse to make pairs fast that a model has already: they would be compared with dense layers that are gone."""
+    wanted = {"max_latency", "target_device"} & asked.given | ({"prefer"} if asked.prefer == "speed" else set())
+    if subject.squeezes and wanted:
+        option = min(wanted)
+        raise BadInput(
+            "is compressed already, so that there are no dense layers to be faster than",
+            where=subject.name,
+            option=option,
+            remedy=f"leave out `{option}`, or give the original",
+        )
 
 
 @contextmanager
@@ -462,7 +481,7 @@ def _compression(
         output=None,
         recipe=subject.recipe,
         plan=rewriting.plan,
-        parameters=BeforeAfter(checkpoint.elements, rewritten_numbers(rewriting)),
+        parameters=BeforeAfter(sum(info.elements for info in subject.stored), rewritten_numbers(rewriting)),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         evaluation=None,
         seconds=0.0,
@@ -528,7 +547,7 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
             f"{subject.name}: every layer would stay dense ({chosen.budget}), so that nothing would be smaller; ask for"
             f" less, such as `keep=0.8`, or for a larger `tolerance`{by_size}"
         )
-    before = sum(info.nbytes for info in subject.checkpoint.tensors.values())
+    before = sum(info.nbytes for info in subject.stored)
     after = sum(info.nbytes for info in rewritten_infos(subject.rewriting(chosen)))
     if after > before:
         raise QualityGateNotMet(

@@ -46,6 +46,13 @@ def with_initial(asked: InitialOptions, subject: Model, progress: Progress | Non
     Raises:
         BadInput: they cannot be drawn or read, or are of another model.
     """
+    if subject.squeezes:
+        if asked.initial is not None:
+            what = "is compressed already, and what is left of its initialization is not looked for"
+            raise BadInput(
+                what, where=subject.name, option="initial", remedy="leave out `initial`, or give the original"
+            )
+        return subject, None
     if asked.initial is None:
         return _stated(subject)
     if asked.initial == "auto":

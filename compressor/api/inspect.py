@@ -39,7 +39,12 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     """
     asked = InspectOptions.of(options, given)
     subject = open_model(
-        model, recipe=asked.recipe, factory=asked.factory, select=selection(asked), revision=asked.revision
+        model,
+        recipe=asked.recipe,
+        factory=asked.factory,
+        select=selection(asked),
+        revision=asked.revision,
+        compressed="as dense",
     )
     subject, initial = with_initial(asked, subject, asked.progress)
     device = resolve_device(asked.device)
@@ -53,7 +58,7 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         source=subject.name,
         recipe=subject.recipe,
         layers=inspected,
-        parameters=subject.checkpoint.elements,
+        parameters=sum(info.elements for info in subject.stored),
         weight_bytes=subject.checkpoint.weight_bytes,
         left_out=subject.checkpoint.left_out,
         weights_at=subject.checkpoint.weights_at,

@@ -443,7 +443,7 @@ def _first_plan(speed: Speed, subject: Model, measured: Sequence[MeasuredLayer],
     if request.limit is not None:
         return _probe(subject, measured, speed.timing.probed_ratio, request=request)
     if budget is not None and budget.kind == "max-drop":
-        share = smallest_size(measured, request.form, "parameters") / sum(m.layer.parameters for m in measured)
+        share = smallest_size(measured, request.form, "parameters") / sum(m.layer.stored_parameters for m in measured)
         budget = Budget("keep", min(1.0, (1 + share) / 2))
     return plan_ranks(subject, measured, replace(request, budget=budget)).plan
 

@@ -317,7 +317,10 @@ class BudgetOptions(Options):
     """How much is removed: one of them, or a size with `max_latency`, and beside either of these a `max_drop`."""
 
     keep: float | None = option(
-        "Fraction of the eligible layers' size in 16 bits to keep, such as 0.6 or 60%.", SHARE, panel=BUDGET
+        "Fraction of the eligible layers' size in 16 bits to keep, such as 0.6 or 60%; of layers that are low-rank "
+        "already, of what they store.",
+        SHARE,
+        panel=BUDGET,
     )
     max_size: int | None = option("Size of the weight files, such as 40MB.", SIZE, panel=BUDGET)
     max_latency: float | None = option(

@@ -67,9 +67,10 @@ def preferred(asked: PlanOptions, model: Model, *, quantizes: bool) -> Preferenc
     """Whether forms and ranks are chosen for speed or for size; those of a given plan are chosen already.
 
     A bare file is stored, and its size is what counts; folders and modules are there to be run. Where layers may be
-    quantized it is size too: not every device multiplies integers faster, and they are about bytes.
+    quantized it is size too: not every device multiplies integers faster, and they are about bytes. So it is of a model
+    that is compressed already: its pairs keep their form, and are faster at lower ranks.
     """
-    if asked.plan is not None:
+    if asked.plan is not None or model.squeezes:
         return "size"
     if asked.prefer is not None:
         return asked.prefer

@@ -121,7 +121,7 @@ class Candidate:
     @property
     def kept(self) -> float:
         """Share of the parameters that are kept."""
-        return sum(p.parameters for p in self.layers) / sum(p.dense_parameters for p in self.layers)
+        return sum(p.parameters for p in self.layers) / sum(p.parameters_before for p in self.layers)
 
     @property
     def as_predicted(self) -> bool:

@@ -2,6 +2,7 @@
 
 from compressor.factorize.balanced import balanced
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
+from compressor.factorize.product import ProductSVD, product_difference, product_norm, product_svd
 from compressor.factorize.settings import FactorizationSettings
 from compressor.factorize.spatial import SpatialPair, spatial_errors, spatial_matrix, spatial_pair
 from compressor.factorize.tied_embedding import (
@@ -27,6 +28,7 @@ __all__ = [
     "FactorizationSettings",
     "Metric",
     "PivotedPair",
+    "ProductSVD",
     "SpatialPair",
     "TiedMetric",
     "balanced",
@@ -36,6 +38,9 @@ __all__ = [
     "embedding_metric",
     "nearest_kronecker_metric",
     "pivoted_pair",
+    "product_difference",
+    "product_norm",
+    "product_svd",
     "spatial_errors",
     "spatial_matrix",
     "spatial_pair",

@@ -35,6 +35,7 @@ from compressor.lowrank.modules import (
     put_pair,
     remove_call_hooks,
 )
+from compressor.lowrank.product_tensor import ProductTensor, multiplied_checkpoint, product_in, stored_infos
 from compressor.lowrank.rewriting import (
     Rewriting,
     filled_layer,
@@ -87,6 +88,7 @@ __all__ = [
     "KeptDecompositions",
     "LayerSpec",
     "LowRankSpec",
+    "ProductTensor",
     "RecordedStarts",
     "Rewriting",
     "StoredErrors",
@@ -120,7 +122,9 @@ __all__ = [
     "low_rank_layer",
     "merge_record",
     "multiplied",
+    "multiplied_checkpoint",
     "needs_initial",
+    "product_in",
     "put_factors",
     "put_layer",
     "put_pair",
@@ -138,6 +142,7 @@ __all__ = [
     "spec_of",
     "start_matrix",
     "stored_error",
+    "stored_infos",
     "stored_matrix",
     "stored_pairs",
     "stored_tensors",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from compressor.io import (
 )
 from compressor.io.artifact import Document
 from compressor.lowrank.initial_layer import formed_checkpoint, formed_weight, start_matrix
+from compressor.lowrank.product_tensor import product_in
 from compressor.lowrank.rewriting import (
     Rewriting,
     rewritten_factors,
@@ -126,17 +128,29 @@ def require_read_back(path: Path, rewriting: Rewriting) -> None:
 def file_metadata(rewriting: Rewriting) -> dict[str, str]:
     """The metadata of a compressed safetensors file: how it was made, and what is needed to restore it."""
     checkpoint, plan = rewriting.checkpoint, rewriting.plan
-    record = {
+    record: dict[str, Any] = {
         "source": checkpoint.name if checkpoint.source is not None else plan.source,
         "digest": plan.digest,
         "budget": plan.budget.to_dict(),
         "recipe": rewriting.recipe.known(),
         "aliases": dict(checkpoint.aliases),
     }
+    if made_from := _made_from(checkpoint):
+        record["made_from"] = made_from
     if rewriting.provenance is not None and checkpoint.form == "file":  # a folder has a file of them
         record["options"] = dict(rewriting.provenance.options)
     kept = {key: text for key, text in checkpoint.metadata.items() if key != METADATA_KEY}
     return {"format": "pt"} | kept | rewriting.spec.to_metadata(record)
+
+
+def _made_from(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """What a checkpoint that is compressed already was made of, the first first; none of a dense one."""
+    if not any(product_in(checkpoint, name) for name in checkpoint.tensors):
+        return []
+    earlier = file_record(checkpoint)
+    before = earlier.get("made_from")
+    own = {key: earlier[key] for key in ("source", "digest", "budget", "version") if key in earlier}
+    return [*(before if isinstance(before, list) else ()), own]
 
 
 def restored_artifact(

@@ -21,6 +21,7 @@ from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
+from compressor.lowrank.product_tensor import ProductTensor, product_in, squeezed
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
 from compressor.lowrank.stored_pairs import join
 from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, pair_infos, written
@@ -57,16 +58,26 @@ class Rewriting:
         return tuple((layers[each.name], each) for each in self.plan.layers if each.rank is not None)
 
     @property
+    def kept(self) -> dict[str, ProductTensor]:
+        """The layers that are low-rank already and stay as they are, by name."""
+        rewritten = {layer.name for layer, _ in self.factorized}
+        found = {layer.name: product_in(self.checkpoint, layer.tensor) for layer in self.layers}
+        return {name: pair for name, pair in found.items() if pair is not None and name not in rewritten}
+
+    @property
     def spec(self) -> LowRankSpec:
         """The low-rank layers by their names in the checkpoint."""
-        layers = {layer.name: layer_spec(layer, plan) for layer, plan in self.factorized}
+        kept = self.kept
+        specs = {layer.name: layer_spec(layer, plan) for layer, plan in self.factorized}
+        specs |= {name: pair.spec for name, pair in kept.items()}
+        layers = {layer.name: specs[layer.name] for layer in self.layers if layer.name in specs} if kept else specs
         written = {layer.name: layer for layer, plan in self.factorized if from_initial(plan.form)}
         return LowRankSpec(layers, initial_record(written, self.initial))
 
     @property
     def spec_of_modules(self) -> LowRankSpec:
         """The low-rank layers by their names in the model, and the linear layers that stay dense."""
-        rewritten = {layer.name: layer.module for layer, _ in self.factorized}
+        rewritten = {layer.name: layer.module for layer in self.layers if layer.name in self.spec.layers}
         left = [layer for layer in self.layers if layer.name not in rewritten]
         dense = [layer.module for layer in left if layer.kind == "linear"] + [each.head for each in left if each.head]
         return replace(self.spec.renamed(rewritten.__getitem__), dense=tuple(dense))
@@ -79,9 +90,10 @@ class Rewriting:
         name of a tied head's weight, which moves with its embedding, and those that a module has in its other places.
         """
         moved = {name for layer, _ in self.factorized for name in (layer.tensor, layer.bias)}
+        of_kept = {join(name, "bias") for name, pair in self.kept.items() if pair.pair.has_bias}
         untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
         untied -= {name for layer, _ in self.factorized if layer.places for name in (layer.tensor, layer.bias)}
-        left = [name for name in self.checkpoint.tensors if name not in moved]
+        left = [name for name in self.checkpoint.tensors if name not in moved and name not in of_kept]
         return left + [
             alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
         ]
@@ -99,11 +111,17 @@ def layer_spec(layer: Layer, plan: LayerPlan, share: float | None = None) -> Lay
 
 def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
     """Name, shape and dtype of every tensor of the compressed checkpoint, before any of them is computed."""
-    infos = [rewriting.info(name) for name in rewriting.passed_through]
+    infos = [info for name in rewriting.passed_through for info in _passed_infos(rewriting, name)]
     for layer, plan in rewriting.factorized:
         bias = None if layer.bias is None else rewriting.info(layer.bias)
         infos += pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=bias)
     return infos
+
+
+def _passed_infos(rewriting: Rewriting, name: str) -> list[TensorInfo]:
+    """A tensor that is copied as it is, or those that are stored for it."""
+    pair = product_in(rewriting.checkpoint, name)
+    return [rewriting.info(name)] if pair is None else pair.infos
 
 
 def rewritten_numbers(rewriting: Rewriting) -> int:
@@ -127,6 +145,9 @@ def rewritten_tensors(
     for name in rewriting.passed_through:
         if name in rewriting.statistics:
             yield name, require_in_range(name, rewriting.statistics[name][1])
+            continue
+        if (pair := product_in(rewriting.checkpoint, name)) is not None:
+            yield from ((each, part.read()) for each, part in pair.parts.items())
             continue
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):
@@ -207,10 +228,13 @@ class _Factorization:
 
 
 def _factorized(asked: _Factorization) -> Factors:
-    layer, weight = asked.layer, asked.weight.read().to(asked.device)
+    layer = asked.layer
     bias = None if asked.bias is None else asked.bias.read()
     if layer.bias is not None and bias is not None:
         require_finite(layer.bias, bias, asked.source)
+    if isinstance(asked.weight, ProductTensor) and asked.plan.quantization is None:
+        return squeezed(layer, asked.plan, asked.weight, bias=bias, device=asked.device)
+    weight = asked.weight.read().to(asked.device)
     start = None if asked.start is None else asked.start.to(asked.device)
     found = asked.decomposition if start is None else None
     if found is not None:

@@ -131,7 +131,7 @@ def open_part(model: str | Path, factory: Factory | None) -> Part:
 
     Raises `BadInput` as `open_model` does, and for a pair whose numbers make none.
     """
-    return part_of(open_model(model, factory=factory, low_rank=True))
+    return part_of(open_model(model, factory=factory, compressed="as stored"))
 
 
 def part_of(model: Model) -> Part:

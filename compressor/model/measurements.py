@@ -15,11 +15,11 @@ from torch import Tensor
 
 from compressor.engine import Run
 from compressor.errors import BadInput
-from compressor.factorize import Decomposition, FactorizationSettings, decompose, working_bytes
+from compressor.factorize import Decomposition, FactorizationSettings, decompose, product_svd, working_bytes
 from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of, quantization_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
-from compressor.lowrank import KeptDecompositions, as_matrix, initial_weight
+from compressor.lowrank import KeptDecompositions, ProductTensor, as_matrix, initial_weight
 from compressor.measure import (
     EffectiveRanks,
     MemoryWindow,
@@ -73,7 +73,7 @@ def inspect_layers(
             recipe=recipe.of_parameter(layer.tensor),
             epsilon=epsilon,
             init_std=initial_standard_deviation(layer, architecture),
-            precision=_precision(layer, decomposing),
+            precision=None if layer.stored is not None else _precision(layer, decomposing),
             kept=kept is not None,
             start=starts.get(layer.name),
             quantized=tuple((quantized or {}).get(layer.name, ())),
@@ -161,6 +161,8 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
     Of quantized forms they are relative errors. And its decomposition, if there is one to be kept.
     """
     layer, found = asked.layer, None
+    if isinstance(asked.weight, ProductTensor) and not asked.quantized:
+        return {"": product_svd(asked.weight.factors()).spectrum}, None
     weight = asked.weight.read()
     require_finite(layer.tensor, weight, asked.source)
     weight = weight.to(asked.device)
@@ -176,7 +178,10 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
             where=layer.tensor,
             remedy="use a checkpoint from before the training diverged",
         )
-    own = {form.name: form.own_values(weight) for form in pair_forms(layer) if form.has_own_errors}
+    if isinstance(asked.weight, ProductTensor):
+        values = product_svd(asked.weight.factors()).spectrum
+    apart = [form for form in pair_forms(layer) if form.has_own_errors and layer.stored is None]
+    own = {form.name: form.own_values(weight) for form in apart}
     written = None
     if asked.start is not None and asked.initial is not None:
         training = in_float64(weight) - asked.start.share * in_float64(asked.initial.to(weight.device))
@@ -304,4 +309,5 @@ class InspectedLayer:
             "initialization": self.initialization.to_dict() if self.initialization else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
             **({"quantized": quantized} if quantized else {}),
+            **({} if layer.stored is None else {"stored": {"form": layer.stored.form, "rank": layer.stored.rank}}),
         } | {f"{form}_values": None if values is None else list(values) for form, values in own.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights, is_record, read_kept
-from compressor.io import Checkpoint, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
+from compressor.io import Checkpoint, TensorInfo, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
 from compressor.lowrank import (
     METADATA_KEY,
     Rewriting,
@@ -28,12 +29,16 @@ from compressor.lowrank import (
     initial_given,
     is_compressed_tensors,
     merge_record,
+    multiplied_checkpoint,
     needs_initial,
+    product_in,
     spec_of,
+    stored_infos,
     stored_pairs,
     widened,
     with_effective_weights,
 )
+from compressor.lowrank.restoring import restored_module
 from compressor.model.build import build_model, load_transformers
 from compressor.model.load import fill
 from compressor.model.streaming import NotStreamed, streamed_module, streamed_transformers, whole
@@ -57,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 ModelLike = str | Path | nn.Module
 Factory = str | Callable[[], nn.Module]
+CompressedModel = Literal["refused", "as stored", "as dense"]
+"""What becomes of a model that is compressed already."""
 InitialSource = str | Path | nn.Module | Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | InitialWeights
 """A checkpoint, the untrained module, its state, or a function that returns this."""
 
@@ -123,9 +130,12 @@ class Model:
 
     @property
     def files(self) -> ModelFiles | None:
-        """What other processes read it from; None of a module, and where a function in this process builds it."""
+        """What other processes read it from; None of a module, and where a function in this process builds it.
+
+        None also of a model whose pairs are seen as dense layers, which another process would not see.
+        """
         source = self.checkpoint.source
-        if source is None or not isinstance(self.factory, str | None):
+        if source is None or not isinstance(self.factory, str | None) or self.squeezes:
             return None
         factory = self.factory
         if factory is not None and factory.rpartition(":")[0].endswith(".py"):
@@ -158,6 +168,16 @@ class Model:
     def in_memory(self) -> bool:
         """Whether it was given as a module."""
         return self.checkpoint.source is None
+
+    @cached_property
+    def squeezes(self) -> bool:
+        """Whether it has pairs that are seen as dense layers."""
+        return any(product_in(self.checkpoint, name) is not None for name in self.checkpoint.tensors)
+
+    @property
+    def stored(self) -> list[TensorInfo]:
+        """The tensors that its files hold."""
+        return stored_infos(self.checkpoint)
 
     def lies_on(self, device: torch.device) -> bool:
         """Whether the network is loaded and on a device, as a whole or in part."""
@@ -262,14 +282,14 @@ def open_model(
     factory: Factory | None = None,
     select: LayerSelection | None = None,
     revision: str | None = None,
-    low_rank: bool = False,
+    compressed: CompressedModel = "refused",
 ) -> Model:
     """Open a trained model and list its matrices.
 
     `recipe` is what the user states of the training, the most trusted first, and `factory` builds the architecture of
     weights that are not a transformers model's. `revision` is of a model of the hub. Weights of a module that are
-    computed from others become parameters in a copy of it. A model that is compressed already is refused unless
-    `low_rank` allows it.
+    computed from others become parameters in a copy of it. The pairs of a model that is compressed already are seen as
+    they are stored, or as the dense layers that they stand for, or it is refused.
 
     Raises `BadInput` for a model that cannot be read, is an adapter, is quantized, or does not fit its architecture,
     and for a recipe or a pattern that cannot be used.
@@ -282,10 +302,13 @@ def open_model(
     checkpoint = open_checkpoint(separate)
     refuse_adapter(checkpoint)
     refuse_fp8(checkpoint)
-    _refuse_quantized(checkpoint, packed=low_rank)
-    if not low_rank:
-        _refuse_pairs(checkpoint)
+    _refuse_quantized(checkpoint, packed=compressed == "as stored")
+    if compressed != "as stored":
+        _refuse_compressed(checkpoint, pairs=compressed == "as dense")
+    stored = checkpoint
     checkpoint = formed_checkpoint(dequantized_checkpoint(checkpoint))
+    if compressed == "as dense":
+        checkpoint = multiplied_checkpoint(checkpoint)
     architecture = (
         module_architecture(separate) if isinstance(separate, nn.Module) else fitting_architecture(checkpoint, factory)
     )
@@ -293,10 +316,19 @@ def open_model(
     layers = find_layers(
         checkpoint, architecture, include=chosen.include, exclude=chosen.exclude, embeddings=chosen.embeddings
     )
+    layers = tuple(_with_pair(layer, checkpoint) for layer in layers)
     opened = _opened(given, checkpoint, architecture=architecture, layers=layers, factory=factory, recipe=recipe)
+    if opened.squeezes:
+        opened._network.stored = stored
     if recipe:
         opened.recipe  # noqa: B018 - a bad one is refused before any work
     return opened
+
+
+def _with_pair(layer: Layer, checkpoint: Checkpoint) -> Layer:
+    """The layer with the pair that it is already; one whose rank cannot be lowered is left alone, for that reason."""
+    pair = product_in(checkpoint, layer.tensor)
+    return layer if pair is None else replace(layer, stored=pair.stored_as, skip=layer.skip or pair.obstacle)
 
 
 def open_runnable(
@@ -382,6 +414,8 @@ class _Network:
     initial: InitialWeights | None = None
     changed: Collection[str] = ()
     """The tensors that are not those of the files of its folder."""
+    stored: Checkpoint | None = None
+    """The same with its pairs as they are stored, where the checkpoint has dense layers in their places."""
 
     @property
     def known(self) -> nn.Module | None:
@@ -389,7 +423,10 @@ class _Network:
         return self.separate or self.blocks
 
     def whole(self) -> nn.Module:
-        """All of it in memory."""
+        """All of it in memory, with the pairs that its files hold."""
+        if self.loaded is None and self.stored is not None:
+            architecture = None if self.factory is None else module_architecture(build_model(self.factory))
+            self.loaded = _loaded(self.stored, architecture, self.factory)
         if self.loaded is None and self.blocks is not None and self.factory is not None:
             self.loaded = whole(self.blocks)
         if self.loaded is None:
@@ -400,10 +437,21 @@ class _Network:
         return self.loaded
 
     def apart(self) -> nn.Module:
-        """The same with separate experts."""
+        """The same with separate experts, and with dense layers in the places of pairs."""
+        if self.separate is None and self.stored is not None:
+            self.separate = self._multiplied()
         if self.separate is None:
             self.separate = with_separate_experts(self.whole())
         return self.separate
+
+    def _multiplied(self) -> nn.Module:
+        """The network with dense layers in the places of pairs, in memory."""
+        assert self.stored is not None
+        if self.factory is not None:
+            return fill(widened(build_model(self.factory), self.checkpoint), self.checkpoint)
+        loaded, architecture = _loaded(self.stored, None, None), known_architecture(self.checkpoint, None)
+        assert architecture is not None, "transformers has just built it"
+        return with_separate_experts(restored_module(loaded, architecture.module))
 
     def by_block(self, name: str, kept: Collection[str]) -> nn.Module:
         """Its blocks read when they run, with separate experts; the parameters that are `kept` are in memory."""
@@ -492,13 +540,18 @@ def _refuse_quantized(checkpoint: Checkpoint, *, packed: bool) -> None:
     raise BadInput(what, where=checkpoint.source, remedy=remedy)
 
 
-def _refuse_pairs(checkpoint: Checkpoint) -> None:
-    if stored_pairs(checkpoint) or spec_of(checkpoint).from_initial:
-        raise BadInput(
-            "is compressed already",
-            where=checkpoint.source,
-            remedy="give the original, or bring it back with 'compress restore MODEL'",
-        )
+def _refuse_compressed(checkpoint: Checkpoint, *, pairs: bool) -> None:
+    """Refuse a model that is compressed already, but for the pairs of files where these are taken."""
+    what, spec = None, spec_of(checkpoint)
+    if spec.from_initial:
+        what = "is compressed already, to what training wrote on its initialization"
+    elif any(layer.share is not None for layer in spec.layers.values()):
+        what = "is compressed already, to what is added to another model"
+    elif stored_pairs(checkpoint) and not (pairs and checkpoint.source is not None):
+        what = "is compressed already"
+    if what is not None:
+        remedy = "give the original, or bring it back with 'compress restore MODEL'"
+        raise BadInput(what, where=checkpoint.source, remedy=remedy)
 
 
 def known_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Architecture | None:

@@ -51,6 +51,16 @@ _IMAGE_CHANNELS = (3, 4)
 _LARGEST_KERNEL = 15
 
 
+@dataclass(frozen=True)
+class StoredAs:
+    """That a layer is low-rank already: the form and rank of its pair, and the numbers and bytes that it takes."""
+
+    form: str
+    rank: int
+    numbers: int
+    nbytes: int
+
+
 @dataclass(frozen=True, repr=False)
 class Layer:
     """A tensor of two or more dimensions as the matrix `d_out x d_in` that it applies to its inputs.
@@ -72,6 +82,7 @@ class Layer:
         head: The output head in the model that is tied to an embedding, and changes with it.
         parameter: The name of the weight in the module.
         places: Further names in the model of the same module.
+        stored: The pair that it is in a model that is compressed already; None where it is dense.
     """
 
     name: str
@@ -85,6 +96,7 @@ class Layer:
     head: str | None = None
     parameter: str = "weight"
     places: tuple[str, ...] = ()
+    stored: StoredAs | None = None
 
     def __repr__(self) -> str:
         skip = "" if self.skip is None else f", skipped: {self.skip}"
@@ -97,7 +109,13 @@ class Layer:
 
     @property
     def parameters(self) -> int:
+        """The numbers of its matrix."""
         return math.prod(self.tensor_shape)
+
+    @property
+    def stored_parameters(self) -> int:
+        """The numbers that it takes as it is: those of its matrix, or of the pair that it is already."""
+        return self.parameters if self.stored is None else self.stored.numbers
 
     @property
     def eligible(self) -> bool:

@@ -76,7 +76,7 @@ def choose_ranks(
             measured, int(budget.value), form, file_bytes=file_bytes, exponent=exponent, seconds=seconds
         )
     else:
-        eligible = sum(m.layer.parameters for m in measured)
+        eligible = sum(m.layer.stored_parameters for m in measured)
         size = int(budget.value * eligible) if budget.kind == "keep" else None
         layers = plan_by_size(measured, size, form, unit="parameters", exponent=exponent, seconds=seconds)
     if layers is None:
@@ -135,7 +135,7 @@ def _smallest(
 ) -> str:
     """The smallest budget of this kind that can be met, in words."""
     if budget.kind == "keep":
-        least = smallest_size(measured, form, "parameters") / sum(m.layer.parameters for m in measured)
+        least = smallest_size(measured, form, "parameters") / sum(m.layer.stored_parameters for m in measured)
         if least < 1:
             return f"{least + 5e-5:.4f}"
         device = next((m.latency.profile.name for m in measured if m.latency is not None), None)
@@ -189,7 +189,7 @@ def window_rule_advice(measured: Sequence[MeasuredLayer], family: OptimizerFamil
     if family == "sgd":
         return None
     layers = plan_by_window_rule(measured, form)
-    kept = sum(layer.parameters for layer in layers) / sum(layer.dense_parameters for layer in layers)
+    kept = sum(layer.parameters for layer in layers) / sum(layer.parameters_before for layer in layers)
     return (
         f"the window rule would keep {kept:.0%} of the eligible parameters; it is validated for the SGD family only,"
         f" so measure what `keep={kept:.2f}` costs before you rely on it"

@@ -22,7 +22,7 @@ from compressor.forms import (
     stored_parameters,
 )
 from compressor.planning.budget import Budget
-from compressor.planning.measured import MeasuredLayer
+from compressor.planning.measured import MeasuredLayer, exceeds_stored
 from compressor.planning.plan import PLAN_SCHEMA_VERSION, LayerPlan, Plan, dense_plan
 from compressor.quantize import Quantization
 
@@ -178,9 +178,17 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
             where=where,
             remedy=f"give a rank up to {min(shape)}, or null for dense",
         )
+    if layer.stored is not None and exceeds_stored(layer, form, edit.rank):
+        raise BadInput(
+            f"rank {edit.rank} of {layer.name} is above the {layer.stored.rank} that it is stored at",
+            where=where,
+            remedy=f"give a rank up to {layer.stored.rank}, or null to leave it as it is",
+        )
+    if layer.stored is not None and (form, edit.rank) == (layer.stored.form, layer.stored.rank):
+        return dense_plan(layer, "asked for by the plan")
     parameters = stored_parameters(layer, form, edit.rank)
     unreached = f"; {m.stays_dense}, so its error is the Frobenius one" if m.stays_dense is not None else ""
-    larger = ", though a pair of this rank is larger than the layer" if parameters > layer.parameters else ""
+    larger = ", though a pair of this rank is larger than the layer" if parameters > layer.stored_parameters else ""
     return replace(
         edit,
         shape=layer.shape,
@@ -189,5 +197,6 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
         parameters=parameters,
         error=float(m.errors(form)[edit.rank]),
         latency=None,
+        before=None if layer.stored is None else layer.stored.numbers,
         share=(m.start.share if edit.share is None else edit.share) if initial and m.start is not None else None,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, FORMS, Count, from_initial, stored_bytes, stored_parameters
+from compressor.forms import DENSE, FORMS, Count, from_initial
 from compressor.measure import Spectrum
 from compressor.planning.allocation import Choices, undominated
 from compressor.planning.latency import Seconds
@@ -64,18 +64,18 @@ def layer_choices(
     layer = m.layer
 
     def parameters(form: str, ranks: Count) -> Count:
-        return stored_parameters(layer, form, ranks)
+        return m.numbers(form, ranks)
 
     def cost(form: str, ranks: Count) -> Count:
         if unit == "parameters":
             return parameters(form, ranks)
-        return stored_bytes(layer, form, ranks, itemsize=m.itemsize)
+        return m.nbytes(form, ranks)
 
-    largest, capped = layer.parameters - 1, False
+    largest, capped = layer.stored_parameters - 1, False
     if m.rank_cap is not None and m.stays_dense is None:
         cap = m.rounded(max(1, m.rank_cap))
         at_cap = form_for(m, cap, request), cap
-        in_bytes = stored_bytes(layer, *at_cap, itemsize=m.itemsize)
+        in_bytes = m.nbytes(*at_cap)
         smaller = cap <= min(layer.shape) and parameters(*at_cap) <= largest and in_bytes <= most_bytes(m)
         capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
         largest = parameters(*at_cap) if capped else largest
@@ -91,8 +91,7 @@ def layer_choices(
         seconds.append(_seconds(m, form, own))
 
     for form, own in _ranks_of_forms(m, request):
-        stored = stored_bytes(layer, form, own, itemsize=m.itemsize)
-        add(form, own[(parameters(form, own) <= largest) & (stored <= most_bytes(m))])
+        add(form, own[(parameters(form, own) <= largest) & (m.nbytes(form, own) <= most_bytes(m))])
     if not capped:
         add(DENSE, np.zeros(1, dtype=np.int64))
     place, error = np.concatenate(places), np.concatenate(errors)

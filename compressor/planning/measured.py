@@ -11,6 +11,7 @@ import numpy.typing as npt
 from compressor.choices import FormRequest
 from compressor.forms import (
     DENSE,
+    Count,
     factorized_shape,
     from_initial,
     has_own_errors,
@@ -110,7 +111,19 @@ class MeasuredLayer:
         """
         if self.latency is not None:
             return np.asarray(self.latency.ratios(self.layer, form, ranks).mean(axis=0))
-        return np.asarray(stored_parameters(self.layer, form, ranks), dtype=np.float64)
+        return np.asarray(self.numbers(form, ranks), dtype=np.float64)
+
+    def numbers(self, form: str, rank: Count) -> Count:
+        """The numbers that the layer stores in a form; as it is where this is `dense`."""
+        if form == DENSE and self.layer.stored is not None:
+            return self.layer.stored.numbers + 0 * rank
+        return stored_parameters(self.layer, form, rank)
+
+    def nbytes(self, form: str, rank: Count) -> Count:
+        """The bytes of these."""
+        if form == DENSE and self.layer.stored is not None:
+            return self.layer.stored.nbytes + 0 * rank
+        return stored_bytes(self.layer, form, rank, itemsize=self.itemsize)
 
     def errors(self, form: str) -> Spectrum:
         """Relative error of the pair of rank 0, 1, .. in a form: in the metric of the loss if known, else Frobenius."""
@@ -207,14 +220,20 @@ def form_demands(m: MeasuredLayer, forms: Sequence[str], ranks: npt.NDArray[np.i
 
 
 def forms_alike(layer: Layer, request: FormRequest) -> list[str]:
-    """The forms that lose the same at the same rank; the one that is asked for alone, where the layer can have it."""
+    """The forms that lose the same at the same rank; the one that is asked for alone, where the layer can have it.
+
+    A layer that is a pair already keeps its form, unless one is asked for.
+    """
     alike = [form.name for form in pair_forms(layer) if not form.has_own_errors]
-    return [request] if request in alike else alike
+    own = None if layer.stored is None else layer.stored.form
+    return next(([form] for form in (request, own) if form in alike), alike)
 
 
 def most_bytes(m: MeasuredLayer) -> float:
-    """The largest size in bytes at which a pair is worth having two products."""
-    return (1 - m.settings.least_layer_saving) * stored_bytes(m.layer, DENSE, 0, itemsize=m.itemsize)
+    """The largest size in bytes at which a pair is worth having two products; what is a pair already has them."""
+    if m.layer.stored is not None:
+        return m.layer.stored.nbytes - 1
+    return (1 - m.settings.least_layer_saving) * m.nbytes(DENSE, 0)
 
 
 def stored_as(form: str, rank: int) -> str:
@@ -231,13 +250,13 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
     layer = measured.layer
     if measured.stays_dense is not None:
         return dense_plan(layer, measured.stays_dense)
-    within = rank <= min(factorized_shape(layer, form))
-    parameters = stored_parameters(layer, form, rank) if within else layer.parameters
+    within = rank <= min(factorized_shape(layer, form)) and not exceeds_stored(layer, form, rank)
+    parameters = stored_parameters(layer, form, rank) if within else layer.stored_parameters
     in_bytes = stored_bytes(layer, form, rank, itemsize=measured.itemsize)
-    if parameters >= layer.parameters or in_bytes > most_bytes(measured):
+    if parameters >= layer.stored_parameters or in_bytes > most_bytes(measured):
         saving = (
             "not be smaller"
-            if parameters >= layer.parameters
+            if parameters >= layer.stored_parameters
             else f"save less than {measured.settings.least_layer_saving:.0%}"
         )
         return dense_plan(layer, f"{stored_as(form, rank)} ({reason}) would {saving}")
@@ -250,7 +269,15 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
         return dense_plan(layer, f"{stored_as(form, rank)} ({reason}) would not be faster on {device}")
     error = float(measured.errors(form)[rank])
     share = measured.start.share if measured.start is not None and from_initial(form) else None
-    return LayerPlan(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share)
+    before = None if layer.stored is None else layer.stored.numbers
+    return LayerPlan(
+        layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share, before=before
+    )
+
+
+def exceeds_stored(layer: Layer, form: str, rank: int) -> bool:
+    """Whether a rank is larger than that of the pair that a layer is already."""
+    return layer.stored is not None and quantization_of(form) is None and rank > layer.stored.rank
 
 
 def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:

@@ -38,6 +38,7 @@ class LayerPlan:
         reason: Why this rank, in words.
         latency: Seconds of the layer in each workload, dense and as it was chosen; None where speed was not asked for.
         share: The share of its initial weights that a layer in a form of what training wrote still has; None in others.
+        before: The numbers that it stores in a model that is compressed already, where it is a pair there; else None.
     """
 
     name: str
@@ -50,10 +51,12 @@ class LayerPlan:
     reason: str
     latency: tuple[WorkloadLatency, ...] | None = None
     share: float | None = None
+    before: int | None = None
 
     @property
-    def dense_parameters(self) -> int:
-        return self.shape[0] * self.shape[1]
+    def parameters_before(self) -> int:
+        """The numbers that it stores before: those of its matrix, or of the pair that it is already."""
+        return self.shape[0] * self.shape[1] if self.before is None else self.before
 
     @property
     def quantization(self) -> Quantization | None:
@@ -75,9 +78,10 @@ class LayerPlan:
         own = asdict(self) | {"shape": list(self.shape), "form": pair_name(self.form)}
         quantized = {} if self.quantization is None else self.quantization.to_dict()
         document = {name: own.pop(name) for name in ("name", "shape", "kind", "rank", "form")} | quantized | own
-        latency, share = document.pop("latency"), document.pop("share")
+        latency, share, before = (document.pop(name) for name in ("latency", "share", "before"))
         document |= {} if latency is None else {"latency": list(latency)}
-        return document if share is None else document | {"share": share}
+        document |= {} if share is None else {"share": share}
+        return document if before is None else document | {"before": before}
 
 
 # What a calibrated loss is in: of models that predict classes or tokens, and of all others.
@@ -156,6 +160,11 @@ class Plan(DisplayedLayers):
         return sum(layer.truncated_to is not None for layer in self.layers)
 
     @property
+    def squeezed(self) -> int:
+        """How many layers are pairs already in the model that was compressed."""
+        return sum(layer.before is not None for layer in self.layers)
+
+    @property
     def rewritten(self) -> int:
         """How many layers do not stay as they are."""
         return sum(layer.rank is not None for layer in self.layers)
@@ -173,7 +182,7 @@ class Plan(DisplayedLayers):
 
     @property
     def eligible_before(self) -> int:
-        return sum(layer.dense_parameters for layer in self.layers)
+        return sum(layer.parameters_before for layer in self.layers)
 
     @property
     def eligible_after(self) -> int:
@@ -222,4 +231,7 @@ class Plan(DisplayedLayers):
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is."""
-    return LayerPlan(layer.name, layer.shape, layer.kind, None, DENSE, layer.parameters, 0.0, reason)
+    before = None if layer.stored is None else layer.stored.numbers
+    return LayerPlan(
+        layer.name, layer.shape, layer.kind, None, DENSE, layer.stored_parameters, 0.0, reason, before=before
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, from_initial, pair_name, quantization_of, stored_bytes
+from compressor.forms import DENSE, from_initial, pair_name, quantization_of
 from compressor.measure import EPSILON, frobenius_rank
 from compressor.planning.measured import MeasuredLayer, form_for, layer_plan
 from compressor.planning.plan import LayerPlan, dense_plan
@@ -73,8 +73,7 @@ def _smallest(m: MeasuredLayer, form: str, tolerance: float) -> int | None:
 
 def _bytes(m: MeasuredLayer, form: str, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """What the layer takes in a form, in bytes."""
-    taken = stored_bytes(m.layer, form, ranks, itemsize=m.itemsize)
-    return np.broadcast_to(taken, ranks.shape)
+    return np.broadcast_to(m.nbytes(form, ranks), ranks.shape)
 
 
 def plan_by_bits(measured: Sequence[MeasuredLayer], bits: int) -> tuple[LayerPlan, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compressor.choices import FormRequest
-from compressor.forms import DENSE, stored_bytes
+from compressor.forms import DENSE
 from compressor.measure import Spectrum
 from compressor.planning.allocation import Choices, LimitedChoices, allocate, allocate_within, even_shares
 from compressor.planning.latency import Seconds
@@ -55,10 +55,7 @@ def plan_by_file_size(
     """
 
     def beside(layers: tuple[LayerPlan, ...]) -> int:
-        numbers = sum(
-            stored_bytes(m.layer, layer.form, layer.rank or 0, itemsize=m.itemsize)
-            for m, layer in zip(measured, layers, strict=True)
-        )
+        numbers = sum(m.nbytes(layer.form, layer.rank or 0) for m, layer in zip(measured, layers, strict=True))
         return file_bytes(layers) - numbers
 
     choices = [layer_choices(m, request, "bytes", exponent=exponent) for m in measured]
@@ -102,7 +99,7 @@ def _dense_reason(m: MeasuredLayer, choices: LayerChoices) -> str:
     if m.latency is not None and len(choices.forms) == 1:
         measured = ", as was measured" if m.latency.measured else ""
         return f"every pair that saves bytes would be slower, or hardly faster, on {m.latency.profile.name}{measured}"
-    return "keeping it dense is worth its size"
+    return f"keeping {'it dense' if m.layer.stored is None else 'its rank'} is worth its size"
 
 
 def chosen_within(

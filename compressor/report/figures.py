@@ -57,7 +57,7 @@ def sizes_figure(layers: Sequence[LayerPlan]) -> str:
         figure = Figure(figsize=(9.2, 0.5 + 0.22 * max(len(layers), 2)), layout="constrained")
         axes = figure.add_subplot()
         rows = range(len(layers))
-        axes.barh(rows, [layer.dense_parameters for layer in layers], height=0.72, color=BEFORE)
+        axes.barh(rows, [layer.parameters_before for layer in layers], height=0.72, color=BEFORE)
         axes.barh(rows, [layer.parameters for layer in layers], height=0.72, color=AFTER)
         _label_rows(axes, layers)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_short(round(value))))

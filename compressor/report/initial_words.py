@@ -73,7 +73,7 @@ def initial_use(plan: Plan) -> str | None:
     started = started_layers(plan.layers)
     if plan.initial is None or not started:
         return None
-    stored, dense = (sum(getattr(layer, name) for layer in started) for name in ("parameters", "dense_parameters"))
+    stored, dense = (sum(getattr(layer, name) for layer in started) for name in ("parameters", "parameters_before"))
     empty = sum(layer.truncated_to == 0 for layer in started)
     nothing = f", {empty} of them nothing but the seed" if empty and plan.initial.seed is not None else ""
     return (

@@ -51,6 +51,7 @@ from compressor.report.wording import (
     recipe_sources,
     search_rows,
     search_words,
+    squeezed_words,
     timed_on,
     widths_words,
 )
@@ -133,7 +134,8 @@ def model_card(
         said = f"What is known of how {code(base_model)} was trained" + (f", from {sources}" if sources else "")
         parts += ["### Training hyperparameters", said + ":", "\n".join(lines)]
     if text.strip():
-        parts += [f"## Card of {code(base_model)}", "What follows is about the dense model.", text.strip()]
+        of = "low-rank model that it was made of" if compression.plan.squeezed else "dense model"
+        parts += [f"## Card of {code(base_model)}", f"What follows is about the {of}.", text.strip()]
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -346,6 +348,8 @@ def _warnings(compression: Compression) -> list[str]:
 def _plan(compression: Compression) -> str:
     plan = compression.plan
     said = [f"Budget: {budget_words(plan.budget)}."]
+    if (squeezed := squeezed_words(plan)) is not None:
+        said.append(f"Already: {squeezed}.")
     if (widths := widths_words(compression)) is not None:
         said.append(f"Bits: {widths}.")
     if initial := [plain_text(words) for _, words in initial_facts(plan)]:
@@ -363,7 +367,7 @@ def _plan(compression: Compression) -> str:
             rank_words(layer),
             form_words(layer),
             *((bits_words(layer),) if bits else ()),
-            format_percent(layer.parameters, layer.dense_parameters),
+            format_percent(layer.parameters, layer.parameters_before),
             error_words(layer.error, 4),
             plain_text(layer.reason),
         )
@@ -387,7 +391,7 @@ def _making(compression: Compression, commit: str | None) -> str:
     used = [f"- compressor {VERSION}", *(f"- {library} {version(library)}" for library in _LIBRARIES)]
     return "\n\n".join(
         (
-            f"From the dense weights{of} by",
+            f"From the {'low-rank' if compression.plan.squeezed else 'dense'} weights{of} by",
             f"```\n{compression.command}\n```",
             "with",
             "\n".join([*used, f"- Python {platform.python_version()}"]),

@@ -52,6 +52,7 @@ from compressor.report.wording import (
     rounding_words,
     search_rows,
     search_words,
+    squeezed_words,
     stored_only_words,
     time_note,
     time_words,
@@ -84,6 +85,7 @@ def compression_page(compression: Compression) -> Page:
             *recipe_facts(compression.recipe),
             *_left_out_facts(compression),
             ("budget", budget_words(plan.budget)),
+            *_squeezed_facts(plan),
             *_widths_facts(compression),
             *initial_facts(plan),
             *_calibration_facts(plan),
@@ -107,6 +109,20 @@ def compression_page(compression: Compression) -> Page:
     faster = _advice(faster_words(compression))
     parts.append(Facts.of(("output", output), *pushed, ("took", effort), *_advice(plan.advice), *faster))
     return Page(tuple(parts))
+
+
+def _pairs_facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    stored = [each.layer.stored for each in inspection.layers if each.layer.stored is not None]
+    if stored:
+        low, high = min(each.rank for each in stored), max(each.rank for each in stored)
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        layers = "layer is" if len(stored) == 1 else "layers are"
+        yield "already", f"{len(stored)} {layers} low-rank already, of {ranks}"
+
+
+def _squeezed_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    if (words := squeezed_words(plan)) is not None:
+        yield "already", words
 
 
 def _uniform(compression: Compression) -> Iterator[Block]:
@@ -190,6 +206,7 @@ def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
         Facts.of(
             ("model", plan.source),
             ("budget", budget_words(plan.budget)),
+            *_squeezed_facts(plan),
             *initial_facts(plan),
             *_calibration_facts(plan),
         ),
@@ -218,6 +235,7 @@ def inspection_page(inspection: Inspection) -> Page:
             ("model", inspection.source),
             *recipe_facts(inspection.recipe),
             ("size", totals),
+            *_pairs_facts(inspection),
             *_left_out_facts(inspection),
             *(() if found is None else search_facts(found)),
         )
@@ -395,7 +413,7 @@ def _plan_parts(plan: Plan) -> list[Block]:
             rank_words(layer),
             form_words(layer),
             *((bits_words(layer),) if bits else ()),
-            format_percent(layer.parameters, layer.dense_parameters),
+            format_percent(layer.parameters, layer.parameters_before),
             error_words(layer.error, 3),
             *(() if plan.device is None else (time_words(layer),)),
             *(() if shared else (str(reasons.index(one_line(layer.reason)) + 1),)),

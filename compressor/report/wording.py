@@ -131,6 +131,8 @@ def rank_words(layer: LayerPlan) -> str:
 
 def form_words(layer: LayerPlan) -> str:
     """The form of a layer without how its numbers are quantized, which stands in a column of its own."""
+    if layer.rank is None and layer.before is not None:
+        return "as it is"
     return layer.form.partition("@")[0]
 
 
@@ -218,6 +220,16 @@ def budget_words(budget: Budget) -> str:
         for limit in further
     )
     return ", and ".join([_one_budget_words(first), *limits])
+
+
+def squeezed_words(plan: Plan) -> str | None:
+    """What is low-rank already, and what sizes are compared with; None where nothing is."""
+    if not plan.squeezed:
+        return None
+    return (
+        f"{plan.squeezed} of {len(plan.layers)} eligible layers are low-rank already, and sizes and errors are compared"
+        " with what they store now, not with the dense layers"
+    )
 
 
 def _one_budget_words(budget: Budget) -> str:

@@ -179,7 +179,7 @@ def test_a_tolerance_is_kept_in_the_fewest_bytes() -> None:
     found = plan(model, bits="auto", tolerance=0.03).layers
     assert all(layer.error <= 0.03 for layer in found)
     assert {layer.bits for layer in found} <= {5, 6}
-    assert all(layer.parameters < 0.5 * layer.dense_parameters for layer in found)
+    assert all(layer.parameters < 0.5 * layer.parameters_before for layer in found)
 
 
 def test_without_a_size_a_width_needs_no_other_budget() -> None:

@@ -533,10 +533,7 @@ def test_an_evaluation_that_fails_leaves_the_old_output(file: Path) -> None:
     assert set(snapshot(file.parent)) == {"model-compressed.safetensors", "model.safetensors"}
 
 
-def test_a_compressed_model_is_not_compressed_again(file: Path) -> None:
-    report = compress(file, keep=0.5)
-    with pytest.raises(BadInput, match="compressed already"):
-        compress(str(report.output), keep=0.5)
+def test_a_dense_model_is_not_restored(file: Path) -> None:
     with pytest.raises(BadInput, match="no low-rank layer"):
         restore(file)
 

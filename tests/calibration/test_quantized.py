@@ -203,7 +203,7 @@ def test_bits_alone_and_ranks_alone_are_taken_where_the_holdout_loses_less(
     found = search(calibration, judge, penalties=(1.0, 1e3)).tried(Budget("keep", 0.4))[0]
     assert {(True, False), (False, True)} <= set(seen)
     assert found.loss == min(float(each != wanted) for each in seen)
-    assert sum(plan.parameters for plan in found.layers) <= 0.4 * sum(plan.dense_parameters for plan in found.layers)
+    assert sum(plan.parameters for plan in found.layers) <= 0.4 * sum(plan.parameters_before for plan in found.layers)
     if found.loss == 0:
         assert any(plan.bits < 16 for plan in found.layers) == wanted[0]
         assert any(plan.rank for plan in found.layers) == wanted[1]

@@ -109,7 +109,7 @@ def test_a_folder_holds_each_pair_once_and_loads_as_what_was_compressed_in_memor
         assert model.num_parameters() + orders == report.parameters.after
     stored = load_file(tmp_path / "small" / "model.safetensors")
     assert sum(tensor.numel() for tensor in stored.values()) == report.parameters.after
-    dense_numbers = sum(layer.dense_parameters for layer in report.plan.layers)
+    dense_numbers = sum(layer.parameters_before for layer in report.plan.layers)
     # A number of an order is 32 bits wide, and counts as two of 16 in a plan.
     assert report.parameters.before - report.parameters.after == dense_numbers - (report.plan.eligible_after - orders)
 

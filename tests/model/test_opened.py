@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from compressor import BadInput, TrainingRecipe, compress
 from compressor.measure import initial_standard_deviation
 from compressor.model import LayerSelection, Model, ModelLike, load_model, open_model, open_runnable
+from compressor.model.opened import CompressedModel
 from compressor.network import SeparateExperts
 from tests.lowrank.architectures import ARCHITECTURES
 
@@ -107,7 +108,7 @@ def test_what_is_compressed_opens_where_it_may(file: Path, trained: nn.Module) -
     assert small is not None
     with pytest.raises(BadInput, match="is compressed already"):
         open_model(small)
-    model = open_model(small, factory=network, low_rank=True)
+    model = open_model(small, factory=network, compressed="as stored")
     assert model.pairs.keys() == open_runnable(small, network).pairs.keys() != set()
     assert open_runnable(file).pairs == {}
     x = torch.randn(5, 12)
@@ -119,7 +120,7 @@ def test_pairs_are_checked_as_the_layers_that_they_stand_for(file: Path) -> None
     assert small is not None
     wider = nn.Sequential(nn.Linear(12, 21), nn.ReLU(), nn.Linear(21, 20), nn.ReLU(), nn.Linear(20, 3))
     with pytest.raises(BadInput, match=r"0\.weight is 20 x 12 in the file and 21 x 12 in the model"):
-        open_model(small, factory=lambda: wider, low_rank=True)
+        open_model(small, factory=lambda: wider, compressed="as stored")
 
 
 def adapter(folder: Path) -> ModelLike:
@@ -138,15 +139,15 @@ def quantized(folder: Path) -> ModelLike:
     return folder
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("compressed", ["refused", "as stored", "as dense"])
 @pytest.mark.parametrize(
     ("make", "message"), [(adapter, "not a model"), (fp8, "is FP8"), (quantized, r"is quantized already \(gptq\)")]
 )
 def test_what_is_no_model_of_plain_numbers_is_refused(
-    tmp_path: Path, make: Callable[[Path], ModelLike], message: str, *, low_rank: bool
+    tmp_path: Path, make: Callable[[Path], ModelLike], message: str, *, compressed: CompressedModel
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        open_model(make(tmp_path), low_rank=low_rank)
+        open_model(make(tmp_path), compressed=compressed)
 
 
 def test_weights_without_an_architecture_are_opened_but_not_run(file: Path) -> None:

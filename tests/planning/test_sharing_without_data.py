@@ -109,7 +109,7 @@ def test_a_layer_with_a_dominating_direction_is_not_starved_by_a_flat_one(keep: 
     found = beside_an_even_share(layers, keep)
     assert found is not None
     for plan in found[0]:
-        assert plan.parameters > 0.5 * keep * plan.dense_parameters, plan
+        assert plan.parameters > 0.5 * keep * plan.parameters_before, plan
 
 
 @settings(max_examples=30)

@@ -226,8 +226,8 @@ def test_bars_are_in_proportion_to_the_stored_parameters() -> None:
     layers = [layer("a", 3), layer("b", None), layer("c", 9)]
     svg = sizes_figure(layers)
     before, after = (np.array(widths(svg, color)) for color in ("before", "after"))
-    scale = before[0] / layers[0].dense_parameters
-    np.testing.assert_allclose(before / scale, [each.dense_parameters for each in layers], rtol=1e-4)
+    scale = before[0] / layers[0].parameters_before
+    np.testing.assert_allclose(before / scale, [each.parameters_before for each in layers], rtol=1e-4)
     np.testing.assert_allclose(after / scale, [each.parameters for each in layers], rtol=1e-4)
 
 
