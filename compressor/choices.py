@@ -11,6 +11,8 @@ Effort = Literal["fast", "balanced", "best"]
 # What may stand in the place of calibration data: examples that the model makes itself, or no calibration.
 NoData = Literal["self", "none"]
 Split = Literal["train", "validation", "test"]
+# Whose names the tensors of an adapter have.
+AdapterDialect = Literal["peft", "kohya", "diffusers"]
 ExportTarget = Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
 MergeMode = Literal["sum", "concat"]
 Head = Literal["shared", "separate"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from compressor.archiving import ArchivedCheckpoint
-from compressor.choices import ExportTarget, FormRequest, Head, MergeMode
+from compressor.choices import AdapterDialect, ExportTarget, FormRequest, Head, MergeMode
 from compressor.diagnosis.findings import Finding
 from compressor.diagnosis.series import RankSeries
 from compressor.diagnosis.types import DiagnosedLayer, Predictions
@@ -177,6 +177,23 @@ class FineTune:
     shares: Mapping[str, BaseShare]
 
 
+@dataclass(frozen=True)
+class AdapterChange:
+    """What became of an adapter that was resized.
+
+    Attributes:
+        dialect: Whose names its tensors have.
+        modules: How many modules it changes.
+        resized: How many of these have a smaller rank now.
+        error: The relative error of all updates together, in the Frobenius norm; None before they are computed.
+    """
+
+    dialect: AdapterDialect
+    modules: int
+    resized: int
+    error: float | None
+
+
 @dataclass(frozen=True, repr=False)
 class Compression(DisplayedLayers):
     """A compressed model, as `compress` returns it: the plan, the sizes, the quality, and what the work took.
@@ -210,6 +227,8 @@ class Compression(DisplayedLayers):
         not_copied: Files of the model folder that were not copied, each with the reason.
         left_out: What the source's files hold beside the weights; not counted in `bytes`.
         weights_at: The keys under which a torch file keeps the weights; empty if they are all of it.
+        adapter: What became of an adapter; None for a model. The layers of the plan are then its modules, and sizes
+            those of their factors.
 
     Example:
         >>> small = compressor.compress("model/", output="small/", keep=0.6, data="test.jsonl")
@@ -244,6 +263,7 @@ class Compression(DisplayedLayers):
     needs: Needs | None = field(default=None, compare=False)
     uniform: tuple[UniformQuantization, ...] = ()
     bits: tuple[int, ...] = ()
+    adapter: AdapterChange | None = None
 
     def __repr__(self) -> str:
         score = "" if self.evaluation is None else f", {self.evaluation.score}"
@@ -378,6 +398,7 @@ class Compression(DisplayedLayers):
                 for layer in self.skipped
             ],
             "fine_tune": None if self.fine_tune is None else asdict(self.fine_tune),
+            **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
             "not_copied": [each._asdict() for each in self.not_copied],
             "evaluation": self.evaluation.to_dict() if self.evaluation else None,
             **({"timed_on": self.timed_on} if self.latency else {}),

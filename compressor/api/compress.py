@@ -14,6 +14,7 @@ from typing import Unpack
 
 from torch import nn
 
+from compressor.api.adapters import compress_adapter, opened_adapter, require_no_adapter_options
 from compressor.api.calibration_data import calibration_data, calibration_settings
 from compressor.api.evaluate import evaluate_models
 from compressor.api.fine_tune import compress_fine_tune
@@ -164,13 +165,16 @@ def compress(
     PEFT, or factor pairs where `output` is named .safetensors; a file gives pairs, and a module a copy of the base with
     pairs beside its layers. With `bits` the difference is stored in them, in a file.
 
+    An adapter, a LoRA folder of PEFT or a file of factors, is resized: `rank`, `energy`, and `tolerance` are of each of
+    its modules, `keep` and `max_size` of all together.
+
     A file gives a safetensors file and a folder a folder, at `output` or as `NAME-compressed` beside the input; a
     module gives `Compression.model` and is itself left as it is. The same input, options and number of threads give the
     same bytes, but for the times that a card states. Ranks chosen for speed also depend on what was timed: the profile
     of the device, pairs that turned out slower than dense, and with `max_latency` the whole model. A `plan` fixes them.
 
     Args:
-        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, a `torch.nn.Module`, or an adapter.
         options: The options as an object, for pipelines that keep them in files; keywords take precedence.
 
     Returns:
@@ -190,6 +194,9 @@ def compress(
     # What is refused before anything is opened.
     requested_budget(asked)
     target_profile(asked)
+    if (adapter := opened_adapter(model, asked.revision)) is not None:
+        return compress_adapter(adapter, asked)
+    require_no_adapter_options(asked)
     subject = open_model(
         model,
         recipe=asked.recipe,

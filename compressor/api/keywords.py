@@ -30,6 +30,8 @@ class CompressKeywords(TypedDict, total=False):
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    rank: int | None
+    energy: float | str | None
     bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None
@@ -98,6 +100,8 @@ class PlanKeywords(TypedDict, total=False):
     max_drop: float | None
     tolerance: float | str | None
     plan: Plan | str | Path | None
+    rank: int | None
+    energy: float | str | None
     bits: int | str | Sequence[int] | None
     batch: int | str | Sequence[int] | None
     prefer: Literal["speed", "size"] | None

@@ -338,6 +338,13 @@ class BudgetOptions(Options):
     )
     tolerance: float | None = option("Relative error per layer, such as 0.05 or 5%.", SHARE, panel=BUDGET)
     plan: Plan | Path | None = option("The ranks of an edited 'compress plan' file.", PLAN, panel=BUDGET)
+    rank: int | None = option("Of an adapter: the largest rank of each module.", count(1), panel=BUDGET)
+    energy: float | None = option(
+        "Of an adapter: the share of the energy, the sum of squared singular values, that each module keeps, such as "
+        "0.9 or 90%.",
+        SHARE,
+        panel=BUDGET,
+    )
 
 
 @options
@@ -517,7 +524,7 @@ class PlanOptions(
     """What can be asked of `plan`."""
 
     verb = "plan"
-    alternatives = ("keep", "max_size", "max_latency", "max_drop", "tolerance", "plan")
+    alternatives = ("keep", "max_size", "max_latency", "max_drop", "tolerance", "plan", "rank", "energy")
 
     if TYPE_CHECKING:
 
@@ -539,9 +546,10 @@ class PlanOptions(
     def replaced_by(cls, given: Set[str]) -> Set[str]:
         beside = {"max_latency", "max_drop"}  # which may stand beside a size
         sizes = set(cls.alternatives) - beside
-        if given & {"tolerance", "plan"}:
+        alone = {"tolerance", "plan", "rank", "energy"}
+        if given & alone:
             return frozenset(cls.alternatives)
-        return sizes if given & sizes else {"tolerance", "plan"} if given & beside else frozenset()
+        return sizes if given & sizes else alone if given & beside else frozenset()
 
     @property
     def may_calibrate_itself(self) -> bool:
@@ -561,9 +569,10 @@ class PlanOptions(
     def _check_budgets(self) -> None:
         given = [name for name in self.alternatives if name in self.given]
         alone = [name for name in given if name not in ("max_latency", "max_drop")]
-        if len(alone) > 1 or (len(given) > 1 and {"tolerance", "plan"} & set(given)):
+        if len(alone) > 1 or (len(given) > 1 and {"tolerance", "plan", "rank", "energy"} & set(given)):
             several = alone if len(alone) > 1 else given
-            names, number = " and ".join(f"`{name}`" for name in several), ("two", "three", "four")[len(several) - 2]
+            names = " and ".join(f"`{name}`" for name in several)
+            number = ("two", "three", "four", "five", "six")[len(several) - 2]
             raise BadInput(f"{names} are {number} budgets", option=several[0], remedy="ask for one of them")
         if self.prefer == "size" and self.max_latency is not None:
             what = "`max_latency` and `prefer='size'` contradict each other"

@@ -31,7 +31,7 @@ from compressor.planning.budget import BudgetKind
 
 def requested_budget(asked: PlanOptions) -> Budget | None:
     """The budget that is asked for, None where nothing is; `BadInput` for one out of its range."""
-    kinds: tuple[BudgetKind, ...] = ("keep", "max-size", "tolerance", "max-latency", "max-drop")
+    kinds: tuple[BudgetKind, ...] = ("keep", "max-size", "tolerance", "rank", "energy", "max-latency", "max-drop")
     given = {kind: value for kind in kinds if (value := getattr(asked, kind.replace("-", "_"))) is not None}
     if not given:
         if asked.plan is not None:

@@ -42,6 +42,11 @@ class ProductSVD:
             up=self.up[:, :rank].contiguous(), down=(self.values[:rank, None] * self.down[:rank]).contiguous()
         )
 
+    def even_pair(self, rank: int) -> FactorPair:
+        """The same matrix with its size shared evenly by the columns of `up` and the rows of `down`."""
+        roots = self.values[:rank].sqrt()
+        return FactorPair(up=self.up[:, :rank] * roots, down=roots[:, None] * self.down[:rank])
+
 
 def product_svd(pair: FactorPair) -> ProductSVD:
     """The SVD of `pair.up @ pair.down`, which is not formed."""

@@ -8,7 +8,18 @@ from typing import Any, Literal
 
 from compressor.errors import BadInput
 
-BudgetKind = Literal["keep", "max-size", "max-latency", "max-drop", "tolerance", "window-rule", "bits", "plan"]
+BudgetKind = Literal[
+    "keep",
+    "max-size",
+    "max-latency",
+    "max-drop",
+    "tolerance",
+    "window-rule",
+    "bits",
+    "plan",
+    "rank",
+    "energy",
+]
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class Budget:
             `max-drop`: the smallest model whose accuracy (a fraction) or perplexity is worse by at most that.
             `tolerance`: the relative Frobenius error per layer. `window-rule`: what training wrote above its
             initialization. `bits`: the bits of every layer. `plan`: the ranks of an existing plan.
+            Of an adapter alone `rank`: the largest rank of each module; `energy`: the share of the energy of each.
         value: The number; None for `window-rule` and `plan`.
         max_latency: With a size, a limit on the latency as well; else None.
         max_drop: With a size or a latency, the largest drop of what they give; else None.
@@ -77,6 +89,8 @@ def _check(budget: Budget) -> None:
         "max-latency": 0 < value <= 1,
         "max-drop": 0 <= value < math.inf,
         "tolerance": 0 < value < 1,
+        "rank": value >= 1,
+        "energy": 0 < value <= 1,
     }
     if not in_range[budget.kind]:
         ranges = {
@@ -85,6 +99,8 @@ def _check(budget: Budget) -> None:
             "max-latency": "above 0 and at most 1",
             "max-drop": "that is not negative",
             "tolerance": "between 0 and 1",
+            "rank": "from 1 on",
+            "energy": "above 0 and at most 1",
         }
         what, remedy = f"`{budget.option}` {value:g} is out of range", f"give a number {ranges[budget.kind]}"
         raise BadInput(what, option=budget.option, remedy=remedy)

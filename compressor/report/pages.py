@@ -17,6 +17,7 @@ from compressor.formatting import (
     format_size,
     one_line,
 )
+from compressor.report.adapters import adapter_page
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
 from compressor.report.comparison import Comparison, compared, compression_rows, eligible_words, evaluation_rows
 from compressor.report.initial_words import (
@@ -75,6 +76,8 @@ PAIRED = "ratio of the times: median of paired runs"
 
 def compression_page(compression: Compression) -> Page:
     """The page of `compress MODEL`: verdict, request, layers, sizes and quality before and after, output."""
+    if compression.adapter is not None:
+        return adapter_page(compression, compression.adapter)
     plan = compression.plan
     effort = f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
     parts: list[Block] = [

@@ -243,6 +243,8 @@ def _one_budget_words(budget: Budget) -> str:
         "window-rule": "window rule: what training wrote above its initialization",
         "bits": f"every layer in {value:g} bits",
         "plan": "the ranks of a plan",
+        "rank": f"rank {value:g} at most in every module",
+        "energy": f"{100 * value:.4g} % of the energy of every module",
     }[budget.kind]
 
 

@@ -29,7 +29,18 @@ ROOMS = (
         "model",
         "evaluation",
     ),
-    *("calibration", "fine_tuning", "merging", "diagnosis", "exporting", "archiving", "results", "report", "api"),
+    *(
+        "calibration",
+        "adapters",
+        "fine_tuning",
+        "merging",
+        "diagnosis",
+        "exporting",
+        "archiving",
+        "results",
+        "report",
+        "api",
+    ),
     *("registration", "integrations", "cli"),
 )
 

@@ -47,3 +47,18 @@ def test_norms_and_differences_are_those_of_the_products() -> None:
 def test_a_rank_that_the_product_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank 4 is outside 1 .. 3"):
         product_svd(pair(9, 3, 6)).pair(4)
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1.0, 1e120])
+def test_factors_share_its_size_evenly_however_unbalanced_those_of_the_product_are(scale: float) -> None:
+    torch.manual_seed(0)
+    up, down = torch.randn(40, 12, dtype=torch.float64), torch.randn(12, 30, dtype=torch.float64)
+    up[:, 6:] = up[:, :6]  # of rank 6
+    weights = torch.logspace(0, -9, 12, dtype=torch.float64)
+    exact = up @ down
+    found = product_svd(FactorPair(scale * up * weights, down / weights[:, None]))
+    for rank in (6, 9, 12):
+        even = found.even_pair(rank)
+        assert float((even.product() / scale - exact).norm()) <= 1e-6 * float(exact.norm())
+        sizes = even.up.norm(dim=0), even.down.norm(dim=1)
+        torch.testing.assert_close(sizes[0], sizes[1], rtol=1e-9, atol=0)

@@ -1,0 +1,40 @@
+"""LoRA adapters as they are found: read in their dialects, resized, merged, and written in any of them."""
+
+from compressor.adapters.budget import adapter_ranks, needs_spectra
+from compressor.adapters.dialects import is_adapter, read_adapter
+from compressor.adapters.module import Adapter, AdapterModule, is_magnitude
+from compressor.adapters.names import ModuleName
+from compressor.adapters.plan import ModulePlan, adapter_plan
+from compressor.adapters.resize import (
+    ModuleChange,
+    ModuleSpectrum,
+    adapter_spectra,
+    module_change,
+    own_ranks,
+    relative_error,
+    resized_artifact,
+    stored_numbers,
+    written_as,
+)
+
+__all__ = [
+    "Adapter",
+    "AdapterModule",
+    "ModuleChange",
+    "ModuleName",
+    "ModulePlan",
+    "ModuleSpectrum",
+    "adapter_plan",
+    "adapter_ranks",
+    "adapter_spectra",
+    "is_adapter",
+    "is_magnitude",
+    "module_change",
+    "needs_spectra",
+    "own_ranks",
+    "read_adapter",
+    "relative_error",
+    "resized_artifact",
+    "stored_numbers",
+    "written_as",
+]

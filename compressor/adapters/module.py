@@ -1,0 +1,214 @@
+"""One module of an adapter: where its low-rank update is stored, and how large it counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.adapters.names import ModuleName
+from compressor.choices import AdapterDialect
+from compressor.errors import BadInput
+from compressor.factorize import FactorPair
+from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
+
+ModuleKind = Literal["linear", "convolution", "embedding"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the adapter by its name; its values are read when they are asked for."""
+
+    name: str
+    tensor: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.name, self.tensor.shape, self.tensor.dtype)
+
+    def read(self) -> Tensor:
+        """The values; `BadInput` where they are not finite."""
+        values = self.tensor.read()
+        require_finite(self.name, values)
+        return values
+
+
+class Factors(Protocol):
+    """How the update of a module is stored, before it is scaled."""
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        """All tensors that it is stored in."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the update can have."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is stored as the two factors, and nothing else."""
+
+    def read(self) -> FactorPair:
+        """Two matrices whose product is the update: `d_out x r` and `r x d_in`."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Two factors, and for some convolutions a core between them: `up @ down`, or `up @ core @ down` per position."""
+
+    down: Stored
+    up: Stored
+    mid: Stored | None = None
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        return (self.down, self.up) if self.mid is None else (self.down, self.up, self.mid)
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.mid is None
+
+    def read(self) -> FactorPair:
+        down, up = self.down.read(), self.up.read().flatten(1)
+        if self.mid is None:
+            return FactorPair(up, down.flatten(1))
+        core = self.mid.read().double()
+        spread = torch.einsum("pq...,qi->pi...", core, down.flatten(1).double())
+        return FactorPair(up.double(), spread.flatten(1))
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One module that the adapter changes, by `scale` times the product of its factors.
+
+    Attributes:
+        name: What it is called in its model.
+        place: What the names of its tensors begin with.
+        kind: What it is: the update of an embedding is stored transposed.
+        factors: The update without its scale.
+        shape: The matrix of the update, `d_out x d_in`; a convolution's inputs are those of all positions.
+        kernel: The kernel of a convolution, empty for others.
+        scale: What the product counts: `alpha / r`, or `alpha / sqrt(r)` where it is stabilized.
+        alpha: Where alpha is stored, if it has a tensor.
+        beside: What else is stored with it: the magnitudes of DoRA, a bias.
+        channels: The inputs of one position of a convolution, else those of the matrix.
+    """
+
+    name: ModuleName
+    place: str
+    kind: ModuleKind
+    factors: Factors
+    shape: tuple[int, int]
+    kernel: tuple[int, ...]
+    scale: float
+    alpha: Stored | None = None
+    beside: tuple[Stored, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1] // math.prod(self.kernel)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its update."""
+        return min(self.factors.rank, *self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.factors.tensors[0].tensor.dtype
+
+    @cached_property
+    def numbers(self) -> int:
+        """How many numbers its factors take."""
+        return sum(each.info.elements for each in self.factors.tensors)
+
+    def kept_as_it_is(self, rank: int) -> bool:
+        """Whether a pair of this rank would be no smaller than what is stored."""
+        return rank >= self.rank or rank * sum(self.shape) >= self.numbers
+
+    def numbers_at(self, rank: int) -> int:
+        """How many numbers its factors take once it is resized."""
+        return self.numbers if self.kept_as_it_is(rank) else rank * sum(self.shape)
+
+    @property
+    def whole(self) -> tuple[Stored, ...]:
+        """All its tensors."""
+        alpha = () if self.alpha is None else (self.alpha,)
+        return (*self.factors.tensors, *alpha, *self.beside)
+
+    def down_shape(self, rank: int) -> tuple[int, ...]:
+        return (rank, self.channels, *self.kernel)
+
+    def up_shape(self, rank: int) -> tuple[int, ...]:
+        return (self.shape[0], rank, *(1 for _ in self.kernel))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The modules of an adapter, whose factors are read when they are asked for.
+
+    Attributes:
+        checkpoint: Its tensors.
+        dialect: Whose names they have.
+        modules: What it changes.
+        others: Tensors that are part of no module: weights that are saved whole.
+        config: The configuration of PEFT, where there is one.
+    """
+
+    checkpoint: Checkpoint
+    dialect: AdapterDialect
+    modules: tuple[AdapterModule, ...]
+    others: tuple[Stored, ...] = ()
+    config: dict[str, object] | None = None
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is of DoRA: the changed weights are normalized, and scaled by magnitudes of their own."""
+        return any(is_magnitude(each.name) for module in self.modules for each in module.beside)
+
+
+def is_magnitude(name: str) -> bool:
+    """Whether a tensor holds the magnitudes of DoRA."""
+    return name.endswith((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"))
+
+
+def lora_of(parts: Sequence[Stored | None], place: str) -> tuple[Lora, tuple[int, int], tuple[int, ...]]:
+    """The factors of a module with the sides of its matrix and its kernel; `parts` are down, up, and the core.
+
+    Raises:
+        BadInput: a factor is missing, or their shapes do not fit.
+    """
+    down, up, mid = parts
+    if down is None or up is None:
+        missing = "down (A)" if down is None else "up (B)"
+        raise BadInput(f"has no {missing} factor", where=place, remedy="use a file that holds all of the adapter")
+    shapes = f"{tuple(down.shape)} and {tuple(up.shape)}" + ("" if mid is None else f" and {tuple(mid.shape)}")
+    misfit = BadInput(
+        f"has factors of shapes {shapes}, which do not fit",
+        where=place,
+        remedy="use the file as its training wrote it; of grouped convolutions none is read",
+    )
+    if len(down.shape) < 2 or len(down.shape) != len(up.shape) or math.prod(up.shape[2:]) != 1:
+        raise misfit
+    kernel = down.shape[2:] if mid is None else mid.shape[2:]
+    if mid is not None:
+        fits = mid.shape[:2] == (up.shape[1], down.shape[0]) and math.prod(down.shape[2:]) == 1
+    else:
+        fits = down.shape[0] == up.shape[1]
+    if not fits or 0 in (*down.shape, *up.shape):
+        raise misfit
+    shape = (up.shape[0], down.shape[1] * math.prod(kernel))
+    return Lora(down, up, mid), shape, tuple(kernel)

@@ -1,0 +1,201 @@
+"""The verbs of adapters, which `compress`, `inspect`, `export`, and `merge` call for what is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.adapters import (
+    Adapter,
+    ModuleChange,
+    adapter_plan,
+    adapter_ranks,
+    adapter_spectra,
+    is_adapter,
+    module_change,
+    needs_spectra,
+    read_adapter,
+    relative_error,
+    resized_artifact,
+    written_as,
+)
+from compressor.api.option import Options
+from compressor.api.options import CompressOptions
+from compressor.api.requests import memory_of_jobs, requested_budget
+from compressor.api.write import written
+from compressor.engine import Engine, opened_engine
+from compressor.errors import BadInput, QualityGateNotMet
+from compressor.evaluation import process_memory
+from compressor.formatting import format_size
+from compressor.io import (
+    OPTIONS_FILE,
+    PLAN_FILE,
+    Artifact,
+    Document,
+    Naming,
+    Provenance,
+    Target,
+    checked_target,
+    local_model,
+    open_checkpoint,
+)
+from compressor.model import ModelLike
+from compressor.planning import PLANNING, Budget, Plan
+from compressor.progress import Progress
+from compressor.recipe import TrainingRecipe
+from compressor.results import AdapterChange, BeforeAfter, Compression
+from compressor.torch_state import CPU
+
+_RESIZED_BY = frozenset({"rank", "keep", "energy", "max_size", "tolerance"})
+_ALLOWED = _RESIZED_BY | {"output", "overwrite", "progress", "revision", "push_to", "dry_run"}
+
+
+def opened_adapter(model: ModelLike, revision: str | None = None) -> Adapter | None:
+    """The adapter at a path; None for a model.
+
+    Raises:
+        BadInput: nothing that can be opened, or an adapter that cannot be read.
+    """
+    if not isinstance(model, str | Path):
+        return None
+    checkpoint = open_checkpoint(local_model(model, revision))
+    return read_adapter(checkpoint) if is_adapter(checkpoint) else None
+
+
+def require_no_adapter_options(asked: CompressOptions) -> None:
+    """Raise `BadInput` for what is asked of a model and makes sense of an adapter alone."""
+    for name in ("rank", "energy"):
+        if name in asked.given:
+            what = f"`{name}` is about adapters, and this is a model"
+            raise BadInput(what, option=name, remedy="ask for a size with `keep` or `max_size`, or for a `tolerance`")
+
+
+def require_adapter_options(asked: Options, allowed: frozenset[str]) -> None:
+    """Raise `BadInput` for an option that makes no sense of an adapter."""
+    for name in sorted(asked.given - allowed):
+        if name == "device" and getattr(asked, name) in ("auto", "cpu"):
+            continue
+        raise BadInput(f"`{name}` is not for adapters", option=name, remedy=f"leave out `{name}`")
+
+
+@dataclass
+class _Changes:
+    """What became of each module, noted as they are written."""
+
+    modules: int
+    progress: Progress | None
+    found: list[ModuleChange] = field(default_factory=list)
+
+    def __call__(self, change: ModuleChange) -> None:
+        self.found.append(change)
+        if self.progress is not None:
+            self.progress("factorize", len(self.found), self.modules)
+
+
+def compress_adapter(adapter: Adapter, asked: CompressOptions) -> Compression:
+    """Resize an adapter."""
+    started = time.monotonic()
+    require_adapter_options(asked, _ALLOWED)
+    # Without a budget what is lost is as of a model that nothing is known of.
+    budget = requested_budget(asked) or Budget("tolerance", PLANNING.safe_tolerance)
+    target = None if asked.dry_run else _target(adapter, asked)
+    with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
+        ranks, planned = _ranks(adapter, budget, asked.progress, engine=engine)
+        if requested_budget(asked) is None and all(
+            module.kept_as_it_is(rank) for module, rank in zip(adapter.modules, ranks, strict=True)
+        ):
+            raise QualityGateNotMet(
+                f"{adapter.checkpoint.name}: with {budget} every module keeps its rank; ask for less, such as `rank=8`"
+            )
+        changes = _Changes(len(adapter.modules), asked.progress)
+        plan = adapter_plan(adapter, budget, ranks)
+        artifact = resized_artifact(adapter, ranks, engine=engine, done=changes)
+        made_by = Provenance(asked.command(adapter.checkpoint.name), asked.portable())
+        with written(_documented(artifact, plan, changes, made_by=made_by), target) as made:
+            size = made.bytes
+        found = changes.found or planned
+    return Compression(
+        source=adapter.checkpoint.name,
+        output=None if target is None else str(target.path),
+        recipe=TrainingRecipe(),
+        plan=_with_errors(plan, found),
+        parameters=BeforeAfter(adapter.checkpoint.elements, artifact.elements),
+        bytes=BeforeAfter(adapter.checkpoint.weight_bytes, size),
+        evaluation=None,
+        seconds=time.monotonic() - started,
+        peak_memory_bytes=process_memory(),
+        skipped=(),
+        spectra={},
+        warnings=_warnings(adapter),
+        command=made_by.command,
+        pushed=None if target is None else target.push(),
+        not_copied=made.not_copied,
+        adapter=AdapterChange(
+            adapter.dialect,
+            len(adapter.modules),
+            sum(not m.kept_as_it_is(rank) for m, rank in zip(adapter.modules, ranks, strict=True)),
+            relative_error(found) if found else None,
+        ),
+    )
+
+
+def _ranks(
+    adapter: Adapter, budget: Budget, progress: Progress | None, *, engine: Engine
+) -> tuple[tuple[int, ...], list[ModuleChange]]:
+    """The ranks of a budget and, where singular values decided about them, what they will make of each module."""
+    if not needs_spectra(budget):
+        return adapter_ranks(adapter, budget), []
+
+    def done(count: int) -> None:
+        if progress is not None:
+            progress("measure", count, len(adapter.modules))
+
+    spectra = adapter_spectra(adapter, engine, done)
+
+    def size_at(ranks: Sequence[int]) -> int:
+        return resized_artifact(adapter, ranks).bytes
+
+    ranks = adapter_ranks(adapter, budget, spectra=spectra, size_at=size_at)
+    changes = [
+        module_change(each, rank if not each.module.kept_as_it_is(rank) else None)
+        for each, rank in zip(spectra, ranks, strict=True)
+    ]
+    return ranks, changes
+
+
+def _target(adapter: Adapter, asked: CompressOptions) -> Target:
+    checkpoint = adapter.checkpoint
+    naming = Naming(written_as(adapter, adapter.dialect), "-compressed")
+    target = checked_target(checkpoint, asked.output, naming, overwrite=asked.overwrite)
+    return target.pushed_to(asked.push_to)
+
+
+def _documented(artifact: Artifact, plan: Plan, changes: _Changes, *, made_by: Provenance) -> Artifact:
+    """The artifact with the plan and the options beside it, where it is a folder."""
+    own = artifact.documents
+
+    def documents() -> dict[str, Document]:
+        described: dict[str, Any] = _with_errors(plan, changes.found).portable().to_dict()
+        return {**own(), PLAN_FILE: described, OPTIONS_FILE: made_by.document()}
+
+    return replace(artifact, documents=documents)
+
+
+def _with_errors(plan: Plan, changes: Sequence[ModuleChange]) -> Plan:
+    return plan.with_errors({each.name: each.error for each in changes})
+
+
+def _warnings(adapter: Adapter) -> tuple[str, ...]:
+    warnings = []
+    if adapter.has_magnitudes:
+        warnings.append(
+            "it is of DoRA: magnitudes are kept as they are, and ranks are chosen by the updates before normalization"
+        )
+    if adapter.others:
+        names = [each.name for each in adapter.others]
+        size = format_size(sum(each.info.nbytes for each in adapter.others))
+        warnings.append(f"{len(names)} tensors beside the factors are kept as they are: {names[0]}, ... ({size})")
+    return tuple(warnings)

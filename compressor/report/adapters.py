@@ -1,0 +1,114 @@
+"""Results about adapters as pages: a row for each module, or for each kind of module where there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from compressor.adapters import ModulePlan
+from compressor.formatting import (
+    format_count,
+    format_percent,
+    format_seconds,
+    format_shape,
+    format_size,
+    one_line,
+)
+from compressor.report.blocks import Block, Facts, LayerTable, Page, SideBySide, VerdictLine
+from compressor.report.comparison import Comparison, compared
+from compressor.report.wording import budget_words, error_words
+
+if TYPE_CHECKING:
+    from compressor.results import AdapterChange, Compression
+
+MOST_ROWS = 40
+DIALECTS = {"peft": "PEFT", "kohya": "kohya's scripts", "diffusers": "diffusers"}
+
+
+def adapter_page(compression: Compression, adapter: AdapterChange) -> Page:
+    """The page of `compress ADAPTER`: what it is, the ranks, the sizes before and after, and where it is."""
+    modules = [layer for layer in compression.plan.layers if isinstance(layer, ModulePlan)]
+    lost = [] if adapter.error is None else [("error", f"{error_words(adapter.error, 3)} of all updates together")]
+    rows = [
+        compared("parameters", format_count, before=compression.parameters.before, after=compression.parameters.after),
+        compared("weight files", format_size, before=compression.bytes.before, after=compression.bytes.after),
+    ]
+    effort = f"{format_seconds(compression.seconds)}, peak memory {format_size(compression.peak_memory_bytes)}"
+    parts: list[Block] = [
+        VerdictLine(compression.verdict.remarks),
+        Facts.of(
+            ("adapter", f"{compression.source}, {_words(adapter)}"),
+            ("budget", budget_words(compression.plan.budget)),
+            *lost,
+        ),
+        _ranks(modules),
+        side_by_side(rows),
+    ]
+    parts += [Facts.of(*(("warning", words) for words in compression.warnings))] if compression.warnings else []
+    pushed = [("pushed", compression.pushed)] if compression.pushed is not None else []
+    output = compression.output or "nothing was written"
+    parts.append(Facts.of(("output", output), *pushed, ("took", effort)))
+    return Page(tuple(parts))
+
+
+def side_by_side(rows: Sequence[Comparison]) -> SideBySide:
+    """Quantities before and after."""
+    cells = tuple((row.label, row.before, row.after, row.change) for row in rows)
+    return SideBySide(("", "before", "after", "compared"), cells)
+
+
+def _words(adapter: AdapterChange) -> str:
+    return f"in the names of {DIALECTS[adapter.dialect]}: {adapter.modules:,} modules, {adapter.resized:,} resized"
+
+
+def kind_of_module(name: str) -> str:
+    """What a module is called below the blocks that it is in: what follows the last number, but for one at the end."""
+    parts = name.replace("_", ".").split(".") if "." not in name else name.split(".")
+    last = max((at for at, part in enumerate(parts[:-1]) if part.isdecimal()), default=-1)
+    return ".".join(parts[last + 1 :])
+
+
+def grouped_by_kind(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """The kinds of some modules, with the places of theirs."""
+    kinds = dict[str, list[int]]()
+    for at, name in enumerate(names):
+        kinds.setdefault(kind_of_module(name), []).append(at)
+    yield from sorted(kinds.items())
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    """The smallest and the largest of some numbers, in one word where they are equal."""
+    low, high = (f"{each:.{digits}f}" for each in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def _ranks(modules: Sequence[ModulePlan]) -> LayerTable:
+    if len(modules) <= MOST_ROWS:
+        headers = ("module", "shape", "rank\nbefore", "rank", "kept", "relative\nerror")
+        rows = [
+            (
+                one_line(each.name),
+                format_shape(each.shape),
+                str(each.rank_before),
+                str(each.rank),
+                format_percent(each.parameters, each.dense_parameters),
+                error_words(each.error, 3),
+            )
+            for each in modules
+        ]
+        return LayerTable(headers, tuple(rows))
+    headers = ("kind of module", "modules", "rank\nbefore", "rank", "kept", "largest\nerror")
+    rows = []
+    for kind, places in grouped_by_kind([each.name for each in modules]):
+        own = [modules[at] for at in places]
+        rows.append(
+            (
+                one_line(kind),
+                str(len(own)),
+                spread([each.rank_before for each in own]),
+                spread([each.rank or 0 for each in own]),
+                format_percent(sum(each.parameters for each in own), sum(each.dense_parameters for each in own)),
+                error_words(max(each.error for each in own), 3),
+            )
+        )
+    return LayerTable(headers, tuple(rows))
