@@ -53,7 +53,7 @@ def adapter_page(compression: Compression, adapter: AdapterChange) -> Page:
 
 def side_by_side(rows: Sequence[Comparison]) -> SideBySide:
     """Quantities before and after."""
-    cells = tuple((row.label, row.before, row.after, row.change) for row in rows)
+    cells = tuple((row.label, row.before, row.after, row.compared) for row in rows)
     return SideBySide(("", "before", "after", "compared"), cells)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compressor import BadInput, compress, inspect, merge
+from compressor import BadInput, archive, compress, diagnose
 from compressor.io import open_checkpoint
 from compressor.io.adapters import adapter_kind, is_adapter_factor
 from compressor.network import find_layers
@@ -59,19 +59,14 @@ def test_weights_are_not_taken_for_factors(name: str) -> None:
 @pytest.mark.parametrize(
     "names", [("x.lora_A.weight", "x.lora_B.weight"), ("a_x.lora_down.weight", "a_x.lora_up.weight")]
 )
-def test_every_verb_refuses_an_adapter_by_any_file_name(tmp_path: Path, names: tuple[str, str]) -> None:
-    path = tmp_path / "model.safetensors"
+def test_verbs_of_models_refuse_an_adapter_by_any_file_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = tmp_path / "step-1.safetensors"
     down, up = names
     save_file({down: torch.randn(4, 32), up: torch.randn(32, 4), "x.alpha": torch.tensor(4.0)}, path)
-    for verb in (
-        lambda: compress(path, keep=0.5),
-        lambda: inspect(path),
-        lambda: merge([path, path], mode="sum", output=tmp_path / "sum.safetensors"),
-        lambda: compress(path, keep=0.5, base=path),
-    ):
+    for verb in (lambda: diagnose(path), lambda: archive([path], output=tmp_path / "archive")):
         with pytest.raises(BadInput, match=r"is a LoRA (adapter|file) of .*, not a model; .*(merge|fuse)"):
             verb()
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["step-1.safetensors"]
 
 
 @pytest.mark.parametrize("base", ["q.weight", "q.base_layer.weight"])
