@@ -83,7 +83,7 @@ class Speed:
             dtype = subject.checkpoint.tensors[m.layer.tensor].dtype
             uses = tuple(each.get(m.layer.name) for each in self.uses)
             latency = alike.setdefault(
-                (m.layer.kind, m.layer.tensor_shape, dtype, uses),
+                (m.layer.kind, m.layer.tensor_shape, m.layer.groups, dtype, uses),
                 LayerLatency(self.profile, dtype, self.workloads, uses),
             )
             multiple = self._multiple(m, dtype)
@@ -94,7 +94,7 @@ class Speed:
         """What ranks are multiples of: as asked, else as the device likes it."""
         if self.rank_multiple is not None:
             return self.rank_multiple
-        return self.profile.rank_multiple(m.layer.kind, dtype, width=min(m.layer.shape))
+        return self.profile.rank_multiple(m.layer.kind, dtype, width=min(m.layer.block_shape))
 
     def _unknown(self, m: MeasuredLayer) -> str | None:
         unknown = m.layer.kind == "parameter" and not any(m.layer.name in uses for uses in self.uses)

@@ -32,7 +32,7 @@ from compressor.data import Batch, EvaluationData
 from compressor.engine import InProcess, Run, processors
 from compressor.errors import BadInput
 from compressor.evaluation.cost import TIMING, TimingSettings
-from compressor.factorize import FactorizationSettings, Metric
+from compressor.factorize import FactorizationSettings, GroupedMetric, Metric
 from compressor.forms import DENSE, FORMS, pair_name, pair_of, quantization_of
 from compressor.io import Checkpoint
 from compressor.lowrank import as_matrix
@@ -213,7 +213,10 @@ def _quantization(form: str) -> Quantization:
 
 def _some_metric(layer: Layer, matrix: Tensor) -> Metric:
     """One of the shapes that the layer's own will have."""
-    d_out, d_in = matrix.shape
+    d_out, d_in = layer.block_shape
+    if layer.groups > 1:
+        blocks = (torch.eye(side).to(matrix).expand(layer.groups, -1, -1) for side in (d_in, d_out))
+        return GroupedMetric(*blocks)
     inputs = matrix.new_ones(d_in) if layer.kind == "embedding" else torch.eye(d_in).to(matrix)
     return Metric(inputs, torch.eye(d_out).to(matrix))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.calibration.examples import Part
 from compressor.engine import Journal
-from compressor.factorize import Decomposition, Metric, TiedMetric
+from compressor.factorize import Decomposition, GroupedMetric, Metric, TiedMetric
 from compressor.measure import Spectrum
 from compressor.measure.moments import InputSums, PackedSum
 from compressor.measure.scale import power_of_two_on_device
@@ -363,12 +363,13 @@ def _quantized_unit(plan: LayerPlan, rounds: int) -> str:
 
 def _metric(tensors: Mapping[str, Tensor], prefix: str) -> Metric:
     inputs, gradients = (_moment(tensors, f"{prefix}{side}.") for side in ("inputs", "gradients"))
-    return Metric(inputs, gradients, tensors.get(f"{prefix}mean"))
+    kind = Metric if gradients.dim() < 3 else GroupedMetric
+    return kind(inputs, gradients, tensors.get(f"{prefix}mean"))
 
 
 def _of_mean(total: Tensor, count: int) -> Tensor:
     """The sum of outer products that so many vectors of this sum would have if they were all alike."""
-    return torch.outer(total, total) / max(count, 1)
+    return total.unsqueeze(-1) * total.unsqueeze(-2) / max(count, 1)
 
 
 def _stored(moment: Tensor) -> dict[str, Tensor]:

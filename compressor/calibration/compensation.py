@@ -65,7 +65,11 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     bare parameters are unknown.
     """
     low_rank = [plan for plan in planned if plan.rank is not None]
-    as_they_are = [plan for plan in low_rank if calibration.layers[plan.name].kind in ("embedding", "parameter")]
+    as_they_are = [
+        plan
+        for plan in low_rank
+        if calibration.layers[plan.name].kind in ("embedding", "parameter", "grouped convolution")
+    ]
     start = uncompensated(calibration, as_they_are)
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     names = {calibration.layers[name].module: name for name in plans}

@@ -13,9 +13,11 @@ from compressor.calibration.calibration import Calibration
 from compressor.factorize import (
     Decomposition,
     FactorizationSettings,
+    GroupedMetric,
     Metric,
     TiedMetric,
     decompose,
+    decompose_grouped,
     decompose_tied,
     working_bytes,
 )
@@ -129,7 +131,7 @@ class LayerInMetric:
 
     def _metric(self, metric: Metric) -> Metric:
         mean = None if metric.mean is None else self.placed(metric.mean)
-        return Metric(self.placed(metric.inputs), self.placed(metric.gradients), mean)
+        return replace(metric, inputs=self.placed(metric.inputs), gradients=self.placed(metric.gradients), mean=mean)
 
     def placed(self, tensor: Tensor) -> Tensor:
         return aligned(brought_to(self.device, tensor))
@@ -159,6 +161,8 @@ def _decomposed(asked: LayerInMetric) -> Decomposition:
     matrix = here.matrix
     if isinstance(here.metric, TiedMetric):
         return decompose_tied(matrix, here.metric)
+    if isinstance(here.metric, GroupedMetric):
+        return decompose_grouped(matrix, here.layer.groups, here.metric)
     loss = here.settings.float32_loss
     return decompose(matrix, here.metric, Precision(loss=loss)).rounded(matrix, here.metric, loss)
 

@@ -14,7 +14,7 @@ from compressor.calibration.activation_cache import CachedMetrics
 from compressor.calibration.calibration import Calibration
 from compressor.calibration.settings import CalibrationSettings
 from compressor.calibration.sums import SegmentSums, add_states
-from compressor.factorize import Metric
+from compressor.factorize import GroupedMetric, Metric
 from compressor.measure.moments import Moments, PackedSum, moments_of, oas_shrinkage
 from compressor.network import TRANSPOSED_CONVOLUTIONS
 from compressor.torch_state import brought_to
@@ -96,15 +96,16 @@ def _kept(
     kept: dict[str, Moments] = {}
     first: dict[Any, tuple[str, Tensor]] = {}  # of the layers that share their inputs
     for name, each in moments.items():
-        if each is None or float(each.inputs.trace()) <= 0 or float(each.gradients.trace()) <= 0:
+        if each is None or _trace(each.inputs) <= 0 or _trace(each.gradients) <= 0:
             continue  # inputs or gradients that are all zero say nothing about a layer
         bias = _has_bias(layers[name])
         alike = id(each.inputs), each.input_positions, bias
         owner, inputs = first.get(alike) or (None, _inputs(each, bias=bias))
         first.setdefault(alike, (name, inputs))
-        gradients = oas_shrinkage(each.gradients, each.positions)
+        gradients = _shrunk(each.gradients, each.positions)
         gradients = gradients if settings.gradient_moments else identity(gradients)
-        metrics.put(name, Metric(inputs, gradients, each.mean if bias else None), inputs_of=owner)
+        kind = Metric if gradients.dim() == 2 else GroupedMetric
+        metrics.put(name, kind(inputs, gradients, each.mean if bias else None), inputs_of=owner)
         kept[name] = each
     return kept
 
@@ -146,9 +147,30 @@ def _has_bias(layer: nn.Module) -> bool:
 
 def _inputs(moments: Moments, *, bias: bool) -> Tensor:
     """The moment of a layer's inputs as its metric has it."""
-    inputs = moments.inputs - torch.outer(moments.mean, moments.mean) if bias else moments.inputs
-    return oas_shrinkage(inputs, moments.input_positions)
+    mean = moments.mean
+    inputs = moments.inputs - mean.unsqueeze(-1) * mean.unsqueeze(-2) if bias else moments.inputs
+    return _shrunk(inputs, moments.input_positions)
+
+
+def _shrunk(moment: Tensor, samples: int) -> Tensor:
+    """A moment that is positive definite, or those of groups.
+
+    A group whose vectors are all zero, or as good as that beside the others, gets next to nothing in all directions.
+    """
+    if moment.dim() == 2:
+        return oas_shrinkage(moment, samples)
+    least = torch.finfo(torch.float32).eps ** 2 * _trace(moment) / moment.shape[:2].numel()
+    blocks = [
+        oas_shrinkage(each, samples) if _trace(each) > len(each) * least else least * identity(each) for each in moment
+    ]
+    return torch.stack(blocks)
+
+
+def _trace(moment: Tensor) -> float:
+    """The trace of a moment, or of those of all groups."""
+    return float(moment.diagonal(dim1=-2, dim2=-1).sum())
 
 
 def identity(moment: Tensor) -> Tensor:
-    return torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    """The identity of the size of a moment, or as many as there are groups."""
+    return torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device).expand_as(moment).contiguous()

@@ -39,12 +39,12 @@ def diagnosed_layer(
         uses = seen.uses if uses is None else min(uses, seen.uses)
     classes = seen.classes if seen is not None else None
     span = classes - 1 if classes is not None else None
-    window = memory_window(own, layer.shape, uses, gradient_span=span)
+    window = memory_window(own, layer.block_shape, uses, gradient_span=span)
     if series is not None and window.steps is not None and recipe.total_steps is not None and norm > 0:
         length = recipe.total_steps / recipe.total_epochs if recipe.total_epochs else None
         before = series.norm_before(layer.name, recipe.total_steps - window.steps, steps_per_epoch=length)
         if before:
-            window = memory_window(own, layer.shape, uses, gradient_span=span, norm_ratio=before / norm)
+            window = memory_window(own, layer.block_shape, uses, gradient_span=span, norm_ratio=before / norm)
     diagnosed = DiagnosedLayer(replace(inspected, uses=uses, window=window), norm, initial, energy)
     if seen is None:
         return diagnosed

@@ -63,6 +63,7 @@ class _Shape:
 
     kind: str
     tensor_shape: tuple[int, ...]
+    groups: int
     form: str
     rank: int
     use: LayerUse
@@ -153,14 +154,14 @@ def _shapes(m: MeasuredLayer, plan: LayerPlan) -> tuple[_Shape | None, ...]:
         return ()
     if plan.rank is None or from_initial(plan.form) or m.layer.kind in ("embedding", "parameter"):
         return (None,) * len(m.latency.uses)
-    kind, sides = m.layer.kind, m.layer.tensor_shape
-    return tuple(None if use is None else _Shape(kind, sides, plan.form, plan.rank, use) for use in m.latency.uses)
+    alike = partial(_Shape, m.layer.kind, m.layer.tensor_shape, m.layer.groups, plan.form, plan.rank)
+    return tuple(None if use is None else alike(use) for use in m.latency.uses)
 
 
 def _inputs(layer: Layer, use: LayerUse) -> Tensor:
     """What a layer gets in one call."""
     generator = torch.Generator().manual_seed(0)
     if "convolution" in layer.kind:
-        channels = layer.tensor_shape[0 if layer.kind in TRANSPOSED else 1]
+        channels = layer.tensor_shape[0] if layer.kind in TRANSPOSED else layer.groups * layer.tensor_shape[1]
         return torch.randn(use.batch, channels, *use.in_size, generator=generator)
     return torch.randn(use.rows, layer.shape[1], generator=generator)

@@ -70,7 +70,8 @@ def layer_builder(form):
 def correction(dense, rank):
     if rank == 0:
         return None
-    build = channel_layer if dense.weight.dim() > 2 else plain_layer
+    convolution = channel_layer if getattr(dense, "groups", 1) == 1 else grouped_layer
+    build = convolution if dense.weight.dim() > 2 else plain_layer
     return quantized_pair(build(dense, rank), bits=8, zero_points=False, fitted=lambda inputs: None)
 """
 

@@ -1,6 +1,13 @@
 """From one matrix and a rank to factors, in the Frobenius norm or in a metric."""
 
 from compressor.factorize.balanced import balanced
+from compressor.factorize.grouped import (
+    GroupedMetric,
+    GroupedPair,
+    decompose_grouped,
+    grouped_truncated_svd,
+    grouped_values,
+)
 from compressor.factorize.pivoted import PivotedPair, pivoted_pair
 from compressor.factorize.product import ProductSVD, product_difference, product_norm, product_svd
 from compressor.factorize.settings import FactorizationSettings
@@ -26,6 +33,8 @@ __all__ = [
     "Decomposition",
     "FactorPair",
     "FactorizationSettings",
+    "GroupedMetric",
+    "GroupedPair",
     "Metric",
     "PivotedPair",
     "ProductSVD",
@@ -34,8 +43,11 @@ __all__ = [
     "balanced",
     "coordinates",
     "decompose",
+    "decompose_grouped",
     "decompose_tied",
     "embedding_metric",
+    "grouped_truncated_svd",
+    "grouped_values",
     "nearest_kronecker_metric",
     "pivoted_pair",
     "product_difference",

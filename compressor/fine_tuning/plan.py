@@ -191,8 +191,10 @@ def stored_changes(
 
 
 def changed_or_skipped(layer: Layer, difference: Difference) -> Layer:
-    """The layer, skipped where it is that of the base."""
-    return layer if layer.tensor in difference.changed else replace(layer, skip=layer.skip or UNCHANGED)
+    """The layer, skipped where it is that of the base, and where differences have no pairs."""
+    if layer.tensor not in difference.changed:
+        return replace(layer, skip=layer.skip or UNCHANGED)
+    return layer if layer.groups == 1 else replace(layer, skip=layer.skip or f"{layer.groups} groups")
 
 
 def measured_differences(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compressor.forms.channel import CHANNEL, LowRankConvolution, LowRankTransposedConvolution
+from compressor.forms.grouped import GROUPED
 from compressor.forms.initial import InitialForm, InitialLayer, formed_in
 from compressor.forms.kernels import dense_kernels
 from compressor.forms.layers import MARKERS
@@ -111,6 +112,7 @@ __all__ = [
     "CHANNEL",
     "DENSE",
     "FORMS",
+    "GROUPED",
     "MARKERS",
     "PIVOTED",
     "PLAIN",

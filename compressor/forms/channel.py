@@ -21,7 +21,7 @@ from compressor.network import Kind
 
 class LowRankConvolution(LayerPair):
     """A channel pair: a convolution to r channels with the dense one's kernel, then a 1 x 1 convolution with its
-    bias."""
+    bias. Both have the groups of the dense one, each with r channels of its own."""
 
     def __init__(self, dense: Convolution, rank: int) -> None:
         super().__init__()
@@ -32,20 +32,30 @@ class LowRankConvolution(LayerPair):
         self.down = unfilled(
             kind,
             dense.in_channels,
-            rank,
+            dense.groups * rank,
             dense.kernel_size,
             stride=dense.stride,
             padding=dense.padding,
             dilation=dense.dilation,
+            groups=dense.groups,
             padding_mode=dense.padding_mode,
             bias=False,
             **factory,
         )
-        self.up = unfilled(kind, rank, dense.out_channels, 1, bias=dense.bias is not None, **factory)
+        self.up = unfilled(
+            kind,
+            dense.groups * rank,
+            dense.out_channels,
+            1,
+            groups=dense.groups,
+            bias=dense.bias is not None,
+            **factory,
+        )
         self.register_buffer("weight", torch.empty(MARKERS["convolution"], **factory))
 
     def extra_repr(self) -> str:
-        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}"
+        groups = "" if self.groups == 1 else f", groups={self.groups}"
+        return f"in_channels={self.in_channels}, out_channels={self.out_channels}, rank={self.rank}{groups}"
 
 
 class LowRankTransposedConvolution(nn.Module):
@@ -103,7 +113,7 @@ class ChannelForm(PairForm):
     classes: tuple[type[nn.Module], ...] = (LowRankConvolution, LowRankTransposedConvolution)
 
     def takes(self, weight: DenseWeight) -> bool:
-        return len(weight.tensor_shape) > 2 and weight.kind != "embedding"
+        return len(weight.tensor_shape) > 2 and weight.kind not in ("embedding", "grouped convolution")
 
     def infos(self, weight: DenseWeight, rank: int, dtype: torch.dtype) -> list[TensorInfo]:
         first, second, *kernel = weight.tensor_shape
@@ -115,7 +125,9 @@ class ChannelForm(PairForm):
 
     def recognizes(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         down, up = shapes["down.weight"], shapes["up.weight"]
-        return len(down) > 2 and (kind != "convolution" or max(up[2:], default=1) == 1)
+        return (
+            len(down) > 2 and kind != "grouped convolution" and (kind != "convolution" or max(up[2:], default=1) == 1)
+        )
 
     def read(self, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) -> StoredPairShape | None:
         down, up = shapes["down.weight"], shapes["up.weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -33,9 +34,10 @@ def dense_kernels(weight: DenseWeight, use: LayerUse, *, itemsize: int) -> list[
     if "convolution" in weight.kind:
         first, second, *kernel = weight.tensor_shape
         turned = weight.kind in TRANSPOSED
-        channels = (first, second) if turned else (second, first)
+        channels = (first, second) if turned else (weight.groups * second, first)
         sizes = (use.in_size, use.out_size)
-        return [call, convolution(use, tuple(kernel), channels, sizes=sizes, itemsize=itemsize, transposed=turned)]
+        dense = convolution(use, tuple(kernel), channels, sizes=sizes, itemsize=itemsize, transposed=turned)
+        return [call, replace(dense, groups=weight.groups)]
     matrix = products(use.rows, (d_in, d_out), itemsize=itemsize)
     return matrix if weight.kind == "parameter" else [call, *matrix]
 
@@ -86,7 +88,7 @@ def quantized_kernels(kernels: Sequence[Kernel], weight: DenseWeight, quantizati
             found.append(IntegerProduct(**vars(kernel), bits=quantization.bits, taken=taken))
             continue
         if isinstance(kernel, Convolution):
-            inner = kernel.in_channels * math.prod(kernel.kernel)
+            inner = kernel.in_channels // kernel.groups * math.prod(kernel.kernel)
             found.append(dequantization(kernel.out_channels, inner, itemsize=kernel.itemsize))
         found.append(kernel)
     return found

@@ -18,6 +18,7 @@ TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspo
 MARKERS: dict[str, tuple[int, ...]] = {
     "linear": (0,),
     "convolution": (0,),
+    "grouped convolution": (0,),
     "parameter": (0,),
     "transposed linear": (0, 1),
     "transposed convolution": (0, 1),
@@ -48,7 +49,8 @@ def applied(layer: nn.Module, input: Tensor) -> Tensor:
     function, weight, bias = _FUNCTIONS[kind], parameters["weight"], parameters["bias"]
     if kind is nn.Linear:
         return function(input, weight, bias)  # type: ignore[no-any-return]
-    return function(input, weight, bias, own["stride"], own["padding"], own["dilation"])  # type: ignore[no-any-return]
+    geometry = own["stride"], own["padding"], own["dilation"], own["groups"]
+    return function(input, weight, bias, *geometry)  # type: ignore[no-any-return]
 
 
 class LayerPair(nn.Module):
@@ -154,8 +156,10 @@ def kind_name(dense: nn.Module) -> str:
     """The kind of layer that a module is, as in `MARKERS`; ValueError for one that has no pair."""
     if isinstance(dense, nn.Embedding):
         return "embedding"
-    if isinstance(dense, Convolution | TransposedConvolution):
-        return "convolution" if isinstance(dense, Convolution) else "transposed convolution"
+    if isinstance(dense, Convolution):
+        return "convolution" if dense.groups == 1 else "grouped convolution"
+    if isinstance(dense, TransposedConvolution):
+        return "transposed convolution"
     return linear_sides(dense)[0]
 
 

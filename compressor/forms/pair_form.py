@@ -45,10 +45,12 @@ Values = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class StoredPairShape:
-    """What the shapes of stored tensors tell: the rank, and the shape of the dense tensor that they stand for."""
+    """What the shapes of stored tensors tell: the rank, and the shape and groups of the dense tensor that they stand
+    for."""
 
     rank: int
     tensor_shape: tuple[int, ...]
+    groups: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

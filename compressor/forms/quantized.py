@@ -26,6 +26,8 @@ from compressor.factorize import (
     Decomposition,
     FactorizationSettings,
     FactorPair,
+    GroupedMetric,
+    GroupedPair,
     Metric,
     PivotedPair,
     SpatialPair,
@@ -33,6 +35,7 @@ from compressor.factorize import (
     pivoted_pair,
 )
 from compressor.forms.channel import CHANNEL
+from compressor.forms.grouped import GROUPED
 from compressor.forms.kernels import dense_kernels, dequantization, quantized_kernels
 from compressor.forms.layers import MARKERS
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape, Values
@@ -54,6 +57,7 @@ from compressor.forms.quantized_parts import (
     decomposition_in,
     defect_of_scales,
     flattened,
+    grouped_parts,
     is_fitted,
     matrix_of,
     part_infos,
@@ -175,7 +179,8 @@ class QuantizedPair(_QuantizedForm):
         return self.pair.sides(weight)
 
     def _nbytes_at(self, weight: DenseWeight, ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        sizes: npt.NDArray[np.int64] = _sizes(self, StoredWeight(weight.kind, weight.tensor_shape))[ranks]
+        of_weight = StoredWeight(weight.kind, weight.tensor_shape, weight.groups)
+        sizes: npt.NDArray[np.int64] = _sizes(self, of_weight)[ranks]
         return sizes
 
     def numbers(self, weight: DenseWeight, rank: int) -> int:
@@ -241,13 +246,16 @@ class QuantizedPair(_QuantizedForm):
         quantize: Quantize,
     ) -> QuantizedFactors:
         """A pair of a matrix with its factors quantized."""
-        assert isinstance(found, FactorPair | SpatialPair)
+        assert isinstance(found, FactorPair | GroupedPair | SpatialPair)
         one, rank = single_metric(metric), found.rank
         parts: Mapping[str, QuantizedMatrix | SimulatedMatrix | Tensor]
         if isinstance(found, FactorPair) and self.pair is PIVOTED:
             parts = pivoted_parts(pivoted_pair(found), in_float64(matrix), metric=one, quantize=quantize)
         elif isinstance(found, FactorPair):
             parts = plain_parts(weight.kind, found, in_float64(matrix), metric=one, quantize=quantize)
+        elif isinstance(found, GroupedPair):
+            assert one is None or isinstance(one, GroupedMetric)
+            parts = grouped_parts(found, in_float64(matrix), metric=one, quantize=quantize)
         else:
             exact = self.pair.stored(weight, found, torch.float64)
             parts = {name: quantize(each.flatten(1), None) for name, each in exact.items()}
@@ -277,7 +285,7 @@ class QuantizedPair(_QuantizedForm):
         if weight.kind == "embedding":  # whose factors have it as their inputs
             return int(tensors["down.weight_shape"][1])
         factor = "up" if weight.kind == "transposed convolution" else "down"
-        return len(tensors[f"{factor}.weight_scale"])
+        return len(tensors[f"{factor}.weight_scale"]) // weight.groups
 
     def defect(self, rank: int, read: Values) -> str | None:
         defect = defect_of_scales(self.names, read)
@@ -300,7 +308,7 @@ class QuantizedPair(_QuantizedForm):
         if self.pair.has_own_errors:
             truncated = self.pair.errors_in(weight, matrix, metric=metric, settings=settings)
         else:
-            decomposition = decomposition or decomposition_in(matrix, metric, settings)
+            decomposition = decomposition or decomposition_in(weight, matrix, metric, settings=settings)
             truncated = truncation_errors(decomposition.values)
         last = len(truncated) - 1
         # A pair of a higher rank has more numbers than the matrix.
@@ -335,14 +343,19 @@ class QuantizedDense(_QuantizedForm):
         return cls(name=name, names=part_names("weight", quantization), quantization=quantization)
 
     def layer(self, dense: nn.Module, rank: int) -> nn.Module:
-        correction = _correction("convolution" in kind_of(dense)).layer(dense, rank) if rank > 0 else None
+        weight = dense.weight
+        assert isinstance(weight, Tensor)
+        correction = _correction(kind_of(dense), weight.dim()).layer(dense, rank) if rank > 0 else None
         return quantized_matrix(dense, correction, **self._how)
 
     def names_at(self, rank: int) -> tuple[str, ...]:
-        return self.names if rank == 0 else (*self.names, *_correction(False).names)
+        return self.names if rank == 0 else (*self.names, *_correction("linear", 2).names)
 
     def marker(self, weight: DenseWeight) -> tuple[int, ...] | None:
         return None if weight.kind == "linear" else (*MARKERS[weight.kind], self.quantization.bits)
+
+    def sides(self, weight: DenseWeight) -> tuple[int, int]:
+        return _correction_of(weight).sides(weight)
 
     def takes(self, weight: DenseWeight) -> bool:
         _, columns = flattened(self._shape(weight))
@@ -388,7 +401,7 @@ class QuantizedDense(_QuantizedForm):
         tensor_shape = shape[::-1] if kind == "transposed linear" else shape
         if "down.weight" not in shapes:
             return StoredPairShape(0, tensor_shape)
-        found = _correction(len(shape) > 2).read(kind, shapes)
+        found = _correction(kind, len(shape)).read(kind, shapes)
         return found if found is not None and found.tensor_shape == tensor_shape else None
 
     def approximate(
@@ -438,14 +451,15 @@ class QuantizedDense(_QuantizedForm):
         error = relative_error(matrix, found, metric)
         if self.quantization.bits > settings.corrected_bits or error == 0:
             return np.array([error])
-        left = decomposition_in(in_float64(matrix) - found, metric, settings)
+        left = decomposition_in(weight, in_float64(matrix) - found, metric, settings=settings)
         return np.asarray(error * truncation_errors(left.values), dtype=np.float64)
 
 
 @cache
-def _correction(of_convolution: bool) -> QuantizedPair:
-    return QuantizedPair.of(CHANNEL if of_convolution else PLAIN, Quantization(8))
+def _correction(kind: Kind, dimensions: int) -> QuantizedPair:
+    pair = GROUPED if kind == "grouped convolution" else CHANNEL if dimensions > 2 else PLAIN
+    return QuantizedPair.of(pair, Quantization(8))
 
 
 def _correction_of(weight: DenseWeight) -> QuantizedPair:
-    return _correction(len(weight.tensor_shape) > 2)
+    return _correction(weight.kind, len(weight.tensor_shape))

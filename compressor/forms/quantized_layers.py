@@ -51,6 +51,7 @@ class QuantizedWeight(nn.Module):
     stride: Any
     padding: Any
     dilation: Any
+    groups: int
     padding_mode: str
 
     def __init__(
@@ -326,7 +327,8 @@ class QuantizedConvolution(QuantizedWeight):
         if self.padding_mode != "zeros":
             padded, padding = nn.functional.pad(input, self.around, mode=self.padding_mode), 0
         convolution = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(self.shape) - 3]
-        return corrected(self, input, convolution(padded, weight, self.bias, self.stride, padding, self.dilation))
+        output = convolution(padded, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return corrected(self, input, output)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, out_channels={self.out_channels}, {super().extra_repr()}"
@@ -376,10 +378,10 @@ def corrected(layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
 
 def quantized_layer(dense: nn.Module, **quantization: Any) -> nn.Module:
     """An unfilled quantized layer in the place of a linear layer, a transformers `Conv1D`, an embedding, or a
-    convolution without groups; else ValueError."""
+    convolution, transposed only without groups; else ValueError."""
     if type(dense) is nn.Embedding and dense.max_norm is None:
         return QuantizedEmbedding(dense, **quantization)
-    if isinstance(dense, Convolution | TransposedConvolution) and dense.groups > 1:
+    if isinstance(dense, TransposedConvolution) and dense.groups > 1:
         raise ValueError(f"the convolution has {dense.groups} groups")
     if isinstance(dense, TransposedConvolution):
         return QuantizedTransposedConvolution(dense, **quantization)

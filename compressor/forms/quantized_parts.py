@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,15 +14,19 @@ from compressor.factorize import (
     Decomposition,
     FactorizationSettings,
     FactorPair,
+    GroupedMetric,
+    GroupedPair,
     Metric,
     PivotedPair,
     TiedMetric,
     decompose,
+    decompose_grouped,
     decompose_tied,
     nearest_kronecker_metric,
     weighed,
 )
 from compressor.forms.pair_form import Values
+from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
 from compressor.measure import Precision
 from compressor.measure.scale import power_of_two
@@ -115,6 +120,9 @@ def quantized(
     settings: QuantizationSettings,
 ) -> QuantizedMatrix:
     """A matrix quantized as it is stored."""
+    if isinstance(metric, GroupedMetric):
+        quantize = partial(quantized, quantization=quantization, settings=settings)
+        return _one_below_another([quantize(*each) for each in _blocks(matrix, metric)])
     fitted = quantization.fitted(matrix.shape[1])
     if metric is None or matrix.numel() == 0:
         return quantize_to_nearest(matrix, fitted, scale_dtype=torch.bfloat16, settings=settings)
@@ -125,9 +133,36 @@ def quantized_for_errors(
     matrix: Tensor, metric: Metric | None, *, quantization: Quantization, settings: FactorizationSettings
 ) -> QuantizedMatrix | SimulatedMatrix:
     """A matrix with an error of that size, in less time."""
+    if isinstance(metric, GroupedMetric):
+        quantize = partial(quantized_for_errors, quantization=quantization, settings=settings)
+        return _below_another([quantize(*each) for each in _blocks(matrix, metric)])
     if metric is None or matrix.numel() == 0 or quantization.bits < settings.simulated_bits:
         return quantized(matrix, metric, quantization=quantization, settings=QuantizationSettings(rounds=0))
     return simulated(matrix, quantization.fitted(matrix.shape[1]), metric)
+
+
+def _blocks(matrix: Tensor, metric: GroupedMetric) -> Iterator[tuple[Tensor, Metric]]:
+    """The rows of each group of a matrix, and their metric."""
+    blocks = metric.blocks
+    yield from zip(matrix.chunk(len(blocks)), blocks, strict=True)
+
+
+def _below_another(parts: Sequence[QuantizedMatrix | SimulatedMatrix]) -> QuantizedMatrix | SimulatedMatrix:
+    """The matrix whose rows are those of several with as many columns, in turn."""
+    whole = [part for part in parts if isinstance(part, QuantizedMatrix)]
+    if len(whole) < len(parts):
+        return SimulatedMatrix(torch.cat([part.product() for part in parts]))
+    return _one_below_another(whole)
+
+
+def _one_below_another(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return QuantizedMatrix(
+        parts[0].quantization,
+        torch.cat([part.integers for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 def _turned(metric: Metric | None) -> Metric | None:
@@ -152,7 +187,7 @@ def matrix_of(part: QuantizedMatrix | SimulatedMatrix, *, turned: bool) -> Tenso
 
 def plain_parts(
     kind: Kind, pair: FactorPair, matrix: Tensor, *, metric: Metric | None, quantize: Quantize
-) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
+) -> dict[str, QuantizedMatrix | SimulatedMatrix]:
     """The factors of a plain or channel pair: `down`, and then `up` as refitted to it.
 
     The columns of `up` share scales, so they are made equally long before.
@@ -169,6 +204,19 @@ def plain_parts(
         "down.weight": down,
         "up.weight": quantized_as_stored(up, of_up, quantize=quantize, turned=kind == "transposed convolution"),
     }
+
+
+def grouped_parts(
+    pair: GroupedPair, matrix: Tensor, *, metric: GroupedMetric | None, quantize: Quantize
+) -> dict[str, QuantizedMatrix | SimulatedMatrix | Tensor]:
+    """The factors of a grouped pair: those of each group are quantized by themselves."""
+    blocks = matrix.chunk(len(pair.pairs))
+    metrics = [None] * len(blocks) if metric is None else metric.blocks
+    found = [
+        plain_parts("convolution", own, block, metric=of_block, quantize=quantize)
+        for own, block, of_block in zip(pair.pairs, blocks, metrics, strict=True)
+    ]
+    return {name: _below_another([parts[name] for parts in found]) for name in ("down.weight", "up.weight")}
 
 
 def pivoted_parts(
@@ -216,8 +264,11 @@ def stored_parts(pair: QuantizedFactors, infos: Iterable[TensorInfo]) -> dict[st
 
 
 def decomposition_in(
-    matrix: Tensor, metric: Metric | TiedMetric | None, settings: FactorizationSettings
+    weight: DenseWeight, matrix: Tensor, metric: Metric | TiedMetric | None, *, settings: FactorizationSettings
 ) -> Decomposition:
+    if weight.groups > 1:
+        assert metric is None or isinstance(metric, GroupedMetric)
+        return decompose_grouped(matrix, weight.groups, metric)
     if isinstance(metric, TiedMetric):
         return decompose_tied(matrix, metric)
     return decompose(matrix, metric, Precision(loss=settings.float32_loss))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 
 from compressor.forms.channel import CHANNEL
+from compressor.forms.grouped import GROUPED
 from compressor.forms.initial import INITIAL, InitialForm
 from compressor.forms.names import pair_name, quantization_of
 from compressor.forms.pair_form import PairForm
@@ -61,4 +62,4 @@ class Forms(MutableMapping[str, PairForm]):
 
 
 # Of two that are as small as each other the planner takes the first.
-FORMS = Forms(PLAIN, PIVOTED, CHANNEL, SPATIAL, *INITIAL)
+FORMS = Forms(PLAIN, PIVOTED, CHANNEL, SPATIAL, GROUPED, *INITIAL)

@@ -33,13 +33,18 @@ class DenseWeight(Protocol):
     def shape(self) -> tuple[int, int]:
         """The sides of the `d_out x d_in` matrix."""
 
+    @property
+    def groups(self) -> int:
+        """How many parts of its channels a convolution keeps apart; so many parts of the rows have their own inputs."""
+
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A dense weight known by its kind and the shape of its tensor alone."""
+    """A dense weight known by its kind, the shape of its tensor, and its groups alone."""
 
     kind: Kind
     tensor_shape: tuple[int, ...]
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -271,7 +271,7 @@ def _window(layer: Layer, recipe: TrainingRecipe | None, *, uses: int | None, st
     own, uses = recipe.of_parameter(layer.tensor), None if layer.is_tied else uses
     if steps > 0:
         return window_between(own, layer.shape, uses, earlier=steps, later=own.total_steps or 0)
-    bound = None if layer.is_tied else memory_window(own, layer.shape, uses).learned_rank_bound
+    bound = None if layer.is_tied else memory_window(own, layer.block_shape, uses).learned_rank_bound
     return Window(share_left(own), bound if bound is not None and bound < min(layer.shape) else None)
 
 

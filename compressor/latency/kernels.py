@@ -95,7 +95,10 @@ class IntegerProduct(MatrixProduct):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Convolution(Kernel):
-    """A convolution, transposed or not, of `kernel`, on `batch` inputs of spatial sizes `in_size`."""
+    """A convolution, transposed or not, of `kernel`, on `batch` inputs of spatial sizes `in_size`.
+
+    The numbers of channels are those of all groups together.
+    """
 
     batch: int
     in_channels: Size
@@ -104,6 +107,7 @@ class Convolution(Kernel):
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
     transposed: bool = False
+    groups: int = 1
 
     @property
     def positions(self) -> int:
@@ -112,11 +116,15 @@ class Convolution(Kernel):
 
     @property
     def flops(self) -> Amount:
-        return 2.0 * self.positions * self.in_channels * self.out_channels * math.prod(self.kernel)
+        return 2.0 * self.positions * self._weights
+
+    @property
+    def _weights(self) -> Amount:
+        return 1.0 * self.in_channels * self.out_channels * math.prod(self.kernel) / self.groups
 
     @property
     def nbytes(self) -> Amount:
-        weights = 1.0 * self.in_channels * self.out_channels * math.prod(self.kernel)
+        weights = self._weights
         inputs = 1.0 * self.batch * self.in_channels * math.prod(self.in_size)
         outputs = 1.0 * self.batch * self.out_channels * math.prod(self.out_size)
         return (weights + inputs + outputs) * self.itemsize

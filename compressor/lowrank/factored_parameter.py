@@ -260,9 +260,11 @@ def can_be_pair(root: nn.Module, name: str, parameter: str, *, kind: Kind) -> bo
     classes: dict[Kind, tuple[type[nn.Module], ...]] = {
         "linear": (nn.Linear,),
         "convolution": CONVOLUTIONS,
+        "grouped convolution": CONVOLUTIONS,
         "transposed convolution": TRANSPOSED_CONVOLUTIONS,
         "embedding": (nn.Embedding,),
     }
     if kind == "transposed linear":
         return type(layer).__name__ == "Conv1D"
-    return type(layer) in classes.get(kind, ()) and getattr(layer, "groups", 1) == 1
+    grouped = getattr(layer, "groups", 1) > 1
+    return type(layer) in classes.get(kind, ()) and grouped == (kind == "grouped convolution")

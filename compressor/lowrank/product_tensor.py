@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.documents import text_mapping
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair, product_difference, product_norm, product_svd
-from compressor.forms import FORMS, SPATIAL, TRANSPOSED, DenseWeight, quantization_of
+from compressor.forms import FORMS, GROUPED, SPATIAL, TRANSPOSED, DenseWeight, quantization_of
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
 from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.lowrank.stored_pairs import StoredPair, file_record, join, stored_name, stored_pairs
@@ -82,7 +82,8 @@ class ProductTensor:
         """Why its rank is not lowered; None where it can be."""
         if (quantization := quantization_of(self.pair.form)) is not None:
             return f"it has {quantization.bits} bits already, and stays as it is"
-        return "a spatial pair already, which stays as it is" if self.pair.form == SPATIAL.name else None
+        apart = self.pair.form in (SPATIAL.name, GROUPED.name)
+        return f"a {self.pair.form} pair already, which stays as it is" if apart else None
 
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors of the pair by their names below the layer's, those with fractions in float64."""

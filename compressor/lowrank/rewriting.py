@@ -239,7 +239,12 @@ def _factorized(asked: _Factorization) -> Factors:
     found = asked.decomposition if start is None else None
     if found is not None:
         found = replace(found, basis=found.basis.to(asked.device))
-    elif asked.precision is not None and min(layer.shape) >= asked.precision.side and asked.plan.rank:
+    elif (
+        asked.precision is not None
+        and layer.groups == 1
+        and min(layer.shape) >= asked.precision.side
+        and asked.plan.rank
+    ):
         # There was no room for what was found when it was measured, and the same is found again.
         matrix = as_matrix(layer, weight)
         if start is not None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from compressor.documents import parse_json
 from compressor.errors import BadInput
 from compressor.forms import (
+    CHANNEL,
     DENSE,
     FORMS,
+    GROUPED,
     MARKERS,
     PairForm,
     StoredPairShape,
@@ -49,6 +51,7 @@ class StoredPair:
     has_bias: bool
     dtype: torch.dtype
     """That of the dense weight: the factors' own, unless these are integers."""
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -229,7 +232,15 @@ def _pair(checkpoint: Checkpoint, layer: _StoredLayer, dtype: torch.dtype) -> St
         dtype = _dense_dtype(checkpoint, layer.place.tensor, bias)
     has_bias = bias in checkpoint.tensors or bias in checkpoint.aliases
     pair = StoredPair(
-        layer.name, layer.place.tensor, form, stands_for.rank, layer.kind, stands_for.tensor_shape, has_bias, dtype
+        name=layer.name,
+        tensor=layer.place.tensor,
+        form=form,
+        rank=stands_for.rank,
+        kind=layer.kind,
+        tensor_shape=stands_for.tensor_shape,
+        has_bias=has_bias,
+        dtype=dtype,
+        groups=stands_for.groups,
     )
     as_said = layer.said is None or (layer.said.form, layer.said.rank) == (form, pair.rank)
     if layer.quantized and not (as_said and _is_stored(checkpoint, pair)):
@@ -288,7 +299,16 @@ def _kind_of_pair(tensor: str, marker: tuple[int, ...], own: Mapping[str, tuple[
     read = None if form is None else form.read(matrix, own)
     if len(own.get("weight", () if read is None else read.tensor_shape)) == 2:
         return matrix
-    return "convolution" if matrix == "linear" else "transposed convolution"
+    if matrix == "transposed linear":
+        return "transposed convolution"
+    return "grouped convolution" if _is_grouped(own) else "convolution"
+
+
+def _is_grouped(own: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether factors are those of a convolution with groups: `down` makes several times the channels `up` takes."""
+    if not set(GROUPED.names) <= own.keys() or CHANNEL.read("convolution", own) is not None:
+        return False
+    return GROUPED.read("grouped convolution", own) is not None
 
 
 def _layers_in_config(checkpoint: Checkpoint) -> Mapping[str, LayerSpec]:

@@ -144,7 +144,7 @@ def stored_tensors(
     if bias is not None:
         if isinstance(metric, Metric) and metric.mean is not None:
             change = written(matrix, dense.start) - form.product(layer, _wide(factors)).to(matrix.device)
-            bias = (bias.to(matrix) + change @ metric.mean).to(bias.dtype)
+            bias = (bias.to(matrix) + metric.mean_output(change)).to(bias.dtype)
         values.append(bias)
     infos = pair_infos(layer, plan, dtype, bias=None if bias is None else TensorInfo("", tuple(bias.shape), bias.dtype))
     return {info.name: _row_major(value.reshape(info.shape)) for info, value in zip(infos, values, strict=True)}

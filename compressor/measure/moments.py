@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -26,6 +26,9 @@ class Moments:
     vectors that the layer was applied to: those of gradients over `positions`, those of inputs over `input_positions`,
     which are more where not every pass went backward. With `uses` of them per prediction of the model, a change D of
     the matrix costs `uses / 2 * tr(S_g D S_x D^T)` of loss per prediction, to second order.
+
+    Of a convolution with g groups all have a first dimension more, of g: these are the moments of each group
+    by itself.
     """
 
     inputs: Tensor
@@ -53,7 +56,7 @@ def collect_moments(
 ) -> dict[str, Moments | None]:
     """Compute the moments of every layer over all passes; None for a layer that no gradient reached.
 
-    `layers` are linear layers, transformers' `Conv1D`, or ungrouped convolutions, transposed ones included, of one
+    `layers` are linear layers, transformers' `Conv1D`, or convolutions, transposed ones without groups included, of one
     model in evaluation mode. If `stand_ins` run in their place (low-rank layers, say), their inputs and gradients are
     used. Layers that receive the same tensor share one moment. Raises `BadInput`, naming the layer, if activations or
     gradients are not finite.
@@ -190,7 +193,7 @@ class MomentCollector:
         key = (id(x), x._version, patches(layer))
         if key not in self._seen:
             vectors = kept_vectors(input_vectors(layer, x.detach()), x, self.masks)
-            self._seen[key] = (x, _summed(vectors), set())
+            self._seen[key] = (x, _summed(vectors, groups_of(layer)), set())
         self._seen[key][2].add(name)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
@@ -208,8 +211,9 @@ class MomentCollector:
         return hook
 
     def _backward(self, name: str, masks: Sequence[Tensor], gradient: Tensor) -> None:
-        vectors = kept_vectors(_output_vectors(self._layers[name], gradient), gradient, masks)
-        accumulate(self._gradients, name, _summed(vectors))
+        layer = self._layers[name]
+        vectors = kept_vectors(_output_vectors(layer, gradient), gradient, masks)
+        accumulate(self._gradients, name, _summed(vectors, groups_of(layer)))
 
 
 def moments_of(layers: Iterable[str], sums: LayerSums) -> dict[str, Moments | None]:
@@ -260,9 +264,13 @@ def accumulate(sums: dict[Any, Any], key: Hashable, more: VectorSum | PackedSum)
         sums[key] = more
 
 
-def _summed(vectors: Tensor) -> VectorSum:
+def _summed(vectors: Tensor, groups: int) -> VectorSum:
     centered = Centered.of(wide_enough(vectors))
-    return VectorSum(centered.second_moment(), centered.sum, vectors.shape[0])
+    if groups == 1:
+        return VectorSum(centered.second_moment(), centered.sum, vectors.shape[0])
+    parts = centered.parts(groups)
+    product, total = torch.stack([each.second_moment() for each in parts]), torch.stack([each.sum for each in parts])
+    return VectorSum(product, total, vectors.shape[0])
 
 
 def wide_enough(vectors: Tensor) -> Tensor:
@@ -315,6 +323,11 @@ class Centered:
         rows = (x / scale).float().sub_(mean.to(x.device))
         own = multiply or _multiply_on(x.device) if x.dtype == torch.bfloat16 else None
         return cls(rows, in_float64(mean), total, scale, own)
+
+    def parts(self, count: int) -> list[Centered]:
+        """As many parts of every vector, of the same length."""
+        parts = zip(*(each.chunk(count, -1) for each in (self.rows, self.mean, self.total)), strict=True)
+        return [replace(self, rows=rows, mean=mean, total=total) for rows, mean, total in parts]
 
     @property
     def sum(self) -> Tensor:
@@ -405,7 +418,12 @@ def patches(layer: nn.Module) -> Hashable:
         return "channels"
     if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
-    return (layer.kernel_size, layer.stride, str(layer.padding), layer.dilation, layer.padding_mode)
+    return (layer.kernel_size, layer.stride, str(layer.padding), layer.dilation, layer.padding_mode, layer.groups)
+
+
+def groups_of(layer: nn.Module) -> int:
+    """How many parts of its inputs and outputs a layer keeps apart, whose vectors lie one after the other in a row."""
+    return layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
 
 
 def input_vectors(layer: nn.Module, x: Tensor) -> Tensor:

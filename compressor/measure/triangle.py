@@ -9,11 +9,13 @@ from torch import Tensor
 
 
 def packed_triangle(symmetric: Tensor, dtype: torch.dtype) -> Tensor:
-    """The `n (n + 1) / 2` numbers of the lower triangle of a symmetric `n x n` matrix, in a dtype.
+    """The `n (n + 1) / 2` numbers of the lower triangle of a symmetric `n x n` matrix; of several a row each.
 
     Rectangular full packed format (Gustavson et al., "Rectangular full packed format for Cholesky's algorithm", ACM
     TOMS 2010): two triangles of half the size side by side, then the square that is left, all by slices.
     """
+    if symmetric.dim() == 3:
+        return torch.stack([packed_triangle(each, dtype) for each in symmetric])
     half = len(symmetric) // 2
     rest = len(symmetric) - half
     narrow = symmetric.to(dtype)
@@ -24,7 +26,9 @@ def packed_triangle(symmetric: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unpacked_triangle(packed: Tensor) -> Tensor:
-    """The symmetric matrix of `packed_triangle`."""
+    """The symmetric matrix of `packed_triangle`, or several."""
+    if packed.dim() == 2:
+        return torch.stack([unpacked_triangle(each) for each in packed])
     size = (math.isqrt(8 * len(packed) + 1) - 1) // 2
     half = size // 2
     rest = size - half

@@ -68,10 +68,12 @@ class Part:
     def merged_pair(self, name: str) -> StoredPair | None:
         """The same where `read` gives the pair, and not the tensor that it stands for."""
         pair = self.pair(name)
-        return None if pair is not None and quantization_of(pair.form) is not None else pair
+        if pair is None or pair.kind == "grouped convolution" or quantization_of(pair.form) is not None:
+            return None
+        return pair
 
     def read(self, name: str) -> Weight:
-        """A tensor of the dense network in float64, or the pair that stands for it, unless this is quantized.
+        """A tensor of the dense network in float64, or the pair that stands for it where pairs are merged.
 
         Raises `BadInput` if it is not finite.
         """

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from compressor.engine import Run
 from compressor.errors import BadInput
-from compressor.factorize import Decomposition, FactorizationSettings, decompose, product_svd, working_bytes
+from compressor.factorize import (
+    Decomposition,
+    FactorizationSettings,
+    decompose,
+    decompose_grouped,
+    grouped_values,
+    product_svd,
+    working_bytes,
+)
 from compressor.forms import FORMS, InitialForm, from_initial, has_own_errors, pair_forms, pair_of, quantization_of
 from compressor.initial import InitialWeights, Start, initial_name, starts_of
 from compressor.io import StoredTensor, require_finite
@@ -108,6 +116,7 @@ def _starts(subject: Model, layers: Sequence[Layer], uses: Mapping[str, int | No
     initial = subject.initial
     if initial is None:
         return {}
+    layers = [layer for layer in layers if layer.groups == 1]
     if initial.draws is not None:
         layers = [layer for layer in layers if initial_name(layer) in initial.draws.names]
     return starts_of(layers, subject.checkpoint, initial, recipe=subject.recipe, uses=uses)
@@ -150,7 +159,7 @@ class _Measurement:
 
 def _precision(layer: Layer, decomposing: Decomposing | None) -> Precision | None:
     """How precisely a layer is decomposed; None where only its singular values are computed."""
-    if decomposing is None or min(layer.shape) < decomposing.precision.side:
+    if decomposing is None or layer.groups > 1 or min(layer.shape) < decomposing.precision.side:
         return None
     return decomposing.precision
 
@@ -168,7 +177,7 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
     weight = weight.to(asked.device)
     matrix = as_matrix(layer, weight)
     if asked.precision is None:
-        values = singular_values(matrix)
+        values = singular_values(matrix) if layer.groups == 1 else grouped_values(matrix, layer.groups)
     else:
         found = decompose(matrix, None, asked.precision)
         values = found.values
@@ -204,6 +213,8 @@ def _quantized_errors(
     """Relative Frobenius errors of a matrix in quantized forms, at rank 0, 1, .."""
     if not forms:
         return {}
+    if layer.groups > 1:
+        found = decompose_grouped(matrix, layer.groups)
     found = found or decompose(matrix, None, Precision())
     settings = FactorizationSettings()
     return {
@@ -222,8 +233,8 @@ def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) 
         layer=layer,
         uses=asked.uses,
         ranks=effective_ranks(values),
-        window=memory_window(asked.recipe, layer.shape, asked.uses, epsilon=asked.epsilon),
-        initialization=surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std),
+        window=memory_window(asked.recipe, layer.block_shape, asked.uses, epsilon=asked.epsilon),
+        initialization=_surviving(asked, values),
         singular_values=tuple(values.tolist()),
         own_values={
             form: tuple(each.tolist()) for form, each in spectra.items() if form and form not in asked.quantized
@@ -231,6 +242,15 @@ def _inspected(asked: _Measurement, spectra: Mapping[str, NDArray[np.float64]]) 
         quantized_errors={form: tuple(spectra[form].tolist()) for form in asked.quantized if form in spectra},
         start=asked.start,
     )
+
+
+def _surviving(asked: _Measurement, values: NDArray[np.float64]) -> SurvivingInitialization:
+    """How much of its initialization a layer keeps; of groups, whose values are not apart, nothing stands above it."""
+    layer = asked.layer
+    if layer.groups == 1:
+        return surviving_initialization(asked.recipe, layer.shape, values, init_std=asked.init_std)
+    found = surviving_initialization(asked.recipe, layer.block_shape, (), init_std=None)
+    return replace(found, reason="the rule is not for groups of channels") if found.share is not None else found
 
 
 def measured_layers(

@@ -28,7 +28,14 @@ CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 Kind = Literal[
-    "linear", "transposed linear", "convolution", "transposed convolution", "embedding", "parameter", "other"
+    "linear",
+    "transposed linear",
+    "convolution",
+    "grouped convolution",
+    "transposed convolution",
+    "embedding",
+    "parameter",
+    "other",
 ]
 
 # The reasons for which the user leaves a layer out.
@@ -67,7 +74,8 @@ class Layer:
 
     The inputs of an embedding are its tokens: `d_out` is the length of its vectors and `d_in` the size of the
     vocabulary. A transposed convolution applies its matrix of `d_out = channels x kernel` at every position of its
-    input, and adds the results where they overlap.
+    input, and adds the results where they overlap. A grouped convolution applies each of the `groups` parts of its rows
+    to the patches of its own part of the input channels.
 
     Attributes:
         name: The layer's name in the checkpoint.
@@ -83,6 +91,7 @@ class Layer:
         parameter: The name of the weight in the module.
         places: Further names in the model of the same module.
         stored: The pair that it is in a model that is compressed already; None where it is dense.
+        groups: How many parts of the channels a convolution keeps apart.
     """
 
     name: str
@@ -97,6 +106,7 @@ class Layer:
     parameter: str = "weight"
     places: tuple[str, ...] = ()
     stored: StoredAs | None = None
+    groups: int = 1
 
     def __repr__(self) -> str:
         skip = "" if self.skip is None else f", skipped: {self.skip}"
@@ -116,6 +126,11 @@ class Layer:
     def stored_parameters(self) -> int:
         """The numbers that it takes as it is: those of its matrix, or of the pair that it is already."""
         return self.parameters if self.stored is None else self.stored.numbers
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """The sides of the matrix of one group, of which the smaller is the largest rank; without groups its own."""
+        return self.shape[0] // self.groups, self.shape[1]
 
     @property
     def eligible(self) -> bool:
@@ -380,11 +395,21 @@ def _from_module(
         layer = replace(layer, kind="convolution")
         if type(owner) in TRANSPOSED_CONVOLUTIONS:
             layer = replace(layer, kind="transposed convolution", shape=_flattened(shape)[::-1])
-        if owner.groups == 1:
-            return layer
-        depthwise = owner.groups == owner.in_channels
-        return replace(layer, skip="depthwise" if depthwise else f"{owner.groups} groups")
+        return layer if owner.groups == 1 else _grouped(layer, owner)
     return _as_parameter(layer, shapes, owner, parameter=parameter)
+
+
+def _grouped(layer: Layer, owner: _ConvNd) -> Layer:
+    """A convolution with groups: one without a transposed kernel is a matrix a group."""
+    if owner.groups == owner.in_channels:
+        return replace(layer, skip="depthwise")
+    if layer.kind == "transposed convolution":
+        return replace(layer, skip=f"a transposed convolution with {owner.groups} groups")
+    if owner.groups == owner.out_channels:
+        return replace(
+            layer, skip=f"its {owner.groups} groups have one output channel each, which no pair makes smaller"
+        )
+    return replace(layer, kind="grouped convolution", groups=owner.groups)
 
 
 def _as_parameter(layer: Layer, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module, *, parameter: str) -> Layer:

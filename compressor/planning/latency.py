@@ -57,13 +57,13 @@ class LayerLatency:
     uses: tuple[LayerUse | None, ...]
     measured: Mapping[str, Seconds] = field(default_factory=dict)
     # What was predicted, without factors, at every rank from the least on: plans ask for it again and again.
-    _known: dict[tuple[Kind, tuple[int, ...], str], Seconds] = field(init=False, repr=False, default_factory=dict)
+    _known: dict[tuple[Kind, tuple[int, ...], int, str], Seconds] = field(init=False, repr=False, default_factory=dict)
 
     def seconds(self, layer: Layer, form: str, ranks: npt.NDArray[np.int64]) -> Seconds:
         """Predicted seconds in each workload (rows) of a pair of each rank (columns), or of the dense layer."""
         as_dense = form == DENSE or from_initial(form)
         ranks, least = (np.ones_like(ranks), 1) if as_dense else (ranks, least_rank(form))
-        key, largest = (layer.kind, layer.tensor_shape, form), int(ranks.max(initial=1))
+        key, largest = (layer.kind, layer.tensor_shape, layer.groups, form), int(ranks.max(initial=1))
         known = self._known.get(key)
         if known is None or least + known.shape[1] <= largest:
             most = 1 if form == DENSE else max(largest, min(factorized_shape(layer, form)))

@@ -76,7 +76,7 @@ def layer_choices(
         cap = m.rounded(max(1, m.rank_cap))
         at_cap = form_for(m, cap, request), cap
         in_bytes = m.nbytes(*at_cap)
-        smaller = cap <= min(layer.shape) and parameters(*at_cap) <= largest and in_bytes <= most_bytes(m)
+        smaller = cap <= min(layer.block_shape) and parameters(*at_cap) <= largest and in_bytes <= most_bytes(m)
         capped = smaller and bool(m.saves_time(at_cap[0], np.array([cap])).all())
         largest = parameters(*at_cap) if capped else largest
     forms: list[str] = []

@@ -238,7 +238,8 @@ def _marks(compression: Compression) -> dict[str, RankMarks]:
     marks = {}
     for layer in compression.plan.layers:
         spectrum, each = compression.spectra.get(layer.name), measured.get(layer.name)
-        mark = RankMarks(full=min(layer.shape) if spectrum is None else len(spectrum))
+        sides = layer.shape if each is None else each.layer.block_shape
+        mark = RankMarks(full=min(sides) if spectrum is None else len(spectrum))
         if each is not None and not has_own_errors(layer.form):
             start, window = each.initialization, each.window
             if start is not None:

@@ -40,6 +40,7 @@ OWN_CODE: dict[str, dict[str, str]] = {
     "pivoted": {"square": "pivoted", "tall": "pivoted"},
     "channel": {"channel": "channel"},
     "spatial": {"spatial": "spatial"},
+    "grouped": {"grouped": "grouped"},
     "transposed": {"back": "channel"},
     "tied": {"words": "plain"},
     "parameter": {"rnn.weight_ih_l0": "plain", "rnn.weight_hh_l0": "pivoted"},
@@ -49,18 +50,21 @@ OWN_CODE: dict[str, dict[str, str]] = {
         "tall": "plain@8",
         "channel": "dense@8",
         "spatial": "spatial@8",
+        "grouped": "grouped@8",
         "back": "channel@8",
         "rnn.weight_hh_l0": "plain@6",
         "words": "dense@8",
     },
 }
 BLOCK, STAGE = "transformer.h.0", "resnet.encoder.stages.0.layers.0.layer"
+GROUPED_STAGE = "regnet.encoder.stages.0.layers.0.layer"
 TRANSFORMERS: dict[str, dict[str, str]] = {
     "plain": {f"{BLOCK}.attn.c_proj": "plain", f"{BLOCK}.mlp.c_fc": "plain"},  # the first is square
     "pivoted": {f"{BLOCK}.attn.c_proj": "pivoted", f"{BLOCK}.mlp.c_fc": "pivoted"},
     "tied": {"transformer.wte": "plain"},
     "channel": {f"{STAGE}.0.convolution": "channel"},
     "spatial": {f"{STAGE}.0.convolution": "spatial", f"{STAGE}.1.convolution": "channel"},
+    "grouped": {f"{GROUPED_STAGE}.1.convolution": "grouped"},
     "diagonal": {f"{BLOCK}.attn.c_proj": "diagonal", f"{BLOCK}.mlp.c_fc": "root diagonal"},
     "quantized": {
         f"{BLOCK}.attn.c_proj": "plain@8",
@@ -69,6 +73,9 @@ TRANSFORMERS: dict[str, dict[str, str]] = {
         "transformer.wte": "dense@8",
     },
 }
+
+# What is summed as whole matrices, and is dense afterwards.
+SUMMED_DENSE = ("quantized", "grouped")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +118,10 @@ def of_transformers(form: str, seed: int = 0) -> Any:
         sizes: Any = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic", "num_labels": 3}
         config = transformers.ResNetConfig(num_channels=3, **sizes)
         return made_low(transformers.ResNetForImageClassification(config), TRANSFORMERS[form])
+    if form == "grouped":
+        sizes = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "x", "num_labels": 3}
+        config = transformers.RegNetConfig(num_channels=3, groups_width=4, **sizes)
+        return made_low(transformers.RegNetForImageClassification(config), TRANSFORMERS[form])
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=24, n_positions=8, **special)
     return made_low(transformers.GPT2LMHeadModel(config), TRANSFORMERS[form])
@@ -137,7 +148,7 @@ def expected_of(form: str, seed: int = 0, *, transformer: bool = False) -> Any:
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    if isinstance(model, transformers.ResNetPreTrainedModel):
+    if isinstance(model, transformers.ResNetPreTrainedModel | transformers.RegNetPreTrainedModel):
         return model.eval()(torch.rand(2, 3, 16, 16, generator=generator)).logits
     tokens = torch.randint(0, 24, (3, 6), generator=generator)
     found = model.eval()(tokens)
@@ -305,10 +316,10 @@ def test_own_code_merged(form: str, container: str, tmp_path: Path) -> None:
     same(load_model(output, Kinds), merged_state(models[1:], own_code(form)))
     merge(parts[1:], base=parts[0], **options)
     loaded, expected = load_model(output, Kinds), merged_state(models[1:], models[0])
-    assert (low_rank(loaded) > 0) == (form != "quantized")  # sums are of whole matrices
+    assert (low_rank(loaded) > 0) == (form not in SUMMED_DENSE)
     same(loaded, expected)
-    if form == "quantized":
-        return  # it is dense
+    if form in SUMMED_DENSE:
+        return
     again = tmp_path / f"again{ending}"
     same(own_code_from(Path(restore(output, output=again).output)), expected)
 
@@ -333,7 +344,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
 def load(folder: Path, form: str, **named: Any) -> Any:
     """The model as transformers loads it, all of its weights found."""
     auto = transformers.AutoModelForCausalLM
-    if form in ("channel", "spatial"):
+    if form in ("channel", "spatial", "grouped"):
         auto = transformers.AutoModelForImageClassification
     model, said = auto.from_pretrained(folder, output_loading_info=True, **named)
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -399,9 +410,9 @@ def test_transformers_folders_merged(form: str, shard: int, folders: Any, *, tmp
     merge(parts[1:], base=parts[0], output=tmp_path / "merged", mode="sum", max_shard_size=shard)
     models = [load(Path(restore(part, output=tmp_path / part.parent.name).output), form) for part in parts]
     loaded, expected = load(tmp_path / "merged", form), merged_state(models[1:], models[0])
-    assert (low_rank(loaded) > 0) == (form != "quantized")
+    assert (low_rank(loaded) > 0) == (form not in SUMMED_DENSE)
     same(loaded, expected)
-    if form != "quantized":  # then it is dense
+    if form not in SUMMED_DENSE:
         same(load(Path(restore(tmp_path / "merged", output=tmp_path / "dense").output), form), expected)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor import BadInput, compress, restore
-from compressor.factorize import Metric
+from compressor.factorize import GroupedMetric, Metric
 from compressor.factorize.settings import DEFAULTS
 from compressor.forms import (
     DENSE,
@@ -37,7 +37,17 @@ from tests.forms.diagonal import DIAGONAL, ROOT, DiagonalLinear
 QUANTIZED = tuple(
     FORMS[name]
     for name in (
-        *("dense@8", "dense@4g24", "dense@3g2z", "plain@8", "plain@4g2z", "pivoted@6", "channel@5g24", "spatial@8"),
+        *(
+            "dense@8",
+            "dense@4g24",
+            "dense@3g2z",
+            "plain@8",
+            "plain@4g2z",
+            "pivoted@6",
+            "channel@5g24",
+            "spatial@8",
+            "grouped@4g24",
+        ),
         *("initial+dense@4g24", "initial+plain@8"),
     )
 )
@@ -45,6 +55,7 @@ ALL = (*FORMS.values(), *QUANTIZED, DIAGONAL, ROOT)
 DENSE_MODULES: dict[Kind, tuple[nn.Module, tuple[int, ...]]] = {
     "linear": (nn.Linear(48, 9), (2, 48)),
     "convolution": (nn.Conv2d(16, 6, 3), (2, 16, 5, 5)),
+    "grouped convolution": (nn.Conv2d(12, 6, 3, groups=3), (2, 12, 5, 5)),
     "transposed convolution": (nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
     "embedding": (nn.Embedding(11, 5), ()),
 }
@@ -62,20 +73,33 @@ def weights(draw: st.DrawFn) -> StoredWeight:
     side = st.integers(1, 7) | st.just(48)
     kind: Kind = draw(
         st.sampled_from(
-            ["linear", "transposed linear", "parameter", "embedding", "convolution", "transposed convolution"]
+            [
+                *("linear", "transposed linear", "parameter", "embedding"),
+                *("convolution", "grouped convolution", "transposed convolution"),
+            ]
         )
     )
     kernel = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))] if "convolution" in kind else []
-    return StoredWeight(kind, (draw(side), draw(side), *kernel))
+    groups = draw(st.integers(2, 4)) if kind == "grouped convolution" else 1
+    return StoredWeight(kind, (groups * draw(side), draw(side), *kernel), groups)
 
 
 def taken_by(form: PairForm) -> StoredWeight:
     """A weight that a form takes, a convolution's if it can be."""
-    kernels, matrix = (
+    kernels, others = (
         (StoredWeight("convolution", (6, side, 3, 3)) for side in (5, 48)),
-        StoredWeight("linear", (6, 48)),
+        (StoredWeight("linear", (6, 48)), StoredWeight("grouped convolution", (6, 8, 3, 3), 2)),
     )
-    return next(each for each in (*kernels, matrix) if form.takes(each))
+    return next(each for each in (*kernels, *others) if form.takes(each))
+
+
+def metric_of(weight: StoredWeight) -> Metric:
+    """Moments of random vectors, of every group by itself."""
+    d_out, d_in = weight.shape
+    sides = (d_in, d_out // weight.groups)
+    vectors = [torch.randn(weight.groups, side, 2 * side, dtype=torch.float64) for side in sides]
+    inputs, gradients = (each @ each.mT for each in vectors)
+    return Metric(inputs[0], gradients[0]) if weight.groups == 1 else GroupedMetric(inputs, gradients)
 
 
 def stood_for(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -94,7 +118,7 @@ def wide(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data: st.DataObject) -> None:
     form = data.draw(st.sampled_from([form for form in ALL if form.takes(weight)]))
     sides = form.sides(weight)
-    assert math.prod(sides) == math.prod(weight.tensor_shape)
+    assert weight.groups * math.prod(sides) == math.prod(weight.tensor_shape)
     rank = data.draw(st.integers(form.least_rank if form in QUANTIZED else 1, min(sides)))
     matrix = torch.randn(weight.shape, dtype=torch.float64)
     pair = form.approximate(weight, matrix, rank, metric=None, settings=DEFAULTS)
@@ -115,6 +139,7 @@ def test_what_a_form_stores_is_what_it_says_and_reads(weight: StoredWeight, data
     read = form.read(weight.kind, stood_for(stored))
     assert read is not None
     assert (read.rank, read.tensor_shape) == (rank, weight.tensor_shape)
+    assert rank == 0 or read.groups == weight.groups
     assert form.defect(rank, stored.__getitem__) is None
     product = form.product(weight, wide(stored, torch.float32))
     torch.testing.assert_close(product, pair.product().float(), rtol=1e-4, atol=1e-4)
@@ -146,7 +171,7 @@ def test_tensors_are_recognized_as_a_form_of_the_same_product(weight: StoredWeig
 def test_the_module_of_a_form_has_its_tensors_and_does_what_its_matrix_does(kind: Kind) -> None:
     torch.manual_seed(0)
     dense, shape = DENSE_MODULES[kind]
-    weight = StoredWeight(kind, tuple(dense.weight.shape))
+    weight = StoredWeight(kind, tuple(dense.weight.shape), 3 if kind == "grouped convolution" else 1)
     x = torch.randn(shape) if shape else torch.arange(11)
     for form in (form for form in ALL if form.takes(weight)):
         matrix = torch.randn(weight.shape, dtype=torch.float64)
@@ -189,8 +214,7 @@ def test_errors_are_those_of_what_is_stored(form: PairForm, in_metric: bool) -> 
     torch.manual_seed(0)
     weight = taken_by(form)
     matrix = torch.randn(weight.shape, dtype=torch.float64)
-    moments = [torch.randn(side, 2 * side, dtype=torch.float64) for side in weight.shape[::-1]]
-    metric = Metric(*(moment @ moment.T for moment in moments)) if in_metric else None
+    metric = metric_of(weight) if in_metric else None
     errors = form.errors_in(weight, matrix, metric=metric, settings=DEFAULTS)
     sides = form.sides(weight)
     ranks = (0,) if pair_name(form.name).endswith(DENSE) else (1, max(1, math.prod(sides) // sum(sides)))

@@ -47,6 +47,12 @@ CASES = {
         (2, 8, 9),
         LayerUse(batch=2, in_size=(9,), out_size=(7,)),
     ),
+    "grouped convolution": Case(
+        StoredWeight("grouped convolution", (12, 8, 3, 5), 2),
+        lambda: nn.Conv2d(16, 12, (3, 5), stride=(2, 1), padding=(1, 0), groups=2),
+        (2, 16, 9, 11),
+        LayerUse(batch=2, in_size=(9, 11), out_size=(5, 7), bias=True),
+    ),
     "transposed convolution": Case(
         StoredWeight("transposed convolution", (8, 12, 3, 3)),
         lambda: nn.ConvTranspose2d(8, 12, 3, stride=2),
@@ -60,7 +66,9 @@ def flops(kernels: Sequence[Kernel]) -> float:
     return sum(float(kernel.flops) for kernel in kernels)
 
 
-QUANTIZED = [FORMS[name] for name in ("dense@8", "dense@3g2", "plain@8", "plain@4g2", "pivoted@8", "channel@8")]
+QUANTIZED = [
+    FORMS[name] for name in ("dense@8", "dense@3g2", "plain@8", "plain@4g2", "pivoted@8", "channel@8", "grouped@8")
+]
 
 
 def counted(module: nn.Module, x: Tensor) -> int:

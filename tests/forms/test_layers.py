@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from compressor.forms import LowRankConvolution, LowRankEmbedding, LowRankLinear, PivotedLinear, SpatialConvolution
 
 D_IN, D_OUT, RANK = 12, 18, 5
-CONVOLUTIONS = {"channel": LowRankConvolution, "spatial": SpatialConvolution}
+CONVOLUTIONS = {"channel": LowRankConvolution, "spatial": SpatialConvolution, "grouped": LowRankConvolution}
 FORMS = ["plain", "pivoted", "embedding", *CONVOLUTIONS]
 PARTS = [(form, part) for form in FORMS for part in ("down", "up") if (form, part) != ("embedding", "down")]
 
@@ -28,7 +28,8 @@ def filled(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     if form == "embedding":
         layer = LowRankEmbedding(nn.Embedding(D_IN, D_OUT, dtype=dtype), RANK)
     elif form in CONVOLUTIONS:
-        dense = nn.Conv2d(D_IN, D_OUT, 3, stride=(2, 1), padding=1, dtype=dtype)
+        groups = 3 if form == "grouped" else 1
+        dense = nn.Conv2d(D_IN, D_OUT, 3, stride=(2, 1), padding=1, groups=groups, dtype=dtype)
         layer = CONVOLUTIONS[form](dense, RANK)
     else:
         kind = {"plain": LowRankLinear, "pivoted": PivotedLinear}[form]
@@ -136,7 +137,8 @@ def test_what_is_done_to_a_part_after_the_first_call_is_seen(form: str, part: st
 @pytest.mark.parametrize("form", CONVOLUTIONS)
 @pytest.mark.parametrize("mode", ["reflect", "circular"])
 def test_convolutions_are_padded_as_they_say(form: str, mode: Any) -> None:
-    dense = nn.Conv2d(D_IN, D_OUT, 3, padding=(2, 1), padding_mode=mode)
+    groups = 3 if form == "grouped" else 1
+    dense = nn.Conv2d(D_IN, D_OUT, 3, padding=(2, 1), padding_mode=mode, groups=groups)
     layer, x = CONVOLUTIONS[form](dense, RANK), torch.randn(2, D_IN, 6, 5)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)

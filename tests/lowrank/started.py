@@ -32,12 +32,14 @@ class Kinds(nn.Module):
         self.head.weight = self.words.weight
         self.square, self.tall = nn.Linear(16, 16), nn.Linear(16, 32)
         self.channel, self.spatial = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
         self.back = nn.ConvTranspose2d(8, 8, 3, padding=1)
         self.rnn = nn.LSTM(8, 16, batch_first=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.tall(torch.tanh(self.square(self.words(tokens))))
-        image = self.back(self.spatial(self.channel(hidden.unflatten(-1, (8, 4)).transpose(1, 2))))
+        image = self.spatial(self.channel(hidden.unflatten(-1, (8, 4)).transpose(1, 2)))
+        image = self.back(self.grouped(image))
         return self.head(self.rnn(image.transpose(1, 2).mean(-1))[0])
 
 

@@ -176,6 +176,8 @@ def test_modules_decide_where_they_are_known() -> None:
             self.attention = nn.MultiheadAttention(4, 2)
             self.grouped = nn.Conv2d(4, 4, 3, groups=2)
             self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+            self.one_each = nn.Conv2d(4, 2, 3, groups=2)
+            self.grouped_up = nn.ConvTranspose2d(4, 4, 3, groups=2)
             self.dense = nn.Conv2d(4, 4, 3)
             self.up = nn.ConvTranspose2d(4, 4, 3)
             self.single = nn.Conv2d(1, 4, 3)
@@ -185,13 +187,17 @@ def test_modules_decide_where_they_are_known() -> None:
     assert {name: layer.kind for name, layer in found.items() if layer.eligible} == {
         "first": "linear", "attention.in_proj_weight": "parameter", "attention.out_proj": "parameter",
         "dense": "convolution", "up": "transposed convolution", "single": "convolution", "plain": "linear",
+        "grouped": "grouped convolution",
     }  # fmt: skip
     assert found["first"].places == ("again",)
     assert found["up"].shape == (4 * 9, 4)
     skips = {name: layer.skip or "" for name, layer in found.items()}
     assert "embedding" in skips["words"]
-    assert "2 groups" in skips["grouped"]
+    assert (found["grouped"].groups, found["grouped"].shape) == (2, (4, 18))
+    assert found["grouped"].block_shape == (2, 18)
     assert "depthwise" in skips["depthwise"]
+    assert "one output channel" in skips["one_each"]
+    assert "transposed convolution with 2 groups" in skips["grouped_up"]
 
 
 def test_parameters_are_weights_by_their_module_or_their_name() -> None:
