@@ -13,6 +13,7 @@ from compressor.api.options import InspectOptions
 from compressor.api.requests import memory_of_jobs, selection
 from compressor.engine import Run, opened_engine
 from compressor.forms import DENSE, pair_name, quantization_of
+from compressor.io import remote_model
 from compressor.model import Model, ModelLike, inspect_layers, measured_layers, open_model, resolve_device
 from compressor.planning import PLANNING, quantized_forms, window_rule_advice
 from compressor.results import Inspection
@@ -25,7 +26,8 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     """Measure every matrix of a model: effective ranks, memory window, surviving initialization.
 
     Args:
-        model: A weight file, a model folder, `org/name` of the Hugging Face hub, or a `torch.nn.Module`.
+        model: A weight file, a model folder, `org/name` of the Hugging Face hub, of which only the matrices that are
+            measured are read, or a `torch.nn.Module`.
         options: The options as an object; keywords take precedence.
 
     Returns:
@@ -39,11 +41,10 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
     """
     asked = InspectOptions.of(options, given)
     subject = open_model(
-        model,
+        remote_model(model, asked.revision),
         recipe=asked.recipe,
         factory=asked.factory,
         select=selection(asked),
-        revision=asked.revision,
         compressed="as dense",
     )
     subject, initial = with_initial(asked, subject, asked.progress)

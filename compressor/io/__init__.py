@@ -23,7 +23,7 @@ from compressor.io.companions import (
     copy_companions,
     portable_config,
 )
-from compressor.io.hub import hub_model, local_model
+from compressor.io.hub import RemoteModel, hub_model, local_model, remote_model
 from compressor.io.output import Naming, Target, check_output, checked_target, form_of
 from compressor.io.staging import note_file, staged_file, staged_folder
 from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory
@@ -51,6 +51,7 @@ __all__ = [
     "Naming",
     "NotCopied",
     "Provenance",
+    "RemoteModel",
     "SafetensorsWriter",
     "Shard",
     "ShardedWriter",
@@ -73,6 +74,7 @@ __all__ = [
     "portable_name",
     "refuse_adapter",
     "refuse_fp8",
+    "remote_model",
     "require_finite",
     "require_in_range",
     "safetensors_size",

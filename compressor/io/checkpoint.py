@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -18,9 +18,17 @@ from compressor.documents import reading
 from compressor.errors import BadInput
 from compressor.formatting import format_size
 from compressor.io.adapters import adapter_kind
-from compressor.io.files import read_at, read_bytes_at, read_json_object, regular_file_size, require_content
+from compressor.io.files import (
+    AnyFile,
+    read_at,
+    read_bytes_at,
+    read_json_object,
+    regular_file_size,
+    require_content,
+)
 from compressor.io.foreign import HEAD, refuse_foreign, refuse_foreign_in
-from compressor.io.hub import hub_model, local_model
+from compressor.io.hub import RemoteModel, hub_model, local_model
+from compressor.io.remote_file import RemoteFile
 from compressor.io.safetensors_file import looks_like_safetensors, read_safetensors
 from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory, bytes_of
 from compressor.io.torch_file import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file, without_wrapper_prefixes
@@ -83,7 +91,7 @@ class Checkpoint:
 
     source: Path | None
     form: Literal["file", "folder", "module"]
-    files: tuple[Path, ...]
+    files: tuple[AnyFile, ...]
     folder: Path | None
     tensors: Mapping[str, TensorInfo]
     aliases: Mapping[str, str]
@@ -180,7 +188,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
+def open_checkpoint(model: str | Path | torch.nn.Module | RemoteModel) -> Checkpoint:
     """Open a trained model: a weight file, the index of a sharded one, a model folder, or a module in memory.
 
     Weight files are safetensors or what `torch.save` wrote; the content decides, not the name. In a folder the file is
@@ -190,7 +198,8 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     is not copied: reading gives its present values.
 
     Args:
-        model: A path, or a module. If there is no such path, `org/name` is a model of the Hugging Face hub.
+        model: A path, or a module. If there is no such path, `org/name` is a model of the Hugging Face hub, which is
+            fetched; one that `remote_model` gives is not, and its tensors are read from the hub.
 
     Returns:
         The checkpoint.
@@ -202,6 +211,8 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
     Example:
         >>> compressor.open_checkpoint("model.safetensors").tensors["fc.weight"].shape
     """
+    if isinstance(model, RemoteModel):
+        return _open_remote(model)
     require_model(model)
     if isinstance(model, torch.nn.Module):
         return _open_module(model)
@@ -213,29 +224,47 @@ def open_checkpoint(model: str | Path | torch.nn.Module) -> Checkpoint:
         is_folder = stat.S_ISDIR(source.stat().st_mode)
     folder = source if is_folder else None
     weights = _weights_in(source) if is_folder else source
-    files: tuple[Path, ...] = (weights,)
+    files: tuple[AnyFile, ...] = (weights,)
     if weights.name.endswith(_INDEX_SUFFIX):
         files, content = _read_sharded(weights)
     else:
         content = _read_weight_file(weights)
+    return _opened(content, source=source, files=files, folder=folder, beside=weights.parent)
+
+
+def _open_remote(model: RemoteModel) -> Checkpoint:
+    """A model folder of the hub of which all but the weights is in the cache."""
+    folder, remote = model
+    name = _chosen([*remote, *(entry.name for entry in folder.glob(f"*{_INDEX_SUFFIX}"))], folder)
+    if name.endswith(_INDEX_SUFFIX):
+        files, content = _read_sharded(folder / name, remote)
+    else:
+        files, content = (remote[name],), _read_weight_file(remote[name])
+    return _opened(content, source=folder, files=files, folder=folder, beside=folder)
+
+
+def _opened(
+    content: _WeightFile, *, source: Path, files: tuple[AnyFile, ...], folder: Path | None, beside: Path
+) -> Checkpoint:
+    """The checkpoint of weight files; a configuration may lie beside them."""
     stored = content.tensors
     if content.is_torch:
         stored = dict(zip(without_wrapper_prefixes(list(stored)), stored.values(), strict=True))
     of_optimizer = [name for name in stored if of_an_optimizer(name)]
     if of_optimizer and len(of_optimizer) < len(stored):
         size = sum(TensorInfo(name, stored[name].shape, stored[name].dtype).nbytes for name in of_optimizer)
-        beside = LeftOut(f"{of_optimizer[0][:80]} and the like", "optimizer state", size)
-        content = content._replace(left_out=(*content.left_out, beside))
+        state = LeftOut(f"{of_optimizer[0][:80]} and the like", "optimizer state", size)
+        content = content._replace(left_out=(*content.left_out, state))
         stored = {name: tensor for name, tensor in stored.items() if not of_an_optimizer(name)}
     if not stored:
         raise BadInput("holds no tensors", where=source, remedy="give a checkpoint with trained weights")
     return _checkpoint(
         content._replace(tensors=stored),
         source=source,
-        form="folder" if is_folder else "file",
+        form="file" if folder is None else "folder",
         files=files,
         folder=folder,
-        config=_config(weights.parent / "config.json", len(stored), must_be_good=is_folder),
+        config=_config(beside / "config.json", len(stored), must_be_good=folder is not None),
     )
 
 
@@ -347,7 +376,7 @@ def _checkpoint(
     *,
     source: Path | None,
     form: Literal["file", "folder", "module"],
-    files: tuple[Path, ...],
+    files: tuple[AnyFile, ...],
     folder: Path | None,
     config: Mapping[str, Any] | None,
 ) -> Checkpoint:
@@ -395,10 +424,15 @@ def _open_module(module: torch.nn.Module) -> Checkpoint:
 
 def _weights_in(folder: Path) -> Path:
     with reading(folder):
-        names = sorted(entry.name for entry in folder.iterdir())
+        return folder / _chosen([entry.name for entry in folder.iterdir()], folder)
+
+
+def _chosen(names: Iterable[str], folder: Path) -> str:
+    """The weight file, or the index of several, among the files of a model folder."""
+    names = sorted(names)
     for name in _STANDARD_NAMES:
         if name in names:
-            return folder / name
+            return name
     endings = tuple(suffix + _INDEX_SUFFIX for suffix in WEIGHT_SUFFIXES)
     indices = [name for name in names if name.endswith(endings)]
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_training_state(Path(name))]
@@ -413,7 +447,7 @@ def _weights_in(folder: Path) -> Path:
     if len(found) > 1:
         what = f"is a folder with {len(found)} weight files ({', '.join(found[:4])}{', ...' * (len(found) > 4)})"
         raise BadInput(what, where=folder, remedy="give the one that is meant")
-    return folder / found[0]
+    return found[0]
 
 
 class _WeightFile(NamedTuple):
@@ -425,10 +459,13 @@ class _WeightFile(NamedTuple):
     training: Mapping[str, Any] = {}
 
 
-def _read_weight_file(path: Path) -> _WeightFile:
+def _read_weight_file(path: AnyFile) -> _WeightFile:
     size = regular_file_size(path)
     head = read_bytes_at(path, 0, min(size, HEAD))
     require_content(path, head)
+    if isinstance(path, RemoteFile):
+        remote, metadata = read_safetensors(path)
+        return _WeightFile({**remote}, metadata, False)
     if looks_like_safetensors(head) or (size < 9 and path.suffix == ".safetensors"):
         tensors, metadata = read_safetensors(path)
         # The values come from the file that was checked, even if a link or the working directory changes later.
@@ -451,16 +488,23 @@ def _read_weight_file(path: Path) -> _WeightFile:
     raise BadInput(what, where=path, remedy="check that it is a weight file, and download it again if it is")
 
 
-def _read_sharded(index: Path) -> tuple[tuple[Path, ...], _WeightFile]:
+def _read_sharded(
+    index: Path, remote: Mapping[str, RemoteFile] | None = None
+) -> tuple[tuple[AnyFile, ...], _WeightFile]:
+    """The shards that an index lists, beside it or on the hub, and what they hold together."""
     weight_map = _checked_weight_map(index)
     _require_all_shards(index, set(weight_map.values()))
     shards: dict[str, _WeightFile] = {}
+    places: list[AnyFile] = []
     for file_name in sorted(set(weight_map.values())):
-        path = index.parent / file_name
-        if not os.path.lexists(path):
+        path: AnyFile = index.parent / file_name
+        if remote is not None and file_name in remote:
+            path = remote[file_name]
+        elif not os.path.lexists(index.parent / file_name):
             what = f"the shard {file_name} that {index.name} lists is missing"
             raise BadInput(what, where=index.parent, remedy="download the whole model")
         shards[file_name] = _read_weight_file(path)
+        places.append(path)
     holder = {name: file_name for file_name, shard in shards.items() for name in shard.tensors}
     for name, file_name in weight_map.items():
         if name not in shards[file_name].tensors:
@@ -477,7 +521,7 @@ def _read_sharded(index: Path) -> tuple[tuple[Path, ...], _WeightFile]:
         all(shard.is_torch for shard in shards.values()),
         left_out=tuple(each for shard in shards.values() for each in shard.left_out),
     )
-    return tuple(index.parent / file_name for file_name in shards), whole
+    return tuple(places), whole
 
 
 def _checked_weight_map(index: Path) -> dict[str, str]:

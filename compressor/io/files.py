@@ -10,10 +10,16 @@ from typing import Any
 
 from compressor.documents import read_json, reading
 from compressor.errors import BadInput
+from compressor.io.remote_file import RemoteFile
+
+AnyFile = Path | RemoteFile
+"""A file on this machine, or one of the hub that is read by ranges."""
 
 
-def regular_file_size(path: Path) -> int:
+def regular_file_size(path: AnyFile) -> int:
     """Size in bytes of a file; `BadInput` when it is missing, unreadable, or no regular file."""
+    if isinstance(path, RemoteFile):
+        return path.size
     with reading(path):
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -21,7 +27,7 @@ def regular_file_size(path: Path) -> int:
     return status.st_size
 
 
-def read_at(path: Path, offset: int, buffer: memoryview) -> None:
+def read_at(path: AnyFile, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` (bytes, writable) from `offset` of a file with positional reads.
 
     Not memory-mapped: mapped pages count as resident until the kernel takes them back, and a file that
@@ -30,6 +36,9 @@ def read_at(path: Path, offset: int, buffer: memoryview) -> None:
     Raises:
         BadInput: the file ends before the buffer is full.
     """
+    if isinstance(path, RemoteFile):
+        path.read_at(offset, buffer)
+        return
     with reading(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -44,7 +53,7 @@ def read_at(path: Path, offset: int, buffer: memoryview) -> None:
             os.close(descriptor)
 
 
-def read_bytes_at(path: Path, offset: int, size: int) -> bytes:
+def read_bytes_at(path: AnyFile, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` of a file; errors as `read_at`."""
     buffer = bytearray(size)
     read_at(path, offset, memoryview(buffer))
@@ -63,7 +72,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return read_json(path, remedy="restore the file that came with the model")
 
 
-def require_content(path: Path, head: bytes) -> None:
+def require_content(path: AnyFile, head: bytes) -> None:
     """Refuse what is often in the place of a model file: nothing, a git-LFS pointer, a web page.
 
     Args:
@@ -74,9 +83,9 @@ def require_content(path: Path, head: bytes) -> None:
         BadInput: naming what the file is and how to get the real one.
     """
     if not head:
-        raise BadInput("is empty", where=path, remedy="download or export it again")
+        raise BadInput("is empty", where=str(path), remedy="download or export it again")
     if head.startswith(b"version https://git-lfs"):
-        raise BadInput("is a git-LFS pointer, not the file itself", where=path, remedy="run `git lfs pull`")
+        raise BadInput("is a git-LFS pointer, not the file itself", where=str(path), remedy="run `git lfs pull`")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:5].lower() in (b"<!doc", b"<html", b"<?xml", b"<head"):
         remedy = "download the file itself (a direct link, logged in where that is needed)"
-        raise BadInput("is a web page, not a model file", where=path, remedy=remedy)
+        raise BadInput("is a web page, not a model file", where=str(path), remedy=remedy)

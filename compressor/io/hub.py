@@ -6,12 +6,15 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from compressor.arguments import require_model
 from compressor.errors import BadInput, CompressorError
+from compressor.io.remote_file import RemoteFile
 from compressor.recipe.training_files import TRAINING_ARGUMENTS
 from compressor.system_errors import explained
 
@@ -79,6 +82,59 @@ def local_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path
     return model
 
 
+class RemoteModel(NamedTuple):
+    """A model of the hub whose weights stay there: its other files, in the cache, and the weight files by name."""
+
+    folder: Path
+    files: Mapping[str, RemoteFile]
+
+
+def remote_model(model: AnyModel, revision: str | None = None) -> AnyModel | Path | RemoteModel:
+    """As `local_model`, but the safetensors of a model of the hub stay there, unless the cache has all of them.
+
+    Raises:
+        BadInput: as `local_model`.
+    """
+    require_model(model)
+    if not isinstance(model, str) or not may_be_of_the_hub(model):
+        return local_model(model, revision)
+    with _explained(model, revision):
+        return _without_weights(model, revision)
+
+
+def _without_weights(repository: str, revision: str | None) -> RemoteModel | Path:
+    from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.hf_api import RepoFile
+
+    if is_offline_mode():
+        return _fetched(repository, revision)
+    patterns = [*(each for each in _FETCHED if not each.endswith(".safetensors")), TRAINING_ARGUMENTS]
+    folder = Path(
+        snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=[*_LEFT_OUT, "*.safetensors"]
+        )
+    )
+    tree = HfApi().list_repo_tree(repository, revision=folder.name)
+    files = {
+        each.path: RemoteFile(
+            hf_hub_url(repository, each.path, revision=folder.name), each.size, f"{repository}/{each.path}"
+        )
+        for each in tree
+        if isinstance(each, RepoFile)
+        and each.path.endswith(".safetensors")
+        and not any(fnmatchcase(each.path, like) for like in _LEFT_OUT)
+    }
+    if not files:
+        raise _without_safetensors(repository)
+    return folder if all((folder / name).is_file() for name in files) else RemoteModel(folder, files)
+
+
+def _without_safetensors(repository: str) -> BadInput:
+    remedy = f"fetch what it has: hf download {repository} --local-dir {repository.rpartition('/')[2]}"
+    return BadInput("has no safetensors on the hub", where=repository, remedy=remedy)
+
+
 def may_be_of_the_hub(model: str) -> bool:
     """Whether a name is `org/name`, and not of a path that exists."""
     named = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
@@ -86,15 +142,37 @@ def may_be_of_the_hub(model: str) -> bool:
 
 
 def _fetched(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+
+    patterns = [*_FETCHED, TRAINING_ARGUMENTS]
+    with _explained(repository, revision):
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_LEFT_OUT))
+        )
+    if not any(folder.glob("*.safetensors")):
+        # All but the weights of a model that was only inspected is there too.
+        raise _not_in_the_cache(repository, revision) if is_offline_mode() else _without_safetensors(repository)
+    return folder
+
+
+def _not_in_the_cache(repository: str, revision: str | None) -> BadInput:
+    of = "" if revision is None else f" of revision {revision}"
+    what = f"no such file or folder, and no whole copy{of} in the cache of the hub, which is offline"
+    return BadInput(what, where=repository, remedy="unset HF_HUB_OFFLINE, or fetch it beforehand with 'hf download'")
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """Say in a line what the hub has not, or why it cannot be asked."""
+    from huggingface_hub import errors
     from huggingface_hub.constants import HF_HUB_CACHE, is_offline_mode
 
     logger.info("looking for %s on the hub", repository)
     try:
-        patterns = [*_FETCHED, TRAINING_ARGUMENTS]
-        folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=list(_LEFT_OUT))
-        )
+        yield
+    except BadInput:
+        raise
     except errors.GatedRepoError as error:
         remedy = "ask for access on its page of the hub, and log in with 'hf auth login'"
         raise BadInput("is a gated model of the hub", where=repository, remedy=remedy) from error
@@ -113,18 +191,10 @@ def _fetched(repository: str, revision: str | None) -> Path:
         cache, elsewhere = Path(HF_HUB_CACHE), "set HF_HOME to a folder on another disk"
         if refused := explained(error, doing="cannot be fetched", folder=cache, elsewhere=elsewhere, where=repository):
             raise refused from error
-        of = "" if revision is None else f" of revision {revision}"
         if is_offline_mode():
-            what = f"no such file or folder, and no whole copy{of} in the cache of the hub, which is offline"
-            remedy = "unset HF_HUB_OFFLINE, or fetch it beforehand with 'hf download'"
-        else:
-            what = f"no such file or folder, and the hub cannot be asked for it ({_reason(error)})"
-            remedy = "check the path, or the network"
-        raise BadInput(what, where=repository, remedy=remedy) from error
-    if not any(folder.glob("*.safetensors")):
-        remedy = f"fetch what it has: hf download {repository} --local-dir {repository.rpartition('/')[2]}"
-        raise BadInput("has no safetensors on the hub", where=repository, remedy=remedy)
-    return folder
+            raise _not_in_the_cache(repository, revision) from error
+        what = f"no such file or folder, and the hub cannot be asked for it ({_reason(error)})"
+        raise BadInput(what, where=repository, remedy="check the path, or the network") from error
 
 
 def check_push(repository: str, source: HubModel | None, *, overwrite: bool) -> None:

@@ -194,7 +194,9 @@ def located(path: Path) -> Path:
 
 
 def _require_apart(path: Path, source: Checkpoint | Path) -> None:
-    inputs = [source] if isinstance(source, Path) else [source.source, source.folder, *source.files]
+    inputs: list[Path | None] = [source] if isinstance(source, Path) else [source.source, source.folder]
+    if not isinstance(source, Path):
+        inputs += [file for file in source.files if isinstance(file, Path)]
     for given in filter(None, inputs):
         for place in {located(given), given.resolve()}:
             for target in {path, path.resolve()}:

@@ -10,14 +10,13 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor.documents import bounded_json
 from compressor.errors import BadInput, CompressorError
-from compressor.io.files import read_bytes_at, regular_file_size
+from compressor.io.files import AnyFile, read_bytes_at, regular_file_size
 from compressor.io.tensors import TensorInfo, TensorOnDisk, require_short_names
 
 _LENGTH_BYTES = 8
@@ -65,7 +64,7 @@ def looks_like_safetensors(head: bytes) -> bool:
     return length <= _HEADER_LIMIT and head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, TensorOnDisk], dict[str, str]]:
+def read_safetensors(path: AnyFile) -> tuple[dict[str, TensorOnDisk], dict[str, str]]:
     """Tensors (in the header's order) and metadata of a safetensors file, from its header alone.
 
     Everything that the format promises is checked: offsets inside the file, no overlap, no hole, sizes that
@@ -139,7 +138,7 @@ def layout(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tuple[by
     return prefix, {name: start + begin for name, begin in begins.items()}, start + position
 
 
-def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+def _parse_header(path: AnyFile, text: bytes) -> dict[str, Any]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         document = dict(pairs)
         if len(document) != len(pairs):
@@ -158,13 +157,13 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
+def _checked_metadata(path: AnyFile, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(map(_is_text, itertools.chain(*metadata.items()))):
         raise _malformed(path, "metadata that is not text by name")
     return metadata
 
 
-def _checked_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _checked_entry(path: AnyFile, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     def fail(why: str) -> BadInput:
         return _malformed(path, f"tensor {name!r} {why}")
 
@@ -181,7 +180,7 @@ def _checked_entry(path: Path, name: str, entry: object) -> tuple[torch.dtype, t
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         dtype_name = str(entry["dtype"])[:40]
         what = f"tensor {name!r} has the dtype {dtype_name!r}, which is not supported"
-        raise BadInput(what, where=path, remedy="convert it to one of " + ", ".join(DTYPES))
+        raise BadInput(what, where=str(path), remedy="convert it to one of " + ", ".join(DTYPES))
     dtype = DTYPES[entry["dtype"]]
     needed = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
@@ -203,10 +202,10 @@ def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(list(products))) if shape else ()
 
 
-def _malformed(path: Path, why: str) -> BadInput:
+def _malformed(path: AnyFile, why: str) -> BadInput:
     remedy = "download or export the file again"
-    return BadInput(f"is not a valid safetensors file: {why}", where=path, remedy=remedy)
+    return BadInput(f"is not a valid safetensors file: {why}", where=str(path), remedy=remedy)
 
 
-def _truncated(path: Path, why: str) -> BadInput:
-    return BadInput(f"is truncated: it {why}", where=path, remedy="download or copy the file again")
+def _truncated(path: AnyFile, why: str) -> BadInput:
+    return BadInput(f"is truncated: it {why}", where=str(path), remedy="download or copy the file again")

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from compressor.errors import BadInput
-from compressor.io.files import read_at
+from compressor.io.files import AnyFile, read_at
 
 LONGEST_NAME = 4096
 
 
-def require_short_names(names: Iterable[str], path: Path) -> None:
+def require_short_names(names: Iterable[str], path: AnyFile) -> None:
     """Refuse a file with a tensor name too long for screens, tables and patterns."""
     for name in names:
         if len(name) > LONGEST_NAME:
             what = f"has a tensor with a name of {len(name):,} characters ({name[:40]!r}...)"
-            raise BadInput(what, where=path, remedy=f"rename it, to {LONGEST_NAME:,} at most")
+            raise BadInput(what, where=str(path), remedy=f"rename it, to {LONGEST_NAME:,} at most")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -72,7 +71,7 @@ class TensorOnDisk:
     `offset` counts bytes from the start of the file, `strides` counts elements.
     """
 
-    file: Path
+    file: AnyFile
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]

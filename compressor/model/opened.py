@@ -17,7 +17,16 @@ from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights, is_record, read_kept
-from compressor.io import Checkpoint, TensorInfo, hub_model, local_model, open_checkpoint, refuse_adapter, refuse_fp8
+from compressor.io import (
+    Checkpoint,
+    RemoteModel,
+    TensorInfo,
+    hub_model,
+    local_model,
+    open_checkpoint,
+    refuse_adapter,
+    refuse_fp8,
+)
 from compressor.lowrank import (
     METADATA_KEY,
     Rewriting,
@@ -276,7 +285,7 @@ class ModelFiles:
 
 
 def open_model(
-    model: ModelLike,
+    model: ModelLike | RemoteModel,
     *,
     recipe: Sequence[TrainingRecipe | Path] = (),
     factory: Factory | None = None,
@@ -294,7 +303,7 @@ def open_model(
     Raises `BadInput` for a model that cannot be read, is an adapter, is quantized, or does not fit its architecture,
     and for a recipe or a pattern that cannot be used.
     """
-    given = uncompiled(local_model(model, revision))
+    given = model if isinstance(model, RemoteModel) else uncompiled(local_model(model, revision))
     if isinstance(given, nn.Module):
         given = with_effective_weights(given)
     # Each expert's matrices are layers of their own in memory too, as they are in the files of such models.
@@ -382,7 +391,7 @@ def load_model(model: ModelLike, factory: Factory | None = None, *, initial: Ini
 
 
 def _opened(
-    given: str | Path | nn.Module,
+    given: str | Path | nn.Module | RemoteModel,
     checkpoint: Checkpoint,
     *,
     architecture: Architecture | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,8 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     asked: list[str]
+    served: dict[str, int]
+    gives_parts: bool
     commits: list[list[dict[str, Any]]]
     created: list[dict[str, Any]]
     refuses_commits: bool
@@ -72,8 +75,15 @@ class Hub(BaseHTTPRequestHandler):
             self.answer([{"type": "file", "path": name, "size": 1, "oid": "0"} for name in self.pushed_to])
         elif path.startswith("/org/name/resolve/"):
             commit, _, name = path.removeprefix("/org/name/resolve/").partition("/")
-            content = self.files[name]
-            self.answer(content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
+            content, status = self.files[name], 200
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if asked is not None and self.gives_parts:
+                part, status = content[int(asked[1]) : int(asked[2]) + 1], 206
+            else:
+                part = content
+            if self.command == "GET":
+                self.served[name] = self.served.get(name, 0) + len(part)
+            self.answer(part, status, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=commit)
         else:
             self.answer({}, 404, X_Error_Code="RepoNotFound", X_Error_Message="no such repository")
 
@@ -112,6 +122,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         "modeling_evil.py": b"raise SystemExit",
     }
     state = {"files": files, "asked": [], "commits": [], "created": [], "refuses_commits": False, "pushed_to": ()}
+    state |= {"served": {}, "gives_parts": True}
     handler = type("OwnHub", (Hub,), state)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -213,6 +224,82 @@ def test_a_hub_that_does_not_answer_and_a_model_without_safetensors(
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="the hub cannot be asked for it"):
         local_model("org/elsewhere")
+
+
+def parts_of_a_model(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    """The files of a model in shards: a layer, an embedding that is not measured, and a norm."""
+    torch.manual_seed(1)
+    tensors = {
+        "fc.weight": torch.randn(48, 3) @ torch.randn(3, 40),
+        "emb.weight": torch.randn(500, 40),
+        "norm.weight": torch.ones(40),
+        "out.weight": torch.randn(30, 48),
+    }
+    placed = {name: names[number % len(names)] for number, name in enumerate(tensors)}
+    for file in names:
+        save_file({name: each for name, each in tensors.items() if placed[name] == file}, folder / file)
+    index = json.dumps({"metadata": {}, "weight_map": placed}).encode()
+    indices = {"model.safetensors.index.json": index} if len(names) > 1 else {}
+    return {**indices, **{file: (folder / file).read_bytes() for file in names}}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("model.safetensors",), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")],
+    ids=["file", "shards"],
+)
+def test_inspection_reads_headers_and_what_it_measures_and_keeps_no_weights(
+    hub: type[Hub], tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    del hub.files["model.safetensors"]
+    hub.files |= parts_of_a_model(tmp_path, names)
+    found = compressor.inspect("org/name")
+    served = {name: count for name, count in hub.served.items() if name.endswith(".safetensors")}
+    headers = sum(8 + int.from_bytes(hub.files[name][:8], "little") for name in names)
+    # The first bytes of a file are looked at for what often lies in the place of one.
+    looks = 2 * 512 * len(names)
+    measured = 4 * (48 * 40 + 30 * 48)
+    assert measured + headers <= sum(served.values()) <= measured + headers + looks
+    assert found.source == "org/name"
+    assert found.weight_bytes == sum(len(hub.files[name]) for name in names)
+    folder = next((tmp_path / "cache").glob("models--org--name/snapshots/*"))
+    assert not list(folder.glob("*.safetensors"))
+    for name in names:
+        (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).write_bytes(hub.files[name])
+    if len(names) > 1:
+        index = "model.safetensors.index.json"
+        (tmp_path / "whole" / index).write_bytes(hub.files[index])
+    expected = compressor.inspect(tmp_path / "whole")
+    assert [each.singular_values for each in found.layers] == [each.singular_values for each in expected.layers]
+
+
+def test_only_what_is_included_is_read(hub: type[Hub], tmp_path: Path) -> None:
+    hub.files |= parts_of_a_model(tmp_path, ("model.safetensors",))
+    compressor.inspect("org/name", include=["out"])
+    assert hub.served["model.safetensors"] < 4 * 30 * 48 + 2000
+
+
+def test_a_model_that_the_cache_has_is_read_there(hub: type[Hub]) -> None:
+    local_model("org/name")
+    hub.served.clear()
+    assert compressor.inspect("org/name").source == "org/name"
+    assert not hub.served
+
+
+def test_what_was_inspected_is_fetched_where_it_is_compressed(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor.inspect("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(BadInput, match="no whole copy in the cache"):
+        compressor.inspect("org/name")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert compressor.compress("org/name", keep=0.5, prefer="size").source == "org/name"
+
+
+def test_a_hub_that_gives_whole_files_alone_is_refused(hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:
+    hub.gives_parts = False
+    assert run(["inspect", "org/name", "-q"]) == 2
+    assert "org/name/model.safetensors: is not given in parts" in capsys.readouterr().err
 
 
 def test_a_path_that_exists_is_never_a_name_of_the_hub(hub: type[Hub], tmp_path: Path) -> None:
