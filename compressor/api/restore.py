@@ -22,7 +22,7 @@ from compressor.io.output import WEIGHT_FILES
 from compressor.lowrank import restored_artifact
 from compressor.model import Model, ModelLike, given_initial, open_runnable
 from compressor.model.opened import fitting_architecture
-from compressor.network import in_natural_order
+from compressor.network import in_natural_order, layer_name
 from compressor.report.fine_tune_card import applied_card
 from compressor.report.model_card import restored_card
 from compressor.results import BeforeAfter, Restoration
@@ -85,7 +85,7 @@ def restore(model: ModelLike, options: RestoreOptions | None = None, **given: Un
     return Restoration(
         source=opened.name,
         output=str(target.path),
-        layers=tuple(in_natural_order([*pairs, *opened.formed])),
+        layers=tuple(in_natural_order([*pairs, *opened.formed, *map(layer_name, opened.decoded)])),
         bytes=BeforeAfter(checkpoint.weight_bytes, made.bytes),
         seconds=time.monotonic() - started,
         not_copied=made.not_copied,
@@ -154,6 +154,6 @@ def _restored_from_archive(folder: Path, asked: RestoreOptions, started: float) 
 def _require_pairs(model: Model) -> None:
     """Refuse a model without low-rank layers."""
     where = model.checkpoint.source
-    if not model.pairs and not model.formed:
+    if not model.pairs and not model.formed and not model.decoded:
         remedy = "give a checkpoint that 'compress MODEL' wrote"
         raise BadInput("holds no low-rank layer", where=where, remedy=remedy)

@@ -18,7 +18,7 @@ from compressor.data import EvaluationData
 from compressor.engine import Run
 from compressor.evaluation import Quality, UniformQuantization, measure_quality
 from compressor.factorize import working_bytes
-from compressor.forms import DENSE, pair_name, quantization_of, stored_bytes, stored_parameters
+from compressor.forms import DENSE, pair_name, quantization_of
 from compressor.io import StoredTensor
 from compressor.lowrank import as_matrix, rewritten_module
 from compressor.model import Model, on_device
@@ -77,9 +77,9 @@ def _in_bits(m: MeasuredLayer, bits: int) -> LayerPlan:
     forms = [form for form in quantized_forms(layer, (bits,), settings=m.settings) if pair_name(form) == DENSE]
     if not forms or m.stays_dense is not None:
         return dense_plan(layer, f"it is not stored in {bits} bits")
-    form = min(forms, key=lambda form: int(stored_bytes(layer, form, 0, itemsize=m.itemsize)))
-    parameters = int(stored_parameters(layer, form, 0))
-    if parameters >= layer.parameters:
+    form = min(forms, key=lambda form: int(m.nbytes(form, 0)))
+    parameters = int(m.numbers(form, 0))
+    if parameters >= layer.stored_parameters:
         return dense_plan(layer, f"in {bits} bits it would not be smaller")
     return LayerPlan(layer.name, layer.shape, layer.kind, 0, form, parameters, 0.0, f"int{bits}")
 

@@ -134,6 +134,12 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.folder / "config.json",
             remedy="compress the dense model again",
         ) from None
+    if spec.source is not None:
+        raise BadInput(
+            "has layers that are stored as others quantized them, which the copied code does not read",
+            where=checkpoint.source,
+            remedy="export it with `to='dense'`, or give it as it is to those who have this package",
+        )
     # Anything else would be lost in the exported folder.
     if strange := sorted(key for key, value in described.items() if key not in spec.to_config() and value):
         raise BadInput(

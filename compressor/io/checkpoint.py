@@ -126,11 +126,14 @@ class Checkpoint:
         return self._stored[self.aliases.get(name, name)]
 
     def changed(self, tensors: Mapping[str, StoredTensor | None]) -> Checkpoint:
-        """The same with other tensors under some names of `tensors`, and without those under which there is None."""
+        """The same with other tensors under some names, and without those under which there is None."""
         stored = {**self._stored, **{name: each for name, each in tensors.items() if each is not None}}
+        names = dict.fromkeys((*self.tensors, *(name for name in tensors if name not in self.aliases)))
         infos = {
-            name: info if name not in tensors else TensorInfo(name, stored[name].shape, stored[name].dtype)
-            for name, info in self.tensors.items()
+            name: self.tensors[name]
+            if name not in tensors
+            else TensorInfo(name, stored[name].shape, stored[name].dtype)
+            for name in names
             if tensors.get(name, self) is not None
         }
         return replace(self, tensors=infos, _stored=stored)

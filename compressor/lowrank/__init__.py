@@ -10,7 +10,7 @@ from compressor.lowrank.artifacts import (
     restored_artifact,
     with_factors,
 )
-from compressor.lowrank.compressed_tensors import dequantized_checkpoint, is_compressed_tensors, quantized_targets
+from compressor.lowrank.compressed_tensors import is_compressed_tensors, quantized_targets
 from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script, with_effective_weights
 from compressor.lowrank.factored_parameter import FactoredWeight, can_be_pair, factored_parameters, put_factors
@@ -46,6 +46,7 @@ from compressor.lowrank.rewriting import (
     rewritten_numbers,
     rewritten_tensors,
 )
+from compressor.lowrank.sources import decoded_checkpoint, said_of_source
 from compressor.lowrank.spec import (
     CODE_CLASS_PREFIX,
     CODE_CONFIG_KEY,
@@ -99,11 +100,11 @@ __all__ = [
     "can_be_pair",
     "carry_over",
     "compressed_artifact",
+    "decoded_checkpoint",
     "dense_aliases",
     "dense_infos",
     "dense_tensors",
     "dense_weight",
-    "dequantized_checkpoint",
     "factored_parameters",
     "file_record",
     "filled_layer",
@@ -139,6 +140,7 @@ __all__ = [
     "rewritten_numbers",
     "rewritten_tensors",
     "role_of",
+    "said_of_source",
     "spec_of",
     "start_matrix",
     "stored_error",

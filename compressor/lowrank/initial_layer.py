@@ -22,7 +22,6 @@ from compressor.errors import BadInput
 from compressor.forms import FORMS, InitialForm, InitialLayer, StoredWeight, formed_in
 from compressor.initial import InitialWeights, initial_name, initial_tensor
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_in_range
-from compressor.lowrank.compressed_tensors import UnpackedTensor
 from compressor.lowrank.modules import carry_hooks, carry_over, carry_state_hooks, low_rank_layer, put_layer, tied_head
 from compressor.lowrank.spec import METADATA_KEY, InitialRecord, InitialTensor, LayerSpec, LowRankSpec
 from compressor.lowrank.stored_pairs import file_record, join, spec_of
@@ -238,9 +237,9 @@ def formed_checkpoint(checkpoint: Checkpoint, given: InitialWeights | None = Non
 
 
 def formed_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The layers whose dense weights are computed when they are read: from initial ones, or from integers."""
+    """The layers whose dense weights are computed from initial ones when they are read."""
     stored = (checkpoint.stored(name) for name in checkpoint.tensors)
-    return tuple(each.layer for each in stored if isinstance(each, FormedTensor | UnpackedTensor))
+    return tuple(each.layer for each in stored if isinstance(each, FormedTensor))
 
 
 def needs_initial(checkpoint: Checkpoint) -> bool:

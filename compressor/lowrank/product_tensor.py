@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from compressor.documents import text_mapping
+from compressor.encodings import encoded_in
 from compressor.errors import BadInput
 from compressor.factorize import FactorPair, PivotedPair, product_difference, product_norm, product_svd
 from compressor.forms import FORMS, GROUPED, SPATIAL, TRANSPOSED, DenseWeight, quantization_of
 from compressor.io import Checkpoint, StoredTensor, TensorInfo, require_finite
+from compressor.lowrank.sources import said_of_source
 from compressor.lowrank.spec import METADATA_KEY, LayerSpec, LowRankSpec
 from compressor.lowrank.stored_pairs import StoredPair, file_record, join, stored_name, stored_pairs
 from compressor.lowrank.tensor_format import DenseWeights, Factors, dense_aliases, dense_infos, stored_tensors
@@ -128,6 +130,7 @@ def multiplied_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
             stored[name] = checkpoint.stored(copied_from)
         tensors[name] = info
     record = file_record(checkpoint)
+    source = said_of_source(checkpoint) or None
     recorded = dense_aliases(checkpoint, pairs) | text_mapping(record.get("aliases"))
     aliases = {alias: name for alias, name in recorded.items() if name in tensors and alias not in tensors}
     without = {key: value for key, value in record.items() if key not in ("layers", "format_version")}
@@ -136,7 +139,7 @@ def multiplied_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         tensors=tensors,
         aliases=aliases,
         metadata={**checkpoint.metadata, METADATA_KEY: json.dumps(without, sort_keys=True)},
-        config=None if checkpoint.config is None else LowRankSpec({}).described(checkpoint.config),
+        config=None if checkpoint.config is None else LowRankSpec({}, source=source).described(checkpoint.config),
         _stored=stored,
     )
 
@@ -148,12 +151,13 @@ def product_in(checkpoint: Checkpoint, tensor: str) -> ProductTensor | None:
 
 
 def stored_infos(checkpoint: Checkpoint) -> list[TensorInfo]:
-    """The tensors that the files hold."""
+    """The tensors that the files hold, which are other ones for pairs and for what others quantized."""
     beside = _biases_of_pairs(checkpoint)
     found: list[TensorInfo] = []
     for name, info in checkpoint.tensors.items():
-        pair = product_in(checkpoint, name)
-        found += pair.infos if pair is not None else [] if name in beside else [info]
+        pair, encoded = product_in(checkpoint, name), encoded_in(checkpoint, name)
+        own = [] if name in beside else [info]
+        found += pair.infos if pair is not None else own if encoded is None else encoded.infos
     return found
 
 

@@ -16,11 +16,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compressor.forms import from_initial
+from compressor.lowrank.encoded_modules import PutEncoded, encoded_in_files, put_encoded
 from compressor.lowrank.initial_layer import PutLayer, form_layers, put_initial
 from compressor.lowrank.modules import put_pair
 from compressor.lowrank.restoring import restored_module
+from compressor.lowrank.sources import without_source
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
-from compressor.network import SeparateExperts
+from compressor.network import SeparateExperts, fuse_experts
 from compressor.network.conversions import merged_experts, name_conversions, without_merges
 from compressor.network.experts import separable_experts, separate_experts
 
@@ -58,11 +60,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        layers = self.quantization_config.spec.layers
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> Any:
+        spec = self.quantization_config.spec
+        layers = spec.layers
         prefix = f"{model.base_model_prefix}."
         # The names are those of the class that was compressed, with a head or without, and so with the prefix or not.
-        if any(f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers):
+        if spec.source is not None or any(
+            f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers
+        ):
             separate_experts(model)
         modules = dict(model.named_modules())
         self._initial: dict[str, PutLayer] = {}
@@ -74,15 +81,24 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 else:
                     put_pair(model, place, layer.form, rank=layer.rank)
                 _spare_initialization(model, place.rpartition(".")[0])
+        self._encoded: list[PutEncoded] = []
+        if spec.source is not None:
+            own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.bfloat16)
+            self._encoded = put_encoded(model, encoded_in_files(checkpoint_files or [], spec.source, own))
         self._names = set(model.state_dict())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         spec = self.quantization_config.spec
-        if not spec.from_initial:
+        for each in self._encoded:
+            each.fill()
+        if self._encoded:
+            fuse_experts(model)
+        if not spec.from_initial and spec.source is None:
             return model
-        form_layers(model, self._initial, spec)
-        others = spec.without_initial()
+        if spec.from_initial:
+            form_layers(model, self._initial, spec)
+        others = without_source(spec.without_initial())
         if others.layers:
             self.quantization_config.spec = others
         else:

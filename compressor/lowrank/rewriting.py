@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compressor.encodings import encoded_in
 from compressor.engine import Run
 from compressor.factorize import Decomposition, decompose, working_bytes
 from compressor.forms import FORMS, InitialLayer, from_initial
@@ -22,6 +23,7 @@ from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_
 from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
 from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
 from compressor.lowrank.product_tensor import ProductTensor, product_in, squeezed
+from compressor.lowrank.sources import source_left
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
 from compressor.lowrank.stored_pairs import join
 from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, pair_infos, written
@@ -72,7 +74,8 @@ class Rewriting:
         specs |= {name: pair.spec for name, pair in kept.items()}
         layers = {layer.name: specs[layer.name] for layer in self.layers if layer.name in specs} if kept else specs
         written = {layer.name: layer for layer, plan in self.factorized if from_initial(plan.form)}
-        return LowRankSpec(layers, initial_record(written, self.initial))
+        source = source_left(self.checkpoint, self.passed_through)
+        return LowRankSpec(layers, initial_record(written, self.initial), source=source)
 
     @property
     def spec_of_modules(self) -> LowRankSpec:
@@ -120,13 +123,19 @@ def rewritten_infos(rewriting: Rewriting) -> list[TensorInfo]:
 
 def _passed_infos(rewriting: Rewriting, name: str) -> list[TensorInfo]:
     """A tensor that is copied as it is, or those that are stored for it."""
-    pair = product_in(rewriting.checkpoint, name)
+    pair, encoded = (find(rewriting.checkpoint, name) for find in (product_in, encoded_in))
+    if encoded is not None:
+        return encoded.infos
     return [rewriting.info(name)] if pair is None else pair.infos
 
 
 def rewritten_numbers(rewriting: Rewriting) -> int:
     """How many numbers the compressed checkpoint has, a quantized one counted as one."""
     numbers = sum(info.elements for info in rewritten_infos(rewriting))
+    for name in rewriting.passed_through:
+        if encoded_in(rewriting.checkpoint, name) is not None:
+            parts = sum(info.elements for info in _passed_infos(rewriting, name))
+            numbers += rewriting.info(name).elements - parts
     for layer, plan in rewriting.factorized:
         if plan.quantization is not None and plan.rank is not None:
             stored = pair_infos(layer, plan, rewriting.info(layer.tensor).dtype, bias=None)
@@ -148,6 +157,9 @@ def rewritten_tensors(
             continue
         if (pair := product_in(rewriting.checkpoint, name)) is not None:
             yield from ((each, part.read()) for each, part in pair.parts.items())
+            continue
+        if (encoded := encoded_in(rewriting.checkpoint, name)) is not None:
+            yield from ((part.name, part.stored.read()) for part in encoded.stored)
             continue
         tensor = read(name)
         if is_weight(name) or name.endswith("bias"):

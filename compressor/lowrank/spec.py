@@ -20,7 +20,9 @@ from compressor.network import Kind
 from compressor.quantize import Quantization
 from compressor.version import VERSION
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# The format of models with quantized layers, of which no other is stored as the source's was.
+_FORMAT_OF_INTEGERS = 3
 # The formats of models without quantized layers, and without layers in forms of what training wrote either.
 _FORMAT_OF_INITIAL = 2
 _FORMAT_OF_PAIRS = 1
@@ -150,11 +152,13 @@ class LowRankSpec:
     """The low-rank layers of a model, by name, and where the initial weights of those come from that have a share.
 
     `dense` are the linear layers that stay as they are, as far as they are known: compressed-tensors lists them.
+    `source` is the `quantization_config` of what was compressed, where other layers are still stored by it.
     """
 
     layers: Mapping[str, LayerSpec]
     initial: InitialRecord | None = None
     dense: tuple[str, ...] = field(default=(), compare=False)
+    source: Mapping[str, Any] | None = None
 
     def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
         """The same layers under other names."""
@@ -162,7 +166,7 @@ class LowRankSpec:
         if initial is not None:
             initial = replace(initial, tensors={name(old): each for old, each in initial.tensors.items()})
         layers = {name(old): layer for old, layer in self.layers.items()}
-        return LowRankSpec(layers, initial, tuple(map(name, self.dense)))
+        return LowRankSpec(layers, initial, tuple(map(name, self.dense)), self.source)
 
     @property
     def from_initial(self) -> dict[str, LayerSpec]:
@@ -172,7 +176,7 @@ class LowRankSpec:
     def without_initial(self) -> LowRankSpec:
         """The other layers."""
         layers = {name: layer for name, layer in self.layers.items() if name not in self.from_initial}
-        return LowRankSpec(layers, dense=self.dense)
+        return LowRankSpec(layers, dense=self.dense, source=self.source)
 
     @property
     def is_compressed_tensors(self) -> bool:
@@ -181,13 +185,15 @@ class LowRankSpec:
         Experts are none of its layers: transformers has them in one parameter, and would leave them at random.
         """
         packed = (layer.is_packed_linear and not _EXPERT.search(name) for name, layer in self.layers.items())
-        return bool(self.layers) and all(packed)
+        return bool(self.layers) and self.source is None and all(packed)
 
     def to_dict(self) -> dict[str, Any]:
         quantized = any(layer.quantization is not None for layer in self.layers.values())
-        written_in = FORMAT_VERSION if quantized else _FORMAT_OF_INITIAL if self.initial else _FORMAT_OF_PAIRS
+        written_in = _FORMAT_OF_INTEGERS if quantized else _FORMAT_OF_INITIAL if self.initial else _FORMAT_OF_PAIRS
         layers = {name: layer.to_dict() for name, layer in self.layers.items()}
         said: dict[str, Any] = {"format_version": written_in, "layers": layers}
+        if self.source is not None:
+            said |= {"format_version": FORMAT_VERSION, "source_quantization": dict(self.source)}
         return said if self.initial is None else said | {"initial": self.initial.to_dict()}
 
     def to_config(self) -> dict[str, Any]:
@@ -226,7 +232,8 @@ class LowRankSpec:
         if CODE_CONFIG_KEY in config:
             described.pop("auto_map", None)
             described["architectures"] = [name.removeprefix(CODE_CLASS_PREFIX) for name in config["architectures"]]
-        return described | ({"quantization_config": self.to_config()} if self.layers else {})
+        stored_otherwise = self.layers or self.source is not None
+        return described | ({"quantization_config": self.to_config()} if stored_otherwise else {})
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> LowRankSpec:
@@ -250,7 +257,10 @@ class LowRankSpec:
                 raise ValueError(f"it does not say which layers are low-rank: {name}: {error}") from None
         initial = None if document.get("initial") is None else InitialRecord.from_dict(document["initial"])
         dense = document.get("dense")
-        spec = cls(found, initial, tuple(map(str, dense)) if isinstance(dense, list) else ())
+        source = document.get("source_quantization")
+        if source is not None and not isinstance(source, Mapping):
+            raise ValueError("it does not say how the layers are stored that it left alone")
+        spec = cls(found, initial, tuple(map(str, dense)) if isinstance(dense, list) else (), source)
         known = () if initial is None else initial.tensors.keys()
         if missing := next((name for name in spec.from_initial if name not in known), None):
             raise ValueError(f"it does not say what the initial weights of {missing} are")

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor.data.preprocessing import read_config
 from compressor.errors import BadInput, first_line
-from compressor.lowrank import LowRankSpec, is_compressed_tensors
+from compressor.lowrank import METADATA_KEY, LowRankSpec, is_compressed_tensors
 
 FACTORY_FORM = "use package.module:name or path/to/file.py:name"
 
@@ -96,17 +96,18 @@ def load_transformers(folder: Path) -> nn.Module:
 
 
 def _packed_config(folder: Path, model_class: Any) -> dict[str, Any]:
-    """The configuration of a folder of integers and scales, with which our own layers hold them; {} for another folder.
+    """The configuration of a folder that is quantized, with which our own layers hold its tensors; {} for another one.
 
-    By its own, compressed-tensors would make dense layers of them when they run.
+    The loaders of others want libraries or devices of their own, and compressed-tensors would make dense layers of
+    integers when they run.
     """
-    described = read_config(folder)
-    if not is_compressed_tensors(described):
+    said = read_config(folder).get("quantization_config")
+    if not isinstance(said, Mapping) or said.get("quant_method") == METADATA_KEY:
         return {}
-    try:
-        spec = LowRankSpec.from_config(described["quantization_config"])
-    except ValueError:  # of others, who name classes of layers
-        return {}
+    spec = LowRankSpec({}, source=said)
+    if is_compressed_tensors({"quantization_config": said}):
+        with suppress(ValueError):  # of others, who name classes of layers
+            spec = LowRankSpec.from_config(said)
     config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     config.quantization_config = spec.to_own_config()
     return {"config": config}

@@ -81,7 +81,7 @@ def inspect_layers(
             recipe=recipe.of_parameter(layer.tensor),
             epsilon=epsilon,
             init_std=initial_standard_deviation(layer, architecture),
-            precision=None if layer.stored is not None else _precision(layer, decomposing),
+            precision=None if layer.is_pair else _precision(layer, decomposing),
             kept=kept is not None,
             start=starts.get(layer.name),
             quantized=tuple((quantized or {}).get(layer.name, ())),
@@ -189,7 +189,7 @@ def _spectra(asked: _Measurement) -> tuple[dict[str, NDArray[np.float64]], Decom
         )
     if isinstance(asked.weight, ProductTensor):
         values = product_svd(asked.weight.factors()).spectrum
-    apart = [form for form in pair_forms(layer) if form.has_own_errors and layer.stored is None]
+    apart = [form for form in pair_forms(layer) if form.has_own_errors and not layer.is_pair]
     own = {form.name: form.own_values(weight) for form in apart}
     written = None
     if asked.start is not None and asked.initial is not None:
@@ -282,6 +282,15 @@ def measured_layers(
     return measured
 
 
+def _stored(layer: Layer) -> dict[str, Any]:
+    """How a layer is stored that is not dense, as an inspection says it."""
+    if layer.stored is None:
+        return {}
+    if layer.encoding is not None:
+        return {"stored": {"encoding": layer.encoding, "bytes": layer.stored.nbytes}}
+    return {"stored": {"form": layer.stored.form, "rank": layer.stored.rank}}
+
+
 @dataclass(frozen=True)
 class InspectedLayer:
     """What was measured of one layer; a skipped layer has nothing but its `layer.skip`."""
@@ -329,5 +338,5 @@ class InspectedLayer:
             "initialization": self.initialization.to_dict() if self.initialization else None,
             "singular_values": list(self.singular_values) if self.singular_values is not None else None,
             **({"quantized": quantized} if quantized else {}),
-            **({} if layer.stored is None else {"stored": {"form": layer.stored.form, "rank": layer.stored.rank}}),
+            **_stored(layer),
         } | {f"{form}_values": None if values is None else list(values) for form, values in own.items()}

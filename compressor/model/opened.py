@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
+from compressor.encodings import encoded_in, encoded_names
 from compressor.errors import BadInput
 from compressor.initial import InitialWeights, is_record, read_kept
 from compressor.io import (
@@ -31,8 +32,8 @@ from compressor.lowrank import (
     METADATA_KEY,
     Rewriting,
     StoredPair,
+    decoded_checkpoint,
     dense_infos,
-    dequantized_checkpoint,
     formed_checkpoint,
     formed_layers,
     initial_given,
@@ -55,6 +56,7 @@ from compressor.model.training import training_recipe
 from compressor.network import (
     Architecture,
     Layer,
+    StoredAs,
     architecture_mismatch,
     find_layers,
     module_architecture,
@@ -204,6 +206,11 @@ class Model:
         return formed_layers(self.checkpoint)
 
     @cached_property
+    def decoded(self) -> tuple[str, ...]:
+        """The tensors that others quantized, whose values are decoded when they are read."""
+        return encoded_names(self.checkpoint)
+
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """What prepares data for it."""
         folder = self.checkpoint.directory
@@ -310,12 +317,13 @@ def open_model(
     separate = with_separate_experts(given) if isinstance(given, nn.Module) else given
     checkpoint = open_checkpoint(separate)
     refuse_adapter(checkpoint)
+    checkpoint = decoded_checkpoint(checkpoint, packed=compressed == "as stored")
     refuse_fp8(checkpoint)
     _refuse_quantized(checkpoint, packed=compressed == "as stored")
     if compressed != "as stored":
         _refuse_compressed(checkpoint, pairs=compressed == "as dense")
     stored = checkpoint
-    checkpoint = formed_checkpoint(dequantized_checkpoint(checkpoint))
+    checkpoint = formed_checkpoint(checkpoint)
     if compressed == "as dense":
         checkpoint = multiplied_checkpoint(checkpoint)
     architecture = (
@@ -335,7 +343,10 @@ def open_model(
 
 
 def _with_pair(layer: Layer, checkpoint: Checkpoint) -> Layer:
-    """The layer with the pair that it is already; one whose rank cannot be lowered is left alone, for that reason."""
+    """The layer with what it is stored as; a pair whose rank cannot be lowered is left alone, for that reason."""
+    if (encoded := encoded_in(checkpoint, layer.tensor)) is not None:
+        numbers = -(-encoded.nbytes // encoded.dtype.itemsize)
+        return replace(layer, stored=StoredAs(None, None, numbers, encoded.nbytes, encoded.decoder.words))
     pair = product_in(checkpoint, layer.tensor)
     return layer if pair is None else replace(layer, stored=pair.stored_as, skip=layer.skip or pair.obstacle)
 
@@ -355,7 +366,7 @@ def open_runnable(
     """
     given = uncompiled(local_model(model, revision))
     start = None if initial is None else given_initial(initial, factory=factory)
-    checkpoint = formed_checkpoint(dequantized_checkpoint(open_checkpoint(given)), start)
+    checkpoint = formed_checkpoint(decoded_checkpoint(open_checkpoint(given), packed=True), start)
     architecture = None
     if isinstance(given, nn.Module):
         architecture = module_architecture(given)
@@ -535,7 +546,7 @@ def _require_architecture(checkpoint: Checkpoint, factory: Factory | None) -> No
 def _refuse_quantized(checkpoint: Checkpoint, *, packed: bool) -> None:
     """Refuse a model that others quantized, unless integers that are `packed` may be opened."""
     quantization = (checkpoint.config or {}).get("quantization_config")
-    if quantization is None:
+    if quantization is None or encoded_names(checkpoint):
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if method == METADATA_KEY:
@@ -630,7 +641,7 @@ def given_initial(
         if is_record(source):
             numbers = None if like is None else like.checkpoint.elements
             return read_kept(source, numbers)
-        checkpoint = open_checkpoint(local_model(source))
+        checkpoint = decoded_checkpoint(open_checkpoint(local_model(source)))
         architecture = like.architecture if like is not None else known_architecture(checkpoint, factory)
         return InitialWeights.from_checkpoint(checkpoint, architecture)
     except BadInput as error:

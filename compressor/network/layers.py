@@ -60,12 +60,16 @@ _LARGEST_KERNEL = 15
 
 @dataclass(frozen=True)
 class StoredAs:
-    """That a layer is low-rank already: the form and rank of its pair, and the numbers and bytes that it takes."""
+    """How a layer is stored that is not dense: the numbers and bytes that it takes.
 
-    form: str
-    rank: int
+    `form` and `rank` are those of the pair that it is already; None where others quantized it, by the `encoding`.
+    """
+
+    form: str | None
+    rank: int | None
     numbers: int
     nbytes: int
+    encoding: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,7 +94,7 @@ class Layer:
         head: The output head in the model that is tied to an embedding, and changes with it.
         parameter: The name of the weight in the module.
         places: Further names in the model of the same module.
-        stored: The pair that it is in a model that is compressed already; None where it is dense.
+        stored: What it is in a model that is compressed already, or that others quantized; None where it is dense.
         groups: How many parts of the channels a convolution keeps apart.
     """
 
@@ -124,13 +128,23 @@ class Layer:
 
     @property
     def stored_parameters(self) -> int:
-        """The numbers that it takes as it is: those of its matrix, or of the pair that it is already."""
+        """The numbers of its dtype that it takes as it is: those of its matrix, or of what it is stored as."""
         return self.parameters if self.stored is None else self.stored.numbers
 
     @property
     def block_shape(self) -> tuple[int, int]:
         """The sides of the matrix of one group, of which the smaller is the largest rank; without groups its own."""
         return self.shape[0] // self.groups, self.shape[1]
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it is a pair already."""
+        return self.stored is not None and self.stored.form is not None
+
+    @property
+    def encoding(self) -> str | None:
+        """How others quantized it, in words; None where they did not."""
+        return None if self.stored is None else self.stored.encoding
 
     @property
     def eligible(self) -> bool:

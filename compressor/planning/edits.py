@@ -198,5 +198,6 @@ def _apply_edit(edit: LayerPlan, m: MeasuredLayer, *, where: str, remedy: str) -
         error=float(m.errors(form)[edit.rank]),
         latency=None,
         before=None if layer.stored is None else layer.stored.numbers,
+        encoding=layer.encoding,
         share=(m.start.share if edit.share is None else edit.share) if initial and m.start is not None else None,
     )

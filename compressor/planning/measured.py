@@ -231,7 +231,7 @@ def forms_alike(layer: Layer, request: FormRequest) -> list[str]:
 
 def most_bytes(m: MeasuredLayer) -> float:
     """The largest size in bytes at which a pair is worth having two products; what is a pair already has them."""
-    if m.layer.stored is not None:
+    if m.layer.stored is not None and m.layer.is_pair:
         return m.layer.stored.nbytes - 1
     return (1 - m.settings.least_layer_saving) * m.nbytes(DENSE, 0)
 
@@ -269,15 +269,18 @@ def layer_plan(measured: MeasuredLayer, rank: int, form: str, *, reason: str) ->
         return dense_plan(layer, f"{stored_as(form, rank)} ({reason}) would not be faster on {device}")
     error = float(measured.errors(form)[rank])
     share = measured.start.share if measured.start is not None and from_initial(form) else None
-    before = None if layer.stored is None else layer.stored.numbers
     return LayerPlan(
-        layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason, share=share, before=before
+        *(layer.name, layer.shape, layer.kind, rank, form, parameters, error, reason),
+        share=share,
+        before=None if layer.stored is None else layer.stored.numbers,
+        encoding=layer.encoding,
     )
 
 
 def exceeds_stored(layer: Layer, form: str, rank: int) -> bool:
     """Whether a rank is larger than that of the pair that a layer is already."""
-    return layer.stored is not None and quantization_of(form) is None and rank > layer.stored.rank
+    own = None if layer.stored is None else layer.stored.rank
+    return own is not None and quantization_of(form) is None and rank > own
 
 
 def predicted_loss(measured: Sequence[MeasuredLayer], layers: Sequence[LayerPlan]) -> float:

@@ -38,7 +38,9 @@ class LayerPlan:
         reason: Why this rank, in words.
         latency: Seconds of the layer in each workload, dense and as it was chosen; None where speed was not asked for.
         share: The share of its initial weights that a layer in a form of what training wrote still has; None in others.
-        before: The numbers that it stores in a model that is compressed already, where it is a pair there; else None.
+        before: The numbers that it stores in a model where it is not dense: a pair already, or quantized by others, in
+            numbers of the same bytes; else None.
+        encoding: How others quantized it, in words; None where they did not.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerPlan:
     latency: tuple[WorkloadLatency, ...] | None = None
     share: float | None = None
     before: int | None = None
+    encoding: str | None = None
 
     @property
     def parameters_before(self) -> int:
@@ -78,10 +81,11 @@ class LayerPlan:
         own = asdict(self) | {"shape": list(self.shape), "form": pair_name(self.form)}
         quantized = {} if self.quantization is None else self.quantization.to_dict()
         document = {name: own.pop(name) for name in ("name", "shape", "kind", "rank", "form")} | quantized | own
-        latency, share, before = (document.pop(name) for name in ("latency", "share", "before"))
+        latency, share, before, encoding = (document.pop(name) for name in ("latency", "share", "before", "encoding"))
         document |= {} if latency is None else {"latency": list(latency)}
         document |= {} if share is None else {"share": share}
-        return document if before is None else document | {"before": before}
+        document |= {} if before is None else {"before": before}
+        return document if encoding is None else document | {"encoding": encoding}
 
 
 # What a calibrated loss is in: of models that predict classes or tokens, and of all others.
@@ -162,7 +166,7 @@ class Plan(DisplayedLayers):
     @property
     def squeezed(self) -> int:
         """How many layers are pairs already in the model that was compressed."""
-        return sum(layer.before is not None for layer in self.layers)
+        return sum(layer.before is not None and layer.encoding is None for layer in self.layers)
 
     @property
     def rewritten(self) -> int:
@@ -231,7 +235,8 @@ class Plan(DisplayedLayers):
 
 def dense_plan(layer: Layer, reason: str) -> LayerPlan:
     """The plan of a layer that stays as it is."""
-    before = None if layer.stored is None else layer.stored.numbers
     return LayerPlan(
-        layer.name, layer.shape, layer.kind, None, DENSE, layer.stored_parameters, 0.0, reason, before=before
+        *(layer.name, layer.shape, layer.kind, None, DENSE, layer.stored_parameters, 0.0, reason),
+        before=None if layer.stored is None else layer.stored.numbers,
+        encoding=layer.encoding,
     )

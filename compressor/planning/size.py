@@ -99,7 +99,8 @@ def _dense_reason(m: MeasuredLayer, choices: LayerChoices) -> str:
     if m.latency is not None and len(choices.forms) == 1:
         measured = ", as was measured" if m.latency.measured else ""
         return f"every pair that saves bytes would be slower, or hardly faster, on {m.latency.profile.name}{measured}"
-    return f"keeping {'it dense' if m.layer.stored is None else 'its rank'} is worth its size"
+    kept = "its rank" if m.layer.is_pair else "it dense" if m.layer.stored is None else "it as it is"
+    return f"keeping {kept} is worth its size"
 
 
 def chosen_within(

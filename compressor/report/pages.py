@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,9 +116,13 @@ def compression_page(compression: Compression) -> Page:
 
 
 def _pairs_facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    stored = [each.layer.stored for each in inspection.layers if each.layer.stored is not None]
+    encodings = Counter(each.layer.encoding for each in inspection.layers if each.layer.encoding is not None)
+    for encoding, count in encodings.most_common():
+        yield "stored", f"{count} layer{'s' * (count > 1)} in {encoding}, read as the numbers that it stands for"
+    kept = [each.layer.stored.rank for each in inspection.layers if each.layer.stored is not None]
+    stored = [rank for rank in kept if rank is not None]
     if stored:
-        low, high = min(each.rank for each in stored), max(each.rank for each in stored)
+        low, high = min(stored), max(stored)
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         layers = "layer is" if len(stored) == 1 else "layers are"
         yield "already", f"{len(stored)} {layers} low-rank already, of {ranks}"

@@ -22,6 +22,7 @@ ROOMS = (
         "initial",
         "factorize",
         "quantize",
+        "encodings",
         "latency",
         "forms",
         "planning",

@@ -203,7 +203,7 @@ def test_what_cannot_be_exported_so(small_llama: Path, tmp_path: Path) -> None:
         ({"layers": {"a": {"rank": 3, "form": "diagonal", "kind": "linear"}}}, "a: there is no low-rank form"),
         (
             {"format_version": 99},
-            "low-rank format 99, and this version of compressor reads formats up to 3: upgrade it",
+            "low-rank format 99, and this version of compressor reads formats up to 4: upgrade it",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressor import BadInput, compress, restore
+from compressor import restore
 from compressor.lowrank.compressed_tensors import (
     compressed_tensors_config,
     quantized_targets,
@@ -122,5 +122,3 @@ def test_what_others_quantized_is_restored(scheme: dict[str, Any], method: str, 
     for name, weight in dense.items():
         torch.testing.assert_close(stored[name], weight, rtol=0, atol=1e-7)
     assert "quantization_config" not in json.loads((tmp_path / "restored" / "config.json").read_text())
-    with pytest.raises(BadInput, match=r"quantized already \(compressed-tensors\)"):
-        compress(tmp_path / "quantized", output=tmp_path / "small", keep=0.6, calibration="none")

@@ -1,0 +1,118 @@
+"""Tiny models as others store them, each with the tensors that its stored ones stand for.
+
+The tensors are computed here, number by number where that is simple, and not by the package.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Stored = tuple[dict[str, Tensor], Tensor]
+"""What is stored of a matrix, by the ends of names, and what it stands for."""
+Quantize = Callable[[Tensor], Stored]
+
+SIZES = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def llama(**said: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | said))
+
+
+def qwen3_moe() -> Any:
+    sizes = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | sizes))
+
+
+def deepseek_v3() -> Any:
+    config = transformers.DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4},
+        **{"moe_intermediate_size": 48, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 24},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def dense_folder(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Save a model of random weights; return the tensors of its file."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for each in model.parameters():
+            if each.dim() > 1:
+                each.normal_(std=0.08)
+    model.to(dtype).eval().save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def is_linear(name: str) -> bool:
+    return re.search(r"(_proj|_proj_with_mqa|_[ab]_proj|gate_up_proj)\.weight$", name) is not None
+
+
+def store(
+    folder: Path, quantize: Quantize, said: Mapping[str, Any], *, where: Callable[[str], bool] = is_linear
+) -> Path:
+    """Quantize the matrices of a folder, in place: `NAME.weight` becomes the tensors that stand for it.
+
+    Returns a folder of what they stand for.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    stored, dense = {}, {}
+    for name, tensor in tensors.items():
+        if not where(name):
+            stored[name] = dense[name] = tensor
+            continue
+        parts, values = quantize(tensor.to(torch.float32))
+        stored |= {f"{name.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
+        dense[name] = values.to(tensor.dtype).contiguous()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": dict(said)}))
+    twin = folder.with_name(f"{folder.name}-means")
+    twin.mkdir()
+    save_file(dense, twin / "model.safetensors", metadata={"format": "pt"})
+    (twin / "config.json").write_text(json.dumps(config))
+    return twin
+
+
+def float8_blocks(matrix: Tensor, side: int = 32, dtype: torch.dtype = torch.float8_e4m3fn) -> Stored:
+    """Blocks of `side x side` of eight-bit floats, those at the edges smaller."""
+    rows, columns = matrix.shape
+    values = torch.zeros(matrix.shape).to(dtype)
+    scales = torch.zeros(-(-rows // side), -(-columns // side))
+    means = torch.zeros(matrix.shape)
+    for row in range(scales.shape[0]):
+        for column in range(scales.shape[1]):
+            part = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+            scales[row, column] = matrix[part].abs().max() / torch.finfo(dtype).max
+            values[part] = (matrix[part] / scales[row, column]).to(dtype)
+            means[part] = values[part].to(torch.float32) * scales[row, column]
+    return {"weight": values, "weight_scale_inv": scales}, means
+
+
+def float8_rows(matrix: Tensor) -> Stored:
+    scale = matrix.abs().amax(1, keepdim=True) / 448
+    values = (matrix / scale).to(torch.float8_e4m3fn)
+    return {"weight": values, "weight_scale": scale}, values.to(torch.float32) * scale
+
+
+def float8_tensor(matrix: Tensor) -> Stored:
+    scale = matrix.abs().max() / torch.finfo(torch.float8_e5m2).max
+    values = (matrix / scale).to(torch.float8_e5m2)
+    return {"weight": values, "weight_scale": scale, "input_scale": torch.ones(())}, values.to(torch.float32) * scale
+
+
+FLOAT8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+FLOAT8 = {"quant_method": "fp8", "activation_scheme": "static"}
