@@ -163,6 +163,10 @@ class FineTune:
             rounding of the fine-tune to the dtype that it is stored in; no rank is spent on it.
         shares: How much of the base is left in each matrix that became a pair, by the layer's name: as the recipe
             predicts, as fitted, and as used.
+        rounding_shares: The same share of the difference of each matrix that changed and can have a pair, by the
+            layer's name.
+        only_rounding: Those of these layers whose difference is all rounding, as far as can be told.
+        vocabulary: How many tokens the base has and the fine-tune; None where these are as many.
     """
 
     base: str
@@ -175,6 +179,9 @@ class FineTune:
     verified_with: str | None
     rounding_share: float
     shares: Mapping[str, BaseShare]
+    rounding_shares: Mapping[str, float] = field(default_factory=dict)
+    only_rounding: tuple[str, ...] = ()
+    vocabulary: BeforeAfter | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def evaluate(model: ModelLike, options: EvaluateOptions | None = None, **given: 
     """
     asked = EvaluateOptions.of(options, given)
     device = resolve_device(asked.device)
-    opened = with_base(open_runnable(model, asked.factory, initial=asked.initial), asked.base, asked.factory)
+    opened = with_base(open_runnable(model, asked.factory, initial=asked.initial), asked.base, asked.factory, runs=True)
     baseline = asked.baseline
     reference = None if baseline is None else open_runnable(baseline, asked.factory, initial=asked.initial)
     require_use(asked, opened, reference)

@@ -99,7 +99,11 @@ def compress_fine_tune(model: Model, base: Model, asked: CompressOptions) -> Com
         skipped=tuple(layer for layer in changes.layers if not layer.eligible),
         spectra={m.layer.name: m.singular_values for m in changes.measured},
         model=module if kind == "module" else None,
-        fine_tune=_fine_tune(adaptation, stored, base=base.name, verified_with=verified),
+        fine_tune=replace(
+            _fine_tune(adaptation, stored, base=base.name, verified_with=verified),
+            rounding_shares={m.layer.name: m.rounding_share for m in changes.measured},
+            only_rounding=changes.only_rounding,
+        ),
         bits=widths_of(quantized),
     )
     return replace(compression, warnings=warning_words(compression))
@@ -120,6 +124,7 @@ def finish_adapter(made: Output, adapter: Adapter, *, name: str, errors: Mapping
 
 def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, verified_with: str | None) -> FineTune:
     difference, adapter = adaptation.difference, stored.adapter
+    added = difference.vocabulary
     return FineTune(
         base=base,
         base_bytes=difference.base.weight_bytes,
@@ -135,6 +140,7 @@ def _fine_tune(adaptation: Adaptation, stored: StoredChanges, *, base: str, veri
         verified_with=verified_with,
         rounding_share=difference.rounding_share(layer.tensor for layer, _ in adaptation.paired),
         shares=adaptation.shares,
+        vocabulary=None if added is None else BeforeAfter(added.before, added.after),
     )
 
 

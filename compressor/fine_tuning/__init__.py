@@ -8,6 +8,7 @@ from compressor.fine_tuning.apply import (
     is_difference,
     materialize_fine_tune,
     opened_fine_tune,
+    require_no_more_tokens,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "is_difference",
     "materialize_fine_tune",
     "opened_fine_tune",
+    "require_no_more_tokens",
 ]

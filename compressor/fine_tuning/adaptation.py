@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -195,8 +196,9 @@ def adapted_module(
     `module_name` maps names of the checkpoint to names of the module's state. The layers of the base keep their
     weights, multiplied by the share of them that is left.
     """
-    module = base
-    difference = adaptation.difference
+    module, difference = base, adaptation.difference
+    if difference.vocabulary is not None:
+        _extend_vocabulary(module, difference.vocabulary.after, where=difference.tuned.source)
     replaced = {}
     for name in adaptation.in_full:
         in_module = module_name(name)
@@ -240,3 +242,15 @@ def adapted_module(
         remove_call_hooks(dense)
         module = put_layer(module, layer.module, adapted)
     return module
+
+
+def _extend_vocabulary(module: nn.Module, tokens: int, *, where: Path | None) -> None:
+    """Give a transformers model rows for tokens that were added, whose values are filled in later."""
+    resize = getattr(module, "resize_token_embeddings", None)
+    if resize is None:
+        raise BadInput(
+            "tokens were added to it, and its base cannot be given rows for them",
+            where=where,
+            remedy="give a base with as many tokens as the fine-tune",
+        )
+    resize(tokens, mean_resizing=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from compressor.fine_tuning.adaptation import Adaptation
 from compressor.fine_tuning.adapter import UNCHANGED, Adapter, adaptable_layers, adapter_of, require_pairs
 from compressor.fine_tuning.difference import Difference
 from compressor.forms import quantization_of
-from compressor.io import Artifact, Checkpoint, TensorInfo, require_in_range
+from compressor.io import Artifact, Checkpoint, TensorInfo, portable_config, require_in_range
 from compressor.io.tensors import StoredTensor
 from compressor.lowrank import LowRankSpec, StoredPair, file_record, multiplied, spec_of, stored_pairs
 from compressor.lowrank.stored_pairs import damaged
@@ -79,9 +79,16 @@ def materialize_fine_tune(stored: Checkpoint, base: Model) -> Checkpoint:
         tensors[pair.tensors["weight"]] = _Materialized(stored, pair, start, _share(spec, pair.name), dtype)
     infos = {name: TensorInfo(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     for name, info in infos.items():
-        if name not in start.tensors or start.tensors[name].shape != info.shape:
+        whole = name in own.values()
+        if name not in start.tensors or not _fits(info, start.tensors[name], extended=whole):
             raise BadInput(f"has no tensor {name} of that shape", where=start.source, remedy=_REMEDY)
     return replace(start, tensors=infos, _stored=tensors)
+
+
+def _fits(info: TensorInfo, base: TensorInfo, *, extended: bool) -> bool:
+    """Whether a tensor has the shape that it has in the base; what is stored in full may have rows of added tokens."""
+    longer = extended and bool(info.shape) and bool(base.shape) and info.shape[0] > base.shape[0]
+    return info.shape == base.shape or (longer and info.shape[1:] == base.shape[1:])
 
 
 def opened_fine_tune(stored: Checkpoint, base: Model) -> Model:
@@ -95,7 +102,11 @@ def opened_fine_tune(stored: Checkpoint, base: Model) -> Model:
 
 
 def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Artifact:
-    """The dense fine-tune that `materialize_fine_tune` gives, with what goes along from the folder of its base."""
+    """The dense fine-tune that `materialize_fine_tune` gives, with what goes along from the folder of its base.
+
+    Where tokens were added the configuration counts them; the tokenizer is that of the base, which lacks them.
+    """
+    counts = _tokens(tuned, base)
     return Artifact(
         form=base.form,
         infos=list(tuned.tensors.values()),
@@ -103,7 +114,40 @@ def applied_artifact(tuned: Checkpoint, base: Checkpoint, shard_size: int) -> Ar
         metadata={"format": "pt"},
         shard_size=shard_size if base.folder is not None else None,
         companions_of=base,
+        documents=lambda: {} if base.config is None or not counts else {"config.json": _counting(base.config, counts)},
     )
+
+
+def _tokens(tuned: Checkpoint, base: Checkpoint) -> set[tuple[int, int]]:
+    """How many rows the tensors of a base have, and those of its fine-tune, where these have more."""
+    return {
+        (base.tensors[name].shape[0], info.shape[0])
+        for name, info in tuned.tensors.items()
+        if name in base.tensors and info.shape != base.tensors[name].shape
+    }
+
+
+def require_no_more_tokens(tuned: Checkpoint, base: Checkpoint, *, stored: Checkpoint) -> None:
+    """Refuse a fine-tune with more tokens than the base whose architecture is used for it."""
+    if counts := _tokens(tuned, base):
+        [(before, after), *_] = sorted(counts)
+        raise BadInput(
+            f"has {after - before} more tokens than its base",
+            where=stored.source,
+            remedy="make the fine-tune of both first, with 'compress restore FILE --base ORIGINAL'",
+        )
+
+
+def _counting(config: Mapping[str, Any], counts: Collection[tuple[int, int]]) -> dict[str, Any]:
+    """A configuration with other sizes of the vocabulary, also of a part that is a language model."""
+    sizes = dict(counts)
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: changed(name, each) for name, each in value.items()}
+        return sizes.get(value, value) if key == "vocab_size" and isinstance(value, int) else value
+
+    return portable_config({key: changed(key, value) for key, value in config.items()})
 
 
 def adapter_of_file(stored: Checkpoint, base: Model) -> Adapter:
@@ -112,6 +156,7 @@ def adapter_of_file(stored: Checkpoint, base: Model) -> Adapter:
     Raises `BadInput` where the pairs were made for a part of the base, or for modules that are not known.
     """
     tuned, start = materialize_fine_tune(stored, base), base.with_ties().checkpoint
+    require_no_more_tokens(tuned, start, stored=stored)
     pairs, spec = stored_pairs(stored), spec_of(stored)
     if quantized := [pair.name for pair in pairs.values() if quantization_of(pair.form) is not None]:
         raise BadInput(

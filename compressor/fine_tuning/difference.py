@@ -43,6 +43,39 @@ class _Subtracted:
         return tuned.sub_(base, alpha=self.share)
 
 
+@dataclass(frozen=True, eq=False)
+class _Extended:
+    """A tensor of the base with rows of zeros behind its own: those of tokens that the fine-tune has added."""
+
+    stored: StoredTensor
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.stored.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def region(self) -> Hashable:
+        return self
+
+    def read(self) -> Tensor:
+        known = self.stored.read()
+        return torch.cat([known, known.new_zeros(self.rows - len(known), *known.shape[1:])])
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many tokens the base has and the fine-tune, and the tensors that have a row for each."""
+
+    before: int
+    after: int
+    tensors: frozenset[str]
+
+
 @dataclass(frozen=True)
 class BaseShare:
     """How much of the base is left in a matrix of its fine-tune: `W_T = share * W_0 + what fine-tuning wrote`.
@@ -65,6 +98,7 @@ class Difference:
     `checkpoint` holds the differences of the floating-point tensors under the fine-tune's names: `W_T - share * W_0`,
     where `shares` says how much of the base is left in each changed matrix, if that is not all zeros. `rounding` says
     for each changed matrix what of the difference is the rounding of the fine-tune to the dtype that it is stored in.
+    Of a fine-tune with more tokens than its base, `vocabulary` names the tensors that have more rows.
     """
 
     tuned: Checkpoint
@@ -73,6 +107,12 @@ class Difference:
     shares: Mapping[str, BaseShare]
     checkpoint: Checkpoint
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
+    vocabulary: Vocabulary | None = None
+
+    @property
+    def extended(self) -> frozenset[str]:
+        """The tensors that have more rows than in the base; a pair cannot stand for what is added to nothing."""
+        return frozenset() if self.vocabulary is None else self.vocabulary.tensors
 
     def share(self, name: str) -> float:
         """The share of the base that a tensor's difference is to: one of all that are no changed matrix."""
@@ -98,12 +138,14 @@ def compare_checkpoints(
     Each matrix gets the share of the base that weight decay has left in it, `p_T` of
     `compressor.measure.memory_window`, if the `recipe` tells it and the rest is smaller for it: then only
     `W_T - p_T W_0` is of the rank that training wrote. With `to_all` the differences are to all of the base.
-    Raises `BadInput` when both are not of one architecture, or hold NaN.
+    Tensors may have more rows than in the base, the same number all: those of tokens that were added. Raises `BadInput`
+    when both are not of one architecture, or hold NaN.
     """
     refuse_adapter(tuned)
     refuse_adapter(base)
     refuse_fp8(base)
-    _require_one_architecture(tuned, base)
+    vocabulary = _require_one_architecture(tuned, base)
+    base = _extended(base, vocabulary)
     _require_same_ties(tuned, base)
     changed: set[str] = set()
     shares: dict[str, BaseShare] = {}
@@ -115,7 +157,8 @@ def compare_checkpoints(
         require_finite(name, old, base.source)
         if not torch.equal(new.to(torch.float64), old.to(torch.float64)):
             changed.add(name)
-            if info.dtype.is_floating_point and len(info.shape) >= 2:
+            extended = vocabulary is not None and name in vocabulary.tensors
+            if info.dtype.is_floating_point and len(info.shape) >= 2 and not extended:
                 share = _base_share(new, old, recipe.of_parameter(name), to_all=to_all)
                 if share is not None:
                     shares[name] = share
@@ -128,7 +171,17 @@ def compare_checkpoints(
         raise BadInput("does not differ from its base", where=tuned.source, remedy="give the model that was fine-tuned")
     tensors = {name: tuned.tensors[name] for name in stored}
     differences = replace(tuned, tensors=tensors, metadata={}, _stored=stored)
-    return Difference(tuned, base, frozenset(changed), shares, differences, rounded)
+    return Difference(tuned, base, frozenset(changed), shares, differences, rounded, vocabulary)
+
+
+def _extended(base: Checkpoint, vocabulary: Vocabulary | None) -> Checkpoint:
+    """The base with as many tokens as the fine-tune."""
+    if vocabulary is None:
+        return base
+    names = {base.aliases.get(name, name) for name in vocabulary.tensors}
+    longer = {name: _Extended(base.stored(name), vocabulary.after) for name in names}
+    infos = {name: TensorInfo(name, each.shape, each.dtype) for name, each in longer.items()}
+    return replace(base, tensors={**base.tensors, **infos}, _stored={**base._stored, **longer})
 
 
 def _base_share(new: Tensor, old: Tensor, recipe: TrainingRecipe, *, to_all: bool) -> BaseShare | None:
@@ -150,7 +203,8 @@ def _norm(new: Tensor, old: Tensor, share: float) -> float:
     return float(_subtracted(new, old, share).norm())
 
 
-def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:
+def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> Vocabulary | None:
+    """How the vocabulary was extended, if it was; `BadInput` where anything else is not as it is in the base."""
     remedy = "give the model that the fine-tuning started from, saved with the same head"
     for key in ("model_type", "architectures"):
         said = [(checkpoint.config or {}).get(key) for checkpoint in (tuned, base)]
@@ -162,18 +216,38 @@ def _require_one_architecture(tuned: Checkpoint, base: Checkpoint) -> None:
         if missing := [name for name in ours if name not in theirs]:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BadInput(f"{what} {missing[0]}{more}", where=tuned.source, remedy=remedy)
+    vocabulary = _vocabulary(*names)
     for name, info in names[0].items():
         other = names[1][name]
-        if info.shape != other.shape:
+        if info.shape != other.shape and (vocabulary is None or name not in vocabulary.tensors):
             sides = [" x ".join(map(str, each.shape)) or "one number" for each in (info, other)]
-            vocabulary = len(info.shape) == 2 == len(other.shape) and info.shape[1] == other.shape[1]
+            rows = len(info.shape) == 2 == len(other.shape) and info.shape[1] == other.shape[1]
             raise BadInput(
                 f"{name} is {sides[0]}, and in its base {sides[1]}",
                 where=tuned.source,
-                remedy="save the base with the same vocabulary (resize_token_embeddings)" if vocabulary else remedy,
+                remedy="save the fine-tune with the vocabulary of its base (resize_token_embeddings)"
+                if rows and info.shape[0] < other.shape[0]
+                else remedy,
             )
         if info.dtype.is_floating_point != other.dtype.is_floating_point:
             raise BadInput(f"{name} is of another kind of numbers in its base", where=tuned.source, remedy=remedy)
+    return vocabulary
+
+
+def _vocabulary(tuned: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> Vocabulary | None:
+    """Where tensors have more rows than in the base, as many each, and are as wide; None where any other one differs.
+
+    One of them at least is a matrix: the embedding.
+    """
+    other = {name: info for name, info in tuned.items() if info.shape != base[name].shape}
+    shapes = [(info.shape, base[name].shape) for name, info in other.items()]
+    if not any(len(ours) == 2 for ours, _ in shapes) or any(not ours or not theirs for ours, theirs in shapes):
+        return None
+    rows = {(theirs[0], ours[0]) for ours, theirs in shapes}
+    if len(rows) > 1 or any(ours[1:] != theirs[1:] for ours, theirs in shapes):
+        return None
+    [(before, after)] = rows
+    return Vocabulary(before, after, frozenset(other)) if after > before else None
 
 
 def _require_same_ties(tuned: Checkpoint, base: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,16 @@ class Changes:
         base = self.difference.base
         return None if base.source is None else base.digest()
 
+    @property
+    def only_rounding(self) -> tuple[str, ...]:
+        """The layers whose difference is all rounding, as far as can be told."""
+        known = self.difference.rounding
+        return tuple(
+            m.layer.name
+            for m in self.measured
+            if m.layer.tensor in known and known[m.layer.tensor].explains(float(m.singular_values[0]))
+        )
+
     def adaptation(self, planned: tuple[LayerPlan, ...], budget: Budget) -> Adaptation:
         """The pairs of a plan, and all else that changed."""
         by = Plan(self.subject.name, self.subject.digest, budget, planned, self.advice)
@@ -107,15 +117,10 @@ def measured_changes(
     if kind == "adapter":
         layers = adaptable_layers(difference, subject.architecture, layers)
     forms = {name: tuple(each for each in own if pair_name(each) in _FORMS) for name, own in quantized.items()}
+    _require_eligible(layers, subject.name)
     changed = replace(subject, checkpoint=difference.checkpoint, layers=layers)
     inspected = inspect_layers(changed, EPSILON, run, quantized=forms)
     measured = measured_differences(subject, inspected, difference)
-    if not measured:
-        raise BadInput(
-            "no layer that changed is eligible",
-            where=subject.name,
-            remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
-        )
     return Changes(
         kind=kind,
         subject=subject,
@@ -126,6 +131,16 @@ def measured_changes(
         base_name=portable_name(base.name),
         provenance=provenance,
     )
+
+
+def _require_eligible(layers: Sequence[Layer], name: str) -> None:
+    """Refuse a difference that no pair can stand for, before any of it is decomposed."""
+    if not any(layer.eligible for layer in layers):
+        raise BadInput(
+            "no layer that changed is eligible",
+            where=name,
+            remedy="see why with 'compress inspect MODEL', and widen `include` or narrow `exclude`",
+        )
 
 
 def planned_adaptation(changes: Changes, budget: Budget | None, given: Plan | str | Path | None) -> Adaptation:
@@ -191,9 +206,11 @@ def stored_changes(
 
 
 def changed_or_skipped(layer: Layer, difference: Difference) -> Layer:
-    """The layer, skipped where it is that of the base, and where differences have no pairs."""
+    """The layer, skipped where it is that of the base, has rows that the base has not, or can have no pair here."""
     if layer.tensor not in difference.changed:
         return replace(layer, skip=layer.skip or UNCHANGED)
+    if layer.tensor in difference.extended:
+        return replace(layer, skip=layer.skip or "tokens were added to it, and it is stored in full")
     return layer if layer.groups == 1 else replace(layer, skip=layer.skip or f"{layer.groups} groups")
 
 

@@ -29,6 +29,14 @@ class Rounding:
     share: float
     edge: float
 
+    def explains(self, largest: float) -> bool:
+        """Whether a difference with this largest singular value is rounding, as far as anybody can tell.
+
+        It is nine tenths of the norm, and no singular value stands clearly above the edge, which holds for many
+        independent errors: few that are far apart exceed it a little.
+        """
+        return self.share >= 0.9 and largest <= 1.5 * self.edge
+
 
 def rounding(stored: Tensor, difference: Tensor) -> Rounding:
     """Estimate the rounding to the dtype of `stored` in `difference`, which is `stored` minus an exact start, in

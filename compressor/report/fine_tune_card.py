@@ -75,6 +75,8 @@ def adapter_card(
         )
         for layer in layers
     )
+    tokens = difference.vocabulary
+    resized = () if tokens is None else (f"base.resize_token_embeddings({tokens.after})",)
     parts = [
         f"# {plain_text(name)}",
         f"What {code(tuned)} adds to {code(base)}, as a LoRA adapter: low-rank pairs for {len(layers)} of its"
@@ -83,6 +85,7 @@ def adapter_card(
         python_block(
             "import peft, transformers",
             f"base = transformers.{architecture_of(config)}.from_pretrained({json.dumps(base)}{at})",
+            *resized,
             f"model = peft.PeftModel.from_pretrained(base, {json.dumps(name)})",
         ),
         f"{_peft_words(adapter, verified_with)} {vllm}",

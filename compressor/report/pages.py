@@ -32,6 +32,7 @@ from compressor.report.wording import (
     BITS_NOTE,
     SEARCH_HEADERS,
     above_one_words,
+    added_tokens_words,
     archive_initial_words,
     archive_window_words,
     base_share_words,
@@ -177,6 +178,8 @@ def _base_facts(compression: Compression) -> Iterator[tuple[str, str]]:
         yield "share", words
     if words := rounding_words(fine_tune.rounding_share):
         yield "rounding", words
+    if (tokens := fine_tune.vocabulary) is not None:
+        yield "tokens", added_tokens_words(tokens)
     if fine_tune.verified_with is not None:
         yield "PEFT", f"{fine_tune.verified_with} loads it and reproduces every change"
     elif fine_tune.max_lora_rank is not None and compression.output is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressor.io.training_state import LeftOut
     from compressor.planning import Budget, CalibrationResult, DropSearch, LayerPlan, Plan
     from compressor.recipe import TrainingRecipe
-    from compressor.results import Archiving, Compression, Needs
+    from compressor.results import Archiving, BeforeAfter, Compression, FineTune, Needs
 
 
 def shortened(name: str, width: int) -> str:
@@ -181,6 +181,14 @@ def rounding_words(share: float) -> str:
         return ""
     explained = format_percent(share)
     return f"explains {explained} of the difference of the paired matrices (Frobenius norm), and gets no rank"
+
+
+def added_tokens_words(tokens: BeforeAfter) -> str:
+    """That the fine-tune has more tokens than its base."""
+    return (
+        f"{tokens.after - tokens.before:,} more than the {tokens.before:,} of the base; matrices with a row for each"
+        " are stored in full"
+    )
 
 
 def recipe_words(recipe: TrainingRecipe) -> str:
@@ -393,6 +401,7 @@ def warning_words(compression: Compression) -> tuple[str, ...]:
         unchanged_words(plan.layers, written=compression.output is not None),
         missed_share_words(compression),
         _growth_words(compression),
+        noise_words(compression.fine_tune),
     ]
     if evaluation is not None:
         found.append(larger_drop_words(evaluation, plan.budget))
@@ -409,6 +418,21 @@ def unchanged_words(layers: Sequence[LayerPlan], *, written: bool) -> str | None
     if written:
         return "no layer was factorized; the output holds the same weights"
     return "no layer would be factorized; the output would hold the same weights"
+
+
+def noise_words(fine_tune: FineTune | None) -> str | None:
+    """That the differences of some matrices are no more than rounding; None where all stand above it."""
+    noise = () if fine_tune is None else fine_tune.only_rounding
+    if fine_tune is None or not noise:
+        return None
+    left = len(noise) - 1
+    others = (
+        "" if not left else " and of all others" if left + 1 == len(fine_tune.rounding_shares) else f" and {left} more"
+    )
+    return (
+        f"the difference of {one_line(noise[0])}{others} is no more than rounding to the stored dtype makes where"
+        " nothing was learned: it has full rank, and a pair keeps nothing of use; compare in the dtype of the training"
+    )
 
 
 def missed_share_words(compression: Compression) -> str | None:

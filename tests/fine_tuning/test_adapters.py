@@ -335,13 +335,13 @@ def test_what_does_not_fit_is_refused(llama: Path, tmp_path: Path, capsys: pytes
         return folder
 
     def more_words(tensors: Any, config: Any) -> None:
-        config["vocab_size"] = 61
+        config["vocab_size"] = 61  # more than the fine-tune has
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
 
     tuned = llama / "all"
     assert "does not differ from its base" in refused(llama / "base", variant("same", lambda tensors, config: None))
-    assert "same vocabulary" in refused(tuned, variant("vocabulary", more_words))
+    assert "with the vocabulary of its base" in refused(tuned, variant("vocabulary", more_words))
     assert "the base lacks" in refused(tuned, variant("missing", lambda tensors, _: tensors.pop("model.norm.weight")))
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     assert "a mistral" in refused(tuned, variant("other", lambda _, config: config.update(mistral)))
