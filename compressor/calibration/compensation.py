@@ -496,18 +496,19 @@ def _calls(
 ) -> dict[str, list[_Call]]:
     """The calls of layers during a run of the model, or of a part of it, which ends when all were called `once`."""
     calls: dict[str, list[_Call]] = {place: [] for place in layers}
-    routes: dict[nn.Module, Tensor] = {}
+    routes: dict[nn.Module, list[Tensor]] = {}
     experts = _experts_of(model, layers)
 
     def note(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], *, place: str) -> None:
         x = (arguments[0] if arguments else next(iter(named.values()))).detach().clone()
         own = experts.get(place)
-        calls[place].append(_Call(x, None if own is None else torch.where(routes[own.mixture] == own.number)[0]))
+        calls[place].append(_Call(x, None if own is None else routes[own.mixture][own.number]))
         if once and all(calls.values()):
             raise _AllCalled
 
     def note_routes(mixture: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        routes[mixture] = arguments[1] if len(arguments) > 1 else named["top_k_index"]
+        assert isinstance(mixture, SeparateExperts)
+        routes[mixture] = mixture.tokens(*arguments, **named)
 
     with ExitStack() as stack:
         for mixture in {each.mixture for each in experts.values()}:
@@ -531,9 +532,9 @@ def _experts_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
     found = {}
     for mixture in model.modules():
         if isinstance(mixture, SeparateExperts):
-            for number, expert in mixture.named_children():
+            for number, expert in enumerate(mixture.experts):
                 own = (places[module] for module in expert.modules() if module in places)
-                found.update(dict.fromkeys(own, _Expert(mixture, int(number))))
+                found.update(dict.fromkeys(own, _Expert(mixture, number)))
     return found
 
 

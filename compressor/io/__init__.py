@@ -25,6 +25,7 @@ from compressor.io.companions import (
 )
 from compressor.io.hub import RemoteModel, hub_model, local_model, remote_model
 from compressor.io.output import Naming, Target, check_output, checked_target, form_of
+from compressor.io.stacks import Stack
 from compressor.io.staging import note_file, staged_file, staged_folder
 from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory
 from compressor.io.workspace import Workspace, temporary_workspace
@@ -55,6 +56,7 @@ __all__ = [
     "SafetensorsWriter",
     "Shard",
     "ShardedWriter",
+    "Stack",
     "StoredTensor",
     "Target",
     "TensorInMemory",

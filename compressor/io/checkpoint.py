@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from compressor.io.foreign import HEAD, refuse_foreign, refuse_foreign_in
 from compressor.io.hub import RemoteModel, hub_model, local_model
 from compressor.io.remote_file import RemoteFile
 from compressor.io.safetensors_file import looks_like_safetensors, read_safetensors
+from compressor.io.stacks import Stack
 from compressor.io.tensors import StoredTensor, TensorInfo, TensorInMemory, bytes_of
 from compressor.io.torch_file import LEGACY_MAGIC, ZIP_MAGIC, read_torch_file, without_wrapper_prefixes
 from compressor.io.training_state import LeftOut, of_an_optimizer
@@ -83,6 +85,8 @@ class Checkpoint:
         left_out: What the files hold beside the weights: the state of an optimizer, an EMA copy.
         training: The plain values that a torch file holds beside the weights: settings, counters, the groups of an
             optimizer.
+        stacks: Tensors of the files that hold several layers. In `tensors` are their parts, and `read` takes the name
+            of the whole too.
 
     Example:
         >>> checkpoint = compressor.open_checkpoint("model.safetensors")
@@ -101,6 +105,7 @@ class Checkpoint:
     weights_at: str = ""
     left_out: tuple[LeftOut, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    stacks: tuple[Stack, ...] = ()
 
     def __repr__(self) -> str:
         size = format_size(sum(info.nbytes for info in self.tensors.values()))
@@ -137,6 +142,31 @@ class Checkpoint:
             if tensors.get(name, self) is not None
         }
         return replace(self, tensors=infos, _stored=stored)
+
+    def taken_apart(self, stacks: Sequence[Stack]) -> Checkpoint:
+        """The same with the parts of some tensors in the places of these."""
+        parts = {stack.tensor: stack.parts(self._stored[stack.tensor]) for stack in stacks}
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            own = parts.get(name)
+            tensors |= {name: info} if own is None else _infos(own)
+        stored = {**self._stored, **{name: each for own in parts.values() for name, each in own.items()}}
+        return replace(self, tensors=tensors, _stored=stored, stacks=(*self.stacks, *stacks))
+
+    def stacked(self, stacks: Sequence[Stack], wholes: Checkpoint) -> Checkpoint:
+        """The same, knowing the tensors that hold several of its own, which another checkpoint has."""
+        own = {stack.tensor: wholes._stored[stack.tensor] for stack in stacks}
+        return replace(self, _stored={**self._stored, **own}, stacks=(*self.stacks, *stacks))
+
+    @cached_property
+    def wholes(self) -> dict[str, TensorInfo]:
+        """Name, shape and dtype of the tensors that hold several of its own, by name."""
+        return _infos({stack.tensor: self._stored[stack.tensor] for stack in self.stacks})
+
+    @cached_property
+    def held_by(self) -> dict[str, str]:
+        """The name of the tensor that holds others in the files of the original, by the names of these."""
+        return {name: stack.tensor for stack in self.stacks for name in stack.names()}
 
     def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored tensor with its name, one at a time."""
@@ -189,6 +219,10 @@ class Checkpoint:
                 read_at(path, offset, block)
                 digest.update(block)
         return digest.hexdigest()
+
+
+def _infos(stored: Mapping[str, StoredTensor]) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(name, each.shape, each.dtype) for name, each in stored.items()}
 
 
 def open_checkpoint(model: str | Path | torch.nn.Module | RemoteModel) -> Checkpoint:

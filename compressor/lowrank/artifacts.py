@@ -34,6 +34,7 @@ from compressor.lowrank.rewriting import (
     rewritten_tensors,
 )
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
+from compressor.lowrank.stacked import put_together_infos, stacks_of
 from compressor.lowrank.stored_pairs import StoredPair, file_record
 from compressor.lowrank.tensor_format import dense_aliases, dense_infos, dense_tensors, pair_infos
 from compressor.progress import Progress
@@ -162,7 +163,9 @@ def restored_artifact(
     progress: Progress | None = None,
 ) -> Artifact:
     """The dense model that a compressed checkpoint with these pairs stands for; a file as torch writes it, if asked."""
-    planned = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    stacks = stacks_of(checkpoint)
+    parts = {name: info for name, (info, _) in dense_infos(checkpoint, pairs).items()}
+    planned = put_together_infos(checkpoint, parts, stacks)
     # Names that the metadata note as tied are stored in no safetensors file: its loader has them from the module.
     noted = {} if torch_file else checkpoint.metadata
     recorded = dense_aliases(checkpoint, pairs) | text_mapping(file_record(checkpoint).get("aliases"))
@@ -172,7 +175,7 @@ def restored_artifact(
         copies.setdefault(name, []).append(alias)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs), start=1):
+        for done, (name, tensor) in enumerate(dense_tensors(checkpoint, pairs, stacks), start=1):
             yield name, tensor
             for alias in copies.get(name, ()):
                 yield alias, tensor

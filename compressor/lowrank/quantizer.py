@@ -23,7 +23,7 @@ from compressor.lowrank.restoring import restored_module
 from compressor.lowrank.sources import without_source
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
 from compressor.network import SeparateExperts, fuse_experts
-from compressor.network.conversions import merged_experts, name_conversions, without_merges
+from compressor.network.conversions import makes_experts, name_conversions, without_merges
 from compressor.network.experts import separable_experts, separate_experts
 
 
@@ -67,9 +67,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         layers = spec.layers
         prefix = f"{model.base_model_prefix}."
         # The names are those of the class that was compressed, with a head or without, and so with the prefix or not.
-        if spec.source is not None or any(
-            f".{experts}." in f".{prefix}{name}" for experts in separable_experts(model) for name in layers
-        ):
+        layouts = separable_experts(model)
+        named = any(f".{experts}." in f".{prefix}{name}" for experts in layouts for name in layers)
+        of_source = spec.source is not None and any(layout.apart_in_files for layout in layouts.values())
+        if named or spec.stacks or of_source:
             separate_experts(model)
         modules = dict(model.named_modules())
         self._initial: dict[str, PutLayer] = {}
@@ -118,15 +119,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.device("meta"):
             architecture = type(model)(config)
         architecture.tie_weights()
-        if any(isinstance(module, SeparateExperts) for module in model.modules()):
+        apart = [name for name, module in model.named_modules() if isinstance(module, SeparateExperts)]
+        if apart:
             separate_experts(architecture)
         model = restored_module(model, architecture, dtype)
         if dtype not in (None, own):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         used = getattr(model, "_weight_conversions", None)  # in loading, which are reversed in saving
-        if used is not None and not any(merged_experts(conversion) for conversion in used):
-            model._weight_conversions = used + [each for each in name_conversions(model) if merged_experts(each)]
+        if used is not None and apart and not any(makes_experts(each, apart) for each in used):
+            model._weight_conversions = used + [each for each in name_conversions(model) if makes_experts(each, apart)]
         return model
 
 

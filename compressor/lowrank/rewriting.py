@@ -25,6 +25,7 @@ from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_l
 from compressor.lowrank.product_tensor import ProductTensor, product_in, squeezed
 from compressor.lowrank.sources import source_left
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
+from compressor.lowrank.stacked import stacks_of
 from compressor.lowrank.stored_pairs import join
 from compressor.lowrank.tensor_format import Factors, as_matrix, factorize, pair_infos, written
 from compressor.measure import Precision
@@ -75,7 +76,19 @@ class Rewriting:
         layers = {layer.name: specs[layer.name] for layer in self.layers if layer.name in specs} if kept else specs
         written = {layer.name: layer for layer, plan in self.factorized if from_initial(plan.form)}
         source = source_left(self.checkpoint, self.passed_through)
-        return LowRankSpec(layers, initial_record(written, self.initial), source=source)
+        # Those of a model that is compressed already are in it.
+        stacks = self.checkpoint.stacks if self._taken_apart else stacks_of(self.checkpoint)
+        return LowRankSpec(layers, initial_record(written, self.initial), source=source, stacks=stacks)
+
+    @property
+    def _taken_apart(self) -> bool:
+        """Whether the layers are stored by themselves that the files of the original hold in one tensor.
+
+        All of them are where one is factorized: a model has all of its experts apart, or none.
+        """
+        layers = {each.name: each for each in self.layers}
+        moved = {layers[each.name].tensor for each in self.plan.layers if each.rank is not None}
+        return not moved.isdisjoint(self.checkpoint.held_by)
 
     @property
     def spec_of_modules(self) -> LowRankSpec:
@@ -97,12 +110,20 @@ class Rewriting:
         untied = moved - {layer.tensor for layer, _ in self.factorized if layer.head is not None}
         untied -= {name for layer, _ in self.factorized if layer.places for name in (layer.tensor, layer.bias)}
         left = [name for name in self.checkpoint.tensors if name not in moved and name not in of_kept]
+        if not self._taken_apart:
+            left = self._together(left)
         return left + [
             alias for alias, name in self.checkpoint.aliases.items() if name in untied and alias not in moved
         ]
 
+    def _together(self, names: list[str]) -> list[str]:
+        """Some tensors with those that hold several in the places of the first of these."""
+        return list(dict.fromkeys(self.checkpoint.held_by.get(name, name) for name in names))
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor of the original checkpoint by any of its names."""
+        if (whole := self.checkpoint.wholes.get(name)) is not None:
+            return whole
         return replace(self.checkpoint.tensors[self.checkpoint.aliases.get(name, name)], name=name)
 
 

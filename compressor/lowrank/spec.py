@@ -15,13 +15,15 @@ from typing import Any, get_args
 
 from compressor.forms import DENSE, FORMS, pair_name, quantization_of, quantized_name
 from compressor.initial import Draws, Fingerprint
+from compressor.io import Stack
 from compressor.lowrank.compressed_tensors import METHOD, compressed_tensors_config, quantized_targets
 from compressor.network import Kind
 from compressor.quantize import Quantization
 from compressor.version import VERSION
 
 FORMAT_VERSION = 4
-# The format of models with quantized layers, of which no other is stored as the source's was.
+# The format of models with quantized layers, of which no other is stored as the source's was, and which were not in one
+# tensor.
 _FORMAT_OF_INTEGERS = 3
 # The formats of models without quantized layers, and without layers in forms of what training wrote either.
 _FORMAT_OF_INITIAL = 2
@@ -153,12 +155,15 @@ class LowRankSpec:
 
     `dense` are the linear layers that stay as they are, as far as they are known: compressed-tensors lists them.
     `source` is the `quantization_config` of what was compressed, where other layers are still stored by it.
+    `stacks` are the tensors of the original, by their names in its files, that held several layers which are stored by
+    themselves here.
     """
 
     layers: Mapping[str, LayerSpec]
     initial: InitialRecord | None = None
     dense: tuple[str, ...] = field(default=(), compare=False)
     source: Mapping[str, Any] | None = None
+    stacks: tuple[Stack, ...] = ()
 
     def renamed(self, name: Callable[[str], str]) -> LowRankSpec:
         """The same layers under other names."""
@@ -166,7 +171,7 @@ class LowRankSpec:
         if initial is not None:
             initial = replace(initial, tensors={name(old): each for old, each in initial.tensors.items()})
         layers = {name(old): layer for old, layer in self.layers.items()}
-        return LowRankSpec(layers, initial, tuple(map(name, self.dense)), self.source)
+        return LowRankSpec(layers, initial, tuple(map(name, self.dense)), self.source, self.stacks)
 
     @property
     def from_initial(self) -> dict[str, LayerSpec]:
@@ -176,7 +181,7 @@ class LowRankSpec:
     def without_initial(self) -> LowRankSpec:
         """The other layers."""
         layers = {name: layer for name, layer in self.layers.items() if name not in self.from_initial}
-        return LowRankSpec(layers, dense=self.dense, source=self.source)
+        return LowRankSpec(layers, dense=self.dense, source=self.source, stacks=self.stacks)
 
     @property
     def is_compressed_tensors(self) -> bool:
@@ -185,7 +190,7 @@ class LowRankSpec:
         Experts are none of its layers: transformers has them in one parameter, and would leave them at random.
         """
         packed = (layer.is_packed_linear and not _EXPERT.search(name) for name, layer in self.layers.items())
-        return bool(self.layers) and self.source is None and all(packed)
+        return bool(self.layers) and self.source is None and not self.stacks and all(packed)
 
     def to_dict(self) -> dict[str, Any]:
         quantized = any(layer.quantization is not None for layer in self.layers.values())
@@ -194,6 +199,8 @@ class LowRankSpec:
         said: dict[str, Any] = {"format_version": written_in, "layers": layers}
         if self.source is not None:
             said |= {"format_version": FORMAT_VERSION, "source_quantization": dict(self.source)}
+        if self.stacks:
+            said |= {"format_version": FORMAT_VERSION, "stacks": [stack.to_dict() for stack in self.stacks]}
         return said if self.initial is None else said | {"initial": self.initial.to_dict()}
 
     def to_config(self) -> dict[str, Any]:
@@ -260,7 +267,16 @@ class LowRankSpec:
         source = document.get("source_quantization")
         if source is not None and not isinstance(source, Mapping):
             raise ValueError("it does not say how the layers are stored that it left alone")
-        spec = cls(found, initial, tuple(map(str, dense)) if isinstance(dense, list) else (), source)
+        stacks = document.get("stacks", [])
+        if not isinstance(stacks, list):
+            raise ValueError("it does not say which layers the original held in one tensor")
+        spec = cls(
+            found,
+            initial,
+            tuple(map(str, dense)) if isinstance(dense, list) else (),
+            source,
+            tuple(map(Stack.from_dict, stacks)),
+        )
         known = () if initial is None else initial.tensors.keys()
         if missing := next((name for name in spec.from_initial if name not in known), None):
             raise ValueError(f"it does not say what the initial weights of {missing} are")

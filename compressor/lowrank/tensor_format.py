@@ -9,7 +9,7 @@ becomes such tensors beside a zero-size `X`. Everything else is passed through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,8 @@ from compressor.forms import (
     DenseWeight,
     MatrixPair,
 )
-from compressor.io import Checkpoint, TensorInfo, require_in_range
+from compressor.io import Checkpoint, Stack, TensorInfo, require_in_range
+from compressor.lowrank.stacked import put_together, put_together_infos
 from compressor.lowrank.stored_pairs import StoredPair, damaged, join, stored_name
 from compressor.measure.scale import power_of_two
 from compressor.network import Layer, is_weight, layer_name
@@ -283,10 +284,18 @@ def _tied_heads(checkpoint: Checkpoint, pair: StoredPair) -> Iterator[str]:
             yield name.removesuffix(".down_weight")
 
 
-def dense_tensors(checkpoint: Checkpoint, pairs: Mapping[str, StoredPair]) -> Iterator[tuple[str, Tensor]]:
-    """The restored checkpoint, one tensor at a time."""
-    for name, (_, copied_from) in dense_infos(checkpoint, pairs).items():
-        if copied_from is None:
-            yield name, dense_weight(checkpoint, pairs[layer_name(name)])
-        else:
-            yield name, checkpoint.read(copied_from)
+def dense_tensors(
+    checkpoint: Checkpoint, pairs: Mapping[str, StoredPair], stacks: Sequence[Stack] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """The restored checkpoint, one tensor at a time; of layers that the original held in one, this one."""
+    infos = dense_infos(checkpoint, pairs)
+    parts = {name: info for name, (info, _) in infos.items()}
+    held = {stack.tensor: stack for stack in stacks}
+
+    def read(name: str) -> Tensor:
+        if (copied_from := infos[name][1]) is not None:
+            return checkpoint.read(copied_from)
+        return dense_weight(checkpoint, pairs[layer_name(name)])
+
+    for name, info in put_together_infos(checkpoint, parts, stacks).items():
+        yield name, put_together(held[name], info, read) if name in held else read(name)

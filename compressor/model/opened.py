@@ -17,6 +17,7 @@ from compressor.data import Preprocessing, load_preprocessing
 from compressor.data.preprocessing import preprocessing_of
 from compressor.encodings import encoded_in, encoded_names
 from compressor.errors import BadInput
+from compressor.formatting import format_shape
 from compressor.initial import InitialWeights, is_record, read_kept
 from compressor.io import (
     Checkpoint,
@@ -60,6 +61,7 @@ from compressor.network import (
     architecture_mismatch,
     find_layers,
     module_architecture,
+    separable_experts,
     transformers_architecture,
     with_separate_experts,
     with_ties,
@@ -326,9 +328,12 @@ def open_model(
     checkpoint = formed_checkpoint(checkpoint)
     if compressed == "as dense":
         checkpoint = multiplied_checkpoint(checkpoint)
-    architecture = (
-        module_architecture(separate) if isinstance(separate, nn.Module) else fitting_architecture(checkpoint, factory)
-    )
+    if isinstance(given, nn.Module) and isinstance(separate, nn.Module):
+        architecture: Architecture | None = module_architecture(separate)
+        checkpoint = _with_fused(checkpoint, given)
+    else:
+        architecture = fitting_architecture(checkpoint, factory)
+        checkpoint = _with_separate_experts(checkpoint, architecture)
     chosen = select or LayerSelection()
     layers = find_layers(
         checkpoint, architecture, include=chosen.include, exclude=chosen.exclude, embeddings=chosen.embeddings
@@ -602,13 +607,49 @@ def fitting_architecture(checkpoint: Checkpoint, factory: Factory | None) -> Arc
             remedy="use the function that builds the model that was trained",
         )
     if checkpoint.folder is not None:
-        raise BadInput(
-            f"config.json does not belong to these weights: {mismatch}",
-            where=checkpoint.source,
-            remedy="put the model's own config.json there",
-        )
+        raise _of_another_model(checkpoint, mismatch)
     logger.warning("the config.json beside %s belongs to another model and is not used", checkpoint.source)
     return None
+
+
+def _with_separate_experts(checkpoint: Checkpoint, architecture: Architecture | None) -> Checkpoint:
+    """The checkpoint with each matrix of the experts by itself that its files hold in one tensor for all of a block.
+
+    Raises `BadInput` where such a tensor does not have the shape that it has in the model.
+    """
+    if architecture is None:
+        return checkpoint
+    shared = {name for alias in checkpoint.aliases.items() for name in alias}
+    found = {name: architecture.stack(name) for name in checkpoint.tensors if name not in shared}
+    stacks = [stack for stack in found.values() if stack is not None]
+    if not stacks:
+        return checkpoint
+    for stack in stacks:
+        shape = checkpoint.tensors[stack.tensor].shape
+        if not stack.fits(shape):
+            what = f"{stack.tensor} is {format_shape(shape)} in the file, and the model has {stack.count} experts"
+            raise _of_another_model(checkpoint, what)
+    apart = checkpoint.taken_apart(stacks)
+    if (mismatch := architecture_mismatch(apart, architecture)) is not None:
+        raise _of_another_model(checkpoint, mismatch)
+    return apart
+
+
+def _with_fused(checkpoint: Checkpoint, module: nn.Module) -> Checkpoint:
+    """The checkpoint of a module with separate experts, which knows those that the files of `module` have together."""
+    layouts = separable_experts(module)
+    stacks = [stack for place, layout in layouts.items() if not layout.apart_in_files for stack in layout.stacks(place)]
+    if not stacks:
+        return checkpoint
+    return checkpoint.stacked(stacks, open_checkpoint(module))
+
+
+def _of_another_model(checkpoint: Checkpoint, mismatch: str) -> BadInput:
+    return BadInput(
+        f"config.json does not belong to these weights: {mismatch}",
+        where=checkpoint.source,
+        remedy="put the model's own config.json there",
+    )
 
 
 def _mismatch(checkpoint: Checkpoint, architecture: Architecture) -> str | None:

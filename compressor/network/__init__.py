@@ -9,7 +9,7 @@ from compressor.network.architecture import (
     transformers_module,
     transformers_without_weights,
 )
-from compressor.network.experts import SeparateExperts, fuse_experts, with_separate_experts
+from compressor.network.experts import SeparateExperts, fuse_experts, separable_experts, with_separate_experts
 from compressor.network.layers import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
@@ -43,6 +43,7 @@ __all__ = [
     "layer_name",
     "module_architecture",
     "own_state",
+    "separable_experts",
     "tied_names",
     "transformers_architecture",
     "transformers_module",

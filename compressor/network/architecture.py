@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from compressor.io import Stack
 from compressor.network.conversions import (
     initialize_buffers,
     loaded_in_several_dtypes,
@@ -19,7 +20,7 @@ from compressor.network.conversions import (
     name_in_model,
     without_merges,
 )
-from compressor.network.experts import separate_experts
+from compressor.network.experts import ExpertLayout, separable_experts, separate_experts
 from compressor.torch_state import in_float64
 
 # Far more modules than any published model has.
@@ -32,12 +33,14 @@ class Architecture:
 
     `module_name` maps a tensor's name in the file to its name in the tree; None where the tree assembles the tensor
     from several or does not have it. `initial_sizes` is known of a model whose weights were new when it was opened:
-    the root mean square of each weight of two or more dimensions, by its name in the tree.
+    the root mean square of each weight of two or more dimensions, by its name in the tree. `stack` says of a tensor
+    that the tree has in several layers which these are.
     """
 
     module: nn.Module
     module_name: Callable[[str], str | None]
     initial_sizes: Mapping[str, float] | None = None
+    stack: Callable[[str], Stack | None] = lambda _: None
 
 
 def module_architecture(module: nn.Module, *, untrained: bool = False) -> Architecture:
@@ -87,13 +90,45 @@ def transformers_architecture(
     model = transformers_module(folder, most_modules=most_modules, dtype=dtype)
     if model is None:
         return None
+    together, every = model.state_dict(), name_conversions(model)
     try:
+        layouts = separable_experts(model)
         separate_experts(model)
     except Exception:  # as in `transformers_module`
         return None
-    known = model.state_dict()
-    conversions = without_merges(name_conversions(model), known)
-    return Architecture(model, lambda name: name_in_model(name, conversions, model.base_model_prefix, names=known))
+    known, prefix = model.state_dict(), model.base_model_prefix
+    conversions = without_merges(every, known)
+
+    def module_name(name: str) -> str | None:
+        return name_in_model(name, conversions, prefix, names=known)
+
+    def stack(tensor: str) -> Stack | None:
+        own = name_in_model(tensor, every, prefix, names=together) if layouts else None
+        return None if own is None else _stack(tensor, own, layouts, module_name=module_name)
+
+    return Architecture(model, module_name, stack=stack)
+
+
+def _stack(
+    tensor: str, own: str, layouts: Mapping[str, ExpertLayout], *, module_name: Callable[[str], str | None]
+) -> Stack | None:
+    """The layers of experts that a tensor holds, which is called `own` in the model with fused experts; None if none.
+
+    Their names in the file are such that transformers finds them.
+    """
+    place, _, parameter = own.rpartition(".")
+    layout = layouts.get(place)
+    if layout is None or parameter not in layout.parameters:
+        return None
+    stem = tensor.removesuffix(f".{parameter}")
+    if stem == tensor:
+        parent = tensor.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
+        stem = f"{parent}.{place.rpartition('.')[2]}"
+    for each in (stem, place):
+        found = layout.stack(parameter, tensor=tensor, stem=each)
+        if module_name(found.first) == layout.stack(parameter, tensor=own, stem=place).first:
+            return found
+    return None
 
 
 def transformers_without_weights(folder: Path, dtype: torch.dtype | None) -> Architecture | None:

@@ -41,6 +41,19 @@ def merged_experts(conversion: Any) -> MergedExperts | None:
     return MergedExperts(targets[0], tuple(found[1] for found in layers if found is not None))
 
 
+def assembles(conversion: Any, name: str) -> bool:
+    """Whether a conversion makes the parameter `name` of tensors in the file by computing, not only by its name."""
+    computed = bool(getattr(conversion, "operations", ()))
+    return computed and any(f".{name}".endswith(_plain(pattern)) for pattern in conversion.target_patterns)
+
+
+def makes_experts(conversion: Any, places: Sequence[str]) -> bool:
+    """Whether a conversion makes or names the parameters of the fused experts of these names."""
+    targets = [_plain(pattern) for pattern in conversion.target_patterns]
+    parts = [target.rpartition(".")[0] for target in targets]
+    return any(part and f".{place}".endswith(part) for part in parts for place in places)
+
+
 def without_merges(conversions: Sequence[Any], names: Collection[str]) -> list[Any]:
     """The conversions without those that merge experts into parameters that are not among the `names` of a model."""
     kept = []

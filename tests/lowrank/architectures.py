@@ -21,12 +21,50 @@ def _tokens(*names: str) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """How a file holds the matrices of all experts of a block in one tensor."""
+
+    transposed: bool = False
+    alternating: bool = False
+    gate_up: str = "experts.gate_up_proj"
+    down: str = "experts.down_proj"
+
+    def parts(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The matrices or biases in a tensor of this name, by name; none for any other tensor."""
+        own = name.removesuffix("_bias")
+        role = next((role for role in (self.gate_up, self.down) if own.endswith(role)), None)
+        if role is None:
+            return {}
+        stem, kind = own.removesuffix(role), "bias" if own != name else "weight"
+        found = {}
+        for number, each in enumerate(tensor):
+            rows = each.T if self.transposed and each.dim() == 2 else each
+            half = len(rows) // 2
+            by_layer = {"down_proj": rows}
+            if role == self.gate_up and self.alternating:
+                by_layer = {"gate_proj": rows[::2], "up_proj": rows[1::2]}
+            elif role == self.gate_up:
+                by_layer = {"gate_proj": rows[:half], "up_proj": rows[half:]}
+            found |= {f"{stem}experts.{number}.{layer}.{kind}": part for layer, part in by_layer.items()}
+        return found
+
+    def together(self, name: str, like: torch.Tensor, apart: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor of this name and of the shape of `like` that holds those of its matrices or biases."""
+        whole = torch.empty_like(like)
+        for part, view in self.parts(name, whole).items():
+            view.copy_(apart[part])
+        return whole
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How a tiny model is made and fed, and what is known of it.
 
     `renamed` says that names in its file are known to differ from those of its modules, in every release, and `tied`
     which two of its parameters are one.
-    `a_layer` is the name in the file of one of the layers that ought to be factorized.
+    `a_layer` is the name in the file of one of the layers that ought to be factorized. `fused` says that its files hold
+    the matrices of all experts of a block in one tensor, and how: whether they are transposed, and whether rows of gate
+    and up alternate.
     """
 
     auto: str
@@ -35,11 +73,21 @@ class Architecture:
     inputs: Callable[[], dict[str, torch.Tensor]] = field(default=lambda: _tokens("input_ids"))
     renamed: bool = False
     tied: tuple[str, str] | None = None
+    fused: Fused | None = None
 
     def dense(self) -> Any:
         """The model, the same each time."""
         torch.manual_seed(0)
         return getattr(transformers, self.auto).from_config(self.config()).eval()
+
+    def apart(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a file with each matrix and bias of its experts by itself."""
+        if self.fused is None:
+            return tensors
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            found |= self.fused.parts(name, tensor) or {name: tensor}
+        return found
 
     def load(self, folder: Any, **keywords: Any) -> Any:
         return getattr(transformers, self.auto).from_pretrained(folder, **keywords)
@@ -132,7 +180,39 @@ ARCHITECTURES = {
         ),
         "model.layers.1.mlp.experts.0.gate_proj",
     ),
+    "deepseek-v3": Architecture(
+        "AutoModelForCausalLM",
+        lambda: transformers.DeepseekV3Config(**_GROUPED | _tiny_deepseek()),
+        "model.layers.1.mlp.experts.0.gate_proj",
+    ),
+    "gpt-oss": Architecture(
+        "AutoModelForCausalLM",
+        lambda: transformers.GptOssConfig(**_GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        "model.layers.1.mlp.experts.3.gate_proj",
+        fused=Fused(transposed=True, alternating=True),
+    ),
+    "granite-moe": Architecture(
+        "AutoModelForCausalLM",
+        lambda: transformers.GraniteMoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        "model.layers.1.block_sparse_moe.experts.3.up_proj",
+        fused=Fused(gate_up="input_linear.weight", down="output_linear.weight"),
+    ),
+    "llama4": Architecture(
+        "AutoModelForCausalLM",
+        lambda: transformers.Llama4TextConfig(
+            **_GROUPED, intermediate_size_mlp=48, head_dim=8, num_local_experts=4, num_experts_per_tok=1
+        ),
+        "model.layers.1.feed_forward.experts.3.down_proj",
+        fused=Fused(transposed=True),
+    ),
 }
+
+
+def _tiny_deepseek() -> dict[str, Any]:
+    heads = {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16}
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    return heads | ranks | experts | {"moe_intermediate_size": 24, "first_k_dense_replace": 1}
 
 
 def _tiny_gpt2() -> dict[str, Any]:

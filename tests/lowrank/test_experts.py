@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from compressor import compress, inspect
+from compressor import compress
 from compressor.calibration import calibrate, split_examples
 from compressor.calibration.compensation import _calls, _of_the_same_positions
 from compressor.calibration.examples import Chunk
@@ -227,21 +226,3 @@ def test_a_model_that_had_no_head_loads_with_one(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = bare(input_ids=TOKENS).last_hidden_state
         assert torch.equal(whole.model(input_ids=TOKENS).last_hidden_state, expected)
-
-
-def test_experts_that_a_file_holds_together_are_passed_through(tmp_path: Path) -> None:
-    """Of a kind with biases, transposed weights and a gate of its own; and said so."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.GptOssConfig(**sizes, num_key_value_heads=2, head_dim=8, num_local_experts=4, vocab_size=60)
-    dense = transformers.GptOssForCausalLM(config)
-    dense.save_pretrained(tmp_path / "dense")
-    skipped = {each.layer.name for each in inspect(tmp_path / "dense").layers if not each.layer.eligible}
-    assert "model.layers.0.mlp.experts.gate_up_proj" in skipped
-    compress(tmp_path / "dense", output=tmp_path / "small", keep=0.6, calibration="none", prefer="size")
-    loaded = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "small")
-    in_memory: Any = compress(dense, keep=0.6, calibration="none", prefer="size").model
-    assert torch.equal(logits(loaded), logits(in_memory))
-    with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
-        stored = file.get_tensor("model.layers.0.mlp.experts.gate_up_proj")
-    assert torch.equal(stored, dense.model.layers[0].mlp.experts.gate_up_proj)

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def streamed(folder: Path) -> nn.Module:
-    model = streamed_transformers(open_checkpoint(folder), folder)
+    model = streamed_transformers(open_model(folder).checkpoint, folder)
     blocks(model).kept_bytes = 0
     return model
 
@@ -73,6 +73,8 @@ def test_it_computes_what_the_loaded_model_does(name: str, tmp_path: Path) -> No
     dense, inputs = built(name)
     dense.save_pretrained(tmp_path)
     model, loaded = streamed(tmp_path), with_separate_experts(load_transformers(tmp_path))
+    for parameter in loaded.parameters():  # matrices of experts are views of transposed ones
+        parameter.data = parameter.data.contiguous()
     assert matrices_in_memory(model) < matrices_in_memory(loaded)
     for _ in range(2):
         assert same(outputs(model, inputs), outputs(loaded, inputs))
