@@ -13,6 +13,6 @@ NoData = Literal["self", "none"]
 Split = Literal["train", "validation", "test"]
 # Whose names the tensors of an adapter have.
 AdapterDialect = Literal["peft", "kohya", "diffusers"]
-ExportTarget = Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
+ExportTarget = Literal["dense", "hf-remote", "onnx", "gguf", "lora", "peft", "kohya", "diffusers"]
 MergeMode = Literal["sum", "concat"]
 Head = Literal["shared", "separate"]

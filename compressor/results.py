@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from compressor.adapters import AdapterInspection
 from compressor.archiving import ArchivedCheckpoint
 from compressor.choices import AdapterDialect, ExportTarget, FormRequest, Head, MergeMode
 from compressor.diagnosis.findings import Finding
@@ -67,6 +68,7 @@ class Inspection(DisplayedLayers):
         left_out: What the files hold beside the weights, such as an optimizer's state; not counted in `weight_bytes`.
         weights_at: The keys under which a torch file keeps the weights; empty if they are all of it.
         initial: The initial weights that were looked for, and what layers still have of them; None where none were.
+        adapter: How much rank an adapter uses; None of a model. The rows of `to_frame` are then its modules.
 
     Example:
         >>> inspection = compressor.inspect("model.safetensors")
@@ -83,12 +85,15 @@ class Inspection(DisplayedLayers):
     left_out: tuple[LeftOut, ...] = ()
     weights_at: str = ""
     initial: InitialFound | None = None
+    adapter: AdapterInspection | None = None
 
     @property
     def eligible(self) -> int:
         return sum(inspected.layer.stored_parameters for inspected in self.layers if inspected.layer.eligible)
 
     def __repr__(self) -> str:
+        if self.adapter is not None:
+            return f"<Inspection of {self.source}: an adapter of {len(self.adapter.modules):,} modules>"
         eligible = sum(inspected.layer.eligible for inspected in self.layers)
         return (
             f"<Inspection of {self.source}: {self.parameters:,} parameters, {format_size(self.weight_bytes)},"
@@ -107,7 +112,8 @@ class Inspection(DisplayedLayers):
             "weights_at": self.weights_at,
             "advice": self.advice,
             **({} if self.initial is None else {"initial": self.initial.to_dict()}),
-            "layers": [layer.to_dict() for layer in self.layers],
+            **({} if self.adapter is None else {"dialect": self.adapter.dialect}),
+            "layers": [layer.to_dict() for layer in (self.layers if self.adapter is None else self.adapter.modules)],
         }
 
 
@@ -642,7 +648,7 @@ class Export(Displayed):
         source: The compressed model.
         output: The file or folder that was written.
         to: What it was exported to.
-        layers: The number of low-rank layers of the compressed model.
+        layers: The number of low-rank layers of the compressed model, or of modules of an adapter.
         bytes: The size of the weight files, before and after.
         difference: The largest difference between its outputs and those of torch; None if it was not run.
         load: How to load it.

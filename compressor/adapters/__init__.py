@@ -1,7 +1,8 @@
 """LoRA adapters as they are found: read in their dialects, resized, merged, and written in any of them."""
 
 from compressor.adapters.budget import adapter_ranks, needs_spectra
-from compressor.adapters.dialects import is_adapter, read_adapter
+from compressor.adapters.dialects import DIALECTS, is_adapter, read_adapter
+from compressor.adapters.inspection import AdapterInspection, InspectedModule, inspected_adapter
 from compressor.adapters.module import Adapter, AdapterModule, is_magnitude
 from compressor.adapters.names import ModuleName
 from compressor.adapters.plan import ModulePlan, adapter_plan
@@ -18,8 +19,11 @@ from compressor.adapters.resize import (
 )
 
 __all__ = [
+    "DIALECTS",
     "Adapter",
+    "AdapterInspection",
     "AdapterModule",
+    "InspectedModule",
     "ModuleChange",
     "ModuleName",
     "ModulePlan",
@@ -27,6 +31,7 @@ __all__ = [
     "adapter_plan",
     "adapter_ranks",
     "adapter_spectra",
+    "inspected_adapter",
     "is_adapter",
     "is_magnitude",
     "module_change",

@@ -22,11 +22,15 @@ class FactorNames:
 
 @dataclass(frozen=True)
 class WrittenModule:
-    """A module as it is to be written: with a rank, or as it is."""
+    """A module as it is to be written: with a rank, or as it is.
+
+    `alpha` is what stands for its scale; factors that are computed anew are multiplied so that it does.
+    """
 
     module: AdapterModule
     rank: int
     as_it_is: bool
+    alpha: float
 
 
 @dataclass(frozen=True)

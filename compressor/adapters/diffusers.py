@@ -65,7 +65,8 @@ class Diffusers:
     def described(self, adapter: Adapter, modules: Sequence[WrittenModule]) -> Description:
         kept = dict(adapter.checkpoint.metadata) if adapter.dialect == "diffusers" else {"format": "pt"}
         known = _configurations(adapter.checkpoint) if adapter.dialect == "diffusers" else {}
-        unstated = [each for each in modules if each.module.alpha is None]
+        # An alpha beside the factors goes along in files that have it there.
+        unstated = [each for each in modules if each.module.alpha is None or adapter.dialect != "diffusers"]
         of_parts = dict[str, Any]()
         for part in sorted({each.module.name.part for each in unstated}):
             of_part = [each for each in unstated if each.module.name.part == part]

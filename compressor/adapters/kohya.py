@@ -61,7 +61,7 @@ class Kohya:
         metadata = {name: text for name, text in metadata.items() if not name.startswith("sshs_")}
         for name, values in (
             ("ss_network_dim", {each.rank for each in modules}),
-            ("ss_network_alpha", {each.module.scale * each.rank for each in modules}),
+            ("ss_network_alpha", {each.alpha for each in modules}),
         ):
             if name in metadata:
                 metadata[name] = f"{values.pop():g}" if len(values) == 1 else "Dynamic"

@@ -15,16 +15,9 @@ class ModulePlan(LayerPlan):
 
     Attributes:
         rank_before: The rank that it had.
-        numbers_before: How many numbers its factors took.
     """
 
     rank_before: int = 0
-    numbers_before: int = 0
-
-    @property
-    def dense_parameters(self) -> int:
-        """The numbers that it took before: an adapter has no dense layers."""
-        return self.numbers_before
 
 
 def adapter_plan(adapter: Adapter, budget: Budget, ranks: Sequence[int]) -> Plan:
@@ -39,8 +32,8 @@ def adapter_plan(adapter: Adapter, budget: Budget, ranks: Sequence[int]) -> Plan
             parameters=module.numbers_at(rank),
             error=0.0,
             reason="as it is" if module.kept_as_it_is(rank) else str(budget),
+            before=module.numbers,
             rank_before=module.rank,
-            numbers_before=module.numbers,
         )
         for module, rank in zip(adapter.modules, ranks, strict=True)
     )

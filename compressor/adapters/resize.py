@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -81,8 +82,23 @@ def written_modules(adapter: Adapter, ranks: Sequence[int], dialect: AdapterDial
         kept = module.kept_as_it_is(rank)
         # In other names only pairs can be kept; what else there is becomes one of its full rank.
         kept = kept and (module.factors.is_pair or dialect == adapter.dialect)
-        found.append(WrittenModule(module, module.factors.rank if kept else min(rank, module.rank), kept))
-    return tuple(found)
+        of_factors = module.factors.rank if kept else min(rank, module.rank)
+        found.append(WrittenModule(module, of_factors, kept, module.scale * of_factors))
+    return tuple(_with_one_alpha(found, adapter) if dialect == "kohya" else found)
+
+
+def _with_one_alpha(modules: Sequence[WrittenModule], adapter: Adapter) -> Iterator[WrittenModule]:
+    """Modules whose factors are computed anew with the alpha that most had, where the ranks would give them several.
+
+    diffusers (0.42) does not find the alpha of an attention layer in a file of kohya's scripts if modules differ in it.
+    """
+    before = Counter(each.module.scale * each.module.factors.rank for each in modules if each.module.factors.is_pair)
+    common, _ = before.most_common(1)[0] if before else (0.0, 0)
+    several = len({each.alpha for each in modules}) > 1
+    for each in modules:
+        unstored = adapter.dialect == "kohya" and each.module.alpha is None
+        own = each.as_it_is or unstored or each.alpha * common <= 0
+        yield each if own or not several else replace(each, alpha=common)
 
 
 def resized_artifact(
@@ -176,7 +192,7 @@ class _Job:
             return None
         if self._same and self.written.as_it_is and module.alpha is not None:
             return module.alpha.read()
-        alpha = torch.tensor(module.scale * self.written.rank, dtype=torch.float64)
+        alpha = torch.tensor(self.written.alpha, dtype=torch.float64)
         dtype = module.dtype if module.alpha is None else module.alpha.tensor.dtype
         if not dtype.is_floating_point or alpha.to(dtype).double() != alpha:
             dtype = torch.float32
@@ -206,7 +222,9 @@ def _resized(job: _Job) -> _Resized:
     else:
         product = product_svd(pair)
         change = module_change(_spectrum(module, product), rank)
-        tensors += _as_stored(module, job.names, product.even_pair(rank))
+        # Times the scale that is meant over the one that alpha will stand for.
+        ratio = module.scale * rank / job.written.alpha if job.written.alpha else 1.0
+        tensors += _as_stored(module, job.names, product.even_pair(rank).scaled(ratio))
     if (alpha := job._alpha) is not None and job.names.alpha is not None:
         tensors.append((job.names.alpha, alpha))
     return _Resized(tuple(tensors), change)

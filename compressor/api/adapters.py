@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from compressor.adapters import (
+    DIALECTS,
     Adapter,
     ModuleChange,
+    ModuleSpectrum,
     adapter_plan,
     adapter_ranks,
     adapter_spectra,
+    inspected_adapter,
     is_adapter,
     module_change,
     needs_spectra,
@@ -23,20 +26,23 @@ from compressor.adapters import (
     written_as,
 )
 from compressor.api.option import Options
-from compressor.api.options import CompressOptions
+from compressor.api.options import CompressOptions, ExportOptions, InspectOptions
 from compressor.api.requests import memory_of_jobs, requested_budget
 from compressor.api.write import written
+from compressor.choices import AdapterDialect
 from compressor.engine import Engine, opened_engine
 from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import process_memory
 from compressor.formatting import format_size
 from compressor.io import (
+    ADAPTER_CONFIG,
     OPTIONS_FILE,
     PLAN_FILE,
     Artifact,
     Document,
     Naming,
     Provenance,
+    RemoteModel,
     Target,
     checked_target,
     local_model,
@@ -46,22 +52,28 @@ from compressor.model import ModelLike
 from compressor.planning import PLANNING, Budget, Plan
 from compressor.progress import Progress
 from compressor.recipe import TrainingRecipe
-from compressor.results import AdapterChange, BeforeAfter, Compression
+from compressor.results import AdapterChange, BeforeAfter, Compression, Export, Inspection
 from compressor.torch_state import CPU
 
 _RESIZED_BY = frozenset({"rank", "keep", "energy", "max_size", "tolerance"})
 _ALLOWED = _RESIZED_BY | {"output", "overwrite", "progress", "revision", "push_to", "dry_run"}
 
 
-def opened_adapter(model: ModelLike, revision: str | None = None) -> Adapter | None:
-    """The adapter at a path; None for a model.
+def opened_adapter(model: ModelLike | RemoteModel, revision: str | None = None) -> Adapter | None:
+    """The adapter at a path; None for a model. Of what stays on the hub the names of its files have to tell it.
 
     Raises:
         BadInput: nothing that can be opened, or an adapter that cannot be read.
     """
-    if not isinstance(model, str | Path):
+    if isinstance(model, RemoteModel):
+        # The headers of a model would be fetched twice otherwise.
+        if not (model.folder / ADAPTER_CONFIG).is_file() and not any("lora" in name.lower() for name in model.files):
+            return None
+        checkpoint = open_checkpoint(model)
+    elif isinstance(model, str | Path):
+        checkpoint = open_checkpoint(local_model(model, revision))
+    else:
         return None
-    checkpoint = open_checkpoint(local_model(model, revision))
     return read_adapter(checkpoint) if is_adapter(checkpoint) else None
 
 
@@ -142,6 +154,68 @@ def compress_adapter(adapter: Adapter, asked: CompressOptions) -> Compression:
     )
 
 
+def inspect_adapter(adapter: Adapter, asked: InspectOptions) -> Inspection:
+    """Measure how much rank an adapter uses."""
+    require_adapter_options(asked, frozenset({"progress", "revision"}))
+    with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
+        spectra = _spectra(adapter, asked.progress, engine=engine)
+    return Inspection(
+        source=adapter.checkpoint.name,
+        recipe=TrainingRecipe(),
+        layers=(),
+        parameters=adapter.checkpoint.elements,
+        weight_bytes=adapter.checkpoint.weight_bytes,
+        advice=None,
+        adapter=inspected_adapter(adapter, spectra),
+    )
+
+
+def _spectra(adapter: Adapter, progress: Progress | None, *, engine: Engine) -> tuple[ModuleSpectrum, ...]:
+    def done(count: int) -> None:
+        if progress is not None:
+            progress("measure", count, len(adapter.modules))
+
+    return adapter_spectra(adapter, engine, done)
+
+
+def export_adapter(adapter: Adapter, asked: ExportOptions) -> Export:
+    """Write an adapter in the names of another dialect."""
+    started = time.monotonic()
+    require_adapter_options(asked, frozenset({"to", "output", "overwrite", "progress"}))
+    checkpoint, to = adapter.checkpoint, next((name for name in DIALECTS if name == asked.to), None)
+    if to is None:
+        dense = "make a dense model with PEFT or diffusers: merge_and_unload(), or fuse_lora()"
+        remedy = dense if asked.to == "dense" else "export it with `to='peft'`, 'kohya', or 'diffusers'"
+        raise BadInput("is a LoRA adapter", where=checkpoint.source, option="to", remedy=remedy)
+    naming = Naming(written_as(adapter, to), f"-{to}")
+    target = checked_target(checkpoint, asked.output, naming, overwrite=asked.overwrite)
+    with opened_engine(None, CPU, memory=memory_of_jobs(CPU)) as engine:
+        ranks = [module.rank for module in adapter.modules]
+        changes = _Changes(len(ranks), asked.progress)
+        artifact = resized_artifact(adapter, ranks, dialect=to, engine=engine, done=changes)
+        with written(artifact, target) as made:
+            size = made.bytes
+    return Export(
+        source=checkpoint.name,
+        output=str(target.path),
+        to=to,
+        layers=len(adapter.modules),
+        bytes=BeforeAfter(checkpoint.weight_bytes, size),
+        difference=None,
+        load=_load_words(to, str(target.path)),
+        seconds=time.monotonic() - started,
+        not_copied=made.not_copied,
+    )
+
+
+def _load_words(dialect: AdapterDialect, path: str) -> str:
+    if dialect == "peft":
+        return f"peft.PeftModel.from_pretrained(base, {path!r})"
+    if dialect == "diffusers":
+        return f"pipeline.load_lora_weights({path!r})"
+    return "as a LoRA file in ComfyUI, or by the scripts of kohya"
+
+
 def _ranks(
     adapter: Adapter, budget: Budget, progress: Progress | None, *, engine: Engine
 ) -> tuple[tuple[int, ...], list[ModuleChange]]:
@@ -149,11 +223,7 @@ def _ranks(
     if not needs_spectra(budget):
         return adapter_ranks(adapter, budget), []
 
-    def done(count: int) -> None:
-        if progress is not None:
-            progress("measure", count, len(adapter.modules))
-
-    spectra = adapter_spectra(adapter, engine, done)
+    spectra = _spectra(adapter, progress, engine=engine)
 
     def size_at(ranks: Sequence[int]) -> int:
         return resized_artifact(adapter, ranks).bytes

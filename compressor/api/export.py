@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, get_args
 
 import torch
 
+from compressor.api.adapters import export_adapter, opened_adapter
 from compressor.api.fine_tune import finish_adapter
 from compressor.api.initial import require_use
 from compressor.api.keywords import ExportKeywords
@@ -18,7 +19,7 @@ from compressor.api.option import verb
 from compressor.api.options import ExportOptions, RestoreOptions
 from compressor.api.restore import restore
 from compressor.api.write import written
-from compressor.choices import ExportTarget
+from compressor.choices import AdapterDialect, ExportTarget
 from compressor.errors import BadInput
 from compressor.exporting.gguf import gguf_artifact, gguf_file, require_equal, require_gguf
 from compressor.exporting.onnx import largest_difference, onnx_artifact, require_onnx, traced_inputs
@@ -26,7 +27,6 @@ from compressor.exporting.remote import remote_artifact, remote_configuration
 from compressor.fine_tuning import adapter_of_file, is_difference
 from compressor.fine_tuning.adapter import adapter_artifact
 from compressor.io import (
-    ADAPTER_CONFIG,
     Checkpoint,
     Naming,
     NotCopied,
@@ -49,7 +49,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
     float32; weights without a transformers folder need the `factory` of their architecture and, where its first layer
     does not tell, the `input_shape` of one example. `gguf` is a file for llama.cpp, of a transformers folder of an
     architecture that it has; its tensors are dense. A file of what a fine-tune adds to its `base` becomes the `dense`
-    fine-tune, or a `lora` adapter folder for PEFT.
+    fine-tune, or a `lora` adapter folder for PEFT. A LoRA adapter is written in the names of `peft`, of `kohya`'s
+    scripts, or of `diffusers`.
 
     Args:
         model: A compressed weight file or folder, or a module with low-rank layers, which wants an `output`.
@@ -66,6 +67,8 @@ def export(model: ModelLike, options: ExportOptions | None = None, **given: Unpa
     """
     started = time.monotonic()
     asked = ExportOptions.of(options, given)
+    if (adapter := opened_adapter(model)) is not None:
+        return export_adapter(adapter, asked)
     opened = open_runnable(model, asked.factory if asked.to == "onnx" else None, initial=asked.initial)
     require_use(asked, opened)
     _require_base(opened.checkpoint, asked.to, asked.base)
@@ -109,12 +112,9 @@ class _Exported:
 def _require_base(checkpoint: Checkpoint, to: ExportTarget, base: str | Path | None) -> None:
     """Differences go with their base to dense and lora, and nothing else does."""
     where = checkpoint.source
-    if checkpoint.folder is not None and (checkpoint.folder / ADAPTER_CONFIG).is_file():
-        raise BadInput(
-            "is a LoRA adapter already",
-            where=where,
-            remedy="peft makes it dense: PeftModel.from_pretrained(base, adapter).merge_and_unload()",
-        )
+    if to in get_args(AdapterDialect):
+        remedy = "give an adapter, or make one of a fine-tune with 'compress MODEL --base ORIGINAL -o FOLDER'"
+        raise BadInput("is no LoRA adapter", where=where, option="to", remedy=remedy)
     if is_difference(checkpoint):
         if to not in ("dense", "lora"):
             what = f"holds what a fine-tune adds to its base, which `to='{to}'` cannot take"

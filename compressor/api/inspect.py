@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Unpack
 
+from compressor.api.adapters import inspect_adapter, opened_adapter
 from compressor.api.initial import measured_found, with_initial
 from compressor.api.keywords import InspectKeywords
 from compressor.api.option import verb
@@ -25,9 +26,11 @@ from compressor.torch_state import neutral_torch_state
 def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Unpack[InspectKeywords]) -> Inspection:
     """Measure every matrix of a model: effective ranks, memory window, surviving initialization.
 
+    Of an adapter: how much of its rank each module uses.
+
     Args:
         model: A weight file, a model folder, `org/name` of the Hugging Face hub, of which only the matrices that are
-            measured are read, or a `torch.nn.Module`.
+            measured are read, a `torch.nn.Module`, or an adapter.
         options: The options as an object; keywords take precedence.
 
     Returns:
@@ -40,8 +43,11 @@ def inspect(model: ModelLike, options: InspectOptions | None = None, **given: Un
         >>> inspection = compressor.inspect("model.safetensors", recipe="train.yaml")
     """
     asked = InspectOptions.of(options, given)
+    located = remote_model(model, asked.revision)
+    if (adapter := opened_adapter(located)) is not None:
+        return inspect_adapter(adapter, asked)
     subject = open_model(
-        remote_model(model, asked.revision),
+        located,
         recipe=asked.recipe,
         factory=asked.factory,
         select=selection(asked),

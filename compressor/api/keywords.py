@@ -177,7 +177,7 @@ class ExportKeywords(TypedDict, total=False):
     output: str | Path | None
     max_shard_size: int | str | None
     progress: Progress | None
-    to: Literal["dense", "hf-remote", "onnx", "gguf", "lora"]
+    to: Literal["dense", "hf-remote", "onnx", "gguf", "lora", "peft", "kohya", "diffusers"]
     input_shape: str | Sequence[int] | None
 
 

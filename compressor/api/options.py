@@ -778,7 +778,7 @@ class ExportOptions(ProgressOptions, OutputOptions, StoredInitialOptions, Stored
 
     to: ExportTarget = option(
         "dense: any engine. hf-remote: transformers with trust_remote_code. onnx: any onnxruntime. gguf: llama.cpp. "
-        "lora: a PEFT adapter of the difference to `base`.",
+        "lora: a PEFT adapter of the difference to `base`. peft, kohya, diffusers: a LoRA adapter in other names.",
         choice(ExportTarget),
         MISSING,
     )

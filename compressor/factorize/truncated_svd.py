@@ -28,6 +28,10 @@ class FactorPair:
         """The `d_out x d_in` matrix that the pair stands for."""
         return self.up @ self.down
 
+    def scaled(self, factor: float) -> FactorPair:
+        """The pair times a positive factor, the root of it in each; itself where that is one."""
+        return self if factor == 1 else FactorPair(self.up * factor**0.5, self.down * factor**0.5)
+
 
 def truncated_svd(matrix: Tensor, rank: int) -> FactorPair:
     """Best rank-`rank` approximation of a `d_out x d_in` matrix in the Frobenius norm, in float64.

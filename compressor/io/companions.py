@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from compressor.documents import read_json, read_regular_file, reading
 from compressor.errors import BadInput
-from compressor.io.checkpoint import WEIGHT_SUFFIXES, portable_name
+from compressor.io.checkpoint import ADAPTER_CONFIG, WEIGHT_SUFFIXES, portable_name
 from compressor.io.writer import write_json
 from compressor.recipe.training_files import DESCRIPTIONS, TRAINING_ARGUMENTS
 
@@ -89,7 +89,7 @@ class Companions:
 def companions(source: Path) -> Companions:
     """What of a model folder goes along with new weights.
 
-    Weights and the state of optimizers are replaced, and our own code is written anew: they neither go along nor are
+    Weights and the state of optimizers are replaced, and our own code and the configuration of an adapter are written anew: they neither go along nor are
     listed. The weights of a part in a folder of its own, such as 2_Dense of sentence-transformers, stay as they are. A
     link to a file is followed only inside the folder, or inside the Hugging Face cache that it is part of.
 
@@ -110,7 +110,7 @@ def companions(source: Path) -> Companions:
                 reason = _why_no_subfolder(entry, nested=folder != source)
                 if reason is None:
                     visit(entry)
-            elif (_holds_weights(entry) and folder == source) or entry.name == CODE_FILE:
+            elif (_holds_weights(entry) and folder == source) or entry.name in (CODE_FILE, ADAPTER_CONFIG):
                 continue
             else:
                 reason = _why_no_companion(entry, inside)

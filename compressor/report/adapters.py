@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from compressor.adapters import ModulePlan
+from compressor.adapters import AdapterInspection, InspectedModule, ModulePlan
 from compressor.formatting import (
     format_count,
     format_percent,
@@ -19,7 +20,8 @@ from compressor.report.comparison import Comparison, compared
 from compressor.report.wording import budget_words, error_words
 
 if TYPE_CHECKING:
-    from compressor.results import AdapterChange, Compression
+    from compressor.planning import Budget
+    from compressor.results import AdapterChange, Compression, Inspection
 
 MOST_ROWS = 40
 DIALECTS = {"peft": "PEFT", "kohya": "kohya's scripts", "diffusers": "diffusers"}
@@ -38,7 +40,7 @@ def adapter_page(compression: Compression, adapter: AdapterChange) -> Page:
         VerdictLine(compression.verdict.remarks),
         Facts.of(
             ("adapter", f"{compression.source}, {_words(adapter)}"),
-            ("budget", budget_words(compression.plan.budget)),
+            ("budget", _budget_words(compression.plan.budget)),
             *lost,
         ),
         _ranks(modules),
@@ -49,6 +51,64 @@ def adapter_page(compression: Compression, adapter: AdapterChange) -> Page:
     output = compression.output or "nothing was written"
     parts.append(Facts.of(("output", output), *pushed, ("took", effort)))
     return Page(tuple(parts))
+
+
+def adapter_inspection_page(inspection: Inspection, adapter: AdapterInspection) -> Page:
+    """The page of `compress inspect ADAPTER`: how much of its rank each module uses."""
+    modules = adapter.modules
+    size = f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}"
+    dialect = f"in the names of {DIALECTS[adapter.dialect]}: {len(modules):,} modules"
+    facts = Facts.of(("adapter", f"{inspection.source}, {dialect}"), ("size", size))
+    terms = Facts.of(
+        ("90 %, 99 %", "the rank that holds so much of the energy, the sum of squared singular values"),
+        ("effective", "exp of the entropy of the singular values (Roy and Vetterli 2007)"),
+        ("norm", "Frobenius norm of what the module adds, its scale included"),
+    )
+    return Page((facts, _inspected(modules), terms))
+
+
+def _inspected(modules: Sequence[InspectedModule]) -> LayerTable:
+    numbers = ("rank", "90 %", "99 %", "effective", "scale", "norm")
+    if len(modules) <= MOST_ROWS:
+        rows = [
+            (
+                one_line(each.name),
+                format_shape(each.shape),
+                str(each.rank),
+                str(each.energy_90),
+                str(each.energy_99),
+                f"{each.entropy:.1f}",
+                f"{each.scale:.3g}",
+                f"{each.norm:.3g}",
+            )
+            for each in modules
+        ]
+        return LayerTable(("module", "shape", *numbers), tuple(rows))
+    summed = []
+    for kind, places in grouped_by_kind([each.name for each in modules]):
+        own = [modules[at] for at in places]
+        summed.append(
+            (
+                one_line(kind),
+                str(len(own)),
+                spread([each.rank for each in own]),
+                spread([each.energy_90 for each in own]),
+                spread([each.energy_99 for each in own]),
+                spread([each.entropy for each in own], 1),
+                f"{sum(each.norm**2 for each in own) ** 0.5:.3g}",
+            )
+        )
+    headers = ("kind of module", "modules", *(name for name in numbers if name != "scale"))
+    return LayerTable(headers, tuple(summed))
+
+
+def _budget_words(budget: Budget) -> str:
+    value = budget.value or 0.0
+    if budget.kind == "keep":
+        return f"{100 * value:.4g} % of the numbers of all factors"
+    if budget.kind == "tolerance":
+        return f"relative error of at most {value:g} in every module"
+    return budget_words(budget)
 
 
 def side_by_side(rows: Sequence[Comparison]) -> SideBySide:
@@ -62,10 +122,8 @@ def _words(adapter: AdapterChange) -> str:
 
 
 def kind_of_module(name: str) -> str:
-    """What a module is called below the blocks that it is in: what follows the last number, but for one at the end."""
-    parts = name.replace("_", ".").split(".") if "." not in name else name.split(".")
-    last = max((at for at, part in enumerate(parts[:-1]) if part.isdecimal()), default=-1)
-    return ".".join(parts[last + 1 :])
+    """What a module is called below the blocks that it is in, which are numbered: `layers.3`, `block.3`, `h.3`."""
+    return re.fullmatch(r"(?:.*(?:^|[._])(?:\w*s|block|layer|h)[._]\d+[._])?(.+)", name)[1]  # type: ignore[index]
 
 
 def grouped_by_kind(names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
@@ -91,7 +149,7 @@ def _ranks(modules: Sequence[ModulePlan]) -> LayerTable:
                 format_shape(each.shape),
                 str(each.rank_before),
                 str(each.rank),
-                format_percent(each.parameters, each.dense_parameters),
+                format_percent(each.parameters, each.parameters_before),
                 error_words(each.error, 3),
             )
             for each in modules
@@ -107,7 +165,7 @@ def _ranks(modules: Sequence[ModulePlan]) -> LayerTable:
                 str(len(own)),
                 spread([each.rank_before for each in own]),
                 spread([each.rank or 0 for each in own]),
-                format_percent(sum(each.parameters for each in own), sum(each.dense_parameters for each in own)),
+                format_percent(sum(each.parameters for each in own), sum(each.parameters_before for each in own)),
                 error_words(max(each.error for each in own), 3),
             )
         )

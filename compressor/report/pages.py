@@ -18,7 +18,7 @@ from compressor.formatting import (
     format_size,
     one_line,
 )
-from compressor.report.adapters import adapter_page
+from compressor.report.adapters import adapter_inspection_page, adapter_page
 from compressor.report.blocks import Block, Facts, LayerTable, Lines, Page, SideBySide, Title, VerdictLine
 from compressor.report.comparison import Comparison, compared, compression_rows, eligible_words, evaluation_rows
 from compressor.report.initial_words import (
@@ -234,6 +234,8 @@ def plan_page(plan: Plan, *, output: Path | None = None) -> Page:
 
 def inspection_page(inspection: Inspection) -> Page:
     """Effective ranks and memory windows of the eligible layers; the others grouped by why they are skipped."""
+    if inspection.adapter is not None:
+        return adapter_inspection_page(inspection, inspection.adapter)
     measured = [layer for layer in inspection.layers if layer.layer.eligible]
     totals = (
         f"{inspection.parameters:,} parameters, {format_size(inspection.weight_bytes)}; "

@@ -25,7 +25,7 @@ MODULES = {
 
 def factors(d_in: int, d_out: int, kernel: tuple[int, ...], *, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A down and an up factor whose singular values fall."""
-    falling = torch.logspace(0, -1.5, rank)
+    falling = torch.logspace(0, -d_out / 20, rank)  # of its own in every module
     down = torch.randn(rank, d_in, *kernel) / math.sqrt(d_in)
     up = torch.randn(d_out, rank) * falling
     return down.to(dtype), up.reshape(d_out, rank, *(1 for _ in kernel)).to(dtype)
