@@ -34,7 +34,7 @@ def explained(
         where: The file that the message is about.
     """
     number = error_number(error)
-    if number == errno.ENOMEM or _is_out_of_memory(error):
+    if number == errno.ENOMEM or is_out_of_memory(error):
         remedy = "give it more memory, or less to do at a time: fewer calibration examples, smaller data"
         return BadInput("memory is used up", where=where, remedy=remedy)
     if number is None:
@@ -100,7 +100,8 @@ def _has_working_directory() -> bool:
         return False
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a device or of the machine."""
     # torch has an error of its own for a GPU, and a RuntimeError for the rest.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -30,6 +30,7 @@ from compressor.api.needs import (
     Places,
     SizesInWorkers,
     SlicesInWorkers,
+    evaluation_bytes,
     in_time,
     model_size,
     needs_of,
@@ -74,6 +75,7 @@ from compressor.errors import BadInput, QualityGateNotMet
 from compressor.evaluation import Evaluation, UniformQuantization, device_words, process_memory
 from compressor.formatting import format_percent, format_size
 from compressor.forms import from_initial, pair_name
+from compressor.freed_memory import freed_memory
 from compressor.initial import InitialFound
 from compressor.io import Artifact, Naming, Target, form_of
 from compressor.lowrank import (
@@ -585,7 +587,7 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
         examples = replace(examples, sizes=SizesInWorkers.of(_at_once(asked, subject, data, run=run), run))
         if subject.files is not None:
             examples = replace(examples, slices=SlicesInWorkers.of(data.calibration, settings, run))
-    held = replace(_held_models(asked, subject, data, size=size, run=run), jobs=run.engine.here)
+    held = replace(_held_models(asked, subject, data, size=size, first=first, run=run), jobs=run.engine.here)
     if isinstance(run.engine, InProcess):
         held = replace(held, jobs_memory=run.engine.memory)
     needs = needs_of(size, examples, places, held=held)
@@ -599,20 +601,27 @@ def _announced(asked: CompressOptions, subject: Model, data: _Data, *, places: P
     return needs
 
 
-def _held_models(asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize, run: Run) -> Held:
+def _held_models(
+    asked: CompressOptions, subject: Model, data: _Data, *, size: ModelSize, first: FirstRun | None, run: Run
+) -> Held:
     """The models in memory: the dense one to run it, beside the compressed one where this is measured or returned.
 
     Workers on this machine that measure several sizes at a time have one each; those that plan them too are counted
     with what calibration takes.
     """
     runs = data.calibration is not None or data.search is not None
+    measuring = 0
+    if first is not None and data.report is not None:
+        at_once = max(data.report.batch_size, *timing_settings(asked).batch)
+        measuring = evaluation_bytes(first.footprint, min(at_once, data.report.count))
+    freed = freed_memory().slack if run.device.type == "cpu" and (runs or data.report is not None) else 0
     if subject.in_memory:
-        return Held(0, 0 if asked.dry_run else output_bytes(size))
-    compared = size.dense + output_bytes(size) if data.report is not None and not asked.dry_run else 0
+        return Held(0, 0 if asked.dry_run else output_bytes(size) + measuring, freed)
+    compared = size.dense + output_bytes(size) + measuring if data.report is not None and not asked.dry_run else 0
     calibrating = size.streamed if runs else 0
     if data.calibration is None and _at_once(asked, subject, data, run=run) > 1:
         calibrating += run.engine.here * (size.streamed + size.factors)
-    return Held(calibrating, compared)
+    return Held(calibrating, compared, freed)
 
 
 def _timed_work(

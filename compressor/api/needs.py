@@ -21,6 +21,7 @@ from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.engine import InProcess, Run
 from compressor.errors import BadInput
 from compressor.evaluation import free_memory, resident_memory
+from compressor.evaluation.metrics import SCORED_AT_ONCE
 from compressor.factorize import working_bytes
 from compressor.formatting import format_size
 from compressor.io import Checkpoint
@@ -243,13 +244,15 @@ class Held:
 
     Attributes:
         calibrating: While ranks are looked for, in workers on this machine too.
-        compared: When the result is measured or returned.
+        compared: When the result is measured or returned, with what a batch leaves on its way.
+        freed: What is free again, and not given back to the system yet.
         jobs: Layers that are worked on at a time.
         jobs_memory: The most bytes that these take together; None where only their number is limited.
     """
 
     calibrating: int = 0
     compared: int = 0
+    freed: int = 0
     jobs: int = 1
     jobs_memory: int | None = None
 
@@ -257,13 +260,13 @@ class Held:
 def memory_bytes(model: ModelSize, calibration: CalibrationSize | None, held: Held) -> int:
     """Most bytes of memory at a time beside the libraries."""
     if calibration is None:
-        return max(held.calibrating + factorization_bytes(model, held), held.compared)
+        return held.freed + max(held.calibrating + factorization_bytes(model, held), held.compared)
     calibrating = calibration_bytes(model, calibration)
     workers = 0 if calibration.slices is None else calibration.slices.at_once * (model.streamed + calibrating)
     # A size is planned, and then measured with its factors in memory.
     workers = max(workers, calibration.sizes.here * (model.streamed + max(calibrating, model.factors)))
     work = max(factorization_bytes(model, held), calibrating, workers)
-    return max(held.calibrating + work, held.compared)
+    return held.freed + max(held.calibrating + work, held.compared)
 
 
 def factorization_bytes(model: ModelSize, held: Held) -> int:
@@ -292,6 +295,13 @@ def calibration_bytes(model: ModelSize, calibration: CalibrationSize) -> int:
     largest = max((sum(layer.parameters for layer in part) for part in model.parts), default=0)
     optimizing = round(6 * FLOAT32 * model.kept * largest) if settings.refine else 0
     return max(moments, optimizing) + max(passing, outputs)
+
+
+def evaluation_bytes(footprint: Footprint, at_once: int) -> int:
+    """Of one batch that is measured: the outputs of a block's modules, or those of the model in float32, in float64,
+    and as logarithms."""
+    outputs = min(at_once * footprint.outputs, FLOAT32 * SCORED_AT_ONCE)
+    return at_once * footprint.state + max(at_once * footprint.block, 5 * outputs)
 
 
 def _moments(layer: Layer, settings: CalibrationSettings) -> int:

@@ -303,16 +303,16 @@ class CalibrationWork:
 
         In a pass segments run forward twice, once more for the backward pass.
         """
-        forward, settings = self.forward, self.settings.refinement.end_to_end
+        forward, settings = self.forward, self.settings.end_to_end
         parts = math.ceil(self.written / self.settings.self_generated.at_once)
         writing = forward.overhead * self.tokens + forward.each * self.written / parts
         fit = self._of_some.fit + self.written
-        at_once = max(1, fit // settings.steps)
+        at_once = max(1, fit // settings.fitting.steps)
         run = partial(forward.of_segments, fit, segments=self.segments)
         steps = fit / at_once
         formed = quantization.forming * (1 + 1 / FORWARD_AND_BACKWARD)
         one_pass = (FORWARD_AND_BACKWARD + 1) * run(at_once) + steps * (self.optimizing + formed) + self._judged
-        costs = (run() + self._judged, *(one_pass,) * settings.passes)
+        costs = (run() + self._judged, *(one_pass,) * settings.fitting.passes)
         return [
             Step("generate", (writing,) * parts, certain=False),
             *[Step("refine end to end", costs, certain=False)] * candidates,
@@ -535,8 +535,7 @@ def work_on_calibration(
     # Products of vectors with themselves and eigenvectors of these, on both sides of a layer; one where it is square.
     products = sum(sum(side**2 for side in layer.shape) / 2 for layer in layers) / sum(map(_elements, layers))
     in_metric = sum(sum(side**3 for side in layer.shape) / 2 for layer in layers) / sum(map(_multiplications, layers))
-    end_to_end = settings.refinement.end_to_end
-    together = end_to_end.passes and sum(layer.parameters for layer in layers) <= end_to_end.most_weights
+    together = sum(layer.parameters for layer in layers) <= settings.end_to_end.most_weights
     return CalibrationWork(
         fit=data.examples,
         holdout=data.holdout_examples,

@@ -30,18 +30,19 @@ from compressor.calibration.segments import State
 from compressor.calibration.settings import RefinementSettings
 from compressor.lowrank import join
 from compressor.model import evaluation_mode
+from compressor.system_errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
 
 def fits_end_to_end(calibration: Calibration) -> bool:
     """Whether layers can be fitted together: all are in memory meanwhile, and a few examples would be overfitted."""
-    settings = calibration.settings.refinement.end_to_end
+    most = calibration.settings.end_to_end.most_weights
     weights = sum(layer.parameters for layer in calibration.layers.values())
-    if not settings.passes or not texts_to_write(calibration):
+    if not texts_to_write(calibration):
         return False
-    if weights > settings.most_weights:
-        logger.info("%d weights are not refined end to end: at most %d are", weights, settings.most_weights)
+    if weights > most:
+        logger.info("%d weights are not refined end to end: at most %d are", weights, most)
         return False
     return True
 
@@ -71,13 +72,15 @@ def refine_end_to_end(
 
 def _fitted(calibration: Calibration, start: Compensated, layers: Mapping[str, str], *, fit: Fit) -> dict[str, Tensor]:
     """The tensors of the fitted layers by their names in a file; none where the loss does not fall."""
-    settings = calibration.settings.refinement.end_to_end.fitting
+    settings = calibration.settings.end_to_end.fitting
     with evaluation_mode(calibration.run.device, calibration.model), frozen(calibration.model):
         modules = deepcopy({place: start.modules[place] for place in start.modules})  # together: some share tensors
         inside = {place: modules[place] for place in dict.fromkeys(layers.values())}
         try:
             fitted = _on_more_texts(calibration, settings)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             logger.warning("the layers are not fitted end to end, for the model does not continue texts: %s", error)
             return {}
         losses = [partial(_mean_cost, fitted, modules, part) for part in _parts(fitted)]
@@ -86,6 +89,8 @@ def _fitted(calibration: Calibration, start: Compensated, layers: Mapping[str, s
             with fitted_weights(inside.values(), rounding=settings.rounding):
                 fell = fit(inside, losses, judged, seed=calibration.run.seed, settings=settings)
         except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
+            if is_out_of_memory(error):
+                raise
             logger.warning("the layers are not fitted end to end: %s", error)
             return {}
     if not fell:
@@ -99,7 +104,7 @@ def _fitted(calibration: Calibration, start: Compensated, layers: Mapping[str, s
 def _judged(calibration: Calibration, modules: Mapping[str, nn.Module], calls: Iterator[int]) -> float:
     """The holdout loss, of which is told: it is computed before the first pass and after each."""
     loss = holdout_loss(calibration, modules)
-    total = calibration.settings.refinement.end_to_end.passes + 1
+    total = calibration.settings.end_to_end.fitting.passes + 1
     calibration.run.report("refine end to end", next(calls, total), total)
     return loss
 

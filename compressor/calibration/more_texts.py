@@ -33,7 +33,7 @@ def most_texts(model: nn.Module, data: CalibrationData, *, device: torch.device,
     most = made.most_multiplications if device.type == "cpu" else made.most_multiplications_accelerated
     each = len(examples[0]) * sum(map(torch.numel, model.parameters()))
     fitted = data.examples // settings.refit_every
-    count = min(settings.refinement.end_to_end.texts * fitted, int(most / each))
+    count = min(settings.end_to_end.texts * fitted, int(most / each))
     return count if count >= fitted else 0
 
 
@@ -44,7 +44,7 @@ def written_texts(calibration: Calibration) -> list[Batch]:
         return []
     model, examples = calibration.model, _whole(calibration.data)
     length = len(examples[0])
-    prompt = max(1, length // settings.refinement.end_to_end.prompts)
+    prompt = max(1, length // settings.end_to_end.prompts)
     generator = torch.Generator().manual_seed(calibration.run.seed)
     rows = torch.randint(len(examples), (count,), generator=generator).tolist()
     places = torch.randint(length - prompt + 1, (count,), generator=generator).tolist()

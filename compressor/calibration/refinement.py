@@ -32,6 +32,7 @@ from compressor.calibration.settings import RefinementSettings
 from compressor.calibration.walk import Kept, Walk
 from compressor.lowrank import join
 from compressor.model import evaluation_mode
+from compressor.system_errors import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +169,8 @@ def _fit(walk: Walk, inside: Mapping[str, nn.Module], fit: Fit) -> bool:
         with fitted_weights(inside.values(), rounding=settings.rounding):
             return fit(inside, losses, costs.holdout_error, seed=run.seed, settings=settings)
     except RuntimeError as error:  # such as for a tensor that is changed in place after a layer took it
+        if is_out_of_memory(error):
+            raise
         logger.warning("the factors of segment %d are not fitted: %s", walk.segment, error)
         return False
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from compressor.calibration.criterion import outputs_of
 from compressor.data import Batch
+from compressor.freed_memory import freed_memory
 from compressor.model.head import Head, with_forward
 from compressor.network import Layer
 
@@ -109,6 +110,7 @@ class Segments:
 
         `model` is the one that was split, or that one with other layers inside the same blocks.
         """
+        freed_memory().give_back()
         chains = [[model.get_submodule(name) for name in chain.blocks] for chain in self.chains]
         ended: list[Tensor] = []
         with ExitStack() as stack:

@@ -14,60 +14,9 @@ from compressor.factorize import FactorizationSettings
 
 
 @dataclass(frozen=True)
-class EndToEndSettings:
-    """How all layers of a model are fitted together to the dense model's predictions, where some are quantized.
-
-    A causal language model continues pieces of the fit examples to many more texts, for a few are soon overfitted.
-    """
-
-    passes: int = 2
-    """Passes over the fit examples and these texts; 0 leaves all that out."""
-
-    steps: int = 64
-    """Steps in a pass at least."""
-
-    learning_rate: float = 1e-3
-    """Learning rate of the first step, of factors and biases."""
-
-    scales_learning_rate: float = 3e-3
-    """The same of the scales of quantized layers."""
-
-    rounding: bool = True
-    """Fit how weights are rounded too."""
-
-    rounding_reach: float = 2.0
-    """How far the steps of that go together, in distances of integers."""
-
-    texts: int = 10
-    """Texts that are written for each fit example, or fewer where a forward on all of them would take more
-    multiplications than the examples that a model makes unasked may take."""
-
-    prompts: int = 8
-    """The piece that a text begins with is the length of an example divided by this."""
-
-    most_weights: int = 2**27
-    """Most weights of the layers that are fitted: they are in memory together, with the state of the optimizer."""
-
-    @property
-    def fitting(self) -> RefinementSettings:
-        """The settings of the fit."""
-        return RefinementSettings(
-            passes=self.passes,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            scales_learning_rate=self.scales_learning_rate,
-            rounding=self.rounding,
-            rounding_reach=self.rounding_reach,
-        )
-
-    def __post_init__(self) -> None:
-        for name, least in (("passes", 0), ("steps", 1), ("texts", 0), ("prompts", 1), ("most_weights", 0)):
-            as_count(getattr(self, name), name, least=least)
-
-
-@dataclass(frozen=True)
 class RefinementSettings:
-    """How the factors of a block are fitted to the dense block's outputs, by Adam (Kingma and Ba, ICLR 2015).
+    """How factors are fitted to outputs of the dense model, those of a block by default, by Adam (Kingma and Ba, ICLR
+    2015).
 
     A few passes over a hundred examples are all that a block can take before it overfits them.
     """
@@ -99,12 +48,34 @@ class RefinementSettings:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of Adam's two moments: the second forgets faster than by default, for there are about a hundred steps."""
 
-    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
-    """How all layers are then fitted together, where some are quantized."""
-
     def __post_init__(self) -> None:
         for name in ("passes", "steps"):
             as_count(getattr(self, name), name, least=1)
+
+
+@dataclass(frozen=True)
+class EndToEndSettings:
+    """How all layers of a model are fitted together to the dense model's predictions, where some are quantized.
+
+    A causal language model continues pieces of the fit examples to many more texts, for a few are soon overfitted.
+    """
+
+    fitting: RefinementSettings = RefinementSettings(passes=2, steps=64, learning_rate=1e-3, rounding_reach=2.0)
+    """How they are fitted to the fit examples and these texts."""
+
+    texts: int = 10
+    """Texts that are written for each fit example, or fewer where a forward on all of them would take more
+    multiplications than the examples that a model makes unasked may take; 0 leaves all that out."""
+
+    prompts: int = 8
+    """The piece that a text begins with is the length of an example divided by this."""
+
+    most_weights: int = 2**27
+    """Most weights of the layers that are fitted: they are in memory together, with the state of the optimizer."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("texts", 0), ("prompts", 1), ("most_weights", 0)):
+            as_count(getattr(self, name), name, least=least)
 
 
 @dataclass(frozen=True)
@@ -254,6 +225,9 @@ class CalibrationSettings:
     refinement: RefinementSettings = field(default_factory=RefinementSettings)
     """How they are fitted."""
 
+    end_to_end: EndToEndSettings = field(default_factory=EndToEndSettings)
+    """How all layers are then fitted together, where some are quantized."""
+
     uniform: bool = True
     """Measure what int8 and int4 of the same model lose, rounded to nearest and by GPTQ, for the result to say."""
 
@@ -277,7 +251,7 @@ class CalibrationSettings:
             "compensate",
             "ridges",
         )
-        later = ("refit_every", "refine", "refinement", "samples", "statistics_bytes", "uniform")
+        later = ("refit_every", "refine", "refinement", "end_to_end", "samples", "statistics_bytes", "uniform")
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in (*search, *later)}
 
     @classmethod

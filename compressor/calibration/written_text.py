@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.settings import SelfGeneratedSettings
+from compressor.freed_memory import freed_memory
 from compressor.model.example_inputs import is_transformer
 from compressor.model.head import find_head
 from compressor.model.streaming import device_of
@@ -86,6 +87,7 @@ def continued(
         more["logits_to_keep"] = 1  # of a model without a cache there would be those of whole texts
     texts, new, cache = prompts, prompts, None
     while texts.shape[1] < length:
+        freed_memory().give_back()
         output = running(**{named: new.to(device)}, past_key_values=cache, use_cache=True, **more)
         texts = torch.cat([texts, sampler.draw(output.logits[:, -1])[:, None]], dim=1)
         cache = getattr(output, "past_key_values", None)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from compressor.forms.quantized_layers import QuantizedWeight
+from compressor.freed_memory import freed_memory
 from compressor.latency import DeviceProfile
 from compressor.model import evaluation_mode, resolve_device
 from compressor.model.inference import forward_call
@@ -265,6 +266,7 @@ def measure_latency(
         while len(repeats) < timing.fewest_repeats or (
             len(repeats) < timing.most_repeats and sum(map(sum, repeats)) < timing.enough_seconds
         ):
+            freed_memory().give_back()
             order = 1 if len(repeats) % 2 == 0 else -1
             repeats.append([timing.timer(model, call, device) for model, call in pairs[::order]][::order])
     return Latency(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.data import Batch, CustomMetric, EvaluationData, placed
 from compressor.errors import BadInput, CompressorError, first_line
+from compressor.freed_memory import freed_memory
 from compressor.torch_state import called_as_by_the_caller
 
 # How many parts of the data a metric is measured without, in turn.
@@ -40,6 +41,7 @@ class LoaderBatches:
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.data:
+            freed_memory().give_back()
             given = self._made(batch) if batch.given is None else batch.given
             yield given if self.device is None else placed(given, self.device)
 

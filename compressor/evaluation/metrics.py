@@ -17,6 +17,7 @@ from compressor.data import IGNORED_LABEL, Batch, CustomMetric, EvaluationData
 from compressor.data.batches import count_examples
 from compressor.errors import BadInput
 from compressor.evaluation.custom_metric import metric_value, without_each_part
+from compressor.freed_memory import freed_memory
 from compressor.model import evaluation_mode, logits_of, resolve_device
 from compressor.model.head import Head, find_head
 from compressor.model.inference import forward_call
@@ -95,6 +96,7 @@ def measure_quality(
     head: Head | None = None
     with evaluation_mode(resolve_device(device), model):
         for batch in data:
+            freed_memory().give_back()
             _require_known_tokens(model, batch, data.name)
             if not losses and data.task in ("language-modeling", "text-to-text"):
                 head = _accepted(model, batch, data.name, run=partial(_head, examples=batch[:1]))

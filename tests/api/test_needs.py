@@ -24,19 +24,23 @@ from compressor.api.needs import (
     Places,
     SizesInWorkers,
     SlicesInWorkers,
+    evaluation_bytes,
     memory_bytes,
     output_bytes,
     require_available,
     temporary_bytes,
 )
+from compressor.api.workload import first_run
 from compressor.calibration import CalibrationData, RefinementSettings
 from compressor.cli.run import run
 from compressor.data import Batch
 from compressor.engine import Engine, InProcess, ProcessPool, Run
 from compressor.errors import BadInput
+from compressor.evaluation.cost import measure_peak_memory
 from compressor.network import Layer
 from compressor.planning import Budget
 from compressor.results import Amount, Needs
+from tests.calibration.tiny_models import batch_of, eligible, inputs_for, transformer
 
 GIGABYTE = 10**9
 ENOUGH = Amount(GIGABYTE, 100 * GIGABYTE, "cpu")
@@ -192,6 +196,24 @@ def test_layers_that_are_worked_on_at_a_time_need_memory_together_but_no_more_th
     assert two == 2 * one > 0
     assert memory_bytes(sized(4), None, Held(jobs=3, jobs_memory=round(1.5 * one))) == round(1.5 * one)
     assert memory_bytes(sized(4), None, Held(jobs=3, jobs_memory=1)) == one
+
+
+def test_a_batch_that_is_measured_takes_what_was_said_and_adds_to_the_models() -> None:
+    model, texts = transformer("llama").eval(), inputs_for("llama", 64)
+    examples, layers = batch_of(texts), eligible(model)
+    first = first_run(model, layers, CalibrationData((examples,), (), labeled=False), device=torch.device("cpu"))
+    assert first is not None
+    assert first.blocks
+    said = evaluation_bytes(first.footprint, 64)
+    assert said == pytest.approx(64 * evaluation_bytes(first.footprint, 1))
+    weights = sum(each.nbytes for each in model.parameters())
+    assert 1 / 1.3 < said / (measure_peak_memory(model, examples.inputs, device="cpu") - weights) < 1.3
+
+
+def test_what_is_not_given_back_yet_is_needed_in_any_case() -> None:
+    for calibration in (None, calibrated(64)):
+        nothing, some = (memory_bytes(sized(4), calibration, Held(freed=freed)) for freed in (0, 1000))
+        assert some - nothing == 1000
 
 
 def test_the_output_is_what_the_request_leaves() -> None:

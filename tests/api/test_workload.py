@@ -27,7 +27,7 @@ from compressor.api.workload import (
     work_on_calibration,
     work_on_quantization,
 )
-from compressor.calibration import CalibrationData, CalibrationSettings, RefinementSettings
+from compressor.calibration import CalibrationData, CalibrationSettings
 from compressor.calibration.settings import EndToEndSettings
 from compressor.cli.pace import Pace
 from compressor.engine import InProcess, ProcessPool, Run, processors
@@ -215,9 +215,7 @@ def test_texts_that_a_model_writes_are_written_and_fitted_to() -> None:
 def test_texts_are_counted_before_anything_is_calibrated(name: str, most: int, texts: int) -> None:
     subject, batch = transformer(name).eval(), batch_of(inputs_for(name, 4))
     data, layers = CalibrationData((batch,), (batch,), labeled=False), eligible(subject)
-    settings = CalibrationSettings(
-        refit_every=1, refinement=RefinementSettings(end_to_end=EndToEndSettings(most_weights=most))
-    )
+    settings = CalibrationSettings(refit_every=1, end_to_end=EndToEndSettings(most_weights=most))
     first = first_run(subject, layers, data, device=CPU)
     assert first is not None
     found = work_on_calibration(subject, layers, data, first=first, run=Run(CPU), settings=settings)

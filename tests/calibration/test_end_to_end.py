@@ -18,6 +18,7 @@ from compressor.calibration import (
     RefinementSettings,
     calibrate,
     holdout_loss,
+    refine,
     refine_end_to_end,
     uncompensated,
 )
@@ -30,8 +31,8 @@ from compressor.planning import LayerPlan
 from tests.calibration.tiny_models import CPU, batch_of, calibrated, eligible, inputs_for, left_as_it_was, transformer
 
 FORMS = [("dense@3g16", 0), ("dense@2g16z", 2), ("plain", 5)]
-END_TO_END = EndToEndSettings(passes=3, steps=4, scales_learning_rate=1e-2, texts=1)
-SETTINGS = CalibrationSettings(refinement=RefinementSettings(end_to_end=END_TO_END))
+FITTING = replace(EndToEndSettings().fitting, passes=3, steps=4, scales_learning_rate=1e-2)
+SETTINGS = CalibrationSettings(end_to_end=EndToEndSettings(FITTING, texts=1))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,30 @@ def test_layers_that_gain_nothing_are_left(calibration: Calibration) -> None:
     assert same(refine_end_to_end(calibration, start, "spoiled", fit=spoiled), start)
 
 
+@pytest.mark.parametrize(
+    ("error", "raises"),
+    [
+        (RuntimeError("one of the variables needed for gradient computation has been modified"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+    ],
+)
+def test_only_what_cannot_be_differentiated_is_left(
+    calibration: Calibration, error: Exception, *, raises: bool
+) -> None:
+    start = started(calibration, "dense@3g16", 0)
+
+    def fails(*_: object, **__: object) -> bool:
+        raise error
+
+    for fitted in (refine_end_to_end, refine):
+        if raises:
+            with pytest.raises(type(error), match=str(error)[:20]):
+                fitted(calibration, start, f"fails {error}", fit=fails)
+        else:
+            assert same(fitted(calibration, start, f"fails {error}", fit=fails), start)
+
+
 class OwnForCausalLM(nn.Module):
     """Named as causal language models of transformers are, and none of these."""
 
@@ -159,13 +184,12 @@ def test_a_model_that_cannot_continue_texts_is_refined_block_by_block(kind: type
 
 def test_a_language_model_whose_layers_have_few_weights_is_fitted(calibration: Calibration) -> None:
     def fits(**changed: int) -> bool:
-        refinement = RefinementSettings(end_to_end=replace(END_TO_END, **{"texts": 1, **changed}))
-        return fits_end_to_end(replace(calibration, settings=CalibrationSettings(refinement=refinement)))
+        end_to_end = replace(SETTINGS.end_to_end, **changed)
+        return fits_end_to_end(replace(calibration, settings=replace(SETTINGS, end_to_end=end_to_end)))
 
     weights = sum(layer.parameters for layer in calibration.layers.values())
     assert fits(most_weights=weights)
     assert not fits(most_weights=weights - 1)
-    assert not fits(passes=0)
     assert not fits(texts=0)
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.calibration import CalibrationSettings, RefinementSettings
+from compressor.calibration import CalibrationSettings
 from compressor.calibration.more_texts import texts_to_write, written_texts
 from compressor.calibration.settings import EndToEndSettings, SelfGeneratedSettings
 from tests.calibration.tiny_models import calibrated, inputs_for, transformer
 
-SETTINGS = CalibrationSettings(
-    tokens_at_once=32, refinement=RefinementSettings(end_to_end=EndToEndSettings(texts=2, prompts=2))
-)
+SETTINGS = CalibrationSettings(tokens_at_once=32, end_to_end=EndToEndSettings(texts=2, prompts=2))
 
 
 def windows(texts: Tensor, length: int) -> set[tuple[int, ...]]:
