@@ -91,7 +91,8 @@ def companions(source: Path) -> Companions:
 
     Weights and the state of optimizers are replaced, and our own code and the configuration of an adapter are written
     anew: they neither go along nor are listed. The weights of a part in a folder of its own, such as 2_Dense of
-    sentence-transformers, stay as they are. A link to a file is followed only inside the folder, or inside the Hugging Face cache that it is part of.
+    sentence-transformers, stay as they are. A link to a file is followed only inside the folder, or inside the Hugging
+    Face cache that it is part of.
 
     Raises:
         BadInput: the folder or one of its files cannot be read.
