@@ -28,6 +28,7 @@ from compressor.lowrank import (
     is_compressed_tensors,
 )
 from compressor.lowrank import modules as low_rank_modules
+from compressor.network import same_table, transformers_module
 from compressor.quantize import groups, packing, products
 from compressor.quantize.settings import DEFAULTS as QUANTIZATION
 from compressor.version import VERSION
@@ -147,6 +148,8 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
             where=checkpoint.source,
             remedy="export it with `to='dense'`",
         )
+    if any(layer.kind == "embedding" for layer in spec.layers.values()):
+        _require_own_tables(checkpoint.folder, spec)
     architecture, configuration, auto_classes = _classes_of(checkpoint.folder, config)
     module = CODE_FILE.removesuffix(".py")
     config["architectures"] = [f"{CODE_CLASS_PREFIX}{architecture}"]
@@ -156,6 +159,19 @@ def remote_configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     config[CODE_CONFIG_KEY] = spec.to_dict()
     return config
+
+
+def _require_own_tables(folder: Path, spec: LowRankSpec) -> None:
+    """Refuse a compressed embedding that a model has in several places, for which no code is copied."""
+    model = transformers_module(folder)
+    shared = {} if model is None else same_table(model)
+    if name := next((each for each in shared.values() if each in spec.layers), None):
+        places = [place for place, of in shared.items() if of == name]
+        raise BadInput(
+            f"has {name} in other places too ({', '.join(places)}), which the copied code does not know",
+            where=folder,
+            remedy="export it with `to='dense'`, or compress it without `embeddings`",
+        )
 
 
 def remote_artifact(checkpoint: Checkpoint, config: Mapping[str, Any], shard_size: int) -> Artifact:

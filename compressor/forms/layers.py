@@ -142,6 +142,29 @@ def written_beside(input: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return columns
 
 
+def embedding_scale(dense: nn.Embedding) -> tuple[float, bool]:
+    """The factor of an embedding that scales the rows that it looks up, and whether it is rounded to their dtype.
+
+    It is 1 of others. Classes that scale have it as `embed_scale`, and round it where that is a buffer.
+    """
+    value = getattr(dense, "scalar_embed_scale", getattr(dense, "embed_scale", 1.0))
+    return float(value), "embed_scale" in dense._buffers
+
+
+def scaled(vectors: Tensor, scale: float, rounds: bool) -> Tensor:
+    """Vectors that were looked up, times the scale of their embedding."""
+    if scale == 1.0:
+        return vectors
+    return vectors * vectors.new_full((1,), scale) if rounds else vectors * scale
+
+
+def is_lookup(dense: nn.Module) -> bool:
+    """Whether a module looks rows of a table up, may scale them, and does nothing else that is known."""
+    if not isinstance(dense, nn.Embedding) or dense.max_norm is not None:
+        return False
+    return type(dense) is nn.Embedding or hasattr(dense, "embed_scale")
+
+
 def linear_sides(dense: nn.Module) -> tuple[str, int, int]:
     """The kind of a linear layer or a transformers `Conv1D`, and its numbers of inputs and outputs; else ValueError."""
     if isinstance(dense, nn.Linear):

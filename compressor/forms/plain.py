@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from compressor.factorize import FactorPair, balanced
-from compressor.forms.layers import MARKERS, LayerPair, applied, linear_sides, unfilled
+from compressor.forms.layers import (
+    MARKERS,
+    LayerPair,
+    applied,
+    embedding_scale,
+    is_lookup,
+    linear_sides,
+    scaled,
+    unfilled,
+)
 from compressor.forms.pair_form import MatrixPair, PairForm, StoredPairShape
 from compressor.forms.weights import DenseWeight
 from compressor.io import TensorInfo
@@ -37,7 +46,10 @@ class LowRankLinear(LayerPair):
 
 
 class LowRankEmbedding(nn.Module):
-    """The pair of an embedding: `y = up(down(token))`, with `down` of `tokens x r` and `up` of `d x r`."""
+    """The pair of an embedding: `y = up(down(token))`, with `down` of `tokens x r` and `up` of `d x r`.
+
+    That of an embedding that scales what it looks up scales it too.
+    """
 
     weight: Tensor
 
@@ -45,6 +57,7 @@ class LowRankEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.rank = dense.num_embeddings, dense.embedding_dim, rank
         self.padding_idx = dense.padding_idx
+        self.scale, self.scale_rounds = embedding_scale(dense)
         factory: dict[str, Any] = {"dtype": dense.weight.dtype, "device": dense.weight.device}
         self.down = unfilled(
             nn.Embedding,
@@ -60,9 +73,9 @@ class LowRankEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return self.up(self.down(input))  # type: ignore[no-any-return]
+            return scaled(self.up(self.down(input)), self.scale, self.scale_rounds)
         else:
-            return applied(self.up, self.down(input))
+            return scaled(applied(self.up, self.down(input)), self.scale, self.scale_rounds)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, rank={self.rank}"
@@ -70,7 +83,7 @@ class LowRankEmbedding(nn.Module):
 
 def plain_layer(dense: nn.Module, rank: int) -> nn.Module:
     """An unfilled plain pair in place of a linear layer, a transformers `Conv1D`, or an embedding; else ValueError."""
-    if type(dense) is nn.Embedding and dense.max_norm is None:
+    if isinstance(dense, nn.Embedding) and is_lookup(dense):
         return LowRankEmbedding(dense, rank)
     kind, d_in, d_out = linear_sides(dense)
     has_bias, weight = getattr(dense, "bias", None) is not None, dense.weight

@@ -18,8 +18,11 @@ from compressor.forms.layers import (
     TransposedConvolution,
     applied,
     copy_geometry,
+    embedding_scale,
+    is_lookup,
     kind_name,
     linear_sides,
+    scaled,
 )
 from compressor.quantize.packing import pack, packed_width, unpack
 from compressor.quantize.products import (
@@ -268,10 +271,11 @@ class QuantizedEmbedding(QuantizedWeight):
         super().__init__(tuple(dense.weight.shape), like=dense.weight, **quantization)
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
         self.padding_idx = dense.padding_idx
+        self.scale, self.scale_rounds = embedding_scale(dense)
 
     def forward(self, input: Tensor) -> Tensor:
         vectors = self.dequantized(input.flatten()).reshape(*input.shape, -1)
-        return corrected(self, input, vectors)
+        return scaled(corrected(self, input, vectors), self.scale, self.scale_rounds)
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, {super().extra_repr()}"
@@ -379,7 +383,7 @@ def corrected(layer: nn.Module, input: Tensor, output: Tensor) -> Tensor:
 def quantized_layer(dense: nn.Module, **quantization: Any) -> nn.Module:
     """An unfilled quantized layer in the place of a linear layer, a transformers `Conv1D`, an embedding, or a
     convolution, transposed only without groups; else ValueError."""
-    if type(dense) is nn.Embedding and dense.max_norm is None:
+    if isinstance(dense, nn.Embedding) and is_lookup(dense):
         return QuantizedEmbedding(dense, **quantization)
     if isinstance(dense, TransposedConvolution) and dense.groups > 1:
         raise ValueError(f"the convolution has {dense.groups} groups")

@@ -20,7 +20,15 @@ from torch.nn.utils import parametrize
 
 from compressor.forms import FORMS, DenseWeight, QuantizedDense, QuantizedPair, StoredWeight
 from compressor.io import TensorInfo
-from compressor.network import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Kind, directly_read_by, layer_name, own_state
+from compressor.network import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Kind,
+    directly_read_by,
+    layer_name,
+    only_scales,
+    own_state,
+)
 
 # The products of the forward pass that is under way in this thread, with gradients and without.
 _products: ContextVar[dict[tuple[FactoredWeight, bool], Tensor] | None] = ContextVar("products", default=None)
@@ -267,4 +275,6 @@ def can_be_pair(root: nn.Module, name: str, parameter: str, *, kind: Kind) -> bo
     if kind == "transposed linear":
         return type(layer).__name__ == "Conv1D"
     grouped = getattr(layer, "groups", 1) > 1
+    if kind == "embedding" and isinstance(layer, nn.Embedding) and type(layer) is not nn.Embedding:
+        return only_scales(layer)
     return type(layer) in classes.get(kind, ()) and grouped == (kind == "grouped convolution")

@@ -41,6 +41,26 @@ class TiedHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class SameEmbedding(nn.Module):
+    """Another place of an embedding, which holds nothing: it looks up in that."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that it is no part of this module
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self._embedding[0]
+
+    @property
+    def weight(self) -> Any:
+        return self.embedding.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        found: Tensor = self.embedding(input)
+        return found
+
+
 # What PyTorch calls before, in and after a layer's forward and backward pass, in the attributes of a module: the hooks
 # in their order, by a number that the others give the kind of.
 _CALL_HOOKS = (
@@ -166,6 +186,28 @@ def tie_head(root: nn.Module, head: str, embedding: str) -> None:
                 setattr(module, name, others | factors)
 
 
+def put_beside(root: nn.Module, name: str, places: list[str]) -> None:
+    """Put what looks up in the low-rank or quantized embedding `name` in the other places that it has in a model.
+
+    A transformers model is told that nothing is tied there any more, since nothing is stored there.
+    """
+    embedding = root.get_submodule(name)
+    for place in places:
+        put_layer(root, place, SameEmbedding(embedding))
+    for above, module in root.named_modules():
+        prefix = f"{above}." if above else ""
+        tied = {f"{place.removeprefix(prefix)}.weight" for place in places}
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            declared = getattr(module, attribute, None)
+            if isinstance(declared, dict) and tied & declared.keys():
+                setattr(module, attribute, {target: of for target, of in declared.items() if target not in tied})
+
+
+def is_of_transformers(root: nn.Module) -> bool:
+    """Whether a model is one of transformers, which says what is tied in it."""
+    return hasattr(root, "all_tied_weights_keys")
+
+
 def put_pair(root: nn.Module, name: str, form: str, *, rank: int) -> nn.Module:
     """Put an unfilled low-rank layer in the place of a dense one and of a head tied to it, and return the tree.
 
@@ -175,8 +217,11 @@ def put_pair(root: nn.Module, name: str, form: str, *, rank: int) -> nn.Module:
     layer = low_rank_layer(dense, form, rank)
     carry_over(dense, layer)
     carry_state_hooks(dense, layer)
-    for place in [place for place, module in root.named_modules(remove_duplicate=False) if module is dense]:
+    places = [place for place, module in root.named_modules(remove_duplicate=False) if module is dense]
+    for place in places:
         root = put_layer(root, place, layer)
     if head is not None:
         tie_head(root, head, name)
+    if len(places) > 1 and isinstance(dense, nn.Embedding) and is_of_transformers(root):
+        put_beside(root, name, [place for place in places if place != name])
     return root

@@ -22,7 +22,7 @@ from compressor.lowrank.modules import put_pair
 from compressor.lowrank.restoring import restored_module
 from compressor.lowrank.sources import without_source
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
-from compressor.network import SeparateExperts, fuse_experts
+from compressor.network import SeparateExperts, fuse_experts, join_embeddings
 from compressor.network.conversions import makes_experts, name_conversions, without_merges
 from compressor.network.experts import separable_experts, separate_experts
 
@@ -72,6 +72,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         of_source = spec.source is not None and any(layout.apart_in_files for layout in layouts.values())
         if named or spec.stacks or of_source:
             separate_experts(model)
+        # What a pair takes the place of is one module, as it was when it was compressed.
+        if any(layer.kind == "embedding" for layer in layers.values()):
+            join_embeddings(model)
         modules = dict(model.named_modules())
         self._initial: dict[str, PutLayer] = {}
         for name, layer in layers.items():

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from compressor.forms import QuantizedHead
 from compressor.io import open_checkpoint
-from compressor.lowrank.modules import TiedHead, carry_hooks, put_layer, tied_head
+from compressor.lowrank.modules import SameEmbedding, TiedHead, carry_hooks, put_layer, tied_head
 from compressor.lowrank.stored_pairs import stored_pairs
 from compressor.lowrank.tensor_format import dense_weight
-from compressor.network import fuse_experts
+from compressor.network import embedding_scale, fuse_experts
 
 
 def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -32,8 +32,17 @@ def restored_module(module: nn.Module, architecture: nn.Module, dtype: torch.dty
         dense.load_state_dict(own, assign=True)
         for parameter, tensor in low_rank.named_parameters():
             dense.get_parameter("bias" if parameter.endswith("bias") else "weight").requires_grad_(tensor.requires_grad)
+        _fill_scale(dense)
         carry_hooks(low_rank, dense)
-        module = put_layer(module, name, dense.train(low_rank.training))
+        places = [
+            place
+            for place, each in module.named_modules(remove_duplicate=False)
+            if each is low_rank or (isinstance(each, SameEmbedding) and each.embedding is low_rank)
+        ]
+        for place in places:
+            module = put_layer(module, place, dense.train(low_rank.training))
+        if len(places) > 1:
+            _declare_as_before(module, architecture)
         if (head := heads[name]) is not None:
             _tie(module, architecture, head=head, embedding=dense)
     return fuse_experts(module)
@@ -51,7 +60,20 @@ def _tie(module: nn.Module, architecture: nn.Module, *, head: str, embedding: nn
     dense.register_parameter("bias", tied.bias)
     carry_hooks(tied, dense)
     put_layer(module, head, dense.train(tied.training))
+    _declare_as_before(module, architecture)
+
+
+def _declare_as_before(module: nn.Module, architecture: nn.Module) -> None:
+    """Say of a transformers model what is tied in it, as it is said of the architecture."""
     for place, original in architecture.named_modules():
         for name in ("_tied_weights_keys", "all_tied_weights_keys"):
             if isinstance(declared := getattr(original, name, None), dict):
                 setattr(module.get_submodule(place), name, declared)
+
+
+def _fill_scale(dense: nn.Module) -> None:
+    """Give an embedding that was built without values the scale that it has as a number."""
+    scale = embedding_scale(dense)
+    for name, buffer in dense._buffers.items():
+        if isinstance(dense, nn.Embedding) and buffer is not None and buffer.is_meta:
+            dense._buffers[name] = torch.full_like(buffer, scale, device="cpu")

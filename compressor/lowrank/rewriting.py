@@ -21,7 +21,15 @@ from compressor.lowrank.decompositions import KeptDecompositions
 from compressor.lowrank.effective_weights import let_script
 from compressor.lowrank.factored_parameter import fill_factors, put_factors, to_be_factored
 from compressor.lowrank.initial_layer import formed_weight, initial_record, start_matrix
-from compressor.lowrank.modules import carry_over, carry_state_hooks, low_rank_layer, put_layer, tie_head
+from compressor.lowrank.modules import (
+    carry_over,
+    carry_state_hooks,
+    is_of_transformers,
+    low_rank_layer,
+    put_beside,
+    put_layer,
+    tie_head,
+)
 from compressor.lowrank.product_tensor import ProductTensor, product_in, squeezed
 from compressor.lowrank.sources import source_left
 from compressor.lowrank.spec import LayerSpec, LowRankSpec
@@ -317,6 +325,8 @@ def rewritten_module(
             carry_state_hooks(copied, low_rank)
             for place in (layer.module, *layer.places):
                 compressed = put_layer(compressed, place, low_rank)
+            if layer.places and layer.kind == "embedding" and is_of_transformers(compressed):
+                put_beside(compressed, layer.module, list(layer.places))
         if layer.head is not None and start is None:
             tie_head(compressed, layer.head, layer.module)
         done(layer.name, factors.error)

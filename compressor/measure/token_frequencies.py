@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.errors import BadInput
 from compressor.measure.moments import kept_rows
+from compressor.network import embedding_scale
 from compressor.torch_state import in_float64, sum_in_float64
 
 
@@ -39,9 +40,9 @@ class HeadMoments:
 class EmbeddingMoments:
     """Moments of an embedding over `positions`, in float64.
 
-    `frequencies` are those of its tokens, smoothed, and `gradients` is E[g g^T] (`d x d`) of the loss gradient at its
-    outputs. `uses` is the number of positions per prediction of the model, as in `Moments`. `head` is None without a
-    tied head.
+    `frequencies` are those of its tokens, smoothed, and `gradients` is E[g g^T] (`d x d`) of the loss gradient at the
+    rows that it looks up: at its outputs, times its scale if it has one. `uses` is the number of positions per
+    prediction of the model, as in `Moments`. `head` is None without a tied head.
     """
 
     frequencies: Tensor
@@ -89,7 +90,7 @@ class EmbeddingCollector:
     def __enter__(self) -> None:
         for name, (embedding, head) in self._embeddings.items():
             assert isinstance(embedding.weight, Tensor)
-            hook = self._lookup_hook(name, vocabulary=len(embedding.weight))
+            hook = self._lookup_hook(name, vocabulary=len(embedding.weight), scale=embedding_scale(embedding))
             self._handles.append(embedding.register_forward_hook(hook, with_kwargs=True))
             if head is not None:
                 self._handles.append(head.register_forward_hook(self._head_hook(name), with_kwargs=True))
@@ -182,7 +183,7 @@ class EmbeddingCollector:
         )
 
     def _lookup_hook(
-        self, name: str, vocabulary: int
+        self, name: str, vocabulary: int, scale: float
     ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
         def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
             tokens: Tensor = arguments[0] if arguments else next(iter(named.values()))
@@ -192,7 +193,8 @@ class EmbeddingCollector:
 
             def used(gradient: Tensor) -> None:
                 self._add(name, "tokens", in_float64(counts), positions=kept.numel())
-                self._add_product(name, "gradients", kept_rows(gradient, masks))
+                # That at the rows of the table, which the embedding may scale.
+                self._add_product(name, "gradients", scale * kept_rows(gradient, masks))
 
             output.requires_grad_(True)
             output.register_hook(used)  # type: ignore[no-untyped-call]

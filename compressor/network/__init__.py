@@ -9,6 +9,7 @@ from compressor.network.architecture import (
     transformers_module,
     transformers_without_weights,
 )
+from compressor.network.embeddings import embedding_scale, join_embeddings, only_scales, same_table
 from compressor.network.experts import SeparateExperts, fuse_experts, separable_experts, with_separate_experts
 from compressor.network.layers import (
     CONVOLUTIONS,
@@ -36,13 +37,17 @@ __all__ = [
     "StoredAs",
     "architecture_mismatch",
     "directly_read_by",
+    "embedding_scale",
     "find_layers",
     "fuse_experts",
     "in_natural_order",
     "is_weight",
+    "join_embeddings",
     "layer_name",
     "module_architecture",
+    "only_scales",
     "own_state",
+    "same_table",
     "separable_experts",
     "tied_names",
     "transformers_architecture",

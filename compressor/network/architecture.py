@@ -20,6 +20,7 @@ from compressor.network.conversions import (
     name_in_model,
     without_merges,
 )
+from compressor.network.embeddings import join_embeddings
 from compressor.network.experts import ExpertLayout, separable_experts, separate_experts
 from compressor.torch_state import in_float64
 
@@ -94,6 +95,7 @@ def transformers_architecture(
     try:
         layouts = separable_experts(model)
         separate_experts(model)
+        join_embeddings(model)
     except Exception:  # as in `transformers_module`
         return None
     known, prefix = model.state_dict(), model.base_model_prefix

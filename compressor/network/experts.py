@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressor.io import Stack
 from compressor.network.conversions import assembles, merged_experts, name_conversions
+from compressor.network.embeddings import join_embeddings, same_table
 
 # The parameters of fused experts: those that all have, and the biases that some have.
 _WEIGHTS, _BIASES = ("gate_up_proj", "down_proj"), ("gate_up_proj_bias", "down_proj_bias")
@@ -268,12 +269,14 @@ def separate_experts(model: nn.Module) -> bool:
 
 
 def with_separate_experts(model: nn.Module) -> nn.Module:
-    """A model with separate experts that shares all weights with `model`; `model` itself if there are none."""
-    if not separable_experts(model):
+    """A model with separate experts, and with one module for embeddings that share a table; all weights are those of
+    `model`. It is `model` itself if it has none of either."""
+    if not separable_experts(model) and not same_table(model):
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     apart = copy.deepcopy(model, shared)
     separate_experts(apart)
+    join_embeddings(apart)
     return apart
 
 

@@ -23,6 +23,7 @@ from compressor.formatting import format_shape
 from compressor.io import Checkpoint
 from compressor.io.adapters import is_adapter_factor
 from compressor.network.architecture import Architecture
+from compressor.network.embeddings import only_scales
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -334,7 +335,8 @@ def own_state(layer: nn.Module) -> str | None:
     if "forward" in vars(layer):
         return "its forward was replaced"
     names = [*layer._parameters, *layer._buffers, *layer._modules]
-    further = [name for name in names if name not in ("weight", "bias")]
+    own = ("weight", "bias", *layer._buffers) if isinstance(layer, nn.Embedding) and only_scales(layer) else ()
+    further = [name for name in names if name not in (own or ("weight", "bias"))]
     if further:
         return f"it has {', '.join(further)} besides its weight"
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -397,8 +399,9 @@ def _from_module(
         return _as_parameter(layer, shapes, owner, parameter=parameter)
     if isinstance(owner, nn.Embedding):
         layer = replace(layer, kind="embedding", bias=None, shape=(shape[1], shape[0]))
-        if type(owner) is not nn.Embedding:
-            return replace(layer, skip=f"an embedding, but {type(owner).__name__} does more than look rows up")
+        if type(owner) is not nn.Embedding and not only_scales(owner):
+            what = f"an embedding, but {type(owner).__name__} does more than look rows up and scale them"
+            return replace(layer, skip=what)
         return replace(layer, skip="an embedding whose rows max_norm rescales" if owner.max_norm is not None else None)
     if type(owner) is nn.Linear:
         return replace(layer, kind="linear")
