@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,15 @@ def encoded_tensors(file: StoredTensors, *, left: Collection[str] = ()) -> dict[
     Raises:
         BadInput: parts are missing, or do not fit together.
     """
-    found = (each for reader in _READERS for each in reader(file))
-    return {each.name: each for each in found if each.name.rpartition(".")[0] not in left}
+    # What stands for a layer is below its name, or below that of a factor of it.
+    others = {name: tensor for name, tensor in file.tensors.items() if not _owners(name) & frozenset(left)}
+    found = (each for reader in _READERS for each in reader(replace(file, tensors=others)))
+    return {each.name: each for each in found}
+
+
+def _owners(tensor: str) -> frozenset[str]:
+    layer = tensor.rpartition(".")[0]
+    return frozenset({layer, layer.rpartition(".")[0]})
 
 
 def decoded(

@@ -218,7 +218,7 @@ def _of_awq(file: StoredTensors, name: str, parts: tuple[Part, Part, Part]) -> E
     inputs, (groups, outputs) = packed.stored.shape[0], scales.stored.shape
     size = _group_size(file, inputs, groups)
     words = packed.stored.shape[1]
-    if words != zeros.stored.shape[1] or words * 8 != outputs or size is None:
+    if words != zeros.stored.shape[1] or words * 8 != outputs or size is None or inputs % size:
         raise file.misfit(name, *parts)
     return EncodedTensor(name, (outputs, inputs), file.dtype, AwqIntegers(size, inputs), parts)
 

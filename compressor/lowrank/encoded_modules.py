@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from compressor.encodings import EncodedTensor, StoredTensors, encoded_tensors
 from compressor.io import StoredTensor, TensorInMemory
 from compressor.io.safetensors_file import read_safetensors
+from compressor.lowrank.sources import own_layers
 from compressor.network.conversions import name_conversions, name_in_model, without_merges
 
 
@@ -40,13 +41,19 @@ class PutEncoded:
         self.module.register_parameter(self.parameter, nn.Parameter(weight))
 
 
-def encoded_in_files(files: Sequence[str], said: Mapping[str, Any], dtype: torch.dtype) -> dict[str, EncodedTensor]:
-    """The tensors of safetensors files that others stand for."""
+def encoded_in_files(
+    files: Sequence[str], said: Mapping[str, Any], dtype: torch.dtype, *, left: Collection[str]
+) -> dict[str, EncodedTensor]:
+    """The tensors of safetensors files that others stand for, but for layers of our own, which are `left`."""
     stored: dict[str, StoredTensor] = {}
+    own = set(left)
     for file in files:
         if str(file).endswith(".safetensors"):
-            stored |= read_safetensors(Path(file))[0]
-    return encoded_tensors(StoredTensors(stored, said, dtype))
+            tensors, metadata = read_safetensors(Path(file))
+            stored |= tensors
+            own |= own_layers(metadata)  # by their names in the file, which need not be those of the modules
+    with torch.device("cpu"):  # not on the device that the model is built on
+        return encoded_tensors(StoredTensors(stored, said, dtype), left=own)
 
 
 def put_encoded(model: Any, encoded: Mapping[str, EncodedTensor]) -> list[PutEncoded]:

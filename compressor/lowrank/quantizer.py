@@ -88,7 +88,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         self._encoded: list[PutEncoded] = []
         if spec.source is not None:
             own = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.bfloat16)
-            self._encoded = put_encoded(model, encoded_in_files(checkpoint_files or [], spec.source, own))
+            self._encoded = put_encoded(model, encoded_in_files(checkpoint_files or [], spec.source, own, left=layers))
         self._names = set(model.state_dict())
         return model
 

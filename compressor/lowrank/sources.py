@@ -7,9 +7,12 @@ Layers that a plan leaves alone keep their stored tensors, byte for byte, and th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from compressor.documents import parse_json
 from compressor.encodings import decoded, encoded_in
+from compressor.errors import BadInput
 from compressor.io import Checkpoint
 from compressor.lowrank.spec import METADATA_KEY, LowRankSpec
 from compressor.lowrank.stored_pairs import file_record
@@ -36,9 +39,17 @@ def decoded_checkpoint(checkpoint: Checkpoint, *, packed: bool = False) -> Check
     Raises:
         BadInput: stored tensors do not fit together.
     """
-    own = file_record(checkpoint).get("layers")
-    left = frozenset(map(str, own)) if isinstance(own, Mapping) else frozenset[str]()
+    left = own_layers(checkpoint.metadata)
     return decoded(checkpoint, said_of_source(checkpoint), left=left, packed=packed)
+
+
+def own_layers(metadata: Mapping[str, str]) -> frozenset[str]:
+    """The layers that we compressed, as the metadata of a file say."""
+    with suppress(BadInput):
+        record = parse_json(metadata.get(METADATA_KEY, "{}"), where="metadata")
+        layers = record.get("layers") if isinstance(record, dict) else None
+        return frozenset(map(str, layers)) if isinstance(layers, dict) else frozenset()
+    return frozenset()
 
 
 def source_left(checkpoint: Checkpoint, names: list[str]) -> Mapping[str, Any] | None:

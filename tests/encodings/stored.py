@@ -31,9 +31,9 @@ def llama(**said: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | said))
 
 
-def qwen3_moe() -> Any:
+def qwen3_moe(**said: Any) -> Any:
     sizes = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | sizes))
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES | sizes | said))
 
 
 def deepseek_v3() -> Any:
@@ -116,3 +116,110 @@ def float8_tensor(matrix: Tensor) -> Stored:
 
 FLOAT8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
 FLOAT8 = {"quant_method": "fp8", "activation_scheme": "static"}
+
+
+def packed(numbers: list[int], bits: int) -> list[int]:
+    """Numbers one after the other in words of 32 bits, the lowest bit first, as signed integers."""
+    stream = sum(number << (place * bits) for place, number in enumerate(numbers))
+    words = [(stream >> (32 * word)) & 0xFFFFFFFF for word in range(-(-len(numbers) * bits // 32))]
+    return [word - (1 << 32) if word >= 1 << 31 else word for word in words]
+
+
+def _rounded(matrix: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Integers of each number, scales and zero points of each output and group, and what they stand for."""
+    rows, inputs = matrix.shape
+    groups = int(group.max()) + 1
+    scales, zeros = torch.zeros(rows, groups), torch.zeros(rows, groups, dtype=torch.int64)
+    integers, means = torch.zeros(rows, inputs, dtype=torch.int64), torch.zeros(rows, inputs)
+    for place in range(groups):
+        own = matrix[:, group == place]
+        low, high = own.amin(1).clamp(max=0), own.amax(1).clamp(min=0)
+        scales[:, place] = ((high - low) / (2**bits - 1)).to(torch.float16).to(torch.float32)
+        zeros[:, place] = (-low / scales[:, place]).round().clamp(1, 2**bits - 1)
+    for column in range(inputs):
+        scale, zero = scales[:, group[column]], zeros[:, group[column]]
+        integers[:, column] = (matrix[:, column] / scale + zero).round().clamp(0, 2**bits - 1)
+        means[:, column] = scale * (integers[:, column] - zero)
+    return integers, scales, zeros, means
+
+
+def gptq(bits: int = 4, size: int = 32, version: int = 1, *, ordered: bool = False) -> Quantize:
+    """As GPTQ's tools store a matrix; `ordered` puts inputs into groups in an order of their own."""
+
+    def stored(matrix: Tensor) -> Stored:
+        rows, inputs = matrix.shape
+        group = torch.arange(inputs) // size
+        if ordered:
+            group = group[torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))]
+        integers, scales, zeros, means = _rounded(matrix, group, bits)
+        less = zeros - (1 if version == 1 else 0)
+        parts = {
+            "qweight": torch.tensor([packed(integers[row].tolist(), bits) for row in range(rows)]).T.int(),
+            "qzeros": torch.tensor([packed(less[:, place].tolist(), bits) for place in range(scales.shape[1])]).int(),
+            "scales": scales.T.to(torch.float16),
+            "g_idx": group.int(),
+        }
+        return parts, means
+
+    return stored
+
+
+def awq(size: int = 32) -> Quantize:
+    """As AWQ stores a matrix of four bits: the eight columns of a word are 0, 2, 4, 6, 1, 3, 5, 7 of them."""
+
+    def stored(matrix: Tensor) -> Stored:
+        _, inputs = matrix.shape
+        integers, scales, zeros, means = _rounded(matrix, torch.arange(inputs) // size, 4)
+
+        def words(row: list[int]) -> list[int]:
+            return [
+                word
+                for start in range(0, len(row), 8)
+                for word in packed([row[start + place] for place in (0, 2, 4, 6, 1, 3, 5, 7)], 4)
+            ]
+
+        parts = {
+            "qweight": torch.tensor([words(column) for column in integers.T.tolist()]).int(),
+            "qzeros": torch.tensor([words(column) for column in zeros.T.tolist()]).int(),
+            "scales": scales.T.to(torch.float16),
+        }
+        return parts, means
+
+    return stored
+
+
+def compressed_tensors(scheme: Mapping[str, Any], method: str = "pack-quantized") -> Quantize:
+    """As compressed-tensors itself stores a matrix."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    weights = QuantizationArgs(**scheme)
+    parsed = QuantizationScheme(targets=["Linear"], weights=weights)
+    compressor = BaseCompressor.get_value_from_registry(method)
+
+    def stored(matrix: Tensor) -> Stored:
+        size = scheme.get("group_size") or matrix.shape[1]
+        own = matrix.unflatten(1, (-1, size))
+        scale, zero = calculate_qparams(own.amin(2), own.amax(2), weights)
+        state = {"weight": matrix, "weight_scale": scale, "weight_zero_point": zero}
+        parts = dict(compressor.compress(state, parsed))
+        return parts, compressor.decompress(parts, parsed)["weight"]
+
+    return stored
+
+
+def gptq_config(bits: int = 4, size: int = 32, version: int = 1) -> dict[str, Any]:
+    named = "gptq" if version == 1 else "gptq_v2"
+    return {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": False, "checkpoint_format": named}
+
+
+def compressed_tensors_config(scheme: Mapping[str, Any], method: str = "pack-quantized") -> dict[str, Any]:
+    groups = {"group_0": {"targets": ["Linear"], "weights": dict(scheme), "format": method}}
+    said = {"quant_method": "compressed-tensors", "format": method, "quantization_status": "compressed"}
+    return said | {"config_groups": groups, "ignore": ["lm_head"]}
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+FOUR_BITS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+EIGHT_BITS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
