@@ -39,7 +39,17 @@ from compressor.calibration.truncation import (
     uncompensated,
 )
 from compressor.calibration.walk import Kept, Walk
-from compressor.factorize import FactorPair, Metric, SpatialPair, coordinates, weighed
+from compressor.factorize import (
+    Decomposition,
+    FactorPair,
+    GroupedMetric,
+    GroupedPair,
+    Metric,
+    SpatialPair,
+    coordinates,
+    grouped_truncated_svd,
+    weighed,
+)
 from compressor.forms import FORMS, MatrixPair, quantization_of
 from compressor.lowrank import (
     DenseWeights,
@@ -49,7 +59,7 @@ from compressor.lowrank import (
     stored_tensors,
     written,
 )
-from compressor.measure.moments import Centered, input_vectors, kept_vectors, wide_enough
+from compressor.measure.moments import Centered, groups_of, input_vectors, kept_vectors, wide_enough
 from compressor.model import evaluation_mode
 from compressor.network import Layer, SeparateExperts
 from compressor.planning import LayerPlan
@@ -65,11 +75,7 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     bare parameters are unknown.
     """
     low_rank = [plan for plan in planned if plan.rank is not None]
-    as_they_are = [
-        plan
-        for plan in low_rank
-        if calibration.layers[plan.name].kind in ("embedding", "parameter", "grouped convolution")
-    ]
+    as_they_are = [plan for plan in low_rank if calibration.layers[plan.name].kind in ("embedding", "parameter")]
     start = uncompensated(calibration, as_they_are)
     plans = {plan.name: plan for plan in low_rank if plan not in as_they_are}
     names = {calibration.layers[name].module: name for name in plans}
@@ -107,8 +113,7 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
                 put(place, _refit(calibration, plan, fit=fit, holdout=holdout))
 
     def statistics_size(group: Sequence[str]) -> int:
-        # Three moments in float64, of the fit and of the holdout examples.
-        return 2 * 3 * 8 * calibration.layers[names[group[0]]].shape[1] ** 2 if group[0] in names else 0
+        return _statistics_size(calibration.layers[names[group[0]]]) if group[0] in names else 0
 
     with evaluation_mode(calibration.run.device, calibration.model):
         walk = Walk(calibration, start.modules, name=name)
@@ -141,6 +146,11 @@ def compensate(calibration: Calibration, planned: Sequence[LayerPlan], name: str
     return Compensated(Replacements(calibration, low_rank, factors, moved=moved))
 
 
+def _statistics_size(layer: Layer) -> int:
+    """The bytes of three moments in float64, of the fit and of the holdout examples."""
+    return 2 * 3 * 8 * layer.groups * layer.shape[1] ** 2
+
+
 def _kept(factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str], moved: Mapping[str, nn.Module]) -> Kept:
     """What a segment with these factors and places has become."""
     statistics = {place: statistics_of(moved[place]) for place in passed if place in moved}
@@ -151,8 +161,9 @@ def _kept(factors: Mapping[str, Mapping[str, Tensor]], passed: Sequence[str], mo
 class _InputStatistics:
     """Moments of a layer's inputs: x in the dense model and y in the compressed one, position by position, in float64.
 
-    For batch normalization the second moments are those of each channel alone. `xx` is None of the fit examples of any
-    other layer: no target depends on it.
+    For batch normalization the second moments are those of each channel alone. Of a convolution with groups all have a
+    first dimension more, of the groups. `xx` is None of the fit examples of all but batch normalization: no target
+    depends on it.
     """
 
     xx: Tensor | None
@@ -172,14 +183,19 @@ class _InputStatistics:
             return self
         xx = self.xx
         if xx is not None:
-            xx = xx - torch.outer(self.x, x) - torch.outer(x, self.x) + torch.outer(x, x)
+            xx = xx - _outer(self.x, x) - _outer(x, self.x) + _outer(x, x)
         return _InputStatistics(
             xx,
-            self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + torch.outer(x, y),
-            self.yy - torch.outer(self.y, y) - torch.outer(y, self.y) + torch.outer(y, y),
+            self.xy - _outer(self.x, y) - _outer(x, self.y) + _outer(x, y),
+            self.yy - _outer(self.y, y) - _outer(y, self.y) + _outer(y, y),
             self.x - x,
             self.y - y,
         )
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """The outer product of two vectors, or of those of every group."""
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
 
 
 def _refit(
@@ -200,26 +216,29 @@ def _refit(
         pair = approximated(written(matrix, start), metric=metric, decomposition=found)
     else:
         pair = _Stored(stored_matrix(layer, plan, alone))
-    chosen = before = _Target(matrix, bias, metric, metric.mean, metric.mean, start)
+    factored = partial(_factored, groups=layer.groups)
+    of_groups = None if bias is None else _by_groups(bias, layer.groups)
+    chosen = before = _Target(_by_groups(matrix, layer.groups), of_groups, metric, metric.mean, metric.mean, start)
     x, y = (None, None) if before.x is None else (fit.x, fit.y)
     error_before = error_after = _Outputs.of(before, holdout)
     if x is not None:
         error_after = _Outputs.of(replace(before, x=x, y=y), holdout)
-    near = _factored(pair)
+    near = factored(pair)
     if plan.rank and _is_quantized_pair(layer, plan.form):
-        near = found.pair(written(matrix, start), plan.rank, metric)
+        near = _nearest(written(matrix, start), plan.rank, metric, decomposition=found)
     target = _ridge_target(
         replace(before, x=x, y=y), near, fit.centered(x, y), outputs=error_after, ridges=settings.ridges
     )
     if target is not None:
-        refitted = approximated(written(target.matrix, start), metric=target.metric)
+        refitted = approximated(written(target.matrix.view_as(matrix), start), metric=target.metric)
         # Differences below the precision of the moments, whose products are in float32, say nothing.
         rounding = torch.finfo(torch.float32).eps * error_before.dense
-        if error_after.error(_factored(refitted)) < error_before.error(_factored(pair)) - rounding:
+        if error_after.error(factored(refitted)) < error_before.error(factored(pair)) - rounding:
             chosen, pair = target, refitted
     if chosen is before and alone is not None:
         return alone
-    weights = DenseWeights(chosen.matrix, chosen.bias, _dtype(dense), start)
+    bias = None if chosen.bias is None else chosen.bias.flatten()
+    weights = DenseWeights(chosen.matrix.view_as(matrix), bias, _dtype(dense), start)
     return stored_tensors(layer, plan, pair, dense=weights, metric=chosen.metric)
 
 
@@ -233,28 +252,48 @@ class _Stored:
         return self.matrix
 
 
-def _factored(pair: MatrixPair) -> FactorPair:
-    """The pair as two matrices, the first with the columns that the product is made of."""
+def _factored(pair: MatrixPair, *, groups: int = 1) -> FactorPair:
+    """The pair as two matrices, the first with the columns that the product is made of; as two stacks for groups."""
     if isinstance(pair, FactorPair):
         return pair
-    product = pair.product()
+    if isinstance(pair, GroupedPair):
+        return FactorPair(
+            torch.stack([each.up for each in pair.pairs]), torch.stack([each.down for each in pair.pairs])
+        )
+    product = _by_groups(pair.product(), groups)
     if isinstance(pair, SpatialPair):
         columns = torch.linalg.qr(pair.up.flatten(1)).Q
         return FactorPair(up=columns, down=columns.T @ product)
     # What is quantized is of no low rank.
-    return FactorPair(up=torch.eye(len(product)).to(product), down=product)
+    return FactorPair(up=torch.eye(product.shape[-2]).to(product), down=product)
+
+
+def _nearest(matrix: Tensor, rank: int, metric: Metric, *, decomposition: Decomposition) -> FactorPair:
+    """The factors of this rank that are the nearest to a matrix, or to the rows of each group."""
+    if not isinstance(metric, GroupedMetric):
+        return decomposition.pair(matrix, rank, metric)
+    groups = len(metric.inputs)
+    return _factored(
+        grouped_truncated_svd(matrix, rank, groups, metric=metric, decomposition=decomposition), groups=groups
+    )
+
+
+def _by_groups(rows: Tensor, groups: int) -> Tensor:
+    """The rows of a matrix, or numbers, of each group, where there are several."""
+    return rows if groups == 1 else rows.view(groups, -1, *rows.shape[1:])
 
 
 def _is_quantized_pair(layer: Layer, form: str) -> bool:
     """Whether a form is that of quantized factors of the layer's own matrix."""
-    return quantization_of(form) is not None and FORMS[form].truncates and FORMS[form].sides(layer) == layer.shape
+    return quantization_of(form) is not None and FORMS[form].truncates and FORMS[form].sides(layer) == layer.block_shape
 
 
 @dataclass(frozen=True)
 class _Target:
     """A matrix and bias to be truncated in a metric; with a bias, about the means x and y of the inputs.
 
-    In an initial form what is truncated is the matrix without the `start`, to which the pair is added.
+    In an initial form what is truncated is the matrix without the `start`, to which the pair is added. Of a convolution
+    with groups all have a first dimension more, of the groups.
     """
 
     matrix: Tensor
@@ -298,8 +337,8 @@ class _Outputs:
     def error(self, pair: FactorPair) -> float:
         """E||W x - S y - W' y||^2 in the metric of the gradients, in the space of the pair's columns."""
         up, down = pair.up, pair.down
-        agreeing = (up.T @ self.cross * down).sum()
-        own = (up.T @ weighed(up, self.gradients) * (down @ self.yy @ down.T)).sum()
+        agreeing = (up.mT @ self.cross * down).sum()
+        own = (up.mT @ weighed(up, self.gradients) * (down @ self.yy @ down.mT)).sum()
         return self.total + float(own - 2 * agreeing)  # one number, for which the device is waited for
 
 
@@ -312,7 +351,7 @@ def _ridge_target(
     the means of `dense`.
     """
     matrix, gradients, x, y = dense.matrix, dense.metric.gradients, dense.x, dense.y
-    scale = float(fit.yy.diagonal().mean())
+    scale = float(fit.yy.diagonal(dim1=-2, dim2=-1).mean())
     wanted = matrix @ fit.xy
     without_start = wanted if dense.start is None else wanted - dense.start @ fit.yy
     toward = written(matrix, dense.start)
@@ -320,7 +359,7 @@ def _ridge_target(
     for relative in ridges if 0 < scale < float("inf") else ():
         ridge = relative * scale
         factor, failed = torch.linalg.cholesky_ex(_ridged(fit.yy, ridge))
-        if failed:
+        if failed.any():
             continue
         error = outputs.error(_truncated_near(pair, without_start + ridge * toward, factor, gradients=gradients))
         if best is None or error < best[0]:
@@ -328,24 +367,30 @@ def _ridge_target(
     if best is None:
         return None
     _, ridge, factor = best
-    target = torch.cholesky_solve((wanted + ridge * matrix).T, factor).T
+    target = torch.cholesky_solve((wanted + ridge * matrix).mT, factor).mT
     shifted = dense.bias
     if dense.bias is not None and x is not None and y is not None:
-        shifted = (dense.bias.to(matrix) + matrix @ x - target @ y).to(dense.bias.dtype)
-    return _Target(target, shifted, Metric(_ridged(fit.yy, ridge), gradients, y), x, y, dense.start)
+        shifted = (dense.bias.to(matrix) + _outputs_of(matrix, x) - _outputs_of(target, y)).to(dense.bias.dtype)
+    metric = replace(dense.metric, inputs=_ridged(fit.yy, ridge), mean=y)
+    return _Target(target, shifted, metric, x, y, dense.start)
+
+
+def _outputs_of(matrix: Tensor, inputs: Tensor) -> Tensor:
+    """What a matrix makes of inputs, or those of every group."""
+    return matrix @ inputs if matrix.dim() == 2 else (matrix @ inputs.unsqueeze(2)).squeeze(2)
 
 
 def _truncated_near(pair: FactorPair, right: Tensor, factor: Tensor, *, gradients: Tensor) -> FactorPair:
     """The matrix T of `T L L^T = right` truncated: a step of subspace iteration from the rows of a pair."""
-    columns = torch.linalg.qr(right @ pair.down.T).Q
-    down = torch.cholesky_solve((coordinates(columns, gradients) @ right).T, factor).T
+    columns = torch.linalg.qr(right @ pair.down.mT).Q
+    down = torch.cholesky_solve((coordinates(columns, gradients) @ right).mT, factor).mT
     return FactorPair(up=columns, down=down)
 
 
 def _ridged(moment: Tensor, ridge: float) -> Tensor:
     """The moment of inputs with a multiple of the identity added."""
     ridged = moment.clone()
-    ridged.diagonal().add_(ridge)
+    ridged.diagonal(dim1=-2, dim2=-1).add_(ridge)
     return ridged
 
 
@@ -450,9 +495,17 @@ def _products(layer: nn.Module, x: Tensor, y: Tensor, *, dense: bool) -> dict[st
     if isinstance(layer, _BatchNorm):
         squares = {"xx": (x * x).sum(0), "xy": (x * y).sum(0), "yy": (y * y).sum(0)}
         return squares | {"x": sum_in_float64(x), "y": sum_in_float64(y)}
-    of_x, of_y = Centered.of(x), Centered.of(y)
-    found = {"xx": of_x.second_moment()} if dense else {}
-    return found | {"xy": of_x.product(of_y), "yy": of_y.second_moment(), "x": of_x.sum, "y": of_y.sum}
+    of_x, of_y, groups = Centered.of(x), Centered.of(y), groups_of(layer)
+    if groups == 1:
+        return _products_of(of_x, of_y, dense=dense)
+    of_groups = zip(of_x.parts(groups), of_y.parts(groups), strict=True)
+    parts = [_products_of(*each, dense=dense) for each in of_groups]
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def _products_of(x: Centered, y: Centered, *, dense: bool) -> dict[str, Tensor]:
+    found = {"xx": x.second_moment()} if dense else {}
+    return found | {"xy": x.product(y), "yy": y.second_moment(), "x": x.sum, "y": y.sum}
 
 
 def _vectors(layer: nn.Module, x: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -147,10 +147,13 @@ def weighted_truncated_svd(matrix: Tensor, rank: int, metric: Metric) -> FactorP
 
 
 def coordinates(space: Tensor, moment: Tensor) -> Tensor:
-    """`(U^T S U)^-1 U^T S` for `n x r` columns U: times U it is the projection on their span in the metric S."""
-    weighted = _times(space.T, moment)
+    """`(U^T S U)^-1 U^T S` for `n x r` columns U: times U it is the projection on their span in the metric S.
+
+    Both may have a first dimension more, of as many spaces and metrics.
+    """
+    weighted = _times(space.mT, moment)
     gram = weighted @ space
-    solved: Tensor = torch.cholesky_solve(weighted, torch.linalg.cholesky((gram + gram.T) / 2))
+    solved: Tensor = torch.cholesky_solve(weighted, torch.linalg.cholesky((gram + gram.mT) / 2))
     return solved
 
 

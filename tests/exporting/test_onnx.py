@@ -17,6 +17,7 @@ from torch import nn
 from compressor import BadInput, Export, compress, export
 from compressor.cli.run import run
 from compressor.exporting.onnx import traced_inputs
+from compressor.forms import LowRankConvolution
 from compressor.model import open_runnable
 from tests.lowrank.architectures import ARCHITECTURES
 
@@ -33,7 +34,8 @@ def mlp():
 
 def convolutions():
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.Flatten(), nn.Linear(216, 5)
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=2), nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2), nn.Flatten(), nn.Linear(216, 5)
     )
 """
 
@@ -123,7 +125,8 @@ def test_convolutions_of_the_one_size_that_goes_through(networks: Path, tmp_path
     kernels = [tuple(part.weight.shape) for layer in small if hasattr(layer, "down") for part in (layer.down, layer.up)]
     found = [shape for kind, shape in products(path) if kind == "Conv"]
     kernels = [shape for shape in kernels if len(shape) == 4]
-    assert len(kernels) >= 2
+    assert len(kernels) >= 4
+    assert any(isinstance(layer, LowRankConvolution) and layer.groups == 2 for layer in small)
     assert set(kernels) <= set(found)
 
 

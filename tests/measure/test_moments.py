@@ -53,6 +53,44 @@ def test_a_convolution_is_its_matrix_times_the_patches_of_the_moment(
     torch.testing.assert_close(matrix @ moment @ matrix.T, outputs.T @ outputs / len(outputs), rtol=1e-4, atol=1e-5)
 
 
+def test_the_moments_of_groups_are_blocks_of_those_of_the_block_diagonal_convolution() -> None:
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(6, 9, (3, 2), stride=(1, 2), padding=1, groups=3, padding_mode="circular")
+    whole = nn.Conv2d(6, 9, (3, 2), stride=(1, 2), padding=1, padding_mode="circular")
+    whole.bias = grouped.bias
+    whole.weight.data = torch.zeros(9, 6, 3, 2)
+    for group in range(3):
+        rows, channels = slice(3 * group, 3 * group + 3), slice(2 * group, 2 * group + 2)
+        whole.weight.data[rows, channels] = grouped.weight.data[rows]
+    head = nn.Sequential(nn.Flatten(), nn.LazyLinear(5))
+    x = torch.randn(4, 6, 6, 5) + 2
+    head(grouped(x))
+    found, expected = (
+        collect_moments({"layer": layer}, [sampled(lambda layer=layer: head(layer(x)))])["layer"]
+        for layer in (grouped, whole)
+    )
+    assert found is not None
+    assert expected is not None
+    assert (found.positions, found.input_positions) == (expected.positions, expected.input_positions)
+    torch.testing.assert_close(found.mean.flatten(), expected.mean, rtol=1e-6, atol=1e-6)
+    for mine, other, side in ((found.inputs, expected.inputs, 12), (found.gradients, expected.gradients, 3)):
+        blocks = [other[place : place + side, place : place + side] for place in range(0, 3 * side, side)]
+        torch.testing.assert_close(mine, torch.stack(blocks), rtol=1e-5, atol=1e-6 * float(other.abs().max()))
+
+
+def test_convolutions_with_and_without_groups_do_not_share_the_moment_of_their_input() -> None:
+    torch.manual_seed(0)
+    layers = {
+        "whole": nn.Conv1d(4, 4, 3),
+        "groups": nn.Conv1d(4, 4, 3, groups=2),
+        "alike": nn.Conv1d(4, 6, 3, groups=2),
+    }
+    x = torch.randn(2, 4, 9)
+    found = collect_moments(layers, [sampled(lambda: torch.cat([layer(x) for layer in layers.values()], 1).mean(2))])
+    assert [tuple(each.inputs.shape) for each in found.values() if each] == [(12, 12), (2, 6, 6), (2, 6, 6)]
+    assert found["groups"].inputs is found["alike"].inputs
+
+
 def test_the_gradients_moment_is_the_fisher_of_a_softmax() -> None:
     # For logits z = W x the gradient of the sampled loss is p - onehot(y), whose second moment is diag(p) - p p^T.
     torch.manual_seed(0)
