@@ -30,12 +30,12 @@ class Leaves(nn.Module):
     def calls(self) -> int:
         return len(self.kept) // BLOCKS
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         blocks, size = [], BLOCK + 2**16 * self.calls
         for _ in range(BLOCKS):
             blocks.append(torch.empty(size, dtype=torch.uint8).fill_(1))
             self.kept.append(torch.empty(PIN, dtype=torch.uint8).fill_(1))
-        outputs: Tensor = self.linear(x)
+        outputs: Tensor = self.linear(input)
         return outputs
 
 
@@ -54,12 +54,20 @@ def by_a_metric(model: nn.Module) -> None:
 
 def timed(model: nn.Module) -> None:
     timing = TimingSettings(warm_ups=0, fewest_repeats=BATCHES, most_repeats=BATCHES)
-    measure_latency(model, {"x": torch.randn(4, 3)}, device="cpu", timing=timing)
+    measure_latency(model, {"input": torch.randn(4, 3)}, device="cpu", timing=timing)
 
 
 def in_segments(model: nn.Module) -> None:
     for _ in range(BATCHES):
-        Segments().run(model, 0, Batch({"x": torch.randn(4, 3)}, torch.empty(0)), state=())
+        Segments().run(model, 0, Batch({"input": torch.randn(4, 3)}, torch.empty(0)), state=())
+
+
+@pytest.mark.parametrize("runs", [measured, by_a_metric, timed, in_segments])
+def test_it_is_given_back_between_batches(runs: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+    monkeypatch.setattr(FreedMemory, "give_back", lambda _: asked.append(1))
+    runs(nn.Linear(3, 2))
+    assert len(asked) >= BATCHES
 
 
 @pytest.mark.skipif(freed_memory().give is None, reason="the C library gives nothing back")
