@@ -559,10 +559,10 @@ def _require_smaller(subject: Model, measured: Sequence[MeasuredLayer], chosen: 
     before = sum(info.nbytes for info in subject.stored)
     after = sum(info.nbytes for info in rewritten_infos(subject.rewriting(chosen)))
     if after > before:
+        why = "some that are quantized become dense" if subject.decoded else "some that were tied become copies"
         raise QualityGateNotMet(
-            f"{subject.name}: the tensors would grow from {format_size(before)} to {format_size(after)}, because some"
-            " that were tied become copies; keep less, leave these layers out with `exclude`, or give the ranks as a"
-            " `plan`"
+            f"{subject.name}: the tensors would grow from {format_size(before)} to {format_size(after)}, because {why};"
+            " keep less, leave these layers out with `exclude`, or give the ranks as a `plan`"
         )
 
 

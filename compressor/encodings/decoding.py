@@ -11,9 +11,10 @@ import torch
 from compressor.encodings.encoded import EncodedTensor, StoredTensors
 from compressor.encodings.float8 import scaled_floats
 from compressor.encodings.integers import PackedIntegers, compressed_tensors, gptq_and_awq
+from compressor.encodings.mxfp4 import mxfp4
 from compressor.io import Checkpoint, StoredTensor
 
-_READERS = (scaled_floats, gptq_and_awq, compressed_tensors)
+_READERS = (scaled_floats, gptq_and_awq, compressed_tensors, mxfp4)
 
 
 def encoded_tensors(file: StoredTensors, *, left: Collection[str] = ()) -> dict[str, EncodedTensor]:
@@ -68,7 +69,8 @@ def encoded_in(checkpoint: Checkpoint, name: str) -> EncodedTensor | None:
 
 def encoded_names(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The tensors of a checkpoint that others stand for."""
-    return tuple(name for name in checkpoint.tensors if encoded_in(checkpoint, name) is not None)
+    names = dict.fromkeys((*checkpoint.tensors, *checkpoint.wholes))
+    return tuple(name for name in names if encoded_in(checkpoint, name) is not None)
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:

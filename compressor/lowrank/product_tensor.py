@@ -153,8 +153,11 @@ def product_in(checkpoint: Checkpoint, tensor: str) -> ProductTensor | None:
 def stored_infos(checkpoint: Checkpoint) -> list[TensorInfo]:
     """The tensors that the files hold, which are other ones for pairs and for what others quantized."""
     beside = _biases_of_pairs(checkpoint)
+    # Where others quantized a tensor that holds several layers, it is counted once, as it is stored.
+    whole = {name: held for name, held in checkpoint.held_by.items() if encoded_in(checkpoint, held) is not None}
     found: list[TensorInfo] = []
-    for name, info in checkpoint.tensors.items():
+    for name in dict.fromkeys(whole.get(name, name) for name in checkpoint.tensors):
+        info = checkpoint.wholes[name] if name in checkpoint.wholes else checkpoint.tensors[name]
         pair, encoded = product_in(checkpoint, name), encoded_in(checkpoint, name)
         own = [] if name in beside else [info]
         found += pair.infos if pair is not None else own if encoded is None else encoded.infos

@@ -54,7 +54,7 @@ def own_layers(metadata: Mapping[str, str]) -> frozenset[str]:
 
 def source_left(checkpoint: Checkpoint, names: list[str]) -> Mapping[str, Any] | None:
     """How a source's tensors are stored of which some stay as they are; None where none is."""
-    if any(name in checkpoint.tensors and encoded_in(checkpoint, name) is not None for name in names):
+    if any(encoded_in(checkpoint, name) is not None for name in names):
         return said_of_source(checkpoint)
     return None
 

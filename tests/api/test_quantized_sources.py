@@ -31,11 +31,12 @@ class Source:
     model: Callable[[], Any]
     quantize: Quantize
     said: dict[str, Any]
+    where: Callable[[str], bool] = stored.is_linear
 
     def made(self, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         """A folder of it, and one of what it means."""
         dense_folder(folder, self.model(), dtype)
-        return store(folder, self.quantize, self.said)
+        return store(folder, self.quantize, self.said, where=self.where)
 
 
 SOURCES = {
@@ -162,6 +163,34 @@ def test_some_layers_compressed_others_left_as_they_are(source: Source, tmp_path
     torch.testing.assert_close(logits(loaded(tmp_path / "dense")), logits(small), rtol=1e-4, atol=1e-4)
     small.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(loaded(tmp_path / "again")), logits(small), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_in_mxfp4(tmp_path: Path) -> None:
+    source = Source(stored.gpt_oss, stored.mxfp4, stored.MXFP4, stored.is_experts)
+    means = source.made(tmp_path / "model")
+    expected = logits(loaded(means))
+    assert torch.equal(logits(open_runnable(tmp_path / "model").module), expected)
+    restore(tmp_path / "model", output=tmp_path / "dense")
+    assert torch.equal(logits(loaded(tmp_path / "dense")), expected)
+    before = stored_bytes(tmp_path / "model")
+    compress(
+        tmp_path / "model",
+        output=tmp_path / "small",
+        keep=0.6,
+        bits=(4, 8),
+        include=("*self_attn*", "lm_head"),
+        calibration="none",
+        prefer="size",
+    )
+    after = stored_bytes(tmp_path / "small")
+    experts = {name for name in before if name.endswith(("_blocks", "_scales"))}
+    assert len(experts) == 8
+    assert all(after[name] == before[name] for name in experts)
+    small = loaded(tmp_path / "small")
+    assert small.generate(IDS, max_new_tokens=3, do_sample=False).shape == (2, 9)
+    assert torch.equal(logits(open_runnable(tmp_path / "small").module), logits(small))
+    restore(tmp_path / "small", output=tmp_path / "restored")
+    torch.testing.assert_close(logits(loaded(tmp_path / "restored")), logits(small), rtol=1e-4, atol=1e-4)
 
 
 def test_all_layers_compressed_leave_nothing_of_the_source(tmp_path: Path) -> None:

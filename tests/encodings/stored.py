@@ -46,6 +46,13 @@ def deepseek_v3() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def gpt_oss() -> Any:
+    sizes = {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+    said = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = transformers.GptOssConfig(**SIZES | sizes | said, rope_parameters={"rope_type": "default"})
+    return transformers.GptOssForCausalLM(config)
+
+
 def dense_folder(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """Save a model of random weights; return the tensors of its file."""
     torch.manual_seed(1)
@@ -116,6 +123,26 @@ def float8_tensor(matrix: Tensor) -> Stored:
 
 FLOAT8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
 FLOAT8 = {"quant_method": "fp8", "activation_scheme": "static"}
+
+
+def is_experts(name: str) -> bool:
+    return re.search(r"experts\.(gate_up|down)_proj$", name) is not None
+
+
+def mxfp4(experts: Tensor) -> Stored:
+    """As gpt-oss stores `experts x inputs x outputs`: 32 inputs of an output share a power of two."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    grouped = experts.transpose(1, 2).unflatten(2, (-1, 32))
+    exponents = (grouped.abs().amax(-1).log2() - 2).floor()
+    scaled = grouped / exponents.exp2().unsqueeze(-1)
+    nearest = (scaled.unsqueeze(-1) - values).abs().argmin(-1)
+    means = (values[nearest] * exponents.exp2().unsqueeze(-1)).flatten(2).transpose(1, 2)
+    blocks = (nearest[..., ::2] + 16 * nearest[..., 1::2]).to(torch.uint8)
+    return {"_blocks": blocks, "_scales": (exponents + 127).to(torch.uint8)}, means
+
+
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 
 
 def packed(numbers: list[int], bits: int) -> list[int]:
